@@ -1,0 +1,502 @@
+"""R1-Zero: reinforcement learning straight from a base model, with GRPO and rule-based rewards.
+
+Without arguments it runs the embedded default on one CPU in a few minutes: it trains a small base model that can work
+sums out but mostly blurts an answer, and lets GRPO find out that working them out pays. With arguments it is the real
+thing:
+
+    python experiments/r1_zero.py
+    python experiments/r1_zero.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --run-dir runs/gsm8k
+    python experiments/r1_zero.py --model path/to/folder --dataset path/to/train.jsonl --mesh.fsdp 8 --loss dapo
+
+Running the same command again goes on where it stopped. After R1-Zero (DeepSeek-AI, arXiv 2501.12948, section 2.2).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh, NamedSharding
+
+from grpo_jax import advantage, evaluate, loss, models
+from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.iterator import ProblemIterator
+from grpo_jax.data.prompts import R1_ZERO
+from grpo_jax.data.sources import Problem, reward_columns
+from grpo_jax.data.tasks import PLAIN
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
+from grpo_jax.monitor.samples import Sample
+from grpo_jax.rewards.compose import Scores, weighted
+from grpo_jax.rewards.format import format_reward
+from grpo_jax.rollout import generate
+from grpo_jax.run import Run, count_compilations
+from grpo_jax.sampling import Sampling
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
+from grpo_jax.sharding import BATCH, param_shardings, replicated, shard_rows
+from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, make_base
+from grpo_jax.train import (
+    LossFn,
+    completion_log_probs,
+    init_state,
+    make_scorer,
+    make_train_step,
+    shuffled_minibatches,
+    with_fresh_reference,
+)
+from grpo_jax.types import Batch, Mean, Metrics, Params, Rollout, TrainState
+
+LOSSES = {
+    "grpo": loss.grpo_loss,
+    "dapo": loss.dapo_loss,
+    "dr_grpo": loss.dr_grpo_loss,
+    "gspo": loss.gspo_loss,
+    "cispo": loss.cispo_loss,
+    "sapo": loss.sapo_loss,
+}
+ADVANTAGES = {
+    "group_relative": advantage.group_relative,
+    "dr_grpo": advantage.dr_grpo,
+    "rloo": advantage.rloo,
+    "reinforce_plus_plus": lambda rewards, group_size: advantage.reinforce_plus_plus(rewards),
+    "reinforce_plus_plus_baseline": advantage.reinforce_plus_plus_baseline,
+}
+KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
+SHOWN_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is. Fields are checked before anything is computed."""
+
+    model: str | None = None
+    """Hugging Face id or local folder of the base model. Default: a small one, trained here first."""
+    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
+    """What is asked."""
+    run_dir: Path = Path("runs/r1_zero")
+    """The run's own folder: logs, checkpoints, curves, the trained model."""
+    seed: int = 0
+    """Of the order of problems and of every sample's noise."""
+
+    num_steps: int = 50
+    """Rollouts with the updates that follow each."""
+    num_prompts: int = 32
+    """Prompts a step."""
+    group_size: int = 16
+    """Samples for each prompt."""
+    max_prompt_length: int | None = None
+    """In tokens. Default: 512 with --model, 12 without."""
+    max_completion_length: int | None = None
+    """In tokens. Default: 1024 with --model, 48 without."""
+    sampling: Sampling = Sampling()
+    """How completions are drawn; the temperature is the policy's in every log-probability too."""
+
+    accuracy_weight: float = 1.0
+    """Weight of the reward for a right final answer."""
+    format_weight: float = 0.0
+    """Weight of the reward for <think>...</think><answer>...</answer>; at 0 it is only measured."""
+    advantage: Literal[tuple(ADVANTAGES)] = "group_relative"  # pyright: ignore[reportInvalidTypeForm]
+    """From rewards to advantages; dr_grpo goes with the loss of that name."""
+    mask_truncated: bool = False
+    """Leave completions that were cut off out of the loss."""
+
+    loss: Literal[tuple(LOSSES)] = "grpo"  # pyright: ignore[reportInvalidTypeForm]
+    """The policy loss."""
+    epsilon_low: float | None = None
+    """How far the ratio counts below 1; by default the loss's own."""
+    epsilon_high: float | None = None
+    """How far above 1; by default the loss's own."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    importance_cap: float | None = None
+    """Cap of the weights that correct for a sampler that is not quite the policy; None for no correction."""
+    kl_coef: float = 0.0
+    """Weight in the loss of the KL to the reference policy; at 0 here and below, none is held."""
+    kl_reward_coef: float = 0.0
+    """Weight of the KL in the reward instead."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL in the loss."""
+    kl_correction: bool = False
+    """Weight the KL in the loss by the importance ratio, which makes its gradient that of the KL."""
+    ref_refresh_every: int | None = None
+    """Steps after which the policy becomes its own reference; None keeps the base."""
+
+    num_epochs: int = 1
+    """Passes over each step's completions."""
+    num_minibatches: int = 1
+    """Updates a pass."""
+    num_micro_batches: int = 1
+    """Parts each update is computed in, to save memory; the result is the same."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How gradients become updates."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the computation; weights and optimizer stay in float32. Default: bfloat16 with --model on a GPU or
+    TPU, float32 otherwise."""
+    remat: bool = False
+    """Compute blocks again in the backward pass instead of keeping their activations."""
+    mesh: MeshSettings = MeshSettings()
+    """How the devices are used."""
+
+    eval_every: int = 10
+    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
+    eval_samples: int = 16
+    """Samples for each, from which pass@1 and the majority vote are taken."""
+    samples_every: int = 10
+    """Steps between tables of sample completions."""
+    save_every: int = 10
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest stay."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go besides the run's folder."""
+    plain: bool = False
+    """Print plain lines even on a terminal."""
+
+    def __post_init__(self):
+        rows = self.num_prompts * self.group_size
+        for name in (
+            "num_steps",
+            "num_prompts",
+            "num_epochs",
+            "num_minibatches",
+            "num_micro_batches",
+            "save_every",
+            "samples_every",
+            "eval_samples",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 samples for each prompt")
+        if rows % (self.num_minibatches * self.num_micro_batches):
+            raise ValueError(
+                f"{self.num_prompts} prompts x {self.group_size} samples = {rows} completions do not divide into "
+                f"{self.num_minibatches} minibatches of {self.num_micro_batches} micro-batches"
+            )
+        if self.kl_coef and self.kl_reward_coef:
+            raise ValueError(
+                f"kl_coef is {self.kl_coef} and kl_reward_coef is {self.kl_reward_coef}: the KL belongs in the loss "
+                "or in the reward, not in both; set one of them to 0"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
+        if self.ref_refresh_every is not None and not self.has_reference:
+            raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is held."""
+        return bool(self.kl_coef or self.kl_reward_coef)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates that follow each rollout."""
+        return self.num_epochs * self.num_minibatches
+
+    @property
+    def prompt_length(self) -> int:
+        """The prompt length in effect."""
+        return self.max_prompt_length or (512 if self.model else MAX_PROMPT_LENGTH)
+
+    @property
+    def completion_length(self) -> int:
+        """The completion length in effect."""
+        return self.max_completion_length or (1024 if self.model else MAX_COMPLETION_LENGTH)
+
+    @property
+    def compute_dtype(self):
+        """The precision in effect."""
+        fast = self.model is not None and jax.default_backend() != "cpu"
+        return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
+
+
+MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "trackers", "plain", "save_every", "keep_checkpoints")
+"""Settings that a resumed run may have other values of: they change no number beyond rounding."""
+
+
+def main(config: Config) -> None:
+    with Run(
+        config.run_dir,
+        config,
+        title="R1-Zero",
+        may_change=MAY_CHANGE,
+        trackers=config.trackers,
+        keep_checkpoints=config.keep_checkpoints,
+        plain=config.plain or None,
+    ) as run:
+        train(config, run)
+
+
+def train(config: Config, run: Run) -> None:
+    compilations = count_compilations()
+    mesh = config.mesh.build()
+    check_mesh(config, mesh)
+    problems, held_out, accuracy = config.data.load(config.seed)
+    score = weighted(
+        {"accuracy": accuracy, "format": format_reward},
+        {"accuracy": config.accuracy_weight, "format": config.format_weight},
+    )
+    score([""], [""], **reward_columns(problems[:1]))  # a reward that cannot run is found here
+
+    policy = models.from_pretrained(
+        config.model or str(trained_base(config, run)),
+        dtype=config.compute_dtype,
+        remat=config.remat,
+        shardings=partial(param_shardings, mesh=mesh),
+    )
+    if policy.tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
+    problems, held_out = encode(problems, policy, config, run), encode(held_out, policy, config, run)
+    batches = ProblemIterator(problems.problems, num_prompts=config.num_prompts, seed=config.seed)
+
+    # The pieces: a rollout, a scorer and a train step, each one jitted function of arrays.
+    rollouts = {size: build_rollout(config, policy, mesh, size) for size in {config.group_size, config.eval_samples}}
+    log_probs = partial(completion_log_probs, policy.model, temperature=config.sampling.temperature)
+    scorer = make_scorer(log_probs, num_micro_batches=config.num_micro_batches)
+    optimizer, schedule = config.optimizer.build(
+        total_updates=config.num_steps * config.updates_per_step,
+        default_learning_rate=1e-6 if config.model else 2.5e-4,
+    )
+    train_step = make_train_step(build_loss(config, log_probs), optimizer, num_micro_batches=config.num_micro_batches)
+
+    state = init_state(policy.params, optimizer, with_reference=config.has_reference, replicated=replicated(mesh))
+    first, state, position = run.resume(state)
+    if position:
+        batches.set_state(position["batches"])
+    num_tokens = position.get("num_tokens", 0)
+    noise, shuffle, evaluation = jax.random.split(jax.random.key(config.seed), 3)
+
+    decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
+
+    def evaluated(step: int) -> dict[str, float]:
+        key = jax.random.fold_in(evaluation, step)
+        with run.progress.phase("evaluation", len(held_out)) as phase:
+            metrics = evaluate.held_out(
+                held_out,
+                lambda prompts: rollouts[config.eval_samples](state.params, shard_rows(prompts, mesh), key),
+                decode,
+                accuracy,
+                num_prompts=config.num_prompts,
+                group_size=config.eval_samples,
+                report=phase.update,
+            )
+        run.log({"step": step, **metrics})
+        return metrics
+
+    if first == 0:
+        evaluated(0)
+    with run.progress.phase("GRPO", config.num_steps, start=first) as phase:
+        for step in range(first + 1, config.num_steps + 1):
+            started = time.monotonic()
+            index, chosen = next(batches)
+            prompts = shard_rows(problems.padded(index), mesh)
+            rollout = rollouts[config.group_size](state.params, prompts, jax.random.fold_in(noise, step))
+
+            lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)
+            completions = decode(rollout)
+            texts = [problems.texts[i] for i in index for _ in range(config.group_size)]
+            scores = score(texts, completions, **reward_columns(chosen, group_size=config.group_size))
+            batch = learn_from(config, rollout, scores, scorer, state, mesh)
+
+            updates = []
+            for epoch in range(config.num_epochs):
+                key = jax.random.fold_in(jax.random.fold_in(shuffle, step), epoch)
+                for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
+                    state, update = train_step(state, shard_rows(minibatch, mesh))
+                    updates.append(update)
+            if config.ref_refresh_every and step % config.ref_refresh_every == 0:
+                state = with_fresh_reference(state)
+
+            metrics = over_updates(updates)
+            if not math.isfinite(metrics["grad_norm"]):
+                raise FloatingPointError(
+                    f"step {step}: the gradient is not finite ({metrics}). Nothing of this step was saved; "
+                    f"complete checkpoints: {run.checkpoints.steps()}"
+                )
+            seconds = time.monotonic() - started
+            num_tokens += int(lengths.sum() + rollout.prompt_mask.sum())
+            metrics |= reward_metrics(scores.total, scores.parts, group_size=config.group_size)
+            metrics |= completion_metrics(lengths, truncated)
+            metrics |= {
+                "pass_rate": metrics.get("rewards/accuracy/mean", math.nan),
+                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
+                "num_tokens": num_tokens,
+                "tokens_per_second": float(lengths.sum() / seconds),
+                "step_time": seconds,
+                "compilations": compilations(),
+            }
+            run.log({"step": step, **metrics})
+            if step % config.samples_every == 0:
+                run.log_samples(step, as_samples(texts, completions, scores, batch), show=SHOWN_SAMPLES)
+            if step == config.num_steps or (config.eval_every and step % config.eval_every == 0):
+                metrics |= evaluated(step)
+            phase.update(step, metrics)
+            if step == config.num_steps or step % config.save_every == 0 or run.stop_requested:
+                run.save(step, state, {"batches": batches.get_state(), "num_tokens": num_tokens})
+            if run.stop_requested and step < config.num_steps:
+                return
+    finish(config, run, policy, state)
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.num_prompts * config.group_size // (config.num_minibatches * config.num_micro_batches)
+    for name, count in (("num_prompts", config.num_prompts), ("the completions of a micro-batch", rows)):
+        if count % parts:
+            raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")
+
+
+def trained_base(config: Config, run: Run) -> Path:
+    """The embedded default's base model, trained unless it lies in the run's folder already."""
+    folder, recipe = run.folder / "base", Recipe(seed=config.seed)
+    if not folder.exists():
+        with run.progress.phase("base model", recipe.steps) as phase:
+            make_base(folder, recipe, report=lambda step, row: phase.update(step, row if step % 50 == 0 else None))
+    return folder
+
+
+def encode(problems: list[Problem], policy: models.Pretrained, config: Config, run: Run) -> EncodedProblems:
+    encoded = config.data.encode(
+        problems,
+        policy.tokenizer,
+        pad_id=policy.pad_id,
+        max_prompt_length=config.prompt_length,
+        default_template=R1_ZERO if config.model else PLAIN,
+    )
+    if encoded.dropped:
+        run.say(f"{encoded.dropped} of {len(problems)} prompts dropped: over {config.prompt_length} tokens")
+    return encoded
+
+
+def build_rollout(config: Config, policy: models.Pretrained, mesh: Mesh, group_size: int):
+    """A jitted ``(params, prompts, key) -> Rollout``."""
+    rollout = partial(
+        generate,
+        policy.model,
+        sampling=config.sampling,
+        group_size=group_size,
+        max_completion_length=config.completion_length,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+    )
+    return jax.jit(rollout, out_shardings=NamedSharding(mesh, BATCH))
+
+
+def build_loss(config: Config, log_probs: Callable) -> LossFn:
+    """The policy loss of a batch, as the train step takes it."""
+    policy_loss = LOSSES[config.loss]
+    if config.loss == "dr_grpo":
+        policy_loss = partial(policy_loss, max_completion_length=config.completion_length)
+    epsilons = {"epsilon_low": config.epsilon_low, "epsilon_high": config.epsilon_high}
+    policy_loss = partial(policy_loss, **{name: value for name, value in epsilons.items() if value is not None})
+    # Where tokens are removed in sampling, the sampler's log-probabilities differ from the policy's by design.
+    compare = config.importance_cap is not None or not config.sampling.truncates
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[Mean, Metrics]:
+        new_log_probs, entropy = log_probs(params, batch)
+        return policy_loss(
+            new_log_probs,
+            batch.advantages,
+            batch.loss_mask,
+            old_log_probs=batch.old_log_probs,
+            ref_log_probs=batch.ref_log_probs,
+            rollout_log_probs=batch.rollout_log_probs if compare else None,
+            entropy=entropy,
+            kl=KL[config.kl],
+            kl_coef=config.kl_coef,
+            kl_correction=config.kl_correction,
+            entropy_coef=config.entropy_coef,
+            importance_cap=config.importance_cap,
+        )
+
+    return loss_fn
+
+
+def learn_from(
+    config: Config, rollout: Rollout, scores: Scores, scorer: Callable, state: TrainState, mesh: Mesh
+) -> Batch:
+    """The step's batch: rewards become advantages; old and reference log-probabilities are computed where needed."""
+    rewards = jnp.asarray(scores.total)
+    # A single update is strictly on policy: its own forward pass gives the old log-probabilities.
+    old = scorer(state.params, rollout) if config.updates_per_step > 1 or config.kl_reward_coef else None
+    ref = scorer(state.ref_params, rollout) if config.has_reference else None
+    if old is not None and ref is not None and config.kl_reward_coef:
+        kl = loss.kl_k1(old, ref)
+        rewards = advantage.kl_penalized(rewards, kl, rollout.completion_mask, kl_coef=config.kl_reward_coef)
+    learnt = ~jnp.isnan(rewards)
+    if config.mask_truncated:
+        learnt &= ~rollout.truncated
+    batch = Batch(
+        prompt_ids=rollout.prompt_ids,
+        prompt_mask=rollout.prompt_mask,
+        completion_ids=rollout.completion_ids,
+        completion_mask=rollout.completion_mask,
+        loss_mask=rollout.completion_mask & learnt[:, None],
+        advantages=ADVANTAGES[config.advantage](rewards, group_size=config.group_size),
+        rollout_log_probs=rollout.rollout_log_probs,
+        old_log_probs=old if config.updates_per_step > 1 else None,
+        ref_log_probs=ref,
+    )
+    return shard_rows(batch, mesh)
+
+
+def over_updates(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """A step's metrics: over its updates, the largest of what is a maximum and the mean of the rest."""
+    values = {name: [float(update[name]) for update in updates] for name in updates[0]}
+    return {name: max(each) if name.endswith("/max") else sum(each) / len(each) for name, each in values.items()}
+
+
+def as_samples(texts: list[str], completions: list[str], scores: Scores, batch: Batch) -> list[Sample]:
+    return [
+        Sample(
+            prompt=texts[i],
+            completion=completions[i],
+            rewards={name: float(part[i]) for name, part in scores.parts.items()},
+            reward=float(scores.total[i]),
+            advantage=float(batch.advantages[i]),
+        )
+        for i in range(len(completions))
+    ]
+
+
+def finish(config: Config, run: Run, policy: models.Pretrained, state: TrainState) -> None:
+    """Save the trained model as a Hugging Face folder, and sum the run up."""
+    shutil.rmtree(run.folder / "model", ignore_errors=True)  # of this run, killed while it was finishing
+    models.save_pretrained(
+        run.folder / "model",
+        state.params,
+        hf_config=policy.hf_config,
+        tokenizer=policy.tokenizer,
+        generation_config=policy.generation_config,
+    )
+    rows = read_jsonl(run.metrics_log.path)
+    before, after = ([row for row in rows if "eval/pass@1" in row][end] for end in (0, -1))
+    gaps = [
+        row["sampling/sampling_logp_difference/max"] for row in rows if "sampling/sampling_logp_difference/max" in row
+    ]
+    majority = f"maj@{config.eval_samples}"
+    summary = {
+        "pass_at_1_before": before["eval/pass@1"],
+        "pass_at_1_after": after["eval/pass@1"],
+        f"{majority.replace('@', '_at_')}_before": before[f"eval/{majority}"],
+        f"{majority.replace('@', '_at_')}_after": after[f"eval/{majority}"],
+        "completion_length_before": before["eval/mean_length"],
+        "completion_length_after": after["eval/mean_length"],
+        "max_sampler_trainer_gap": max(gaps, default=None),
+        "seed": config.seed,
+    }
+    run.finish(before, after, steps=config.num_steps, summary=summary)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,86 @@
+"""Between problems and arrays: prompts encoded once and padded as needed, completions decoded as they were sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.data.prompts import Overlong, encode_prompts, fit_prompts, pad_prompts, render_prompts
+from grpo_jax.data.sources import Problem
+from grpo_jax.types import Prompts, Rollout
+
+
+class EncodedProblems:
+    """Problems whose prompts are rendered and encoded, those that do not fit left out or cut by choice.
+
+    Attributes:
+        problems: those that are left.
+        texts: what each one's prompt became.
+        dropped: how many were left out as too long.
+
+    Args:
+        problems: what is asked.
+        tokenizer: a transformers tokenizer.
+        max_prompt_length: in tokens.
+        pad_id: what stands in the padding.
+        overlong: see ``prompts.fit_prompts``.
+        rendering: ``template`` and ``system_prompt``; see ``prompts.render_prompts``.
+
+    Raises:
+        ValueError: as ``render_prompts`` and ``fit_prompts``; and for a prompt without tokens (the error names it).
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        tokenizer: Any,
+        *,
+        max_prompt_length: int,
+        pad_id: int,
+        overlong: Overlong = "drop",
+        **rendering: str | None,
+    ):
+        prompts = [problem.prompt for problem in problems]
+        token_ids = encode_prompts(prompts, tokenizer, **rendering)
+        for prompt, ids in zip(prompts, token_ids, strict=True):
+            if not ids:
+                raise ValueError(f"the prompt {prompt!r} has no tokens")
+        kept, self._token_ids = fit_prompts(token_ids, max_prompt_length=max_prompt_length, overlong=overlong)
+        texts = render_prompts(prompts, tokenizer, **rendering)
+        self.problems = [problems[i] for i in kept]
+        self.texts = [texts[i] for i in kept]
+        self.dropped = len(problems) - len(kept)
+        self._max_prompt_length = max_prompt_length
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def padded(self, positions: Sequence[int] | np.ndarray, index: Sequence[int] | np.ndarray | None = None) -> Prompts:
+        """The prompts at these positions, left-padded to ``max_prompt_length``.
+
+        Args:
+            positions: into ``problems``.
+            index: what each one's noise is drawn from, all different; by default the positions.
+        """
+        return pad_prompts(
+            [self._token_ids[i] for i in positions],
+            max_prompt_length=self._max_prompt_length,
+            pad_id=self._pad_id,
+            index=positions if index is None else index,
+        )
+
+
+def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int]) -> list[str]:
+    """The text of each completion: all its tokens but the ending one, other special tokens included.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        rollout: what was sampled.
+        eos_ids: the ending tokens.
+    """
+    lengths = np.asarray(rollout.completion_mask.sum(1))
+    rows = [ids[:length].tolist() for ids, length in zip(np.asarray(rollout.completion_ids), lengths, strict=True)]
+    return tokenizer.batch_decode([row[:-1] if row and row[-1] in eos_ids else row for row in rows])

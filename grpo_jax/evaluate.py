@@ -1,0 +1,139 @@
+"""Accuracy of several samples a problem: pass@k and maj@k as pure functions on arrays, and the held-out loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.data.encoded import EncodedProblems
+from grpo_jax.data.sources import reward_columns
+from grpo_jax.rewards.answer import canonical_answer, extract_answer
+from grpo_jax.rewards.compose import RewardFn
+from grpo_jax.types import Prompts, Rollout
+
+
+def pass_at_k(correct: Bool[Array, "N G"], k: int) -> Float[Array, ""]:
+    """The chance that at least one of ``k`` samples is right, averaged over problems: the unbiased estimator.
+
+    ``1 - C(G - c, k) / C(G, k)`` for a problem with ``c`` of its ``G`` samples right, computed as
+    ``1 - prod_{i < k} max(G - c - i, 0) / (G - i)``, in which nothing overflows (Chen et al. 2021,
+    https://arxiv.org/abs/2107.03374, equation 1).
+
+    Args:
+        correct: which samples are right; one row a problem.
+        k: from 1 to G. ``k = 1`` gives the mean of ``correct``.
+
+    Raises:
+        ValueError: at trace time, where ``k`` is not from 1 to G or there are no problems.
+    """
+    G = correct.shape[1]
+    _check_k(correct, k)
+    draw = jnp.arange(k, dtype=jnp.float32)
+    wrong = G - correct.sum(1, dtype=jnp.float32)
+    fail = jnp.maximum(wrong[:, None] - draw[None, :], 0) / (G - draw)[None, :]
+    return (1 - fail.prod(1)).mean()
+
+
+def maj_at_k(answer_ids: Int[Array, "N G"], correct: Bool[Array, "N G"], k: int) -> Float[Array, ""]:
+    """The share of problems whose most frequent answer among the first ``k`` samples is right.
+
+    Where several answers are the most frequent, the problem counts the share of them that is right: what drawing one of
+    them at random gives on average. A sample without an answer has no vote; a problem without any answer is wrong.
+
+    Args:
+        answer_ids: equal numbers within a row are equal answers; -1 is no answer. ``identify_answers`` makes them.
+        correct: which samples are right; the same for equal answers of a row.
+        k: from 1 to G.
+
+    Raises:
+        ValueError: at trace time, where ``k`` is not from 1 to G or there are no problems.
+    """
+    _check_k(answer_ids, k)
+    answer_ids, correct = answer_ids[:, :k], correct[:, :k]
+    voted = answer_ids >= 0
+    votes = (answer_ids[:, :, None] == answer_ids[:, None, :]).sum(2)
+    winning = voted & (votes == votes.max(1, keepdims=True, where=voted, initial=0))
+    # Every winning answer has the same number of samples, so the mean over samples is the mean over answers.
+    share = (winning & correct).sum(1, dtype=jnp.float32) / jnp.maximum(winning.sum(1, dtype=jnp.float32), 1)
+    return share.mean()
+
+
+def identify_answers(answers: Sequence[Sequence[str | None]]) -> Int[Array, "N G"]:
+    """Answers as numbers for ``maj_at_k``: the same within a row if and only if ``canonical_answer`` is.
+
+    Args:
+        answers: one row a problem, all of one length; None or a blank text is no answer and becomes -1.
+
+    Raises:
+        ValueError: rows of different lengths.
+    """
+    lengths = sorted({len(row) for row in answers})
+    if len(lengths) > 1:
+        raise ValueError(f"every problem must have the same number of answers; there are rows of {lengths}")
+    return jnp.asarray(np.array([_identify_row(row) for row in answers], dtype=np.int32))
+
+
+def held_out(
+    problems: EncodedProblems,
+    rollout: Callable[[Prompts], Rollout],
+    decode: Callable[[Rollout], list[str]],
+    reward: RewardFn,
+    *,
+    num_prompts: int,
+    group_size: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> dict[str, float]:
+    """Draw ``group_size`` completions of every held-out problem, in batches of one shape, and grade them.
+
+    A completion is right if its reward is 1. The last batch is filled up with problems that were drawn before; what is
+    drawn for those again is not looked at.
+
+    Args:
+        problems: what is asked.
+        rollout: from ``num_prompts`` prompts to ``group_size`` completions of each.
+        decode: from completions to their texts.
+        reward: called with the prompts' texts, the completions and the problems' columns.
+        num_prompts: problems a batch.
+        group_size: G, samples for each problem.
+        report: called with the number of problems done after each batch.
+
+    Returns:
+        ``eval/pass@1``, ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens.
+    """
+    answers, correct, lengths = [], [], []
+    for start in range(0, len(problems), num_prompts):
+        index = np.arange(start, start + num_prompts)
+        drawn = rollout(problems.padded(index % len(problems), index))
+        index = index[index < len(problems)]
+        rows = len(index) * group_size
+        texts = decode(drawn)[:rows]
+        prompts = [problems.texts[i] for i in index for _ in range(group_size)]
+        columns = reward_columns([problems.problems[i] for i in index], group_size=group_size)
+        right = [score == 1 for score in reward(prompts, texts, **columns)]
+        correct.append(np.array(right).reshape(-1, group_size))
+        answers += [[extract_answer(text) for text in texts[i : i + group_size]] for i in range(0, rows, group_size)]
+        lengths.append(np.asarray(drawn.completion_mask.sum(1))[:rows])
+        report(start + len(index))
+    is_right = jnp.asarray(np.concatenate(correct))
+    return {
+        "eval/pass@1": float(pass_at_k(is_right, 1)),
+        f"eval/maj@{group_size}": float(maj_at_k(identify_answers(answers), is_right, group_size)),
+        "eval/mean_length": float(np.concatenate(lengths).mean()),
+    }
+
+
+def _identify_row(answers: Sequence[str | None]) -> list[int]:
+    numbers: dict[object, int] = {}
+    keys = ["" if answer is None else canonical_answer(answer) for answer in answers]
+    return [-1 if key == "" else numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _check_k(samples: Int[Array, "N G"] | Bool[Array, "N G"], k: int) -> None:
+    N, G = samples.shape
+    if N == 0 or not 1 <= k <= G:
+        raise ValueError(
+            f"k={k} must be from 1 to the {G} samples of a problem, and there must be problems: there are {N}"
+        )

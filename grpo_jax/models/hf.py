@@ -1,0 +1,243 @@
+"""Models from and to Hugging Face checkpoints: folder or hub id in, folder out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import snapshot_download
+from jax.experimental import multihost_utils
+
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.hf_config import family_of, from_hf_config
+from grpo_jax.models.hf_weights import check_params, load_params, read_json, save_params
+from grpo_jax.models.transformer import build_model
+from grpo_jax.types import Model, Params
+
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
+NO_SUBFOLDERS = ["*/*"]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+PARAM_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model from a checkpoint, and what came with it.
+
+    Attributes:
+        model: its pure functions.
+        params: its parameters.
+        config: what the decoder is made of.
+        hf_config: its ``config.json``, as it was read.
+        generation_config: its ``generation_config.json``, as it was read; None if there is none.
+        tokenizer: a transformers tokenizer; None if the checkpoint has none.
+        eos_ids: every token id that ends a sequence: those of ``generation_config``, else those of ``hf_config``,
+            else the tokenizer's; ids outside the vocabulary are passed over.
+        pad_id: what padding is filled with: the tokenizer's pad id, else that of ``generation_config`` or
+            ``hf_config``, else the first of ``eos_ids``; ids outside the vocabulary are passed over. It may be an
+            EOS id: nothing derives a mask from it.
+    """
+
+    model: Model
+    params: Params
+    config: DecoderConfig
+    hf_config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    tokenizer: Any | None
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+def from_pretrained(
+    name_or_folder: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    remat: bool = False,
+    shardings: Callable[[Any], Any] | None = None,
+    revision: str | None = None,
+) -> Pretrained:
+    """Load a model from a local folder or the Hugging Face hub.
+
+    Weights are read from safetensors tensor by tensor, straight onto their devices: of each only the shards that are
+    local, so that host memory holds one tensor's local part at a time. No code from a checkpoint is ever run.
+
+    Args:
+        name_or_folder: a folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
+        dtype: the precision of computation, float32 or bfloat16; see ``build_model``.
+        param_dtype: the precision parameters are stored in (float32, bfloat16 or float16), whatever the checkpoint's
+            is; None means float32, which an optimizer's small steps need.
+        remat: see ``build_model``.
+        shardings: from the parameters' tree of ``ShapeDtypeStruct`` to a tree of ``jax.sharding.Sharding``; None puts
+            everything on the first local device.
+        revision: branch, tag or commit on the hub; None is its main branch.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or repository, or it lacks config or safetensors weights.
+        NotADirectoryError: if a file was named.
+        ValueError: for a config that is not supported (see ``from_hf_config``), tensors that do not fit it (one error
+            lists all), files that are damaged, and a checkpoint without an EOS id.
+    """
+    param_dtype = jnp.float32 if param_dtype is None else param_dtype
+    if param_dtype not in PARAM_DTYPES:
+        raise ValueError(f"param_dtype must be float32, bfloat16 or float16, not {jnp.dtype(param_dtype).name}")
+    folder = _find_folder(name_or_folder, revision)
+    if not (folder / "config.json").is_file():
+        found = sorted(path.name for path in folder.iterdir())
+        raise FileNotFoundError(f"{folder} has no config.json and so is no checkpoint; it has {found or 'nothing'}")
+    hf_config = read_json(folder / "config.json")
+    config = from_hf_config(hf_config)
+    model = build_model(config, dtype=dtype, remat=remat)
+    has_generation_config = (folder / "generation_config.json").is_file()
+    generation_config = read_json(folder / "generation_config.json") if has_generation_config else None
+    tokenizer = _read_tokenizer(folder)
+    eos_ids = _settle_eos_ids(generation_config or {}, hf_config, tokenizer, config.vocab_size)
+    pad_id = _settle_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size)
+    params = load_params(folder, config, param_dtype=param_dtype, shardings=shardings)
+    return Pretrained(model, params, config, hf_config, generation_config, tokenizer, eos_ids, pad_id)
+
+
+def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for hub ids, and {folder} is a local folder")
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{folder} is a file; give the folder of the checkpoint, or a hub id")
+    if not HUB_ID.fullmatch(str(name_or_folder)):
+        raise FileNotFoundError(f"there is no folder {folder}, and it is no hub id (those look like owner/name)")
+    try:
+        fetched = snapshot_download(
+            str(name_or_folder), revision=revision, allow_patterns=HUB_FILES, ignore_patterns=NO_SUBFOLDERS
+        )
+    except (OSError, ValueError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise FileNotFoundError(
+            f"there is no folder {folder}, and {str(name_or_folder)!r}{at} could not be fetched from the hub: {error}"
+        ) from error
+    return Path(fetched)
+
+
+def _read_tokenizer(folder: Path) -> Any | None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    # Imported late, because with it comes torch wherever that is installed, which takes seconds.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _settle_eos_ids(
+    generation_config: Mapping[str, Any], hf_config: Mapping[str, Any], tokenizer: Any | None, vocab_size: int
+) -> tuple[int, ...]:
+    candidates = (
+        generation_config.get("eos_token_id"),
+        hf_config.get("eos_token_id"),
+        None if tokenizer is None else tokenizer.eos_token_id,
+    )
+    named = next((ids for ids in candidates if ids not in (None, [])), [])
+    named = named if isinstance(named, list) else [named]
+    eos_ids = tuple(eos_id for eos_id in named if 0 <= eos_id < vocab_size)
+    if not eos_ids:
+        raise ValueError(
+            f"no EOS id within the vocabulary of {vocab_size}: generation_config.json, else config.json, else the "
+            f"tokenizer, names {named or 'none'}; set eos_token_id in generation_config.json"
+        )
+    return eos_ids
+
+
+def _settle_pad_id(
+    generation_config: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
+    tokenizer: Any | None,
+    eos_ids: tuple[int, ...],
+    vocab_size: int,
+) -> int:
+    candidates = (
+        None if tokenizer is None else tokenizer.pad_token_id,
+        generation_config.get("pad_token_id"),
+        hf_config.get("pad_token_id"),
+        eos_ids[0],
+    )
+    return next(pad_id for pad_id in candidates if pad_id is not None and 0 <= pad_id < vocab_size)
+
+
+def save_pretrained(
+    folder: str | Path,
+    params: Params,
+    *,
+    hf_config: Mapping[str, Any],
+    tokenizer: Any | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 4_000_000_000,
+    dtype: Any = None,
+) -> None:
+    """Write a checkpoint that transformers, any server and ``from_pretrained`` load.
+
+    Everything is written into a hidden folder beside it that is then renamed: a write that fails or is killed leaves
+    no ``folder`` behind, and the next one clears up after it. On several processes, all call this together and the
+    first one writes; ``folder`` must be on storage they share if others are to read it.
+
+    Args:
+        folder: does not exist yet, or is empty.
+        params: the parameters; on any devices, one file's worth is in host memory at a time.
+        hf_config: becomes ``config.json``; only its dtype is updated, and ``architectures`` added if missing.
+        tokenizer: saved along if given, its chat template included.
+        generation_config: becomes ``generation_config.json`` if given.
+        max_shard_bytes: the most a weight file holds; with more than one there is an index.
+        dtype: of the weights (float32, bfloat16 or float16); None keeps the parameters' own.
+
+    Raises:
+        FileExistsError: if ``folder`` exists and is not empty.
+        ValueError: if the parameters do not fit ``hf_config`` (one error lists all that do not).
+    """
+    folder = Path(folder).expanduser()
+    if dtype is not None and dtype not in PARAM_DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, not {jnp.dtype(dtype).name}")
+    config = from_hf_config(hf_config)
+    check_params(params, config)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another name")
+    _wait_for_all(f"{folder} is free")
+    partial = folder.with_name(f".{folder.name}.partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        save_params(partial, params, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        if jax.process_index() == 0:
+            _write_json(partial / "config.json", _exported_config(hf_config, params, dtype))
+            if generation_config is not None:
+                _write_json(partial / "generation_config.json", generation_config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _wait_for_all(f"{folder} is written")
+
+
+def _wait_for_all(stage: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(stage)
+
+
+def _exported_config(hf_config: Mapping[str, Any], params: Params, dtype: Any) -> dict[str, Any]:
+    name = np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name
+    spelled = [field for field in ("torch_dtype", "dtype") if field in hf_config] or ["dtype"]
+    return {"architectures": [family_of(hf_config).architecture], **hf_config, **dict.fromkeys(spelled, name)}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,218 @@
+"""The layers of the decoder.
+
+Shapes: B sequences, S tokens of the call, C slots that can be attended to, D the width of the residual stream,
+H query heads in K groups of G (H = K * G), each of size E.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.models.config import ACTIVATIONS, DecoderConfig, Rope
+
+Rotation = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]
+CacheEntry = dict[str, Float[Array, "B K C E"]]
+
+# Finite, so that a row in which every score is this one has a softmax and a gradient.
+MASKED_SCORE = -0.5 * float(np.finfo(np.float32).max)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position for each pair of components, float32 ``[head_dim / 2]``; see ``Rope``.
+
+    Computed in float32 throughout, as the models' own code does: at position 100,000 a rounding shows.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.float32(rope.theta) ** exponents
+    if rope.kind == "default":
+        return frequencies
+    scaled = frequencies / np.float32(rope.factor)
+    if rope.kind == "linear":
+        return scaled
+    waves_per_length = np.float32(rope.original_max_positions / (2 * np.pi)) * frequencies
+    kept = (waves_per_length - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = np.clip(kept, 0, 1).astype(np.float32)
+    return kept * frequencies + (1 - kept) * scaled
+
+
+def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotation:
+    """Cosine and sine of the angle at each position, float32, with an axis for the heads."""
+    angles = positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(rope, head_dim)[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S N E"]:
+    """Turn the pairs ``(x[i], x[i + E/2])`` by their angles, in float32."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def allowed_slots(
+    mask: Bool[Array, "B C"], start: int | Int[Array, ""], length: int, window: int | None
+) -> Bool[Array, "B {length} C"]:
+    """Which slots each token may attend to: unmasked, not after its own, and less than ``window`` before it."""
+    distances = (start + jnp.arange(length))[:, None] - jnp.arange(mask.shape[1])[None, :]
+    reachable = distances >= 0
+    if window is not None:
+        reachable &= distances < window
+    return mask[:, None, :] & reachable[None, :, :]
+
+
+def attend(
+    queries: Float[Array, "B K G S E"],
+    keys: Float[Array, "B K C E"],
+    values: Float[Array, "B K C E"],
+    allowed: Bool[Array, "B S C"],
+    softcap: float | None,
+) -> Float[Array, "B K G S E"]:
+    """Softmax attention in float32, each group of queries against its own keys and values.
+
+    A query that may attend to nothing gets the mean of all values, which is finite.
+    """
+    if queries.shape[3] == 1:
+        # Keys first: on CPU the other order of this product is four times slower for a single token.
+        scores = jnp.einsum("bkce,bkgse->bkcgs", keys, queries, preferred_element_type=jnp.float32)
+        scores = jnp.moveaxis(scores, 2, -1)
+    else:
+        scores = jnp.einsum("bkgse,bkce->bkgsc", queries, keys, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(allowed[:, None, None, :, :], scores, MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgsc,bkce->bkgse", weights, values)
+
+
+class Embedding(nn.Module):
+    """A table with a row for each token."""
+
+    vocab_size: int
+    hidden_size: int
+    param_dtype: Any
+
+    def setup(self) -> None:
+        """Declare the table."""
+        shape = (self.vocab_size, self.hidden_size)
+        self.embedding = self.param("embedding", nn.initializers.zeros, shape, self.param_dtype)
+
+    def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """The rows of the tokens; an id outside the vocabulary gets the nearest row, so that padding may hold any."""
+        return jnp.take(self.embedding, token_ids, axis=0, mode="clip")
+
+    def table(self) -> Float[Array, "V D"]:
+        """The whole table."""
+        return self.embedding
+
+
+class Norm(nn.Module):
+    """``x / sqrt(mean(x^2) + epsilon) * (offset + scale)`` over the last axis, in float32."""
+
+    epsilon: float
+    offset: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        """Normalize; the result has the dtype of ``x``."""
+        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        scale = scale.astype(jnp.float32) + self.offset
+        wide = x.astype(jnp.float32)
+        normalized = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return (normalized * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """What the layers with a config share: how they make norms and linear maps."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    def norm(self, name: str) -> Norm:
+        """A norm as the config wants it."""
+        return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, name=name)
+
+    def linear(self, name: str, features: int | tuple[int, ...], *, axis: Any = -1, bias: bool) -> nn.DenseGeneral:
+        """A linear map over ``axis``."""
+        return nn.DenseGeneral(features, axis, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+
+class Attention(Layer):
+    """Causal attention with grouped heads, rotary positions and, if given one, a cache of keys and values."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rotation: Rotation,
+        allowed: Bool[Array, "B S C"],
+        entry: CacheEntry | None,
+        start: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B S D"], CacheEntry | None]:
+        """Attend; see ``Model.apply``. Gives back the cache entry with the call's keys and values written in."""
+        c = self.config
+        B, S, D = x.shape
+        tokens = x.reshape(-1, D)
+        queries = self.linear("q", (c.num_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_heads, -1)
+        keys = self.linear("k", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_kv_heads, -1)
+        values = self.linear("v", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(
+            B, S, c.num_kv_heads, -1
+        )
+        if c.qk_norm:
+            queries, keys = self.norm("q_norm")(queries), self.norm("k_norm")(keys)
+        queries = (rotate(queries, rotation) * c.query_scale).astype(self.dtype)
+        queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+        keys = rotate(keys, rotation).astype(self.dtype).transpose(0, 2, 1, 3)
+        values = values.transpose(0, 2, 1, 3)
+        if entry is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(entry["keys"], keys, start, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(entry["values"], values, start, axis=2)
+            entry = {"keys": keys, "values": values}
+        out = attend(queries, keys, values, allowed, c.attention_softcap)
+        out = out.transpose(0, 3, 1, 2, 4).reshape(-1, c.num_heads, c.head_dim)
+        return self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D), entry
+
+
+class MLP(Layer):
+    """``down(activation(gate(x)) * up(x))``."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Apply the three maps."""
+        c = self.config
+        # With one axis for all tokens: on CPU the gradient of a product with two takes almost twice as long.
+        tokens = x.reshape(-1, c.hidden_size)
+        gate = self.linear("gate", c.intermediate_size, bias=c.mlp_bias)(tokens)
+        up = self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens)
+        out = self.linear("down", c.hidden_size, bias=c.mlp_bias)(ACTIVATIONS[c.activation](gate) * up)
+        return out.reshape(x.shape)
+
+
+class Block(Layer):
+    """Attention and MLP, each normalized at its start (and end, with ``post_norms``) and added to the residual."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rotation: Rotation,
+        allowed: Bool[Array, "B S C"],
+        entry: CacheEntry | None,
+        start: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B S D"], CacheEntry | None]:
+        """Apply the block; arguments as in ``Attention``."""
+        attention = Attention(self.config, self.dtype, self.param_dtype, name="attention")
+        out, entry = attention(self.norm("attention_norm")(x), rotation, allowed, entry, start)
+        if self.config.post_norms:
+            out = self.norm("post_attention_norm")(out)
+        x = x + out
+        out = MLP(self.config, self.dtype, self.param_dtype, name="mlp")(self.norm("mlp_norm")(x))
+        if self.config.post_norms:
+            out = self.norm("post_mlp_norm")(out)
+        return x + out, entry

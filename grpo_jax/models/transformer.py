@@ -1,0 +1,149 @@
+"""The one decoder: from a config to the pure functions that the rest of the package calls."""
+
+from __future__ import annotations
+
+import zlib
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.layers import Block, CacheEntry, Embedding, Norm, allowed_slots, rotation
+from grpo_jax.types import Cache, Model, Params
+
+COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm. It never forms logits: the output embedding is only declared here.
+
+    Parameters come from ``init_params`` or a checkpoint; what the modules' own initializers decide is shapes.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        c = self.config
+        block = nn.remat(Block) if self.remat else Block
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
+        self.layers = [block(c, self.dtype, self.param_dtype) for _ in range(c.num_layers)]
+        self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B C"],
+        cache: list[CacheEntry] | None,
+        start: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B S D"], list[CacheEntry] | None]:
+        """See ``Model.apply``."""
+        c = self.config
+        x = self.embed(token_ids).astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
+        rotations = {rope: rotation(rope, c.head_dim, positions) for rope in set(c.ropes)}
+        allowed = {window: allowed_slots(mask, start, token_ids.shape[1], window) for window in set(c.windows)}
+        entries = []
+        for i, layer in enumerate(self.layers):
+            entry = None if cache is None else cache[i]
+            x, entry = layer(x, rotations[c.ropes[i]], allowed[c.windows[i]], entry, start)
+            entries.append(entry)
+        return self.final_norm(x), None if cache is None else entries
+
+    def declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
+        """Touch every parameter, so that ``init`` creates them all."""
+        self(token_ids, token_ids, mask, None, 0)
+        if not self.config.tie_word_embeddings:
+            self.lm_head.table()
+
+
+def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool = False) -> Model:
+    """The pure functions of a decoder; see ``Model`` for what they take and give.
+
+    The cache is a list with ``{"keys", "values"}`` for each layer, each ``[B, K, C, head_dim]`` in ``dtype``. Norms,
+    rotations and softmax are computed in float32 whatever ``dtype`` is.
+
+    Args:
+        config: what the decoder is made of.
+        dtype: the precision of matrix products and of the residual stream, float32 or bfloat16; parameters are cast
+            to it where they are used and may be stored in another.
+        remat: whether the backward pass computes each block again instead of keeping what it needs of it.
+
+    Raises:
+        ValueError: for another ``dtype``; and by ``apply``, at trace time, if the mask's columns are not the cache's
+            slots (the call's tokens, without a cache), or if the call has more tokens than the cache has slots.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
+    module = Decoder(config, dtype, remat=remat)
+
+    def apply(
+        params: Params,
+        token_ids: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B C"],
+        cache: Cache = None,
+        start: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        slots = token_ids.shape[1] if cache is None else cache[0]["keys"].shape[2]
+        if mask.shape[1] != slots:
+            holder = "the call has tokens" if cache is None else "the cache has slots"
+            raise ValueError(f"the mask needs as many columns as {holder}: {slots}, not {mask.shape[1]}")
+        if token_ids.shape[1] > slots:
+            raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {slots} slots")
+        return module.apply({"params": params}, token_ids, positions, mask, cache, start)  # pyright: ignore[reportReturnType]
+
+    def head(params: Params) -> Float[Array, "V D"]:
+        return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
+
+    def init_cache(batch: int, length: int) -> Cache:
+        shape = (batch, config.num_kv_heads, length, config.head_dim)
+        return [{"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)} for _ in range(config.num_layers)]
+
+    return Model(apply, head, init_cache, config.logit_softcap)
+
+
+def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:
+    """New parameters: weights normal with deviation ``initializer_range``, biases 0, norms neutral.
+
+    Args:
+        config: what the decoder is made of.
+        key: decides the weights; each parameter's depend on it and on the parameter's path alone.
+        param_dtype: what they are stored in.
+
+    Returns:
+        a nested dict such as ``{"embed": {"embedding": [V, D]}, "layers_0": {"attention": {"q": {"kernel":
+        [D, H, head_dim]}, ...``; ``lm_head`` is there only where embeddings are untied.
+    """
+
+    def new(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+        kind = path[-1].key
+        if kind == "scale":
+            return jnp.full(leaf.shape, 1 - config.norm_offset, leaf.dtype)
+        if kind == "bias":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return _normal(own_key, leaf.shape, leaf.dtype, config.initializer_range)
+
+    return jax.tree.map_with_path(new, param_shapes(config, param_dtype))
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "deviation"))
+def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any, deviation: float) -> Array:
+    return (jax.random.normal(key, shape) * deviation).astype(dtype)
+
+
+def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
+    """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array; nothing is computed."""
+    module = Decoder(config, param_dtype=param_dtype)
+    one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
+    return jax.eval_shape(partial(module.init, method=Decoder.declare), jax.random.key(0), *one_token)["params"]

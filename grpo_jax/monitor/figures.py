@@ -1,0 +1,134 @@
+"""Which metrics people see, under which label, written how; and a trend drawn in one line of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+def number(value: float) -> str:
+    """Four digits after the point, fewer from 1 on; an exponent where those would not tell it from 0 or be too long."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size and not 0.001 <= size < 10000:
+        return f"{value:.1e}"
+    return f"{value:.{4 if size < 1 else 3 if size < 100 else 1}f}"
+
+
+def scientific(value: float) -> str:
+    """One decimal and an exponent."""
+    return f"{value:.1e}"
+
+
+def one_decimal(value: float) -> str:
+    """One decimal and separated thousands."""
+    return f"{value:,.1f}"
+
+
+def percent(value: float) -> str:
+    """A share, in percent with one decimal."""
+    return f"{100 * value:.1f}%"
+
+
+def small_percent(value: float) -> str:
+    """A small share, in percent with two decimals."""
+    return f"{100 * value:.2f}%"
+
+
+def count(value: float) -> str:
+    """A count in three or four digits and a unit: ``950``, ``12.3k``, ``1.2M``, ``3.4B``."""
+    for limit, scale, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
+        if value < limit:
+            return f"{value / scale:.1f}{unit}" if unit else f"{value:.0f}"
+    return f"{value / 1e9:.1f}B" if math.isfinite(value) else str(value)
+
+
+def duration(seconds: float | int | None) -> str:
+    """``1:02:03`` for a number of seconds; ``-:--:--`` where it is not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure that people see.
+
+    Attributes:
+        key: the metric's name. One ``*`` stands for any text, and for the same text in the label.
+        label: what it is called on the screen.
+        show: the value as text.
+        main: whether it is part of the one line a step gets without a terminal.
+    """
+
+    key: str
+    label: str
+    show: Callable[[float], str] = number
+    main: bool = False
+
+
+FIGURES = (
+    Figure("reward", "reward", main=True),
+    Figure("rewards/*/mean", "- *"),
+    Figure("pass_rate", "pass rate", percent, main=True),
+    Figure("eval/pass@*", "eval pass@*", percent, main=True),
+    Figure("eval/maj@*", "eval maj@*", percent, main=True),
+    Figure("eval/mean_length", "eval length", one_decimal, main=True),
+    Figure("eval/*", "eval *", main=True),
+    Figure("completions/mean_length", "length", one_decimal, main=True),
+    Figure("completions/clipped_ratio", "truncated", percent),
+    Figure("frac_reward_zero_std", "zero-var groups", percent, main=True),
+    Figure("entropy", "entropy", main=True),
+    Figure("kl", "KL", main=True),
+    Figure("clip_ratio/region_mean", "clip fraction", small_percent, main=True),
+    Figure("sampling/sampling_logp_difference/mean", "sampler gap", scientific, main=True),
+    Figure("sampling/sampling_logp_difference/max", "- largest", scientific),
+    Figure("loss", "loss", main=True),
+    Figure("grad_norm", "gradient norm"),
+    Figure("learning_rate", "learning rate", scientific),
+    Figure("tokens_per_second", "tokens/s", count, main=True),
+    Figure("num_tokens", "tokens", count),
+    Figure("step_time", "seconds a step", one_decimal),
+    Figure("compilations", "compilations", count),
+)
+"""What is shown, in this order, of the metrics that are there."""
+
+
+def select_figures(figures: Iterable[Figure], keys: Iterable[str]) -> list[Figure]:
+    """The figures that have a value, in their order, each once; a ``*`` becomes one figure for every key it fits."""
+    remaining = list(keys)
+    selected = []
+    for figure in figures:
+        start, star, end = figure.key.partition("*")
+        for key in [key for key in remaining if key == figure.key or (star and _fits(key, start, end))]:
+            remaining.remove(key)
+            text = key[len(start) : len(key) - len(end)]
+            selected.append(replace(figure, key=key, label=figure.label.replace("*", text)))
+    return selected
+
+
+def _fits(key: str, start: str, end: str) -> bool:
+    return key.startswith(start) and key.endswith(end) and len(key) >= len(start) + len(end)
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The course of ``values`` as ``width`` bars from their least to their greatest.
+
+    A bar stands for the mean of its share of the values; where none of them is finite there is a space. There are no
+    more bars than values; a constant stays at the lowest.
+    """
+    parts = np.array_split(np.asarray(values, float), min(width, len(values)) or 1)
+    means = [float(np.mean(part[np.isfinite(part)])) if np.isfinite(part).any() else math.nan for part in parts]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    # A constant's means differ by rounding, and that is no course.
+    span = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else math.inf
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] if math.isfinite(mean) else " " for mean in means)

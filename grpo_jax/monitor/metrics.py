@@ -1,0 +1,137 @@
+"""Logs that survive a kill: files with one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+"""What is logged at one step: names to numbers (or text), ``step`` among them."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file at ``path`` by ``data``: whoever reads it, or a kill, sees the old or the new file, whole."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def to_json(value: Any) -> Any:
+    """``value`` in JSON's own types: arrays as lists, array scalars as numbers, NaN and infinities as None.
+
+    Raises:
+        TypeError: for anything JSON has no word for; the message names its type.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return float(value) if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): to_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [to_json(item) for item in value]
+        case Path():
+            return str(value)
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"cannot write a {type(value).__name__} as JSON; use numbers, text, lists, mappings or arrays")
+    return to_json(array.tolist())
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:80]!r}")
+    return row
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a torn last line (one that no newline ends) is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object; the message names the file and the line.
+    """
+    lines = _whole_lines(Path(path).read_bytes()).split(b"\n")[:-1]
+    return [_parse(Path(path), number, line) for number, line in enumerate(lines, 1)]
+
+
+class JsonlLog:
+    """A file with one JSON object a line, appended to as a run goes on.
+
+    Every ``append`` reaches the operating system before it returns, so a killed process loses at most the line it was
+    writing. What a kill tore is removed when the file is opened again. No file handle stays open in between.
+
+    Args:
+        path: the file; it and its folder are made where they do not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        data = self.path.read_bytes()
+        if len(_whole_lines(data)) < len(data):
+            write_atomically(self.path, _whole_lines(data))
+
+    def append(self, *rows: Row) -> None:
+        """Add rows, all of them in one write.
+
+        Args:
+            rows: mappings with an integer ``step``; numbers may be Python's, NumPy's or JAX's. NaN and infinities,
+                which JSON lacks, are written as null.
+
+        Raises:
+            ValueError: a row has no integer ``step``; nothing is written.
+            TypeError: a value that JSON has no word for; nothing is written.
+        """
+        text = "".join(json.dumps(self._stepped(row), ensure_ascii=False) + "\n" for row in rows)
+        with self.path.open("ab") as file:
+            # A lone surrogate has no UTF-8; its backslash form is JSON's own way to write it.
+            file.write(text.encode("utf-8", "backslashreplace"))
+
+    def rewind(self, step: int) -> int:
+        """Drop the rows of steps after ``step``, so that a run resumed there continues its file as if never stopped.
+
+        The lines that stay keep their bytes, and the file is replaced in one move.
+
+        Returns:
+            How many rows were dropped.
+
+        Raises:
+            ValueError: a line is not a JSON object with a ``step``; the message names the file and the line.
+        """
+        lines = _whole_lines(self.path.read_bytes()).split(b"\n")[:-1]
+        kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
+        if len(kept) < len(lines):
+            write_atomically(self.path, b"".join(line + b"\n" for line in kept))
+        return len(lines) - len(kept)
+
+    def _stepped(self, row: Row) -> dict[str, Any]:
+        step = to_json(row.get("step"))
+        if not isinstance(step, int | float) or int(step) != step:
+            raise ValueError(f"a row for {self.path} needs an integer 'step', not {step!r}; its keys are {sorted(row)}")
+        return {**to_json(row), "step": int(step)}
+
+    def _step(self, number: int, line: bytes) -> int:
+        row = _parse(self.path, number, line)
+        if not isinstance(row.get("step"), int):
+            raise ValueError(f"{self.path}, line {number}: expected an integer 'step' among {sorted(row)}")
+        return row["step"]

@@ -1,0 +1,176 @@
+"""The curves of a run as one picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from grpo_jax.monitor.metrics import Row, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563eb", "#ea580c", "#059669", "#7c3aed", "#94a3b8"
+INK, FAINT = "#1e293b", "#e2e8f0"
+COLUMNS, MOST_PANELS = 3, 6
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric in a panel.
+
+    Attributes:
+        key: its name.
+        label: what the legend calls it.
+        colour: its colour.
+        points: whether it was measured only now and then: no running mean, and a dot for each value.
+    """
+
+    key: str
+    label: str
+    colour: str
+    points: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves that share axes, under one title; ``scale`` is ``linear``, ``log`` or ``percent``."""
+
+    title: str
+    curves: tuple[Curve, ...]
+    scale: str = "linear"
+
+
+PANELS = (
+    Panel(
+        "reward and pass rate",
+        (
+            Curve("reward", "reward", BLUE),
+            Curve("pass_rate", "pass rate", GREEN),
+            Curve("eval/pass@1", "pass@1, held out", ORANGE, points=True),
+            Curve("eval/maj@16", "maj@16, held out", PURPLE, points=True),
+        ),
+    ),
+    Panel(
+        "completion length (tokens)",
+        (
+            Curve("completions/mean_length", "training", BLUE),
+            Curve("eval/mean_length", "held out", ORANGE, points=True),
+        ),
+    ),
+    Panel("entropy (nats a token)", (Curve("entropy", "entropy", BLUE),)),
+    Panel("KL to the reference", (Curve("kl", "KL", BLUE),)),
+    Panel(
+        "sampler/trainer gap in log-probability",
+        (
+            Curve("sampling/sampling_logp_difference/mean", "mean", BLUE),
+            Curve("sampling/sampling_logp_difference/max", "largest", GREY),
+        ),
+        scale="log",
+    ),
+    Panel("groups without variance", (Curve("frac_reward_zero_std", "share", BLUE),), scale="percent"),
+    Panel("gradient norm", (Curve("grad_norm", "norm", BLUE),)),
+    Panel("loss", (Curve("loss", "loss", BLUE),)),
+    Panel("learning rate", (Curve("learning_rate", "rate", BLUE),)),
+)
+"""In order of importance: a picture shows the first six that have anything to show."""
+
+
+def series(rows: Sequence[Row], key: str, *, positive: bool = False) -> Float[np.ndarray, "N 2"]:
+    """The (step, value) pairs of one metric, by step, where it is there and finite (and, if asked for, positive)."""
+    pairs = [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+    kept = sorted(pair for pair in pairs if math.isfinite(pair[1]) and not (positive and pair[1] <= 0))
+    return np.asarray(kept, float).reshape(-1, 2)
+
+
+def running_mean(values: Float[np.ndarray, " N"], window: int) -> Float[np.ndarray, " N"]:
+    """The mean of the ``window`` (an odd number of) values around each, of fewer at the ends."""
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def plot_curves(rows: Sequence[Row], path: str | Path, *, title: str) -> None:
+    """Draw the curves of a run as a PNG that can be read at 900 pixels.
+
+    Panels: reward and pass rate with the held-out evaluations, completion length, entropy, KL, the gap between sampler
+    and trainer, the share of groups without variance. Where one has no data, the next in line (gradient norm, loss,
+    learning rate) takes its place. Every step is drawn faint, a running mean over a twentieth of the run bold.
+
+    Args:
+        rows: metrics with their ``step``, as ``read_jsonl`` returns them.
+        path: where the picture goes; its folder must exist.
+        title: what stands above it.
+
+    Raises:
+        ValueError: the rows have none of the metrics that are drawn; the message lists these.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = [panel for panel in PANELS if any(len(_points(rows, panel, curve)) for curve in panel.curves)][:MOST_PANELS]
+    if not drawn:
+        raise ValueError(
+            f"none of the {len(rows)} rows has a finite value to plot; one of these keys is needed: "
+            f"{[curve.key for panel in PANELS for curve in panel.curves]}"
+        )
+    columns = min(COLUMNS, len(drawn))
+    lines = -(-len(drawn) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * lines + 0.5), dpi=150, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, parse_math=False)
+    for place, panel in enumerate(drawn, 1):
+        axes = figure.add_subplot(lines, columns, place)
+        _draw(axes, panel, rows)
+        if place > len(drawn) - columns:
+            axes.set_xlabel("step", fontsize=10, color=INK)
+    picture = io.BytesIO()
+    canvas.print_png(picture)
+    write_atomically(Path(path), picture.getvalue())
+
+
+def _points(rows: Sequence[Row], panel: Panel, curve: Curve) -> Float[np.ndarray, "N 2"]:
+    return series(rows, curve.key, positive=panel.scale == "log")
+
+
+def _draw(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
+    _style(axes, panel)
+    for curve in panel.curves:
+        points = _points(rows, panel, curve)
+        if len(points) == 0:
+            continue
+        steps, values = points.T
+        look: dict[str, Any] = {"color": curve.colour, "label": curve.label}
+        if curve.points or len(points) == 1:
+            axes.plot(steps, values, marker="o", markersize=5, linewidth=1.5, zorder=4, **look)
+        else:
+            window = len(points) // 20 | 1
+            axes.plot(steps, values, color=curve.colour, alpha=0.25, linewidth=1)
+            axes.plot(steps, running_mean(values, window), linewidth=2, zorder=3, **look)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(fontsize=9.5, frameon=False, labelcolor=INK)
+
+
+def _style(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axes.set_title(panel.title, fontsize=11.5, color=INK, loc="left")
+    axes.tick_params(labelsize=10, colors=INK, color=GREY)
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    if panel.scale == "log":
+        axes.set_yscale("log")
+        axes.tick_params(which="minor", labelsize=8, colors=INK, color=GREY)
+    if panel.scale == "percent":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_ylim(0, 1)

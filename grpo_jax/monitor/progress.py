@@ -1,0 +1,201 @@
+"""The live view of a run: where it stands, what its figures are and how they got there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich import box
+from rich import progress as bars
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from grpo_jax.monitor.figures import FIGURES, Figure, duration, select_figures, sparkline
+from grpo_jax.monitor.metrics import Row
+from grpo_jax.monitor.samples import printable
+
+REFRESHES_PER_SECOND = 2
+TREND_WIDTH = 14
+TREND_VALUES = 512
+WIDTH_WITH_TRENDS = 108
+WIDTH_WITH_TWO_COLUMNS = 76
+
+
+class Phase:
+    """A stretch of the run with an end that can be counted towards; made by ``Progress.phase``."""
+
+    def __init__(self, name: str, task: bars.Task, record: Callable[[Phase, int, Row], None]) -> None:
+        self.name = name
+        self.task = task
+        self.history: dict[str, array] = {}
+        self._record = record
+
+    def update(self, step: int, metrics: Row | None = None) -> None:
+        """Record that ``step`` steps of the phase are done, and the figures of the last one.
+
+        Args:
+            step: how many steps are done, those before a resume included.
+            metrics: names to numbers; text and None are passed over. Without them (a batch of an evaluation), only
+                the bar moves, and without a terminal nothing is printed.
+        """
+        self._record(self, step, metrics or {})
+
+
+class Progress:
+    """A context in which a run shows what it does: a live panel on a terminal, a line a step without one.
+
+    The panel is drawn by a thread of its own, at most twice a second, so an update costs the loop less than a
+    millisecond. When the context is left, by an error too, the panel stays as it stood and the terminal is as before.
+    What is printed on ``console``, or with ``print``, appears above the panel.
+
+    Args:
+        title: what the run is called.
+        console: where to show it; a console of its own by default. ``Console(quiet=True)`` shows nothing.
+        plain: whether to print lines; by default, where ``console`` is not a terminal that can draw the panel.
+        figures: the figures to show of the metrics that are there.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        console: Console | None = None,
+        plain: bool | None = None,
+        figures: Sequence[Figure] = FIGURES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.console = console or Console()
+        can_draw = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.plain = not (can_draw and self.console.encoding.startswith("utf")) if plain is None else plain
+        self._title = title
+        self._figures = figures
+        self._lock = threading.Lock()
+        self._shown: Phase | None = None
+        self._depth = 0
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=None, complete_style="cyan"),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("[dim]left"),
+            bars.TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+            get_time=clock,
+            # Long enough for two of the slowest steps: less than two give no estimate.
+            speed_estimate_period=3600,
+        )
+        self._live = Live(
+            get_renderable=self._panel, console=self.console, refresh_per_second=REFRESHES_PER_SECOND, screen=False
+        )
+
+    def __enter__(self) -> Progress:
+        if self.plain:
+            self._print_line(self._title)
+        else:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    @contextmanager
+    def phase(self, name: str, total: int, *, start: int = 0) -> Iterator[Phase]:
+        """A part of the run with a bar of its own; one inside another (an evaluation) is shown below it.
+
+        The figures on the screen are those of the phase that reported some last. An outermost phase ends with a line
+        that stays: whether it was done or stopped, after how long, and what its first figure went from and to.
+
+        Args:
+            name: what is being done.
+            total: the steps it takes.
+            start: the steps a run that is resumed has behind it.
+        """
+        task = self._bars.add_task("  " * self._depth + name, total=total, completed=start)
+        phase = Phase(name, self._bars.tasks[-1], self._record)
+        if self.plain and self._depth == 0:
+            self._print_line(f"{name}: from {start} to {total}")
+        self._depth += 1
+        ending = "stopped"
+        try:
+            yield phase
+            ending = "done"
+        finally:
+            self._depth -= 1
+            self._bars.remove_task(task)
+            if self._depth == 0:
+                self._print_line(self._last_words(phase, ending))
+
+    def _record(self, phase: Phase, step: int, metrics: Row) -> None:
+        values = {key: float(value) for key, value in metrics.items() if not isinstance(value, str | None)}
+        self._bars.update(phase.task.id, completed=step)
+        with self._lock:
+            for key, value in values.items():
+                phase.history.setdefault(key, array("d")).append(value)
+            if values:
+                self._shown = phase
+        if values and self.plain:
+            self._print_line(self._line(phase, step, values))
+
+    def _print_line(self, text: str) -> None:
+        self.console.print(Text(printable(text, self.console.encoding)), soft_wrap=True)
+
+    def _line(self, phase: Phase, step: int, values: dict[str, float]) -> str:
+        total = f"{phase.task.total:.0f}"
+        shown = [figure for figure in select_figures(self._figures, values) if figure.main]
+        # Evaluations are rare: behind the rest, they leave the columns of other lines in place.
+        shown.sort(key=lambda figure: figure.key.startswith("eval/"))
+        parts = [f"{figure.label} {figure.show(values[figure.key]):>8}" for figure in shown]
+        place = f"{phase.name} {step:>{len(total)}}/{total}"
+        return "  ".join([place, f"left {duration(phase.task.time_remaining)}", *parts])
+
+    def _last_words(self, phase: Phase, ending: str) -> str:
+        task = phase.task
+        words = f"{phase.name}: {ending}, {task.completed:.0f} of {task.total:.0f} in {duration(task.elapsed)}"
+        for figure in select_figures(self._figures, phase.history)[:1]:
+            values = phase.history[figure.key]
+            words += f", {figure.label} {figure.show(values[0])} -> {figure.show(values[-1])}"
+        return words
+
+    def _panel(self) -> RenderableType:
+        parts: list[RenderableType] = [self._bars] if self._bars.tasks else []
+        with self._lock:
+            if self._shown is not None:
+                parts += [Text(), self._table(self._shown)] if parts else [self._table(self._shown)]
+        return Panel(Group(*parts), title=Text(self._title), title_align="left", box=box.ROUNDED, border_style="dim")
+
+    def _table(self, phase: Phase) -> Table:
+        width = self.console.width
+        blocks = 2 if width >= WIDTH_WITH_TWO_COLUMNS else 1
+        trends = width >= WIDTH_WITH_TRENDS
+        table = Table(box=None, expand=True, pad_edge=False, header_style="dim")
+        for _ in range(blocks):
+            table.add_column("", no_wrap=True, ratio=1, min_width=15)
+            table.add_column("now", justify="right", style="bold", no_wrap=True, min_width=8)
+            table.add_column("start", justify="right", style="dim", no_wrap=True, min_width=8)
+            if trends:
+                table.add_column("", style="cyan", no_wrap=True, min_width=TREND_WIDTH)
+        figures = select_figures(self._figures, phase.history)
+        cells = [_cells(figure, phase.history[figure.key], trends) for figure in figures]
+        height = -(-len(cells) // blocks)
+        for row in range(height):
+            columns = [cells[place] for place in range(row, len(cells), height)]
+            table.add_row(*[cell for column in columns for cell in column])
+        return table
+
+
+def _cells(figure: Figure, values: array, trends: bool) -> list[Text]:
+    cells = [Text(figure.label), Text(figure.show(values[-1])), Text(figure.show(values[0]))]
+    if trends:
+        cells.append(Text(sparkline(values[:: max(1, len(values) // TREND_VALUES)], TREND_WIDTH)))
+    return cells

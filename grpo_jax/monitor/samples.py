@@ -1,0 +1,144 @@
+"""Sample completions as people see them: untrusted text made safe to print, shortened, beside its rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LINE_BREAKS = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion and what it was worth.
+
+    Attributes:
+        prompt: the prompt's text.
+        completion: the completion's text.
+        rewards: each part of the reward by its name; None or NaN where a part is absent.
+        reward: their weighted sum.
+        advantage: what it was learnt from with.
+    """
+
+    prompt: str
+    completion: str
+    rewards: Mapping[str, float | None]
+    reward: float
+    advantage: float
+
+    def row(self, step: int) -> dict[str, Any]:
+        """The sample as a line of ``completions.jsonl``; a part of the reward stands under ``rewards/<name>``."""
+        parts = {f"rewards/{name}": value for name, value in self.rewards.items()}
+        text = {"prompt": self.prompt, "completion": self.completion}
+        return {"step": step, **text, "reward": self.reward, **parts, "advantage": self.advantage}
+
+
+def can_show(character: str, encoding: str) -> bool:
+    """Whether a character prints as itself: neither a control nor an invisible one, and part of the encoding."""
+    return character.isprintable() and character.encode(encoding, "ignore") != b""
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    r"""``text`` with every character that would not print as itself as an escape: ``\n``, ``\x1b``, ``\u202e``.
+
+    Control characters, terminal sequences and marks that reorder text lose their effect, and an output with this
+    encoding takes the result without an error.
+    """
+    return "".join(
+        character if can_show(character, encoding) else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def shorten(text: str, limit: int) -> str:
+    """``text`` where it has at most ``limit`` characters; else its beginning and end, and between them its length.
+
+    Raises:
+        ValueError: ``limit`` is below 60, where little but that note would be left.
+    """
+    if limit < 60:
+        raise ValueError(f"a text is shortened to 60 characters or more, not to {limit}")
+    if len(text) <= limit:
+        return text
+    note = f" ... [{len(text):,} characters] ... "
+    start = (limit - len(note)) // 2
+    end = limit - len(note) - start
+    return text[:start] + note + text[len(text) - end :]
+
+
+def print_samples(
+    samples: Sequence[Sample], step: int, console: Console, *, plain: bool | None = None, limit: int = 600
+) -> None:
+    """Print completions with their rewards: a table on a terminal, a few plain lines for each without one.
+
+    The texts are untrusted. Neither markup nor control sequences in them are interpreted; what would not print as
+    itself is shown as an escape, except that a table breaks lines where the text does, at the first twenty places.
+
+    Args:
+        samples: what to print; nothing is printed for none.
+        step: the step they were drawn at.
+        console: where to print.
+        plain: whether to print plain lines; by default, where ``console`` is no terminal.
+        limit: how many characters of a text are shown, at least 60; of a longer one, beginning and end.
+    """
+    if not samples:
+        return
+    if console.is_terminal if plain is None else not plain:
+        console.print(_table(samples, step, console.encoding, limit))
+        return
+    lines = [f"samples at step {step}"]
+    for place, sample in enumerate(samples, 1):
+        figures = "  ".join(f"{name} {value}" for name, value in _figures(sample, console.encoding))
+        lines.append(f"  [{place}] {figures}")
+        lines.append(f"      prompt: {printable(shorten(sample.prompt, limit), console.encoding)}")
+        lines.append(f"      completion: {printable(shorten(sample.completion, limit), console.encoding)}")
+    console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def _figures(sample: Sample, encoding: str) -> list[tuple[str, str]]:
+    parts = [(printable(name, encoding), _value(value)) for name, value in sample.rewards.items()]
+    return [("reward", _value(sample.reward)), *parts, ("advantage", f"{sample.advantage:+.2f}")]
+
+
+def _value(value: float | None) -> str:
+    return "absent" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _table(samples: Sequence[Sample], step: int, encoding: str, limit: int) -> Table:
+    table = Table(title=f"samples at step {step}", box=box.ROUNDED, expand=True, show_lines=True, border_style="dim")
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("completion", ratio=5, overflow="fold")
+    table.add_column("reward")
+    for sample in samples:
+        figures = Table.grid(padding=(0, 1))
+        figures.add_column(style="dim")
+        figures.add_column(justify="right")
+        for name, value in _figures(sample, encoding):
+            figures.add_row(Text(name), Text(value, style=_colour(sample.advantage) if name == "advantage" else ""))
+        table.add_row(_text(sample.prompt, encoding, limit), _text(sample.completion, encoding, limit), figures)
+    return table
+
+
+def _colour(advantage: float) -> str:
+    return "green" if advantage > 0 else "red" if advantage < 0 else ""
+
+
+def _text(text: str, encoding: str, limit: int) -> Text:
+    result = Text()
+    line_breaks = LINE_BREAKS
+    for character in shorten(text, limit):
+        if can_show(character, encoding):
+            result.append(character)
+        elif character == "\n" and line_breaks > 0:
+            result.append(character)
+            line_breaks -= 1
+        else:
+            result.append(printable(character, encoding), style="dim cyan")
+    return result

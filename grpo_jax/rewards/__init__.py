@@ -1,0 +1,1 @@
+"""Rewards: functions from prompts and completions to scores, and what composes them."""

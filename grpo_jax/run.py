@@ -1,0 +1,250 @@
+"""The frame around an experiment's loop: the run's folder, its logs and live view, checkpoints, and signals.
+
+The loop itself stays in the experiment's script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import platform
+import signal
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.text import Text
+
+from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.monitor.metrics import JsonlLog, Row, read_jsonl, to_json, write_atomically
+from grpo_jax.monitor.plots import plot_curves
+from grpo_jax.monitor.progress import Progress
+from grpo_jax.monitor.samples import Sample, print_samples
+from grpo_jax.monitor.summary import closing_line
+from grpo_jax.monitor.trackers import Tracker, open_trackers
+
+PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+
+
+class Run:
+    """A context in which an experiment runs, in a folder of its own.
+
+    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``checkpoints/``, and at the end
+    ``curves.png`` and ``summary.json``. Entering it a second time with the same configuration goes on where the first
+    stopped. SIGTERM and Ctrl-C ask the loop to stop after its step (``stop_requested``); a second Ctrl-C interrupts.
+
+    Args:
+        folder: created if need be.
+        config: the experiment's configuration, a dataclass.
+        title: what the live view is called.
+        may_change: names of top-level fields of ``config`` that do not change what is computed, so that a run may be
+            resumed with other values (where it is displayed, the mesh it is laid out on).
+        trackers: of ``tensorboard``, ``wandb``, ``trackio``; where metrics go besides the folder.
+        keep_checkpoints: how many of the newest stay.
+        plain: print plain lines instead of the live view; by default where there is no terminal.
+        console: where to print.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration (the differences are listed), or holds files
+            and no run.
+        RuntimeError: another process is running in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        config: Any,
+        *,
+        title: str,
+        may_change: Collection[str] = (),
+        trackers: Sequence[str] = (),
+        keep_checkpoints: int = 2,
+        plain: bool | None = None,
+        console: Console | None = None,
+    ):
+        self.folder = Path(folder)
+        self.settings = to_json(dataclasses.asdict(config))
+        self.stop_requested = False
+        self._earlier_seconds = 0.0
+        self._started = time.monotonic()
+        self.progress = Progress(title, console=console, plain=plain)
+        with ExitStack() as stack:  # what was opened is closed again if a later part cannot be
+            self._open(stack, may_change, trackers, keep_checkpoints)
+            self._stack = stack.pop_all()
+
+    def _open(
+        self, stack: ExitStack, may_change: Collection[str], trackers: Sequence[str], keep_checkpoints: int
+    ) -> None:
+        stack.enter_context(claim_folder(self.folder, self.settings, may_change))
+        self.metrics_log = JsonlLog(self.folder / "metrics.jsonl")
+        self.completions_log = JsonlLog(self.folder / "completions.jsonl")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep_checkpoints)
+        stack.callback(self.checkpoints.close)
+        self.trackers: list[Tracker] = open_trackers(trackers, self.folder, self.settings, first_step=self._next_step())
+        for tracker in self.trackers:
+            stack.callback(tracker.close)
+
+    def __enter__(self) -> Run:
+        self._stack.enter_context(self.progress)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent in this run, that of the processes it is resumed from included."""
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    def say(self, text: str) -> None:
+        """Print a line above the live view."""
+        self.progress.console.print(Text(text), soft_wrap=True)
+
+    def resume(self, like: Any) -> tuple[int, Any, dict]:
+        """The step, state and position to go on from: those of the newest checkpoint, or 0, ``like`` and ``{}``.
+
+        Logs are rewound to that step, so that they read as if the run had never been interrupted.
+
+        Args:
+            like: the state a new run starts with; a checkpoint is restored with its shapes and shardings.
+        """
+        self.checkpoints.require_space(like)
+        found = self.checkpoints.restore(like)
+        step, state, position = (-1, like, {}) if found is None else found
+        self.metrics_log.rewind(step)
+        self.completions_log.rewind(step)
+        if found is None:
+            return 0, state, position
+        self._earlier_seconds = position["seconds"]
+        self.say(f"resumed at step {step} from {self.checkpoints.folder}")
+        return step, state, position["loop"]
+
+    def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+        """Write a checkpoint; ``position`` is what else the loop needs to go on, as JSON."""
+        self.checkpoints.save(step, state, {"seconds": self.seconds, "loop": dict(position)})
+
+    def log(self, row: Row) -> None:
+        """Send a row of metrics, ``step`` among them, to ``metrics.jsonl`` and the trackers."""
+        self.metrics_log.append(row)
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+
+    def log_samples(self, step: int, samples: Sequence[Sample], *, show: int) -> None:
+        """Write samples to ``completions.jsonl`` and print the first ``show`` of them."""
+        self.completions_log.append(*(sample.row(step) for sample in samples))
+        print_samples(samples[:show], step, self.progress.console, plain=self.progress.plain)
+
+    def finish(self, before: Row, after: Row, *, steps: int, summary: Mapping[str, Any]) -> None:
+        """Draw the curves, write ``summary.json`` and say what was gained.
+
+        Args:
+            before: an evaluation before training.
+            after: the same after it.
+            steps: how many steps were taken.
+            summary: the experiment's own figures; seconds, versions and the configuration are added.
+        """
+        plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
+        whole = {**summary, "seconds": self.seconds, "steps": steps, "device": device_summary()}
+        whole |= {"versions": package_versions(), "config": self.settings}
+        write_atomically(self.folder / "summary.json", json.dumps(to_json(whole), indent=2).encode() + b"\n")
+        self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
+
+    def _next_step(self) -> int:
+        steps = self.checkpoints.steps()
+        return max(steps) + 1 if steps else 0
+
+    def _request_stop(self, number: int, _frame: Any) -> None:
+        if self.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        self.say(f"{signal.Signals(number).name}: stopping after this step; the same command goes on from there")
+
+
+class claim_folder:  # noqa: N801 - used as a function
+    """A context that holds the folder of a run for this process; see ``Run`` for what it raises."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], may_change: Collection[str]):
+        known = folder / "config.json"
+        if not known.exists() and folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no run (no config.json); choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RuntimeError(
+                f"another process is running in {folder}; wait for it or choose another folder"
+            ) from error
+        if known.exists():
+            different = differences(json.loads(known.read_text()), settings, may_change)
+            if different:
+                self._lock.close()
+                raise ValueError(
+                    f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
+                    "run with what it was started with:\n  " + "\n  ".join(different)
+                )
+        write_atomically(known, json.dumps(settings, indent=2).encode() + b"\n")
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error) -> None:
+        self._lock.close()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """The settings that are not the same in both, as lines ``name: old -> new``.
+
+    Args:
+        old: settings, nested.
+        new: others.
+        may_change: names on the top level that are passed over.
+    """
+    old, new = flatten(old, may_change), flatten(new, may_change)
+    names = [*old, *(name for name in new if name not in old)]
+    absent = "(absent)"
+    return [
+        f"{n}: {old.get(n, absent)!r} -> {new.get(n, absent)!r}"
+        for n in names
+        if old.get(n, absent) != new.get(n, absent)
+    ]
+
+
+def flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in without:
+            continue
+        flat |= flatten(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def count_compilations() -> Callable[[], int]:
+    """A function that says how many programs were compiled since this call."""
+    compiled = 0
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        nonlocal compiled
+        compiled += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: compiled
+
+
+def package_versions() -> dict[str, str]:
+    """Python's version, and that of every package a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def device_summary() -> str:
+    """Such as ``8 x cpu``."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -1,0 +1,190 @@
+"""The parts of an experiment's configuration that experiments share, each with what it builds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax.data.encoded import EncodedProblems
+from grpo_jax.data.prompts import Overlong
+from grpo_jax.data.reasoning_gym import reasoning_gym_problems
+from grpo_jax.data.sources import Problem, load_problems
+from grpo_jax.data.tasks import sample_sums, sum_problems
+from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.compose import RewardFn
+from grpo_jax.sharding import make_mesh
+from grpo_jax.small_base import Recipe
+from grpo_jax.train import make_optimizer, make_schedule
+
+REASONING_GYM = "reasoning-gym:"
+GENERATED_PROBLEMS = 4096
+HELD_OUT_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """How the devices are used."""
+
+    data: int = -1
+    """Copies of the model that share the batch; -1 takes the devices that the other axes leave."""
+    fsdp: int = 1
+    """Devices that parameters, optimizer state and batch are split over."""
+    tensor: int = 1
+    """Devices that heads and hidden units are split over."""
+
+    def build(self) -> Mesh:
+        """The mesh; see ``sharding.make_mesh`` for what it raises."""
+        return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW behind clipping by the global norm."""
+
+    learning_rate: float | None = None
+    """Peak. Default: 1e-6 with --model, 2.5e-4 for the embedded base."""
+    warmup_updates: int = 5
+    """Updates over which the learning rate rises."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """What it does after that: stay, or fall to 0 at the end of the run."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+
+    def build(
+        self, *, total_updates: int, default_learning_rate: float
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The optimizer, and its learning rate by update; see ``train.make_schedule`` for what it raises."""
+        schedule = make_schedule(
+            default_learning_rate if self.learning_rate is None else self.learning_rate,
+            warmup_steps=min(self.warmup_updates, total_updates),
+            total_steps=total_updates,
+            decay=self.decay,
+        )
+        return make_optimizer(
+            schedule, max_grad_norm=self.max_grad_norm, weight_decay=self.weight_decay, b1=self.b1, b2=self.b2
+        ), schedule
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Problems to train on, problems held out, and how they become prompts."""
+
+    dataset: str | None = None
+    """Hugging Face id, a .jsonl or .parquet file, a folder of them, or reasoning-gym:TASK. Default: built-in sums."""
+    subset: str | None = None
+    """Configuration of a hub dataset, where it has several."""
+    split: str | None = None
+    """Split to train on; by default 'train' where there are splits."""
+    eval_dataset: str | None = None
+    """Where held-out problems come from. Default: the dataset's own split, or a tenth of a single file, or the
+    built-in sums that are held out."""
+    eval_split: str | None = None
+    """Their split; by default 'test' where there are splits."""
+    eval_problems: int = 256
+    """How many of them."""
+    prompt_column: str | None = None
+    """Column with the question; found by itself where it has a usual name."""
+    answer_column: str | None = None
+    """Column with the gold answer; likewise."""
+    chat_template: bool = False
+    """Render prompts with the tokenizer's chat template instead of the plain one."""
+    template: str | None = None
+    """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
+    system_prompt: str | None = None
+    """A system message; with --chat-template only."""
+    overlong_prompts: Overlong = "drop"
+    """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
+
+    def __post_init__(self):
+        if self.eval_problems < 1:
+            raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
+        if self.chat_template and self.template is not None:
+            raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
+
+    def load(self, seed: int) -> tuple[list[Problem], list[Problem], RewardFn]:
+        """Problems to train on, problems held out, and the reward that tells a right answer.
+
+        No held-out problem has the prompt of one that is trained on: those that do are not held out.
+
+        Raises:
+            ValueError: no problem is left to hold out; and as ``load_problems`` and ``reasoning_gym_problems``.
+        """
+        if self.dataset is None:
+            problems, reward = (
+                self._sums(np.random.default_rng(seed), GENERATED_PROBLEMS, held_out=False),
+                answer_reward,
+            )
+        else:
+            problems, reward = self._read(self.dataset, self.split, GENERATED_PROBLEMS, seed)
+        source = self.eval_dataset or self.dataset
+        if source is None:
+            held_out = self._sums(np.random.default_rng(HELD_OUT_SEED), self.eval_problems, held_out=True)
+        elif source == self.dataset and is_file(source):
+            problems, held_out = self._divide(problems)
+        else:
+            split = self.eval_split or (None if is_file(source) else "test")
+            held_out, _ = self._read(source, split, 2 * self.eval_problems, HELD_OUT_SEED)
+        trained_on = {str(problem.prompt) for problem in problems}
+        held_out = [problem for problem in held_out if str(problem.prompt) not in trained_on]
+        if not held_out:
+            raise ValueError(
+                f"every held-out problem of {source} is also trained on; name others with eval_dataset or eval_split"
+            )
+        return problems, held_out[: self.eval_problems], reward
+
+    def encode(
+        self, problems: list[Problem], tokenizer: Any, *, pad_id: int, max_prompt_length: int, default_template: str
+    ) -> EncodedProblems:
+        """The problems as prompts of token ids; see ``EncodedProblems`` for what it raises."""
+        return EncodedProblems(
+            problems,
+            tokenizer,
+            max_prompt_length=max_prompt_length,
+            pad_id=pad_id,
+            overlong=self.overlong_prompts,
+            template=None if self.chat_template else self.template or default_template,
+            system_prompt=self.system_prompt,
+        )
+
+    def _sums(self, rng: np.random.Generator, count: int, *, held_out: bool) -> list[Problem]:
+        recipe = Recipe()
+        return sum_problems(
+            sample_sums(rng, count, min_terms=recipe.min_terms, max_terms=recipe.max_terms, held_out=held_out)
+        )
+
+    def _read(self, source: str, split: str | None, size: int, seed: int) -> tuple[list[Problem], RewardFn]:
+        if source.startswith(REASONING_GYM):
+            return reasoning_gym_problems(source.removeprefix(REASONING_GYM), size=size, seed=seed)
+        problems = load_problems(
+            source,
+            split=split,
+            subset=self.subset,
+            prompt_column=self.prompt_column,
+            answer_column=self.answer_column,
+        )
+        return problems, answer_reward
+
+    def _divide(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+        """A tenth of the problems, at most ``eval_problems``, is held out; always the same ones."""
+        count = min(self.eval_problems, len(problems) // 10)
+        order = np.random.default_rng(HELD_OUT_SEED).permutation(len(problems))
+        chosen = set(order[:count].tolist())
+        return (
+            [problem for i, problem in enumerate(problems) if i not in chosen],
+            [problem for i, problem in enumerate(problems) if i in chosen],
+        )
+
+
+def is_file(source: str) -> bool:
+    """Whether a data source is named as a single file."""
+    return source.endswith((".jsonl", ".parquet"))

@@ -1,0 +1,191 @@
+"""The frozen pytrees that cross a border between modules, with a shape for every field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+T = TypeVar("T")
+
+
+def pytree(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass a pytree whose leaves are its fields.
+
+    JAX puts trees together again that hold anything: shapes, shardings, parts stacked along a new axis. That is done
+    without the constructor, so that annotations need to be true only where a tree is made.
+    """
+    names = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
+
+    def flatten_with_keys(tree):
+        return [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in names], None
+
+    def unflatten(_, leaves):
+        tree = object.__new__(cls)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(tree, name, leaf)
+        return tree
+
+    def flatten(tree):
+        return [getattr(tree, name) for name in names], None
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+Params = Any
+"""A tree of parameter arrays."""
+
+Cache = Any
+"""A tree of the arrays in which a model keeps keys and values; every leaf has the batch as its first axis."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder as the pure functions see it: three functions and a number, no module and no state.
+
+    Attributes:
+        apply: ``(params, token_ids [B, S], positions [B, S], mask [B, K], cache, start) -> (hidden [B, S, D], cache)``.
+            Causal by slot: token ``i`` of the call stands in slot ``start + i`` and attends to the slots up to its own
+            in which ``mask`` is True. Without a cache (``None``) the call's own S tokens are all there is: K = S and
+            ``start`` is 0. With one, their keys and values are written into its slots ``start .. start + S - 1``, and
+            K is the cache's length. ``hidden`` is what the head multiplies (final norm applied). A query that may
+            attend to nothing gives finite values.
+        head: ``params -> [V, D]``, the output embedding.
+        init_cache: ``(batch, length) -> cache``, empty.
+        logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.
+    """
+
+    apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
+    head: Callable[[Params], Float[Array, "V D"]]
+    init_cache: Callable[[int, int], Cache]
+    logit_softcap: float | None = None
+
+
+@pytree
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one step, left-padded to one length.
+
+    Attributes:
+        ids: token ids; what stands in padding is never looked at.
+        mask: True at real tokens, a run that ends in the last column.
+        index: a number for each prompt that its samples' noise is drawn from; distinct within a step.
+    """
+
+    ids: Int[Array, "N P"]
+    mask: Bool[Array, "N P"]
+    index: Int[Array, " N"]
+
+
+@pytree
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with a group of completions each. Rows of a group are adjacent: B = N * G.
+
+    Attributes:
+        prompt_ids: the prompts, one row a completion, left-padded.
+        prompt_mask: True at real prompt tokens.
+        completion_ids: what was sampled, verbatim; the pad id after the end.
+        completion_mask: True at sampled tokens, the ending one included.
+        rollout_log_probs: log-probability of each sampled token under the distribution it was drawn from
+            (temperature and filters included); 0 after the end.
+        truncated: True where no ending token was drawn within the limit.
+    """
+
+    prompt_ids: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    completion_ids: Int[Array, "B T"]
+    completion_mask: Bool[Array, "B T"]
+    rollout_log_probs: Float[Array, "B T"]
+    truncated: Bool[Array, " B"]
+
+
+@pytree
+@dataclass(frozen=True)
+class Batch:
+    """What a policy update learns from; every field has the sequences as its first axis.
+
+    Attributes:
+        prompt_ids, prompt_mask, completion_ids, completion_mask: as in ``Rollout``.
+        loss_mask: True at the completion tokens that are learnt from (a subset of ``completion_mask``).
+        advantages: one for each sequence.
+        rollout_log_probs: the sampler's own log-probabilities.
+        old_log_probs: the policy's at the start of the update; None where the update is its first, strictly on
+            policy, so that they are those of the update's own forward pass.
+        ref_log_probs: the reference policy's; None where there is no reference.
+    """
+
+    prompt_ids: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    completion_ids: Int[Array, "B T"]
+    completion_mask: Bool[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    advantages: Float[Array, " B"]
+    rollout_log_probs: Float[Array, "B T"]
+    old_log_probs: Float[Array, "B T"] | None = None
+    ref_log_probs: Float[Array, "B T"] | None = None
+
+
+@pytree
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a policy is, to the optimizer: what a train step takes and gives back.
+
+    Attributes:
+        step: how many updates were applied.
+        params: the parameters, in the precision they are stored in.
+        opt_state: the optimizer's state.
+        ref_params: the reference policy's parameters; None where there is no reference.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    ref_params: Params | None = None
+
+
+@pytree
+@dataclass(frozen=True)
+class Mean:
+    """A mean on its way to completion: a sum, and the count it will be divided by.
+
+    Means over a global batch travel in this form, so that neither gradient accumulation nor sharding can change the
+    result: parts are merged by adding sums and counts, and divided once at the end.
+    """
+
+    sum: Float[Array, ""]
+    count: Float[Array, ""]
+
+    @property
+    def value(self) -> Float[Array, ""]:
+        """``sum / count``; 0 where ``count`` is 0."""
+        return jnp.where(self.count > 0, self.sum / jnp.where(self.count > 0, self.count, 1), 0)
+
+    def reduce(self) -> Mean:
+        """Merge the parts stacked along the first axis."""
+        return Mean(self.sum.sum(0), self.count.sum(0))
+
+
+@pytree
+@dataclass(frozen=True)
+class Max:
+    """A maximum on its way to completion; ``-inf`` is the maximum of nothing."""
+
+    max: Float[Array, ""]
+
+    @property
+    def value(self) -> Float[Array, ""]:
+        """The maximum; 0 where there was nothing to take it of."""
+        return jnp.where(jnp.isneginf(self.max), 0, self.max)
+
+    def reduce(self) -> Max:
+        """Merge the parts stacked along the first axis."""
+        return Max(self.max.max(0))
+
+
+Metrics = dict[str, Mean | Max]

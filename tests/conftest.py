@@ -1,0 +1,64 @@
+"""What every test runs under: eight CPU devices, strict dtypes, no implicit rank promotion, checked shapes."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("grpo_jax", "beartype.beartype")
+hook.__enter__()
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile(
+    "repository", deadline=None, max_examples=30, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("repository")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A model of two layers and its parameters; weights large enough that a wrong mask or position shows."""
+    from grpo_jax.models import build_model, from_hf_config, init_params
+
+    config = from_hf_config(TINY)
+    return build_model(config), init_params(config, jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A barely trained base: what it says is short of sense, but it has tags, digits and ends."""
+    from grpo_jax.small_base import Recipe, make_base
+
+    folder = tmp_path_factory.mktemp("base") / "model"
+    make_base(folder, Recipe(skill_steps=20, mixture_steps=4, batch_size=16))
+    return str(folder)

@@ -1,0 +1,260 @@
+"""The pure core once more, in float64 NumPy: written from the papers and docstrings, slowly and plainly.
+
+Sequences are walked token by token and masked entries are deleted rather than multiplied by 0, so that a mistake in
+the arrays' version has no counterpart here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def f32(x) -> np.ndarray:
+    return np.asarray(x, np.float32)
+
+
+def f64(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def numeric_grad(f, x, mask=None, step=1e-6):
+    """Central differences of the scalar ``f`` at every (unmasked) entry of ``x``; 0 elsewhere."""
+    x = np.array(x, np.float64)
+    grad = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        if mask is None or mask[index]:
+            up, down = x.copy(), x.copy()
+            up[index] += step
+            down[index] -= step
+            grad[index] = (f(up) - f(down)) / (2 * step)
+    return grad
+
+
+# masked --------------------------------------------------------------------------------------------------------------
+
+
+def mean(x, mask):
+    kept = np.asarray(x, np.float64)[mask]
+    return kept.mean() if kept.size else 0.0
+
+
+def variance(x, mask, ddof=0):
+    kept = np.asarray(x, np.float64)[mask]
+    return ((kept - kept.mean()) ** 2).sum() / (kept.size - ddof) if kept.size > ddof else 0.0
+
+
+def whiten(x, mask, *, shift_mean=True, epsilon=1e-8):
+    x = np.asarray(x, np.float64)
+    result = np.zeros(x.shape)
+    centre = mean(x, mask)
+    result[mask] = (x[mask] - centre) / math.sqrt(variance(x, mask) + epsilon) + (0 if shift_mean else centre)
+    return result
+
+
+# log_probs -----------------------------------------------------------------------------------------------------------
+
+
+def softcapped(logits, cap):
+    logits = np.asarray(logits, np.float64)
+    return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def log_softmax(logits, temperature=1.0):
+    scaled = np.asarray(logits, np.float64) / temperature
+    shifted = scaled - scaled.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def token_log_probs(logits, ids, temperature=1.0):
+    return np.take_along_axis(log_softmax(logits, temperature), np.asarray(ids)[..., None], -1)[..., 0]
+
+
+def token_entropy(logits, temperature=1.0):
+    log_p = log_softmax(logits, temperature)
+    p = np.exp(log_p)
+    return -(p * np.where(p > 0, log_p, 0)).sum(-1)
+
+
+# advantage -----------------------------------------------------------------------------------------------------------
+
+
+def std(values, ddof=1):
+    values = np.asarray(values, np.float64)
+    return math.sqrt(((values - values.mean()) ** 2).sum() / (values.size - ddof)) if values.size > ddof else 0.0
+
+
+def group_relative(rewards, *, group_size, scale="group", ddof=1, epsilon=1e-6):
+    rewards = np.asarray(rewards, np.float64)
+    everyone = rewards[~np.isnan(rewards)]
+    result = np.zeros(rewards.size)
+    for start in range(0, rewards.size, group_size):
+        members = [i for i in range(start, start + group_size) if not np.isnan(rewards[i])]
+        if members:
+            group = rewards[members]
+            divisor = {"none": 1.0, "group": std(group, ddof) + epsilon, "batch": std(everyone, ddof) + epsilon}[scale]
+            result[members] = (group - group.mean()) / divisor
+    return result
+
+
+def rloo(rewards, *, group_size):
+    rewards = np.asarray(rewards, np.float64)
+    result = np.zeros(rewards.size)
+    for start in range(0, rewards.size, group_size):
+        members = [i for i in range(start, start + group_size) if not np.isnan(rewards[i])]
+        for i in members:
+            others = [rewards[j] for j in members if j != i]
+            result[i] = rewards[i] - np.mean(others) if others else 0.0
+    return result
+
+
+def reinforce_plus_plus(rewards, *, epsilon=1e-6):
+    rewards = np.asarray(rewards, np.float64)
+    present = ~np.isnan(rewards)
+    result = np.zeros(rewards.size)
+    if present.any():
+        kept = rewards[present]
+        result[present] = (kept - kept.mean()) / (std(kept) + epsilon)
+    return result
+
+
+def reinforce_plus_plus_baseline(rewards, *, group_size, epsilon=1e-6):
+    centred = group_relative(rewards, group_size=group_size, scale="none")
+    return np.nan_to_num(reinforce_plus_plus(np.where(np.isnan(rewards), np.nan, centred), epsilon=epsilon))
+
+
+def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
+    """The sum of ``(gamma lam)^l delta_{t+l}`` over what is left of each row once its masked steps are deleted."""
+    advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+    for b in range(mask.shape[0]):
+        steps = np.flatnonzero(mask[b])
+        r, v = np.asarray(rewards[b], np.float64)[steps], np.asarray(values[b], np.float64)[steps]
+        delta = r + gamma * np.append(v[1:], 0.0) - v if steps.size else r
+        for i, t in enumerate(steps):
+            advantages[b, t] = sum((gamma * lam) ** k * delta[i + k] for k in range(steps.size - i))
+            returns[b, t] = advantages[b, t] + v[i]
+    return advantages, returns
+
+
+# loss ----------------------------------------------------------------------------------------------------------------
+# A surrogate takes (ratio, ratio without gradient, advantage, log-probability) of one token.
+
+
+def clipped(ratio, _, advantage, __, *, low=0.2, high=0.2, dual_clip=None):
+    objective = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    if dual_clip is not None and advantage < 0:
+        objective = max(objective, dual_clip * advantage)
+    return -objective
+
+
+def cispo(_, frozen_ratio, advantage, log_prob, *, low=1.0, high=4.0):
+    return -min(max(frozen_ratio, 1 - low), 1 + high) * advantage * log_prob
+
+
+def sapo(ratio, _, advantage, __, *, positive=1.0, negative=1.05):
+    tau = positive if advantage > 0 else negative
+    return -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage
+
+
+def k2(d):
+    return d * d / 2
+
+
+def k3(d):
+    return math.exp(-d) - 1 + d
+
+
+def grpo_loss(
+    log_probs,
+    advantages,
+    mask,
+    *,
+    base=None,
+    old=None,
+    ref=None,
+    rollout=None,
+    entropy=None,
+    per_sequence=False,
+    surrogate=clipped,
+    kl=k3,
+    kl_coef=0.0,
+    kl_correction=False,
+    entropy_coef=0.0,
+    cap=None,
+    aggregate="sequence",
+    length=None,
+):
+    """The loss as a number. ``base`` are the log-probabilities of what carries no gradient: ``log_probs`` themselves,
+    unless ``log_probs`` are varied to differentiate numerically."""
+    log_probs = np.asarray(log_probs, np.float64)
+    base = log_probs if base is None else np.asarray(base, np.float64)
+    old = base if old is None else np.asarray(old, np.float64)
+    rows = []
+    for b in range(mask.shape[0]):
+        steps = np.flatnonzero(mask[b])
+        d = [log_probs[b, t] - old[b, t] for t in steps]
+        frozen = [base[b, t] - old[b, t] for t in steps]
+        if per_sequence and steps.size:
+            ratios, frozen_ratios = [math.exp(np.mean(d))] * steps.size, [math.exp(np.mean(frozen))] * steps.size
+        else:
+            ratios, frozen_ratios = [math.exp(x) for x in d], [math.exp(x) for x in frozen]
+        row = []
+        for i, t in enumerate(steps):
+            advantage = float(advantages[b] if np.ndim(advantages) == 1 else advantages[b, t])
+            token = surrogate(ratios[i], frozen_ratios[i], advantage, log_probs[b, t])
+            if cap is not None:
+                assert rollout is not None
+                token *= min(math.exp(old[b, t] - float(rollout[b, t])), cap)
+            if kl_coef:
+                assert ref is not None
+                divergence = kl(log_probs[b, t] - float(ref[b, t]))
+                token += kl_coef * divergence * (math.exp(d[i]) if kl_correction else 1.0)
+            if entropy_coef:
+                assert entropy is not None
+                token -= entropy_coef * float(entropy[b, t])
+            row.append(token)
+        if row:
+            rows.append(row)
+    if not rows:
+        return 0.0
+    if aggregate == "token":
+        return sum(map(sum, rows)) / sum(map(len, rows))
+    if aggregate == "sequence":
+        return sum(sum(row) / len(row) for row in rows) / len(rows)
+    assert length is not None
+    return sum(map(sum, rows)) / (length * len(rows))
+
+
+# sampling ------------------------------------------------------------------------------------------------------------
+
+
+def kept_tokens(logits, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """The set of tokens of one row that may be drawn: temperature, top-k, top-p, min-p, each on what was left."""
+    logits = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return {int(np.argmax(logits))}
+    kept = [int(i) for i in np.argsort(-logits, kind="stable") if logits[i] > -np.inf]
+    weight = np.exp((logits - logits.max()) / temperature)
+    if top_k is not None:
+        kept = [i for i in kept if logits[i] >= logits[kept[min(top_k, len(kept)) - 1]]]
+    if top_p < 1:
+        total, so_far, chosen = weight[kept].sum(), 0.0, []
+        for i in kept:
+            if so_far < top_p or logits[i] == logits[chosen[-1]]:
+                chosen.append(i)
+            so_far += weight[i] / total
+        kept = chosen
+    return {i for i in kept if weight[i] >= min_p * weight[kept[0]]}
+
+
+def sampling_distribution(logits, **knobs):
+    """The probabilities that one row is drawn from."""
+    kept = sorted(kept_tokens(logits, **knobs))
+    result = np.zeros(len(logits))
+    if knobs.get("temperature", 1.0) == 0:
+        result[kept] = 1.0
+    else:
+        weight = np.exp((np.asarray(logits, np.float64)[kept] - np.max(logits)) / knobs.get("temperature", 1.0))
+        result[kept] = weight / weight.sum()
+    return result

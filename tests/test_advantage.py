@@ -1,0 +1,261 @@
+import inspect
+from functools import partial
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from oracle import f32
+
+from grpo_jax.advantage import (
+    dr_grpo,
+    gae,
+    group_relative,
+    kl_penalized,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    rloo,
+    whitened,
+)
+
+B, T = 3, 6
+NAN = np.nan
+
+jit_group_relative = jax.jit(group_relative, static_argnames=("group_size", "scale", "ddof", "epsilon"))
+jit_rloo = jax.jit(rloo, static_argnames="group_size")
+jit_dr_grpo = jax.jit(dr_grpo, static_argnames="group_size")
+jit_reinforce = jax.jit(reinforce_plus_plus)
+jit_baseline = jax.jit(reinforce_plus_plus_baseline, static_argnames=("group_size", "epsilon"))
+jit_gae = jax.jit(gae, static_argnames=("gamma", "lam"))
+
+of_a_group = [
+    partial(jit_group_relative, scale="group"),
+    partial(jit_group_relative, scale="batch"),
+    partial(jit_group_relative, scale="none"),
+    jit_rloo,
+    jit_dr_grpo,
+    jit_baseline,
+]
+group_ids = ["group", "batch", "none", "rloo", "dr_grpo", "baseline"]
+
+rewards_of_8 = hnp.arrays(
+    np.float32,
+    8,
+    elements=st.one_of(
+        st.sampled_from([0.0, 1.0, 0.7, -1.0, NAN]),
+        st.floats(-10, 10, width=32),
+        st.sampled_from([1e6, -1e6, 1e-3, 1e15, -1e15]),
+    ),
+)
+
+
+def close(actual, expected, rtol=1e-5, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rtol, atol=atol)
+
+
+def gae_of_row(rewards, values, mask, **knobs):
+    """Advantages and returns of one short sequence, computed as the first row of a padded batch."""
+    row = [np.pad(np.asarray(x), ((0, B - 1), (0, T - len(x[0])))) for x in (rewards, values, mask)]
+    return [np.asarray(x)[0, : len(mask[0])] for x in jit_gae(f32(row[0]), f32(row[1]), row[2], **knobs)]
+
+
+def scale_of(rewards):
+    return 1e-5 * max(1.0, float(np.nanmax(np.abs(np.append(rewards, 0)))))
+
+
+# Group statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_a1_one_success_in_four():
+    rewards = f32([1, 0, 0, 0, 0, 0, 1, 0])
+    ours = jit_group_relative(rewards, group_size=4, scale="group", ddof=1, epsilon=1e-6)
+    close(ours, [1.5, -0.5, -0.5, -0.5, -0.5, -0.5, 1.5, -0.5])
+
+
+@pytest.mark.parametrize("value", [0.7, -0.1, 0.0, 1e6 + 0.1, 1e-20, 3.4e38])
+@pytest.mark.parametrize("count", [4, 16])
+def test_a2_equal_rewards_give_exactly_zero(value, count):
+    rewards = np.full(2 * count, value, np.float32)
+    for f in of_a_group:
+        np.testing.assert_array_equal(f(rewards, group_size=count), 0)
+    np.testing.assert_array_equal(jit_reinforce(rewards), 0)
+
+
+def test_a2_equal_rewards_give_exactly_zero_without_epsilon_too():
+    rewards = np.full(8, 0.7, np.float32)
+    for scale in ("group", "batch"):
+        np.testing.assert_array_equal(jit_group_relative(rewards, group_size=4, scale=scale, epsilon=0.0), 0)
+
+
+def test_a2_groups_of_different_equal_rewards_give_exactly_zero():
+    rewards = np.repeat(f32([0.7, 0.1]), 16)
+    for f in of_a_group:
+        np.testing.assert_array_equal(f(rewards, group_size=16), 0)
+
+
+def test_a3_leave_one_out_on_one_failure_in_eight():
+    close(jit_rloo(f32([0.0] + [0.95] * 7), group_size=8), [-0.95] + [0.95 / 7] * 7)
+
+
+@pytest.mark.parametrize("f", of_a_group, ids=group_ids)
+@pytest.mark.parametrize("group_size", [1, 0, -2])
+def test_a4_a_group_too_small_for_a_statistic_is_refused_at_trace_time(f, group_size):
+    with pytest.raises(ValueError, match=f"group_size is {group_size}.*at least 2"):
+        jax.eval_shape(partial(f, group_size=group_size), np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("f", of_a_group, ids=group_ids)
+def test_rewards_that_do_not_form_groups_are_refused_at_trace_time(f):
+    with pytest.raises(ValueError, match="7 rewards do not form groups of 2"):
+        jax.eval_shape(partial(f, group_size=2), np.zeros(7, np.float32))
+
+
+def test_an_unknown_scale_is_refused_at_trace_time_and_the_known_ones_named():
+    unchecked = inspect.unwrap(group_relative)  # without the tests' own check of annotated types
+    with pytest.raises(ValueError, match="scale is 'std'; it is one of 'group', 'batch', 'none'"):
+        jax.eval_shape(lambda r: unchecked(r, group_size=2, scale="std"), jnp.zeros(4))
+
+
+@given(rewards_of_8, st.sampled_from([2, 4]), st.sampled_from(["group", "batch", "none"]), st.sampled_from([0, 1]))
+def test_a5_group_relative_agrees_with_the_oracle(rewards, group_size, scale, ddof):
+    ours = jit_group_relative(rewards, group_size=group_size, scale=scale, ddof=ddof, epsilon=1e-6)
+    expected = oracle.group_relative(rewards, group_size=group_size, scale=scale, ddof=ddof)
+    close(ours, expected, atol=scale_of(rewards) if scale == "none" else 1e-5)
+
+
+@given(rewards_of_8, st.sampled_from([2, 4]))
+def test_a5_leave_one_out_and_dr_grpo_agree_with_the_oracle(rewards, group_size):
+    tolerance = scale_of(rewards)
+    close(jit_rloo(rewards, group_size=group_size), oracle.rloo(rewards, group_size=group_size), atol=tolerance)
+    expected = oracle.group_relative(rewards, group_size=group_size, scale="none")
+    close(jit_dr_grpo(rewards, group_size=group_size), expected, atol=tolerance)
+
+
+@given(rewards_of_8, st.sampled_from([2, 4]))
+def test_a5_reinforce_plus_plus_agrees_with_the_oracle(rewards, group_size):
+    close(jit_reinforce(rewards), oracle.reinforce_plus_plus(rewards))
+    expected = oracle.reinforce_plus_plus_baseline(rewards, group_size=group_size)
+    close(jit_baseline(rewards, group_size=group_size), expected)
+
+
+def test_a5_statistics_are_over_those_present_and_the_absent_one_gets_0():
+    rewards = f32([1.0, NAN, 0.0, 0.0, NAN, NAN, NAN, NAN])
+    ours = jit_group_relative(rewards, group_size=4, scale="group")
+    alone = oracle.group_relative([1.0, 0.0, 0.0], group_size=3)
+    close(ours, [alone[0], 0, alone[1], alone[2], 0, 0, 0, 0])
+    for f in of_a_group:
+        ours = np.asarray(f(rewards, group_size=4))
+        np.testing.assert_array_equal(ours[[1, 4, 5, 6, 7]], 0)
+        assert np.isfinite(ours).all()
+
+
+def test_a5_all_absent_and_one_alone_give_zero():
+    for rewards in (np.full(8, NAN, np.float32), f32([5.0] + 7 * [NAN])):
+        for f in of_a_group:
+            np.testing.assert_array_equal(f(rewards, group_size=4), 0)
+        np.testing.assert_array_equal(jit_reinforce(rewards), 0)
+
+
+def test_a6_scale_by_batch_takes_the_mean_of_the_group_and_the_deviation_of_all():
+    rewards = np.array([1.0, 0, 0, 0, 5, 5, 5, 6])
+    deviation = rewards.std(ddof=1) + 1e-6
+    expected = np.concatenate([rewards[:4] - rewards[:4].mean(), rewards[4:] - rewards[4:].mean()]) / deviation
+    close(jit_group_relative(f32(rewards), group_size=4, scale="batch"), expected)
+
+
+def test_dr_grpo_does_not_divide_and_the_population_deviation_is_ddof_0():
+    rewards, centred = f32([1, 0, 0, 0] * 2), np.array([0.75, -0.25, -0.25, -0.25] * 2)
+    close(jit_dr_grpo(rewards, group_size=4), centred)
+    expected = centred / (np.sqrt(3) / 4 + 0.5)
+    close(jit_group_relative(rewards, group_size=4, ddof=0, epsilon=0.5), expected)
+
+
+def test_groups_are_adjacent_rows_and_do_not_mix():
+    rewards = f32([1, 0, 10, 30, 2, 2, -5, 5])
+    close(jit_dr_grpo(rewards, group_size=2), [0.5, -0.5, -10, 10, 0, 0, -5, 5])
+    others = f32([1, 0, 0, 0, 9, 7, 1, 1])
+    for f in (jit_dr_grpo, jit_rloo, jit_group_relative):
+        np.testing.assert_array_equal(f(rewards, group_size=2)[:2], f(others, group_size=2)[:2])
+
+
+def test_a_constant_added_to_all_rewards_changes_nothing():
+    rewards = f32([1, 0, 0, 1, 1, 1, 0, 1])
+    for f in of_a_group:
+        close(f(rewards + f32(2**20), group_size=4), f(rewards, group_size=4))
+
+
+def test_reinforce_plus_plus_standardizes_over_the_batch():
+    rewards = np.array([3.0, 1, 4, 1, 5, 9, 2, 6])
+    close(jit_reinforce(f32(rewards)), (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6))
+    centred = np.concatenate([rewards[:4] - rewards[:4].mean(), rewards[4:] - rewards[4:].mean()])
+    ours = jit_baseline(f32(rewards), group_size=4, epsilon=0.5)
+    close(ours, centred / (centred.std(ddof=1) + 0.5))
+
+
+# KL in the reward ----------------------------------------------------------------------------------------------------
+
+
+def test_kl_in_the_reward_is_summed_over_the_completion_and_nothing_leaks_from_masked_steps():
+    rewards, kl = jnp.array([1.0, 2.0, NAN]), jnp.array([[0.5, NAN, 0.25], [jnp.inf, NAN, NAN], [1.0, 1.0, 1.0]])
+    mask = jnp.array([[True, False, True], [False, False, False], [True, True, True]])
+    ours = jax.jit(partial(kl_penalized, kl_coef=0.5))(rewards, kl, mask)
+    np.testing.assert_array_equal(ours, [1 - 0.375, 2, NAN])
+
+
+# Generalized advantage estimation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("junk", [100.0, NAN, np.inf])
+def test_a7_nothing_leaks_from_masked_steps(junk):
+    advantages, returns = gae_of_row([[0.0, 1, 0]], [[0.0, 0, junk]], [[True, True, False]], gamma=1.0, lam=0.95)
+    close(advantages, [0.95, 1, 0])
+    close(returns, [0.95, 1, 0])
+
+
+def test_a8_a_hole_in_the_mask_is_carried_over_as_if_it_were_not_there():
+    without = gae_of_row([[0.1, 0.2, 0.3]], [[1.0, -2.0, 0.5]], [[True] * 3], gamma=0.9, lam=0.8)
+    mask = [[True, False, False, True, True]]
+    holed = gae_of_row([[0.1, 7, NAN, 0.2, 0.3]], [[1.0, NAN, 7, -2.0, 0.5]], mask, gamma=0.9, lam=0.8)
+    for ours, expected in zip(holed, without, strict=True):
+        close(ours, [expected[0], 0, 0, expected[1], expected[2]])
+
+
+@given(
+    hnp.arrays(np.float32, (B, T), elements=st.floats(-10, 10, width=32)),
+    hnp.arrays(np.float32, (B, T), elements=st.floats(-10, 10, width=32)),
+    hnp.arrays(np.bool_, (B, T)),
+    st.sampled_from([(1.0, 0.95), (0.9, 0.8), (1.0, 1.0)]),
+    st.sampled_from([NAN, np.inf, 100.0]),
+)
+def test_gae_agrees_with_the_oracle(rewards, values, mask, knobs, junk):
+    gamma, lam = knobs
+    bad_rewards, bad_values = np.where(mask, rewards, f32(junk)), np.where(mask, values, f32(junk))
+    ours = jit_gae(bad_rewards, bad_values, mask, gamma=gamma, lam=lam)
+    for actual, expected in zip(ours, oracle.gae(rewards, values, mask, gamma=gamma, lam=lam), strict=True):
+        close(actual, expected, atol=1e-4)
+        np.testing.assert_array_equal(np.asarray(actual)[~mask], 0)
+
+
+def test_gae_with_lambda_0_is_one_step_and_with_lambda_1_is_monte_carlo():
+    rewards, values, mask = [[1.0, 2, 3]], [[0.5, -1, 4]], [[True] * 3]
+    one_step, _ = gae_of_row(rewards, values, mask, gamma=0.9, lam=0.0)
+    close(one_step, [1 + 0.9 * -1 - 0.5, 2 + 0.9 * 4 + 1, 3 - 4])
+    _, monte_carlo = gae_of_row(rewards, values, mask, gamma=0.9, lam=1.0)
+    close(monte_carlo, [1 + 0.9 * (2 + 0.9 * 3), 2 + 0.9 * 3, 3])
+
+
+# Whitening -----------------------------------------------------------------------------------------------------------
+
+
+def test_a9_whitened_advantages_have_mean_0_and_variance_1_over_unmasked_tokens_only():
+    rng = np.random.default_rng(0)
+    advantages, mask = f32(rng.normal(size=(B, T)) * 2 + 3), rng.random((B, T)) < 0.7
+    ours = np.asarray(jax.jit(whitened)(np.where(mask, advantages, f32(NAN)), mask))
+    close(ours, oracle.whiten(advantages, mask))
+    close(oracle.mean(ours, mask), 0)
+    close(oracle.variance(ours, mask), 1)
+    np.testing.assert_array_equal(ours[~mask], 0)

@@ -1,0 +1,95 @@
+"""Prompts encoded once, completions decoded as sampled, and the held-out loop over them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.sources import Problem
+from grpo_jax.data.tasks import VOCABULARY, make_tokenizer
+from grpo_jax.evaluate import held_out
+from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.types import Rollout
+
+EOS, PAD = VOCABULARY.index("<eos>"), VOCABULARY.index("<pad>")
+PROBLEMS = [Problem("1+2=", "3"), Problem("1+2+3+4=", "10"), Problem("4+4=", "8"), Problem("5+1=", "6")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def encode(tokenizer, problems=PROBLEMS, **options):
+    settings = {"max_prompt_length": 6, "pad_id": PAD, "template": "{question}"}
+    return EncodedProblems(problems, tokenizer, **settings | options)
+
+
+def test_prompts_that_do_not_fit_are_dropped_and_counted(tokenizer):
+    encoded = encode(tokenizer)
+    assert encoded.dropped == 1
+    assert encoded.texts == ["1+2=", "4+4=", "5+1="]
+    assert [problem.answer for problem in encoded.problems] == ["3", "8", "6"]
+    assert len(encoded) == 3
+    assert encode(tokenizer, overlong="truncate").dropped == 0
+    with pytest.raises(ValueError, match="longer than max_prompt_length=6"):
+        encode(tokenizer, overlong="error")
+
+
+def test_padded(tokenizer):
+    encoded = encode(tokenizer)
+    prompts = encoded.padded([2, 0])
+    assert prompts.index.tolist() == [2, 0]
+    assert prompts.mask.tolist() == [[False, False, True, True, True, True]] * 2
+    assert tokenizer.decode(prompts.ids[0][prompts.mask[0]]) == "5+1="
+    assert encoded.padded([2, 2], [7, 8]).index.tolist() == [7, 8]
+
+
+def test_an_empty_prompt_is_named(tokenizer):
+    with pytest.raises(ValueError, match="prompt '' has no tokens"):
+        encode(tokenizer, [Problem("", "1")])
+
+
+def rollout_of(tokenizer, texts, ended=True):
+    rows = [tokenizer(text)["input_ids"] + [EOS] * ended for text in texts]
+    T = max(map(len, rows))
+    ids = jnp.array([row + [PAD] * (T - len(row)) for row in rows], jnp.int32)
+    mask = jnp.array([[t < len(row) for t in range(T)] for row in rows])
+    prompts = jnp.zeros((len(rows), 1), jnp.int32)
+    zeros = jnp.zeros(ids.shape, jnp.float32)
+    return Rollout(prompts, prompts == 0, ids, mask, zeros, jnp.full(len(rows), not ended))
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_completions_are_decoded_without_their_end(tokenizer, ended):
+    texts = ["<answer>3</answer>", "<think>1+1=2;</think>"]
+    assert decode_completions(tokenizer, rollout_of(tokenizer, texts, ended), (EOS,)) == texts
+
+
+def test_an_ending_token_elsewhere_and_other_special_tokens_stay(tokenizer):
+    rollout = rollout_of(tokenizer, ["1<pad>2"])
+    assert decode_completions(tokenizer, rollout, (EOS,)) == ["1<pad>2"]
+
+
+def test_held_out_counts_every_problem_once(tokenizer):
+    """Three problems in batches of two: what is drawn for the one that fills the last batch is not looked at."""
+    encoded = encode(tokenizer)
+    answers = {0: ["3", "3", "1"], 1: ["8", "2", "2"], 2: ["6", "6", "5"], 3: ["9", "9", "9"]}
+    drawn, done = [], []
+
+    def rollout(prompts):
+        drawn.append(prompts.index.tolist())
+        return rollout_of(
+            tokenizer, [f"<answer>{text}</answer>" for i in prompts.index.tolist() for text in answers[i]]
+        )
+
+    def decode(rollout):
+        return decode_completions(tokenizer, rollout, (EOS,))
+
+    metrics = held_out(encoded, rollout, decode, answer_reward, num_prompts=2, group_size=3, report=done.append)
+    assert drawn == [[0, 1], [2, 3]]
+    assert done == [2, 3]
+    assert metrics["eval/pass@1"] == pytest.approx(5 / 9)
+    assert metrics["eval/maj@3"] == pytest.approx(2 / 3)
+    assert metrics["eval/mean_length"] == 4
+    assert np.isfinite(list(metrics.values())).all()

@@ -1,0 +1,249 @@
+"""Checkpoints in and out: what is found, what is refused, what is settled, and that nothing half written stays."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from checkpoints import SMALL, edit_json, random_params, tiny_tokenizer, write_checkpoint
+from huggingface_hub.utils import filter_repo_objects
+
+from grpo_jax.models import from_hf_config, from_pretrained, hf, save_pretrained
+
+LLAMA = {"model_type": "llama", **SMALL, "torch_dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A checkpoint with a tokenizer, made once; tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("original")
+    write_checkpoint(folder, "llama2")
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "checkpoint")
+
+
+def test_everything_that_came_with_the_model_is_handed_over(original):
+    loaded = from_pretrained(original)
+    assert loaded.hf_config == json.loads((original / "config.json").read_text())
+    assert loaded.generation_config == json.loads((original / "generation_config.json").read_text())
+    assert loaded.config == from_hf_config(loaded.hf_config)
+    assert loaded.tokenizer.decode([5, 7]) == "w5 w7"
+    assert loaded.eos_ids == (1,)
+    assert loaded.pad_id == 0
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.float32)}
+    assert loaded.params["layers_0"]["attention"]["q"]["kernel"].shape == (32, 4, 8)
+
+
+def test_a_tilde_and_a_string_name_a_folder_too(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert from_pretrained(f"~/{folder.name}").config == from_pretrained(str(folder)).config
+
+
+@pytest.mark.parametrize(
+    ("of_generation", "of_config", "wanted"),
+    [
+        ([1, 7, 9], 5, (1, 7, 9)),
+        (7, [1, 5], (7,)),
+        (..., [5, 6], (5, 6)),
+        (None, 5, (5,)),
+        (..., ..., (1,)),  # the tokenizer's
+        ([96, 7, -1], 5, (7,)),
+    ],
+)
+def test_eos_ids_come_from_the_most_specific_place(folder, of_generation, of_config, wanted):
+    edit_json(folder / "generation_config.json", eos_token_id=of_generation)
+    edit_json(folder / "config.json", eos_token_id=of_config)
+    assert from_pretrained(folder).eos_ids == wanted
+
+
+def test_a_checkpoint_without_generation_config_and_tokenizer(folder):
+    for path in [*folder.glob("tokenizer*"), *folder.glob("chat_template*"), folder / "generation_config.json"]:
+        path.unlink()
+    loaded = from_pretrained(folder)
+    assert loaded.tokenizer is None
+    assert loaded.generation_config is None
+    assert (loaded.eos_ids, loaded.pad_id) == ((1,), 0)
+    edit_json(folder / "config.json", eos_token_id=None)
+    with pytest.raises(ValueError, match=r"no EOS id .* names none; set eos_token_id in generation_config.json"):
+        from_pretrained(folder)
+    edit_json(folder / "config.json", eos_token_id=[96, 97])
+    with pytest.raises(ValueError, match=r"no EOS id within the vocabulary of 96: .* names \[96, 97\]"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("of_tokenizer", "of_generation", "of_config", "wanted"),
+    [("<pad>", 5, 6, 0), (None, 5, 6, 5), (None, ..., 6, 6), (None, None, -1, 9), (None, 96, ..., 9)],
+)
+def test_a_pad_id_is_settled(folder, of_tokenizer, of_generation, of_config, wanted):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    tiny_tokenizer(pad_token=of_tokenizer).save_pretrained(folder)
+    edit_json(folder / "generation_config.json", pad_token_id=of_generation, eos_token_id=[9, 1])
+    edit_json(folder / "config.json", pad_token_id=of_config)
+    assert from_pretrained(folder).pad_id == wanted
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, original):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json and so is no checkpoint; it has nothing"):
+        from_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"it has \['notes.txt'\]"):
+        from_pretrained(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"model\.safetensors is a file; give the folder"):
+        from_pretrained(original / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no folder /no/such/place, and it is no hub id"):
+        from_pretrained("/no/such/place")
+    with pytest.raises(ValueError, match="revision='main' is for hub ids"):
+        from_pretrained(original, revision="main")
+
+
+def test_a_repository_that_cannot_be_fetched_is_named():
+    with pytest.raises(FileNotFoundError, match="'owner/name' could not be fetched from the hub: "):
+        from_pretrained("owner/name")
+    with pytest.raises(FileNotFoundError, match="'owner/name' at revision 'v2' could not be fetched"):
+        from_pretrained("owner/name", revision="v2")
+
+
+def test_of_a_repository_only_harmless_files_are_fetched(original, monkeypatch):
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(original)
+
+    monkeypatch.setattr(hf, "snapshot_download", snapshot_download)
+    assert from_pretrained("owner/name", revision="v2").eos_ids == (1,)
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
+    wanted = [
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ]
+    unwanted = [
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "tokenizer_x.py",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "onnx/model.onnx",
+        "README.md",
+        "flax_model.msgpack",
+    ]
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert set(filter_repo_objects(wanted + unwanted, **patterns)) == set(wanted)
+
+
+def test_code_that_comes_with_a_checkpoint_is_never_run(folder):
+    evil = f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n"
+    (folder / "evil.py").write_text(evil)
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    assert from_pretrained(folder).tokenizer.decode([5]) == "w5"
+    edit_json(folder / "config.json", model_type="evil")
+    with pytest.raises(ValueError, match="never run; supported are"):
+        from_pretrained(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_damaged_json_and_unsupported_configs_are_named(folder):
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(ValueError, match="'yarn' is not implemented"):
+        from_pretrained(folder)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json must hold a JSON object, not list"):
+        from_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        from_pretrained(folder)
+
+
+def test_dtypes_that_are_not_supported_are_refused(original, tmp_path):
+    with pytest.raises(ValueError, match="param_dtype must be float32, bfloat16 or float16, not int8"):
+        from_pretrained(original, param_dtype=jnp.int8)
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not float16"):
+        from_pretrained(original, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, not int8"):
+        save_pretrained(tmp_path / "export", {}, hf_config=LLAMA, dtype=jnp.int8)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(from_hf_config(LLAMA))
+
+
+def test_the_config_is_kept_and_its_dtype_updated_as_it_was_spelled(params, tmp_path):
+    save_pretrained(tmp_path / "a", params, hf_config=LLAMA, dtype=jnp.bfloat16)
+    written = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert written == {**LLAMA, "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
+    config = {name: value for name, value in LLAMA.items() if name != "torch_dtype"} | {"architectures": ["Mine"]}
+    save_pretrained(tmp_path / "b", params, hf_config=config, generation_config={"eos_token_id": [1, 7]})
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert written == {**config, "dtype": "float32"}
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": [1, 7]}
+    assert from_pretrained(tmp_path / "b").eos_ids == (1, 7)
+
+
+class Tokenizer:
+    """Stands for one that does something while it is saved, after weights and config were written."""
+
+    def __init__(self, on_save):
+        self.save_pretrained = on_save
+
+
+def test_the_folder_appears_only_once_it_is_whole(params, tmp_path):
+    folder = tmp_path / "new" / "export"
+    seen = []
+
+    def look(partial):
+        seen.extend(sorted(path.name for path in partial.iterdir()))
+        assert not folder.exists()
+        assert partial.parent == folder.parent
+
+    save_pretrained(folder, params, hf_config=LLAMA, tokenizer=Tokenizer(look))
+    assert seen == ["config.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]
+
+
+def test_a_write_that_fails_leaves_nothing(params, tmp_path):
+    def fail(partial):
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(tmp_path / "export", params, hf_config=LLAMA, tokenizer=Tokenizer(fail))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_write_left_is_cleared_by_the_next(params, tmp_path):
+    (tmp_path / ".export.partial").mkdir()
+    (tmp_path / ".export.partial" / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    save_pretrained(tmp_path / "export", params, hf_config=LLAMA)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(params, tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "precious").write_text("x")
+    with pytest.raises(FileExistsError, match="export exists and is not empty; remove it or choose another name"):
+        save_pretrained(tmp_path / "export", params, hf_config=LLAMA)
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["precious"]
+    (tmp_path / "empty").mkdir()
+    save_pretrained(tmp_path / "empty", params, hf_config=LLAMA)
+    assert (tmp_path / "empty" / "config.json").exists()

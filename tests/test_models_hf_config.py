@@ -1,0 +1,275 @@
+"""config.json as DecoderConfig: transformers' own reading is the oracle, and nothing is passed over in silence."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from checkpoints import CASES, SMALL, old_spelling
+
+from grpo_jax.models import from_hf_config
+from grpo_jax.models.config import Rope
+from grpo_jax.models.hf_config import FAMILIES, HARMLESS, HARMLESS_AT, REQUIRED
+
+# As they stand on the hub, in the spelling of their day.
+HUB_CONFIGS = {
+    "meta-llama/Llama-2-7b-hf": """{"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16", "use_cache": true,
+        "transformers_version": "4.31.0.dev0", "vocab_size": 32000}""",
+    "meta-llama/Llama-3.2-1B-Instruct": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
+        "use_cache": true, "vocab_size": 128256}""",
+    "mistralai/Mistral-7B-v0.1": """{"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0",
+        "use_cache": true, "vocab_size": 32000}""",
+    "Qwen/Qwen2.5-0.5B-Instruct": """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 896,
+        "initializer_range": 0.02, "intermediate_size": 4864, "max_position_embeddings": 32768,
+        "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": true,
+        "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}""",
+    "Qwen/Qwen3-0.6B": """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+    "google/gemma-2-27b": """{"architectures": ["Gemma2ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+        "eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 128, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608, "initializer_range": 0.02,
+        "intermediate_size": 36864, "max_position_embeddings": 8192, "model_type": "gemma2",
+        "num_attention_heads": 32, "num_hidden_layers": 46, "num_key_value_heads": 16, "pad_token_id": 0,
+        "query_pre_attn_scalar": 144, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
+        "sliding_window_size": 4096, "torch_dtype": "float32", "transformers_version": "4.42.0.dev0",
+        "use_cache": true, "vocab_size": 256000, "_attn_implementation": "eager"}""",
+    "google/gemma-3-1b-it": """{"architectures": ["Gemma3ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_logit_softcapping": null, "bos_token_id": 2, "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106], "final_logit_softcapping": null, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+        "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": null,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0", "use_cache": true, "vocab_size": 262144}""",
+}
+
+
+def small(family, **changes):
+    """The smallest config of a family that is accepted, with changes; ``...`` removes a field."""
+    required = {"head_dim": 16} if family.startswith(("gemma", "qwen3")) else {}
+    config = {"model_type": family, **SMALL, **required, **changes}
+    return {name: value for name, value in config.items() if value is not ...}
+
+
+def transformers_config(hf_config):
+    import transformers
+
+    return transformers.AutoConfig.for_model(**hf_config)
+
+
+def rope_of(parameters):
+    """A rope from transformers' standardized parameters."""
+    given = {name: float(value) if name != "rope_type" else value for name, value in parameters.items()}
+    names = {"rope_theta": "theta", "rope_type": "kind", "original_max_position_embeddings": "original_max_positions"}
+    return Rope(**{names.get(name, name): value for name, value in given.items()})
+
+
+def check_against_transformers(hf_config):
+    config, oracle = from_hf_config(hf_config), transformers_config(hf_config)
+    assert config.vocab_size == oracle.vocab_size
+    assert config.hidden_size == oracle.hidden_size
+    assert config.intermediate_size == oracle.intermediate_size
+    assert config.num_layers == oracle.num_hidden_layers
+    assert config.num_heads == oracle.num_attention_heads
+    assert config.num_kv_heads == oracle.num_key_value_heads
+    assert config.head_dim == getattr(oracle, "head_dim", config.hidden_size // config.num_heads)
+    assert config.max_position_embeddings == oracle.max_position_embeddings
+    assert config.norm_epsilon == oracle.rms_norm_eps
+    assert config.tie_word_embeddings == oracle.tie_word_embeddings
+    assert config.initializer_range == oracle.initializer_range
+    assert config.activation == getattr(oracle, "hidden_activation", getattr(oracle, "hidden_act", None))
+    assert config.query_scale == getattr(oracle, "query_pre_attn_scalar", config.head_dim) ** -0.5
+    assert config.attention_softcap == getattr(oracle, "attn_logit_softcapping", None)
+    assert config.logit_softcap == getattr(oracle, "final_logit_softcapping", None)
+    window = getattr(oracle, "sliding_window", None)
+    every_layer = "sliding_attention" if oracle.model_type == "mistral" and window else "full_attention"
+    layer_types = getattr(oracle, "layer_types", None) or [every_layer] * config.num_layers
+    assert config.windows == tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    parameters = oracle.rope_parameters
+    for kind, rope in zip(layer_types, config.ropes, strict=True):
+        assert rope == rope_of(parameters.get(kind, parameters))
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_configs_of_the_hub_are_read_as_transformers_reads_them(name):
+    check_against_transformers(json.loads(HUB_CONFIGS[name]))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_fields_left_out_mean_what_they_mean_in_transformers(model_type):
+    check_against_transformers(small(model_type))
+
+
+def test_gemma_scales_its_embeddings_and_offsets_its_norms():
+    assert from_hf_config(small("gemma2")).embedding_scale == math.sqrt(32)
+    assert from_hf_config(small("gemma3_text")).norm_offset == 1.0
+    assert from_hf_config(small("llama")).embedding_scale == 1.0
+    assert from_hf_config(small("llama")).norm_offset == 0.0
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_that_transformers_declares_is_accounted_for(model_type):
+    declared = {field.name for field in dataclasses.fields(type(transformers_config(small(model_type))))}
+    assert declared <= set(FAMILIES[model_type].fields) | HARMLESS | set(HARMLESS_AT) | {"attn_logit_softcapping"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_spellings_give_one_config(case):
+    import transformers
+
+    class_name, fields = CASES[case]
+    new = json.loads(
+        getattr(transformers, class_name)(**SMALL | fields, dtype="float32").to_json_string(use_diff=False)
+    )
+    old = old_spelling(new)
+    assert "rope_theta" in old
+    assert "rope_parameters" not in old
+    assert "torch_dtype" in old
+    assert from_hf_config(new) == from_hf_config(old)
+
+
+def test_whole_numbers_may_stand_for_floats():
+    whole = small("gemma2", final_logit_softcapping=30, attn_logit_softcapping=50, rope_theta=10000, rms_norm_eps=1)
+    assert from_hf_config(whole) == from_hf_config(small("gemma2", rms_norm_eps=1.0))
+
+
+def test_an_explicit_list_of_layer_types_wins_over_the_rule():
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = from_hf_config(small("gemma2", layer_types=kinds, sliding_window=7))
+    assert config.windows == (None, 7, None)
+
+
+def test_null_switches_the_caps_and_the_window_off():
+    config = from_hf_config(small("gemma2", final_logit_softcapping=None, attn_logit_softcapping=None))
+    assert (config.logit_softcap, config.attention_softcap) == (None, None)
+    assert from_hf_config(small("mistral", sliding_window=None)).windows == (None,) * 3
+    assert from_hf_config(small("qwen2", use_sliding_window=True, sliding_window=None)).windows == (None,) * 3
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS - {"model_type"}))
+def test_harmless_fields_change_nothing(name):
+    assert from_hf_config(small("llama", **{name: 7})) == from_hf_config(small("llama"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"some_new_trick": True}, "some_new_trick=True"),
+        ({"some_new_trick": 1, "another": "x"}, "some_new_trick=1, another='x'"),
+        ({"use_mrope": True}, "use_mrope=True"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"sliding_window": 4}, "sliding_window=4"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"hidden_act": "relu"}, "'relu' is not supported; supported are silu, gelu"),
+        ({"vocab_size": ...}, "lacks vocab_size"),
+        ({"vocab_size": ..., "hidden_size": ...}, "lacks vocab_size, hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size in config.json must be of type int, not '32'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers in config.json must be a positive integer, not 0"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads in config.json must be a positive integer"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"hidden_size": 30}, "hidden_size 30 is not a multiple of num_attention_heads 4"),
+        ({"head_dim": 9}, "head_dim 9 must be even"),
+        ({"rms_norm_eps": None}, "rms_norm_eps in config.json must be of type float, not None"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings in config.json must be of type bool, not 'no'"),
+        ({"model_type": "mixtral"}, "'mixtral' in config.json is not supported; supported are gemma2, gemma3_text"),
+        ({"model_type": ...}, "model_type None"),
+        ({"model_type": "gemma3", "text_config": {}}, "'gemma3' is multimodal"),
+        ({"model_type": "odd", "auto_map": {"AutoModel": "m.M"}}, "code of its own .auto_map., which is never run"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not implemented"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not implemented"),
+        ({"rope_scaling": {"type": "linear"}}, r"'linear' \(rope_parameters\) lacks \['factor'\]"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, r"has \['beta'\], which it does not read"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3"}},
+            "gives rope_type twice, as 'linear' and 'llama3'",
+        ),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta twice, as 10000.0 and 1000000.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not implemented"),
+        ({"rope_parameters": {"full_attention": {}}}, r"has \['full_attention'\], which it does not read"),
+    ],
+)
+def test_a_llama_config_that_is_not_understood_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(small("llama", **changes))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types="),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 1}}, "dual_chunk_attention_config="),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types has .'chunked_attention'.; supported are"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_attention layers but no window"),
+        ("mistral", {"sliding_window": 0}, "sliding_attention layers but no window: sliding_window=0"),
+        ("gemma2", {"sliding_window_size": 5, "sliding_window": 4}, "sliding_window_size=5"),
+        ("gemma2", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gemma2", {"head_dim": ...}, "lacks head_dim"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("gemma3_text", {"_sliding_window_pattern": 5}, "_sliding_window_pattern=5"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_theta": 1e6}},
+            r"rope_parameters has \['rope_theta'\]; expected are",
+        ),
+        (
+            "gemma3_text",
+            {"rope_local_base_freq": 1e4, "rope_parameters": {"sliding_attention": {"rope_theta": 1e5}}},
+            r"rope_theta twice, as 10000.0 and 100000.0 \(rope_parameters.sliding_attention\)",
+        ),
+    ],
+)
+def test_other_families_refuse_by_name_too(model_type, changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(small(model_type, **changes))
+
+
+def test_unknown_fields_that_are_null_and_spellings_that_agree_pass():
+    plain = from_hf_config(small("llama", rope_theta=1e6))
+    assert plain == from_hf_config(small("llama", rope_theta=1e6, some_new_trick=None))
+    assert plain == from_hf_config(small("llama", rope_theta=1e6, rope_parameters={"rope_theta": 1e6}))
+    assert plain == from_hf_config(small("llama", rope_theta=1e6, use_mrope=False, partial_rotary_factor=1.0))
+    assert plain == from_hf_config(small("llama", rope_theta=1e6, auto_map={"AutoModel": "m.M"}))
+    plain = from_hf_config(small("gemma2"))
+    assert plain == from_hf_config(small("gemma2", sliding_window_size=4096, hidden_act="gelu_pytorch_tanh"))
+
+
+def test_only_sizes_are_required():
+    required = {name for family in FAMILIES.values() for name, value in family.fields.items() if value is REQUIRED}
+    assert required == {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    }

@@ -1,0 +1,151 @@
+"""Layers against NumPy in float64, and against transformers where that is the definition."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import quick_jit
+
+from grpo_jax.models.config import Rope
+from grpo_jax.models.layers import Embedding, Norm, allowed_slots, attend, rope_frequencies, rotate, rotation
+
+LLAMA3 = Rope(5e5, "llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192.0)
+
+
+@pytest.mark.parametrize("rope", [Rope(1e4), Rope(1e6, "linear", factor=8.0), LLAMA3])
+def test_frequencies_are_those_of_transformers(rope):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        head_dim=128,
+        rope_parameters={
+            "rope_type": rope.kind,
+            "rope_theta": rope.theta,
+            **({"factor": rope.factor} if rope.kind != "default" else {}),
+            **({"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope.kind == "llama3" else {}),
+            **({"original_max_position_embeddings": 8192} if rope.kind == "llama3" else {}),
+        },
+    )
+    oracle = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq.numpy()
+    frequencies = rope_frequencies(rope, 128)
+    assert frequencies.dtype == np.float32
+    np.testing.assert_allclose(frequencies, oracle, rtol=5e-7)
+
+
+def test_llama3_scaling_leaves_high_frequencies_divides_low_ones_and_blends_between():
+    plain, scaled = rope_frequencies(Rope(5e5), 128), rope_frequencies(LLAMA3, 128)
+    waves = 2 * np.pi / plain.astype(np.float64)
+    high, low = waves < 8192 / 4.0, waves > 8192 / 1.0
+    np.testing.assert_array_equal(scaled[high], plain[high])
+    np.testing.assert_allclose(scaled[low], plain[low] / 32, rtol=1e-6)
+    between = ~high & ~low
+    assert between.any()
+    assert (scaled[between] < plain[between]).all()
+    assert (scaled[between] > plain[between] / 32).all()
+
+
+def test_rotation_turns_pairs_half_a_head_apart():
+    x = jnp.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 1, 4)
+    found = rotate(x, rotation(Rope(1e4), 4, jnp.array([[3]])))
+    angles = 3 * np.array([1.0, 0.01])
+    wanted = [np.cos(angles[0]), -2 * np.sin(angles[1]), np.sin(angles[0]), 2 * np.cos(angles[1])]
+    np.testing.assert_allclose(found.reshape(-1), wanted, rtol=1e-6)
+
+
+def test_scores_of_rotated_vectors_depend_on_their_distance_alone():
+    query, keyed = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+
+    @quick_jit
+    def turn(x, at):
+        return rotate(x, rotation(Rope(1e4), 16, at[None, None]))
+
+    def score(query_at, key_at):
+        return np.sum(turn(query, jnp.int32(query_at)) * turn(keyed, jnp.int32(key_at)))
+
+    np.testing.assert_allclose(score(7, 3), score(107, 103), rtol=1e-3)
+    assert abs(score(7, 3) - score(8, 3)) > 1e-2
+
+
+def test_slots_that_may_be_attended_to():
+    mask = jnp.array([[False, True, True, True, True]])
+    found = allowed_slots(mask, 2, 2, None)[0]
+    np.testing.assert_array_equal(found, [[False, True, True, False, False], [False, True, True, True, False]])
+    found = allowed_slots(mask, jnp.int32(3), 2, 2)[0]
+    np.testing.assert_array_equal(found, [[False, False, True, True, False], [False, False, False, True, True]])
+
+
+def attend_in_numpy(queries, keys, values, allowed, softcap):
+    queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
+    scores = np.einsum("bkgse,bkce->bkgsc", queries, keys)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(allowed[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bkgsc,bkce->bkgse", weights / weights.sum(-1, keepdims=True), values)
+
+
+def attention_inputs(num_queries, num_slots=7):
+    """Queries [2, 2, 3, num_queries, 8], keys and values, and a random mask in which slot 0 is always allowed."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 2, 3, num_queries, 8), (2, 2, num_slots, 8), (2, 2, num_slots, 8)
+    allowed = rng.random((2, num_queries, num_slots)) < 0.6
+    allowed[:, :, 0] = True
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes], jnp.asarray(allowed)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_attention_against_numpy(num_queries, softcap):
+    inputs, allowed = attention_inputs(num_queries)
+    found = quick_jit(partial(attend, softcap=softcap))(*inputs, allowed)
+    np.testing.assert_allclose(found, attend_in_numpy(*inputs, allowed, softcap), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_a_fully_masked_row_is_finite_forward_and_backward(num_queries):
+    inputs, allowed = attention_inputs(num_queries)
+    allowed = jnp.asarray(np.asarray(allowed) & (np.arange(2) == 1)[:, None, None])
+
+    def total(queries, keys, values):
+        out = attend(queries, keys, values, allowed, None)
+        return (out**2).sum(), out
+
+    grads, found = quick_jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    mean = np.asarray(inputs[2])[0].mean(1)[:, None, None, :]
+    np.testing.assert_allclose(found[0], np.broadcast_to(mean, found[0].shape), atol=1e-6)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert np.abs(grads[0][1]).max() > 0
+
+
+def test_softmax_is_in_float32_for_bfloat16_inputs():
+    inputs, allowed = attention_inputs(4, num_slots=64)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    found = quick_jit(partial(attend, softcap=None))(*inputs, allowed)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), attend_in_numpy(*inputs, allowed, None), atol=1.5e-2)
+    steps = str(jax.make_jaxpr(partial(attend, softcap=None))(*inputs, allowed))
+    exponentials = [line for line in steps.splitlines() if "= exp " in line]
+    assert exponentials
+    assert all("f32[" in line for line in exponentials)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norm(offset):
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 5, (2, 3, 8)), jnp.float32)
+    scale = jnp.arange(8.0)
+    found = Norm(1e-2, offset, jnp.float32).apply({"params": {"scale": scale}}, x)
+    wide = np.asarray(x, np.float64)
+    wanted = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-2) * (offset + np.arange(8.0))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert (
+        Norm(1e-2, offset, jnp.float32).apply({"params": {"scale": scale}}, x.astype(jnp.bfloat16)).dtype
+        == jnp.bfloat16
+    )
+
+
+def test_an_id_outside_the_vocabulary_gets_the_nearest_row():
+    table = jnp.arange(6.0).reshape(3, 2)
+    found = Embedding(3, 2, jnp.float32).apply({"params": {"embedding": table}}, jnp.array([[-5, 1, 99]]))
+    np.testing.assert_array_equal(found, table[jnp.array([[0, 1, 2]])])

@@ -1,0 +1,202 @@
+"""The decoder as pure functions: caching, padding, masks, precision, new parameters."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import SMALL, quick_jit, random_params
+
+from grpo_jax.models import build_model, from_hf_config, init_params, param_shapes
+
+SIZES = {**SMALL, "num_hidden_layers": 2}
+CONFIGS = {
+    "llama": from_hf_config({"model_type": "llama", **SIZES}),
+    "qwen2": from_hf_config({"model_type": "qwen2", **SIZES, "tie_word_embeddings": True}),
+    "gemma3": from_hf_config(
+        {"model_type": "gemma3_text", **SIZES, "head_dim": 16, "sliding_window": 4, "sliding_window_pattern": 2}
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
+def decoder(request):
+    """A config, its compiled model and random parameters."""
+    config = CONFIGS[request.param]
+    model = build_model(config)
+    return config, dataclasses.replace(model, apply=quick_jit(model.apply)), random_params(config)
+
+
+def positions_of(mask):
+    return jnp.asarray(np.maximum(np.cumsum(np.asarray(mask), axis=1) - 1, 0), jnp.int32)
+
+
+def random_ids(shape):
+    return jnp.asarray(np.random.default_rng(0).integers(0, SMALL["vocab_size"], shape), jnp.int32)
+
+
+def test_decoding_with_a_cache_equals_the_full_forward_pass(decoder):
+    config, model, params = decoder
+    B, P, T, C = 3, 6, 5, 13
+    ids = random_ids((B, P + T))
+    mask = jnp.arange(P + T)[None, :] >= jnp.array([0, 2, 5])[:, None]
+    positions = positions_of(mask)
+    full, no_cache = model.apply(params, ids, positions, mask)
+    assert no_cache is None
+    cache = model.init_cache(B, C)
+    slots = jnp.pad(mask, ((0, 0), (0, C - P - T)))
+    hidden, cache = model.apply(params, ids[:, :P], positions[:, :P], slots, cache, 0)
+    pieces = [hidden]
+    for t in range(P, P + T):
+        hidden, cache = model.apply(params, ids[:, t : t + 1], positions[:, t : t + 1], slots, cache, jnp.int32(t))
+        pieces.append(hidden)
+    error = jnp.abs(jnp.concatenate(pieces, axis=1) - full).max(-1)
+    assert jnp.where(mask, error, 0).max() <= 1e-5 * jnp.abs(full).max()
+    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(B, config.num_kv_heads, C, config.head_dim)}
+    assert len(cache) == config.num_layers
+    assert all((leaf[:, :, P + T :] == 0).all() for leaf in jax.tree.leaves(cache))
+
+
+def test_left_padding_by_any_amount_changes_nothing(decoder):
+    _, model, params = decoder
+    ids = random_ids((2, 9))
+    plain, _ = model.apply(params, ids, positions_of(jnp.ones((2, 9), bool)), jnp.ones((2, 9), bool))
+    for padding, filling in ((1, 0), (7, 0), (7, -1), (7, 10**6)):
+        padded = jnp.pad(ids, ((0, 0), (padding, 0)), constant_values=filling)
+        mask = jnp.arange(9 + padding)[None, :] >= jnp.full((2, 1), padding)
+        hidden, _ = model.apply(params, padded, positions_of(mask), mask)
+        assert np.abs(hidden[:, padding:] - plain).max() <= 1e-5 * np.abs(plain).max()
+        assert np.isfinite(hidden).all()
+
+
+def test_a_token_sees_no_later_one_and_no_masked_one(decoder):
+    _, model, params = decoder
+    ids = random_ids((1, 8))
+    mask = jnp.ones((1, 8), bool).at[0, 2].set(False)
+    positions = positions_of(mask)
+    plain, _ = model.apply(params, ids, positions, mask)
+    later, _ = model.apply(params, ids.at[0, 6].add(1), positions, mask)
+    masked, _ = model.apply(params, ids.at[0, 2].add(1), positions, mask)
+    np.testing.assert_array_equal(later[0, :6], plain[0, :6])
+    assert (later[0, 6:] != plain[0, 6:]).any(-1).all()
+    np.testing.assert_array_equal(jnp.delete(masked[0], 2, axis=0), jnp.delete(plain[0], 2, axis=0))
+
+
+def test_fully_masked_rows_are_finite_forward_and_backward(decoder):
+    config, _, params = decoder
+    ids = random_ids((2, 5))
+    mask = jnp.array([[False] * 5, [False, False, True, True, True]])
+
+    def total(params):
+        hidden, _ = build_model(config).apply(params, ids, positions_of(mask), mask)
+        return (hidden**2).sum()
+
+    value, grads = quick_jit(jax.value_and_grad(total))(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_rematerialization_changes_neither_values_nor_gradients():
+    config = CONFIGS["qwen2"]
+    params = random_params(config)
+    ids, mask = random_ids((2, 5)), jnp.ones((2, 5), bool)
+
+    def gradient(remat):
+        model = build_model(config, remat=remat)
+        return jax.grad(lambda params: (model.apply(params, ids, positions_of(mask), mask)[0] ** 2).sum())
+
+    plain, again = quick_jit(gradient(False))(params), quick_jit(gradient(True))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max()), plain, again)
+    assert "remat" in str(jax.make_jaxpr(gradient(True))(params))
+    assert "remat" not in str(jax.make_jaxpr(gradient(False))(params))
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_computes_in_bfloat16_on_parameters_of_either_kind(param_dtype):
+    config = CONFIGS["gemma3"]
+    model = build_model(config, dtype=jnp.bfloat16)
+    ids, mask = random_ids((2, 5)), jnp.ones((2, 5), bool)
+    step = partial(model.apply, token_ids=ids, positions=ids, mask=mask, cache=model.init_cache(2, 5), start=0)
+    text, shapes = jax.make_jaxpr(step, return_shape=True)(param_shapes(config, param_dtype))
+    hidden, cache = shapes
+    assert hidden.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+    assert "bf16[10,48]" in str(text)
+    assert "f32[10,48]" not in str(text).replace("bf16[10,48]", "")
+
+
+def test_the_embedding_scale_is_rounded_to_the_computing_precision():
+    config = dataclasses.replace(CONFIGS["gemma3"], num_layers=0, windows=(), ropes=(), norm_offset=1.0)
+    model = build_model(config, dtype=jnp.bfloat16)
+    params = random_params(config) | {"final_norm": {"scale": jnp.zeros(32)}}
+    hidden, _ = model.apply(params, jnp.array([[5]]), jnp.array([[0]]), jnp.array([[True]]))
+    scale = jnp.asarray(32**0.5, jnp.bfloat16)
+    x = (params["embed"]["embedding"][5].astype(jnp.bfloat16) * scale).astype(jnp.float32)
+    wanted = (x * jax.lax.rsqrt((x**2).mean() + config.norm_epsilon)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(hidden[0, 0], wanted)
+
+
+def test_the_head_is_the_embedding_where_they_are_tied():
+    for name, tied in (("llama", False), ("qwen2", True)):
+        params = random_params(CONFIGS[name])
+        assert ("lm_head" in params) != tied
+        assert build_model(CONFIGS[name]).head(params) is params["embed" if tied else "lm_head"]["embedding"]
+
+
+def test_the_cap_of_the_logits_is_passed_on():
+    assert build_model(dataclasses.replace(CONFIGS["llama"], logit_softcap=30.0)).logit_softcap == 30.0
+    assert build_model(CONFIGS["llama"]).logit_softcap is None
+
+
+NEW = dataclasses.replace(
+    CONFIGS["gemma3"], vocab_size=512, qkv_bias=True, tie_word_embeddings=False, initializer_range=0.25
+)
+
+
+def test_new_parameters(key):
+    params = init_params(NEW, key, param_dtype=jnp.bfloat16)
+    shapes = param_shapes(NEW, jnp.bfloat16)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    assert params["embed"]["embedding"].shape == (512, 32)
+    assert params["lm_head"]["embedding"].shape == (512, 32)
+    attention = params["layers_1"]["attention"]
+    assert attention["q"]["kernel"].shape == (32, 4, 16)
+    assert attention["k"]["kernel"].shape == (32, 2, 16)
+    assert attention["o"]["kernel"].shape == (4, 16, 32)
+    assert attention["v"]["bias"].shape == (2, 16)
+    assert set(params["layers_0"]["mlp"]) == {"gate", "up", "down"}
+    assert params["layers_0"]["mlp"]["down"]["kernel"].shape == (48, 32)
+    assert np.std(np.asarray(params["embed"]["embedding"], np.float32)) == pytest.approx(0.25, rel=0.03)
+    assert not np.asarray(attention["v"]["bias"]).any()
+    assert (np.asarray(params["final_norm"]["scale"]) == 0).all()
+    plain = init_params(dataclasses.replace(NEW, norm_offset=0.0), key, param_dtype=jnp.bfloat16)
+    assert (np.asarray(plain["final_norm"]["scale"]) == 1).all()
+
+
+def test_new_parameters_depend_on_the_key_and_their_path_alone(key):
+    tied, untied = (
+        init_params(dataclasses.replace(NEW, tie_word_embeddings=tied), key, param_dtype=jnp.bfloat16)
+        for tied in (True, False)
+    )
+    del untied["lm_head"]
+    jax.tree.map(np.testing.assert_array_equal, tied, untied)
+    kernels = [untied[f"layers_{i}"]["mlp"][name]["kernel"] for i in range(2) for name in ("gate", "up")]
+    assert len({np.asarray(kernel).tobytes() for kernel in kernels}) == 4
+    other = init_params(NEW, jax.random.key(1), param_dtype=jnp.bfloat16)
+    assert (np.asarray(other["embed"]["embedding"]) != np.asarray(tied["embed"]["embedding"])).mean() > 0.9
+
+
+def test_a_mask_or_a_call_that_does_not_fit_is_refused():
+    model = build_model(CONFIGS["llama"])
+    params = param_shapes(CONFIGS["llama"])
+    ids = jnp.zeros((2, 5), jnp.int32)
+    with pytest.raises(ValueError, match="as many columns as the call has tokens: 5, not 6"):
+        jax.eval_shape(model.apply, params, ids, ids, jnp.ones((2, 6), bool))
+    with pytest.raises(ValueError, match="as many columns as the cache has slots: 8, not 5"):
+        jax.eval_shape(model.apply, params, ids, ids, jnp.ones((2, 5), bool), model.init_cache(2, 8), 0)
+    with pytest.raises(ValueError, match="5 tokens do not fit into a cache of 4 slots"):
+        jax.eval_shape(model.apply, params, ids, ids, jnp.ones((2, 4), bool), model.init_cache(2, 4), 0)
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not float16"):
+        build_model(CONFIGS["llama"], dtype=jnp.float16)

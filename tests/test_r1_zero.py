@@ -1,0 +1,334 @@
+"""The main job end to end, on tiny shapes: resumed bit for bit, the same on eight devices as on one."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import r1_zero
+from experiments.r1_zero import Config
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.rewards.compose import Scores
+from grpo_jax.sampling import Sampling
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
+from grpo_jax.small_base import HF_CONFIG
+from grpo_jax.types import Rollout
+
+TIMING = ("tokens_per_second", "step_time", "compilations")
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    return Config(
+        model=base,
+        data=DataSettings(template="{question}", eval_problems=10),
+        run_dir=tmp_path / "run",
+        num_steps=4,
+        num_prompts=8,
+        group_size=4,
+        max_prompt_length=12,
+        max_completion_length=10,
+        eval_samples=4,
+        eval_every=2,
+        save_every=2,
+        samples_every=1,
+        format_weight=0.5,
+        optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
+        mesh=MeshSettings(data=1),
+        plain=True,
+    )
+
+
+def metrics_of(config):
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch):
+    """With a reference, two inner epochs of two minibatches, and Adam's moments: all of it has to come back."""
+    config = replace(config, kl_coef=0.05, ref_refresh_every=3, num_epochs=2, num_minibatches=2, num_micro_batches=2)
+    r1_zero.main(config)
+
+    broken = replace(config, run_dir=config.run_dir.with_name("broken"))
+    sum_up = r1_zero.over_updates
+    calls = []
+
+    def killed_in_the_third_step(updates):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sum_up(updates)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(r1_zero, "over_updates", killed_in_the_third_step)
+        with pytest.raises(KeyboardInterrupt):
+            r1_zero.main(broken)
+    r1_zero.main(broken)
+
+    assert metrics_of(broken) == metrics_of(config)
+    for name in ("completions.jsonl", "model/model.safetensors"):
+        assert (broken.run_dir / name).read_bytes() == (config.run_dir / name).read_bytes(), name
+    steps = [row for row in metrics_of(config) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert steps[0]["kl"] > 0  # by the second inner update the policy has left the reference
+    assert all(row["grad_norm"] > 0 for row in steps)
+
+
+def test_l2_eight_devices_give_the_losses_of_one(config):
+    config = replace(config, num_steps=5, num_prompts=8)
+    r1_zero.main(config)
+    eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=MeshSettings(data=2, fsdp=2, tensor=2))
+    r1_zero.main(eight)
+    one, many = metrics_of(config), metrics_of(eight)
+    assert len(one) == len(many) == 9
+    for row, other in zip(one, many, strict=True):
+        for name in ("loss", "entropy", "reward", "completions/mean_length", "eval/pass@1"):
+            assert other.get(name) == pytest.approx(row.get(name), abs=1e-5), (row["step"], name)
+    texts = [[row["completion"] for row in read_jsonl(c.run_dir / "completions.jsonl")] for c in (config, eight)]
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    config = Config(
+        model=base,
+        data=DataSettings(template="{question}", eval_problems=10),
+        run_dir=tmp_path_factory.mktemp("finished") / "run",
+        num_steps=2,
+        num_prompts=8,
+        group_size=4,
+        max_prompt_length=12,
+        max_completion_length=10,
+        eval_samples=4,
+        samples_every=1,
+        mesh=MeshSettings(data=1),
+        plain=True,
+    )
+    r1_zero.main(config)
+    return config
+
+
+def test_summary_has_what_is_promised(finished):
+    summary = json.loads((finished.run_dir / "summary.json").read_text())
+    promised = (
+        "pass_at_1_before pass_at_1_after maj_at_4_after completion_length_before completion_length_after seconds"
+    )
+    assert set(promised.split()) <= set(summary)
+    assert 0 < summary["max_sampler_trainer_gap"] <= 1e-5  # T15
+    assert summary["seed"] == 0
+    assert summary["config"]["group_size"] == 4
+    assert {"jax", "flax", "transformers"} <= set(summary["versions"])
+    assert (finished.run_dir / "curves.png").exists()
+
+
+def test_metrics_have_trls_names(finished):
+    row = metrics_of(finished)[1]
+    expected = (
+        "reward reward_std frac_reward_zero_std entropy clip_ratio/low_mean clip_ratio/high_mean "
+        "clip_ratio/region_mean completions/mean_length completions/clipped_ratio rewards/accuracy/mean "
+        "rewards/format/std num_tokens grad_norm "
+        "sampling/sampling_logp_difference/max loss learning_rate"
+    )
+    assert set(expected.split()) <= set(row)
+    assert "kl" not in row  # there is no reference
+    assert row["completions/mean_length"] <= 10
+
+
+def test_completions_are_logged_with_every_part_of_the_reward(finished):
+    rows = read_jsonl(finished.run_dir / "completions.jsonl")
+    assert len(rows) == 2 * 8 * 4
+    assert {"step", "prompt", "completion", "reward", "rewards/accuracy", "rewards/format", "advantage"} <= set(rows[0])
+    assert rows[0]["prompt"].endswith("=")
+
+
+def test_the_trained_model_is_a_hugging_face_folder(finished):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished.run_dir / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished.run_dir / "model")
+    assert model.config.vocab_size == HF_CONFIG["vocab_size"]
+    assert tokenizer.decode(tokenizer("1+2=")["input_ids"]) == "1+2="
+
+
+def test_a_finished_run_is_not_run_again(finished, capsys):
+    before = (finished.run_dir / "metrics.jsonl").read_bytes()
+    r1_zero.main(finished)
+    assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
+    assert "resumed at step 2" in capsys.readouterr().out
+
+
+def test_s6_another_configuration_in_the_same_folder(finished):
+    with pytest.raises(ValueError, match=r"another configuration(.|\n)*group_size: 4 -> 8"):
+        r1_zero.main(replace(finished, group_size=8))
+
+
+def test_s7_varying_lengths_compile_nothing_new(finished):
+    rows = [row for row in read_jsonl(finished.run_dir / "metrics.jsonl") if "compilations" in row]
+    assert rows[0]["compilations"] > 0
+    assert rows[1]["compilations"] - rows[0]["compilations"] <= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 1}, "group_size is 1"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"eval_samples": 0}, "eval_samples is 0"),
+        ({"num_minibatches": 3}, r"8 prompts x 4 samples = 32 completions do not divide into 3 minibatches"),
+        ({"num_micro_batches": 5}, "do not divide"),
+        ({"kl_coef": 0.1, "kl_reward_coef": 0.1}, "the KL belongs in the loss or in the reward"),  # L13
+        ({"sampling": Sampling(temperature=0.0)}, "temperature is 0"),
+        ({"ref_refresh_every": 5}, "there is no reference"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": MeshSettings(data=8), "num_prompts": 4}, "num_prompts: 4 do not divide over mesh data x fsdp = 8"),
+        ({"mesh": MeshSettings(data=8), "num_micro_batches": 8}, "completions of a micro-batch: 4 do not divide"),
+        ({"mesh": MeshSettings(data=1, tensor=8)}, "layers_0/attention/k/kernel: dimension 1"),
+        ({"accuracy_weight": 0.0, "format_weight": 0.0}, "weights must be finite and not all 0"),
+        ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"data": DataSettings(chat_template=True)}, "chat template"),
+        ({"max_prompt_length": 4}, "longer than max_prompt_length=4"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_first_step(config, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        r1_zero.main(replace(config, **change))
+    assert not read_jsonl(config.run_dir / "metrics.jsonl")
+
+
+def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monkeypatch):
+    def broken(prompts, completions, **columns):
+        raise ZeroDivisionError("no")
+
+    monkeypatch.setattr(r1_zero, "format_reward", broken)
+    monkeypatch.setattr(r1_zero.models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="reward 'format' raised ZeroDivisionError"):
+        r1_zero.main(config)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
+    sum_up = r1_zero.over_updates
+    monkeypatch.setattr(r1_zero, "over_updates", lambda updates: sum_up(updates) | {"grad_norm": math.nan})
+    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+        r1_zero.main(config)
+    assert [row["step"] for row in metrics_of(config)] == [0]
+
+
+# The batch that is learnt from --------------------------------------------------------------------------------------
+
+
+def make_rollout():
+    rows, T = 8, 4
+    lengths = np.arange(rows) % T + 1
+    mask = jnp.asarray(np.arange(T) < lengths[:, None])
+    ids = jnp.ones((rows, T), jnp.int32)
+    prompts = jnp.ones((rows, 3), jnp.int32)
+    return Rollout(prompts, prompts > 0, ids, mask, jnp.zeros((rows, T)), truncated=jnp.asarray(lengths == T))
+
+
+def learn(config, rewards, policy=0.0, reference=0.0):
+    state = type("State", (), {"params": policy, "ref_params": reference})
+    rollout = make_rollout()
+    scorer = lambda params, rollout: jnp.full(rollout.completion_ids.shape, params)  # noqa: E731
+    scores = Scores(np.asarray(rewards, np.float32), {})
+    return r1_zero.learn_from(config, rollout, scores, scorer, state, config.mesh.build()), rollout
+
+
+def test_a5_an_absent_reward_drops_out_of_the_loss(config):
+    batch, rollout = learn(config, [1, 0, 0, math.nan, 1, 0, 0, 0])
+    assert batch.advantages[3] == 0
+    assert not batch.loss_mask[3].any()
+    kept = np.arange(8) != 3
+    assert np.array_equal(np.asarray(batch.loss_mask)[kept], np.asarray(rollout.completion_mask)[kept])
+    assert np.isfinite(np.asarray(batch.advantages)).all()
+    assert batch.old_log_probs is None  # a single update
+    assert batch.ref_log_probs is None  # no reference
+
+
+def test_truncated_completions_are_left_out_by_choice(config):
+    batch, rollout = learn(replace(config, mask_truncated=True), [1, 0] * 4)
+    assert np.array_equal(np.asarray(batch.loss_mask).any(1), ~np.asarray(rollout.truncated))
+
+
+def test_kl_in_the_reward(config):
+    plain, _ = learn(config, [1, 0] * 4)
+    config = replace(config, kl_reward_coef=0.5, advantage="rloo")
+    same, _ = learn(config, [1, 0] * 4)
+    np.testing.assert_allclose(same.advantages, [2 / 3, -2 / 3] * 4, atol=1e-6)
+    away, _ = learn(config, [1, 0] * 4, policy=0.2)  # 0.1 off the reward for each token; lengths 1 2 3 4
+    rewards = np.array([0.9, -0.2, 0.7, -0.4])
+    np.testing.assert_allclose(away.advantages[:4], (rewards - rewards.mean()) * 4 / 3, atol=1e-6)
+    assert away.old_log_probs is None
+    assert plain.ref_log_probs is None
+    assert away.ref_log_probs is not None
+
+
+@pytest.mark.parametrize("name", r1_zero.ADVANTAGES)
+def test_every_named_advantage(config, name):
+    batch, _ = learn(replace(config, advantage=name), [1, 0, 0, 0, 0, 0, 1, 1])
+    assert batch.advantages[0] > 0 > batch.advantages[1]
+
+
+@pytest.mark.parametrize("name", r1_zero.LOSSES)
+def test_every_named_loss_has_a_gradient(config, name):
+    config = replace(config, loss=name)
+    loss_fn = r1_zero.build_loss(config, lambda params, batch: (params + batch.rollout_log_probs, params * 0))
+    batch, rollout = learn(config, [1, 0, 0, 0, 0, 0, 1, 1])
+    params = jnp.full(rollout.completion_ids.shape, -0.7)
+    gradient = jax.grad(lambda params: loss_fn(params, batch)[0].value)(params)
+    assert np.isfinite(gradient).all()
+    assert (np.asarray(gradient)[np.asarray(batch.loss_mask)] != 0).all()
+    assert float(gradient[0, 0]) < 0 < float(gradient[1, 0])  # up for what was rewarded, down for what was not
+
+
+def test_epsilons_override_the_losss_own(config):
+    own = r1_zero.build_loss(replace(config, loss="dapo"), None)
+    narrow = r1_zero.build_loss(
+        replace(config, loss="dapo", epsilon_high=0.01), lambda params, batch: (params, params * 0)
+    )
+    wide = r1_zero.build_loss(replace(config, loss="dapo"), lambda params, batch: (params, params * 0))
+    assert own is not None
+    batch, rollout = learn(replace(config, num_epochs=2), [1, 0, 0, 0, 0, 0, 1, 1])
+    params = jnp.full(rollout.completion_ids.shape, 0.1)
+    clipped = [float(f(params, batch)[1]["clip_ratio/high_mean"].value) for f in (narrow, wide)]
+    assert clipped[0] > 0 == clipped[1]
+
+
+def test_truncating_filters_leave_the_gap_out_unless_it_is_corrected_for(config):
+    log_probs = lambda params, batch: (params, params * 0)  # noqa: E731
+    batch, rollout = learn(config, [1, 0] * 4)
+    params = jnp.full(rollout.completion_ids.shape, -0.1)
+    names = {}
+    for label, change in {
+        "all": {},
+        "top_p": {"sampling": Sampling(top_p=0.9)},
+        "corrected": {"sampling": Sampling(top_p=0.9), "importance_cap": 2.0},
+    }.items():
+        names[label] = set(r1_zero.build_loss(replace(config, **change), log_probs)(params, batch)[1])
+    gap = "sampling/sampling_logp_difference/max"
+    assert gap in names["all"]
+    assert gap not in names["top_p"]
+    assert gap in names["corrected"]
+
+
+def test_defaults_follow_the_model():
+    default = Config()
+    assert (default.prompt_length, default.completion_length) == (12, 48)
+    real = Config(model="Qwen/Qwen2.5-0.5B")
+    assert (real.prompt_length, real.completion_length) == (512, 1024)
+    assert real.compute_dtype == jnp.float32  # on a CPU
+    assert Config(max_completion_length=7).completion_length == 7
+    assert partial(Config, dtype="bfloat16")().compute_dtype == jnp.bfloat16

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_jax.data.sources import Problem, reward_columns
+from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.compose import weighted
+from grpo_jax.rewards.format import format_reward
+
+
+def constant(values):
+    return lambda prompts, completions, **columns: values
+
+
+def score(values, count=1):
+    return weighted({"mine": constant(values)}, {"mine": 1.0})(["p"] * count, ["the completion"] * count)
+
+
+def test_total_is_the_weighted_sum_and_parts_are_unweighted():
+    compose = weighted({"right": answer_reward, "form": format_reward}, {"right": 1.0, "form": 0.25})
+    completions = ["<think>a</think><answer>5</answer>", "<answer>5</answer>", "<think>a</think><answer>4</answer>"]
+    columns = reward_columns([Problem("p", "5", {"level": 1})], group_size=3)
+    scores = compose(["p"] * 3, completions, **columns)
+    np.testing.assert_array_equal(scores.parts["right"], [1, 1, 0])
+    np.testing.assert_array_equal(scores.parts["form"], [1, 0, 1])
+    np.testing.assert_array_equal(scores.total, [1.25, 1, 0.25])
+    assert list(scores.parts) == ["right", "form"]
+    assert {array.dtype for array in (scores.total, *scores.parts.values())} == {np.dtype(np.float32)}
+
+
+rewards_of_three = st.lists(st.none() | st.floats(-10, 10), min_size=3, max_size=3)
+
+
+@given(rewards_of_three, rewards_of_three, st.floats(-2, 2), st.floats(0.1, 2))
+def test_against_a_loop(first, second, first_weight, second_weight):
+    weights = {"a": first_weight, "b": second_weight}
+    scores = weighted({"a": constant(first), "b": constant(second)}, weights)(["p"] * 3, ["c"] * 3)
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        if (first_weight != 0 and a is None) or b is None:
+            assert np.isnan(scores.total[i])
+        else:
+            expected = second_weight * b + (first_weight * a if first_weight else 0)
+            np.testing.assert_allclose(scores.total[i], expected, rtol=1e-5, atol=1e-6)
+        assert np.isnan(scores.parts["a"][i]) == (a is None)
+
+
+def test_an_absent_part_makes_the_total_absent_unless_its_weight_is_0():
+    rewards = {"a": constant([None, 1.0, float("nan")]), "b": constant([2.0, 2.0, 2.0])}
+    watched = weighted(rewards, {"a": 0.0, "b": 1.0})(["p"] * 3, ["c"] * 3)
+    np.testing.assert_array_equal(watched.total, [2, 2, 2])
+    np.testing.assert_array_equal(watched.parts["a"], [np.nan, 1, np.nan])
+    np.testing.assert_array_equal(
+        weighted(rewards, {"a": 1.0, "b": 1.0})(["p"] * 3, ["c"] * 3).total, [np.nan, 3, np.nan]
+    )
+
+
+def test_rewards_get_prompts_completions_and_every_column():
+    seen = {}
+
+    def spy(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, **columns)
+        return [0.0]
+
+    weighted({"spy": spy}, {"spy": 1.0})(["p"], ["c"], answer=["5"], level=[1])
+    assert seen == {"prompts": ["p"], "completions": ["c"], "answer": ["5"], "level": [1]}
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, np.float32(1), np.int64(2), np.bool_(True)])
+def test_numbers_of_any_kind(value):
+    assert score([value]).total[0] == float(value)
+
+
+def test_arrays_and_tuples_of_numbers():
+    np.testing.assert_array_equal(score(np.array([1.0, 2.0]), 2).total, [1, 2])
+    np.testing.assert_array_equal(score((1.0, 2.0), 2).total, [1, 2])
+
+
+def test_reward_that_raises_is_named_and_chained():
+    def broken(prompts, completions, **columns):
+        raise ZeroDivisionError("by zero")
+
+    compose = weighted({"mine": broken}, {"mine": 1.0})
+    with pytest.raises(ValueError, match=r"reward 'mine' raised ZeroDivisionError: by zero.*\['answer'\]") as error:
+        compose(["p"], ["c"], answer=["5"])
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_column_that_is_missing():
+    compose = weighted({"right": lambda prompts, completions, *, gold, **_: [0.0]}, {"right": 1.0})
+    with pytest.raises(ValueError, match=r"reward 'right' raised TypeError: .*'gold'.* columns \['level'\]"):
+        compose(["p"], ["c"], level=[1])
+
+
+@pytest.mark.parametrize(("values", "count"), [([], 0), ([1.0], 1), ([1.0, 2.0, 3.0], 3)])
+def test_wrong_count(values, count):
+    with pytest.raises(ValueError, match=f"reward 'mine' must return one entry a completion: 2, not {count}"):
+        score(values, 2)
+
+
+@pytest.mark.parametrize("values", [None, 1.0, "1", {0: 1.0}])
+def test_not_a_list(values):
+    with pytest.raises(ValueError, match=f"reward 'mine' must return a list, and returned {type(values).__name__}"):
+        score(values)
+
+
+@pytest.mark.parametrize("value", ["1", [1.0], 1j, float("inf"), -float("inf"), 1e39, 10**400, np.float64("inf")])
+def test_not_a_number_that_float32_can_hold(value):
+    with pytest.raises(ValueError, match=r"reward 'mine' returned .* must be None or a number .* 'the completion'"):
+        score([value])
+
+
+def test_columns_of_other_lengths():
+    compose = weighted({"form": format_reward}, {"form": 1.0})
+    with pytest.raises(ValueError, match=r"one entry a completion: .*'completions': 2.*'answer': 1"):
+        compose(["p", "p"], ["c", "c"], answer=["5"])
+    with pytest.raises(ValueError, match=r"'prompts': 1, 'completions': 2"):
+        compose(["p"], ["c", "c"])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights"), [({}, {}), ({"a": format_reward}, {"b": 1.0}), ({"a": format_reward}, {"a": 1.0, "b": 1.0})]
+)
+def test_names_must_agree(rewards, weights):
+    with pytest.raises(ValueError, match="one weight for each: rewards"):
+        weighted(rewards, weights)
+
+
+@pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])
+def test_weights_must_be_of_use(weight):
+    with pytest.raises(ValueError, match="weights must be finite and not all 0"):
+        weighted({"a": format_reward}, {"a": weight})

@@ -1,0 +1,150 @@
+"""The frame of a run: its folder is its own, its logs rewind, its signals stop it between steps."""
+
+import io
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.monitor.samples import Sample
+from grpo_jax.run import Run, count_compilations, differences
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 3
+    where: str = "here"
+    inner: Inner = field(default_factory=Inner)
+
+
+def open_run(folder, config=Config(), **options):
+    console = Console(width=100, file=io.StringIO(), record=True)
+    return Run(folder, config, title="a test", may_change=["where"], plain=True, console=console, **options)
+
+
+def test_s6_another_configuration_is_refused_with_the_differences(tmp_path):
+    with open_run(tmp_path / "run"):
+        pass
+    with pytest.raises(ValueError, match="another configuration") as error:
+        open_run(tmp_path / "run", Config(steps=4, inner=Inner(0.2)))
+    assert "steps: 3 -> 4" in str(error.value)
+    assert "inner.rate: 0.1 -> 0.2" in str(error.value)
+    assert "where" not in str(error.value)
+
+
+def test_what_changes_no_result_may_change(tmp_path):
+    with open_run(tmp_path / "run"):
+        pass
+    with open_run(tmp_path / "run", Config(where="there")):
+        pass
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["where"] == "there"
+
+
+def test_a_folder_that_holds_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        open_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with open_run(tmp_path / "run"), pytest.raises(RuntimeError, match="another process is running"):
+        open_run(tmp_path / "run")
+    with open_run(tmp_path / "run"):
+        pass
+
+
+def test_a_missing_tracker_is_known_at_once_and_leaves_the_folder_free(tmp_path):
+    with pytest.raises(ValueError, match="unknown trackers"):
+        open_run(tmp_path / "run", trackers=["mlflow"])
+    with open_run(tmp_path / "run"):
+        pass
+
+
+def test_resume_goes_on_from_the_checkpoint_and_rewinds_the_logs(tmp_path):
+    state = {"x": jnp.arange(3.0)}
+    sample = Sample("p", "c", {"accuracy": 1.0}, 1.0, 0.5)
+    with open_run(tmp_path / "run") as run:
+        assert run.resume(state) == (0, state, {})
+        for step in (1, 2, 3):
+            run.log({"step": step, "reward": step / 10})
+            run.log_samples(step, [sample], show=1)
+            if step == 2:
+                run.save(step, {"x": state["x"] + step}, {"batches": 5})
+    with open_run(tmp_path / "run") as run:
+        step, restored, position = run.resume(state)
+        assert (step, position) == (2, {"batches": 5})
+        assert restored["x"].tolist() == [2, 3, 4]
+        assert [row["step"] for row in read_jsonl(run.metrics_log.path)] == [1, 2]
+        assert [row["step"] for row in read_jsonl(run.completions_log.path)] == [1, 2]
+        assert "resumed at step 2" in run.progress.console.export_text()
+        assert run.seconds > 0
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_with_empty_logs(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        run.resume({"x": jnp.zeros(1)})
+        run.log({"step": 0, "reward": 1.0})
+    with open_run(tmp_path / "run") as run:
+        assert run.resume({"x": jnp.zeros(1)})[0] == 0
+        assert read_jsonl(run.metrics_log.path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_ask_for_a_stop_after_the_step(tmp_path, number):
+    before = signal.getsignal(number)
+    with open_run(tmp_path / "run") as run:
+        assert not run.stop_requested
+        os.kill(os.getpid(), number)
+        assert run.stop_requested
+        assert "the same command goes on from there" in run.progress.console.export_text()
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_finish_writes_curves_and_summary_and_says_what_was_gained(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        rows = [{"step": i, "reward": i / 3, "eval/pass@1": i / 3} for i in range(4)]
+        for row in rows:
+            run.log(row)
+        run.finish(rows[0], rows[-1], steps=3, summary={"pass_at_1_after": 1.0, "gap": float("nan")})
+        said = run.progress.console.export_text()
+    assert "0.0% -> 100.0% (+100.0 points)" in said
+    assert "curves.png" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["pass_at_1_after"] == 1.0
+    assert summary["gap"] is None
+    assert summary["config"] == {"steps": 3, "where": "here", "inner": {"rate": 0.1}}
+    assert summary["versions"]["jax"] == jax.__version__
+    assert summary["seconds"] > 0
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_differences_name_what_came_and_what_went():
+    assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"d": 2}}) == [
+        "b.c: 2 -> '(absent)'",
+        "b.d: '(absent)' -> 2",
+    ]
+
+
+def test_compilations_are_counted():
+    count = count_compilations()
+    f = jax.jit(lambda x: x * 3 + 1)
+    x = jnp.zeros(17)
+    before = count()
+    f(x)
+    f(x)
+    assert count() == before + 1

@@ -1,0 +1,102 @@
+"""The shared parts of experiments' configurations, and what they build."""
+
+import json
+
+import pytest
+
+from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
+
+
+def write_problems(path, count, start=0):
+    rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(start, start + count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(problems):
+    return {problem.prompt for problem in problems}
+
+
+def test_built_in_sums_are_held_out_whatever_the_seed():
+    held_out = [prompts(DataSettings(eval_problems=64).load(seed)[1]) for seed in (0, 1)]
+    assert held_out[0] == held_out[1]  # runs with different seeds are compared on the same problems
+    for seed in (0, 1):
+        assert not prompts(DataSettings().load(seed)[0]) & held_out[0]
+    assert len(held_out[0]) == 64
+
+
+def test_a_single_file_is_divided(tmp_path):
+    path = write_problems(tmp_path / "train.jsonl", 50)
+    problems, held_out, reward = DataSettings(dataset=path).load(0)
+    assert (len(problems), len(held_out)) == (45, 5)
+    assert not prompts(problems) & prompts(held_out)
+    assert prompts(DataSettings(dataset=path).load(1)[1]) == prompts(held_out)
+    assert reward(["0+1="], ["<answer>1</answer>"], answer=["1"]) == [1.0]
+    assert len(DataSettings(dataset=path, eval_problems=2).load(0)[1]) == 2
+
+
+def test_a_folder_has_its_splits_and_shared_problems_are_not_held_out(tmp_path):
+    write_problems(tmp_path / "train.jsonl", 10)
+    write_problems(tmp_path / "test.jsonl", 10, start=6)
+    problems, held_out, _ = DataSettings(dataset=str(tmp_path)).load(0)
+    assert len(problems) == 10
+    assert prompts(held_out) == {f"{i}+1=" for i in range(10, 16)}
+
+
+def test_held_out_problems_may_come_from_elsewhere(tmp_path):
+    train = write_problems(tmp_path / "train.jsonl", 10)
+    other = write_problems(tmp_path / "other.jsonl", 10, start=100)
+    problems, held_out, _ = DataSettings(dataset=train, eval_dataset=other).load(0)
+    assert (len(problems), len(held_out)) == (10, 10)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_nothing_left_to_hold_out(tmp_path, count):
+    path = write_problems(tmp_path / "train.jsonl", count)
+    with pytest.raises(ValueError, match="name others with eval_dataset or eval_split"):
+        DataSettings(dataset=path).load(0)
+
+
+def test_reasoning_gym_brings_its_own_reward():
+    pytest.importorskip("reasoning_gym")
+    problems, held_out, reward = DataSettings(dataset="reasoning-gym:chain_sum", eval_problems=5).load(0)
+    assert len(held_out) == 5
+    assert not prompts(problems) & prompts(held_out)
+    columns = {"entry": [held_out[0].columns["entry"]], "answer": [held_out[0].answer]}
+    assert reward(["?"], [f"<answer>{held_out[0].answer}</answer>"], **columns) == [1.0]
+
+
+def test_templates():
+    tokenizer = make_tokenizer()
+    problems, _, _ = DataSettings().load(0)
+    encode = {"pad_id": 0, "max_prompt_length": 20}
+    assert DataSettings().encode(problems[:1], tokenizer, default_template="1+{question}", **encode).texts == [
+        f"1+{problems[0].prompt}"
+    ]
+    own = DataSettings(template="2+{question}").encode(problems[:1], tokenizer, default_template="{question}", **encode)
+    assert own.texts == [f"2+{problems[0].prompt}"]
+    with pytest.raises(ValueError, match="chat template"):
+        DataSettings(chat_template=True).encode(problems[:1], tokenizer, default_template="{question}", **encode)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_problems": 0}, "eval_problems is 0"),
+        ({"chat_template": True, "template": "{question}"}, "both set"),
+    ],
+)
+def test_settings_that_contradict(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataSettings(**options)
+
+
+def test_mesh_and_optimizer_are_built():
+    assert dict(MeshSettings(data=2, fsdp=2, tensor=2).build().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    _, schedule = OptimizerSettings(decay="constant").build(total_updates=3, default_learning_rate=0.5)
+    assert float(schedule(3)) == 0.5  # a run shorter than the warm-up still reaches its peak
+    _, schedule = OptimizerSettings(learning_rate=0.25, decay="constant").build(
+        total_updates=9, default_learning_rate=0.5
+    )
+    assert float(schedule(9)) == 0.25

@@ -1,0 +1,71 @@
+"""Meshes and the placement of arrays on them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from grpo_jax.sharding import divisors, make_mesh, param_shardings, shard_rows
+
+
+def test_mesh_takes_the_devices_that_are_left():
+    assert dict(make_mesh(fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(data=1, tensor=2).shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+    assert make_mesh(data=1).size == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, r"does not divide the 8 devices.*\[1, 2, 4, 8\]"),
+        ({"data": 4, "fsdp": 4}, "takes 16 devices; there are 8"),
+        ({"tensor": 0}, "at least 1"),
+        ({"data": 0}, "at least 1"),
+    ],
+)
+def test_mesh_that_does_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(**sizes)
+
+
+def test_every_parameter_has_a_place(tiny):
+    _, params = tiny
+    shardings = param_shardings(params, make_mesh(data=2, fsdp=2, tensor=2))
+    layer = shardings["layers_1"]
+    assert layer["attention"]["q"]["kernel"].spec == PartitionSpec("fsdp", "tensor", None)
+    assert layer["attention"]["o"]["kernel"].spec == PartitionSpec("tensor", None, "fsdp")
+    assert layer["mlp"]["down"]["kernel"].spec == PartitionSpec("tensor", "fsdp")
+    assert layer["attention_norm"]["scale"].spec == PartitionSpec()
+    assert shardings["embed"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
+
+
+def test_a_mesh_that_does_not_divide_names_parameter_dimension_and_sizes(tiny):
+    _, params = tiny
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        param_shardings(params, make_mesh(data=1, tensor=8))
+    text = str(error.value)
+    assert "layers_0/attention/k/kernel: dimension 1 of shape (32, 2, 8)" in text
+    assert "mesh axis 'tensor' of size 8; sizes that would do: [1, 2]" in text
+    assert "layers_1/attention/q/kernel" in text  # all are listed, not the first alone
+
+
+def test_a_parameter_without_a_rule_is_named():
+    with pytest.raises(ValueError, match="router/weights: no sharding rule"):
+        param_shardings({"router": {"weights": jnp.zeros((2, 2))}}, make_mesh(data=1))
+
+
+def test_rows_lie_over_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    x = shard_rows({"x": jnp.zeros((8, 3))}, mesh)["x"]
+    assert x.sharding.shard_shape(x.shape) == (2, 3)
+    with pytest.raises(ValueError, match="6 rows do not divide over data x fsdp = 4"):
+        shard_rows(jnp.zeros((6, 3)), mesh)
+
+
+def test_mesh_of_given_devices():
+    mesh = make_mesh(devices=jax.devices()[3:5])
+    assert [device.id for device in mesh.devices.flat] == [3, 4]
+
+
+def test_divisors():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]

@@ -1,0 +1,75 @@
+"""The embedded base: a Hugging Face folder like any other, whose corpus is what it says."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.models import from_pretrained
+from grpo_jax.small_base import HF_CONFIG, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, corpus, make_base
+
+QUICK = Recipe(skill_steps=4, mixture_steps=4, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return list(corpus(QUICK))
+
+
+def texts(batch):
+    tokenizer = make_tokenizer()
+    sides = ((batch.prompt_ids, batch.prompt_mask), (batch.completion_ids, batch.completion_mask))
+    return [
+        [tokenizer.decode(row[real]) for row, real in zip(np.asarray(ids), np.asarray(mask), strict=True)]
+        for ids, mask in sides
+    ]
+
+
+def test_the_first_part_is_worked_and_the_second_guessed(batches):
+    shares = [np.mean([text.startswith("<think>") for text in texts(batch)[1]]) for batch in batches]
+    assert np.mean(shares[:4]) == pytest.approx(QUICK.skill_share, abs=0.06)
+    assert np.mean(shares[4:]) == pytest.approx(QUICK.worked_share, abs=0.06)
+
+
+def test_no_held_out_sum_is_learnt_from(batches):
+    from grpo_jax.data.tasks import Sum
+
+    for batch in batches:
+        for prompt in texts(batch)[0]:
+            assert not Sum(tuple(map(int, prompt.removesuffix("=").split("+")))).held_out
+
+
+def test_every_completion_ends_and_is_learnt_from(batches):
+    for batch in batches:
+        assert all(text.endswith("<eos>") for text in texts(batch)[1])
+        assert np.array_equal(batch.loss_mask, batch.completion_mask)
+        assert batch.completion_ids.shape == (64, MAX_COMPLETION_LENGTH)
+        assert batch.prompt_ids.shape == (64, MAX_PROMPT_LENGTH)
+
+
+def test_the_longest_sum_fits():
+    tokenizer = make_tokenizer()
+    from grpo_jax.data.tasks import Sum, worked
+
+    longest = Sum((9,) * Recipe().max_terms)
+    assert len(tokenizer(longest.question)["input_ids"]) <= MAX_PROMPT_LENGTH
+    assert len(tokenizer(worked(longest))["input_ids"]) + 1 <= MAX_COMPLETION_LENGTH
+
+
+def test_the_base_follows_from_its_seed_and_is_reported(tmp_path):
+    quick = replace(QUICK, skill_steps=2, mixture_steps=1, batch_size=8)
+    reports = []
+    make_base(tmp_path / "one", quick, report=lambda step, metrics: reports.append((step, metrics["loss"])))
+    make_base(tmp_path / "two", quick)
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert texts(next(corpus(quick))) != texts(next(corpus(replace(quick, seed=1))))
+    assert [step for step, _ in reports] == [1, 2, 3]
+    assert reports[0][1] == pytest.approx(np.log(HF_CONFIG["vocab_size"]), rel=0.3)
+
+    loaded = from_pretrained(tmp_path / "one")
+    assert loaded.config.vocab_size == HF_CONFIG["vocab_size"]
+    assert loaded.tokenizer.decode(loaded.eos_ids[0]) == "<eos>"
+    assert sum(x.size for x in jax.tree.leaves(loaded.params)) < 300_000

@@ -1,0 +1,308 @@
+"""Train steps: exact under accumulation and sharding, and doing what their docstrings say."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax.loss import grpo_loss, token_mean
+from grpo_jax.sharding import make_mesh, param_shardings, replicated, shard_rows
+from grpo_jax.train import (
+    completion_log_probs,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_scorer,
+    make_train_step,
+    shuffled_minibatches,
+    split_rows,
+    with_fresh_reference,
+)
+from grpo_jax.types import Batch
+
+B, P, T = 16, 5, 7
+
+
+def make_batch(seed=0, rows=B):
+    rng = np.random.default_rng(seed)
+    prompt_lengths, lengths = rng.integers(1, P + 1, rows), rng.integers(1, T + 1, rows)
+    mask = np.arange(T) < lengths[:, None]
+    return Batch(
+        prompt_ids=jnp.asarray(rng.integers(0, 32, (rows, P)), jnp.int32),
+        prompt_mask=jnp.asarray(np.arange(P) >= P - prompt_lengths[:, None]),
+        completion_ids=jnp.asarray(rng.integers(0, 32, (rows, T)), jnp.int32),
+        completion_mask=jnp.asarray(mask),
+        loss_mask=jnp.asarray(mask),
+        advantages=jnp.asarray(rng.normal(size=rows), jnp.float32),
+        rollout_log_probs=jnp.asarray(-rng.random((rows, T)), jnp.float32),
+    )
+
+
+def loss_of(model, **options):
+    def loss_fn(params, batch):
+        log_probs, entropy = completion_log_probs(model, params, batch)
+        return grpo_loss(
+            log_probs,
+            batch.advantages,
+            batch.loss_mask,
+            old_log_probs=batch.old_log_probs,
+            ref_log_probs=batch.ref_log_probs,
+            rollout_log_probs=batch.rollout_log_probs,
+            entropy=entropy,
+            **options,
+        )
+
+    return loss_fn
+
+
+def start(params, optimizer, mesh=None, **options):
+    mesh = mesh or make_mesh(data=1)
+    copied = jax.tree.map(jnp.copy, params)
+    placed = jax.device_put(copied, param_shardings(copied, mesh))
+    return init_state(placed, optimizer, replicated=replicated(mesh), **{"with_reference": False, **options})
+
+
+def stepped(tiny, *, parts=1, mesh=None, aggregate=token_mean, steps=1, batch=None):
+    model, params = tiny
+    mesh = mesh or make_mesh(data=1)
+    optimizer = optax.sgd(1.0)  # so that parameters show the gradient itself
+    step = make_train_step(loss_of(model, aggregate=aggregate), optimizer, num_micro_batches=parts)
+    state = start(params, optimizer, mesh)
+    history = []
+    for i in range(steps):
+        state, metrics = step(state, shard_rows(batch or make_batch(i), mesh))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(state), history
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    return stepped(tiny)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_l2_micro_batches_give_the_update_of_the_whole(tiny, whole, parts):
+    state, history = stepped(tiny, parts=parts)
+    for name, value in whole[1][0].items():
+        assert history[0][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.params, whole[0].params)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_l2_devices_give_the_update_of_one(tiny, whole, sizes):
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    state, history = stepped(tiny, mesh=mesh, parts=2)
+    for name, value in whole[1][0].items():
+        assert history[0][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), state.params, whole[0].params)
+
+
+def test_eight_devices_against_one_over_five_steps(tiny):
+    model, params = tiny
+    optimizer = make_optimizer(make_schedule(1e-3, warmup_steps=1, total_steps=5, decay="constant"))
+    losses = {}
+    for name, mesh in {"one": make_mesh(data=1), "eight": make_mesh(data=2, fsdp=2, tensor=2)}.items():
+        step = make_train_step(loss_of(model), optimizer)
+        state = start(params, optimizer, mesh)
+        losses[name] = []
+        for i in range(5):
+            state, metrics = step(state, shard_rows(make_batch(i), mesh))
+            losses[name].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-5)
+    assert len(set(losses["one"])) == 5
+
+
+def test_l8_the_first_pass_on_policy(tiny, whole):
+    """Ratios are 1 and the surrogate's value is minus the mean advantage, yet the gradient is not zero."""
+    _, history = whole
+    batch = make_batch()
+    mean = float(np.mean(np.broadcast_to(np.asarray(batch.advantages)[:, None], (B, T))[np.asarray(batch.loss_mask)]))
+    assert history[0]["loss"] == pytest.approx(-mean, abs=1e-6)
+    assert history[0]["clip_ratio/region_mean"] == 0
+    assert history[0]["grad_norm"] > 0.01
+
+
+def test_l9_the_second_inner_epoch_is_off_policy(tiny):
+    model, params = tiny
+    optimizer = optax.sgd(0.5)
+    step = make_train_step(loss_of(model), optimizer)
+    state = start(params, optimizer)
+    scorer = make_scorer(partial(completion_log_probs, model))
+    batch = make_batch()
+    old = scorer(state.params, batch)
+    on_policy = Batch(**{**vars(batch), "old_log_probs": old})
+    state, first = step(state, on_policy)
+    state, second = step(state, on_policy)
+    assert float(first["clip_ratio/region_mean"]) == 0
+    assert float(second["clip_ratio/region_mean"]) > 0
+
+
+def test_old_log_probs_left_out_are_those_of_the_pass_itself(tiny, whole):
+    model, params = tiny
+    old = make_scorer(partial(completion_log_probs, model))(params, make_batch())
+    state, history = stepped(tiny, batch=Batch(**{**vars(make_batch()), "old_log_probs": old}))
+    assert history[0]["loss"] == pytest.approx(whole[1][0]["loss"], abs=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state.params, whole[0].params)
+
+
+def test_l3_more_padding_changes_nothing(tiny, whole):
+    batch = make_batch()
+    pad = {"completion_ids": 9, "completion_mask": False, "loss_mask": False, "rollout_log_probs": 7.0}
+    wider = {
+        name: jnp.pad(getattr(batch, name), ((0, 0), (0, 10)), constant_values=value) for name, value in pad.items()
+    }
+    state, history = stepped(tiny, batch=Batch(**{**vars(batch), **wider}))
+    assert history[0]["loss"] == pytest.approx(whole[1][0]["loss"], abs=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), state.params, whole[0].params)
+
+
+def test_l4_a_batch_without_anything_to_learn_from_changes_nothing(tiny):
+    _, params = tiny
+    batch = make_batch()
+    empty = Batch(**{**vars(batch), "loss_mask": jnp.zeros_like(batch.loss_mask)})
+    state, history = stepped(tiny, batch=empty)
+    assert history[0]["loss"] == 0
+    assert history[0]["grad_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_get(params))
+
+
+def test_the_state_is_donated_and_counted(tiny):
+    model, params = tiny
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(loss_of(model), optimizer)
+    state = start(params, optimizer)
+    new, _ = step(state, make_batch())
+    assert state.params["embed"]["embedding"].is_deleted()
+    assert int(new.step) == 1
+
+
+def test_bfloat16_compute_keeps_float32_weights():
+    from grpo_jax.models import build_model, from_hf_config, init_params
+    from tests.conftest import TINY
+
+    config = from_hf_config(TINY)
+    model = build_model(config, dtype=jnp.bfloat16)
+    params = init_params(config, jax.random.key(1))
+    optimizer = make_optimizer(make_schedule(1e-5, warmup_steps=0, total_steps=3, decay="constant"))
+    before = jax.device_get(params)
+    step = make_train_step(loss_of(model), optimizer)
+    state, metrics = step(start(params, optimizer), make_batch())
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    moved = np.abs(np.asarray(state.params["embed"]["embedding"]) - before["embed"]["embedding"])
+    assert 0 < moved.max() < 2e-5  # below what a bfloat16 weight of 0.3 could hold
+    assert np.isfinite(float(metrics["loss"]))
+
+
+def test_no_reference_is_held_unless_asked_for(tiny):
+    _, params = tiny
+    optimizer = optax.sgd(0.1)
+    assert start(params, optimizer).ref_params is None
+    state = start(params, optimizer, with_reference=True)
+    buffers = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
+    assert not buffers & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.ref_params)}
+
+
+def test_the_reference_stays_until_it_is_refreshed(tiny):
+    model, params = tiny
+    optimizer = optax.sgd(0.5)
+    step = make_train_step(loss_of(model, kl_coef=0.1), optimizer)
+    state = start(params, optimizer, with_reference=True)
+    scorer = make_scorer(partial(completion_log_probs, model))
+    for _ in range(2):
+        batch = make_batch()
+        state, _ = step(state, Batch(**{**vars(batch), "ref_log_probs": scorer(state.ref_params, batch)}))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.ref_params), jax.device_get(params))
+    fresh = with_fresh_reference(state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(fresh.ref_params), jax.device_get(state.params))
+    step(fresh, Batch(**{**vars(batch), "ref_log_probs": scorer(fresh.ref_params, batch)}))  # donates without a clash
+
+
+def test_moments_lie_as_their_parameters(tiny):
+    _, params = tiny
+    optimizer = make_optimizer(make_schedule(1e-3, warmup_steps=0, total_steps=1, decay="constant"))
+    state = start(params, optimizer, make_mesh(data=2, fsdp=2, tensor=2))
+    moments = adam_moments(state.opt_state)
+    places = jax.tree.map(lambda moment, param: moment.sharding == param.sharding, moments, state.params)
+    assert all(jax.tree.leaves(places))
+    assert moments["embed"]["embedding"].sharding.shard_shape((32, 32)) == (16, 16)
+
+
+def adam_moments(opt_state):
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+    return next(x for x in states if isinstance(x, optax.ScaleByAdamState)).mu
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_scorer_gives_the_same_in_parts(tiny, parts):
+    model, params = tiny
+    batch = make_batch()
+    expected, _ = completion_log_probs(model, params, batch)
+    scored = make_scorer(partial(completion_log_probs, model), num_micro_batches=parts)(params, batch)
+    np.testing.assert_allclose(scored, expected, atol=1e-5)
+
+
+def test_split_rows_takes_every_row_once_and_names_what_does_not_divide():
+    parts = split_rows(jnp.arange(12)[:, None], 3)
+    assert parts[:, :, 0].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    with pytest.raises(ValueError, match="batch of 12 sequences does not divide into 5"):
+        split_rows(jnp.arange(12), 5)
+
+
+def test_minibatches_are_a_permutation_that_follows_from_the_key():
+    batch = make_batch()
+    assert shuffled_minibatches(batch, jax.random.key(0), 1)[0] is batch
+    parts = shuffled_minibatches(batch, jax.random.key(0), 4)
+    assert [part.advantages.shape for part in parts] == [(4,)] * 4
+    drawn = np.concatenate([part.advantages for part in parts])
+    assert sorted(drawn) == sorted(np.asarray(batch.advantages))
+    assert not np.array_equal(drawn, batch.advantages)
+    again = shuffled_minibatches(batch, jax.random.key(0), 4)
+    jax.tree.map(np.testing.assert_array_equal, parts, again)
+    with pytest.raises(ValueError, match="does not divide into 3"):
+        shuffled_minibatches(batch, jax.random.key(0), 3)
+
+
+def test_schedule_rises_stays_or_falls():
+    rates = {
+        decay: [float(make_schedule(1.0, warmup_steps=4, total_steps=12, decay=decay)(i)) for i in range(13)]
+        for decay in ("constant", "linear", "cosine")
+    }
+    for values in rates.values():
+        np.testing.assert_allclose(values[:5], [0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-6)
+    assert rates["constant"][12] == 1
+    assert rates["linear"][8] == pytest.approx(0.5)
+    assert rates["cosine"][8] == pytest.approx(0.5)
+    assert rates["linear"][12] == rates["cosine"][12] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0, "warmup_steps": 0}, "learning_rate is 0.0"),
+        ({"learning_rate": float("nan"), "warmup_steps": 0}, "learning_rate is nan"),
+        ({"learning_rate": 1.0, "warmup_steps": 11}, "warmup_steps is 11"),
+    ],
+)
+def test_schedule_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(**options, total_steps=10, decay="constant")
+
+
+def test_gradients_are_clipped_by_their_global_norm_and_decay_spares_vectors():
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+    schedule = make_schedule(0.1, warmup_steps=0, total_steps=1, decay="constant")
+    decaying = make_optimizer(schedule, weight_decay=0.5)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = decaying.update(zeros, decaying.init(params), params)
+    assert (np.asarray(updates["vector"]) == 0).all()
+    np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
+
+    huge = jax.tree.map(lambda x: 1e6 * x, params)
+    optimizer = make_optimizer(schedule, max_grad_norm=1.0)
+    with jax.numpy_dtype_promotion("standard"):
+        _, opt_state = optimizer.update(huge, optimizer.init(params), params)
+    assert float(optax.tree.norm(adam_moments(opt_state))) == pytest.approx(0.1, rel=1e-5)  # (1 - b1) x 1
