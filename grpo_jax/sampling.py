@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from grpo_jax.log_probs import token_log_probs
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -94,5 +96,4 @@ def sample_token(
     # Strictly below the total, so that the first sum above the threshold exists; its token has a probability above 0.
     threshold = jnp.minimum(jax.vmap(jax.random.uniform)(keys) * total, jnp.nextafter(total, jnp.zeros_like(total)))
     tokens = jnp.argmax(cumulative > threshold[:, None], axis=-1).astype(jnp.int32)
-    log_probs = jax.nn.log_softmax(logits)
-    return tokens, jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+    return tokens, token_log_probs(logits, tokens)

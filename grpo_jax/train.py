@@ -38,7 +38,7 @@ def completion_log_probs(
     """
     P = sequences.prompt_ids.shape[1]
     # The last token is scored but predicts nothing. It stays in, so that sums over keys run over as many as in the
-    # sampler's cache: with one fewer they round differently, and the two disagree four times as often beyond 1e-5.
+    # sampler's cache and round like them.
     ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
     mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
     hidden, _ = model.apply(params, ids, positions(mask), mask, None, 0)

@@ -30,19 +30,13 @@ def default_run(tmp_path_factory):
 def test_the_default_run_learns(default_run):
     summary = json.loads((default_run / "summary.json").read_text())
     assert summary["pass_at_1_before"] <= 0.20
-    assert summary["pass_at_1_after"] >= 0.7  # the claim itself is the next test
+    assert summary["pass_at_1_after"] >= 0.85
     assert summary["maj_at_16_after"] >= 0.95
     assert summary["completion_length_after"] > 2 * summary["completion_length_before"]
     rows = [row for row in read_jsonl(default_run / "metrics.jsonl") if "loss" in row]
-    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-6
+    assert len(rows) == 50
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) <= 1e-5
     assert max(row["compilations"] for row in rows) - rows[0]["compilations"] <= 3
-
-
-@pytest.mark.xfail(
-    reason="0.836 was measured here, with the rounding of eight virtual devices; 0.883 without", strict=False
-)
-def test_the_default_run_reaches_what_it_claims(default_run):
-    assert json.loads((default_run / "summary.json").read_text())["pass_at_1_after"] >= 0.85
 
 
 def test_s1_kill_9_and_the_same_command_again(tmp_path):

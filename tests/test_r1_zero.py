@@ -119,7 +119,7 @@ def test_summary_has_what_is_promised(finished):
         "pass_at_1_before pass_at_1_after maj_at_4_after completion_length_before completion_length_after seconds"
     )
     assert set(promised.split()) <= set(summary)
-    assert 0 < summary["max_sampler_trainer_gap"] <= 1e-5  # T15
+    assert 0 <= summary["max_sampler_trainer_gap"] <= 1e-5  # T15
     assert summary["seed"] == 0
     assert summary["config"]["group_size"] == 4
     assert {"jax", "flax", "transformers"} <= set(summary["versions"])

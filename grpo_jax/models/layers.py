@@ -76,17 +76,17 @@ def attend(
 
     A query that may attend to nothing gets the mean of all values, which is finite.
     """
-    if queries.shape[3] == 1:
-        # Keys first: on CPU the other order of this product is four times slower for a single token.
-        scores = jnp.einsum("bkce,bkgse->bkcgs", keys, queries, preferred_element_type=jnp.float32)
-        scores = jnp.moveaxis(scores, 2, -1)
-    else:
-        scores = jnp.einsum("bkgse,bkce->bkgsc", queries, keys, preferred_element_type=jnp.float32)
+    B, K, G, S, E = queries.shape
+    C = keys.shape[2]
+    # A group's queries are rows of one product with its keys. On CPU a product with two rows or more sums in the order
+    # of the trainer's, which has many; one with a single row does not.
+    queries = queries.reshape(B, K, G * S, E)
+    scores = jnp.einsum("bkme,bkce->bkmc", queries, keys, preferred_element_type=jnp.float32).reshape(B, K, G, S, C)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(allowed[:, None, None, :, :], scores, MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgsc,bkce->bkgse", weights, values)
+    return jnp.einsum("bkmc,bkce->bkme", weights.reshape(B, K, G * S, C), values).reshape(B, K, G, S, E)
 
 
 class Embedding(nn.Module):
@@ -122,9 +122,13 @@ class Norm(nn.Module):
         """Normalize; the result has the dtype of ``x``."""
         scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
         scale = scale.astype(jnp.float32) + self.offset
-        wide = x.astype(jnp.float32)
-        normalized = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return (normalized * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        # One axis for all tokens, no mean and no rsqrt: so that a token comes out of the sampler's call on one token
+        # with the same bits as out of the trainer's call on all (a mean is fused with the epsilon in one and not in the
+        # other, and a vector's rsqrt is not a scalar's).
+        D = x.shape[-1]
+        tokens = x.astype(jnp.float32).reshape(-1, D)
+        sizes = jnp.sqrt(D / (jnp.sum(tokens**2, axis=-1, keepdims=True) + D * self.epsilon))
+        return (tokens * sizes * scale[None, :]).astype(x.dtype).reshape(x.shape)
 
 
 class Layer(nn.Module):
