@@ -54,11 +54,14 @@ def tiny():
     return build_model(config), init_params(config, jax.random.key(1))
 
 
+GUESSING = {"skill_steps": 40, "skill_share": 0.0, "mixture_steps": 4, "worked_share": 0.0, "batch_size": 32}
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A barely trained base: what it says is short of sense, but it has tags, digits and ends."""
+    """A base that only guesses, ``<answer>19</answer>``, right now and then: groups differ in their rewards."""
     from grpo_jax.small_base import Recipe, make_base
 
     folder = tmp_path_factory.mktemp("base") / "model"
-    make_base(folder, Recipe(skill_steps=20, mixture_steps=4, batch_size=16))
+    make_base(folder, Recipe(**GUESSING))
     return str(folder)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import GUESSING
 
 from experiments import r1_zero
 from grpo_jax.monitor.metrics import read_jsonl
@@ -40,7 +41,7 @@ def test_the_default_run_learns(default_run):
 
 
 def test_s1_kill_9_and_the_same_command_again(tmp_path):
-    make_base(tmp_path / "base", Recipe(skill_steps=20, mixture_steps=4, batch_size=16))
+    make_base(tmp_path / "base", Recipe(**GUESSING))
 
     def start(run):
         options = "--num-steps 8 --num-prompts 4 --group-size 4 --max-prompt-length 12 --max-completion-length 10"

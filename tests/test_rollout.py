@@ -1,11 +1,12 @@
 """Rollouts: what is drawn, what it is masked and scored by, and that neither layout nor devices change it."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import quick_jit
 
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.log_probs import output_logits
@@ -39,16 +40,30 @@ def jitted(model, sampling, options):
     return CACHE.setdefault((sampling, options), jax.jit(partial(generate, model, sampling=sampling, **dict(options))))
 
 
+@cache
+def next_logits(model):
+    """``(params, ids, length) -> logits`` after the first ``length`` ids; those that follow cannot be seen."""
+
+    @quick_jit
+    def logits_of(params, ids, length):
+        mask = jnp.arange(ids.shape[1])[None, :] < length
+        hidden, _ = model.apply(params, ids, positions(mask), mask, None, 0)
+        return output_logits(hidden[:, length - 1], model.head(params))
+
+    return logits_of
+
+
+def logits_after(tiny, ids):
+    """The logits after all of ``ids``, by a forward pass over the whole sequence."""
+    model, params = tiny
+    return next_logits(model)(params, jnp.array([[*ids, *[PAD] * (16 - len(ids))]]), len(ids))
+
+
 def by_hand(tiny, prompt, key, sampling=None, length=T, eos=EOS):
     """One completion, by running the whole sequence through the model again for every token."""
-    model, params = tiny
     ids, drawn = list(prompt), []
     for t in range(length):
-        row = jnp.array([ids])
-        mask = jnp.ones(row.shape, bool)
-        hidden, _ = model.apply(params, row, positions(mask), mask, None, 0)
-        logits = output_logits(hidden[:, -1], model.head(params))
-        token, _ = sample_token(jax.random.fold_in(key, t)[None], logits, sampling or Sampling())
+        token, _ = sample_token(jax.random.fold_in(key, t)[None], logits_after(tiny, ids), sampling or Sampling())
         drawn.append(int(token[0]))
         ids.append(drawn[-1])
         if drawn[-1] in eos:
@@ -152,13 +167,11 @@ def test_t8_a_token_is_scored_by_those_before_it(tiny):
     rollout = roll(tiny, group_size=2)
     log_probs, entropy = completion_log_probs(model, params, rollout)
     row = int(np.argmax(np.asarray(rollout.completion_mask.sum(1))))
-    prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+    prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
+    completion = rollout.completion_ids[row].tolist()
     for t in range(int(rollout.completion_mask[row].sum())):
-        ids = jnp.concatenate([prompt, rollout.completion_ids[row, :t]])[None]
-        mask = jnp.ones(ids.shape, bool)
-        hidden, _ = model.apply(params, ids, positions(mask), mask, None, 0)
-        scores = jax.nn.log_softmax(output_logits(hidden[0, -1], model.head(params)))
-        np.testing.assert_allclose(log_probs[row, t], scores[rollout.completion_ids[row, t]], atol=1e-5)
+        scores = jax.nn.log_softmax(logits_after(tiny, prompt + completion[:t])[0])
+        np.testing.assert_allclose(log_probs[row, t], scores[completion[t]], atol=1e-5)
         np.testing.assert_allclose(entropy[row, t], -jnp.sum(jnp.exp(scores) * scores), atol=1e-5)
 
 
