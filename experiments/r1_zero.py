@@ -88,7 +88,7 @@ class Config:
     seed: int = 0
     """Of the order of problems and of every sample's noise."""
 
-    num_steps: int = 50
+    num_steps: int = 60
     """Rollouts with the updates that follow each."""
     num_prompts: int = 32
     """Prompts a step."""

@@ -115,7 +115,12 @@ def sapo(
         log_probs, epsilon_low, epsilon_high: not used; accepted so that surrogates can take one another's place.
         temperature_positive: ``tau`` where A > 0.
         temperature_negative: ``tau`` elsewhere; a larger one lets off-policy tokens fade faster.
+
+    Raises:
+        ValueError: a temperature not above 0.
     """
+    if not min(temperature_positive, temperature_negative) > 0:
+        raise ValueError(f"SAPO's temperatures must be above 0, not {temperature_positive} and {temperature_negative}")
     tau = jnp.where(advantages > 0, temperature_positive, temperature_negative)
     return -jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
 
@@ -165,7 +170,12 @@ def constant_length(x: Tokens, mask: Mask, *, length: int) -> Mean:
         x: for each token.
         mask: True counts; empty sequences do not.
         length: the constant, usually the longest completion allowed.
+
+    Raises:
+        ValueError: length below 1.
     """
+    if length < 1:
+        raise ValueError(f"length is {length}; it counts tokens, at least 1")
     return Mean(masked_sum(x, mask), length * masked_count(mask.any(1)))
 
 

@@ -35,7 +35,7 @@ def test_the_default_run_learns(default_run):
     assert summary["maj_at_16_after"] >= 0.95
     assert summary["completion_length_after"] > 2 * summary["completion_length_before"]
     rows = [row for row in read_jsonl(default_run / "metrics.jsonl") if "loss" in row]
-    assert len(rows) == 50
+    assert len(rows) == 60
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) <= 1e-5
     assert max(row["compilations"] for row in rows) - rows[0]["compilations"] <= 3
 
