@@ -17,7 +17,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,6 +74,7 @@ ADVANTAGES = {
 }
 KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
 SHOWN_SAMPLES = 3
+MICRO_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Config:
     """In tokens. Default: 512 with --model, 12 without."""
     max_completion_length: int | None = None
     """In tokens. Default: 1024 with --model, 48 without."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion besides those the model names, such as '<|im_end|>'."""
     sampling: Sampling = Sampling()
     """How completions are drawn; the temperature is the policy's in every log-probability too."""
 
@@ -135,22 +139,24 @@ class Config:
     """Passes over each step's completions."""
     num_minibatches: int = 1
     """Updates a pass."""
-    num_micro_batches: int = 1
-    """Parts each update is computed in, to save memory; the result is the same."""
+    num_micro_batches: int | None = None
+    """Parts each update is computed in, to save memory; the result is the same. Default: parts of at most 16,384
+    tokens with --model, one without."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How gradients become updates."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the computation; weights and optimizer stay in float32. Default: bfloat16 with --model on a GPU or
     TPU, float32 otherwise."""
-    remat: bool = False
-    """Compute blocks again in the backward pass instead of keeping their activations."""
+    remat: bool | None = None
+    """Compute blocks again in the backward pass instead of keeping their activations. Default: with --model."""
     mesh: MeshSettings = MeshSettings()
     """How the devices are used."""
 
     eval_every: int = 10
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
-    eval_samples: int = 16
-    """Samples for each, from which pass@1 and the majority vote are taken."""
+    eval_samples: int | None = None
+    """Samples for each held-out problem, from which pass@1 and the majority vote are taken. Default: 4 with --model,
+    16 without."""
     samples_every: int = 10
     """Steps between tables of sample completions."""
     save_every: int = 10
@@ -163,31 +169,38 @@ class Config:
     """Print plain lines even on a terminal."""
 
     def __post_init__(self):
-        rows = self.num_prompts * self.group_size
-        for name in (
-            "num_steps",
-            "num_prompts",
-            "num_epochs",
-            "num_minibatches",
-            "num_micro_batches",
-            "save_every",
-            "samples_every",
-            "eval_samples",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        least = {"num_steps": 1, "num_prompts": 1, "num_epochs": 1, "num_minibatches": 1, "save_every": 1}
+        least |= {"samples_every": 1, "eval_samples": 1, "eval_every": 0, "seed": 0, "keep_checkpoints": 1}
+        least |= {"max_prompt_length": 1, "max_completion_length": 1, "num_micro_batches": 1, "ref_refresh_every": 1}
+        least |= {"epsilon_low": 0, "epsilon_high": 0, "kl_coef": 0, "kl_reward_coef": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} is {value}; it must be at least {smallest}")
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 samples for each prompt")
-        if rows % (self.num_minibatches * self.num_micro_batches):
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise ValueError(f"importance_cap is {self.importance_cap}; it bounds a weight and must be above 0")
+        rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
+        if rows % (self.num_minibatches * micro_batches):
             raise ValueError(
                 f"{self.num_prompts} prompts x {self.group_size} samples = {rows} completions do not divide into "
-                f"{self.num_minibatches} minibatches of {self.num_micro_batches} micro-batches"
+                f"{self.num_minibatches} minibatches of {micro_batches} micro-batches"
             )
         if self.kl_coef and self.kl_reward_coef:
             raise ValueError(
                 f"kl_coef is {self.kl_coef} and kl_reward_coef is {self.kl_reward_coef}: the KL belongs in the loss "
                 "or in the reward, not in both; set one of them to 0"
             )
+        if self.kl == "k1" and self.kl_coef and not self.kl_correction:
+            raise ValueError(
+                "kl is k1 and kl_coef is not 0: as a loss, k1's gradient knows nothing of the reference; use k2 or k3, "
+                "set kl_correction, or put it in the reward with kl_reward_coef"
+            )
+        if self.kl_correction and not self.kl_coef:
+            raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
+        if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
+            raise ValueError("the embedded base knows its own sums only; with a dataset or template, name a model too")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
         if self.ref_refresh_every is not None and not self.has_reference:
@@ -204,6 +217,18 @@ class Config:
         return self.num_epochs * self.num_minibatches
 
     @property
+    def micro_batches(self) -> int:
+        """The parts of an update in effect: the fewest of equal size and, by default, of few enough tokens."""
+        if self.num_micro_batches is not None or self.model is None:
+            return self.num_micro_batches or 1
+        rows = self.num_prompts * self.group_size // self.num_minibatches
+        parts = self.mesh.build().shape
+        devices = parts["data"] * parts["fsdp"]
+        most = max(devices, devices * MICRO_BATCH_TOKENS // (self.prompt_length + self.completion_length))
+        fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
+        return min(fitting, default=1)
+
+    @property
     def prompt_length(self) -> int:
         """The prompt length in effect."""
         return self.max_prompt_length or (512 if self.model else MAX_PROMPT_LENGTH)
@@ -212,6 +237,11 @@ class Config:
     def completion_length(self) -> int:
         """The completion length in effect."""
         return self.max_completion_length or (1024 if self.model else MAX_COMPLETION_LENGTH)
+
+    @property
+    def num_eval_samples(self) -> int:
+        """The samples of an evaluation in effect."""
+        return self.eval_samples or (4 if self.model else 16)
 
     @property
     def compute_dtype(self):
@@ -225,51 +255,61 @@ MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "trackers", "plai
 
 
 def main(config: Config) -> None:
-    with Run(
-        config.run_dir,
-        config,
-        title="R1-Zero",
-        may_change=MAY_CHANGE,
-        trackers=config.trackers,
-        keep_checkpoints=config.keep_checkpoints,
-        plain=config.plain or None,
-    ) as run:
+    # What is called float32 is computed in float32, on a GPU or TPU too.
+    exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
+    with (
+        exact,
+        Run(
+            config.run_dir,
+            config,
+            title="R1-Zero",
+            may_change=MAY_CHANGE,
+            trackers=config.trackers,
+            keep_checkpoints=config.keep_checkpoints,
+            plain=config.plain or None,
+        ) as run,
+    ):
         train(config, run)
 
 
 def train(config: Config, run: Run) -> None:
+    if run.is_finished:
+        run.say(f"this run is finished; everything is in {run.folder}")
+        return
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_mesh(config, mesh)
-    problems, held_out, accuracy = config.data.load(config.seed)
+    problems, held_out, accuracy, held_out_accuracy = config.data.load(config.seed)
     score = weighted(
         {"accuracy": accuracy, "format": format_reward},
         {"accuracy": config.accuracy_weight, "format": config.format_weight},
     )
     score([""], [""], **reward_columns(problems[:1]))  # a reward that cannot run is found here
+    held_out_accuracy([""], [""], **reward_columns(held_out[:1]))
 
     policy = models.from_pretrained(
         config.model or str(trained_base(config, run)),
         dtype=config.compute_dtype,
-        remat=config.remat,
+        remat=config.model is not None if config.remat is None else config.remat,
         shardings=partial(param_shardings, mesh=mesh),
     )
-    if policy.tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
+    policy = with_stop_tokens(policy, config)
     problems, held_out = encode(problems, policy, config, run), encode(held_out, policy, config, run)
     batches = ProblemIterator(problems.problems, num_prompts=config.num_prompts, seed=config.seed)
 
     # The pieces: a rollout, a scorer and a train step, each one jitted function of arrays.
-    rollouts = {size: build_rollout(config, policy, mesh, size) for size in {config.group_size, config.eval_samples}}
+    group_sizes = {config.group_size, config.num_eval_samples}
+    rollouts = {size: build_rollout(config, policy, mesh, size) for size in group_sizes}
     log_probs = partial(completion_log_probs, policy.model, temperature=config.sampling.temperature)
-    scorer = make_scorer(log_probs, num_micro_batches=config.num_micro_batches)
+    scorer = make_scorer(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
     optimizer, schedule = config.optimizer.build(
         total_updates=config.num_steps * config.updates_per_step,
         default_learning_rate=1e-6 if config.model else 2.5e-4,
     )
-    train_step = make_train_step(build_loss(config, log_probs), optimizer, num_micro_batches=config.num_micro_batches)
+    train_step = make_train_step(build_loss(config, log_probs), optimizer, num_micro_batches=config.micro_batches)
 
     state = init_state(policy.params, optimizer, with_reference=config.has_reference, replicated=replicated(mesh))
+    policy = replace(policy, params=None)  # the state's from here on
     first, state, position = run.resume(state)
     if position:
         batches.set_state(position["batches"])
@@ -283,18 +323,21 @@ def train(config: Config, run: Run) -> None:
         with run.progress.phase("evaluation", len(held_out)) as phase:
             metrics = evaluate.held_out(
                 held_out,
-                lambda prompts: rollouts[config.eval_samples](state.params, shard_rows(prompts, mesh), key),
+                lambda prompts: rollouts[config.num_eval_samples](state.params, shard_rows(prompts, mesh), key),
                 decode,
-                accuracy,
+                held_out_accuracy,
                 num_prompts=config.num_prompts,
-                group_size=config.eval_samples,
+                group_size=config.num_eval_samples,
                 report=phase.update,
             )
         run.log({"step": step, **metrics})
         return metrics
 
-    if first == 0:
-        evaluated(0)
+    def evaluation_is_due(step: int) -> bool:
+        return step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
+
+    if evaluation_is_due(first) and not run.has_row(first, "eval/pass@1"):
+        evaluated(first)
     with run.progress.phase("GRPO", config.num_steps, start=first) as phase:
         for step in range(first + 1, config.num_steps + 1):
             started = time.monotonic()
@@ -338,19 +381,20 @@ def train(config: Config, run: Run) -> None:
             run.log({"step": step, **metrics})
             if step % config.samples_every == 0:
                 run.log_samples(step, as_samples(texts, completions, scores, batch), show=SHOWN_SAMPLES)
-            if step == config.num_steps or (config.eval_every and step % config.eval_every == 0):
-                metrics |= evaluated(step)
-            phase.update(step, metrics)
             if step == config.num_steps or step % config.save_every == 0 or run.stop_requested:
                 run.save(step, state, {"batches": batches.get_state(), "num_tokens": num_tokens})
             if run.stop_requested and step < config.num_steps:
+                phase.update(step, metrics)
                 return
+            if evaluation_is_due(step):
+                metrics |= evaluated(step)
+            phase.update(step, metrics)
     finish(config, run, policy, state)
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.num_prompts * config.group_size // (config.num_minibatches * config.num_micro_batches)
+    rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
     for name, count in (("num_prompts", config.num_prompts), ("the completions of a micro-batch", rows)):
         if count % parts:
             raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")
@@ -363,6 +407,23 @@ def trained_base(config: Config, run: Run) -> Path:
         with run.progress.phase("base model", recipe.steps) as phase:
             make_base(folder, recipe, report=lambda step, row: phase.update(step, row if step % 50 == 0 else None))
     return folder
+
+
+def with_stop_tokens(policy: models.Pretrained, config: Config) -> models.Pretrained:
+    """The policy as it is sampled from here: with the configuration's stop tokens among its ending ones."""
+    if policy.tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
+    known = policy.tokenizer.get_vocab()
+    unknown = [token for token in config.stop_tokens if token not in known]
+    if unknown:
+        raise ValueError(f"stop_tokens: {unknown} are no tokens of {config.model or 'the embedded base'}")
+    eos_ids = dict.fromkeys([*policy.eos_ids, *(known[token] for token in config.stop_tokens)])
+    length, longest = config.prompt_length + config.completion_length, policy.hf_config.get("max_position_embeddings")
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"max_prompt_length + max_completion_length is {length}, and the model has {longest} positions"
+        )
+    return replace(policy, eos_ids=tuple(eos_ids))
 
 
 def encode(problems: list[Problem], policy: models.Pretrained, config: Config, run: Run) -> EncodedProblems:
@@ -471,7 +532,7 @@ def as_samples(texts: list[str], completions: list[str], scores: Scores, batch: 
 
 def finish(config: Config, run: Run, policy: models.Pretrained, state: TrainState) -> None:
     """Save the trained model as a Hugging Face folder, and sum the run up."""
-    shutil.rmtree(run.folder / "model", ignore_errors=True)  # of this run, killed while it was finishing
+    shutil.rmtree(run.folder / "model", ignore_errors=True)  # of a process that was killed before the summary
     models.save_pretrained(
         run.folder / "model",
         state.params,
@@ -484,7 +545,7 @@ def finish(config: Config, run: Run, policy: models.Pretrained, state: TrainStat
     gaps = [
         row["sampling/sampling_logp_difference/max"] for row in rows if "sampling/sampling_logp_difference/max" in row
     ]
-    majority = f"maj@{config.eval_samples}"
+    majority = f"maj@{config.num_eval_samples}"
     summary = {
         "pass_at_1_before": before["eval/pass@1"],
         "pass_at_1_after": after["eval/pass@1"],

@@ -88,7 +88,8 @@ def held_out(
 ) -> dict[str, float]:
     """Draw ``group_size`` completions of every held-out problem, in batches of one shape, and grade them.
 
-    A completion is right if its reward is 1. The last batch is filled up with problems that were drawn before; what is
+    A completion is right if its reward is 1; a problem with a sample whose reward is absent (None) is not counted. The
+    last batch is filled up with problems that were drawn before; what is
     drawn for those again is not looked at.
 
     Args:
@@ -101,9 +102,13 @@ def held_out(
         report: called with the number of problems done after each batch.
 
     Returns:
-        ``eval/pass@1``, ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens.
+        ``eval/pass@1``, ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens; with
+        ``eval/frac_ungraded``, the share of problems left out, where there are any.
+
+    Raises:
+        ValueError: no problem could be graded.
     """
-    answers, correct, lengths = [], [], []
+    answers, scores, lengths = [], [], []
     for start in range(0, len(problems), num_prompts):
         index = np.arange(start, start + num_prompts)
         drawn = rollout(problems.padded(index % len(problems), index))
@@ -112,17 +117,24 @@ def held_out(
         texts = decode(drawn)[:rows]
         prompts = [problems.texts[i] for i in index for _ in range(group_size)]
         columns = reward_columns([problems.problems[i] for i in index], group_size=group_size)
-        right = [score == 1 for score in reward(prompts, texts, **columns)]
-        correct.append(np.array(right).reshape(-1, group_size))
+        scores += reward(prompts, texts, **columns)
         answers += [[extract_answer(text) for text in texts[i : i + group_size]] for i in range(0, rows, group_size)]
         lengths.append(np.asarray(drawn.completion_mask.sum(1))[:rows])
         report(start + len(index))
-    is_right = jnp.asarray(np.concatenate(correct))
-    return {
+    rows = [scores[i : i + group_size] for i in range(0, len(scores), group_size)]
+    graded = [i for i, row in enumerate(rows) if None not in row]
+    if not graded:
+        raise ValueError(f"the reward graded all samples of none of the {len(rows)} held-out problems")
+    is_right = jnp.array([[score == 1 for score in rows[i]] for i in graded])
+    chosen = identify_answers([answers[i] for i in graded])
+    metrics = {
         "eval/pass@1": float(pass_at_k(is_right, 1)),
-        f"eval/maj@{group_size}": float(maj_at_k(identify_answers(answers), is_right, group_size)),
+        f"eval/maj@{group_size}": float(maj_at_k(chosen, is_right, group_size)),
         "eval/mean_length": float(np.concatenate(lengths).mean()),
     }
+    if len(graded) < len(rows):
+        metrics["eval/frac_ungraded"] = 1 - len(graded) / len(rows)
+    return metrics
 
 
 def _identify_row(answers: Sequence[str | None]) -> list[int]:

@@ -54,6 +54,7 @@ class Run:
         ValueError: the folder holds a run with another configuration (the differences are listed), or holds files
             and no run.
         RuntimeError: another process is running in the folder.
+        NotImplementedError: there are several hosts.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Run:
         plain: bool | None = None,
         console: Console | None = None,
     ):
+        if jax.process_count() > 1:
+            raise NotImplementedError("a run on several hosts is not supported yet; start it on one")
         self.folder = Path(folder)
         self.settings = to_json(dataclasses.asdict(config))
         self.stop_requested = False
@@ -104,6 +107,11 @@ class Run:
         """Wall time spent in this run, that of the processes it is resumed from included."""
         return self._earlier_seconds + time.monotonic() - self._started
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether ``finish`` was reached before."""
+        return (self.folder / "summary.json").exists()
+
     def say(self, text: str) -> None:
         """Print a line above the live view."""
         self.progress.console.print(Text(text), soft_wrap=True)
@@ -114,10 +122,14 @@ class Run:
         Logs are rewound to that step, so that they read as if the run had never been interrupted.
 
         Args:
-            like: the state a new run starts with; a checkpoint is restored with its shapes and shardings.
+            like: the state a new run starts with; a checkpoint is restored with its shapes and shardings, and its
+                arrays are given up for it.
         """
         self.checkpoints.require_space(like)
-        found = self.checkpoints.restore(like)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        if self.checkpoints.steps():
+            jax.tree.map(lambda x: x.delete(), like)  # so that the state is in memory once, not twice
+        found = self.checkpoints.restore(shapes)
         step, state, position = (-1, like, {}) if found is None else found
         self.metrics_log.rewind(step)
         self.completions_log.rewind(step)
@@ -126,6 +138,10 @@ class Run:
         self._earlier_seconds = position["seconds"]
         self.say(f"resumed at step {step} from {self.checkpoints.folder}")
         return step, state, position["loop"]
+
+    def has_row(self, step: int, name: str) -> bool:
+        """Whether a metric of this name was logged at this step."""
+        return any(row["step"] == step and name in row for row in read_jsonl(self.metrics_log.path))
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
         """Write a checkpoint; ``position`` is what else the loop needs to go on, as JSON."""
@@ -184,7 +200,7 @@ class claim_folder:  # noqa: N801 - used as a function
             raise RuntimeError(
                 f"another process is running in {folder}; wait for it or choose another folder"
             ) from error
-        if known.exists():
+        if known.exists() and has_results(folder):
             different = differences(json.loads(known.read_text()), settings, may_change)
             if different:
                 self._lock.close()
@@ -198,6 +214,12 @@ class claim_folder:  # noqa: N801 - used as a function
 
     def __exit__(self, *error) -> None:
         self._lock.close()
+
+
+def has_results(folder: Path) -> bool:
+    """Whether anything was computed in a run's folder: a run that failed before that may be started differently."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", ".lock")]
+    return any(path.stat().st_size for path in files)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:

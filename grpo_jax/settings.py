@@ -60,6 +60,18 @@ class OptimizerSettings:
     b2: float = 0.999
     """Decay of the second moment."""
 
+    def __post_init__(self):
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be above 0")
+        for name in ("warmup_updates", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+
     def build(
         self, *, total_updates: int, default_learning_rate: float
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -110,9 +122,13 @@ class DataSettings:
             raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
         if self.chat_template and self.template is not None:
             raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
+        if self.template is not None and "{question}" not in self.template:
+            raise ValueError(f"template must hold {{question}} where the prompt goes; it is {self.template!r}")
+        if self.system_prompt is not None and not self.chat_template:
+            raise ValueError("system_prompt needs chat_template; with a plain template, write its text into that")
 
-    def load(self, seed: int) -> tuple[list[Problem], list[Problem], RewardFn]:
-        """Problems to train on, problems held out, and the reward that tells a right answer.
+    def load(self, seed: int) -> tuple[list[Problem], list[Problem], RewardFn, RewardFn]:
+        """Problems to train on, problems held out, and the reward that tells a right answer, for each of the two.
 
         No held-out problem has the prompt of one that is trained on: those that do are not held out.
 
@@ -126,6 +142,7 @@ class DataSettings:
             )
         else:
             problems, reward = self._read(self.dataset, self.split, GENERATED_PROBLEMS, seed)
+        held_out_reward = reward
         source = self.eval_dataset or self.dataset
         if source is None:
             held_out = self._sums(np.random.default_rng(HELD_OUT_SEED), self.eval_problems, held_out=True)
@@ -133,14 +150,17 @@ class DataSettings:
             problems, held_out = self._divide(problems)
         else:
             split = self.eval_split or (None if is_file(source) else "test")
-            held_out, _ = self._read(source, split, 2 * self.eval_problems, HELD_OUT_SEED)
+            held_out, held_out_reward = self._read(source, split, 2 * self.eval_problems, HELD_OUT_SEED)
+            # A sample of them: many data sets are sorted by subject or level.
+            order = np.random.default_rng(HELD_OUT_SEED).permutation(len(held_out))
+            held_out = [held_out[i] for i in order]
         trained_on = {str(problem.prompt) for problem in problems}
         held_out = [problem for problem in held_out if str(problem.prompt) not in trained_on]
         if not held_out:
             raise ValueError(
                 f"every held-out problem of {source} is also trained on; name others with eval_dataset or eval_split"
             )
-        return problems, held_out[: self.eval_problems], reward
+        return problems, held_out[: self.eval_problems], reward, held_out_reward
 
     def encode(
         self, problems: list[Problem], tokenizer: Any, *, pad_id: int, max_prompt_length: int, default_template: str
@@ -176,6 +196,11 @@ class DataSettings:
 
     def _divide(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
         """A tenth of the problems, at most ``eval_problems``, is held out; always the same ones."""
+        if len(problems) < 10:
+            raise ValueError(
+                f"{self.dataset} has {len(problems)} problems, too few to hold a tenth of them out; name others with "
+                "eval_dataset or eval_split"
+            )
         count = min(self.eval_problems, len(problems) // 10)
         order = np.random.default_rng(HELD_OUT_SEED).permutation(len(problems))
         chosen = set(order[:count].tolist())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Key
 
@@ -17,6 +19,7 @@ from grpo_jax.types import Batch, Mean, Metrics, Model, Params, Rollout, TrainSt
 
 Tokens = Float[Array, "B T"]
 LossFn = Callable[[Params, Batch], tuple[Mean, Metrics]]
+VECTORS = ("scale", "bias")
 
 
 def completion_log_probs(
@@ -78,6 +81,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update; the state passed in is donated.
 
+    The new state lies on its devices as the old one did. Inside another jitted function it is that function's part.
+
     The batch is computed in ``num_micro_batches`` parts. Sums and counts are added over the parts and divided at the
     end, so the update is that of the whole batch, whatever the number of parts, and however long the sequences in each.
 
@@ -117,7 +122,18 @@ def make_train_step(
         scalars["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state, state.ref_params), scalars
 
-    return jax.jit(step, donate_argnums=0)
+    @cache
+    def jitted(treedef, shardings):
+        # Without this the compiler may lay parameters out anew, and every later program would be another one.
+        return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(treedef, shardings), None))
+
+    def train_step(state: TrainState, batch):
+        leaves, treedef = jax.tree.flatten(state)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return step(state, batch)
+        return jitted(treedef, tuple(leaf.sharding for leaf in leaves))(state, batch)
+
+    return train_step
 
 
 def split_rows(batch, parts: int):
@@ -191,12 +207,15 @@ def make_optimizer(
         b2: decay of the second moment.
     """
 
-    def matrices(params):
-        return jax.tree.map(lambda x: x.ndim > 1, params)
+    def decayed(params):
+        def is_matrix(path, x):  # by name too: the bias of several heads has two axes
+            return x.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) not in VECTORS
+
+        return jax.tree.map_with_path(is_matrix, params)
 
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=matrices),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
     )
 
 

@@ -93,3 +93,13 @@ def test_held_out_counts_every_problem_once(tokenizer):
     assert metrics["eval/maj@3"] == pytest.approx(2 / 3)
     assert metrics["eval/mean_length"] == 4
     assert np.isfinite(list(metrics.values())).all()
+
+    def ungraded(prompts, completions, **columns):
+        scores = answer_reward(prompts, completions, **columns)
+        return [None if "2" in completion else score for completion, score in zip(completions, scores, strict=True)]
+
+    metrics = held_out(encoded, rollout, decode, ungraded, num_prompts=2, group_size=3)
+    assert metrics["eval/frac_ungraded"] == pytest.approx(1 / 3)
+    assert metrics["eval/pass@1"] == pytest.approx(4 / 6)
+    with pytest.raises(ValueError, match="none of the 3 held-out problems"):
+        held_out(encoded, rollout, decode, lambda p, c, **_: [None] * len(c), num_prompts=2, group_size=3)

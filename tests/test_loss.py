@@ -358,7 +358,7 @@ def test_cispo_has_no_lower_bound_at_epsilon_low_1():
 
 
 def test_hyperparameters_that_would_divide_by_zero_are_refused():
-    with pytest.raises(ValueError, match="temperatures must be above 0, not 1.0 and 0.0"):
+    with pytest.raises(ValueError, match=r"temperatures must be above 0, not 1\.0 and 0\.0"):
         surrogate_at(partial(sapo, temperature_negative=0.0), 1.0, 1.0)
     with pytest.raises(ValueError, match="length is 0"):
         constant_length(jnp.ones((1, 2)), jnp.ones((1, 2), bool), length=0)

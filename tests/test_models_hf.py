@@ -47,15 +47,15 @@ def test_a_tilde_and_a_string_name_a_folder_too(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("of_generation", "of_config", "wanted"),
     [
-        ([1, 7, 9], 5, (1, 7, 9)),
-        (7, [1, 5], (7,)),
-        (..., [5, 6], (5, 6)),
-        (None, 5, (5,)),
+        ([1, 7, 9], 5, (1, 7, 9, 5)),
+        (7, [1, 5], (7, 1, 5)),
+        (..., [5, 6], (5, 6, 1)),
+        (None, 5, (5, 1)),
         (..., ..., (1,)),  # the tokenizer's
-        ([96, 7, -1], 5, (7,)),
+        ([96, 7, -1], 5, (7, 5, 1)),
     ],
 )
-def test_eos_ids_come_from_the_most_specific_place(folder, of_generation, of_config, wanted):
+def test_eos_ids_come_from_every_place_that_names_them(folder, of_generation, of_config, wanted):
     edit_json(folder / "generation_config.json", eos_token_id=of_generation)
     edit_json(folder / "config.json", eos_token_id=of_config)
     assert from_pretrained(folder).eos_ids == wanted
@@ -69,10 +69,10 @@ def test_a_checkpoint_without_generation_config_and_tokenizer(folder):
     assert loaded.generation_config is None
     assert (loaded.eos_ids, loaded.pad_id) == ((1,), 0)
     edit_json(folder / "config.json", eos_token_id=None)
-    with pytest.raises(ValueError, match=r"no EOS id .* names none; set eos_token_id in generation_config.json"):
+    with pytest.raises(ValueError, match=r"no EOS id .* name none; set eos_token_id in generation_config.json"):
         from_pretrained(folder)
     edit_json(folder / "config.json", eos_token_id=[96, 97])
-    with pytest.raises(ValueError, match=r"no EOS id within the vocabulary of 96: .* names \[96, 97\]"):
+    with pytest.raises(ValueError, match=r"no EOS id within the vocabulary of 96: .* name \[96, 97\]"):
         from_pretrained(folder)
 
 

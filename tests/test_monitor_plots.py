@@ -54,7 +54,7 @@ def names(titles):
 
 
 def test_six_panels(tmp_path, titles):
-    evaluated = [row | {"eval/pass@1": 0.3, "eval/maj@16": 0.4} if row["step"] % 10 == 0 else row for row in rows(40)]
+    evaluated = [row | {"eval/pass@1": 0.3, "eval/maj@8": 0.4} if row["step"] % 10 == 0 else row for row in rows(40)]
     plot_curves(evaluated, tmp_path / "curves.png", title="a run: $5 for 100_000 tokens")
     assert names(titles) == [
         "reward and pass rate",
@@ -64,7 +64,7 @@ def test_six_panels(tmp_path, titles):
         "sampler/trainer gap in log-probability",
         "groups without variance",
     ]
-    assert titles[0][1] == ["reward", "pass rate", "pass@1, held out", "maj@16, held out"]
+    assert titles[0][1] == ["reward", "pass rate", "pass@1, held out", "maj@8, held out"]
     height, width, _ = imread(tmp_path / "curves.png").shape
     assert width == 1800
     assert 900 <= height <= 1000

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import r1_zero
 from experiments.r1_zero import Config
+from grpo_jax import models
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
@@ -159,10 +160,29 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
 
 
 def test_a_finished_run_is_not_run_again(finished, capsys):
-    before = (finished.run_dir / "metrics.jsonl").read_bytes()
     r1_zero.main(finished)
-    assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
-    assert "resumed at step 2" in capsys.readouterr().out
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_a_model_of_ones_own_gets_small_micro_batches(config):
+    large = replace(config, num_prompts=32, group_size=16, max_prompt_length=None, max_completion_length=None)
+    assert large.micro_batches == 64  # of 8 completions with 512 + 1024 tokens: 12,288
+    assert replace(large, num_minibatches=4).micro_batches == 16
+    assert replace(large, mesh=MeshSettings(data=8)).micro_batches == 8
+    assert replace(large, num_micro_batches=2).micro_batches == 2
+    assert config.micro_batches == 1
+    assert Config().micro_batches == 1
+
+
+def test_stop_tokens_end_completions_and_must_be_known(finished):
+    policy = models.from_pretrained(finished.model)
+    assert r1_zero.with_stop_tokens(policy, finished).eos_ids == policy.eos_ids
+    stopped = r1_zero.with_stop_tokens(policy, replace(finished, stop_tokens=("</answer>", "<eos>")))
+    assert stopped.eos_ids == (1, 5)
+    with pytest.raises(ValueError, match=r"stop_tokens: \['<\|im_end\|>'\] are no tokens of"):
+        r1_zero.with_stop_tokens(policy, replace(finished, stop_tokens=("</answer>", "<|im_end|>")))
+    with pytest.raises(ValueError, match="is 140, and the model has 128 positions"):
+        r1_zero.with_stop_tokens(policy, replace(finished, max_completion_length=128))
 
 
 def test_s6_another_configuration_in_the_same_folder(finished):
@@ -187,6 +207,12 @@ def test_s7_varying_lengths_compile_nothing_new(finished):
         ({"kl_coef": 0.1, "kl_reward_coef": 0.1}, "the KL belongs in the loss or in the reward"),  # L13
         ({"sampling": Sampling(temperature=0.0)}, "temperature is 0"),
         ({"ref_refresh_every": 5}, "there is no reference"),
+        ({"ref_refresh_every": 0, "kl_coef": 0.1}, "ref_refresh_every is 0"),
+        ({"max_completion_length": 0}, "max_completion_length is 0"),
+        ({"importance_cap": 0.0}, "importance_cap is 0"),
+        ({"kl": "k1", "kl_coef": 0.1}, "knows nothing of the reference"),
+        ({"kl_correction": True}, "kl_coef is 0"),
+        ({"model": None}, "name a model too"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):

@@ -34,13 +34,27 @@ def open_run(folder, config=Config(), **options):
 
 
 def test_s6_another_configuration_is_refused_with_the_differences(tmp_path):
-    with open_run(tmp_path / "run"):
-        pass
+    with open_run(tmp_path / "run") as run:
+        run.log({"step": 0, "reward": 0.0})
     with pytest.raises(ValueError, match="another configuration") as error:
         open_run(tmp_path / "run", Config(steps=4, inner=Inner(0.2)))
     assert "steps: 3 -> 4" in str(error.value)
     assert "inner.rate: 0.1 -> 0.2" in str(error.value)
     assert "where" not in str(error.value)
+
+
+def test_a_run_that_failed_before_anything_was_computed_may_be_started_differently(tmp_path):
+    with pytest.raises(KeyError, match="no such data"), open_run(tmp_path / "run"):
+        raise KeyError("no such data")
+    with open_run(tmp_path / "run", Config(steps=4)):
+        pass
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 4
+
+
+def test_several_hosts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(NotImplementedError, match="several hosts"):
+        open_run(tmp_path / "run")
 
 
 def test_what_changes_no_result_may_change(tmp_path):

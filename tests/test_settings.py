@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from grpo_jax.data.sources import reward_columns
 from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.rewards.answer import answer_reward
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
 
 
@@ -28,7 +30,7 @@ def test_built_in_sums_are_held_out_whatever_the_seed():
 
 def test_a_single_file_is_divided(tmp_path):
     path = write_problems(tmp_path / "train.jsonl", 50)
-    problems, held_out, reward = DataSettings(dataset=path).load(0)
+    problems, held_out, reward, _ = DataSettings(dataset=path).load(0)
     assert (len(problems), len(held_out)) == (45, 5)
     assert not prompts(problems) & prompts(held_out)
     assert prompts(DataSettings(dataset=path).load(1)[1]) == prompts(held_out)
@@ -39,7 +41,7 @@ def test_a_single_file_is_divided(tmp_path):
 def test_a_folder_has_its_splits_and_shared_problems_are_not_held_out(tmp_path):
     write_problems(tmp_path / "train.jsonl", 10)
     write_problems(tmp_path / "test.jsonl", 10, start=6)
-    problems, held_out, _ = DataSettings(dataset=str(tmp_path)).load(0)
+    problems, held_out, _, _ = DataSettings(dataset=str(tmp_path)).load(0)
     assert len(problems) == 10
     assert prompts(held_out) == {f"{i}+1=" for i in range(10, 16)}
 
@@ -47,7 +49,7 @@ def test_a_folder_has_its_splits_and_shared_problems_are_not_held_out(tmp_path):
 def test_held_out_problems_may_come_from_elsewhere(tmp_path):
     train = write_problems(tmp_path / "train.jsonl", 10)
     other = write_problems(tmp_path / "other.jsonl", 10, start=100)
-    problems, held_out, _ = DataSettings(dataset=train, eval_dataset=other).load(0)
+    problems, held_out, _, _ = DataSettings(dataset=train, eval_dataset=other).load(0)
     assert (len(problems), len(held_out)) == (10, 10)
 
 
@@ -60,7 +62,7 @@ def test_nothing_left_to_hold_out(tmp_path, count):
 
 def test_reasoning_gym_brings_its_own_reward():
     pytest.importorskip("reasoning_gym")
-    problems, held_out, reward = DataSettings(dataset="reasoning-gym:chain_sum", eval_problems=5).load(0)
+    problems, held_out, reward, _ = DataSettings(dataset="reasoning-gym:chain_sum", eval_problems=5).load(0)
     assert len(held_out) == 5
     assert not prompts(problems) & prompts(held_out)
     columns = {"entry": [held_out[0].columns["entry"]], "answer": [held_out[0].answer]}
@@ -69,7 +71,7 @@ def test_reasoning_gym_brings_its_own_reward():
 
 def test_templates():
     tokenizer = make_tokenizer()
-    problems, _, _ = DataSettings().load(0)
+    problems, _, _, _ = DataSettings().load(0)
     encode = {"pad_id": 0, "max_prompt_length": 20}
     assert DataSettings().encode(problems[:1], tokenizer, default_template="1+{question}", **encode).texts == [
         f"1+{problems[0].prompt}"
@@ -100,3 +102,34 @@ def test_mesh_and_optimizer_are_built():
         total_updates=9, default_learning_rate=0.5
     )
     assert float(schedule(9)) == 0.25
+
+
+def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    train = write_problems(tmp_path / "train.jsonl", 10)
+    other = write_problems(tmp_path / "other.jsonl", 40, start=100)
+    held_out = DataSettings(dataset=train, eval_dataset=other, eval_problems=10).load(0)[1]
+    first = {f"{i}+1=" for i in range(100, 110)}
+    assert len(held_out) == 10
+    assert {problem.prompt for problem in held_out} != first
+    settings = DataSettings(dataset=train, eval_dataset="reasoning-gym:chain_sum", eval_problems=5)
+    _, held_out, reward, held_out_reward = settings.load(0)
+    texts = [f"<answer>{problem.answer}</answer>" for problem in held_out]
+    assert held_out_reward([""] * 5, texts, **reward_columns(held_out)) == [1.0] * 5
+    assert reward is answer_reward
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataSettings(template="no place"), "must hold {question}"),
+        (lambda: DataSettings(system_prompt="be brief"), "system_prompt needs chat_template"),
+        (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate is 0.0"),
+        (lambda: OptimizerSettings(max_grad_norm=0.0), "max_grad_norm is 0.0"),
+        (lambda: OptimizerSettings(warmup_updates=-1), "warmup_updates is -1"),
+        (lambda: OptimizerSettings(b2=1.0), "b2 is 1.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -115,6 +115,17 @@ def test_eight_devices_against_one_over_five_steps(tiny):
     assert len(set(losses["one"])) == 5
 
 
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)])
+def test_the_new_state_lies_where_the_old_one_did(tiny, sizes):
+    model, params = tiny
+    mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    optimizer = make_optimizer(make_schedule(1e-3, warmup_steps=1, total_steps=5, decay="constant"))
+    state = start(params, optimizer, mesh)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    state, _ = make_train_step(loss_of(model), optimizer)(state, shard_rows(make_batch(), mesh))
+    assert jax.tree.map(lambda x: x.sharding, state) == before
+
+
 def test_l8_the_first_pass_on_policy(tiny, whole):
     """Ratios are 1 and the surrogate's value is minus the mean advantage, yet the gradient is not zero."""
     _, history = whole
@@ -292,13 +303,14 @@ def test_schedule_refuses(options, message):
 
 
 def test_gradients_are_clipped_by_their_global_norm_and_decay_spares_vectors():
-    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2), "q": {"bias": jnp.ones((2, 2))}}
     schedule = make_schedule(0.1, warmup_steps=0, total_steps=1, decay="constant")
     decaying = make_optimizer(schedule, weight_decay=0.5)
     zeros = jax.tree.map(jnp.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = decaying.update(zeros, decaying.init(params), params)
     assert (np.asarray(updates["vector"]) == 0).all()
+    assert (np.asarray(updates["q"]["bias"]) == 0).all()
     np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
 
     huge = jax.tree.map(lambda x: 1e6 * x, params)

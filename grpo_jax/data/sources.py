@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ PROMPT_COLUMNS = ("question", "prompt", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 REWARD_ARGUMENTS = ("prompts", "completions")
 GSM8K_MARK = "####"
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 Messages = list[dict[str, Any]]
 Row = dict[str, Any]
@@ -44,8 +46,9 @@ def load_problems(
 ) -> list[Problem]:
     """The problems of a JSONL or parquet file, of a folder of such files, or of a data set on the hub.
 
-    GSM8K works as it is: where an answer contains ``####``, the gold answer is what follows the last one, commas
-    stripped, and the whole text is kept as the column ``solution`` unless the row has one of its own.
+    GSM8K works as it is: where an answer contains ``####``, the gold answer is what follows the last one (without its
+    commas, if it is a number with thousands), and the whole text is kept as the column ``solution`` unless the row has
+    one of its own.
 
     Args:
         source: a ``.jsonl`` or ``.parquet`` file; a folder that holds ``{split}.jsonl`` or ``{split}.parquet``; or the
@@ -202,7 +205,9 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
     text = _checked_answer(rest.pop(answer_column), f"{where}, column {answer_column!r}")
     if GSM8K_MARK not in text:
         return Problem(prompt, text, rest)
-    answer = text.rsplit(GSM8K_MARK, 1)[1].strip().replace(",", "")
+    answer = text.rsplit(GSM8K_MARK, 1)[1].strip()
+    if THOUSANDS.fullmatch(answer):
+        answer = answer.replace(",", "")
     if not answer:
         raise ValueError(f"{where}, column {answer_column!r}: nothing follows the last {GSM8K_MARK}")
     return Problem(prompt, answer, {"solution": text, **rest})

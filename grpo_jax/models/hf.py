@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from jax.experimental import multihost_utils
 
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import family_of, from_hf_config
-from grpo_jax.models.hf_weights import check_params, load_params, read_json, save_params
+from grpo_jax.models.hf_weights import check_params, load_params, read_json, refuse_pickled, save_params
 from grpo_jax.models.transformer import build_model
 from grpo_jax.types import Model, Params
 
@@ -40,8 +40,8 @@ class Pretrained:
         hf_config: its ``config.json``, as it was read.
         generation_config: its ``generation_config.json``, as it was read; None if there is none.
         tokenizer: a transformers tokenizer; None if the checkpoint has none.
-        eos_ids: every token id that ends a sequence: those of ``generation_config``, else those of ``hf_config``,
-            else the tokenizer's; ids outside the vocabulary are passed over.
+        eos_ids: every token id that ends a sequence: those of ``generation_config``, of ``hf_config`` and the
+            tokenizer's; ids outside the vocabulary are passed over.
         pad_id: what padding is filled with: the tokenizer's pad id, else that of ``generation_config`` or
             ``hf_config``, else the first of ``eos_ids``; ids outside the vocabulary are passed over. It may be an
             EOS id: nothing derives a mask from it.
@@ -125,6 +125,8 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"there is no folder {folder}, and {str(name_or_folder)!r}{at} could not be fetched from the hub: {error}"
         ) from error
+    if not any(Path(fetched).glob("*.safetensors")):
+        refuse_pickled(str(name_or_folder), list_repo_files(str(name_or_folder), revision=revision))
     return Path(fetched)
 
 
@@ -140,18 +142,18 @@ def _read_tokenizer(folder: Path) -> Any | None:
 def _settle_eos_ids(
     generation_config: Mapping[str, Any], hf_config: Mapping[str, Any], tokenizer: Any | None, vocab_size: int
 ) -> tuple[int, ...]:
+    # All of them: fine-tunes often name the end of a turn in one place and the end of a text in another.
     candidates = (
         generation_config.get("eos_token_id"),
         hf_config.get("eos_token_id"),
         None if tokenizer is None else tokenizer.eos_token_id,
     )
-    named = next((ids for ids in candidates if ids not in (None, [])), [])
-    named = named if isinstance(named, list) else [named]
-    eos_ids = tuple(eos_id for eos_id in named if 0 <= eos_id < vocab_size)
+    named = [eos_id for ids in candidates if ids is not None for eos_id in (ids if isinstance(ids, list) else [ids])]
+    eos_ids = tuple(dict.fromkeys(eos_id for eos_id in named if 0 <= eos_id < vocab_size))
     if not eos_ids:
         raise ValueError(
-            f"no EOS id within the vocabulary of {vocab_size}: generation_config.json, else config.json, else the "
-            f"tokenizer, names {named or 'none'}; set eos_token_id in generation_config.json"
+            f"no EOS id within the vocabulary of {vocab_size}: generation_config.json, config.json and the tokenizer "
+            f"name {named or 'none'}; set eos_token_id in generation_config.json"
         )
     return eos_ids
 

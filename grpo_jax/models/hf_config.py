@@ -122,6 +122,7 @@ HARMLESS = (
     | {"attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "pretraining_tp"}
     | {"use_cache", "cache_implementation", "attention_dropout", "chunk_size_feed_forward"}
     | {"return_dict", "output_attentions", "output_hidden_states"}
+    | {"is_llama_config", "transformers.js_config"}
     | {"id2label", "label2id", "num_labels", "problem_type"}
     | {"max_length", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
 )
@@ -129,6 +130,7 @@ HARMLESS = (
 # Switches that are harmless at one value, the one that leaves them off.
 HARMLESS_AT = {
     "use_mrope": False,
+    "rope_interleaved": False,
     "use_bidirectional_attention": False,
     "is_decoder": False,
     "is_encoder_decoder": False,

@@ -135,14 +135,23 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     found = sorted(path.name for path in folder.iterdir())
-    pickled = [name for name in found if name.endswith((".bin", ".pt", ".pth"))]
+    refuse_pickled(folder, found)
+    raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it has {found or 'nothing'}")
+
+
+def refuse_pickled(where: Path | str, names: Iterable[str]) -> None:
+    """Raise if any of the files is pickled weights.
+
+    Raises:
+        FileNotFoundError: some are; the error names them and says how to convert them.
+    """
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickled:
         raise FileNotFoundError(
-            f"{folder} has pickled weights ({', '.join(pickled)}), which can run code when they are read and are "
+            f"{where} has pickled weights ({', '.join(pickled)}), which can run code when they are read and are "
             "refused. Convert them where you trust them: transformers.AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder) writes safetensors"
         )
-    raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it has {found or 'nothing'}")
 
 
 def load_params(

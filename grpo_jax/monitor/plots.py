@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class Curve:
     """A metric in a panel.
 
     Attributes:
-        key: its name.
+        key: its name; a ``*`` at the end stands for any text, and for the same text in the label.
         label: what the legend calls it.
         colour: its colour.
         points: whether it was measured only now and then: no running mean, and a dot for each value.
@@ -55,7 +55,7 @@ PANELS = (
             Curve("reward", "reward", BLUE),
             Curve("pass_rate", "pass rate", GREEN),
             Curve("eval/pass@1", "pass@1, held out", ORANGE, points=True),
-            Curve("eval/maj@16", "maj@16, held out", PURPLE, points=True),
+            Curve("eval/maj@*", "maj@*, held out", PURPLE, points=True),
         ),
     ),
     Panel(
@@ -114,7 +114,9 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = [panel for panel in PANELS if any(len(_points(rows, panel, curve)) for curve in panel.curves)][:MOST_PANELS]
+    names = {name for row in rows for name in row}
+    panels = [replace(panel, curves=_present(panel.curves, names)) for panel in PANELS]
+    drawn = [panel for panel in panels if any(len(_points(rows, panel, curve)) for curve in panel.curves)][:MOST_PANELS]
     if not drawn:
         raise ValueError(
             f"none of the {len(rows)} rows has a finite value to plot; one of these keys is needed: "
@@ -134,6 +136,17 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, title: str) -> None:
     picture = io.BytesIO()
     canvas.print_png(picture)
     write_atomically(Path(path), picture.getvalue())
+
+
+def _present(curves: Sequence[Curve], names: Collection[str]) -> tuple[Curve, ...]:
+    """The curves of these metrics; one whose key ends in ``*`` is one curve for each that begins like it."""
+    found = []
+    for curve in curves:
+        start = curve.key.removesuffix("*")
+        named = [name for name in names if name == curve.key or (start != curve.key and name.startswith(start))]
+        for name in sorted(named):
+            found.append(replace(curve, key=name, label=curve.label.replace("*", name.removeprefix(start))))
+    return tuple(found)
 
 
 def _points(rows: Sequence[Row], panel: Panel, curve: Curve) -> Float[np.ndarray, "N 2"]:

@@ -37,9 +37,9 @@ def reward_metrics(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_
         group_size: samples for each prompt.
 
     Returns:
-        ``reward``; ``reward_std``, the mean over groups of the standard deviation within one; ``frac_reward_zero_std``,
-        the share of groups in which all rewards are equal; ``frac_reward_absent``; and for each part
-        ``rewards/<name>/mean`` and ``/std``. What nothing is present for is left out.
+        ``reward``; ``reward_std``, the mean over groups of the standard deviation within one (ddof 1, as TRL's);
+        ``frac_reward_zero_std``, the share of groups in which all rewards are equal; ``frac_reward_absent``; and for
+        each part ``rewards/<name>/mean`` and ``/std``. What nothing is present for is left out.
     """
     present = ~np.isnan(total)
     metrics = {"frac_reward_absent": float(1 - present.mean())}
@@ -48,11 +48,18 @@ def reward_metrics(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_
         groups = groups[~np.isnan(groups).all(1)]
         spread = np.nanmax(groups, axis=1) - np.nanmin(groups, axis=1)
         metrics["reward"] = float(total[present].mean())
-        metrics["reward_std"] = float(np.nanstd(groups, axis=1).mean())
+        metrics["reward_std"] = float(_sample_std(groups).mean())
         metrics["frac_reward_zero_std"] = float((spread == 0).mean())
     for name, values in parts.items():
         values = values[~np.isnan(values)]
         if values.size:
             metrics[f"rewards/{name}/mean"] = float(values.mean())
-            metrics[f"rewards/{name}/std"] = float(values.std())
+            metrics[f"rewards/{name}/std"] = float(_sample_std(values[None])[0])
     return metrics
+
+
+def _sample_std(rows: np.ndarray) -> np.ndarray:
+    """The deviation of each row (ddof 1) over what is present; 0 for a row with a single value."""
+    counts = (~np.isnan(rows)).sum(1)
+    centred = rows - np.nanmean(rows, axis=1, keepdims=True)
+    return np.sqrt(np.nansum(centred**2, axis=1) / np.maximum(counts - 1, 1))
