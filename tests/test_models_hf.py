@@ -110,6 +110,15 @@ def test_a_repository_that_cannot_be_fetched_is_named():
         from_pretrained("owner/name", revision="v2")
 
 
+def test_a_repository_of_pickled_weights_is_refused_with_the_way_to_convert_them(folder, monkeypatch):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    monkeypatch.setattr(hf, "snapshot_download", lambda name, **_: str(folder))
+    monkeypatch.setattr(hf, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"])
+    with pytest.raises(FileNotFoundError, match=r"owner/name has pickled weights \(pytorch_model.bin\).*Convert them"):
+        from_pretrained("owner/name")
+
+
 def test_of_a_repository_only_harmless_files_are_fetched(original, monkeypatch):
     asked = {}
 
