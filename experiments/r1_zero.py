@@ -43,11 +43,10 @@ from grpo_jax.rewards.format import format_reward
 from grpo_jax.rollout import generate
 from grpo_jax.run import Run, count_compilations
 from grpo_jax.sampling import Sampling
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import BATCH, param_shardings, replicated, shard_rows
 from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, make_base
 from grpo_jax.train import (
-    LossFn,
     completion_log_probs,
     init_state,
     make_scorer,
@@ -55,16 +54,8 @@ from grpo_jax.train import (
     shuffled_minibatches,
     with_fresh_reference,
 )
-from grpo_jax.types import Batch, Mean, Metrics, Params, Rollout, TrainState
+from grpo_jax.types import Batch, Rollout, TrainState
 
-LOSSES = {
-    "grpo": loss.grpo_loss,
-    "dapo": loss.dapo_loss,
-    "dr_grpo": loss.dr_grpo_loss,
-    "gspo": loss.gspo_loss,
-    "cispo": loss.cispo_loss,
-    "sapo": loss.sapo_loss,
-}
 ADVANTAGES = {
     "group_relative": advantage.group_relative,
     "dr_grpo": advantage.dr_grpo,
@@ -72,7 +63,6 @@ ADVANTAGES = {
     "reinforce_plus_plus": lambda rewards, group_size: advantage.reinforce_plus_plus(rewards),
     "reinforce_plus_plus_baseline": advantage.reinforce_plus_plus_baseline,
 }
-KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
 SHOWN_SAMPLES = 3
 MICRO_BATCH_TOKENS = 16_384
 
@@ -114,24 +104,10 @@ class Config:
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss."""
 
-    loss: Literal[tuple(LOSSES)] = "grpo"  # pyright: ignore[reportInvalidTypeForm]
-    """The policy loss."""
-    epsilon_low: float | None = None
-    """How far the ratio counts below 1; by default the loss's own."""
-    epsilon_high: float | None = None
-    """How far above 1; by default the loss's own."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus."""
-    importance_cap: float | None = None
-    """Cap of the weights that correct for a sampler that is not quite the policy; None for no correction."""
-    kl_coef: float = 0.0
-    """Weight in the loss of the KL to the reference policy; at 0 here and below, none is held."""
+    policy: Annotated[PolicyLossSettings, tyro.conf.arg(name="")] = PolicyLossSettings()
+    """What is minimized."""
     kl_reward_coef: float = 0.0
-    """Weight of the KL in the reward instead."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL in the loss."""
-    kl_correction: bool = False
-    """Weight the KL in the loss by the importance ratio, which makes its gradient that of the KL."""
+    """Weight in the reward of the KL to the reference policy, instead of kl_coef; with both at 0, none is held."""
     ref_refresh_every: int | None = None
     """Steps after which the policy becomes its own reference; None keeps the base."""
 
@@ -172,33 +148,24 @@ class Config:
         least = {"num_steps": 1, "num_prompts": 1, "num_epochs": 1, "num_minibatches": 1, "save_every": 1}
         least |= {"samples_every": 1, "eval_samples": 1, "eval_every": 0, "seed": 0, "keep_checkpoints": 1}
         least |= {"max_prompt_length": 1, "max_completion_length": 1, "num_micro_batches": 1, "ref_refresh_every": 1}
-        least |= {"epsilon_low": 0, "epsilon_high": 0, "kl_coef": 0, "kl_reward_coef": 0}
+        least |= {"kl_reward_coef": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name} is {value}; it must be at least {smallest}")
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 samples for each prompt")
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ValueError(f"importance_cap is {self.importance_cap}; it bounds a weight and must be above 0")
         rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
         if rows % (self.num_minibatches * micro_batches):
             raise ValueError(
                 f"{self.num_prompts} prompts x {self.group_size} samples = {rows} completions do not divide into "
                 f"{self.num_minibatches} minibatches of {micro_batches} micro-batches"
             )
-        if self.kl_coef and self.kl_reward_coef:
+        if self.policy.kl_coef and self.kl_reward_coef:
             raise ValueError(
-                f"kl_coef is {self.kl_coef} and kl_reward_coef is {self.kl_reward_coef}: the KL belongs in the loss "
-                "or in the reward, not in both; set one of them to 0"
+                f"kl_coef is {self.policy.kl_coef} and kl_reward_coef is {self.kl_reward_coef}: the KL belongs in the "
+                "loss or in the reward, not in both; set one of them to 0"
             )
-        if self.kl == "k1" and self.kl_coef and not self.kl_correction:
-            raise ValueError(
-                "kl is k1 and kl_coef is not 0: as a loss, k1's gradient knows nothing of the reference; use k2 or k3, "
-                "set kl_correction, or put it in the reward with kl_reward_coef"
-            )
-        if self.kl_correction and not self.kl_coef:
-            raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
         if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
             raise ValueError("the embedded base knows its own sums only; with a dataset or template, name a model too")
         if self.sampling.temperature == 0:
@@ -209,7 +176,7 @@ class Config:
     @property
     def has_reference(self) -> bool:
         """Whether a reference policy is held."""
-        return bool(self.kl_coef or self.kl_reward_coef)
+        return bool(self.policy.kl_coef or self.kl_reward_coef)
 
     @property
     def updates_per_step(self) -> int:
@@ -306,7 +273,10 @@ def train(config: Config, run: Run) -> None:
         total_updates=config.num_steps * config.updates_per_step,
         default_learning_rate=1e-6 if config.model else 2.5e-4,
     )
-    train_step = make_train_step(build_loss(config, log_probs), optimizer, num_micro_batches=config.micro_batches)
+    policy_loss = config.policy.build(
+        log_probs, max_completion_length=config.completion_length, sampler_truncates=config.sampling.truncates
+    )
+    train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
 
     state = init_state(policy.params, optimizer, with_reference=config.has_reference, replicated=replicated(mesh))
     policy = replace(policy, params=None)  # the state's from here on
@@ -451,36 +421,6 @@ def build_rollout(config: Config, policy: models.Pretrained, mesh: Mesh, group_s
         pad_id=policy.pad_id,
     )
     return jax.jit(rollout, out_shardings=NamedSharding(mesh, BATCH))
-
-
-def build_loss(config: Config, log_probs: Callable) -> LossFn:
-    """The policy loss of a batch, as the train step takes it."""
-    policy_loss = LOSSES[config.loss]
-    if config.loss == "dr_grpo":
-        policy_loss = partial(policy_loss, max_completion_length=config.completion_length)
-    epsilons = {"epsilon_low": config.epsilon_low, "epsilon_high": config.epsilon_high}
-    policy_loss = partial(policy_loss, **{name: value for name, value in epsilons.items() if value is not None})
-    # Where tokens are removed in sampling, the sampler's log-probabilities differ from the policy's by design.
-    compare = config.importance_cap is not None or not config.sampling.truncates
-
-    def loss_fn(params: Params, batch: Batch) -> tuple[Mean, Metrics]:
-        new_log_probs, entropy = log_probs(params, batch)
-        return policy_loss(
-            new_log_probs,
-            batch.advantages,
-            batch.loss_mask,
-            old_log_probs=batch.old_log_probs,
-            ref_log_probs=batch.ref_log_probs,
-            rollout_log_probs=batch.rollout_log_probs if compare else None,
-            entropy=entropy,
-            kl=KL[config.kl],
-            kl_coef=config.kl_coef,
-            kl_correction=config.kl_correction,
-            entropy_coef=config.entropy_coef,
-            importance_cap=config.importance_cap,
-        )
-
-    return loss_fn
 
 
 def learn_from(

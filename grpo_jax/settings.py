@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
+from grpo_jax import loss
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.prompts import Overlong
 from grpo_jax.data.reasoning_gym import reasoning_gym_problems
@@ -18,8 +22,19 @@ from grpo_jax.rewards.answer import answer_reward
 from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.sharding import make_mesh
 from grpo_jax.small_base import Recipe
-from grpo_jax.train import make_optimizer, make_schedule
+from grpo_jax.train import LossFn, make_optimizer, make_schedule
+from grpo_jax.types import Batch, Mean, Metrics, Params
 
+LOSSES = {
+    "grpo": loss.grpo_loss,
+    "dapo": loss.dapo_loss,
+    "dr_grpo": loss.dr_grpo_loss,
+    "gspo": loss.gspo_loss,
+    "cispo": loss.cispo_loss,
+    "sapo": loss.sapo_loss,
+}
+KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
+LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 REASONING_GYM = "reasoning-gym:"
 GENERATED_PROBLEMS = 4096
 HELD_OUT_SEED = 1_000_003
@@ -85,6 +100,79 @@ class OptimizerSettings:
         return make_optimizer(
             schedule, max_grad_norm=self.max_grad_norm, weight_decay=self.weight_decay, b1=self.b1, b2=self.b2
         ), schedule
+
+
+@dataclass(frozen=True)
+class PolicyLossSettings:
+    """A named policy loss, and what is added to it."""
+
+    loss: Literal[tuple(LOSSES)] = "grpo"  # pyright: ignore[reportInvalidTypeForm]
+    """The policy loss."""
+    epsilon_low: float | None = None
+    """How far the ratio counts below 1; by default the loss's own."""
+    epsilon_high: float | None = None
+    """How far above 1; by default the loss's own."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    importance_cap: float | None = None
+    """Cap of the weights that correct for a sampler that is not quite the policy; None for no correction."""
+    kl_coef: float = 0.0
+    """Weight in the loss of the KL to the reference policy. (TRL: beta.)"""
+    kl: Literal[tuple(KL)] = "k3"  # pyright: ignore[reportInvalidTypeForm]
+    """Estimator of the KL in the loss."""
+    kl_correction: bool = False
+    """Weight the KL in the loss by the importance ratio, which makes its gradient that of the KL."""
+
+    def __post_init__(self):
+        for name in ("epsilon_low", "epsilon_high", "kl_coef"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise ValueError(f"importance_cap is {self.importance_cap}; it bounds a weight and must be above 0")
+        if self.kl == "k1" and self.kl_coef and not self.kl_correction:
+            raise ValueError(
+                "kl is k1 and kl_coef is not 0: as a loss, k1's gradient knows nothing of the reference; use k2 or k3, "
+                "set kl_correction, or put it in the reward with kl_reward_coef"
+            )
+        if self.kl_correction and not self.kl_coef:
+            raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
+
+    def build(self, log_probs: LogProbs, *, max_completion_length: int, sampler_truncates: bool) -> LossFn:
+        """The loss of a batch, as ``train.make_train_step`` takes it.
+
+        Args:
+            log_probs: ``(params, batch) -> (log-probabilities, entropy)``, such as ``train.completion_log_probs`` of a
+                model.
+            max_completion_length: what Dr.GRPO divides by.
+            sampler_truncates: whether tokens are removed in sampling. The sampler's log-probabilities then differ from
+                the policy's by design, and are compared only where importance_cap corrects for it.
+        """
+        policy_loss = LOSSES[self.loss]
+        if self.loss == "dr_grpo":
+            policy_loss = partial(policy_loss, max_completion_length=max_completion_length)
+        epsilons = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
+        policy_loss = partial(policy_loss, **{name: value for name, value in epsilons.items() if value is not None})
+        compare = self.importance_cap is not None or not sampler_truncates
+
+        def loss_fn(params: Params, batch: Batch) -> tuple[Mean, Metrics]:
+            new_log_probs, entropy = log_probs(params, batch)
+            return policy_loss(
+                new_log_probs,
+                batch.advantages,
+                batch.loss_mask,
+                old_log_probs=batch.old_log_probs,
+                ref_log_probs=batch.ref_log_probs,
+                rollout_log_probs=batch.rollout_log_probs if compare else None,
+                entropy=entropy,
+                kl=KL[self.kl],
+                kl_coef=self.kl_coef,
+                kl_correction=self.kl_correction,
+                entropy_coef=self.entropy_coef,
+                importance_cap=self.importance_cap,
+            )
+
+        return loss_fn
 
 
 @dataclass(frozen=True)

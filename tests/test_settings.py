@@ -7,7 +7,7 @@ import pytest
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.rewards.answer import answer_reward
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 
 
 def write_problems(path, count, start=0):
@@ -128,6 +128,10 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
         (lambda: OptimizerSettings(max_grad_norm=0.0), "max_grad_norm is 0.0"),
         (lambda: OptimizerSettings(warmup_updates=-1), "warmup_updates is -1"),
         (lambda: OptimizerSettings(b2=1.0), "b2 is 1.0"),
+        (lambda: PolicyLossSettings(importance_cap=0.0), "importance_cap is 0"),
+        (lambda: PolicyLossSettings(epsilon_low=-0.1), "epsilon_low is -0.1"),
+        (lambda: PolicyLossSettings(kl="k1", kl_coef=0.1), "knows nothing of the reference"),
+        (lambda: PolicyLossSettings(kl_correction=True), "kl_coef is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
