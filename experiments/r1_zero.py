@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,7 +42,7 @@ from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import Scores, weighted
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rollout import generate
-from grpo_jax.run import Run, count_compilations
+from grpo_jax.run import Run, Stopped, count_compilations
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import BATCH, param_shardings, replicated, shard_rows
@@ -99,8 +100,8 @@ class Config:
     """Weight of the reward for a right final answer."""
     format_weight: float = 0.0
     """Weight of the reward for <think>...</think><answer>...</answer>; at 0 it is only measured."""
-    advantage: Literal[tuple(ADVANTAGES)] = "group_relative"  # pyright: ignore[reportInvalidTypeForm]
-    """From rewards to advantages; dr_grpo goes with the loss of that name."""
+    advantage: Literal[tuple(ADVANTAGES)] | None = None  # pyright: ignore[reportInvalidTypeForm]
+    """From rewards to advantages. Default: dr_grpo with the loss of that name, group_relative with any other."""
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss."""
 
@@ -179,6 +180,11 @@ class Config:
         return bool(self.policy.kl_coef or self.kl_reward_coef)
 
     @property
+    def advantage_name(self) -> str:
+        """The advantage in effect."""
+        return self.advantage or ("dr_grpo" if self.policy.loss == "dr_grpo" else "group_relative")
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer updates that follow each rollout."""
         return self.num_epochs * self.num_minibatches
@@ -217,11 +223,13 @@ class Config:
         return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
 
 
-MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "trackers", "plain", "save_every", "keep_checkpoints")
+MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "trackers", "plain", "keep_checkpoints")
+MAY_CHANGE += ("save_every", "samples_every", "eval_every")
 """Settings that a resumed run may have other values of: they change no number beyond rounding."""
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
     # What is called float32 is computed in float32, on a GPU or TPU too.
     exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
     with (
@@ -236,7 +244,12 @@ def main(config: Config) -> None:
             plain=config.plain or None,
         ) as run,
     ):
-        train(config, run)
+        try:
+            train(config, run)
+        except Stopped:
+            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command goes on from the last")
+            return 130
+    return 0
 
 
 def train(config: Config, run: Run) -> None:
@@ -291,6 +304,11 @@ def train(config: Config, run: Run) -> None:
     def evaluated(step: int) -> dict[str, float]:
         key = jax.random.fold_in(evaluation, step)
         with run.progress.phase("evaluation", len(held_out)) as phase:
+
+            def report(done: int) -> None:
+                phase.update(done)
+                run.stop_if_requested()
+
             metrics = evaluate.held_out(
                 held_out,
                 lambda prompts: rollouts[config.num_eval_samples](state.params, shard_rows(prompts, mesh), key),
@@ -298,7 +316,7 @@ def train(config: Config, run: Run) -> None:
                 held_out_accuracy,
                 num_prompts=config.num_prompts,
                 group_size=config.num_eval_samples,
-                report=phase.update,
+                report=report,
             )
         run.log({"step": step, **metrics})
         return metrics
@@ -350,12 +368,10 @@ def train(config: Config, run: Run) -> None:
             }
             run.log({"step": step, **metrics})
             if step % config.samples_every == 0:
-                run.log_samples(step, as_samples(texts, completions, scores, batch), show=SHOWN_SAMPLES)
+                run.log_samples(step, as_samples(texts, completions, chosen, scores, batch), show=SHOWN_SAMPLES)
             if step == config.num_steps or step % config.save_every == 0 or run.stop_requested:
                 run.save(step, state, {"batches": batches.get_state(), "num_tokens": num_tokens})
-            if run.stop_requested and step < config.num_steps:
-                phase.update(step, metrics)
-                return
+            run.stop_if_requested()
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
@@ -375,7 +391,12 @@ def trained_base(config: Config, run: Run) -> Path:
     folder, recipe = run.folder / "base", Recipe(seed=config.seed)
     if not folder.exists():
         with run.progress.phase("base model", recipe.steps) as phase:
-            make_base(folder, recipe, report=lambda step, row: phase.update(step, row if step % 50 == 0 else None))
+
+            def report(step: int, row: dict[str, float]) -> None:
+                phase.update(step, row if step % 50 == 0 else None)
+                run.stop_if_requested()
+
+            make_base(folder, recipe, report=report)
     return folder
 
 
@@ -443,7 +464,7 @@ def learn_from(
         completion_ids=rollout.completion_ids,
         completion_mask=rollout.completion_mask,
         loss_mask=rollout.completion_mask & learnt[:, None],
-        advantages=ADVANTAGES[config.advantage](rewards, group_size=config.group_size),
+        advantages=ADVANTAGES[config.advantage_name](rewards, group_size=config.group_size),
         rollout_log_probs=rollout.rollout_log_probs,
         old_log_probs=old if config.updates_per_step > 1 else None,
         ref_log_probs=ref,
@@ -457,7 +478,9 @@ def over_updates(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
     return {name: max(each) if name.endswith("/max") else sum(each) / len(each) for name, each in values.items()}
 
 
-def as_samples(texts: list[str], completions: list[str], scores: Scores, batch: Batch) -> list[Sample]:
+def as_samples(
+    texts: list[str], completions: list[str], chosen: list[Problem], scores: Scores, batch: Batch
+) -> list[Sample]:
     return [
         Sample(
             prompt=texts[i],
@@ -465,6 +488,7 @@ def as_samples(texts: list[str], completions: list[str], scores: Scores, batch: 
             rewards={name: float(part[i]) for name, part in scores.parts.items()},
             reward=float(scores.total[i]),
             advantage=float(batch.advantages[i]),
+            answer=chosen[i * len(chosen) // len(completions)].answer,
         )
         for i in range(len(completions))
     ]
@@ -500,4 +524,4 @@ def finish(config: Config, run: Run, policy: models.Pretrained, state: TrainStat
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

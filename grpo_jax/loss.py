@@ -257,8 +257,22 @@ def grpo_loss(
         ``sampling/sampling_logp_difference/mean`` and ``/max``.
 
     Raises:
-        ValueError: at trace time, when a coefficient is not 0 (or importance_cap is set) and what it weighs is missing.
+        ValueError: at trace time, for arrays whose shapes do not fit; and when a coefficient is not 0 (or
+            importance_cap is set) and what it weighs is missing.
     """
+    _check_shapes(
+        log_probs,
+        mask=mask,
+        old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+        rollout_log_probs=rollout_log_probs,
+        entropy=entropy,
+    )
+    if advantages.shape not in (log_probs.shape, log_probs.shape[:1]):
+        raise ValueError(
+            f"advantages has the shape {advantages.shape}; one for each sequence is {log_probs.shape[:1]}, "
+            f"one for each token {log_probs.shape}"
+        )
     _require(kl_coef, "kl_coef", ref_log_probs, "ref_log_probs")
     _require(entropy_coef, "entropy_coef", entropy, "entropy")
     if importance_cap is not None and not importance_cap > 0:
@@ -352,3 +366,9 @@ def ipo_loss(mean_margin: Float[Array, " B"], *, beta: float = 0.1) -> Mean:
 def _require(coefficient: float | None, coefficient_name: str, value, name: str):
     if coefficient not in (None, 0) and value is None:
         raise ValueError(f"{coefficient_name} is {coefficient}, which needs {name}; pass them or leave it out")
+
+
+def _check_shapes(log_probs, **others):
+    for name, x in others.items():
+        if x is not None and x.shape != log_probs.shape:
+            raise ValueError(f"{name} has the shape {x.shape}, and log_probs {log_probs.shape}; they must be the same")

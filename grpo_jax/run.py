@@ -32,6 +32,10 @@ from grpo_jax.monitor.trackers import Tracker, open_trackers
 PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """A run was asked to stop, and did."""
+
+
 class Run:
     """A context in which an experiment runs, in a folder of its own.
 
@@ -112,6 +116,15 @@ class Run:
         """Whether ``finish`` was reached before."""
         return (self.folder / "summary.json").exists()
 
+    def stop_if_requested(self) -> None:
+        """Raise if the run was asked to stop: called where everything is saved, or nothing would be lost.
+
+        Raises:
+            Stopped: it was.
+        """
+        if self.stop_requested:
+            raise Stopped
+
     def say(self, text: str) -> None:
         """Print a line above the live view."""
         self.progress.console.print(Text(text), soft_wrap=True)
@@ -154,9 +167,11 @@ class Run:
             tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
     def log_samples(self, step: int, samples: Sequence[Sample], *, show: int) -> None:
-        """Write samples to ``completions.jsonl`` and print the first ``show`` of them."""
+        """Write samples to ``completions.jsonl`` and print ``show`` of them, from the best advantage to the worst."""
         self.completions_log.append(*(sample.row(step) for sample in samples))
-        print_samples(samples[:show], step, self.progress.console, plain=self.progress.plain)
+        ranked = sorted(samples, key=lambda sample: -sample.advantage)
+        chosen = [ranked[i * (len(ranked) - 1) // max(show - 1, 1)] for i in range(min(show, len(ranked)))]
+        print_samples(chosen, step, self.progress.console, plain=self.progress.plain)
 
     def finish(self, before: Row, after: Row, *, steps: int, summary: Mapping[str, Any]) -> None:
         """Draw the curves, write ``summary.json`` and say what was gained.
@@ -181,7 +196,7 @@ class Run:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
-        self.say(f"{signal.Signals(number).name}: stopping after this step; the same command goes on from there")
+        self.say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
 
 
 class claim_folder:  # noqa: N801 - used as a function

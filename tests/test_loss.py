@@ -1,3 +1,4 @@
+import inspect
 from functools import partial
 
 import hypothesis.extra.numpy as hnp
@@ -355,6 +356,18 @@ def test_l11_the_clipped_weight_of_cispo_carries_no_gradient_and_the_log_probabi
 def test_cispo_has_no_lower_bound_at_epsilon_low_1():
     close(surrogate_at(cispo, 1e-6, 1.0)[1], -1e-6, atol=1e-9)
     close(surrogate_at(partial(cispo, epsilon_low=0.2), 1e-6, 1.0)[1], -0.8)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    unchecked = inspect.unwrap(grpo_loss)  # by jaxtyping, as users call it
+    x, mask = jnp.zeros((4, 3)), jnp.ones((4, 3), bool)
+    for advantages in (jnp.zeros(3), jnp.zeros(1), jnp.float32(0), jnp.zeros((4, 1))):
+        with pytest.raises(ValueError, match=r"advantages has the shape .*; one for each sequence is \(4,\)"):
+            unchecked(x, advantages, mask)
+    with pytest.raises(ValueError, match=r"mask has the shape \(4, 1\), and log_probs \(4, 3\)"):
+        unchecked(x, jnp.zeros(4), mask[:, :1])
+    with pytest.raises(ValueError, match=r"old_log_probs has the shape \(4, 2\)"):
+        unchecked(x, jnp.zeros(4), mask, old_log_probs=x[:, :2])
 
 
 def test_hyperparameters_that_would_divide_by_zero_are_refused():

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def sample(completion, prompt="2 + 2?"):
 
 
 def test_plain_lines():
-    assert shown([sample("4\n!"), Sample("a", "b", {"accuracy": math.nan}, 0.0, 1.25)]) == (
+    assert shown([sample("4\n!"), Sample("a", "b", {"accuracy": math.nan}, 0.0, 1.25, "4\x1b")]) == (
         "samples at step 7\n"
         "  [1] reward 1.00  accuracy 1.00  format absent  advantage -0.50\n"
         "      prompt: 2 + 2?\n"
@@ -35,12 +36,13 @@ def test_plain_lines():
         "  [2] reward 0.00  accuracy absent  advantage +1.25\n"
         "      prompt: a\n"
         "      completion: b\n"
+        "      answer: 4\\x1b\n"
     )
 
 
 def test_table():
-    text = shown([sample("<think>\nfour\n</think>")], terminal=True)
-    for piece in ["samples at step 7", "2 + 2?", "accuracy", "1.00", "absent", "advantage", "-0.50"]:
+    text = shown([replace(sample("<think>\nfour\n</think>"), answer="vier")], terminal=True)
+    for piece in ["answer", "vier", "samples at step 7", "2 + 2?", "accuracy", "1.00", "absent", "advantage", "-0.50"]:
         assert piece in text
     lines = text.splitlines()
     places = [next(i for i, line in enumerate(lines) if piece in line) for piece in ["<think>", "four", "</think>"]]

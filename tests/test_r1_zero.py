@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -82,6 +84,30 @@ def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypat
     assert max(row["clip_ratio/region_mean"] for row in steps) > 0  # and updates that met the clip
 
 
+@pytest.mark.parametrize("moment", ["evaluation", "step"])
+def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(config, finished, monkeypatch, moment):
+    """SIGTERM in the first evaluation and in a step: the status is not 0, and the end is that of the unbroken run."""
+    config = replace(finished, run_dir=config.run_dir)
+    asked = []
+
+    def ask(function, count):
+        def asking(*args, **kwargs):
+            asked.append(1)
+            if len(asked) == count:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*args, **kwargs)
+
+        return asking
+
+    with monkeypatch.context() as patch:
+        name = "decode_completions" if moment == "evaluation" else "over_updates"
+        patch.setattr(r1_zero, name, ask(getattr(r1_zero, name), 1))
+        assert r1_zero.main(config) == 130
+    assert not (config.run_dir / "summary.json").exists()
+    assert r1_zero.main(config) == 0
+    assert metrics_of(config) == metrics_of(finished)
+
+
 def test_l2_eight_devices_give_the_losses_of_one(config):
     config = replace(config, num_steps=5, group_size=16)
     r1_zero.main(config)
@@ -148,6 +174,7 @@ def test_completions_are_logged_with_every_part_of_the_reward(finished):
     assert len(rows) == 2 * 8 * 4
     assert {"step", "prompt", "completion", "reward", "rewards/accuracy", "rewards/format", "advantage"} <= set(rows[0])
     assert rows[0]["prompt"].endswith("=")
+    assert all(int(row["answer"]) == sum(map(int, row["prompt"][:-1].split("+"))) for row in rows)
 
 
 def test_the_trained_model_is_a_hugging_face_folder(finished):

@@ -11,11 +11,12 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_examples_run_as_they_stand(base):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(block.replace("runs/r1_zero/model", base), names)
     np.testing.assert_allclose(names["advantages"], [1.5, -0.5, -0.5, -0.5], atol=1e-5)
+    assert names["score"](["q"], ["<think>x</think><answer>4</answer>"]).total[0] > 1
     assert names["drawn"].completion_ids.shape == names["log_probs"].shape == (8, 48)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.run import Run, count_compilations, differences
+from grpo_jax.run import Run, Stopped, count_compilations, differences
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_empty_logs(tmp_pat
         assert read_jsonl(run.metrics_log.path) == []
 
 
+def test_shown_samples_go_from_the_best_to_the_worst(tmp_path):
+    samples = [Sample("p", f"completion {i}", {}, 0.0, advantage) for i, advantage in enumerate([0.5, -1, 2, 0, 0.1])]
+    with open_run(tmp_path / "run") as run:
+        run.log_samples(1, samples, show=3)
+        said = run.progress.console.export_text()
+        assert len(read_jsonl(run.completions_log.path)) == 5
+    assert [line[-1] for line in said.splitlines() if "completion:" in line] == ["2", "4", "1"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_ask_for_a_stop_after_the_step(tmp_path, number):
     before = signal.getsignal(number)
     with open_run(tmp_path / "run") as run:
-        assert not run.stop_requested
+        run.stop_if_requested()
         os.kill(os.getpid(), number)
         assert run.stop_requested
-        assert "the same command goes on from there" in run.progress.console.export_text()
+        with pytest.raises(Stopped):
+            run.stop_if_requested()
+        assert "stopping at the next safe place" in run.progress.console.export_text()
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)

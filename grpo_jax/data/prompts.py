@@ -73,12 +73,16 @@ def encode_prompts(
     added where the tokenizer adds one and the text does not begin with it, and nothing is added at the end.
 
     Raises:
-        ValueError: as ``render_prompts``.
+        ValueError: as ``render_prompts``; and for a prompt that the tokenizer has no tokens for.
     """
     texts = render_prompts(prompts, tokenizer, template=template, system_prompt=system_prompt)
     if not texts:
         return []
-    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    try:
+        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        position = next(i for i, text in enumerate(texts) if not _can_encode(tokenizer, text))
+        raise ValueError(f"the tokenizer cannot encode prompt {position}, {texts[position]!r:.200}: {error}") from error
     if template is None:
         return token_ids
     bos = [tokenizer.bos_token_id]
@@ -87,6 +91,14 @@ def encode_prompts(
         bos + ids if full[:1] == bos and ids[:1] != bos else ids
         for ids, full in zip(token_ids, as_tokenizer_would, strict=True)
     ]
+
+
+def _can_encode(tokenizer: Any, text: str) -> bool:
+    try:
+        tokenizer([text])
+    except Exception:
+        return False
+    return True
 
 
 def fit_prompts(

@@ -282,6 +282,7 @@ def save_params(folder: Path, params: Params, config: DecoderConfig, *, dtype: A
         tensors = {name: _export(*by_name[name], dtype) for name in names}
         if jax.process_index() == 0:
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # safetensors writes them for the owner alone
     if plan.is_sharded and jax.process_index() == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

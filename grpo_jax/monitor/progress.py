@@ -129,7 +129,7 @@ class Progress:
         ending = "stopped"
         try:
             yield phase
-            ending = "done"
+            ending = "done" if phase.task.completed >= total else "stopped"
         finally:
             self._depth -= 1
             self._bars.remove_task(task)

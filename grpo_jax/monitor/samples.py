@@ -25,6 +25,7 @@ class Sample:
         rewards: each part of the reward by its name; None or NaN where a part is absent.
         reward: their weighted sum.
         advantage: what it was learnt from with.
+        answer: the gold answer, where there is one.
     """
 
     prompt: str
@@ -32,11 +33,12 @@ class Sample:
     rewards: Mapping[str, float | None]
     reward: float
     advantage: float
+    answer: str | None = None
 
     def row(self, step: int) -> dict[str, Any]:
         """The sample as a line of ``completions.jsonl``; a part of the reward stands under ``rewards/<name>``."""
         parts = {f"rewards/{name}": value for name, value in self.rewards.items()}
-        text = {"prompt": self.prompt, "completion": self.completion}
+        text = {"prompt": self.prompt, "completion": self.completion, "answer": self.answer}
         return {"step": step, **text, "reward": self.reward, **parts, "advantage": self.advantage}
 
 
@@ -99,6 +101,8 @@ def print_samples(
         lines.append(f"  [{place}] {figures}")
         lines.append(f"      prompt: {printable(shorten(sample.prompt, limit), console.encoding)}")
         lines.append(f"      completion: {printable(shorten(sample.completion, limit), console.encoding)}")
+        if sample.answer is not None:
+            lines.append(f"      answer: {printable(shorten(sample.answer, limit), console.encoding)}")
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
@@ -122,7 +126,10 @@ def _table(samples: Sequence[Sample], step: int, encoding: str, limit: int) -> T
         figures.add_column(justify="right")
         for name, value in _figures(sample, encoding):
             figures.add_row(Text(name), Text(value, style=_colour(sample.advantage) if name == "advantage" else ""))
-        table.add_row(_text(sample.prompt, encoding, limit), _text(sample.completion, encoding, limit), figures)
+        asked = _text(sample.prompt, encoding, limit)
+        if sample.answer is not None:
+            asked.append("\nanswer ", style="dim").append_text(_text(sample.answer, encoding, limit))
+        table.add_row(asked, _text(sample.completion, encoding, limit), figures)
     return table
 
 

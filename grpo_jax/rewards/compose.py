@@ -72,7 +72,8 @@ def _run(
         values = reward(prompts, completions, **columns)
     except Exception as error:
         raise ValueError(
-            f"reward {name!r} raised {type(error).__name__}: {error}. It was called with the columns {[*columns]}"
+            f"reward {name!r} raised {type(error).__name__}: {error}. It was called as reward(prompts, completions, "
+            f"**columns) with the columns {[*columns]}"
         ) from error
     if not isinstance(values, (list, tuple, np.ndarray)):
         raise ValueError(f"reward {name!r} must return a list, and returned {type(values).__name__}")
