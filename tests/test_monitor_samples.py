@@ -140,6 +140,7 @@ def test_the_row_for_the_log():
         "step": 3,
         "prompt": "2 + 2?",
         "completion": "4",
+        "answer": None,
         "reward": 1.0,
         "rewards/accuracy": 1.0,
         "rewards/format": None,

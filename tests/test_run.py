@@ -116,7 +116,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_empty_logs(tmp_pat
 
 
 def test_shown_samples_go_from_the_best_to_the_worst(tmp_path):
-    samples = [Sample("p", f"completion {i}", {}, 0.0, advantage) for i, advantage in enumerate([0.5, -1, 2, 0, 0.1])]
+    samples = [
+        Sample("p", f"completion {i}", {}, 0.0, advantage) for i, advantage in enumerate([0.5, -1.0, 2.0, 0.0, 0.1])
+    ]
     with open_run(tmp_path / "run") as run:
         run.log_samples(1, samples, show=3)
         said = run.progress.console.export_text()
