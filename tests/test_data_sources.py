@@ -23,6 +23,14 @@ def test_gsm8k_format(tmp_path):
     assert problems[1] == Problem("2+2?", "4", {"level": 3})
 
 
+@pytest.mark.parametrize(
+    ("text", "gold"), [("1,234,567.5", "1234567.5"), ("-1,000", "-1000"), ("(1, 2)", "(1, 2)"), ("1,2", "1,2")]
+)
+def test_only_a_number_with_thousands_loses_its_commas(tmp_path, text, gold):
+    [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": f"w #### {text}"}]))
+    assert problem.answer == gold
+
+
 def test_gold_follows_the_last_mark(tmp_path):
     [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "#### 4\n#### 5"}]))
     assert problem.answer == "5"

@@ -36,6 +36,7 @@ def test_the_default_run_learns(default_run):
     assert summary["completion_length_after"] > 2 * summary["completion_length_before"]
     rows = [row for row in read_jsonl(default_run / "metrics.jsonl") if "loss" in row]
     assert len(rows) == 60
+    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-6
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) <= 1e-5
     assert max(row["compilations"] for row in rows) - rows[0]["compilations"] <= 3
 

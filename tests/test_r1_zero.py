@@ -80,6 +80,7 @@ def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypat
     steps = [row for row in metrics_of(config) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert steps[0]["kl"] > 0  # by the second inner update the policy has left the reference
+    assert all(row["grad_norm"] > 0 for row in steps)
     assert max(row["reward_std"] for row in steps) > 0  # there was something to learn from
     assert max(row["clip_ratio/region_mean"] for row in steps) > 0  # and updates that met the clip
 
@@ -187,7 +188,9 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
 
 
 def test_a_finished_run_is_not_run_again(finished, capsys):
-    r1_zero.main(finished)
+    before = (finished.run_dir / "metrics.jsonl").read_bytes()
+    assert r1_zero.main(finished) == 0
+    assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
     assert "this run is finished" in capsys.readouterr().out
 
 
