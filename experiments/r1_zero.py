@@ -41,7 +41,7 @@ from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import Scores, weighted
 from grpo_jax.rewards.format import format_reward
-from grpo_jax.rollout import generate
+from grpo_jax.rollout import make_rollout
 from grpo_jax.run import Run, Stopped, count_compilations
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
@@ -287,7 +287,7 @@ def train(config: Config, run: Run) -> None:
         default_learning_rate=1e-6 if config.model else 2.5e-4,
     )
     policy_loss = config.policy.build(
-        log_probs, max_completion_length=config.completion_length, sampler_truncates=config.sampling.truncates
+        log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
     train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
 
@@ -431,17 +431,16 @@ def encode(problems: list[Problem], policy: models.Pretrained, config: Config, r
 
 
 def build_rollout(config: Config, policy: models.Pretrained, mesh: Mesh, group_size: int):
-    """A jitted ``(params, prompts, key) -> Rollout``."""
-    rollout = partial(
-        generate,
+    """A function ``(params, prompts, key) -> Rollout``."""
+    return make_rollout(
         policy.model,
-        sampling=config.sampling,
+        config.sampling,
         group_size=group_size,
         max_completion_length=config.completion_length,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
+        mesh=mesh,
     )
-    return jax.jit(rollout, out_shardings=NamedSharding(mesh, BATCH))
 
 
 def learn_from(

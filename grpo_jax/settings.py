@@ -138,14 +138,14 @@ class PolicyLossSettings:
         if self.kl_correction and not self.kl_coef:
             raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
 
-    def build(self, log_probs: LogProbs, *, max_completion_length: int, sampler_truncates: bool) -> LossFn:
+    def build(self, log_probs: LogProbs, *, max_completion_length: int, sampler_alters_policy: bool) -> LossFn:
         """The loss of a batch, as ``train.make_train_step`` takes it.
 
         Args:
             log_probs: ``(params, batch) -> (log-probabilities, entropy)``, such as ``train.completion_log_probs`` of a
                 model.
             max_completion_length: what Dr.GRPO divides by.
-            sampler_truncates: whether tokens are removed in sampling. The sampler's log-probabilities then differ from
+            sampler_alters_policy: whether tokens are removed in sampling. The sampler's log-probabilities then differ from
                 the policy's by design, and are compared only where importance_cap corrects for it.
         """
         policy_loss = LOSSES[self.loss]
@@ -153,7 +153,7 @@ class PolicyLossSettings:
             policy_loss = partial(policy_loss, max_completion_length=max_completion_length)
         epsilons = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
         policy_loss = partial(policy_loss, **{name: value for name, value in epsilons.items() if value is not None})
-        compare = self.importance_cap is not None or not sampler_truncates
+        compare = self.importance_cap is not None or not sampler_alters_policy
 
         def loss_fn(params: Params, batch: Batch) -> tuple[Mean, Metrics]:
             new_log_probs, entropy = log_probs(params, batch)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 from grpo_jax.types import Params
 
@@ -118,6 +119,18 @@ def shard_rows(tree, mesh: Mesh):
         if x.shape[0] % parts:
             raise ValueError(f"{x.shape[0]} rows do not divide over data x fsdp = {parts} devices")
     return jax.device_put(tree, NamedSharding(mesh, BATCH))
+
+
+def take_rows(x: Array, rows: Int[Array, "devices taken"]) -> Array:
+    """Rows gathered within each device's part, so that none has to travel: ``[devices * taken, ...]``.
+
+    Args:
+        x: rows first, in as many equal parts as ``rows`` has.
+        rows: for each part the rows of it that are taken, counted from its first.
+    """
+    parts = x.reshape(rows.shape[0], x.shape[0] // rows.shape[0], *x.shape[1:])
+    taken = jax.vmap(lambda part, index: part.at[index].get(mode="promise_in_bounds"))(parts, rows)
+    return taken.reshape(rows.shape[0] * rows.shape[1], *x.shape[1:])
 
 
 def divisors(n: int) -> list[int]:

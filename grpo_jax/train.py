@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from grpo_jax.log_probs import chunked_log_probs
 from grpo_jax.masked import positions
-from grpo_jax.types import Batch, Mean, Metrics, Model, Params, Rollout, TrainState
+from grpo_jax.types import Batch, Mean, Metrics, Model, Params, Rollout, TrainState, cache_columns
 
 Tokens = Float[Array, "B T"]
 LossFn = Callable[[Params, Batch], tuple[Mean, Metrics]]
@@ -39,12 +39,14 @@ def completion_log_probs(
         temperature: that of the policy, as in sampling.
         chunk_size: see ``log_probs.chunked_log_probs``.
     """
-    P = sequences.prompt_ids.shape[1]
-    # The last token is scored but predicts nothing. It stays in, so that sums over keys run over as many as in the
-    # sampler's cache and round like them.
+    P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
+    # Cut between prompt and completion, and with a cache of the sampler's length: sums over keys then run over the same
+    # ones in the same order, and round alike. The last token predicts nothing; it stays in for the same reason.
     ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
     mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
-    hidden, _ = model.apply(params, ids, positions(mask), mask, None, 0)
+    cache = model.init_cache(ids.shape[0], P + cache_columns(T))
+    columns = jnp.pad(mask, ((0, 0), (0, cache_columns(T) - T)))
+    hidden, _ = model.apply(params, ids, positions(mask), columns, cache, 0, cuts=(P,))
     return chunked_log_probs(
         hidden[:, P - 1 : -1],
         model.head(params),

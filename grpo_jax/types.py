@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -43,26 +43,64 @@ Params = Any
 Cache = Any
 """A tree of the arrays in which a model keeps keys and values; every leaf has the batch as its first axis."""
 
+COLUMNS = 64
+
+
+def cache_columns(max_completion_length: int) -> int:
+    """The length of a completion's cache, in sampler and trainer alike: a multiple of 64.
+
+    Products of whole tiles round the same whatever else is computed with them; those of odd lengths do not on CPU.
+    """
+    return -(-max_completion_length // COLUMNS) * COLUMNS
+
+
+@pytree
+@dataclass(frozen=True)
+class Context:
+    """Keys and values that a call's tokens attend to before their own: N entries, each shared by a group of rows.
+
+    Without ``members`` the rows of a group are adjacent: B = N * group. With it they stand anywhere, but on the device
+    of their entry: rows and entries are counted within each of the devices that they are split over.
+
+    Attributes:
+        cache: N entries of C columns, as ``Model.apply`` gives them back.
+        start: the slot of the first column; below 0 for what comes before the call's own cache. Columns above a
+            token's slot are not attended to.
+        mask: False at columns that nobody may attend to, such as padding; None where there are none.
+        members: for each entry in turn the rows that share it, as many places for each; any row in an empty place.
+        place: where each row stands in ``members``.
+    """
+
+    cache: Cache
+    start: Int[Array, ""] | int
+    mask: Bool[Array, "N C"] | None = None
+    members: Int[Array, "devices places"] | None = None
+    place: Int[Array, "devices rows"] | None = None
+
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder as the pure functions see it: three functions and a number, no module and no state.
+    """A decoder as the pure functions see it: functions and numbers, no module and no state.
 
     Attributes:
-        apply: ``(params, token_ids [B, S], positions [B, S], mask [B, K], cache, start) -> (hidden [B, S, D], cache)``.
-            Causal by slot: token ``i`` of the call stands in slot ``start + i`` and attends to the slots up to its own
-            in which ``mask`` is True. Without a cache (``None``) the call's own S tokens are all there is: K = S and
-            ``start`` is 0. With one, their keys and values are written into its slots ``start .. start + S - 1``, and
-            K is the cache's length. ``hidden`` is what the head multiplies (final norm applied). A query that may
+        apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, contexts, cuts) ->
+            (hidden [B, S, D], cache)``. Causal by slot: token ``i`` of the call stands in slot ``start + i`` and attends to the slots up
+            to its own: those of ``contexts``, and those of the cache in which ``mask`` is True (None: in all). Without
+            a cache (``None``) the call's own S tokens are all there is: C = S, ``start`` is 0, and their keys and
+            values are the cache that comes back. With one, they are written into its columns
+            ``start .. start + S - 1``. Attention sums over the columns between ``cuts`` apart, as it does over each
+            context: so that two calls that divide the same columns alike round alike. ``hidden`` is what the head multiplies (final norm applied). A query that may
             attend to nothing gives finite values.
         head: ``params -> [V, D]``, the output embedding.
         init_cache: ``(batch, length) -> cache``, empty.
+        join_columns: caches of the same rows -> one, their columns one after the other.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
     head: Callable[[Params], Float[Array, "V D"]]
     init_cache: Callable[[int, int], Cache]
+    join_columns: Callable[[Sequence[Cache]], Cache]
     logit_softcap: float | None = None
 
 

@@ -30,12 +30,12 @@ FLOORS = {
     "settings": 4,
 }
 # (who, whom) on one floor: whoever needs one says so here, and it goes when the need does.
-# Imports within a floor, each because one is made of the other: a token's log-probability has one definition, an
+# Imports within a floor, each because one is made of the other: a cohort's rows are taken device by device, an
 # adapter brings its task's own reward, the held-out loop reads problems and grades answers, the default of the settings
 # is the embedded base's task.
 NEIGHBOURS = {
     ("masked", "types"),
-    ("sampling", "log_probs"),
+    ("rollout", "sharding"),
     ("data", "rewards"),
     ("evaluate", "data"),
     ("evaluate", "rewards"),

@@ -9,7 +9,16 @@ import pytest
 from checkpoints import quick_jit
 
 from grpo_jax.models.config import Rope
-from grpo_jax.models.layers import Embedding, Norm, allowed_slots, attend, rope_frequencies, rotate, rotation
+from grpo_jax.models.layers import (
+    Embedding,
+    Norm,
+    Part,
+    allowed_slots,
+    attend,
+    rope_frequencies,
+    rotate,
+    rotation,
+)
 
 LLAMA3 = Rope(5e5, "llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192.0)
 
@@ -70,10 +79,22 @@ def test_scores_of_rotated_vectors_depend_on_their_distance_alone():
 
 def test_slots_that_may_be_attended_to():
     mask = jnp.array([[False, True, True, True, True]])
-    found = allowed_slots(mask, 2, 2, None)[0]
+    found = allowed_slots(mask, jnp.array([2, 3]), 0, 5, None)[0]
     np.testing.assert_array_equal(found, [[False, True, True, False, False], [False, True, True, True, False]])
-    found = allowed_slots(mask, jnp.int32(3), 2, 2)[0]
+    found = allowed_slots(mask, jnp.array([3, 4]), 0, 5, 2)[0]
     np.testing.assert_array_equal(found, [[False, False, True, True, False], [False, False, False, True, True]])
+
+
+def test_slots_before_the_calls_own_and_after_it():
+    now = jnp.array([1])
+    assert allowed_slots(None, now, -3, 3, None).tolist() == [[[True, True, True]]]
+    assert allowed_slots(None, now, -3, 3, 3).tolist() == [[[False, False, True]]]  # slot -1 is two before slot 1
+    assert allowed_slots(None, now, jnp.int32(2**30), 3, None).tolist() == [[[False, False, False]]]
+
+
+def attend_to_one(queries, keys, values, allowed, softcap):
+    """Attention in one part."""
+    return attend(queries, [Part(jnp.swapaxes(keys, 2, 3), values, allowed)], softcap)
 
 
 def attend_in_numpy(queries, keys, values, allowed, softcap):
@@ -99,7 +120,7 @@ def attention_inputs(num_queries, num_slots=7):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_attention_against_numpy(num_queries, softcap):
     inputs, allowed = attention_inputs(num_queries)
-    found = quick_jit(partial(attend, softcap=softcap))(*inputs, allowed)
+    found = quick_jit(partial(attend_to_one, softcap=softcap))(*inputs, allowed)
     np.testing.assert_allclose(found, attend_in_numpy(*inputs, allowed, softcap), atol=1e-6)
 
 
@@ -109,7 +130,7 @@ def test_a_fully_masked_row_is_finite_forward_and_backward(num_queries):
     allowed = jnp.asarray(np.asarray(allowed) & (np.arange(2) == 1)[:, None, None])
 
     def total(queries, keys, values):
-        out = attend(queries, keys, values, allowed, None)
+        out = attend_to_one(queries, keys, values, allowed, None)
         return (out**2).sum(), out
 
     grads, found = quick_jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
@@ -122,13 +143,47 @@ def test_a_fully_masked_row_is_finite_forward_and_backward(num_queries):
 def test_softmax_is_in_float32_for_bfloat16_inputs():
     inputs, allowed = attention_inputs(4, num_slots=64)
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
-    found = quick_jit(partial(attend, softcap=None))(*inputs, allowed)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(jnp.float32), attend_in_numpy(*inputs, allowed, None), atol=1.5e-2)
-    steps = str(jax.make_jaxpr(partial(attend, softcap=None))(*inputs, allowed))
+    found = quick_jit(partial(attend_to_one, softcap=None))(*inputs, allowed)
+    np.testing.assert_allclose(found, attend_in_numpy(*inputs, allowed, None), atol=1.5e-2)
+    steps = str(jax.make_jaxpr(partial(attend_to_one, softcap=None))(*inputs, allowed))
     exponentials = [line for line in steps.splitlines() if "= exp " in line]
     assert exponentials
     assert all("f32[" in line for line in exponentials)
+
+
+def test_attention_in_parts_is_attention_to_all_of_them():
+    (queries, keys, values), allowed = attention_inputs(4, num_slots=9)
+    allowed = allowed.at[0, 1, :4].set(False)  # a part without anything for one query
+    parts = [slice(0, 4), slice(4, 7), slice(7, 9)]
+
+    def in_parts(queries, keys, values):
+        cut = [Part(jnp.swapaxes(keys[:, :, p], 2, 3), values[:, :, p], allowed[:, :, p]) for p in parts]
+        return attend(queries, cut, 1.5)
+
+    found = quick_jit(in_parts)(queries, keys, values)
+    np.testing.assert_allclose(found, attend_in_numpy(queries, keys, values, allowed, 1.5), atol=1e-6)
+    whole = jax.grad(lambda *x: (attend_to_one(*x, allowed, 1.5) ** 2).sum(), argnums=(0, 1, 2))(queries, keys, values)
+    parted = jax.grad(lambda *x: (in_parts(*x) ** 2).sum(), argnums=(0, 1, 2))(queries, keys, values)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parted)
+
+
+def test_keys_are_shared_by_adjacent_rows_or_by_those_named():
+    rng = np.random.default_rng(0)
+    queries = jnp.asarray(rng.normal(size=(6, 2, 3, 1, 8)), jnp.float32)
+    keys, values = (jnp.asarray(rng.normal(size=(2, 2, 5, 8)), jnp.float32) for _ in range(2))
+    allowed = jnp.asarray(rng.random((2, 1, 5)) < 0.7).at[:, :, 0].set(True)
+
+    def shared(queries, members=None, place=None):
+        return attend(queries, [Part(jnp.swapaxes(keys, 2, 3), values, allowed, members, place)], None)
+
+    adjacent = quick_jit(shared)(queries)
+    each = [np.repeat(np.asarray(x), 3, axis=0) for x in (keys, values, allowed)]
+    np.testing.assert_allclose(adjacent, attend_in_numpy(queries, *each, None), atol=1e-6)
+    order = np.array([5, 0, 3])  # two of the second entry's rows and one of the first's, in places of their own
+    members, place = jnp.array([[1, 0, 0, 2, 0, 0]]), jnp.array([[3, 0, 5]])
+    members = members.at[0, 5].set(2).at[0, 3].set(0)
+    some = quick_jit(shared)(queries[order], members, place)
+    np.testing.assert_allclose(some, np.asarray(adjacent)[order], atol=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

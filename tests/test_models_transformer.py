@@ -10,6 +10,7 @@ import pytest
 from checkpoints import SMALL, quick_jit, random_params
 
 from grpo_jax.models import build_model, from_hf_config, init_params, param_shapes
+from grpo_jax.types import Context
 
 SIZES = {**SMALL, "num_hidden_layers": 2}
 CONFIGS = {
@@ -43,8 +44,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(decoder):
     ids = random_ids((B, P + T))
     mask = jnp.arange(P + T)[None, :] >= jnp.array([0, 2, 5])[:, None]
     positions = positions_of(mask)
-    full, no_cache = model.apply(params, ids, positions, mask)
-    assert no_cache is None
+    full, own = model.apply(params, ids, positions, mask)
     cache = model.init_cache(B, C)
     slots = jnp.pad(mask, ((0, 0), (0, C - P - T)))
     hidden, cache = model.apply(params, ids[:, :P], positions[:, :P], slots, cache, 0)
@@ -54,9 +54,52 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(decoder):
         pieces.append(hidden)
     error = jnp.abs(jnp.concatenate(pieces, axis=1) - full).max(-1)
     assert jnp.where(mask, error, 0).max() <= 1e-5 * jnp.abs(full).max()
-    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(B, config.num_kv_heads, C, config.head_dim)}
-    assert len(cache) == config.num_layers
-    assert all((leaf[:, :, P + T :] == 0).all() for leaf in jax.tree.leaves(cache))
+    K, E = config.num_kv_heads, config.head_dim
+    assert len(cache) == len(own) == config.num_layers
+    for entry, mine in zip(cache, own, strict=True):
+        assert entry["keys"].shape == (B, K, E, C)
+        assert entry["values"].shape == (B, K, C, E)
+        assert (entry["keys"][..., P + T :] == 0).all()
+        assert (entry["values"][:, :, P + T :] == 0).all()
+        # Without a cache, the call's own keys and values are what comes back.
+        close = partial(np.testing.assert_allclose, atol=1e-5 * np.abs(entry["keys"]).max())
+        close(jnp.where(mask[:, None, None], mine["keys"] - entry["keys"][..., : P + T], 0), 0)
+        close(jnp.where(mask[:, None, :, None], mine["values"] - entry["values"][:, :, : P + T], 0), 0)
+
+
+def test_contexts_come_before_the_calls_own_tokens(decoder):
+    """Prompts shared by rows that stand anywhere, and a part of the completion in a context, against the full pass."""
+    _, model, params = decoder
+    P, T, G = 6, 7, 3
+    prompts, drawn = random_ids((2, P)), random_ids((2 * G, T)) * 7 % SMALL["vocab_size"]
+    mask = jnp.arange(P)[None, :] >= jnp.array([0, 3])[:, None]
+    owner = jnp.array([1, 0, 0, 1, 1, 0])
+    members, place = jnp.array([[1, 2, 5, 0, 3, 4]]), jnp.array([[3, 0, 1, 4, 5, 2]])
+    whole_mask = jnp.concatenate([mask[owner], jnp.ones((2 * G, T), bool)], axis=1)
+    whole = jnp.concatenate([prompts[owner], drawn], axis=1)
+    full, _ = model.apply(params, whole, positions_of(whole_mask), whole_mask)
+    _, prompt = model.apply(params, prompts, positions_of(mask), mask)
+    positions = positions_of(whole_mask)[:, P:]
+    shared = Context(prompt, -P, mask, members, place)
+    first, chunk = model.apply(params, drawn[:, :4], positions[:, :4], contexts=[shared])
+    contexts = [dataclasses.replace(shared, start=-P - 4), Context(chunk, -4), Context(chunk, 2**30)]
+    second, _ = model.apply(params, drawn[:, 4:], positions[:, 4:], contexts=contexts)
+    found = jnp.concatenate([first, second], axis=1)
+    assert jnp.abs(found - full[:, P:]).max() <= 1e-5 * jnp.abs(full).max()
+
+
+def test_caches_are_joined_column_after_column(decoder):
+    _, model, params = decoder
+    ids = random_ids((2, 6))
+    positions = jnp.arange(6)[None, :] + jnp.zeros((2, 1), jnp.int32)
+    _, whole = model.apply(params, ids, positions)
+    pieces, contexts = [], []
+    for start in (0, 2, 4):
+        contexts = [Context(cache, 2 * i - start) for i, cache in enumerate(pieces)]
+        _, cache = model.apply(params, ids[:, start : start + 2], positions[:, start : start + 2], contexts=contexts)
+        pieces.append(cache)
+    joined = model.join_columns(pieces)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), joined, whole)
 
 
 def test_left_padding_by_any_amount_changes_nothing(decoder):
@@ -194,9 +237,9 @@ def test_a_mask_or_a_call_that_does_not_fit_is_refused():
     ids = jnp.zeros((2, 5), jnp.int32)
     with pytest.raises(ValueError, match="as many columns as the call has tokens: 5, not 6"):
         jax.eval_shape(model.apply, params, ids, ids, jnp.ones((2, 6), bool))
-    with pytest.raises(ValueError, match="as many columns as the cache has slots: 8, not 5"):
+    with pytest.raises(ValueError, match="as many columns as the cache: 8, not 5"):
         jax.eval_shape(model.apply, params, ids, ids, jnp.ones((2, 5), bool), model.init_cache(2, 8), 0)
-    with pytest.raises(ValueError, match="5 tokens do not fit into a cache of 4 slots"):
+    with pytest.raises(ValueError, match="5 tokens do not fit into a cache of 4 columns"):
         jax.eval_shape(model.apply, params, ids, ids, jnp.ones((2, 4), bool), model.init_cache(2, 4), 0)
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not float16"):
         build_model(CONFIGS["llama"], dtype=jnp.float16)

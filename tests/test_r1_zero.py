@@ -341,9 +341,9 @@ def test_every_named_advantage(config, name):
     assert batch.advantages[0] > 0 > batch.advantages[1]
 
 
-def build_loss(log_probs=lambda params, batch: (params, params * 0), sampler_truncates=False, **settings):
+def build_loss(log_probs=lambda params, batch: (params, params * 0), sampler_alters_policy=False, **settings):
     loss = PolicyLossSettings(**settings)
-    return loss.build(log_probs, max_completion_length=10, sampler_truncates=sampler_truncates)
+    return loss.build(log_probs, max_completion_length=10, sampler_alters_policy=sampler_alters_policy)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -370,8 +370,8 @@ def test_truncating_filters_leave_the_gap_out_unless_it_is_corrected_for(config)
     params = jnp.full(rollout.completion_ids.shape, -0.1)
     gap = "sampling/sampling_logp_difference/max"
     assert gap in build_loss()(params, batch)[1]
-    assert gap not in build_loss(sampler_truncates=True)(params, batch)[1]
-    assert gap in build_loss(sampler_truncates=True, importance_cap=2.0)(params, batch)[1]
+    assert gap not in build_loss(sampler_alters_policy=True)(params, batch)[1]
+    assert gap in build_loss(sampler_alters_policy=True, importance_cap=2.0)(params, batch)[1]
 
 
 def test_defaults_follow_the_model():

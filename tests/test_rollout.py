@@ -1,5 +1,6 @@
 """Rollouts: what is drawn, what it is masked and scored by, and that neither layout nor devices change it."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -204,7 +205,7 @@ def test_each_prompt_is_read_once_whatever_the_group(tiny):
         return model.apply(params, ids, *rest)
 
     prompts = pad_prompts(PROMPTS, max_prompt_length=4, pad_id=PAD, index=range(4))
-    spy = type(model)(counted, model.head, model.init_cache, model.logit_softcap)
+    spy = replace(model, apply=counted)
     options = {"group_size": 8, "max_completion_length": T, "eos_ids": EOS, "pad_id": PAD}
     jax.eval_shape(partial(generate, spy, sampling=Sampling(), **options), params, prompts, jax.random.key(0))
     assert rows[0] == (4, 4)
@@ -220,7 +221,7 @@ def test_decoding_stops_when_all_rows_have_ended(tiny):
         jax.debug.callback(lambda: calls.append(1))
         return model.apply(params, ids, *rest)
 
-    spy = type(model)(counted, model.head, model.init_cache, model.logit_softcap)
+    spy = replace(model, apply=counted)
     options = {"group_size": 2, "max_completion_length": 500, "eos_ids": tuple(range(32)), "pad_id": PAD}
     prompts = pad_prompts(PROMPTS, max_prompt_length=4, pad_id=PAD, index=range(4))
     rollout = jax.jit(partial(generate, spy, sampling=Sampling(), **options))(params, prompts, jax.random.key(0))

@@ -193,7 +193,7 @@ def test_t10_the_samplers_log_probabilities_are_the_truncated_ones_and_differ_fr
     tokens, log_probs, _ = draw(keys_of(1), logits, Sampling(**knobs))
     gap = np.asarray(log_probs) - np.asarray(policy_log_probs(logits, tokens))
     np.testing.assert_allclose(gap, np.full(ROWS, -np.log(0.8)), rtol=1e-5)
-    assert Sampling(**knobs).truncates
+    assert Sampling(**knobs).alters_policy
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=names)
@@ -253,7 +253,9 @@ def test_no_uniform_number_draws_a_removed_token(monkeypatch):
     numbers = f32(np.append(likely, [0, 1])[:, None] + np.arange(-3, 4) * 2.0**-24)
     numbers = numbers[(numbers >= 0) & (numbers < 1)]
     rows = len(numbers)
-    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.asarray(numbers)[jax.random.key_data(key)[1]])
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda key, shape: jnp.full(shape, jnp.asarray(numbers)[jax.random.key_data(key)[1]])
+    )
     keys = np.stack([np.zeros(rows), np.arange(rows)], 1).astype(np.uint32)
     tokens, log_probs, _ = draw(keys, np.repeat(logits, rows, 0), sampling)
     drawn = p[np.asarray(tokens)]
@@ -272,7 +274,7 @@ def test_settings_are_hashable_and_equal_by_value_so_that_they_can_be_static():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "truncates"),
+    ("knobs", "alters"),
     [
         ({}, False),
         ({"temperature": 0.3}, False),
@@ -282,8 +284,8 @@ def test_settings_are_hashable_and_equal_by_value_so_that_they_can_be_static():
         ({"min_p": 0.01}, True),
     ],
 )
-def test_truncates_says_whether_the_distribution_is_not_the_policys_own(knobs, truncates):
-    assert Sampling(**knobs).truncates is truncates
+def test_alters_policy_says_whether_the_distribution_is_not_the_policys_own(knobs, alters):
+    assert Sampling(**knobs).alters_policy is alters
 
 
 @pytest.mark.parametrize(

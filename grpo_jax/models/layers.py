@@ -1,12 +1,17 @@
 """The layers of the decoder.
 
-Shapes: B sequences, S tokens of the call, C slots that can be attended to, D the width of the residual stream,
+Shapes: B sequences, S tokens of the call, C columns that can be attended to, D the width of the residual stream,
 H query heads in K groups of G (H = K * G), each of size E.
+
+Tokens and keys stand in slots, numbered from the first column of the call's own keys or cache; what came before it has
+slots below 0.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,9 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig, Rope
+from grpo_jax.sharding import take_rows
 
 Rotation = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]
-CacheEntry = dict[str, Float[Array, "B K C E"]]
+CacheEntry = dict[str, Float[Array, "B K _ _"]]
 
 # Finite, so that a row in which every score is this one has a softmax and a gradient.
 MASKED_SCORE = -0.5 * float(np.finfo(np.float32).max)
@@ -44,7 +50,8 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotation:
     """Cosine and sine of the angle at each position, float32, with an axis for the heads."""
     angles = positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(rope, head_dim)[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    # Once: fused into what uses them they would be computed again for every head of every layer.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S N E"]:
@@ -55,38 +62,88 @@ def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S 
 
 
 def allowed_slots(
-    mask: Bool[Array, "B C"], start: int | Int[Array, ""], length: int, window: int | None
-) -> Bool[Array, "B {length} C"]:
-    """Which slots each token may attend to: unmasked, not after its own, and less than ``window`` before it."""
-    distances = (start + jnp.arange(length))[:, None] - jnp.arange(mask.shape[1])[None, :]
+    mask: Bool[Array, "N C"] | None,
+    slots: Int[Array, " S"],
+    first: int | Int[Array, ""],
+    columns: int,
+    window: int | None,
+) -> Bool[Array, "M S {columns}"]:
+    """Which columns each token may attend to: unmasked, not after its own slot, and less than ``window`` before it.
+
+    Args:
+        mask: False at columns that nobody may attend to; None for none of them (M is 1 then, N otherwise).
+        slots: where the tokens stand.
+        first: the slot of the first column.
+        columns: how many there are.
+        window: of the layer; None sees all.
+    """
+    distances = slots[:, None] - (first + jnp.arange(columns))[None, :]
     reachable = distances >= 0
     if window is not None:
         reachable &= distances < window
-    return mask[:, None, :] & reachable[None, :, :]
+    return reachable[None] if mask is None else mask[:, None, :] & reachable[None]
+
+
+class Part(NamedTuple):
+    """A part of the keys and values that a call's tokens attend to: N entries, each shared by a group of rows.
+
+    ``members`` and ``place`` are those of ``types.Context``.
+    """
+
+    keys: Float[Array, "N K E C"]
+    values: Float[Array, "N K C E"]
+    allowed: Bool[Array, "M S C"]
+    members: Int[Array, "devices places"] | None = None
+    place: Int[Array, "devices rows"] | None = None
+
+    def grouped(self, x: Float[Array, "B K G S W"]) -> Float[Array, "N K M W"]:
+        """A group's queries, over rows and heads, as rows of one product with the group's keys."""
+        x = x if self.members is None else take_rows(x, self.members)
+        N = self.keys.shape[0]
+        B, K, G, S, W = x.shape
+        return x.reshape(N, B // N, K, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N, K, B // N * G * S, W)
+
+    def apart(self, x: Float[Array, "N K M W"], G: int, S: int) -> Float[Array, "B K G S W"]:
+        """The reverse."""
+        N, K, M, W = x.shape
+        R = M // (G * S)
+        x = x.reshape(N, K, R, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N * R, K, G, S, W)
+        return x if self.place is None else take_rows(x, self.place)
 
 
 def attend(
-    queries: Float[Array, "B K G S E"],
-    keys: Float[Array, "B K C E"],
-    values: Float[Array, "B K C E"],
-    allowed: Bool[Array, "B S C"],
-    softcap: float | None,
+    queries: Float[Array, "B K G S E"], parts: Sequence[Part], softcap: float | None
 ) -> Float[Array, "B K G S E"]:
-    """Softmax attention in float32, each group of queries against its own keys and values.
+    """Softmax attention to all parts together, in float32.
 
-    A query that may attend to nothing gets the mean of all values, which is finite.
+    Keys shared by a group of rows are read once for it. A query that may attend to nothing gets the mean of all values,
+    which is finite.
     """
-    B, K, G, S, E = queries.shape
-    C = keys.shape[2]
-    # A group's queries are rows of one product with its keys. On CPU a product with two rows or more sums in the order
-    # of the trainer's, which has many; one with a single row does not.
-    queries = queries.reshape(B, K, G * S, E)
-    scores = jnp.einsum("bkme,bkce->bkmc", queries, keys, preferred_element_type=jnp.float32).reshape(B, K, G, S, C)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(allowed[:, None, None, :, :], scores, MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkmc,bkce->bkme", weights.reshape(B, K, G * S, C), values).reshape(B, K, G, S, E)
+    _, _, G, S, E = queries.shape
+    all_scores = []
+    for part in parts:
+        # On CPU a product with two rows or more sums in the order of the trainer's, which has many; one with a single
+        # row does not.
+        grouped = part.grouped(queries)
+        scores = jnp.einsum("nkme,nkec->nkmc", grouped, part.keys, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        N, K, M, C = scores.shape
+        split = scores.reshape(N, K, M // S, S, C)
+        all_scores.append(jnp.where(part.allowed[:, None, None], split, MASKED_SCORE).reshape(N, K, M, C))
+    peaks = [part.apart(s.max(-1, keepdims=True), G, S) for part, s in zip(parts, all_scores, strict=True)]
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+    all_weights = [jnp.exp(s - part.grouped(peak)) for part, s in zip(parts, all_scores, strict=True)]
+    totals = [part.apart(w.sum(-1, keepdims=True), G, S) for part, w in zip(parts, all_weights, strict=True)]
+    total = functools.reduce(jnp.add, totals)
+    # Weights are divided before the product, and parts are added without a factor: so that no product and sum are fused
+    # into one rounding in the sampler's program and into two in the trainer's.
+    out = []
+    for part, weights in zip(parts, all_weights, strict=True):
+        weights = (weights / part.grouped(total)).astype(part.values.dtype)
+        product = jnp.einsum("nkmc,nkce->nkme", weights, part.values, preferred_element_type=jnp.float32)
+        out.append(part.apart(product, G, S))
+    return functools.reduce(jnp.add, out)
 
 
 class Embedding(nn.Module):
@@ -147,19 +204,32 @@ class Layer(nn.Module):
         return nn.DenseGeneral(features, axis, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
 
+class View(NamedTuple):
+    """What the tokens of a call may look at in one layer.
+
+    Attributes:
+        rotation: of their positions.
+        start: the column of the cache where the first of them is written.
+        cuts: where the columns of the cache (of the call's own keys, without one) are cut into parts.
+        allowed: which columns each may attend to.
+        contexts: what comes before the cache.
+    """
+
+    rotation: Rotation
+    start: int | Int[Array, ""]
+    cuts: Sequence[int]
+    allowed: Bool[Array, "M S C"]
+    contexts: Sequence[Part]
+
+
 class Attention(Layer):
-    """Causal attention with grouped heads, rotary positions and, if given one, a cache of keys and values."""
+    """Causal attention with grouped heads and rotary positions to contexts, a cache, and the call's own tokens."""
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        rotation: Rotation,
-        allowed: Bool[Array, "B S C"],
-        entry: CacheEntry | None,
-        start: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B S D"], CacheEntry | None]:
-        """Attend; see ``Model.apply``. Gives back the cache entry with the call's keys and values written in."""
+        self, x: Float[Array, "B S D"], view: View, entry: CacheEntry | None
+    ) -> tuple[Float[Array, "B S D"], CacheEntry]:
+        """Attend; gives back the cache entry with the call's keys and values written in, or these alone."""
         c = self.config
         B, S, D = x.shape
         tokens = x.reshape(-1, D)
@@ -170,17 +240,23 @@ class Attention(Layer):
         )
         if c.qk_norm:
             queries, keys = self.norm("q_norm")(queries), self.norm("k_norm")(keys)
-        queries = (rotate(queries, rotation) * c.query_scale).astype(self.dtype)
+        queries = (rotate(queries, view.rotation) * c.query_scale).astype(self.dtype)
         queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        keys = rotate(keys, rotation).astype(self.dtype).transpose(0, 2, 1, 3)
+        # With its columns last, a chunk of keys is read in order by the product of a few queries with all of them.
+        keys = rotate(keys, view.rotation).astype(self.dtype).transpose(0, 2, 3, 1)
         values = values.transpose(0, 2, 1, 3)
         if entry is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(entry["keys"], keys, start, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(entry["values"], values, start, axis=2)
-            entry = {"keys": keys, "values": values}
-        out = attend(queries, keys, values, allowed, c.attention_softcap)
+            keys = jax.lax.dynamic_update_slice_in_dim(entry["keys"], keys, view.start, axis=3)
+            values = jax.lax.dynamic_update_slice_in_dim(entry["values"], values, view.start, axis=2)
+        ends = [*view.cuts, keys.shape[3]]
+        own = [
+            Part(keys[..., a:b], values[:, :, a:b], view.allowed[..., a:b])
+            for a, b in zip([0, *view.cuts], ends, strict=True)
+        ]
+        out = attend(queries, [*view.contexts, *own], c.attention_softcap).astype(self.dtype)
         out = out.transpose(0, 3, 1, 2, 4).reshape(-1, c.num_heads, c.head_dim)
-        return self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D), entry
+        out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
+        return out, {"keys": keys, "values": values}
 
 
 class MLP(Layer):
@@ -203,16 +279,11 @@ class Block(Layer):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B S D"],
-        rotation: Rotation,
-        allowed: Bool[Array, "B S C"],
-        entry: CacheEntry | None,
-        start: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B S D"], CacheEntry | None]:
+        self, x: Float[Array, "B S D"], view: View, entry: CacheEntry | None
+    ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Apply the block; arguments as in ``Attention``."""
         attention = Attention(self.config, self.dtype, self.param_dtype, name="attention")
-        out, entry = attention(self.norm("attention_norm")(x), rotation, allowed, entry, start)
+        out, entry = attention(self.norm("attention_norm")(x), view, entry)
         if self.config.post_norms:
             out = self.norm("post_attention_norm")(out)
         x = x + out

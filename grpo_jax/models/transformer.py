@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.layers import Block, CacheEntry, Embedding, Norm, allowed_slots, rotation
-from grpo_jax.types import Cache, Model, Params
+from grpo_jax.models.layers import Block, CacheEntry, Embedding, Norm, Part, View, allowed_slots, rotation
+from grpo_jax.types import Cache, Context, Model, Params
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -43,21 +44,36 @@ class Decoder(nn.Module):
         self,
         token_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B C"],
+        mask: Bool[Array, "B C"] | None,
         cache: list[CacheEntry] | None,
         start: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B S D"], list[CacheEntry] | None]:
+        contexts: Sequence[Context] = (),
+        cuts: Sequence[int] = (),
+    ) -> tuple[Float[Array, "B S D"], list[CacheEntry]]:
         """See ``Model.apply``."""
         c = self.config
+        S = token_ids.shape[1]
+        columns = S if cache is None else cache[0]["values"].shape[2]
         x = self.embed(token_ids).astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
         rotations = {rope: rotation(rope, c.head_dim, positions) for rope in set(c.ropes)}
-        allowed = {window: allowed_slots(mask, start, token_ids.shape[1], window) for window in set(c.windows)}
+        slots = start + jnp.arange(S)
+        allowed, allowed_of_contexts = {}, {}
+        for window in set(c.windows):
+            allowed[window] = allowed_slots(mask, slots, 0, columns, window)
+            allowed_of_contexts[window] = [
+                allowed_slots(context.mask, slots, context.start, context.cache[0]["values"].shape[2], window)
+                for context in contexts
+            ]
         entries = []
         for i, layer in enumerate(self.layers):
-            entry = None if cache is None else cache[i]
-            x, entry = layer(x, rotations[c.ropes[i]], allowed[c.windows[i]], entry, start)
+            before = [
+                Part(context.cache[i]["keys"], context.cache[i]["values"], columns, context.members, context.place)
+                for context, columns in zip(contexts, allowed_of_contexts[c.windows[i]], strict=True)
+            ]
+            view = View(rotations[c.ropes[i]], start, cuts, allowed[c.windows[i]], before)
+            x, entry = layer(x, view, None if cache is None else cache[i])
             entries.append(entry)
-        return self.final_norm(x), None if cache is None else entries
+        return self.final_norm(x), entries
 
     def declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
         """Touch every parameter, so that ``init`` creates them all."""
@@ -69,8 +85,8 @@ class Decoder(nn.Module):
 def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool = False) -> Model:
     """The pure functions of a decoder; see ``Model`` for what they take and give.
 
-    The cache is a list with ``{"keys", "values"}`` for each layer, each ``[B, K, C, head_dim]`` in ``dtype``. Norms,
-    rotations and softmax are computed in float32 whatever ``dtype`` is.
+    The cache is a list with ``{"keys", "values"}`` for each layer, ``[B, K, head_dim, C]`` and ``[B, K, C, head_dim]``
+    in ``dtype``. Norms, rotations and softmax are computed in float32 whatever ``dtype`` is.
 
     Args:
         config: what the decoder is made of.
@@ -80,7 +96,7 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
 
     Raises:
         ValueError: for another ``dtype``; and by ``apply``, at trace time, if the mask's columns are not the cache's
-            slots (the call's tokens, without a cache), or if the call has more tokens than the cache has slots.
+            (the call's tokens, without a cache), or if the call has more tokens than the cache has columns.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
@@ -90,26 +106,38 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
         params: Params,
         token_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B C"],
+        mask: Bool[Array, "B C"] | None = None,
         cache: Cache = None,
         start: int | Int[Array, ""] = 0,
+        contexts: Sequence[Context] = (),
+        cuts: Sequence[int] = (),
     ) -> tuple[Float[Array, "B S D"], Cache]:
-        slots = token_ids.shape[1] if cache is None else cache[0]["keys"].shape[2]
-        if mask.shape[1] != slots:
-            holder = "the call has tokens" if cache is None else "the cache has slots"
-            raise ValueError(f"the mask needs as many columns as {holder}: {slots}, not {mask.shape[1]}")
-        if token_ids.shape[1] > slots:
-            raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {slots} slots")
-        return module.apply({"params": params}, token_ids, positions, mask, cache, start)  # pyright: ignore[reportReturnType]
+        columns = token_ids.shape[1] if cache is None else cache[0]["values"].shape[2]
+        if mask is not None and mask.shape[1] != columns:
+            holder = "the call has tokens" if cache is None else "the cache"
+            raise ValueError(f"the mask needs as many columns as {holder}: {columns}, not {mask.shape[1]}")
+        if token_ids.shape[1] > columns:
+            raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
+        return module.apply({"params": params}, token_ids, positions, mask, cache, start, contexts, cuts)  # pyright: ignore[reportReturnType]
 
     def head(params: Params) -> Float[Array, "V D"]:
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
     def init_cache(batch: int, length: int) -> Cache:
-        shape = (batch, config.num_kv_heads, length, config.head_dim)
-        return [{"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)} for _ in range(config.num_layers)]
+        K, E = config.num_kv_heads, config.head_dim
+        return [
+            {"keys": jnp.zeros((batch, K, E, length), dtype), "values": jnp.zeros((batch, K, length, E), dtype)}
+            for _ in range(config.num_layers)
+        ]
 
-    return Model(apply, head, init_cache, config.logit_softcap)
+    def join_columns(caches: Sequence[Cache]) -> Cache:
+        axes = {"keys": 3, "values": 2}
+        return [
+            {name: jnp.concatenate([entry[name] for entry in entries], axes[name]) for name in entries[0]}
+            for entries in zip(*caches, strict=True)
+        ]
+
+    return Model(apply, head, init_cache, join_columns, config.logit_softcap)
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:

@@ -1,0 +1,307 @@
+"""The pure functions that completions are drawn with: reading prompts, one token for every row, fewer rows.
+
+A ``Cohort`` is rows of one age: each has as many tokens as every other. Prompts are read once for their whole group and
+their keys and values are held once for it. A row's own keys and values lie in chunks of one length, one of which is
+written to: a cache that is as long as it needs to be, and is not copied to grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from grpo_jax.log_probs import output_logits
+from grpo_jax.masked import positions
+from grpo_jax.sampling import Sampling, sample_token
+from grpo_jax.sharding import take_rows
+from grpo_jax.types import Cache, Context, Model, Params, Prompts, Rollout, cache_columns, pytree
+
+UNUSED = 2**30
+"""The first slot of a chunk that is there for its shape alone: above every token's, so that none looks at it."""
+
+
+@pytree
+@dataclass(frozen=True)
+class Cohort:
+    """Rows of one age: what stays as it is while they draw.
+
+    Attributes:
+        prompt: keys and values of the prompts, with how rows share them.
+        closed: chunks of own keys and values that are full.
+        closed_starts: the slot of the first column of each.
+        active_start: the slot of the first column of the chunk that is written to.
+        keys: one for each row; its noise at each age follows from it.
+        lengths: real tokens of each row's prompt.
+    """
+
+    prompt: Context
+    closed: tuple[Cache, ...]
+    closed_starts: Int[Array, " chunks"]
+    active_start: Int[Array, ""]
+    keys: Key[Array, " B"]
+    lengths: Int[Array, " B"]
+
+
+@pytree
+@dataclass(frozen=True)
+class State:
+    """The same rows: what each token changes.
+
+    Attributes:
+        age: tokens that each row has drawn; the slot of the next one.
+        active: the chunk of own keys and values that is written to.
+        hidden: the state that the next token is drawn from.
+    """
+
+    age: Int[Array, ""]
+    active: Cache
+    hidden: Float[Array, "B D"]
+
+
+def start_cohort(
+    model: Model, params: Params, prompts: Prompts, key: Key[Array, ""], *, group_size: int, chunk: int
+) -> tuple[Cohort, State]:
+    """Read the prompts, each once, for ``group_size`` rows each; a prompt's rows are adjacent.
+
+    Args:
+        model: see ``types.Model``.
+        params: its parameters.
+        prompts: N prompts, left-padded to P.
+        key: of this step.
+        group_size: G.
+        chunk: columns of a chunk of the rows' own cache.
+    """
+    N, P = prompts.ids.shape
+    hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), prompts.mask)
+    cohort = Cohort(
+        prompt=Context(cache, start=jnp.int32(-P), mask=prompts.mask),
+        closed=(),
+        closed_starts=jnp.zeros(0, jnp.int32),
+        active_start=jnp.int32(0),
+        keys=sample_keys(key, prompts.index, group_size),
+        lengths=jnp.repeat(prompts.mask.sum(1, dtype=jnp.int32), group_size),
+    )
+    state = State(
+        age=jnp.int32(0),
+        active=model.init_cache(N * group_size, chunk),
+        hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
+    )
+    return cohort, state
+
+
+def draw_token(
+    model: Model, params: Params, cohort: Cohort, state: State, sampling: Sampling
+) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
+    """One token for every row: the state a token later, the tokens, and their log-probabilities as drawn."""
+    age, start = state.age, cohort.active_start
+    logits = output_logits(state.hidden, model.head(params), logit_softcap=model.logit_softcap)
+    tokens, log_probs = sample_token(jax.vmap(jax.random.fold_in, (0, None))(cohort.keys, age), logits, sampling)
+    contexts = [replace(cohort.prompt, start=cohort.prompt.start - start)]
+    for i, chunk in enumerate(cohort.closed):
+        contexts.append(Context(chunk, start=cohort.closed_starts[i] - start))
+    hidden, active = model.apply(
+        params, tokens[:, None], (cohort.lengths + age)[:, None], None, state.active, age - start, contexts
+    )
+    return State(age + 1, active, hidden[:, 0]), tokens, log_probs
+
+
+def draw_tokens(
+    model: Model, params: Params, cohort: Cohort, state: State, sampling: Sampling, *, count: int
+) -> tuple[State, Int[Array, "{count} B"], Float[Array, "{count} B"]]:
+    """``count`` tokens for every row, whether it has ended or not; the number is fixed so that no device waits.
+
+    The active chunk must have room for them.
+    """
+    B = state.hidden.shape[0]
+
+    def step(i, carry):
+        state, ids, log_probs = carry
+        state, token, log_prob = draw_token(model, params, cohort, state, sampling)
+        return state, ids.at[i].set(token), log_probs.at[i].set(log_prob)
+
+    nothing = jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32)
+    return jax.lax.fori_loop(0, count, step, (state, *nothing))
+
+
+def take(
+    model: Model,
+    cohort: Cohort,
+    state: State,
+    chunks: Sequence[Cache],
+    rows: Int[Array, "devices taken"],
+    prompts: Int[Array, "devices prompts_taken"],
+    members: Int[Array, "devices places"],
+    place: Int[Array, "devices taken"],
+) -> tuple[Cohort, State]:
+    """Some of the rows and prompts alone, with their own keys and values in one chunk.
+
+    Args:
+        model: see ``types.Model``.
+        cohort: of rows and prompts split evenly over ``devices``; all indices count within a device's part.
+        state: of the same rows.
+        chunks: all of the rows' own keys and values, in order; may be longer than what was written.
+        rows: those that are taken.
+        prompts: those that are taken.
+        members: see ``types.Context``; in terms of the new rows and prompts.
+        place: likewise.
+    """
+
+    def some(tree, index):
+        return jax.tree.map(lambda x: take_rows(x, index), tree)
+
+    prompt = replace(
+        cohort.prompt,
+        cache=some(cohort.prompt.cache, prompts),
+        mask=some(cohort.prompt.mask, prompts),
+        members=members,
+        place=place,
+    )
+    cohort = Cohort(
+        prompt,
+        closed=(),
+        closed_starts=jnp.zeros(0, jnp.int32),
+        active_start=jnp.int32(0),
+        keys=some(cohort.keys, rows),
+        lengths=some(cohort.lengths, rows),
+    )
+    whole = model.join_columns([some(chunk, rows) for chunk in chunks])
+    return cohort, State(state.age, whole, some(state.hidden, rows))
+
+
+def join(
+    cohorts: Sequence[tuple[Cohort, State]],
+    members: Int[Array, "devices places"],
+    place: Int[Array, "devices rows"],
+) -> tuple[Cohort, State]:
+    """Cohorts of one age and shape as one, device by device.
+
+    Args:
+        cohorts: as ``take`` gives them.
+        members: see ``types.Context``; in terms of all rows and prompts.
+        place: likewise.
+    """
+    devices = members.shape[0]
+
+    def together(*parts):
+        split = [x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for x in parts]
+        return jnp.concatenate(split, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    def all_of(read):
+        return jax.tree.map(together, *(read(*each) for each in cohorts))
+
+    cohort, state = cohorts[0]
+    cohort = replace(
+        cohort,
+        prompt=replace(
+            cohort.prompt,
+            cache=all_of(lambda cohort, _: cohort.prompt.cache),
+            mask=all_of(lambda cohort, _: cohort.prompt.mask),
+            members=members,
+            place=place,
+        ),
+        keys=all_of(lambda cohort, _: cohort.keys),
+        lengths=all_of(lambda cohort, _: cohort.lengths),
+    )
+    return cohort, State(state.age, all_of(lambda _, state: state.active), all_of(lambda _, state: state.hidden))
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    key: Key[Array, ""],
+    sampling: Sampling,
+    *,
+    group_size: int,
+    max_completion_length: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Rollout:
+    """Draw ``group_size`` completions of each prompt, as one pure function.
+
+    Decoding goes on until every row has ended, over all rows and a cache of full length: see ``make_rollout`` for the
+    same samples in a fraction of the time. What a sample draws is a function of ``key``, its prompt's ``index`` and its
+    number in the group: neither the batch around it nor the devices it is computed on change it.
+
+    Args:
+        model: see ``types.Model``.
+        params: its parameters.
+        prompts: N prompts, left-padded to P.
+        key: of this step.
+        sampling: temperature and filters.
+        group_size: G, samples for each prompt (TRL: ``num_generations``).
+        max_completion_length: T, in tokens, the ending one included.
+        eos_ids: any of these ends a completion.
+        pad_id: what ``completion_ids`` holds after the end; it has no other meaning.
+
+    Returns:
+        N * G completions, those of a prompt adjacent.
+
+    Raises:
+        ValueError: at trace time, for a group_size or max_completion_length below 1, or no eos_ids.
+    """
+    check_lengths(group_size, max_completion_length, eos_ids)
+    B, T = prompts.ids.shape[0] * group_size, max_completion_length
+    stops = jnp.array(eos_ids, dtype=jnp.int32)
+
+    class Drawn(NamedTuple):
+        state: State
+        ended: Bool[Array, " B"]
+        ids: Int[Array, "B T"]
+        mask: Bool[Array, "B T"]
+        log_probs: Float[Array, "B T"]
+
+    cohort, state = start_cohort(model, params, prompts, key, group_size=group_size, chunk=cache_columns(T))
+
+    def going(drawn: Drawn):
+        return (drawn.state.age < T) & ~drawn.ended.all()
+
+    def step(drawn: Drawn) -> Drawn:
+        t, ended = drawn.state.age, drawn.ended
+        state, tokens, log_probs = draw_token(model, params, cohort, drawn.state, sampling)
+        return Drawn(
+            state,
+            ended=ended | (tokens[:, None] == stops[None, :]).any(1),
+            ids=drawn.ids.at[:, t].set(jnp.where(ended, pad_id, tokens)),
+            mask=drawn.mask.at[:, t].set(~ended),
+            log_probs=drawn.log_probs.at[:, t].set(jnp.where(ended, 0, log_probs)),
+        )
+
+    start = Drawn(
+        state,
+        ended=jnp.zeros(B, dtype=bool),
+        ids=jnp.full((B, T), pad_id, dtype=jnp.int32),
+        mask=jnp.zeros((B, T), dtype=bool),
+        log_probs=jnp.zeros((B, T), dtype=jnp.float32),
+    )
+    drawn = jax.lax.while_loop(going, step, start)
+    return Rollout(
+        prompt_ids=jnp.repeat(prompts.ids, group_size, axis=0),
+        prompt_mask=jnp.repeat(prompts.mask, group_size, axis=0),
+        completion_ids=drawn.ids,
+        completion_mask=drawn.mask,
+        rollout_log_probs=drawn.log_probs,
+        truncated=~drawn.ended,
+    )
+
+
+def check_lengths(group_size: int, max_completion_length: int, eos_ids: tuple[int, ...]) -> None:
+    """Refuse what no completion could be drawn with."""
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; at least 1 sample is drawn for each prompt")
+    if max_completion_length < 1:
+        raise ValueError(f"max_completion_length is {max_completion_length}; it must be at least 1 token")
+    if not eos_ids:
+        raise ValueError("eos_ids is empty; without an ending token no completion would ever end")
+
+
+def sample_keys(key: Key[Array, ""], index: Int[Array, " N"], group_size: int) -> Key[Array, " B"]:
+    """A key for each sample, from the step's key, its prompt's index and its number in the group alone."""
+    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    each_sample = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(each_sample, (0, None))(prompt_keys, jnp.arange(group_size)).reshape(-1)
