@@ -84,13 +84,15 @@ class Model:
 
     Attributes:
         apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, contexts, cuts) ->
-            (hidden [B, S, D], cache)``. Causal by slot: token ``i`` of the call stands in slot ``start + i`` and attends to the slots up
-            to its own: those of ``contexts``, and those of the cache in which ``mask`` is True (None: in all). Without
-            a cache (``None``) the call's own S tokens are all there is: C = S, ``start`` is 0, and their keys and
-            values are the cache that comes back. With one, they are written into its columns
+            (hidden [B, S, D], cache)``. Causal by slot: token ``i`` of the call stands in slot ``start + i`` and
+            attends to the slots up to its own: those of ``contexts``, and those of the cache in which ``mask`` is True
+            (None: in all). Without a cache (``None``) the call's own S tokens are all there is: C = S, ``start`` is 0,
+            and their keys and values are the cache that comes back. With one, they are written into its columns
             ``start .. start + S - 1``. Attention sums over the columns between ``cuts`` apart, as it does over each
-            context: so that two calls that divide the same columns alike round alike. ``hidden`` is what the head multiplies (final norm applied). A query that may
-            attend to nothing gives finite values.
+            context: so that two calls that divide the same columns alike round alike. ``hidden`` is what the head
+            multiplies (final norm applied). A query that may attend to nothing gives finite values.
+        turn: ``positions [B, S] -> tree`` of what ``apply`` needs of them, each leaf ``[B, S, ...]``; ``apply`` takes
+            it instead. Where tokens are drawn one by one, it is computed for several at a time.
         head: ``params -> [V, D]``, the output embedding.
         init_cache: ``(batch, length) -> cache``, empty.
         join_columns: caches of the same rows -> one, their columns one after the other.
@@ -98,6 +100,7 @@ class Model:
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
+    turn: Callable[[Int[Array, "B S"]], Any]
     head: Callable[[Params], Float[Array, "V D"]]
     init_cache: Callable[[int, int], Cache]
     join_columns: Callable[[Sequence[Cache]], Cache]

@@ -50,8 +50,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotation:
     """Cosine and sine of the angle at each position, float32, with an axis for the heads."""
     angles = positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(rope, head_dim)[None, None, None, :]
-    # Once: fused into what uses them they would be computed again for every head of every layer.
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S N E"]:

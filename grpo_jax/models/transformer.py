@@ -13,10 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.layers import Block, CacheEntry, Embedding, Norm, Part, View, allowed_slots, rotation
+from grpo_jax.models.layers import Block, CacheEntry, Embedding, Norm, Part, Rotation, View, allowed_slots, rotation
 from grpo_jax.types import Cache, Context, Model, Params
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+Rotations = dict[int, Rotation]
+"""The rotation of each kind of layer, under the number of the first layer that has it."""
+
+
+def all_rotations(config: DecoderConfig, positions: Int[Array, "B S"]) -> Rotations:
+    """What every layer turns its queries and keys by."""
+    return {config.ropes.index(rope): rotation(rope, config.head_dim, positions) for rope in config.ropes}
 
 
 class Decoder(nn.Module):
@@ -43,7 +52,7 @@ class Decoder(nn.Module):
     def __call__(
         self,
         token_ids: Int[Array, "B S"],
-        positions: Int[Array, "B S"],
+        rotations: Rotations,
         mask: Bool[Array, "B C"] | None,
         cache: list[CacheEntry] | None,
         start: int | Int[Array, ""],
@@ -55,7 +64,6 @@ class Decoder(nn.Module):
         S = token_ids.shape[1]
         columns = S if cache is None else cache[0]["values"].shape[2]
         x = self.embed(token_ids).astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
-        rotations = {rope: rotation(rope, c.head_dim, positions) for rope in set(c.ropes)}
         slots = start + jnp.arange(S)
         allowed, allowed_of_contexts = {}, {}
         for window in set(c.windows):
@@ -70,14 +78,14 @@ class Decoder(nn.Module):
                 Part(context.cache[i]["keys"], context.cache[i]["values"], columns, context.members, context.place)
                 for context, columns in zip(contexts, allowed_of_contexts[c.windows[i]], strict=True)
             ]
-            view = View(rotations[c.ropes[i]], start, cuts, allowed[c.windows[i]], before)
+            view = View(rotations[c.ropes.index(c.ropes[i])], start, cuts, allowed[c.windows[i]], before)
             x, entry = layer(x, view, None if cache is None else cache[i])
             entries.append(entry)
         return self.final_norm(x), entries
 
     def declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
         """Touch every parameter, so that ``init`` creates them all."""
-        self(token_ids, token_ids, mask, None, 0)
+        self(token_ids, all_rotations(self.config, token_ids), mask, None, 0)
         if not self.config.tie_word_embeddings:
             self.lm_head.table()
 
@@ -105,7 +113,7 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
     def apply(
         params: Params,
         token_ids: Int[Array, "B S"],
-        positions: Int[Array, "B S"],
+        positions: Int[Array, "B S"] | Rotations,
         mask: Bool[Array, "B C"] | None = None,
         cache: Cache = None,
         start: int | Int[Array, ""] = 0,
@@ -118,7 +126,10 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
             raise ValueError(f"the mask needs as many columns as {holder}: {columns}, not {mask.shape[1]}")
         if token_ids.shape[1] > columns:
             raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
-        return module.apply({"params": params}, token_ids, positions, mask, cache, start, contexts, cuts)  # pyright: ignore[reportReturnType]
+        rotations = positions if isinstance(positions, dict) else turn(positions)
+        return module.apply({"params": params}, token_ids, rotations, mask, cache, start, contexts, cuts)  # pyright: ignore[reportReturnType]
+
+    turn = partial(all_rotations, config)
 
     def head(params: Params) -> Float[Array, "V D"]:
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
@@ -137,7 +148,7 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
             for entries in zip(*caches, strict=True)
         ]
 
-    return Model(apply, head, init_cache, join_columns, config.logit_softcap)
+    return Model(apply, turn, head, init_cache, join_columns, config.logit_softcap)
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:

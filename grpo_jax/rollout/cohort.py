@@ -95,8 +95,9 @@ class Chunks:
     def of(max_completion_length: int) -> Chunks:
         """One where more would not pay."""
         columns = cache_columns(max_completion_length)
-        count = 1 if columns == COLUMNS else MAX_CHUNKS
-        return Chunks(columns // count, count)
+        count = min(columns // COLUMNS, MAX_CHUNKS)
+        length = cache_columns(math.ceil(columns / count))
+        return Chunks(length, math.ceil(columns / length))
 
     def held(self, opened: int) -> int:
         """Chunks that are computed with when so many hold anything: a power of two, for fewer programs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,18 +95,26 @@ def start_cohort(
 
 
 def draw_token(
-    model: Model, params: Params, cohort: Cohort, state: State, sampling: Sampling
+    model: Model, params: Params, cohort: Cohort, state: State, sampling: Sampling, turned: Any = None
 ) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
-    """One token for every row: the state a token later, the tokens, and their log-probabilities as drawn."""
+    """One token for every row: the state a token later, the tokens, and their log-probabilities as drawn.
+
+    Args:
+        model: see ``types.Model``.
+        params: its parameters.
+        cohort: the rows.
+        state: before the token.
+        sampling: how it is drawn.
+        turned: ``model.turn`` of the token's positions, where it was computed before.
+    """
     age, start = state.age, cohort.active_start
     logits = output_logits(state.hidden, model.head(params), logit_softcap=model.logit_softcap)
     tokens, log_probs = sample_token(jax.vmap(jax.random.fold_in, (0, None))(cohort.keys, age), logits, sampling)
     contexts = [replace(cohort.prompt, start=cohort.prompt.start - start)]
     for i, chunk in enumerate(cohort.closed):
         contexts.append(Context(chunk, start=cohort.closed_starts[i] - start))
-    hidden, active = model.apply(
-        params, tokens[:, None], (cohort.lengths + age)[:, None], None, state.active, age - start, contexts
-    )
+    positions = (cohort.lengths + age)[:, None] if turned is None else turned
+    hidden, active = model.apply(params, tokens[:, None], positions, None, state.active, age - start, contexts)
     return State(age + 1, active, hidden[:, 0]), tokens, log_probs
 
 
@@ -118,10 +126,12 @@ def draw_tokens(
     The active chunk must have room for them.
     """
     B = state.hidden.shape[0]
+    turned = model.turn(cohort.lengths[:, None] + state.age + jnp.arange(count)[None, :])
 
     def step(i, carry):
         state, ids, log_probs = carry
-        state, token, log_prob = draw_token(model, params, cohort, state, sampling)
+        now = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), turned)
+        state, token, log_prob = draw_token(model, params, cohort, state, sampling, now)
         return state, ids.at[i].set(token), log_probs.at[i].set(log_prob)
 
     nothing = jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32)

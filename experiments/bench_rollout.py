@@ -1,0 +1,401 @@
+"""Rollout speed: useful tokens a second, what share of the work was useful, and how far the machine's limit is.
+
+Weights are random. Lengths are fixed, or long-tailed: a share of the vocabulary ends a completion, so that they are
+about geometric. With ``--against`` the same work is done by another way of sampling in the same process, in turns, and
+the ratios of the medians are reported: ``static`` is the plain loop (each row reads its own prompt, batches of
+``--static-rows`` that run until their last row has ended, a full-length cache in the usual order, Gumbel noise for the
+whole vocabulary), ``generate`` is ``rollout.generate`` (one batch of all rows), ``transformers`` is torch's.
+Prints one JSON line.
+
+    python experiments/bench_rollout.py --mean-length 48 --max-completion-length 256 --against static
+    python experiments/bench_rollout.py --rows 64 --against transformers
+    python experiments/bench_rollout.py --model qwen2.5-7b --rows 256 --dtype bfloat16          # on an accelerator
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
+from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
+from grpo_jax.models.layers import Norm, rotate, rotation
+from grpo_jax.rollout import RolloutStats, generate, make_rollout
+from grpo_jax.sampling import Sampling
+from grpo_jax.types import Prompts
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "model_type": "qwen3",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151_936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    model: Literal[tuple(SHAPES)] = "small"  # pyright: ignore[reportInvalidTypeForm]
+    """Shape of the model; its weights are random."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights, computation and cache."""
+    rows: int = 256
+    """Completions in all."""
+    group_size: int = 8
+    """Completions of each prompt."""
+    prompt_length: int = 64
+    """Tokens of each prompt."""
+    max_completion_length: int = 128
+    """Tokens of the longest completion."""
+    mean_length: float | None = None
+    """About the mean of geometric lengths; None for completions that all have the full length."""
+    against: Literal["static", "generate", "transformers"] | None = None
+    """What else does the same work."""
+    static_rows: int = 64
+    """Rows of a batch of the static version and of transformers."""
+    repeats: int = 3
+    """Times that each is measured, in turns."""
+    seed: int = 0
+    """Of weights, prompts and noise."""
+
+    def __post_init__(self):
+        if self.rows % self.group_size or self.rows % min(self.static_rows, self.rows):
+            raise ValueError(
+                f"{self.rows} rows do not divide into groups of {self.group_size} and batches of {self.static_rows}"
+            )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The share of the vocabulary that ends a completion; a token that is never drawn where lengths are fixed."""
+        V = SHAPES[self.model]["vocab_size"]
+        return (V,) if self.mean_length is None else tuple(range(round(V / self.mean_length)))
+
+
+class Work(NamedTuple):
+    """One way of doing the work: called, it returns the lengths of what was drawn."""
+
+    name: str
+    draw: Callable[[], np.ndarray]
+
+
+def main(config: Config) -> None:
+    compiles: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiles.append(seconds) if event.endswith("backend_compile_duration") else None
+    )
+    shape = SHAPES[config.model] | {"max_position_embeddings": config.prompt_length + config.max_completion_length}
+    decoder = from_hf_config(shape)
+    dtype = jnp.dtype(config.dtype).type
+    params = jax.jit(partial(init_params, decoder, param_dtype=dtype))(jax.random.key(config.seed))
+    rng = np.random.default_rng(config.seed)
+    N = config.rows // config.group_size
+    ids = jnp.asarray(rng.integers(0, decoder.vocab_size, (N, config.prompt_length)), jnp.int32)
+    prompts = Prompts(ids, jnp.ones(ids.shape, bool), jnp.arange(N))
+    key = jax.random.key(config.seed)
+
+    stats: list[RolloutStats] = []
+    ours = engine(config, decoder, params, prompts, key, stats)
+    others = {"static": static, "generate": plain, "transformers": torch_generate}
+    works = [ours]
+    if config.against is not None:
+        works.append(others[config.against](config, decoder, params, prompts, key))
+    before = len(compiles)
+    lengths = ours.draw()
+    compile_count, compile_seconds = len(compiles) - before, sum(compiles[before:])
+    for work in works[1:]:
+        work.draw()
+    measured: dict[str, list[tuple[float, float, int]]] = {work.name: [] for work in works}
+    for _ in range(config.repeats):
+        for work in works:
+            measured[work.name].append(timed(work.draw))
+
+    def median(name: str, which: int) -> float:
+        return statistics.median(tokens / row[which] for row in measured[name] for tokens in [row[2]])
+
+    peak, bandwidth = machine_limits(dtype)
+    best_wall = min(row[1] for row in measured["ours"])
+    used = stats[-1]
+    result = {
+        "bench": "rollout",
+        "device": jax.devices()[0].device_kind,
+        "model": config.model,
+        "dtype": config.dtype,
+        "rows": config.rows,
+        "group_size": config.group_size,
+        "prompt_length": config.prompt_length,
+        "max_completion_length": config.max_completion_length,
+        "mean_length": round(float(lengths.mean()), 1),
+        "tokens_per_second": round(median("ours", 1)),
+        "tokens_per_cpu_second": round(median("ours", 0)),
+        "cpu_seconds": round(statistics.median(row[0] for row in measured["ours"]), 2),
+        "useful_row_steps": round(used.useful, 3),
+        "compile_count": compile_count,
+        "compile_seconds": round(compile_seconds, 1),
+        "share_of_limit": round(limit_seconds(config, decoder, lengths, peak, bandwidth, dtype) / best_wall, 3),
+        "machine_gflops": round(peak / 1e9),
+        "machine_gbytes_per_second": round(bandwidth / 1e9, 1),
+        "cache_mib": round(used.cache_bytes / 2**20, 1),
+        "peak_memory_mib": round(peak_memory() / 2**20),
+    }
+    if config.against is not None:
+        result |= {
+            f"{config.against}_tokens_per_second": round(median(config.against, 1)),
+            f"{config.against}_tokens_per_cpu_second": round(median(config.against, 0)),
+            f"ratio_to_{config.against}": round(median("ours", 1) / median(config.against, 1), 2),
+            f"ratio_to_{config.against}_cpu": round(median("ours", 0) / median(config.against, 0), 2),
+        }
+    print(json.dumps(result))
+
+
+def timed(draw: Callable[[], np.ndarray]) -> tuple[float, float, int]:
+    """CPU seconds of this process and all its threads, seconds, tokens."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    lengths = draw()
+    return time.process_time() - cpu, time.perf_counter() - wall, int(lengths.sum())
+
+
+def engine(config: Config, decoder: DecoderConfig, params, prompts, key, stats: list[RolloutStats]) -> Work:
+    """What is measured."""
+    rollout = make_rollout(
+        build_model(decoder, dtype=jnp.dtype(config.dtype).type),
+        Sampling(),
+        group_size=config.group_size,
+        max_completion_length=config.max_completion_length,
+        eos_ids=config.eos_ids,
+        pad_id=0,
+        report=stats.append,
+    )
+    return Work("ours", lambda: np.asarray(rollout(params, prompts, key).completion_mask.sum(1)))
+
+
+def plain(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work:
+    """``rollout.generate``, jitted."""
+    rollout = jax.jit(
+        partial(
+            generate,
+            build_model(decoder, dtype=jnp.dtype(config.dtype).type),
+            sampling=Sampling(),
+            group_size=config.group_size,
+            max_completion_length=config.max_completion_length,
+            eos_ids=config.eos_ids,
+            pad_id=0,
+        )
+    )
+    return Work("generate", lambda: np.asarray(rollout(params, prompts, key).completion_mask.sum(1)))
+
+
+def static(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work:
+    """The plain loop, in batches of ``static_rows``."""
+    rows = min(config.static_rows, config.rows)
+    ids = jnp.repeat(prompts.ids, config.group_size, axis=0)
+    loop = jax.jit(
+        partial(
+            static_loop, decoder, eos_ids=config.eos_ids, T=config.max_completion_length, dtype=config.dtype
+        )
+    )
+
+    def draw():
+        parts = [loop(params, ids[i : i + rows], jax.random.fold_in(key, i)) for i in range(0, config.rows, rows)]
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    return Work("static", draw)
+
+
+def static_loop(decoder: DecoderConfig, params, ids, key, *, eos_ids: tuple[int, ...], T: int, dtype: str):
+    """The lengths of a batch's completions, drawn the plain way; caches are ``[B, slots, heads, head size]``."""
+    B, P = ids.shape
+    stops = jnp.array(eos_ids)
+    head = params["embed" if decoder.tie_word_embeddings else "lm_head"]["embedding"].astype(dtype)
+
+    def norm(name, tree, x):
+        return Norm(decoder.norm_epsilon, decoder.norm_offset, jnp.float32).apply({"params": tree[name]}, x)
+
+    def project(tree, x):
+        out = jnp.einsum("bsd,d...->bs...", x, tree["kernel"].astype(dtype))
+        return out + tree["bias"].astype(dtype) if "bias" in tree else out
+
+    def forward(ids, start, caches):
+        S = ids.shape[1]
+        turn = rotation(decoder.ropes[0], decoder.head_dim, start + jnp.arange(S)[None, :])
+        x = params["embed"]["embedding"][ids].astype(dtype)
+        new = []
+        for i, (keys, values) in enumerate(caches):
+            layer = params[f"layers_{i}"]
+            a, h = layer["attention"], norm("attention_norm", layer, x)
+            q, k, v = (project(a[name], h) for name in "qkv")
+            if decoder.qk_norm:
+                q, k = norm("q_norm", a, q), norm("k_norm", a, k)
+            q = (rotate(q, turn) * decoder.query_scale).astype(dtype)
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, rotate(k, turn).astype(dtype), start, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(values, v, start, axis=1)
+            q = q.reshape(B, S, decoder.num_kv_heads, -1, decoder.head_dim)
+            scores = jnp.einsum("bskge,bcke->bkgsc", q, keys, preferred_element_type=jnp.float32)
+            allowed = jnp.arange(P + T)[None, :] <= start + jnp.arange(S)[:, None]
+            weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf)).astype(dtype)
+            out = jnp.einsum("bkgsc,bcke->bskge", weights, values).reshape(B, S, decoder.num_heads, -1)
+            x = x + jnp.einsum("bshe,hed->bsd", out, a["o"]["kernel"].astype(dtype))
+            h, mlp = norm("mlp_norm", layer, x), layer["mlp"]
+            gated = ACTIVATIONS[decoder.activation](project(mlp["gate"], h)) * project(mlp["up"], h)
+            x = x + project(mlp["down"], gated)
+            new.append((keys, values))
+        return norm("final_norm", params, x)[:, -1], new
+
+    def going(carry):
+        t, _, _, ended, _ = carry
+        return (t < T) & ~ended.all()
+
+    def step(carry):
+        t, hidden, caches, ended, lengths = carry
+        logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
+        tokens = jax.random.categorical(jax.random.fold_in(key, t), logits)
+        lengths = lengths + ~ended
+        ended = ended | (tokens[:, None] == stops[None, :]).any(1)
+        hidden, caches = forward(tokens[:, None], P + t, caches)
+        return t + 1, hidden, caches, ended, lengths
+
+    cache = jnp.zeros((B, P + T, decoder.num_kv_heads, decoder.head_dim), dtype)
+    hidden, caches = forward(ids, 0, [(cache, cache)] * decoder.num_layers)
+    start = (jnp.int32(0), hidden, caches, jnp.zeros(B, bool), jnp.zeros(B, jnp.int32))
+    return jax.lax.while_loop(going, step, start)[4]
+
+
+def torch_generate(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work:
+    """transformers' ``generate`` on the same weights, in batches of ``static_rows``."""
+    import torch
+    import transformers
+
+    shape = SHAPES[config.model] | {"max_position_embeddings": config.prompt_length + config.max_completion_length}
+    with tempfile.TemporaryDirectory() as folder:
+        names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+        architecture = {"architectures": [names[shape["model_type"]]], "dtype": config.dtype, "eos_token_id": 0}
+        save_pretrained(folder, params, hf_config=shape | architecture, tokenizer=None)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    model = model.eval().to(device)
+    ids = torch.from_numpy(np.repeat(np.asarray(prompts.ids), config.group_size, axis=0)).long().to(device)
+    T, P, rows = config.max_completion_length, config.prompt_length, min(config.static_rows, config.rows)
+    ends = None if config.mean_length is None else list(config.eos_ids)
+    torch.manual_seed(config.seed)
+
+    def draw():
+        lengths = []
+        for i in range(0, config.rows, rows):
+            part = ids[i : i + rows]
+            with torch.no_grad():
+                out = model.generate(
+                    part,
+                    attention_mask=torch.ones_like(part),
+                    do_sample=True,
+                    top_k=0,
+                    max_new_tokens=T,
+                    min_new_tokens=T if ends is None else None,
+                    eos_token_id=ends,
+                    pad_token_id=decoder.vocab_size - 1,
+                )
+            drawn = out[:, P:].cpu().numpy()
+            hit = np.isin(drawn, config.eos_ids)
+            lengths.append(np.where(hit.any(1), hit.argmax(1) + 1, drawn.shape[1]))
+        return np.concatenate(lengths)
+
+    return Work("transformers", draw)
+
+
+def machine_limits(dtype) -> tuple[float, float]:
+    """FLOP a second of a large matrix product, and bytes a second of reading memory once; the best of several."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    x = jnp.ones(2**27 if jax.default_backend() == "cpu" else 2**30, jnp.bfloat16 if dtype == jnp.bfloat16 else dtype)
+    product, total = jax.jit(lambda a: a @ a), jax.jit(lambda x: x.sum())
+
+    def best(function, argument) -> float:
+        function(argument).block_until_ready()
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            function(argument).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return 2 * n**3 / best(product, a), x.nbytes / best(total, x)
+
+
+def limit_seconds(
+    config: Config, decoder: DecoderConfig, lengths: np.ndarray, peak: float, bandwidth: float, dtype
+) -> float:
+    """What drawing these lengths would take if every row stopped with its last token and nothing else were computed.
+
+    A step takes as long as its arithmetic at ``peak``, or as reading weights and keys and values once at ``bandwidth``.
+    """
+    c, width = decoder, jnp.dtype(dtype).itemsize
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    weights = c.num_layers * c.hidden_size * (heads + 3 * c.intermediate_size) + c.vocab_size * c.hidden_size
+    cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width
+    scored = 4 * c.num_layers * c.num_heads * c.head_dim
+    groups = lengths.reshape(-1, config.group_size)
+    seconds = 2 * weights * groups.shape[0] * config.prompt_length / peak
+    for t in range(int(lengths.max())):
+        rows, prompts = int((lengths > t).sum()), int((groups > t).any(1).sum())
+        arithmetic = 2 * weights * rows + scored * rows * (config.prompt_length + t)
+        read = weights * width + cached * (prompts * config.prompt_length + rows * t)
+        seconds += max(arithmetic / peak, read / bandwidth)
+    return seconds
+
+
+def peak_memory() -> int:
+    """Bytes: of the device where it tells, of the process elsewhere."""
+    known = jax.devices()[0].memory_stats() or {}
+    return known.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
