@@ -239,9 +239,7 @@ def static(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work
     rows = min(config.static_rows, config.rows)
     ids = jnp.repeat(prompts.ids, config.group_size, axis=0)
     loop = jax.jit(
-        partial(
-            static_loop, decoder, eos_ids=config.eos_ids, T=config.max_completion_length, dtype=config.dtype
-        )
+        partial(static_loop, decoder, eos_ids=config.eos_ids, length=config.max_completion_length, dtype=config.dtype)
     )
 
     def draw():
@@ -251,9 +249,10 @@ def static(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work
     return Work("static", draw)
 
 
-def static_loop(decoder: DecoderConfig, params, ids, key, *, eos_ids: tuple[int, ...], T: int, dtype: str):
+def static_loop(decoder: DecoderConfig, params, ids, key, *, eos_ids: tuple[int, ...], length: int, dtype: str):
     """The lengths of a batch's completions, drawn the plain way; caches are ``[B, slots, heads, head size]``."""
     B, P = ids.shape
+    T = length
     stops = jnp.array(eos_ids)
     head = params["embed" if decoder.tie_word_embeddings else "lm_head"]["embedding"].astype(dtype)
 
@@ -310,7 +309,7 @@ def static_loop(decoder: DecoderConfig, params, ids, key, *, eos_ids: tuple[int,
 
 
 def torch_generate(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work:
-    """transformers' ``generate`` on the same weights, in batches of ``static_rows``."""
+    """``generate`` of transformers on the same weights, in batches of ``static_rows``."""
     import torch
     import transformers
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from grpo_jax import advantage, evaluate, loss, models
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
@@ -45,7 +45,7 @@ from grpo_jax.rollout import make_rollout
 from grpo_jax.run import Run, Stopped, count_compilations
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
-from grpo_jax.sharding import BATCH, param_shardings, replicated, shard_rows
+from grpo_jax.sharding import param_shardings, replicated, shard_rows
 from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, make_base
 from grpo_jax.train import (
     completion_log_probs,

@@ -97,6 +97,7 @@ class Model:
         init_cache: ``(batch, length) -> cache``, empty.
         join_columns: caches of the same rows -> one, their columns one after the other.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.
+        max_length: tokens of the longest sequence the model was made for; None where that is not known.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -105,6 +106,7 @@ class Model:
     init_cache: Callable[[int, int], Cache]
     join_columns: Callable[[Sequence[Cache]], Cache]
     logit_softcap: float | None = None
+    max_length: int | None = None
 
 
 @pytree

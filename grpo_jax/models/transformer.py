@@ -148,7 +148,9 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
             for entries in zip(*caches, strict=True)
         ]
 
-    return Model(apply, turn, head, init_cache, join_columns, config.logit_softcap)
+    return Model(
+        apply, turn, head, init_cache, join_columns, config.logit_softcap, max_length=config.max_position_embeddings
+    )
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:

@@ -223,11 +223,13 @@ class Engine:
 
         @jax.jit
         def begin(params: Params, prompts: Prompts, key: Key[Array, ""]):
-            return self.laid_out(start_cohort(model, params, prompts, key, group_size=group_size, chunk=chunks.length))
+            return self.laid_out(
+                start_cohort(model, params, prompts, key, sampling, group_size=group_size, chunk=chunks.length)
+            )
 
         @partial(jax.jit, donate_argnums=2)
         def advance(params: Params, cohort: Cohort, state: State):
-            state, tokens, log_probs = draw_tokens(model, params, cohort, state, sampling, count=STEPS)
+            state, tokens, log_probs = draw_tokens(model, params, cohort, state, sampling, eos_ids=eos_ids, count=STEPS)
             return self.laid_out(state), tokens, log_probs
 
         self.begin, self.advance = begin, advance
@@ -475,6 +477,61 @@ def empty_chunk(like: Cache) -> Cache:
     return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a set of prompts must keep to: checked before anything is compiled."""
+
+    model: Model
+    group_size: int
+    max_completion_length: int
+    devices: int
+    max_rows: int | None
+    cache_bytes: int | None
+
+    def prompts_at_once(self, prompts: Prompts) -> int:
+        """How many prompts are drawn for together.
+
+        Raises:
+            ValueError: a prompt without room for its completion, or a group that does not fit.
+        """
+        N, P = prompts.ids.shape
+        T, G = self.max_completion_length, self.group_size
+        lengths = np.asarray(prompts.mask).sum(1)
+        if self.model.max_length is not None and lengths.max(initial=0) + T > self.model.max_length:
+            n = int(lengths.argmax())
+            raise ValueError(
+                f"prompt {n} has {lengths[n]} tokens: with a completion of up to {T} it does not fit the model's "
+                f"{self.model.max_length} positions; shorten it, or set max_completion_length to at most "
+                f"{self.model.max_length - lengths[n]}"
+            )
+        row, prompt = (self._bytes(length) for length in (cache_columns(T), P))
+        allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
+        if G * row + prompt > allowed:
+            raise ValueError(
+                f"a group of {G} samples of {P} + {T} tokens takes {mib(G * row + prompt)} of keys and values, and "
+                f"{mib(allowed)} are allowed on each device; at most {max(0, int((allowed - prompt) // row))} samples "
+                "of a prompt fit"
+            )
+        if self.max_rows is not None and self.max_rows < G * self.devices:
+            raise ValueError(
+                f"max_rows is {self.max_rows}; a group of {G} on each of {self.devices} devices takes at least "
+                f"{G * self.devices}"
+            )
+        most = N if self.max_rows is None else min(N, self.max_rows // G)
+        if allowed < math.inf:
+            most = min(most, int(allowed // (G * row + prompt)) * self.devices)
+        return max(self.devices, most // self.devices * self.devices)
+
+    def _bytes(self, columns: int) -> int:
+        cache = jax.eval_shape(lambda: self.model.init_cache(1, columns))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
+def mib(size: float) -> str:
+    """A number of bytes for people."""
+    return f"{size / 2**20:.1f} MiB"
+
+
 def make_rollout(
     model: Model,
     sampling: Sampling,
@@ -485,11 +542,41 @@ def make_rollout(
     pad_id: int,
     stop: StopFn | None = None,
     max_rows: int | None = None,
+    cache_bytes: int | None = None,
     mesh: Mesh | None = None,
     ahead: int | None = None,
     report: Callable[[RolloutStats], None] | None = None,
 ) -> Callable[[Params, Prompts, Key[Array, ""]], Rollout]:
-    """A function ``(params, prompts, key) -> Rollout`` that draws what ``generate`` draws, and computes little else."""
+    """A function ``(params, prompts, key) -> Rollout`` that draws what ``generate`` draws, and computes little else.
+
+    Prompts are read once for their group, and their keys and values are held once for it. Rows that have ended are left
+    out of the batch, and the cache is as long as it needs to be. Prompts that do not fit at once are drawn for one set
+    after the other, and what is left of several sets is drawn together.
+
+    Args:
+        model: see ``types.Model``.
+        sampling: temperature, filters, penalties.
+        group_size: G, samples for each prompt.
+        max_completion_length: T, in tokens, the ending one included.
+        eos_ids: any of these ends a completion.
+        pad_id: what ``completion_ids`` holds after the end; it has no other meaning.
+        stop: ends completions by what they say, such as ``data.prompts.stop_strings``: from the ids of a completion and
+            the number of them that were looked at before, to its length where it ends, or None. The ids stay as drawn.
+        max_rows: the most completions that are drawn at once.
+        cache_bytes: the most that their keys and values may take, over all devices; while a batch is made smaller the
+            old and the new one are there together, which takes up to half as much again.
+        mesh: rows are split over its ``data`` and ``fsdp`` axes, heads over ``tensor`` where they divide.
+        ahead: dispatches that are sent before the host looks at what an earlier one drew, so that a device need not
+            wait. Default: none on CPU, one elsewhere.
+        report: called after each rollout with what it took.
+
+    Returns:
+        A function that raises ``ValueError``, before anything is compiled, for prompts that leave no room for a
+        completion, for a group that does not fit, and for prompts that do not divide over the mesh.
+
+    Raises:
+        ValueError: a group_size or max_completion_length below 1, or no eos_ids.
+    """
     engine = Engine(
         model,
         sampling,
@@ -502,11 +589,10 @@ def make_rollout(
         ahead=ahead,
         report=report,
     )
+    limits = Limits(model, group_size, max_completion_length, engine.devices, max_rows, cache_bytes)
 
     def rollout(params: Params, prompts: Prompts, key: Key[Array, ""]) -> Rollout:
-        N = prompts.ids.shape[0]
-        most = N if max_rows is None else min(N, max_rows // group_size // engine.devices * engine.devices)
-        sets = cut(prompts, most)
+        sets = cut([prompts], limits.prompts_at_once(prompts))
         batches = {batch.first_place: batch for batch, _ in engine.run(params, sets, key)}
         parts = [batches[place].drawn(slice(0, batches[place].num_prompts)) for place in sorted(batches)]
         fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -515,14 +601,88 @@ def make_rollout(
     return rollout
 
 
-def cut(prompts: Prompts, most: int) -> Iterator[tuple[Prompts, int]]:
-    """Prompts in sets of one size, at most ``most``, the last filled up with the first; and how many are real."""
-    N = prompts.ids.shape[0]
-    for start in range(0, N, most):
-        index = np.arange(start, start + most)
-        real = int((index < N).sum())
-        yield prompts if most == N else jax.tree.map(lambda x, i=index % N: np.asarray(x)[i], prompts), real
+def make_stream(
+    model: Model,
+    sampling: Sampling,
+    *,
+    num_prompts: int,
+    group_size: int,
+    max_completion_length: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    stop: StopFn | None = None,
+    mesh: Mesh | None = None,
+    ahead: int | None = None,
+    report: Callable[[RolloutStats], None] | None = None,
+) -> Callable[[Params, Iterable[Prompts], Key[Array, ""]], Iterator[tuple[int, Rollout]]]:
+    """A function ``(params, prompts, key) -> (place, rollout), ...`` for more prompts than fit: data sets, evaluations.
+
+    ``prompts`` is any iterable of ``Prompts`` of one length, read as it is needed. Each prompt is handed on once all
+    its samples have ended, with its place in the stream and a ``Rollout`` of G rows; the order is that in which they
+    end, and the same in every run. What is drawn for a prompt is what ``make_rollout`` draws.
+
+    Args:
+        model: see ``types.Model``.
+        sampling: see ``make_rollout``, as the rest.
+        num_prompts: prompts that are drawn for at once; what is left of four such sets is drawn together.
+        group_size: G.
+        max_completion_length: T.
+        eos_ids: any of these ends a completion.
+        pad_id: fills ``completion_ids``.
+        stop: see ``make_rollout``.
+        mesh: see ``make_rollout``.
+        ahead: see ``make_rollout``.
+        report: see ``make_rollout``; called at the stream's end.
+    """
+    engine = Engine(
+        model,
+        sampling,
+        group_size=group_size,
+        max_completion_length=max_completion_length,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        stop=stop,
+        mesh=mesh,
+        ahead=ahead,
+        report=report,
+    )
+    limits = Limits(model, group_size, max_completion_length, engine.devices, None, None)
+
+    def stream(params: Params, prompts: Iterable[Prompts], key: Key[Array, ""]) -> Iterator[tuple[int, Rollout]]:
+        def checked() -> Iterator[Prompts]:
+            for each in prompts:
+                limits.prompts_at_once(each)
+                yield each
+
+        for batch, n in engine.run(params, cut(checked(), num_prompts), key):
+            yield batch.first_place + n, Rollout(**jax.device_put(batch.drawn(slice(n, n + 1))))
+
+    return stream
 
 
-def make_stream(*args, **kwargs):
-    raise NotImplementedError
+def cut(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, int]]:
+    """Prompts in sets of ``size``, the last filled up with some of its own; and how many of each set are real."""
+    waiting: list[Prompts] = []
+    for each in prompts:
+        if not waiting and each.ids.shape[0] == size:
+            yield each, size
+            continue
+        waiting.append(each)
+        together = merge_prompts(waiting)
+        while together.ids.shape[0] >= size:
+            yield some_prompts(together, np.arange(size)), size
+            together = some_prompts(together, np.arange(size, together.ids.shape[0]))
+        waiting = [together] if together.ids.shape[0] else []
+    for rest in waiting:
+        real = rest.ids.shape[0]
+        yield some_prompts(rest, np.arange(size) % real), real
+
+
+def merge_prompts(parts: Sequence[Prompts]) -> Prompts:
+    """Prompts of one length, one set after the other."""
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def some_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
+    """Those at some places."""
+    return jax.tree.map(lambda x: np.asarray(x)[index], prompts)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
-from grpo_jax.sampling import Sampling, sample_token
+from grpo_jax.sampling import Sampling, adjust_logits, sample_token
 from grpo_jax.sharding import take_rows
 from grpo_jax.types import Cache, Context, Model, Params, Prompts, Rollout, cache_columns, pytree
 
@@ -37,6 +37,7 @@ class Cohort:
         active_start: the slot of the first column of the chunk that is written to.
         keys: one for each row; its noise at each age follows from it.
         lengths: real tokens of each row's prompt.
+        prompted: which tokens are in it; None where the sampling does not ask.
     """
 
     prompt: Context
@@ -45,6 +46,7 @@ class Cohort:
     active_start: Int[Array, ""]
     keys: Key[Array, " B"]
     lengths: Int[Array, " B"]
+    prompted: Bool[Array, "B V"] | None
 
 
 @pytree
@@ -56,15 +58,24 @@ class State:
         age: tokens that each row has drawn; the slot of the next one.
         active: the chunk of own keys and values that is written to.
         hidden: the state that the next token is drawn from.
+        drawn: which tokens each row has drawn; None where the sampling does not ask.
     """
 
     age: Int[Array, ""]
     active: Cache
     hidden: Float[Array, "B D"]
+    drawn: Bool[Array, "B V"] | None
 
 
 def start_cohort(
-    model: Model, params: Params, prompts: Prompts, key: Key[Array, ""], *, group_size: int, chunk: int
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    key: Key[Array, ""],
+    sampling: Sampling,
+    *,
+    group_size: int,
+    chunk: int,
 ) -> tuple[Cohort, State]:
     """Read the prompts, each once, for ``group_size`` rows each; a prompt's rows are adjacent.
 
@@ -73,11 +84,20 @@ def start_cohort(
         params: its parameters.
         prompts: N prompts, left-padded to P.
         key: of this step.
+        sampling: what will be drawn with.
         group_size: G.
         chunk: columns of a chunk of the rows' own cache.
     """
     N, P = prompts.ids.shape
+    V = jax.eval_shape(model.head, params).shape[0]
     hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), prompts.mask)
+    prompted = drawn = None
+    if sampling.needs_prompted:
+        real = jnp.where(prompts.mask, prompts.ids, V)
+        prompted = jnp.zeros((N, V), bool).at[jnp.arange(N)[:, None], real].set(True, mode="drop")
+        prompted = jnp.repeat(prompted, group_size, axis=0)
+    if sampling.needs_drawn:
+        drawn = jnp.zeros((N * group_size, V), bool)
     cohort = Cohort(
         prompt=Context(cache, start=jnp.int32(-P), mask=prompts.mask),
         closed=(),
@@ -85,17 +105,26 @@ def start_cohort(
         active_start=jnp.int32(0),
         keys=sample_keys(key, prompts.index, group_size),
         lengths=jnp.repeat(prompts.mask.sum(1, dtype=jnp.int32), group_size),
+        prompted=prompted,
     )
     state = State(
         age=jnp.int32(0),
         active=model.init_cache(N * group_size, chunk),
         hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
+        drawn=drawn,
     )
     return cohort, state
 
 
 def draw_token(
-    model: Model, params: Params, cohort: Cohort, state: State, sampling: Sampling, turned: Any = None
+    model: Model,
+    params: Params,
+    cohort: Cohort,
+    state: State,
+    sampling: Sampling,
+    *,
+    eos_ids: tuple[int, ...],
+    turned: Any = None,
 ) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
     """One token for every row: the state a token later, the tokens, and their log-probabilities as drawn.
 
@@ -105,21 +134,31 @@ def draw_token(
         cohort: the rows.
         state: before the token.
         sampling: how it is drawn.
+        eos_ids: the ending tokens, which a minimum length rules out.
         turned: ``model.turn`` of the token's positions, where it was computed before.
     """
     age, start = state.age, cohort.active_start
     logits = output_logits(state.hidden, model.head(params), logit_softcap=model.logit_softcap)
+    logits = adjust_logits(logits, sampling, length=age, eos_ids=eos_ids, prompted=cohort.prompted, drawn=state.drawn)
     tokens, log_probs = sample_token(jax.vmap(jax.random.fold_in, (0, None))(cohort.keys, age), logits, sampling)
     contexts = [replace(cohort.prompt, start=cohort.prompt.start - start)]
     for i, chunk in enumerate(cohort.closed):
         contexts.append(Context(chunk, start=cohort.closed_starts[i] - start))
     positions = (cohort.lengths + age)[:, None] if turned is None else turned
     hidden, active = model.apply(params, tokens[:, None], positions, None, state.active, age - start, contexts)
-    return State(age + 1, active, hidden[:, 0]), tokens, log_probs
+    drawn = None if state.drawn is None else state.drawn.at[jnp.arange(len(tokens)), tokens].set(True)
+    return State(age + 1, active, hidden[:, 0], drawn), tokens, log_probs
 
 
 def draw_tokens(
-    model: Model, params: Params, cohort: Cohort, state: State, sampling: Sampling, *, count: int
+    model: Model,
+    params: Params,
+    cohort: Cohort,
+    state: State,
+    sampling: Sampling,
+    *,
+    eos_ids: tuple[int, ...],
+    count: int,
 ) -> tuple[State, Int[Array, "{count} B"], Float[Array, "{count} B"]]:
     """``count`` tokens for every row, whether it has ended or not; the number is fixed so that no device waits.
 
@@ -131,7 +170,7 @@ def draw_tokens(
     def step(i, carry):
         state, ids, log_probs = carry
         now = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), turned)
-        state, token, log_prob = draw_token(model, params, cohort, state, sampling, now)
+        state, token, log_prob = draw_token(model, params, cohort, state, sampling, eos_ids=eos_ids, turned=now)
         return state, ids.at[i].set(token), log_probs.at[i].set(log_prob)
 
     nothing = jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32)
@@ -178,9 +217,10 @@ def take(
         active_start=jnp.int32(0),
         keys=some(cohort.keys, rows),
         lengths=some(cohort.lengths, rows),
+        prompted=some(cohort.prompted, rows),
     )
     whole = model.join_columns([some(chunk, rows) for chunk in chunks])
-    return cohort, State(state.age, whole, some(state.hidden, rows))
+    return cohort, State(state.age, whole, some(state.hidden, rows), some(state.drawn, rows))
 
 
 def join(
@@ -216,8 +256,15 @@ def join(
         ),
         keys=all_of(lambda cohort, _: cohort.keys),
         lengths=all_of(lambda cohort, _: cohort.lengths),
+        prompted=all_of(lambda cohort, _: cohort.prompted),
     )
-    return cohort, State(state.age, all_of(lambda _, state: state.active), all_of(lambda _, state: state.hidden))
+    state = State(
+        state.age,
+        active=all_of(lambda _, state: state.active),
+        hidden=all_of(lambda _, state: state.hidden),
+        drawn=all_of(lambda _, state: state.drawn),
+    )
+    return cohort, state
 
 
 def generate(
@@ -266,14 +313,14 @@ def generate(
         mask: Bool[Array, "B T"]
         log_probs: Float[Array, "B T"]
 
-    cohort, state = start_cohort(model, params, prompts, key, group_size=group_size, chunk=cache_columns(T))
+    cohort, state = start_cohort(model, params, prompts, key, sampling, group_size=group_size, chunk=cache_columns(T))
 
     def going(drawn: Drawn):
         return (drawn.state.age < T) & ~drawn.ended.all()
 
     def step(drawn: Drawn) -> Drawn:
         t, ended = drawn.state.age, drawn.ended
-        state, tokens, log_probs = draw_token(model, params, cohort, drawn.state, sampling)
+        state, tokens, log_probs = draw_token(model, params, cohort, drawn.state, sampling, eos_ids=eos_ids)
         return Drawn(
             state,
             ended=ended | (tokens[:, None] == stops[None, :]).any(1),
