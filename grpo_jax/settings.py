@@ -145,8 +145,9 @@ class PolicyLossSettings:
             log_probs: ``(params, batch) -> (log-probabilities, entropy)``, such as ``train.completion_log_probs`` of a
                 model.
             max_completion_length: what Dr.GRPO divides by.
-            sampler_alters_policy: whether tokens are removed in sampling. The sampler's log-probabilities then differ from
-                the policy's by design, and are compared only where importance_cap corrects for it.
+            sampler_alters_policy: whether what is drawn from is not the policy itself, such as where tokens are
+                removed. The sampler's log-probabilities then differ from the policy's by design, and are compared only
+                where importance_cap corrects for it.
         """
         policy_loss = LOSSES[self.loss]
         if self.loss == "dr_grpo":

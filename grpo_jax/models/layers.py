@@ -102,9 +102,9 @@ class Part(NamedTuple):
         B, K, G, S, W = x.shape
         return x.reshape(N, B // N, K, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N, K, B // N * G * S, W)
 
-    def apart(self, x: Float[Array, "N K M W"], G: int, S: int) -> Float[Array, "B K G S W"]:
-        """The reverse."""
-        N, K, M, W = x.shape
+    def apart(self, x: Float[Array, "N K M W"], heads: int, tokens: int) -> Float[Array, "B K G S W"]:
+        """The reverse, for so many heads of a group and tokens of the call."""
+        (N, K, M, W), G, S = x.shape, heads, tokens
         R = M // (G * S)
         x = x.reshape(N, K, R, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N * R, K, G, S, W)
         return x if self.place is None else take_rows(x, self.place)
@@ -118,7 +118,7 @@ def attend(
     Keys shared by a group of rows are read once for it. A query that may attend to nothing gets the mean of all values,
     which is finite.
     """
-    _, _, G, S, E = queries.shape
+    G, S = queries.shape[2:4]
     all_scores = []
     for part in parts:
         # On CPU a product with two rows or more sums in the order of the trainer's, which has many; one with a single

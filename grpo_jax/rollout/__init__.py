@@ -5,7 +5,8 @@ several times faster, with a small loop on the host: they leave out the rows tha
 needed. All are made of the pure functions in ``steps``.
 """
 
-from grpo_jax.rollout.cohort import RolloutStats, make_rollout, make_stream
+from grpo_jax.rollout.drawn import RolloutStats
+from grpo_jax.rollout.make import make_rollout, make_stream
 from grpo_jax.rollout.steps import generate, sample_keys
 
 __all__ = ["RolloutStats", "generate", "make_rollout", "make_stream", "sample_keys"]

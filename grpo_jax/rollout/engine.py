@@ -1,17 +1,15 @@
 """The loop on the host: which rows are computed, for how long, and with how large a cache.
 
 Rows of one age are advanced some tokens at a time. Between two dispatches the host looks at what was drawn; once few
-enough rows live they are gathered into a smaller batch. Batch sizes and cache lengths come from a short ladder, so that
-few programs are compiled. What is drawn does not depend on any of this.
+enough rows live they are gathered into a smaller batch. What is drawn does not depend on any of this.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
+from grpo_jax.rollout.drawn import Batch, RolloutStats
+from grpo_jax.rollout.plan import LADDER, PARKED_RUNG, STEPS, Chunks, Rung, make_ladder
 from grpo_jax.rollout.steps import (
     UNUSED,
     Cohort,
@@ -31,129 +31,9 @@ from grpo_jax.rollout.steps import (
 )
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, replicated
-from grpo_jax.types import COLUMNS, Cache, Model, Params, Prompts, Rollout, cache_columns
+from grpo_jax.types import Cache, Model, Params, Prompts
 
 StopFn = Callable[[Sequence[int], int], int | None]
-STEPS = 8
-LADDER = (1, 2, 4, 8, 16)
-MIN_ROWS = 8
-MAX_CHUNKS = 4
-PARKED_RUNG = 2
-
-
-@dataclass(frozen=True)
-class RolloutStats:
-    """What drawing a set of completions took.
-
-    Attributes:
-        tokens: drawn and kept.
-        row_steps: rows times steps that were computed for them.
-        dispatches: of ``STEPS`` steps each.
-        cohorts: sets of prompts that were read together, and pools of what was left of them.
-        cache_bytes: the most that keys and values took at a time.
-    """
-
-    tokens: int = 0
-    row_steps: int = 0
-    dispatches: int = 0
-    cohorts: int = 0
-    cache_bytes: int = 0
-
-    @property
-    def useful(self) -> float:
-        """The share of row-steps that drew a token that was kept."""
-        return self.tokens / max(self.row_steps, 1)
-
-
-class Rung(NamedTuple):
-    """Rows and prompts of a batch size, and places for each prompt's rows; all for one device."""
-
-    rows: int
-    prompts: int
-    group: int
-
-
-def make_ladder(prompts: int, rows: int, group: int) -> list[Rung]:
-    """The batch sizes that a cohort of this size passes through, for one device."""
-    sizes = sorted({max(math.ceil(rows / part), min(rows, MIN_ROWS)) for part in LADDER}, reverse=True)
-    return [Rung(size, min(prompts, size), min(group, size)) for size in sizes]
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """How the cache of a whole batch is cut; a smaller one has it in one piece.
-
-    Attributes:
-        length: columns of a chunk.
-        count: chunks of a whole completion.
-    """
-
-    length: int
-    count: int
-
-    @staticmethod
-    def of(max_completion_length: int) -> Chunks:
-        """One where more would not pay."""
-        columns = cache_columns(max_completion_length)
-        count = min(columns // COLUMNS, MAX_CHUNKS)
-        length = cache_columns(math.ceil(columns / count))
-        return Chunks(length, math.ceil(columns / length))
-
-    def held(self, opened: int) -> int:
-        """Chunks that are computed with when so many hold anything: a power of two, for fewer programs."""
-        return min(2 ** math.ceil(math.log2(opened)), self.count)
-
-
-@dataclass
-class Batch:
-    """What has been drawn for the prompts that were read together."""
-
-    prompts: Prompts
-    first_place: int
-    num_prompts: int
-    group_size: int
-    ids: np.ndarray
-    log_probs: np.ndarray
-    lengths: np.ndarray
-    living: np.ndarray
-    truncated: np.ndarray
-    handed_on: np.ndarray
-
-    @staticmethod
-    def of(prompts: Prompts, first_place: int, num_prompts: int, group_size: int, T: int, pad_id: int) -> Batch:
-        """Nothing drawn yet; prompts after the first ``num_prompts`` only fill the shape and are not drawn for."""
-        B = prompts.ids.shape[0] * group_size
-        return Batch(
-            prompts,
-            first_place,
-            num_prompts,
-            group_size,
-            ids=np.full((B, T), pad_id, np.int32),
-            log_probs=np.zeros((B, T), np.float32),
-            lengths=np.zeros(B, np.int32),
-            living=np.arange(B) < num_prompts * group_size,
-            truncated=np.zeros(B, bool),
-            handed_on=np.zeros(num_prompts, bool),
-        )
-
-    def newly_finished(self) -> list[int]:
-        """The prompts all of whose samples have ended since this was last asked."""
-        done = ~self.living.reshape(-1, self.group_size).any(1)[: self.num_prompts]
-        new = np.flatnonzero(done & ~self.handed_on)
-        self.handed_on[new] = True
-        return new.tolist()
-
-    def drawn(self, prompts: slice) -> dict[str, np.ndarray]:
-        """The fields of the ``Rollout`` of some of the prompts."""
-        rows = slice(prompts.start * self.group_size, prompts.stop * self.group_size)
-        return {
-            "prompt_ids": np.repeat(np.asarray(self.prompts.ids)[prompts], self.group_size, axis=0),
-            "prompt_mask": np.repeat(np.asarray(self.prompts.mask)[prompts], self.group_size, axis=0),
-            "completion_ids": self.ids[rows],
-            "completion_mask": np.arange(self.ids.shape[1])[None] < self.lengths[rows, None],
-            "rollout_log_probs": self.log_probs[rows],
-            "truncated": self.truncated[rows],
-        }
 
 
 @dataclass
@@ -321,14 +201,14 @@ class Engine:
             parking_age: the age at which it may be parked; None for any, -1 for none.
         """
         while running.living().any():
-            parkable = len(running.ladder) > PARKED_RUNG and running.rung == PARKED_RUNG and not running.unread
-            if parkable and parking_age in (None, running.age):
+            if running.rung == PARKED_RUNG < len(running.ladder) - 1 and parking_age in (None, running.age):
+                while running.unread:
+                    yield from self.read(running)
                 return
             if running.age < self.T:
                 self.dispatch(params, running)
-            if running.unread and (len(running.unread) > self.ahead or running.age >= self.T):
-                self.read(running)
-                yield from ((batch, n) for batch in running.batches for n in batch.newly_finished())
+            if len(running.unread) > self.ahead or running.age >= self.T:
+                yield from self.read(running)
                 self.compact(running)
 
     def dispatch(self, params: Params, running: Running) -> None:
@@ -343,8 +223,11 @@ class Engine:
         self.count(dispatches=1, row_steps=len(running.batch_of) * STEPS)
         self.stats = replace(self.stats, cache_bytes=max(self.stats.cache_bytes, size))
 
-    def read(self, running: Running) -> None:
-        """Look at the oldest dispatch that was not looked at: keep what was drawn before each row's end."""
+    def read(self, running: Running) -> Iterator[tuple[Batch, int]]:
+        """Look at the oldest dispatch that was not looked at: keep what was drawn before each row's end.
+
+        Gives the prompts all of whose samples have ended with it.
+        """
         tokens, log_probs, age, batch_of, row_of = running.unread.pop(0)
         count = min(STEPS, self.T - age)
         tokens, log_probs = np.asarray(tokens).T[:, :count], np.asarray(log_probs).T[:, :count]
@@ -368,6 +251,7 @@ class Engine:
             batch.truncated[rows] = ~ended & (age + count == self.T)
             batch.living[rows] = ~ended & (age + count < self.T)
             self.count(tokens=int(kept.sum()))
+            yield from ((batch, n) for n in batch.newly_finished())
 
     def compact(self, running: Running) -> None:
         """Gather the living rows into the smallest batch that holds them."""
@@ -459,7 +343,7 @@ class Engine:
 
 
 def share(prompt_of: np.ndarray, kept: np.ndarray, rung: Rung) -> tuple[np.ndarray, np.ndarray]:
-    """``members`` and ``place`` of ``types.Context`` for rows of the prompts ``prompt_of``, both ``[devices, rows]``."""
+    """``members`` and ``place`` of ``types.Context``, for rows of prompts ``prompt_of`` (``[devices, rows]``)."""
     members = np.zeros((len(prompt_of), rung.prompts * rung.group), np.int32)
     place = np.zeros(prompt_of.shape, np.int32)
     for d in range(len(prompt_of)):
@@ -475,214 +359,3 @@ def share(prompt_of: np.ndarray, kept: np.ndarray, rung: Rung) -> tuple[np.ndarr
 def empty_chunk(like: Cache) -> Cache:
     """A chunk of the same shape. What it holds is finite, and is not looked at before it is written over."""
     return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a set of prompts must keep to: checked before anything is compiled."""
-
-    model: Model
-    group_size: int
-    max_completion_length: int
-    devices: int
-    max_rows: int | None
-    cache_bytes: int | None
-
-    def prompts_at_once(self, prompts: Prompts) -> int:
-        """How many prompts are drawn for together.
-
-        Raises:
-            ValueError: a prompt without room for its completion, or a group that does not fit.
-        """
-        N, P = prompts.ids.shape
-        T, G = self.max_completion_length, self.group_size
-        lengths = np.asarray(prompts.mask).sum(1)
-        if self.model.max_length is not None and lengths.max(initial=0) + T > self.model.max_length:
-            n = int(lengths.argmax())
-            raise ValueError(
-                f"prompt {n} has {lengths[n]} tokens: with a completion of up to {T} it does not fit the model's "
-                f"{self.model.max_length} positions; shorten it, or set max_completion_length to at most "
-                f"{self.model.max_length - lengths[n]}"
-            )
-        row, prompt = (self._bytes(length) for length in (cache_columns(T), P))
-        allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
-        if G * row + prompt > allowed:
-            raise ValueError(
-                f"a group of {G} samples of {P} + {T} tokens takes {mib(G * row + prompt)} of keys and values, and "
-                f"{mib(allowed)} are allowed on each device; at most {max(0, int((allowed - prompt) // row))} samples "
-                "of a prompt fit"
-            )
-        if self.max_rows is not None and self.max_rows < G * self.devices:
-            raise ValueError(
-                f"max_rows is {self.max_rows}; a group of {G} on each of {self.devices} devices takes at least "
-                f"{G * self.devices}"
-            )
-        most = N if self.max_rows is None else min(N, self.max_rows // G)
-        if allowed < math.inf:
-            most = min(most, int(allowed // (G * row + prompt)) * self.devices)
-        return max(self.devices, most // self.devices * self.devices)
-
-    def _bytes(self, columns: int) -> int:
-        cache = jax.eval_shape(lambda: self.model.init_cache(1, columns))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-
-
-def mib(size: float) -> str:
-    """A number of bytes for people."""
-    return f"{size / 2**20:.1f} MiB"
-
-
-def make_rollout(
-    model: Model,
-    sampling: Sampling,
-    *,
-    group_size: int,
-    max_completion_length: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    stop: StopFn | None = None,
-    max_rows: int | None = None,
-    cache_bytes: int | None = None,
-    mesh: Mesh | None = None,
-    ahead: int | None = None,
-    report: Callable[[RolloutStats], None] | None = None,
-) -> Callable[[Params, Prompts, Key[Array, ""]], Rollout]:
-    """A function ``(params, prompts, key) -> Rollout`` that draws what ``generate`` draws, and computes little else.
-
-    Prompts are read once for their group, and their keys and values are held once for it. Rows that have ended are left
-    out of the batch, and the cache is as long as it needs to be. Prompts that do not fit at once are drawn for one set
-    after the other, and what is left of several sets is drawn together.
-
-    Args:
-        model: see ``types.Model``.
-        sampling: temperature, filters, penalties.
-        group_size: G, samples for each prompt.
-        max_completion_length: T, in tokens, the ending one included.
-        eos_ids: any of these ends a completion.
-        pad_id: what ``completion_ids`` holds after the end; it has no other meaning.
-        stop: ends completions by what they say, such as ``data.prompts.stop_strings``: from the ids of a completion and
-            the number of them that were looked at before, to its length where it ends, or None. The ids stay as drawn.
-        max_rows: the most completions that are drawn at once.
-        cache_bytes: the most that their keys and values may take, over all devices; while a batch is made smaller the
-            old and the new one are there together, which takes up to half as much again.
-        mesh: rows are split over its ``data`` and ``fsdp`` axes, heads over ``tensor`` where they divide.
-        ahead: dispatches that are sent before the host looks at what an earlier one drew, so that a device need not
-            wait. Default: none on CPU, one elsewhere.
-        report: called after each rollout with what it took.
-
-    Returns:
-        A function that raises ``ValueError``, before anything is compiled, for prompts that leave no room for a
-        completion, for a group that does not fit, and for prompts that do not divide over the mesh.
-
-    Raises:
-        ValueError: a group_size or max_completion_length below 1, or no eos_ids.
-    """
-    engine = Engine(
-        model,
-        sampling,
-        group_size=group_size,
-        max_completion_length=max_completion_length,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        stop=stop,
-        mesh=mesh,
-        ahead=ahead,
-        report=report,
-    )
-    limits = Limits(model, group_size, max_completion_length, engine.devices, max_rows, cache_bytes)
-
-    def rollout(params: Params, prompts: Prompts, key: Key[Array, ""]) -> Rollout:
-        sets = cut([prompts], limits.prompts_at_once(prompts))
-        batches = {batch.first_place: batch for batch, _ in engine.run(params, sets, key)}
-        parts = [batches[place].drawn(slice(0, batches[place].num_prompts)) for place in sorted(batches)]
-        fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return Rollout(**jax.device_put(fields, None if mesh is None else NamedSharding(mesh, BATCH)))
-
-    return rollout
-
-
-def make_stream(
-    model: Model,
-    sampling: Sampling,
-    *,
-    num_prompts: int,
-    group_size: int,
-    max_completion_length: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    stop: StopFn | None = None,
-    mesh: Mesh | None = None,
-    ahead: int | None = None,
-    report: Callable[[RolloutStats], None] | None = None,
-) -> Callable[[Params, Iterable[Prompts], Key[Array, ""]], Iterator[tuple[int, Rollout]]]:
-    """A function ``(params, prompts, key) -> (place, rollout), ...`` for more prompts than fit: data sets, evaluations.
-
-    ``prompts`` is any iterable of ``Prompts`` of one length, read as it is needed. Each prompt is handed on once all
-    its samples have ended, with its place in the stream and a ``Rollout`` of G rows; the order is that in which they
-    end, and the same in every run. What is drawn for a prompt is what ``make_rollout`` draws.
-
-    Args:
-        model: see ``types.Model``.
-        sampling: see ``make_rollout``, as the rest.
-        num_prompts: prompts that are drawn for at once; what is left of four such sets is drawn together.
-        group_size: G.
-        max_completion_length: T.
-        eos_ids: any of these ends a completion.
-        pad_id: fills ``completion_ids``.
-        stop: see ``make_rollout``.
-        mesh: see ``make_rollout``.
-        ahead: see ``make_rollout``.
-        report: see ``make_rollout``; called at the stream's end.
-    """
-    engine = Engine(
-        model,
-        sampling,
-        group_size=group_size,
-        max_completion_length=max_completion_length,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        stop=stop,
-        mesh=mesh,
-        ahead=ahead,
-        report=report,
-    )
-    limits = Limits(model, group_size, max_completion_length, engine.devices, None, None)
-
-    def stream(params: Params, prompts: Iterable[Prompts], key: Key[Array, ""]) -> Iterator[tuple[int, Rollout]]:
-        def checked() -> Iterator[Prompts]:
-            for each in prompts:
-                limits.prompts_at_once(each)
-                yield each
-
-        for batch, n in engine.run(params, cut(checked(), num_prompts), key):
-            yield batch.first_place + n, Rollout(**jax.device_put(batch.drawn(slice(n, n + 1))))
-
-    return stream
-
-
-def cut(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, int]]:
-    """Prompts in sets of ``size``, the last filled up with some of its own; and how many of each set are real."""
-    waiting: list[Prompts] = []
-    for each in prompts:
-        if not waiting and each.ids.shape[0] == size:
-            yield each, size
-            continue
-        waiting.append(each)
-        together = merge_prompts(waiting)
-        while together.ids.shape[0] >= size:
-            yield some_prompts(together, np.arange(size)), size
-            together = some_prompts(together, np.arange(size, together.ids.shape[0]))
-        waiting = [together] if together.ids.shape[0] else []
-    for rest in waiting:
-        real = rest.ids.shape[0]
-        yield some_prompts(rest, np.arange(size) % real), real
-
-
-def merge_prompts(parts: Sequence[Prompts]) -> Prompts:
-    """Prompts of one length, one set after the other."""
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-
-
-def some_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
-    """Those at some places."""
-    return jax.tree.map(lambda x: np.asarray(x)[index], prompts)

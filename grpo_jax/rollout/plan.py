@@ -1,0 +1,115 @@
+"""Batch sizes and cache lengths: from short lists, so that few programs are compiled, and within what is allowed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from grpo_jax.types import COLUMNS, Model, Prompts, cache_columns
+
+STEPS = 8
+"""Tokens a dispatch; they divide ``COLUMNS``."""
+LADDER = (1, 2, 4, 8, 16)
+"""What a cohort's rows are divided by as they end."""
+PARKED_RUNG = 2
+"""Where a cohort waits for others: as many as its divisor make up a whole one again."""
+MIN_ROWS = 8
+MAX_CHUNKS = 4
+
+
+class Rung(NamedTuple):
+    """Rows and prompts of a batch size, and places for each prompt's rows; all for one device."""
+
+    rows: int
+    prompts: int
+    group: int
+
+
+def make_ladder(prompts: int, rows: int, group: int) -> list[Rung]:
+    """The batch sizes that a cohort of this size passes through, for one device."""
+    sizes = sorted({max(math.ceil(rows / part), min(rows, MIN_ROWS)) for part in LADDER}, reverse=True)
+    return [Rung(size, min(prompts, size), min(group, size)) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How the cache of a whole batch is cut; a smaller one has it in one piece.
+
+    Attributes:
+        length: columns of a chunk.
+        count: chunks of a whole completion.
+    """
+
+    length: int
+    count: int
+
+    @staticmethod
+    def of(max_completion_length: int) -> Chunks:
+        """One where more would not pay."""
+        columns = cache_columns(max_completion_length)
+        count = min(columns // COLUMNS, MAX_CHUNKS)
+        length = cache_columns(math.ceil(columns / count))
+        return Chunks(length, math.ceil(columns / length))
+
+    def held(self, opened: int) -> int:
+        """Chunks that are computed with when so many hold anything: a power of two, for fewer programs."""
+        return min(2 ** math.ceil(math.log2(opened)), self.count)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a set of prompts must keep to: checked before anything is compiled."""
+
+    model: Model
+    group_size: int
+    max_completion_length: int
+    devices: int
+    max_rows: int | None
+    cache_bytes: int | None
+
+    def prompts_at_once(self, prompts: Prompts) -> int:
+        """How many prompts are drawn for together.
+
+        Raises:
+            ValueError: a prompt without room for its completion, or a group that does not fit.
+        """
+        N, P = prompts.ids.shape
+        T, G = self.max_completion_length, self.group_size
+        lengths = np.asarray(prompts.mask).sum(1)
+        if self.model.max_length is not None and lengths.max(initial=0) + T > self.model.max_length:
+            n = int(lengths.argmax())
+            raise ValueError(
+                f"prompt {n} has {lengths[n]} tokens: with a completion of up to {T} it does not fit the model's "
+                f"{self.model.max_length} positions; shorten it, or set max_completion_length to at most "
+                f"{self.model.max_length - lengths[n]}"
+            )
+        row, prompt = (self._bytes(length) for length in (cache_columns(T), P))
+        allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
+        if G * row + prompt > allowed:
+            raise ValueError(
+                f"a group of {G} samples of {P} + {T} tokens takes {mib(G * row + prompt)} of keys and values, and "
+                f"{mib(allowed)} are allowed on each device; at most {max(0, int((allowed - prompt) // row))} samples "
+                "of a prompt fit"
+            )
+        if self.max_rows is not None and self.max_rows < G * self.devices:
+            raise ValueError(
+                f"max_rows is {self.max_rows}; a group of {G} on each of {self.devices} devices takes at least "
+                f"{G * self.devices}"
+            )
+        most = N if self.max_rows is None else min(N, self.max_rows // G)
+        if allowed < math.inf:
+            most = min(most, int(allowed // (G * row + prompt)) * self.devices)
+        return max(self.devices, most // self.devices * self.devices)
+
+    def _bytes(self, columns: int) -> int:
+        cache = jax.eval_shape(lambda: self.model.init_cache(1, columns))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+
+def mib(size: float) -> str:
+    """A number of bytes for people."""
+    return f"{size / 2**20:.1f} MiB"
