@@ -130,9 +130,12 @@ class Work(NamedTuple):
 
 def main(config: Config) -> None:
     compiles: list[float] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiles.append(seconds) if event.endswith("backend_compile_duration") else None
-    )
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiles.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     shape = SHAPES[config.model] | {"max_position_embeddings": config.prompt_length + config.max_completion_length}
     decoder = from_hf_config(shape)
     dtype = jnp.dtype(config.dtype).type
@@ -256,7 +259,7 @@ def static_loop(decoder: DecoderConfig, params, ids, key, *, eos_ids: tuple[int,
     stops = jnp.array(eos_ids)
     head = params["embed" if decoder.tie_word_embeddings else "lm_head"]["embedding"].astype(dtype)
 
-    def norm(name, tree, x):
+    def norm(name, tree, x) -> Any:
         return Norm(decoder.norm_epsilon, decoder.norm_offset, jnp.float32).apply({"params": tree[name]}, x)
 
     def project(tree, x):
@@ -313,9 +316,10 @@ def torch_generate(config: Config, decoder: DecoderConfig, params, prompts, key)
     import torch
     import transformers
 
+    model: Any
     shape = SHAPES[config.model] | {"max_position_embeddings": config.prompt_length + config.max_completion_length}
     with tempfile.TemporaryDirectory() as folder:
-        names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+        names: dict[Any, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
         architecture = {"architectures": [names[shape["model_type"]]], "dtype": config.dtype, "eos_token_id": 0}
         save_pretrained(folder, params, hf_config=shape | architecture, tokenizer=None)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))

@@ -69,7 +69,8 @@ class Batch:
 
     def newly_finished(self) -> list[int]:
         """The prompts all of whose samples have ended since this was last asked."""
-        done = ~self.living.reshape(-1, self.group_size).any(1)[: self.num_prompts]
+        living = self.living.reshape(-1, self.group_size)[: self.num_prompts]
+        done = ~np.any(living, axis=1)
         new = np.flatnonzero(done & ~self.handed_on)
         self.handed_on[new] = True
         return new.tolist()

@@ -175,12 +175,12 @@ class Engine:
     ) -> Running:
         """Read a set of prompts."""
         N = prompts.ids.shape[0]
-        if N % self.devices:
-            raise ValueError(f"{N} prompts do not divide over data x fsdp = {self.devices} devices")
         B = N * self.group_size
         self.count(cohorts=1)
+        cohort, state = self.begin(params, prompts, key)
         return Running(
-            *self.begin(params, prompts, key),
+            cohort,
+            state,
             make_ladder(N // self.devices, B // self.devices, self.group_size),
             rung=0,
             age=0,
@@ -236,7 +236,7 @@ class Engine:
             mine = mine[batch.living[row_of[mine]]]
             rows, drawn = row_of[mine], tokens[mine]
             ends = np.isin(drawn, self.eos_ids)
-            ended = ends.any(1)
+            ended = np.any(ends, axis=1)
             kept = np.where(ended, ends.argmax(1) + 1, count)
             if self.stop is not None:
                 for i, row in enumerate(rows):
@@ -322,8 +322,10 @@ class Engine:
         ladder = make_ladder(parts * rung.prompts, parts * rung.rows, rung.group)
         members, place = share(together[2], together[0] >= 0, Rung(parts * rung.rows, parts * rung.prompts, rung.group))
         self.count(cohorts=1)
+        cohort, state = self.join([(part.cohort, part.state) for part in filled], members, place)
         running = Running(
-            *self.join([(part.cohort, part.state) for part in filled], members, place),
+            cohort,
+            state,
             ladder,
             rung=0,
             age=first.age,

@@ -75,10 +75,16 @@ class Limits:
         """How many prompts are drawn for together.
 
         Raises:
-            ValueError: a prompt without room for its completion, or a group that does not fit.
+            ValueError: completions that do not divide over the mesh, a prompt without room for its completion, or a
+                group that does not fit.
         """
         N, P = prompts.ids.shape
         T, G = self.max_completion_length, self.group_size
+        if N * G % self.devices:
+            raise ValueError(
+                f"{N} prompts x {G} samples do not divide over data x fsdp = {self.devices} devices; "
+                f"{-N % self.devices} prompts more would"
+            )
         lengths = np.asarray(prompts.mask).sum(1)
         if self.model.max_length is not None and lengths.max(initial=0) + T > self.model.max_length:
             n = int(lengths.argmax())
@@ -110,6 +116,6 @@ class Limits:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
-def mib(size: float) -> str:
+def mib(size: int | float) -> str:
     """A number of bytes for people."""
     return f"{size / 2**20:.1f} MiB"

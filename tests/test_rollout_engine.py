@@ -1,0 +1,273 @@
+"""The engine draws what ``generate`` draws, whatever rows it computes together, and computes little else."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.rollout import generate, make_rollout, make_stream
+from grpo_jax.sampling import Sampling
+from grpo_jax.sharding import make_mesh, param_shardings, shard_rows
+from grpo_jax.train import completion_log_probs
+from grpo_jax.types import Prompts
+
+EOS, PAD = (5,), 0
+N, G, T, WIDTH = 32, 8, 100, 6
+OPTIONS = {"group_size": G, "max_completion_length": T, "eos_ids": EOS, "pad_id": PAD}
+EVERYTHING = Sampling(
+    temperature=0.8,
+    top_k=20,
+    top_p=0.95,
+    min_p=0.01,
+    repetition_penalty=1.2,
+    presence_penalty=0.3,
+    logit_bias=((3, -5.0), (7, -float("inf"))),
+    min_length=4,
+)
+KEY = 0
+
+
+def random_prompts(count=N, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(1, 31, rng.integers(1, WIDTH + 1)).tolist() for _ in range(count)]
+    return pad_prompts(ids, max_prompt_length=WIDTH, pad_id=PAD, index=range(count))
+
+
+def some(prompts, which):
+    return jax.tree.map(lambda x: x[which], prompts)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    """What ``generate`` draws, by sampling."""
+    model, params = tiny
+    drawn = {}
+    for sampling in (Sampling(), EVERYTHING):
+        whole = jax.jit(partial(generate, model, sampling=sampling, **OPTIONS))
+        drawn[sampling] = whole(params, random_prompts(), jax.random.key(KEY))
+    return drawn
+
+
+def same(found, wanted):
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "truncated"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+    np.testing.assert_allclose(found.rollout_log_probs, wanted.rollout_log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "cohorts"),
+    [
+        ({}, 1),
+        ({"max_rows": 64}, 5),  # four sets, and the pool of what was left of them
+        ({"ahead": 2, "max_rows": 64}, 5),
+        ({"max_rows": 8}, 32),  # too small to be parked
+    ],
+    ids=["one", "sets", "ahead", "small"],
+)
+def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, cohorts):
+    model, params = tiny
+    stats = []
+    rollout = make_rollout(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
+    same(rollout(params, random_prompts(), jax.random.key(KEY)), expected[Sampling()])
+    assert stats[0].cohorts == cohorts
+    assert stats[0].tokens == int(expected[Sampling()].completion_mask.sum())
+
+
+def test_every_filter_and_penalty_follows_its_rows(tiny, expected):
+    model, params = tiny
+    rollout = make_rollout(model, EVERYTHING, **OPTIONS, max_rows=64)
+    found = rollout(params, random_prompts(), jax.random.key(KEY))
+    same(found, expected[EVERYTHING])
+    ids, lengths = np.asarray(found.completion_ids), np.asarray(found.completion_mask.sum(1))
+    assert not (ids[np.asarray(found.completion_mask)] == 7).any()
+    assert lengths.min() >= 5  # four others before the ending one
+
+
+def test_t14_devices_do_not_change_what_is_drawn(tiny, expected):
+    model, params = tiny
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = jax.device_put(params, param_shardings(params, mesh))
+    rollout = make_rollout(model, Sampling(), **OPTIONS, mesh=mesh)
+    found = rollout(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
+    same(found, expected[Sampling()])
+    assert len(found.completion_ids.sharding.device_set) == 8
+    assert found.completion_ids.sharding.shard_shape(found.completion_ids.shape) == (N * G // 4, T)
+
+
+def test_t15_sampler_and_trainer_agree(tiny):
+    model, params = tiny
+    rollout = make_rollout(model, Sampling(temperature=0.7), **OPTIONS)(params, random_prompts(), jax.random.key(KEY))
+    log_probs, _ = jax.jit(partial(completion_log_probs, model, temperature=0.7))(params, rollout)
+    mask = np.asarray(rollout.completion_mask)
+    gap = np.abs(np.asarray(rollout.rollout_log_probs) - np.asarray(log_probs))[mask]
+    assert gap.max() <= 1e-5
+
+
+def test_little_is_computed_that_is_not_kept(tiny):
+    model, params = tiny
+    stats = []
+    rollout = make_rollout(model, Sampling(), **OPTIONS, report=stats.append)
+    lengths = np.asarray(rollout(params, random_prompts(), jax.random.key(KEY)).completion_mask.sum(1))
+    static = lengths.max() * N * G
+    assert stats[0].row_steps < 0.6 * static
+    assert stats[0].useful == lengths.sum() / stats[0].row_steps > 0.6
+
+
+def test_where_every_token_ends_one_dispatch_is_enough(tiny):
+    model, params = tiny
+    stats = []
+    options = OPTIONS | {"eos_ids": tuple(range(32))}
+    drawn = make_rollout(model, Sampling(), **options, report=stats.append)(params, random_prompts(), jax.random.key(0))
+    assert (np.asarray(drawn.completion_mask.sum(1)) == 1).all()
+    assert stats[0].dispatches == 1
+
+
+def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
+    """The ending token's embedding is turned up and down, so that lengths run from 1 to the limit."""
+    model, params = tiny
+    compiled = []
+
+    def listen(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    rollout = make_rollout(model, Sampling(), **OPTIONS)
+    prompts = random_prompts()
+    key, table = jax.random.key(0), np.asarray(params["embed"]["embedding"])
+    keys = [jax.random.fold_in(key, step) for step in range(50)]
+    scales = np.random.default_rng(0).uniform(0, 1, 50)
+    tables = []
+    for scale in scales:
+        changed = table.copy()
+        changed[EOS[0]] = scale * table[EOS[0]] + (1 - scale) * 3 * table[9]
+        tables.append(jnp.asarray(changed))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    means = [
+        float(rollout(params | {"embed": {"embedding": table}}, prompts, key).completion_mask.mean())
+        for table, key in zip(tables, keys, strict=True)
+    ]
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert max(means) > 2 * min(means)
+    own = len(compiled) - 2  # the mean over the mask and its conversion are this test's
+    assert 0 < own <= 12
+
+
+def test_the_prompts_memory_does_not_grow_with_the_group(tiny):
+    model, params = tiny
+    prompts = pad_prompts([[3] * 60], max_prompt_length=60, pad_id=PAD, index=[0])
+    used = {}
+    for size in (256, 1024):
+        stats = []
+        options = OPTIONS | {"group_size": size, "max_completion_length": 8}
+        drawn = make_rollout(model, Sampling(), **options, report=stats.append)(params, prompts, jax.random.key(0))
+        assert len({tuple(row) for row in np.asarray(drawn.completion_ids).tolist()}) > size / 2
+        used[size] = stats[0].cache_bytes
+    row = (used[1024] - used[256]) / 768
+    entry = sum(x.nbytes for x in jax.tree.leaves(model.init_cache(1, 64)))
+    assert row == entry
+    assert used[256] - 256 * row == sum(x.nbytes for x in jax.tree.leaves(model.init_cache(1, 60)))
+
+
+def test_a_stop_function_ends_completions_and_leaves_their_tokens(tiny, expected):
+    model, params = tiny
+    wanted = expected[Sampling()]
+    ids, mask = np.asarray(wanted.completion_ids), np.asarray(wanted.completion_mask)
+
+    def stop(sequence, seen):
+        assert len(sequence) > seen
+        return next((i + 1 for i in range(seen, len(sequence)) if sequence[i] == 9), None)
+
+    found = make_rollout(model, Sampling(), **OPTIONS, stop=stop)(params, random_prompts(), jax.random.key(KEY))
+    stopped = 0
+    for row in range(N * G):
+        length = int(mask[row].sum())
+        nines = np.flatnonzero(ids[row, :length] == 9)
+        kept = int(nines[0]) + 1 if len(nines) else length
+        stopped += kept < length
+        assert int(found.completion_mask[row].sum()) == kept
+        assert found.completion_ids[row, :kept].tolist() == ids[row, :kept].tolist()
+        assert (np.asarray(found.completion_ids[row, kept:]) == PAD).all()
+        assert bool(found.truncated[row]) == (bool(wanted.truncated[row]) and not len(nines))
+    assert stopped > 20
+
+
+def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
+    model, params = tiny
+    prompts, wanted = random_prompts(), expected[Sampling()]
+    stats = []
+    stream = make_stream(model, Sampling(), num_prompts=8, **OPTIONS, report=stats.append)
+    parts = [some(prompts, slice(0, 3)), some(prompts, slice(3, 20)), some(prompts, slice(20, 30))]
+
+    def places():
+        order = []
+        for place, rollout in stream(params, iter(parts), jax.random.key(KEY)):
+            same(rollout, some(wanted, slice(place * G, place * G + G)))
+            order.append(place)
+        return order
+
+    order = places()
+    assert sorted(order) == list(range(30))
+    assert order != sorted(order)
+    assert order == places()
+    assert stats[0].cohorts == 5
+
+
+def test_a_stream_is_read_as_it_is_needed(tiny):
+    model, params = tiny
+    read = []
+
+    def prompts():
+        for i in range(3):
+            read.append(i)
+            yield some(random_prompts(), slice(8 * i, 8 * i + 8))
+
+    stream = make_stream(model, Sampling(), num_prompts=8, **OPTIONS | {"max_completion_length": 8})
+    next(iter(stream(params, prompts(), jax.random.key(KEY))))
+    assert len(read) < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 0}, "group_size is 0"),
+        ({"max_completion_length": 0}, "max_completion_length is 0"),
+        ({"eos_ids": ()}, "eos_ids is empty"),
+    ],
+)
+def test_refuses_what_cannot_be_drawn(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_rollout(tiny[0], Sampling(), **OPTIONS | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_completion_length": 125}, r"prompt \d+ has 6 tokens.*the model's 128 positions.*at most 122"),
+        ({"max_rows": 4}, "max_rows is 4; a group of 8 on each of 1 devices takes at least 8"),
+        # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token.
+        ({"cache_bytes": 100_000}, r"8 samples of 6 \+ 100 tokens takes 0.3 MiB .* 0.1 MiB are allowed.* at most 3 "),
+    ],
+)
+def test_refuses_before_anything_is_compiled_what_has_no_room(tiny, options, message):
+    model, params = tiny
+    with pytest.raises(ValueError, match=message):
+        make_rollout(model, Sampling(), **OPTIONS | options)(params, random_prompts(), jax.random.key(0))
+
+
+def test_completions_that_do_not_divide_over_the_mesh_are_refused(tiny):
+    model, params = tiny
+    rollout = make_rollout(model, Sampling(), **OPTIONS | {"group_size": 2}, mesh=make_mesh(data=4, fsdp=2))
+    with pytest.raises(ValueError, match=r"3 prompts x 2 samples do not divide over data x fsdp = 8 .* 5 prompts more"):
+        rollout(params, some(random_prompts(), slice(0, 3)), jax.random.key(0))
+
+
+def test_prompts_keep_their_shape_and_order(tiny):
+    model, params = tiny
+    prompts = random_prompts(5)  # the last set of which is filled up
+    rollout = make_rollout(model, Sampling(), **OPTIONS | {"group_size": 2, "max_completion_length": 8}, max_rows=4)
+    drawn = rollout(params, prompts, jax.random.key(0))
+    assert isinstance(prompts, Prompts)
+    np.testing.assert_array_equal(drawn.prompt_ids, np.repeat(np.asarray(prompts.ids), 2, axis=0))

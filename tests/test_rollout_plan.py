@@ -1,0 +1,54 @@
+"""Batch sizes and cache lengths."""
+
+import pytest
+
+from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.rollout.plan import STEPS, Chunks, Limits, Rung, make_ladder
+
+
+def test_a_ladder_halves_the_rows_and_keeps_at_least_eight():
+    assert make_ladder(32, 256, 8) == [
+        Rung(256, 32, 8),
+        Rung(128, 32, 8),
+        Rung(64, 32, 8),
+        Rung(32, 32, 8),
+        Rung(16, 16, 8),
+    ]
+    assert [rung.rows for rung in make_ladder(4, 36, 9)] == [36, 18, 9, 8]
+    assert make_ladder(1, 3, 3) == [Rung(3, 1, 3)]
+
+
+def test_a_prompts_places_never_exceed_the_rows():
+    assert make_ladder(1, 1024, 1024)[-1] == Rung(64, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks"),
+    [(1, Chunks(64, 1)), (48, Chunks(64, 1)), (100, Chunks(64, 2)), (256, Chunks(64, 4)), (1000, Chunks(256, 4))],
+)
+def test_a_completion_fits_its_chunks(length, chunks):
+    assert Chunks.of(length) == chunks
+    assert chunks.length * chunks.count >= length
+    assert chunks.length % STEPS == 0
+
+
+def test_programs_are_those_of_a_power_of_two_of_chunks():
+    assert [Chunks(64, 4).held(opened) for opened in (1, 2, 3, 4)] == [1, 2, 4, 4]
+    assert [Chunks(64, 3).held(opened) for opened in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):
+    prompts = pad_prompts([[3]] * 32, max_prompt_length=6, pad_id=0, index=range(32))
+    group = 8 * 64 * 256 + 6 * 256  # two layers of keys and values, 2 heads of 8, float32: 256 bytes a token
+
+    def at_once(**limits):
+        defaults = {"group_size": 8, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
+        return Limits(tiny[0], **defaults | limits).prompts_at_once(prompts)
+
+    assert at_once() == 32
+    assert at_once(cache_bytes=group) == 1
+    assert at_once(cache_bytes=5 * group + 1) == 5
+    assert at_once(max_rows=39) == 4
+    assert at_once(cache_bytes=12 * group, devices=4) == 12
+    assert at_once(cache_bytes=15 * group, devices=4) == 12
+    assert at_once(max_rows=100, devices=4) == 12
