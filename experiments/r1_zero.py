@@ -42,7 +42,7 @@ from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import Scores, weighted
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rollout import make_rollout
-from grpo_jax.run import Run, Stopped, count_compilations
+from grpo_jax.run import Run, Stopped, count_compilations, keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import param_shardings, replicated, shard_rows
@@ -230,6 +230,7 @@ MAY_CHANGE += ("save_every", "samples_every", "eval_every")
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    keep_programs()
     # What is called float32 is computed in float32, on a GPU or TPU too.
     exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
     with (

@@ -27,6 +27,7 @@ from grpo_jax.data.stop import stop_strings
 from grpo_jax.rollout import make_rollout
 from grpo_jax.rollout.plan import Limits
 from grpo_jax.rollout.steps import draw_tokens, start_cohort
+from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts, cache_columns
 
@@ -112,6 +113,7 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
         sys.stdout.flush()
 
     write = write or show
+    keep_programs()
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     policy = models.from_pretrained(config.model, dtype=jnp.dtype(dtype).type, param_dtype=jnp.dtype(dtype).type)
     if policy.tokenizer is None:

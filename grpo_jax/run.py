@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import platform
 import signal
 import time
@@ -265,15 +266,32 @@ def flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: 
     return flat
 
 
+def keep_programs() -> None:
+    """Have later runs on this host find the programs that this one compiles, in ``~/.cache/grpo_jax``.
+
+    JAX_COMPILATION_CACHE_DIR names another folder. Programs are kept for each host apart: one compiled for a processor
+    may not run on another.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path.home() / ".cache" / "grpo_jax" / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def count_compilations() -> Callable[[], int]:
-    """A function that says how many programs were compiled since this call."""
+    """A function that says how many programs were compiled since this call; those found again are not counted."""
     compiled = 0
 
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
+    def listen_for_requests(event: str, duration_secs: float, **_: Any) -> None:
         nonlocal compiled
         compiled += event == "/jax/core/compile/backend_compile_duration"
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    def listen_for_hits(event: str, **_: Any) -> None:
+        nonlocal compiled
+        compiled -= event == "/jax/compilation_cache/cache_hits"
+
+    jax.monitoring.register_event_duration_secs_listener(listen_for_requests)
+    jax.monitoring.register_event_listener(listen_for_hits)
     return lambda: compiled
 
 

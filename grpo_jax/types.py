@@ -95,6 +95,7 @@ class Model:
             it instead. Where tokens are drawn one by one, it is computed for several at a time.
         head: ``params -> [V, D]``, the output embedding.
         init_cache: ``(batch, length) -> cache``, empty.
+        first_columns: ``(cache, length) -> cache`` without the columns after that.
         join_columns: caches of the same rows -> one, their columns one after the other.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.
         max_length: tokens of the longest sequence the model was made for; None where that is not known.
@@ -104,6 +105,7 @@ class Model:
     turn: Callable[[Int[Array, "B S"]], Any]
     head: Callable[[Params], Float[Array, "V D"]]
     init_cache: Callable[[int, int], Cache]
+    first_columns: Callable[[Cache, int], Cache]
     join_columns: Callable[[Sequence[Cache]], Cache]
     logit_softcap: float | None = None
     max_length: int | None = None

@@ -88,6 +88,27 @@ def test_contexts_come_before_the_calls_own_tokens(decoder):
     assert jnp.abs(found - full[:, P:]).max() <= 1e-5 * jnp.abs(full).max()
 
 
+def test_rotations_may_be_computed_before(decoder):
+    _, model, params = decoder
+    ids = random_ids((2, 6))
+    positions = jnp.arange(6)[None, :] + jnp.array([[0], [5]])
+    plain, _ = model.apply(params, ids, positions)
+    turned = model.turn(positions)
+    assert all(leaf.shape[:2] == (2, 6) for leaf in jax.tree.leaves(turned))
+    np.testing.assert_allclose(model.apply(params, ids, turned)[0], plain, atol=1e-5 * np.abs(plain).max())
+
+
+def test_cuts_change_no_value(decoder):
+    config, model, params = decoder
+    ids = random_ids((2, 7))
+    mask = jnp.arange(7)[None, :] >= jnp.array([0, 4])[:, None]
+    plain, _ = model.apply(params, ids, positions_of(mask), mask)
+    in_parts = quick_jit(partial(build_model(config).apply, cuts=(3, 5)))
+    cut, _ = in_parts(params, ids, positions_of(mask), mask)
+    difference = jnp.where(mask[:, :, None], cut - plain, 0)
+    np.testing.assert_allclose(difference, 0, atol=1e-5 * np.abs(plain).max())
+
+
 def test_caches_are_joined_column_after_column(decoder):
     _, model, params = decoder
     ids = random_ids((2, 6))
@@ -98,6 +119,9 @@ def test_caches_are_joined_column_after_column(decoder):
         contexts = [Context(cache, 2 * i - start) for i, cache in enumerate(pieces)]
         _, cache = model.apply(params, ids[:, start : start + 2], positions[:, start : start + 2], contexts=contexts)
         pieces.append(cache)
+    jax.tree.map(np.testing.assert_array_equal, model.first_columns(pieces[0], 2), pieces[0])
+    begun = jax.tree.leaves(model.first_columns(whole, 2))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), begun, jax.tree.leaves(pieces[0]))
     joined = model.join_columns(pieces)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), joined, whole)
 

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import jax
@@ -175,3 +177,24 @@ def test_compilations_are_counted():
     f(x)
     f(x)
     assert count() == before + 1
+
+
+def test_programs_are_found_again_by_a_second_run_that_compiles_nothing(tmp_path):
+    code = """
+import jax
+from grpo_jax.run import count_compilations, keep_programs
+keep_programs()
+count = count_compilations()
+jax.jit(lambda x: x * 3 + 1)(jax.numpy.zeros(17))
+print(count())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "JAX_PERS"))}
+    environment |= {"HOME": str(tmp_path)}
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert run() > 0
+    assert run() == 0
+    assert list((tmp_path / ".cache" / "grpo_jax").iterdir())

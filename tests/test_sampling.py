@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import hypothesis.extra.numpy as hnp
@@ -12,7 +13,7 @@ from hypothesis import assume, given
 from oracle import f32, f64
 
 from grpo_jax.log_probs import token_log_probs
-from grpo_jax.sampling import Sampling, filter_logits, sample_token
+from grpo_jax.sampling import Sampling, adjust_logits, filter_logits, sample_token
 
 V = 12
 
@@ -263,6 +264,72 @@ def test_no_uniform_number_draws_a_removed_token(monkeypatch):
     np.testing.assert_allclose(log_probs, np.log(drawn), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "knobs", [{}, {"temperature": 0.8, "top_k": 200, "top_p": 0.9, "min_p": 0.002}], ids=["plain", "all"]
+)
+def test_a_million_draws_over_many_blocks_follow_the_exact_distribution(knobs):
+    """A vocabulary of several blocks, the last of them not whole; every filter; chi-square."""
+    size, batch, batches = 333, 50_000, 20
+    logits = f32(np.random.default_rng(3).normal(size=size) * 1.5)
+    p = oracle.sampling_distribution(logits, **knobs)
+    counts = np.zeros(size, int)
+    for seed in range(batches):
+        tokens, log_probs, _ = draw(keys_of(seed, batch), np.broadcast_to(logits, (batch, size)), Sampling(**knobs))
+        counts += np.bincount(np.asarray(tokens), minlength=size)
+    assert counts.sum() == 1_000_000
+    assert counts[p == 0].sum() == 0
+    assert (p == 0).any() == bool(knobs)
+    assert scipy.stats.chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue > 1e-6
+    np.testing.assert_allclose(log_probs, np.log(p[np.asarray(tokens)]), rtol=1e-4, atol=1e-5)
+
+
+# Penalties -----------------------------------------------------------------------------------------------------------
+
+
+def adjusted(logits, prompted=(), drawn=(), **knobs):
+    """One row of adjusted logits, where some tokens are in the prompt and some were drawn."""
+    seen = [jnp.zeros((1, len(logits)), bool).at[0, jnp.array(tokens, int)].set(True) for tokens in (prompted, drawn)]
+    options = {name: knobs.pop(name) for name in ("length", "eos_ids") if name in knobs}
+    return adjust_logits(
+        jnp.array([logits], jnp.float32), Sampling(**knobs), prompted=seen[0], drawn=seen[1], **options
+    )[0].tolist()
+
+
+def test_a_repetition_penalty_divides_what_is_above_0_and_multiplies_what_is_below():
+    found = adjusted([2.0, -2.0, 2.0, -2.0, 0.0], prompted=[0], drawn=[1, 4], repetition_penalty=2.0)
+    assert found == [1.0, -4.0, 2.0, -2.0, 0.0]
+
+
+def test_a_presence_penalty_is_subtracted_from_what_was_drawn_alone():
+    assert adjusted([1.0, 1.0, 1.0], prompted=[0], drawn=[1], presence_penalty=0.75) == [1.0, 0.25, 1.0]
+    assert adjusted([1.0, 1.0], drawn=[1], presence_penalty=-0.5) == [1.0, 1.5]
+
+
+def test_a_bias_is_added_and_may_rule_a_token_out():
+    assert adjusted([1.0, 1.0, 1.0], logit_bias=((2, -3.0), (0, -math.inf))) == [-math.inf, 1.0, -2.0]
+    with pytest.raises(ValueError, match=r"logit_bias names tokens \[3, 9\]; the vocabulary has 3"):
+        adjusted([1.0, 1.0, 1.0], logit_bias=((3, 1.0), (0, 1.0), (9, 1.0)))
+
+
+def test_no_ending_token_is_drawn_before_the_minimum_length():
+    short = {"min_length": 2, "eos_ids": (0, 2)}
+    assert adjusted([5.0, 1.0, 5.0], length=1, **short) == [-math.inf, 1.0, -math.inf]
+    assert adjusted([5.0, 1.0, 5.0], length=jnp.int32(2), **short) == [5.0, 1.0, 5.0]
+
+
+def test_penalties_come_before_the_bias_and_this_before_the_minimum_length():
+    found = adjusted(
+        [4.0, 4.0],
+        drawn=[0, 1],
+        repetition_penalty=2.0,
+        presence_penalty=1.0,
+        logit_bias=((0, 3.0), (1, 3.0)),
+        min_length=1,
+        eos_ids=(1,),
+    )
+    assert found == [4.0, -math.inf]  # 4 / 2 - 1 + 3
+
+
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +349,10 @@ def test_settings_are_hashable_and_equal_by_value_so_that_they_can_be_static():
         ({"top_k": 5}, True),
         ({"top_p": 0.99}, True),
         ({"min_p": 0.01}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": -0.1}, True),
+        ({"logit_bias": ((0, 1.0),)}, True),
+        ({"min_length": 1}, True),
     ],
 )
 def test_alters_policy_says_whether_the_distribution_is_not_the_policys_own(knobs, alters):
@@ -301,8 +372,27 @@ def test_alters_policy_says_whether_the_distribution_is_not_the_policys_own(knob
         ("min_p", -0.1, "at least 0 and below 1"),
         ("min_p", 1.0, "at least 0 and below 1"),
         ("min_p", float("nan"), "at least 0 and below 1"),
+        ("temperature", float("inf"), "0 .greedy. or above"),
+        ("repetition_penalty", 0.0, "above 0 .1 for none."),
+        ("repetition_penalty", float("nan"), "above 0 .1 for none."),
+        ("presence_penalty", float("inf"), "finite .0 for none."),
+        ("min_length", -1, "at least 0"),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_by_name_value_and_range(knob, value, right):
     with pytest.raises(ValueError, match=f"{knob} is {value}; it must be {right}"):
         Sampling(**{knob: value})
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (((-1, 0.0),), "0.0 for token -1; tokens start at 0"),
+        (((1, float("inf")),), "inf for token 1; tokens start at 0, biases are finite or -inf"),
+        (((1, float("nan")),), "nan for token 1"),
+        (((1, 0.0), (1, 2.0)), "names a token twice"),
+    ],
+)
+def test_a_bias_that_means_nothing_is_refused(bias, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(logit_bias=bias)

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_jax.sharding import divisors, make_mesh, param_shardings, shard_rows
+from grpo_jax.sharding import BATCH, divisors, make_mesh, param_shardings, shard_rows, take_rows
 
 
 def test_mesh_takes_the_devices_that_are_left():
@@ -69,3 +69,18 @@ def test_mesh_of_given_devices():
 
 def test_divisors():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+def test_rows_are_taken_within_each_devices_part():
+    x = jnp.arange(12).reshape(6, 2)
+    assert take_rows(x, jnp.array([[2, 0], [1, 1]])).tolist() == [[4, 5], [0, 1], [8, 9], [8, 9]]
+    assert take_rows(x[:, 0], jnp.array([[5]])).tolist() == [10]
+
+
+def test_taking_rows_moves_none_between_devices():
+    mesh = make_mesh(data=4, fsdp=2)
+    x = shard_rows(jnp.arange(32.0).reshape(16, 2), mesh)
+    rows = shard_rows(jnp.zeros((8, 1), jnp.int32), mesh)
+    program = jax.jit(take_rows, out_shardings=NamedSharding(mesh, BATCH)).lower(x, rows).compile()
+    assert program(x, rows).tolist() == x[::2].tolist()
+    assert not any(name in program.as_text() for name in ("all-gather", "all-to-all", "collective-permute"))

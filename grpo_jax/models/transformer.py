@@ -141,6 +141,9 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
             for _ in range(config.num_layers)
         ]
 
+    def first_columns(cache: Cache, length: int) -> Cache:
+        return [{"keys": entry["keys"][..., :length], "values": entry["values"][:, :, :length]} for entry in cache]
+
     def join_columns(caches: Sequence[Cache]) -> Cache:
         axes = {"keys": 3, "values": 2}
         return [
@@ -149,7 +152,14 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
         ]
 
     return Model(
-        apply, turn, head, init_cache, join_columns, config.logit_softcap, max_length=config.max_position_embeddings
+        apply,
+        turn,
+        head,
+        init_cache,
+        first_columns,
+        join_columns,
+        config.logit_softcap,
+        max_length=config.max_position_embeddings,
     )
 
 

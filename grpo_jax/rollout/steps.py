@@ -19,7 +19,7 @@ from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
 from grpo_jax.sampling import Sampling, adjust_logits, sample_token
 from grpo_jax.sharding import take_rows
-from grpo_jax.types import Cache, Context, Model, Params, Prompts, Rollout, cache_columns, pytree
+from grpo_jax.types import COLUMNS, Cache, Context, Model, Params, Prompts, Rollout, cache_columns, pytree
 
 UNUSED = 2**30
 """The first slot of a chunk that is there for its shape alone: above every token's, so that none looks at it."""
@@ -90,7 +90,11 @@ def start_cohort(
     """
     N, P = prompts.ids.shape
     V = jax.eval_shape(model.head, params).shape[0]
-    hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), prompts.mask)
+    # As the trainer reads it: cut off from a completion of which nothing is there yet, so that both round alike.
+    columns = jnp.pad(prompts.mask, ((0, 0), (0, COLUMNS)))
+    cache = model.init_cache(N, P + COLUMNS)
+    hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), columns, cache, 0, cuts=(P,))
+    cache = model.first_columns(cache, P)
     prompted = drawn = None
     if sampling.needs_prompted:
         real = jnp.where(prompts.mask, prompts.ids, V)
