@@ -200,9 +200,9 @@ def test_each_prompt_is_read_once_whatever_the_group(tiny):
     model, params = tiny
     rows = []
 
-    def counted(params, ids, *rest):
+    def counted(params, ids, *rest, **options):
         rows.append(ids.shape)
-        return model.apply(params, ids, *rest)
+        return model.apply(params, ids, *rest, **options)
 
     prompts = pad_prompts(PROMPTS, max_prompt_length=4, pad_id=PAD, index=range(4))
     spy = replace(model, apply=counted)
@@ -217,9 +217,9 @@ def test_decoding_stops_when_all_rows_have_ended(tiny):
     model, params = tiny
     calls = []
 
-    def counted(params, ids, *rest):
+    def counted(params, ids, *rest, **options):
         jax.debug.callback(lambda: calls.append(1))
-        return model.apply(params, ids, *rest)
+        return model.apply(params, ids, *rest, **options)
 
     spy = replace(model, apply=counted)
     options = {"group_size": 2, "max_completion_length": 500, "eos_ids": tuple(range(32)), "pad_id": PAD}

@@ -209,15 +209,14 @@ class View(NamedTuple):
     Attributes:
         rotation: of their positions.
         start: the column of the cache where the first of them is written.
-        cuts: where the columns of the cache (of the call's own keys, without one) are cut into parts.
-        allowed: which columns each may attend to.
+        allowed: which columns of the cache (of the call's own keys, without one) each may attend to, for each of the
+            parts that they are cut into.
         contexts: what comes before the cache.
     """
 
     rotation: Rotation
     start: int | Int[Array, ""]
-    cuts: Sequence[int]
-    allowed: Bool[Array, "M S C"]
+    allowed: Sequence[Bool[Array, "M S _"]]
     contexts: Sequence[Part]
 
 
@@ -247,11 +246,11 @@ class Attention(Layer):
         if entry is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(entry["keys"], keys, view.start, axis=3)
             values = jax.lax.dynamic_update_slice_in_dim(entry["values"], values, view.start, axis=2)
-        ends = [*view.cuts, keys.shape[3]]
-        own = [
-            Part(keys[..., a:b], values[:, :, a:b], view.allowed[..., a:b])
-            for a, b in zip([0, *view.cuts], ends, strict=True)
-        ]
+        own, first = [], 0
+        for allowed in view.allowed:
+            last = first + allowed.shape[2]
+            own.append(Part(keys[..., first:last], values[:, :, first:last], allowed))
+            first = last
         out = attend(queries, [*view.contexts, *own], c.attention_softcap).astype(self.dtype)
         out = out.transpose(0, 3, 1, 2, 4).reshape(-1, c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)

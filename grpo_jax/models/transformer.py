@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         slots = start + jnp.arange(S)
         allowed, allowed_of_contexts = {}, {}
         for window in set(c.windows):
-            allowed[window] = allowed_slots(mask, slots, 0, columns, window)
+            allowed[window] = jnp.split(allowed_slots(mask, slots, 0, columns, window), cuts, axis=2)
             allowed_of_contexts[window] = [
                 allowed_slots(context.mask, slots, context.start, context.cache[0]["values"].shape[2], window)
                 for context in contexts
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
                 Part(context.cache[i]["keys"], context.cache[i]["values"], columns, context.members, context.place)
                 for context, columns in zip(contexts, allowed_of_contexts[c.windows[i]], strict=True)
             ]
-            view = View(rotations[c.ropes.index(c.ropes[i])], start, cuts, allowed[c.windows[i]], before)
+            view = View(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before)
             x, entry = layer(x, view, None if cache is None else cache[i])
             entries.append(entry)
         return self.final_norm(x), entries
