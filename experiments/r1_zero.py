@@ -45,7 +45,14 @@ from grpo_jax.rollout import make_rollout
 from grpo_jax.run import Run, Stopped, count_compilations, keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
-from grpo_jax.sharding import param_shardings, replicated, shard_rows
+from grpo_jax.sharding import (
+    ROLLOUT_RULES,
+    bytes_on_devices,
+    make_reshard,
+    param_shardings,
+    replicated,
+    shard_rows,
+)
 from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, make_base
 from grpo_jax.train import (
     completion_log_probs,
@@ -281,6 +288,7 @@ def train(config: Config, run: Run) -> None:
     # The pieces: a rollout, a scorer and a train step, each one jitted function of arrays.
     group_sizes = {config.group_size, config.num_eval_samples}
     rollouts = {size: build_rollout(config, policy, mesh, size) for size in group_sizes}
+    to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     log_probs = partial(completion_log_probs, policy.model, temperature=config.sampling.temperature)
     scorer = make_scorer(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
     optimizer, schedule = config.optimizer.build(
@@ -304,6 +312,7 @@ def train(config: Config, run: Run) -> None:
 
     def evaluated(step: int) -> dict[str, float]:
         key = jax.random.fold_in(evaluation, step)
+        params = to_rollout(state.params)
         with run.progress.phase("evaluation", len(held_out)) as phase:
 
             def report(done: int) -> None:
@@ -312,7 +321,7 @@ def train(config: Config, run: Run) -> None:
 
             metrics = evaluate.held_out(
                 held_out,
-                lambda prompts: rollouts[config.num_eval_samples](state.params, shard_rows(prompts, mesh), key),
+                lambda prompts: rollouts[config.num_eval_samples](params, shard_rows(prompts, mesh), key),
                 decode,
                 held_out_accuracy,
                 num_prompts=config.num_prompts,
@@ -332,7 +341,12 @@ def train(config: Config, run: Run) -> None:
             started = time.monotonic()
             index, chosen = next(batches)
             prompts = shard_rows(problems.padded(index), mesh)
-            rollout = rollouts[config.group_size](state.params, prompts, jax.random.fold_in(noise, step))
+            params = jax.block_until_ready(to_rollout(state.params))
+            moved = time.monotonic()
+            rollout = rollouts[config.group_size](params, prompts, jax.random.fold_in(noise, step))
+            drawn = time.monotonic()
+            reshard_bytes = 0 if params is state.params else bytes_on_devices(params)
+            del params  # not in memory beside the update
 
             lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)
             completions = decode(rollout)
@@ -364,6 +378,10 @@ def train(config: Config, run: Run) -> None:
                 "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
                 "num_tokens": num_tokens,
                 "tokens_per_second": float(lengths.sum() / seconds),
+                "rollout_time": drawn - moved,
+                "rollout_tokens_per_second": float(lengths.sum() / (drawn - moved)),
+                "reshard_time": moved - started,
+                "reshard_bytes": reshard_bytes,
                 "step_time": seconds,
                 "compilations": compilations(),
             }

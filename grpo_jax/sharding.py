@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,6 +34,11 @@ PARAM_RULES = (
     (r"/scale$", P()),
 )
 """Parameter path -> how its dimensions lie on the mesh; the first pattern found in the path holds."""
+
+ROLLOUT_RULES = tuple(
+    (pattern, P(*(None if axes == "fsdp" else axes for axes in spec))) for pattern, spec in PARAM_RULES
+)
+"""The same for sampling: whole over ``data`` and ``fsdp``, so that nothing is gathered for each token."""
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -101,6 +107,38 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     if problems:
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
     return shardings
+
+
+def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
+    """A function ``params -> params`` in another layout and precision, as one jitted step.
+
+    Parameters that lie so already are given back as they are, without a copy. The new ones are the caller's: dropped
+    before the next are made, they are in memory once.
+
+    Args:
+        shardings: a tree of shardings like the parameters'.
+        dtype: of the matrices; norms' scales are computed with in the precision they are stored in.
+    """
+
+    def precision(x: Array) -> Any:
+        return dtype if x.ndim > 1 else x.dtype
+
+    @partial(jax.jit, out_shardings=shardings)
+    def move(params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(precision(x)), params)
+
+    def reshard(params: Params) -> Params:
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+        if all(x.dtype == precision(x) and x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs):
+            return params
+        return move(params)
+
+    return reshard
+
+
+def bytes_on_devices(tree: Any) -> int:
+    """What the arrays of a tree take on all devices together."""
+    return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

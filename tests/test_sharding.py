@@ -2,10 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_jax.sharding import BATCH, divisors, make_mesh, param_shardings, shard_rows, take_rows
+from grpo_jax.sharding import (
+    BATCH,
+    ROLLOUT_RULES,
+    bytes_on_devices,
+    divisors,
+    make_mesh,
+    make_reshard,
+    param_shardings,
+    shard_rows,
+    take_rows,
+)
 
 
 def test_mesh_takes_the_devices_that_are_left():
@@ -84,3 +95,29 @@ def test_taking_rows_moves_none_between_devices():
     program = jax.jit(take_rows, out_shardings=NamedSharding(mesh, BATCH)).lower(x, rows).compile()
     assert program(x, rows).tolist() == x[::2].tolist()
     assert not any(name in program.as_text() for name in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_parameters_are_moved_from_the_training_to_the_rollout_layout(tiny):
+    _, params = tiny
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    trained = jax.device_put(params, param_shardings(params, mesh))
+    wanted = param_shardings(params, mesh, ROLLOUT_RULES)
+    moved = make_reshard(wanted, jnp.float32)(trained)
+    jax.tree.map(np.testing.assert_array_equal, moved, params)
+    assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), moved, wanted))
+    kernel = moved["layers_0"]["attention"]["q"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, "tensor", None)
+    assert "fsdp" not in str([x.sharding.spec for x in jax.tree.leaves(moved)])
+    assert bytes_on_devices(moved) > 1.9 * bytes_on_devices(trained)
+    small = make_reshard(wanted, jnp.bfloat16)(trained)
+    assert {x.dtype for x in jax.tree.leaves(small) if x.ndim > 1} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(small) if x.ndim == 1} == {jnp.dtype(jnp.float32)}
+    assert bytes_on_devices(moved) / 2 <= bytes_on_devices(small) < 0.52 * bytes_on_devices(moved)
+
+
+def test_parameters_that_lie_right_already_are_not_copied(tiny):
+    _, params = tiny
+    mesh = make_mesh(data=8)
+    trained = jax.device_put(params, param_shardings(params, mesh))
+    moved = make_reshard(param_shardings(params, mesh, ROLLOUT_RULES), jnp.float32)(trained)
+    assert moved is trained
