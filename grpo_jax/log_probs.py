@@ -1,4 +1,7 @@
-"""The one definition of logits, token log-probability and entropy, shared by sampler and trainer.
+"""The one definition of logits, token log-probability and entropy.
+
+The sampler has its logits from here; its log-probability comes with the draw (``sampling.sample_token``), and the tests
+hold it to ``token_log_probs``.
 
 ``token_log_probs`` and ``token_entropy`` work on logits. ``chunked_log_probs`` works on hidden states and never holds
 the logits of more than one chunk of tokens, forward or backward: at a vocabulary of 150,000 the logits of a training

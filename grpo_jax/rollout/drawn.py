@@ -20,7 +20,7 @@ class RolloutStats:
         row_steps: rows times steps that were computed for them.
         dispatches: of ``STEPS`` steps each.
         cohorts: sets of prompts that were read together, and pools of what was left of them.
-        cache_bytes: the most that keys and values took at a time.
+        cache_bytes: the most that the keys and values of one cohort took in a dispatch.
     """
 
     tokens: int = 0

@@ -45,11 +45,12 @@ def make_rollout(
         max_completion_length: T, in tokens, the ending one included.
         eos_ids: any of these ends a completion.
         pad_id: what ``completion_ids`` holds after the end; it has no other meaning.
-        stop: ends completions by what they say, such as ``data.prompts.stop_strings``: from the ids of a completion and
+        stop: ends completions by what they say, such as ``data.stop.stop_strings``: from the ids of a completion and
             the number of them that were looked at before, to its length where it ends, or None. The ids stay as drawn.
         max_rows: the most completions that are drawn at once.
-        cache_bytes: the most that their keys and values may take, over all devices; while a batch is made smaller the
-            old and the new one are there together, which takes up to half as much again.
+        cache_bytes: the most that the keys and values of one set of prompts may take, over all devices. Room for more
+            is needed beside it: while a batch is made smaller the old and the new one are there together, and what is
+            left of earlier sets waits.
         mesh: rows are split over its ``data`` and ``fsdp`` axes, heads over ``tensor`` where they divide.
         ahead: dispatches that are sent before the host looks at what an earlier one drew, so that a device need not
             wait. Default: none on CPU, one elsewhere.
@@ -57,7 +58,7 @@ def make_rollout(
 
     Returns:
         A function that raises ``ValueError``, before anything is compiled, for prompts that leave no room for a
-        completion, for a group that does not fit, and for prompts that do not divide over the mesh.
+        completion, for a group that does not fit, and for completions that do not divide over the mesh.
 
     Raises:
         ValueError: a group_size or max_completion_length below 1, or no eos_ids.
