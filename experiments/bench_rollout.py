@@ -32,7 +32,7 @@ import tyro
 from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.layers import Norm, rotate, rotation
-from grpo_jax.rollout import RolloutStats, generate, make_rollout
+from grpo_jax.rollout import RolloutStats, Sampler, generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts
 
@@ -88,7 +88,9 @@ class Config:
     model: Literal[tuple(SHAPES)] = "small"  # pyright: ignore[reportInvalidTypeForm]
     """Shape of the model; its weights are random."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of weights, computation and cache."""
+    """Precision of weights and computation."""
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """What ours keeps keys and values in. Default: dtype."""
     rows: int = 256
     """Completions in all."""
     group_size: int = 8
@@ -173,6 +175,7 @@ def main(config: Config) -> None:
         "device": jax.devices()[0].device_kind,
         "model": config.model,
         "dtype": config.dtype,
+        "cache_dtype": config.cache_dtype or config.dtype,
         "rows": config.rows,
         "group_size": config.group_size,
         "prompt_length": config.prompt_length,
@@ -209,16 +212,17 @@ def timed(draw: Callable[[], np.ndarray]) -> tuple[float, float, int]:
 
 def engine(config: Config, decoder: DecoderConfig, params, prompts, key, stats: list[RolloutStats]) -> Work:
     """What is measured."""
-    rollout = make_rollout(
+    sampler = Sampler(
         build_model(decoder, dtype=jnp.dtype(config.dtype).type),
         Sampling(),
         group_size=config.group_size,
         max_completion_length=config.max_completion_length,
         eos_ids=config.eos_ids,
         pad_id=0,
+        cache_dtype=config.cache_dtype,
         report=stats.append,
     )
-    return Work("ours", lambda: np.asarray(rollout(params, prompts, key).completion_mask.sum(1)))
+    return Work("ours", lambda: np.asarray(sampler(params, prompts, key).completion_mask.sum(1)))
 
 
 def plain(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work:

@@ -41,7 +41,7 @@ from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import Scores, weighted
 from grpo_jax.rewards.format import format_reward
-from grpo_jax.rollout import make_rollout
+from grpo_jax.rollout import Sampler
 from grpo_jax.run import Run, Stopped, count_compilations, keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
@@ -285,9 +285,9 @@ def train(config: Config, run: Run) -> None:
     problems, held_out = encode(problems, policy, config, run), encode(held_out, policy, config, run)
     batches = ProblemIterator(problems.problems, num_prompts=config.num_prompts, seed=config.seed)
 
-    # The pieces: a rollout, a scorer and a train step, each one jitted function of arrays.
+    # The pieces: a sampler, a scorer and a train step, each one jitted function of arrays.
     group_sizes = {config.group_size, config.num_eval_samples}
-    rollouts = {size: build_rollout(config, policy, mesh, size) for size in group_sizes}
+    samplers = {size: build_sampler(config, policy, mesh, size) for size in group_sizes}
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     log_probs = partial(completion_log_probs, policy.model, temperature=config.sampling.temperature)
     scorer = make_scorer(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
@@ -319,12 +319,13 @@ def train(config: Config, run: Run) -> None:
                 phase.update(done)
                 run.stop_if_requested()
 
+            every = [held_out.padded(range(len(held_out)))]
+            drawn = samplers[config.num_eval_samples].stream(params, every, key, num_prompts=config.num_prompts)
             metrics = evaluate.held_out(
                 held_out,
-                lambda prompts: rollouts[config.num_eval_samples](params, shard_rows(prompts, mesh), key),
+                drawn,
                 decode,
                 held_out_accuracy,
-                num_prompts=config.num_prompts,
                 group_size=config.num_eval_samples,
                 report=report,
             )
@@ -343,7 +344,7 @@ def train(config: Config, run: Run) -> None:
             prompts = shard_rows(problems.padded(index), mesh)
             params = jax.block_until_ready(to_rollout(state.params))
             moved = time.monotonic()
-            rollout = rollouts[config.group_size](params, prompts, jax.random.fold_in(noise, step))
+            rollout = samplers[config.group_size](params, prompts, jax.random.fold_in(noise, step))
             drawn = time.monotonic()
             reshard_bytes = 0 if params is state.params else bytes_on_devices(params)
             del params  # not in memory beside the update
@@ -449,9 +450,8 @@ def encode(problems: list[Problem], policy: models.Pretrained, config: Config, r
     return encoded
 
 
-def build_rollout(config: Config, policy: models.Pretrained, mesh: Mesh, group_size: int):
-    """A function ``(params, prompts, key) -> Rollout``."""
-    return make_rollout(
+def build_sampler(config: Config, policy: models.Pretrained, mesh: Mesh, group_size: int) -> Sampler:
+    return Sampler(
         policy.model,
         config.sampling,
         group_size=group_size,

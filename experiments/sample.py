@@ -11,28 +11,25 @@ Text is shown as it is drawn. Several samples of one prompt are drawn together a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
+from jaxtyping import Array
 
 from grpo_jax import models
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.stop import stop_strings
-from grpo_jax.rollout import make_rollout
-from grpo_jax.rollout.plan import Limits
-from grpo_jax.rollout.steps import draw_tokens, start_cohort
+from grpo_jax.rollout import Sampler
+from grpo_jax.rollout.engine import StopFn
 from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
-from grpo_jax.types import Prompts, cache_columns
+from grpo_jax.types import Prompts
 
 PROMPT_BUCKET = 64
-STEPS = 4
 HALF_A_CHARACTER = "\ufffd"
 
 
@@ -123,7 +120,7 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
     begin = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     said = list(begin)
     key = jax.random.key(config.seed)
-    draw_one, draw_several = build(config, policy, sampling, stop)
+    draw = build(config, policy, sampling, stop)
     for turn in range(sys.maxsize):
         text = config.prompt if config.prompt is not None else ask(read)
         if not text:
@@ -134,22 +131,17 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
         told = [*said, {"role": "user", "content": text}]
         try:
             prompts = encode(policy, told if config.chat else text, index=turn)
-            if config.num_samples == 1:
-                answer = ""
-                for piece in draw_one(prompts, key):
-                    write(piece)
-                    answer += piece
-                write("\n")
-            else:
-                answers = draw_several(prompts, key)
-                answer = answers[0]
-                write("".join(f"--- {i}\n{each}\n" for i, each in enumerate(answers, 1)))
+            answers = draw(prompts, key, write)
         except ValueError as error:
             if config.prompt is not None:
                 raise
             write(f"{error}\n")  # a prompt that cannot be answered does not end a conversation
             continue
-        said = [*told, {"role": "assistant", "content": answer}]
+        if config.num_samples == 1:
+            write("\n")
+        else:
+            write("".join(f"--- {i}\n{each}\n" for i, each in enumerate(answers, 1)))
+        said = [*told, {"role": "assistant", "content": answers[0]}]
         if config.prompt is not None:
             return
 
@@ -183,61 +175,43 @@ def encode(policy: models.Pretrained, prompt: str | list[dict[str, str]], index:
     return pad_prompts([ids], max_prompt_length=length, pad_id=policy.pad_id, index=[index])
 
 
-def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop):
-    """Functions of prompts and a key: one gives the pieces of an answer as they are drawn, one several answers."""
-    model, eos_ids, tokenizer = policy.model, policy.eos_ids, policy.tokenizer
+def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: StopFn | None):
+    """A function ``(prompts, key, show) -> answers``; a single answer is shown in pieces, as it is drawn."""
+    eos_ids, tokenizer = policy.eos_ids, policy.tokenizer
     assert tokenizer is not None
-    T = config.max_completion_length or min(512, (model.max_length or 1024) // 2)
-    rollout = make_rollout(
-        model,
+    sampler = Sampler(
+        policy.model,
         sampling,
         group_size=config.num_samples,
-        max_completion_length=T,
+        max_completion_length=config.max_completion_length or min(512, (policy.model.max_length or 1024) // 2),
         eos_ids=eos_ids,
         pad_id=policy.pad_id,
         stop=stop,
-    )
-    limits = Limits(model, 1, T, devices=1, max_rows=None, cache_bytes=None)
-    start = jax.jit(partial(start_cohort, model, sampling=sampling, group_size=1, chunk=cache_columns(T)))
-    advance = jax.jit(
-        partial(draw_tokens, model, sampling=sampling, eos_ids=eos_ids, count=STEPS), donate_argnames="state"
     )
 
     def text_of(ids: list[int]) -> str:
         shown = ids[:-1] if ids and ids[-1] in eos_ids else ids
         return tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def draw_one(prompts, key) -> Iterator[str]:
-        limits.prompts_at_once(prompts)
-        cohort, state = start(policy.params, prompts, key)
-        ids, shown = [], ""
-        while len(ids) < T:
-            state, tokens, _ = advance(policy.params, cohort=cohort, state=state)
-            seen, ended = len(ids), False
-            for token in np.asarray(tokens)[: T - seen, 0].tolist():
-                ids.append(token)
-                ended = token in eos_ids
-                if ended:
-                    break
-            length = stop(ids, seen) if stop else None
-            ids = ids[:length]
-            ended = ended or length is not None or len(ids) == T
-            text = text_of(ids)
-            if ended or not text.endswith(HALF_A_CHARACTER):
-                yield text[len(shown) :]
-                shown = text
-            if ended:
-                return
+    def draw(prompts: Prompts, key: Array, show: Callable[[str], Any]) -> list[str]:
+        ids: list[list[int]] = [[] for _ in range(config.num_samples)]
+        shown = 0
 
-    def draw_several(prompts, key) -> list[str]:
-        drawn = rollout(policy.params, prompts, key)
-        lengths = np.asarray(drawn.completion_mask.sum(1))
-        return [
-            text_of(ids[:length].tolist())
-            for ids, length in zip(np.asarray(drawn.completion_ids), lengths, strict=True)
-        ]
+        def watch(row: int, new: Sequence[int]) -> None:
+            nonlocal shown
+            ids[row] += new
+            text = text_of(ids[row])
+            if config.num_samples == 1 and not text.endswith(HALF_A_CHARACTER):
+                show(text[shown:])
+                shown = len(text)
 
-    return draw_one, draw_several
+        sampler(policy.params, prompts, key, watch=watch)
+        answers = [text_of(each) for each in ids]
+        if config.num_samples == 1:
+            show(answers[0][shown:])
+        return answers
+
+    return draw
 
 
 if __name__ == "__main__":

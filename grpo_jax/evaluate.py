@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.rewards.answer import canonical_answer, extract_answer
 from grpo_jax.rewards.compose import RewardFn
-from grpo_jax.types import Prompts, Rollout
+from grpo_jax.types import Rollout
 
 
 def pass_at_k(correct: Bool[Array, "N G"], k: int) -> Float[Array, ""]:
@@ -78,28 +78,24 @@ def identify_answers(answers: Sequence[Sequence[str | None]]) -> Int[Array, "N G
 
 def held_out(
     problems: EncodedProblems,
-    rollout: Callable[[Prompts], Rollout],
+    drawn: Iterable[tuple[int, Rollout]],
     decode: Callable[[Rollout], list[str]],
     reward: RewardFn,
     *,
-    num_prompts: int,
     group_size: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """Draw ``group_size`` completions of every held-out problem, in batches of one shape, and grade them.
+    """Grade ``group_size`` completions of every held-out problem.
 
-    A completion is right if its reward is 1; a problem with a sample whose reward is absent (None) is not counted. The
-    last batch is filled up with problems that were drawn before; what is
-    drawn for those again is not looked at.
+    A completion is right if its reward is 1; a problem with a sample whose reward is absent (None) is not counted.
 
     Args:
         problems: what is asked.
-        rollout: from ``num_prompts`` prompts to ``group_size`` completions of each.
+        drawn: the place of each problem and its completions, in any order, as ``Sampler.stream`` hands them on.
         decode: from completions to their texts.
         reward: called with the prompts' texts, the completions and the problems' columns.
-        num_prompts: problems a batch.
         group_size: G, samples for each problem.
-        report: called with the number of problems done after each batch.
+        report: called with the number of problems done after each.
 
     Returns:
         ``eval/pass@1``, ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens; with
@@ -108,32 +104,28 @@ def held_out(
     Raises:
         ValueError: no problem could be graded.
     """
-    answers, scores, lengths = [], [], []
-    for start in range(0, len(problems), num_prompts):
-        index = np.arange(start, start + num_prompts)
-        drawn = rollout(problems.padded(index % len(problems), index))
-        index = index[index < len(problems)]
-        rows = len(index) * group_size
-        texts = decode(drawn)[:rows]
-        prompts = [problems.texts[i] for i in index for _ in range(group_size)]
-        columns = reward_columns([problems.problems[i] for i in index], group_size=group_size)
-        scores += reward(prompts, texts, **columns)
-        answers += [[extract_answer(text) for text in texts[i : i + group_size]] for i in range(0, rows, group_size)]
-        lengths.append(np.asarray(drawn.completion_mask.sum(1))[:rows])
-        report(start + len(index))
-    rows = [scores[i : i + group_size] for i in range(0, len(scores), group_size)]
-    graded = [i for i, row in enumerate(rows) if None not in row]
+    answers: dict[int, list[str | None]] = {}
+    scores: dict[int, list[float | None]] = {}
+    lengths = []
+    for place, completions in drawn:
+        texts = decode(completions)
+        columns = reward_columns([problems.problems[place]], group_size=group_size)
+        scores[place] = list(reward([problems.texts[place]] * group_size, texts, **columns))
+        answers[place] = [extract_answer(text) for text in texts]
+        lengths.append(np.asarray(completions.completion_mask).sum(1))
+        report(len(scores))
+    graded = sorted(place for place, row in scores.items() if None not in row)
     if not graded:
-        raise ValueError(f"the reward graded all samples of none of the {len(rows)} held-out problems")
-    is_right = jnp.array([[score == 1 for score in rows[i]] for i in graded])
-    chosen = identify_answers([answers[i] for i in graded])
+        raise ValueError(f"the reward graded all samples of none of the {len(scores)} held-out problems")
+    is_right = jnp.array([[score == 1 for score in scores[place]] for place in graded])
+    chosen = identify_answers([answers[place] for place in graded])
     metrics = {
         "eval/pass@1": float(pass_at_k(is_right, 1)),
         f"eval/maj@{group_size}": float(maj_at_k(chosen, is_right, group_size)),
         "eval/mean_length": float(np.concatenate(lengths).mean()),
     }
-    if len(graded) < len(rows):
-        metrics["eval/frac_ungraded"] = 1 - len(graded) / len(rows)
+    if len(graded) < len(scores):
+        metrics["eval/frac_ungraded"] = 1 - len(graded) / len(scores)
     return metrics
 
 

@@ -94,7 +94,8 @@ class Model:
         turn: ``positions [B, S] -> tree`` of what ``apply`` needs of them, each leaf ``[B, S, ...]``; ``apply`` takes
             it instead. Where tokens are drawn one by one, it is computed for several at a time.
         head: ``params -> [V, D]``, the output embedding.
-        init_cache: ``(batch, length) -> cache``, empty.
+        init_cache: ``(batch, length, dtype) -> cache``, empty. ``dtype`` None is the model's own precision; a coarser
+            one rounds keys and values as they are written, and attention reads the rounded ones.
         first_columns: ``(cache, length) -> cache`` without the columns after that.
         join_columns: caches of the same rows -> one, their columns one after the other.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.
@@ -104,7 +105,7 @@ class Model:
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
     turn: Callable[[Int[Array, "B S"]], Any]
     head: Callable[[Params], Float[Array, "V D"]]
-    init_cache: Callable[[int, int], Cache]
+    init_cache: Callable[..., Cache]
     first_columns: Callable[[Cache, int], Cache]
     join_columns: Callable[[Sequence[Cache]], Cache]
     logit_softcap: float | None = None

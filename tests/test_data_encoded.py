@@ -42,7 +42,6 @@ def test_padded(tokenizer):
     assert prompts.index.tolist() == [2, 0]
     assert prompts.mask.tolist() == [[False, False, True, True, True, True]] * 2
     assert tokenizer.decode(prompts.ids[0][prompts.mask[0]]) == "5+1="
-    assert encoded.padded([2, 2], [7, 8]).index.tolist() == [7, 8]
 
 
 def test_an_empty_prompt_is_named(tokenizer):
@@ -72,23 +71,19 @@ def test_an_ending_token_elsewhere_and_other_special_tokens_stay(tokenizer):
 
 
 def test_held_out_counts_every_problem_once(tokenizer):
-    """Three problems in batches of two: what is drawn for the one that fills the last batch is not looked at."""
     encoded = encode(tokenizer)
-    answers = {0: ["3", "3", "1"], 1: ["8", "2", "2"], 2: ["6", "6", "5"], 3: ["9", "9", "9"]}
-    drawn, done = [], []
+    answers = {2: ["6", "6", "5"], 0: ["3", "3", "1"], 1: ["8", "2", "2"]}  # in the order they ended
+    done = []
 
-    def rollout(prompts):
-        drawn.append(prompts.index.tolist())
-        return rollout_of(
-            tokenizer, [f"<answer>{text}</answer>" for i in prompts.index.tolist() for text in answers[i]]
-        )
+    def drawn():
+        for place, texts in answers.items():
+            yield place, rollout_of(tokenizer, [f"<answer>{text}</answer>" for text in texts])
 
     def decode(rollout):
         return decode_completions(tokenizer, rollout, (EOS,))
 
-    metrics = held_out(encoded, rollout, decode, answer_reward, num_prompts=2, group_size=3, report=done.append)
-    assert drawn == [[0, 1], [2, 3]]
-    assert done == [2, 3]
+    metrics = held_out(encoded, drawn(), decode, answer_reward, group_size=3, report=done.append)
+    assert done == [1, 2, 3]
     assert metrics["eval/pass@1"] == pytest.approx(5 / 9)
     assert metrics["eval/maj@3"] == pytest.approx(2 / 3)
     assert metrics["eval/mean_length"] == 4
@@ -98,8 +93,8 @@ def test_held_out_counts_every_problem_once(tokenizer):
         scores = answer_reward(prompts, completions, **columns)
         return [None if "2" in completion else score for completion, score in zip(completions, scores, strict=True)]
 
-    metrics = held_out(encoded, rollout, decode, ungraded, num_prompts=2, group_size=3)
+    metrics = held_out(encoded, drawn(), decode, ungraded, group_size=3)
     assert metrics["eval/frac_ungraded"] == pytest.approx(1 / 3)
     assert metrics["eval/pass@1"] == pytest.approx(4 / 6)
     with pytest.raises(ValueError, match="none of the 3 held-out problems"):
-        held_out(encoded, rollout, decode, lambda p, c, **_: [None] * len(c), num_prompts=2, group_size=3)
+        held_out(encoded, drawn(), decode, lambda p, c, **_: [None] * len(c), group_size=3)

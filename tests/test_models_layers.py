@@ -15,9 +15,11 @@ from grpo_jax.models.layers import (
     Part,
     allowed_slots,
     attend,
+    quantized,
     rope_frequencies,
     rotate,
     rotation,
+    written,
 )
 
 LLAMA3 = Rope(5e5, "llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192.0)
@@ -92,9 +94,14 @@ def test_slots_before_the_calls_own_and_after_it():
     assert allowed_slots(None, now, jnp.int32(2**30), 3, None).tolist() == [[[False, False, False]]]
 
 
+def part(keys, values, allowed, *sharing):
+    """Keys with their columns before their components, as they are written by hand here."""
+    return Part({"keys": jnp.swapaxes(keys, 2, 3), "values": values}, allowed, *sharing)
+
+
 def attend_to_one(queries, keys, values, allowed, softcap):
     """Attention in one part."""
-    return attend(queries, [Part(jnp.swapaxes(keys, 2, 3), values, allowed)], softcap)
+    return attend(queries, [part(keys, values, allowed)], softcap)
 
 
 def attend_in_numpy(queries, keys, values, allowed, softcap):
@@ -157,7 +164,7 @@ def test_attention_in_parts_is_attention_to_all_of_them():
     parts = [slice(0, 4), slice(4, 7), slice(7, 9)]
 
     def in_parts(queries, keys, values):
-        cut = [Part(jnp.swapaxes(keys[:, :, p], 2, 3), values[:, :, p], allowed[:, :, p]) for p in parts]
+        cut = [part(keys[:, :, p], values[:, :, p], allowed[:, :, p]) for p in parts]
         return attend(queries, cut, 1.5)
 
     found = quick_jit(in_parts)(queries, keys, values)
@@ -174,7 +181,7 @@ def test_keys_are_shared_by_adjacent_rows_or_by_those_named():
     allowed = jnp.asarray(rng.random((2, 1, 5)) < 0.7).at[:, :, 0].set(True)
 
     def shared(queries, members=None, place=None):
-        return attend(queries, [Part(jnp.swapaxes(keys, 2, 3), values, allowed, members, place)], None)
+        return attend(queries, [part(keys, values, allowed, members, place)], None)
 
     adjacent = quick_jit(shared)(queries)
     each = [np.repeat(np.asarray(x), 3, axis=0) for x in (keys, values, allowed)]
@@ -204,3 +211,42 @@ def test_an_id_outside_the_vocabulary_gets_the_nearest_row():
     table = jnp.arange(6.0).reshape(3, 2)
     found = Embedding(3, 2, jnp.float32).apply({"params": {"embedding": table}}, jnp.array([[-5, 1, 99]]))
     np.testing.assert_array_equal(found, table[jnp.array([[0, 1, 2]])])
+
+
+# Keys and values in int8 -------------------------------------------------------------------------------------------
+
+
+def test_int8_is_off_by_at_most_half_a_step():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16, 64)) * 10.0 ** np.linspace(-6, 6, 64)[None, None, None])
+    x = x.astype(jnp.float32).at[0, 0, :, 0].set(0)
+    whole, scales = quantized(x, axis=2)
+    assert whole.dtype == jnp.int8
+    assert scales.shape == (2, 3, 64)
+    error = np.abs(np.asarray(whole, np.float64) * np.asarray(scales)[:, :, None] - np.asarray(x))
+    # With the rounding of a division and of a product in float32.
+    assert (error <= np.asarray(scales)[:, :, None] * (0.5 + 1e-4)).all()
+    assert (np.abs(np.asarray(whole)).max(2) == 127).sum() == 2 * 3 * 64 - 1  # all but the zeros
+    assert not np.asarray(whole)[0, 0, :, 0].any()
+
+
+def test_attention_to_int8_is_attention_to_what_it_stands_for():
+    rng = np.random.default_rng(0)
+    queries = jnp.asarray(rng.normal(size=(2, 3, 2, 4, 16)), jnp.float32)
+    own = {
+        "keys": jnp.asarray(rng.normal(size=(2, 3, 16, 64)), jnp.float32),
+        "values": jnp.asarray(rng.normal(size=(2, 3, 64, 16)), jnp.float32),
+    }
+    (keys, key_scales), (values, value_scales) = quantized(own["keys"], axis=2), quantized(own["values"], axis=3)
+    empty = {name: jnp.zeros_like(x) for name, x in own.items()} | {"keys": jnp.zeros_like(keys)}
+    empty |= {"values": jnp.zeros_like(values)}
+    empty |= {"key_scales": jnp.zeros_like(key_scales), "value_scales": jnp.zeros_like(value_scales)}
+    entry = written(empty, own, 0)
+    stands_for = {
+        "keys": keys.astype(jnp.float32) * key_scales[:, :, None, :],
+        "values": values.astype(jnp.float32) * value_scales[:, :, :, None],
+    }
+    allowed = jnp.asarray(rng.random((2, 4, 64)) < 0.7)
+    found = attend(queries, [Part(entry, allowed)], None)
+    np.testing.assert_allclose(found, attend(queries, [Part(stands_for, allowed)], None), atol=1e-5)
+    exact = attend(queries, [Part(own, allowed)], None)
+    assert 1e-4 < np.abs(np.asarray(found - exact)).max() < 2e-2

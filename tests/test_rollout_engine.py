@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.rollout import generate, make_rollout, make_stream
+from grpo_jax.rollout import Sampler, generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import make_mesh, param_shardings, shard_rows
 from grpo_jax.train import completion_log_probs
@@ -70,7 +70,7 @@ def same(found, wanted):
 def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, cohorts):
     model, params = tiny
     stats = []
-    rollout = make_rollout(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
+    rollout = Sampler(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
     same(rollout(params, random_prompts(), jax.random.key(KEY)), expected[Sampling()])
     assert stats[0].cohorts == cohorts
     assert stats[0].tokens == int(expected[Sampling()].completion_mask.sum())
@@ -78,7 +78,7 @@ def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, cohorts
 
 def test_every_filter_and_penalty_follows_its_rows(tiny, expected):
     model, params = tiny
-    rollout = make_rollout(model, EVERYTHING, **OPTIONS, max_rows=64)
+    rollout = Sampler(model, EVERYTHING, **OPTIONS, max_rows=64)
     found = rollout(params, random_prompts(), jax.random.key(KEY))
     same(found, expected[EVERYTHING])
     ids, lengths = np.asarray(found.completion_ids), np.asarray(found.completion_mask.sum(1))
@@ -90,7 +90,7 @@ def test_t14_devices_do_not_change_what_is_drawn(tiny, expected):
     model, params = tiny
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     sharded = jax.device_put(params, param_shardings(params, mesh))
-    rollout = make_rollout(model, Sampling(), **OPTIONS, mesh=mesh)
+    rollout = Sampler(model, Sampling(), **OPTIONS, mesh=mesh)
     found = rollout(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
     same(found, expected[Sampling()])
     assert len(found.completion_ids.sharding.device_set) == 8
@@ -99,7 +99,7 @@ def test_t14_devices_do_not_change_what_is_drawn(tiny, expected):
 
 def test_t15_sampler_and_trainer_agree(tiny):
     model, params = tiny
-    rollout = make_rollout(model, Sampling(temperature=0.7), **OPTIONS)(params, random_prompts(), jax.random.key(KEY))
+    rollout = Sampler(model, Sampling(temperature=0.7), **OPTIONS)(params, random_prompts(), jax.random.key(KEY))
     log_probs, _ = jax.jit(partial(completion_log_probs, model, temperature=0.7))(params, rollout)
     mask = np.asarray(rollout.completion_mask)
     gap = np.abs(np.asarray(rollout.rollout_log_probs) - np.asarray(log_probs))[mask]
@@ -109,7 +109,7 @@ def test_t15_sampler_and_trainer_agree(tiny):
 def test_little_is_computed_that_is_not_kept(tiny):
     model, params = tiny
     stats = []
-    rollout = make_rollout(model, Sampling(), **OPTIONS, report=stats.append)
+    rollout = Sampler(model, Sampling(), **OPTIONS, report=stats.append)
     lengths = np.asarray(rollout(params, random_prompts(), jax.random.key(KEY)).completion_mask.sum(1))
     static = lengths.max() * N * G
     assert stats[0].row_steps < 0.6 * static
@@ -120,7 +120,7 @@ def test_where_every_token_ends_one_dispatch_is_enough(tiny):
     model, params = tiny
     stats = []
     options = OPTIONS | {"eos_ids": tuple(range(32))}
-    drawn = make_rollout(model, Sampling(), **options, report=stats.append)(params, random_prompts(), jax.random.key(0))
+    drawn = Sampler(model, Sampling(), **options, report=stats.append)(params, random_prompts(), jax.random.key(0))
     assert (np.asarray(drawn.completion_mask.sum(1)) == 1).all()
     assert stats[0].dispatches == 1
 
@@ -134,7 +134,7 @@ def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    rollout = make_rollout(model, Sampling(), **OPTIONS)
+    rollout = Sampler(model, Sampling(), **OPTIONS)
     prompts = random_prompts()
     key, table = jax.random.key(0), np.asarray(params["embed"]["embedding"])
     keys = [jax.random.fold_in(key, step) for step in range(50)]
@@ -161,7 +161,7 @@ def test_the_prompts_memory_does_not_grow_with_the_group(tiny):
     for size in (256, 1024):
         stats = []
         options = OPTIONS | {"group_size": size, "max_completion_length": 8}
-        drawn = make_rollout(model, Sampling(), **options, report=stats.append)(params, prompts, jax.random.key(0))
+        drawn = Sampler(model, Sampling(), **options, report=stats.append)(params, prompts, jax.random.key(0))
         assert len({tuple(row) for row in np.asarray(drawn.completion_ids).tolist()}) > size / 2
         used[size] = stats[0].cache_bytes
     row = (used[1024] - used[256]) / 768
@@ -179,7 +179,7 @@ def test_a_stop_function_ends_completions_and_leaves_their_tokens(tiny, expected
         assert len(sequence) > seen
         return next((i + 1 for i in range(seen, len(sequence)) if sequence[i] == 9), None)
 
-    found = make_rollout(model, Sampling(), **OPTIONS, stop=stop)(params, random_prompts(), jax.random.key(KEY))
+    found = Sampler(model, Sampling(), **OPTIONS, stop=stop)(params, random_prompts(), jax.random.key(KEY))
     stopped = 0
     for row in range(N * G):
         length = int(mask[row].sum())
@@ -197,12 +197,12 @@ def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
     model, params = tiny
     prompts, wanted = random_prompts(), expected[Sampling()]
     stats = []
-    stream = make_stream(model, Sampling(), num_prompts=8, **OPTIONS, report=stats.append)
+    sampler = Sampler(model, Sampling(), **OPTIONS, report=stats.append)
     parts = [some(prompts, slice(0, 3)), some(prompts, slice(3, 20)), some(prompts, slice(20, 30))]
 
     def places():
         order = []
-        for place, rollout in stream(params, iter(parts), jax.random.key(KEY)):
+        for place, rollout in sampler.stream(params, iter(parts), jax.random.key(KEY), num_prompts=8):
             same(rollout, some(wanted, slice(place * G, place * G + G)))
             order.append(place)
         return order
@@ -214,6 +214,63 @@ def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
     assert stats[0].cohorts == 5
 
 
+def test_streams_of_one_sampler_do_not_disturb_one_another(tiny, expected):
+    model, params = tiny
+    stats = []
+    sampler = Sampler(model, Sampling(), **OPTIONS, report=stats.append)
+    streams = [sampler.stream(params, [random_prompts()], jax.random.key(KEY), num_prompts=size) for size in (8, 16)]
+    for both in zip(*streams, strict=True):
+        for place, rollout in both:
+            same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
+    kept = int(expected[Sampling()].completion_mask.sum())
+    assert [each.tokens for each in stats] == [kept, kept]
+    assert [each.cohorts for each in stats] == [5, 3]
+
+
+def test_a_stream_refuses_prompts_of_another_length_and_sets_of_none(tiny):
+    model, params = tiny
+    sampler = Sampler(model, Sampling(), **OPTIONS | {"max_completion_length": 8})
+    wide = pad_prompts([[3]] * 8, max_prompt_length=WIDTH + 1, pad_id=PAD, index=range(8))
+    with pytest.raises(ValueError, match="have one length; after 6 came 7"):
+        list(sampler.stream(params, [random_prompts(8), wide], jax.random.key(0), num_prompts=8))
+    with pytest.raises(ValueError, match="num_prompts is 0"):
+        list(sampler.stream(params, [random_prompts(8)], jax.random.key(0), num_prompts=0))
+    assert list(sampler.stream(params, [], jax.random.key(0), num_prompts=8)) == []
+
+
+def test_what_is_drawn_can_be_watched(tiny, expected):
+    model, params = tiny
+    seen = [[] for _ in range(N * G)]
+    sampler = Sampler(model, Sampling(), **OPTIONS, max_rows=64)
+    sampler(params, random_prompts(), jax.random.key(KEY), watch=lambda row, ids: seen[row].append(list(ids)))
+    wanted = expected[Sampling()]
+    for row, pieces in enumerate(seen):
+        length = int(wanted.completion_mask[row].sum())
+        assert [i for piece in pieces for i in piece] == wanted.completion_ids[row, :length].tolist()
+        assert len(pieces) == -(-length // 8)
+
+
+@pytest.mark.parametrize(("cache_dtype", "gap"), [("bfloat16", 0.02), ("int8", 0.05)])
+def test_a_coarser_cache_is_off_by_little_and_alike_in_every_schedule(tiny, cache_dtype, gap):
+    """Where float32 differs in the last bit, another schedule may round to the next step; it is seldom."""
+    model, params = tiny
+    options = OPTIONS | {"cache_dtype": cache_dtype}
+    whole = Sampler(model, Sampling(), **options)(params, random_prompts(), jax.random.key(KEY))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = jax.device_put(params, param_shardings(params, mesh))
+    parts = Sampler(model, Sampling(), **options, max_rows=64, mesh=mesh)
+    found = parts(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
+    alike = (np.asarray(found.completion_ids) == np.asarray(whole.completion_ids)).all(1)
+    assert alike.mean() > 0.98
+    difference = np.abs(np.asarray(found.rollout_log_probs) - np.asarray(whole.rollout_log_probs))[alike]
+    assert difference.max() < gap / 2
+    assert (difference > 1e-5).mean() < 0.05
+    log_probs, _ = jax.jit(partial(completion_log_probs, model))(params, whole)
+    mask = np.asarray(whole.completion_mask)
+    largest = np.abs(np.asarray(whole.rollout_log_probs) - np.asarray(log_probs))[mask].max()
+    assert 1e-4 < largest < gap
+
+
 def test_a_stream_is_read_as_it_is_needed(tiny):
     model, params = tiny
     read = []
@@ -223,8 +280,8 @@ def test_a_stream_is_read_as_it_is_needed(tiny):
             read.append(i)
             yield some(random_prompts(), slice(8 * i, 8 * i + 8))
 
-    stream = make_stream(model, Sampling(), num_prompts=8, **OPTIONS | {"max_completion_length": 8})
-    next(iter(stream(params, prompts(), jax.random.key(KEY))))
+    sampler = Sampler(model, Sampling(), **OPTIONS | {"max_completion_length": 8})
+    next(sampler.stream(params, prompts(), jax.random.key(KEY), num_prompts=8))
     assert len(read) < 3
 
 
@@ -234,11 +291,12 @@ def test_a_stream_is_read_as_it_is_needed(tiny):
         ({"group_size": 0}, "group_size is 0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"eos_ids": ()}, "eos_ids is empty"),
+        ({"cache_dtype": "float16"}, "a cache is float32, bfloat16 or int8, not float16"),
     ],
 )
 def test_refuses_what_cannot_be_drawn(tiny, options, message):
     with pytest.raises(ValueError, match=message):
-        make_rollout(tiny[0], Sampling(), **OPTIONS | options)
+        Sampler(tiny[0], Sampling(), **OPTIONS | options)
 
 
 @pytest.mark.parametrize(
@@ -253,12 +311,12 @@ def test_refuses_what_cannot_be_drawn(tiny, options, message):
 def test_refuses_before_anything_is_compiled_what_has_no_room(tiny, options, message):
     model, params = tiny
     with pytest.raises(ValueError, match=message):
-        make_rollout(model, Sampling(), **OPTIONS | options)(params, random_prompts(), jax.random.key(0))
+        Sampler(model, Sampling(), **OPTIONS | options)(params, random_prompts(), jax.random.key(0))
 
 
 def test_completions_that_do_not_divide_over_the_mesh_are_refused(tiny):
     model, params = tiny
-    rollout = make_rollout(model, Sampling(), **OPTIONS | {"group_size": 2}, mesh=make_mesh(data=4, fsdp=2))
+    rollout = Sampler(model, Sampling(), **OPTIONS | {"group_size": 2}, mesh=make_mesh(data=4, fsdp=2))
     with pytest.raises(ValueError, match=r"3 prompts x 2 samples do not divide over data x fsdp = 8 .* 5 prompts more"):
         rollout(params, some(random_prompts(), slice(0, 3)), jax.random.key(0))
 
@@ -266,7 +324,7 @@ def test_completions_that_do_not_divide_over_the_mesh_are_refused(tiny):
 def test_prompts_keep_their_shape_and_order(tiny):
     model, params = tiny
     prompts = random_prompts(5)  # the last set of which is filled up
-    rollout = make_rollout(model, Sampling(), **OPTIONS | {"group_size": 2, "max_completion_length": 8}, max_rows=4)
+    rollout = Sampler(model, Sampling(), **OPTIONS | {"group_size": 2, "max_completion_length": 8}, max_rows=4)
     drawn = rollout(params, prompts, jax.random.key(0))
     assert isinstance(prompts, Prompts)
     np.testing.assert_array_equal(drawn.prompt_ids, np.repeat(np.asarray(prompts.ids), 2, axis=0))

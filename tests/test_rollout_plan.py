@@ -3,7 +3,7 @@
 import pytest
 
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.rollout.plan import STEPS, Chunks, Limits, Rung, make_ladder
+from grpo_jax.rollout.plan import STEPS, Chunks, Limits, Rung, default_cache_bytes, make_ladder
 
 
 def test_a_ladder_halves_the_rows_and_keeps_at_least_eight():
@@ -43,7 +43,7 @@ def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):
 
     def at_once(**limits):
         defaults = {"group_size": 8, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
-        return Limits(tiny[0], **defaults | limits).prompts_at_once(prompts)
+        return Limits(tiny[0], **defaults | limits).prompts_at_once(*prompts.ids.shape)
 
     assert at_once() == 32
     assert at_once(cache_bytes=group) == 1
@@ -52,3 +52,23 @@ def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):
     assert at_once(cache_bytes=12 * group, devices=4) == 12
     assert at_once(cache_bytes=15 * group, devices=4) == 12
     assert at_once(max_rows=100, devices=4) == 12
+
+
+def test_the_cache_takes_a_fifth_of_the_memory_of_devices_that_tell_theirs():
+    def devices(*stats):
+        return [type("Device", (), {"memory_stats": lambda self, told=told: told})() for told in stats]
+
+    assert default_cache_bytes(devices({"bytes_limit": 1000}, {"bytes_limit": 500})) == 300
+    assert default_cache_bytes(devices({"bytes_limit": 1000}, None)) is None
+    assert default_cache_bytes(devices({})) is None
+
+
+def test_a_coarser_cache_fits_more(tiny):
+    def row_bytes(dtype):
+        cache = tiny[0].init_cache(1, 64, dtype)
+        return sum(x.nbytes for layer in cache for x in layer.values())
+
+    assert row_bytes("float32") == row_bytes(None) == 2 * row_bytes("bfloat16")
+    assert row_bytes("int8") == row_bytes("float32") / 4 + 2 * 2 * 2 * 64 * 4  # two scales a head and token
+    with pytest.raises(ValueError, match="a cache is float32, bfloat16 or int8, not float16"):
+        tiny[0].init_cache(1, 64, "float16")

@@ -58,18 +58,13 @@ class EncodedProblems:
     def __len__(self) -> int:
         return len(self.problems)
 
-    def padded(self, positions: Sequence[int] | np.ndarray, index: Sequence[int] | np.ndarray | None = None) -> Prompts:
-        """The prompts at these positions, left-padded to ``max_prompt_length``.
-
-        Args:
-            positions: into ``problems``.
-            index: what each one's noise is drawn from, all different; by default the positions.
-        """
+    def padded(self, positions: Sequence[int] | np.ndarray | range) -> Prompts:
+        """The prompts at these positions of ``problems``, left-padded; each one's noise is drawn from its position."""
         return pad_prompts(
             [self._token_ids[i] for i in positions],
             max_prompt_length=self._max_prompt_length,
             pad_id=self._pad_id,
-            index=positions if index is None else index,
+            index=positions,
         )
 
 
@@ -81,6 +76,6 @@ def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int])
         rollout: what was sampled.
         eos_ids: the ending tokens.
     """
-    lengths = np.asarray(rollout.completion_mask.sum(1))
+    lengths = np.asarray(rollout.completion_mask).sum(1)
     rows = [ids[:length].tolist() for ids, length in zip(np.asarray(rollout.completion_ids), lengths, strict=True)]
     return tokenizer.batch_decode([row[:-1] if row and row[-1] in eos_ids else row for row in rows])

@@ -23,7 +23,11 @@ from grpo_jax.models.config import ACTIVATIONS, DecoderConfig, Rope
 from grpo_jax.sharding import take_rows
 
 Rotation = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]
-CacheEntry = dict[str, Float[Array, "B K _ _"]]
+CacheEntry = dict[str, Array]
+"""A layer's ``keys [B, K, E, C]`` and ``values [B, K, C, E]``; in int8 with the ``key_scales`` and ``value_scales``
+``[B, K, C]`` that they are multiplied by."""
+
+COLUMN_AXES = {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2}
 
 # Finite, so that a row in which every score is this one has a softmax and a gradient.
 MASKED_SCORE = -0.5 * float(np.finfo(np.float32).max)
@@ -83,14 +87,55 @@ def allowed_slots(
     return reachable[None] if mask is None else mask[:, None, :] & reachable[None]
 
 
+def empty_entry(config: DecoderConfig, batch: int, columns: int, dtype: Any) -> CacheEntry:
+    """The cache of a layer."""
+    K, E = config.num_kv_heads, config.head_dim
+    entry = {"keys": jnp.zeros((batch, K, E, columns), dtype), "values": jnp.zeros((batch, K, columns, E), dtype)}
+    if dtype == jnp.int8:
+        entry |= {name: jnp.zeros((batch, K, columns), jnp.float32) for name in ("key_scales", "value_scales")}
+    return entry
+
+
+def written(entry: CacheEntry, own: CacheEntry, start: int | Int[Array, ""]) -> CacheEntry:
+    """The entry with a call's own keys and values in it, from column ``start`` on, in the entry's precision."""
+    if "key_scales" in entry:
+        keys, key_scales = quantized(own["keys"], axis=2)
+        values, value_scales = quantized(own["values"], axis=3)
+        own = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(
+            entry[name], new.astype(entry[name].dtype), start, axis=COLUMN_AXES[name]
+        )
+        for name, new in own.items()
+    }
+
+
+def quantized(x: Float[Array, "B K _ _"], axis: int) -> tuple[Int[Array, "B K _ _"], Float[Array, "B K _"]]:
+    """``x`` as int8 and what that is multiplied by: ``axis`` has one scale, by which its largest entry is 127."""
+    x = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), axis, keepdims=True) / 127
+    # Of a vector of zeros any multiple is right; the scale must only not be divided by.
+    whole = jnp.round(x / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
+    return whole, jnp.squeeze(scales, axis)
+
+
+def some_columns(entry: CacheEntry, first: int, last: int) -> CacheEntry:
+    """Columns from ``first`` to before ``last``."""
+    return {name: jax.lax.slice_in_dim(x, first, last, axis=COLUMN_AXES[name]) for name, x in entry.items()}
+
+
+def joined_columns(entries: Sequence[CacheEntry]) -> CacheEntry:
+    """Entries of the same rows, their columns one after the other."""
+    return {name: jnp.concatenate([entry[name] for entry in entries], COLUMN_AXES[name]) for name in entries[0]}
+
+
 class Part(NamedTuple):
     """A part of the keys and values that a call's tokens attend to: N entries, each shared by a group of rows.
 
     ``members`` and ``place`` are those of ``types.Context``.
     """
 
-    keys: Float[Array, "N K E C"]
-    values: Float[Array, "N K C E"]
+    entry: CacheEntry
     allowed: Bool[Array, "M S C"]
     members: Int[Array, "devices places"] | None = None
     place: Int[Array, "devices rows"] | None = None
@@ -98,7 +143,7 @@ class Part(NamedTuple):
     def grouped(self, x: Float[Array, "B K G S W"]) -> Float[Array, "N K M W"]:
         """A group's queries, over rows and heads, as rows of one product with the group's keys."""
         x = x if self.members is None else take_rows(x, self.members)
-        N = self.keys.shape[0]
+        N = self.entry["keys"].shape[0]
         B, K, G, S, W = x.shape
         return x.reshape(N, B // N, K, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N, K, B // N * G * S, W)
 
@@ -124,7 +169,10 @@ def attend(
         # On CPU a product with two rows or more sums in the order of the trainer's, which has many; one with a single
         # row does not.
         grouped = part.grouped(queries)
-        scores = jnp.einsum("nkme,nkec->nkmc", grouped, part.keys, preferred_element_type=jnp.float32)
+        keys = part.entry["keys"].astype(queries.dtype)
+        scores = jnp.einsum("nkme,nkec->nkmc", grouped, keys, preferred_element_type=jnp.float32)
+        if "key_scales" in part.entry:
+            scores = scores * part.entry["key_scales"][:, :, None, :]
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         N, K, M, C = scores.shape
@@ -139,8 +187,12 @@ def attend(
     # into one rounding in the sampler's program and into two in the trainer's.
     out = []
     for part, weights in zip(parts, all_weights, strict=True):
-        weights = (weights / part.grouped(total)).astype(part.values.dtype)
-        product = jnp.einsum("nkmc,nkce->nkme", weights, part.values, preferred_element_type=jnp.float32)
+        weights = weights / part.grouped(total)
+        if "value_scales" in part.entry:
+            weights = weights * part.entry["value_scales"][:, :, None, :]
+        values = part.entry["values"].astype(queries.dtype)
+        weights = weights.astype(queries.dtype)
+        product = jnp.einsum("nkmc,nkce->nkme", weights, values, preferred_element_type=jnp.float32)
         out.append(part.apart(product, G, S))
     return functools.reduce(jnp.add, out)
 
@@ -242,19 +294,17 @@ class Attention(Layer):
         queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         # With its columns last, a chunk of keys is read in order by the product of a few queries with all of them.
         keys = rotate(keys, view.rotation).astype(self.dtype).transpose(0, 2, 3, 1)
-        values = values.transpose(0, 2, 1, 3)
-        if entry is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(entry["keys"], keys, view.start, axis=3)
-            values = jax.lax.dynamic_update_slice_in_dim(entry["values"], values, view.start, axis=2)
-        own, first = [], 0
+        own = {"keys": keys, "values": values.transpose(0, 2, 1, 3)}
+        entry = own if entry is None else written(entry, own, view.start)
+        parts, first = [], 0
         for allowed in view.allowed:
             last = first + allowed.shape[2]
-            own.append(Part(keys[..., first:last], values[:, :, first:last], allowed))
+            parts.append(Part(some_columns(entry, first, last), allowed))
             first = last
-        out = attend(queries, [*view.contexts, *own], c.attention_softcap).astype(self.dtype)
+        out = attend(queries, [*view.contexts, *parts], c.attention_softcap).astype(self.dtype)
         out = out.transpose(0, 3, 1, 2, 4).reshape(-1, c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
-        return out, {"keys": keys, "values": values}
+        return out, entry
 
 
 class MLP(Layer):

@@ -13,10 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.layers import Block, CacheEntry, Embedding, Norm, Part, Rotation, View, allowed_slots, rotation
+from grpo_jax.models.layers import (
+    Block,
+    CacheEntry,
+    Embedding,
+    Norm,
+    Part,
+    Rotation,
+    View,
+    allowed_slots,
+    empty_entry,
+    joined_columns,
+    rotation,
+    some_columns,
+)
 from grpo_jax.types import Cache, Context, Model, Params
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
+CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
 Rotations = dict[int, Rotation]
@@ -75,7 +89,7 @@ class Decoder(nn.Module):
         entries = []
         for i, layer in enumerate(self.layers):
             before = [
-                Part(context.cache[i]["keys"], context.cache[i]["values"], columns, context.members, context.place)
+                Part(context.cache[i], columns, context.members, context.place)
                 for context, columns in zip(contexts, allowed_of_contexts[c.windows[i]], strict=True)
             ]
             view = View(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before)
@@ -94,7 +108,8 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
     """The pure functions of a decoder; see ``Model`` for what they take and give.
 
     The cache is a list with ``{"keys", "values"}`` for each layer, ``[B, K, head_dim, C]`` and ``[B, K, C, head_dim]``
-    in ``dtype``. Norms, rotations and softmax are computed in float32 whatever ``dtype`` is.
+    in ``dtype`` unless ``init_cache`` is told another. Norms, rotations and softmax are computed in float32 whatever
+    ``dtype`` is.
 
     Args:
         config: what the decoder is made of.
@@ -134,22 +149,17 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
     def head(params: Params) -> Float[Array, "V D"]:
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
-    def init_cache(batch: int, length: int) -> Cache:
-        K, E = config.num_kv_heads, config.head_dim
-        return [
-            {"keys": jnp.zeros((batch, K, E, length), dtype), "values": jnp.zeros((batch, K, length, E), dtype)}
-            for _ in range(config.num_layers)
-        ]
+    def init_cache(batch: int, length: int, cache_dtype: Any = None) -> Cache:
+        kept_in = dtype if cache_dtype is None else jnp.dtype(cache_dtype).type
+        if kept_in not in CACHE_DTYPES:
+            raise ValueError(f"a cache is float32, bfloat16 or int8, not {jnp.dtype(cache_dtype).name}")
+        return [empty_entry(config, batch, length, kept_in) for _ in range(config.num_layers)]
 
     def first_columns(cache: Cache, length: int) -> Cache:
-        return [{"keys": entry["keys"][..., :length], "values": entry["values"][:, :, :length]} for entry in cache]
+        return [some_columns(entry, 0, length) for entry in cache]
 
     def join_columns(caches: Sequence[Cache]) -> Cache:
-        axes = {"keys": 3, "values": 2}
-        return [
-            {name: jnp.concatenate([entry[name] for entry in entries], axes[name]) for name in entries[0]}
-            for entries in zip(*caches, strict=True)
-        ]
+        return [joined_columns(entries) for entries in zip(*caches, strict=True)]
 
     return Model(
         apply,

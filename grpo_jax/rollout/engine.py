@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,6 @@ from grpo_jax.rollout.steps import (
     UNUSED,
     Cohort,
     State,
-    check_lengths,
     draw_tokens,
     join,
     start_cohort,
@@ -34,6 +33,17 @@ from grpo_jax.sharding import BATCH, replicated
 from grpo_jax.types import Cache, Model, Params, Prompts
 
 StopFn = Callable[[Sequence[int], int], int | None]
+WatchFn = Callable[[int, Sequence[int]], None]
+
+
+class Sent(NamedTuple):
+    """A dispatch that the host has not looked at yet."""
+
+    tokens: Array
+    log_probs: Array
+    age: int
+    batch_of: np.ndarray
+    row_of: np.ndarray
 
 
 @dataclass
@@ -50,8 +60,7 @@ class Running:
         batch_of: for each row the batch it belongs to, in ``batches``; -1 for a row that only fills the shape.
         row_of: its row there.
         prompt_of: its prompt, counted within its device.
-        unread: dispatches whose tokens the host has not looked at: ``(tokens, log-probabilities, age, batch_of,
-            row_of)``.
+        unread: dispatches whose tokens the host has not looked at, the oldest first.
     """
 
     cohort: Cohort
@@ -65,7 +74,7 @@ class Running:
     batch_of: np.ndarray
     row_of: np.ndarray
     prompt_of: np.ndarray
-    unread: list[tuple[Array, Array, int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    unread: list[Sent] = field(default_factory=list)
 
     def living(self) -> np.ndarray:
         """Which rows have not ended, as far as was looked."""
@@ -76,8 +85,8 @@ class Running:
         return result
 
 
-class Engine:
-    """What ``make_rollout`` and ``make_stream`` share: the compiled functions, and the loop over them."""
+class Programs:
+    """The compiled functions of a sampler, and what they were made for."""
 
     def __init__(
         self,
@@ -89,22 +98,28 @@ class Engine:
         eos_ids: tuple[int, ...],
         pad_id: int,
         stop: StopFn | None,
+        cache_dtype: Any,
         mesh: Mesh | None,
-        ahead: int | None,
-        report: Callable[[RolloutStats], None] | None,
+        ahead: int,
     ):
-        check_lengths(group_size, max_completion_length, eos_ids)
         self.group_size, self.T, self.pad_id = group_size, max_completion_length, pad_id
-        self.eos_ids, self.stop, self.mesh, self.report = np.array(eos_ids), stop, mesh, report
+        self.eos_ids, self.stop, self.mesh, self.ahead = np.array(eos_ids), stop, mesh, ahead
         self.devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.ahead = (0 if jax.default_backend() == "cpu" else 1) if ahead is None else ahead
         self.chunks = chunks = Chunks.of(max_completion_length)
-        self.stats = RolloutStats()
 
         @jax.jit
         def begin(params: Params, prompts: Prompts, key: Key[Array, ""]):
             return self.laid_out(
-                start_cohort(model, params, prompts, key, sampling, group_size=group_size, chunk=chunks.length)
+                start_cohort(
+                    model,
+                    params,
+                    prompts,
+                    key,
+                    sampling,
+                    group_size=group_size,
+                    chunk=chunks.length,
+                    cache_dtype=cache_dtype,
+                )
             )
 
         @partial(jax.jit, donate_argnums=2)
@@ -123,12 +138,10 @@ class Engine:
         mesh = self.mesh
 
         def place(x):
-            if x.ndim == 0:
+            if x.ndim == 0 or (x.ndim == 1 and x.shape[0] < self.devices):  # the age; the starts of chunks
                 return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
-            if x.ndim == 1 and x.shape[0] < self.devices:  # the starts of chunks
-                return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
-            heads = "tensor" if x.ndim == 4 and x.shape[1] % mesh.shape["tensor"] == 0 else None
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH, heads) if heads else BATCH))
+            heads = x.ndim > 2 and x.shape[1] % mesh.shape["tensor"] == 0
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH, "tensor") if heads else BATCH))
 
         return jax.tree.map(place, tree)
 
@@ -136,67 +149,65 @@ class Engine:
         """Numbers of the host on every device."""
         return jax.device_put(np.array(numbers, np.int32), None if self.mesh is None else replicated(self.mesh))
 
-    def run(
-        self, params: Params, prompts: Iterable[tuple[Prompts, int]], key: Key[Array, ""]
-    ) -> Iterator[tuple[Batch, int]]:
+
+class Drawing:
+    """One call of the sampler: cohorts from their start to the end of their last row."""
+
+    def __init__(self, programs: Programs, params: Params, key: Key[Array, ""], watch: WatchFn | None = None):
+        self.programs, self.params, self.key, self.watch = programs, params, key, watch
+        self.stats = RolloutStats()
+
+    def run(self, prompts: Iterable[tuple[Prompts, int]]) -> Iterator[tuple[Batch, int]]:
         """Draw for one set of prompts after the other; what is left of several is pooled. Gives each prompt that ends.
 
         Args:
-            params: the policy's.
             prompts: sets of one shape, each with how many of its prompts are to be drawn for.
-            key: of this step.
         """
-        self.stats = RolloutStats()
         parked: list[Running] = []
         parking_age = None
         first_place = 0
         coming = iter(prompts)
         current = next(coming, None)
         while current is not None:
-            running = self.launch(params, *current, first_place, key)
+            running = self.launch(*current, first_place)
             first_place += current[1]
             current = next(coming, None)
             may_park = current is not None or bool(parked)
-            yield from self.drive(params, running, parking_age if may_park else -1)
+            yield from self.drive(running, parking_age if may_park else -1)
             if running.living().any():
                 parked.append(running)
                 parking_age = running.age
             if len(parked) == LADDER[PARKED_RUNG] or (current is None and len(parked) > 1):
                 pool = self.pool(parked)
                 parked = []
-                yield from self.drive(params, pool, -1)
+                yield from self.drive(pool, -1)
         for running in parked:
-            yield from self.drive(params, running, -1)
-        if self.report is not None:
-            self.report(self.stats)
+            yield from self.drive(running, -1)
 
-    def launch(
-        self, params: Params, prompts: Prompts, num_prompts: int, first_place: int, key: Key[Array, ""]
-    ) -> Running:
+    def launch(self, prompts: Prompts, num_prompts: int, first_place: int) -> Running:
         """Read a set of prompts."""
-        N = prompts.ids.shape[0]
-        B = N * self.group_size
+        programs, N = self.programs, prompts.ids.shape[0]
+        B = N * programs.group_size
         self.count(cohorts=1)
-        cohort, state = self.begin(params, prompts, key)
+        cohort, state = programs.begin(self.params, prompts, self.key)
         return Running(
             cohort,
             state,
-            make_ladder(N // self.devices, B // self.devices, self.group_size),
+            make_ladder(N // programs.devices, B // programs.devices, programs.group_size),
             rung=0,
             age=0,
             opened=1,
             pooled=False,
-            batches=[Batch.of(prompts, first_place, num_prompts, self.group_size, self.T, self.pad_id)],
-            batch_of=np.where(np.arange(B) < num_prompts * self.group_size, 0, -1),
+            batches=[Batch.of(prompts, first_place, num_prompts, programs.group_size, programs.T, programs.pad_id)],
+            batch_of=np.where(np.arange(B) < num_prompts * programs.group_size, 0, -1),
             row_of=np.arange(B),
-            prompt_of=np.arange(B) // self.group_size % (N // self.devices),
+            prompt_of=np.arange(B) // programs.group_size % (N // programs.devices),
         )
 
-    def drive(self, params: Params, running: Running, parking_age: int | None) -> Iterator[tuple[Batch, int]]:
+    def drive(self, running: Running, parking_age: int | None) -> Iterator[tuple[Batch, int]]:
         """Advance a cohort until all its rows have ended, or until it is small enough to be parked.
 
         Args:
-            params: the policy's.
             running: the cohort.
             parking_age: the age at which it may be parked; None for any, -1 for none.
         """
@@ -205,18 +216,18 @@ class Engine:
                 while running.unread:
                     yield from self.read(running)
                 return
-            if running.age < self.T:
-                self.dispatch(params, running)
-            if len(running.unread) > self.ahead or running.age >= self.T:
+            if running.age < self.programs.T:
+                self.dispatch(running)
+            if len(running.unread) > self.programs.ahead or running.age >= self.programs.T:
                 yield from self.read(running)
                 self.compact(running)
 
-    def dispatch(self, params: Params, running: Running) -> None:
+    def dispatch(self, running: Running) -> None:
         """Draw the next tokens of all rows."""
-        if running.rung == 0 and not running.pooled and running.age == running.opened * self.chunks.length:
+        if running.rung == 0 and not running.pooled and running.age == running.opened * self.programs.chunks.length:
             self.open_chunk(running)
-        running.state, tokens, log_probs = self.advance(params, running.cohort, running.state)
-        running.unread.append((tokens, log_probs, running.age, running.batch_of, running.row_of))
+        running.state, tokens, log_probs = self.programs.advance(self.params, running.cohort, running.state)
+        running.unread.append(Sent(tokens, log_probs, running.age, running.batch_of, running.row_of))
         running.age += STEPS
         caches = (running.cohort.prompt.cache, running.cohort.closed, running.state.active)
         size = sum(x.nbytes for x in jax.tree.leaves(caches))
@@ -229,50 +240,56 @@ class Engine:
         Gives the prompts all of whose samples have ended with it.
         """
         tokens, log_probs, age, batch_of, row_of = running.unread.pop(0)
-        count = min(STEPS, self.T - age)
+        programs = self.programs
+        count = min(STEPS, programs.T - age)
         tokens, log_probs = np.asarray(tokens).T[:, :count], np.asarray(log_probs).T[:, :count]
         for number, batch in enumerate(running.batches):
             mine = np.flatnonzero(batch_of == number)
             mine = mine[batch.living[row_of[mine]]]
             rows, drawn = row_of[mine], tokens[mine]
-            ends = np.isin(drawn, self.eos_ids)
+            ends = np.isin(drawn, programs.eos_ids)
             ended = np.any(ends, axis=1)
             kept = np.where(ended, ends.argmax(1) + 1, count)
-            if self.stop is not None:
+            if programs.stop is not None:
                 for i, row in enumerate(rows):
                     sequence = [*batch.ids[row, :age].tolist(), *drawn[i, : kept[i]].tolist()]
-                    length = self.stop(sequence, age)
+                    length = programs.stop(sequence, age)
                     if length is not None:
                         kept[i], ended[i] = length - age, True
             within = np.arange(count)[None] < kept[:, None]
-            batch.ids[rows, age : age + count] = np.where(within, drawn, self.pad_id)
+            batch.ids[rows, age : age + count] = np.where(within, drawn, programs.pad_id)
             batch.log_probs[rows, age : age + count] = np.where(within, log_probs[mine], 0)
             batch.lengths[rows] = age + kept
-            batch.truncated[rows] = ~ended & (age + count == self.T)
-            batch.living[rows] = ~ended & (age + count < self.T)
+            batch.truncated[rows] = ~ended & (age + count == programs.T)
+            batch.living[rows] = ~ended & (age + count < programs.T)
             self.count(tokens=int(kept.sum()))
+            if self.watch is not None:
+                first_row = batch.first_place * programs.group_size
+                for i, row in enumerate(rows):
+                    self.watch(int(first_row + row), drawn[i, : kept[i]].tolist())
             yield from ((batch, n) for n in batch.newly_finished())
 
     def compact(self, running: Running) -> None:
         """Gather the living rows into the smallest batch that holds them."""
-        living = running.living().reshape(self.devices, -1)
+        living = running.living().reshape(self.programs.devices, -1)
         most = living.sum(1).max()
         while most and running.rung + 1 < len(running.ladder) and most <= running.ladder[running.rung + 1].rows:
-            running.rung += 1
-            rows, indices = self.choose(running, running.ladder[running.rung])
+            rows, indices = self.choose(running, running.ladder[running.rung + 1])
             chunks = self.all_chunks(running)
-            running.cohort, running.state = self.take(running.cohort, running.state, chunks, *indices)
+            running.rung += 1
+            running.cohort, running.state = self.programs.take(running.cohort, running.state, chunks, *indices)
             running.batch_of, running.row_of, running.prompt_of = rows
 
     def choose(self, running: Running, rung: Rung) -> tuple[tuple, tuple]:
         """The rows and prompts that go to a rung, as the host's arrays and as the indices of ``take``."""
-        living = running.living().reshape(self.devices, -1)
-        old = [x.reshape(self.devices, -1) for x in (running.batch_of, running.row_of, running.prompt_of)]
-        rows = np.zeros((self.devices, rung.rows), np.int32)
-        prompts = np.zeros((self.devices, rung.prompts), np.int32)
-        prompt_of = np.zeros((self.devices, rung.rows), np.int32)
-        kept = np.zeros((self.devices, rung.rows), bool)
-        for d in range(self.devices):
+        devices = self.programs.devices
+        living = running.living().reshape(devices, -1)
+        old = [x.reshape(devices, -1) for x in (running.batch_of, running.row_of, running.prompt_of)]
+        rows = np.zeros((devices, rung.rows), np.int32)
+        prompts = np.zeros((devices, rung.prompts), np.int32)
+        prompt_of = np.zeros((devices, rung.rows), np.int32)
+        kept = np.zeros((devices, rung.rows), bool)
+        for d in range(devices):
             chosen = np.flatnonzero(living[d])
             rows[d, : len(chosen)], kept[d, : len(chosen)] = chosen, True
             present, prompt_of[d, : len(chosen)] = np.unique(old[2][d, chosen], return_inverse=True)
@@ -284,29 +301,30 @@ class Engine:
 
     def open_chunk(self, running: Running) -> None:
         """Close the active chunk and begin another."""
+        programs = self.programs
         real = (*running.cohort.closed[: running.opened - 1], running.state.active)
-        starts = [i * self.chunks.length for i in range(running.opened)]
+        starts = [i * programs.chunks.length for i in range(running.opened)]
         running.opened += 1
-        unused = self.chunks.held(running.opened) - running.opened
+        unused = programs.chunks.held(running.opened) - running.opened
         running.cohort = replace(
             running.cohort,
             closed=(*real, *[real[0]] * unused),
-            closed_starts=self.everywhere(starts + [UNUSED] * unused),
-            active_start=self.everywhere(starts[-1] + self.chunks.length),
+            closed_starts=programs.everywhere(starts + [UNUSED] * unused),
+            active_start=programs.everywhere(starts[-1] + programs.chunks.length),
         )
         running.state = replace(running.state, active=empty_chunk(running.state.active))
 
     def all_chunks(self, running: Running) -> list[Cache]:
         """The own keys and values of a cohort in order, as long as a whole completion's."""
-        if running.rung > 1 or running.pooled:
+        if running.rung > 0 or running.pooled:
             return [running.state.active]
         written = [*running.cohort.closed[: running.opened - 1], running.state.active]
-        missing = self.chunks.count - running.opened
+        missing = self.programs.chunks.count - running.opened
         return written + [empty_chunk(running.state.active)] * missing
 
     def pool(self, parked: list[Running]) -> Running:
         """One cohort of several that are left with a part of their rows at the same age."""
-        first = parked[0]
+        first, devices = parked[0], self.programs.devices
         parts = LADDER[PARKED_RUNG]
         rung = first.ladder[PARKED_RUNG]
         filled = [*parked, *[first] * (parts - len(parked))]
@@ -314,15 +332,15 @@ class Engine:
         batches: list[Batch] = []
         for i, part in enumerate(filled):
             real = part.batch_of if i < len(parked) else np.full_like(part.batch_of, -1)
-            batch_of.append(np.where(real >= 0, real + len(batches), -1).reshape(self.devices, -1))
-            row_of.append(part.row_of.reshape(self.devices, -1))
-            prompt_of.append(part.prompt_of.reshape(self.devices, -1) + i * rung.prompts)
+            batch_of.append(np.where(real >= 0, real + len(batches), -1).reshape(devices, -1))
+            row_of.append(part.row_of.reshape(devices, -1))
+            prompt_of.append(part.prompt_of.reshape(devices, -1) + i * rung.prompts)
             batches += part.batches if i < len(parked) else []
         together = [np.concatenate(x, axis=1) for x in (batch_of, row_of, prompt_of)]
         ladder = make_ladder(parts * rung.prompts, parts * rung.rows, rung.group)
         members, place = share(together[2], together[0] >= 0, Rung(parts * rung.rows, parts * rung.prompts, rung.group))
         self.count(cohorts=1)
-        cohort, state = self.join([(part.cohort, part.state) for part in filled], members, place)
+        cohort, state = self.programs.join([(part.cohort, part.state) for part in filled], members, place)
         running = Running(
             cohort,
             state,

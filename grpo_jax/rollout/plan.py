@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -60,6 +61,16 @@ class Chunks:
         return min(2 ** math.ceil(math.log2(opened)), self.count)
 
 
+def default_cache_bytes(devices: Sequence[Any]) -> int | None:
+    """What keys and values may take where nothing else is said: a fifth of the memory of devices that tell theirs.
+
+    Of one set of prompts, that is; with what is beside it (see ``Sampler``) it comes to about half, and the rest is the
+    parameters' and the training's.
+    """
+    told = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return sum(told) // 5 if all(told) else None
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a set of prompts must keep to: checked before anything is compiled."""
@@ -70,21 +81,15 @@ class Limits:
     devices: int
     max_rows: int | None
     cache_bytes: int | None
+    cache_dtype: Any = None
 
-    def prompts_at_once(self, prompts: Prompts) -> int:
-        """How many prompts are drawn for together.
+    def check_prompts(self, prompts: Prompts) -> None:
+        """Refuse prompts that leave no room.
 
         Raises:
-            ValueError: completions that do not divide over the mesh, a prompt without room for its completion, or a
-                group that does not fit.
+            ValueError: a prompt that does not fit the model together with its completion.
         """
-        N, P = prompts.ids.shape
-        T, G = self.max_completion_length, self.group_size
-        if N * G % self.devices:
-            raise ValueError(
-                f"{N} prompts x {G} samples do not divide over data x fsdp = {self.devices} devices; "
-                f"{-N % self.devices} prompts more would"
-            )
+        T = self.max_completion_length
         lengths = np.asarray(prompts.mask).sum(1)
         if self.model.max_length is not None and lengths.max(initial=0) + T > self.model.max_length:
             n = int(lengths.argmax())
@@ -93,6 +98,28 @@ class Limits:
                 f"{self.model.max_length} positions; shorten it, or set max_completion_length to at most "
                 f"{self.model.max_length - lengths[n]}"
             )
+
+    def check_rows(self, num_prompts: int) -> None:
+        """Refuse so many prompts if their completions do not divide over the mesh.
+
+        Raises:
+            ValueError: it names how many prompts more would.
+        """
+        if num_prompts * self.group_size % self.devices:
+            raise ValueError(
+                f"{num_prompts} prompts x {self.group_size} samples do not divide over data x fsdp = {self.devices} "
+                f"devices; {-num_prompts % self.devices} prompts more would"
+            )
+
+    def prompts_at_once(self, num_prompts: int, prompt_length: int) -> int:
+        """How many of so many prompts are drawn for together.
+
+        Raises:
+            ValueError: fewer than one prompt, or a group that does not fit.
+        """
+        N, P, T, G = num_prompts, prompt_length, self.max_completion_length, self.group_size
+        if N < 1:
+            raise ValueError(f"num_prompts is {N}; it must be at least 1")
         row, prompt = (self._bytes(length) for length in (cache_columns(T), P))
         allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
         if G * row + prompt > allowed:
@@ -112,7 +139,7 @@ class Limits:
         return max(self.devices, most // self.devices * self.devices)
 
     def _bytes(self, columns: int) -> int:
-        cache = jax.eval_shape(lambda: self.model.init_cache(1, columns))
+        cache = jax.eval_shape(lambda: self.model.init_cache(1, columns, self.cache_dtype))
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 

@@ -76,6 +76,7 @@ def start_cohort(
     *,
     group_size: int,
     chunk: int,
+    cache_dtype: Any = None,
 ) -> tuple[Cohort, State]:
     """Read the prompts, each once, for ``group_size`` rows each; a prompt's rows are adjacent.
 
@@ -87,12 +88,13 @@ def start_cohort(
         sampling: what will be drawn with.
         group_size: G.
         chunk: columns of a chunk of the rows' own cache.
+        cache_dtype: see ``Model.init_cache``.
     """
     N, P = prompts.ids.shape
     V = jax.eval_shape(model.head, params).shape[0]
     # As the trainer reads it: cut off from a completion of which nothing is there yet, so that both round alike.
     columns = jnp.pad(prompts.mask, ((0, 0), (0, COLUMNS)))
-    cache = model.init_cache(N, P + COLUMNS)
+    cache = model.init_cache(N, P + COLUMNS, cache_dtype)
     hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), columns, cache, 0, cuts=(P,))
     cache = model.first_columns(cache, P)
     prompted = drawn = None
@@ -113,7 +115,7 @@ def start_cohort(
     )
     state = State(
         age=jnp.int32(0),
-        active=model.init_cache(N * group_size, chunk),
+        active=model.init_cache(N * group_size, chunk, cache_dtype),
         hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
         drawn=drawn,
     )
@@ -285,8 +287,8 @@ def generate(
 ) -> Rollout:
     """Draw ``group_size`` completions of each prompt, as one pure function.
 
-    Decoding goes on until every row has ended, over all rows and a cache of full length: see ``make_rollout`` for the
-    same samples in a fraction of the time. What a sample draws is a function of ``key``, its prompt's ``index`` and its
+    Decoding goes on until every row has ended, over all rows and a cache of full length: see ``Sampler`` for the same
+    samples in a fraction of the time. What a sample draws is a function of ``key``, its prompt's ``index`` and its
     number in the group: neither the batch around it nor the devices it is computed on change it.
 
     Args:
