@@ -213,7 +213,7 @@ def timed(draw: Callable[[], np.ndarray]) -> tuple[float, float, int]:
 def engine(config: Config, decoder: DecoderConfig, params, prompts, key, stats: list[RolloutStats]) -> Work:
     """What is measured."""
     sampler = Sampler(
-        build_model(decoder, dtype=jnp.dtype(config.dtype).type),
+        build_model(decoder, dtype=jnp.dtype(config.dtype).type, attention="auto"),
         Sampling(),
         group_size=config.group_size,
         max_completion_length=config.max_completion_length,

@@ -36,6 +36,7 @@ from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.data.tasks import PLAIN
+from grpo_jax.models.kernels import AttentionName
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
 from grpo_jax.monitor.samples import Sample
@@ -133,6 +134,12 @@ class Config:
     TPU, float32 otherwise."""
     remat: bool | None = None
     """Compute blocks again in the backward pass instead of keeping their activations. Default: with --model."""
+    attention: AttentionName = "auto"
+    """What computes the attention of whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU,
+    where they fit the model; else the plain path."""
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Precision of keys and values in sampling; a coarser one lets more samples fit, and puts a gap between sampler and
+    trainer that --importance-cap makes up for. Default: that of the computation."""
     mesh: MeshSettings = MeshSettings()
     """How the devices are used."""
 
@@ -230,7 +237,7 @@ class Config:
         return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
 
 
-MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "trackers", "plain", "keep_checkpoints")
+MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "attention", "trackers", "plain", "keep_checkpoints")
 MAY_CHANGE += ("save_every", "samples_every", "eval_every")
 """Settings that a resumed run may have other values of: they change no number beyond rounding."""
 
@@ -279,6 +286,8 @@ def train(config: Config, run: Run) -> None:
         config.model or str(trained_base(config, run)),
         dtype=config.compute_dtype,
         remat=config.model is not None if config.remat is None else config.remat,
+        attention=config.attention,
+        mesh=mesh,
         shardings=partial(param_shardings, mesh=mesh),
     )
     policy = with_stop_tokens(policy, config)
@@ -458,6 +467,7 @@ def build_sampler(config: Config, policy: models.Pretrained, mesh: Mesh, group_s
         max_completion_length=config.completion_length,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
+        cache_dtype=config.cache_dtype,
         mesh=mesh,
     )
 

@@ -112,7 +112,8 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
     write = write or show
     keep_programs()
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    policy = models.from_pretrained(config.model, dtype=jnp.dtype(dtype).type, param_dtype=jnp.dtype(dtype).type)
+    precision = jnp.dtype(dtype).type
+    policy = models.from_pretrained(config.model, dtype=precision, param_dtype=precision, attention="auto")
     if policy.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
     sampling = config.sampling(policy.tokenizer.get_vocab())

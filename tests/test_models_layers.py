@@ -217,7 +217,9 @@ def test_an_id_outside_the_vocabulary_gets_the_nearest_row():
 
 
 def test_int8_is_off_by_at_most_half_a_step():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16, 64)) * 10.0 ** np.linspace(-6, 6, 64)[None, None, None])
+    x = jnp.asarray(
+        np.random.default_rng(0).normal(size=(2, 3, 16, 64)) * 10.0 ** np.linspace(-6, 6, 64)[None, None, None]
+    )
     x = x.astype(jnp.float32).at[0, 0, :, 0].set(0)
     whole, scales = quantized(x, axis=2)
     assert whole.dtype == jnp.int8
@@ -249,4 +251,4 @@ def test_attention_to_int8_is_attention_to_what_it_stands_for():
     found = attend(queries, [Part(entry, allowed)], None)
     np.testing.assert_allclose(found, attend(queries, [Part(stands_for, allowed)], None), atol=1e-5)
     exact = attend(queries, [Part(own, allowed)], None)
-    assert 1e-4 < np.abs(np.asarray(found - exact)).max() < 2e-2
+    assert 1e-4 < np.abs(np.asarray(found - exact)).max() < 5e-2

@@ -250,7 +250,7 @@ def test_what_is_drawn_can_be_watched(tiny, expected):
         assert len(pieces) == -(-length // 8)
 
 
-@pytest.mark.parametrize(("cache_dtype", "gap"), [("bfloat16", 0.02), ("int8", 0.05)])
+@pytest.mark.parametrize(("cache_dtype", "gap"), [("bfloat16", 0.1), ("int8", 0.2)])
 def test_a_coarser_cache_is_off_by_little_and_alike_in_every_schedule(tiny, cache_dtype, gap):
     """Where float32 differs in the last bit, another schedule may round to the next step; it is seldom."""
     model, params = tiny

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import list_repo_files, snapshot_download
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import family_of, from_hf_config
 from grpo_jax.models.hf_weights import check_params, load_params, read_json, refuse_pickled, save_params
+from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.transformer import build_model
 from grpo_jax.types import Model, Params
 
@@ -63,6 +65,8 @@ def from_pretrained(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     remat: bool = False,
+    attention: AttentionName = "plain",
+    mesh: Mesh | None = None,
     shardings: Callable[[Any], Any] | None = None,
     revision: str | None = None,
 ) -> Pretrained:
@@ -77,6 +81,8 @@ def from_pretrained(
         param_dtype: the precision parameters are stored in (float32, bfloat16 or float16), whatever the checkpoint's
             is; None means float32, which an optimizer's small steps need.
         remat: see ``build_model``.
+        attention: see ``build_model``.
+        mesh: see ``build_model``.
         shardings: from the parameters' tree of ``ShapeDtypeStruct`` to a tree of ``jax.sharding.Sharding``; None puts
             everything on the first local device.
         revision: branch, tag or commit on the hub; None is its main branch.
@@ -96,7 +102,7 @@ def from_pretrained(
         raise FileNotFoundError(f"{folder} has no config.json and so is no checkpoint; it has {found or 'nothing'}")
     hf_config = read_json(folder / "config.json")
     config = from_hf_config(hf_config)
-    model = build_model(config, dtype=dtype, remat=remat)
+    model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     has_generation_config = (folder / "generation_config.json").is_file()
     generation_config = read_json(folder / "generation_config.json") if has_generation_config else None
     tokenizer = _read_tokenizer(folder)

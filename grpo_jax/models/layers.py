@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig, Rope
+from grpo_jax.models.kernels import Kernel
 from grpo_jax.sharding import take_rows
 
 Rotation = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]
@@ -264,16 +265,21 @@ class View(NamedTuple):
         allowed: which columns of the cache (of the call's own keys, without one) each may attend to, for each of the
             parts that they are cut into.
         contexts: what comes before the cache.
+        own_mask: where it is given, the call's own tokens are all there is to look at, and a kernel may compute it:
+            which of them nobody may attend to. ``allowed`` and ``contexts`` are empty then.
     """
 
     rotation: Rotation
     start: int | Int[Array, ""]
     allowed: Sequence[Bool[Array, "M S _"]]
     contexts: Sequence[Part]
+    own_mask: Bool[Array, "B S"] | None = None
 
 
 class Attention(Layer):
     """Causal attention with grouped heads and rotary positions to contexts, a cache, and the call's own tokens."""
+
+    kernel: Kernel | None = None
 
     @nn.compact
     def __call__(
@@ -291,18 +297,22 @@ class Attention(Layer):
         if c.qk_norm:
             queries, keys = self.norm("q_norm")(queries), self.norm("k_norm")(keys)
         queries = (rotate(queries, view.rotation) * c.query_scale).astype(self.dtype)
-        queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+        keys = rotate(keys, view.rotation).astype(self.dtype)
         # With its columns last, a chunk of keys is read in order by the product of a few queries with all of them.
-        keys = rotate(keys, view.rotation).astype(self.dtype).transpose(0, 2, 3, 1)
-        own = {"keys": keys, "values": values.transpose(0, 2, 1, 3)}
+        own = {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}
         entry = own if entry is None else written(entry, own, view.start)
-        parts, first = [], 0
-        for allowed in view.allowed:
-            last = first + allowed.shape[2]
-            parts.append(Part(some_columns(entry, first, last), allowed))
-            first = last
-        out = attend(queries, [*view.contexts, *parts], c.attention_softcap).astype(self.dtype)
-        out = out.transpose(0, 3, 1, 2, 4).reshape(-1, c.num_heads, c.head_dim)
+        if self.kernel is not None and view.own_mask is not None:
+            out = self.kernel(queries, keys, values, view.own_mask, softcap=c.attention_softcap)
+        else:
+            queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+            parts, first = [], 0
+            for allowed in view.allowed:
+                last = first + allowed.shape[2]
+                parts.append(Part(some_columns(entry, first, last), allowed))
+                first = last
+            out = attend(queries, [*view.contexts, *parts], c.attention_softcap).astype(self.dtype)
+            out = out.transpose(0, 3, 1, 2, 4)
+        out = out.reshape(-1, c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
         return out, entry
 
@@ -325,12 +335,14 @@ class MLP(Layer):
 class Block(Layer):
     """Attention and MLP, each normalized at its start (and end, with ``post_norms``) and added to the residual."""
 
+    kernel: Kernel | None = None
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "B S D"], view: View, entry: CacheEntry | None
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Apply the block; arguments as in ``Attention``."""
-        attention = Attention(self.config, self.dtype, self.param_dtype, name="attention")
+        attention = Attention(self.config, self.dtype, self.param_dtype, self.kernel, name="attention")
         out, entry = attention(self.norm("attention_norm")(x), view, entry)
         if self.config.post_norms:
             out = self.norm("post_attention_norm")(out)

@@ -10,9 +10,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel
 from grpo_jax.models.layers import (
     Block,
     CacheEntry,
@@ -52,13 +54,15 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
+    kernel: Kernel | None = None
 
     def setup(self) -> None:
         """Declare the parameters."""
         c = self.config
         block = nn.remat(Block) if self.remat else Block
+        kernels = {window: self.kernel and partial(self.kernel, window=window) for window in set(c.windows)}
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
-        self.layers = [block(c, self.dtype, self.param_dtype) for _ in range(c.num_layers)]
+        self.layers = [block(c, self.dtype, self.param_dtype, kernels[window]) for window in c.windows]
         self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
@@ -79,8 +83,14 @@ class Decoder(nn.Module):
         columns = S if cache is None else cache[0]["values"].shape[2]
         x = self.embed(token_ids).astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
         slots = start + jnp.arange(S)
+        own_mask = None
+        if self.kernel is not None and S > 1 and isinstance(start, int) and start == 0 and not contexts:
+            own_mask = jnp.ones(token_ids.shape, bool) if mask is None else mask[:, :S]
         allowed, allowed_of_contexts = {}, {}
         for window in set(c.windows):
+            if own_mask is not None:
+                allowed[window], allowed_of_contexts[window] = [], []
+                continue
             allowed[window] = jnp.split(allowed_slots(mask, slots, 0, columns, window), cuts, axis=2)
             allowed_of_contexts[window] = [
                 allowed_slots(context.mask, slots, context.start, context.cache[0]["values"].shape[2], window)
@@ -92,7 +102,7 @@ class Decoder(nn.Module):
                 Part(context.cache[i], columns, context.members, context.place)
                 for context, columns in zip(contexts, allowed_of_contexts[c.windows[i]], strict=True)
             ]
-            view = View(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before)
+            view = View(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before, own_mask)
             x, entry = layer(x, view, None if cache is None else cache[i])
             entries.append(entry)
         return self.final_norm(x), entries
@@ -104,7 +114,14 @@ class Decoder(nn.Module):
             self.lm_head.table()
 
 
-def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool = False) -> Model:
+def build_model(
+    config: DecoderConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+    attention: AttentionName = "plain",
+    mesh: Mesh | None = None,
+) -> Model:
     """The pure functions of a decoder; see ``Model`` for what they take and give.
 
     The cache is a list with ``{"keys", "values"}`` for each layer, ``[B, K, head_dim, C]`` and ``[B, K, C, head_dim]``
@@ -116,14 +133,18 @@ def build_model(config: DecoderConfig, *, dtype: Any = jnp.float32, remat: bool 
         dtype: the precision of matrix products and of the residual stream, float32 or bfloat16; parameters are cast
             to it where they are used and may be stored in another.
         remat: whether the backward pass computes each block again instead of keeping what it needs of it.
+        attention: what computes the attention of a whole sequence to itself, in training and in reading prompts;
+            see ``kernels.choose_kernel``.
+        mesh: that the kernel is split over; None for one device. The plain path needs none.
 
     Raises:
-        ValueError: for another ``dtype``; and by ``apply``, at trace time, if the mask's columns are not the cache's
-            (the call's tokens, without a cache), or if the call has more tokens than the cache has columns.
+        ValueError: for another ``dtype``, or a kernel that cannot compute this model; and by ``apply``, at trace time,
+            if the mask's columns are not the cache's (the call's tokens, without a cache), or if the call has more
+            tokens than the cache has columns.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
-    module = Decoder(config, dtype, remat=remat)
+    module = Decoder(config, dtype, remat=remat, kernel=choose_kernel(attention, config, dtype, mesh))
 
     def apply(
         params: Params,

@@ -1,0 +1,124 @@
+"""What precision does to exactness: how far the sampler's log-probabilities are from the trainer's, and from float32's.
+
+For each precision of computation and of the keys and values, completions are drawn and scored: by the trainer in the
+same precision of computation (``gap``: what importance ratios are off by), and by one in float32 (``error``: what was
+lost of the model). ``kl`` is the mean of ``exp(d) - 1 - d``, the estimate of the divergence from the sampler to that
+trainer, in nats a token. In float32 what the ``Sampler`` draws is also compared with what ``generate`` draws in one
+program: ``draws_differing`` counts completions in which any token differs. Prints one JSON line.
+
+    python experiments/bench_precision.py                                     # the embedded base, trained first
+    python experiments/bench_precision.py --model runs/r1_zero/model
+    python experiments/bench_precision.py --model Qwen/Qwen2.5-0.5B --prompts 16 --max-completion-length 256
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from grpo_jax import models
+from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.data.tasks import sample_sums, sum_problems
+from grpo_jax.rollout import Sampler, generate
+from grpo_jax.run import keep_programs
+from grpo_jax.sampling import Sampling
+from grpo_jax.small_base import Recipe, make_base
+from grpo_jax.train import completion_log_probs, make_scorer
+
+PRECISIONS = (
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("float32", "int8"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "int8"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    model: str | None = None
+    """Hugging Face id or local folder. Default: the embedded base, trained first."""
+    prompts: int = 256
+    """Sums that are asked."""
+    group_size: int = 16
+    """Completions of each."""
+    max_completion_length: int = 48
+    """In tokens."""
+    temperature: float = 1.0
+    """Of sampling and scoring."""
+    seed: int = 0
+    """Of sums and noise."""
+
+
+def main(config: Config) -> None:
+    keep_programs()
+    if config.model is None:
+        with tempfile.TemporaryDirectory() as folder:
+            make_base(folder, Recipe(seed=config.seed))
+            measure(config, folder)
+    else:
+        measure(config, config.model)
+
+
+def measure(config: Config, folder: str) -> None:
+    """Measure the model of a folder, and print."""
+    policy = models.from_pretrained(folder)
+    if policy.tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer; a folder with weights needs tokenizer.json beside them")
+    sums = sum_problems(sample_sums(np.random.default_rng(config.seed), config.prompts, held_out=False))
+    ids = policy.tokenizer([problem.prompt for problem in sums])["input_ids"]
+    prompts = pad_prompts(ids, max_prompt_length=max(map(len, ids)), pad_id=policy.pad_id, index=range(config.prompts))
+    key, sampling = jax.random.key(config.seed), Sampling(temperature=config.temperature)
+    lengths = {"group_size": config.group_size, "max_completion_length": config.max_completion_length}
+    ends = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id}
+    computed = {name: models.build_model(policy.config, dtype=jnp.dtype(name).type) for name in ("float32", "bfloat16")}
+    scorers = {
+        name: make_scorer(partial(completion_log_probs, model, temperature=config.temperature), num_micro_batches=8)
+        for name, model in computed.items()
+    }
+    result = {
+        "bench": "precision",
+        "device": jax.devices()[0].device_kind,
+        "model": config.model or "the embedded base",
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "completions": config.prompts * config.group_size,
+    }
+    for dtype, cache_dtype in PRECISIONS:
+        sampler = Sampler(computed[dtype], sampling, **lengths, **ends, cache_dtype=cache_dtype)
+        drawn = sampler(policy.params, prompts, key)
+        mask = np.asarray(drawn.completion_mask)
+        found = np.asarray(drawn.rollout_log_probs)[mask]
+        own, exact = (np.asarray(scorers[name](policy.params, drawn))[mask] for name in (dtype, "float32"))
+        result[f"{dtype}, cache {cache_dtype}"] = {
+            "tokens": int(mask.sum()),
+            "gap_mean": rounded(np.abs(found - own).mean()),
+            "gap_max": rounded(np.abs(found - own).max()),
+            "kl": rounded((np.exp(own - found) - 1 - (own - found)).mean()),
+            "error_mean": rounded(np.abs(found - exact).mean()),
+            "error_max": rounded(np.abs(found - exact).max()),
+        }
+        if dtype == cache_dtype == "float32":
+            whole = jax.jit(partial(generate, computed[dtype], sampling=sampling, **lengths, **ends))
+            wanted = whole(policy.params, prompts, key)
+            differ = (np.asarray(drawn.completion_ids) != np.asarray(wanted.completion_ids)).any(1)
+            result["draws_differing"] = int(differ.sum())
+    print(json.dumps(result))
+
+
+def rounded(x: np.floating) -> float:
+    """Two digits, for people."""
+    return float(f"{x:.1e}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,225 @@
+"""Kernels against the plain path: cuDNN's call computed by XLA, splash attention interpreted, since this is a CPU."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.models import build_model, from_hf_config, init_params, kernels, transformer
+from grpo_jax.models.kernels import choose_kernel, cudnn_attention, resolve_attention, splash_attention
+from grpo_jax.models.layers import Part, allowed_slots, attend
+from grpo_jax.rollout import Sampler
+from grpo_jax.sampling import Sampling
+from grpo_jax.sharding import BATCH, make_mesh
+from grpo_jax.train import completion_log_probs
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "sliding_window": 8,
+}
+WINDOWED = from_hf_config({"model_type": "gemma3_text", **SIZES, "sliding_window_pattern": 2})
+CAPPED = from_hf_config({"model_type": "gemma2", **SIZES, "attn_logit_softcapping": 2.0})
+KERNELS = {
+    "cudnn": partial(cudnn_attention, implementation="xla"),
+    "splash": partial(splash_attention, interpret=True),
+}
+
+
+def plain(queries, keys, values, mask, *, window, softcap):
+    rows, length, _, width = queries.shape
+    allowed = allowed_slots(mask, jnp.arange(length), 0, length, window)
+    part = Part({"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}, allowed)
+    grouped = queries.reshape(rows, length, keys.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
+    return attend(grouped, [part], softcap).transpose(0, 3, 1, 2, 4).reshape(queries.shape)
+
+
+def masks(count, length, kind):
+    slots, rows = np.arange(length)[None], np.arange(count)[:, None]
+    left, right = slots >= 5 + 7 * rows, slots < length - 3 - 11 * rows
+    return jnp.asarray(
+        {
+            "none": np.ones((count, length), bool),
+            "padded": left & right,
+            "holes": np.random.default_rng(0).random((count, length)) < 0.6,
+            "nothing": left & (rows > 0),  # the first sequence has no real token
+        }[kind]
+    )
+
+
+def arrays(length, width, kind, dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    shapes = [(2, length, 4, width), (2, length, 2, width), (2, length, 2, width)]
+    scale = (2 / width**0.5, 1, 1)
+    return [jnp.asarray(rng.normal(size=s) * c, dtype) for s, c in zip(shapes, scale, strict=True)], masks(
+        2, length, kind
+    )
+
+
+def at_real_tokens(attention, inputs, mask, **options):
+    """What real tokens get, and the gradients of a sum of it."""
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=inputs[0].shape) / inputs[0].shape[-1] ** 0.5)
+
+    def total(inputs):
+        out = jnp.where(mask[:, :, None, None], attention(*inputs, mask, **options), 0).astype(jnp.float32)
+        return (out * weights.astype(jnp.float32)).sum(), out
+
+    grads, out = jax.jit(jax.grad(total, has_aux=True))(inputs)
+    return [out, *grads]
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "width", "kind", "window", "softcap"),
+    [
+        ("cudnn", 40, 16, "none", None, None),
+        ("cudnn", 150, 64, "padded", None, None),
+        ("cudnn", 150, 16, "padded", 33, None),
+        ("cudnn", 150, 16, "holes", None, None),
+        ("cudnn", 150, 16, "nothing", None, None),
+        ("splash", 7, 16, "none", None, None),
+        ("splash", 150, 64, "padded", None, 5.0),
+        ("splash", 150, 80, "holes", 33, None),
+        ("splash", 150, 16, "nothing", 140, 2.0),
+    ],
+)
+def test_a_kernel_computes_what_the_plain_path_does(monkeypatch, name, length, width, kind, window, softcap):
+    monkeypatch.setattr(kernels, "LARGEST_BLOCK", 128)  # two blocks
+    inputs, mask = arrays(length, width, kind)
+    options = {"window": window, "softcap": softcap}
+    found = at_real_tokens(KERNELS[name], inputs, mask, **options)
+    for each, wanted in zip(found, at_real_tokens(plain, inputs, mask, **options), strict=True):
+        np.testing.assert_allclose(each, wanted, atol=1e-5)
+    assert np.isfinite(KERNELS[name](*inputs, mask, **options)).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_in_bfloat16(name):
+    inputs, mask = arrays(150, 16, "padded", jnp.bfloat16)
+    options = {"window": None, "softcap": None}
+    out = KERNELS[name](*inputs, mask, **options)
+    assert out.dtype == jnp.bfloat16
+    found = jnp.where(mask[:, :, None, None], out, 0).astype(jnp.float32)
+    wanted = jnp.where(mask[:, :, None, None], plain(*inputs, mask, **options), 0)
+    np.testing.assert_allclose(found, wanted, atol=0.03)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_stands_in_padding_reaches_nobody(name):
+    inputs, mask = arrays(150, 16, "padded")
+    other = [jnp.where(mask[:, :, None, None], x, 1e4) for x in inputs]
+    results = [at_real_tokens(KERNELS[name], x, mask, window=None, softcap=None) for x in (inputs, other)]
+    for one, another in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, another)
+
+
+def test_splash_attention_on_a_mesh():
+    inputs, mask = arrays(40, 16, "padded")
+    inputs, mask = [jnp.concatenate([x, x]) for x in inputs], jnp.concatenate([mask, mask])
+    wanted = at_real_tokens(plain, inputs, mask, window=None, softcap=None)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    heads = NamedSharding(mesh, P(*BATCH, None, "tensor", None))
+    kernel = partial(splash_attention, mesh=mesh, interpret=True)
+    placed = jax.device_put(inputs, heads), jax.device_put(mask, NamedSharding(mesh, BATCH))
+    for found, each in zip(at_real_tokens(kernel, *placed, window=None, softcap=None), wanted, strict=True):
+        np.testing.assert_allclose(found, each, atol=1e-5)
+        assert found.sharding.is_equivalent_to(heads, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("cudnn", WINDOWED), ("splash", WINDOWED), ("splash", CAPPED)], ids=["cudnn", "splash", "cap"]
+)
+def test_a_model_with_a_kernel_trains_and_samples_as_the_plain_one(monkeypatch, name, config):
+    """Prompts are read by it, and completions are scored, forward and backward; a window is that of its layer."""
+    params = init_params(config, jax.random.key(0))
+    models = {"plain": build_model(config)}
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options["window"])
+        return KERNELS[name](*args, **options)
+
+    monkeypatch.setattr(transformer, "choose_kernel", lambda *_: counted)
+    models["kernel"] = build_model(config, remat=True)
+    prompts = pad_prompts([[3] * 20, [7, 8]], max_prompt_length=20, pad_id=0, index=range(2))
+    drawn, grads = {}, {}
+    for each, model in models.items():
+        sampler = Sampler(model, Sampling(), group_size=2, max_completion_length=12, eos_ids=(5,), pad_id=0)
+        drawn[each] = sampler(params, prompts, jax.random.key(0))
+
+        def loss(params, model=model):
+            log_probs, _ = completion_log_probs(model, params, drawn["plain"])
+            return jnp.where(drawn["plain"].completion_mask, log_probs, 0).sum()
+
+        grads[each] = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_array_equal(drawn["kernel"].completion_ids, drawn["plain"].completion_ids)
+    assert np.abs(np.asarray(drawn["kernel"].rollout_log_probs - drawn["plain"].rollout_log_probs)).max() < 1e-4
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads["plain"]))
+    for found, wanted in zip(jax.tree.leaves(grads["kernel"]), jax.tree.leaves(grads["plain"]), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * scale)
+    assert set(calls) == set(config.windows)
+
+
+# Which one is taken --------------------------------------------------------------------------------------------------
+
+QWEN = from_hf_config({"model_type": "qwen3", **SIZES, "use_sliding_window": False})
+
+
+@pytest.mark.parametrize(
+    ("platform", "config", "dtype", "expected"),
+    [
+        ("cpu", QWEN, jnp.bfloat16, "plain"),
+        ("gpu", QWEN, jnp.bfloat16, "cudnn"),
+        ("gpu", QWEN, jnp.float32, "plain"),  # by which sampler and trainer agree
+        ("gpu", CAPPED, jnp.bfloat16, "plain"),
+        ("gpu", replace(QWEN, head_dim=256), jnp.bfloat16, "plain"),
+        ("tpu", CAPPED, jnp.bfloat16, "splash"),
+        ("tpu", QWEN, jnp.float32, "plain"),
+    ],
+)
+def test_auto_takes_what_the_platform_has_for_the_model(platform, config, dtype, expected):
+    assert resolve_attention("auto", config, dtype, platform, 1) == expected
+
+
+def test_auto_does_not_split_heads_that_do_not_divide():
+    assert resolve_attention("auto", QWEN, jnp.bfloat16, "tpu", 4) == "plain"
+    assert resolve_attention("auto", QWEN, jnp.bfloat16, "tpu", 2) == "splash"
+
+
+def test_the_kernel_of_a_name():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert choose_kernel("cudnn", QWEN, jnp.bfloat16, mesh) is cudnn_attention
+    assert choose_kernel("splash", QWEN, jnp.float32, mesh).keywords == {"mesh": mesh}
+    assert choose_kernel("plain", QWEN, jnp.bfloat16, None) is None
+    assert choose_kernel("auto", QWEN, jnp.bfloat16, None) is None  # on a CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "dtype", "tensor", "message"),
+    [
+        ("cudnn", QWEN, jnp.float32, 1, "'cudnn' computes in bfloat16, not float32; 'plain' computes every model"),
+        ("cudnn", CAPPED, jnp.bfloat16, 1, "no soft cap"),
+        ("cudnn", replace(QWEN, head_dim=20), jnp.bfloat16, 1, "multiple of 8 up to 128, not 20"),
+        ("splash", QWEN, jnp.bfloat16, 4, "cannot split 2 heads of keys over tensor = 4"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_refused(name, config, dtype, tensor, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_attention(name, config, dtype, "gpu", tensor)
+
+
+def test_a_model_is_not_built_with_a_kernel_that_does_not_fit():
+    with pytest.raises(ValueError, match="computes in bfloat16, not float32"):
+        build_model(QWEN, attention="cudnn")
