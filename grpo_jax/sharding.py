@@ -159,6 +159,20 @@ def shard_rows(tree, mesh: Mesh):
     return jax.device_put(tree, NamedSharding(mesh, BATCH))
 
 
+def pinned(x: Array, mesh: Mesh | None, spec: P) -> Array:
+    """The same values, laid out over a mesh at this point of a jitted function.
+
+    The compiler lays activations out by itself from the parameters' layout and the batch's, and does not always choose
+    the batch's. Without a mesh, and where a dimension does not divide, the choice stays with it.
+    """
+    if mesh is None:
+        return x
+    for dimension, axes in zip(x.shape, spec, strict=False):
+        if dimension % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())):
+            return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def take_rows(x: Array, rows: Int[Array, "devices taken"]) -> Array:
     """Rows gathered within each device's part, so that none has to travel: ``[devices * taken, ...]``.
 

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 
 from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.models import build_model, from_hf_config
 from grpo_jax.rollout import Sampler, generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import make_mesh, param_shardings, shard_rows
@@ -86,9 +88,11 @@ def test_every_filter_and_penalty_follows_its_rows(tiny, expected):
     assert lengths.min() >= 5  # four others before the ending one
 
 
-def test_t14_devices_do_not_change_what_is_drawn(tiny, expected):
+@pytest.mark.parametrize("pinned", [True, False])
+def test_t14_devices_do_not_change_what_is_drawn(tiny, expected, pinned):
     model, params = tiny
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    model = build_model(from_hf_config(TINY), mesh=mesh) if pinned else model
     sharded = jax.device_put(params, param_shardings(params, mesh))
     rollout = Sampler(model, Sampling(), **OPTIONS, mesh=mesh)
     found = rollout(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import TINY
 
 from grpo_jax.loss import grpo_loss, token_mean
+from grpo_jax.models import build_model, from_hf_config
 from grpo_jax.sharding import make_mesh, param_shardings, replicated, shard_rows
 from grpo_jax.train import (
     completion_log_probs,
@@ -101,11 +103,11 @@ def test_l2_devices_give_the_update_of_one(tiny, whole, sizes):
 
 
 def test_eight_devices_against_one_over_five_steps(tiny):
-    model, params = tiny
+    _, params = tiny
     optimizer = make_optimizer(make_schedule(1e-3, warmup_steps=1, total_steps=5, decay="constant"))
     losses = {}
     for name, mesh in {"one": make_mesh(data=1), "eight": make_mesh(data=2, fsdp=2, tensor=2)}.items():
-        step = make_train_step(loss_of(model), optimizer)
+        step = make_train_step(loss_of(build_model(from_hf_config(TINY), mesh=mesh)), optimizer)
         state = start(params, optimizer, mesh)
         losses[name] = []
         for i in range(5):
@@ -192,7 +194,6 @@ def test_the_state_is_donated_and_counted(tiny):
 
 def test_bfloat16_compute_keeps_float32_weights():
     from grpo_jax.models import build_model, from_hf_config, init_params
-    from tests.conftest import TINY
 
     config = from_hf_config(TINY)
     model = build_model(config, dtype=jnp.bfloat16)

@@ -17,11 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig, Rope
 from grpo_jax.models.kernels import Kernel
-from grpo_jax.sharding import take_rows
+from grpo_jax.sharding import pinned, take_rows
 
 Rotation = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]
 CacheEntry = dict[str, Array]
@@ -204,6 +206,7 @@ class Embedding(nn.Module):
     vocab_size: int
     hidden_size: int
     param_dtype: Any
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declare the table."""
@@ -212,7 +215,9 @@ class Embedding(nn.Module):
 
     def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The rows of the tokens; an id outside the vocabulary gets the nearest row, so that padding may hold any."""
-        return jnp.take(self.embedding, token_ids, axis=0, mode="clip")
+        # Whole rows of the table, or the result would be split as they are and have to be laid out anew.
+        table = pinned(self.embedding, self.mesh, P("tensor"))
+        return jnp.take(table, token_ids, axis=0, mode="clip")
 
     def table(self) -> Float[Array, "V D"]:
         """The whole table."""

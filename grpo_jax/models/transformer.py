@@ -29,6 +29,7 @@ from grpo_jax.models.layers import (
     rotation,
     some_columns,
 )
+from grpo_jax.sharding import BATCH, pinned
 from grpo_jax.types import Cache, Context, Model, Params
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
@@ -55,13 +56,14 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     remat: bool = False
     kernel: Kernel | None = None
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declare the parameters."""
         c = self.config
         block = nn.remat(Block) if self.remat else Block
         kernels = {window: self.kernel and partial(self.kernel, window=window) for window in set(c.windows)}
-        self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype, self.mesh)
         self.layers = [block(c, self.dtype, self.param_dtype, kernels[window]) for window in c.windows]
         self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype)
         if not c.tie_word_embeddings:
@@ -82,6 +84,7 @@ class Decoder(nn.Module):
         S = token_ids.shape[1]
         columns = S if cache is None else cache[0]["values"].shape[2]
         x = self.embed(token_ids).astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
+        x = pinned(x, self.mesh, BATCH)
         slots = start + jnp.arange(S)
         own_mask = None
         if self.kernel is not None and S > 1 and isinstance(start, int) and start == 0 and not contexts:
@@ -104,6 +107,7 @@ class Decoder(nn.Module):
             ]
             view = View(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before, own_mask)
             x, entry = layer(x, view, None if cache is None else cache[i])
+            x = pinned(x, self.mesh, BATCH)
             entries.append(entry)
         return self.final_norm(x), entries
 
@@ -135,7 +139,8 @@ def build_model(
         remat: whether the backward pass computes each block again instead of keeping what it needs of it.
         attention: what computes the attention of a whole sequence to itself, in training and in reading prompts;
             see ``kernels.choose_kernel``.
-        mesh: that the kernel is split over; None for one device. The plain path needs none.
+        mesh: that sequences are split over; None for one device, or to leave it to the compiler, which then may have
+            every device hold a part of every sequence.
 
     Raises:
         ValueError: for another ``dtype``, or a kernel that cannot compute this model; and by ``apply``, at trace time,
@@ -144,7 +149,7 @@ def build_model(
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
-    module = Decoder(config, dtype, remat=remat, kernel=choose_kernel(attention, config, dtype, mesh))
+    module = Decoder(config, dtype, remat=remat, kernel=choose_kernel(attention, config, dtype, mesh), mesh=mesh)
 
     def apply(
         params: Params,
