@@ -131,19 +131,20 @@ def test_activations_lie_as_the_batch_does_not_as_the_parameters(capfd):
     config = from_hf_config(TINY | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256})
     shapes = init_params(config, jax.random.key(0))
     temporary, results = {}, {}
-    for sizes in ((1, 8, 1), (2, 2, 2)):
+    for sizes, most in (((1, 8, 1), 0.5), ((2, 2, 2), 0.8)):
         mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
         params = jax.device_put(shapes, param_shardings(shapes, mesh))
         ids = shard_rows(jax.random.randint(jax.random.key(0), (32, 64), 0, 512), mesh)
         for pinned in (mesh, None):
             model = build_model(config, mesh=pinned)
-            loss = jax.jit(
-                jax.value_and_grad(lambda params, ids, model=model: (model.apply(params, ids, ids)[0] ** 2).sum())
-            )
-            program = loss.lower(params, ids).compile()
+
+            def loss(params, ids, model=model):
+                return (model.apply(params, ids, ids)[0] ** 2).sum()
+
+            program = jax.jit(jax.value_and_grad(loss)).lower(params, ids).compile()
             temporary[pinned is not None] = program.memory_analysis().temp_size_in_bytes
             results[pinned is not None] = program(params, ids)
             if pinned is not None:
                 assert "Involuntary full rematerialization" not in capfd.readouterr().err
-        assert temporary[True] < 0.7 * temporary[False]
+        assert temporary[True] < most * temporary[False]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), results[True], results[False])
