@@ -15,6 +15,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def main(config: Config) -> None:
             started = time.perf_counter()
             jax.block_until_ready(program(inputs, mask))
             seconds[name].append(time.perf_counter() - started)
-    memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+    memory = {name: temporary_bytes(program) for name, program in programs.items()}
     differences = [
         float(jnp.abs(as_float(x) - as_float(y)).max() / jnp.abs(as_float(y)).max())
         for x, y in zip(*(jax.tree.leaves(results[name]) for name in ("kernel", "plain")), strict=True)
@@ -108,6 +109,11 @@ def total(attention, inputs, mask):
     """A sum over real tokens to differentiate, and what they get."""
     out = jnp.where(mask[:, :, None, None], attention(*inputs, mask).astype(jnp.float32), 0)
     return (out**2).sum(), out
+
+
+def temporary_bytes(program: Any) -> int:
+    """What a compiled function takes beside its arguments and results."""
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def as_float(x: jax.Array) -> jax.Array:

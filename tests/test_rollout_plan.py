@@ -3,7 +3,8 @@
 import pytest
 
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.rollout.plan import STEPS, Chunks, Limits, Rung, default_cache_bytes, make_ladder
+from grpo_jax.rollout.plan import STEPS, Limits, Rung, chunk_lengths, default_cache_bytes, make_ladder
+from grpo_jax.types import cache_columns
 
 
 def test_a_ladder_halves_the_rows_and_keeps_at_least_eight():
@@ -24,17 +25,12 @@ def test_a_prompts_places_never_exceed_the_rows():
 
 @pytest.mark.parametrize(
     ("length", "chunks"),
-    [(1, Chunks(64, 1)), (48, Chunks(64, 1)), (100, Chunks(64, 2)), (256, Chunks(64, 4)), (1000, Chunks(256, 4))],
+    [(1, (64,)), (48, (64,)), (100, (64, 64)), (256, (64, 192)), (300, (128, 192)), (1000, (256, 768))],
 )
 def test_a_completion_fits_its_chunks(length, chunks):
-    assert Chunks.of(length) == chunks
-    assert chunks.length * chunks.count >= length
-    assert chunks.length % STEPS == 0
-
-
-def test_programs_are_those_of_a_power_of_two_of_chunks():
-    assert [Chunks(64, 4).held(opened) for opened in (1, 2, 3, 4)] == [1, 2, 4, 4]
-    assert [Chunks(64, 3).held(opened) for opened in (1, 2, 3)] == [1, 2, 3]
+    assert chunk_lengths(length) == chunks
+    assert sum(chunks) == cache_columns(length)
+    assert all(columns % STEPS == 0 for columns in chunks)
 
 
 def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):

@@ -18,9 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
 from grpo_jax.rollout.drawn import Batch, RolloutStats
-from grpo_jax.rollout.plan import LADDER, PARKED_RUNG, STEPS, Chunks, Rung, make_ladder
+from grpo_jax.rollout.plan import JOINED_RUNG, LADDER, PARKED_RUNG, STEPS, Rung, chunk_lengths, make_ladder
 from grpo_jax.rollout.steps import (
-    UNUSED,
     Cohort,
     State,
     draw_tokens,
@@ -55,8 +54,8 @@ class Running:
         ladder: batch sizes it may have.
         rung: the one it has.
         age: tokens dispatched.
-        opened: chunks of the whole batch that hold anything.
-        pooled: whether it was made of the rest of others; its cache is in one piece then.
+        lengths: columns of the chunks of its cache.
+        waiting: those that hold nothing yet.
         batch_of: for each row the batch it belongs to, in ``batches``; -1 for a row that only fills the shape.
         row_of: its row there.
         prompt_of: its prompt, counted within its device.
@@ -68,13 +67,22 @@ class Running:
     ladder: list[Rung]
     rung: int
     age: int
-    opened: int
-    pooled: bool
+    lengths: tuple[int, ...]
+    waiting: list[Cache]
     batches: list[Batch]
     batch_of: np.ndarray
     row_of: np.ndarray
     prompt_of: np.ndarray
     unread: list[Sent] = field(default_factory=list)
+
+    @property
+    def opened(self) -> int:
+        """How many of the chunks are written to, or were."""
+        return len(self.lengths) - len(self.waiting)
+
+    def chunks(self) -> list[Cache]:
+        """The rows' own keys and values in order."""
+        return [*self.cohort.closed, self.state.active, *self.waiting]
 
     def living(self) -> np.ndarray:
         """Which rows have not ended, as far as was looked."""
@@ -105,22 +113,21 @@ class Programs:
         self.group_size, self.T, self.pad_id = group_size, max_completion_length, pad_id
         self.eos_ids, self.stop, self.mesh, self.ahead = np.array(eos_ids), stop, mesh, ahead
         self.devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.chunks = chunks = Chunks.of(max_completion_length)
+        self.chunk_lengths = chunk_lengths(max_completion_length)
 
         @jax.jit
         def begin(params: Params, prompts: Prompts, key: Key[Array, ""]):
-            return self.laid_out(
-                start_cohort(
-                    model,
-                    params,
-                    prompts,
-                    key,
-                    sampling,
-                    group_size=group_size,
-                    chunk=chunks.length,
-                    cache_dtype=cache_dtype,
-                )
+            started = start_cohort(
+                model,
+                params,
+                prompts,
+                key,
+                sampling,
+                group_size=group_size,
+                chunks=self.chunk_lengths,
+                cache_dtype=cache_dtype,
             )
+            return self.laid_out(started)
 
         @partial(jax.jit, donate_argnums=2)
         def advance(params: Params, cohort: Cohort, state: State):
@@ -128,7 +135,9 @@ class Programs:
             return self.laid_out(state), tokens, log_probs
 
         self.begin, self.advance = begin, advance
-        self.take = jax.jit(lambda *args: self.laid_out(take(model, *args)))
+        self.take = jax.jit(
+            lambda *args, joined: self.laid_out(take(model, *args, joined=joined)), static_argnames="joined"
+        )
         self.join = jax.jit(lambda *args: self.laid_out(join(*args)))
 
     def laid_out(self, tree: Any) -> Any:
@@ -189,15 +198,15 @@ class Drawing:
         programs, N = self.programs, prompts.ids.shape[0]
         B = N * programs.group_size
         self.count(cohorts=1)
-        cohort, state = programs.begin(self.params, prompts, self.key)
+        cohort, state, waiting = programs.begin(self.params, prompts, self.key)
         return Running(
             cohort,
             state,
             make_ladder(N // programs.devices, B // programs.devices, programs.group_size),
             rung=0,
             age=0,
-            opened=1,
-            pooled=False,
+            lengths=programs.chunk_lengths,
+            waiting=waiting,
             batches=[Batch.of(prompts, first_place, num_prompts, programs.group_size, programs.T, programs.pad_id)],
             batch_of=np.where(np.arange(B) < num_prompts * programs.group_size, 0, -1),
             row_of=np.arange(B),
@@ -224,12 +233,12 @@ class Drawing:
 
     def dispatch(self, running: Running) -> None:
         """Draw the next tokens of all rows."""
-        if running.rung == 0 and not running.pooled and running.age == running.opened * self.programs.chunks.length:
-            self.open_chunk(running)
+        if running.age == sum(running.lengths[: running.opened]):
+            self.hold(running, running.chunks(), running.opened + 1)
         running.state, tokens, log_probs = self.programs.advance(self.params, running.cohort, running.state)
         running.unread.append(Sent(tokens, log_probs, running.age, running.batch_of, running.row_of))
         running.age += STEPS
-        caches = (running.cohort.prompt.cache, running.cohort.closed, running.state.active)
+        caches = (running.cohort.prompt.cache, running.chunks())
         size = sum(x.nbytes for x in jax.tree.leaves(caches))
         self.count(dispatches=1, row_steps=len(running.batch_of) * STEPS)
         self.stats = replace(self.stats, cache_bytes=max(self.stats.cache_bytes, size))
@@ -275,9 +284,15 @@ class Drawing:
         most = living.sum(1).max()
         while most and running.rung + 1 < len(running.ladder) and most <= running.ladder[running.rung + 1].rows:
             rows, indices = self.choose(running, running.ladder[running.rung + 1])
-            chunks = self.all_chunks(running)
             running.rung += 1
-            running.cohort, running.state = self.programs.take(running.cohort, running.state, chunks, *indices)
+            joined = len(running.lengths) == 1 or running.rung >= JOINED_RUNG
+            opened = running.opened
+            running.cohort, running.state, chunks = self.programs.take(
+                running.cohort, running.state, running.chunks(), *indices, joined=joined
+            )
+            if joined:
+                running.lengths, opened = (sum(running.lengths),), 1
+            self.hold(running, chunks, opened)
             running.batch_of, running.row_of, running.prompt_of = rows
 
     def choose(self, running: Running, rung: Rung) -> tuple[tuple, tuple]:
@@ -299,28 +314,17 @@ class Drawing:
         members, place = share(prompt_of, kept, rung)
         return (batch_of.reshape(-1), row_of.reshape(-1), prompt_of.reshape(-1)), (rows, prompts, members, place)
 
-    def open_chunk(self, running: Running) -> None:
-        """Close the active chunk and begin another."""
-        programs = self.programs
-        real = (*running.cohort.closed[: running.opened - 1], running.state.active)
-        starts = [i * programs.chunks.length for i in range(running.opened)]
-        running.opened += 1
-        unused = programs.chunks.held(running.opened) - running.opened
+    def hold(self, running: Running, chunks: list[Cache], opened: int) -> None:
+        """Have these chunks, of which the last opened one is written to."""
+        starts = [sum(running.lengths[:i]) for i in range(opened)]
         running.cohort = replace(
             running.cohort,
-            closed=(*real, *[real[0]] * unused),
-            closed_starts=programs.everywhere(starts + [UNUSED] * unused),
-            active_start=programs.everywhere(starts[-1] + programs.chunks.length),
+            closed=tuple(chunks[: opened - 1]),
+            closed_starts=self.programs.everywhere(starts[:-1]),
+            active_start=self.programs.everywhere(starts[-1]),
         )
-        running.state = replace(running.state, active=empty_chunk(running.state.active))
-
-    def all_chunks(self, running: Running) -> list[Cache]:
-        """The own keys and values of a cohort in order, as long as a whole completion's."""
-        if running.rung > 0 or running.pooled:
-            return [running.state.active]
-        written = [*running.cohort.closed[: running.opened - 1], running.state.active]
-        missing = self.programs.chunks.count - running.opened
-        return written + [empty_chunk(running.state.active)] * missing
+        running.state = replace(running.state, active=chunks[opened - 1])
+        running.waiting = chunks[opened:]
 
     def pool(self, parked: list[Running]) -> Running:
         """One cohort of several that are left with a part of their rows at the same age."""
@@ -347,8 +351,8 @@ class Drawing:
             ladder,
             rung=0,
             age=first.age,
-            opened=first.opened,
-            pooled=True,
+            lengths=first.lengths,
+            waiting=[],
             batches=batches,
             batch_of=together[0].reshape(-1),
             row_of=together[1].reshape(-1),
@@ -374,8 +378,3 @@ def share(prompt_of: np.ndarray, kept: np.ndarray, rung: Rung) -> tuple[np.ndarr
             members[d, place[d, row]] = row
             number[prompt] += 1
     return members, place
-
-
-def empty_chunk(like: Cache) -> Cache:
-    """A chunk of the same shape. What it holds is finite, and is not looked at before it is written over."""
-    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from grpo_jax.types import COLUMNS, Model, Prompts, cache_columns
+from grpo_jax.types import Model, Prompts, cache_columns
 
 STEPS = 8
 """Tokens a dispatch; they divide ``COLUMNS``."""
@@ -18,8 +18,9 @@ LADDER = (1, 2, 4, 8, 16)
 """What a cohort's rows are divided by as they end."""
 PARKED_RUNG = 2
 """Where a cohort waits for others: as many as its divisor make up a whole one again."""
+JOINED_RUNG = 2
+"""From here on a batch has its cache in one piece; a larger one in chunks."""
 MIN_ROWS = 8
-MAX_CHUNKS = 4
 
 
 class Rung(NamedTuple):
@@ -36,29 +37,15 @@ def make_ladder(prompts: int, rows: int, group: int) -> list[Rung]:
     return [Rung(size, min(prompts, size), min(group, size)) for size in sizes]
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """How the cache of a whole batch is cut; a smaller one has it in one piece.
+def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
+    """Columns of the chunks that the cache of a large batch is cut into: a quarter of a completion, then the rest.
 
-    Attributes:
-        length: columns of a chunk.
-        count: chunks of a whole completion.
+    Most rows of a long-tailed batch end in the first, and the second is not there until it is needed. More chunks would
+    be more programs.
     """
-
-    length: int
-    count: int
-
-    @staticmethod
-    def of(max_completion_length: int) -> Chunks:
-        """One where more would not pay."""
-        columns = cache_columns(max_completion_length)
-        count = min(columns // COLUMNS, MAX_CHUNKS)
-        length = cache_columns(math.ceil(columns / count))
-        return Chunks(length, math.ceil(columns / length))
-
-    def held(self, opened: int) -> int:
-        """Chunks that are computed with when so many hold anything: a power of two, for fewer programs."""
-        return min(2 ** math.ceil(math.log2(opened)), self.count)
+    columns = cache_columns(max_completion_length)
+    first = cache_columns(math.ceil(columns / 4))
+    return (first, columns - first) if columns > first else (columns,)
 
 
 def default_cache_bytes(devices: Sequence[Any]) -> int | None:

@@ -1,8 +1,8 @@
 """The pure functions that completions are drawn with: reading prompts, one token for every row, fewer rows.
 
 A ``Cohort`` is rows of one age: each has as many tokens as every other. Prompts are read once for their whole group and
-their keys and values are held once for it. A row's own keys and values lie in chunks of one length, one of which is
-written to: a cache that is as long as it needs to be, and is not copied to grow.
+their keys and values are held once for it. A row's own keys and values lie in chunks, the last of which is written to:
+so attention reads about as many as there are, and none is copied for there to be more.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from grpo_jax.masked import positions
 from grpo_jax.sampling import Sampling, adjust_logits, sample_token
 from grpo_jax.sharding import take_rows
 from grpo_jax.types import COLUMNS, Cache, Context, Model, Params, Prompts, Rollout, cache_columns, pytree
-
-UNUSED = 2**30
-"""The first slot of a chunk that is there for its shape alone: above every token's, so that none looks at it."""
 
 
 @pytree
@@ -75,10 +72,12 @@ def start_cohort(
     sampling: Sampling,
     *,
     group_size: int,
-    chunk: int,
+    chunks: Sequence[int],
     cache_dtype: Any = None,
-) -> tuple[Cohort, State]:
+) -> tuple[Cohort, State, list[Cache]]:
     """Read the prompts, each once, for ``group_size`` rows each; a prompt's rows are adjacent.
+
+    Gives the cohort, its state with the first chunk of the rows' own cache, and the other chunks.
 
     Args:
         model: see ``types.Model``.
@@ -87,7 +86,7 @@ def start_cohort(
         key: of this step.
         sampling: what will be drawn with.
         group_size: G.
-        chunk: columns of a chunk of the rows' own cache.
+        chunks: columns of each chunk of the rows' own cache.
         cache_dtype: see ``Model.init_cache``.
     """
     N, P = prompts.ids.shape
@@ -115,11 +114,11 @@ def start_cohort(
     )
     state = State(
         age=jnp.int32(0),
-        active=model.init_cache(N * group_size, chunk, cache_dtype),
+        active=model.init_cache(N * group_size, chunks[0], cache_dtype),
         hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
         drawn=drawn,
     )
-    return cohort, state
+    return cohort, state, [model.init_cache(N * group_size, length, cache_dtype) for length in chunks[1:]]
 
 
 def draw_token(
@@ -192,14 +191,17 @@ def take(
     prompts: Int[Array, "devices prompts_taken"],
     members: Int[Array, "devices places"],
     place: Int[Array, "devices taken"],
-) -> tuple[Cohort, State]:
-    """Some of the rows and prompts alone, with their own keys and values in one chunk.
+    *,
+    joined: bool,
+) -> tuple[Cohort, State, list[Cache]]:
+    """Some of the rows and prompts alone; and their own keys and values, which are not put into the two.
 
     Args:
         model: see ``types.Model``.
         cohort: of rows and prompts split evenly over ``devices``; all indices count within a device's part.
         state: of the same rows.
         chunks: all of the rows' own keys and values, in order; may be longer than what was written.
+        joined: give them back as one chunk.
         rows: those that are taken.
         prompts: those that are taken.
         members: see ``types.Context``; in terms of the new rows and prompts.
@@ -225,8 +227,9 @@ def take(
         lengths=some(cohort.lengths, rows),
         prompted=some(cohort.prompted, rows),
     )
-    whole = model.join_columns([some(chunk, rows) for chunk in chunks])
-    return cohort, State(state.age, whole, some(state.hidden, rows), some(state.drawn, rows))
+    taken = [some(chunk, rows) for chunk in chunks]
+    state = State(state.age, None, some(state.hidden, rows), some(state.drawn, rows))
+    return cohort, state, [model.join_columns(taken)] if joined else taken
 
 
 def join(
@@ -319,7 +322,8 @@ def generate(
         mask: Bool[Array, "B T"]
         log_probs: Float[Array, "B T"]
 
-    cohort, state = start_cohort(model, params, prompts, key, sampling, group_size=group_size, chunk=cache_columns(T))
+    columns = [cache_columns(T)]
+    cohort, state, _ = start_cohort(model, params, prompts, key, sampling, group_size=group_size, chunks=columns)
 
     def going(drawn: Drawn):
         return (drawn.state.age < T) & ~drawn.ended.all()
