@@ -14,9 +14,12 @@ program: ``draws_differing`` counts completions in which any token differs. Prin
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,7 @@ from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.small_base import Recipe, make_base
 from grpo_jax.train import completion_log_probs, make_scorer
+from grpo_jax.types import Params, Rollout
 
 PRECISIONS = (
     ("float32", "float32"),
@@ -61,12 +65,10 @@ class Config:
 
 def main(config: Config) -> None:
     keep_programs()
-    if config.model is None:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if config.model is None:
             make_base(folder, Recipe(seed=config.seed))
-            measure(config, folder)
-    else:
-        measure(config, config.model)
+        measure(config, config.model or folder)
 
 
 def measure(config: Config, folder: str) -> None:
@@ -80,9 +82,15 @@ def measure(config: Config, folder: str) -> None:
     key, sampling = jax.random.key(config.seed), Sampling(temperature=config.temperature)
     lengths = {"group_size": config.group_size, "max_completion_length": config.max_completion_length}
     ends = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id}
-    computed = {name: models.build_model(policy.config, dtype=jnp.dtype(name).type) for name in ("float32", "bfloat16")}
+    computed = {
+        name: models.build_model(policy.config, dtype=jnp.dtype(name).type, attention="auto")
+        for name in ("float32", "bfloat16")
+    }
     scorers = {
-        name: make_scorer(partial(completion_log_probs, model, temperature=config.temperature), num_micro_batches=8)
+        name: make_scorer(
+            partial(completion_log_probs, model, temperature=config.temperature),
+            num_micro_batches=math.gcd(config.prompts * config.group_size, 8),
+        )
         for name, model in computed.items()
     }
     result = {
@@ -95,24 +103,38 @@ def measure(config: Config, folder: str) -> None:
     }
     for dtype, cache_dtype in PRECISIONS:
         sampler = Sampler(computed[dtype], sampling, **lengths, **ends, cache_dtype=cache_dtype)
-        drawn = sampler(policy.params, prompts, key)
+        with exactly(dtype):
+            drawn = sampler(policy.params, prompts, key)
         mask = np.asarray(drawn.completion_mask)
         found = np.asarray(drawn.rollout_log_probs)[mask]
-        own, exact = (np.asarray(scorers[name](policy.params, drawn))[mask] for name in (dtype, "float32"))
+        own, exact = (scored(scorers, name, policy.params, drawn)[mask] for name in (dtype, "float32"))
+        difference = (own - found).astype(np.float64)  # in float32 the estimate of a small divergence is all rounding
         result[f"{dtype}, cache {cache_dtype}"] = {
             "tokens": int(mask.sum()),
             "gap_mean": rounded(np.abs(found - own).mean()),
             "gap_max": rounded(np.abs(found - own).max()),
-            "kl": rounded((np.exp(own - found) - 1 - (own - found)).mean()),
+            "kl": rounded((np.expm1(difference) - difference).mean()),
             "error_mean": rounded(np.abs(found - exact).mean()),
             "error_max": rounded(np.abs(found - exact).max()),
         }
         if dtype == cache_dtype == "float32":
             whole = jax.jit(partial(generate, computed[dtype], sampling=sampling, **lengths, **ends))
-            wanted = whole(policy.params, prompts, key)
+            with exactly(dtype):
+                wanted = whole(policy.params, prompts, key)
             differ = (np.asarray(drawn.completion_ids) != np.asarray(wanted.completion_ids)).any(1)
             result["draws_differing"] = int(differ.sum())
     print(json.dumps(result))
+
+
+def exactly(dtype: str) -> AbstractContextManager:
+    """What is called float32 is computed in float32, on a GPU or TPU too."""
+    return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
+
+
+def scored(scorers: dict[str, Any], name: str, params: Params, drawn: Rollout) -> np.ndarray:
+    """The log-probabilities of a trainer in this precision."""
+    with exactly(name):
+        return np.asarray(scorers[name](params, drawn))
 
 
 def rounded(x: np.floating) -> float:

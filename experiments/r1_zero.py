@@ -140,6 +140,9 @@ class Config:
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Precision of keys and values in sampling; a coarser one lets more samples fit, and puts a gap between sampler and
     trainer that --importance-cap makes up for. Default: that of the computation."""
+    cache_bytes: int | None = None
+    """What keys and values of prompts drawn for at once may take, over all devices; more prompts are drawn for one set
+    after the other. Default: a fifth of the memory of a GPU or TPU, no limit on a CPU."""
     mesh: MeshSettings = MeshSettings()
     """How the devices are used."""
 
@@ -237,8 +240,8 @@ class Config:
         return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
 
 
-MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "attention", "trackers", "plain", "keep_checkpoints")
-MAY_CHANGE += ("save_every", "samples_every", "eval_every")
+MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "attention", "cache_bytes", "trackers", "plain")
+MAY_CHANGE += ("save_every", "samples_every", "eval_every", "keep_checkpoints")
 """Settings that a resumed run may have other values of: they change no number beyond rounding."""
 
 
@@ -294,7 +297,7 @@ def train(config: Config, run: Run) -> None:
     problems, held_out = encode(problems, policy, config, run), encode(held_out, policy, config, run)
     batches = ProblemIterator(problems.problems, num_prompts=config.num_prompts, seed=config.seed)
 
-    # The pieces: a sampler, a scorer and a train step, each one jitted function of arrays.
+    # The pieces: a sampler, a scorer and a train step, each a function of arrays.
     group_sizes = {config.group_size, config.num_eval_samples}
     samplers = {size: build_sampler(config, policy, mesh, size) for size in group_sizes}
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
@@ -467,6 +470,7 @@ def build_sampler(config: Config, policy: models.Pretrained, mesh: Mesh, group_s
         max_completion_length=config.completion_length,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
+        cache_bytes=config.cache_bytes,
         cache_dtype=config.cache_dtype,
         mesh=mesh,
     )

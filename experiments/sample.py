@@ -23,8 +23,7 @@ from jaxtyping import Array
 from grpo_jax import models
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.stop import stop_strings
-from grpo_jax.rollout import Sampler
-from grpo_jax.rollout.engine import StopFn
+from grpo_jax.rollout import Sampler, StopFn
 from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts
@@ -188,6 +187,7 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
         eos_ids=eos_ids,
         pad_id=policy.pad_id,
         stop=stop,
+        ahead=0,  # shown as soon as it is drawn
     )
 
     def text_of(ids: list[int]) -> str:
@@ -201,8 +201,7 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
         def watch(row: int, new: Sequence[int]) -> None:
             nonlocal shown
             ids[row] += new
-            text = text_of(ids[row])
-            if config.num_samples == 1 and not text.endswith(HALF_A_CHARACTER):
+            if config.num_samples == 1 and not (text := text_of(ids[row])).endswith(HALF_A_CHARACTER):
                 show(text[shown:])
                 shown = len(text)
 

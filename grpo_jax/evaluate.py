@@ -93,7 +93,7 @@ def held_out(
         problems: what is asked.
         drawn: the place of each problem and its completions, in any order, as ``Sampler.stream`` hands them on.
         decode: from completions to their texts.
-        reward: called with the prompts' texts, the completions and the problems' columns.
+        reward: called for each problem with its prompt's text, its completions and its columns.
         group_size: G, samples for each problem.
         report: called with the number of problems done after each.
 
@@ -102,18 +102,22 @@ def held_out(
         ``eval/frac_ungraded``, the share of problems left out, where there are any.
 
     Raises:
-        ValueError: no problem could be graded.
+        ValueError: no problem could be graded; a problem was not drawn for, or twice.
     """
     answers: dict[int, list[str | None]] = {}
     scores: dict[int, list[float | None]] = {}
     lengths = []
     for place, completions in drawn:
+        if place in scores:
+            raise ValueError(f"held-out problem {place} was drawn for twice")
         texts = decode(completions)
         columns = reward_columns([problems.problems[place]], group_size=group_size)
         scores[place] = list(reward([problems.texts[place]] * group_size, texts, **columns))
         answers[place] = [extract_answer(text) for text in texts]
         lengths.append(np.asarray(completions.completion_mask).sum(1))
         report(len(scores))
+    if len(scores) != len(problems):
+        raise ValueError(f"completions of {len(scores)} of {len(problems)} held-out problems were drawn")
     graded = sorted(place for place, row in scores.items() if None not in row)
     if not graded:
         raise ValueError(f"the reward graded all samples of none of the {len(scores)} held-out problems")

@@ -95,7 +95,7 @@ class Model:
             it instead. Where tokens are drawn one by one, it is computed for several at a time.
         head: ``params -> [V, D]``, the output embedding.
         init_cache: ``(batch, length, dtype) -> cache``, empty. ``dtype`` None is the model's own precision; a coarser
-            one rounds keys and values as they are written, and attention reads the rounded ones.
+            one rounds keys and values as they are written, and attention to the cache reads the rounded ones.
         first_columns: ``(cache, length) -> cache`` without the columns after that.
         join_columns: caches of the same rows -> one, their columns one after the other.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.models import build_model, from_hf_config, init_params, kernels, transformer
-from grpo_jax.models.kernels import choose_kernel, cudnn_attention, resolve_attention, splash_attention
+from grpo_jax.models.kernels import choose_kernel, cudnn_attention, hardware, resolve_attention, splash_attention
 from grpo_jax.models.layers import Part, allowed_slots, attend
 from grpo_jax.rollout import Sampler
 from grpo_jax.sampling import Sampling
@@ -87,6 +87,7 @@ def at_real_tokens(attention, inputs, mask, **options):
         ("cudnn", 40, 16, "none", None, None),
         ("cudnn", 150, 64, "padded", None, None),
         ("cudnn", 150, 16, "padded", 33, None),
+        ("cudnn", 150, 16, "padded", 5, None),
         ("cudnn", 150, 16, "holes", None, None),
         ("cudnn", 150, 16, "nothing", None, None),
         ("splash", 7, 16, "none", None, None),
@@ -178,24 +179,39 @@ QWEN = from_hf_config({"model_type": "qwen3", **SIZES, "use_sliding_window": Fal
 
 
 @pytest.mark.parametrize(
-    ("platform", "config", "dtype", "expected"),
+    ("kind", "config", "dtype", "expected"),
     [
-        ("cpu", QWEN, jnp.bfloat16, "plain"),
-        ("gpu", QWEN, jnp.bfloat16, "cudnn"),
-        ("gpu", QWEN, jnp.float32, "plain"),  # by which sampler and trainer agree
-        ("gpu", CAPPED, jnp.bfloat16, "plain"),
-        ("gpu", replace(QWEN, head_dim=256), jnp.bfloat16, "plain"),
+        ("other", QWEN, jnp.bfloat16, "plain"),
+        ("cuda", QWEN, jnp.bfloat16, "cudnn"),
+        ("cuda", QWEN, jnp.float32, "plain"),  # by which sampler and trainer agree
+        ("cuda", CAPPED, jnp.bfloat16, "plain"),
+        ("cuda", replace(QWEN, head_dim=256), jnp.bfloat16, "plain"),
         ("tpu", CAPPED, jnp.bfloat16, "splash"),
         ("tpu", QWEN, jnp.float32, "plain"),
     ],
 )
-def test_auto_takes_what_the_platform_has_for_the_model(platform, config, dtype, expected):
-    assert resolve_attention("auto", config, dtype, platform, 1) == expected
+def test_auto_takes_what_the_hardware_has_for_the_model(kind, config, dtype, expected):
+    assert resolve_attention("auto", config, dtype, kind, 1) == expected
 
 
 def test_auto_does_not_split_heads_that_do_not_divide():
     assert resolve_attention("auto", QWEN, jnp.bfloat16, "tpu", 4) == "plain"
     assert resolve_attention("auto", QWEN, jnp.bfloat16, "tpu", 2) == "splash"
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("tpu", None, "tpu"),
+        ("gpu", "9.0", "cuda"),
+        ("gpu", "7.5", "other"),
+        ("gpu", "gfx942", "other"),
+        ("cpu", None, "other"),
+    ],
+)
+def test_cudnns_attention_needs_ampere(platform, capability, expected):
+    device = type("Device", (), {"platform": platform} | ({"compute_capability": capability} if capability else {}))
+    assert hardware(device) == expected
 
 
 def test_the_kernel_of_a_name():
@@ -217,7 +233,7 @@ def test_the_kernel_of_a_name():
 )
 def test_a_kernel_that_does_not_fit_is_refused(name, config, dtype, tensor, message):
     with pytest.raises(ValueError, match=message):
-        resolve_attention(name, config, dtype, "gpu", tensor)
+        resolve_attention(name, config, dtype, "cuda", tensor)
 
 
 def test_a_model_is_not_built_with_a_kernel_that_does_not_fit():

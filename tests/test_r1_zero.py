@@ -375,6 +375,14 @@ def test_truncating_filters_leave_the_gap_out_unless_it_is_corrected_for(config)
     assert gap in build_loss(sampler_alters_policy=True, importance_cap=2.0)(params, batch)[1]
 
 
+def test_a_coarser_cache_trains_with_a_gap_that_is_corrected_for(config):
+    policy = PolicyLossSettings(importance_cap=2.0)
+    r1_zero.main(replace(config, num_steps=1, cache_dtype="int8", policy=policy, eval_every=0))
+    (step,) = (row for row in metrics_of(config) if "loss" in row)
+    assert 1e-4 < step["sampling/sampling_logp_difference/max"] < 1
+    assert step["grad_norm"] > 0
+
+
 def test_defaults_follow_the_model():
     default = Config()
     assert (default.prompt_length, default.completion_length) == (12, 48)

@@ -72,16 +72,16 @@ def same(found, wanted):
 def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, cohorts):
     model, params = tiny
     stats = []
-    rollout = Sampler(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
-    same(rollout(params, random_prompts(), jax.random.key(KEY)), expected[Sampling()])
+    sampler = Sampler(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
+    same(sampler(params, random_prompts(), jax.random.key(KEY)), expected[Sampling()])
     assert stats[0].cohorts == cohorts
     assert stats[0].tokens == int(expected[Sampling()].completion_mask.sum())
 
 
 def test_every_filter_and_penalty_follows_its_rows(tiny, expected):
     model, params = tiny
-    rollout = Sampler(model, EVERYTHING, **OPTIONS, max_rows=64)
-    found = rollout(params, random_prompts(), jax.random.key(KEY))
+    sampler = Sampler(model, EVERYTHING, **OPTIONS, max_rows=64)
+    found = sampler(params, random_prompts(), jax.random.key(KEY))
     same(found, expected[EVERYTHING])
     ids, lengths = np.asarray(found.completion_ids), np.asarray(found.completion_mask.sum(1))
     assert not (ids[np.asarray(found.completion_mask)] == 7).any()
@@ -94,11 +94,32 @@ def test_t14_devices_do_not_change_what_is_drawn(tiny, expected, pinned):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     model = build_model(from_hf_config(TINY), mesh=mesh) if pinned else model
     sharded = jax.device_put(params, param_shardings(params, mesh))
-    rollout = Sampler(model, Sampling(), **OPTIONS, mesh=mesh)
-    found = rollout(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
+    sampler = Sampler(model, Sampling(), **OPTIONS, mesh=mesh)
+    found = sampler(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
     same(found, expected[Sampling()])
     assert len(found.completion_ids.sharding.device_set) == 8
     assert found.completion_ids.sharding.shard_shape(found.completion_ids.shape) == (N * G // 4, T)
+
+
+def test_t14_pools_on_devices_do_not_change_what_is_drawn(tiny, expected):
+    _, params = tiny
+    mesh = make_mesh(data=2, tensor=2)
+    sharded = jax.device_put(params, param_shardings(params, mesh))
+    stats = []
+    model = build_model(from_hf_config(TINY), mesh=mesh)
+    sampler = Sampler(model, Sampling(), **OPTIONS, mesh=mesh, max_rows=128, report=stats.append)
+    same(sampler(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY)), expected[Sampling()])
+    assert stats[0].cohorts == 3  # two sets, and the pool of what was left of them
+
+
+@pytest.mark.parametrize(("length", "group_size", "count"), [(1, 1, 1), (64, 2, 3), (65, 1, 2), (73, 8, 1)])
+def test_completions_and_groups_of_every_size(tiny, length, group_size, count):
+    model, params = tiny
+    options = OPTIONS | {"max_completion_length": length, "group_size": group_size, "eos_ids": (31,)}
+    prompts = random_prompts(count)
+    wanted = jax.jit(partial(generate, model, sampling=Sampling(), **options))(params, prompts, jax.random.key(3))
+    same(Sampler(model, Sampling(), **options)(params, prompts, jax.random.key(3)), wanted)
+    assert int(wanted.completion_mask.sum(1).max()) > length // 2
 
 
 def test_t15_sampler_and_trainer_agree(tiny):
@@ -113,8 +134,8 @@ def test_t15_sampler_and_trainer_agree(tiny):
 def test_little_is_computed_that_is_not_kept(tiny):
     model, params = tiny
     stats = []
-    rollout = Sampler(model, Sampling(), **OPTIONS, report=stats.append)
-    lengths = np.asarray(rollout(params, random_prompts(), jax.random.key(KEY)).completion_mask.sum(1))
+    sampler = Sampler(model, Sampling(), **OPTIONS, report=stats.append)
+    lengths = np.asarray(sampler(params, random_prompts(), jax.random.key(KEY)).completion_mask.sum(1))
     static = lengths.max() * N * G
     assert stats[0].row_steps < 0.6 * static
     assert stats[0].useful == lengths.sum() / stats[0].row_steps > 0.6
@@ -138,7 +159,7 @@ def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    rollout = Sampler(model, Sampling(), **OPTIONS)
+    sampler = Sampler(model, Sampling(), **OPTIONS)
     prompts = random_prompts()
     key, table = jax.random.key(0), np.asarray(params["embed"]["embedding"])
     keys = [jax.random.fold_in(key, step) for step in range(50)]
@@ -150,7 +171,7 @@ def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
         tables.append(jnp.asarray(changed))
     jax.monitoring.register_event_duration_secs_listener(listen)
     means = [
-        np.asarray(rollout(params | {"embed": {"embedding": table}}, prompts, key).completion_mask).mean()
+        np.asarray(sampler(params | {"embed": {"embedding": table}}, prompts, key).completion_mask).mean()
         for table, key in zip(tables, keys, strict=True)
     ]
     jax.monitoring.unregister_event_duration_listener(listen)
@@ -295,7 +316,8 @@ def test_a_stream_is_read_as_it_is_needed(tiny):
         ({"group_size": 0}, "group_size is 0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"eos_ids": ()}, "eos_ids is empty"),
-        ({"cache_dtype": "float16"}, "a cache is float32, bfloat16 or int8, not float16"),
+        ({"cache_dtype": "float16"}, "a cache is float32, bfloat16, int8, not float16"),
+        ({"cache_dtype": "float8"}, "a cache is float32, bfloat16, int8, not float8"),
     ],
 )
 def test_refuses_what_cannot_be_drawn(tiny, options, message):
@@ -309,7 +331,10 @@ def test_refuses_what_cannot_be_drawn(tiny, options, message):
         ({"max_completion_length": 125}, r"prompt \d+ has 6 tokens.*the model's 128 positions.*at most 122"),
         ({"max_rows": 4}, "max_rows is 4; a group of 8 on each of 1 devices takes at least 8"),
         # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token.
-        ({"cache_bytes": 100_000}, r"8 samples of 6 \+ 100 tokens takes 0.3 MiB .* 0.1 MiB are allowed.* at most 3 "),
+        (
+            {"cache_bytes": 100_000},
+            r"8 samples of 6 \+ 100 tokens takes 0.3 MiB .* 0.1 MiB are allowed .* at most 3 samples",
+        ),
     ],
 )
 def test_refuses_before_anything_is_compiled_what_has_no_room(tiny, options, message):
@@ -320,15 +345,15 @@ def test_refuses_before_anything_is_compiled_what_has_no_room(tiny, options, mes
 
 def test_completions_that_do_not_divide_over_the_mesh_are_refused(tiny):
     model, params = tiny
-    rollout = Sampler(model, Sampling(), **OPTIONS | {"group_size": 2}, mesh=make_mesh(data=4, fsdp=2))
+    sampler = Sampler(model, Sampling(), **OPTIONS | {"group_size": 2}, mesh=make_mesh(data=4, fsdp=2))
     with pytest.raises(ValueError, match=r"3 prompts x 2 samples do not divide over data x fsdp = 8 .* 5 prompts more"):
-        rollout(params, some(random_prompts(), slice(0, 3)), jax.random.key(0))
+        sampler(params, some(random_prompts(), slice(0, 3)), jax.random.key(0))
 
 
 def test_prompts_keep_their_shape_and_order(tiny):
     model, params = tiny
     prompts = random_prompts(5)  # the last set of which is filled up
-    rollout = Sampler(model, Sampling(), **OPTIONS | {"group_size": 2, "max_completion_length": 8}, max_rows=4)
-    drawn = rollout(params, prompts, jax.random.key(0))
+    sampler = Sampler(model, Sampling(), **OPTIONS | {"group_size": 2, "max_completion_length": 8}, max_rows=4)
+    drawn = sampler(params, prompts, jax.random.key(0))
     assert isinstance(prompts, Prompts)
     np.testing.assert_array_equal(drawn.prompt_ids, np.repeat(np.asarray(prompts.ids), 2, axis=0))

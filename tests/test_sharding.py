@@ -135,6 +135,7 @@ def test_activations_lie_as_the_batch_does_not_as_the_parameters(capfd):
         mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
         params = jax.device_put(shapes, param_shardings(shapes, mesh))
         ids = shard_rows(jax.random.randint(jax.random.key(0), (32, 64), 0, 512), mesh)
+        capfd.readouterr()
         for pinned in (mesh, None):
             model = build_model(config, mesh=pinned)
 

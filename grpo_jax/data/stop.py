@@ -7,7 +7,7 @@ from typing import Any
 
 
 def stop_strings(tokenizer: Any, strings: Sequence[str]) -> Callable[[Sequence[int], int], int | None]:
-    """A function for ``rollout``'s ``stop``: completions end with the token that completes one of the strings.
+    """A function for a ``Sampler``'s ``stop``: completions end with the token that completes one of the strings.
 
     The tokens stay as they were drawn: the last one may say more than the string. Special tokens count with their text.
 

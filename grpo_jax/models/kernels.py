@@ -44,23 +44,29 @@ def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: 
     Raises:
         ValueError: for a kernel that cannot compute this model; it says why.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    chosen = resolve_attention(name, config, dtype, platform, 1 if mesh is None else mesh.shape["tensor"])
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    chosen = resolve_attention(name, config, dtype, hardware(device), 1 if mesh is None else mesh.shape["tensor"])
     kernels = {"cudnn": cudnn_attention, "splash": partial(splash_attention, mesh=mesh)}
     return kernels.get(chosen)
 
 
-def resolve_attention(
-    name: AttentionName, config: DecoderConfig, dtype: Any, platform: str, tensor: int
-) -> AttentionName:
-    """What ``auto`` stands for on a platform with heads split over ``tensor`` devices; other names for themselves.
+def hardware(device: Any) -> str:
+    """``tpu``, ``cuda`` for NVIDIA's GPUs from Ampere on (which cuDNN's attention needs), or ``other``."""
+    if device.platform == "tpu":
+        return "tpu"
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # a ROCm device tells a name
+    return "cuda" if device.platform == "gpu" and generation.isdigit() and int(generation) >= 8 else "other"
+
+
+def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, kind: str, tensor: int) -> AttentionName:
+    """What ``auto`` stands for on a kind of hardware with heads split over ``tensor`` devices; other names for themselves.
 
     Raises:
         ValueError: see ``choose_kernel``.
     """
     if name == "auto":
-        of_platform: dict[str, AttentionName] = {"gpu": "cudnn", "tpu": "splash"}
-        name = of_platform.get(platform, "plain") if dtype == jnp.bfloat16 else "plain"
+        fastest: dict[str, AttentionName] = {"cuda": "cudnn", "tpu": "splash"}
+        name = fastest.get(kind, "plain") if dtype == jnp.bfloat16 else "plain"
         return "plain" if obstacle(name, config, dtype, tensor) else name
     problem = obstacle(name, config, dtype, tensor)
     if problem is not None:
@@ -106,6 +112,7 @@ def cudnn_attention(
         implementation: "xla" does the same on any platform, for tests.
     """
     order = jnp.argsort(~mask, axis=1, stable=True)
+    lengths = jnp.maximum(mask.sum(1, dtype=jnp.int32), 1)
     queries, keys, values = (permuted(x, order) for x in (queries, keys, values))
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
@@ -114,7 +121,8 @@ def cudnn_attention(
             values,
             scale=1.0,
             is_causal=True,
-            key_value_seq_lengths=jnp.maximum(mask.sum(1, dtype=jnp.int32), 1),
+            query_seq_lengths=lengths,  # padding behind a window's reach would have nothing to attend to
+            key_value_seq_lengths=lengths,
             local_window_size=None if window is None else (window - 1, 0),
             implementation=implementation,
         )

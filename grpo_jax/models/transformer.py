@@ -176,9 +176,11 @@ def build_model(
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
     def init_cache(batch: int, length: int, cache_dtype: Any = None) -> Cache:
-        kept_in = dtype if cache_dtype is None else jnp.dtype(cache_dtype).type
-        if kept_in not in CACHE_DTYPES:
-            raise ValueError(f"a cache is float32, bfloat16 or int8, not {jnp.dtype(cache_dtype).name}")
+        names = {jnp.dtype(kept_in).name: kept_in for kept_in in CACHE_DTYPES}
+        name = str(getattr(cache_dtype, "__name__", cache_dtype))
+        kept_in = dtype if cache_dtype is None else names.get(name)
+        if kept_in is None:
+            raise ValueError(f"a cache is {', '.join(names)}, not {name}")
         return [empty_entry(config, batch, length, kept_in) for _ in range(config.num_layers)]
 
     def first_columns(cache: Cache, length: int) -> Cache:

@@ -188,7 +188,7 @@ class Drawing:
                 parking_age = running.age
             if len(parked) == LADDER[PARKED_RUNG] or (current is None and len(parked) > 1):
                 pool = self.pool(parked)
-                parked = []
+                parked, parking_age = [], None
                 yield from self.drive(pool, -1)
         for running in parked:
             yield from self.drive(running, -1)
@@ -198,7 +198,9 @@ class Drawing:
         programs, N = self.programs, prompts.ids.shape[0]
         B = N * programs.group_size
         self.count(cohorts=1)
-        cohort, state, waiting = programs.begin(self.params, prompts, self.key)
+        # Always laid out alike: what lies elsewhere would be another program.
+        placed = jax.device_put(prompts, None if programs.mesh is None else NamedSharding(programs.mesh, BATCH))
+        cohort, state, waiting = programs.begin(self.params, placed, self.key)
         return Running(
             cohort,
             state,
@@ -229,7 +231,8 @@ class Drawing:
                 self.dispatch(running)
             if len(running.unread) > self.programs.ahead or running.age >= self.programs.T:
                 yield from self.read(running)
-                self.compact(running)
+                if running.age < self.programs.T:
+                    self.compact(running)
 
     def dispatch(self, running: Running) -> None:
         """Draw the next tokens of all rows."""

@@ -19,7 +19,8 @@ LADDER = (1, 2, 4, 8, 16)
 PARKED_RUNG = 2
 """Where a cohort waits for others: as many as its divisor make up a whole one again."""
 JOINED_RUNG = 2
-"""From here on a batch has its cache in one piece; a larger one in chunks."""
+"""From here on a batch has its cache in one piece; a larger one in chunks. A parked batch has it in one."""
+assert JOINED_RUNG <= PARKED_RUNG
 MIN_ROWS = 8
 
 
@@ -40,8 +41,8 @@ def make_ladder(prompts: int, rows: int, group: int) -> list[Rung]:
 def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
     """Columns of the chunks that the cache of a large batch is cut into: a quarter of a completion, then the rest.
 
-    Most rows of a long-tailed batch end in the first, and the second is not there until it is needed. More chunks would
-    be more programs.
+    Attention does not read the second until the first is full, and most rows of a long-tailed batch have ended by then.
+    More chunks would be more programs.
     """
     columns = cache_columns(max_completion_length)
     first = cache_columns(math.ceil(columns / 4))
@@ -112,8 +113,9 @@ class Limits:
         if G * row + prompt > allowed:
             raise ValueError(
                 f"a group of {G} samples of {P} + {T} tokens takes {mib(G * row + prompt)} of keys and values, and "
-                f"{mib(allowed)} are allowed on each device; at most {max(0, int((allowed - prompt) // row))} samples "
-                "of a prompt fit"
+                f"{mib(allowed)} are allowed for each of {self.devices} parts of the batch; at most "
+                f"{max(0, int((allowed - prompt) // row))} samples of a prompt fit. cache_bytes allows more, and "
+                "cache_dtype takes less"
             )
         if self.max_rows is not None and self.max_rows < G * self.devices:
             raise ValueError(

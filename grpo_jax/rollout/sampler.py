@@ -24,9 +24,9 @@ class Sampler:
     """A function ``(params, prompts, key) -> Rollout`` that draws what ``generate`` draws, and computes little else.
 
     Prompts are read once for their group, and their keys and values are held once for it. Rows that have ended are left
-    out of the batch, and the cache is as long as it needs to be. Prompts that do not fit at once are drawn for one set
-    after the other, and what is left of several sets is drawn together. ``stream`` does the same for more prompts than
-    a ``Rollout`` should hold.
+    out of the batch, and attention reads little of the cache that is still empty. Prompts that do not fit at once are
+    drawn for one set after the other, and what is left of several sets is drawn together. ``stream`` does the same for
+    more prompts than a ``Rollout`` should hold.
     """
 
     def __init__(
@@ -120,8 +120,7 @@ class Sampler:
         sets = cut([prompts], self.limits.prompts_at_once(*prompts.ids.shape))
         drawing = Drawing(self.programs, params, key, watch)
         batches = {batch.first_place: batch for batch, _ in drawing.run(sets)}
-        if self.report is not None:
-            self.report(drawing.stats)
+        self.told(drawing)
         parts = [batches[place].drawn(slice(0, batches[place].num_prompts)) for place in sorted(batches)]
         fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return Rollout(**jax.device_put(fields, None if self.mesh is None else NamedSharding(self.mesh, BATCH)))
@@ -132,7 +131,7 @@ class Sampler:
         """``(place, rollout), ...`` for more prompts than fit: data sets, evaluations.
 
         Each prompt is handed on once all its samples have ended, with its place in the stream and a ``Rollout`` of G
-        rows; the order is that in which they end, and the same in every run.
+        rows on the default device; the order is that in which they end, and the same in every run.
 
         Args:
             params: the policy's.
@@ -141,11 +140,14 @@ class Sampler:
             num_prompts: the most that are drawn for at once; what is left of four such sets is drawn together.
 
         Raises:
-            ValueError: as ``__call__``, once the prompts in question are read; prompts of several lengths.
+            ValueError: as ``__call__``, once the prompts in question are read, which is a set ahead of those that are
+                drawn for; prompts of several lengths.
         """
         coming = iter(prompts)
         first = next(coming, None)
+        drawing = Drawing(self.programs, params, key)
         if first is None:
+            self.told(drawing)
             return
         length = first.ids.shape[1]
 
@@ -156,8 +158,11 @@ class Sampler:
                 self.limits.check_prompts(each)
                 yield each
 
-        drawing = Drawing(self.programs, params, key)
         for batch, n in drawing.run(cut(checked(), self.limits.prompts_at_once(num_prompts, length))):
             yield batch.first_place + n, Rollout(**jax.device_put(batch.drawn(slice(n, n + 1))))
+        self.told(drawing)
+
+    def told(self, drawing: Drawing) -> None:
+        """Say what was taken, to whoever asked for it."""
         if self.report is not None:
             self.report(drawing.stats)
