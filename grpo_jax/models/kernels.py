@@ -59,7 +59,7 @@ def hardware(device: Any) -> str:
 
 
 def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, kind: str, tensor: int) -> AttentionName:
-    """What ``auto`` stands for on a kind of hardware with heads split over ``tensor`` devices; other names for themselves.
+    """What ``auto`` stands for on a kind of hardware, heads split over ``tensor`` devices; other names are themselves.
 
     Raises:
         ValueError: see ``choose_kernel``.
