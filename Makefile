@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python experiments/r1_zero.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m slow

@@ -7,7 +7,9 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE = tempfile.mkdtemp()  # engines of several tests share programs
+if "PYTEST_XDIST_WORKER" not in os.environ:  # samplers of several tests, and of all workers, share programs
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -20,8 +22,6 @@ hook.__enter__()
 import hypothesis
 import jax
 import pytest
-
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -377,7 +377,7 @@ def test_truncating_filters_leave_the_gap_out_unless_it_is_corrected_for(config)
 
 def test_a_coarser_cache_trains_with_a_gap_that_is_corrected_for(config):
     policy = PolicyLossSettings(importance_cap=2.0)
-    r1_zero.main(replace(config, num_steps=1, cache_dtype="int8", policy=policy, eval_every=0))
+    r1_zero.main(replace(config, num_steps=1, group_size=16, cache_dtype="int8", policy=policy, eval_every=0))
     (step,) = (row for row in metrics_of(config) if "loss" in row)
     assert 1e-4 < step["sampling/sampling_logp_difference/max"] < 1
     assert step["grad_norm"] > 0

@@ -114,12 +114,14 @@ def test_t14_pools_on_devices_do_not_change_what_is_drawn(tiny, expected):
 
 @pytest.mark.parametrize(("length", "group_size", "count"), [(1, 1, 1), (64, 2, 3), (65, 1, 2), (73, 8, 1)])
 def test_completions_and_groups_of_every_size(tiny, length, group_size, count):
+    """No completion ends before the limit, so that every chunk is written to."""
     model, params = tiny
-    options = OPTIONS | {"max_completion_length": length, "group_size": group_size, "eos_ids": (31,)}
+    options = OPTIONS | {"max_completion_length": length, "group_size": group_size}
+    sampling = Sampling(logit_bias=((EOS[0], -float("inf")),))
     prompts = random_prompts(count)
-    wanted = jax.jit(partial(generate, model, sampling=Sampling(), **options))(params, prompts, jax.random.key(3))
-    same(Sampler(model, Sampling(), **options)(params, prompts, jax.random.key(3)), wanted)
-    assert int(wanted.completion_mask.sum(1).max()) > length // 2
+    wanted = jax.jit(partial(generate, model, sampling=sampling, **options))(params, prompts, jax.random.key(3))
+    same(Sampler(model, sampling, **options)(params, prompts, jax.random.key(3)), wanted)
+    assert bool(wanted.truncated.all())
 
 
 def test_t15_sampler_and_trainer_agree(tiny):
@@ -275,39 +277,30 @@ def test_what_is_drawn_can_be_watched(tiny, expected):
         assert len(pieces) == -(-length // 8)
 
 
-@pytest.mark.parametrize(("cache_dtype", "gap"), [("bfloat16", 0.1), ("int8", 0.2)])
-def test_a_coarser_cache_is_off_by_little_and_alike_in_every_schedule(tiny, cache_dtype, gap):
+@pytest.mark.parametrize(("cache_dtype", "most"), [("bfloat16", 0.1), ("int8", 0.2)])
+def test_a_coarser_cache_is_off_by_little(tiny, cache_dtype, most):
+    model, params = tiny
+    options = OPTIONS | {"max_completion_length": 64, "group_size": 2, "cache_dtype": cache_dtype}
+    rollout = Sampler(model, Sampling(), **options)(params, random_prompts(), jax.random.key(KEY))
+    log_probs, _ = jax.jit(partial(completion_log_probs, model))(params, rollout)
+    gap = np.abs(np.asarray(rollout.rollout_log_probs) - np.asarray(log_probs))
+    assert 1e-4 < gap[np.asarray(rollout.completion_mask)].max() < most
+
+
+def test_a_coarser_cache_rounds_alike_in_every_schedule(tiny):
     """Where float32 differs in the last bit, another schedule may round to the next step; it is seldom."""
     model, params = tiny
-    options = OPTIONS | {"cache_dtype": cache_dtype}
+    options = OPTIONS | {"cache_dtype": "int8"}
     whole = Sampler(model, Sampling(), **options)(params, random_prompts(), jax.random.key(KEY))
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, tensor=2)
     sharded = jax.device_put(params, param_shardings(params, mesh))
-    parts = Sampler(model, Sampling(), **options, max_rows=64, mesh=mesh)
+    parts = Sampler(model, Sampling(), **options, max_rows=128, mesh=mesh)
     found = parts(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
     alike = (np.asarray(found.completion_ids) == np.asarray(whole.completion_ids)).all(1)
     assert alike.mean() > 0.98
     difference = np.abs(np.asarray(found.rollout_log_probs) - np.asarray(whole.rollout_log_probs))[alike]
-    assert difference.max() < gap / 2
+    assert difference.max() < 0.1
     assert (difference > 1e-5).mean() < 0.05
-    log_probs, _ = jax.jit(partial(completion_log_probs, model))(params, whole)
-    mask = np.asarray(whole.completion_mask)
-    largest = np.abs(np.asarray(whole.rollout_log_probs) - np.asarray(log_probs))[mask].max()
-    assert 1e-4 < largest < gap
-
-
-def test_a_stream_is_read_as_it_is_needed(tiny):
-    model, params = tiny
-    read = []
-
-    def prompts():
-        for i in range(3):
-            read.append(i)
-            yield some(random_prompts(), slice(8 * i, 8 * i + 8))
-
-    sampler = Sampler(model, Sampling(), **OPTIONS | {"max_completion_length": 8})
-    next(sampler.stream(params, prompts(), jax.random.key(KEY), num_prompts=8))
-    assert len(read) < 3
 
 
 @pytest.mark.parametrize(
