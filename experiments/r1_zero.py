@@ -166,7 +166,7 @@ class Config:
         least = {"num_steps": 1, "num_prompts": 1, "num_epochs": 1, "num_minibatches": 1, "save_every": 1}
         least |= {"samples_every": 1, "eval_samples": 1, "eval_every": 0, "seed": 0, "keep_checkpoints": 1}
         least |= {"max_prompt_length": 1, "max_completion_length": 1, "num_micro_batches": 1, "ref_refresh_every": 1}
-        least |= {"kl_reward_coef": 0}
+        least |= {"kl_reward_coef": 0, "cache_bytes": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:

@@ -214,10 +214,13 @@ def test_cudnns_attention_needs_ampere(platform, capability, expected):
     assert hardware(device) == expected
 
 
-def test_the_kernel_of_a_name():
+def test_the_kernel_of_a_name(monkeypatch):
     mesh = make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(kernels, "hardware", lambda _: "cuda")
     assert choose_kernel("cudnn", QWEN, jnp.bfloat16, mesh) is cudnn_attention
+    monkeypatch.setattr(kernels, "hardware", lambda _: "tpu")
     assert choose_kernel("splash", QWEN, jnp.float32, mesh).keywords == {"mesh": mesh}
+    monkeypatch.undo()
     assert choose_kernel("plain", QWEN, jnp.bfloat16, None) is None
     assert choose_kernel("auto", QWEN, jnp.bfloat16, None) is None  # on a CPU
 
@@ -233,9 +236,9 @@ def test_the_kernel_of_a_name():
 )
 def test_a_kernel_that_does_not_fit_is_refused(name, config, dtype, tensor, message):
     with pytest.raises(ValueError, match=message):
-        resolve_attention(name, config, dtype, "cuda", tensor)
+        resolve_attention(name, config, dtype, "cuda" if name == "cudnn" else "tpu", tensor)
 
 
-def test_a_model_is_not_built_with_a_kernel_that_does_not_fit():
-    with pytest.raises(ValueError, match="computes in bfloat16, not float32"):
+def test_a_model_is_not_built_with_a_kernel_that_does_not_run_here():
+    with pytest.raises(ValueError, match=r"'cudnn' does not run here: .* 'plain' would"):
         build_model(QWEN, attention="cudnn")

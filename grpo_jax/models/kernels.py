@@ -64,10 +64,15 @@ def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, ki
     Raises:
         ValueError: see ``choose_kernel``.
     """
+    fastest: AttentionName = "cudnn" if kind == "cuda" else "splash" if kind == "tpu" else "plain"
     if name == "auto":
-        fastest: dict[str, AttentionName] = {"cuda": "cudnn", "tpu": "splash"}
-        name = fastest.get(kind, "plain") if dtype == jnp.bfloat16 else "plain"
-        return "plain" if obstacle(name, config, dtype, tensor) else name
+        fits = dtype == jnp.bfloat16 and obstacle(fastest, config, dtype, tensor) is None
+        return fastest if fits else "plain"
+    if name not in ("plain", fastest):
+        raise ValueError(
+            f"attention {name!r} does not run here: cuDNN's runs on NVIDIA's GPUs from Ampere on, splash attention on "
+            f"TPUs; {fastest!r} would, and 'auto' takes what fits"
+        )
     problem = obstacle(name, config, dtype, tensor)
     if problem is not None:
         raise ValueError(f"attention {name!r} {problem}; 'plain' computes every model, 'auto' takes what fits")
