@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,20 +20,9 @@ from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, make_mesh
 from grpo_jax.train import completion_log_probs
 
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "sliding_window": 8,
-}
-WINDOWED = from_hf_config({"model_type": "gemma3_text", **SIZES, "sliding_window_pattern": 2})
-CAPPED = from_hf_config({"model_type": "gemma2", **SIZES, "attn_logit_softcapping": 2.0})
+SIZES = TINY | {"head_dim": 16, "sliding_window": 8}
+WINDOWED = from_hf_config(SIZES | {"model_type": "gemma3_text", "sliding_window_pattern": 2})
+CAPPED = from_hf_config(SIZES | {"model_type": "gemma2", "attn_logit_softcapping": 2.0})
 KERNELS = {
     "cudnn": partial(cudnn_attention, implementation="xla"),
     "splash": partial(splash_attention, interpret=True),
@@ -175,7 +165,7 @@ def test_a_model_with_a_kernel_trains_and_samples_as_the_plain_one(monkeypatch, 
 
 # Which one is taken --------------------------------------------------------------------------------------------------
 
-QWEN = from_hf_config({"model_type": "qwen3", **SIZES, "use_sliding_window": False})
+QWEN = from_hf_config(SIZES | {"use_sliding_window": False})
 
 
 @pytest.mark.parametrize(

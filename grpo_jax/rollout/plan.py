@@ -52,8 +52,8 @@ def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
 def default_cache_bytes(devices: Sequence[Any]) -> int | None:
     """What keys and values may take where nothing else is said: a fifth of the memory of devices that tell theirs.
 
-    Of one set of prompts, that is; with what is beside it (see ``Sampler``) it comes to about half, and the rest is the
-    parameters' and the training's.
+    Of one set of prompts, that is; with what is beside it (see ``Sampler``) it may come to about half by reckoning, and
+    the rest is the parameters' and the training's.
     """
     told = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
     return sum(told) // 5 if all(told) else None
