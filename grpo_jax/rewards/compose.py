@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 NUMBERS = (int, float, np.integer, np.floating, np.bool_)
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+@dataclass(frozen=True)
+class Graded:
+    """A score with what else there is to know of it.
+
+    Attributes:
+        score: the reward, or None where there is none.
+        details: further figures by name, which are logged beside the reward and never learnt from.
+        note: what a person should read beside the completion, such as an interpreter's message.
+    """
+
+    score: float | None
+    details: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
 
 RewardFn = Callable[..., Sequence[float | None]]
 """``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]``.

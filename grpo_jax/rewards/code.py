@@ -1,0 +1,254 @@
+"""Whether a program does what its tests ask: model-written Python, run in sandboxes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from grpo_jax.rewards.compose import Graded
+from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
+
+FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+LONGEST_FEEDBACK = 2000
+
+Test = str | dict[str, Any]
+"""Of one of three kinds, two of them as data sets with ``test_cases`` or ``input_output`` have them:
+
+- ``{"input": "3\\n4\\n", "output": "7\\n"}``: what the program reads, and what it must write;
+- ``{"fn_name": "add", "input": [3, 4], "output": 7}``: a function of it, its arguments, and what it must return;
+- ``"assert add(3, 4) == 7"``: Python that may use every name of the program and raises unless all is well.
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests say of a program.
+
+    Attributes:
+        passed: whether it passed each test that was run, in order; None where a test is itself at fault.
+        tests: how many there are.
+        runnable: whether it loaded, and ran in every test that was run without an error of its own or a limit reached.
+        feedback: what the first test it failed has to say: the interpreter's message, or what came and what should.
+    """
+
+    passed: tuple[bool | None, ...]
+    tests: int
+    runnable: bool
+    feedback: str
+
+
+def code_reward(
+    prompts: list[str],
+    completions: list[str],
+    *,
+    tests: list[list[Test] | None],
+    partial_credit: bool = False,
+    limits: Limits = Limits(),
+    **_columns: list[Any],
+) -> list[Graded]:
+    """1.0 where a completion's program passes every test, else 0.0, or the share of tests it passes.
+
+    The program is what ``extract_program`` finds; without one the score is 0.0. It never sees what a test expects:
+    what it writes is compared outside its sandbox, and asserts run in a sandbox of their own and call it from there,
+    receiving plain values. So it can neither read the answer from memory nor return something equal to everything nor
+    end the test with a success. Objects of its own classes are compared by its own code, if the test asks for that.
+
+    Each entry is a ``Graded``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
+    and ``note`` is what the interpreter or the first failed test said.
+
+    Args:
+        prompts: not looked at.
+        completions: the texts.
+        tests: for each its tests; see ``Test``. The score is None where they are missing, malformed or at fault
+            themselves, which is never the completion's merit.
+        partial_credit: whether the score is the share of tests passed. If not, the first failure ends the work.
+        limits: of each test; one that takes too long ends the work, and the tests after it count as failed.
+
+    Raises:
+        SandboxUnavailable: where there is no sandbox, nothing is run.
+    """
+    sandbox = _sandbox(limits)
+    return [
+        _graded(completion, each, sandbox, partial_credit)
+        for completion, each in zip(completions, tests, strict=True)
+    ]
+
+
+def extract_program(text: str) -> str | None:
+    """The program of a completion; None if there is none.
+
+    What stands before the last ``</think>`` is not looked at. Of the rest it is the last fenced block of Python or of
+    no named language, or else what is between the last ``<answer>`` and its ``</answer>``.
+    """
+    text = text.rpartition("</think>")[2]
+    blocks = FENCED.findall(text)
+    if blocks:
+        return blocks[-1]
+    start, tag, rest = text.rpartition("<answer>")
+    program, end, _ = rest.partition("</answer>")
+    return program.strip("\n") if tag and end and program.strip() else None
+
+
+def check_tests(tests: Any) -> list[Test]:
+    """The tests, if they can be run.
+
+    Raises:
+        ValueError: they are no list with at least one test, of one way to run them; says what is wrong and where.
+    """
+    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+        raise ValueError(f"tests must be a list with at least one test, not {tests!r:.200}")
+    for number, test in enumerate(tests, 1):
+        if isinstance(test, str):
+            try:
+                compile(test, "test.py", "exec")
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                raise ValueError(f"test {number} is not Python: {error}: {test!r:.200}") from error
+        elif not isinstance(test, dict) or "input" not in test or "output" not in test:
+            raise ValueError(f"test {number} must be Python text or have input and output; it is {test!r:.200}")
+        elif test.get("fn_name"):
+            if not isinstance(test["input"], list):
+                raise ValueError(f"test {number} calls a function and its input must be a list: {test!r:.200}")
+        elif not isinstance(test["input"], str) or not isinstance(test["output"], str):
+            raise ValueError(f"test {number} has no fn_name, so input and output must be text: {test!r:.200}")
+    styles = {_reads_stdin(test) for test in tests}
+    if len(styles) > 1:
+        raise ValueError("some tests call the program and others give it input; they must be of one way")
+    return list(tests)
+
+
+def run_tests(program: str, tests: Sequence[Test], sandbox: Sandbox, *, stop_at_failure: bool = False) -> Verdict:
+    """Run a program against tests.
+
+    Args:
+        program: Python source.
+        tests: as ``check_tests`` gives them.
+        sandbox: where to; its limits are those of one test.
+        stop_at_failure: whether the first failed test is the last that is run.
+
+    Raises:
+        ValueError: as ``check_tests``.
+    """
+    tests = check_tests(tests)
+    run = _run_with_input if _reads_stdin(tests[0]) else _run_with_calls
+    passed, runnable, feedback = run(program, tests, sandbox, stop_at_failure)
+    return Verdict(tuple(passed), len(tests), runnable, feedback[-LONGEST_FEEDBACK:])
+
+
+def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool) -> Graded:
+    program = extract_program(completion)
+    try:
+        check_tests(tests)
+    except ValueError as error:
+        return Graded(None, note=str(error))
+    if program is None:
+        return Graded(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
+    verdict = run_tests(program, tests, sandbox, stop_at_failure=not partial_credit)
+    runnable = {"runnable": float(verdict.runnable)}
+    if None in verdict.passed:
+        return Graded(None, runnable, verdict.feedback)
+    share = sum(map(bool, verdict.passed)) / verdict.tests
+    return Graded(share if partial_credit else float(share == 1), runnable, verdict.feedback)
+
+
+def _run_with_input(
+    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool
+) -> tuple[list[bool | None], bool, str]:
+    passed: list[bool | None] = []
+    runnable, feedback = True, ""
+    for number, test in enumerate(tests, 1):
+        ended = sandbox.run(program, stdin=test["input"])
+        ran = ended.status == "ended" and ended.returncode == 0
+        output = ended.stdout.decode("utf-8", "replace")
+        passed.append(ran and _lines(output) == _lines(test["output"]))
+        runnable = runnable and ran
+        if not passed[-1]:
+            said = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _why(ended, sandbox.limits)
+            feedback = feedback or f"test {number}: {said}"
+            if stop_at_failure or ended.status != "ended":
+                break
+    return passed, runnable, feedback
+
+
+def _run_with_calls(
+    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool
+) -> tuple[list[bool | None], bool, str]:
+    passed: list[bool | None] = []
+    runnable, feedback = True, ""
+    while len(passed) < len(tests):
+        # A program that ended in the middle of a test is started again for the next one.
+        verdicts, ended, said = _session(program, tests[len(passed) :], sandbox, stop_at_failure)
+        for verdict in verdicts:
+            passed.append(verdict["passed"])
+            runnable = runnable and verdict["ran"]
+            if not verdict["passed"] and not feedback:
+                feedback = f"test {len(passed)}: {verdict['error']}" + (f"\n{said}" if not verdict["ran"] else "")
+        if ended.status != "ended" or not verdicts:
+            passed.append(False)
+            runnable = False
+            feedback = feedback or f"test {len(passed)}: {_why(ended, sandbox.limits)}"
+            break
+        if None in passed or not verdicts[-1]["loaded"] or (stop_at_failure and False in passed):
+            break
+    return passed, runnable, feedback
+
+
+def _session(
+    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool
+) -> tuple[list[dict[str, Any]], Ended, str]:
+    """Load the program in one sandbox and have a judge in another call it, until one of them ends."""
+    to_program, to_judge = os.pipe(), os.pipe()
+    with ExitStack() as started:
+        try:
+            served, asked = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
+            serving = f"import sys\nserve_program(sys.stdin.read(), Link(*{served}, OPERATIONS))\n"
+            judging = f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, ['call']), {stop_at_failure})\n"
+            candidate = started.enter_context(
+                sandbox.start(_inside("link") + _inside("program") + serving, stdin=program, pass_fds=served)
+            )
+            judge = started.enter_context(
+                sandbox.start(
+                    _inside("link") + _inside("judge") + judging, stdin=json.dumps(list(tests)), pass_fds=asked
+                )
+            )
+        finally:
+            for end in (*to_program, *to_judge):
+                os.close(end)
+        ended = finish(judge, sandbox.limits, beside=[candidate], beat=True)
+        said = bytes(candidate.output[candidate.process.stderr]).decode("utf-8", "replace")
+    return [json.loads(line) for line in ended.stdout.split(b"\n")[:-1]], ended, said
+
+
+def _reads_stdin(test: Test) -> bool:
+    return not isinstance(test, str) and not test.get("fn_name")
+
+
+def _lines(text: str) -> list[str]:
+    """What counts of an output: its lines without blanks at their ends, and without empty ones at the end of all."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def _why(ended: Ended, limits: Limits) -> str:
+    limit = {
+        "time": f"took more than {limits.seconds:g} seconds",
+        "memory": f"took more than {limits.memory_bytes >> 20} MiB of memory",
+        "output": f"wrote more than {limits.output_bytes >> 10} KiB",
+    }
+    said = ended.stderr.decode("utf-8", "replace").strip()
+    return limit.get(ended.status, f"exit status {ended.returncode}") + (f"\n{said}" if said else "")
+
+
+@cache
+def _inside(name: str) -> str:
+    return (resources.files("grpo_jax.rewards") / "inside" / f"{name}.py").read_text()
+
+
+@cache
+def _sandbox(limits: Limits) -> Sandbox:
+    return Sandbox(limits)

@@ -1,0 +1,32 @@
+"""The side of the program that is judged: it runs, says what names it has, and does what it is asked."""
+
+import sys
+import traceback
+
+
+def serve_program(source, link):
+    main = sys.modules["__main__"] = type(sys)("__main__")
+    try:
+        exec(compile(source, "solution.py", "exec"), main.__dict__)
+    except BaseException as error:
+        traceback.print_exc()
+        link.send(as_raised(error))  # noqa: F821 - of link.py, which stands before this file
+        return
+    names = {}
+    for name, value in list(main.__dict__.items()):
+        if name.startswith("__"):
+            continue
+        if isinstance(value, type) and issubclass(value, BaseException):
+            names[name] = {"exception": [kind.__name__ for kind in value.__mro__]}
+        elif not isinstance(value, type(sys)):
+            try:
+                names[name] = {"value": link.encode(value)}
+            except BaseException:
+                traceback.print_exc()
+    link.send({"names": names})
+    while True:
+        try:
+            request = link.receive()
+        except Gone:  # noqa: F821
+            return
+        link.serve(request)

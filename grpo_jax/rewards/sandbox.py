@@ -1,0 +1,411 @@
+"""Python programs that nobody trusts, run in bubblewrap: a fresh, empty, cut-off system for each."""
+
+from __future__ import annotations
+
+import os
+import platform
+import selectors
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+INSTALL = (
+    "programs are run in bubblewrap and never without it. Install it (Debian, Ubuntu: apt-get install bubblewrap; "
+    "Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap) on a Linux that lets users make namespaces"
+)
+NOBODY = 65534
+FIRST_LOOK_SECONDS = 0.1
+"""Before it nothing is looked at from outside: most programs have ended, and limits of each process always hold."""
+LOOK_SECONDS = 0.05
+REAPING_SECONDS = 2.0
+
+Status = Literal["ended", "time", "memory", "output"]
+
+
+class SandboxUnavailable(RuntimeError):  # noqa: N818 - the name says what is the matter
+    """There is no sandbox here, so nothing is run."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use. What goes beyond fails in the program, or has all of it killed.
+
+    Attributes:
+        seconds: of wall time; also of processor time for each process.
+        memory_bytes: address space of each process, and resident memory of all of them together.
+        processes: how many there are at once, threads counted.
+        file_bytes: what ``/tmp`` holds, and so what any file does.
+        output_bytes: what it may write to stdout and stderr together.
+
+    Raises:
+        ValueError: one of them is not above 0.
+    """
+
+    seconds: float = 5.0
+    memory_bytes: int = 512 << 20
+    processes: int = 16
+    file_bytes: int = 16 << 20
+    output_bytes: int = 1 << 20
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended.
+
+    Attributes:
+        status: ``ended`` by itself, or killed for its ``time``, ``memory`` or ``output``.
+        returncode: its exit status, 128 + n after signal n; None where it was killed for a limit.
+        stdout, stderr: what it wrote.
+    """
+
+    status: Status
+    returncode: int | None
+    stdout: bytes
+    stderr: bytes
+
+
+class Program:
+    """A program in a sandbox: a context that leaves nothing of it behind. Made by ``Sandbox.start``."""
+
+    def __init__(self, process: subprocess.Popen[bytes]):
+        self.process = process
+        self.output = {process.stdout: bytearray(), process.stderr: bytearray()}
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        for stream in self.output:
+            if stream is not None:
+                stream.close()
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        # Its first process takes the others with it, and is then still bwrap's to reap: no zombie is left to init.
+        for child in children(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        try:
+            self.process.wait(timeout=REAPING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Sandbox:
+    """Runs Python source in bubblewrap: namespaces of its own of every kind, no environment, no privileges to gain.
+
+    A program sees a read-only ``/usr`` and Python's standard library, a private ``/tmp`` that is gone afterwards, and
+    its own processes; no network, no home, none of the machine's settings and only harmless devices. System calls that
+    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf) fail. Its hash seed is fixed,
+    so that the same program does the same thing. What it started ends with it, and all of it with this process.
+
+    Run as root, programs are started as nobody: the kernel does not count root's processes.
+
+    Args:
+        limits: what a program may use.
+        packages: folders of packages that programs may import besides the standard library.
+        python: path of the interpreter; by default this one or, where a sandbox cannot reach it, ``/usr/bin/python3``.
+
+    Raises:
+        SandboxUnavailable: bubblewrap is missing or may not make namespaces here, the processor is neither x86-64 nor
+            ARM64, or no interpreter can be reached; it says what to do. Nothing is ever run outside.
+    """
+
+    def __init__(self, limits: Limits = Limits(), *, packages: Sequence[str | Path] = (), python: str | None = None):
+        self.limits = limits
+        self._packages = tuple(str(Path(folder).resolve()) for folder in packages)
+        self._python = python or find_python()
+        self._rules = system_call_filter()
+        if python is not None and (why := refusal(python)):
+            raise SandboxUnavailable(f"no program could be run with {python}: {why}")
+
+    def run(self, source: str, *, stdin: str = "") -> Ended:
+        """Run a program as ``__main__`` until it ends or reaches a limit.
+
+        Args:
+            source: Python. A syntax error is an exit status of 1 with the message on stderr, as usual.
+            stdin: what it can read.
+        """
+        with self.start(source, stdin=stdin) as program:
+            return finish(program, self.limits)
+
+    def start(self, source: str, *, stdin: str = "", pass_fds: Sequence[int] = ()) -> Program:
+        """Start a program and return at once; ``finish`` waits for it.
+
+        Args:
+            source: Python.
+            stdin: what it can read.
+            pass_fds: descriptors of this process that it is given under the same numbers.
+        """
+        code = source.encode("utf-8", "replace")
+        given, rules = os.memfd_create("program"), os.memfd_create("rules")
+        try:
+            _fill(given, b"%d\n" % len(code) + code + stdin.encode("utf-8", "replace"))
+            _fill(rules, self._rules)
+            process = subprocess.Popen(
+                [*bubblewrap(self._python, self._packages, self.limits.file_bytes), "--seccomp", str(rules)]
+                + [*AS_FIRST_PROCESS, self._python, "-sSB", "-c", _starter(self.limits, self._packages)],
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(rules, *pass_fds),
+                **other_user(),
+            )
+        finally:
+            os.close(given)
+            os.close(rules)
+        return Program(process)
+
+
+def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), beat: bool = False) -> Ended:
+    """Wait until a program ends, or kill it for what it uses.
+
+    Args:
+        program: the one that is waited for.
+        limits: of wall time, of output, and of the memory of all its processes.
+        beside: others whose output and memory are held to the same limits, and for whose sake it may be killed.
+        beat: whether every line on its stdout gives it ``limits.seconds`` anew.
+    """
+    programs = [program, *beside]
+    started = time.monotonic()
+    deadline, look = started + limits.seconds, started + FIRST_LOOK_SECONDS
+    status: Status = "ended"
+    lines = 0
+    with selectors.DefaultSelector() as selector:
+        exited = os.pidfd_open(program.process.pid)
+        selector.register(exited, selectors.EVENT_READ)
+        for each in programs:
+            for stream, kept in each.output.items():
+                os.set_blocking(stream.fileno(), False)
+                selector.register(stream, selectors.EVENT_READ, kept)
+        try:
+            while status == "ended":
+                ready = selector.select(max(min(deadline, look) - time.monotonic(), 0))
+                for key, _ in ready:
+                    if key.fileobj != exited and not _read(key, limits.output_bytes):
+                        selector.unregister(key.fileobj)
+                if any(key.fileobj == exited for key, _ in ready):
+                    break
+                now = time.monotonic()
+                if beat and (seen := program.output[program.process.stdout].count(b"\n")) > lines:
+                    lines, deadline = seen, now + limits.seconds
+                if now >= look:
+                    look = now + LOOK_SECONDS
+                    if any(resident_bytes(each.process.pid) > limits.memory_bytes for each in programs):
+                        status = "memory"
+                if now >= deadline:
+                    status = "time"
+                if any(sum(map(len, each.output.values())) >= limits.output_bytes for each in programs):
+                    status = "output"
+            for key in list(selector.get_map().values()):
+                if key.fileobj != exited:
+                    _read(key, limits.output_bytes)
+        finally:
+            os.close(exited)
+    if status != "ended":
+        program.kill()
+    returncode = program.process.wait()
+    stdout, stderr = (bytes(kept[: limits.output_bytes]) for kept in program.output.values())
+    return Ended(status, returncode if status == "ended" else None, stdout, stderr)
+
+
+def _read(key: selectors.SelectorKey, most: int) -> bool:
+    """Take what has been written, up to a limit; False at its end."""
+    while len(key.data) < most:
+        try:
+            part = os.read(key.fd, 65536)
+        except BlockingIOError:
+            return True
+        if not part:
+            return False
+        key.data.extend(part)
+    return True
+
+
+def resident_bytes(pid: int) -> int:
+    """The resident memory of a process and all that descend from it; what has ended meanwhile counts nothing."""
+    pages = 0
+    for each in descendants(pid):
+        try:
+            pages += int(Path(f"/proc/{each}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    yield pid
+    for child in children(pid):
+        yield from descendants(child)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started or was left with; none for one that is gone."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+def bubblewrap(python: str, packages: Sequence[str], file_bytes: int) -> list[str]:
+    """The command that makes a sandbox, up to the program that is run in it."""
+    found = shutil.which("bwrap")
+    if found is None:
+        raise SandboxUnavailable(f"bubblewrap (bwrap) is not on the PATH: {INSTALL}")
+    command = [found, "--unshare-user", "--disable-userns", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+    command += ["--unshare-uts", "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    command += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "sandbox"]
+    command += ["--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--setenv", "PYTHONUTF8", "1"]
+    command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for name in ("bin", "lib", "lib64"):
+        folder = Path("/", name)
+        if folder.is_symlink():
+            command += ["--symlink", os.readlink(folder), str(folder)]
+        elif folder.exists():
+            command += ["--ro-bind", str(folder), str(folder)]
+    shown = [*packages] if Path(python).is_relative_to("/usr") else [str(Path(python).parent.parent), *packages]
+    for folder in shown:
+        command += ["--ro-bind", folder, folder]
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    return [*command, "--size", str(file_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+
+
+AS_FIRST_PROCESS = ("--as-pid-1", "--", "/bin/sh", "-c", '"$@"; exit $?', "sh")
+"""A shell as the sandbox's first process: with it all others end, and the program is an ordinary one."""
+
+STARTER = """\
+import linecache, os, resource, sys
+sys.path += {packages!r}
+for what, limit in {limits!r}:
+    resource.setrlimit(getattr(resource, what), (limit, limit))
+length = b""
+while not length.endswith(b"\\n"):
+    length += os.read(0, 1)
+code = b""
+while len(code) < int(length):
+    code += os.read(0, int(length) - len(code))
+code = code.decode()
+linecache.cache["program.py"] = (len(code), None, code.splitlines(True), "program.py")
+main = sys.modules["__main__"] = type(sys)("__main__")
+exec(compile(code, "program.py", "exec"), main.__dict__)
+"""
+
+
+def _starter(limits: Limits, packages: Sequence[str]) -> str:
+    """What the interpreter runs first: it limits itself, then becomes the program that stands before its input."""
+    bounds = {
+        "RLIMIT_AS": limits.memory_bytes,
+        "RLIMIT_CPU": int(limits.seconds) + 1,
+        "RLIMIT_NPROC": limits.processes,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+    }
+    return STARTER.format(limits=list(bounds.items()), packages=list(packages))
+
+
+def _fill(file: int, content: bytes) -> None:
+    with open(file, "wb", closefd=False) as stream:
+        stream.write(content)
+    os.lseek(file, 0, os.SEEK_SET)
+
+
+def other_user() -> dict:
+    """As whom a sandbox is started: nobody, where this process is root's."""
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+@cache
+def find_python() -> str:
+    """The interpreter of sandboxes: this one's, if they can reach it, or that of the system.
+
+    Raises:
+        SandboxUnavailable: with neither can anything be run; says why.
+    """
+    reasons = []
+    candidates = [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "/usr/bin/python3"]
+    for python in dict.fromkeys(map(os.path.realpath, candidates)):
+        why = refusal(python)
+        if why is None:
+            return python
+        reasons.append(f"with {python}: {why}")
+    raise SandboxUnavailable(f"no program could be run in a sandbox; {INSTALL}. {'. '.join(reasons)}")
+
+
+def refusal(python: str) -> str | None:
+    """Why no program can be run with an interpreter; None where it can."""
+    command = [*bubblewrap(python, (), 1 << 20), *AS_FIRST_PROCESS, python, "-sSB", "-c", "print('ready')"]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=30, **other_user())
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if tried.stdout == "ready\n" else tried.stderr.strip() or f"exit status {tried.returncode}"
+
+
+FORBIDDEN_CALLS = {
+    # Name: its number on x86-64 and on ARM64, from the kernel's own tables.
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+}
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+OTHER_ABI = 0x40000000
+LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+ALLOW, NOT_PERMITTED, KILL = 0x7FFF0000, 0x00050001, 0x80000000
+
+
+def system_call_filter() -> bytes:
+    """A seccomp program for the calls in ``FORBIDDEN_CALLS``: they fail with EPERM, everything else goes on.
+
+    Raises:
+        SandboxUnavailable: on a processor whose calls are not listed here.
+    """
+    machine = platform.machine()
+    if machine not in MACHINES:
+        raise SandboxUnavailable(f"sandboxes know the system calls of {sorted(MACHINES)}; this machine is {machine}")
+    column, architecture = MACHINES[machine]
+    numbers = [calls[column] for calls in FORBIDDEN_CALLS.values()]
+    steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    steps.append((AT_LEAST, len(numbers) + 1, 0, OTHER_ABI))
+    steps += [(EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, NOT_PERMITTED)]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)
