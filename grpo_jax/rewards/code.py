@@ -76,8 +76,7 @@ def code_reward(
     """
     sandbox = _sandbox(limits)
     return [
-        _graded(completion, each, sandbox, partial_credit)
-        for completion, each in zip(completions, tests, strict=True)
+        _graded(completion, each, sandbox, partial_credit) for completion, each in zip(completions, tests, strict=True)
     ]
 
 
@@ -210,7 +209,12 @@ def _session(
             serving = f"import sys\nserve_program(sys.stdin.read(), Link(*{served}, OPERATIONS))\n"
             judging = f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, ['call']), {stop_at_failure})\n"
             candidate = started.enter_context(
-                sandbox.start(_inside("link") + _inside("program") + serving, stdin=program, pass_fds=served)
+                sandbox.start(
+                    _inside("link") + _inside("program") + serving,
+                    stdin=program,
+                    pass_fds=served,
+                    seconds=sandbox.limits.seconds * len(tests),
+                )
             )
             judge = started.enter_context(
                 sandbox.start(
@@ -236,7 +240,7 @@ def _lines(text: str) -> list[str]:
 
 def _why(ended: Ended, limits: Limits) -> str:
     limit = {
-        "time": f"took more than {limits.seconds:g} seconds",
+        "time": f"took more than {limits.seconds:g} seconds of the processor, or {limits.wall_seconds:g} in all",
         "memory": f"took more than {limits.memory_bytes >> 20} MiB of memory",
         "output": f"wrote more than {limits.output_bytes >> 10} KiB",
     }

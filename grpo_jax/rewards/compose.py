@@ -12,6 +12,7 @@ import numpy as np
 NUMBERS = (int, float, np.integer, np.floating, np.bool_)
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
+
 @dataclass(frozen=True)
 class Graded:
     """A score with what else there is to know of it.
@@ -27,10 +28,11 @@ class Graded:
     note: str = ""
 
 
-RewardFn = Callable[..., Sequence[float | None]]
-"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]``.
+RewardFn = Callable[..., Sequence[float | None | Graded]]
+"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | Graded]``.
 
-Called with every column of the problems, one entry a completion; None (or NaN) says that there is no score.
+Called with every column of the problems, one entry a completion; None (or NaN) says that there is no score. An entry
+follows from its own row alone, so that rows can be scored anywhere, in any order.
 """
 
 
@@ -40,49 +42,125 @@ class Scores:
 
     Attributes:
         total: float32 ``[B]``.
-        parts: float32 ``[B]`` by the name of the reward, before weighting.
+        parts: float32 ``[B]`` by the name of the reward, before gates and weights; and as ``name/detail`` what a
+            reward said besides (``Graded.details``).
+        notes: for each completion what rewards had to say, after their names.
     """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
+    notes: list[str]
 
 
-def weighted(rewards: Mapping[str, RewardFn], weights: Mapping[str, float]) -> Callable[..., Scores]:
-    """A function ``(prompts, completions, **columns) -> Scores`` with ``total = sum_i weights[i] * parts[i]``.
+def weighted(
+    rewards: Mapping[str, RewardFn],
+    weights: Mapping[str, float],
+    *,
+    gates: Mapping[str, str] | None = None,
+    clip: tuple[float, float] | None = None,
+) -> Callable[..., Scores]:
+    """A function ``(prompts, completions, **columns) -> Scores`` with ``total = clip(sum_i weights[i] * parts[i])``.
 
     A total is absent where a part with a weight is: a sum that leaves a part out would be compared with sums that have
     it. A part with weight 0 is scored to be looked at and does not touch the total, absent or not.
 
+    Rewards that are to be normalised within their groups before they are summed are another matter: that is an
+    advantage, ``advantage.gdpo``, and takes ``weighted_parts``.
+
     Score one example before compute is spent, so that a reward that cannot run is found at once.
+
+    Args:
+        rewards: by name.
+        weights: one for each.
+        gates: ``{"accuracy": "format"}`` counts accuracy as 0 where format is below 1. Where the gate is absent, so is
+            the total.
+        clip: the least and the greatest total.
 
     Raises:
         ValueError: no rewards; names that differ between ``rewards`` and ``weights``; a weight that is not finite, or
-            all of them 0. And when called: columns of different lengths; a reward that raises (the cause is chained),
-            returns something other than one entry a completion, or an entry that is no number or not finite in
-            float32. Each names the reward.
+            all of them 0; a gate that names no reward or its own; bounds out of order. And when called: columns of
+            different lengths; a reward that raises (the cause is chained), returns something other than one entry a
+            completion, or an entry that is no number or not finite in float32. Each names the reward.
     """
     if not rewards or set(rewards) != set(weights):
         raise ValueError(f"there must be rewards, and one weight for each: rewards {[*rewards]}, weights {[*weights]}")
     if not all(math.isfinite(weight) for weight in weights.values()) or not any(weights.values()):
         raise ValueError(f"weights must be finite and not all 0: {dict(weights)}")
+    gates = gates or {}
+    for name, gate in gates.items():
+        if name not in rewards or gate not in rewards or name == gate:
+            raise ValueError(f"the gate {name}={gate} must be of two of the rewards {[*rewards]}")
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip must be the least and the greatest total, in order; it is {clip}")
 
     def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> Scores:
         lengths = {name: len(c) for name, c in {"prompts": prompts, "completions": completions, **columns}.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"prompts, completions and columns must have one entry a completion: {lengths}")
-        parts = {name: _run(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
+        graded = {name: _run(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
+        parts = {name: _array(entry.score for entry in entries) for name, entries in graded.items()}
         total = np.zeros(len(completions))
-        for name, part in parts.items():
-            if weights[name]:
-                total += weights[name] * part
-        return Scores(total.astype(np.float32), {name: part.astype(np.float32) for name, part in parts.items()})
+        for part in weighted_parts(parts, weights, gates).values():
+            total += part
+        for name, entries in graded.items():
+            for detail in dict.fromkeys(key for entry in entries for key in entry.details):
+                parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
+        if clip is not None:
+            total = np.clip(total, *clip)
+        return Scores(
+            total.astype(np.float32), {name: part.astype(np.float32) for name, part in parts.items()}, _notes(graded)
+        )
 
     return score
 
 
+def weighted_parts(
+    parts: Mapping[str, np.ndarray], weights: Mapping[str, float], gates: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """What each part with a weight adds to the total: the part times its weight, 0 where its gate is not open."""
+    added = {}
+    for name in (name for name, weight in weights.items() if weight):
+        part = parts[name]
+        if gates and name in gates:
+            gate = parts[gates[name]]
+            part = np.where(np.isnan(gate), np.nan, np.where(gate >= 1, part, part * 0))
+        added[name] = weights[name] * part
+    return added
+
+
+def as_graded(values: Any, count: int) -> list[Graded]:
+    """What a reward returned, each entry as a ``Graded``.
+
+    Raises:
+        ValueError: it is not a list of ``count`` entries, each None, a number that float32 holds (or NaN) or a
+            ``Graded`` of such.
+    """
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        raise ValueError(f"it must return a list, and returned {type(values).__name__}")
+    if len(values) != count:
+        raise ValueError(f"it must return one entry a completion: {count}, not {len(values)}")
+    return [_graded(value) for value in values]
+
+
+def _graded(value: Any) -> Graded:
+    if not isinstance(value, Graded):
+        return Graded(_number(value))
+    details = {str(name): _number(detail) for name, detail in value.details.items()}
+    present = {name: detail for name, detail in details.items() if detail is not None}
+    return Graded(_number(value.score), present, str(value.note))
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, NUMBERS) or abs(value) > LARGEST_FLOAT32:
+        raise ValueError(f"it returned {value!r:.200}; an entry must be None or a number that float32 can hold")
+    return float(value)
+
+
 def _run(
     name: str, reward: RewardFn, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
-) -> np.ndarray:
+) -> list[Graded]:
     try:
         values = reward(prompts, completions, **columns)
     except Exception as error:
@@ -90,19 +168,18 @@ def _run(
             f"reward {name!r} raised {type(error).__name__}: {error}. It was called as reward(prompts, completions, "
             f"**columns) with the columns {[*columns]}"
         ) from error
-    if not isinstance(values, (list, tuple, np.ndarray)):
-        raise ValueError(f"reward {name!r} must return a list, and returned {type(values).__name__}")
-    if len(values) != len(completions):
-        raise ValueError(f"reward {name!r} must return one entry a completion: {len(completions)}, not {len(values)}")
-    return np.array([_number(name, value, completion) for value, completion in zip(values, completions, strict=True)])
+    try:
+        return as_graded(values, len(completions))
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
 
 
-def _number(name: str, value: Any, completion: str) -> float:
-    if value is None:
-        return math.nan
-    if not isinstance(value, NUMBERS) or abs(value) > LARGEST_FLOAT32:
-        raise ValueError(
-            f"reward {name!r} returned {value!r:.200}; an entry must be None or a number that float32 can hold. "
-            f"The completion: {completion!r:.200}"
-        )
-    return float(value)
+def _array(values: Any) -> np.ndarray:
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _notes(graded: Mapping[str, list[Graded]]) -> list[str]:
+    rows = zip(*graded.values(), strict=True)
+    return [
+        "\n".join(f"{name}: {each.note}" for name, each in zip(graded, row, strict=True) if each.note) for row in rows
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import selectors
@@ -40,7 +41,8 @@ class Limits:
     """What a program may use. What goes beyond fails in the program, or has all of it killed.
 
     Attributes:
-        seconds: of wall time; also of processor time for each process.
+        seconds: of processor time, for each process; rounded up to whole ones.
+        wall_seconds: of wall time. More, so that a busy machine does not make a good program late.
         memory_bytes: address space of each process, and resident memory of all of them together.
         processes: how many there are at once, threads counted.
         file_bytes: what ``/tmp`` holds, and so what any file does.
@@ -50,7 +52,8 @@ class Limits:
         ValueError: one of them is not above 0.
     """
 
-    seconds: float = 5.0
+    seconds: float = 4.0
+    wall_seconds: float = 12.0
     memory_bytes: int = 512 << 20
     processes: int = 16
     file_bytes: int = 16 << 20
@@ -145,13 +148,16 @@ class Sandbox:
         with self.start(source, stdin=stdin) as program:
             return finish(program, self.limits)
 
-    def start(self, source: str, *, stdin: str = "", pass_fds: Sequence[int] = ()) -> Program:
+    def start(
+        self, source: str, *, stdin: str = "", pass_fds: Sequence[int] = (), seconds: float | None = None
+    ) -> Program:
         """Start a program and return at once; ``finish`` waits for it.
 
         Args:
             source: Python.
             stdin: what it can read.
             pass_fds: descriptors of this process that it is given under the same numbers.
+        seconds: of processor time, instead of the limits' own.
         """
         code = source.encode("utf-8", "replace")
         given, rules = os.memfd_create("program"), os.memfd_create("rules")
@@ -160,7 +166,13 @@ class Sandbox:
             _fill(rules, self._rules)
             process = subprocess.Popen(
                 [*bubblewrap(self._python, self._packages, self.limits.file_bytes), "--seccomp", str(rules)]
-                + [*AS_FIRST_PROCESS, self._python, "-sSB", "-c", _starter(self.limits, self._packages)],
+                + [
+                    *AS_FIRST_PROCESS,
+                    self._python,
+                    "-sSB",
+                    "-c",
+                    _starter(self.limits, seconds or self.limits.seconds, self._packages),
+                ],
                 stdin=given,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -180,11 +192,11 @@ def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), 
         program: the one that is waited for.
         limits: of wall time, of output, and of the memory of all its processes.
         beside: others whose output and memory are held to the same limits, and for whose sake it may be killed.
-        beat: whether every line on its stdout gives it ``limits.seconds`` anew.
+        beat: whether every line on its stdout gives it ``limits.wall_seconds`` anew.
     """
     programs = [program, *beside]
     started = time.monotonic()
-    deadline, look = started + limits.seconds, started + FIRST_LOOK_SECONDS
+    deadline, look = started + limits.wall_seconds, started + FIRST_LOOK_SECONDS
     status: Status = "ended"
     lines = 0
     with selectors.DefaultSelector() as selector:
@@ -204,7 +216,7 @@ def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), 
                     break
                 now = time.monotonic()
                 if beat and (seen := program.output[program.process.stdout].count(b"\n")) > lines:
-                    lines, deadline = seen, now + limits.seconds
+                    lines, deadline = seen, now + limits.wall_seconds
                 if now >= look:
                     look = now + LOOK_SECONDS
                     if any(resident_bytes(each.process.pid) > limits.memory_bytes for each in programs):
@@ -221,6 +233,8 @@ def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), 
     if status != "ended":
         program.kill()
     returncode = program.process.wait()
+    if returncode == 128 + signal.SIGXCPU:
+        status = "time"
     stdout, stderr = (bytes(kept[: limits.output_bytes]) for kept in program.output.values())
     return Ended(status, returncode if status == "ended" else None, stdout, stderr)
 
@@ -296,6 +310,7 @@ import linecache, os, resource, sys
 sys.path += {packages!r}
 for what, limit in {limits!r}:
     resource.setrlimit(getattr(resource, what), (limit, limit))
+resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds} + 1))
 length = b""
 while not length.endswith(b"\\n"):
     length += os.read(0, 1)
@@ -309,17 +324,16 @@ exec(compile(code, "program.py", "exec"), main.__dict__)
 """
 
 
-def _starter(limits: Limits, packages: Sequence[str]) -> str:
+def _starter(limits: Limits, seconds: float, packages: Sequence[str]) -> str:
     """What the interpreter runs first: it limits itself, then becomes the program that stands before its input."""
     bounds = {
         "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_CPU": int(limits.seconds) + 1,
         "RLIMIT_NPROC": limits.processes,
         "RLIMIT_FSIZE": limits.file_bytes,
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
-    return STARTER.format(limits=list(bounds.items()), packages=list(packages))
+    return STARTER.format(limits=list(bounds.items()), seconds=math.ceil(seconds), packages=list(packages))
 
 
 def _fill(file: int, content: bytes) -> None:

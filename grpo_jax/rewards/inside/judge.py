@@ -18,23 +18,23 @@ def judge(tests, link, stop_at_failure):
     try:
         names = names_of(link)
     except Exception as error:
-        say(False, "the program did not load: %s" % error, ran=False, loaded=False)
+        say(False, f"the program did not load: {error}", ran=False, loaded=False)
         return
     for test in tests:
         try:
             run_test(test, names)
             say(True)
-        except CannotSend as error:  # noqa: F821 - of link.py, which stands before this file
-            say(None, "the test hands the program what cannot travel: %s" % error)
+        except CannotSend as error:
+            say(None, f"the test hands the program what cannot travel: {error}")
             return
-        except Gone as error:  # noqa: F821
+        except Gone as error:
             say(False, str(error), ran=False)
             return
         except AssertionError as error:
             say(False, "failed: %s" % (str(error) or text_of(test)))
         except BaseException as error:
             lines = traceback.format_exception_only(type(error), error)
-            say(False, "%sin %s" % ("".join(lines), text_of(test)), ran=not isinstance(error, OfProgram))
+            say(False, "{}in {}".format("".join(lines), text_of(test)), ran=not isinstance(error, OfProgram))
         else:
             continue
         if stop_at_failure:
@@ -48,7 +48,7 @@ class OfProgram(Exception):
 def names_of(link):
     hello = link.receive()
     if "names" not in hello:
-        raise Gone("%s: %s" % (hello["raised"][0], hello["text"]))  # noqa: F821
+        raise Gone("{}: {}".format(hello["raised"][0], hello["text"]))
     exceptions, names = {}, {}
     for name, what in hello["names"].items():
         if "exception" in what:
@@ -60,7 +60,7 @@ def names_of(link):
     def ask(*args, **kwargs):
         try:
             return asked(*args, **kwargs)
-        except Raised as raised:  # noqa: F821
+        except Raised as raised:
             message = raised.args[0]
             error = exception_class(message["raised"], exceptions)
         raise error(message["text"])
@@ -90,7 +90,7 @@ def run_test(test, names):
     elif name in names:
         function = names[name]
     else:
-        raise AssertionError("the program has no %s" % name)
+        raise AssertionError(f"the program has no {name}")
     result = function(*test["input"])
     if not same(result, test["output"]):
         raise AssertionError("%s gave %.500r, not %.500r" % (name, result, test["output"]))
@@ -102,7 +102,7 @@ def same(result, expected):
         return (
             isinstance(result, (list, tuple))
             and len(result) == len(expected)
-            and all(same(mine, other) for mine, other in zip(result, expected))  # noqa: B905 - Python 3.8
+            and all(same(mine, other) for mine, other in zip(result, expected))
         )
     if isinstance(expected, dict):
         if not isinstance(result, dict) or len(result) != len(expected):

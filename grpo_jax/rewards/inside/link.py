@@ -89,7 +89,7 @@ class Link:
             reply = self.receive()
         if "raised" in reply:
             raise Raised(reply)
-        for mine, theirs in zip(args, reply.get("args", [])):  # noqa: B905 - Python 3.8
+        for mine, theirs in zip(args, reply.get("args", [])):
             update(mine, self.decode(theirs))
         return self.decode(reply.get("value"))
 
@@ -97,7 +97,7 @@ class Link:
         """Carry out what the other side asks for, and answer."""
         try:
             if request["ask"] not in self.serves:
-                raise TypeError("%s is not done for the other side" % request["ask"])
+                raise TypeError("{} is not done for the other side".format(request["ask"]))
             args = [self.decode(each) for each in request["args"]]
             kwargs = {name: self.decode(each) for name, each in request["kwargs"].items()}
             value = OPERATIONS[request["ask"]](self.objects[request["of"]], *args, **kwargs)
@@ -141,7 +141,7 @@ class Link:
 
     def handle(self, value):
         if "getattr" not in self.serves and not callable(value):
-            raise CannotSend("an object of type %s; plain values and functions can be" % type(value).__name__)
+            raise CannotSend(f"an object of type {type(value).__name__}; plain values and functions can be")
         self.objects[id(value)] = value  # kept alive, so its id stays its own
         return id(value)
 
@@ -245,17 +245,17 @@ def _with_object_result(operation):
         value = self._link.ask(operation, self._handle, *others)
         trusted = isinstance(value, Remote) or (others and isinstance(others[0], Remote))
         if not trusted:
-            raise TypeError("%s of an object of the program and a plain value gave a plain value" % operation)
+            raise TypeError(f"{operation} of an object of the program and a plain value gave a plain value")
         return value
 
     return compute
 
 
 for _name in ("next", "iter", "len", "str", "repr", "bool", "int", "float", "hash", "enter"):
-    setattr(Remote, "__%s__" % _name, _forwarded(_name))
+    setattr(Remote, f"__{_name}__", _forwarded(_name))
 for _name in ("getitem", "setitem", "delitem", "contains"):
-    setattr(Remote, "__%s__" % _name, _forwarded(_name))
+    setattr(Remote, f"__{_name}__", _forwarded(_name))
 for _name in BETWEEN_OBJECTS[2:]:
-    setattr(Remote, "__%s__" % _name, _between_objects(_name))
+    setattr(Remote, f"__{_name}__", _between_objects(_name))
 for _name in (*WITH_OBJECT_RESULT, "abs", "neg"):
-    setattr(Remote, "__%s__" % _name.strip("_"), _with_object_result(_name))
+    setattr(Remote, "__{}__".format(_name.strip("_")), _with_object_result(_name))

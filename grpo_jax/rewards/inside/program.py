@@ -10,7 +10,7 @@ def serve_program(source, link):
         exec(compile(source, "solution.py", "exec"), main.__dict__)
     except BaseException as error:
         traceback.print_exc()
-        link.send(as_raised(error))  # noqa: F821 - of link.py, which stands before this file
+        link.send(as_raised(error))
         return
     names = {}
     for name, value in list(main.__dict__.items()):
@@ -27,6 +27,6 @@ def serve_program(source, link):
     while True:
         try:
             request = link.receive()
-        except Gone:  # noqa: F821
+        except Gone:
             return
         link.serve(request)

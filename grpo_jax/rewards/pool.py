@@ -1,0 +1,352 @@
+"""Rewards computed in processes of their own: a sample that hangs, dies or eats memory costs its own score alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import queue
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import cloudpickle
+
+from grpo_jax.rewards.compose import Graded, RewardFn
+from grpo_jax.rewards.worker import receive, send
+
+FIRST_PATIENCE_SECONDS = 0.5
+LEAST_PATIENCE_SECONDS = 0.03
+USUAL_TIMES = 5.0
+"""A worker that takes this many times what the reward usually takes is a straggler: another takes its place."""
+MOST_STRAGGLERS = 32
+SAMPLES_A_WORKER = 2000
+"""Then a worker is replaced, so that what rewards keep does not add up."""
+KEPT_FAULTS = 1000
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A sample that a reward could not score.
+
+    Attributes:
+        reward: its name.
+        kind: ``deadline``, ``died``, ``memory``, ``raised`` or ``nan``.
+        detail: a traceback, or how the process died.
+        prompt, completion: the culprit.
+    """
+
+    reward: str
+    kind: str
+    detail: str
+    prompt: str
+    completion: str
+
+
+@dataclass
+class Task:
+    """A sample to be scored by one reward."""
+
+    name: str
+    prompt: str
+    completion: str
+    body: bytes
+    future: Future[Graded]
+
+
+@dataclass
+class Worker:
+    """A process, and what it is at."""
+
+    pid: int
+    connection: socket.socket
+    done: int = 0
+    task: Task | None = None
+    started: float = 0.0
+    straggling: bool = False
+
+
+class RewardPool:
+    """A context in which rewards run in other processes, each sample under a deadline and a memory cap of its own.
+
+    ``rewards[name]`` is the reward of that name as a function of the same form, to be passed on to ``weighted``. A
+    sample that takes too long, raises, returns NaN or no number, exhausts its memory or kills its process gets no score
+    (None), and stands among ``take_faults``; every other sample is scored as without a pool. Workers are forks of one
+    process that has loaded the rewards, so a new one costs milliseconds. They import no jax and share nothing with this
+    process, and what they print goes nowhere. All of them end when this process does.
+
+    Samples that hang do not hold up the others: a worker that takes five times as long as is usual for its reward goes
+    on at the lowest priority, up to 32 of them, and another takes its place. So a step waits about one deadline longer
+    at most.
+
+    On several hosts each has its own pool and scores its own rows.
+
+    Args:
+        rewards: by name; functions that ``cloudpickle`` can take: of a module, or of a notebook.
+        workers: how many run at once; by default as many as there are processors.
+        deadline: seconds for one sample and one reward.
+        memory_bytes: address space of a worker, what it inherits (some 300 MiB) included.
+
+    Raises:
+        ValueError: no rewards, or a number that is not above 0; a reward cannot be taken to another process or loaded
+            there.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, RewardFn],
+        *,
+        workers: int | None = None,
+        deadline: float = 10.0,
+        memory_bytes: int = 2 << 30,
+    ):
+        self.workers = os.cpu_count() or 1 if workers is None else workers
+        self.deadline = deadline
+        if not rewards:
+            raise ValueError("there must be rewards to run")
+        for name, value in (("workers", self.workers), ("deadline", deadline), ("memory_bytes", memory_bytes)):
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        self.rewards: dict[str, RewardFn] = {name: partial(self._score, name) for name in rewards}
+        self._patience = dict.fromkeys(rewards, FIRST_PATIENCE_SECONDS)
+        self._faults: deque[Fault] = deque(maxlen=KEPT_FAULTS)
+        self._ahead: dict[bytes, list[Future[Graded]]] = {}
+        self._incoming: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._woken, self._wake = socket.socketpair()
+        self._woken.setblocking(False)
+        self._control, self._process = start(rewards, memory_bytes)
+        self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers; what was not scored by then is cancelled."""
+        if self._thread.is_alive():
+            self._submit(None)
+            self._thread.join()
+        self._control.close()
+        self._process.wait()
+        for each in (self._woken, self._wake):
+            each.close()
+
+    def ahead(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
+        """Begin to score a sample with every reward, while others are still being drawn.
+
+        A later call of the rewards with the same row takes these scores. What is asked ahead of that and never called
+        for is dropped with ``take_faults``.
+
+        Args:
+            prompt, completion: the texts.
+            columns: the row's own values, not lists.
+        """
+        for name in self.rewards:
+            task = self._task(name, prompt, completion, columns)
+            self._ahead.setdefault(task.body, []).append(task.future)
+            self._submit(task)
+
+    def take_faults(self) -> list[Fault]:
+        """What could not be scored since the last call, the newest thousand."""
+        faults = [self._faults.popleft() for _ in range(len(self._faults))]
+        self._ahead.clear()
+        return faults
+
+    def probe(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
+        """Score one sample with every reward, so that one that cannot run is found before compute is spent.
+
+        Raises:
+            ValueError: one raised, died or returned what is no score; with its traceback.
+        """
+        for reward in self.rewards.values():
+            reward([prompt], [completion], **{name: [value] for name, value in columns.items()})
+        for fault in self.take_faults():
+            raise ValueError(
+                f"reward {fault.reward!r} cannot score a first example ({fault.kind}). It was called as reward(prompts, "
+                f"completions, **columns) with the columns {[*columns]}:\n{fault.detail}"
+            )
+
+    def _score(self, name: str, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[Graded]:
+        futures = []
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            task = self._task(name, prompt, completion, {key: values[row] for key, values in columns.items()})
+            begun = self._ahead.get(task.body)
+            if begun:
+                futures.append(begun.pop())
+            else:
+                futures.append(task.future)
+                self._submit(task)
+        return [future.result() for future in futures]
+
+    def _task(self, name: str, prompt: str, completion: str, columns: Mapping[str, Any]) -> Task:
+        body = pickle.dumps((name, prompt, completion, dict(columns)))
+        return Task(name, prompt, completion, body, Future())
+
+    def _submit(self, task: Task | None) -> None:
+        self._incoming.put(task)
+        self._wake.send(b"x")
+
+    # What follows runs in the pool's own thread.
+
+    def _run(self) -> None:
+        waiting: deque[Task] = deque()
+        active: list[Worker] = []
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            try:
+                while self._serve(selector, waiting, active):
+                    continue
+            finally:
+                for task in [*waiting, *(worker.task for worker in active if worker.task)]:
+                    task.future.cancel()
+                for worker in active:
+                    worker.connection.close()
+
+    def _serve(self, selector: selectors.BaseSelector, waiting: deque[Task], active: list[Worker]) -> bool:
+        for key, _ in selector.select(self._until_due(active)):
+            if key.fileobj is self._woken:
+                self._woken.recv(65536)
+                while not self._incoming.empty():
+                    task = self._incoming.get()
+                    if task is None:
+                        return False
+                    waiting.append(task)
+            else:
+                self._hear(key.data, selector, active)
+        now = time.monotonic()
+        for worker in [worker for worker in active if worker.task is not None]:
+            if now - worker.started >= self.deadline:
+                self._replace(worker, selector, active, f"it took more than {self.deadline:g} seconds", "deadline")
+            elif now - worker.started >= self._patience[worker.task.name] and not worker.straggling:
+                stragglers = sum(each.straggling for each in active)
+                if stragglers < MOST_STRAGGLERS:
+                    worker.straggling = True
+                    self._ask(ask="slow", pid=worker.pid)
+        while waiting and (worker := self._free(selector, active)):
+            self._give(worker, waiting.popleft(), selector, active)
+        return True
+
+    def _until_due(self, active: list[Worker]) -> float | None:
+        """Seconds until something is due though nobody speaks."""
+        due = [
+            worker.started + min(self.deadline, math.inf if worker.straggling else self._patience[worker.task.name])
+            for worker in active
+            if worker.task
+        ]
+        return max(min(due) - time.monotonic(), 0.001) if due else None
+
+    def _free(self, selector: selectors.BaseSelector, active: list[Worker]) -> Worker | None:
+        for worker in active:
+            if worker.task is None:
+                return worker
+        if sum(not worker.straggling for worker in active) >= self.workers:
+            return None
+        ours, theirs = socket.socketpair()
+        send(self._control, json.dumps({"ask": "fork"}).encode())
+        socket.send_fds(self._control, [b"x"], [theirs.fileno()])
+        theirs.close()
+        worker = Worker(json.loads(receive(self._control) or b"{}")["pid"], ours)
+        selector.register(ours, selectors.EVENT_READ, worker)
+        active.append(worker)
+        return worker
+
+    def _give(self, worker: Worker, task: Task, selector: selectors.BaseSelector, active: list[Worker]) -> None:
+        worker.task, worker.started = task, time.monotonic()
+        try:
+            send(worker.connection, task.body)
+        except OSError:
+            self._replace(worker, selector, active, None, "died")
+
+    def _hear(self, worker: Worker, selector: selectors.BaseSelector, active: list[Worker]) -> None:
+        answer = receive(worker.connection)
+        if answer is None:
+            self._replace(worker, selector, active, None, "died")
+            return
+        task, worker.task = worker.task, None
+        worker.done += 1
+        if task is not None and not worker.straggling:
+            usual = USUAL_TIMES * (time.monotonic() - worker.started)
+            self._patience[task.name] = max(0.95 * self._patience[task.name] + 0.05 * usual, LEAST_PATIENCE_SECONDS)
+        said = json.loads(answer)
+        if task is not None:
+            if "fault" in said:
+                self._fail(task, said["fault"], said["detail"])
+            else:
+                task.future.set_result(Graded(said["score"], said["details"], said["note"]))
+        if worker.straggling or worker.done >= SAMPLES_A_WORKER or said.get("fault") == "memory":
+            self._replace(worker, selector, active, None, "died")
+
+    def _replace(
+        self, worker: Worker, selector: selectors.BaseSelector, active: list[Worker], why: str | None, kind: str
+    ) -> None:
+        selector.unregister(worker.connection)
+        worker.connection.close()
+        active.remove(worker)
+        status = self._ask(ask="end", pid=worker.pid)["status"]
+        if worker.task is not None:
+            self._fail(worker.task, kind, why or death(status))
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        send(self._control, json.dumps(request).encode())
+        return {} if request["ask"] == "slow" else json.loads(receive(self._control) or b'{"status": -1}')
+
+    def _fail(self, task: Task, kind: str, detail: str) -> None:
+        self._faults.append(Fault(task.name, kind, detail, task.prompt, task.completion))
+        task.future.set_result(Graded(None, note=f"{kind}: {detail.strip().splitlines()[-1]}"))
+
+
+def start(rewards: Mapping[str, RewardFn], memory_bytes: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """The process that has loaded the rewards and forks, and the connection to it.
+
+    Raises:
+        ValueError: it could not load them.
+    """
+    try:
+        packed = cloudpickle.dumps(dict(rewards))
+    except Exception as error:
+        raise ValueError(f"a reward cannot be taken to another process: {type(error).__name__}: {error}") from error
+    control, theirs = socket.socketpair()
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_jax.rewards.worker", str(theirs.fileno())],
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        start_new_session=True,  # Ctrl-C is for the run, which then ends this in order
+    )
+    theirs.close()
+    control.settimeout(START_SECONDS)
+    send(control, pickle.dumps({"path": sys.path, "rewards": packed, "memory_bytes": memory_bytes}))
+    said = json.loads(receive(control) or b'{"error": "its process died, or took two minutes"}')
+    if "error" in said:
+        control.close()
+        process.kill()
+        process.wait()
+        raise ValueError(f"the rewards {[*rewards]} could not be loaded in a process of their own:\n{said['error']}")
+    control.settimeout(None)
+    return control, process
+
+
+def death(status: int) -> str:
+    """How a process died, from its wait status."""
+    if status < 0:
+        return "its process is gone"
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return f"its process was killed by {signal.Signals(-code).name}"
+    return f"its process ended with exit status {code}"
