@@ -11,6 +11,8 @@ LONGEST_NUMBER = 100
 
 ANSWER_TAG = re.compile(r"</?answer>")
 BRACE = re.compile(r"(\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
+SENTENCE = re.compile(r"\banswer(?: is|:|=| =)[ \t]*:?[ \t]*(.+?)(?=\n|\.(?:\s|$)|$)", re.IGNORECASE)
+STATED = re.compile(rf"\\boxed|{GSM8K_MARK}")
 MATH = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 WRAPPERS = (*MATH, (r"\boxed{", "}"), *MATH)
 
@@ -37,16 +39,18 @@ def extract_answer(text: str) -> str | None:
     r"""The final answer of a completion or of a worked solution; None if it states none.
 
     What stands before the last ``</think>`` is thought, not answer, and is not looked at. Of the rest it is the inside
-    of the last ``<answer>...</answer>`` without a tag of its own kind inside; or else of the last ``\boxed{...}`` to
-    close, braces balanced; or else what follows the last ``####`` on its line. Surrounding blanks are stripped.
+    of the last ``<answer>...</answer>`` without a tag of its own kind inside. Or else it is what stands last of: an
+    outermost ``\boxed{...}``, braces balanced; what follows ``####`` on its line, where nothing is boxed; the rest of a
+    sentence after "the answer is" or "answer:". Inside ``<answer>`` a single one of these is the answer, and two that
+    differ are none. Surrounding blanks are stripped.
     """
     text = text.rpartition("</think>")[2]
-    answer = _last_tagged(text)
-    if answer is None:
-        answer = _last_boxed(text)
-    if answer is None and GSM8K_MARK in text:
-        answer = text.rpartition(GSM8K_MARK)[2].partition("\n")[0]
-    return None if answer is None else answer.strip()
+    tagged = _last_tagged(text)
+    if tagged is None:
+        statements = _statements(text)
+        return max(statements)[1] if statements else None
+    stated = {answer for _, answer in _statements(tagged)}
+    return tagged.strip() if not stated else stated.pop() if len(stated) == 1 else None
 
 
 def numeric_value(text: str) -> Fraction | None:
@@ -116,8 +120,16 @@ def _last_tagged(text: str) -> str | None:
     return last
 
 
-def _last_boxed(text: str) -> str | None:
-    last = None
+def _statements(text: str) -> list[tuple[int, str]]:
+    """Where each statement of an answer begins, and what it says."""
+    sentences = [(match.start(), match[1]) for match in SENTENCE.finditer(text) if not STATED.search(match[1])]
+    before, mark, rest = text.rpartition(GSM8K_MARK)
+    marked = [(len(before), rest.partition("\n")[0])] if mark else []
+    return [(start, answer.strip()) for start, answer in sentences + (_boxes(text) or marked)]
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    found: list[tuple[int, str]] = []
     opened: list[int | None] = []
     for brace in BRACE.finditer(text):
         if brace[1]:
@@ -127,8 +139,9 @@ def _last_boxed(text: str) -> str | None:
         elif brace[0] == "}" and opened:
             start = opened.pop()
             if start is not None:
-                last = text[start : brace.start()]
-    return last
+                found = [each for each in found if each[0] < start]  # those within
+                found.append((start, text[start : brace.start()]))
+    return found
 
 
 def _unwrap(text: str) -> str:

@@ -1,4 +1,4 @@
-r"""Whether a completion thinks in the language that it was asked to think in."""
+"""Whether a completion thinks in the language that it was asked to think in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import regex
 
 WORDS_A_PIECE = 16
 MOST_PIECES = 200
-WORDS_IN_FAVOUR = 2.0
+WORDS_IN_FAVOUR = 4.0
 ROUNDS = 20
 LONGEST_WORD = 40
 
@@ -47,6 +47,7 @@ LANGUAGES = {
     "Tibetan": "dz",
 }
 LATIN_TOO = ("sr", "uz")
+VARIETIES = {"ar": ("ary", "arz"), "no": ("nn",), "zh": ("wuu", "yue")}
 
 # In every pattern a loop takes what it can and gives nothing back, and stops at the next opening or closing, so that
 # no text is read more than a few times.
@@ -79,8 +80,8 @@ MATHEMATICS = regex.compile(
 # The letters that formulas, units and names in programs are written with.
 ALPHABET = r"\p{Latin}\p{Greek}\p{Cyrillic}"
 UNITS = (
-    "km|m|cm|mm|nm|kg|g|mg|t|l|L|ml|mL|h|hr|hrs|min|mins|s|sec|secs|ms|ft|yd|mi|lb|lbs|oz|mph|kph|Hz|kHz|kW|kWh|kJ|Pa|mol|"
-    "EUR|USD|км|м|см|мм|кг|г|мг|л|мл|ч|мин|с|сек"
+    "km|cm|mm|nm|kg|mg|ml|mL|hr|hrs|min|mins|sec|secs|ms|ft|yd|mi|lb|lbs|oz|mph|kph|Hz|kHz|kW|kWh|kJ|Pa|mol|EUR|USD|"
+    "км|см|мм|кг|мг|мл|мин|сек"
 )
 FUNCTIONS = (
     "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp|max|min|sup|inf|mod|gcd|lcm|det|lim"
@@ -93,16 +94,17 @@ SYMBOLS = regex.compile(
     | \\[A-Za-z]++
     | [_^]\{{[^{{}}\n]{{0,30}}+\}}
     | (?<![{ALPHABET}\d_]) (?:
-          [A-Za-z_][A-Za-z0-9_.]{{0,60}} \( (?:[!-'*-~]|(?<=[,+*/=<>-])\ |\ (?=[+*/=<>-])){{0,80}}+ \)
+          [{ALPHABET}\d]{{1,10}}+[_^]\{{[^{{}}\n]{{0,30}}+\}}
+        | [A-Za-z_][A-Za-z0-9_.]{{0,60}} \( (?:[!-'*-~]|(?<=[,+*/=<>-])\ |\ (?=[+*/=<>-])){{0,80}}+ \)
         | \d[\d.,]{{0,20}}+[ ]?(?:{UNITS})(?![{ALPHABET}])
         | [{ALPHABET}]*+[\d_][{ALPHABET}\d_]*+
         | \p{{Lu}}?+\p{{Ll}}++\p{{Lu}}[{ALPHABET}]*+
         | (?:{FUNCTIONS})(?![{ALPHABET}])
-        | [[{ALPHABET}]&&\p{{Lu}}]{{1,4}}+(?![{ALPHABET}\p{{M}}]|['’]\p{{L}})
+        | [[{ALPHABET}]&&\p{{Lu}}]{{1,4}}+(?![{ALPHABET}\p{{M}}]|['\u2019]\p{{L}})
       )
-    | (?<![{ALPHABET}\p{{Arabic}}\p{{Hebrew}}\p{{M}}]|\p{{L}}['’])
+    | (?<![{ALPHABET}\p{{Arabic}}\p{{Hebrew}}\p{{M}}]|\p{{L}}['\u2019])
       [{ALPHABET}\p{{Arabic}}\p{{Hebrew}}]
-      (?![{ALPHABET}\p{{Arabic}}\p{{Hebrew}}\p{{M}}]|['’]\p{{L}})
+      (?![{ALPHABET}\p{{Arabic}}\p{{Hebrew}}\p{{M}}]|['\u2019]\p{{L}})
     """,
     regex.VERBOSE | regex.V1,
 )
@@ -116,7 +118,7 @@ def language_reward(
     thought_only: bool = True,
     **_columns: list[Any],
 ) -> list[float | None]:
-    """``language_share`` of what each completion thinks, from 0.0 to 1.0; None where there is no target language.
+    """Words in the target language / words of the thought, by ``language_share``; None where there is no target.
 
     The thought is what stands before the last ``</think>``, or, where there is none, before the first ``<answer>`` or
     up to the end; and of that what follows the first ``<think>``, or all of it if the prompt has opened the tag.
@@ -140,7 +142,7 @@ def language_reward(
     DeepSeek-R1 (arXiv 2501.12948), section 2.3.2.
     """
     targets = [target_language] * len(completions) if isinstance(target_language, str) else target_language
-    for target in set(targets) - {None}:
+    for target in {target_language} if isinstance(target_language, str) else {*targets} - {None}:
         _check(target)
     texts = [_thought(completion) if thought_only else completion for completion in completions]
     return [
@@ -162,14 +164,14 @@ def language_share(text: str, target: str) -> float | None:
     by its letters to the languages it may be in: ``p(language | piece)`` is proportional to ``p(piece | language)``,
     from the detector, times how common the language is in the text, which is found by going over all pieces until
     it settles. So a piece too short to tell is taken to be in the language of the text around it. The target starts
-    with two words in its favour, so that a text too short to tell is taken to be in the target.
+    with four words in its favour, so that a text too short to tell is taken to be in the target. Cantonese and Wu are
+    Chinese (zh), Egyptian and Moroccan are Arabic (ar), and Nynorsk is Norwegian (no).
 
     Two letters of Chinese or Japanese, or four of Thai, Lao, Khmer or Burmese, are one word, since these put no blanks
     between words. A run of more than 40 letters is cut into words of 40.
 
     Takes time linear in the length. The detector sees at most 200 pieces, spread evenly, which stand for the others.
-    It is loaded when it is first needed, once a process, and its model, of about 90 MB in memory, comes with its
-    package. Equal texts get equal shares, and no text makes it raise.
+    It is loaded when it is first needed, once a process. Equal texts get equal shares, and no text makes this raise.
 
     Args:
         text: any text, with the mathematics and code in it.
@@ -217,15 +219,10 @@ def _thought(completion: str) -> str:
 
 
 def _prose(text: str) -> str:
-    text = CODE.sub(_blank, text)
+    text = CODE.sub(" ", text)
     for _ in range(3):  # environments three deep
-        text = ENVIRONMENT.sub(_blank, text)
-    text = MATHEMATICS.sub(_blank, text)
-    return SYMBOLS.sub(_blank, text)
-
-
-def _blank(match: Any) -> str:
-    return "\n" if "\n" in match[0] else " "
+        text = ENVIRONMENT.sub(" ", text)
+    return SYMBOLS.sub(" ", MATHEMATICS.sub(" ", text))
 
 
 def _letters(scripts: Any) -> str:
@@ -241,27 +238,29 @@ def _word_pattern(target: str) -> Any:
     groups = []
     for letters, of_kind in {0: spaced, **dense}.items():
         for name, letter in {"own": f"[{own}&&{of_kind}]", "other": f"[{of_kind}--{own}]"}.items():
-            more = rf"[{letter}\p{{M}}'’ʼ\u200c\u200d]" if not letters else rf"[{letter}\p{{M}}]"
+            more = rf"[{letter}\p{{M}}'\u2019\u02bc\u200c\u200d]" if not letters else rf"[{letter}\p{{M}}]"
             groups.append(rf"(?P<{name}_{letters}>{letter}{more}{{0,{LONGEST_WORD - 1}}}+)")
-    end = r"(?P<end>[\n\r\u2028。．！？；।॥۔؟]|[.!?;:…](?=\s))"
+    end = r"(?P<end>[[\n\r\u2028;\p{Sentence_Terminal}]--[.]]|[.:](?=\s))"
     return regex.compile("|".join([*groups, end]), regex.V1)
 
 
 def _read(prose: str, target: str) -> tuple[float, list[tuple[float, str]]]:
     """How many words there are, and the pieces with words of the target's scripts: how many, and the text."""
-    has_kana_for_context = "Han" in _scripts()[target]
+    sees_kana = "Han" in _scripts()[target]  # which tells Japanese from Chinese
     words = own_words = 0.0
     pieces: list[tuple[float, str]] = []
     seen: list[str] = []
     for match in _word_pattern(target).finditer(prose):
+        run = match[0]
         owner, _, letters = match.lastgroup.partition("_")
         if letters:
-            weight = sum(map(str.isalpha, match[0])) / int(letters) if letters != "0" else 1.0
+            count = len(run) if run.isalpha() else sum(map(str.isalpha, run))
+            weight = 1.0 if letters == "0" else count / int(letters)
             words += weight
             if owner == "own":
                 own_words += weight
-            if owner == "own" or (has_kana_for_context and letters == "2"):
-                seen.append(match[0])
+            if owner == "own" or (sees_kana and letters == "2"):
+                seen.append(run)
         if own_words and (owner == "end" or own_words >= WORDS_A_PIECE):
             pieces.append((own_words, " ".join(seen)))
             own_words, seen = 0.0, []
@@ -283,12 +282,13 @@ def _share_of_pieces(pieces: list[tuple[float, str]], target: str) -> float:
     likelihoods = np.array([[rank[code] for code in rivals] for rank in ranks], np.float64) + 1e-9
 
     is_target = np.array([code == target for code in rivals])
+    is_right = np.array([code == target or code in VARIETIES.get(target, ()) for code in rivals])
     common = 0.5 / len(rivals) + 0.5 * is_target
-    shares = is_target
+    shares = common
     for _ in range(ROUNDS):
         joint = likelihoods * common
         posterior = joint / joint.sum(axis=1, keepdims=True)
         shares = weights @ posterior / weights.sum()
         common = shares * weights.sum() + WORDS_IN_FAVOUR * is_target
         common /= common.sum()
-    return float(shares[is_target].item())
+    return float(shares[is_right].sum())

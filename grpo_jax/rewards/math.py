@@ -1,0 +1,666 @@
+"""Right or wrong by the final answer, for mathematics: math-verify's parser, behind a guard that takes nothing on trust.
+
+A grader that is fooled once is fooled ten thousand times, for a policy finds what fools it. So equality is decided
+exactly (rational arithmetic, or agreement to 150 digits), kinds must match, and what is not understood is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from grpo_jax.rewards.answer import extract_answer, numeric_value
+from grpo_jax.rewards.latex import LETTERS, balanced, split_top, tidy
+from grpo_jax.rewards.units import Dimension, read_unit
+
+DIGITS = 200
+AGREEMENT = 150
+"""Decimal places to which irrational values must agree: more than any text of an answer's length can be made to."""
+POINTS = 6
+NAME = r"[A-Za-z](?:_\{?\w\}?)?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho) ?"
+FUNCTION_OF = re.compile(r"([A-Za-z]) ?\( ?([a-z](?:, ?[a-z])*) ?\)")
+RELATION = r"(\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|=|<|>)"
+FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+WORD = re.compile(r"[A-Za-z]+(?:[ '\-][A-Za-z]+)*")
+SHORT_WORDS = {"no", "yes", "up", "none", "even", "odd", "true", "false", "all"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an answer says.
+
+    Attributes:
+        kind: ``number``, ``expression``, ``text``, ``set``, ``list``, ``tuple``, ``matrix``, ``interval``,
+            ``equation`` or ``inequality``.
+        value: a Fraction for a number, tidy LaTeX for an expression, lower-case text for a text, parts for the rest.
+        unit: of a number, where it has one: how many of its base units it is, and which these are.
+        name: the variable that is said to be it, as in ``x = 5``.
+    """
+
+    kind: str
+    value: Any
+    unit: tuple[Fraction, Dimension] | None = None
+    name: str | None = None
+
+
+def math_reward(
+    prompts: list[str], completions: list[str], *, answer: list[str | None], **_columns: list[Any]
+) -> list[float | None]:
+    """1.0 where a completion's final answer equals the gold answer as mathematics, else 0.0.
+
+    None where the gold is None or cannot be read: nothing is right by an accident of parsing.
+
+    Args:
+        prompts: not looked at.
+        completions: the final answer is what ``extract_answer`` finds; without one the score is 0.0.
+        answer: the gold answers, bare or as a solution from which ``extract_answer`` takes it; see ``same_answer``
+            for what is equal.
+    """
+    return [_score(completion, gold) for completion, gold in zip(completions, answer, strict=True)]
+
+
+def same_answer(gold: str, answer: str) -> bool:
+    r"""Whether two final answers are the same.
+
+    - Numbers by exact value: 0.5, 1/2, 50% and ``\frac12`` are one, 0.333 and 1/3 are not, nor are 50% and 50. Where
+      the gold is written as a number, so must the answer be: 2+3 is not yet 5.
+    - Units must measure the same thing (5 m is 500 cm); where only one side has a unit, the numbers decide. Percent,
+      cents, dozens and millions are no units.
+    - Expressions of the same variables by their values, to 150 places or at random points to 40.
+    - Sets and bare lists without order; tuples with it; intervals and unions of them with their brackets, or as
+      inequalities in one variable; matrices; equations and inequalities up to a constant factor. ``x = 5`` is 5.
+    - Words without case; a letter of choice with or without brackets.
+
+    Args:
+        gold: the right one.
+        answer: the one to be judged; what cannot be read is not the same as anything.
+
+    Raises:
+        ValueError: the gold cannot be read.
+    """
+    right = read_answer(gold)
+    if right is None:
+        raise ValueError(f"the gold answer cannot be read: {gold!r:.200}")
+    given = read_answer(answer)
+    return given is not None and _same(right, given)
+
+
+@lru_cache(maxsize=4096)
+def read_answer(text: str) -> Answer | None:
+    """What a final answer says; None for what cannot be read, or not without doubt."""
+    tidied = tidy(text)
+    return None if tidied is None else _read(tidied)
+
+
+def _score(completion: str, gold: str | None) -> float | None:
+    if gold is None:
+        return None
+    final_gold = extract_answer(gold)
+    try:
+        final = extract_answer(completion)
+        return float(same_answer(gold if final_gold is None else final_gold, "" if final is None else final))
+    except ValueError:
+        return None
+
+
+# Reading.
+
+
+def _read(text: str) -> Answer | None:
+    if not text:
+        return None
+    inner = _grouped(text)
+    if inner is not None:
+        return _read(inner)
+    for reader in (_number, _choice, _alternatives, _relation, _collection, _list, _expression):
+        found = reader(text)
+        if found is not None:
+            return found if found.kind != "nothing" else None
+    return None
+
+
+def _number(text: str) -> Answer | None:
+    text = re.sub(r"\^ ?\{? ?\\circ ?\}?", r" degrees", text)
+    text = re.sub(r" ?\\text\{ ?percent ?\}| percent", "%", text)
+    value = _exact(text)
+    if value is not None:
+        dollars = "$" in text or "dollar" in text
+        return Answer("number", value, read_unit("dollars") if dollars else None)
+    if text[0] in "\u20ac\u00a3":
+        value, unit = _exact(text[1:].strip()), read_unit(text[0])
+        return None if value is None else Answer("number", value, unit)
+    unit = re.fullmatch(r"(.*?[\d}]) ?\\text\{([^{}]*)\} ?(\^ ?\{? ?[23] ?\}?)?", text)
+    bare = re.fullmatch(r"(.*?[\d}])( ?)([A-Za-z][A-Za-z /]*?)\.? ?(\^ ?\{? ?[23] ?\}?)?", text)
+    if unit:
+        number, name = unit[1], unit[2].strip(" .") + (unit[3] or "").replace(" ", "")
+    elif bare and (len(bare[3]) > 1 or bare[2]):
+        number, name = bare[1], bare[3] + (bare[4] or "").replace(" ", "")
+    else:
+        return None
+    value, measure = _exact(number), read_unit(name)
+    return None if value is None or measure is None else Answer("number", value, measure)
+
+
+def _exact(text: str) -> Fraction | None:
+    """The value of a number that is written out: as ``numeric_value``, or in one of LaTeX's ways."""
+    text = re.sub(r"^([+\-]) +", r"\1", text.strip())
+    value = numeric_value(text)
+    if value is not None:
+        return value
+    if match := re.fullmatch(r"([+\-]?) ?\\frac ?\{ ?([+\-]?) ?([^{}]+) ?\} ?\{ ?([+\-]?) ?([^{}]+) ?\}(%?)", text):
+        top, bottom = numeric_value(match[3]), numeric_value(match[5])
+        if top is None or not bottom:
+            return None
+        sign = (-1) ** [match[1], match[2], match[4]].count("-")
+        return sign * top / bottom / (100 if match[6] else 1)
+    if match := re.fullmatch(r"([+\-]?) ?(\d+)(?: (\d+) ?/ ?(\d+)| ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}) ?(%?)", text):
+        top, bottom = int(match[3] or match[5]), int(match[4] or match[6])
+        if not 0 < top < bottom:
+            return None
+        return (int(match[2]) + Fraction(top, bottom)) * (-1 if match[1] == "-" else 1) / (100 if match[7] else 1)
+    if match := re.fullmatch(r"([+\-]?) ?([\d.,]+) ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+\-]?\d{1,3}) ?\}|(\d))", text):
+        value = numeric_value(match[1] + match[2])
+        return None if value is None else value * Fraction(10) ** int(match[3] or match[4])
+    if match := re.fullmatch(r"([+\-]?)(\d*)\.(\d*) ?\\overline ?\{ ?(\d+) ?\}", text):
+        places, period = match[3], match[4]
+        value = Fraction(int("0" + match[2] + places), 10 ** len(places))
+        value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(places))
+        return -value if match[1] == "-" else value
+    return None
+
+
+def _choice(text: str) -> Answer | None:
+    """A letter of choice, or words."""
+    plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" .")
+    if match := re.fullmatch(r"\( ?([A-Z]) ?\)|([A-Z])", plain):
+        return Answer("text", match[1] or match[2])
+    if re.fullmatch(r"\( ?[a-z] ?\)", plain):
+        return Answer("expression", plain.strip("() "))
+    plain = " ".join(plain.split())
+    if WORD.fullmatch(plain) and (r"\text" in text or plain.lower() in SHORT_WORDS or _is_prose(plain)):
+        return Answer("text", plain.lower() if len(plain) > 1 else plain)
+    return None
+
+
+def _is_prose(plain: str) -> bool:
+    words = re.split(r"[ '\-]", plain)
+    if set(words) & {"or", "and"}:
+        return False
+    return any(len(word) > 2 for word in words)
+
+
+def _alternatives(text: str) -> Answer | None:
+    """What is joined by or: intervals, or values of one thing."""
+    parts = split_top(text, r"\\text\{ ?or ?\}| or ")
+    if len(parts) == 1:
+        return None
+    read = [_read(part) if part else None for part in parts]
+    if all(each is not None and each.kind == "interval" for each in read):
+        return _union(read)
+    return _several("list", parts)
+
+
+def _relation(text: str) -> Answer | None:
+    if re.search(r"\\cup|\\cap|\\setminus", text) and not re.search(RELATION, text):
+        return None
+    parts = split_top(text, RELATION)
+    if len(parts) == 1 or len(split_top(text, ",")) > 1 or re.search(r"\\text\{ ?and ?\}| and ", text):
+        return None
+    sides, signs = parts[::2], [sign.strip() for sign in parts[1::2]]
+    if not all(sides) or len(signs) > 2:
+        return Answer("nothing", None)
+    if signs == [r"\in"]:
+        value = _read(sides[1])
+        return _named(sides[0], value and (_as_interval(value) or value), {"interval", "set"})
+    if signs == ["="]:
+        return _equation(*sides)
+    if "=" in signs or r"\in" in signs or (r"\ne" in signs and len(signs) > 1):
+        return Answer("nothing", None)
+    return _inequality(sides, signs)
+
+
+def _named(name: str, value: Answer | None, kinds: set[str]) -> Answer:
+    if value is None or value.kind not in kinds or not re.fullmatch(NAME, name) or value.name not in (None, name):
+        return Answer("nothing", None)
+    return Answer(value.kind, value.value, value.unit, name)
+
+
+def _equation(left: str, right: str) -> Answer:
+    if FUNCTION_OF.fullmatch(left):
+        value = _read(right)
+        scalar = value is not None and value.kind in ("number", "expression")
+        return Answer("equation", (left.replace(" ", ""), value)) if scalar else Answer("nothing", None)
+    for name, other in ((left, right), (right, left)):
+        if re.fullmatch(NAME, name) and not _mentions(other, name):
+            value = _read(other)
+            if value is None or value.name is not None or value.kind == "equation":
+                return Answer("nothing", None)
+            if value.kind == "expression" and _names(value.value):
+                break
+            return Answer(value.kind, value.value, value.unit, name)
+    if re.fullmatch(rf"\( ?(?:{NAME})(?: ?, ?(?:{NAME}))+ ?\)", left):
+        value = _read(right)
+        return value if value is not None and value.kind == "tuple" else Answer("nothing", None)
+    difference = f"({left})-({right})"
+    if not _names(difference) or _parsed(difference) is None:
+        return Answer("nothing", None)
+    return Answer("equation", difference)
+
+
+def _inequality(sides: list[str], signs: list[str]) -> Answer:
+    named = [place for place, side in enumerate(sides) if re.fullmatch(NAME, side)]
+    others = [side for place, side in enumerate(sides) if [place] != named]
+    values = [_scalar(side) for side in others]
+    if len(named) == 1 and not any(value is None or _free(value) for value in values):
+        if len(signs) == 2:
+            if named != [1]:
+                return Answer("nothing", None)
+            if signs[0][-1] in (">", "e") and signs[0] in (">", r"\ge"):
+                values, signs = values[::-1], [FLIPPED[sign] for sign in signs[::-1]]
+            if not all(sign in ("<", r"\le") for sign in signs):
+                return Answer("nothing", None)
+            bounds = (values[0], signs[0] == r"\le", values[1], signs[1] == r"\le")
+            return Answer("interval", (bounds,), name=sides[1])
+        sign = signs[0] if named == [0] else FLIPPED[signs[0]]
+        return _half_lines(sign, values[0], sides[named[0]])
+    if len(signs) != 1 or signs[0] == r"\ne":
+        return Answer("nothing", None)
+    greater, less = sides if signs[0] in (">", r"\ge") else sides[::-1]
+    difference = f"({greater})-({less})"
+    if not _names(difference) or _parsed(difference) is None:
+        return Answer("nothing", None)
+    return Answer("inequality", (difference, signs[0] in (r"\le", r"\ge")))
+
+
+def _half_lines(sign: str, value: Any, name: str) -> Answer:
+    below, above = (_infinity(-1), False, value, sign == r"\le"), (value, sign == r"\ge", _infinity(1), False)
+    if sign == r"\ne":
+        return Answer("interval", (below, above), name=name)
+    return Answer("interval", (below if sign in ("<", r"\le") else above,), name=name)
+
+
+def _collection(text: str) -> Answer | None:
+    """Sets, tuples, intervals, unions and matrices: what stands in brackets."""
+    if text in (r"\emptyset", r"\{\}", r"\{ \}"):
+        return Answer("set", ())
+    if re.fullmatch(r"\\mathbb ?\{ ?R ?\}", text):
+        return Answer("interval", ((_infinity(-1), False, _infinity(1), False),))
+    parts = split_top(text, r"\\cup(?![a-z])")
+    if len(parts) > 1:
+        return _union([_read(part) if part else None for part in parts])
+    if match := re.fullmatch(r"\\begin ?\{([pbv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\1\}", text):
+        return _matrix(match[2]) if match[1] != "vmatrix" else Answer("nothing", None)
+    opening, closing = _bracketed(text)
+    if opening is None:
+        return None
+    inner = text[len(opening) : -len(closing)].strip()
+    if opening == r"\{":
+        conditions = split_top(inner, r"\||:")
+        if len(conditions) == 2:
+            return _named(conditions[0].split(r"\in")[0].strip(), _read(conditions[1]), {"interval"})
+        return _several("set", _elements(inner))
+    items = split_top(inner, ",")
+    if len(items) == 1:
+        return None if opening == "(" and closing == ")" else Answer("nothing", None)
+    if len(items) == 2 and ((opening, closing) != ("(", ")") or r"\infty" in inner):
+        ends = [_scalar(item) for item in items]
+        if all(end is not None and not _free(end) for end in ends):
+            return Answer("interval", ((ends[0], opening == "[", ends[1], closing == "]"),))
+    if (opening, closing) == ("(", ")"):
+        return _several("tuple", items)
+    return Answer("nothing", None)
+
+
+def _grouped(text: str) -> str | None:
+    """What stands in brackets that only group, or that are part of how a matrix is written."""
+    inner = text[1:-1].strip()
+    if text[0] == "{" and text[-1] == "}" and balanced(inner):
+        return inner
+    if text[0] + text[-1] not in ("()", "[]") or _bracketed(text) == (None, None):
+        return None
+    if re.fullmatch(r"\\begin ?\{(matrix|array)\}.*\\end ?\{\1\}", inner):
+        return inner
+    alone = len(split_top(inner, ",")) == 1 and not re.search(RELATION, inner)
+    return inner if text[0] == "(" and alone and not re.fullmatch(r"[A-Za-z]", inner) else None
+
+
+def _as_interval(pair: Answer) -> Answer | None:
+    """``(0, 1)``, where it is known to be an interval."""
+    if pair.kind != "tuple" or len(pair.value) != 2 or any(_free(each) for each in pair.value):
+        return None
+    return Answer("interval", ((pair.value[0], False, pair.value[1], False),))
+
+
+def _bracketed(text: str) -> tuple[str, str] | tuple[None, None]:
+    """The brackets that hold the whole text, if one pair does."""
+    opening = next((each for each in (r"\{", "(", "[") if text.startswith(each)), None)
+    closing = next((each for each in (r"\}", ")", "]") if text.endswith(each)), None)
+    if opening is None or closing is None or (opening == r"\{") != (closing == r"\}"):
+        return None, None
+    depth = 0
+    tokens = list(re.finditer(r"\\[{}]|\\.|[(\[{)\]}]", text))
+    for match in tokens:
+        depth += {r"\{": 1, "(": 1, "[": 1, "{": 1, r"\}": -1, ")": -1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth == 0 and match.end() < len(text):
+            return None, None
+    return opening, closing
+
+
+def _elements(inner: str) -> list[str]:
+    return split_top(inner, r",? ?\\text\{ ?and ?\}|,? and |,|;") if inner else []
+
+
+def _list(text: str) -> Answer | None:
+    parts = _elements(text)
+    signs = re.findall(r"\\pm|\\mp", text)
+    if len(parts) == 1 and len(signs) == 1:
+        parts = [re.sub(r"\\pm|\\mp", sign, text, count=1) for sign in ("+", "-")]
+        parts = [part.removeprefix("+").strip() for part in parts]
+    if len(parts) == 1:
+        return None
+    return _several("list", [part for part in parts if part]) if all(parts) else Answer("nothing", None)
+
+
+def _several(kind: str, parts: list[str]) -> Answer:
+    items: list[Answer | None] = []
+    for part in parts:
+        item = _read(part) if part else None
+        items += item.value if item is not None and item.kind == "list" and r"\pm" in part else [item]
+    names = {item.name for item in items if item is not None}
+    if any(item is None for item in items) or (kind != "tuple" and len(names) > 1):
+        return Answer("nothing", None)
+    bare = [Answer(item.kind, item.value, item.unit) for item in items if item is not None]
+    return Answer(kind, tuple(bare), name=names.pop() if len(names) == 1 else None)
+
+
+def _union(parts: list[Answer | None]) -> Answer:
+    if any(part is None or part.kind != "interval" for part in parts):
+        return Answer("nothing", None)
+    names = {part.name for part in parts if part is not None and part.name}
+    if len(names) > 1:
+        return Answer("nothing", None)
+    pieces = tuple(piece for part in parts if part is not None for piece in part.value)
+    return Answer("interval", pieces, name=names.pop() if names else None)
+
+
+def _matrix(inner: str) -> Answer:
+    rows = [[_scalar(cell) for cell in split_top(row, "&")] for row in inner.split(r"\\") if row.strip()]
+    if not rows or len({len(row) for row in rows}) != 1 or any(cell is None for row in rows for cell in row):
+        return Answer("nothing", None)
+    return Answer("matrix", tuple(tuple(row) for row in rows))
+
+
+def _expression(text: str) -> Answer | None:
+    if match := re.fullmatch(r"([+\-]?) ?\\infty", text):
+        return _infinity(-1 if match[1] == "-" else 1)
+    text = re.sub(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?", r"(\1 \\cdot \\frac{\\pi}{180})", text)
+    return None if _parsed(text) is None else Answer("expression", text)
+
+
+def _scalar(text: str) -> Answer | None:
+    value = _number(text) or _expression(text) if text else None
+    return value if value is not None and value.unit is None else None
+
+
+def _infinity(sign: int) -> Answer:
+    return Answer("infinity", sign)
+
+
+# Comparing.
+
+
+def _same(gold: Answer, given: Answer) -> bool:
+    if gold.name is not None and given.name is not None and gold.name.strip() != given.name.strip():
+        return False
+    if gold.kind in ("set", "list") and given.kind in ("set", "list"):
+        if gold.kind == given.kind == "list" and len(gold.value) != len(given.value):
+            return False
+        return _unordered(gold.value, given.value, distinct=True)
+    if {gold.kind, given.kind} == {"number", "expression"}:
+        # A gold that is written as a number asks for one; a gold to be worked out may be answered by its value.
+        return gold.kind == "expression" and given.unit is None and _equal(gold, given)
+    if gold.kind == "interval" and given.kind == "tuple":
+        given = _as_interval(given) or given
+    if gold.kind != given.kind:
+        return False
+    compare: dict[str, Callable[[Answer, Answer], bool]] = {
+        "number": _same_number,
+        "text": lambda a, b: a.value == b.value,
+        "infinity": lambda a, b: a.value == b.value,
+        "expression": _equal,
+        "tuple": lambda a, b: len(a.value) == len(b.value) and all(map(_same, a.value, b.value)),
+        "interval": _same_intervals,
+        "matrix": _same_matrix,
+        "equation": _same_equation,
+        "inequality": _same_inequality,
+    }
+    return compare[gold.kind](gold, given)
+
+
+def _same_number(gold: Answer, given: Answer) -> bool:
+    if gold.unit is None or given.unit is None:
+        return gold.value == given.value
+    return gold.unit[1] == given.unit[1] and gold.value * gold.unit[0] == given.value * given.unit[0]
+
+
+def _unordered(gold: tuple[Answer, ...], given: tuple[Answer, ...], *, distinct: bool) -> bool:
+    if distinct:
+        forward = all(any(_same(a, b) for b in given) for a in gold)
+        return forward and all(any(_same(a, b) for a in gold) for b in given)
+    rest = list(given)
+    for a in gold:
+        match = next((place for place, b in enumerate(rest) if _same(a, b)), None)
+        if match is None:
+            return False
+        rest.pop(match)
+    return not rest
+
+
+def _same_intervals(gold: Answer, given: Answer) -> bool:
+    def matches(a: tuple, b: tuple) -> bool:
+        return a[1] == b[1] and a[3] == b[3] and _value_equal(a[0], b[0]) and _value_equal(a[2], b[2])
+
+    rest = list(given.value)
+    for piece in gold.value:
+        place = next((n for n, other in enumerate(rest) if matches(piece, other)), None)
+        if place is None:
+            return False
+        rest.pop(place)
+    return not rest
+
+
+def _same_matrix(gold: Answer, given: Answer) -> bool:
+    shapes = [(len(each.value), len(each.value[0])) for each in (gold, given)]
+    if shapes[0] != shapes[1]:
+        return False
+    return all(_same(a, b) for x, y in zip(gold.value, given.value, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def _same_equation(gold: Answer, given: Answer) -> bool:
+    if isinstance(gold.value, tuple) or isinstance(given.value, tuple):
+        both = isinstance(gold.value, tuple) and isinstance(given.value, tuple)
+        return both and gold.value[0] == given.value[0] and _same(gold.value[1], given.value[1])
+    return _constant_ratio(gold.value, given.value) not in (None, 0)
+
+
+def _same_inequality(gold: Answer, given: Answer) -> bool:
+    ratio = _constant_ratio(gold.value[0], given.value[0])
+    return gold.value[1] == given.value[1] and ratio is not None and ratio > 0
+
+
+def _value_equal(a: Answer, b: Answer) -> bool:
+    if "infinity" in (a.kind, b.kind):
+        return a == b
+    return _equal(a, b)
+
+
+def _free(value: Answer) -> bool:
+    return value.kind == "expression" and bool(_names(value.value))
+
+
+def _equal(gold: Answer, given: Answer) -> bool:
+    """Whether two scalars have the same variables and, wherever both are defined, the same value."""
+    if gold.kind == given.kind == "number":
+        return gold.value == given.value
+    names = [_names(each.value) if each.kind == "expression" else frozenset() for each in (gold, given)]
+    if names[0] != names[1]:
+        return False
+    a, b = (_sympy(each) for each in (gold, given))
+    return _agree(a, b)
+
+
+# The one place that knows sympy and math-verify's parser.
+
+
+def _sympy(value: Answer) -> Any:
+    import sympy
+
+    if value.kind == "number":
+        return sympy.Rational(value.value.numerator, value.value.denominator)
+    return _parsed(value.value)
+
+
+IDENTIFIER = re.compile(r"\\[a-zA-Z]+|[A-Za-z](?:_(?:\w|\{\w+\}))?|\d+")
+CONSTANTS = {"e", "i", r"\pi"}
+UNREAD = re.compile(r"!\s*!|\)\s*!|\d ?[eE] ?[+\-]?\d|'|\"|&|;|\?|@|#|:|`|\*\*|\\text|\\circ|\\binom.*\d{4}")
+"""What the parser would make something else of, or work out at once however large."""
+LARGEST_BITS = 20_000
+
+
+def _names(text: str) -> frozenset[str]:
+    """The variables of an expression, by letter and case."""
+    found = IDENTIFIER.findall(re.sub(r"\\(?:begin|end|mathbb|overline) ?\{\w*\}", "", text))
+    names = [name.replace("{", "").replace("}", "") for name in found if not name[0].isdigit()]
+    return frozenset(name for name in names if (name[0] != "\\" or name in LETTERS) and name not in CONSTANTS)
+
+
+def _mentions(text: str, name: str) -> bool:
+    return name.strip().replace("{", "").replace("}", "") in _names(text)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Any | None:
+    """The expression as sympy has it; None for what is none, or could take for ever to work out."""
+    import sympy
+    from latex2sympy2_extended import latex2sympy
+    from sympy.core.function import AppliedUndef
+
+    if UNREAD.search(text) or re.search(r"[A-Za-z]{4}", re.sub(r"\\[a-zA-Z]+", "", text)):
+        return None
+    text = re.sub(r"(\d+)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+    try:
+        parsed = latex2sympy(text, is_real=None, convert_degrees=False)
+        parsed = parsed.subs({symbol: sympy.I for symbol in parsed.free_symbols if symbol.name == "i"})
+    except Exception:
+        return None
+    allowed = isinstance(parsed, sympy.Expr) and not parsed.has(sympy.Float, sympy.oo, sympy.zoo, sympy.nan)
+    if not allowed or parsed.has(sympy.Derivative, sympy.Integral, sympy.Sum, AppliedUndef) or _bits(parsed) is None:
+        return None
+    return parsed
+
+
+def _bits(node: Any) -> float | None:
+    """A bound for the binary digits before the point of anything worked out on the way; None where it is too large."""
+    import sympy
+
+    if node.is_Rational:
+        return math.log2(max(abs(node.p), node.q, 1)) + 1
+    if node.is_Symbol or not node.args:
+        return 3.0
+    inner = [_bits(each) for each in node.args]
+    if any(each is None for each in inner):
+        return None
+    if isinstance(node, sympy.Pow):
+        bound = inner[0] * 2 ** min(inner[1], 64)
+    elif isinstance(node, (sympy.exp, sympy.cosh, sympy.sinh)):
+        bound = 2 * 2 ** min(inner[0], 64)
+    elif isinstance(node, (sympy.factorial, sympy.binomial, sympy.gamma)):
+        bound = inner[0] * 2 ** min(inner[0], 64)
+    else:
+        bound = sum(inner) + len(inner)
+    return bound if bound <= LARGEST_BITS else None
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Equality of two expressions: exactly where both are rational, else by their values."""
+    if a is None or b is None:
+        return False
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    size = int(((_bits(a) or 0) + (_bits(b) or 0)) * math.log10(2))
+    if not symbols:
+        difference = (a - b).doit()
+        if difference.is_Rational:
+            return bool(difference == 0)
+        digits = size + DIGITS
+        return _close(_value(a, {}, digits), _value(b, {}, digits), size + AGREEMENT, digits)
+    agreed = 0
+    for point in range(POINTS):
+        at = _point(symbols, point)
+        x, y = _value(a, at, size + 60), _value(b, at, size + 60)
+        if x is None or y is None:
+            continue
+        if not _close(x, y, size + 40, size + 60):
+            return False
+        agreed += 1
+    return agreed >= POINTS // 2
+
+
+def _constant_ratio(left: str, right: str) -> Any | None:
+    """What the first expression is of the second wherever both are defined, if that is one real number."""
+    import mpmath
+
+    a, b = _parsed(left), _parsed(right)
+    if a is None or b is None or _names(left) != _names(right):
+        return None
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    size = int(((_bits(a) or 0) + (_bits(b) or 0)) * math.log10(2))
+    ratios = []
+    for point in range(POINTS):
+        at = _point(symbols, point)
+        x, y = _value(a, at, size + 60), _value(b, at, size + 60)
+        if x is not None and y is not None and abs(y) > 1e-30:
+            with mpmath.workdps(size + 60):
+                ratios.append(x / y)
+    if len(ratios) < POINTS // 2 or not all(_close(ratio, ratios[0], size + 40, size + 60) for ratio in ratios):
+        return None
+    return ratios[0].real if abs(ratios[0].imag) < 1e-40 else None
+
+
+def _point(symbols: list[Any], number: int) -> dict[Any, Any]:
+    """Where expressions are compared: rational values of both signs that no text has in mind."""
+    import sympy
+
+    return {
+        symbol: sympy.Rational(((place + 3) * 7919 + (number + 1) * 104729) % 9973 - 4000, 2311)
+        for place, symbol in enumerate(symbols)
+    }
+
+
+def _value(expression: Any, at: dict[Any, Any], digits: int) -> Any | None:
+    """The complex value with so many digits; None where it is not defined or not worked out."""
+    import mpmath
+
+    try:
+        value = expression.subs(at).evalf(digits, maxn=2 * digits)
+        real, imaginary = value.as_real_imag()
+        with mpmath.workdps(digits):
+            found = mpmath.mpc(mpmath.mpf(real), mpmath.mpf(imaginary))
+    except Exception:
+        return None
+    return found if mpmath.isfinite(found) else None
+
+
+def _close(x: Any, y: Any, places: int, digits: int) -> bool:
+    import mpmath
+
+    if x is None or y is None:
+        return False
+    with mpmath.workdps(digits):
+        largest = max(abs(x), abs(y))
+        # What is zero comes out as rounding, of which no place means anything.
+        return largest < mpmath.mpf(10) ** -(places + 5) or abs(x - y) <= mpmath.mpf(10) ** -places * largest
