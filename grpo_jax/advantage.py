@@ -53,6 +53,31 @@ def group_relative(
     raise ValueError(f"scale is {scale!r}; it is one of 'group', 'batch', 'none'")
 
 
+def gdpo(
+    parts: Float[Array, "K B"], weights: Float[Array, " K"], *, group_size: int, epsilon: float = 1e-6
+) -> Float[Array, " B"]:
+    """``standardize(sum_k weights_k group_relative(parts_k))``: each reward normalised within its groups, then summed.
+
+    Summed first and normalised then, as GRPO does, different combinations of rewards that have one sum get one
+    advantage, and a reward that varies much drowns one that varies little. The sum is standardized over the batch
+    (GDPO, arXiv 2601.05242, section 3).
+
+    Args:
+        parts: K rewards for each completion, NaN where absent. A completion that lacks one of them is left out of
+            all statistics; its advantage is 0.
+        weights: what each normalised reward counts.
+        group_size: samples for each prompt.
+        epsilon: added to the standard deviations.
+
+    Raises:
+        ValueError: at trace time, when group_size is below 2 or does not divide B.
+    """
+    present = ~jnp.isnan(parts).any(0)
+    whole = jnp.where(present[None, :], parts, jnp.nan)
+    normalised = jax.vmap(lambda part: group_relative(part, group_size=group_size, epsilon=epsilon))(whole)
+    return _standardize((weights[:, None] * normalised).sum(0), present, epsilon)
+
+
 def rloo(rewards: Float[Array, " B"], *, group_size: int) -> Float[Array, " B"]:
     """``reward - mean of the group's other rewards``: REINFORCE leave-one-out (arXiv 2402.14740).
 

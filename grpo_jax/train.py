@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.log_probs import chunked_log_probs
-from grpo_jax.masked import positions
+from grpo_jax.masked import last_unmasked, positions
 from grpo_jax.types import Batch, Mean, Metrics, Model, Params, Rollout, TrainState, cache_columns
 
 Tokens = Float[Array, "B T"]
@@ -55,6 +55,22 @@ def completion_log_probs(
         logit_softcap=model.logit_softcap,
         chunk_size=chunk_size,
     )
+
+
+def sequence_scores(
+    model: Model, params: Params, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
+) -> Float[Array, " B"]:
+    """A reward model's score of each sequence, in float32: its scalar head at the last attended token.
+
+    Args:
+        model: one with a scalar head.
+        params: its parameters.
+        token_ids: whole sequences, padded on either side; what stands in padding is never looked at.
+        mask: True at real tokens; a row without any scores 0.
+    """
+    hidden, _ = model.apply(params, token_ids, positions(mask), mask)
+    scores = hidden.astype(jnp.float32) @ model.head(params).T.astype(jnp.float32)
+    return last_unmasked(scores[..., 0], mask)
 
 
 def make_scorer(

@@ -93,7 +93,7 @@ class Model:
             multiplies (final norm applied). A query that may attend to nothing gives finite values.
         turn: ``positions [B, S] -> tree`` of what ``apply`` needs of them, each leaf ``[B, S, ...]``; ``apply`` takes
             it instead. Where tokens are drawn one by one, it is computed for several at a time.
-        head: ``params -> [V, D]``, the output embedding.
+        head: ``params -> [V, D]``, the output embedding; ``[1, D]`` of a reward model.
         init_cache: ``(batch, length, dtype) -> cache``, empty. ``dtype`` None is the model's own precision; a coarser
             one rounds keys and values as they are written, and attention to the cache reads the rounded ones.
         first_columns: ``(cache, length) -> cache`` without the columns after that.

@@ -266,6 +266,11 @@ def test_words_are_counted_by_letters_where_there_are_no_blanks_and_in_long_runs
     assert language_share(four + "д" * 81, "en") == pytest.approx(4 / 7, abs=1e-3)
 
 
+def test_two_languages_without_a_full_stop_between_them_are_told_apart():
+    text = " ".join(SENTENCES[code].replace(".", "").replace("?", "").replace("\n", " ") for code in ("en", "de"))
+    assert 0.3 <= language_share(text, "en") <= 0.7
+
+
 NEUTRAL = [
     "```python\n# Wir berechnen die Summe 计算\nprint('сумма')\n```",
     "~~~\nWir berechnen die Summe\n~~~",
@@ -318,11 +323,15 @@ def test_code_mathematics_and_numbers_count_neither_for_nor_against(neutral):
         "\\begin{align}计算这两个数字的和\\end{cases}",
         "\\begin{itemize}\\item 计算这两个数字的和\\end{itemize}",
         "costs $5 计算这两个数字的和 and $7",
+        "costs $5,计算这两个数字的和,$7",
         "$a\n\n计算这两个数字的和$",
         "`a\n计算这两个数字的和`",
         "\\text{计算这两个数字的和}",
         "\\boxed{计算这两个数字的和}",
         "5个苹果，还有7只狗",
+        "ДЕЛИМ ДАННЫЕ ЧИСЛА",
+        "两 个 数 字",
+        "두 수 의 합",
         "f(计算这两个数字的和)",
         "<计算这两个数字的和>",
         "https://a.b，计算这两个数字的和",
@@ -461,7 +470,7 @@ def test_every_known_language_can_be_a_target():
 
 
 def test_the_detector_sees_a_bounded_number_of_pieces_which_stand_for_the_others(monkeypatch):
-    text = "\n".join((LINES["en"] + LINES["de"]) * 100)
+    text = "\n".join(LINES["en"] * 100 + LINES["de"] * 100)
     few = language_share("\n".join(LINES["en"] + LINES["de"]), "en")
     seen = []
     detector = language._detector()
@@ -477,10 +486,12 @@ def test_the_detector_sees_a_bounded_number_of_pieces_which_stand_for_the_others
     assert language_share(text, "en") == pytest.approx(few, abs=0.02)
     assert len(seen) == 200
     seen.clear()
-    language_share("word " * 100_000 + "a" * 100_000 + "数" * 100_000, "en")
-    language_share("数" * 100_000, "zh")
+    language_share("word " * 20_000 + "a" * 20_000 + "数" * 20_000, "en")
+    language_share("数" * 20_000, "zh")
     assert len(seen) == 400
-    assert max(map(len, seen)) < 16 * (language.LONGEST_WORD + 1)
+    language_share("の" * 20_000 + "数の" * 20_000, "zh")
+    assert len(seen) == 600
+    assert max(map(len, seen)) < 64 * (language.LONGEST_WORD + 1)
 
 
 @given(
@@ -490,9 +501,9 @@ def test_the_detector_sees_a_bounded_number_of_pieces_which_stand_for_the_others
 @settings(max_examples=200)
 def test_any_text_has_a_share_and_the_same_one_again(text, target):
     share = language_share(text, target)
-    assert share is None or 0 <= share <= 1 + 1e-9
+    assert share is None or 0 <= share <= 1
     assert language_share(text, target) == share
-    assert 0 <= score(text, target) <= 1 + 1e-9
+    assert 0 <= score(text, target) <= 1
 
 
 PIECES = [
@@ -541,7 +552,7 @@ PIECES = [
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join), st.sampled_from(["en", "zh"]))
 @settings(max_examples=200)
 def test_any_mixture_of_marks_has_a_share(text, target):
-    assert language_share(text, target) is None or 0 <= language_share(text, target) <= 1 + 1e-9
+    assert language_share(text, target) is None or 0 <= language_share(text, target) <= 1
 
 
 @pytest.mark.parametrize("piece", PIECES)
@@ -552,7 +563,7 @@ def test_time_is_linear(piece):
     assert time.perf_counter() - start < 1
 
 
-@pytest.mark.parametrize("piece", ["a中", "f(", "We add the numbers. "])
+@pytest.mark.parametrize("piece", ["a中", "We add the numbers. "])
 def test_a_megabyte_takes_seconds(piece):
     text = (piece * 1_000_000)[:1_000_000]
     start = time.perf_counter()

@@ -58,6 +58,7 @@ class DecoderConfig:
         attention_softcap, logit_softcap: ``c`` in ``c * tanh(x / c)`` on attention scores and output logits; or None.
         tie_word_embeddings: whether the output embedding is the input embedding.
         initializer_range: standard deviation of new weights.
+        scalar_head: whether the decoder ends in one number for each position, as reward models do, instead of logits.
     """
 
     vocab_size: int
@@ -84,3 +85,4 @@ class DecoderConfig:
     logit_softcap: float | None
     tie_word_embeddings: bool
     initializer_range: float
+    scalar_head: bool = False

@@ -235,7 +235,20 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
         logit_softcap=fields.get("final_logit_softcapping"),
         tie_word_embeddings=fields["tie_word_embeddings"],
         initializer_range=fields["initializer_range"],
+        scalar_head=_has_scalar_head(hf_config),
     )
+
+
+def _has_scalar_head(hf_config: Fields) -> bool:
+    """Whether the model is a reward model: a classifier of sequences with one label."""
+    if not any(name.endswith("ForSequenceClassification") for name in hf_config.get("architectures") or ()):
+        return False
+    labels = hf_config.get("num_labels") or len(hf_config.get("id2label") or (0, 1))
+    if labels != 1:
+        raise ValueError(
+            f"config.json is of a classifier with {labels} labels; a reward model has one (num_labels or id2label)"
+        )
+    return True
 
 
 def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:

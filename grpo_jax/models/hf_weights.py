@@ -27,7 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16")
 
-TOP_MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
+TOP_MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "score": "score"}
 BLOCK_MODULES = {
     "attention/q": "self_attn.q_proj",
     "attention/k": "self_attn.k_proj",
@@ -54,6 +54,7 @@ LAYOUTS = {
     **{f"attention/{name}/bias": HEADS_BIAS for name in "qkv"},
     "attention/o/kernel": HEADS_IN,
     **{f"mlp/{name}/kernel": LINEAR for name in ("gate", "up", "down")},
+    "score/kernel": LINEAR,
 }
 
 
@@ -98,7 +99,7 @@ def key_table(config: DecoderConfig) -> dict[str, Entry]:
             stored_module = TOP_MODULES[layer]
         else:
             stored_module = f"model.layers.{layer.removeprefix('layers_')}.{block_modules[module.partition('/')[2]]}"
-        axes, merged = LAYOUTS.get(in_block, (tuple(range(leaf.ndim)), None))
+        axes, merged = LAYOUTS.get(in_block if in_block.count("/") else path, (tuple(range(leaf.ndim)), None))
         name = f"{stored_module}.{'bias' if kind == 'bias' else 'weight'}"
         table[path] = Entry(name, leaf.shape, axes, merged)
     return table

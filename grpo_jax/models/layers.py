@@ -224,6 +224,21 @@ class Embedding(nn.Module):
         return self.embedding
 
 
+class ScalarHead(nn.Module):
+    """The weights that make one number of a position's hidden state."""
+
+    hidden_size: int
+    param_dtype: Any
+
+    def setup(self) -> None:
+        """Declare the weights."""
+        self.kernel = self.param("kernel", nn.initializers.zeros, (self.hidden_size, 1), self.param_dtype)
+
+    def weights(self) -> Float[Array, "D 1"]:
+        """All of them."""
+        return self.kernel
+
+
 class Norm(nn.Module):
     """``x / sqrt(mean(x^2) + epsilon) * (offset + scale)`` over the last axis, in float32."""
 

@@ -22,6 +22,7 @@ from grpo_jax.models.layers import (
     Norm,
     Part,
     Rotation,
+    ScalarHead,
     View,
     allowed_slots,
     empty_entry,
@@ -66,7 +67,9 @@ class Decoder(nn.Module):
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype, self.mesh)
         self.layers = [block(c, self.dtype, self.param_dtype, kernels[window]) for window in c.windows]
         self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype)
-        if not c.tie_word_embeddings:
+        if c.scalar_head:
+            self.score = ScalarHead(c.hidden_size, self.param_dtype)
+        elif not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
 
     def __call__(
@@ -114,7 +117,9 @@ class Decoder(nn.Module):
     def declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
         """Touch every parameter, so that ``init`` creates them all."""
         self(token_ids, all_rotations(self.config, token_ids), mask, None, 0)
-        if not self.config.tie_word_embeddings:
+        if self.config.scalar_head:
+            self.score.weights()
+        elif not self.config.tie_word_embeddings:
             self.lm_head.table()
 
 
@@ -173,6 +178,8 @@ def build_model(
     turn = partial(all_rotations, config)
 
     def head(params: Params) -> Float[Array, "V D"]:
+        if config.scalar_head:
+            return params["score"]["kernel"].T
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
     def init_cache(batch: int, length: int, cache_dtype: Any = None) -> Cache:
@@ -211,7 +218,8 @@ def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any 
 
     Returns:
         a nested dict such as ``{"embed": {"embedding": [V, D]}, "layers_0": {"attention": {"q": {"kernel":
-        [D, H, head_dim]}, ...``; ``lm_head`` is there only where embeddings are untied.
+        [D, H, head_dim]}, ...``; ``lm_head`` is there only where embeddings are untied, ``score`` in its place where
+        the head is a scalar one.
     """
 
     def new(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:

@@ -44,11 +44,13 @@ class Scores:
         total: float32 ``[B]``.
         parts: float32 ``[B]`` by the name of the reward, before gates and weights; and as ``name/detail`` what a
             reward said besides (``Graded.details``).
+        counted: float32 ``[B]`` by name, the parts that have a weight, after gates and before weights.
         notes: for each completion what rewards had to say, after their names.
     """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
+    counted: dict[str, np.ndarray]
     notes: list[str]
 
 
@@ -64,8 +66,7 @@ def weighted(
     A total is absent where a part with a weight is: a sum that leaves a part out would be compared with sums that have
     it. A part with weight 0 is scored to be looked at and does not touch the total, absent or not.
 
-    Rewards that are to be normalised within their groups before they are summed are another matter: that is an
-    advantage, ``advantage.gdpo``, and takes ``weighted_parts``.
+    To normalise each reward within its groups before they are summed, give ``Scores.counted`` to ``advantage.gdpo``.
 
     Score one example before compute is spent, so that a reward that cannot run is found at once.
 
@@ -99,33 +100,25 @@ def weighted(
             raise ValueError(f"prompts, completions and columns must have one entry a completion: {lengths}")
         graded = {name: _run(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
         parts = {name: _array(entry.score for entry in entries) for name, entries in graded.items()}
-        total = np.zeros(len(completions))
-        for part in weighted_parts(parts, weights, gates).values():
-            total += part
+        counted = {name: _gated(parts, name, gates) for name, weight in weights.items() if weight}
+        total = sum((weights[name] * part for name, part in counted.items()), np.zeros(len(completions)))
         for name, entries in graded.items():
             for detail in dict.fromkeys(key for entry in entries for key in entry.details):
                 parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
         if clip is not None:
             total = np.clip(total, *clip)
-        return Scores(
-            total.astype(np.float32), {name: part.astype(np.float32) for name, part in parts.items()}, _notes(graded)
-        )
+        single = [{name: part.astype(np.float32) for name, part in each.items()} for each in (parts, counted)]
+        return Scores(total.astype(np.float32), *single, _notes(graded))
 
     return score
 
 
-def weighted_parts(
-    parts: Mapping[str, np.ndarray], weights: Mapping[str, float], gates: Mapping[str, str] | None = None
-) -> dict[str, np.ndarray]:
-    """What each part with a weight adds to the total: the part times its weight, 0 where its gate is not open."""
-    added = {}
-    for name in (name for name, weight in weights.items() if weight):
-        part = parts[name]
-        if gates and name in gates:
-            gate = parts[gates[name]]
-            part = np.where(np.isnan(gate), np.nan, np.where(gate >= 1, part, part * 0))
-        added[name] = weights[name] * part
-    return added
+def _gated(parts: Mapping[str, np.ndarray], name: str, gates: Mapping[str, str]) -> np.ndarray:
+    """A part, 0 where its gate is not open; absent where the part or the gate is."""
+    if name not in gates:
+        return parts[name]
+    gate = parts[gates[name]]
+    return np.where(np.isnan(gate) | np.isnan(parts[name]), np.nan, np.where(gate >= 1, parts[name], 0))
 
 
 def as_graded(values: Any, count: int) -> list[Graded]:

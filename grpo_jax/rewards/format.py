@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 TAG = re.compile(r"</?(?:think|answer)>")
@@ -17,13 +18,41 @@ def format_reward(prompts: list[str], completions: list[str], **_columns: list[A
     give 0.0. Takes time linear in the length.
 
     Args:
-        prompts: not looked at: a completion must hold both blocks whole, so the prompt must not open one for it.
+        prompts: one that ends with ``<think>`` has opened the first block for its completion, which then must not.
         completions: the texts.
     """
-    return [float(_is_well_formed(completion.strip())) for completion in completions]
+    pairs = zip(prompts, completions, strict=True)
+    return [float(_is_well_formed(completion, prompt.rstrip().endswith("<think>"))) for prompt, completion in pairs]
 
 
-def _is_well_formed(text: str) -> bool:
+def pattern_reward(prompts: list[str], completions: list[str], *, pattern: str, **_columns: list[Any]) -> list[float]:
+    """1.0 where the whole completion, without blanks around it, matches a regular expression; else 0.0.
+
+    Some patterns take time exponential in the length: run yours in a ``RewardPool``, which has a deadline.
+
+    Args:
+        prompts: not looked at.
+        completions: the texts.
+        pattern: in Python's syntax; ``.`` matches line breaks too.
+
+    Raises:
+        ValueError: it is no regular expression.
+    """
+    compiled = _compiled(pattern)
+    return [float(compiled.fullmatch(completion.strip()) is not None) for completion in completions]
+
+
+@lru_cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def _is_well_formed(completion: str, opened: bool) -> bool:
+    text = completion.strip()
+    text = f"<think>{text}" if opened else text
     if TAG.findall(text) != TAGS_IN_ORDER:
         return False
     between = text[text.index("</think>") + len("</think>") : text.index("<answer>")]

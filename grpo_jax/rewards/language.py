@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import regex
 
 WORDS_A_PIECE = 16
+MOST_RUNS = 64
 MOST_PIECES = 200
 WORDS_IN_FAVOUR = 4.0
 ROUNDS = 20
@@ -157,7 +159,8 @@ def language_share(text: str, target: str) -> float | None:
     What is not a word, and so counts neither for nor against: closed code blocks and code in backticks; mathematics in
     ``$``, ``$$``, ``\(...\)``, ``\[...\]`` or an environment that is not one for prose, and every ``\command``; tags
     and addresses; identifiers (snake_case, camelCase, with a digit, or called as in ``f(x)``); names of mathematical
-    functions (gcd); capitals up to four in a row (ABC); numbers, with the unit after them; single letters.
+    functions (gcd); capitals up to four in a row (ABC); numbers, with the unit after them; single letters (Latin,
+    Greek, Cyrillic, Arabic or Hebrew).
 
     A word in a script that the target is not written in is foreign, be it in the middle of a sentence. Where the
     script does not tell, the text is cut at the ends of sentences and lines, and after 16 words, and each piece goes
@@ -185,7 +188,7 @@ def language_share(text: str, target: str) -> float | None:
     if not words:
         return None
     own_words = sum(weight for weight, _ in pieces)
-    return own_words * _share_of_pieces(pieces, target) / words
+    return min(own_words * _share_of_pieces(pieces, target) / words, 1.0)
 
 
 @cache
@@ -225,7 +228,7 @@ def _prose(text: str) -> str:
     return SYMBOLS.sub(" ", MATHEMATICS.sub(" ", text))
 
 
-def _letters(scripts: Any) -> str:
+def _letters(scripts: Iterable[str]) -> str:
     return "[" + "".join(rf"\p{{Script_Extensions={script}}}" for script in sorted(scripts)) + r"&&\p{L}]"
 
 
@@ -261,8 +264,9 @@ def _read(prose: str, target: str) -> tuple[float, list[tuple[float, str]]]:
                 own_words += weight
             if owner == "own" or (sees_kana and letters == "2"):
                 seen.append(run)
-        if own_words and (owner == "end" or own_words >= WORDS_A_PIECE):
-            pieces.append((own_words, " ".join(seen)))
+        if owner == "end" or own_words >= WORDS_A_PIECE or len(seen) >= MOST_RUNS:
+            if own_words:
+                pieces.append((own_words, " ".join(seen)))
             own_words, seen = 0.0, []
     if own_words:
         pieces.append((own_words, " ".join(seen)))

@@ -126,7 +126,9 @@ def tidy(text: str) -> str | None:
         parts += [text[end : match.start()], command, " " if command[-1].isalpha() else ""]
         end = match.end()
     text = " ".join("".join([*parts, text[end:]]).split())
-    text = re.sub(r"\\frac ?(\d)(?: ?(\d)|(?= ?\{))", lambda m: rf"\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else ""), text)
+    text = re.sub(
+        r"\\frac ?(\d)(?: ?(\d)|(?= ?\{))", lambda m: rf"\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else ""), text
+    )
     text = re.sub(r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}", text)
     text = re.sub(r"\\sqrt ?(\d)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\text \{", r"\\text{", text).removesuffix(".").strip()

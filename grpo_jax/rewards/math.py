@@ -163,7 +163,9 @@ def _exact(text: str) -> Fraction | None:
         if not 0 < top < bottom:
             return None
         return (int(match[2]) + Fraction(top, bottom)) * (-1 if match[1] == "-" else 1) / (100 if match[7] else 1)
-    if match := re.fullmatch(r"([+\-]?) ?([\d.,]+) ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+\-]?\d{1,3}) ?\}|(\d))", text):
+    if match := re.fullmatch(
+        r"([+\-]?) ?([\d.,]+) ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+\-]?\d{1,3}) ?\}|(\d))", text
+    ):
         value = numeric_value(match[1] + match[2])
         return None if value is None else value * Fraction(10) ** int(match[3] or match[4])
     if match := re.fullmatch(r"([+\-]?)(\d*)\.(\d*) ?\\overline ?\{ ?(\d+) ?\}", text):

@@ -1,0 +1,90 @@
+"""A reward that was learnt: a reward model, read from a checkpoint and asked in batches on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.sharding import shard_rows
+from grpo_jax.train import sequence_scores
+from grpo_jax.types import Model, Params
+
+SHORTEST = 64
+
+
+def concatenated(prompt: str, completion: str) -> str:
+    """The prompt and then the completion."""
+    return prompt + completion
+
+
+class LearnedReward:
+    """A reward function that gives the score of a reward model; see ``RewardFn`` for its form.
+
+    It runs where the model's parameters lie, so it belongs into no ``RewardPool``. Sequences are padded to a power of
+    two of tokens and scored in batches of one size: few programs are compiled, and a score does not depend on which
+    other completions it was computed with, beyond rounding.
+
+    Args:
+        model: one with a scalar head, as ``models.from_pretrained`` gives for a classifier with one label.
+        params: its parameters.
+        tokenizer: its own, a transformers tokenizer; it need not be the policy's.
+        max_length: tokens of the longest sequence that is scored. Of a longer one there is no score (None): cut, it
+            would be the score of something else.
+        batch_size: sequences scored at once.
+        render: what the model reads, of prompt and completion; its tokenizer adds no special tokens to that.
+        mesh: that batches are split over.
+
+    Raises:
+        ValueError: the model's head is not a scalar one; batch_size does not divide over the mesh.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        batch_size: int = 32,
+        render: Callable[[str, str], str] = concatenated,
+        mesh: Mesh | None = None,
+    ):
+        outputs = jax.eval_shape(model.head, params).shape[0]
+        if outputs != 1:
+            raise ValueError(f"the model gives {outputs} numbers for each position; a reward model gives one")
+        if mesh is not None and batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+            raise ValueError(f"batch_size {batch_size} does not divide over the mesh {dict(mesh.shape)}")
+        self._params, self._tokenizer, self._mesh = params, tokenizer, mesh
+        self._max_length, self._batch_size, self._render = max_length, batch_size, render
+        self._score = jax.jit(partial(sequence_scores, model))
+
+    def __call__(self, prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[float | None]:
+        """The score of each; None for a text without tokens, or with too many."""
+        if not completions:
+            return []
+        texts = [self._render(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        token_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        scores: list[float | None] = [None] * len(texts)
+        # Like lengths together, so that short ones are not padded to the longest.
+        order = [i for i in np.argsort([len(ids) for ids in token_ids]) if 0 < len(token_ids[i]) <= self._max_length]
+        for first in range(0, len(order), self._batch_size):
+            rows = order[first : first + self._batch_size]
+            for row, score in zip(rows, self._batch([token_ids[row] for row in rows]), strict=True):
+                scores[row] = float(score)
+        return scores
+
+    def _batch(self, token_ids: list[list[int]]) -> np.ndarray:
+        longest = max(map(len, token_ids))
+        length = min(max(SHORTEST, 1 << (longest - 1).bit_length()), self._max_length)
+        ids = np.zeros((self._batch_size, length), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, each in enumerate(token_ids):
+            ids[row, : len(each)] = each
+            mask[row, : len(each)] = True
+        batch = (ids, mask) if self._mesh is None else shard_rows((ids, mask), self._mesh)
+        return np.asarray(self._score(self._params, *batch))[: len(token_ids)]
