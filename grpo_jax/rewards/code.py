@@ -18,6 +18,9 @@ from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
 FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 LONGEST_FEEDBACK = 2000
 
+ALLOWED_ON_TESTS = ["call", "eq", "hash"]
+"""What a program may do with the functions that a test hands it; anything more would let it look around in the test."""
+
 Test = str | dict[str, Any]
 """Of one of three kinds, two of them as data sets with ``test_cases`` or ``input_output`` have them:
 
@@ -207,7 +210,9 @@ def _session(
         try:
             served, asked = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
             serving = f"import sys\nserve_program(sys.stdin.read(), Link(*{served}, OPERATIONS))\n"
-            judging = f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, ['call']), {stop_at_failure})\n"
+            judging = (
+                f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, ['call', 'eq', 'hash']), {stop_at_failure})\n"
+            )
             candidate = started.enter_context(
                 sandbox.start(
                     _inside("link") + _inside("program") + serving,

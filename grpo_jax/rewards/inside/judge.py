@@ -1,6 +1,5 @@
 """The side of the tests: it calls the program through the link and says, a line for each test, what came of it."""
 
-import builtins
 import json
 import math
 import os
@@ -34,50 +33,29 @@ def judge(tests, link, stop_at_failure):
             say(False, "failed: %s" % (str(error) or text_of(test)))
         except BaseException as error:
             lines = traceback.format_exception_only(type(error), error)
-            say(False, "{}in {}".format("".join(lines), text_of(test)), ran=not isinstance(error, OfProgram))
+            say(
+                False,
+                "{}in {}".format("".join(lines), text_of(test)),
+                ran=not isinstance(error, (OfProgram, NameError)),
+            )
         else:
             continue
         if stop_at_failure:
             return
 
 
-class OfProgram(Exception):
-    """Marks what the program raised, beside the type that it had there."""
-
-
 def names_of(link):
+    """What the program has, by name; raises if it did not load."""
     hello = link.receive()
     if "names" not in hello:
         raise Gone("{}: {}".format(hello["raised"][0], hello["text"]))
-    exceptions, names = {}, {}
+    names = {}
     for name, what in hello["names"].items():
         if "exception" in what:
-            exceptions[name] = names[name] = exception_class(what["exception"], exceptions)
+            link.exceptions[name] = names[name] = exception_class(what["exception"], link.exceptions)
         else:
             names[name] = link.decode(what["value"])
-    asked = link.ask
-
-    def ask(*args, **kwargs):
-        try:
-            return asked(*args, **kwargs)
-        except Raised as raised:
-            message = raised.args[0]
-            error = exception_class(message["raised"], exceptions)
-        raise error(message["text"])
-
-    link.ask = ask
     return names
-
-
-def exception_class(names, exceptions):
-    """The class of what the program raised: its own by that name, or the nearest one that Python brings."""
-    for name in names:
-        known = exceptions.get(name) or getattr(builtins, name, None)
-        if isinstance(known, type) and issubclass(known, Exception):
-            break
-    else:
-        known = RuntimeError  # SystemExit and its like end the program's call, not the judge
-    return known if issubclass(known, OfProgram) else type(names[0], (known, OfProgram), {})
 
 
 def run_test(test, names):
@@ -85,12 +63,9 @@ def run_test(test, names):
         exec(compile(test, "test.py", "exec"), {"__name__": "__main__", **names})
         return
     name = test["fn_name"]
-    if name not in names and "Solution" in names:
-        function = getattr(names["Solution"](), name)
-    elif name in names:
-        function = names[name]
-    else:
-        raise AssertionError(f"the program has no {name}")
+    function = getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
+    if not callable(function):
+        raise NameError("the program has no function {}".format(name))
     result = function(*test["input"])
     if not same(result, test["output"]):
         raise AssertionError("%s gave %.500r, not %.500r" % (name, result, test["output"]))

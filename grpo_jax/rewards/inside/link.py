@@ -1,20 +1,24 @@
 """Calls between two programs that do not trust each other: plain values travel as JSON, everything else as a handle."""
 
 import base64
+import builtins
 import json
 import operator
 import os
+from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from fractions import Fraction
+from types import CoroutineType, SimpleNamespace
 
 LONGEST_MESSAGE = 8 << 20
 HEX_FROM = 1 << 62
 
 BETWEEN_OBJECTS = ("eq", "ne", "lt", "le", "gt", "ge")
-WITH_OBJECT_RESULT = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
+ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 OPERATIONS = {
     "call": lambda target, *args, **kwargs: target(*args, **kwargs),
+    "run": lambda coroutine: __import__("asyncio").run(coroutine),
     "next": next,
     "iter": iter,
     "len": len,
@@ -31,7 +35,7 @@ OPERATIONS = {
     "enter": lambda target: target.__enter__(),
     "exit": lambda target: target.__exit__(None, None, None),
     **{name: getattr(operator, name) for name in ("getitem", "setitem", "delitem", "contains", "neg")},
-    **{name: getattr(operator, name) for name in BETWEEN_OBJECTS + WITH_OBJECT_RESULT},
+    **{name: getattr(operator, name) for name in BETWEEN_OBJECTS + ARITHMETIC},
 }
 
 
@@ -51,6 +55,8 @@ class Link:
         self.writing = writing
         self.serves = serves  # the names of OPERATIONS that the other side may ask for
         self.objects = {}
+        self.remotes = {}
+        self.exceptions = {}  # classes by name that stand for the other side's own
 
     def send(self, message):
         data = json.dumps(message).encode() + b"\n"
@@ -88,7 +94,9 @@ class Link:
             self.serve(reply)
             reply = self.receive()
         if "raised" in reply:
-            raise Raised(reply)
+            error = exception_class(reply["raised"], self.exceptions)(reply["text"])
+            error.itself = self.decode(reply["itself"])
+            raise error
         for mine, theirs in zip(args, reply.get("args", [])):
             update(mine, self.decode(theirs))
         return self.decode(reply.get("value"))
@@ -97,7 +105,7 @@ class Link:
         """Carry out what the other side asks for, and answer."""
         try:
             if request["ask"] not in self.serves:
-                raise TypeError("{} is not done for the other side".format(request["ask"]))
+                raise AttributeError("{} is not done for the other side".format(request["ask"]))
             args = [self.decode(each) for each in request["args"]]
             kwargs = {name: self.decode(each) for name, each in request["kwargs"].items()}
             value = OPERATIONS[request["ask"]](self.objects[request["of"]], *args, **kwargs)
@@ -106,7 +114,7 @@ class Link:
         except Gone:
             raise
         except BaseException as error:
-            self.send(as_raised(error))
+            self.send({**as_raised(error), "itself": self.encode_error(error)})
 
     def encode(self, value):
         if value is None or isinstance(value, bool):
@@ -118,11 +126,14 @@ class Link:
             return float(value)
         if isinstance(value, str):
             return str.__str__(value)
-        for kind, name in ((list, "list"), (tuple, "tuple"), (frozenset, "frozenset"), (set, "set")):
+        for kind in (list, tuple, frozenset, set):
             if isinstance(value, kind):
-                return {name: [self.encode(each) for each in kind.__iter__(value)]}
+                return self.with_methods(value, {kind.__name__: [self.encode(each) for each in kind.__iter__(value)]})
         if isinstance(value, dict):
-            return {"dict": [[self.encode(k), self.encode(v)] for k, v in dict.items(value)]}
+            pairs = [[self.encode(k), self.encode(v)] for k, v in dict.items(value)]
+            return self.with_methods(value, {"dict": pairs})
+        if isinstance(value, range):
+            return {"range": [value.start, value.stop, value.step]}
         if isinstance(value, (bytes, bytearray)):
             return {type(value).__name__: base64.b64encode(value).decode()}
         if isinstance(value, complex):
@@ -137,13 +148,34 @@ class Link:
             return {"date": value.isoformat()}
         if isinstance(value, Remote):
             return {"yours": object.__getattribute__(value, "_handle")}
-        return {"mine": self.handle(value)}
+        if isinstance(value, CoroutineType):
+            return {"coroutine": self.handle(value)}
+        if isinstance(value, type) and TYPES.get(value.__name__) is value:
+            return {"type": value.__name__}
+        if "getattr" in self.serves:
+            return {"mine": self.handle(value)}
+        if isinstance(value, Iterator):
+            return {"iterator": [self.encode(each) for each in value]}
+        if callable(value):
+            name = getattr(value, "__name__", "")
+            return {"function": [self.handle(value), name, getattr(value, "__doc__", None), parameters(value)]}
+        raise CannotSend("an object of type {}; plain values and functions can be".format(type(value).__name__))
+
+    def encode_error(self, error):
+        return {"mine": self.handle(error)} if "getattr" in self.serves else None
+
+    def with_methods(self, value, plain):
+        """A value of a class that the program made of list, dict and the like: what it is made of, and a handle."""
+        own = "getattr" in self.serves and type(value).__module__ == "__main__"
+        return {"both": [self.handle(value), plain]} if own else plain
 
     def handle(self, value):
-        if "getattr" not in self.serves and not callable(value):
-            raise CannotSend(f"an object of type {type(value).__name__}; plain values and functions can be")
         self.objects[id(value)] = value  # kept alive, so its id stays its own
         return id(value)
+
+    async def awaited(self, handle):
+        """What a coroutine of the other side comes to; it runs there."""
+        return self.ask("run", handle)
 
     def decode(self, data):
         if not isinstance(data, dict):
@@ -163,18 +195,75 @@ class Link:
             return Fraction(*(self.decode(each) for each in content))
         if kind == "yours":
             return self.objects[content]
-        if kind == "mine":
-            return Remote(self, content)
+        if kind == "mine":  # one object is one here too, so that ``is`` holds
+            return self.remotes.setdefault(content, Remote(self, content))
+        if kind == "both":
+            remote = self.remotes.setdefault(content[0], Remote(self, content[0]))
+            object.__setattr__(remote, "_plain", self.decode(content[1]))
+            return remote
+        if kind == "function":
+            return self.remotes.setdefault(content[0], described(Remote(self, content[0]), *content[1:]))
+        if kind == "type":
+            return TYPES[content]
+        if kind == "coroutine":
+            return self.awaited(content)
+        if kind == "iterator":
+            return iter([self.decode(each) for each in content])
+        if kind == "range":
+            return range(*content)
         return BUILD[kind](content)
 
 
+TYPES = {name: value for name, value in vars(builtins).items() if isinstance(value, type)}
+TYPES["NoneType"] = type(None)
 BUILD = {kind.__name__: kind for kind in (list, tuple, set, frozenset, bytes, bytearray, Decimal)}
 BUILD["datetime"] = datetime.fromisoformat
 BUILD["date"] = date.fromisoformat
 
 
-class Raised(Exception):
-    """What was asked for raised on the other side; carries the message that says so."""
+class OfProgram(Exception):
+    """Marks what the other side raised, beside the type that it had there; it has the attributes of the original."""
+
+    itself = None
+
+    def __getattr__(self, name):
+        if self.itself is None or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.itself, name)
+
+
+def exception_class(names, known):
+    """The class of what the other side raised: its own by that name, or made of the nearest one that Python brings."""
+    for name in names:
+        base = known.get(name) or getattr(builtins, name, None)
+        if isinstance(base, type) and issubclass(base, Exception):
+            break
+    else:
+        base = RuntimeError  # SystemExit and its like end the call there, and nothing here
+    return base if issubclass(base, OfProgram) else type(names[0], (OfProgram, base), {})
+
+
+def parameters(function):
+    """The names and kinds of a function's parameters, for who asks how many it takes; None where it does not say."""
+    import inspect  # late: it takes long to load
+
+    try:
+        return [[each.name, int(each.kind)] for each in inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        return None
+
+
+def described(remote, name, doc, wanted):
+    """A function of the other side with what it says of itself."""
+    import inspect
+
+    object.__setattr__(remote, "__name__", name)
+    object.__setattr__(remote, "__doc__", doc)
+    if wanted is not None:
+        made = [inspect.Parameter(each, inspect._ParameterKind(kind)) for each, kind in wanted]
+        object.__setattr__(remote, "__signature__", inspect.Signature(made))
+        object.__setattr__(remote, "__code__", SimpleNamespace(co_argcount=len(made)))
+    return remote
 
 
 def as_raised(error):
@@ -184,6 +273,13 @@ def as_raised(error):
     except BaseException:
         text = ""
     return {"raised": names, "text": text}
+
+
+def _reflected(operation):
+    return lambda target, other: operation(other, target)
+
+
+OPERATIONS.update({name + "_from": _reflected(OPERATIONS[name]) for name in ARITHMETIC})
 
 
 def update(mine, theirs):
@@ -199,25 +295,38 @@ def update(mine, theirs):
 class Remote:
     """An object of the other side.
 
-    What is computed of it is computed there, by code that may lie. So it equals no plain value, is not compared with
-    one, and arithmetic with a plain value gives another such object: a lie must at least be a plain answer.
+    What is computed of it is computed there, by code that may lie. So it equals no plain value but the one that came
+    with it, is not compared with others, and nothing plain is taken from what was computed of it and a plain value:
+    that value may be the answer. What it says of itself alone, it says without knowing what would be right.
     """
 
-    def __init__(self, link, handle):
+    def __init__(self, link, handle, told=False):
         object.__setattr__(self, "_link", link)
         object.__setattr__(self, "_handle", handle)
+        object.__setattr__(self, "_told", told)
+        object.__setattr__(self, "_plain", None)
+
+    def _ask(self, operation, *args, **kwargs):
+        value = self._link.ask(operation, self._handle, *args, **kwargs)
+        if self._told and not isinstance(value, Remote):
+            raise TypeError("a plain value of what a plain value was told to")
+        return value
 
     def __call__(self, *args, **kwargs):
-        return self._link.ask("call", self._handle, *args, **kwargs)
+        return self._ask("call", *args, **kwargs)
 
     def __getattr__(self, name):
-        return self._link.ask("getattr", self._handle, name)
+        return self._ask("getattr", name)
 
     def __setattr__(self, name, value):
         self._link.ask("setattr", self._handle, name, value)
 
     def __eq__(self, other):
-        return isinstance(other, Remote) and self._link.ask("eq", self._handle, other) is True
+        if self is other:
+            return True
+        if isinstance(other, Remote):
+            return self._link.ask("eq", self._handle, other) is True
+        return self._plain is not None and self._plain == other
 
     def __ne__(self, other):
         return not self == other
@@ -230,7 +339,7 @@ class Remote:
 
 
 def _forwarded(operation):
-    return lambda self, *args: self._link.ask(operation, self._handle, *args)
+    return lambda self, *args: self._ask(operation, *args)
 
 
 def _between_objects(operation):
@@ -240,22 +349,24 @@ def _between_objects(operation):
     return compare
 
 
-def _with_object_result(operation):
-    def compute(self, *others):
-        value = self._link.ask(operation, self._handle, *others)
-        trusted = isinstance(value, Remote) or (others and isinstance(others[0], Remote))
-        if not trusted:
-            raise TypeError(f"{operation} of an object of the program and a plain value gave a plain value")
-        return value
+def _arithmetic(operation, reflected=False):
+    def compute(self, other):
+        value = self._link.ask(operation + "_from" if reflected else operation, self._handle, other)
+        if isinstance(other, Remote):
+            return value
+        if not isinstance(value, Remote):
+            raise TypeError("{} of an object of the program and a plain value gave a plain value".format(operation))
+        return Remote(value._link, value._handle, told=True)
 
     return compute
 
 
-for _name in ("next", "iter", "len", "str", "repr", "bool", "int", "float", "hash", "enter"):
-    setattr(Remote, f"__{_name}__", _forwarded(_name))
+for _name in ("next", "iter", "len", "str", "repr", "bool", "int", "float", "hash", "abs", "neg", "enter"):
+    setattr(Remote, "__{}__".format(_name), _forwarded(_name))
 for _name in ("getitem", "setitem", "delitem", "contains"):
-    setattr(Remote, f"__{_name}__", _forwarded(_name))
+    setattr(Remote, "__{}__".format(_name), _forwarded(_name))
 for _name in BETWEEN_OBJECTS[2:]:
-    setattr(Remote, f"__{_name}__", _between_objects(_name))
-for _name in (*WITH_OBJECT_RESULT, "abs", "neg"):
-    setattr(Remote, "__{}__".format(_name.strip("_")), _with_object_result(_name))
+    setattr(Remote, "__{}__".format(_name), _between_objects(_name))
+for _name in ARITHMETIC:
+    setattr(Remote, "__{}__".format(_name.strip("_")), _arithmetic(_name))
+    setattr(Remote, "__r{}__".format(_name.strip("_")), _arithmetic(_name, reflected=True))
