@@ -17,12 +17,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,20 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, evaluate, loss, models
-from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.encoded import EncodedProblems, decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.data.tasks import PLAIN
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.monitor.alarms import Alarms, AlarmSettings
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.rewards.compose import Scores, weighted
-from grpo_jax.rewards.format import format_reward
+from grpo_jax.monitor.signals import text_metrics
+from grpo_jax.monitor.spot_checks import spot_checks
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout import Sampler
 from grpo_jax.run import Run, Stopped, count_compilations, keep_programs
 from grpo_jax.sampling import Sampling
@@ -72,7 +75,8 @@ ADVANTAGES = {
     "reinforce_plus_plus": lambda rewards, group_size: advantage.reinforce_plus_plus(rewards),
     "reinforce_plus_plus_baseline": advantage.reinforce_plus_plus_baseline,
 }
-SHOWN_SAMPLES = 3
+GDPO = "gdpo"
+"""The advantage that takes the parts of the reward instead of their sum."""
 MICRO_BATCH_TOKENS = 16_384
 
 
@@ -104,12 +108,13 @@ class Config:
     sampling: Sampling = Sampling()
     """How completions are drawn; the temperature is the policy's in every log-probability too."""
 
-    accuracy_weight: float = 1.0
-    """Weight of the reward for a right final answer."""
-    format_weight: float = 0.0
-    """Weight of the reward for <think>...</think><answer>...</answer>; at 0 it is only measured."""
-    advantage: Literal[tuple(ADVANTAGES)] | None = None  # pyright: ignore[reportInvalidTypeForm]
-    """From rewards to advantages. Default: dr_grpo with the loss of that name, group_relative with any other."""
+    rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
+    """What is paid for."""
+    alarms: AlarmSettings = AlarmSettings()
+    """What is watched for."""
+    advantage: Literal[(*ADVANTAGES, GDPO)] | None = None  # pyright: ignore[reportInvalidTypeForm]
+    """From rewards to advantages; gdpo normalises each part of the reward by itself. Default: dr_grpo with the loss of
+    that name, group_relative with any other."""
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss."""
 
@@ -186,6 +191,8 @@ class Config:
             )
         if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
             raise ValueError("the embedded base knows its own sums only; with a dataset or template, name a model too")
+        if self.advantage == GDPO and (self.kl_reward_coef or self.rewards.clip_reward):
+            raise ValueError("gdpo has no sum of rewards, which kl_reward_coef and clip_reward would change")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
         if self.ref_refresh_every is not None and not self.has_reference:
@@ -241,7 +248,7 @@ class Config:
 
 
 MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "attention", "cache_bytes", "trackers", "plain")
-MAY_CHANGE += ("save_every", "samples_every", "eval_every", "keep_checkpoints")
+MAY_CHANGE += ("save_every", "samples_every", "eval_every", "keep_checkpoints", "alarms")
 """Settings that a resumed run may have other values of: they change no number beyond rounding."""
 
 
@@ -263,27 +270,32 @@ def main(config: Config) -> int:
         ) as run,
     ):
         try:
-            train(config, run)
+            if run.is_finished:
+                run.say(f"this run is finished; everything is in {run.folder}")
+            else:
+                with ExitStack() as stack:
+                    train(config, run, stack)
         except Stopped:
             run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command goes on from the last")
             return 130
     return 0
 
 
-def train(config: Config, run: Run) -> None:
-    if run.is_finished:
-        run.say(f"this run is finished; everything is in {run.folder}")
-        return
+def train(config: Config, run: Run, stack: ExitStack) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_mesh(config, mesh)
     problems, held_out, accuracy, held_out_accuracy = config.data.load(config.seed)
-    score = weighted(
-        {"accuracy": accuracy, "format": format_reward},
-        {"accuracy": config.accuracy_weight, "format": config.format_weight},
+    scoring = config.rewards.open(
+        accuracy,
+        held_out_accuracy,
+        max_completion_length=config.completion_length,
+        needs_pool=config.data.dataset is not None,
+        mesh=mesh,
+        dtype=config.compute_dtype,
     )
-    score([""], [""], **reward_columns(problems[:1]))  # a reward that cannot run is found here
-    held_out_accuracy([""], [""], **reward_columns(held_out[:1]))
+    stack.enter_context(scoring)
+    scoring.probe(*(first_row(each) for each in (problems, held_out)))
 
     policy = models.from_pretrained(
         config.model or str(trained_base(config, run)),
@@ -321,6 +333,7 @@ def train(config: Config, run: Run) -> None:
     noise, shuffle, evaluation = jax.random.split(jax.random.key(config.seed), 3)
 
     decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
+    decode_ids = partial(decode_one, policy.tokenizer, eos_ids=policy.eos_ids)
 
     def evaluated(step: int) -> dict[str, float]:
         key = jax.random.fold_in(evaluation, step)
@@ -337,16 +350,18 @@ def train(config: Config, run: Run) -> None:
                 held_out,
                 drawn,
                 decode,
-                held_out_accuracy,
+                scoring.held_out,
                 group_size=config.num_eval_samples,
                 report=report,
             )
+        run.log_faults(step, scoring.take_faults())
         run.log({"step": step, **metrics})
         return metrics
 
     def evaluation_is_due(step: int) -> bool:
         return step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
 
+    alarms = Alarms(config.alarms, read_jsonl(run.metrics_log.path))
     if evaluation_is_due(first) and not run.has_row(first, "eval/pass@1"):
         evaluated(first)
     with run.progress.phase("GRPO", config.num_steps, start=first) as phase:
@@ -356,16 +371,27 @@ def train(config: Config, run: Run) -> None:
             prompts = shard_rows(problems.padded(index), mesh)
             params = jax.block_until_ready(to_rollout(state.params))
             moved = time.monotonic()
-            rollout = samplers[config.group_size](params, prompts, jax.random.fold_in(noise, step))
+            texts = [problems.texts[i] for i in index for _ in range(config.group_size)]
+            columns = reward_columns(chosen, group_size=config.group_size)
+            watch = scoring.as_drawn(
+                texts,
+                columns,
+                decode_ids,
+                eos_ids=policy.eos_ids,
+                max_completion_length=config.completion_length,
+            )
+            rollout = samplers[config.group_size](params, prompts, jax.random.fold_in(noise, step), watch=watch)
             drawn = time.monotonic()
             reshard_bytes = 0 if params is state.params else bytes_on_devices(params)
             del params  # not in memory beside the update
 
             lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)
             completions = decode(rollout)
-            texts = [problems.texts[i] for i in index for _ in range(config.group_size)]
-            scores = score(texts, completions, **reward_columns(chosen, group_size=config.group_size))
-            batch = learn_from(config, rollout, scores, scorer, state, mesh)
+            # Sent off before the host scores: the devices work on it meanwhile.
+            old, ref = earlier_policies(config, rollout, scorer, state)
+            columns |= {"completion_length": lengths.tolist(), "truncated": truncated.tolist()}
+            scores = scoring.score(texts, completions, **columns)
+            batch = learn_from(config, rollout, scores, scoring.weights, old, ref, mesh)
 
             updates = []
             for epoch in range(config.num_epochs):
@@ -386,6 +412,15 @@ def train(config: Config, run: Run) -> None:
             num_tokens += int(lengths.sum() + rollout.prompt_mask.sum())
             metrics |= reward_metrics(scores.total, scores.parts, group_size=config.group_size)
             metrics |= completion_metrics(lengths, truncated)
+            metrics |= text_metrics(
+                texts,
+                completions,
+                group_size=config.group_size,
+                answers=columns["answer"],
+                tests=columns.get("tests", ()),
+            )
+            if scoring.judge is not None:
+                metrics["judge"] = metrics.get(f"rewards/{scoring.judge}/mean", math.nan)
             metrics |= {
                 "pass_rate": metrics.get("rewards/accuracy/mean", math.nan),
                 "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
@@ -399,9 +434,14 @@ def train(config: Config, run: Run) -> None:
                 "compilations": compilations(),
             }
             run.log({"step": step, **metrics})
+            run.log_faults(step, scoring.take_faults())
+            wants_checkpoint = run.raise_alarms(alarms.update({"step": step, **metrics}))
             if step % config.samples_every == 0:
-                run.log_samples(step, as_samples(texts, completions, chosen, scores, batch), show=SHOWN_SAMPLES)
-            if step == config.num_steps or step % config.save_every == 0 or run.stop_requested:
+                samples = as_samples(texts, completions, chosen, scores, batch)
+                shown = spot_checks(samples, group_size=config.group_size, seed=step)
+                run.log_samples(step, samples, shown=shown)
+            is_due = step == config.num_steps or step % config.save_every == 0
+            if is_due or wants_checkpoint or run.stop_requested:
                 run.save(step, state, {"batches": batches.get_state(), "num_tokens": num_tokens})
             run.stop_if_requested()
             if evaluation_is_due(step):
@@ -476,27 +516,49 @@ def build_sampler(config: Config, policy: models.Pretrained, mesh: Mesh, group_s
     )
 
 
-def learn_from(
-    config: Config, rollout: Rollout, scores: Scores, scorer: Callable, state: TrainState, mesh: Mesh
-) -> Batch:
-    """The step's batch: rewards become advantages; old and reference log-probabilities are computed where needed."""
-    rewards = jnp.asarray(scores.total)
+def first_row(problems: list[Problem]) -> dict[str, Any]:
+    return {name: values[0] for name, values in reward_columns(problems[:1]).items()}
+
+
+def earlier_policies(
+    config: Config, rollout: Rollout, scorer: Callable, state: TrainState
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Log-probabilities of the policy at the start of the step and of the reference, each where it is needed."""
     # A single update is strictly on policy: its own forward pass gives the old log-probabilities.
     old = scorer(state.params, rollout) if config.updates_per_step > 1 or config.kl_reward_coef else None
-    ref = scorer(state.ref_params, rollout) if config.has_reference else None
+    return old, scorer(state.ref_params, rollout) if config.has_reference else None
+
+
+def learn_from(
+    config: Config,
+    rollout: Rollout,
+    scores: Scores,
+    weights: Mapping[str, float],
+    old: jax.Array | None,
+    ref: jax.Array | None,
+    mesh: Mesh,
+) -> Batch:
+    """The step's batch: rewards become advantages."""
+    rewards = jnp.asarray(scores.total)
     if old is not None and ref is not None and config.kl_reward_coef:
         kl = loss.kl_k1(old, ref)
         rewards = advantage.kl_penalized(rewards, kl, rollout.completion_mask, kl_coef=config.kl_reward_coef)
     learnt = ~jnp.isnan(rewards)
     if config.mask_truncated:
         learnt &= ~rollout.truncated
+    if config.advantage_name == GDPO:
+        parts = jnp.stack([jnp.asarray(part) for part in scores.counted.values()])
+        of_parts = jnp.array([weights[name] for name in scores.counted], jnp.float32)
+        advantages = advantage.gdpo(parts, of_parts, group_size=config.group_size)
+    else:
+        advantages = ADVANTAGES[config.advantage_name](rewards, group_size=config.group_size)
     batch = Batch(
         prompt_ids=rollout.prompt_ids,
         prompt_mask=rollout.prompt_mask,
         completion_ids=rollout.completion_ids,
         completion_mask=rollout.completion_mask,
         loss_mask=rollout.completion_mask & learnt[:, None],
-        advantages=ADVANTAGES[config.advantage_name](rewards, group_size=config.group_size),
+        advantages=advantages,
         rollout_log_probs=rollout.rollout_log_probs,
         old_log_probs=old if config.updates_per_step > 1 else None,
         ref_log_probs=ref,
@@ -521,6 +583,7 @@ def as_samples(
             reward=float(scores.total[i]),
             advantage=float(batch.advantages[i]),
             answer=chosen[i * len(chosen) // len(completions)].answer,
+            note=scores.notes[i],
         )
         for i in range(len(completions))
     ]

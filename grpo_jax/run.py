@@ -23,12 +23,14 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.monitor.alarms import Fired
 from grpo_jax.monitor.metrics import JsonlLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.monitor.plots import plot_curves
 from grpo_jax.monitor.progress import Progress
 from grpo_jax.monitor.samples import Sample, print_samples
 from grpo_jax.monitor.summary import closing_line
 from grpo_jax.monitor.trackers import Tracker, open_trackers
+from grpo_jax.rewards.pool import Fault
 
 PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
@@ -40,9 +42,10 @@ class Stopped(Exception):  # noqa: N818 - no error
 class Run:
     """A context in which an experiment runs, in a folder of its own.
 
-    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``checkpoints/``, and at the end
-    ``curves.png`` and ``summary.json``. Entering it a second time with the same configuration goes on where the first
-    stopped. SIGTERM and Ctrl-C ask the loop to stop after its step (``stop_requested``); a second Ctrl-C interrupts.
+    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``, ``faults.jsonl`` (what
+    could not be scored), ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering it a second
+    time with the same configuration goes on where the first stopped. SIGTERM and Ctrl-C ask the loop to stop after its
+    step (``stop_requested``); a second Ctrl-C interrupts.
 
     Args:
         folder: created if need be.
@@ -92,6 +95,8 @@ class Run:
         stack.enter_context(claim_folder(self.folder, self.settings, may_change))
         self.metrics_log = JsonlLog(self.folder / "metrics.jsonl")
         self.completions_log = JsonlLog(self.folder / "completions.jsonl")
+        self.alarms_log = JsonlLog(self.folder / "alarms.jsonl")
+        self.faults_log = JsonlLog(self.folder / "faults.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep_checkpoints)
         stack.callback(self.checkpoints.close)
         self.trackers: list[Tracker] = open_trackers(trackers, self.folder, self.settings, first_step=self._next_step())
@@ -145,8 +150,8 @@ class Run:
             jax.tree.map(lambda x: x.delete(), like)  # so that the state is in memory once, not twice
         found = self.checkpoints.restore(shapes)
         step, state, position = (-1, like, {}) if found is None else found
-        self.metrics_log.rewind(step)
-        self.completions_log.rewind(step)
+        for log in (self.metrics_log, self.completions_log, self.alarms_log, self.faults_log):
+            log.rewind(step)
         if found is None:
             return 0, state, position
         self._earlier_seconds = position["seconds"]
@@ -167,12 +172,28 @@ class Run:
         for tracker in self.trackers:
             tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
-    def log_samples(self, step: int, samples: Sequence[Sample], *, show: int) -> None:
-        """Write samples to ``completions.jsonl`` and print ``show`` of them, from the best advantage to the worst."""
+    def log_samples(self, step: int, samples: Sequence[Sample], *, shown: Sequence[Sample]) -> None:
+        """Write samples to ``completions.jsonl``, and print those that a person is to read."""
         self.completions_log.append(*(sample.row(step) for sample in samples))
-        ranked = sorted(samples, key=lambda sample: -sample.advantage)
-        chosen = [ranked[i * (len(ranked) - 1) // max(show - 1, 1)] for i in range(min(show, len(ranked)))]
-        print_samples(chosen, step, self.progress.console, plain=self.progress.plain)
+        print_samples(shown, step, self.progress.console, plain=self.progress.plain)
+
+    def log_faults(self, step: int, faults: Sequence[Fault]) -> None:
+        """Write what could not be scored to ``faults.jsonl``, and say how much it was and the first of it."""
+        if faults:
+            self.faults_log.append(*({"step": step, **dataclasses.asdict(fault)} for fault in faults))
+            first = f"{faults[0].reward} {faults[0].kind}: {faults[0].detail.strip().splitlines()[-1]}"
+            self.say(f"step {step}: {len(faults)} scores are absent (faults.jsonl); the first: {first:.300}")
+
+    def raise_alarms(self, fired: Sequence[Fired]) -> bool:
+        """Say what alarms fired and write them to ``alarms.jsonl``; True if a checkpoint of this step is wanted.
+
+        One whose level is to stop asks the run to stop, as a signal does.
+        """
+        for alarm in fired:
+            self.alarms_log.append(alarm.row())
+            self.say(f"ALARM at step {alarm.step}: {alarm.name} ({alarm.level}): {alarm.text}")
+            self.stop_requested |= alarm.level == "stop"
+        return any(alarm.level != "warn" for alarm in fired)
 
     def finish(self, before: Row, after: Row, *, steps: int, summary: Mapping[str, Any]) -> None:
         """Draw the curves, write ``summary.json`` and say what was gained.
@@ -181,10 +202,13 @@ class Run:
             before: an evaluation before training.
             after: the same after it.
             steps: how many steps were taken.
-            summary: the experiment's own figures; seconds, versions and the configuration are added.
+            summary: the experiment's own figures; seconds, the first step of each alarm, versions and the configuration
+                are added.
         """
         plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
         whole = {**summary, "seconds": self.seconds, "steps": steps, "device": device_summary()}
+        alarms = read_jsonl(self.alarms_log.path)
+        whole |= {"alarms": {each["alarm"]: each["step"] for each in reversed(alarms)}}
         whole |= {"versions": package_versions(), "config": self.settings}
         write_atomically(self.folder / "summary.json", json.dumps(to_json(whole), indent=2).encode() + b"\n")
         self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))

@@ -18,8 +18,10 @@ from grpo_jax.data.prompts import Overlong
 from grpo_jax.data.reasoning_gym import reasoning_gym_problems
 from grpo_jax.data.sources import Problem, load_problems
 from grpo_jax.data.tasks import sample_sums, sum_problems
-from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.answer import answer_reward, extract_answer
+from grpo_jax.rewards.code import code_reward, readable_tests
 from grpo_jax.rewards.compose import RewardFn
+from grpo_jax.rewards.math import math_reward, read_answer
 from grpo_jax.sharding import make_mesh
 from grpo_jax.small_base import Recipe
 from grpo_jax.train import LossFn, make_optimizer, make_schedule
@@ -33,6 +35,7 @@ LOSSES = {
     "cispo": loss.cispo_loss,
     "sapo": loss.sapo_loss,
 }
+GRADERS: dict[str, RewardFn] = {"exact": answer_reward, "math": math_reward, "code": code_reward}
 KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
 LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 REASONING_GYM = "reasoning-gym:"
@@ -203,6 +206,10 @@ class DataSettings:
     """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
     system_prompt: str | None = None
     """A system message; with --chat-template only."""
+    grader: Literal["auto", "exact", "math", "code"] = "auto"
+    """What tells a right answer: exact (numbers by value, other texts as they stand), math (mathematics that is equal),
+    code (programs, by the column tests). auto: code where there are tests, math elsewhere, exact for the built-in sums;
+    a task of reasoning-gym brings its own."""
     overlong_prompts: Overlong = "drop"
     """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
 
@@ -274,14 +281,25 @@ class DataSettings:
     def _read(self, source: str, split: str | None, size: int, seed: int) -> tuple[list[Problem], RewardFn]:
         if source.startswith(REASONING_GYM):
             return reasoning_gym_problems(source.removeprefix(REASONING_GYM), size=size, seed=seed)
-        problems = load_problems(
+        load = partial(
+            load_problems,
             source,
             split=split,
             subset=self.subset,
             prompt_column=self.prompt_column,
             answer_column=self.answer_column,
         )
-        return problems, answer_reward
+        problems = load(require_answer=False)
+        has_tests = "tests" in problems[0].columns
+        grader = ("code" if has_tests else "math") if self.grader == "auto" else self.grader
+        if grader == "code" and not has_tests:
+            raise ValueError(
+                f"{source} has no column tests, which the grader code needs; it has {[*problems[0].columns]}"
+            )
+        if grader != "code" and problems[0].answer is None:
+            load()  # says which columns there are
+        check_gold(problems, grader, source)
+        return problems, GRADERS[grader]
 
     def _divide(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
         """A tenth of the problems, at most ``eval_problems``, is held out; always the same ones."""
@@ -296,6 +314,27 @@ class DataSettings:
         return (
             [problem for i, problem in enumerate(problems) if i not in chosen],
             [problem for i, problem in enumerate(problems) if i in chosen],
+        )
+
+
+def check_gold(problems: list[Problem], grader: str, source: str) -> None:
+    """See whether what is right can be read, of the first hundred problems: of others no completion gets a score.
+
+    Raises:
+        ValueError: of more than half of them it cannot; with an example.
+    """
+    first = problems[:100]
+    if grader == "code":
+        unread = [problem.columns.get("tests") for problem in first if not readable_tests(problem.columns.get("tests"))]
+    elif grader == "math":
+        gold = [problem.answer or "" for problem in first]
+        unread = [each for each in gold if read_answer(extract_answer(each) or each) is None]
+    else:
+        unread = [problem.answer for problem in first if not (problem.answer or "").strip()]
+    if 2 * len(unread) > len(first):
+        raise ValueError(
+            f"of the first {len(first)} problems of {source} the grader {grader} cannot read {len(unread)}, such as "
+            f"{unread[0]!r:.200}; choose another grader or answer_column"
         )
 
 

@@ -28,11 +28,12 @@ FLOORS = {
     "run": 4,
     "small_base": 4,
     "settings": 4,
+    "reward_settings": 4,
 }
 # (who, whom) on one floor: whoever needs one says so here, and it goes when the need does.
 # Imports within a floor, each because one is made of the other: a cohort's rows are taken device by device, an
 # adapter brings its task's own reward, the held-out loop reads problems and grades answers, the default of the settings
-# is the embedded base's task.
+# is the embedded base's task, signals of gamed rewards are read with the rewards' own eyes.
 NEIGHBOURS = {
     ("masked", "types"),
     ("rollout", "sharding"),
@@ -40,6 +41,7 @@ NEIGHBOURS = {
     ("evaluate", "data"),
     ("evaluate", "rewards"),
     ("settings", "small_base"),
+    ("monitor", "rewards"),
 }
 UPSTAIRS = {"experiments", "notebooks", "tests"}
 

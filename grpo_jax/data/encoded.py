@@ -78,4 +78,13 @@ def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int])
     """
     lengths = np.asarray(rollout.completion_mask).sum(1)
     rows = [ids[:length].tolist() for ids, length in zip(np.asarray(rollout.completion_ids), lengths, strict=True)]
-    return tokenizer.batch_decode([row[:-1] if row and row[-1] in eos_ids else row for row in rows])
+    return tokenizer.batch_decode([_without_end(row, eos_ids) for row in rows])
+
+
+def decode_one(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
+    """The same for the ids of a single completion."""
+    return tokenizer.batch_decode([_without_end(ids, eos_ids)])[0]
+
+
+def _without_end(ids: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:
+    return ids[:-1] if ids and ids[-1] in eos_ids else ids

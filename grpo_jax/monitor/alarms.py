@@ -187,8 +187,8 @@ def length_explosion(history: History, threshold: float, solved: float) -> str |
     if now < threshold * before or gained > 0.01:
         return None
     return (
-        f"mean length went from {before:.1f} to {now:.1f} tokens in {WINDOW + 1} steps and {history.truth} did not rise: "
-        "length is paid for, or never punished (soft overlong reward, token_mean)"
+        f"mean length went from {before:.1f} to {now:.1f} tokens in {WINDOW + 1} steps and {history.truth} did not "
+        "rise: length is paid for, or never punished (soft overlong reward, token_mean)"
     )
 
 

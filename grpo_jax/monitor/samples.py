@@ -26,6 +26,8 @@ class Sample:
         reward: their weighted sum.
         advantage: what it was learnt from with.
         answer: the gold answer, where there is one.
+        note: what rewards had to say of it, such as an interpreter's message.
+        why: why it was chosen to be read.
     """
 
     prompt: str
@@ -34,11 +36,14 @@ class Sample:
     reward: float
     advantage: float
     answer: str | None = None
+    note: str = ""
+    why: str = ""
 
     def row(self, step: int) -> dict[str, Any]:
         """The sample as a line of ``completions.jsonl``; a part of the reward stands under ``rewards/<name>``."""
         parts = {f"rewards/{name}": value for name, value in self.rewards.items()}
         text = {"prompt": self.prompt, "completion": self.completion, "answer": self.answer}
+        text |= {name: said for name, said in (("note", self.note), ("why", self.why)) if said}
         return {"step": step, **text, "reward": self.reward, **parts, "advantage": self.advantage}
 
 
@@ -98,11 +103,13 @@ def print_samples(
     lines = [f"samples at step {step}"]
     for place, sample in enumerate(samples, 1):
         figures = "  ".join(f"{name} {value}" for name, value in _figures(sample, console.encoding))
-        lines.append(f"  [{place}] {figures}")
+        lines.append(f"  [{place}] {figures}" + (f"  ({sample.why})" if sample.why else ""))
         lines.append(f"      prompt: {printable(shorten(sample.prompt, limit), console.encoding)}")
         lines.append(f"      completion: {printable(shorten(sample.completion, limit), console.encoding)}")
         if sample.answer is not None:
             lines.append(f"      answer: {printable(shorten(sample.answer, limit), console.encoding)}")
+        if sample.note:
+            lines.append(f"      note: {printable(shorten(sample.note, limit), console.encoding)}")
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
@@ -129,7 +136,12 @@ def _table(samples: Sequence[Sample], step: int, encoding: str, limit: int) -> T
         asked = _text(sample.prompt, encoding, limit)
         if sample.answer is not None:
             asked.append("\nanswer ", style="dim").append_text(_text(sample.answer, encoding, limit))
-        table.add_row(asked, _text(sample.completion, encoding, limit), figures)
+        if sample.why:
+            asked.append(f"\n{sample.why}", style="dim italic")
+        said = _text(sample.completion, encoding, limit)
+        if sample.note:
+            said.append("\nnote ", style="dim").append_text(_text(sample.note, encoding, limit))
+        table.add_row(asked, said, figures)
     return table
 
 

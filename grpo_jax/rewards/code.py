@@ -17,6 +17,7 @@ from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
 
 FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 LONGEST_FEEDBACK = 2000
+LIMITS = Limits()
 
 ALLOWED_ON_TESTS = ["call", "eq", "hash"]
 """What a program may do with the functions that a test hands it; anything more would let it look around in the test."""
@@ -53,7 +54,7 @@ def code_reward(
     *,
     tests: list[list[Test] | None],
     partial_credit: bool = False,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     **_columns: list[Any],
 ) -> list[Graded]:
     """1.0 where a completion's program passes every test, else 0.0, or the share of tests it passes.
@@ -93,7 +94,7 @@ def extract_program(text: str) -> str | None:
     blocks = FENCED.findall(text)
     if blocks:
         return blocks[-1]
-    start, tag, rest = text.rpartition("<answer>")
+    _, tag, rest = text.rpartition("<answer>")
     program, end, _ = rest.partition("</answer>")
     return program.strip("\n") if tag and end and program.strip() else None
 
@@ -123,6 +124,15 @@ def check_tests(tests: Any) -> list[Test]:
     if len(styles) > 1:
         raise ValueError("some tests call the program and others give it input; they must be of one way")
     return list(tests)
+
+
+def readable_tests(tests: Any) -> bool:
+    """Whether ``check_tests`` takes them."""
+    try:
+        check_tests(tests)
+    except ValueError:
+        return False
+    return True
 
 
 def run_tests(program: str, tests: Sequence[Test], sandbox: Sandbox, *, stop_at_failure: bool = False) -> Verdict:
@@ -191,7 +201,7 @@ def _run_with_calls(
             runnable = runnable and verdict["ran"]
             if not verdict["passed"] and not feedback:
                 feedback = f"test {len(passed)}: {verdict['error']}" + (f"\n{said}" if not verdict["ran"] else "")
-        if ended.status != "ended" or not verdicts:
+        if len(passed) < len(tests) and (ended.status != "ended" or not verdicts):
             passed.append(False)
             runnable = False
             feedback = feedback or f"test {len(passed)}: {_why(ended, sandbox.limits)}"
@@ -230,7 +240,7 @@ def _session(
             for end in (*to_program, *to_judge):
                 os.close(end)
         ended = finish(judge, sandbox.limits, beside=[candidate], beat=True)
-        said = bytes(candidate.output[candidate.process.stderr]).decode("utf-8", "replace")
+        said = bytes([*candidate.output.values()][1]).decode("utf-8", "replace")
     return [json.loads(line) for line in ended.stdout.split(b"\n")[:-1]], ended, said
 
 

@@ -28,7 +28,7 @@ class Graded:
     note: str = ""
 
 
-RewardFn = Callable[..., Sequence[float | None | Graded]]
+RewardFn = Callable[..., Sequence[float | Graded | None]]
 """``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | Graded]``.
 
 Called with every column of the problems, one entry a completion; None (or NaN) says that there is no score. An entry
@@ -107,8 +107,7 @@ def weighted(
                 parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
         if clip is not None:
             total = np.clip(total, *clip)
-        single = [{name: part.astype(np.float32) for name, part in each.items()} for each in (parts, counted)]
-        return Scores(total.astype(np.float32), *single, _notes(graded))
+        return Scores(total.astype(np.float32), _single(parts), _single(counted), _notes(graded))
 
     return score
 
@@ -169,6 +168,10 @@ def _run(
 
 def _array(values: Any) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _single(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def _notes(graded: Mapping[str, list[Graded]]) -> list[str]:

@@ -137,15 +137,15 @@ def tidy(text: str) -> str | None:
 
 
 def _unwrapped(text: str) -> str:
-    """Without mathematics delimiters, ``\\boxed`` and outer ``\\text`` around the whole."""
+    r"""Without mathematics delimiters, ``\boxed`` and outer ``\text`` around the whole."""
     while True:
         before = text
         text = text.strip().removesuffix(".").strip()
         for opening, closing in DELIMITERS:
             inner = text[len(opening) : -len(closing)]
-            if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening):
-                if opening not in inner.replace(r"\$", "") and closing not in inner.replace(r"\$", ""):
-                    text = inner
+            is_one = not any(each in inner.replace(r"\$", "") for each in (opening, closing))
+            if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening) and is_one:
+                text = inner
         match = re.fullmatch(r"\\(?:boxed|text|fbox) ?\{([^{}]*|(?:[^{}]|\{[^{}]*\})*)\}", text)
         if match and not match[1].startswith(" "):
             text = match[1]

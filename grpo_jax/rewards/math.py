@@ -1,4 +1,4 @@
-"""Right or wrong by the final answer, for mathematics: math-verify's parser, behind a guard that takes nothing on trust.
+"""Right or wrong by the final answer, for mathematics: math-verify's parser, behind a guard that trusts nothing.
 
 A grader that is fooled once is fooled ten thousand times, for a policy finds what fools it. So equality is decided
 exactly (rational arithmetic, or agreement to 150 digits), kinds must match, and what is not understood is wrong.
@@ -6,7 +6,6 @@ exactly (rational arithmetic, or agreement to 150 digits), kinds must match, and
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +14,10 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_jax.rewards.answer import extract_answer, numeric_value
-from grpo_jax.rewards.latex import LETTERS, balanced, split_top, tidy
+from grpo_jax.rewards.latex import balanced, split_top, tidy
+from grpo_jax.rewards.symbolic import agree, constant_ratio, mentions, parsed_expression, variables
 from grpo_jax.rewards.units import Dimension, read_unit
 
-DIGITS = 200
-AGREEMENT = 150
-"""Decimal places to which irrational values must agree: more than any text of an answer's length can be made to."""
-POINTS = 6
 NAME = r"[A-Za-z](?:_\{?\w\}?)?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho) ?"
 FUNCTION_OF = re.compile(r"([A-Za-z]) ?\( ?([a-z](?:, ?[a-z])*) ?\)")
 RELATION = r"(\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|=|<|>)"
@@ -238,18 +234,18 @@ def _equation(left: str, right: str) -> Answer:
         scalar = value is not None and value.kind in ("number", "expression")
         return Answer("equation", (left.replace(" ", ""), value)) if scalar else Answer("nothing", None)
     for name, other in ((left, right), (right, left)):
-        if re.fullmatch(NAME, name) and not _mentions(other, name):
+        if re.fullmatch(NAME, name) and not mentions(other, name):
             value = _read(other)
             if value is None or value.name is not None or value.kind == "equation":
                 return Answer("nothing", None)
-            if value.kind == "expression" and _names(value.value):
+            if value.kind == "expression" and variables(value.value):
                 break
             return Answer(value.kind, value.value, value.unit, name)
     if re.fullmatch(rf"\( ?(?:{NAME})(?: ?, ?(?:{NAME}))+ ?\)", left):
         value = _read(right)
         return value if value is not None and value.kind == "tuple" else Answer("nothing", None)
     difference = f"({left})-({right})"
-    if not _names(difference) or _parsed(difference) is None:
+    if not variables(difference) or parsed_expression(difference) is None:
         return Answer("nothing", None)
     return Answer("equation", difference)
 
@@ -274,7 +270,7 @@ def _inequality(sides: list[str], signs: list[str]) -> Answer:
         return Answer("nothing", None)
     greater, less = sides if signs[0] in (">", r"\ge") else sides[::-1]
     difference = f"({greater})-({less})"
-    if not _names(difference) or _parsed(difference) is None:
+    if not variables(difference) or parsed_expression(difference) is None:
         return Answer("nothing", None)
     return Answer("inequality", (difference, signs[0] in (r"\le", r"\ge")))
 
@@ -298,7 +294,7 @@ def _collection(text: str) -> Answer | None:
     if match := re.fullmatch(r"\\begin ?\{([pbv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\1\}", text):
         return _matrix(match[2]) if match[1] != "vmatrix" else Answer("nothing", None)
     opening, closing = _bracketed(text)
-    if opening is None:
+    if opening is None or closing is None:
         return None
     inner = text[len(opening) : -len(closing)].strip()
     if opening == r"\{":
@@ -401,7 +397,7 @@ def _expression(text: str) -> Answer | None:
     if match := re.fullmatch(r"([+\-]?) ?\\infty", text):
         return _infinity(-1 if match[1] == "-" else 1)
     text = re.sub(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?", r"(\1 \\cdot \\frac{\\pi}{180})", text)
-    return None if _parsed(text) is None else Answer("expression", text)
+    return None if parsed_expression(text) is None else Answer("expression", text)
 
 
 def _scalar(text: str) -> Answer | None:
@@ -487,11 +483,11 @@ def _same_equation(gold: Answer, given: Answer) -> bool:
     if isinstance(gold.value, tuple) or isinstance(given.value, tuple):
         both = isinstance(gold.value, tuple) and isinstance(given.value, tuple)
         return both and gold.value[0] == given.value[0] and _same(gold.value[1], given.value[1])
-    return _constant_ratio(gold.value, given.value) not in (None, 0)
+    return constant_ratio(gold.value, given.value) not in (None, 0)
 
 
 def _same_inequality(gold: Answer, given: Answer) -> bool:
-    ratio = _constant_ratio(gold.value[0], given.value[0])
+    ratio = constant_ratio(gold.value[0], given.value[0])
     return gold.value[1] == given.value[1] and ratio is not None and ratio > 0
 
 
@@ -502,167 +498,14 @@ def _value_equal(a: Answer, b: Answer) -> bool:
 
 
 def _free(value: Answer) -> bool:
-    return value.kind == "expression" and bool(_names(value.value))
+    return value.kind == "expression" and bool(variables(value.value))
 
 
 def _equal(gold: Answer, given: Answer) -> bool:
     """Whether two scalars have the same variables and, wherever both are defined, the same value."""
     if gold.kind == given.kind == "number":
         return gold.value == given.value
-    names = [_names(each.value) if each.kind == "expression" else frozenset() for each in (gold, given)]
+    names = [variables(each.value) if each.kind == "expression" else frozenset() for each in (gold, given)]
     if names[0] != names[1]:
         return False
-    a, b = (_sympy(each) for each in (gold, given))
-    return _agree(a, b)
-
-
-# The one place that knows sympy and math-verify's parser.
-
-
-def _sympy(value: Answer) -> Any:
-    import sympy
-
-    if value.kind == "number":
-        return sympy.Rational(value.value.numerator, value.value.denominator)
-    return _parsed(value.value)
-
-
-IDENTIFIER = re.compile(r"\\[a-zA-Z]+|[A-Za-z](?:_(?:\w|\{\w+\}))?|\d+")
-CONSTANTS = {"e", "i", r"\pi"}
-UNREAD = re.compile(r"!\s*!|\)\s*!|\d ?[eE] ?[+\-]?\d|'|\"|&|;|\?|@|#|:|`|\*\*|\\text|\\circ|\\binom.*\d{4}")
-"""What the parser would make something else of, or work out at once however large."""
-LARGEST_BITS = 20_000
-
-
-def _names(text: str) -> frozenset[str]:
-    """The variables of an expression, by letter and case."""
-    found = IDENTIFIER.findall(re.sub(r"\\(?:begin|end|mathbb|overline) ?\{\w*\}", "", text))
-    names = [name.replace("{", "").replace("}", "") for name in found if not name[0].isdigit()]
-    return frozenset(name for name in names if (name[0] != "\\" or name in LETTERS) and name not in CONSTANTS)
-
-
-def _mentions(text: str, name: str) -> bool:
-    return name.strip().replace("{", "").replace("}", "") in _names(text)
-
-
-@lru_cache(maxsize=4096)
-def _parsed(text: str) -> Any | None:
-    """The expression as sympy has it; None for what is none, or could take for ever to work out."""
-    import sympy
-    from latex2sympy2_extended import latex2sympy
-    from sympy.core.function import AppliedUndef
-
-    if UNREAD.search(text) or re.search(r"[A-Za-z]{4}", re.sub(r"\\[a-zA-Z]+", "", text)):
-        return None
-    text = re.sub(r"(\d+)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
-    try:
-        parsed = latex2sympy(text, is_real=None, convert_degrees=False)
-        parsed = parsed.subs({symbol: sympy.I for symbol in parsed.free_symbols if symbol.name == "i"})
-    except Exception:
-        return None
-    allowed = isinstance(parsed, sympy.Expr) and not parsed.has(sympy.Float, sympy.oo, sympy.zoo, sympy.nan)
-    if not allowed or parsed.has(sympy.Derivative, sympy.Integral, sympy.Sum, AppliedUndef) or _bits(parsed) is None:
-        return None
-    return parsed
-
-
-def _bits(node: Any) -> float | None:
-    """A bound for the binary digits before the point of anything worked out on the way; None where it is too large."""
-    import sympy
-
-    if node.is_Rational:
-        return math.log2(max(abs(node.p), node.q, 1)) + 1
-    if node.is_Symbol or not node.args:
-        return 3.0
-    inner = [_bits(each) for each in node.args]
-    if any(each is None for each in inner):
-        return None
-    if isinstance(node, sympy.Pow):
-        bound = inner[0] * 2 ** min(inner[1], 64)
-    elif isinstance(node, (sympy.exp, sympy.cosh, sympy.sinh)):
-        bound = 2 * 2 ** min(inner[0], 64)
-    elif isinstance(node, (sympy.factorial, sympy.binomial, sympy.gamma)):
-        bound = inner[0] * 2 ** min(inner[0], 64)
-    else:
-        bound = sum(inner) + len(inner)
-    return bound if bound <= LARGEST_BITS else None
-
-
-def _agree(a: Any, b: Any) -> bool:
-    """Equality of two expressions: exactly where both are rational, else by their values."""
-    if a is None or b is None:
-        return False
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    size = int(((_bits(a) or 0) + (_bits(b) or 0)) * math.log10(2))
-    if not symbols:
-        difference = (a - b).doit()
-        if difference.is_Rational:
-            return bool(difference == 0)
-        digits = size + DIGITS
-        return _close(_value(a, {}, digits), _value(b, {}, digits), size + AGREEMENT, digits)
-    agreed = 0
-    for point in range(POINTS):
-        at = _point(symbols, point)
-        x, y = _value(a, at, size + 60), _value(b, at, size + 60)
-        if x is None or y is None:
-            continue
-        if not _close(x, y, size + 40, size + 60):
-            return False
-        agreed += 1
-    return agreed >= POINTS // 2
-
-
-def _constant_ratio(left: str, right: str) -> Any | None:
-    """What the first expression is of the second wherever both are defined, if that is one real number."""
-    import mpmath
-
-    a, b = _parsed(left), _parsed(right)
-    if a is None or b is None or _names(left) != _names(right):
-        return None
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    size = int(((_bits(a) or 0) + (_bits(b) or 0)) * math.log10(2))
-    ratios = []
-    for point in range(POINTS):
-        at = _point(symbols, point)
-        x, y = _value(a, at, size + 60), _value(b, at, size + 60)
-        if x is not None and y is not None and abs(y) > 1e-30:
-            with mpmath.workdps(size + 60):
-                ratios.append(x / y)
-    if len(ratios) < POINTS // 2 or not all(_close(ratio, ratios[0], size + 40, size + 60) for ratio in ratios):
-        return None
-    return ratios[0].real if abs(ratios[0].imag) < 1e-40 else None
-
-
-def _point(symbols: list[Any], number: int) -> dict[Any, Any]:
-    """Where expressions are compared: rational values of both signs that no text has in mind."""
-    import sympy
-
-    return {
-        symbol: sympy.Rational(((place + 3) * 7919 + (number + 1) * 104729) % 9973 - 4000, 2311)
-        for place, symbol in enumerate(symbols)
-    }
-
-
-def _value(expression: Any, at: dict[Any, Any], digits: int) -> Any | None:
-    """The complex value with so many digits; None where it is not defined or not worked out."""
-    import mpmath
-
-    try:
-        value = expression.subs(at).evalf(digits, maxn=2 * digits)
-        real, imaginary = value.as_real_imag()
-        with mpmath.workdps(digits):
-            found = mpmath.mpc(mpmath.mpf(real), mpmath.mpf(imaginary))
-    except Exception:
-        return None
-    return found if mpmath.isfinite(found) else None
-
-
-def _close(x: Any, y: Any, places: int, digits: int) -> bool:
-    import mpmath
-
-    if x is None or y is None:
-        return False
-    with mpmath.workdps(digits):
-        largest = max(abs(x), abs(y))
-        # What is zero comes out as rounding, of which no place means anything.
-        return largest < mpmath.mpf(10) ** -(places + 5) or abs(x - y) <= mpmath.mpf(10) ** -places * largest
+    return agree(*(each.value if each.kind == "number" else parsed_expression(each.value) for each in (gold, given)))

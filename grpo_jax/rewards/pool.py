@@ -177,8 +177,8 @@ class RewardPool:
             reward([prompt], [completion], **{name: [value] for name, value in columns.items()})
         for fault in self.take_faults():
             raise ValueError(
-                f"reward {fault.reward!r} cannot score a first example ({fault.kind}). It was called as reward(prompts, "
-                f"completions, **columns) with the columns {[*columns]}:\n{fault.detail}"
+                f"reward {fault.reward!r} cannot score a first example ({fault.kind}). It was called as "
+                f"reward(prompts, completions, **columns) with the columns {[*columns]}:\n{fault.detail}"
             )
 
     def _score(self, name: str, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[Graded]:
@@ -229,10 +229,10 @@ class RewardPool:
             else:
                 self._hear(key.data, selector, active)
         now = time.monotonic()
-        for worker in [worker for worker in active if worker.task is not None]:
+        for worker, task in [(worker, worker.task) for worker in active if worker.task is not None]:
             if now - worker.started >= self.deadline:
                 self._replace(worker, selector, active, f"it took more than {self.deadline:g} seconds", "deadline")
-            elif now - worker.started >= self._patience[worker.task.name] and not worker.straggling:
+            elif now - worker.started >= self._patience[task.name] and not worker.straggling:
                 stragglers = sum(each.straggling for each in active)
                 if stragglers < MOST_STRAGGLERS:
                     worker.straggling = True
@@ -244,9 +244,9 @@ class RewardPool:
     def _until_due(self, active: list[Worker]) -> float | None:
         """Seconds until something is due though nobody speaks."""
         due = [
-            worker.started + min(self.deadline, math.inf if worker.straggling else self._patience[worker.task.name])
+            worker.started + min(self.deadline, math.inf if worker.straggling else self._patience[task.name])
             for worker in active
-            if worker.task
+            if (task := worker.task) is not None
         ]
         return max(min(due) - time.monotonic(), 0.001) if due else None
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 INSTALL = (
     "programs are run in bubblewrap and never without it. Install it (Debian, Ubuntu: apt-get install bubblewrap; "
@@ -86,7 +86,8 @@ class Program:
 
     def __init__(self, process: subprocess.Popen[bytes]):
         self.process = process
-        self.output = {process.stdout: bytearray(), process.stderr: bytearray()}
+        streams = (process.stdout, process.stderr)
+        self.output = {stream: bytearray() for stream in streams if stream is not None}
 
     def __enter__(self) -> Program:
         return self
@@ -94,8 +95,7 @@ class Program:
     def __exit__(self, *error: object) -> None:
         self.kill()
         for stream in self.output:
-            if stream is not None:
-                stream.close()
+            stream.close()
 
     def kill(self) -> None:
         """End it and all that it started."""
@@ -164,19 +164,17 @@ class Sandbox:
         try:
             _fill(given, b"%d\n" % len(code) + code + stdin.encode("utf-8", "replace"))
             _fill(rules, self._rules)
+            starter = _starter(self.limits, seconds or self.limits.seconds, self._packages)
             process = subprocess.Popen(
-                [*bubblewrap(self._python, self._packages, self.limits.file_bytes), "--seccomp", str(rules)]
-                + [
-                    *AS_FIRST_PROCESS,
-                    self._python,
-                    "-sSB",
-                    "-c",
-                    _starter(self.limits, seconds or self.limits.seconds, self._packages),
+                [
+                    *bubblewrap(self._python, self._packages, self.limits.file_bytes),
+                    *("--seccomp", str(rules), *AS_FIRST_PROCESS, self._python, "-sSB", "-c", starter),
                 ],
                 stdin=given,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(rules, *pass_fds),
+                text=False,
                 **other_user(),
             )
         finally:
@@ -215,7 +213,7 @@ def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), 
                 if any(key.fileobj == exited for key, _ in ready):
                     break
                 now = time.monotonic()
-                if beat and (seen := program.output[program.process.stdout].count(b"\n")) > lines:
+                if beat and (seen := next(iter(program.output.values())).count(b"\n")) > lines:
                     lines, deadline = seen, now + limits.wall_seconds
                 if now >= look:
                     look = now + LOOK_SECONDS
@@ -342,7 +340,7 @@ def _fill(file: int, content: bytes) -> None:
     os.lseek(file, 0, os.SEEK_SET)
 
 
-def other_user() -> dict:
+def other_user() -> dict[str, Any]:
     """As whom a sandbox is started: nobody, where this process is root's."""
     return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
 

@@ -1,1 +1,1 @@
-"""What runs inside sandboxes, as source text: nothing here is imported by the package, and it needs Python 3.8 alone."""
+"""What runs inside sandboxes, as source text: the package imports nothing of it, and it needs Python 3.8 alone."""
