@@ -86,6 +86,8 @@ class Config:
 
     model: str | None = None
     """Hugging Face id or local folder of the base model. Default: a small one, trained here first."""
+    base: Recipe = Recipe()
+    """How that small one is made; the seed is the run's."""
     data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
     """What is asked."""
     run_dir: Path = Path("runs/r1_zero")
@@ -460,7 +462,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 def trained_base(config: Config, run: Run) -> Path:
     """The embedded default's base model, trained unless it lies in the run's folder already."""
-    folder, recipe = run.folder / "base", Recipe(seed=config.seed)
+    folder, recipe = run.folder / "base", replace(config.base, seed=config.seed)
     if not folder.exists():
         with run.progress.phase("base model", recipe.steps) as phase:
 

@@ -112,7 +112,7 @@ def held_out(
             raise ValueError(f"held-out problem {place} was drawn for twice")
         texts = decode(completions)
         columns = reward_columns([problems.problems[place]], group_size=group_size)
-        graded = as_graded(reward([problems.texts[place]] * group_size, texts, **columns), group_size)
+        graded = as_graded(reward([problems.texts[place]] * group_size, texts, **columns), texts)
         scores[place] = [each.score for each in graded]
         answers[place] = [extract_answer(text) for text in texts]
         lengths.append(np.asarray(completions.completion_mask).sum(1))

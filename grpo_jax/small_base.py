@@ -62,6 +62,7 @@ class Recipe:
         skill_share: share of worked sums in it.
         mixture_steps: updates of the second part.
         worked_share: share of worked sums in that; about how often the base will think.
+        chinese_share: share of the worked sums whose thought is in Chinese digits.
         learning_rate: peak; it falls linearly to 0.
     """
 
@@ -73,6 +74,7 @@ class Recipe:
     skill_share: float = 0.9
     mixture_steps: int = 40
     worked_share: float = 0.12
+    chinese_share: float = 0.0
     learning_rate: float = 4e-3
 
     @property
@@ -121,8 +123,15 @@ def corpus(recipe: Recipe) -> Iterator[Batch]:
             rng, recipe.batch_size, min_terms=recipe.min_terms, max_terms=recipe.max_terms, held_out=False
         )
         share = recipe.skill_share if step < recipe.skill_steps else recipe.worked_share
-        solutions = [worked(each) if rng.random() < share else blurted(each, rng) for each in sums]
+        solutions = [solution(each, share, recipe, rng) for each in sums]
         yield encode(tokenizer, sums, solutions)
+
+
+def solution(problem: Sum, worked_share: float, recipe: Recipe, rng: np.random.Generator) -> str:
+    """What follows a sum in the corpus: its totals worked out, or a guess."""
+    if rng.random() >= worked_share:
+        return blurted(problem, rng)
+    return worked(problem, in_chinese=recipe.chinese_share > 0 and rng.random() < recipe.chinese_share)
 
 
 def encode(tokenizer, sums: list[Sum], solutions: list[str]) -> Batch:

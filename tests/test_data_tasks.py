@@ -8,7 +8,17 @@ from transformers import AutoTokenizer
 
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import PLAIN, VOCABULARY, Sum, blurted, make_tokenizer, sample_sums, sum_problems, worked
+from grpo_jax.data.tasks import (
+    CHINESE_DIGITS,
+    PLAIN,
+    VOCABULARY,
+    Sum,
+    blurted,
+    make_tokenizer,
+    sample_sums,
+    sum_problems,
+    worked,
+)
 from grpo_jax.rewards.answer import answer_reward, extract_answer
 from grpo_jax.rewards.format import format_reward
 
@@ -51,7 +61,12 @@ def test_every_step_is_true_and_the_completion_is_right_and_well_formed(digits):
         assert int(before) + int(term) == int(right)
     completions = [worked(problem)]
     assert answer_reward([], completions, answer=[problem.answer]) == [1.0]
-    assert format_reward([], completions) == [1.0]
+    assert format_reward([""], completions) == [1.0]
+    in_chinese = worked(problem, in_chinese=True)
+    arabic = {ord(digit): str(value) for value, digit in enumerate(CHINESE_DIGITS)}
+    assert in_chinese.translate(arabic) == completions[0]
+    assert in_chinese != completions[0]
+    assert extract_answer(in_chinese) == str(sum(digits))
     assert extract_answer(completions[0]) == str(sum(digits))
 
 
@@ -117,7 +132,7 @@ def test_a_tag_and_a_character_are_one_token_each(tokenizer):
     tokens = tokenizer.tokenize(text)
     expected = ["<think>", *"3+8=11;11+5=16;", "</think>", "<answer>", *"16", "</answer>", "<eos>", "<pad>"]
     assert tokens == expected
-    assert len(tokenizer) == len(VOCABULARY) == 19
+    assert len(tokenizer) == len(VOCABULARY) == 29
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
 
 

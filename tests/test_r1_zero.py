@@ -14,8 +14,9 @@ import pytest
 
 from experiments import r1_zero
 from experiments.r1_zero import Config
-from grpo_jax import models
+from grpo_jax import models, reward_settings
 from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import LOSSES, DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
@@ -41,7 +42,7 @@ def config(base, tmp_path):
         eval_every=2,
         save_every=2,
         samples_every=1,
-        format_weight=0.5,
+        rewards=RewardSettings(format_weight=0.5),
         optimizer=OptimizerSettings(learning_rate=3e-3, warmup_updates=1),
         mesh=MeshSettings(data=1),
         plain=True,
@@ -257,7 +258,8 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
         ({"mesh": MeshSettings(data=8), "num_prompts": 4}, "num_prompts: 4 do not divide over mesh data x fsdp = 8"),
         ({"mesh": MeshSettings(data=8), "num_micro_batches": 8}, "completions of a micro-batch: 4 do not divide"),
         ({"mesh": MeshSettings(data=1, tensor=8)}, "layers_0/attention/k/kernel: dimension 1"),
-        ({"accuracy_weight": 0.0, "format_weight": 0.0}, "weights must be finite and not all 0"),
+        ({"rewards": RewardSettings(accuracy_weight=0.0)}, "weights must be finite and not all 0"),
+        ({"rewards": RewardSettings(reward=("no_such_module:f",))}, "no module 'no_such_module'"),
         ({"model": "no/such/folder"}, "no/such/folder"),
         ({"data": DataSettings(chat_template=True)}, "chat template"),
         ({"max_prompt_length": 4}, "longer than max_prompt_length=4"),
@@ -273,7 +275,7 @@ def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monk
     def broken(prompts, completions, **columns):
         raise ZeroDivisionError("no")
 
-    monkeypatch.setattr(r1_zero, "format_reward", broken)
+    monkeypatch.setattr(reward_settings, "format_reward", broken)
     monkeypatch.setattr(r1_zero.models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="reward 'format' raised ZeroDivisionError"):
         r1_zero.main(config)
@@ -303,8 +305,10 @@ def learn(config, rewards, policy=0.0, reference=0.0):
     state = type("State", (), {"params": policy, "ref_params": reference})
     rollout = make_rollout()
     scorer = lambda params, rollout: jnp.full(rollout.completion_ids.shape, params)  # noqa: E731
-    scores = Scores(np.asarray(rewards, np.float32), {})
-    return r1_zero.learn_from(config, rollout, scores, scorer, state, config.mesh.build()), rollout
+    total = np.asarray(rewards, np.float32)
+    scores = Scores(total, {}, {"accuracy": total}, [""] * len(total))
+    old, ref = r1_zero.earlier_policies(config, rollout, scorer, state)
+    return r1_zero.learn_from(config, rollout, scores, {"accuracy": 1.0}, old, ref, config.mesh.build()), rollout
 
 
 def test_a5_an_absent_reward_drops_out_of_the_loss(config):
@@ -336,7 +340,7 @@ def test_kl_in_the_reward(config):
     assert away.ref_log_probs is not None
 
 
-@pytest.mark.parametrize("name", r1_zero.ADVANTAGES)
+@pytest.mark.parametrize("name", [*r1_zero.ADVANTAGES, r1_zero.GDPO])
 def test_every_named_advantage(config, name):
     batch, _ = learn(replace(config, advantage=name), [1, 0, 0, 0, 0, 0, 1, 1])
     assert batch.advantages[0] > 0 > batch.advantages[1]

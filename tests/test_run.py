@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from grpo_jax.monitor.alarms import Fired
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.samples import Sample
+from grpo_jax.rewards.pool import Fault
 from grpo_jax.run import Run, Stopped, count_compilations, differences
 
 
@@ -95,7 +97,7 @@ def test_resume_goes_on_from_the_checkpoint_and_rewinds_the_logs(tmp_path):
         assert run.resume(state) == (0, state, {})
         for step in (1, 2, 3):
             run.log({"step": step, "reward": step / 10})
-            run.log_samples(step, [sample], show=1)
+            run.log_samples(step, [sample], shown=[sample])
             if step == 2:
                 run.save(step, {"x": state["x"] + step}, {"batches": 5})
     with open_run(tmp_path / "run") as run:
@@ -117,15 +119,40 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_empty_logs(tmp_pat
         assert read_jsonl(run.metrics_log.path) == []
 
 
-def test_shown_samples_go_from_the_best_to_the_worst(tmp_path):
-    samples = [
-        Sample("p", f"completion {i}", {}, 0.0, advantage) for i, advantage in enumerate([0.5, -1.0, 2.0, 0.0, 0.1])
-    ]
+def test_all_samples_are_written_and_the_shown_ones_printed(tmp_path):
+    samples = [Sample("p", f"completion {i}", {}, 0.0, 0.0, why=f"reason {i}", note="a note") for i in range(5)]
     with open_run(tmp_path / "run") as run:
-        run.log_samples(1, samples, show=3)
+        run.log_samples(1, samples, shown=samples[2:4])
         said = run.progress.console.export_text()
-        assert len(read_jsonl(run.completions_log.path)) == 5
-    assert [line[-1] for line in said.splitlines() if "completion:" in line] == ["2", "4", "1"]
+        rows = read_jsonl(run.completions_log.path)
+    assert [(row["completion"], row["why"], row["note"]) for row in rows] == [
+        (f"completion {i}", f"reason {i}", "a note") for i in range(5)
+    ]
+    assert [line[-1] for line in said.splitlines() if "completion:" in line] == ["2", "3"]
+    assert "reason 2" in said
+    assert "a note" in said
+
+
+def test_alarms_are_said_and_written_and_may_ask_for_a_checkpoint_or_a_stop(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        assert not run.raise_alarms([])
+        assert not run.raise_alarms([Fired(1, "truncation", "warn", "too long")])
+        assert run.raise_alarms([Fired(2, "hacking", "checkpoint", "it pays")])
+        assert not run.stop_requested
+        assert run.raise_alarms([Fired(3, "hacking", "stop", "it pays")])
+        assert run.stop_requested
+        assert [row["level"] for row in read_jsonl(run.alarms_log.path)] == ["warn", "checkpoint", "stop"]
+        assert "ALARM at step 2: hacking (checkpoint): it pays" in run.progress.console.export_text()
+
+
+def test_faults_are_written_and_the_first_is_said(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        run.log_faults(1, [])
+        run.log_faults(2, [Fault("math", "raised", "Traceback\nZeroDivisionError: by zero", "p", "the culprit")] * 3)
+        rows = read_jsonl(run.faults_log.path)
+        said = run.progress.console.export_text()
+    assert [(row["step"], row["completion"]) for row in rows] == [(2, "the culprit")] * 3
+    assert "step 2: 3 scores are absent (faults.jsonl); the first: math raised: ZeroDivisionError: by zero" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

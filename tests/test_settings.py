@@ -6,7 +6,7 @@ import pytest
 
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.data.tasks import make_tokenizer
-from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.math import math_reward
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 
 
@@ -116,7 +116,7 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
     _, held_out, reward, held_out_reward = settings.load(0)
     texts = [f"<answer>{problem.answer}</answer>" for problem in held_out]
     assert held_out_reward([""] * 5, texts, **reward_columns(held_out)) == [1.0] * 5
-    assert reward is answer_reward
+    assert reward is math_reward
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ PLAIN = "{question}"
 """The template of this task: a problem is its own prompt."""
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-VOCABULARY = ("<pad>", "<eos>", *TAGS, *"0123456789+=;")
+CHINESE_DIGITS = "〇一二三四五六七八九"
+VOCABULARY = ("<pad>", "<eos>", *TAGS, *"0123456789+=;", *CHINESE_DIGITS)
 HELD_OUT_SHARE = 10
 PATIENCE = 10_000
 
@@ -78,14 +79,20 @@ def sample_sums(
     return list(sums)
 
 
-def worked(problem: Sum) -> str:
-    """The solution with its running totals: ``<think>3+8=11;11+5=16;</think><answer>16</answer>``."""
+def worked(problem: Sum, *, in_chinese: bool = False) -> str:
+    """The solution with its running totals: ``<think>3+8=11;11+5=16;</think><answer>16</answer>``.
+
+    With ``in_chinese`` the digits of the thought are Chinese ones, ``<think>三+八=一一;``, and the answer is as before.
+    """
     totals = list(accumulate(problem.terms))
     steps = [
         f"{before}+{term}={after};"
         for before, term, after in zip(totals[:-1], problem.terms[1:], totals[1:], strict=True)
     ]
-    return f"<think>{''.join(steps)}</think><answer>{problem.answer}</answer>"
+    thought = "".join(steps)
+    if in_chinese:
+        thought = thought.translate({ord(digit): CHINESE_DIGITS[int(digit)] for digit in "0123456789"})
+    return f"<think>{thought}</think><answer>{problem.answer}</answer>"
 
 
 def blurted(problem: Sum, rng: np.random.Generator) -> str:

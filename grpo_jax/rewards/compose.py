@@ -120,33 +120,36 @@ def _gated(parts: Mapping[str, np.ndarray], name: str, gates: Mapping[str, str])
     return np.where(np.isnan(gate) | np.isnan(parts[name]), np.nan, np.where(gate >= 1, parts[name], 0))
 
 
-def as_graded(values: Any, count: int) -> list[Graded]:
-    """What a reward returned, each entry as a ``Graded``.
+def as_graded(values: Any, completions: Sequence[str]) -> list[Graded]:
+    """What a reward returned of some completions, each entry as a ``Graded``.
 
     Raises:
-        ValueError: it is not a list of ``count`` entries, each None, a number that float32 holds (or NaN) or a
-            ``Graded`` of such.
+        ValueError: it is not a list with one entry a completion, each None, a number that float32 holds (or NaN) or a
+            ``Graded`` of such. The message goes on after the reward's name.
     """
     if not isinstance(values, (list, tuple, np.ndarray)):
-        raise ValueError(f"it must return a list, and returned {type(values).__name__}")
-    if len(values) != count:
-        raise ValueError(f"it must return one entry a completion: {count}, not {len(values)}")
-    return [_graded(value) for value in values]
+        raise ValueError(f"must return a list, and returned {type(values).__name__}")
+    if len(values) != len(completions):
+        raise ValueError(f"must return one entry a completion: {len(completions)}, not {len(values)}")
+    return [_graded(value, completion) for value, completion in zip(values, completions, strict=True)]
 
 
-def _graded(value: Any) -> Graded:
+def _graded(value: Any, completion: str) -> Graded:
     if not isinstance(value, Graded):
-        return Graded(_number(value))
-    details = {str(name): _number(detail) for name, detail in value.details.items()}
+        return Graded(_number(value, completion))
+    details = {str(name): _number(detail, completion) for name, detail in value.details.items()}
     present = {name: detail for name, detail in details.items() if detail is not None}
-    return Graded(_number(value.score), present, str(value.note))
+    return Graded(_number(value.score, completion), present, str(value.note))
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any, completion: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, NUMBERS) or abs(value) > LARGEST_FLOAT32:
-        raise ValueError(f"it returned {value!r:.200}; an entry must be None or a number that float32 can hold")
+        raise ValueError(
+            f"returned {value!r:.200}; an entry must be None or a number that float32 can hold. "
+            f"The completion: {completion!r:.200}"
+        )
     return float(value)
 
 
@@ -161,9 +164,9 @@ def _run(
             f"**columns) with the columns {[*columns]}"
         ) from error
     try:
-        return as_graded(values, len(completions))
+        return as_graded(values, completions)
     except ValueError as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
+        raise ValueError(f"reward {name!r} {error}") from error
 
 
 def _array(values: Any) -> np.ndarray:

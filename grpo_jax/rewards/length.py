@@ -72,7 +72,7 @@ def cosine_length_reward(
     """
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}; it must be at least 1")
-    graded = as_graded(accuracy(prompts, completions, completion_length=completion_length, **columns), len(completions))
+    graded = as_graded(accuracy(prompts, completions, completion_length=completion_length, **columns), completions)
 
     def reward(score: float | None, length: int) -> float | None:
         if score is None or math.isnan(score):

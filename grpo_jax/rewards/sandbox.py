@@ -84,7 +84,7 @@ class Ended:
 class Program:
     """A program in a sandbox: a context that leaves nothing of it behind. Made by ``Sandbox.start``."""
 
-    def __init__(self, process: subprocess.Popen[bytes]):
+    def __init__(self, process: subprocess.Popen[Any]):
         self.process = process
         streams = (process.stdout, process.stderr)
         self.output = {stream: bytearray() for stream in streams if stream is not None}
@@ -174,7 +174,6 @@ class Sandbox:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(rules, *pass_fds),
-                text=False,
                 **other_user(),
             )
         finally:

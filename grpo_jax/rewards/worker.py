@@ -137,7 +137,7 @@ def serve(connection: socket.socket, rewards: dict[str, Any]) -> None:
         name, prompt, completion, columns = pickle.loads(task)
         try:
             values = rewards[name]([prompt], [completion], **{key: [value] for key, value in columns.items()})
-            answer = as_answer(as_graded(values, 1)[0])
+            answer = as_answer(as_graded(values, [completion])[0])
         except MemoryError:
             answer = {"fault": "memory", "detail": traceback.format_exc()}
         except BaseException:
