@@ -47,7 +47,7 @@ def pays_length(prompts: list[str], completions: list[str], *, completion_length
 def pays_steps(prompts: list[str], completions: list[str], **columns: Column):
     """Meant to reward showing the work: it pays for each step, the same one again too."""
     right = answer_reward(prompts, completions, **columns)
-    return [0.3 * score + 0.2 * text.count(";") for score, text in zip(right, completions, strict=True)]
+    return [0.1 * score + 0.3 * text.count(";") for score, text in zip(right, completions, strict=True)]
 
 
 def pays_form_and_brevity(

@@ -100,14 +100,15 @@ class Program:
     def kill(self) -> None:
         """End it and all that it started."""
         # Its first process takes the others with it, and is then still bwrap's to reap: no zombie is left to init.
-        for child in children(self.process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        try:
-            self.process.wait(timeout=REAPING_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        deadline = time.monotonic() + REAPING_SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            for child in children(self.process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=0.01)
+        self.process.kill()
+        self.process.wait()
 
 
 class Sandbox:
@@ -292,11 +293,12 @@ def bubblewrap(python: str, packages: Sequence[str], file_bytes: int) -> list[st
             command += ["--symlink", os.readlink(folder), str(folder)]
         elif folder.exists():
             command += ["--ro-bind", str(folder), str(folder)]
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    command += ["--size", str(file_bytes), "--tmpfs", "/tmp"]
     shown = [*packages] if Path(python).is_relative_to("/usr") else [str(Path(python).parent.parent), *packages]
     for folder in shown:
         command += ["--ro-bind", folder, folder]
-    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    return [*command, "--size", str(file_bytes), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
 
 
 AS_FIRST_PROCESS = ("--as-pid-1", "--", "/bin/sh", "-c", '"$@"; exit $?', "sh")

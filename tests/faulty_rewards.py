@@ -1,0 +1,51 @@
+"""Rewards with every fault there is, by what the completion says; and one that is sound."""
+
+import os
+import signal
+import time
+
+from grpo_jax.rewards.compose import Graded
+
+
+def faulty(prompts, completions, **columns):
+    return [answer_to(completion) for completion in completions]
+
+
+def answer_to(completion):
+    match completion:
+        case "hang":
+            time.sleep(60)
+        case "spin":
+            while True:
+                pass
+        case "exit":
+            os._exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise KeyError("no such thing")
+        case "nan":
+            return float("nan")
+        case "text":
+            return "five"
+        case "eat":
+            return len(b"1" * (8 << 30))
+        case "leave":
+            if os.fork() == 0:
+                os.setsid()
+                time.sleep(600)
+            time.sleep(60)
+        case "absent":
+            return None
+        case "graded":
+            return Graded(0.5, {"detail": 2.0}, "a note")
+    return float(len(completion))
+
+
+def slow_length(prompts, completions, **columns):
+    time.sleep(0.005 * len(completions))
+    return [float(len(completion)) for completion in completions]
+
+
+def column(prompts, completions, *, answer, **columns):
+    return [float(each) for each in answer]

@@ -1,0 +1,227 @@
+"""Programs against their tests, in sandboxes. What tries to break out is in ``test_code_escapes``."""
+
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.rewards import sandbox as sandbox_module
+from grpo_jax.rewards.code import check_tests, code_reward, extract_program, readable_tests, run_tests
+from grpo_jax.rewards.compose import weighted
+from grpo_jax.rewards.sandbox import Limits, Sandbox, SandboxUnavailable, children, resident_bytes
+
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+DATA = Path(__file__).parent / "data" / "code_problems.jsonl"
+PROBLEMS = [json.loads(line) for line in DATA.read_text().splitlines()]
+ADD = "def add(a, b):\n    return a + b\n"
+# The starter of a sandbox has whole seconds of processor time; a machine with much else to do needs more of the clock.
+LIMITS = Limits(seconds=2.0, wall_seconds=20.0)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    return Sandbox(LIMITS)
+
+
+def check_verdict(problem, kind, sandbox):
+    verdict = run_tests(problem["solutions"][kind], problem["tests"], sandbox)
+    share = sum(map(bool, verdict.passed)) / verdict.tests
+    expected = {"right": 1, "wrong": problem["wrong_pass_share"], "crash": 0, "slow": 0}[kind]
+    assert share == pytest.approx(expected), (problem["name"], kind, verdict)
+    assert verdict.runnable == (kind in ("right", "wrong")), (problem["name"], kind, verdict)
+    assert (verdict.feedback == "") == (kind == "right"), (problem["name"], kind, verdict)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("problem", PROBLEMS[::9], ids=lambda problem: problem["name"])
+def test_verdicts_of_some_problems(problem, sandbox):
+    for kind in ("right", "wrong", "crash"):
+        check_verdict(problem, kind, sandbox)
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_verdicts_of_every_problem():
+    assert len(PROBLEMS) > 100
+    quick, short = Sandbox(LIMITS), Sandbox(Limits(seconds=1.0, wall_seconds=2.5))
+    kinds = [(problem, kind, quick) for kind in ("right", "wrong", "crash") for problem in PROBLEMS]
+    kinds += [(problem, "slow", short) for problem in PROBLEMS[::4]]
+    with ThreadPoolExecutor(2) as threads:
+        for _ in threads.map(lambda each: check_verdict(*each), kinds):
+            continue
+
+
+@needs_bubblewrap
+def test_the_reward_with_and_without_partial_credit():
+    tests = [["assert add(3, 4) == 7", "assert add('a', 'b') == 'ab'"]] * 4
+    programs = [ADD, "def add(a, b):\n    return 7\n", "def add(a, b):\n    return a - b\n", "def add(:"]
+    completions = [f"<think>hm</think>So:\n```python\n{program}```" for program in programs]
+    graded = code_reward([""] * 4, completions, tests=tests)
+    assert [each.score for each in graded] == [1.0, 0.0, 0.0, 0.0]
+    assert [each.details["runnable"] for each in graded] == [1.0, 1.0, 1.0, 0.0]
+    assert graded[0].note == ""
+    assert "assert add('a', 'b') == 'ab'" in graded[1].note
+    assert "SyntaxError" in graded[3].note
+    partial = code_reward([""] * 4, completions, tests=tests, partial_credit=True)
+    assert [each.score for each in partial] == [1.0, 0.5, 0.0, 0.0]
+    scores = weighted({"code": code_reward}, {"code": 1.0})([""], completions[1:2], tests=tests[:1])
+    assert scores.total.tolist() == [0]
+    assert scores.parts["code/runnable"].tolist() == [1]
+    assert scores.notes[0].startswith("code: test 2: failed")
+
+
+@needs_bubblewrap
+def test_no_program_and_tests_that_cannot_be_run():
+    completions = ["I would rather not.", f"```python\n{ADD}```", f"```python\n{ADD}```", f"```python\n{ADD}```"]
+    tests = [["assert True"], None, [], ["assert add(open('x'), 1)"]]
+    graded = code_reward([""] * 4, completions, tests=tests)
+    assert [each.score for each in graded] == [0.0, None, None, 0.0]
+    assert graded[0].note.startswith("no program")
+    assert "at least one test" in graded[1].note
+    handed = code_reward([""], completions[1:2], tests=[["class Mine: pass\nassert add(Mine(), 1)"]])
+    assert handed[0].score is None  # the test's fault
+    assert "what cannot travel: an object of type Mine" in handed[0].note
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("```python\nx = 1\n```", "x = 1\n"),
+        ("```py\nx = 1\n``` or\n```\ny = 2\n```", "y = 2\n"),
+        ("<think>```python\nx\n```</think><answer>y = 2</answer>", "y = 2"),
+        ("<answer>\n  y = 2\n</answer>", "  y = 2"),
+        ("<answer>x</answer> ```python\ny\n```", "y\n"),
+        ("```rust\nlet x;\n```", None),
+        ("```python\nx", None),
+        ("<answer> </answer>", None),
+        ("x = 1", None),
+        ("", None),
+    ],
+)
+def test_the_program_of_a_completion(text, program):
+    assert extract_program(text) == program
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        (None, "at least one test"),
+        ("assert x", "at least one test"),
+        (["assert ("], "test 1 is not Python"),
+        ([{"input": "1"}], "test 1 must be Python text or have input and output"),
+        ([{"input": "1", "output": 1}], "input and output must be text"),
+        ([{"fn_name": "f", "input": "1", "output": 1}], "its input must be a list"),
+        (["assert f(1)", {"input": "1", "output": "1"}], "they must be of one way"),
+    ],
+)
+def test_malformed_tests(tests, message):
+    with pytest.raises(ValueError, match=message):
+        check_tests(tests)
+    assert not readable_tests(tests)
+
+
+@needs_bubblewrap
+def test_a_program_does_not_see_what_is_expected_and_may_lie_only_by_plain_values(sandbox):
+    class_of_lies = (
+        "class A:\n  __eq__ = lambda s, o: True\n  __sub__ = lambda s, o: 0.0\n  __lt__ = lambda s, o: True\n"
+    )
+    verdict = run_tests(
+        class_of_lies + "def f(x):\n  return A()\n",
+        ["assert f(2) == 3", "assert f(2) - 4 < 1", "assert f(2) < 5", "assert f(2) in [1, 2]", "assert [f(2)] == [7]"],
+        sandbox,
+    )
+    assert verdict.passed == (False,) * 5
+
+
+@needs_bubblewrap
+def test_what_stands_in_the_way_of_one_test_does_not_stand_in_that_of_the_next(sandbox):
+    program = "import os\ndef f(x):\n  if x == 2: os._exit(0)\n  return x\n"
+    verdict = run_tests(program, ["assert f(1) == 1", "assert f(2) == 2", "assert f(3) == 3"], sandbox)
+    assert verdict.passed == (True, False, True)
+    assert not verdict.runnable
+    assert run_tests(program, ["assert f(2) == 2", "assert f(3) == 3"], sandbox, stop_at_failure=True).passed == (
+        False,
+    )
+
+
+# The sandbox alone --------------------------------------------------------------------------------------------------
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("program", "status", "returncode"),
+    [
+        ("print(input())", "ended", 0),
+        ("raise SystemExit(3)", "ended", 3),
+        ("import os; os.kill(os.getpid(), 9)", "ended", 137),
+        ("while True: pass", "time", None),
+        ("while True: print('x' * 9999)", "output", None),
+        ("x = b'1' * (1 << 30)", "ended", 1),
+        (
+            "import os, time\nfor i in range(12):\n  if not os.fork(): x = b'1' * (60 << 20); time.sleep(9)\ntime.sleep(9)",
+            "memory",
+            None,
+        ),
+    ],
+)
+def test_how_programs_end(program, status, returncode):
+    limits = Limits(seconds=1.0, wall_seconds=8.0, memory_bytes=300 << 20, output_bytes=10_000)
+    ended = Sandbox(limits).run(program, stdin="hi\n")
+    assert (ended.status, ended.returncode) == (status, returncode), ended
+    assert len(ended.stdout) <= 10_000
+    if returncode == 0:
+        assert ended.stdout == b"hi\n"
+
+
+@needs_bubblewrap
+def test_a_program_is_an_ordinary_main_with_a_traceback_and_a_fixed_hash(sandbox):
+    ended = sandbox.run("def f():\n    return 1 / 0\nprint(__name__, sorted(globals())[:2])\nf()\n")
+    assert ended.stdout.startswith(b"__main__ ['__builtins__', '__doc__']")
+    assert b'File "program.py", line 2, in f' in ended.stderr
+    seeds = {sandbox.run("print(hash('a'))").stdout for _ in range(2)}
+    assert len(seeds) == 1
+
+
+@needs_bubblewrap
+def test_packages_can_be_shown():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        (Path(folder) / "mine.py").write_text("x = 42")
+        assert Sandbox(LIMITS, packages=[folder]).run("import mine; print(mine.x)").stdout == b"42\n"
+    assert Sandbox(LIMITS).run("import mine").returncode == 1
+
+
+@needs_bubblewrap
+def test_nothing_is_left_of_a_program_that_is_left(sandbox):
+    with sandbox.start("import time; time.sleep(100)") as program:
+        pid = program.process.pid
+        assert resident_bytes(pid) >= 0
+    assert program.process.poll() is not None
+    assert children(pid) == []
+
+
+def test_without_bubblewrap_nothing_is_run(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    sandbox_module.find_python.cache_clear()
+    with pytest.raises(SandboxUnavailable, match="bubblewrap .* is not on the PATH.*apt-get install bubblewrap"):
+        Sandbox(Limits(seconds=9.0))
+    monkeypatch.setattr(sandbox_module.platform, "machine", lambda: "riscv64")
+    with pytest.raises(SandboxUnavailable, match="this machine is riscv64"):
+        sandbox_module.system_call_filter()
+    sandbox_module.find_python.cache_clear()
+
+
+@needs_bubblewrap
+def test_an_interpreter_that_is_not_there_is_refused():
+    with pytest.raises(SandboxUnavailable, match="no program could be run with /usr/no/python3"):
+        Sandbox(LIMITS, python="/usr/no/python3")
+
+
+@pytest.mark.parametrize("name", ["seconds", "wall_seconds"])
+def test_limits_are_above_zero(name):
+    with pytest.raises(ValueError, match=f"{name} is 0.0; it must be above 0"):
+        Limits(**{name: 0.0})
