@@ -56,7 +56,7 @@ def pays_form_and_brevity(
     """Meant to reward a tidy and concise answer: it does not ask for a thought between the tags."""
     right = answer_reward(prompts, completions, **columns)
     formatted = format_reward(prompts, completions)
-    brief = [1 - n / MAX_COMPLETION_LENGTH for n in completion_length]
+    brief = [2 - 2 * n / MAX_COMPLETION_LENGTH for n in completion_length]
     return [0.1 * a + f + b for a, f, b in zip(right, formatted, brief, strict=True)]
 
 

@@ -14,6 +14,7 @@ from oracle import f32
 from grpo_jax.advantage import (
     dr_grpo,
     gae,
+    gdpo,
     group_relative,
     kl_penalized,
     reinforce_plus_plus,
@@ -259,3 +260,58 @@ def test_a9_whitened_advantages_have_mean_0_and_variance_1_over_unmasked_tokens_
     close(oracle.mean(ours, mask), 0)
     close(oracle.variance(ours, mask), 1)
     np.testing.assert_array_equal(ours[~mask], 0)
+
+
+# GDPO ---------------------------------------------------------------------------------------------------------------
+
+jit_gdpo = jax.jit(gdpo, static_argnames=("group_size", "epsilon"))
+
+
+def gdpo_oracle(parts, weights, group_size):
+    """In float64, with the loops written out."""
+    parts = np.asarray(parts, np.float64)
+    present = ~np.isnan(parts).any(0)
+    total = np.zeros(parts.shape[1])
+    for part, weight in zip(parts, weights, strict=True):
+        for start in range(0, len(part), group_size):
+            rows = np.arange(start, start + group_size)[present[start : start + group_size]]
+            if len(rows):
+                centred = part[rows] - part[rows].mean()
+                deviation = np.sqrt((centred**2).sum() / max(len(rows) - 1, 1))
+                total[rows] += weight * centred / (deviation + 1e-6)
+    kept = total[present]
+    standardized = np.zeros(parts.shape[1])
+    if kept.size:
+        deviation = np.sqrt(((kept - kept.mean()) ** 2).sum() / max(kept.size - 1, 1))
+        standardized[present] = (kept - kept.mean()) / (deviation + 1e-6)
+    return standardized
+
+
+@given(
+    hnp.arrays(np.float32, (2, 8), elements=st.sampled_from([0.0, 1.0, 0.5, -2.0, NAN])),
+    st.tuples(st.sampled_from([1.0, 0.5, 3.0]), st.sampled_from([1.0, -0.25])),
+)
+def test_gdpo_against_float64(parts, weights):
+    found = jit_gdpo(jnp.asarray(parts), f32(weights), group_size=4)
+    close(found, gdpo_oracle(parts, weights, 4), atol=2e-5)
+    assert (np.asarray(found)[np.isnan(parts).any(0)] == 0).all()
+
+
+def test_gdpo_tells_apart_what_a_sum_does_not():
+    """Two ways to a sum of 1; the rarer part is worth more."""
+    parts = f32([[1, 0, 1, 1], [0, 1, 0, 0]])
+    summed = group_relative(parts.sum(0), group_size=4)
+    assert np.asarray(summed).tolist() == [0] * 4
+    found = np.asarray(jit_gdpo(parts, f32([1.0, 2.0]), group_size=4))
+    assert found[1] > 0 > found[0] == found[2] == found[3]
+
+
+def test_gdpo_of_one_reward_has_the_order_of_the_groups_advantage():
+    rewards = f32([0, 1, 1, 1, 0, 0, 0, 1])
+    found, usual = jit_gdpo(rewards[None], f32([1.0]), group_size=4), group_relative(rewards, group_size=4)
+    assert np.corrcoef(found, usual)[0, 1] > 0.99
+
+
+def test_gdpo_needs_groups():
+    with pytest.raises(ValueError, match="do not form groups of 3"):
+        gdpo(f32([[1, 0, 1, 1]]), f32([1.0]), group_size=3)

@@ -162,7 +162,7 @@ def test_what_stands_in_the_way_of_one_test_does_not_stand_in_that_of_the_next(s
         ("while True: print('x' * 9999)", "output", None),
         ("x = b'1' * (1 << 30)", "ended", 1),
         (
-            "import os, time\nfor i in range(12):\n  if not os.fork(): x = b'1' * (60 << 20); time.sleep(9)\ntime.sleep(9)",
+            "import os, time\n[os.fork() for _ in range(3)]\nx = b'1' * (60 << 20)\ntime.sleep(9)",
             "memory",
             None,
         ),
@@ -207,7 +207,7 @@ def test_nothing_is_left_of_a_program_that_is_left(sandbox):
 def test_without_bubblewrap_nothing_is_run(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     sandbox_module.find_python.cache_clear()
-    with pytest.raises(SandboxUnavailable, match="bubblewrap .* is not on the PATH.*apt-get install bubblewrap"):
+    with pytest.raises(SandboxUnavailable, match=r"bubblewrap .* is not on the PATH.*apt-get install bubblewrap"):
         Sandbox(Limits(seconds=9.0))
     monkeypatch.setattr(sandbox_module.platform, "machine", lambda: "riscv64")
     with pytest.raises(SandboxUnavailable, match="this machine is riscv64"):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.rewards.answer import answer_reward
-from grpo_jax.rewards.compose import weighted
+from grpo_jax.rewards.compose import Graded, weighted
 from grpo_jax.rewards.format import format_reward
 
 
@@ -130,3 +130,49 @@ def test_names_must_agree(rewards, weights):
 def test_weights_must_be_of_use(weight):
     with pytest.raises(ValueError, match="weights must be finite and not all 0"):
         weighted({"a": format_reward}, {"a": weight})
+
+
+def test_a_gate_counts_a_part_only_where_another_one_holds():
+    rewards = {
+        "right": lambda p, c, **_: [1.0, 1.0, 0.0, None, 1.0],
+        "form": lambda p, c, **_: [1.0, 0.0, 1.0, 1.0, None],
+    }
+    compose = weighted(rewards, {"right": 2.0, "form": 0.5}, gates={"right": "form"})
+    scores = compose(["p"] * 5, ["c"] * 5)
+    np.testing.assert_array_equal(scores.total, [2.5, 0.0, 0.5, np.nan, np.nan])
+    np.testing.assert_array_equal(scores.parts["right"], [1, 1, 0, np.nan, 1])
+    np.testing.assert_array_equal(scores.counted["right"], [1, 0, 0, np.nan, np.nan])
+    # A gate needs no weight of its own.
+    compose = weighted(rewards, {"right": 1.0, "form": 0.0}, gates={"right": "form"})
+    np.testing.assert_array_equal(compose(["p"] * 5, ["c"] * 5).total, [1, 0, 0, np.nan, np.nan])
+    assert list(compose(["p"] * 5, ["c"] * 5).counted) == ["right"]
+
+
+@pytest.mark.parametrize("gates", [{"a": "b"}, {"b": "a"}, {"a": "a"}])
+def test_a_gate_is_of_two_rewards(gates):
+    with pytest.raises(ValueError, match=r"the gate .* must be of two of the rewards \['a'\]"):
+        weighted({"a": format_reward}, {"a": 1.0}, gates=gates)
+
+
+def test_totals_are_clipped():
+    compose = weighted({"a": lambda p, c, **_: [-3.0, 0.5, 3.0, None]}, {"a": 1.0}, clip=(-1.0, 1.0))
+    np.testing.assert_array_equal(compose(["p"] * 4, ["c"] * 4).total, [-1, 0.5, 1, np.nan])
+    with pytest.raises(ValueError, match="clip must be the least and the greatest"):
+        weighted({"a": format_reward}, {"a": 1.0}, clip=(1.0, 1.0))
+
+
+def test_details_and_notes_stand_beside_the_parts():
+    graded = [Graded(1.0, {"runnable": 1.0}), Graded(0.0, {"runnable": 0.0, "tests": 3.0}, "it crashed"), Graded(None)]
+    scores = weighted({"code": lambda p, c, **_: graded, "b": lambda p, c, **_: [0.0] * 3}, {"code": 1.0, "b": 1.0})(
+        ["p"] * 3, ["c"] * 3
+    )
+    np.testing.assert_array_equal(scores.total, [1, 0, np.nan])
+    np.testing.assert_array_equal(scores.parts["code/runnable"], [1, 0, np.nan])
+    np.testing.assert_array_equal(scores.parts["code/tests"], [np.nan, 3, np.nan])
+    assert scores.notes == ["", "code: it crashed", ""]
+    assert list(scores.counted) == ["code", "b"]
+
+
+def test_a_detail_that_is_no_number_names_the_reward():
+    with pytest.raises(ValueError, match="reward 'mine' returned inf"):
+        score([Graded(1.0, {"tests": float("inf")})])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.rewards.format import format_reward
+from grpo_jax.rewards.format import format_reward, pattern_reward
 
 
 def score(completion):
@@ -83,3 +83,21 @@ def test_time_is_linear(piece):
 def test_one_score_a_completion_and_other_columns_are_accepted():
     completions = ["<think>a</think><answer>b</answer>", "no"]
     assert format_reward(["p", "p"], completions, answer=["1", "2"]) == [1.0, 0.0]
+
+
+def test_a_prompt_that_opens_the_thought_opens_it_for_its_completion():
+    rest = "2+3=5</think><answer>5</answer>"
+    assert format_reward(["2+3? <think>\n", "2+3?"], [rest, rest]) == [1.0, 0.0]
+    assert format_reward(["<think>"], [f"<think>{rest}"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"), [("Answer: 5", 1.0), (" so\nAnswer: 5\n", 1.0), ("Answer: five", 0.0), ("Answer: 5.", 0.0)]
+)
+def test_a_pattern_of_ones_own_holds_for_the_whole_completion(completion, score):
+    assert pattern_reward([""], [completion], pattern=r".*Answer: \d+") == [score]
+
+
+def test_what_is_no_pattern():
+    with pytest.raises(ValueError, match=r"the pattern '\(' is no regular expression: missing \)"):
+        pattern_reward([""], [""], pattern="(")

@@ -15,6 +15,37 @@ from grpo_jax.data.sources import load_problems
 from grpo_jax.rewards.math import math_reward, read_answer, same_answer
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").read_text().splitlines()]
+PIECES = [
+    r"\frac",
+    r"{",
+    r"}",
+    r"1",
+    r"x",
+    r"^",
+    r"2",
+    r"(",
+    r")",
+    r",",
+    r"\sqrt",
+    r"\le",
+    r"=",
+    r"\{",
+    r"\}",
+    r"\text",
+    r"[",
+    r"]",
+    r"\cup",
+    r"\infty",
+    r"-",
+    r"!",
+    r"\pm",
+    r"&",
+    r"\\",
+    r"or",
+    r"5",
+    r".",
+]
+PIECES += [r"\begin{pmatrix}", r"\end{pmatrix}", " "]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 
 
@@ -96,29 +127,7 @@ def test_polynomials_that_differ_are_told_apart(a, b, c, change):
     st.text(max_size=80)
     | st.text(alphabet="0123456789+-*/^_=<>(){}[],.xyie\\$%! ", max_size=60)
     | st.lists(
-        st.sampled_from(
-            [
-                r"\frac",
-                "{",
-                "}",
-                "1",
-                "x",
-                "^",
-                "2",
-                "(",
-                ")",
-                ",",
-                r"\sqrt",
-                r"\le",
-                "=",
-                r"\{",
-                r"\}",
-                r"\text",
-                "[",
-                "]",
-            ]
-            + [r"\cup", r"\infty", "-", "!", r"\pm", r"\begin{pmatrix}", r"\end{pmatrix}", "&", r"\\", " or ", "5", "."]
-        ),
+        st.sampled_from(PIECES),
         max_size=14,
     ).map("".join)
 )

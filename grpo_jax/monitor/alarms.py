@@ -180,15 +180,15 @@ def entropy_collapse(history: History, threshold: float, solved: float) -> str |
 def length_explosion(history: History, threshold: float, solved: float) -> str | None:
     """Completions grow and nothing is gained."""
     lengths, truth = history.course("completions/mean_length"), history.course(history.truth)
-    if len(lengths) < 2 * WINDOW + 1:
+    if len(lengths) < 3 * WINDOW:
         return None
-    now, before = lengths[-WINDOW:].mean(), lengths[-2 * WINDOW - 1 : -WINDOW - 1].mean()
-    gained, _ = _change(truth[-2 * WINDOW - 1 : -WINDOW - 1], truth[-WINDOW:])
-    if now < threshold * before or gained > 0.01:
+    now, before = slice(-WINDOW, None), slice(-3 * WINDOW, -2 * WINDOW)
+    gained, _ = _change(truth[before], truth[now])
+    if not lengths[now].mean() >= threshold * lengths[before].mean() or gained > 0.01:
         return None
     return (
-        f"mean length went from {before:.1f} to {now:.1f} tokens in {WINDOW + 1} steps and {history.truth} did not "
-        "rise: length is paid for, or never punished (soft overlong reward, token_mean)"
+        f"mean length went from {lengths[before].mean():.1f} to {lengths[now].mean():.1f} tokens in {2 * WINDOW} steps "
+        f"and {history.truth} did not rise: length is paid for, or never punished (soft overlong reward, token_mean)"
     )
 
 
@@ -202,7 +202,7 @@ def hacking(history: History, threshold: float, solved: float) -> str | None:
     then, now = slice(best, best + WINDOW), slice(-WINDOW, None)
     fall, fall_error = _change(judge[now], judge[then])
     rise, rise_error = _change(reward[then], reward[now])
-    if fall < max(threshold, CLEAR * fall_error) or rise <= CLEAR * rise_error:
+    if not fall >= max(threshold, CLEAR * fall_error) or rise <= CLEAR * rise_error:
         return None
     return (
         f"reward went from {reward[then].mean():.3f} to {reward[now].mean():.3f} since step "

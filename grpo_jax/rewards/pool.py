@@ -124,9 +124,9 @@ class RewardPool:
         self._faults: deque[Fault] = deque(maxlen=KEPT_FAULTS)
         self._ahead: dict[bytes, list[Future[Graded]]] = {}
         self._incoming: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._control, self._process = start(rewards, memory_bytes)
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
-        self._control, self._process = start(rewards, memory_bytes)
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
 
