@@ -299,19 +299,19 @@ def test_gdpo_against_float64(parts, weights):
 
 def test_gdpo_tells_apart_what_a_sum_does_not():
     """Two ways to a sum of 1; the rarer part is worth more."""
-    parts = f32([[1, 0, 1, 1], [0, 1, 0, 0]])
+    parts = jnp.array([[1.0, 0, 1, 1], [0, 1, 0, 0]])
     summed = group_relative(parts.sum(0), group_size=4)
     assert np.asarray(summed).tolist() == [0] * 4
-    found = np.asarray(jit_gdpo(parts, f32([1.0, 2.0]), group_size=4))
+    found = np.asarray(jit_gdpo(parts, jnp.array([1.0, 2.0]), group_size=4))
     assert found[1] > 0 > found[0] == found[2] == found[3]
 
 
 def test_gdpo_of_one_reward_has_the_order_of_the_groups_advantage():
-    rewards = f32([0, 1, 1, 1, 0, 0, 0, 1])
-    found, usual = jit_gdpo(rewards[None], f32([1.0]), group_size=4), group_relative(rewards, group_size=4)
+    rewards = jnp.array([0.0, 1, 1, 1, 0, 0, 0, 1])
+    found, usual = jit_gdpo(rewards[None], jnp.array([1.0]), group_size=4), group_relative(rewards, group_size=4)
     assert np.corrcoef(found, usual)[0, 1] > 0.99
 
 
 def test_gdpo_needs_groups():
     with pytest.raises(ValueError, match="do not form groups of 3"):
-        gdpo(f32([[1, 0, 1, 1]]), f32([1.0]), group_size=3)
+        gdpo(jnp.array([[1.0, 0, 1, 1]]), jnp.array([1.0]), group_size=3)

@@ -15,37 +15,8 @@ from grpo_jax.data.sources import load_problems
 from grpo_jax.rewards.math import math_reward, read_answer, same_answer
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").read_text().splitlines()]
-PIECES = [
-    r"\frac",
-    r"{",
-    r"}",
-    r"1",
-    r"x",
-    r"^",
-    r"2",
-    r"(",
-    r")",
-    r",",
-    r"\sqrt",
-    r"\le",
-    r"=",
-    r"\{",
-    r"\}",
-    r"\text",
-    r"[",
-    r"]",
-    r"\cup",
-    r"\infty",
-    r"-",
-    r"!",
-    r"\pm",
-    r"&",
-    r"\\",
-    r"or",
-    r"5",
-    r".",
-]
-PIECES += [r"\begin{pmatrix}", r"\end{pmatrix}", " "]
+LATEX = [r"\frac", r"\sqrt", r"\le", r"\{", r"\}", r"\text", r"\cup", r"\infty", r"\pm", r"\\", "{", "}", "&", " or "]
+PIECES = [*LATEX, *"1x^2(),=[]-!5. ", r"\begin{pmatrix}", r"\end{pmatrix}"]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 
 

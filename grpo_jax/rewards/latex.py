@@ -110,7 +110,7 @@ def tidy(text: str) -> str | None:
     if any(not (" " <= c <= "~" or c in "\n\t\u20ac\u00a3") for c in text):
         return None
     text = re.sub(r"(\d)\\,(?=\d{3}(?!\d))", r"\1", text).replace("{,}", ",")
-    if re.search(r"(?<!\\)%(?=[^\s.$)\\}])", text):
+    if re.search(r"(?<!\\)%(?=[^\s.,;$)\\}])", text):
         return None  # a LaTeX comment
     text = _unwrapped(text.replace("~", " "))
     if re.search(r"\\text\s*\{[^}]*\\", text):
