@@ -22,6 +22,7 @@ from grpo_jax.rewards.answer import answer_reward, extract_answer
 from grpo_jax.rewards.code import code_reward, readable_tests
 from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.rewards.math import math_reward, read_answer
+from grpo_jax.rewards.sandbox import Limits
 from grpo_jax.sharding import make_mesh
 from grpo_jax.small_base import Recipe
 from grpo_jax.train import LossFn, make_optimizer, make_schedule
@@ -35,7 +36,7 @@ LOSSES = {
     "cispo": loss.cispo_loss,
     "sapo": loss.sapo_loss,
 }
-GRADERS: dict[str, RewardFn] = {"exact": answer_reward, "math": math_reward, "code": code_reward}
+GRADERS: dict[str, RewardFn] = {"exact": answer_reward, "math": math_reward}
 KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
 LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 REASONING_GYM = "reasoning-gym:"
@@ -210,10 +211,16 @@ class DataSettings:
     """What tells a right answer: exact (numbers by value, other texts as they stand), math (mathematics that is equal),
     code (programs, by the column tests). auto: code where there are tests, math elsewhere, exact for the built-in sums;
     a task of reasoning-gym brings its own."""
+    partial_credit: bool = False
+    """Score programs by the share of tests they pass."""
+    program_seconds: float = 4.0
+    """Processor time that a program may take for a test."""
     overlong_prompts: Overlong = "drop"
     """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
 
     def __post_init__(self):
+        if not self.program_seconds > 0:
+            raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
         if self.eval_problems < 1:
             raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
         if self.chat_template and self.template is not None:
@@ -299,6 +306,9 @@ class DataSettings:
         if grader != "code" and problems[0].answer is None:
             load()  # says which columns there are
         check_gold(problems, grader, source)
+        if grader == "code":
+            limits = Limits(seconds=self.program_seconds, wall_seconds=3 * self.program_seconds)
+            return problems, partial(code_reward, partial_credit=self.partial_credit, limits=limits)
         return problems, GRADERS[grader]
 
     def _divide(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:

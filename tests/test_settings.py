@@ -6,6 +6,8 @@ import pytest
 
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.code import code_reward
 from grpo_jax.rewards.math import math_reward
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 
@@ -137,3 +139,38 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
 def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# What tells a right answer -------------------------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_problems_with_tests_are_graded_by_running_programs(tmp_path):
+    rows = [{"question": f"Write f({i}).", "tests": [f"assert f() == {i}"]} for i in range(20)]
+    settings = DataSettings(dataset=write_rows(tmp_path / "code.jsonl", rows), partial_credit=True, program_seconds=1.0)
+    problems, _, reward, _ = settings.load(0)
+    assert problems[0].answer is None
+    assert reward.func is code_reward
+    assert reward.keywords["partial_credit"]
+    assert reward.keywords["limits"].seconds == 1.0
+
+
+def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
+    sums = write_rows(tmp_path / "sums.jsonl", [{"question": f"{i}+1", "answer": i + 1} for i in range(20)])
+    assert DataSettings(dataset=sums).load(0)[2] is math_reward
+    assert DataSettings(dataset=sums, grader="exact").load(0)[2] is answer_reward
+    with pytest.raises(ValueError, match=r"has no column tests, which the grader code needs; it has \[\]"):
+        DataSettings(dataset=sums, grader="code").load(0)
+    unread = write_rows(tmp_path / "bad.jsonl", [{"question": f"{i}", "answer": r"\\frac{1}{"} for i in range(20)])
+    with pytest.raises(ValueError, match=r"the grader math cannot read 20, such as .*choose another grader"):
+        DataSettings(dataset=unread).load(0)
+    malformed = write_rows(tmp_path / "tests.jsonl", [{"question": f"{i}", "tests": ["assert ("]} for i in range(20)])
+    with pytest.raises(ValueError, match="the grader code cannot read 20"):
+        DataSettings(dataset=malformed).load(0)
+    bare = write_rows(tmp_path / "bare.jsonl", [{"question": f"{i}", "level": 1} for i in range(20)])
+    with pytest.raises(KeyError, match="no column is known as an answer"):
+        DataSettings(dataset=bare).load(0)

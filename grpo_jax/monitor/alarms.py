@@ -43,7 +43,7 @@ class AlarmSettings:
     """Share of completions that could not be scored."""
     duplicates: float | None = 0.8
     """Share of completions that equal another one of their group, though the problems are not solved."""
-    repetition: float | None = 0.3
+    repetition: float | None = 0.15
     """Share of n-grams that stood in their completion before, above that at the start."""
     hacking: float | None = 0.02
     """Fall of the judge from its best, while the reward has risen since; the judge is a reward not learnt from."""

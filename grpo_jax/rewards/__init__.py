@@ -1,1 +1,55 @@
-"""Rewards: functions from prompts and completions to scores, and what composes them."""
+"""Rewards: pure functions from prompts and completions to scores, what composes them, and the pool they may run in.
+
+Each is imported when it is first used: processes that score need no jax, and a reward without mathematics no sympy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_jax.rewards.answer import answer_reward as answer_reward
+    from grpo_jax.rewards.answer import extract_answer as extract_answer
+    from grpo_jax.rewards.code import code_reward as code_reward
+    from grpo_jax.rewards.compose import Graded as Graded
+    from grpo_jax.rewards.compose import RewardFn as RewardFn
+    from grpo_jax.rewards.compose import Scores as Scores
+    from grpo_jax.rewards.compose import weighted as weighted
+    from grpo_jax.rewards.format import format_reward as format_reward
+    from grpo_jax.rewards.format import pattern_reward as pattern_reward
+    from grpo_jax.rewards.language import language_reward as language_reward
+    from grpo_jax.rewards.learned import LearnedReward as LearnedReward
+    from grpo_jax.rewards.length import cosine_length_reward as cosine_length_reward
+    from grpo_jax.rewards.length import soft_overlong_reward as soft_overlong_reward
+    from grpo_jax.rewards.math import math_reward as math_reward
+    from grpo_jax.rewards.math import same_answer as same_answer
+    from grpo_jax.rewards.pool import Fault as Fault
+    from grpo_jax.rewards.pool import RewardPool as RewardPool
+    from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
+    from grpo_jax.rewards.sandbox import Limits as Limits
+    from grpo_jax.rewards.sandbox import Sandbox as Sandbox
+
+HOMES = {
+    "answer": ("answer_reward", "extract_answer"),
+    "code": ("code_reward",),
+    "compose": ("Graded", "RewardFn", "Scores", "weighted"),
+    "format": ("format_reward", "pattern_reward"),
+    "language": ("language_reward",),
+    "learned": ("LearnedReward",),
+    "length": ("cosine_length_reward", "soft_overlong_reward"),
+    "math": ("math_reward", "same_answer"),
+    "pool": ("Fault", "RewardPool"),
+    "repetition": ("repetition_reward",),
+    "sandbox": ("Limits", "Sandbox"),
+}
+"""What is exported, by the module it lives in."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(import_module(f"grpo_jax.rewards.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(name for names in HOMES.values() for name in names)})

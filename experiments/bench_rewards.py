@@ -1,0 +1,113 @@
+"""What rewards cost and how far they can be trusted: the pool's speed, what hanging samples cost, and hard pairs.
+
+    python experiments/bench_rewards.py
+
+Prints one JSON line: programs a second of the pool as a multiple of one process; by how many deadlines a step of 512
+samples is longer when one in 50 hangs for a minute; mistakes on the table of hard pairs beside those of math-verify
+alone, where that is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from grpo_jax.rewards import RewardPool, code_reward, math_reward
+
+PAIRS = Path(__file__).parent.parent / "tests" / "data" / "math_pairs.jsonl"
+PROGRAM = "```python\ndef add(a, b):\n    return a + b\n```"
+TESTS = ["assert add(3, 4) == 7", "assert add('a', 'b') == 'ab'"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How much of it."""
+
+    programs: int = 200
+    """Programs that are run in one process and in the pool."""
+    samples: int = 512
+    """Samples of a step."""
+    deadline: float = 10.0
+    """Of the pool, in seconds."""
+
+
+def main(config: Config) -> None:
+    result: dict[str, Any] = {**code_throughput(config.programs), **price_of_hanging(config.samples, config.deadline)}
+    print(json.dumps(result | mistakes()))
+
+
+def code_throughput(count: int) -> dict[str, float]:
+    prompts, completions, tests = [""] * count, [PROGRAM] * count, [TESTS] * count
+    with RewardPool({"code": code_reward}) as pool:
+        seconds = {}
+        for name, reward in (("pool", pool.rewards["code"]), ("alone", code_reward)):
+            reward(prompts[:8], completions[:8], tests=tests[:8])
+            started = time.perf_counter()
+            assert [each.score for each in reward(prompts, completions, tests=tests)] == [1.0] * count
+            seconds[name] = time.perf_counter() - started
+        return {"workers": pool.workers, "code_pool_speedup": round(seconds["alone"] / seconds["pool"], 2)}
+
+
+def usual(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """Five milliseconds of a grader's work, and a minute for a completion that asks for it."""
+    ended = time.process_time() + 0.005
+    while time.process_time() < ended:
+        continue
+    if completions[0] == "hang":
+        time.sleep(60)
+    return [1.0]
+
+
+def price_of_hanging(count: int, deadline: float) -> dict[str, float]:
+    with RewardPool({"usual": usual}, deadline=deadline) as pool:
+        seconds = {}
+        for every in (0, 50):
+            completions = ["hang" if every and i % every == 0 else "fine" for i in range(count)]
+            pool.rewards["usual"]([""] * 50, ["fine"] * 50)
+            started = time.perf_counter()
+            scores = [each.score for each in pool.rewards["usual"]([""] * count, completions)]
+            assert scores == [None if each == "hang" else 1.0 for each in completions]
+            seconds[every] = time.perf_counter() - started
+    longer = (seconds[50] - seconds[0]) / deadline
+    return {"step_longer_by_deadlines": round(longer, 3), "hanging_samples": len(range(0, count, 50))}
+
+
+def mistakes() -> dict[str, int]:
+    pairs = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    graders: dict[str, Any] = {"ours": our_verdict}
+    if find_spec("math_verify"):
+        graders["math_verify"] = verdict_of_math_verify
+    found = {"pairs": len(pairs)}
+    for name, verdict in graders.items():
+        verdicts = [(pair["equal"], verdict(pair)) for pair in pairs]
+        found[f"false_positives_{name}"] = sum(given and not right for right, given in verdicts)
+        found[f"false_negatives_{name}"] = sum(right and not given for right, given in verdicts)
+    return found
+
+
+def boxed(pair: dict[str, Any]) -> str:
+    return pair.get("completion") or rf"\boxed{{{pair['answer']}}}"
+
+
+def our_verdict(pair: dict[str, Any]) -> bool:
+    return math_reward([""], [boxed(pair)], answer=[pair["gold"]])[0] == 1
+
+
+def verdict_of_math_verify(pair: dict[str, Any]) -> bool:
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.disable(logging.WARNING)
+    answer = pair["completion"] if "completion" in pair else f"${boxed(pair)}$"
+    return bool(verify(parse(f"${pair['gold']}$"), parse(answer)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,28 @@
+"""The rewards as a whole: usable alone by one import, and without jax where they score."""
+
+import subprocess
+import sys
+
+import pytest
+
+from grpo_jax import rewards
+
+
+def test_every_reward_is_there_by_one_import():
+    for names in rewards.HOMES.values():
+        for name in names:
+            assert name in dir(rewards)
+            assert getattr(rewards, name) is not None
+    assert rewards.math_reward(["1/2 + 1/4?"], [r"\boxed{\frac34}"], answer=["0.75"]) == [1.0]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rewards.nothing  # noqa: B018
+
+
+def test_processes_that_score_import_no_jax():
+    script = (
+        "import sys; import grpo_jax.rewards.worker; from grpo_jax import rewards;"
+        "[getattr(rewards, name) for home in rewards.HOMES if home != 'learned' for name in rewards.HOMES[home]];"
+        "assert rewards.math_reward([''], ['5'], answer=['x+1']) == [0.0];"
+        "assert not {'jax', 'flax', 'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
