@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from grpo_jax.rewards import RewardPool, code_reward, math_reward
+from grpo_jax.rewards.compose import as_graded
 
 PAIRS = Path(__file__).parent.parent / "tests" / "data" / "math_pairs.jsonl"
 PROGRAM = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -42,6 +43,10 @@ def main(config: Config) -> None:
     print(json.dumps(result | mistakes()))
 
 
+def scores_of(values: Any, completions: list[str]) -> list[float | None]:
+    return [each.score for each in as_graded(values, completions)]
+
+
 def code_throughput(count: int) -> dict[str, float]:
     prompts, completions, tests = [""] * count, [PROGRAM] * count, [TESTS] * count
     with RewardPool({"code": code_reward}) as pool:
@@ -49,7 +54,7 @@ def code_throughput(count: int) -> dict[str, float]:
         for name, reward in (("pool", pool.rewards["code"]), ("alone", code_reward)):
             reward(prompts[:8], completions[:8], tests=tests[:8])
             started = time.perf_counter()
-            assert [each.score for each in reward(prompts, completions, tests=tests)] == [1.0] * count
+            assert scores_of(reward(prompts, completions, tests=tests), completions) == [1.0] * count
             seconds[name] = time.perf_counter() - started
         return {"workers": pool.workers, "code_pool_speedup": round(seconds["alone"] / seconds["pool"], 2)}
 
@@ -71,7 +76,7 @@ def price_of_hanging(count: int, deadline: float) -> dict[str, float]:
             completions = ["hang" if every and i % every == 0 else "fine" for i in range(count)]
             pool.rewards["usual"]([""] * 50, ["fine"] * 50)
             started = time.perf_counter()
-            scores = [each.score for each in pool.rewards["usual"]([""] * count, completions)]
+            scores = scores_of(pool.rewards["usual"]([""] * count, completions), completions)
             assert scores == [None if each == "hang" else 1.0 for each in completions]
             seconds[every] = time.perf_counter() - started
     longer = (seconds[50] - seconds[0]) / deadline

@@ -173,6 +173,13 @@ def test_a_pool_that_is_closed_leaves_nothing():
     assert len(descendants_of_pool()) == before
 
 
+def test_a_closed_pool_says_so():
+    with RewardPool({"answer": column}, workers=1) as pool:
+        pass
+    with pytest.raises(RuntimeError, match="this pool is closed"):
+        pool.rewards["answer"](["p"], ["c"], answer=["5"])
+
+
 @pytest.mark.slow
 def test_ten_thousand_samples_with_faults_of_every_kind():
     """No process and no memory is left behind, and every other score is right."""

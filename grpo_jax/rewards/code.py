@@ -52,7 +52,7 @@ def code_reward(
     prompts: list[str],
     completions: list[str],
     *,
-    tests: list[list[Test] | None],
+    tests: Sequence[Sequence[Test] | None],
     partial_credit: bool = False,
     limits: Limits = LIMITS,
     **_columns: list[Any],

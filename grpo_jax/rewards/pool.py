@@ -198,6 +198,8 @@ class RewardPool:
         return Task(name, prompt, completion, body, Future())
 
     def _submit(self, task: Task | None) -> None:
+        if not self._thread.is_alive():
+            raise RuntimeError("this pool is closed, or its thread has died: make another one")
         self._incoming.put(task)
         self._wake.send(b"x")
 
