@@ -93,18 +93,20 @@ class Hole:
         base: how the base is made.
         judge: what is wanted, if it is not accuracy.
         target_language: the language of thoughts that is measured.
+        num_steps: how long it takes until the hole is found.
     """
 
     reward: Callable[..., Sequence[float]]
     base: Recipe = Recipe()
     judge: Callable[..., Sequence[float]] | None = None
     target_language: str | None = None
+    num_steps: int = 60
 
 
 HOLES = {
     "length": Hole(pays_length),
     "repetition": Hole(pays_steps),
-    "empty_thought": Hole(pays_form_and_brevity, Recipe(worked_share=0.5)),
+    "empty_thought": Hole(pays_form_and_brevity, Recipe(worked_share=0.5), num_steps=150),
     "hard_coded": Hole(pays_known_outputs),
     "language": Hole(pays_few_bytes, Recipe(worked_share=0.9, chinese_share=0.7), right_in_chinese, "zh"),
 }
@@ -118,8 +120,8 @@ class Config:
     """Of length, repetition, empty_thought, hard_coded and language."""
     run_dir: Path = Path("runs/reward_hacking")
     """Where the runs go."""
-    num_steps: int = 60
-    """Steps of each."""
+    num_steps: int | None = None
+    """Steps of each; by default as many as it takes."""
     seed: int = 0
     """Of all of them."""
 
@@ -139,7 +141,7 @@ def main(config: Config) -> int:
                 base=hole.base,
                 run_dir=folder,
                 seed=config.seed,
-                num_steps=config.num_steps,
+                num_steps=config.num_steps or hole.num_steps,
                 eval_every=0,
                 rewards=RewardSettings(
                     accuracy_weight=0.0,
