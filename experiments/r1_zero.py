@@ -363,7 +363,8 @@ def train(config: Config, run: Run, stack: ExitStack) -> None:
     def evaluation_is_due(step: int) -> bool:
         return step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
 
-    alarms = Alarms(config.alarms, read_jsonl(run.metrics_log.path))
+    fired_before = {row["alarm"] for row in read_jsonl(run.alarms_log.path)}
+    alarms = Alarms(config.alarms, read_jsonl(run.metrics_log.path), fired_before)
     if evaluation_is_due(first) and not run.has_row(first, "eval/pass@1"):
         evaluated(first)
     with run.progress.phase("GRPO", config.num_steps, start=first) as phase:

@@ -121,8 +121,8 @@ class RewardSettings:
             weights["repetition"] = self.repetition_weight
         for name, weight in map(read_weighted, self.reward):
             short = name.rpartition(":")[2]
-            if short in rewards:
-                raise ValueError(f"two rewards are named {short!r}; {[*rewards]} are there already")
+            if short in (*rewards, "judge", "reward_model"):
+                raise ValueError(f"two rewards are named {short!r}; name yours otherwise than {[*rewards, 'judge']}")
             rewards[short], weights[short] = import_reward(name), weight
         judge = None
         if self.judge is not None:
@@ -195,7 +195,7 @@ class Scoring:
         self._stack.close()
 
     def probe(self, columns: Mapping[str, Any], held_out_columns: Mapping[str, Any]) -> None:
-        """Score an empty completion with everything, so that a reward that cannot run is found before compute is spent.
+        """Score an empty completion with all but a reward model, to find what cannot run before compute is spent.
 
         Args:
             columns: of a first problem, one value each.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 from grpo_jax.rewards.compose import Graded
@@ -35,6 +36,9 @@ def answer_to(completion):
                 os.setsid()
                 time.sleep(600)
             time.sleep(60)
+        case "start and die":
+            subprocess.Popen(["sleep", "7781"], start_new_session=True)
+            os.kill(os.getpid(), 36)
         case "absent":
             return None
         case "graded":

@@ -1,6 +1,7 @@
 """Each alarm on courses made by hand: it fires where it should, once, and not where it should not."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -131,9 +132,22 @@ def test_a_resumed_run_fires_as_if_it_had_never_stopped():
     rows = [{"step": step, **HEALTHY, **change} for step, change in enumerate(course, 1)]
     evaluation = {"step": 10, "eval/pass@1": 0.4}
     for cut in (5, 9, 10, 11, 15):
-        alarms = Alarms(AlarmSettings(), [*rows[:cut], evaluation])
+        alarms = Alarms(AlarmSettings(), [*rows[:cut], evaluation], {"truncation"} if cut >= 11 else ())
         found = [fired.step for row in rows[cut:] for fired in alarms.update(row)]
         assert found == ([11] if cut < 11 else [])
+
+
+def test_an_alarm_that_would_have_fired_under_new_thresholds_fires_at_the_next_step():
+    rows = [{"step": step, **HEALTHY, "completions/clipped_ratio": 0.4} for step in range(1, 12)]
+    alarms = Alarms(AlarmSettings(truncation=0.3), rows[:10])
+    assert [(fired.step, fired.name) for fired in alarms.update(rows[10])] == [(11, "truncation")]
+
+
+def test_replay_takes_time_in_proportion_to_the_steps():
+    rows = [{"step": step, **HEALTHY, "judge": 0.3} for step in range(3000)]
+    started = time.process_time()
+    Alarms(AlarmSettings(), rows)
+    assert time.process_time() - started < 20
 
 
 def test_missing_and_null_metrics_are_passed_over():

@@ -88,6 +88,11 @@ def test_what_is_expected_of_any_program_is_no_sign():
     assert not hard_coded("def f(x):\n  return [0, 1, 2][x % 3]", tests)
 
 
+def test_odd_tests_are_no_error():
+    tests = ["assert f(1) == {'abc'} and f(2) == {[1]: 2}", "assert f(1) < 1000", "assert f(", 5, {"input": "1"}]
+    assert not hard_coded("def f(x):\n  return 1000 if x else {'abc'}", tests)
+
+
 @given(st.lists(st.text(), min_size=1, max_size=4), st.text(), st.text())
 def test_no_text_crashes(completions, prompt, gold):
     count = len(completions)

@@ -134,3 +134,5 @@ def test_two_rewards_of_one_name():
     assert "tests.test_reward_settings" in sys.modules
     with pytest.raises(ValueError, match="two rewards are named 'pays_nothing'"):
         opened(reward=("tests.test_reward_settings:pays_nothing",) * 2)
+    with pytest.raises(ValueError, match="two rewards are named 'judge'"):
+        opened(reward=("tests.test_reward_settings:judge=2",))

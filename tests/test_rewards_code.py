@@ -138,6 +138,45 @@ def test_a_program_does_not_see_what_is_expected_and_may_lie_only_by_plain_value
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize(
+    ("program", "test"),
+    [
+        ("def f(x): return 0\ndef abs(x): return 0", "assert abs(f(2) - 3.14) < 1e-6"),
+        ("def f(x): return 0\ndef set(x): return 0", "assert set([f(2)]) == set([4, 5])"),
+        ("class math:\n  isclose = lambda *a: True\ndef f(x): return 0", "assert math.isclose(f(2), 3.5)"),
+        ("def f(x): return 0\ndef range(x): return []", "for i in range(3): assert f(i) == i + 1"),
+        ("class A:\n  __contains__ = lambda s, x: True\ndef f(x): return A()", "assert 3 in f(2)"),
+        (
+            "class A:\n  __sub__ = lambda s, x: s\n  __abs__ = lambda s: s\n  __bool__ = abs\ndef f(x): return A()",
+            "assert not abs(f(2) - 5)",
+        ),
+        ("def f(x): raise StopIteration", "for a, b in zip(map(f, [1, 2]), [3, 4]): assert a == b"),
+        ("def f(x): return True", {"fn_name": "f", "input": [1], "output": 1}),
+        ("def f(x): return False", {"fn_name": "f", "input": [1], "output": 0}),
+        ("class A:\n  __getitem__ = lambda s, i: [9]\ndef f(x): return A()", "assert f(1)[:2] == [1, 2]"),
+    ],
+)
+def test_a_program_does_not_judge_itself(program, test, sandbox):
+    assert run_tests(program, [test], sandbox).passed == (False,)
+
+
+@needs_bubblewrap
+def test_a_test_that_asks_nothing_of_the_program_says_nothing(sandbox):
+    verdict = run_tests("def sum(x): return 0\ndef f(x): return x", ["assert sum([1, 2]) == 3"], sandbox)
+    assert verdict.passed == (None,)
+    assert "does not use the program" in verdict.feedback
+    assert run_tests("def f(x): return x", ["assert math.isclose(f(2.0), 2.0)"], sandbox).passed == (True,)
+
+
+@needs_bubblewrap
+def test_a_slow_program_is_wrong_and_not_absent():
+    completion = "```python\nimport time\ndef f(x):\n  time.sleep(0.6)\n  return x\n```"
+    tests = [[f"assert f({i}) == {i}" for i in range(9)]]
+    (graded,) = code_reward([""], [completion], tests=tests, partial_credit=True, total_seconds=1.5)
+    assert 0 < graded.score < 0.5
+
+
+@needs_bubblewrap
 def test_what_stands_in_the_way_of_one_test_does_not_stand_in_that_of_the_next(sandbox):
     program = "import os\ndef f(x):\n  if x == 2: os._exit(0)\n  return x\n"
     verdict = run_tests(program, ["assert f(1) == 1", "assert f(2) == 2", "assert f(3) == 3"], sandbox)

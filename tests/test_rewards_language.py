@@ -212,6 +212,7 @@ def shuffled(first, second):
 
 @pytest.mark.parametrize("target", SENTENCES)
 def test_a_text_in_the_target_language_scores_high_whole_and_in_parts(target):
+    """R7."""
     assert language_share(SENTENCES[target], target) > 0.98
     for i in range(4):
         assert language_share(" ".join(LINES[target][i : i + 2]), target) > 0.8
@@ -300,6 +301,7 @@ NEUTRAL = [
 
 @pytest.mark.parametrize("neutral", NEUTRAL)
 def test_code_mathematics_and_numbers_count_neither_for_nor_against(neutral):
+    """R7."""
     assert language_share(neutral, "en") is None
     assert language_share(neutral, "zh") is None
     for target, text in [

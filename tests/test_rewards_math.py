@@ -77,6 +77,37 @@ def test_a_gold_solution_is_read_to_its_final_answer():
     assert math_reward([""], [r"\boxed{\frac12}"], answer=["We halve it. The answer is 0.5."]) == [1.0]
 
 
+NOT_THE_SAME = [
+    *(("R-r", "r-R"), (r"\pi(R^2-r^2)", r"\pi(r^2-R^2)"), (r"\frac{R}{r}", r"\frac{r}{R}"), ("A+2a", "2A+a")),
+    *(("413_5", "413"), ("413_5", "413_6"), ("1010_2", "1010_3"), ("413", "413_5")),
+    *(("|x-3|", "3-x"), ("|n-10|", "10-n"), ("|x+2|", "x+2"), ("|a-b|", "a-b"), ("|a|+|b|", "|a+b|")),
+    *((r"\min(x,5)", "x"), ("y=|x-3|", "y=3-x"), (r"\lceil n/2 \rceil", r"\lfloor n/2 \rfloor+1")),
+    *(("1,1,2", "1,2,2"), ("(1,1),(1,1),(2,2)", "(1,1),(2,2),(2,2)"), ("(x,y)=(5,3)", "(y,x)=(5,3)")),
+    *(("(5,3)", "(y,x)=(5,3)"), ("(x,y,z)=(1,2,3)", "(z,y,x)=(1,2,3)"), ("AB", "BA")),
+    *(("3 m", "3"), ("20 s", "20"), (r"4\,s", "4"), ("5 m", "5 ms"), ("5 Nm", "5 nm"), ("5 Mg", "5 mg")),
+    *((r"\frac{\sqrt3}{2}", r"\sin 60^\circ"), ("[0,14]", r"[0,2+3\cdot 4]"), ("x<14", "x<2+12")),
+    *((r"\{x \in \mathbb{Z} : x>2\}", r"(2,\infty)"), ("f(x+1)", "f(x)+f(1)"), (r"\frac{dy}{dx}", r"\frac{y}{x}")),
+]
+THE_SAME = [
+    *(("413_5", "413_{5}"), ("1,1,2", "2,1,1"), ("(x,y)=(5,3)", "(5,3)"), ("1, 2, 2", r"\{1,2\}"), ("AB", "AB")),
+    *((r"\{x \in \mathbb{R} : x>2\}", r"(2,\infty)"), ("[0,14]", "[0,14.0]"), ("|x-3|", "|3-x|")),
+    *((r"\sin(2x)", r"2\sin x\cos x"), ("e^{x^2}", r"e^{x\cdot x}"), ("x_1+x_2", "x_2+x_1"), ("3ab", "3ba")),
+    *((r"2^{n+1}", r"2\cdot2^n"), (r"\sqrt{a^2+b^2}", r"(a^2+b^2)^{1/2}"), (r"\log_2 8", "3")),
+    *((r"\frac{1}{x-1}-\frac{1}{x}", r"\frac{1}{x(x-1)}"), ("x^{2024}", "x^{2024}"), ("R-r", "-r+R")),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), NOT_THE_SAME)
+def test_what_the_parser_or_a_few_points_would_take_for_the_same(gold, answer):
+    """Found by a reader of the code, after the table."""
+    assert math_reward([""], [rf"\boxed{{{answer}}}"], answer=[gold])[0] in (0.0, None)
+
+
+@pytest.mark.parametrize(("gold", "answer"), THE_SAME)
+def test_what_is_the_same_all_the_same(gold, answer):
+    assert same_answer(gold, answer)
+
+
 @given(st.integers(-(10**6), 10**6), st.integers(1, 999), st.integers(0, 3))
 def test_ways_to_write_a_fraction(top, bottom, way):
     value = Fraction(top, bottom)

@@ -180,6 +180,44 @@ def test_a_closed_pool_says_so():
         pool.rewards["answer"](["p"], ["c"], answer=["5"])
 
 
+def test_a_pool_whose_forking_process_died_says_so_and_leaves_nobody_waiting():
+    before = len(descendants_of_pool())
+    with RewardPool({"faulty": faulty}, workers=1, deadline=1.0) as pool:
+        heard = []
+
+        def wait():
+            with pytest.raises(RuntimeError, match="the pool has died"):
+                scores(pool, ["hang", "a", "b"])
+            heard.append(True)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        pool._process.kill()
+        waiting.join(timeout=20)
+        assert heard == [True]
+        with pytest.raises(RuntimeError, match="this pool is closed, or its thread has died"):
+            scores(pool, ["a"])
+    deadline = time.monotonic() + 5
+    while len(descendants_of_pool()) > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(descendants_of_pool()) == before  # workers die with the process that forked them
+
+
+def test_what_was_started_by_workers_that_died_is_gone_too():
+    def sleepers():
+        listed = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout
+        return [line for line in listed.splitlines() if "sleep 7781" in line and not line.startswith("Z")]
+
+    with RewardPool({"faulty": faulty}, workers=2, deadline=5.0) as pool:
+        assert scores(pool, ["start and die", "ok"] * 10) == [None, 2.0] * 10
+        assert {fault.detail for fault in pool.take_faults()} == {"its process was killed by signal 36"}
+    deadline = time.monotonic() + 5
+    while sleepers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sleepers() == []
+
+
 @pytest.mark.slow
 def test_ten_thousand_samples_with_faults_of_every_kind():
     """No process and no memory is left behind, and every other score is right."""

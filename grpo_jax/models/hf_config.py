@@ -241,7 +241,9 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
 
 def _has_scalar_head(hf_config: Fields) -> bool:
     """Whether the model is a reward model: a classifier of sequences with one label."""
-    if not any(name.endswith("ForSequenceClassification") for name in hf_config.get("architectures") or ()):
+    architectures = hf_config.get("architectures")
+    named = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    if not any(name.endswith("ForSequenceClassification") for name in named):
         return False
     labels = hf_config.get("num_labels") or len(hf_config.get("id2label") or (0, 1))
     if labels != 1:

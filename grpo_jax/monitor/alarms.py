@@ -6,7 +6,7 @@ step as ``metrics.jsonl`` has them, and fires when its condition begins to hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -107,26 +107,34 @@ class Alarms:
         settings: thresholds and levels.
         earlier: the rows of the steps before, of a run that is resumed: its alarms then fire as if it had never
             stopped. Rows without a step's own metrics (evaluations) are passed over.
+        fired_before: names of the alarms that did fire in them. Another one whose condition has held for long, because
+            thresholds are other ones now, fires at the next step.
     """
 
-    def __init__(self, settings: AlarmSettings, earlier: Sequence[Row] = ()):
+    def __init__(
+        self, settings: AlarmSettings, earlier: Sequence[Row] = (), fired_before: Collection[str] = frozenset()
+    ):
         self._settings = settings
         self._history = History()
         self._held = dict.fromkeys(CONDITIONS, 0)
+        self._is_on = dict.fromkeys(CONDITIONS, False)
         for row in earlier:
             self.update(row)
+        for name in set(CONDITIONS) - set(fired_before):
+            self._is_on[name] = False
 
     def update(self, row: Row) -> list[Fired]:
         """Take in a step's metrics; the alarms that fire at it."""
         if "reward" not in row and "frac_reward_absent" not in row:
             return []
-        self._history.rows.append(row)
+        self._history.add(row)
         fired = []
         for name, condition in CONDITIONS.items():
             threshold = getattr(self._settings, name)
             seen = None if threshold is None else condition(self._history, threshold, self._settings.solved)
             self._held[name] = 0 if seen is None else self._held[name] + 1
-            if seen is not None and self._held[name] == self._settings.patience:
+            was_on, self._is_on[name] = self._is_on[name], self._held[name] >= self._settings.patience
+            if seen is not None and self._is_on[name] and not was_on:
                 fired.append(Fired(int(row["step"]), name, self._settings.level(name), seen))
         return fired
 
@@ -135,22 +143,36 @@ class History:
     """The metrics of the steps so far."""
 
     def __init__(self):
-        self.rows: list[Row] = []
+        self.steps: list[int] = []
+        self._values: dict[str, list[float]] = {}
+        self._starts: dict[str, float] = {}
+
+    def add(self, row: Row) -> None:
+        """Take in a step's metrics."""
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key not in self._values:
+                self._values[key] = [np.nan] * len(self.steps)
+        for key, values in self._values.items():
+            values.append(np.nan if row.get(key) is None else float(row[key]))
+        self.steps.append(int(row["step"]))
 
     def last(self, key: str) -> float | None:
         """The newest value; None where the newest step has none."""
-        value = self.rows[-1].get(key)
-        return None if value is None or not np.isfinite(value) else float(value)
+        value = self._values.get(key, [np.nan])[-1]
+        return value if np.isfinite(value) else None
 
     def course(self, key: str) -> np.ndarray:
         """All values, NaN where there is none."""
-        return np.array([np.nan if row.get(key) is None else float(row[key]) for row in self.rows])
+        return np.array(self._values.get(key, [np.nan] * len(self.steps)))
 
     def start(self, key: str) -> float | None:
         """The mean of the first steps that have a value."""
-        values = self.course(key)
-        values = values[np.isfinite(values)][:WINDOW]
-        return float(values.mean()) if values.size else None
+        if key in self._starts:
+            return self._starts[key]
+        first = [value for value in self._values.get(key, []) if np.isfinite(value)][:WINDOW]
+        if len(first) == WINDOW:
+            self._starts[key] = float(np.mean(first))
+        return float(np.mean(first)) if first else None
 
     @property
     def truth(self) -> str:
@@ -197,8 +219,8 @@ def hacking(history: History, threshold: float, solved: float) -> str | None:
     judge, reward = history.course("judge"), history.course("reward")
     if np.isfinite(judge).sum() < 2 * WINDOW:
         return None
-    starts = range(len(judge) - 2 * WINDOW + 1)
-    best = max(starts, key=lambda i: np.nan_to_num(judge[i : i + WINDOW].mean(), nan=-np.inf))
+    means = np.lib.stride_tricks.sliding_window_view(judge, WINDOW).mean(1)[: len(judge) - 2 * WINDOW + 1]
+    best = int(np.nan_to_num(means, nan=-np.inf).argmax())
     then, now = slice(best, best + WINDOW), slice(-WINDOW, None)
     fall, fall_error = _change(judge[now], judge[then])
     rise, rise_error = _change(reward[then], reward[now])
@@ -206,7 +228,7 @@ def hacking(history: History, threshold: float, solved: float) -> str | None:
         return None
     return (
         f"reward went from {reward[then].mean():.3f} to {reward[now].mean():.3f} since step "
-        f"{int(history.rows[best]['step'])} while the judge went from {judge[then].mean():.3f} to "
+        f"{history.steps[best]} while the judge went from {judge[then].mean():.3f} to "
         f"{judge[now].mean():.3f}: the policy has found something that pays and is not what is wanted; read the samples"
     )
 

@@ -108,26 +108,31 @@ def _expected(test: Any) -> list[str]:
     if not isinstance(test, str):
         output = test.get("output") if isinstance(test, dict) else None
         return [_plain(output)]
+    return [_plain(value) for node in _nodes(test) if _is_equality(node) for value in _literal(node.comparators[0])]
+
+
+def _constants(program: str) -> set[str]:
+    wanted = (ast.Constant, ast.List, ast.Tuple, ast.UnaryOp)
+    return {_plain(value) for node in _nodes(program) if isinstance(node, wanted) for value in _literal(node)}
+
+
+def _is_equality(node: Any) -> bool:
+    return isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq)
+
+
+def _nodes(source: str) -> list[Any]:
     try:
-        compared = [node for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Compare)]
-        return [_plain(ast.literal_eval(node.comparators[0])) for node in compared]
+        return list(ast.walk(ast.parse(source)))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return []
 
 
-def _constants(program: str) -> set[str]:
+def _literal(node: Any) -> list[Any]:
+    """The value that is written out there; none where it is not one."""
     try:
-        nodes = list(ast.walk(ast.parse(program)))
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return set()
-    found = set()
-    for node in nodes:
-        if isinstance(node, (ast.Constant, ast.List, ast.Tuple, ast.UnaryOp)):
-            try:
-                found.add(_plain(ast.literal_eval(node)))
-            except (ValueError, TypeError, RecursionError, MemoryError):
-                continue
-    return found
+        return [ast.literal_eval(node)]
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return []
 
 
 def _plain(value: Any) -> str:

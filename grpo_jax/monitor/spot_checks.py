@@ -41,7 +41,7 @@ def spot_checks(samples: Sequence[Sample], *, group_size: int, seed: int) -> lis
             chosen[place] = why
 
     choose(jump, "highest reward above its group")
-    choose(disagreement(samples), "largest disagreement between parts")
+    choose(np.where(np.isnan(rewards), np.nan, disagreement(samples)), "largest disagreement between parts")
     choose(-jump, "lowest reward below its group")
     rest = [place for place in range(len(samples)) if place not in chosen]
     if rest:

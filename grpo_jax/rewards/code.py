@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ def code_reward(
     tests: Sequence[Sequence[Test] | None],
     partial_credit: bool = False,
     limits: Limits = LIMITS,
+    total_seconds: float = 20.0,
     **_columns: list[Any],
 ) -> list[Graded]:
     """1.0 where a completion's program passes every test, else 0.0, or the share of tests it passes.
@@ -62,7 +65,8 @@ def code_reward(
     The program is what ``extract_program`` finds; without one the score is 0.0. It never sees what a test expects:
     what it writes is compared outside its sandbox, and asserts run in a sandbox of their own and call it from there,
     receiving plain values. So it can neither read the answer from memory nor return something equal to everything nor
-    end the test with a success. Objects of its own classes are compared by its own code, if the test asks for that.
+    end the test with a success, nor redefine what Python brings. Objects of its own classes are compared, and their
+    methods answer, by its own code, if the test asks for that.
 
     Each entry is a ``Graded``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
     and ``note`` is what the interpreter or the first failed test said.
@@ -74,13 +78,16 @@ def code_reward(
             themselves, which is never the completion's merit.
         partial_credit: whether the score is the share of tests passed. If not, the first failure ends the work.
         limits: of each test; one that takes too long ends the work, and the tests after it count as failed.
+        total_seconds: of wall time for all tests of a program; less than the deadline of a pool around this, so that a
+            slow program is wrong and not absent.
 
     Raises:
         SandboxUnavailable: where there is no sandbox, nothing is run.
     """
     sandbox = _sandbox(limits)
     return [
-        _graded(completion, each, sandbox, partial_credit) for completion, each in zip(completions, tests, strict=True)
+        _graded(completion, each, sandbox, partial_credit, total_seconds)
+        for completion, each in zip(completions, tests, strict=True)
     ]
 
 
@@ -135,7 +142,14 @@ def readable_tests(tests: Any) -> bool:
     return True
 
 
-def run_tests(program: str, tests: Sequence[Test], sandbox: Sandbox, *, stop_at_failure: bool = False) -> Verdict:
+def run_tests(
+    program: str,
+    tests: Sequence[Test],
+    sandbox: Sandbox,
+    *,
+    stop_at_failure: bool = False,
+    total_seconds: float = math.inf,
+) -> Verdict:
     """Run a program against tests.
 
     Args:
@@ -143,17 +157,19 @@ def run_tests(program: str, tests: Sequence[Test], sandbox: Sandbox, *, stop_at_
         tests: as ``check_tests`` gives them.
         sandbox: where to; its limits are those of one test.
         stop_at_failure: whether the first failed test is the last that is run.
+        total_seconds: of wall time for all of them; those that are not run by then count as failed.
 
     Raises:
         ValueError: as ``check_tests``.
     """
     tests = check_tests(tests)
     run = _run_with_input if _reads_stdin(tests[0]) else _run_with_calls
-    passed, runnable, feedback = run(program, tests, sandbox, stop_at_failure)
+    until = time.monotonic() + total_seconds
+    passed, runnable, feedback = run(program, tests, sandbox, stop_at_failure, until)
     return Verdict(tuple(passed), len(tests), runnable, feedback[-LONGEST_FEEDBACK:])
 
 
-def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool) -> Graded:
+def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool, total_seconds: float) -> Graded:
     program = extract_program(completion)
     try:
         check_tests(tests)
@@ -161,7 +177,7 @@ def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool)
         return Graded(None, note=str(error))
     if program is None:
         return Graded(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
-    verdict = run_tests(program, tests, sandbox, stop_at_failure=not partial_credit)
+    verdict = run_tests(program, tests, sandbox, stop_at_failure=not partial_credit, total_seconds=total_seconds)
     runnable = {"runnable": float(verdict.runnable)}
     if None in verdict.passed:
         return Graded(None, runnable, verdict.feedback)
@@ -170,12 +186,12 @@ def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool)
 
 
 def _run_with_input(
-    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool
+    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
 ) -> tuple[list[bool | None], bool, str]:
     passed: list[bool | None] = []
     runnable, feedback = True, ""
     for number, test in enumerate(tests, 1):
-        ended = sandbox.run(program, stdin=test["input"])
+        ended = sandbox.run(program, stdin=test["input"], until=until)
         ran = ended.status == "ended" and ended.returncode == 0
         output = ended.stdout.decode("utf-8", "replace")
         passed.append(ran and _lines(output) == _lines(test["output"]))
@@ -189,13 +205,13 @@ def _run_with_input(
 
 
 def _run_with_calls(
-    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool
+    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
 ) -> tuple[list[bool | None], bool, str]:
     passed: list[bool | None] = []
     runnable, feedback = True, ""
     while len(passed) < len(tests):
         # A program that ended in the middle of a test is started again for the next one.
-        verdicts, ended, said = _session(program, tests[len(passed) :], sandbox, stop_at_failure)
+        verdicts, ended, said = _session(program, tests[len(passed) :], sandbox, stop_at_failure, until)
         for verdict in verdicts:
             passed.append(verdict["passed"])
             runnable = runnable and verdict["ran"]
@@ -212,7 +228,7 @@ def _run_with_calls(
 
 
 def _session(
-    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool
+    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
 ) -> tuple[list[dict[str, Any]], Ended, str]:
     """Load the program in one sandbox and have a judge in another call it, until one of them ends."""
     to_program, to_judge = os.pipe(), os.pipe()
@@ -239,7 +255,7 @@ def _session(
         finally:
             for end in (*to_program, *to_judge):
                 os.close(end)
-        ended = finish(judge, sandbox.limits, beside=[candidate], beat=True)
+        ended = finish(judge, sandbox.limits, beside=[candidate], beat=True, until=until)
         said = bytes([*candidate.output.values()][1]).decode("utf-8", "replace")
     return [json.loads(line) for line in ended.stdout.split(b"\n")[:-1]], ended, said
 

@@ -22,6 +22,7 @@ NAME = r"[A-Za-z](?:_\{?\w\}?)?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|
 FUNCTION_OF = re.compile(r"([A-Za-z]) ?\( ?([a-z](?:, ?[a-z])*) ?\)")
 RELATION = r"(\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|=|<|>)"
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+TRIGONOMETRY = ("sin", "cos", "tan", "cot", "sec", "csc")
 WORD = re.compile(r"[A-Za-z]+(?:[ '\-][A-Za-z]+)*")
 SHORT_WORDS = {"no", "yes", "up", "none", "even", "odd", "true", "false", "all"}
 
@@ -67,10 +68,12 @@ def same_answer(gold: str, answer: str) -> bool:
       the gold is written as a number, so must the answer be: 2+3 is not yet 5.
     - Units must measure the same thing (5 m is 500 cm); where only one side has a unit, the numbers decide. Percent,
       cents, dozens and millions are no units.
-    - Expressions of the same variables by their values, to 150 places or at random points to 40.
-    - Sets and bare lists without order; tuples with it; intervals and unions of them with their brackets, or as
-      inequalities in one variable; matrices; equations and inequalities up to a constant factor. ``x = 5`` is 5.
-    - Words without case; a letter of choice with or without brackets.
+    - Expressions of the same variables by their values, to 150 places or at random points to 40. What the gold does not
+      leave to be worked out (a sine, a binomial, a factorial, a floor), the answer must not leave either.
+    - Sets and bare lists without order, lists with their repeats; tuples with their order; intervals and unions of
+      them with their brackets, or as inequalities in one variable; matrices; equations and inequalities up to a
+      constant factor. ``x = 5`` is 5.
+    - Words without case; letters of choice and names in capitals with it; numerals with their base.
 
     Args:
         gold: the right one.
@@ -134,7 +137,7 @@ def _number(text: str) -> Answer | None:
     bare = re.fullmatch(r"(.*?[\d}])( ?)([A-Za-z][A-Za-z /]*?)\.? ?(\^ ?\{? ?[23] ?\}?)?", text)
     if unit:
         number, name = unit[1], unit[2].strip(" .") + (unit[3] or "").replace(" ", "")
-    elif bare and (len(bare[3]) > 1 or bare[2]):
+    elif bare and len(bare[3]) > 1:  # a single letter may be a variable
         number, name = bare[1], bare[3] + (bare[4] or "").replace(" ", "")
     else:
         return None
@@ -180,6 +183,10 @@ def _choice(text: str) -> Answer | None:
     if re.fullmatch(r"\( ?[a-z] ?\)", plain):
         return Answer("expression", plain.strip("() "))
     plain = " ".join(plain.split())
+    if re.fullmatch(r"[A-Z]{2,}", plain):
+        return Answer("text", plain)  # points, initials, digits: their order counts
+    if match := re.fullmatch(r"([0-9A-Fa-f]*[0-9][0-9A-Fa-f]*)_(?:\{ ?(\d+) ?\}|(\d))", plain):
+        return Answer("text", f"{match[1].lower().lstrip('0')} base {match[2] or match[3]}")
     if WORD.fullmatch(plain) and (r"\text" in text or plain.lower() in SHORT_WORDS or _is_prose(plain)):
         return Answer("text", plain.lower() if len(plain) > 1 else plain)
     return None
@@ -242,12 +249,19 @@ def _equation(left: str, right: str) -> Answer:
                 break
             return Answer(value.kind, value.value, value.unit, name)
     if re.fullmatch(rf"\( ?(?:{NAME})(?: ?, ?(?:{NAME}))+ ?\)", left):
-        value = _read(right)
-        return value if value is not None and value.kind == "tuple" else Answer("nothing", None)
+        return _named_tuple(left, _read(right))
     difference = f"({left})-({right})"
     if not variables(difference) or parsed_expression(difference) is None:
         return Answer("nothing", None)
     return Answer("equation", difference)
+
+
+def _named_tuple(names: str, value: Answer | None) -> Answer:
+    """``(x, y) = (2, 4)``, where there are as many of both."""
+    known = tuple(name.strip() for name in names.strip("() ").split(","))
+    if value is None or value.kind != "tuple" or len(known) != len(value.value):
+        return Answer("nothing", None)
+    return Answer("tuple", value.value, name=",".join(known))
 
 
 def _inequality(sides: list[str], signs: list[str]) -> Answer:
@@ -300,7 +314,10 @@ def _collection(text: str) -> Answer | None:
     if opening == r"\{":
         conditions = split_top(inner, r"\||:")
         if len(conditions) == 2:
-            return _named(conditions[0].split(r"\in")[0].strip(), _read(conditions[1]), {"interval"})
+            name, _, domain = conditions[0].partition(r"\in")
+            if domain and not re.fullmatch(r" ?\\mathbb ?\{ ?R ?\}", domain):
+                return Answer("nothing", None)
+            return _named(name.strip(), _read(conditions[1]), {"interval"})
         return _several("set", _elements(inner))
     items = split_top(inner, ",")
     if len(items) == 1:
@@ -415,13 +432,22 @@ def _infinity(sign: int) -> Answer:
 def _same(gold: Answer, given: Answer) -> bool:
     if gold.name is not None and given.name is not None and gold.name.strip() != given.name.strip():
         return False
+    if (
+        gold.name is None
+        and given.kind == "tuple"
+        and given.name
+        and given.name != ",".join(sorted(given.name.split(",")))
+    ):
+        return False  # (y, x) = ... is another order than the usual one
     if gold.kind in ("set", "list") and given.kind in ("set", "list"):
         if gold.kind == given.kind == "list" and len(gold.value) != len(given.value):
             return False
-        return _unordered(gold.value, given.value, distinct=True)
+        return _unordered(gold.value, given.value, distinct="set" in (gold.kind, given.kind))
     if {gold.kind, given.kind} == {"number", "expression"}:
         # A gold that is written as a number asks for one; a gold to be worked out may be answered by its value.
         return gold.kind == "expression" and given.unit is None and _equal(gold, given)
+    if gold.kind == given.kind == "expression" and _work(given.value) - _work(gold.value):
+        return False  # sin 60 is the question, not yet its answer
     if gold.kind == "interval" and given.kind == "tuple":
         given = _as_interval(given) or given
     if gold.kind != given.kind:
@@ -461,7 +487,7 @@ def _unordered(gold: tuple[Answer, ...], given: tuple[Answer, ...], *, distinct:
 
 def _same_intervals(gold: Answer, given: Answer) -> bool:
     def matches(a: tuple, b: tuple) -> bool:
-        return a[1] == b[1] and a[3] == b[3] and _value_equal(a[0], b[0]) and _value_equal(a[2], b[2])
+        return a[1] == b[1] and a[3] == b[3] and _same(a[0], b[0]) and _same(a[2], b[2])
 
     rest = list(given.value)
     for piece in gold.value:
@@ -491,10 +517,11 @@ def _same_inequality(gold: Answer, given: Answer) -> bool:
     return gold.value[1] == given.value[1] and ratio is not None and ratio > 0
 
 
-def _value_equal(a: Answer, b: Answer) -> bool:
-    if "infinity" in (a.kind, b.kind):
-        return a == b
-    return _equal(a, b)
+def _work(expression: str) -> set[str]:
+    """The functions in an expression that an answer is expected to have worked out, unless the gold has them too."""
+    inverse = re.sub(r"\\arc", r"\\", expression)
+    found = re.findall(r"\\(sin|cos|tan|cot|sec|csc|binom|min|max|gcd|lcm|lfloor|lceil)(?![a-z])|(!|\|)", inverse)
+    return {"trigonometry" if name in TRIGONOMETRY else name or mark for name, mark in found}
 
 
 def _free(value: Answer) -> bool:

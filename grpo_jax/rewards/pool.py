@@ -16,7 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ SAMPLES_A_WORKER = 2000
 """Then a worker is replaced, so that what rewards keep does not add up."""
 KEPT_FAULTS = 1000
 START_SECONDS = 120
+STUCK_SECONDS = 10
+"""A worker that stops in the middle of a message is taken for dead."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class RewardPool:
         for name, value in (("workers", self.workers), ("deadline", deadline), ("memory_bytes", memory_bytes)):
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+        self._outstanding: set[Future[Graded]] = set()
         self.rewards: dict[str, RewardFn] = {name: partial(self._score, name) for name in rewards}
         self._patience = dict.fromkeys(rewards, FIRST_PATIENCE_SECONDS)
         self._faults: deque[Fault] = deque(maxlen=KEPT_FAULTS)
@@ -191,7 +195,15 @@ class RewardPool:
             else:
                 futures.append(task.future)
                 self._submit(task)
-        return [future.result() for future in futures]
+        return [self._result(future) for future in futures]
+
+    def _result(self, future: Future[Graded]) -> Graded:
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if not self._thread.is_alive() and not future.done():
+                    raise RuntimeError("the pool's thread has died; what it said stands above") from None
 
     def _task(self, name: str, prompt: str, completion: str, columns: Mapping[str, Any]) -> Task:
         body = pickle.dumps((name, prompt, completion, dict(columns)))
@@ -208,16 +220,22 @@ class RewardPool:
     def _run(self) -> None:
         waiting: deque[Task] = deque()
         active: list[Worker] = []
+        reason: Exception = CancelledError("the pool was closed")
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
             try:
                 while self._serve(selector, waiting, active):
                     continue
-            finally:
-                for task in [*waiting, *(worker.task for worker in active if worker.task)]:
-                    task.future.cancel()
-                for worker in active:
-                    worker.connection.close()
+            except Exception as error:
+                reason = RuntimeError(f"the pool has died: {type(error).__name__}: {error}")
+        while not self._incoming.empty():
+            task = self._incoming.get()
+            if task is not None:
+                self._outstanding.add(task.future)
+        for future in self._outstanding:
+            future.set_exception(reason)
+        for worker in active:
+            worker.connection.close()
 
     def _serve(self, selector: selectors.BaseSelector, waiting: deque[Task], active: list[Worker]) -> bool:
         for key, _ in selector.select(self._until_due(active)):
@@ -227,6 +245,7 @@ class RewardPool:
                     task = self._incoming.get()
                     if task is None:
                         return False
+                    self._outstanding.add(task.future)
                     waiting.append(task)
             else:
                 self._hear(key.data, selector, active)
@@ -245,8 +264,9 @@ class RewardPool:
 
     def _until_due(self, active: list[Worker]) -> float | None:
         """Seconds until something is due though nobody speaks."""
+        is_full = sum(worker.straggling for worker in active) >= MOST_STRAGGLERS
         due = [
-            worker.started + min(self.deadline, math.inf if worker.straggling else self._patience[task.name])
+            worker.started + min(self.deadline, math.inf if worker.straggling or is_full else self._patience[task.name])
             for worker in active
             if (task := worker.task) is not None
         ]
@@ -262,7 +282,8 @@ class RewardPool:
         send(self._control, json.dumps({"ask": "fork"}).encode())
         socket.send_fds(self._control, [b"x"], [theirs.fileno()])
         theirs.close()
-        worker = Worker(json.loads(receive(self._control) or b"{}")["pid"], ours)
+        ours.settimeout(STUCK_SECONDS)
+        worker = Worker(self._answer()["pid"], ours)
         selector.register(ours, selectors.EVENT_READ, worker)
         active.append(worker)
         return worker
@@ -289,7 +310,7 @@ class RewardPool:
             if "fault" in said:
                 self._fail(task, said["fault"], said["detail"])
             else:
-                task.future.set_result(Graded(said["score"], said["details"], said["note"]))
+                self._resolve(task, Graded(said["score"], said["details"], said["note"]))
         if worker.straggling or worker.done >= SAMPLES_A_WORKER or said.get("fault") == "memory":
             self._replace(worker, selector, active, None, "died")
 
@@ -305,11 +326,21 @@ class RewardPool:
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         send(self._control, json.dumps(request).encode())
-        return {} if request["ask"] == "slow" else json.loads(receive(self._control) or b'{"status": -1}')
+        return {} if request["ask"] == "slow" else self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        answer = receive(self._control)
+        if answer is None:
+            raise RuntimeError("the process that all workers are forks of has died")
+        return json.loads(answer)
 
     def _fail(self, task: Task, kind: str, detail: str) -> None:
         self._faults.append(Fault(task.name, kind, detail, task.prompt, task.completion))
-        task.future.set_result(Graded(None, note=f"{kind}: {detail.strip().splitlines()[-1]}"))
+        self._resolve(task, Graded(None, note=f"{kind}: {detail.strip().splitlines()[-1]}"))
+
+    def _resolve(self, task: Task, graded: Graded) -> None:
+        self._outstanding.discard(task.future)
+        task.future.set_result(graded)
 
 
 def start(rewards: Mapping[str, RewardFn], memory_bytes: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
@@ -333,7 +364,8 @@ def start(rewards: Mapping[str, RewardFn], memory_bytes: int) -> tuple[socket.so
     )
     theirs.close()
     control.settimeout(START_SECONDS)
-    send(control, pickle.dumps({"path": sys.path, "rewards": packed, "memory_bytes": memory_bytes}))
+    with suppress(OSError):  # it then says nothing
+        send(control, pickle.dumps({"path": sys.path, "rewards": packed, "memory_bytes": memory_bytes}))
     said = json.loads(receive(control) or b'{"error": "its process died, or took two minutes"}')
     if "error" in said:
         control.close()
@@ -350,5 +382,6 @@ def death(status: int) -> str:
         return "its process is gone"
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
-        return f"its process was killed by {signal.Signals(-code).name}"
+        known = -code in [each.value for each in signal.Signals]
+        return f"its process was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
     return f"its process ended with exit status {code}"

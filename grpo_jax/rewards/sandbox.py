@@ -139,15 +139,16 @@ class Sandbox:
         if python is not None and (why := refusal(python)):
             raise SandboxUnavailable(f"no program could be run with {python}: {why}")
 
-    def run(self, source: str, *, stdin: str = "") -> Ended:
+    def run(self, source: str, *, stdin: str = "", until: float = math.inf) -> Ended:
         """Run a program as ``__main__`` until it ends or reaches a limit.
 
         Args:
             source: Python. A syntax error is an exit status of 1 with the message on stderr, as usual.
             stdin: what it can read.
+            until: when it is killed at the latest, by ``time.monotonic``.
         """
         with self.start(source, stdin=stdin) as program:
-            return finish(program, self.limits)
+            return finish(program, self.limits, until=until)
 
     def start(
         self, source: str, *, stdin: str = "", pass_fds: Sequence[int] = (), seconds: float | None = None
@@ -183,7 +184,14 @@ class Sandbox:
         return Program(process)
 
 
-def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), beat: bool = False) -> Ended:
+def finish(
+    program: Program,
+    limits: Limits,
+    *,
+    beside: Sequence[Program] = (),
+    beat: bool = False,
+    until: float = math.inf,
+) -> Ended:
     """Wait until a program ends, or kill it for what it uses.
 
     Args:
@@ -191,10 +199,11 @@ def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), 
         limits: of wall time, of output, and of the memory of all its processes.
         beside: others whose output and memory are held to the same limits, and for whose sake it may be killed.
         beat: whether every line on its stdout gives it ``limits.wall_seconds`` anew.
+        until: when it is killed at the latest, by ``time.monotonic``.
     """
     programs = [program, *beside]
     started = time.monotonic()
-    deadline, look = started + limits.wall_seconds, started + FIRST_LOOK_SECONDS
+    deadline, look = min(started + limits.wall_seconds, until), started + FIRST_LOOK_SECONDS
     status: Status = "ended"
     lines = 0
     with selectors.DefaultSelector() as selector:
@@ -214,7 +223,7 @@ def finish(program: Program, limits: Limits, *, beside: Sequence[Program] = (), 
                     break
                 now = time.monotonic()
                 if beat and (seen := next(iter(program.output.values())).count(b"\n")) > lines:
-                    lines, deadline = seen, now + limits.wall_seconds
+                    lines, deadline = seen, min(now + limits.wall_seconds, until)
                 if now >= look:
                     look = now + LOOK_SECONDS
                     if any(resident_bytes(each.process.pid) > limits.memory_bytes for each in programs):

@@ -6,6 +6,7 @@ import math
 import re
 from fractions import Fraction
 from functools import lru_cache
+from random import Random
 from typing import Any
 
 from grpo_jax.rewards.latex import LETTERS
@@ -13,11 +14,15 @@ from grpo_jax.rewards.latex import LETTERS
 DIGITS = 200
 AGREEMENT = 150
 """Decimal places to which irrational values must agree: more than any text of an answer's length can be made to."""
-POINTS = 6
+POINTS = 24
 IDENTIFIER = re.compile(r"\\[a-zA-Z]+|[A-Za-z](?:_(?:\w|\{\w+\}))?|\d+")
 CONSTANTS = {"e", "i", r"\pi"}
-UNREAD = re.compile(r"!\s*!|\)\s*!|\d ?[eE] ?[+\-]?\d|'|\"|&|;|\?|@|#|:|`|\*\*|\\text|\\circ|\\binom.*\d{4}")
-"""What the parser would make something else of, or work out at once however large."""
+UNREAD = re.compile(
+    r"!\s*!|\)\s*!|\d ?[eE] ?[+\-]?\d|'|\"|&|;|\?|@|#|:|`|\*\*|\\text|\\circ|\\binom.*\d{4}"
+    r"|(?<![A-Za-z\\])[fghFGH] ?\(|\\frac ?\{ ?d ?\w? ?\} ?\{ ?d ?\w|\d ?_"
+)
+"""What the parser would make something else of, or work out at once however large: names before brackets that are
+functions, derivatives and numerals with a base among it."""
 LARGEST_BITS = 20_000
 
 
@@ -44,7 +49,7 @@ def parsed_expression(text: str) -> Any | None:
         return None
     text = re.sub(r"(\d+)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
     try:
-        parsed: Any = latex2sympy(text, is_real=None, convert_degrees=False)
+        parsed: Any = latex2sympy(IDENTIFIER.sub(_renamed, text), is_real=None, convert_degrees=False)
         parsed = parsed.subs({symbol: sympy.I for symbol in parsed.free_symbols if symbol.name == "i"})
     except Exception:
         return None
@@ -54,15 +59,22 @@ def parsed_expression(text: str) -> Any | None:
     return parsed
 
 
-def _bits(node: Any) -> float | None:
+def _renamed(match: re.Match[str]) -> str:
+    """A variable under a number of its own: the parser makes a small letter of a large one."""
+    name = match[0].replace("{", "").replace("}", "")
+    is_variable = name in LETTERS or (name[0].isalpha() and name not in CONSTANTS)
+    return f"x_{{{int.from_bytes(name.encode())}}}" if is_variable else match[0]
+
+
+def _bits(node: Any, of_symbols: float = 3.0) -> float | None:
     """A bound for the binary digits before the point of anything worked out on the way; None where it is too large."""
     import sympy
 
     if node.is_Rational:
         return math.log2(max(abs(node.p), node.q, 1)) + 1
     if node.is_Symbol or not node.args:
-        return 3.0
-    bounds = [_bits(each) for each in node.args]
+        return of_symbols if node.is_Symbol else 3.0
+    bounds = [_bits(each, of_symbols) for each in node.args]
     inner = [each for each in bounds if each is not None]
     if len(inner) < len(bounds):
         return None
@@ -93,15 +105,15 @@ def agree(a: Any, b: Any) -> bool:
         digits = size + DIGITS
         return _close(_value(a, {}, digits), _value(b, {}, digits), size + AGREEMENT, digits)
     agreed = 0
-    for point in range(POINTS):
-        at = _point(symbols, point)
+    points = _points(symbols, a, b)
+    for at in points:
         x, y = _value(a, at, size + 60), _value(b, at, size + 60)
         if x is None or y is None:
             continue
         if not _close(x, y, size + 40, size + 60):
             return False
         agreed += 1
-    return agreed >= POINTS // 2
+    return agreed >= len(points) // 2
 
 
 def constant_ratio(left: str, right: str) -> Any | None:
@@ -114,25 +126,40 @@ def constant_ratio(left: str, right: str) -> Any | None:
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     size = int(((_bits(a) or 0) + (_bits(b) or 0)) * math.log10(2))
     ratios = []
-    for point in range(POINTS):
-        at = _point(symbols, point)
+    points = _points(symbols, a, b)
+    for at in points:
         x, y = _value(a, at, size + 60), _value(b, at, size + 60)
-        if x is not None and y is not None and abs(y) > 1e-30:
-            with mpmath.workdps(size + 60):
-                ratios.append(x / y)
-    if len(ratios) < POINTS // 2 or not all(_close(ratio, ratios[0], size + 40, size + 60) for ratio in ratios):
+        if x is None or y is None or (abs(x) < 1e-30 and abs(y) < 1e-30):
+            continue
+        if abs(y) < 1e-30:
+            return None
+        with mpmath.workdps(size + 60):
+            ratios.append(x / y)
+    if len(ratios) < len(points) // 2 or not all(_close(ratio, ratios[0], size + 40, size + 60) for ratio in ratios):
         return None
     return ratios[0].real if abs(ratios[0].imag) < 1e-40 else None
 
 
-def _point(symbols: list[Any], number: int) -> dict[Any, Any]:
-    """Where expressions are compared: rational values of both signs that no text has in mind."""
+def _points(symbols: list[Any], *expressions: Any) -> list[dict[Any, Any]]:
+    """Where expressions are compared: so many places that no case of an absolute value or a floor is passed over.
+
+    Small fractions, integers of both parities and, unless that takes too long, large fractions; of both signs and in
+    every order.
+    """
     import sympy
 
-    return {
-        symbol: sympy.Rational(((place + 3) * 7919 + (number + 1) * 104729) % 9973 - 4000, 2311)
-        for place, symbol in enumerate(symbols)
-    }
+    can_be_large = all(_bits(each, of_symbols=7.0) is not None for each in expressions)
+    points = []
+    for number in range(POINTS):
+        random = Random(number)
+        kind = number % 3
+        if kind == 1:
+            values = [sympy.Integer(random.randint(-15, 15)) for _ in symbols]
+        else:
+            bound = 120 if kind == 2 and can_be_large else 3
+            values = [sympy.Rational(random.randint(-2311 * bound, 2311 * bound), 2311) for _ in symbols]
+        points.append(dict(zip(symbols, values, strict=True)))
+    return points
 
 
 def _value(expression: Any, at: dict[Any, Any], digits: int) -> Any | None:

@@ -105,8 +105,10 @@ def read_unit(text: str) -> tuple[Fraction, Dimension] | None:
 
 
 def _base(name: str) -> tuple[Fraction, str] | None:
-    for each in (name, name.removesuffix("s"), name.lower(), name.lower().removesuffix("s")):
+    # Of short names each letter and its case counts: ms, Nm and Mg are not m, nm and mg.
+    spellings = (name, name.removesuffix("s"), name.lower(), name.lower().removesuffix("s"))
+    for each in spellings if len(name) > 3 else (name,):
         known = NAMES.get(each, each)
-        if known in BASES and (len(name) > 1 or name in ("m", "g", "s", "h", "l", "L")):
+        if known in BASES:
             return BASES[known]
     return None

@@ -20,10 +20,12 @@ from contextlib import suppress
 from typing import Any
 
 from grpo_jax.rewards.compose import Graded, as_graded
-from grpo_jax.rewards.sandbox import descendants
+from grpo_jax.rewards.sandbox import children, descendants
 
 LENGTH = struct.Struct("!I")
 BECOME_REAPER = 36  # PR_SET_CHILD_SUBREAPER
+LIBC = ctypes.CDLL(None)
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def send(connection: socket.socket, body: bytes) -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     sys.path[:] = setup["path"]
     if sys.platform == "linux":
         # What a killed worker leaves behind comes here, and is reaped.
-        ctypes.CDLL(None).prctl(BECOME_REAPER, 1, 0, 0, 0)
+        LIBC.prctl(BECOME_REAPER, 1, 0, 0, 0)
     try:
         rewards = pickle.loads(setup["rewards"])
     except BaseException:
@@ -87,6 +89,7 @@ def main() -> None:
         reap(ended, alive)
     for pid in alive:
         end(pid, ended)
+    reap(ended, set())
 
 
 def fork(control: socket.socket, rewards: dict[str, Any], memory_bytes: int) -> int:
@@ -99,6 +102,8 @@ def fork(control: socket.socket, rewards: dict[str, Any], memory_bytes: int) -> 
     control.close()
     try:
         os.setsid()
+        if sys.platform == "linux":
+            LIBC.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
         with suppress(ValueError, OSError):  # macOS has no such limit
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         null = os.open(os.devnull, os.O_RDWR)
@@ -111,20 +116,25 @@ def fork(control: socket.socket, rewards: dict[str, Any], memory_bytes: int) -> 
 
 def end(pid: int, ended: dict[int, int]) -> int:
     """Kill a worker and what it started, and give its wait status; -1 where it is not known."""
-    if pid not in ended:
-        tree = list(descendants(pid))
+    tree = list(descendants(pid)) if pid not in ended else []
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)  # a group outlives its leader
+    for each in tree:
         with suppress(OSError):
-            os.killpg(pid, signal.SIGKILL)
-        for each in tree:
-            with suppress(OSError):
-                os.kill(each, signal.SIGKILL)
+            os.kill(each, signal.SIGKILL)
+    if pid not in ended:
         with suppress(ChildProcessError):
             ended[pid] = os.waitpid(pid, 0)[1]
     return ended.pop(pid, -1)
 
 
 def reap(ended: dict[int, int], alive: set[int]) -> None:
-    """Take note of workers that have ended by themselves; wait for what was left to this process."""
+    """Take note of workers that have ended by themselves; end what they left, which comes to this process."""
+    for child in children(os.getpid()):
+        if child not in alive:
+            for each in list(descendants(child)):
+                with suppress(OSError):
+                    os.kill(each, signal.SIGKILL)
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
             if found[0] in alive:

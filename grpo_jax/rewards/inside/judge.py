@@ -1,9 +1,15 @@
 """The side of the tests: it calls the program through the link and says, a line for each test, what came of it."""
 
+import builtins
+import importlib
 import json
 import math
 import os
+import re
 import traceback
+
+LENT_MODULES = ("collections", "copy", "datetime", "functools", "itertools", "json", "math", "random", "re", "string")
+"""What many tests use without importing it, because solutions do."""
 
 
 def judge(tests, link, stop_at_failure):
@@ -23,9 +29,14 @@ def judge(tests, link, stop_at_failure):
         try:
             run_test(test, names)
             say(True)
-        except CannotSend as error:
-            say(None, f"the test hands the program what cannot travel: {error}")
+        except SaysNothing as error:
+            say(None, str(error))
             return
+        except CannotSend as error:
+            if error.of_test:
+                say(None, f"the test hands the program what cannot travel: {error}")
+                return
+            say(False, f"{error}")
         except Gone as error:
             say(False, str(error), ran=False)
             return
@@ -44,6 +55,10 @@ def judge(tests, link, stop_at_failure):
             return
 
 
+class SaysNothing(Exception):
+    """A test passed that has nothing to do with the program."""
+
+
 def names_of(link):
     """What the program has, by name; raises if it did not load."""
     hello = link.receive()
@@ -51,16 +66,26 @@ def names_of(link):
         raise Gone("{}: {}".format(hello["raised"][0], hello["text"]))
     names = {}
     for name, what in hello["names"].items():
-        if "exception" in what:
+        if "exception" in what and not is_reserved(name):
             link.exceptions[name] = names[name] = exception_class(what["exception"], link.exceptions)
-        else:
+        elif "value" in what:
             names[name] = link.decode(what["value"])
     return names
 
 
+def is_reserved(name):
+    """Whether a test takes the name from Python: a program that defines ``set`` or ``abs`` is not to judge itself."""
+    return name.startswith("__") or name in vars(builtins) or name in LENT_MODULES
+
+
 def run_test(test, names):
     if isinstance(test, str):
-        exec(compile(test, "test.py", "exec"), {"__name__": "__main__", **names})
+        words = set(re.findall(r"[^\W\d]\w*", test))
+        lent = {name: importlib.import_module(name) for name in LENT_MODULES if name in words}
+        given = {name: value for name, value in names.items() if not is_reserved(name)}
+        exec(compile(test, "test.py", "exec"), {"__name__": "__main__", **lent, **given})
+        if not words & set(given):
+            raise SaysNothing("the test does not use the program (a name of Python's own is not the program's)")
         return
     name = test["fn_name"]
     function = getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
@@ -86,7 +111,9 @@ def same(result, expected):
         return all(key in texts and same(texts[key], expected[key]) for key in expected)
     if isinstance(expected, float) and isinstance(result, (int, float)) and not isinstance(result, bool):
         return math.isclose(result, expected, rel_tol=1e-9, abs_tol=1e-12) or result == expected
-    return type(result) in (type(expected), int, float, bool) and result == expected
+    if isinstance(result, bool) != isinstance(expected, bool):
+        return False
+    return type(result) in (type(expected), int, float) and result == expected
 
 
 def text_of(test):

@@ -34,7 +34,7 @@ OPERATIONS = {
     "isinstance": lambda target, value: isinstance(value, target),
     "enter": lambda target: target.__enter__(),
     "exit": lambda target: target.__exit__(None, None, None),
-    **{name: getattr(operator, name) for name in ("getitem", "setitem", "delitem", "contains", "neg")},
+    **{name: getattr(operator, name) for name in ("getitem", "setitem", "delitem", "neg")},
     **{name: getattr(operator, name) for name in BETWEEN_OBJECTS + ARITHMETIC},
 }
 
@@ -44,7 +44,9 @@ class Gone(Exception):
 
 
 class CannotSend(Exception):
-    """A value has no plain form and no handle may be given for it."""
+    """A value has no plain form and no handle may be given for it; ``of_test`` if a test made it."""
+
+    of_test = False
 
 
 class Link:
@@ -94,6 +96,8 @@ class Link:
             self.serve(reply)
             reply = self.receive()
         if "raised" in reply:
+            if reply["raised"][0] == "StopIteration" and operation != "next":
+                raise RuntimeError("the program raised StopIteration")  # which would end a loop of the test in peace
             error = exception_class(reply["raised"], self.exceptions)(reply["text"])
             error.itself = self.decode(reply["itself"])
             raise error
@@ -132,8 +136,8 @@ class Link:
         if isinstance(value, dict):
             pairs = [[self.encode(k), self.encode(v)] for k, v in dict.items(value)]
             return self.with_methods(value, {"dict": pairs})
-        if isinstance(value, range):
-            return {"range": [value.start, value.stop, value.step]}
+        if isinstance(value, (range, slice)):
+            return {type(value).__name__: [self.encode(each) for each in (value.start, value.stop, value.step)]}
         if isinstance(value, (bytes, bytearray)):
             return {type(value).__name__: base64.b64encode(value).decode()}
         if isinstance(value, complex):
@@ -159,7 +163,9 @@ class Link:
         if callable(value):
             name = getattr(value, "__name__", "")
             return {"function": [self.handle(value), name, getattr(value, "__doc__", None), parameters(value)]}
-        raise CannotSend("an object of type {}; plain values and functions can be".format(type(value).__name__))
+        refused = CannotSend("an object of type {}; plain values and functions can be".format(type(value).__name__))
+        refused.of_test = type(value).__module__ == "__main__"
+        raise refused
 
     def encode_error(self, error):
         return {"mine": self.handle(error)} if "getattr" in self.serves else None
@@ -209,14 +215,14 @@ class Link:
             return self.awaited(content)
         if kind == "iterator":
             return iter([self.decode(each) for each in content])
-        if kind == "range":
-            return range(*content)
+        if kind in ("range", "slice"):
+            return BUILD[kind](*(self.decode(each) for each in content))
         return BUILD[kind](content)
 
 
 TYPES = {name: value for name, value in vars(builtins).items() if isinstance(value, type)}
 TYPES["NoneType"] = type(None)
-BUILD = {kind.__name__: kind for kind in (list, tuple, set, frozenset, bytes, bytearray, Decimal)}
+BUILD = {kind.__name__: kind for kind in (list, tuple, set, frozenset, bytes, bytearray, Decimal, range, slice)}
 BUILD["datetime"] = datetime.fromisoformat
 BUILD["date"] = date.fromisoformat
 
@@ -297,7 +303,8 @@ class Remote:
 
     What is computed of it is computed there, by code that may lie. So it equals no plain value but the one that came
     with it, is not compared with others, and nothing plain is taken from what was computed of it and a plain value:
-    that value may be the answer. What it says of itself alone, it says without knowing what would be right.
+    that value may be the answer. What it says of itself alone, it says without knowing what would be right. Only where
+    a test asks it itself, by a method with the answer as argument or by comparing two of its objects, it is believed.
     """
 
     def __init__(self, link, handle, told=False):
@@ -308,9 +315,11 @@ class Remote:
 
     def _ask(self, operation, *args, **kwargs):
         value = self._link.ask(operation, self._handle, *args, **kwargs)
-        if self._told and not isinstance(value, Remote):
+        if not self._told:
+            return value
+        if not isinstance(value, Remote):
             raise TypeError("a plain value of what a plain value was told to")
-        return value
+        return Remote(value._link, value._handle, told=True)
 
     def __call__(self, *args, **kwargs):
         return self._ask("call", *args, **kwargs)
@@ -363,7 +372,7 @@ def _arithmetic(operation, reflected=False):
 
 for _name in ("next", "iter", "len", "str", "repr", "bool", "int", "float", "hash", "abs", "neg", "enter"):
     setattr(Remote, "__{}__".format(_name), _forwarded(_name))
-for _name in ("getitem", "setitem", "delitem", "contains"):
+for _name in ("getitem", "setitem", "delitem"):
     setattr(Remote, "__{}__".format(_name), _forwarded(_name))
 for _name in BETWEEN_OBJECTS[2:]:
     setattr(Remote, "__{}__".format(_name), _between_objects(_name))
