@@ -66,7 +66,8 @@ def code_reward(
     what it writes is compared outside its sandbox, and asserts run in a sandbox of their own and call it from there,
     receiving plain values. So it can neither read the answer from memory nor return something equal to everything nor
     end the test with a success, nor redefine what Python brings. Objects of its own classes are compared, and their
-    methods answer, by its own code, if the test asks for that.
+    methods answer, by its own code, if the test asks for that. What a test cannot do is look into the program: at types
+    of its results, at its own ``__contains__``, or at a list that it changes after the call it was handed over in.
 
     Each entry is a ``Graded``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
     and ``note`` is what the interpreter or the first failed test said.

@@ -97,7 +97,8 @@ class Link:
             reply = self.receive()
         if "raised" in reply:
             if reply["raised"][0] == "StopIteration" and operation != "next":
-                raise RuntimeError("the program raised StopIteration")  # which would end a loop of the test in peace
+                # Raised as it is, it would end a loop of the test in peace.
+                raise exception_class(["StopsNothing", "RuntimeError"], {})("the program raised StopIteration")
             error = exception_class(reply["raised"], self.exceptions)(reply["text"])
             error.itself = self.decode(reply["itself"])
             raise error
