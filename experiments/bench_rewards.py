@@ -22,8 +22,10 @@ from grpo_jax.rewards import RewardPool, code_reward, math_reward
 from grpo_jax.rewards.compose import as_graded
 
 PAIRS = Path(__file__).parent.parent / "tests" / "data" / "math_pairs.jsonl"
-PROGRAM = "```python\ndef add(a, b):\n    return a + b\n```"
-TESTS = ["assert add(3, 4) == 7", "assert add('a', 'b') == 'ab'"]
+FUNCTION = "```python\ndef add(a, b):\n    return a + b\n```"
+ASSERTS = ["assert add(3, 4) == 7", "assert add('a', 'b') == 'ab'"]
+SCRIPT = "```python\nprint(int(input()) + int(input()))\n```"
+INPUTS = [{"input": "3\n4\n", "output": "7\n"}, {"input": "5\n6\n", "output": "11\n"}]
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,18 @@ class Config:
 
 
 def main(config: Config) -> None:
-    result: dict[str, Any] = {**code_throughput(config.programs), **price_of_hanging(config.samples, config.deadline)}
-    print(json.dumps(result | mistakes()))
+    result: dict[str, Any] = {}
+    for name, program, tests in (("asserts", FUNCTION, ASSERTS), ("stdin", SCRIPT, INPUTS)):
+        result |= {f"code_pool_speedup_{name}": code_throughput(config.programs, program, tests)}
+    print(json.dumps(result | price_of_hanging(config.samples, config.deadline) | mistakes()))
 
 
 def scores_of(values: Any, completions: list[str]) -> list[float | None]:
     return [each.score for each in as_graded(values, completions)]
 
 
-def code_throughput(count: int) -> dict[str, float]:
-    prompts, completions, tests = [""] * count, [PROGRAM] * count, [TESTS] * count
+def code_throughput(count: int, program: str, tests_of_one: list[Any]) -> float:
+    prompts, completions, tests = [""] * count, [program] * count, [tests_of_one] * count
     with RewardPool({"code": code_reward}) as pool:
         seconds = {}
         for name, reward in (("pool", pool.rewards["code"]), ("alone", code_reward)):
@@ -56,7 +60,7 @@ def code_throughput(count: int) -> dict[str, float]:
             started = time.perf_counter()
             assert scores_of(reward(prompts, completions, tests=tests), completions) == [1.0] * count
             seconds[name] = time.perf_counter() - started
-        return {"workers": pool.workers, "code_pool_speedup": round(seconds["alone"] / seconds["pool"], 2)}
+        return round(seconds["alone"] / seconds["pool"], 2)
 
 
 def usual(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:

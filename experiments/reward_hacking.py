@@ -186,26 +186,28 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def plot(folder: Path, names: Sequence[str]) -> None:
-    """Reward and true score of each run, with a line at each alarm."""
+    """Reward and true score of each run, with a line where each alarm first fired."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
-        rows = [row for row in read_jsonl(folder / name / "metrics.jsonl") if "judge" in row]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        metrics = [row for row in read_jsonl(folder / name / "metrics.jsonl") if "judge" in row]
         for key, label, colour in (("reward", "reward, learnt from", "#ea580c"), ("judge", "true score", "#2563eb")):
-            axis.plot(*series(rows, key).T, label=label, color=colour)
-        for place, alarm in enumerate(read_jsonl(folder / name / "alarms.jsonl")):
-            axis.axvline(alarm["step"], color="#94a3b8", linewidth=1)
-            axis.text(
-                alarm["step"],
-                0.98 - 0.08 * (place % 6),
-                alarm["alarm"],
-                fontsize=7,
-                transform=axis.get_xaxis_transform(),
-            )
+            axis.plot(*series(metrics, key).T, label=label, color=colour)
+        first: dict[str, int] = {}
+        for alarm in read_jsonl(folder / name / "alarms.jsonl"):
+            first.setdefault(alarm["alarm"], alarm["step"])
+        for place, (alarm, step) in enumerate(first.items()):
+            axis.axvline(step, color="#94a3b8", linewidth=1)
+            height = 0.97 - 0.09 * place
+            axis.text(step, height, f" {alarm}", fontsize=8, va="top", transform=axis.get_xaxis_transform())
         axis.set(title=name, xlabel="step")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(folder / "curves.png", dpi=120)
+    axes[0][0].legend(fontsize=8, loc="lower right")
+    figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from grpo_jax.rewards.language import language_reward, language_share
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.length import soft_overlong_reward
 from grpo_jax.rewards.plugin import import_reward, read_weighted
-from grpo_jax.rewards.pool import Fault, RewardPool
+from grpo_jax.rewards.pool import Fault, RewardPool, default_workers
 from grpo_jax.rewards.repetition import repetition_reward
 from grpo_jax.sharding import param_shardings
 
@@ -59,7 +58,7 @@ class RewardSettings:
     """The least and the greatest sum of all."""
     reward_workers: int | None = None
     """Processes that score; 0 scores in this one, without deadline. Default: 0 for the built-in sums without rewards of
-    your own, as many as there are processors otherwise."""
+    your own, one more than there are processors otherwise."""
     reward_deadline: float = 30.0
     """Seconds for one completion and one reward."""
     reward_memory: int = 4 << 30
@@ -134,8 +133,8 @@ class RewardSettings:
             judge = "accuracy"
         learned = None if self.reward_model is None else load_reward_model(self.reward_model, mesh=mesh, dtype=dtype)
         own_code = bool(self.reward or self.judge or self.format_pattern)
-        default_workers = (os.cpu_count() or 1) if needs_pool or own_code else 0
-        workers = default_workers if self.reward_workers is None else self.reward_workers
+        by_default = default_workers() if needs_pool or own_code else 0
+        workers = by_default if self.reward_workers is None else self.reward_workers
         return Scoring(
             rewards,
             weights | ({} if learned is None else {"reward_model": self.reward_model_weight}),

@@ -98,7 +98,8 @@ class RewardPool:
 
     Args:
         rewards: by name; functions that ``cloudpickle`` can take: of a module, or of a notebook.
-        workers: how many run at once; by default as many as there are processors.
+        workers: how many run at once; by default one more than there are processors, so that none of these is idle
+            while a sample waits for something.
         deadline: seconds for one sample and one reward.
         memory_bytes: address space of a worker, what it inherits (some 300 MiB) included.
 
@@ -115,7 +116,7 @@ class RewardPool:
         deadline: float = 10.0,
         memory_bytes: int = 2 << 30,
     ):
-        self.workers = os.cpu_count() or 1 if workers is None else workers
+        self.workers = default_workers() if workers is None else workers
         self.deadline = deadline
         if not rewards:
             raise ValueError("there must be rewards to run")
@@ -341,6 +342,11 @@ class RewardPool:
     def _resolve(self, task: Task, graded: Graded) -> None:
         self._outstanding.discard(task.future)
         task.future.set_result(graded)
+
+
+def default_workers() -> int:
+    """How many workers a pool has unless it is told."""
+    return (os.cpu_count() or 1) + 1
 
 
 def start(rewards: Mapping[str, RewardFn], memory_bytes: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
