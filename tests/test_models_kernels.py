@@ -130,7 +130,9 @@ def test_splash_attention_on_a_mesh():
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [("cudnn", WINDOWED), ("splash", WINDOWED), ("splash", CAPPED)], ids=["cudnn", "splash", "cap"]
+    ("name", "config"),
+    [("cudnn", WINDOWED), ("splash", WINDOWED), pytest.param("splash", CAPPED, marks=pytest.mark.slow)],
+    ids=["cudnn", "splash", "cap"],
 )
 def test_a_model_with_a_kernel_trains_and_samples_as_the_plain_one(monkeypatch, name, config):
     """Prompts are read by it, and completions are scored, forward and backward; a window is that of its layer."""

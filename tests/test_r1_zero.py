@@ -379,6 +379,7 @@ def test_truncating_filters_leave_the_gap_out_unless_it_is_corrected_for(config)
     assert gap in build_loss(sampler_alters_policy=True, importance_cap=2.0)(params, batch)[1]
 
 
+@pytest.mark.slow
 def test_a_coarser_cache_trains_with_a_gap_that_is_corrected_for(config):
     policy = PolicyLossSettings(importance_cap=2.0)
     r1_zero.main(replace(config, num_steps=1, group_size=16, cache_dtype="int8", policy=policy, eval_every=0))

@@ -88,7 +88,7 @@ def test_every_filter_and_penalty_follows_its_rows(tiny, expected):
     assert lengths.min() >= 5  # four others before the ending one
 
 
-@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("pinned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_t14_devices_do_not_change_what_is_drawn(tiny, expected, pinned):
     model, params = tiny
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -287,6 +287,7 @@ def test_a_coarser_cache_is_off_by_little(tiny, cache_dtype, most):
     assert 1e-4 < gap[np.asarray(rollout.completion_mask)].max() < most
 
 
+@pytest.mark.slow
 def test_a_coarser_cache_rounds_alike_in_every_schedule(tiny):
     """Where float32 differs in the last bit, another schedule may round to the next step; it is seldom."""
     model, params = tiny

@@ -264,9 +264,10 @@ def test_no_uniform_number_draws_a_removed_token(monkeypatch):
     np.testing.assert_allclose(log_probs, np.log(drawn), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "knobs", [{}, {"temperature": 0.8, "top_k": 200, "top_p": 0.9, "min_p": 0.002}], ids=["plain", "all"]
-)
+EVERY_KNOB = {"temperature": 0.8, "top_k": 200, "top_p": 0.9, "min_p": 0.002}
+
+
+@pytest.mark.parametrize("knobs", [{}, pytest.param(EVERY_KNOB, marks=pytest.mark.slow)], ids=["plain", "all"])
 def test_a_million_draws_over_many_blocks_follow_the_exact_distribution(knobs):
     """A vocabulary of several blocks, the last of them not whole; every filter; chi-square."""
     size, batch, batches = 333, 50_000, 20
