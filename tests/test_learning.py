@@ -93,7 +93,7 @@ def test_a_planted_hole_is_found_and_noticed(tmp_path):
         env=environment,
         check=True,
         stdout=subprocess.DEVNULL,
-        timeout=900,
+        timeout=1800,
     )
     told = json.loads((tmp_path / "table.json").read_text())["hard_coded"]
     assert told["alarms"]["constant_answer"] <= 20
