@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -272,31 +272,31 @@ def main(config: Config) -> int:
         ) as run,
     ):
         try:
-            if run.is_finished:
-                run.say(f"this run is finished; everything is in {run.folder}")
-            else:
-                with ExitStack() as stack:
-                    train(config, run, stack)
+            train(config, run)
         except Stopped:
             run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command goes on from the last")
             return 130
     return 0
 
 
-def train(config: Config, run: Run, stack: ExitStack) -> None:
+def train(config: Config, run: Run) -> None:
+    if run.is_finished:
+        run.say(f"this run is finished; everything is in {run.folder}")
+        return
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_mesh(config, mesh)
     problems, held_out, accuracy, held_out_accuracy = config.data.load(config.seed)
-    scoring = config.rewards.open(
-        accuracy,
-        held_out_accuracy,
-        max_completion_length=config.completion_length,
-        needs_pool=config.data.dataset is not None,
-        mesh=mesh,
-        dtype=config.compute_dtype,
+    scoring = run.enter(
+        config.rewards.open(
+            accuracy,
+            held_out_accuracy,
+            max_completion_length=config.completion_length,
+            needs_pool=config.data.dataset is not None,
+            mesh=mesh,
+            dtype=config.compute_dtype,
+        )
     )
-    stack.enter_context(scoring)
     scoring.probe(*(first_row(each) for each in (problems, held_out)))
 
     policy = models.from_pretrained(

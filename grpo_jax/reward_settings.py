@@ -175,7 +175,6 @@ class Scoring:
         self.judge = judge
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.held_out = held_out
-        self._own = dict(rewards)
         with ExitStack() as stack:
             self._pool = self._held_out_pool = None
             if workers:

@@ -13,10 +13,10 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from rich.console import Console
@@ -33,6 +33,9 @@ from grpo_jax.monitor.trackers import Tracker, open_trackers
 from grpo_jax.rewards.pool import Fault
 
 PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+
+
+Entered = TypeVar("Entered")
 
 
 class Stopped(Exception):  # noqa: N818 - no error
@@ -111,6 +114,10 @@ class Run:
 
     def __exit__(self, *error) -> None:
         self._stack.close()
+
+    def enter(self, context: AbstractContextManager[Entered]) -> Entered:
+        """Enter a context that is left with the run."""
+        return self._stack.enter_context(context)
 
     @property
     def seconds(self) -> float:

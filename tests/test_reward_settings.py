@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,7 +74,7 @@ def test_who_judges():
 
 
 def test_a_reward_model_beside_the_rules(tmp_path):
-    params = init_params(from_hf_config(TINY_REWARD), __import__("jax").random.key(0))
+    params = init_params(from_hf_config(TINY_REWARD), jax.random.key(0))
     config = TINY_REWARD | {"eos_token_id": 1}
     save_pretrained(tmp_path / "model", params, hf_config=config, tokenizer=tiny_tokenizer())
     with opened(reward_model=str(tmp_path / "model"), reward_model_weight=2.0) as scoring:

@@ -238,7 +238,7 @@ def _session(
             served, asked = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
             serving = f"import sys\nserve_program(sys.stdin.read(), Link(*{served}, OPERATIONS))\n"
             judging = (
-                f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, ['call', 'eq', 'hash']), {stop_at_failure})\n"
+                f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, {ALLOWED_ON_TESTS}), {stop_at_failure})\n"
             )
             candidate = started.enter_context(
                 sandbox.start(

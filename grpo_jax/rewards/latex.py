@@ -34,8 +34,6 @@ PLAIN = {
     "\u00a0": " ",
     "\u202f": " ",
     "\u211d": r"\mathbb{R}",
-    "\u20ac": "\u20ac",
-    "\u00a3": "\u00a3",
 }
 SPELLINGS = {
     r"\dfrac": r"\frac",
@@ -93,7 +91,6 @@ KNOWN |= {r"\cap", r"\setminus", r"\emptyset", r"\{", r"\}", r"\\", r"\circ", r"
 KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil"}
 COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)", re.DOTALL)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-PAIRS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
 
 
 def tidy(text: str) -> str | None:
@@ -117,8 +114,7 @@ def tidy(text: str) -> str | None:
         return None
     parts, end = [], 0
     for match in COMMAND.finditer(text):
-        command = match[0]
-        command = SPELLINGS.get(command, command)
+        command = SPELLINGS.get(match[0], match[0])
         if match[0] in BLANKS or command in DROPPED:
             command = " "
         elif match[0] not in SPELLINGS and command not in KNOWN:

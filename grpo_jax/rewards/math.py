@@ -21,7 +21,7 @@ from grpo_jax.rewards.units import Dimension, read_unit
 NAME = r"[A-Za-z](?:_\{?\w\}?)?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho) ?"
 FUNCTION_OF = re.compile(r"([A-Za-z]) ?\( ?([a-z](?:, ?[a-z])*) ?\)")
 RELATION = r"(\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|=|<|>)"
-FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 TRIGONOMETRY = ("sin", "cos", "tan", "cot", "sec", "csc")
 WORD = re.compile(r"[A-Za-z]+(?:[ '\-][A-Za-z]+)*")
 SHORT_WORDS = {"no", "yes", "up", "none", "even", "odd", "true", "false", "all"}
@@ -134,11 +134,11 @@ def _number(text: str) -> Answer | None:
         value, unit = _exact(text[1:].strip()), read_unit(text[0])
         return None if value is None else Answer("number", value, unit)
     unit = re.fullmatch(r"(.*?[\d}]) ?\\text\{([^{}]*)\} ?(\^ ?\{? ?[23] ?\}?)?", text)
-    bare = re.fullmatch(r"(.*?[\d}])( ?)([A-Za-z][A-Za-z /]*?)\.? ?(\^ ?\{? ?[23] ?\}?)?", text)
+    bare = re.fullmatch(r"(.*?[\d}]) ?([A-Za-z][A-Za-z /]*?)\.? ?(\^ ?\{? ?[23] ?\}?)?", text)
     if unit:
         number, name = unit[1], unit[2].strip(" .") + (unit[3] or "").replace(" ", "")
-    elif bare and len(bare[3]) > 1:  # a single letter may be a variable
-        number, name = bare[1], bare[3] + (bare[4] or "").replace(" ", "")
+    elif bare and len(bare[2]) > 1:  # a single letter may be a variable
+        number, name = bare[1], bare[2] + (bare[3] or "").replace(" ", "")
     else:
         return None
     value, measure = _exact(number), read_unit(name)
@@ -272,7 +272,7 @@ def _inequality(sides: list[str], signs: list[str]) -> Answer:
         if len(signs) == 2:
             if named != [1]:
                 return Answer("nothing", None)
-            if signs[0][-1] in (">", "e") and signs[0] in (">", r"\ge"):
+            if signs[0] in (">", r"\ge"):
                 values, signs = values[::-1], [FLIPPED[sign] for sign in signs[::-1]]
             if not all(sign in ("<", r"\le") for sign in signs):
                 return Answer("nothing", None)
@@ -378,7 +378,7 @@ def _list(text: str) -> Answer | None:
         parts = [part.removeprefix("+").strip() for part in parts]
     if len(parts) == 1:
         return None
-    return _several("list", [part for part in parts if part]) if all(parts) else Answer("nothing", None)
+    return _several("list", parts)
 
 
 def _several(kind: str, parts: list[str]) -> Answer:
@@ -476,12 +476,17 @@ def _unordered(gold: tuple[Answer, ...], given: tuple[Answer, ...], *, distinct:
     if distinct:
         forward = all(any(_same(a, b) for b in given) for a in gold)
         return forward and all(any(_same(a, b) for a in gold) for b in given)
+    return _pair_off(gold, given, _same)
+
+
+def _pair_off(gold: tuple[Any, ...], given: tuple[Any, ...], same: Callable[[Any, Any], bool]) -> bool:
+    """Whether each of the one has a partner of its own among the other, and none is left over."""
     rest = list(given)
     for a in gold:
-        match = next((place for place, b in enumerate(rest) if _same(a, b)), None)
-        if match is None:
+        place = next((place for place, b in enumerate(rest) if same(a, b)), None)
+        if place is None:
             return False
-        rest.pop(match)
+        rest.pop(place)
     return not rest
 
 
@@ -489,13 +494,7 @@ def _same_intervals(gold: Answer, given: Answer) -> bool:
     def matches(a: tuple, b: tuple) -> bool:
         return a[1] == b[1] and a[3] == b[3] and _same(a[0], b[0]) and _same(a[2], b[2])
 
-    rest = list(given.value)
-    for piece in gold.value:
-        place = next((n for n, other in enumerate(rest) if matches(piece, other)), None)
-        if place is None:
-            return False
-        rest.pop(place)
-    return not rest
+    return _pair_off(gold.value, given.value, matches)
 
 
 def _same_matrix(gold: Answer, given: Answer) -> bool:

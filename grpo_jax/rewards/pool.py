@@ -94,8 +94,6 @@ class RewardPool:
     on at the lowest priority, up to 32 of them, and another takes its place. So a step waits about one deadline longer
     at most.
 
-    On several hosts each has its own pool and scores its own rows.
-
     Args:
         rewards: by name; functions that ``cloudpickle`` can take: of a module, or of a notebook.
         workers: how many run at once; by default one more than there are processors, so that none of these is idle
@@ -204,7 +202,7 @@ class RewardPool:
                 return future.result(timeout=1.0)
             except TimeoutError:
                 if not self._thread.is_alive() and not future.done():
-                    raise RuntimeError("the pool's thread has died; what it said stands above") from None
+                    raise RuntimeError("the pool has died") from None
 
     def _task(self, name: str, prompt: str, completion: str, columns: Mapping[str, Any]) -> Task:
         body = pickle.dumps((name, prompt, completion, dict(columns)))

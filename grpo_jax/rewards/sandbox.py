@@ -159,7 +159,7 @@ class Sandbox:
             source: Python.
             stdin: what it can read.
             pass_fds: descriptors of this process that it is given under the same numbers.
-        seconds: of processor time, instead of the limits' own.
+            seconds: of processor time, instead of the limits' own.
         """
         code = source.encode("utf-8", "replace")
         given, rules = os.memfd_create("program"), os.memfd_create("rules")

@@ -98,7 +98,7 @@ class Link:
         if "raised" in reply:
             if reply["raised"][0] == "StopIteration" and operation != "next":
                 # Raised as it is, it would end a loop of the test in peace.
-                raise exception_class(["StopsNothing", "RuntimeError"], {})("the program raised StopIteration")
+                raise exception_class(["RuntimeError"], {})("the program raised StopIteration")
             error = exception_class(reply["raised"], self.exceptions)(reply["text"])
             error.itself = self.decode(reply["itself"])
             raise error
