@@ -21,7 +21,8 @@ from grpo_jax.data.tasks import sample_sums, sum_problems
 from grpo_jax.rewards.answer import answer_reward, extract_answer
 from grpo_jax.rewards.code import code_reward, readable_tests
 from grpo_jax.rewards.compose import RewardFn
-from grpo_jax.rewards.math import math_reward, read_answer
+from grpo_jax.rewards.math import math_reward
+from grpo_jax.rewards.read_math import read_answer
 from grpo_jax.rewards.sandbox import Limits
 from grpo_jax.sharding import make_mesh
 from grpo_jax.small_base import Recipe
@@ -221,6 +222,8 @@ class DataSettings:
     def __post_init__(self):
         if not self.program_seconds > 0:
             raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
+        if self.partial_credit and (self.dataset is None or self.grader not in ("auto", "code")):
+            raise ValueError("partial_credit scores programs by their tests; these problems have none")
         if self.eval_problems < 1:
             raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
         if self.chat_template and self.template is not None:
@@ -287,6 +290,8 @@ class DataSettings:
 
     def _read(self, source: str, split: str | None, size: int, seed: int) -> tuple[list[Problem], RewardFn]:
         if source.startswith(REASONING_GYM):
+            if self.partial_credit:
+                raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
             return reasoning_gym_problems(source.removeprefix(REASONING_GYM), size=size, seed=seed)
         load = partial(
             load_problems,
@@ -305,6 +310,8 @@ class DataSettings:
             )
         if grader != "code" and problems[0].answer is None:
             load()  # says which columns there are
+        if grader != "code" and self.partial_credit:
+            raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
         check_gold(problems, grader, source)
         if grader == "code":
             limits = Limits(seconds=self.program_seconds, wall_seconds=3 * self.program_seconds)

@@ -15,7 +15,8 @@ with atheris.instrument_imports(include=["grpo_jax.rewards"]):
     from grpo_jax.rewards.code import extract_program
     from grpo_jax.rewards.format import format_reward
     from grpo_jax.rewards.latex import tidy
-    from grpo_jax.rewards.math import math_reward, read_answer
+    from grpo_jax.rewards.math import math_reward
+    from grpo_jax.rewards.read_math import read_answer
     from grpo_jax.rewards.repetition import repeated_share
 
 LONGEST_SECONDS = 20.0

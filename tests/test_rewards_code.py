@@ -232,6 +232,8 @@ def test_packages_can_be_shown():
         (Path(folder) / "mine.py").write_text("x = 42")
         assert Sandbox(LIMITS, packages=[folder]).run("import mine; print(mine.x)").stdout == b"42\n"
     assert Sandbox(LIMITS).run("import mine").returncode == 1
+    with pytest.raises(SandboxUnavailable, match=f"no program could be run with .* and {folder}: .*{folder}"):
+        Sandbox(LIMITS, packages=[folder])
 
 
 @needs_bubblewrap

@@ -1,10 +1,13 @@
 """Rewards in processes of their own: what hangs, dies or eats memory costs its own score alone."""
 
 import os
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from grpo_jax.rewards.math import math_reward
 from grpo_jax.rewards.pool import RewardPool
 from tests.faulty_rewards import column, faulty, slow_length
 
+MARK = f"REWARD_POOL_OF=process {os.getpid()}"
 FAULTS = {
     "hang": "deadline",
     "spin": "deadline",
@@ -28,6 +32,23 @@ FAULTS = {
 }
 
 
+OWNER_TO_BE_KILLED = r"""
+import threading, time
+from functools import partial
+from grpo_jax.rewards.code import code_reward
+from grpo_jax.rewards.pool import RewardPool
+from grpo_jax.rewards.sandbox import Limits
+from tests.faulty_rewards import faulty
+code = partial(code_reward, limits=Limits(seconds=600.0, wall_seconds=600.0), total_seconds=600.0)
+pool = RewardPool({"faulty": faulty, "code": code}, workers=3, deadline=600.0)
+for name, completion in (("faulty", "hang"), ("faulty", "leave"), ("code", "```python\nwhile True: pass\n```")):
+    columns = {"tests": [["assert f() == 1"]]}
+    threading.Thread(target=pool.rewards[name], args=([""], [completion]), kwargs=columns).start()
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.fixture(scope="module")
 def pool():
     with RewardPool({"faulty": faulty, "length": slow_length}, workers=2, deadline=0.5) as pool:
@@ -38,9 +59,28 @@ def scores(pool, completions, name="faulty"):
     return [each.score for each in pool.rewards[name]([""] * len(completions), completions)]
 
 
-def descendants_of_pool():
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if "grpo_jax.rewards.worker" in line and " Z" not in line]
+def descendants_of_pool(mark=MARK):
+    """What runs with the mark of this process in its environment, as pools and what they start do."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+    return found
+
+
+def wait_until(holds, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert holds()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mark():
+    os.environ["REWARD_POOL_OF"] = MARK.partition("=")[2]
+    yield
+    del os.environ["REWARD_POOL_OF"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -66,10 +106,7 @@ def test_what_is_no_fault(pool):
 def test_what_a_reward_left_running_is_gone(pool):
     assert scores(pool, ["leave"]) == [None]
     pool.take_faults()
-    deadline = time.monotonic() + 5
-    while len(descendants_of_pool()) > 1 + pool.workers and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(descendants_of_pool()) <= 1 + pool.workers
+    wait_until(lambda: len(descendants_of_pool()) <= 1 + pool.workers)
 
 
 def test_samples_that_hang_hold_up_nobody(pool):
@@ -167,10 +204,7 @@ def test_a_pool_that_is_closed_leaves_nothing():
     assert len(descendants_of_pool()) > before
     pool.close()
     waiting.join()
-    deadline = time.monotonic() + 5
-    while len(descendants_of_pool()) > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(descendants_of_pool()) == before
+    wait_until(lambda: len(descendants_of_pool()) == before)
 
 
 def test_a_closed_pool_says_so():
@@ -198,24 +232,31 @@ def test_a_pool_whose_forking_process_died_says_so_and_leaves_nobody_waiting():
         assert heard == [True]
         with pytest.raises(RuntimeError, match="this pool is closed, or its thread has died"):
             scores(pool, ["a"])
-    deadline = time.monotonic() + 5
-    while len(descendants_of_pool()) > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(descendants_of_pool()) == before  # workers die with the process that forked them
+    wait_until(lambda: len(descendants_of_pool()) == before)  # workers die with the process that forked them
 
 
 def test_what_was_started_by_workers_that_died_is_gone_too():
-    def sleepers():
-        listed = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout
-        return [line for line in listed.splitlines() if "sleep 7781" in line and not line.startswith("Z")]
-
+    before = len(descendants_of_pool())
     with RewardPool({"faulty": faulty}, workers=2, deadline=5.0) as pool:
         assert scores(pool, ["start and die", "ok"] * 10) == [None, 2.0] * 10
         assert {fault.detail for fault in pool.take_faults()} == {"its process was killed by signal 36"}
-    deadline = time.monotonic() + 5
-    while sleepers() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert sleepers() == []
+    wait_until(lambda: len(descendants_of_pool()) == before)
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_nothing_outlives_a_process_that_is_killed():
+    """As one that is short of memory, or preempted, is: nobody closes its pool or its sandboxes."""
+    mark = f"{MARK} killed"
+    environment = {**os.environ, "REWARD_POOL_OF": mark.partition("=")[2], "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", OWNER_TO_BE_KILLED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        try:
+            assert owner.stdout.readline() == "begun\n"
+            # Itself, the process that forks, three workers, what one of them left, and a sandbox's two.
+            wait_until(lambda: len(descendants_of_pool(mark)) >= 8, seconds=20.0)
+        finally:
+            owner.kill()
+    wait_until(lambda: descendants_of_pool(mark) == [])
 
 
 @pytest.mark.slow

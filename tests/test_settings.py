@@ -126,6 +126,8 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
     [
         (lambda: DataSettings(template="no place"), "must hold {question}"),
         (lambda: DataSettings(system_prompt="be brief"), "system_prompt needs chat_template"),
+        (lambda: DataSettings(partial_credit=True), "partial_credit scores programs"),
+        (lambda: DataSettings(dataset="a.jsonl", grader="math", partial_credit=True), "partial_credit scores programs"),
         (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate is 0.0"),
         (lambda: OptimizerSettings(max_grad_norm=0.0), "max_grad_norm is 0.0"),
         (lambda: OptimizerSettings(warmup_updates=-1), "warmup_updates is -1"),
@@ -163,6 +165,8 @@ def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
     sums = write_rows(tmp_path / "sums.jsonl", [{"question": f"{i}+1", "answer": i + 1} for i in range(20)])
     assert DataSettings(dataset=sums).load(0)[2] is math_reward
     assert DataSettings(dataset=sums, grader="exact").load(0)[2] is answer_reward
+    with pytest.raises(ValueError, match=r"partial_credit scores programs by their tests; .*sums.jsonl has none"):
+        DataSettings(dataset=sums, partial_credit=True).load(0)
     with pytest.raises(ValueError, match=r"has no column tests, which the grader code needs; it has \[\]"):
         DataSettings(dataset=sums, grader="code").load(0)
     unread = write_rows(tmp_path / "bad.jsonl", [{"question": f"{i}", "answer": r"\\frac{1}{"} for i in range(20)])

@@ -128,7 +128,8 @@ class Sandbox:
 
     Raises:
         SandboxUnavailable: bubblewrap is missing or may not make namespaces here, the processor is neither x86-64 nor
-            ARM64, or no interpreter can be reached; it says what to do. Nothing is ever run outside.
+            ARM64, the interpreter or a folder of packages cannot be reached, as nobody if this process is root's; it
+            says what to do. Nothing is ever run outside.
     """
 
     def __init__(self, limits: Limits = Limits(), *, packages: Sequence[str | Path] = (), python: str | None = None):
@@ -136,8 +137,9 @@ class Sandbox:
         self._packages = tuple(str(Path(folder).resolve()) for folder in packages)
         self._python = python or find_python()
         self._rules = system_call_filter()
-        if python is not None and (why := refusal(python)):
-            raise SandboxUnavailable(f"no program could be run with {python}: {why}")
+        if (python is not None or packages) and (why := refusal(self._python, self._packages)):
+            shown = "".join(f" and {folder}" for folder in self._packages)
+            raise SandboxUnavailable(f"no program could be run with {self._python}{shown}: {why}")
 
     def run(self, source: str, *, stdin: str = "", until: float = math.inf) -> Ended:
         """Run a program as ``__main__`` until it ends or reaches a limit.
@@ -372,9 +374,10 @@ def find_python() -> str:
     raise SandboxUnavailable(f"no program could be run in a sandbox; {INSTALL}. {'. '.join(reasons)}")
 
 
-def refusal(python: str) -> str | None:
-    """Why no program can be run with an interpreter; None where it can."""
-    command = [*bubblewrap(python, (), 1 << 20), *AS_FIRST_PROCESS, python, "-sSB", "-c", "print('ready')"]
+def refusal(python: str, packages: Sequence[str] = ()) -> str | None:
+    """Why no program can be run with an interpreter and packages; None where it can."""
+    source = f"import os\nfor folder in {list(packages)!r}: os.listdir(folder)\nprint('ready')"
+    command = [*bubblewrap(python, packages, 1 << 20), *AS_FIRST_PROCESS, python, "-sSB", "-c", source]
     try:
         tried = subprocess.run(command, capture_output=True, text=True, timeout=30, **other_user())
     except (OSError, subprocess.TimeoutExpired) as error:
