@@ -99,7 +99,7 @@ class RewardPool:
         workers: how many run at once; by default one more than there are processors, so that none of these is idle
             while a sample waits for something.
         deadline: seconds for one sample and one reward.
-        memory_bytes: address space of a worker, what it inherits (some 300 MiB) included.
+        memory_bytes: address space of a worker, what it inherits (some 100 MiB, and what the rewards load) included.
 
     Raises:
         ValueError: no rewards, or a number that is not above 0; a reward cannot be taken to another process or loaded
