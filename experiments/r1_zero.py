@@ -14,11 +14,9 @@ Running the same command again goes on where it stopped. After R1-Zero (DeepSeek
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +34,17 @@ from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.data.tasks import PLAIN
-from grpo_jax.models.kernels import AttentionName
+from grpo_jax.experiment import (
+    PolicySettings,
+    RunSettings,
+    at_least,
+    check_divides,
+    check_finite,
+    over_updates,
+    run_experiment,
+    save_trained,
+    small_base,
+)
 from grpo_jax.monitor.alarms import Alarms, AlarmSettings
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
@@ -45,10 +53,8 @@ from grpo_jax.monitor.signals import text_metrics
 from grpo_jax.monitor.spot_checks import spot_checks
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rollout import Sampler
-from grpo_jax.run import Run, Stopped, count_compilations, keep_programs
-from grpo_jax.sampling import Sampling
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
+from grpo_jax.run import Run, count_compilations
+from grpo_jax.settings import DataSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import (
     ROLLOUT_RULES,
     bytes_on_devices,
@@ -57,7 +63,6 @@ from grpo_jax.sharding import (
     replicated,
     shard_rows,
 )
-from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, make_base
 from grpo_jax.train import (
     completion_log_probs,
     init_state,
@@ -80,20 +85,14 @@ GDPO = "gdpo"
 MICRO_BATCH_TOKENS = 16_384
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings, PolicySettings):
     """What a run is. Fields are checked before anything is computed."""
 
-    model: str | None = None
-    """Hugging Face id or local folder of the base model. Default: a small one, trained here first."""
-    base: Recipe = Recipe()
-    """How that small one is made; the seed is the run's."""
     data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
     """What is asked."""
     run_dir: Path = Path("runs/r1_zero")
     """The run's own folder: logs, checkpoints, curves, the trained model."""
-    seed: int = 0
-    """Of the order of problems and of every sample's noise."""
 
     num_steps: int = 60
     """Rollouts with the updates that follow each."""
@@ -101,14 +100,6 @@ class Config:
     """Prompts a step."""
     group_size: int = 16
     """Samples for each prompt."""
-    max_prompt_length: int | None = None
-    """In tokens. Default: 512 with --model, 12 without."""
-    max_completion_length: int | None = None
-    """In tokens. Default: 1024 with --model, 48 without."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion besides those the model names, such as '<|im_end|>'."""
-    sampling: Sampling = Sampling()
-    """How completions are drawn; the temperature is the policy's in every log-probability too."""
 
     rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
     """What is paid for."""
@@ -136,22 +127,6 @@ class Config:
     tokens with --model, one without."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How gradients become updates."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the computation; weights and optimizer stay in float32. Default: bfloat16 with --model on a GPU or
-    TPU, float32 otherwise."""
-    remat: bool | None = None
-    """Compute blocks again in the backward pass instead of keeping their activations. Default: with --model."""
-    attention: AttentionName = "auto"
-    """What computes the attention of whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU,
-    where they fit the model; else the plain path."""
-    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Precision of keys and values in sampling; a coarser one lets more samples fit, and puts a gap between sampler and
-    trainer that --importance-cap makes up for. Default: that of the computation."""
-    cache_bytes: int | None = None
-    """What keys and values of prompts drawn for at once may take, over all devices; more prompts are drawn for one set
-    after the other. Default: a fifth of the memory of a GPU or TPU, no limit on a CPU."""
-    mesh: MeshSettings = MeshSettings()
-    """How the devices are used."""
 
     eval_every: int = 10
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
@@ -160,24 +135,12 @@ class Config:
     16 without."""
     samples_every: int = 10
     """Steps between tables of sample completions."""
-    save_every: int = 10
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """How many of the newest stay."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics go besides the run's folder."""
-    plain: bool = False
-    """Print plain lines even on a terminal."""
 
     def __post_init__(self):
-        least = {"num_steps": 1, "num_prompts": 1, "num_epochs": 1, "num_minibatches": 1, "save_every": 1}
-        least |= {"samples_every": 1, "eval_samples": 1, "eval_every": 0, "seed": 0, "keep_checkpoints": 1}
-        least |= {"max_prompt_length": 1, "max_completion_length": 1, "num_micro_batches": 1, "ref_refresh_every": 1}
-        least |= {"kl_reward_coef": 0, "cache_bytes": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+        RunSettings.__post_init__(self)
+        PolicySettings.__post_init__(self)
+        at_least(self, num_steps=1, num_prompts=1, num_epochs=1, num_minibatches=1, num_micro_batches=1)
+        at_least(self, ref_refresh_every=1, kl_reward_coef=0, eval_every=0, eval_samples=1, samples_every=1)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 samples for each prompt")
         rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
@@ -228,61 +191,21 @@ class Config:
         return min(fitting, default=1)
 
     @property
-    def prompt_length(self) -> int:
-        """The prompt length in effect."""
-        return self.max_prompt_length or (512 if self.model else MAX_PROMPT_LENGTH)
-
-    @property
-    def completion_length(self) -> int:
-        """The completion length in effect."""
-        return self.max_completion_length or (1024 if self.model else MAX_COMPLETION_LENGTH)
-
-    @property
     def num_eval_samples(self) -> int:
         """The samples of an evaluation in effect."""
         return self.eval_samples or (4 if self.model else 16)
 
-    @property
-    def compute_dtype(self):
-        """The precision in effect."""
-        fast = self.model is not None and jax.default_backend() != "cpu"
-        return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
 
-
-MAY_CHANGE = ("run_dir", "mesh", "num_micro_batches", "remat", "attention", "cache_bytes", "trackers", "plain")
-MAY_CHANGE += ("save_every", "samples_every", "eval_every", "keep_checkpoints", "alarms")
-"""Settings that a resumed run may have other values of: they change no number beyond rounding."""
+MAY_CHANGE = ("num_micro_batches", "cache_bytes", "samples_every", "eval_every", "alarms")
+"""Settings that a resumed run may have other values of, besides those of every experiment."""
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    keep_programs()
-    # What is called float32 is computed in float32, on a GPU or TPU too.
-    exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
-    with (
-        exact,
-        Run(
-            config.run_dir,
-            config,
-            title="R1-Zero",
-            may_change=MAY_CHANGE,
-            trackers=config.trackers,
-            keep_checkpoints=config.keep_checkpoints,
-            plain=config.plain or None,
-        ) as run,
-    ):
-        try:
-            train(config, run)
-        except Stopped:
-            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command goes on from the last")
-            return 130
-    return 0
+    return run_experiment(config, train, title="R1-Zero", may_change=MAY_CHANGE)
 
 
 def train(config: Config, run: Run) -> None:
-    if run.is_finished:
-        run.say(f"this run is finished; everything is in {run.folder}")
-        return
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_mesh(config, mesh)
@@ -299,21 +222,14 @@ def train(config: Config, run: Run) -> None:
     )
     scoring.probe(*(first_row(each) for each in (problems, held_out)))
 
-    policy = models.from_pretrained(
-        config.model or str(trained_base(config, run)),
-        dtype=config.compute_dtype,
-        remat=config.model is not None if config.remat is None else config.remat,
-        attention=config.attention,
-        mesh=mesh,
-        shardings=partial(param_shardings, mesh=mesh),
-    )
-    policy = with_stop_tokens(policy, config)
+    start = config.model or small_base(run, replace(config.base, seed=config.seed))
+    policy = config.as_sampled(config.load(start, mesh))
     problems, held_out = encode(problems, policy, config, run), encode(held_out, policy, config, run)
     batches = ProblemIterator(problems.problems, num_prompts=config.num_prompts, seed=config.seed)
 
     # The pieces: a sampler, a scorer and a train step, each a function of arrays.
     group_sizes = {config.group_size, config.num_eval_samples}
-    samplers = {size: build_sampler(config, policy, mesh, size) for size in group_sizes}
+    samplers = {size: config.sampler(policy, mesh, size) for size in group_sizes}
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     log_probs = partial(completion_log_probs, policy.model, temperature=config.sampling.temperature)
     scorer = make_scorer(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
@@ -406,11 +322,7 @@ def train(config: Config, run: Run) -> None:
                 state = with_fresh_reference(state)
 
             metrics = over_updates(updates)
-            if not math.isfinite(metrics["grad_norm"]):
-                raise FloatingPointError(
-                    f"step {step}: the gradient is not finite ({metrics}). Nothing of this step was saved; "
-                    f"complete checkpoints: {run.checkpoints.steps()}"
-                )
+            check_finite(metrics, step, run)
             seconds = time.monotonic() - started
             num_tokens += int(lengths.sum() + rollout.prompt_mask.sum())
             metrics |= reward_metrics(scores.total, scores.parts, group_size=config.group_size)
@@ -450,46 +362,16 @@ def train(config: Config, run: Run) -> None:
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
-    finish(config, run, policy, state)
+    gap = "sampling/sampling_logp_difference/max"
+    gaps = [row[gap] for row in read_jsonl(run.metrics_log.path) if gap in row]
+    summary = {"max_sampler_trainer_gap": max(gaps, default=None), "seed": config.seed}
+    save_trained(run, state.params, policy, steps=config.num_steps, summary=summary)
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
-    for name, count in (("num_prompts", config.num_prompts), ("the completions of a micro-batch", rows)):
-        if count % parts:
-            raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")
-
-
-def trained_base(config: Config, run: Run) -> Path:
-    """The embedded default's base model, trained unless it lies in the run's folder already."""
-    folder, recipe = run.folder / "base", replace(config.base, seed=config.seed)
-    if not folder.exists():
-        with run.progress.phase("base model", recipe.steps) as phase:
-
-            def report(step: int, row: dict[str, float]) -> None:
-                phase.update(step, row if step % 50 == 0 else None)
-                run.stop_if_requested()
-
-            make_base(folder, recipe, report=report)
-    return folder
-
-
-def with_stop_tokens(policy: models.Pretrained, config: Config) -> models.Pretrained:
-    """The policy as it is sampled from here: with the configuration's stop tokens among its ending ones."""
-    if policy.tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
-    known = policy.tokenizer.get_vocab()
-    unknown = [token for token in config.stop_tokens if token not in known]
-    if unknown:
-        raise ValueError(f"stop_tokens: {unknown} are no tokens of {config.model or 'the embedded base'}")
-    eos_ids = dict.fromkeys([*policy.eos_ids, *(known[token] for token in config.stop_tokens)])
-    length, longest = config.prompt_length + config.completion_length, policy.hf_config.get("max_position_embeddings")
-    if longest is not None and length > longest:
-        raise ValueError(
-            f"max_prompt_length + max_completion_length is {length}, and the model has {longest} positions"
-        )
-    return replace(policy, eos_ids=tuple(eos_ids))
+    check_divides(config.num_prompts, mesh, "num_prompts")
+    check_divides(rows, mesh, "the completions of a micro-batch")
 
 
 def encode(problems: list[Problem], policy: models.Pretrained, config: Config, run: Run) -> EncodedProblems:
@@ -503,20 +385,6 @@ def encode(problems: list[Problem], policy: models.Pretrained, config: Config, r
     if encoded.dropped:
         run.say(f"{encoded.dropped} of {len(problems)} prompts dropped: over {config.prompt_length} tokens")
     return encoded
-
-
-def build_sampler(config: Config, policy: models.Pretrained, mesh: Mesh, group_size: int) -> Sampler:
-    return Sampler(
-        policy.model,
-        config.sampling,
-        group_size=group_size,
-        max_completion_length=config.completion_length,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        cache_bytes=config.cache_bytes,
-        cache_dtype=config.cache_dtype,
-        mesh=mesh,
-    )
 
 
 def first_row(problems: list[Problem]) -> dict[str, Any]:
@@ -569,12 +437,6 @@ def learn_from(
     return shard_rows(batch, mesh)
 
 
-def over_updates(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """A step's metrics: over its updates, the largest of what is a maximum and the mean of the rest."""
-    values = {name: [float(update[name]) for update in updates] for name in updates[0]}
-    return {name: max(each) if name.endswith("/max") else sum(each) / len(each) for name, each in values.items()}
-
-
 def as_samples(
     texts: list[str], completions: list[str], chosen: list[Problem], scores: Scores, batch: Batch
 ) -> list[Sample]:
@@ -590,35 +452,6 @@ def as_samples(
         )
         for i in range(len(completions))
     ]
-
-
-def finish(config: Config, run: Run, policy: models.Pretrained, state: TrainState) -> None:
-    """Save the trained model as a Hugging Face folder, and sum the run up."""
-    shutil.rmtree(run.folder / "model", ignore_errors=True)  # of a process that was killed before the summary
-    models.save_pretrained(
-        run.folder / "model",
-        state.params,
-        hf_config=policy.hf_config,
-        tokenizer=policy.tokenizer,
-        generation_config=policy.generation_config,
-    )
-    rows = read_jsonl(run.metrics_log.path)
-    before, after = ([row for row in rows if "eval/pass@1" in row][end] for end in (0, -1))
-    gaps = [
-        row["sampling/sampling_logp_difference/max"] for row in rows if "sampling/sampling_logp_difference/max" in row
-    ]
-    majority = f"maj@{config.num_eval_samples}"
-    summary = {
-        "pass_at_1_before": before["eval/pass@1"],
-        "pass_at_1_after": after["eval/pass@1"],
-        f"{majority.replace('@', '_at_')}_before": before[f"eval/{majority}"],
-        f"{majority.replace('@', '_at_')}_after": after[f"eval/{majority}"],
-        "completion_length_before": before["eval/mean_length"],
-        "completion_length_after": after["eval/mean_length"],
-        "max_sampler_trainer_gap": max(gaps, default=None),
-        "seed": config.seed,
-    }
-    run.finish(before, after, steps=config.num_steps, summary=summary)
 
 
 if __name__ == "__main__":

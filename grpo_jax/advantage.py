@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from grpo_jax.masked import masked_mean, masked_sum, masked_variance, whiten, zero_where_masked
+from grpo_jax.masked import is_last, masked_mean, masked_sum, masked_variance, whiten, zero_where_masked
 
 Scale = Literal["group", "batch", "none"]
+Scalar = Float[Array, ""]
 
 
 def group_relative(
@@ -107,7 +108,7 @@ def reinforce_plus_plus(rewards: Float[Array, " B"], *, epsilon: float = 1e-6) -
         epsilon: added to the standard deviation.
     """
     present = ~jnp.isnan(rewards)
-    return _standardize(jnp.where(present, rewards - jnp.nanmin(rewards), 0), present, epsilon)
+    return _standardize(_above_smallest(rewards, present), present, epsilon)
 
 
 def reinforce_plus_plus_baseline(
@@ -148,6 +149,115 @@ def kl_penalized(
         kl_coef: nats to reward.
     """
     return rewards - kl_coef * masked_sum(kl, mask, 1)
+
+
+def token_rewards(
+    rewards: Float[Array, " B"],
+    kl: Float[Array, "B T"] | None,
+    mask: Bool[Array, "B T"],
+    *,
+    kl_coef: float | Scalar = 0.0,
+) -> Float[Array, "B T"]:
+    """``-kl_coef KL_t`` at each token, and the completion's reward at its last one: the rewards of RLHF's PPO.
+
+    After InstructGPT (arXiv 2203.02155, eq. 2) as it is commonly built (arXiv 2403.17031, details 4 and 11).
+
+    Args:
+        rewards: one for each completion; NaN where absent, which leaves its penalties alone. An empty completion has
+            no token for its reward.
+        kl: an estimate for each token (``loss.kl_k1``), without gradient; None for no penalty.
+        mask: True at the completion's tokens.
+        kl_coef: nats to reward.
+    """
+    terminal = jnp.where(is_last(mask) & ~jnp.isnan(rewards)[:, None], rewards[:, None], 0)
+    return terminal if kl is None else terminal - kl_coef * zero_where_masked(kl, mask)
+
+
+def process_supervised(
+    rewards: Float[Array, "B T"],
+    is_step_end: Bool[Array, "B T"],
+    *,
+    group_size: int,
+    ddof: int = 1,
+    epsilon: float = 1e-6,
+) -> Float[Array, "B T"]:
+    """The sum of the normalised rewards of the steps that end at a token or after it: GRPO with process supervision.
+
+    Every step of the reasoning has a reward, which stands at its last token. Normalised is
+    ``(reward - mean) / (standard deviation + epsilon)``, over all steps of the group's completions (arXiv 2402.03300,
+    section 4.1.3).
+
+    Args:
+        rewards: of steps, at their last tokens; NaN where absent, which leaves that step out.
+        is_step_end: True at the last token of a step; elsewhere ``rewards`` is not looked at. A completion's last step
+            may end with the answer, so that its reward is that of the outcome.
+        group_size: samples for each prompt.
+        ddof: degrees of freedom taken off in the standard deviation.
+        epsilon: added to it.
+
+    Returns:
+        An advantage for each token; 0 after the last step, so mask padding as ever.
+
+    Raises:
+        ValueError: at trace time, when group_size is below 2 or does not divide B.
+    """
+    _check_groups(rewards.shape[0], group_size)
+    present = is_step_end & ~jnp.isnan(rewards)
+    of_groups = (x.reshape(rewards.shape[0] // group_size, -1) for x in (rewards, present))
+    normalised = jax.vmap(lambda x, mask: _standardize(_above_smallest(x, mask), mask, epsilon, ddof))(*of_groups)
+    return jnp.cumsum(normalised.reshape(rewards.shape)[:, ::-1], axis=1)[:, ::-1]
+
+
+def hybrid(
+    rewards: Float[Array, " B"],
+    values: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    group_size: int,
+    lam: float = 1.0,
+    epsilon: float = 1e-6,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The group's mean as baseline where the group carries signal, a critic's values where it does not.
+
+    Where the samples of a prompt differ in reward, each token has the advantage of ``group_relative``. Where they are
+    all alike (all right, all wrong) that is 0 everywhere, and nothing is learnt from the prompt; here its tokens have
+    the advantage of ``gae`` instead: which of them made success likelier, by the critic's account.
+
+    Args:
+        rewards: one for each completion; NaN where absent: its advantages are 0.
+        values: the critic's, at each token.
+        mask: True at the completion's tokens.
+        group_size: samples for each prompt.
+        lam: of ``gae``.
+        epsilon: added to the standard deviation of a group's rewards.
+
+    Returns:
+        Advantages, and the returns that the critic learns from (of every completion that has a reward).
+
+    Raises:
+        ValueError: at trace time, when group_size is below 2 or does not divide B.
+    """
+    present, centred = _centre(rewards, group_size)
+    has_signal = jnp.repeat((centred != 0).any(1), group_size)
+    mask = mask & present.reshape(-1)[:, None]
+    of_critic, returns = gae(token_rewards(rewards, None, mask), values, mask, lam=lam)
+    of_group = group_relative(rewards, group_size=group_size, epsilon=epsilon)
+    return zero_where_masked(jnp.where(has_signal[:, None], of_group[:, None], of_critic), mask), returns
+
+
+def adapted_kl_coef(kl_coef: Scalar, kl: Scalar, *, target: float, horizon: float, num_samples: int) -> Scalar:
+    """``kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) num_samples / horizon)``: the adaptive penalty of RLHF.
+
+    Args:
+        kl_coef: in effect until now.
+        kl: measured, in nats for each completion.
+        target: where it is to be.
+        horizon: samples over which the coefficient may change by a fifth.
+        num_samples: completions that ``kl`` was measured on.
+
+    Source: arXiv 1909.08593, section 2.2.
+    """
+    return kl_coef * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) * (num_samples / horizon))
 
 
 def gae(
@@ -192,8 +302,8 @@ def whitened(advantages: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float
     return whiten(advantages, mask)
 
 
-def _standardize(shifted, present, epsilon):
-    deviation = jnp.sqrt(masked_variance(shifted, present, ddof=1))
+def _standardize(shifted, present, epsilon, ddof=1):
+    deviation = jnp.sqrt(masked_variance(shifted, present, ddof))
     return zero_where_masked(_divide(shifted - masked_mean(shifted, present), deviation + epsilon), present)
 
 
@@ -202,18 +312,26 @@ def _divide(x, divisor):
     return jnp.where(divisor > 0, x / jnp.where(divisor > 0, divisor, 1), 0)
 
 
-def _centre(rewards, group_size: int):
-    """Presence [N, G] and ``reward - group mean`` [N, G]; 0 where absent."""
+def _above_smallest(x, present, axis=None):
+    """``x`` less its smallest present entry, so that equal ones are exactly 0 before any rounding of a mean."""
+    smallest = jnp.min(jnp.where(present, x, jnp.inf), axis=axis, keepdims=axis is not None)
+    return jnp.where(present, x - smallest, 0)
+
+
+def _check_groups(rows: int, group_size: int):
     if group_size < 2:
         raise ValueError(
             f"group_size is {group_size}; a statistic of the group needs at least 2 samples for each prompt"
         )
-    if rewards.shape[0] % group_size:
-        raise ValueError(f"{rewards.shape[0]} rewards do not form groups of {group_size}")
+    if rows % group_size:
+        raise ValueError(f"{rows} rewards do not form groups of {group_size}")
+
+
+def _centre(rewards, group_size: int):
+    """Presence [N, G] and ``reward - group mean`` [N, G]; 0 where absent."""
+    _check_groups(rewards.shape[0], group_size)
     groups = rewards.reshape(-1, group_size)
     present = ~jnp.isnan(groups)
-    # Taken relative to the smallest, equal rewards are exactly 0 before any rounding of a mean.
-    smallest = jnp.min(jnp.where(present, groups, jnp.inf), axis=1, keepdims=True)
-    shifted = jnp.where(present, groups - smallest, 0)
+    shifted = _above_smallest(groups, present, axis=1)
     mean = shifted.sum(1, keepdims=True) / jnp.maximum(present.sum(1, keepdims=True), 1).astype(shifted.dtype)
     return present, jnp.where(present, shifted - mean, 0)

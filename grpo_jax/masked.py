@@ -82,8 +82,11 @@ def positions(mask: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
+def is_last(mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True at the last unmasked position of each row, and nowhere else; nowhere in a row that is all masked."""
+    return mask & (jnp.cumsum(mask[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1] == 1)
+
+
 def last_unmasked(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """The entry of each row at its last unmasked position, as a reward model reads its score; 0 if there is none."""
-    T = mask.shape[1]
-    last = T - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    return jnp.where(mask.any(1), jnp.take_along_axis(x, last[:, None], axis=1)[:, 0], 0)
+    return masked_sum(x, is_last(mask), 1)

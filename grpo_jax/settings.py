@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import optax
@@ -43,6 +43,7 @@ LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B 
 REASONING_GYM = "reasoning-gym:"
 GENERATED_PROBLEMS = 4096
 HELD_OUT_SEED = 1_000_003
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,9 @@ class DataSettings:
         if source is None:
             held_out = self._sums(np.random.default_rng(HELD_OUT_SEED), self.eval_problems, held_out=True)
         elif source == self.dataset and is_file(source):
-            problems, held_out = self._divide(problems)
+            problems, held_out = hold_out(
+                problems, self.eval_problems, key=lambda problem: str(problem.prompt), source=source
+            )
         else:
             split = self.eval_split or (None if is_file(source) else "test")
             held_out, held_out_reward = self._read(source, split, 2 * self.eval_problems, HELD_OUT_SEED)
@@ -318,20 +321,30 @@ class DataSettings:
             return problems, partial(code_reward, partial_credit=self.partial_credit, limits=limits)
         return problems, GRADERS[grader]
 
-    def _divide(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-        """A tenth of the problems, at most ``eval_problems``, is held out; always the same ones."""
-        if len(problems) < 10:
-            raise ValueError(
-                f"{self.dataset} has {len(problems)} problems, too few to hold a tenth of them out; name others with "
-                "eval_dataset or eval_split"
-            )
-        count = min(self.eval_problems, len(problems) // 10)
-        order = np.random.default_rng(HELD_OUT_SEED).permutation(len(problems))
-        chosen = set(order[:count].tolist())
-        return (
-            [problem for i, problem in enumerate(problems) if i not in chosen],
-            [problem for i, problem in enumerate(problems) if i in chosen],
+
+def hold_out(rows: list[Row], most: int, *, key: Callable[[Row], str], source: str) -> tuple[list[Row], list[Row]]:
+    """Divide rows into those that are learnt from and a tenth, at most ``most``, that is held out; always the same one.
+
+    Rows with one key stay together.
+
+    Args:
+        rows: all of them.
+        most: rows that are held out.
+        key: what tells rows apart, such as their prompt.
+        source: where they come from, for the error.
+
+    Raises:
+        ValueError: fewer than ten keys.
+    """
+    keys = list(dict.fromkeys(map(key, rows)))
+    if len(keys) < 10:
+        raise ValueError(
+            f"{source} has {len(keys)} problems, too few to hold a tenth of them out; name others with "
+            "eval_dataset or eval_split"
         )
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(keys))
+    chosen = {keys[n] for n in order[: min(most, len(keys) // 10)]}
+    return [row for row in rows if key(row) not in chosen], [row for row in rows if key(row) in chosen][:most]
 
 
 def check_gold(problems: list[Problem], grader: str, source: str) -> None:

@@ -7,7 +7,7 @@ What is saved is a Hugging Face folder like any other, its own tokenizer include
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.data.errands import careless_reply, sample_errands
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.tasks import VOCABULARY, Sum, blurted, make_tokenizer, sample_sums, worked
 from grpo_jax.loss import supervised_loss
@@ -30,7 +31,7 @@ MAX_COMPLETION_LENGTH = 48
 HF_CONFIG: Mapping[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "vocab_size": 32,  # more than there are tokens, as in larger models, so that it divides over a mesh
+    "vocab_size": 32,  # a multiple of 8, so that it divides over a mesh
     "hidden_size": 96,
     "intermediate_size": 192,
     "num_hidden_layers": 2,
@@ -63,6 +64,7 @@ class Recipe:
         mixture_steps: updates of the second part.
         worked_share: share of worked sums in that; about how often the base will think.
         chinese_share: share of the worked sums whose thought is in Chinese digits.
+        errand_share: share of the corpus that is errands with careless replies, a task beside the sums.
         learning_rate: peak; it falls linearly to 0.
     """
 
@@ -75,6 +77,7 @@ class Recipe:
     mixture_steps: int = 40
     worked_share: float = 0.12
     chinese_share: float = 0.0
+    errand_share: float = 0.0
     learning_rate: float = 4e-3
 
     @property
@@ -118,13 +121,20 @@ def corpus(recipe: Recipe) -> Iterator[Batch]:
     """The batches the base learns from, in order; none of their sums is held out."""
     tokenizer = make_tokenizer()
     rng = np.random.default_rng([recipe.seed, 1])
+    num_errands = round(recipe.errand_share * recipe.batch_size)
     for step in range(recipe.steps):
         sums = sample_sums(
-            rng, recipe.batch_size, min_terms=recipe.min_terms, max_terms=recipe.max_terms, held_out=False
+            rng,
+            recipe.batch_size - num_errands,
+            min_terms=recipe.min_terms,
+            max_terms=recipe.max_terms,
+            held_out=False,
         )
         share = recipe.skill_share if step < recipe.skill_steps else recipe.worked_share
-        solutions = [solution(each, share, recipe, rng) for each in sums]
-        yield encode(tokenizer, sums, solutions)
+        pairs = [(each.question, solution(each, share, recipe, rng)) for each in sums]
+        errands = sample_errands(rng, num_errands, held_out=False)
+        pairs += [(each.question, careless_reply(each, rng)) for each in errands]
+        yield encode(tokenizer, *zip(*pairs, strict=True))
 
 
 def solution(problem: Sum, worked_share: float, recipe: Recipe, rng: np.random.Generator) -> str:
@@ -134,16 +144,16 @@ def solution(problem: Sum, worked_share: float, recipe: Recipe, rng: np.random.G
     return worked(problem, in_chinese=recipe.chinese_share > 0 and rng.random() < recipe.chinese_share)
 
 
-def encode(tokenizer, sums: list[Sum], solutions: list[str]) -> Batch:
-    """Sums with their solutions as a batch whose completions are learnt from."""
+def encode(tokenizer, questions: Sequence[str], replies: Sequence[str]) -> Batch:
+    """Questions with their replies as a batch whose completions are learnt from."""
     prompts = pad_prompts(
-        tokenizer([each.question for each in sums])["input_ids"],
+        tokenizer(list(questions))["input_ids"],
         max_prompt_length=MAX_PROMPT_LENGTH,
         pad_id=tokenizer.pad_token_id,
-        index=range(len(sums)),
+        index=range(len(questions)),
     )
-    token_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(solutions)["input_ids"]]
-    ids = np.full((len(sums), MAX_COMPLETION_LENGTH), tokenizer.pad_token_id, dtype=np.int32)
+    token_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(replies))["input_ids"]]
+    ids = np.full((len(questions), MAX_COMPLETION_LENGTH), tokenizer.pad_token_id, dtype=np.int32)
     for row, each in zip(ids, token_ids, strict=True):
         row[: len(each)] = each
     mask = jnp.asarray(np.arange(MAX_COMPLETION_LENGTH) < np.array([len(each) for each in token_ids])[:, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,59 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.log_probs import chunked_log_probs
 from grpo_jax.masked import last_unmasked, positions
-from grpo_jax.types import Batch, Mean, Metrics, Model, Params, Rollout, TrainState, cache_columns
+from grpo_jax.types import (
+    Batch,
+    Mean,
+    Metrics,
+    Model,
+    Packed,
+    Pairs,
+    Params,
+    Rollout,
+    TrainState,
+    cache_columns,
+)
 
 Tokens = Float[Array, "B T"]
-LossFn = Callable[[Params, Batch], tuple[Mean, Metrics]]
+LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
 VECTORS = ("scale", "bias")
+
+
+class Rows(NamedTuple):
+    """Prompts and completions, one of each a row."""
+
+    prompt_ids: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    completion_ids: Int[Array, "B T"]
+    completion_mask: Bool[Array, "B T"]
+
+
+Sequences = Rollout | Batch | Rows
+
+
+def completion_states(model: Model, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
+    """The hidden state before each completion token: what it is drawn from, and what a critic values.
+
+    Args:
+        model: see ``types.Model``.
+        params: its parameters.
+        sequences: prompts and completions.
+    """
+    P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
+    # Cut between prompt and completion, and with a cache of the sampler's length: sums over keys then run over the same
+    # ones in the same order, and round alike. The last token predicts nothing; it stays in for the same reason.
+    ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
+    mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
+    cache = model.init_cache(ids.shape[0], P + cache_columns(T))
+    columns = jnp.pad(mask, ((0, 0), (0, cache_columns(T) - T)))
+    hidden, _ = model.apply(params, ids, positions(mask), columns, cache, 0, cuts=(P,))
+    return hidden[:, P - 1 : -1]
 
 
 def completion_log_probs(
     model: Model,
     params: Params,
-    sequences: Rollout | Batch,
+    sequences: Sequences,
     *,
     temperature: float = 1.0,
     chunk_size: int = 1024,
@@ -39,21 +81,60 @@ def completion_log_probs(
         temperature: that of the policy, as in sampling.
         chunk_size: see ``log_probs.chunked_log_probs``.
     """
-    P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
-    # Cut between prompt and completion, and with a cache of the sampler's length: sums over keys then run over the same
-    # ones in the same order, and round alike. The last token predicts nothing; it stays in for the same reason.
-    ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
-    mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
-    cache = model.init_cache(ids.shape[0], P + cache_columns(T))
-    columns = jnp.pad(mask, ((0, 0), (0, cache_columns(T) - T)))
-    hidden, _ = model.apply(params, ids, positions(mask), columns, cache, 0, cuts=(P,))
     return chunked_log_probs(
-        hidden[:, P - 1 : -1],
+        completion_states(model, params, sequences),
         model.head(params),
         sequences.completion_ids,
         temperature=temperature,
         logit_softcap=model.logit_softcap,
         chunk_size=chunk_size,
+    )
+
+
+def completion_values(model: Model, params: Params, sequences: Sequences) -> Tokens:
+    """A critic's value of the state before each completion token, in float32, by its scalar head."""
+    return read_scalars(completion_states(model, params, sequences), model.head(params))[..., 0]
+
+
+def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: int = 1024) -> Float[Array, "B 2 T"]:
+    """Log-probability of each token of both completions of each pair."""
+    _, _, T = pairs.completion_ids.shape
+    log_probs, _ = completion_log_probs(model, params, as_rows(pairs), chunk_size=chunk_size)
+    return log_probs.reshape(-1, 2, T)
+
+
+def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size: int = 1024) -> Tokens:
+    """Log-probability of each token given those before it in its own sequence; 0 in the first column.
+
+    What stands at the first token of a sequence and in padding is finite and means nothing.
+    """
+    hidden, _ = model.apply(params, packed.token_ids, packed.positions, packed.segments)
+    log_probs, _ = chunked_log_probs(
+        hidden[:, :-1],
+        model.head(params),
+        packed.token_ids[:, 1:],
+        logit_softcap=model.logit_softcap,
+        chunk_size=chunk_size,
+    )
+    return jnp.pad(log_probs, ((0, 0), (1, 0)))
+
+
+def pair_scores(model: Model, params: Params, pairs: Pairs) -> Float[Array, "B 2"]:
+    """A reward model's scores of both completions of each pair."""
+    rows = as_rows(pairs)
+    ids = jnp.concatenate([rows.prompt_ids, rows.completion_ids], axis=1)
+    mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
+    return sequence_scores(model, params, ids, mask).reshape(-1, 2)
+
+
+def as_rows(pairs: Pairs) -> Rows:
+    """Each completion of a pair in a row of its own, with its prompt before it."""
+    T = pairs.completion_ids.shape[2]
+    return Rows(
+        jnp.repeat(pairs.prompt_ids, 2, axis=0),
+        jnp.repeat(pairs.prompt_mask, 2, axis=0),
+        pairs.completion_ids.reshape(-1, T),
+        pairs.completion_mask.reshape(-1, T),
     )
 
 
@@ -69,8 +150,12 @@ def sequence_scores(
         mask: True at real tokens; a row without any scores 0.
     """
     hidden, _ = model.apply(params, token_ids, positions(mask), mask)
-    scores = hidden.astype(jnp.float32) @ model.head(params).T.astype(jnp.float32)
-    return last_unmasked(scores[..., 0], mask)
+    return last_unmasked(read_scalars(hidden, model.head(params))[..., 0], mask)
+
+
+def read_scalars(hidden: Float[Array, "B S D"], head: Float[Array, "N D"]) -> Float[Array, "B S N"]:
+    """What scalar heads make of hidden states, in float32."""
+    return hidden.astype(jnp.float32) @ head.T.astype(jnp.float32)
 
 
 def make_scorer(

@@ -86,11 +86,12 @@ class Model:
         apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, contexts, cuts) ->
             (hidden [B, S, D], cache)``. Causal by slot: token ``i`` of the call stands in slot ``start + i`` and
             attends to the slots up to its own: those of ``contexts``, and those of the cache in which ``mask`` is True
-            (None: in all). Without a cache (``None``) the call's own S tokens are all there is: C = S, ``start`` is 0,
-            and their keys and values are the cache that comes back. With one, they are written into its columns
-            ``start .. start + S - 1``. Attention sums over the columns between ``cuts`` apart, as it does over each
-            context: so that two calls that divide the same columns alike round alike. ``hidden`` is what the head
-            multiplies (final norm applied). A query that may attend to nothing gives finite values.
+            (None: in all). A mask of integers numbers the sequences that are packed into a row, 0 for padding: a token
+            attends to its own number alone. Without a cache (``None``) the call's own S tokens are all there is: C = S,
+            ``start`` is 0, and their keys and values are the cache that comes back. With one, they are written into
+            its columns ``start .. start + S - 1``. Attention sums over the columns between ``cuts`` apart, as it does
+            over each context: so that two calls that divide the same columns alike round alike. ``hidden`` is what the
+            head multiplies (final norm applied). A query that may attend to nothing gives finite values.
         turn: ``positions [B, S] -> tree`` of what ``apply`` needs of them, each leaf ``[B, S, ...]``; ``apply`` takes
             it instead. Where tokens are drawn one by one, it is computed for several at a time.
         head: ``params -> [V, D]``, the output embedding; ``[1, D]`` of a reward model.
@@ -175,6 +176,46 @@ class Batch:
     rollout_log_probs: Float[Array, "B T"]
     old_log_probs: Float[Array, "B T"] | None = None
     ref_log_probs: Float[Array, "B T"] | None = None
+
+
+@pytree
+@dataclass(frozen=True)
+class Packed:
+    """Sequences packed into rows, to be imitated.
+
+    Attributes:
+        token_ids: the sequences of a row one after the other, then padding.
+        segments: the number of each token's sequence in its row, from 1; 0 in padding.
+        positions: of each token in its sequence, from 0.
+        loss_mask: True at the tokens that are learnt from; never at the first of a sequence.
+    """
+
+    token_ids: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    loss_mask: Bool[Array, "B S"]
+
+
+@pytree
+@dataclass(frozen=True)
+class Pairs:
+    """Prompts with two completions each, the chosen one before the rejected one.
+
+    Attributes:
+        prompt_ids: left-padded.
+        prompt_mask: True at real prompt tokens.
+        completion_ids: right-padded.
+        completion_mask: True at real completion tokens, the ending one included.
+        margins: by how much each chosen one is to win; None where that is not known.
+        ref_log_probs: the reference policy's, summed over each completion; None where there is no reference.
+    """
+
+    prompt_ids: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    completion_ids: Int[Array, "B 2 T"]
+    completion_mask: Bool[Array, "B 2 T"]
+    margins: Float[Array, " B"] | None = None
+    ref_log_probs: Float[Array, "B 2"] | None = None
 
 
 @pytree

@@ -53,6 +53,15 @@ def whiten(x, mask, *, shift_mean=True, epsilon=1e-8):
     return result
 
 
+def is_last(mask):
+    result = np.zeros(mask.shape, bool)
+    for row in range(mask.shape[0]):
+        attended = [column for column in range(mask.shape[1]) if mask[row, column]]
+        if attended:
+            result[row, attended[-1]] = True
+    return result
+
+
 # log_probs -----------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +144,61 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
             advantages[b, t] = sum((gamma * lam) ** k * delta[i + k] for k in range(steps.size - i))
             returns[b, t] = advantages[b, t] + v[i]
     return advantages, returns
+
+
+def token_rewards(rewards, kl, mask, *, kl_coef=0.0):
+    result = np.zeros(mask.shape)
+    for b in range(mask.shape[0]):
+        steps = np.flatnonzero(mask[b])
+        for t in steps:
+            if kl is not None:
+                result[b, t] -= kl_coef * float(kl[b, t])
+            if t == steps[-1] and not np.isnan(rewards[b]):
+                result[b, t] += float(rewards[b])
+    return result
+
+
+def process_supervised(rewards, is_step_end, *, group_size, ddof=1, epsilon=1e-6):
+    """Each group's steps are gathered in a list, and each token looks through it for those that end at it or later."""
+    rows, columns = is_step_end.shape
+    result = np.zeros((rows, columns))
+    for start in range(0, rows, group_size):
+        steps = []
+        for b in range(start, start + group_size):
+            for t in range(columns):
+                if is_step_end[b, t] and not np.isnan(rewards[b, t]):
+                    steps.append((b, t, float(rewards[b, t])))
+        if steps:
+            values = [reward for _, _, reward in steps]
+            centre, deviation = np.mean(values), std(values, ddof)
+            for b in range(start, start + group_size):
+                for t in range(columns):
+                    later = [reward for row, end, reward in steps if row == b and end >= t]
+                    result[b, t] = sum((reward - centre) / (deviation + epsilon) for reward in later)
+    return result
+
+
+def hybrid(rewards, values, mask, *, group_size, lam=1.0, epsilon=1e-6):
+    rewards = np.asarray(rewards, np.float64)
+    learnt_from = mask.copy()
+    learnt_from[np.isnan(rewards)] = False
+    advantages, returns = gae(token_rewards(rewards, None, learnt_from), values, learnt_from, lam=lam)
+    of_group = group_relative(rewards, group_size=group_size, epsilon=epsilon)
+    for start in range(0, rewards.size, group_size):
+        members = range(start, start + group_size)
+        if len({rewards[i] for i in members if not np.isnan(rewards[i])}) > 1:
+            for i in members:
+                advantages[i] = [of_group[i] if counts else 0.0 for counts in learnt_from[i]]
+    return advantages, returns
+
+
+def adapted_kl_coef(kl_coef, kl, *, target, horizon, num_samples):
+    error = (kl - target) / target
+    if error > 0.2:
+        error = 0.2
+    if error < -0.2:
+        error = -0.2
+    return kl_coef + kl_coef * error * num_samples / horizon
 
 
 # loss ----------------------------------------------------------------------------------------------------------------
@@ -224,6 +288,100 @@ def grpo_loss(
         return sum(sum(row) / len(row) for row in rows) / len(rows)
     assert length is not None
     return sum(map(sum, rows)) / (length * len(rows))
+
+
+# loss of preferences -------------------------------------------------------------------------------------------------
+# An objective takes the margin of one pair.
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def sigmoid_preference(margin, *, beta=0.1, label_smoothing=0.0, target_margin=0.0):
+    x = beta * margin - target_margin
+    labelled_right, labelled_wrong = -log_sigmoid(x), -log_sigmoid(-x)
+    return (1 - label_smoothing) * labelled_right + label_smoothing * labelled_wrong
+
+
+def hinge_preference(margin, *, beta=0.1):
+    return max(0.0, 1 - beta * margin)
+
+
+def squared_preference(margin, *, beta=0.1):
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def share_won(margins):
+    return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins) / len(margins)
+
+
+def dpo_loss(log_probs, mask, ref=None, *, beta=0.1, objective=sigmoid_preference, per_token=False, sft_coef=0.0):
+    """The loss and its metrics as numbers, one pair and one completion at a time."""
+    losses, sums, ratios, nll = [], ([], []), ([], []), []
+    for b in range(mask.shape[0]):
+        for side in (0, 1):
+            tokens = [float(log_probs[b, side, t]) for t in np.flatnonzero(mask[b, side])]
+            ratio = sum(tokens) - (0.0 if ref is None else float(ref[b, side]))
+            if per_token and tokens:
+                ratio /= len(tokens)
+            sums[side].append(sum(tokens))
+            ratios[side].append(ratio)
+            if side == 0:
+                nll.append(-sum(tokens) / len(tokens) if tokens else 0.0)
+        losses.append(objective(ratios[0][b] - ratios[1][b], beta=beta) + sft_coef * nll[b])
+    margins = [chosen - rejected for chosen, rejected in zip(*ratios, strict=True)]
+    metrics = {
+        "rewards/chosen": beta * np.mean(ratios[0]),
+        "rewards/rejected": beta * np.mean(ratios[1]),
+        "rewards/margins": beta * np.mean(margins),
+        "rewards/accuracies": share_won(margins),
+        "logps/chosen": np.mean(sums[0]),
+        "logps/rejected": np.mean(sums[1]),
+        "nll_loss": np.mean(nll),
+    }
+    return sum(losses) / len(losses), {name: float(value) for name, value in metrics.items()}
+
+
+def bradley_terry_loss(scores, *, margins=None, centring=0.0):
+    losses, differences = [], []
+    for b in range(len(scores)):
+        chosen, rejected = float(scores[b][0]), float(scores[b][1])
+        differences.append(chosen - rejected)
+        to_win_by = 0.0 if margins is None else float(margins[b])
+        losses.append(-log_sigmoid(chosen - rejected - to_win_by) + centring * (chosen + rejected) ** 2)
+    metrics = {
+        "accuracy": share_won(differences),
+        "margin": sum(differences) / len(differences),
+        "score/mean": float(np.mean(f64(scores))),
+    }
+    return sum(losses) / len(losses), metrics
+
+
+# loss of a critic ----------------------------------------------------------------------------------------------------
+
+
+def value_loss(values, returns, mask, *, old=None, epsilon=None):
+    kept, errors, losses, clipped_larger = [], [], [], []
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        value, target = float(values[b, t]), float(returns[b, t])
+        errors.append((value - target) ** 2)
+        kept.append(value)
+        losses.append(errors[-1] / 2)
+        if epsilon is not None:
+            assert old is not None
+            lowest, highest = float(old[b, t]) - epsilon, float(old[b, t]) + epsilon
+            clipped_error = (min(max(value, lowest), highest) - target) ** 2
+            clipped_larger.append(float(clipped_error > errors[-1]))
+            losses[-1] = max(errors[-1], clipped_error) / 2
+    metrics = {"value/mean": kept, "value/error": errors}
+    if epsilon is not None:
+        metrics["value/clip_ratio"] = clipped_larger
+
+    def average(numbers):
+        return sum(numbers) / len(numbers) if numbers else 0.0
+
+    return average(losses), {name: average(numbers) for name, numbers in metrics.items()}
 
 
 # sampling ------------------------------------------------------------------------------------------------------------

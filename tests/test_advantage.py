@@ -8,18 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import torch
 from hypothesis import given
-from oracle import f32
+from oracle import f32, f64
 
 from grpo_jax.advantage import (
+    adapted_kl_coef,
     dr_grpo,
     gae,
     gdpo,
     group_relative,
+    hybrid,
     kl_penalized,
+    process_supervised,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     rloo,
+    token_rewards,
     whitened,
 )
 
@@ -207,6 +212,68 @@ def test_kl_in_the_reward_is_summed_over_the_completion_and_nothing_leaks_from_m
     np.testing.assert_array_equal(ours, [1 - 0.375, 2, NAN])
 
 
+jit_token_rewards = jax.jit(token_rewards)
+jit_adapted = jax.jit(adapted_kl_coef, static_argnames=("target", "horizon", "num_samples"))
+
+
+def sequences_of(seed, junk=np.nan, rows=B):
+    """Rewards, some absent, and for each token a KL and a value, with junk where the mask has holes or empty rows."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((rows, T)) < rng.choice([0.3, 0.7, 1.0])
+    mask[rng.random(rows) < 0.2] = False
+    rewards = f32(rng.choice([0.0, 1.0, 0.7, -2.5, NAN], rows, p=[0.3, 0.3, 0.1, 0.1, 0.2]))
+    kl, values = (np.where(mask, f32(rng.normal(size=(rows, T))), f32(junk)) for _ in range(2))
+    return rewards, kl, values, mask
+
+
+def test_token_rewards_are_penalties_and_at_the_last_token_the_reward():
+    rewards = f32([2.0, NAN, 5.0])
+    kl = f32([[0.5, NAN, 1.0, -2.0, NAN, NAN], [1, 2, 3, 4, 5, 6], [NAN, np.inf, 0, 0, 0, 0]])
+    mask = np.array([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], dtype=bool)
+    ours = jit_token_rewards(rewards, kl, mask, kl_coef=0.1)
+    # A reward that is absent leaves its penalties alone; an empty completion has no token for its reward.
+    close(ours, [[-0.05, 0, -0.1, 0.2 + 2, 0, 0], [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6], [0] * 6])
+    alone = [[0, 0, 0, 2, 0, 0], [0] * 6, [0] * 6]
+    np.testing.assert_array_equal(jit_token_rewards(rewards, None, mask, kl_coef=0.1), alone)
+    np.testing.assert_array_equal(jit_token_rewards(rewards, np.nan_to_num(kl), mask), alone)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 2.0]), st.sampled_from([NAN, np.inf, 100.0]))
+def test_token_rewards_agree_with_the_oracle(seed, kl_coef, junk):
+    rewards, kl, _, mask = sequences_of(seed, junk)
+    ours = np.asarray(jit_token_rewards(rewards, kl, mask, kl_coef=f32(kl_coef)))
+    close(ours, oracle.token_rewards(rewards, kl, mask, kl_coef=kl_coef))
+    np.testing.assert_array_equal(ours[~mask], 0)
+    expected = oracle.token_rewards(rewards, None, mask)
+    np.testing.assert_array_equal(jit_token_rewards(rewards, None, mask, kl_coef=f32(kl_coef)), f32(expected))
+
+
+def test_token_rewards_of_a_completion_sum_to_its_penalized_reward():
+    rewards, kl, _, mask = sequences_of(3, rows=8)
+    rewards, mask = np.nan_to_num(rewards), mask | (np.arange(T) == 2)
+    kl = np.nan_to_num(kl)
+    whole = jax.jit(partial(kl_penalized, kl_coef=0.3))(rewards, kl, mask)
+    close(np.asarray(jax.jit(partial(token_rewards, kl_coef=0.3))(rewards, kl, mask)).sum(1), whole)
+
+
+@given(
+    st.floats(0.0625, 2, width=32),
+    st.floats(-5, 30, width=32),
+    st.sampled_from([(0.5, 10_000.0, 64), (6.0, 100.0, 256), (6.0, 1000.0, 1000)]),
+)
+def test_the_adapted_kl_coefficient_agrees_with_the_oracle(kl_coef, kl, knobs):
+    knobs = dict(zip(("target", "horizon", "num_samples"), knobs, strict=True))
+    close(jit_adapted(f32(kl_coef), f32(kl), **knobs), oracle.adapted_kl_coef(kl_coef, kl, **knobs))
+
+
+def test_the_kl_coefficient_stays_on_target_and_changes_by_a_fifth_over_the_horizon_at_most():
+    knobs = {"target": 6.0, "horizon": 1000.0, "num_samples": 1000}
+    kl = f32([6.0, 6.6, 5.4, 7.2, 4.8, 600.0, 0.0, -3.0])
+    ours = [jit_adapted(f32(0.5), x, **knobs) for x in kl]
+    close(ours, 0.5 * np.array([1, 1.1, 0.9, 1.2, 0.8, 1.2, 0.8, 0.8]))
+    close(jit_adapted(f32(0.5), f32(600), **{**knobs, "num_samples": 10}), 0.5 * 1.002, rtol=1e-6, atol=0)
+
+
 # Generalized advantage estimation ------------------------------------------------------------------------------------
 
 
@@ -247,6 +314,178 @@ def test_gae_with_lambda_0_is_one_step_and_with_lambda_1_is_monte_carlo():
     close(one_step, [1 + 0.9 * -1 - 0.5, 2 + 0.9 * 4 + 1, 3 - 4])
     _, monte_carlo = gae_of_row(rewards, values, mask, gamma=0.9, lam=1.0)
     close(monte_carlo, [1 + 0.9 * (2 + 0.9 * 3), 2 + 0.9 * 3, 3])
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(1.0, 0.95), (0.9, 0.8), (1.0, 1.0)]),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([NAN, np.inf, 100.0]),
+)
+def test_advantages_of_penalized_token_rewards_are_the_mixture_of_all_n_step_estimates(seed, knobs, kl_coef, junk):
+    """The left side of eq. 16 of arXiv 1506.02438, written out: nothing of the recursion is in it."""
+    gamma, lam = knobs
+    rewards, kl, values, mask = sequences_of(seed, junk)
+    of_tokens = jit_token_rewards(rewards, kl, mask, kl_coef=f32(kl_coef))
+    advantages, returns = (np.asarray(x) for x in jit_gae(of_tokens, values, mask, gamma=gamma, lam=lam))
+    expected = np.zeros(mask.shape)
+    for b in range(B):
+        steps = [t for t in range(T) if mask[b, t]]
+        for i, t in enumerate(steps):
+            left, so_far = steps[i:], 0.0
+            for n, u in enumerate(left, 1):
+                so_far += gamma ** (n - 1) * -kl_coef * float(kl[b, u])
+                if n < len(left):
+                    estimate = so_far + gamma**n * float(values[b, left[n]])
+                    share = (1 - lam) * lam ** (n - 1)
+                else:
+                    estimate = so_far + gamma ** (n - 1) * float(np.nan_to_num(rewards[b]))
+                    share = lam ** (n - 1)
+                expected[b, t] += share * (estimate - float(values[b, t]))
+    close(advantages, expected)
+    close(returns, np.where(mask, expected + np.where(mask, f64(values), 0), 0))
+    np.testing.assert_array_equal(advantages[~mask], 0)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1.0, 0.95), (0.9, 0.8)]))
+def test_advantages_of_penalized_token_rewards_are_those_of_verl_in_torch(seed, knobs):
+    gamma, lam = knobs
+    rewards, kl, values, mask = sequences_of(seed, junk=100.0)
+    rewards = np.nan_to_num(rewards)
+    ours = jit_gae(jit_token_rewards(rewards, kl, mask, kl_coef=0.3), values, mask, gamma=gamma, lam=lam)
+    response_mask, values = torch.tensor(f64(mask)), torch.tensor(f64(values))
+    token_level_rewards = -0.3 * torch.tensor(f64(kl)) * response_mask
+    for b in np.flatnonzero(mask.any(1)):
+        token_level_rewards[b, int(torch.nonzero(response_mask[b]).max())] += float(rewards[b])
+    nextvalues, lastgaelam, advantages = torch.zeros(B).double(), torch.zeros(B).double(), []
+    for t in reversed(range(T)):
+        delta = token_level_rewards[:, t] + gamma * nextvalues - values[:, t]
+        now = delta + gamma * lam * lastgaelam
+        nextvalues = values[:, t] * response_mask[:, t] + (1 - response_mask[:, t]) * nextvalues
+        lastgaelam = now * response_mask[:, t] + (1 - response_mask[:, t]) * lastgaelam
+        advantages.append(lastgaelam)
+    advantages = torch.stack(advantages[::-1], 1)
+    close(ours[0], advantages * response_mask)
+    close(ours[1], (advantages + values) * response_mask)
+
+
+# Process supervision -------------------------------------------------------------------------------------------------
+
+jit_process = jax.jit(process_supervised, static_argnames=("group_size", "ddof", "epsilon"))
+
+
+def test_process_supervision_sums_the_normalised_rewards_of_the_steps_to_come():
+    rewards = f32([[9, 1, 9, 0, 9, 9], [0, 9, 9, 9, 2, 9], [9, 9, 5, 9, 9, 9], [9, NAN, 9, 7, 9, 9]])
+    ends = np.array([[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0]], dtype=bool)
+    first = (np.array([1, 0, 0, 2]) - 0.75) / (np.std([1, 0, 0, 2], ddof=1) + 1e-6)
+    second = (np.array([5, 7]) - 6) / (np.sqrt(2) + 1e-6)
+    expected = [
+        [first[0] + first[1]] * 2 + [first[1]] * 2 + [0] * 2,
+        [first[2] + first[3]] + [first[3]] * 4 + [0],
+        [second[0]] * 3 + [0] * 3,
+        [second[1]] * 4 + [0] * 2,  # the step whose reward is absent is left out, and the mean is of the others
+    ]
+    close(jit_process(rewards, ends, group_size=2), expected)
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([(2, 1, 1e-6), (4, 0, 0.5)]), st.sampled_from([NAN, np.inf, -np.inf, 9])
+)
+def test_process_supervision_agrees_with_the_oracle_whatever_stands_elsewhere(seed, knobs, junk):
+    rng = np.random.default_rng(seed)
+    ends = rng.random((8, T)) < rng.choice([0.1, 0.4, 0.9])
+    ends[rng.random(8) < 0.2] = False
+    kinds = [rng.choice([0.0, 1.0, 0.7, NAN], ends.shape), rng.normal(size=ends.shape) * 3 + rng.choice([0, 100])]
+    rewards = np.where(ends, f32(kinds[rng.integers(2)]), f32(junk))
+    group_size, ddof, epsilon = knobs
+    ours = np.asarray(jit_process(rewards, ends, group_size=group_size, ddof=ddof, epsilon=epsilon))
+    close(ours, oracle.process_supervised(rewards, ends, group_size=group_size, ddof=ddof, epsilon=epsilon))
+    after = np.cumsum((ends & ~np.isnan(rewards))[:, ::-1], 1)[:, ::-1] == 0
+    np.testing.assert_array_equal(ours[after], 0)
+
+
+def test_process_supervision_by_the_outcome_alone_is_the_groups_advantage():
+    rewards = f32([1, 0, 0, NAN, 5, 7, 7, 8])
+    ends = np.arange(T) == np.array([3, 1, 5, 2, 0, 4, 3, 3])[:, None]
+    ours = jit_process(np.where(ends, rewards[:, None], f32(NAN)), ends, group_size=4)
+    expected = np.asarray(jit_group_relative(rewards, group_size=4))
+    until_its_end = np.cumsum(ends[:, ::-1], 1)[:, ::-1] == 1
+    close(ours, np.where(until_its_end, expected[:, None], 0))
+
+
+@pytest.mark.parametrize("value", [0.7, 1e6 + 0.1, 3.4e38])
+def test_a2_steps_of_equal_rewards_a_single_step_and_none_give_exactly_zero(value):
+    ends = np.random.default_rng(0).random((8, T)) < 0.6
+    rewards = np.full((8, T), value, np.float32)
+    one = np.zeros((8, T), bool)
+    one[5, 2] = True
+    for is_step_end in (ends, one, np.zeros((8, T), bool)):
+        np.testing.assert_array_equal(jit_process(rewards, is_step_end, group_size=2), 0)
+    np.testing.assert_array_equal(jit_process(np.full((8, T), NAN, np.float32), ends, group_size=2), 0)
+
+
+# A critic where the group says nothing -------------------------------------------------------------------------------
+
+jit_hybrid = jax.jit(hybrid, static_argnames=("group_size", "lam", "epsilon"))
+
+
+def test_a_group_that_differs_has_its_own_advantage_and_one_that_is_alike_the_critics():
+    rewards = f32([1, 0, 1, 1, 0, NAN, NAN, NAN])
+    _, _, values, mask = sequences_of(5, rows=8)
+    mask = mask | (np.arange(T) == 2)
+    values = np.where(np.isnan(values), f32(0.5), values)
+    advantages, returns = (np.asarray(x) for x in jit_hybrid(rewards, values, mask, group_size=2))
+    deviation = np.sqrt(0.5) + 1e-6
+    close(advantages[:2], np.where(mask[:2], [[0.5 / deviation], [-0.5 / deviation]], 0))
+    # At lambda 1 an advantage is the reward less the value: rows 2 and 3 are alike, row 4 has nobody to differ from.
+    close(advantages[2:5], np.where(mask[2:5], rewards[2:5, None] - f64(values[2:5]), 0))
+    close(returns[:5], np.where(mask[:5], rewards[:5, None], 0))  # of every completion that has a reward
+    np.testing.assert_array_equal(advantages[5:], 0)
+    np.testing.assert_array_equal(returns[5:], 0)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(2, 1.0, 1e-6), (4, 0.8, 0.5)]),
+    st.sampled_from([NAN, np.inf, 100.0]),
+)
+def test_hybrid_agrees_with_the_oracle(seed, knobs, junk):
+    rewards, _, values, mask = sequences_of(seed, junk, rows=8)
+    group_size, lam, epsilon = knobs
+    if seed % 2:
+        rewards[:4] = np.where(np.isnan(rewards[:4]), f32(NAN), f32(0.7))  # alike but for those absent
+    ours = jit_hybrid(rewards, values, mask, group_size=group_size, lam=lam, epsilon=epsilon)
+    expected = oracle.hybrid(rewards, values, mask, group_size=group_size, lam=lam, epsilon=epsilon)
+    for actual, twin in zip(ours, expected, strict=True):
+        close(actual, twin)
+        np.testing.assert_array_equal(np.asarray(actual)[~mask | np.isnan(rewards)[:, None]], 0)
+
+
+def test_a_sample_at_the_mean_of_a_group_that_differs_has_no_advantage_whatever_the_critic_says():
+    rewards, values = f32([0, 0.5, 1, 0.5, 0, 0, 0, 0]), np.full((8, T), 9, np.float32)
+    advantages, _ = jit_hybrid(rewards, values, np.ones((8, T), bool), group_size=4, lam=0.8, epsilon=0.5)
+    np.testing.assert_array_equal(np.asarray(advantages)[[1, 3]], 0)
+    assert (np.asarray(advantages)[[0, 2, 4, 5, 6, 7]] != 0).all()
+
+
+@pytest.mark.parametrize("value", [0.7, -0.1, 1e6 + 0.1])
+def test_equal_rewards_are_alike_whatever_their_value_and_number(value):
+    rewards, mask = np.full(16, value, np.float32), np.ones((16, 2), bool)
+    advantages, _ = jit_hybrid(rewards, np.zeros((16, 2), np.float32), mask, group_size=16)
+    close(advantages, np.full((16, 2), rewards[0]))  # the mean of 16 rounds, and is none of them
+
+
+@pytest.mark.parametrize("name", ["process_supervised", "hybrid"])
+@pytest.mark.parametrize(
+    ("group_size", "message"),
+    [(1, "group_size is 1.*at least 2"), (0, "group_size is 0"), (3, "8 rewards do not form groups of 3")],
+)
+def test_a4_groups_that_are_none_are_refused_at_trace_time(name, group_size, message):
+    x, mask = np.zeros((8, T), np.float32), np.ones((8, T), bool)
+    arguments = (x, mask) if name == "process_supervised" else (x[:, 0], x, mask)
+    f = {"process_supervised": process_supervised, "hybrid": hybrid}[name]
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(f, group_size=group_size), *arguments)
 
 
 # Whitening -----------------------------------------------------------------------------------------------------------

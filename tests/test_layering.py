@@ -27,6 +27,8 @@ FLOORS = {
     "evaluate": 3,
     "run": 4,
     "small_base": 4,
+    "experiment": 5,
+    "text_settings": 5,
     "settings": 4,
     "reward_settings": 4,
 }

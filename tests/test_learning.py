@@ -34,7 +34,7 @@ def test_the_default_run_learns(default_run):
     assert summary["pass_at_1_before"] <= 0.20
     assert summary["pass_at_1_after"] >= 0.85
     assert summary["maj_at_16_after"] >= 0.95
-    assert summary["completion_length_after"] > 2 * summary["completion_length_before"]
+    assert summary["mean_length_after"] > 2 * summary["mean_length_before"]
     assert summary["alarms"] == {}  # an honest run
     rows = [row for row in read_jsonl(default_run / "metrics.jsonl") if "loss" in row]
     assert len(rows) == 60

@@ -9,6 +9,7 @@ from hypothesis import given
 from oracle import f32, f64
 
 from grpo_jax.masked import (
+    is_last,
     last_unmasked,
     masked_count,
     masked_mean,
@@ -56,6 +57,7 @@ jitted = {
     "rows_max": jax.jit(lambda x, m: jax.vmap(max_pair)(x, m).reduce().value),
     "positions": jax.jit(positions),
     "last": jax.jit(last_unmasked),
+    "is_last": jax.jit(is_last),
 }
 
 # Sums, means, variances ----------------------------------------------------------------------------------------------
@@ -258,6 +260,31 @@ def test_t5_left_padding_by_any_amount_leaves_positions_unchanged():
         np.testing.assert_array_equal(result, [0] * padding + list(range(4 - padding)))
 
 
+@given(masks)
+def test_is_last_is_true_at_the_last_unmasked_position_of_each_row_and_nowhere_else(mask):
+    result = np.asarray(jitted["is_last"](mask))
+    assert result.dtype == bool
+    np.testing.assert_array_equal(result, oracle.is_last(mask))
+    np.testing.assert_array_equal(result.sum(1), mask.any(1))  # nowhere in a row that is all masked
+
+
+def test_the_last_entry_is_where_is_last_says_also_beyond_holes_and_left_padding():
+    mask = np.array([[0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=bool)
+    expected = np.array([[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=bool)
+    np.testing.assert_array_equal(jitted["is_last"](mask), expected)
+    np.testing.assert_array_equal(jitted["last"](f32(np.arange(1, 13)).reshape(SHAPE), mask), [4, 7, 0])
+
+
+@pytest.mark.parametrize("value", JUNK)
+def test_the_last_entry_is_given_as_it_is_and_nothing_of_those_before_it(value):
+    x = f32([[value, value, 3, 0], [1, 2, value, 0], [value, value, value, value]])
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=bool)
+    np.testing.assert_array_equal(jitted["last"](x, mask), f32([3, value, 0]))
+    np.testing.assert_array_equal(
+        jax.jit(jax.grad(lambda x: last_unmasked(x, jnp.asarray(mask)).sum()))(x), oracle.is_last(mask)
+    )
+
+
 @given(arrays, masks, junk)
 def test_last_unmasked_agrees_with_the_oracle(x, mask, value):
     expected = [row[np.flatnonzero(m)[-1]] if m.any() else 0 for row, m in zip(x, mask, strict=True)]
@@ -270,3 +297,4 @@ def test_l16_a_reward_model_reads_its_score_at_the_last_attended_token_whatever_
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=bool)
     scores = f32(ids * 10 + np.arange(4))
     np.testing.assert_array_equal(jitted["last"](scores, mask), [22, 3, 70])
+    np.testing.assert_array_equal(np.argmax(jitted["is_last"](mask), axis=1), [2, 3, 0])

@@ -46,6 +46,7 @@ def masks(count, length, kind):
             "padded": left & right,
             "holes": np.random.default_rng(0).random((count, length)) < 0.6,
             "nothing": left & (rows > 0),  # the first sequence has no real token
+            "packed": np.where(right, 1 + (slots >= 20 + rows) + (slots >= 70), 0).astype(np.int32),
         }[kind]
     )
 
@@ -64,7 +65,7 @@ def at_real_tokens(attention, inputs, mask, **options):
     weights = jnp.asarray(np.random.default_rng(2).normal(size=inputs[0].shape) / inputs[0].shape[-1] ** 0.5)
 
     def total(inputs):
-        out = jnp.where(mask[:, :, None, None], attention(*inputs, mask, **options), 0).astype(jnp.float32)
+        out = jnp.where(mask[:, :, None, None] > 0, attention(*inputs, mask, **options), 0).astype(jnp.float32)
         return (out * weights.astype(jnp.float32)).sum(), out
 
     grads, out = jax.jit(jax.grad(total, has_aux=True))(inputs)
@@ -80,10 +81,13 @@ def at_real_tokens(attention, inputs, mask, **options):
         ("cudnn", 150, 16, "padded", 5, None),
         ("cudnn", 150, 16, "holes", None, None),
         ("cudnn", 150, 16, "nothing", None, None),
+        ("cudnn", 150, 16, "packed", None, None),
+        ("cudnn", 150, 16, "packed", 33, None),
         ("splash", 7, 16, "none", None, None),
         ("splash", 150, 64, "padded", None, 5.0),
         ("splash", 150, 80, "holes", 33, None),
         ("splash", 150, 16, "nothing", 140, 2.0),
+        ("splash", 150, 16, "packed", 33, None),
     ],
 )
 def test_a_kernel_computes_what_the_plain_path_does(monkeypatch, name, length, width, kind, window, softcap):

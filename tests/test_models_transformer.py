@@ -138,6 +138,25 @@ def test_left_padding_by_any_amount_changes_nothing(decoder):
         assert np.isfinite(hidden).all()
 
 
+def test_sequences_packed_into_a_row_are_computed_as_if_each_stood_alone(decoder):
+    _, model, params = decoder
+    ids = random_ids((2, 11))
+    lengths = [(4, 5), (7, 4)]  # the first row ends in padding
+    segments = np.zeros((2, 11), np.int32)
+    positions = np.zeros((2, 11), np.int32)
+    for row, (first, second) in enumerate(lengths):
+        segments[row, :first], segments[row, first : first + second] = 1, 2
+        positions[row, :first], positions[row, first : first + second] = np.arange(first), np.arange(second)
+    packed, _ = model.apply(params, ids, jnp.asarray(positions), jnp.asarray(segments))
+    assert np.isfinite(packed).all()
+    for row, (first, second) in enumerate(lengths):
+        for start, length in ((0, first), (first, second)):
+            places = jnp.arange(length)[None]
+            alone, _ = model.apply(params, ids[row : row + 1, start : start + length], places)
+            close = 1e-5 * float(jnp.abs(alone).max())
+            np.testing.assert_allclose(packed[row, start : start + length], alone[0], atol=close)
+
+
 def test_a_token_sees_no_later_one_and_no_masked_one(decoder):
     _, model, params = decoder
     ids = random_ids((1, 8))

@@ -148,9 +148,7 @@ def finished(base, tmp_path_factory):
 
 def test_summary_has_what_is_promised(finished):
     summary = json.loads((finished.run_dir / "summary.json").read_text())
-    promised = (
-        "pass_at_1_before pass_at_1_after maj_at_4_after completion_length_before completion_length_after seconds"
-    )
+    promised = "pass_at_1_before pass_at_1_after maj_at_4_after mean_length_before mean_length_after seconds"
     assert set(promised.split()) <= set(summary)
     assert 0 <= summary["max_sampler_trainer_gap"] <= 1e-5  # T15
     assert summary["seed"] == 0
@@ -208,13 +206,13 @@ def test_a_model_of_ones_own_gets_small_micro_batches(config):
 
 def test_stop_tokens_end_completions_and_must_be_known(finished):
     policy = models.from_pretrained(finished.model)
-    assert r1_zero.with_stop_tokens(policy, finished).eos_ids == policy.eos_ids
-    stopped = r1_zero.with_stop_tokens(policy, replace(finished, stop_tokens=("</answer>", "<eos>")))
+    assert finished.as_sampled(policy).eos_ids == policy.eos_ids
+    stopped = replace(finished, stop_tokens=("</answer>", "<eos>")).as_sampled(policy)
     assert stopped.eos_ids == (1, 5)
     with pytest.raises(ValueError, match=r"stop_tokens: \['<\|im_end\|>'\] are no tokens of"):
-        r1_zero.with_stop_tokens(policy, replace(finished, stop_tokens=("</answer>", "<|im_end|>")))
+        replace(finished, stop_tokens=("</answer>", "<|im_end|>")).as_sampled(policy)
     with pytest.raises(ValueError, match="is 140, and the model has 128 positions"):
-        r1_zero.with_stop_tokens(policy, replace(finished, max_completion_length=128))
+        replace(finished, max_completion_length=128).as_sampled(policy)
 
 
 def test_s6_another_configuration_in_the_same_folder(finished):
@@ -276,7 +274,7 @@ def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monk
         raise ZeroDivisionError("no")
 
     monkeypatch.setattr(reward_settings, "format_reward", broken)
-    monkeypatch.setattr(r1_zero.models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="reward 'format' raised ZeroDivisionError"):
         r1_zero.main(config)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from grpo_jax.data.prompts import Overlong, encode_prompts, fit_prompts, pad_prompts, render_prompts
+from grpo_jax.data.prompts import Overlong, Rendering, encode_prompts, fit_prompts, pad_prompts, render_prompts
 from grpo_jax.data.sources import Problem
 from grpo_jax.types import Prompts, Rollout
 
@@ -40,7 +40,7 @@ class EncodedProblems:
         max_prompt_length: int,
         pad_id: int,
         overlong: Overlong = "drop",
-        **rendering: str | None,
+        **rendering: Unpack[Rendering],
     ):
         prompts = [problem.prompt for problem in problems]
         token_ids = encode_prompts(prompts, tokenizer, **rendering)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,14 @@ R1_ZERO = (
     "User: {question}\n\nAssistant:"
 )
 """A plain template for base models, in the style of R1-Zero."""
+
+
+class Rendering(TypedDict, total=False):
+    """How prompts become text; see ``render_prompts``."""
+
+    template: str | None
+    system_prompt: str | None
+
 
 Overlong = Literal["drop", "truncate", "error"]
 """What ``fit_prompts`` can do to a prompt that is too long, for the configuration of an experiment."""
@@ -78,11 +86,7 @@ def encode_prompts(
     texts = render_prompts(prompts, tokenizer, template=template, system_prompt=system_prompt)
     if not texts:
         return []
-    try:
-        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    except Exception as error:
-        position = next(i for i, text in enumerate(texts) if not _can_encode(tokenizer, text))
-        raise ValueError(f"the tokenizer cannot encode prompt {position}, {texts[position]!r:.200}: {error}") from error
+    token_ids = encode_texts(texts, tokenizer)
     if template is None:
         return token_ids
     bos = [tokenizer.bos_token_id]
@@ -91,6 +95,21 @@ def encode_prompts(
         bos + ids if full[:1] == bos and ids[:1] != bos else ids
         for ids, full in zip(token_ids, as_tokenizer_would, strict=True)
     ]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The token ids of each text, none added.
+
+    Raises:
+        ValueError: the tokenizer has no tokens for a text; says for which.
+    """
+    if not texts:
+        return []
+    try:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        position = next(i for i, text in enumerate(texts) if not _can_encode(tokenizer, text))
+        raise ValueError(f"the tokenizer cannot encode text {position}, {texts[position]!r:.200}: {error}") from error
 
 
 def _can_encode(tokenizer: Any, text: str) -> bool:

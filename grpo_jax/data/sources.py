@@ -71,7 +71,7 @@ def load_problems(
         ValueError: another kind of file; a split or subset of something that has none; a source without rows; an
             empty or malformed row. The error names file and line, or row counted from 1.
     """
-    rows = list(_rows(source, split, subset))
+    rows = list(read_rows(source, split, subset))
     if not rows:
         raise ValueError(f"{source} is empty: it has no problems")
     first_where, first_row = rows[0]
@@ -90,8 +90,8 @@ def reward_columns(problems: Sequence[Problem], *, group_size: int = 1) -> dict[
     return {name: [row.get(name) for row in rows] for name in ["answer", *names]}
 
 
-def _rows(source: str, split: str | None, subset: str | None) -> Iterator[tuple[str, Row]]:
-    """Each row after the place where it stands, in words."""
+def read_rows(source: str, split: str | None, subset: str | None) -> Iterator[tuple[str, Row]]:
+    """Each row after the place where it stands, in words; arguments and errors as of ``load_problems``."""
     path = Path(source)
     if not path.exists() and path.suffix not in (".jsonl", ".json", ".parquet"):
         return _hub_rows(source, split or "train", subset)
@@ -198,7 +198,7 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
     for column in (prompt_column, answer_column):
         if column is not None and column not in row:
             raise KeyError(f"{where} has no column {column!r}; it has {list(row)}")
-    prompt = _checked_prompt(row[prompt_column], f"{where}, column {prompt_column!r}")
+    prompt = checked_prompt(row[prompt_column], f"{where}, column {prompt_column!r}")
     rest = {name: value for name, value in row.items() if name not in (prompt_column, *REWARD_ARGUMENTS)}
     if answer_column is None:
         return Problem(prompt, None, rest)
@@ -213,17 +213,34 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
     return Problem(prompt, answer, {"solution": text, **rest})
 
 
-def _checked_prompt(prompt: Any, where: str) -> str | Messages:
+def checked_prompt(prompt: Any, where: str) -> str | Messages:
+    """A question or a conversation, if it is one.
+
+    Raises:
+        ValueError: it is neither; says what stands at that place.
+    """
     if isinstance(prompt, str) and prompt.strip():
         return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+    if isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
         return prompt
     raise ValueError(
         f"{where} must be text that is not blank, or messages with a text as role and as content; it is {prompt!r:.200}"
     )
 
 
-def _is_message(message: Any) -> bool:
+def checked_text(text: Any, where: str) -> str:
+    """A text, if it is one and not blank.
+
+    Raises:
+        ValueError: it is not; says what stands at that place.
+    """
+    if isinstance(text, str) and text.strip():
+        return text
+    raise ValueError(f"{where} must be text that is not blank; it is {text!r:.200}")
+
+
+def is_message(message: Any) -> bool:
+    """Whether something has a text as role and as content."""
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 

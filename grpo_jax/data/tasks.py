@@ -21,7 +21,7 @@ PLAIN = "{question}"
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHINESE_DIGITS = "〇一二三四五六七八九"
-VOCABULARY = ("<pad>", "<eos>", *TAGS, *"0123456789+=;", *CHINESE_DIGITS)
+VOCABULARY = ("<pad>", "<eos>", *TAGS, *"0123456789+=;", *CHINESE_DIGITS, *"?!~")
 HELD_OUT_SHARE = 10
 PATIENCE = 10_000
 

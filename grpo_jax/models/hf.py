@@ -18,10 +18,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.hf_config import family_of, from_hf_config
+from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
 from grpo_jax.models.hf_weights import check_params, load_params, read_json, refuse_pickled, save_params
 from grpo_jax.models.kernels import AttentionName
-from grpo_jax.models.transformer import build_model
+from grpo_jax.models.transformer import build_model, param_shapes
 from grpo_jax.types import Model, Params
 
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
@@ -68,6 +68,7 @@ def from_pretrained(
     attention: AttentionName = "plain",
     mesh: Mesh | None = None,
     shardings: Callable[[Any], Any] | None = None,
+    scalar_head: bool = False,
     revision: str | None = None,
 ) -> Pretrained:
     """Load a model from a local folder or the Hugging Face hub.
@@ -85,6 +86,8 @@ def from_pretrained(
         mesh: see ``build_model``.
         shardings: from the parameters' tree of ``ShapeDtypeStruct`` to a tree of ``jax.sharding.Sharding``; None puts
             everything on the first local device.
+        scalar_head: make a reward model or a critic of it: in the place of its output embedding it gets a scalar head,
+            which is 0 everywhere unless the checkpoint has one.
         revision: branch, tag or commit on the hub; None is its main branch.
 
     Raises:
@@ -100,16 +103,32 @@ def from_pretrained(
     if not (folder / "config.json").is_file():
         found = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(f"{folder} has no config.json and so is no checkpoint; it has {found or 'nothing'}")
-    hf_config = read_json(folder / "config.json")
-    config = from_hf_config(hf_config)
+    stored_config = read_json(folder / "config.json")
+    hf_config = with_scalar_head(stored_config) if scalar_head else stored_config
+    stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
     model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     has_generation_config = (folder / "generation_config.json").is_file()
     generation_config = read_json(folder / "generation_config.json") if has_generation_config else None
     tokenizer = _read_tokenizer(folder)
     eos_ids = _settle_eos_ids(generation_config or {}, hf_config, tokenizer, config.vocab_size)
     pad_id = _settle_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size)
-    params = load_params(folder, config, param_dtype=param_dtype, shardings=shardings)
+    params = load_params(folder, stored, param_dtype=param_dtype, shardings=shardings)
+    if config != stored:
+        params = with_new_head(params, config, param_dtype=param_dtype, shardings=shardings)
     return Pretrained(model, params, config, hf_config, generation_config, tokenizer, eos_ids, pad_id)
+
+
+def with_new_head(
+    params: Params, config: DecoderConfig, *, param_dtype: Any, shardings: Callable[[Any], Any] | None
+) -> Params:
+    """A decoder's parameters with a scalar head of zeros in the place of its output embedding."""
+    shapes = param_shapes(config, param_dtype)
+    head = jnp.zeros(shapes["score"]["kernel"].shape, param_dtype)
+    placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if shardings is not None:
+        placement = shardings(shapes)["score"]["kernel"]
+    rest = {name: value for name, value in params.items() if name != "lm_head"}
+    return {**rest, "score": {"kernel": jax.device_put(head, placement)}}
 
 
 def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:

@@ -239,6 +239,19 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
     )
 
 
+def with_scalar_head(hf_config: Fields) -> dict[str, Any]:
+    """The configuration of the same model as a reward model: transformers' classifier of sequences with one label.
+
+    One that has a scalar head already is given back as it is.
+    """
+    if _has_scalar_head(hf_config):
+        return dict(hf_config)
+    name = family_of(hf_config).architecture.removesuffix("ForCausalLM")
+    name = {"Gemma3": "Gemma3Text"}.get(name, name)
+    labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {**hf_config, "architectures": [f"{name}ForSequenceClassification"], **labels}
+
+
 def _has_scalar_head(hf_config: Fields) -> bool:
     """Whether the model is a reward model: a classifier of sequences with one label."""
     architectures = hf_config.get("architectures")

@@ -25,7 +25,7 @@ AttentionName = Literal["auto", "plain", "cudnn", "splash"]
 Kernel = Callable[..., Float[Array, "B S H E"]]
 """``(queries [B, S, H, E] already scaled, keys and values [B, S, K, E], mask [B, S], window=, softcap=)``. A token
 attends to the unmasked ones up to itself, less than ``window`` before it; what a masked one gets is finite and means
-nothing."""
+nothing. A mask of integers numbers packed sequences, 0 for padding: a token attends to its own number alone."""
 
 LANES = 128
 LARGEST_BLOCK = 512
@@ -97,7 +97,7 @@ def cudnn_attention(
     queries: Float[Array, "B S H E"],
     keys: Float[Array, "B S K E"],
     values: Float[Array, "B S K E"],
-    mask: Bool[Array, "B S"],
+    mask: Bool[Array, "B S"] | Int[Array, "B S"],
     *,
     window: int | None,
     softcap: None = None,
@@ -106,31 +106,33 @@ def cudnn_attention(
     """By cuDNN, on GPUs. It knows padding on the right alone: so real tokens go first, and back to their places.
 
     With a window, distances are those between real tokens: the slots', as long as padding does not stand between them.
+    Of packed sequences it is told who may attend to whom, which is an array of ``[B, S, S]``.
 
     Args:
         queries: scaled.
         keys: each head serves ``H / K`` query heads that follow each other.
         values: likewise.
-        mask: False at columns that nobody may attend to.
+        mask: False at columns that nobody may attend to, or the numbers of packed sequences.
         window: None sees all.
         softcap: there is none.
         implementation: "xla" does the same on any platform, for tests.
     """
+    attention = partial(
+        jax.nn.dot_product_attention,
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    if mask.dtype != bool:
+        with jax.numpy_dtype_promotion("standard"):
+            return attention(queries, keys, values, mask=(mask[:, :, None] == mask[:, None, :])[:, None])
     order = jnp.argsort(~mask, axis=1, stable=True)
     lengths = jnp.maximum(mask.sum(1, dtype=jnp.int32), 1)
     queries, keys, values = (permuted(x, order) for x in (queries, keys, values))
     with jax.numpy_dtype_promotion("standard"):
-        out = jax.nn.dot_product_attention(
-            queries,
-            keys,
-            values,
-            scale=1.0,
-            is_causal=True,
-            query_seq_lengths=lengths,  # padding behind a window's reach would have nothing to attend to
-            key_value_seq_lengths=lengths,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation=implementation,
-        )
+        # Padding behind a window's reach would have nothing to attend to, were it not for the queries' lengths.
+        out = attention(queries, keys, values, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     return permuted(out, jnp.argsort(order, axis=1))
 
 
@@ -147,7 +149,7 @@ def splash_attention(
     queries: Float[Array, "B S H E"],
     keys: Float[Array, "B S K E"],
     values: Float[Array, "B S K E"],
-    mask: Bool[Array, "B S"],
+    mask: Bool[Array, "B S"] | Int[Array, "B S"],
     *,
     window: int | None,
     softcap: float | None,
@@ -160,7 +162,7 @@ def splash_attention(
         queries: scaled.
         keys: each head serves ``H / K`` query heads that follow each other.
         values: likewise.
-        mask: False at columns that nobody may attend to.
+        mask: False at columns that nobody may attend to, or the numbers of packed sequences.
         window: None sees all.
         softcap: ``c`` in ``c * tanh(score / c)``; None for none.
         mesh: sequences are split over ``data`` and ``fsdp``, heads over ``tensor``; each must divide. None for arrays
@@ -205,8 +207,8 @@ def splash_on_device(queries, keys, values, mask, *, window: int | None, softcap
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
-    # Real tokens attend to real ones and masked ones to masked ones, at least to themselves: a row that may attend to
-    # nothing would be divided by zero.
+    # Real tokens attend to those of their own sequence and masked ones to masked ones, at least to themselves: a row
+    # that may attend to nothing would be divided by zero.
     segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, length - S)))
     out: Array = jax.vmap(kernel)(padded(queries), padded(keys), padded(values), splash.SegmentIds(segments, segments))  # pyright: ignore[reportAssignmentType]
     return out[:, :, :S].transpose(0, 2, 1, 3)

@@ -68,7 +68,7 @@ def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S 
 
 
 def allowed_slots(
-    mask: Bool[Array, "N C"] | None,
+    mask: Bool[Array, "N C"] | Int[Array, "N C"] | None,
     slots: Int[Array, " S"],
     first: int | Int[Array, ""],
     columns: int,
@@ -77,7 +77,8 @@ def allowed_slots(
     """Which columns each token may attend to: unmasked, not after its own slot, and less than ``window`` before it.
 
     Args:
-        mask: False at columns that nobody may attend to; None for none of them (M is 1 then, N otherwise).
+        mask: False at columns that nobody may attend to; None for none of them (M is 1 then, N otherwise). Or the
+            number of each slot's sequence, 0 for none: tokens then attend to columns of their own number alone.
         slots: where the tokens stand.
         first: the slot of the first column.
         columns: how many there are.
@@ -87,7 +88,11 @@ def allowed_slots(
     reachable = distances >= 0
     if window is not None:
         reachable &= distances < window
-    return reachable[None] if mask is None else mask[:, None, :] & reachable[None]
+    if mask is None:
+        return reachable[None]
+    if mask.dtype != bool:
+        return (mask[:, slots, None] == mask[:, None, :]) & (mask > 0)[:, None, :] & reachable[None]
+    return mask[:, None, :] & reachable[None]
 
 
 def empty_entry(config: DecoderConfig, batch: int, columns: int, dtype: Any) -> CacheEntry:
@@ -286,14 +291,14 @@ class View(NamedTuple):
             parts that they are cut into.
         contexts: what comes before the cache.
         own_mask: where it is given, the call's own tokens are all there is to look at, and a kernel may compute it:
-            which of them nobody may attend to. ``allowed`` and ``contexts`` are empty then.
+            which of them nobody may attend to, or whose they are. ``allowed`` and ``contexts`` are empty then.
     """
 
     rotation: Rotation
     start: int | Int[Array, ""]
     allowed: Sequence[Bool[Array, "M S _"]]
     contexts: Sequence[Part]
-    own_mask: Bool[Array, "B S"] | None = None
+    own_mask: Bool[Array, "B S"] | Int[Array, "B S"] | None = None
 
 
 class Attention(Layer):

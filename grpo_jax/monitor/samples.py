@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
@@ -23,8 +23,8 @@ class Sample:
         prompt: the prompt's text.
         completion: the completion's text.
         rewards: each part of the reward by its name; None or NaN where a part is absent.
-        reward: their weighted sum.
-        advantage: what it was learnt from with.
+        reward: their weighted sum; None where nothing is rewarded.
+        advantage: what it was learnt from with; None where it was not.
         answer: the gold answer, where there is one.
         note: what rewards had to say of it, such as an interpreter's message.
         why: why it was chosen to be read.
@@ -32,9 +32,9 @@ class Sample:
 
     prompt: str
     completion: str
-    rewards: Mapping[str, float | None]
-    reward: float
-    advantage: float
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
+    advantage: float | None = None
     answer: str | None = None
     note: str = ""
     why: str = ""
@@ -44,7 +44,8 @@ class Sample:
         parts = {f"rewards/{name}": value for name, value in self.rewards.items()}
         text = {"prompt": self.prompt, "completion": self.completion, "answer": self.answer}
         text |= {name: said for name, said in (("note", self.note), ("why", self.why)) if said}
-        return {"step": step, **text, "reward": self.reward, **parts, "advantage": self.advantage}
+        row = {"step": step, **text, "reward": self.reward, **parts, "advantage": self.advantage}
+        return {name: value for name, value in row.items() if value is not None or name not in ("reward", "advantage")}
 
 
 def can_show(character: str, encoding: str) -> bool:
@@ -115,7 +116,9 @@ def print_samples(
 
 def _figures(sample: Sample, encoding: str) -> list[tuple[str, str]]:
     parts = [(printable(name, encoding), _value(value)) for name, value in sample.rewards.items()]
-    return [("reward", _value(sample.reward)), *parts, ("advantage", f"{sample.advantage:+.2f}")]
+    reward = [] if sample.reward is None else [("reward", _value(sample.reward))]
+    advantage = [] if sample.advantage is None else [("advantage", f"{sample.advantage:+.2f}")]
+    return [*reward, *parts, *advantage]
 
 
 def _value(value: float | None) -> str:
@@ -145,8 +148,8 @@ def _table(samples: Sequence[Sample], step: int, encoding: str, limit: int) -> T
     return table
 
 
-def _colour(advantage: float) -> str:
-    return "green" if advantage > 0 else "red" if advantage < 0 else ""
+def _colour(advantage: float | None) -> str:
+    return "green" if (advantage or 0) > 0 else "red" if (advantage or 0) < 0 else ""
 
 
 def _text(text: str, encoding: str, limit: int) -> Text:

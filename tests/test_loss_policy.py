@@ -18,11 +18,9 @@ from grpo_jax.loss import (
     clipped_surrogate,
     constant_length,
     dapo_loss,
-    dpo_loss,
     dr_grpo_loss,
     grpo_loss,
     gspo_loss,
-    ipo_loss,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -35,7 +33,6 @@ from grpo_jax.loss import (
     token_mean,
     truncated_importance,
 )
-from grpo_jax.types import Mean
 
 B, T = 4, 6
 JUNK = [np.nan, np.inf, -np.inf]
@@ -618,25 +615,6 @@ def test_supervised_loss_is_the_cross_entropy_over_unmasked_tokens():
     value, grad = jax.jit(jax.value_and_grad(lambda x: supervised_loss(x, jnp.asarray(mask)).value))(log_probs)
     close(value, 7 / 3)
     close(grad, [[-1 / 3, 0], [-1 / 3, -1 / 3]])
-
-
-dpo = jax.jit(dpo_loss, static_argnames="beta")
-ipo = jax.jit(ipo_loss, static_argnames="beta")
-
-
-def test_l15_dpo():
-    pair = dpo(np.zeros(2, np.float32))
-    assert isinstance(pair, Mean)
-    assert pair.count == 2
-    close(pair.value, 0.693147)
-    close(dpo(f32([3, 3]), beta=0.1).value, 0.55436)
-    close(dpo(f32([-1e4, 1e4]), beta=0.1).value, 1e3 / 2)
-    close(jax.jit(jax.grad(lambda m: dpo_loss(m, beta=0.1).sum))(np.zeros(2, np.float32)), [-0.05, -0.05])
-
-
-def test_l15_ipo_on_margins_divided_by_scored_tokens():
-    close(ipo(f32([5, 5]), beta=0.1).value, 0)
-    close(ipo(f32([0, 6]), beta=0.1).value, (25 + 1) / 2)
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -343,26 +343,6 @@ def supervised_loss(log_probs: Tokens, mask: Mask) -> Mean:
     return token_mean(-zero_where_masked(log_probs, mask), mask)
 
 
-def dpo_loss(margin: Float[Array, " B"], *, beta: float = 0.1) -> Mean:
-    """``-log sigmoid(beta * margin)``: DPO (arXiv 2305.18290, eq. 7).
-
-    Args:
-        margin: ``(log pi - log pi_ref)`` summed over the chosen completion, less the same of the rejected one.
-        beta: strength of the pull towards the reference.
-    """
-    return mean_pair(-jax.nn.log_sigmoid(beta * margin), jnp.ones_like(margin, dtype=bool))
-
-
-def ipo_loss(mean_margin: Float[Array, " B"], *, beta: float = 0.1) -> Mean:
-    """``(mean_margin - 1 / (2 beta))^2``: IPO (arXiv 2310.12036, eq. 17).
-
-    Args:
-        mean_margin: as DPO's margin, with each completion's sum divided by its number of scored tokens.
-        beta: strength of the pull towards the reference.
-    """
-    return mean_pair((mean_margin - 1 / (2 * beta)) ** 2, jnp.ones_like(mean_margin, dtype=bool))
-
-
 def _require(coefficient: float | None, coefficient_name: str, value, name: str):
     if coefficient not in (None, 0) and value is None:
         raise ValueError(f"{coefficient_name} is {coefficient}, which needs {name}; pass them or leave it out")

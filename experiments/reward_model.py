@@ -1,0 +1,203 @@
+"""A reward model: which of two completions people prefer, as one number for each (Bradley-Terry).
+
+Without arguments it learns from pairs of replies to the embedded base's errands, on one CPU in two minutes. With
+arguments it is the real thing:
+
+    python experiments/reward_model.py
+    python experiments/reward_model.py --model Qwen/Qwen2.5-0.5B --dataset preferences.jsonl --chat-template
+
+What it saves is a Hugging Face classifier with one label, which ``--reward-model`` of the other experiments takes.
+After InstructGPT (arXiv 2203.02155, section 3.5); margins and centring after Llama 2 and arXiv 2312.09244.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from grpo_jax.data.preferences import PairBatches
+from grpo_jax.experiment import (
+    ModelSettings,
+    RunSettings,
+    at_least,
+    check_divides,
+    check_finite,
+    check_length,
+    check_same_data,
+    padded_batches,
+    run_experiment,
+    save_trained,
+    small_base,
+)
+from grpo_jax.loss import bradley_terry_loss
+from grpo_jax.run import Run, count_compilations
+from grpo_jax.settings import OptimizerSettings
+from grpo_jax.sharding import replicated, shard_rows
+from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe
+from grpo_jax.text_settings import PreferenceSettings
+from grpo_jax.train import init_state, make_train_step, pair_scores
+from grpo_jax.types import Pairs, Params
+
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings, ModelSettings):
+    """What a run is. Fields are checked before anything is computed."""
+
+    data: Annotated[PreferenceSettings, tyro.conf.arg(name="")] = PreferenceSettings()
+    """What is preferred to what."""
+    run_dir: Path = Path("runs/reward_model")
+    """The run's own folder: logs, checkpoints, curves, the trained model."""
+    base: Recipe = Recipe(errand_share=0.5)
+    """How the embedded base is made; the seed is the run's."""
+    num_epochs: int = 1
+    """How often each pair is visited."""
+    num_pairs: int = 32
+    """Pairs of an update."""
+    max_prompt_length: int | None = None
+    """In tokens; longer ones are left out. Default: 512 with --model, 12 without."""
+    max_completion_length: int | None = None
+    """In tokens; longer ones are left out. Default: 1024 with --model, 48 without."""
+    centring: float = 0.01
+    """Weight of the square of a pair's sum of scores, which keeps them around 0."""
+    use_margins: bool = True
+    """Where every pair has a margin, ask for it."""
+    num_micro_batches: int = 1
+    """Parts each update is computed in, to save memory; the result is the same."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
+    eval_every: int = 20
+    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
+
+    def __post_init__(self):
+        RunSettings.__post_init__(self)
+        at_least(self, num_epochs=1, num_pairs=1, max_prompt_length=1, max_completion_length=1)
+        at_least(self, num_micro_batches=1, eval_every=0, centring=0)
+        if self.num_pairs % self.num_micro_batches:
+            raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
+        if self.model is None and (self.data.dataset or self.data.chat_template):
+            raise ValueError("the embedded base knows its own errands only; with a dataset, name a model too")
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The lengths of prompt and completion in effect."""
+        default = (512, 1024) if self.model else (MAX_PROMPT_LENGTH, MAX_COMPLETION_LENGTH)
+        return self.max_prompt_length or default[0], self.max_completion_length or default[1]
+
+
+MAY_CHANGE = ("num_micro_batches", "eval_every")
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    return run_experiment(config, train, title="reward model", may_change=MAY_CHANGE)
+
+
+def train(config: Config, run: Run) -> None:
+    compilations = count_compilations()
+    mesh = config.mesh.build()
+    check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
+    preferences, held_out = config.data.load(config.seed)
+    start = config.model or small_base(run, replace(config.base, seed=config.seed))
+    scorer = config.load(start, mesh, scalar_head=True)
+    check_length(sum(config.lengths), scorer, "max_prompt_length + max_completion_length")
+    encode = partial(
+        config.data.encode,
+        policy=scorer,
+        max_prompt_length=config.lengths[0],
+        max_completion_length=config.lengths[1],
+        embedded=config.model is None,
+    )
+    pairs, held_out_pairs = encode(preferences), encode(held_out)
+    if pairs.dropped:
+        run.say(f"{pairs.dropped} of {len(preferences)} pairs dropped: too long")
+    batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
+
+    def loss_fn(params: Params, batch: Pairs):
+        margins = batch.margins if config.use_margins else None
+        return bradley_terry_loss(pair_scores(scorer.model, params, batch), margins=margins, centring=config.centring)
+
+    optimizer, schedule = config.optimizer.build(
+        total_updates=len(batches), default_learning_rate=1e-5 if config.model else 1e-3
+    )
+    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    score = jax.jit(partial(pair_scores, scorer.model))
+    state = init_state(scorer.params, optimizer, with_reference=False, replicated=replicated(mesh))
+    scorer = replace(scorer, params=None)  # the state's from here on
+    first, state, position = run.resume(state)
+    check_same_data(position, batches.digest, run)
+
+    def evaluated(step: int) -> dict[str, Any]:
+        with run.progress.phase("evaluation", len(held_out_pairs)) as phase:
+            scores = []
+            for positions, real in padded_batches(len(held_out_pairs), config.num_pairs):
+                batch = shard_rows(held_out_pairs.padded(positions), mesh)
+                scores.append(np.asarray(score(state.params, batch))[:real])
+                phase.update(sum(map(len, scores)))
+                run.stop_if_requested()
+        metrics = accuracy_and_calibration(np.concatenate(scores))
+        run.log({"step": step, **metrics})
+        return metrics
+
+    def evaluation_is_due(step: int) -> bool:
+        return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
+
+    if evaluation_is_due(first) and not run.has_row(first, "eval/accuracy"):
+        evaluated(first)
+    with run.progress.phase("reward model", len(batches), start=first) as phase:
+        for step in range(first + 1, len(batches) + 1):
+            started = time.monotonic()
+            state, update = train_step(state, shard_rows(batches[step - 1], mesh))
+            metrics = {name: float(value) for name, value in update.items()}
+            check_finite(metrics, step, run)
+            metrics |= {
+                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
+                "step_time": time.monotonic() - started,
+                "compilations": compilations(),
+            }
+            run.log({"step": step, **metrics})
+            if step == len(batches) or step % config.save_every == 0 or run.stop_requested:
+                run.save(step, state, {"data": batches.digest})
+            run.stop_if_requested()
+            if evaluation_is_due(step):
+                metrics |= evaluated(step)
+            phase.update(step, metrics)
+    save_trained(run, state.params, scorer, steps=len(batches), summary={"seed": config.seed})
+
+
+def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:
+    """How often the chosen completion scores higher, and how well the probabilities that scores imply are kept.
+
+    Args:
+        scores: ``[pairs, 2]``, of the chosen completion and the rejected one.
+
+    Returns:
+        ``eval/accuracy`` (a tie is half), ``eval/loss`` (nats a pair), ``eval/calibration_error`` (the expected one,
+        over ten bins of confidence), ``eval/score_mean``, ``eval/score_std``.
+    """
+    margins = scores[:, 0].astype(np.float64) - scores[:, 1]
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = np.where(margins == 0, 0.5, margins > 0)
+    bins = np.minimum((2 * confidence - 1) * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
+    gaps = [abs((confidence - right)[bins == n].sum()) for n in range(CALIBRATION_BINS)]
+    return {
+        "eval/accuracy": float(right.mean()),
+        "eval/loss": float(np.logaddexp(0, -margins).mean()),
+        "eval/calibration_error": float(sum(gaps) / len(margins)),
+        "eval/score_mean": float(scores.mean()),
+        "eval/score_std": float(scores.std()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -1,0 +1,250 @@
+"""Supervised fine-tuning: a model learns to continue as demonstrations do.
+
+Without arguments it teaches the embedded base, which mostly blurts answers, to work sums out, from 256 examples on one
+CPU in two minutes. With arguments it is the real thing:
+
+    python experiments/sft.py
+    python experiments/sft.py --model Qwen/Qwen2.5-0.5B --dataset open-r1/OpenR1-Math-220k --chat-template
+    python experiments/sft.py --model path/to/folder --dataset chats.jsonl --chat-template --learn-from assistant
+
+Rows are conversations (messages), prompts with completions, or texts; they are packed into rows of one length without
+seeing each other. A column answer lets completions that are drawn for held-out prompts be graded.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from grpo_jax import models
+from grpo_jax.data.conversations import Demonstration
+from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.packing import PackedBatches
+from grpo_jax.data.sources import Problem
+from grpo_jax.experiment import (
+    PolicySettings,
+    RunSettings,
+    at_least,
+    check_divides,
+    check_finite,
+    check_length,
+    check_same_data,
+    run_experiment,
+    save_trained,
+    small_base,
+)
+from grpo_jax.loss import supervised_loss
+from grpo_jax.monitor.samples import Sample
+from grpo_jax.rewards.math import math_reward
+from grpo_jax.run import Run, count_compilations
+from grpo_jax.settings import OptimizerSettings
+from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
+from grpo_jax.text_settings import DemonstrationSettings
+from grpo_jax.train import init_state, make_train_step, packed_log_probs
+from grpo_jax.types import Packed, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings, PolicySettings):
+    """What a run is. Fields are checked before anything is computed."""
+
+    data: Annotated[DemonstrationSettings, tyro.conf.arg(name="")] = DemonstrationSettings()
+    """What is imitated."""
+    run_dir: Path = Path("runs/sft")
+    """The run's own folder: logs, checkpoints, curves, the trained model."""
+    num_epochs: int = 4
+    """How often each demonstration is visited."""
+    num_sequences: int = 16
+    """Rows of an update."""
+    max_length: int | None = None
+    """Tokens of a row, and of the longest demonstration. Default: 2048 with --model, 128 without."""
+    packing: bool = True
+    """Let demonstrations share a row."""
+    num_micro_batches: int = 1
+    """Parts each update is computed in, to save memory; the result is the same."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
+    eval_every: int = 20
+    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
+    eval_prompts: int = 64
+    """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
+    eval_samples: int = 4
+    """Completions for each of them."""
+
+    def __post_init__(self):
+        RunSettings.__post_init__(self)
+        PolicySettings.__post_init__(self)
+        at_least(self, num_epochs=1, num_sequences=1, max_length=2, num_micro_batches=1)
+        at_least(self, eval_every=0, eval_prompts=0, eval_samples=1)
+        if self.num_sequences % self.num_micro_batches:
+            raise ValueError(
+                f"num_sequences = {self.num_sequences} do not divide into {self.num_micro_batches} micro-batches"
+            )
+        if self.model is None and self.data.chat_template:
+            raise ValueError("the embedded base has no chat template; name a model, or leave chat_template out")
+
+    @property
+    def row_length(self) -> int:
+        """The tokens of a row in effect."""
+        return self.max_length or (2048 if self.model else 128)
+
+
+MAY_CHANGE = ("num_micro_batches", "cache_bytes", "eval_every")
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    return run_experiment(config, train, title="SFT", may_change=MAY_CHANGE)
+
+
+def train(config: Config, run: Run) -> None:
+    compilations = count_compilations()
+    mesh = config.mesh.build()
+    check_divides(config.num_sequences // config.num_micro_batches, mesh, "the rows of a micro-batch")
+    demonstrations, held_out = config.data.load(config.seed)
+    start = config.model or small_base(run, replace(config.base, seed=config.seed))
+    policy = config.as_sampled(config.load(start, mesh))
+    check_length(config.row_length, policy, "max_length")
+    batches = pack(config, run, demonstrations, policy, config.num_epochs)
+    held_out_batches = pack(config, run, held_out, policy, 1)
+    prompts = held_out_prompts(config, held_out, policy)
+
+    def loss_fn(params: Params, batch: Packed):
+        return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
+
+    optimizer, schedule = config.optimizer.build(
+        total_updates=len(batches), default_learning_rate=1e-5 if config.model else 1e-3
+    )
+    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
+    sampler = config.sampler(policy, mesh, config.eval_samples)
+    to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
+    policy = replace(policy, params=None)  # the state's from here on
+    first, state, position = run.resume(state)
+    check_same_data(position, batches.digest, run)
+    num_tokens = position.get("num_tokens", 0)
+    evaluation = jax.random.key(config.seed)
+
+    def evaluated(step: int) -> dict[str, Any]:
+        with run.progress.phase("evaluation", len(held_out_batches) + len(prompts)) as phase:
+            parts = []
+            for n in range(len(held_out_batches)):
+                parts.append(held_out_loss(state.params, shard_rows(held_out_batches[n], mesh)))
+                phase.update(n + 1)
+                run.stop_if_requested()
+            loss = sum(float(part.sum) for part in parts) / sum(float(part.count) for part in parts)
+            metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+            if len(prompts):
+                params, key = to_rollout(state.params), jax.random.fold_in(evaluation, step)
+                drawn = sampler(params, prompts.padded(range(len(prompts))), key)
+                completions = decode_completions(policy.tokenizer, drawn, policy.eos_ids)
+                metrics |= graded(prompts, completions, np.asarray(drawn.completion_mask.sum(1)), config.eval_samples)
+                samples = as_samples(prompts, completions, config.eval_samples)
+                run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
+        run.log({"step": step, **metrics})
+        return metrics
+
+    def evaluation_is_due(step: int) -> bool:
+        return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
+
+    run.say(f"{len(batches)} updates; {batches.used:.0%} of the places in a row hold a token")
+    if evaluation_is_due(first) and not run.has_row(first, "eval/loss"):
+        evaluated(first)
+    with run.progress.phase("SFT", len(batches), start=first) as phase:
+        for step in range(first + 1, len(batches) + 1):
+            started = time.monotonic()
+            batch = batches[step - 1]
+            state, update = train_step(state, shard_rows(batch, mesh))
+            metrics = {name: float(value) for name, value in update.items()}
+            check_finite(metrics, step, run)
+            seconds = time.monotonic() - started
+            tokens = int(np.asarray(batch.segments > 0).sum())
+            num_tokens += tokens
+            metrics |= {
+                "epoch": config.num_epochs * step / len(batches),
+                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
+                "num_tokens": num_tokens,
+                "tokens_per_second": tokens / seconds,
+                "step_time": seconds,
+                "compilations": compilations(),
+            }
+            run.log({"step": step, **metrics})
+            if step == len(batches) or step % config.save_every == 0 or run.stop_requested:
+                run.save(step, state, {"num_tokens": num_tokens, "data": batches.digest})
+            run.stop_if_requested()
+            if evaluation_is_due(step):
+                metrics |= evaluated(step)
+            phase.update(step, metrics)
+    save_trained(run, state.params, policy, steps=len(batches), summary={"seed": config.seed})
+
+
+def pack(
+    config: Config, run: Run, demonstrations: list[Demonstration], policy: models.Pretrained, epochs: int
+) -> PackedBatches:
+    examples, dropped = config.data.encode(
+        demonstrations, policy, max_length=config.row_length, embedded=config.model is None
+    )
+    if dropped:
+        run.say(f"{dropped} of {len(demonstrations)} demonstrations dropped: over {config.row_length} tokens")
+    return PackedBatches(
+        examples,
+        num_sequences=config.num_sequences,
+        length=config.row_length,
+        num_epochs=epochs,
+        seed=config.seed,
+        packing=config.packing,
+        pad_id=policy.pad_id,
+    )
+
+
+def held_out_prompts(config: Config, held_out: list[Demonstration], policy: models.Pretrained) -> EncodedProblems:
+    """The prompts that completions are drawn for, each with the completion that was demonstrated."""
+    asked = [each for each in held_out if each.prompt][: config.eval_prompts]
+    problems = [
+        Problem(each.prompt, as_text(each.columns.get("answer")), {"demonstrated": each.completion}) for each in asked
+    ]
+    return EncodedProblems(
+        problems,
+        policy.tokenizer,
+        max_prompt_length=config.prompt_length,
+        pad_id=policy.pad_id,
+        **config.data.rendering(embedded=config.model is None),
+    )
+
+
+def as_text(answer: Any) -> str | None:
+    return None if answer is None else str(answer)
+
+
+def graded(prompts: EncodedProblems, completions: list[str], lengths: np.ndarray, samples: int) -> dict[str, float]:
+    """The share of completions whose final answer is right, where there are answers; and the mean length."""
+    answers = [problem.answer for problem in prompts.problems for _ in range(samples)]
+    scores = math_reward([""] * len(completions), completions, answer=answers)
+    right = [score == 1 for score in scores if score is not None]
+    lengths_and_grades = {"eval/mean_length": float(lengths.mean())}
+    return lengths_and_grades | ({"eval/pass@1": float(np.mean(right))} if right else {})
+
+
+def as_samples(prompts: EncodedProblems, completions: list[str], samples: int) -> list[Sample]:
+    return [
+        Sample(
+            prompt=prompts.texts[n // samples],
+            completion=completion,
+            answer=prompts.problems[n // samples].columns["demonstrated"],
+        )
+        for n, completion in enumerate(completions)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

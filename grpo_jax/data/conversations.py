@@ -1,0 +1,221 @@
+"""Demonstrations: conversations and completions to token ids, with a mark on each token that is learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+
+from grpo_jax.data.prompts import encode_prompts, encode_texts
+from grpo_jax.data.sources import Messages, Row, checked_prompt, checked_text, is_message, read_rows
+
+LearnFrom = Literal["completion", "assistant", "all"]
+"""What of a demonstration is learnt: its last turn, every turn of the assistant, or every token."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What is to be imitated.
+
+    Attributes:
+        prompt: the question as text, or the messages before the completion; "" where there is only a text.
+        completion: the reply as text.
+        where: the place it was read from, in words.
+        columns: every other column of its row.
+    """
+
+    prompt: str | Messages
+    completion: str
+    where: str
+    columns: Row = field(default_factory=dict)
+
+
+class Example(NamedTuple):
+    """A demonstration as tokens.
+
+    Attributes:
+        token_ids: all of them.
+        learnt: for each, whether it is learnt from; the first never is, as nothing predicts it.
+        prompt_length: how many stand before the last turn.
+    """
+
+    token_ids: list[int]
+    learnt: list[bool]
+    prompt_length: int
+
+
+def load_demonstrations(
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+) -> list[Demonstration]:
+    """The demonstrations of a file, folder or data set, in the forms that TRL knows.
+
+    A row has ``messages`` (a conversation that ends with the assistant's turn), or ``prompt`` and ``completion`` (texts
+    or messages), or ``text`` alone. Other columns hold the prompt and the completion where they are named.
+
+    Args:
+        source: as of ``sources.load_problems``.
+        split: likewise.
+        subset: likewise.
+        prompt_column: instead of ``prompt``.
+        completion_column: instead of ``completion``; with it alone, the completion is a text without a prompt.
+
+    Raises:
+        KeyError: a row has none of these forms; the error lists its columns.
+        ValueError: a row is empty or malformed, or its conversation does not end with the assistant's turn.
+        FileNotFoundError: no such file, folder, split or data set.
+    """
+    rows = list(read_rows(source, split, subset))
+    if not rows:
+        raise ValueError(f"{source} is empty: it has no demonstrations")
+    return [_demonstration(row, where, prompt_column, completion_column) for where, row in rows]
+
+
+def encode_demonstrations(
+    demonstrations: Sequence[Demonstration],
+    tokenizer: Any,
+    *,
+    eos_ids: Sequence[int],
+    template: str | None = None,
+    system_prompt: str | None = None,
+    learn_from: LearnFrom = "completion",
+) -> list[Example]:
+    """The tokens of each demonstration.
+
+    A prompt is encoded as the sampler would be given it, and what follows is encoded by itself and comes after: so what
+    is learnt is what will be drawn. With a plain template the model's ending token comes last. With a chat template a
+    turn is what the template writes after the opening that it writes for a generation, and it is learnt from up to its
+    ending token.
+
+    Args:
+        demonstrations: what is to be imitated.
+        tokenizer: a transformers tokenizer; its chat template is used if ``template`` is None, but for a text alone.
+        eos_ids: the tokens that end a turn; the first of them ends a completion after a plain template.
+        template: a text in which ``{question}`` stands for the prompt.
+        system_prompt: a system message put before each conversation; with a chat template only.
+        learn_from: "completion" for the last turn, "assistant" for every turn of the assistant, "all" for every token.
+
+    Raises:
+        ValueError: the chat template writes an earlier turn otherwise once others follow, so that no span of the text
+            is that turn ("assistant"), or writes a prompt otherwise than for a generation; a conversation is to go into
+            a plain template; the tokenizer has no token for something. The error says which demonstration.
+    """
+    pieces = [_pieces(each, tokenizer, template, system_prompt, learn_from) for each in demonstrations]
+    if template is not None and demonstrations:
+        prompts = iter(
+            encode_prompts([each.prompt for each in demonstrations if each.prompt], tokenizer, template=template)
+        )
+    else:
+        prompts = iter(())
+    flat = iter(encode_texts([text for each in pieces for text, _ in each], tokenizer))
+    examples = []
+    for demonstration, parts in zip(demonstrations, pieces, strict=True):
+        ids: list[int] = []
+        learnt: list[bool] = []
+        if template is not None and demonstration.prompt:
+            ids += next(prompts)
+            learnt += [learn_from == "all"] * len(ids)
+        start = len(ids)
+        for _, is_turn in parts:
+            piece = next(flat)
+            start = len(ids) if is_turn else start
+            ended = next((n + 1 for n, token in enumerate(piece) if token in eos_ids), len(piece))
+            marks = [is_turn and n < ended for n in range(len(piece))]
+            ids += piece
+            learnt += [True] * len(piece) if learn_from == "all" else marks
+        if (template is not None or not demonstration.prompt) and (not ids or ids[-1] not in eos_ids):
+            ids.append(eos_ids[0])
+            learnt.append(True)
+        if learnt:
+            learnt[0] = False
+        if not any(learnt):
+            raise ValueError(f"{demonstration.where} has nothing to learn from: its completion has no token")
+        examples.append(Example(ids, learnt, start))
+    return examples
+
+
+def _pieces(
+    demonstration: Demonstration,
+    tokenizer: Any,
+    template: str | None,
+    system_prompt: str | None,
+    learn_from: LearnFrom,
+) -> list[tuple[str, bool]]:
+    """The text in pieces, and of each whether it is a turn that is learnt; without what a plain template makes."""
+    if not demonstration.prompt:
+        return [(demonstration.completion, True)]
+    if template is not None:
+        return [(demonstration.completion, True)]
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    prompt = demonstration.prompt
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [*system, *before, {"role": "assistant", "content": demonstration.completion}]
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = turns if learn_from == "assistant" else turns[-1:]
+    whole = _rendered(messages, tokenizer, demonstration.where)
+    pieces, written = [], 0
+    for n in turns:
+        opening = _rendered(messages[:n], tokenizer, demonstration.where, opens_turn=True)
+        through = whole if n + 1 == len(messages) else _rendered(messages[: n + 1], tokenizer, demonstration.where)
+        if not (whole.startswith(opening) and whole.startswith(through) and written <= len(opening) < len(through)):
+            raise ValueError(
+                f"{demonstration.where}: the chat template writes message {n - len(system)} otherwise in the whole "
+                "conversation than as a turn of its own, so its tokens cannot be marked; learn from the completion "
+                "alone, or use a template that leaves earlier turns as they are"
+                if n != turns[-1] or len(turns) > 1
+                else f"{demonstration.where}: the chat template does not write the prompt as it opens a generation, so "
+                "the completion's tokens cannot be marked; use another template"
+            )
+        pieces += [(whole[written : len(opening)], False), (whole[len(opening) : len(through)], True)]
+        written = len(through)
+    return [piece for piece in [*pieces, (whole[written:], False)] if piece[0]]
+
+
+def _rendered(messages: Messages, tokenizer: Any, where: str, *, opens_turn: bool = False) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template: pass a plain template that holds {question}")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_turn)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the chat template refuses the conversation: {error}") from error
+
+
+def _demonstration(row: Row, where: str, prompt_column: str | None, completion_column: str | None) -> Demonstration:
+    named = prompt_column is not None or completion_column is not None
+    if "messages" in row and not named:
+        messages = row["messages"]
+        if not (isinstance(messages, list) and len(messages) > 1 and all(is_message(each) for each in messages)):
+            raise ValueError(f"{where}, column 'messages': it must hold at least two messages with role and content")
+        return _conversation(messages, where, _others(row, "messages"))
+    if "text" in row and "completion" not in row and not named:
+        return Demonstration("", checked_text(row["text"], f"{where}, column 'text'"), where, _others(row, "text"))
+    completion_column = completion_column or "completion"
+    prompt_column = prompt_column or (None if named and "prompt" not in row else "prompt")
+    missing = [name for name in (prompt_column, completion_column) if name is not None and name not in row]
+    if missing:
+        raise KeyError(
+            f"{where} has no column {missing[0]!r}; a demonstration has messages, or prompt and completion, or text, "
+            f"and this one has {list(row)}; name others with prompt_column= and completion_column="
+        )
+    completion, others = row[completion_column], _others(row, prompt_column, completion_column)
+    prompt = "" if prompt_column is None else checked_prompt(row[prompt_column], f"{where}, column {prompt_column!r}")
+    if isinstance(completion, list) and completion and all(is_message(each) for each in completion):
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return _conversation([*before, *completion], where, others)
+    return Demonstration(prompt, checked_text(completion, f"{where}, column {completion_column!r}"), where, others)
+
+
+def _conversation(messages: Messages, where: str, columns: Row) -> Demonstration:
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
+    return Demonstration(messages[:-1], messages[-1]["content"], where, columns)
+
+
+def _others(row: Row, *names: str | None) -> Row:
+    return {name: value for name, value in row.items() if name not in names}

@@ -1,0 +1,322 @@
+"""What experiments have in common: the fields of their configurations, and the frame around their loops."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grpo_jax import models
+from grpo_jax.models.kernels import AttentionName
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.rollout import Sampler
+from grpo_jax.run import Run, Stopped, keep_programs
+from grpo_jax.sampling import Sampling
+from grpo_jax.settings import MeshSettings
+from grpo_jax.sharding import param_shardings
+from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, make_base
+from grpo_jax.types import Params
+
+LAID_OUT = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints")
+"""Settings that a resumed run may have other values of in every experiment: they change no number beyond rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run lies and what it leaves."""
+
+    run_dir: Path
+    """The run's own folder: logs, checkpoints, curves, the trained model."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    save_every: int = 10
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest stay."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go besides the run's folder."""
+    plain: bool = False
+    """Print plain lines even on a terminal."""
+
+    def __post_init__(self):
+        at_least(self, seed=0, save_every=1, keep_checkpoints=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model that is trained, and how it is computed."""
+
+    model: str | None = None
+    """Hugging Face id or local folder of the model to start from. Default: a small base, trained here first."""
+    base: Recipe = Recipe()
+    """How that small one is made; the seed is the run's."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the computation; weights and optimizer stay in float32. Default: bfloat16 with --model on a GPU or
+    TPU, float32 otherwise."""
+    remat: bool | None = None
+    """Compute blocks again in the backward pass instead of keeping their activations. Default: with --model."""
+    attention: AttentionName = "auto"
+    """What computes the attention of whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU,
+    where they fit the model; else the plain path."""
+    mesh: MeshSettings = MeshSettings()
+    """How the devices are used."""
+
+    @property
+    def compute_dtype(self):
+        """The precision in effect."""
+        fast = self.model is not None and jax.default_backend() != "cpu"
+        return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
+
+    def load(self, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False) -> models.Pretrained:
+        """A model as it is computed here; see ``models.from_pretrained`` for what it raises.
+
+        Args:
+            name_or_folder: a Hugging Face id or local folder.
+            mesh: that it is laid out on.
+            scalar_head: whether its output embedding gives way to a scalar head, with weights at 0 unless it has one.
+
+        Raises:
+            ValueError: it has no tokenizer.
+        """
+        loaded = models.from_pretrained(
+            name_or_folder,
+            dtype=self.compute_dtype,
+            remat=self.model is not None if self.remat is None else self.remat,
+            attention=self.attention,
+            mesh=mesh,
+            shardings=partial(param_shardings, mesh=mesh),
+            scalar_head=scalar_head,
+        )
+        if loaded.tokenizer is None:
+            raise ValueError(f"{name_or_folder} has no tokenizer; a folder with weights needs tokenizer.json too")
+        return loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings(ModelSettings):
+    """A model that completions are drawn from."""
+
+    max_prompt_length: int | None = None
+    """In tokens. Default: 512 with --model, 12 without."""
+    max_completion_length: int | None = None
+    """In tokens. Default: 1024 with --model, 48 without."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion besides those the model names, such as '<|im_end|>'."""
+    sampling: Sampling = Sampling()
+    """How completions are drawn; the temperature is the policy's in every log-probability too."""
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Precision of keys and values in sampling; a coarser one lets more samples fit, and puts a gap between sampler and
+    trainer that --importance-cap makes up for. Default: that of the computation."""
+    cache_bytes: int | None = None
+    """What keys and values of prompts drawn for at once may take, over all devices; more prompts are drawn for one set
+    after the other. Default: a fifth of the memory of a GPU or TPU, no limit on a CPU."""
+
+    def __post_init__(self):
+        at_least(self, max_prompt_length=1, max_completion_length=1, cache_bytes=1)
+
+    @property
+    def prompt_length(self) -> int:
+        """The prompt length in effect."""
+        return self.max_prompt_length or (512 if self.model else MAX_PROMPT_LENGTH)
+
+    @property
+    def completion_length(self) -> int:
+        """The completion length in effect."""
+        return self.max_completion_length or (1024 if self.model else MAX_COMPLETION_LENGTH)
+
+    def sampler(self, policy: models.Pretrained, mesh: Mesh, group_size: int) -> Sampler:
+        """The function that draws ``group_size`` completions of each prompt."""
+        return Sampler(
+            policy.model,
+            self.sampling,
+            group_size=group_size,
+            max_completion_length=self.completion_length,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            cache_bytes=self.cache_bytes,
+            cache_dtype=self.cache_dtype,
+            mesh=mesh,
+        )
+
+    def as_sampled(self, policy: models.Pretrained) -> models.Pretrained:
+        """The policy as it is sampled from here: with the configuration's stop tokens among its ending ones.
+
+        Raises:
+            ValueError: a stop token that is none, or more tokens than the model has positions.
+        """
+        assert policy.tokenizer is not None
+        known = policy.tokenizer.get_vocab()
+        unknown = [token for token in self.stop_tokens if token not in known]
+        if unknown:
+            raise ValueError(f"stop_tokens: {unknown} are no tokens of {self.model or 'the embedded base'}")
+        eos_ids = dict.fromkeys([*policy.eos_ids, *(known[token] for token in self.stop_tokens)])
+        check_length(self.prompt_length + self.completion_length, policy, "max_prompt_length + max_completion_length")
+        return replace(policy, eos_ids=tuple(eos_ids))
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Any)
+
+
+def run_experiment(
+    config: AnyConfig, train: Callable[[AnyConfig, Run], None], *, title: str, may_change: Sequence[str] = ()
+) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop.
+
+    Args:
+        config: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
+        train: the experiment's loop; it is not called for a run that is finished.
+        title: what the live view is called.
+        may_change: settings that a resumed run may have other values of, besides ``LAID_OUT``.
+    """
+    keep_programs()
+    # What is called float32 is computed in float32, on a GPU or TPU too.
+    exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
+    with (
+        exact,
+        Run(
+            config.run_dir,
+            config,
+            title=title,
+            may_change=(*LAID_OUT, *may_change),
+            trackers=config.trackers,
+            keep_checkpoints=config.keep_checkpoints,
+            plain=config.plain or None,
+        ) as run,
+    ):
+        try:
+            if run.is_finished:
+                run.say(f"this run is finished; everything is in {run.folder}")
+            else:
+                train(config, run)
+        except Stopped:
+            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command goes on from the last")
+            return 130
+    return 0
+
+
+def small_base(run: Run, recipe: Recipe) -> str:
+    """The folder of the embedded default's base, which is trained unless it lies in the run's folder already."""
+    folder = run.folder / "base"
+    if not folder.exists():
+        with run.progress.phase("base model", recipe.steps) as phase:
+
+            def report(step: int, row: dict[str, float]) -> None:
+                phase.update(step, row if step % 50 == 0 else None)
+                run.stop_if_requested()
+
+            make_base(folder, recipe, report=report)
+    return str(folder)
+
+
+def save_trained(
+    run: Run, params: Params, like: models.Pretrained, *, steps: int, summary: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Save what was trained as a Hugging Face folder, ``model``, and sum the run up.
+
+    Args:
+        run: its first and its last row with figures under ``eval/`` are those before and after.
+        params: what was trained.
+        like: the model they came from, for its configuration and tokenizer.
+        steps: how many were taken.
+        summary: what is to be told besides.
+    """
+    folder = run.folder / "model"
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before the summary
+    models.save_pretrained(
+        folder,
+        params,
+        hf_config=like.hf_config,
+        tokenizer=like.tokenizer,
+        generation_config=like.generation_config,
+    )
+    rows = [row for row in read_jsonl(run.metrics_log.path) if any(name.startswith("eval/") for name in row)]
+    before, after = rows[0], rows[-1]
+    figures = {
+        f"{name.removeprefix('eval/').replace('@', '_at_')}_{when}": row[name]
+        for name in before
+        if name.startswith("eval/") and name in after
+        for when, row in (("before", before), ("after", after))
+    }
+    run.finish(before, after, steps=steps, summary={**figures, **summary})
+
+
+def at_least(config: Any, **least: float) -> None:
+    """Check that settings are not too small; those that are None are not looked at.
+
+    Raises:
+        ValueError: one is; it says which, and what would do.
+    """
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+
+
+def check_length(length: int, policy: models.Pretrained, name: str) -> None:
+    """Check that a model has a position for every token.
+
+    Raises:
+        ValueError: it has not.
+    """
+    longest = policy.hf_config.get("max_position_embeddings")
+    if longest is not None and length > longest:
+        raise ValueError(f"{name} is {length}, and the model has {longest} positions")
+
+
+def check_same_data(position: Mapping[str, Any], digest: str, run: Run) -> None:
+    """Check that a run is resumed with the data it was begun with.
+
+    Raises:
+        ValueError: the digest in its position is another one.
+    """
+    if position and position["data"] != digest:
+        raise ValueError(
+            f"the data are not those that {run.folder} was begun with; restore them, or use another run_dir"
+        )
+
+
+def padded_batches(count: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """The positions from 0 to ``count`` in batches of one size, the last filled up; and how many of each are real."""
+    for first in range(0, count, size):
+        positions = list(range(first, min(first + size, count)))
+        yield positions + [positions[-1]] * (size - len(positions)), len(positions)
+
+
+def check_divides(count: int, mesh: Mesh, name: str) -> None:
+    """Check that a number of rows divides over the devices that share a batch.
+
+    Raises:
+        ValueError: it does not.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if count % parts:
+        raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")
+
+
+def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """A step's metrics: over its updates, the largest of what is a maximum and the mean of the rest."""
+    values = {name: [float(update[name]) for update in updates] for name in updates[0]}
+    return {name: max(each) if name.endswith("/max") else sum(each) / len(each) for name, each in values.items()}
+
+
+def check_finite(metrics: Mapping[str, float], step: int, run: Run, name: str = "grad_norm") -> None:
+    """Stop a run whose gradient is not finite before anything of the step is saved.
+
+    Raises:
+        FloatingPointError: it is not; says which checkpoints are whole.
+    """
+    if not math.isfinite(metrics[name]):
+        raise FloatingPointError(
+            f"step {step}: the gradient is not finite ({dict(metrics)}). Nothing of this step was saved; "
+            f"complete checkpoints: {run.checkpoints.steps()}"
+        )
