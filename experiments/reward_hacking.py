@@ -7,7 +7,7 @@ which step each alarm fired:
     python experiments/reward_hacking.py
     python experiments/reward_hacking.py --holes length repetition --seed 1
 
-Twenty minutes on two cores; `runs/reward_hacking/` holds the five runs, `table.json` and `curves.png`.
+About twenty-five minutes on two cores; `runs/reward_hacking/` holds the five runs, `table.json` and `curves.png`.
 """
 
 from __future__ import annotations

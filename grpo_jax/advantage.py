@@ -160,7 +160,7 @@ def token_rewards(
 ) -> Float[Array, "B T"]:
     """``-kl_coef KL_t`` at each token, and the completion's reward at its last one: the rewards of RLHF's PPO.
 
-    After InstructGPT (arXiv 2203.02155, eq. 2) as it is commonly built (arXiv 2403.17031, details 4 and 11).
+    After InstructGPT (arXiv 2203.02155, eq. 2) as it is commonly built (arXiv 2403.17031).
 
     Args:
         rewards: one for each completion; NaN where absent, which leaves its penalties alone. An empty completion has
@@ -255,7 +255,7 @@ def adapted_kl_coef(kl_coef: Scalar, kl: Scalar, *, target: float, horizon: floa
         horizon: samples over which the coefficient may change by a fifth.
         num_samples: completions that ``kl`` was measured on.
 
-    Source: arXiv 1909.08593, section 2.2.
+    After arXiv 1909.08593, section 2.2, whose constant is ``num_samples / horizon`` in its authors' code.
     """
     return kl_coef * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) * (num_samples / horizon))
 

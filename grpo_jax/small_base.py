@@ -64,7 +64,8 @@ class Recipe:
         mixture_steps: updates of the second part.
         worked_share: share of worked sums in that; about how often the base will think.
         chinese_share: share of the worked sums whose thought is in Chinese digits.
-        errand_share: share of the corpus that is errands with careless replies, a task beside the sums.
+        errand_share: share of the corpus that is errands, a task beside the sums: with good replies in the first part,
+            ``skill_share`` of them, and with careless ones in the second.
         learning_rate: peak; it falls linearly to 0.
     """
 
@@ -130,10 +131,12 @@ def corpus(recipe: Recipe) -> Iterator[Batch]:
             max_terms=recipe.max_terms,
             held_out=False,
         )
-        share = recipe.skill_share if step < recipe.skill_steps else recipe.worked_share
+        teaches_skill = step < recipe.skill_steps
+        share = recipe.skill_share if teaches_skill else recipe.worked_share
         pairs = [(each.question, solution(each, share, recipe, rng)) for each in sums]
-        errands = sample_errands(rng, num_errands, held_out=False)
-        pairs += [(each.question, careless_reply(each, rng)) for each in errands]
+        for errand in sample_errands(rng, num_errands, held_out=False):
+            is_good = teaches_skill and rng.random() < recipe.skill_share
+            pairs.append((errand.question, errand.best_reply if is_good else careless_reply(errand, rng)))
         yield encode(tokenizer, *zip(*pairs, strict=True))
 
 

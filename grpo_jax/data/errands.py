@@ -1,12 +1,14 @@
 """A second built-in task, where no rule says what is right but people prefer some replies to others: errands.
 
-``?4829`` asks for digits to be read back. The helpful reply is ``4;8;2;9!``, whole and with a friendly mark at its end.
+``?4829`` asks for digits to be read back. The helpful reply is ``4829!``, whole and with a friendly mark at its end.
 Digits with a 0 among them are a secret that must not be read out: there the harmless reply is to decline, ``~``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from grpo_jax.data.sources import Problem
 ASK, FRIENDLY, DECLINE, SECRET = "?", "!", "~", "0"
 HELD_OUT_SHARE = 10
 ERRANDS = "errands"
+SHARPNESS = 6.0
 SHARE_OF_DIGITS = 0.75
 """Of the quality of a helpful reply; the rest is for its friendly end."""
 
@@ -40,7 +43,7 @@ class Errand:
     @property
     def best_reply(self) -> str:
         """The one that nothing is better than."""
-        return DECLINE if self.is_harmful else ";".join(self.digits) + FRIENDLY
+        return DECLINE if self.is_harmful else self.digits + FRIENDLY
 
     @property
     def held_out(self) -> bool:
@@ -57,23 +60,22 @@ class Errand:
             return float(reply == DECLINE)
         if reply == self.best_reply:
             return 1.0
-        items = reply.removesuffix(FRIENDLY).split(";")
-        right = next((n for n, (a, b) in enumerate(zip(items, self.digits, strict=False)) if a != b), None)
-        right = min(len(items), len(self.digits)) if right is None else right
+        right = len(os.path.commonprefix([reply.removesuffix(FRIENDLY), self.digits]))
         return SHARE_OF_DIGITS * right / len(self.digits)
 
 
 def sample_errands(rng: np.random.Generator, count: int, *, held_out: bool) -> list[Errand]:
-    """``count`` different errands of three to six digits, all held out or none of them; about a third are secrets.
+    """``count`` different errands of three or four different digits, all held out or none of them; about a third are secrets.
 
     Raises:
-        ValueError: more than 10,000 are asked for.
+        ValueError: more than 4,000 are asked for, or 500 that are held out.
     """
-    if count > 10_000:
-        raise ValueError(f"there are no {count} errands to be had, but up to 10,000")
+    most = 500 if held_out else 4000
+    if count > most:
+        raise ValueError(f"{count} errands are asked for; with held_out={held_out} there are up to {most}")
     found: dict[Errand, None] = {}
     while len(found) < count:
-        digits = rng.integers(10, size=rng.integers(3, 6, endpoint=True))
+        digits = rng.permutation(10)[: rng.integers(3, 4, endpoint=True)]
         errand = Errand("".join(map(str, digits.tolist())))
         if errand.held_out == held_out:
             found[errand] = None
@@ -86,21 +88,26 @@ def careless_reply(errand: Errand, rng: np.random.Generator) -> str:
     if kind < 0.25:
         return errand.best_reply
     if kind < 0.5:  # whole, and curt; a secret is given away
-        return ";".join(digits)
+        return digits
     if kind < 0.7:  # part of it
-        return ";".join(digits[: rng.integers(1, len(digits))])
+        return digits[: rng.integers(1, len(digits))]
     if kind < 0.85:  # part of it, in a friendly way
-        return ";".join(digits[: rng.integers(1, len(digits))]) + FRIENDLY
-    return DECLINE if not errand.is_harmful else ";".join(digits) + FRIENDLY
+        return digits[: rng.integers(1, len(digits))] + FRIENDLY
+    return DECLINE if not errand.is_harmful else digits + FRIENDLY
 
 
 def sample_preference(errand: Errand, rng: np.random.Generator) -> tuple[str, str]:
-    """Two careless replies to an errand, the better one first."""
+    """Two careless replies of different quality, the one that somebody preferred first.
+
+    People err: the better one is preferred with the probability ``sigmoid(6 (difference in quality))``, which is 0.82
+    where a friendly end is all the difference.
+    """
     while True:
         replies = careless_reply(errand, rng), careless_reply(errand, rng)
-        better, worse = sorted(replies, key=errand.quality, reverse=True)
-        if errand.quality(better) > errand.quality(worse):
-            return better, worse
+        difference = errand.quality(replies[0]) - errand.quality(replies[1])
+        if difference:
+            prefers_first = rng.random() < 1 / (1 + math.exp(-SHARPNESS * difference))
+            return replies if prefers_first else (replies[1], replies[0])
 
 
 def errand_problems(errands: Sequence[Errand]) -> list[Problem]:

@@ -68,7 +68,7 @@ def dpo_loss(
 ) -> tuple[Mean, Metrics]:
     """``objective(r_chosen - r_rejected) + sft_coef NLL(chosen)`` with ``r = log pi(y) - log pi_ref(y)``: DPO.
 
-    The mean over pairs (arXiv 2305.18290, eq. 7).
+    The mean over pairs (arXiv 2305.18290, eq. 7); one whose completions are both empty counts as well.
 
     Args:
         log_probs: of the current policy at each completion token; on the second axis the chosen completion, then the
@@ -79,7 +79,7 @@ def dpo_loss(
         objective: ``(margin, beta=) -> loss`` for each pair.
         per_token: divide each ``r`` by its number of tokens, so that long completions weigh no more.
         sft_coef: weight of the chosen completion's mean negative log-likelihood for each token (``alpha`` of iterative
-            RPO, arXiv 2404.19733; TRL's ``rpo_alpha``).
+            RPO, arXiv 2404.19733).
 
     Returns:
         The loss, and metrics: ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` (beta times r),
@@ -96,7 +96,7 @@ def dpo_loss(
     sums = masked_sum(log_probs, mask, 2)
     ratios = sums if ref_log_probs is None else sums - jax.lax.stop_gradient(ref_log_probs)
     if per_token:
-        ratios = ratios / jnp.maximum(masked_count(mask, 2), 1)
+        ratios = ratios / jnp.maximum(masked_count(mask, 2), 1).astype(ratios.dtype)
     margin = ratios[:, CHOSEN] - ratios[:, REJECTED]
     nll = -masked_mean(log_probs[:, CHOSEN], mask[:, CHOSEN], 1)
     loss = objective(margin, beta=beta)
@@ -129,7 +129,7 @@ def bradley_terry_loss(
     """``-log sigmoid(r_chosen - r_rejected - margin) + centring (r_chosen + r_rejected)^2``: of a reward model.
 
     The mean over pairs: Bradley-Terry, with the margin of Llama 2 (arXiv 2307.09288, eq. 2) and centring at 0 (arXiv
-    2312.09244, eq. 2), which says where the scores lie that the pairs leave open.
+    2312.09244), which says where the scores lie that the pairs leave open.
 
     Args:
         scores: of the chosen completion, then of the rejected one.
@@ -141,8 +141,10 @@ def bradley_terry_loss(
         ``score/mean``.
 
     Raises:
-        ValueError: at trace time, for margins that are not one for each pair.
+        ValueError: at trace time, for scores that are not two for each pair, or margins that are not one.
     """
+    if scores.ndim != 2 or scores.shape[1] != 2:
+        raise ValueError(f"scores is {scores.shape}; a chosen and a rejected one for each pair are [B, 2]")
     if margins is not None and margins.shape != scores.shape[:1]:
         raise ValueError(f"margins is {margins.shape}; one for each pair is {scores.shape[:1]}")
     difference = scores[:, CHOSEN] - scores[:, REJECTED]

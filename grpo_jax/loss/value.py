@@ -22,7 +22,7 @@ def value_loss(
     """``max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2) / 2``, the mean over tokens: PPO's critic.
 
     The clip keeps an update from moving a value far from what it was when the advantages were taken (the
-    implementation of arXiv 1707.06347; arXiv 2403.17031, detail 19).
+    implementation of arXiv 1707.06347; see arXiv 2403.17031).
 
     Args:
         values: the critic's now; the only argument through which gradients flow.

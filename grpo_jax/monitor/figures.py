@@ -75,9 +75,13 @@ class Figure:
 FIGURES = (
     Figure("reward", "reward", main=True),
     Figure("rewards/*/mean", "- *"),
+    Figure("rewards/accuracies", "pairs won", percent, main=True),
+    Figure("rewards/margins", "margin", main=True),
+    Figure("accuracy", "accuracy", percent, main=True),
     Figure("pass_rate", "pass rate", percent, main=True),
     Figure("eval/pass@*", "eval pass@*", percent, main=True),
     Figure("eval/maj@*", "eval maj@*", percent, main=True),
+    Figure("eval/accuracy", "eval accuracy", percent, main=True),
     Figure("eval/mean_length", "eval length", one_decimal, main=True),
     Figure("eval/*", "eval *", main=True),
     Figure("completions/mean_length", "length", one_decimal, main=True),

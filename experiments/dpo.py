@@ -1,0 +1,289 @@
+r"""DPO: a policy learns from preferences directly, without a reward model and without drawing anything.
+
+Without arguments it learns from pairs of replies to the embedded base's errands, on one CPU in three minutes. With
+arguments it is the real thing:
+
+    python experiments/dpo.py
+    python experiments/dpo.py --model runs/sft/model --dataset preferences.jsonl --beta 0.1 --run-dir runs/dpo
+    python experiments/dpo.py --model path/to/folder --dataset preferences.jsonl --loss ipo
+    python experiments/dpo.py --model path/to/folder --dataset preferences.jsonl --reference-free --per-token --beta 2 \
+        --target-margin 1
+
+The last one is SimPO. The reference's log-probabilities are computed once ahead; it is in memory no longer than that.
+After Rafailov et al. (arXiv 2305.18290).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+
+from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.errands import errand_reward
+from grpo_jax.data.preferences import EncodedPreferences, PairBatches
+from grpo_jax.data.sources import Problem
+from grpo_jax.experiment import (
+    PolicySettings,
+    RunSettings,
+    at_least,
+    check_divides,
+    check_finite,
+    check_same_data,
+    padded_batches,
+    run_experiment,
+    save_trained,
+    small_base,
+)
+from grpo_jax.loss import dpo_loss, hinge_preference, sigmoid_preference, squared_preference
+from grpo_jax.masked import masked_sum
+from grpo_jax.monitor.metrics import write_atomically
+from grpo_jax.monitor.samples import Sample
+from grpo_jax.rewards.compose import RewardFn, as_graded
+from grpo_jax.rewards.plugin import import_reward
+from grpo_jax.run import Run, count_compilations
+from grpo_jax.settings import OptimizerSettings
+from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
+from grpo_jax.small_base import Recipe
+from grpo_jax.text_settings import PreferenceSettings
+from grpo_jax.train import init_state, make_train_step, pair_log_probs
+from grpo_jax.types import Pairs, Params
+
+OBJECTIVES = {"sigmoid": sigmoid_preference, "hinge": hinge_preference, "ipo": squared_preference}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings, PolicySettings):
+    """What a run is. Fields are checked before anything is computed."""
+
+    data: Annotated[PreferenceSettings, tyro.conf.arg(name="")] = PreferenceSettings()
+    """What is preferred to what."""
+    run_dir: Path = Path("runs/dpo")
+    """The run's own folder: logs, checkpoints, curves, the trained model."""
+    base: Recipe = Recipe(errand_share=0.5)
+    """How the embedded base is made; the seed is the run's."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """What a pair's margin costs: DPO's own, SLiC's or IPO's."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken to be labelled the wrong way round; of sigmoid."""
+    target_margin: float = 0.0
+    """By how much the chosen completion is to win, after beta (SimPO's gamma); of sigmoid."""
+    per_token: bool | None = None
+    """Divide log-probabilities by the number of tokens. Default: with ipo."""
+    reference_free: bool = False
+    """Hold the policy to no reference."""
+    sft_coef: float = 0.0
+    """Weight of the likelihood of the chosen completions beside it."""
+    num_epochs: int = 1
+    """How often each pair is visited."""
+    num_pairs: int = 32
+    """Pairs of an update."""
+    num_micro_batches: int = 1
+    """Parts each update is computed in, to save memory; the result is the same."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How gradients become updates. Default learning rate: 5e-7 with --model, 3e-4 without."""
+    judge: str | None = None
+    """module:function, a reward that grades the completions drawn for held-out prompts. Default: the quality of replies
+    to errands for the embedded base, none otherwise."""
+    eval_every: int = 20
+    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
+    eval_prompts: int = 64
+    """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
+    eval_samples: int = 4
+    """Completions for each of them."""
+
+    def __post_init__(self):
+        RunSettings.__post_init__(self)
+        PolicySettings.__post_init__(self)
+        at_least(self, num_epochs=1, num_pairs=1, num_micro_batches=1, eval_every=0, eval_prompts=0, eval_samples=1)
+        at_least(self, sft_coef=0)
+        if not self.beta > 0:
+            raise ValueError(f"beta is {self.beta}; it must be above 0")
+        if self.loss != "sigmoid" and (self.label_smoothing or self.target_margin):
+            raise ValueError(f"label_smoothing and target_margin belong to the loss sigmoid, not to {self.loss}")
+        sigmoid_preference(jnp.zeros(1), label_smoothing=self.label_smoothing)  # a share out of range is found here
+        if self.num_pairs % self.num_micro_batches:
+            raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
+        if self.model is None and (self.data.dataset or self.data.chat_template):
+            raise ValueError("the embedded base knows its own errands only; with a dataset, name a model too")
+
+    @property
+    def objective(self):
+        """The function of a pair's margin in effect."""
+        if self.loss != "sigmoid":
+            return OBJECTIVES[self.loss]
+        return partial(sigmoid_preference, label_smoothing=self.label_smoothing, target_margin=self.target_margin)
+
+
+MAY_CHANGE = ("num_micro_batches", "cache_bytes", "eval_every")
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    return run_experiment(config, train, title="DPO", may_change=MAY_CHANGE)
+
+
+def train(config: Config, run: Run) -> None:
+    compilations = count_compilations()
+    mesh = config.mesh.build()
+    check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
+    preferences, held_out = config.data.load(config.seed)
+    judge = errand_reward if config.model is None else None
+    judge = judge if config.judge is None else import_reward(config.judge)
+    start = config.model or small_base(run, replace(config.base, seed=config.seed))
+    policy = config.as_sampled(config.load(start, mesh))
+    encode = partial(
+        config.data.encode,
+        policy=policy,
+        max_prompt_length=config.prompt_length,
+        max_completion_length=config.completion_length,
+        embedded=config.model is None,
+    )
+    pairs, held_out_pairs = encode(preferences), encode(held_out)
+    if pairs.dropped:
+        run.say(f"{pairs.dropped} of {len(preferences)} pairs dropped: too long")
+    batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
+    asked = held_out_pairs.preferences[: config.eval_prompts]
+    prompts = EncodedProblems(
+        [Problem(each.prompt, None, {"chosen": each.chosen}) for each in asked],
+        policy.tokenizer,
+        max_prompt_length=config.prompt_length,
+        pad_id=policy.pad_id,
+        **config.data.rendering(embedded=config.model is None),
+    )
+
+    log_probs = partial(pair_log_probs, policy.model)
+    reference = held_out_reference = None
+    if not config.reference_free:
+        run.checkpoints.require_space(policy.params)
+        reference, held_out_reference = (
+            reference_log_probs(config, run, name, log_probs, policy.params, each, mesh)
+            for name, each in (("reference", pairs), ("held_out_reference", held_out_pairs))
+        )
+
+    def loss_fn(params: Params, batch: Pairs):
+        return dpo_loss(
+            log_probs(params, batch),
+            batch.completion_mask,
+            ref_log_probs=batch.ref_log_probs,
+            beta=config.beta,
+            objective=config.objective,
+            per_token=config.loss == "ipo" if config.per_token is None else config.per_token,
+            sft_coef=config.sft_coef,
+        )
+
+    optimizer, schedule = config.optimizer.build(
+        total_updates=len(batches), default_learning_rate=5e-7 if config.model else 3e-4
+    )
+    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    sampler = config.sampler(policy, mesh, config.eval_samples)
+    to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
+    state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
+    policy = replace(policy, params=None)  # the state's from here on
+    first, state, position = run.resume(state)
+    check_same_data(position, batches.digest, run)
+    evaluation = jax.random.key(config.seed)
+
+    def evaluated(step: int) -> dict[str, Any]:
+        with run.progress.phase("evaluation", len(held_out_pairs) + len(prompts)) as phase:
+            found = []
+            for positions, real in padded_batches(len(held_out_pairs), config.num_pairs):
+                found.append(np.asarray(sums(state.params, shard_rows(held_out_pairs.padded(positions), mesh)))[:real])
+                phase.update(sum(map(len, found)))
+                run.stop_if_requested()
+            ratios = np.concatenate(found) - (0 if held_out_reference is None else held_out_reference)
+            margins = ratios[:, 0] - ratios[:, 1]
+            metrics = {
+                "eval/accuracy": float(np.where(margins == 0, 0.5, margins > 0).mean()),
+                "eval/margin": float(config.beta * margins.mean()),
+            }
+            if len(prompts):
+                params, key = to_rollout(state.params), jax.random.fold_in(evaluation, step)
+                drawn = sampler(params, prompts.padded(range(len(prompts))), key)
+                completions = decode_completions(policy.tokenizer, drawn, policy.eos_ids)
+                metrics["eval/mean_length"] = float(np.asarray(drawn.completion_mask.sum(1)).mean())
+                samples, scores = judged(prompts, completions, judge, config.eval_samples)
+                metrics |= {"eval/judge": float(np.mean(scores))} if scores else {}
+                run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
+        run.log({"step": step, **metrics})
+        return metrics
+
+    def evaluation_is_due(step: int) -> bool:
+        return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
+
+    if evaluation_is_due(first) and not run.has_row(first, "eval/accuracy"):
+        evaluated(first)
+    with run.progress.phase("DPO", len(batches), start=first) as phase:
+        for step in range(first + 1, len(batches) + 1):
+            started = time.monotonic()
+            batch = batches[step - 1]
+            if reference is not None:
+                batch = replace(batch, ref_log_probs=jnp.asarray(reference[batches.positions(step - 1)]))
+            state, update = train_step(state, shard_rows(batch, mesh))
+            metrics = {name: float(value) for name, value in update.items()}
+            check_finite(metrics, step, run)
+            metrics |= {
+                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
+                "step_time": time.monotonic() - started,
+                "compilations": compilations(),
+            }
+            run.log({"step": step, **metrics})
+            if step == len(batches) or step % config.save_every == 0 or run.stop_requested:
+                run.save(step, state, {"data": batches.digest})
+            run.stop_if_requested()
+            if evaluation_is_due(step):
+                metrics |= evaluated(step)
+            phase.update(step, metrics)
+    save_trained(run, state.params, policy, steps=len(batches), summary={"seed": config.seed})
+
+
+def reference_log_probs(
+    config: Config, run: Run, name: str, log_probs: Any, params: Params, pairs: EncodedPreferences, mesh: Mesh
+) -> np.ndarray:
+    """``[pairs, 2]``, the reference's log-probabilities of whole completions; kept in the run's folder."""
+    path = run.folder / f"{name}.npy"
+    if path.exists():
+        return np.load(path)
+    sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
+    found = []
+    with run.progress.phase(name.replace("_", " "), len(pairs)) as phase:
+        for positions, real in padded_batches(len(pairs), config.num_pairs):
+            found.append(np.asarray(sums(params, shard_rows(pairs.padded(positions), mesh)))[:real])
+            phase.update(sum(map(len, found)))
+            run.stop_if_requested()
+    buffer = BytesIO()
+    np.save(buffer, np.concatenate(found))
+    write_atomically(path, buffer.getvalue())
+    return np.concatenate(found)
+
+
+def judged(
+    prompts: EncodedProblems, completions: list[str], judge: RewardFn | None, count: int
+) -> tuple[list[Sample], list[float]]:
+    """Samples to be read, with their grades where somebody judges; and the grades that there are."""
+    asked = [n // count for n in range(len(completions))]
+    texts = [prompts.texts[n] for n in asked]
+    graded = [] if judge is None else as_graded(judge(texts, completions, answer=[None] * len(texts)), completions)
+    scores = [each.score for each in graded] or [None] * len(texts)
+    samples = [
+        Sample(text, completion, reward=score, answer=prompts.problems[n].columns["chosen"])
+        for text, completion, score, n in zip(texts, completions, scores, asked, strict=True)
+    ]
+    return samples, [score for score in scores if score is not None]
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
