@@ -43,7 +43,6 @@ from grpo_jax.experiment import (
     padded_batches,
     run_experiment,
     save_trained,
-    small_base,
 )
 from grpo_jax.loss import dpo_loss, hinge_preference, sigmoid_preference, squared_preference
 from grpo_jax.masked import masked_sum
@@ -120,6 +119,11 @@ class Config(RunSettings, PolicySettings):
             raise ValueError("the embedded base knows its own errands only; with a dataset, name a model too")
 
     @property
+    def by_token(self) -> bool:
+        """Whether log-probabilities are divided by the number of tokens."""
+        return self.loss == "ipo" if self.per_token is None else self.per_token
+
+    @property
     def objective(self):
         """The function of a pair's margin in effect."""
         if self.loss != "sigmoid":
@@ -142,7 +146,7 @@ def train(config: Config, run: Run) -> None:
     preferences, held_out = config.data.load(config.seed)
     judge = errand_reward if config.model is None else None
     judge = judge if config.judge is None else import_reward(config.judge)
-    start = config.model or small_base(run, replace(config.base, seed=config.seed))
+    start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
     encode = partial(
         config.data.encode,
@@ -164,6 +168,7 @@ def train(config: Config, run: Run) -> None:
         **config.data.rendering(embedded=config.model is None),
     )
 
+    digest = f"{batches.digest} {held_out_pairs.digest}"
     log_probs = partial(pair_log_probs, policy.model)
     reference = held_out_reference = None
     if not config.reference_free:
@@ -180,7 +185,7 @@ def train(config: Config, run: Run) -> None:
             ref_log_probs=batch.ref_log_probs,
             beta=config.beta,
             objective=config.objective,
-            per_token=config.loss == "ipo" if config.per_token is None else config.per_token,
+            per_token=config.by_token,
             sft_coef=config.sft_coef,
         )
 
@@ -194,7 +199,7 @@ def train(config: Config, run: Run) -> None:
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
     policy = replace(policy, params=None)  # the state's from here on
     first, state, position = run.resume(state)
-    check_same_data(position, batches.digest, run)
+    check_same_data(position, digest, run)
     evaluation = jax.random.key(config.seed)
 
     def evaluated(step: int) -> dict[str, Any]:
@@ -205,6 +210,7 @@ def train(config: Config, run: Run) -> None:
                 phase.update(sum(map(len, found)))
                 run.stop_if_requested()
             ratios = np.concatenate(found) - (0 if held_out_reference is None else held_out_reference)
+            ratios = ratios / held_out_pairs.lengths if config.by_token else ratios
             margins = ratios[:, 0] - ratios[:, 1]
             metrics = {
                 "eval/accuracy": float(np.where(margins == 0, 0.5, margins > 0).mean()),
@@ -242,7 +248,7 @@ def train(config: Config, run: Run) -> None:
             }
             run.log({"step": step, **metrics})
             if step == len(batches) or step % config.save_every == 0 or run.stop_requested:
-                run.save(step, state, {"data": batches.digest})
+                run.save(step, state, {"data": digest})
             run.stop_if_requested()
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
@@ -255,7 +261,7 @@ def reference_log_probs(
 ) -> np.ndarray:
     """``[pairs, 2]``, the reference's log-probabilities of whole completions; kept in the run's folder."""
     path = run.folder / f"{name}.npy"
-    if path.exists():
+    if path.exists() and run.checkpoints.steps():  # what a checkpoint is of was checked; else the data may be others
         return np.load(path)
     sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
     found = []

@@ -36,7 +36,6 @@ from grpo_jax.experiment import (
     padded_batches,
     run_experiment,
     save_trained,
-    small_base,
 )
 from grpo_jax.loss import bradley_terry_loss
 from grpo_jax.run import Run, count_compilations
@@ -108,7 +107,7 @@ def train(config: Config, run: Run) -> None:
     mesh = config.mesh.build()
     check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
     preferences, held_out = config.data.load(config.seed)
-    start = config.model or small_base(run, replace(config.base, seed=config.seed))
+    start = config.start(run, config.seed)
     scorer = config.load(start, mesh, scalar_head=True)
     check_length(sum(config.lengths), scorer, "max_prompt_length + max_completion_length")
     encode = partial(

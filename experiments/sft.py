@@ -40,7 +40,6 @@ from grpo_jax.experiment import (
     check_same_data,
     run_experiment,
     save_trained,
-    small_base,
 )
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
@@ -111,7 +110,7 @@ def train(config: Config, run: Run) -> None:
     mesh = config.mesh.build()
     check_divides(config.num_sequences // config.num_micro_batches, mesh, "the rows of a micro-batch")
     demonstrations, held_out = config.data.load(config.seed)
-    start = config.model or small_base(run, replace(config.base, seed=config.seed))
+    start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
     check_length(config.row_length, policy, "max_length")
     batches = pack(config, run, demonstrations, policy, config.num_epochs)

@@ -60,6 +60,8 @@ class ModelSettings:
     """Hugging Face id or local folder of the model to start from. Default: a small base, trained here first."""
     base: Recipe = Recipe()
     """How that small one is made; the seed is the run's."""
+    base_dir: Path | None = None
+    """Folder of such a base that was made before, to start from instead."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the computation; weights and optimizer stay in float32. Default: bfloat16 with --model on a GPU or
     TPU, float32 otherwise."""
@@ -76,6 +78,12 @@ class ModelSettings:
         """The precision in effect."""
         fast = self.model is not None and jax.default_backend() != "cpu"
         return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
+
+    def start(self, run: Run, seed: int) -> str:
+        """The model that is started from; a small base is trained now unless it lies in the run's folder already."""
+        if self.model is not None or self.base_dir is not None:
+            return self.model or str(self.base_dir)
+        return small_base(run, replace(self.base, seed=seed))
 
     def load(self, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False) -> models.Pretrained:
         """A model as it is computed here; see ``models.from_pretrained`` for what it raises.
@@ -250,7 +258,7 @@ def save_trained(
     run.finish(before, after, steps=steps, summary={**figures, **summary})
 
 
-def at_least(config: Any, **least: float) -> None:
+def at_least(config: Any, **least: int) -> None:
     """Check that settings are not too small; those that are None are not looked at.
 
     Raises:

@@ -268,5 +268,6 @@ def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any) -> 
         loaded.tokenizer,
         max_length=loaded.model.max_length or 4096,
         batch_size=parts * max(1, 32 // parts),
+        eos_id=loaded.eos_ids[0],
         mesh=mesh,
     )

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from grpo_jax import loss
 from grpo_jax.data.encoded import EncodedProblems
+from grpo_jax.data.errands import ERRANDS, MOST_ERRANDS, errand_problems, errand_reward, sample_errands
 from grpo_jax.data.prompts import Overlong
 from grpo_jax.data.reasoning_gym import reasoning_gym_problems
 from grpo_jax.data.sources import Problem, load_problems
@@ -31,6 +32,7 @@ from grpo_jax.types import Batch, Mean, Metrics, Params
 
 LOSSES = {
     "grpo": loss.grpo_loss,
+    "ppo": loss.ppo_loss,
     "dapo": loss.dapo_loss,
     "dr_grpo": loss.dr_grpo_loss,
     "gspo": loss.gspo_loss,
@@ -291,11 +293,16 @@ class DataSettings:
             sample_sums(rng, count, min_terms=recipe.min_terms, max_terms=recipe.max_terms, held_out=held_out)
         )
 
+    def _errands(self, rng: np.random.Generator, *, held_out: bool) -> list[Problem]:
+        return errand_problems(sample_errands(rng, self.eval_problems if held_out else MOST_ERRANDS, held_out=held_out))
+
     def _read(self, source: str, split: str | None, size: int, seed: int) -> tuple[list[Problem], RewardFn]:
+        if self.partial_credit and (source.startswith(REASONING_GYM) or source == ERRANDS):
+            raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
         if source.startswith(REASONING_GYM):
-            if self.partial_credit:
-                raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
             return reasoning_gym_problems(source.removeprefix(REASONING_GYM), size=size, seed=seed)
+        if source == ERRANDS:
+            return self._errands(np.random.default_rng(seed), held_out=split == "test"), errand_reward
         load = partial(
             load_problems,
             source,

@@ -31,7 +31,7 @@ PARAM_RULES = (
     (r"(gate|up)/bias$", P("tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
     (r"(o|down)/bias$", P()),
-    (r"score/kernel$", P("fsdp", None)),
+    (r"(score|value)/kernel$", P("fsdp", None)),
     (r"/scale$", P()),
 )
 """Parameter path -> how its dimensions lie on the mesh; the first pattern found in the path holds."""

@@ -96,6 +96,43 @@ def completion_values(model: Model, params: Params, sequences: Sequences) -> Tok
     return read_scalars(completion_states(model, params, sequences), model.head(params))[..., 0]
 
 
+def with_value_head(params: Params, hidden_size: int) -> Params:
+    """A policy's parameters with a head of zeros beside them that reads a value from its hidden states."""
+    return {"policy": params, "value": {"kernel": jnp.zeros((hidden_size, 1), jnp.float32)}}
+
+
+def policy_and_values(
+    model: Model,
+    params: Params,
+    sequences: Sequences,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    shares_trunk: bool = True,
+) -> tuple[Tokens, Tokens, Tokens]:
+    """Log-probabilities, entropies and values in one pass, of parameters that ``with_value_head`` made.
+
+    Args:
+        model: see ``types.Model``.
+        params: a policy's and its value head's.
+        sequences: prompts and completions.
+        temperature: that of the policy.
+        chunk_size: see ``log_probs.chunked_log_probs``.
+        shares_trunk: whether the values' gradient reaches the policy; if not, it ends at the head.
+    """
+    states = completion_states(model, params["policy"], sequences)
+    log_probs, entropy = chunked_log_probs(
+        states,
+        model.head(params["policy"]),
+        sequences.completion_ids,
+        temperature=temperature,
+        logit_softcap=model.logit_softcap,
+        chunk_size=chunk_size,
+    )
+    states = states if shares_trunk else jax.lax.stop_gradient(states)
+    return log_probs, entropy, read_scalars(states, params["value"]["kernel"].T)[..., 0]
+
+
 def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: int = 1024) -> Float[Array, "B 2 T"]:
     """Log-probability of each token of both completions of each pair."""
     _, _, T = pairs.completion_ids.shape

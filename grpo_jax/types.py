@@ -160,11 +160,13 @@ class Batch:
     Attributes:
         prompt_ids, prompt_mask, completion_ids, completion_mask: as in ``Rollout``.
         loss_mask: True at the completion tokens that are learnt from (a subset of ``completion_mask``).
-        advantages: one for each sequence.
+        advantages: one for each sequence, or for each token.
         rollout_log_probs: the sampler's own log-probabilities.
         old_log_probs: the policy's at the start of the update; None where the update is its first, strictly on
             policy, so that they are those of the update's own forward pass.
         ref_log_probs: the reference policy's; None where there is no reference.
+        old_values: the critic's at the start of the update; None where there is no critic.
+        returns: what it is to predict.
     """
 
     prompt_ids: Int[Array, "B P"]
@@ -172,10 +174,12 @@ class Batch:
     completion_ids: Int[Array, "B T"]
     completion_mask: Bool[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
-    advantages: Float[Array, " B"]
+    advantages: Float[Array, " B"] | Float[Array, "B T"]
     rollout_log_probs: Float[Array, "B T"]
     old_log_probs: Float[Array, "B T"] | None = None
     ref_log_probs: Float[Array, "B T"] | None = None
+    old_values: Float[Array, "B T"] | None = None
+    returns: Float[Array, "B T"] | None = None
 
 
 @pytree

@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
+import torch
+import transformers
 from checkpoints import SMALL, edit_json, random_params, tiny_tokenizer, write_checkpoint
 from huggingface_hub.utils import filter_repo_objects
 
 from grpo_jax.models import from_hf_config, from_pretrained, hf, save_pretrained
+from grpo_jax.sharding import make_mesh, param_shardings
+from grpo_jax.train import sequence_scores
 
 LLAMA = {"model_type": "llama", **SMALL, "torch_dtype": "float32"}
 
@@ -256,3 +261,75 @@ def test_a_folder_that_is_not_empty_is_left_alone(params, tmp_path):
     (tmp_path / "empty").mkdir()
     save_pretrained(tmp_path / "empty", params, hf_config=LLAMA)
     assert (tmp_path / "empty" / "config.json").exists()
+
+
+# A scalar head in the place of the output embedding -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama2", "qwen3", "gemma3"])
+def causal(request, tmp_path_factory):
+    """Checkpoints of causal models: with an output embedding of its own, and tied."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(folder, request.param)
+    return folder
+
+
+def classifier_of(folder):
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"], info
+    assert not info["unexpected_keys"], info
+    assert model.config.num_labels == 1
+    return model.eval()
+
+
+def test_a_causal_model_gets_a_head_of_zeros_on_the_same_trunk(causal, tmp_path):
+    plain, scorer = from_pretrained(causal), from_pretrained(causal, scalar_head=True)
+    assert ("lm_head" in plain.params) == (not plain.config.tie_word_embeddings)
+    assert set(scorer.params) == set(plain.params) - {"lm_head"} | {"score"}
+    trunk = {name: value for name, value in plain.params.items() if name != "lm_head"}
+    of_scorer = {name: value for name, value in scorer.params.items() if name != "score"}
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), trunk, of_scorer)))
+    head = scorer.params["score"]["kernel"]
+    assert head.shape == (scorer.config.hidden_size, 1)
+    assert not head.any()
+    assert scorer.config.scalar_head
+    assert not plain.config.scalar_head
+    assert (scorer.eos_ids, scorer.pad_id) == (plain.eos_ids, plain.pad_id)
+
+    save_pretrained(tmp_path / "scorer", scorer.params, hf_config=scorer.hf_config)
+    assert not classifier_of(tmp_path / "scorer").score.weight.any()
+
+
+def test_a_scalar_head_that_is_there_is_kept_and_scores_as_in_transformers(causal, tmp_path):
+    scorer = from_pretrained(causal, scalar_head=True)
+    head = jax.random.normal(jax.random.key(0), scorer.params["score"]["kernel"].shape)
+    params = {**scorer.params, "score": {"kernel": head}}
+    save_pretrained(tmp_path / "scorer", params, hf_config=scorer.hf_config, tokenizer=scorer.tokenizer)
+    again, as_it_is = from_pretrained(tmp_path / "scorer", scalar_head=True), from_pretrained(tmp_path / "scorer")
+    assert (again.params["score"]["kernel"] == head).all()
+    assert (as_it_is.params["score"]["kernel"] == head).all()
+    assert again.config == as_it_is.config
+    assert again.hf_config == as_it_is.hf_config
+    ids = [[2, 5, 9, 60, 7, 1]]
+    with torch.no_grad():
+        expected = float(classifier_of(tmp_path / "scorer")(torch.tensor(ids)).logits[0, 0])
+    rows = jnp.asarray(ids, jnp.int32)
+    assert float(sequence_scores(again.model, again.params, rows, rows >= 0)[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_new_head_lies_where_it_belongs_and_in_the_precision_asked_for(original):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    shardings = partial(param_shardings, mesh=mesh)
+    scorer = from_pretrained(original, param_dtype=jnp.bfloat16, shardings=shardings, scalar_head=True)
+    head = scorer.params["score"]["kernel"]
+    assert head.dtype == jnp.bfloat16
+    assert head.sharding == param_shardings(scorer.params, mesh)["score"]["kernel"]
+
+
+def test_a_classifier_with_other_labels_is_no_start_for_a_reward_model(folder):
+    labels = {"id2label": {"0": "a", "1": "b", "2": "c"}, "architectures": ["LlamaForSequenceClassification"]}
+    edit_json(folder / "config.json", **labels)
+    with pytest.raises(ValueError, match="classifier with 3 labels"):
+        from_pretrained(folder, scalar_head=True)

@@ -38,3 +38,7 @@ def test_lengths():
         "completions/mean_terminated_length": 3.0,
     }
     assert "completions/mean_terminated_length" not in completion_metrics(lengths, truncated | True)
+
+
+def test_groups_of_one_say_nothing_of_variance():
+    assert "frac_reward_zero_std" not in reward_metrics(np.array([1.0, 0.0]), {}, group_size=1)

@@ -146,3 +146,18 @@ def test_the_row_for_the_log():
         "rewards/format": None,
         "advantage": -0.5,
     }
+
+
+def test_where_nothing_is_rewarded_there_is_neither_a_reward_nor_an_advantage():
+    bare = Sample("2 + 2?", "4", answer="4")
+    assert bare.row(3) == {"step": 3, "prompt": "2 + 2?", "completion": "4", "answer": "4"}
+    text = shown([bare])
+    assert "2 + 2?" in text
+    assert not any(word in text for word in ("reward", "advantage", "absent"))
+
+
+def test_what_is_graded_and_not_learnt_from_has_a_reward_alone():
+    graded = Sample("2 + 2?", "4", reward=0.0)
+    assert graded.row(3) == {"step": 3, "prompt": "2 + 2?", "completion": "4", "answer": None, "reward": 0.0}
+    assert "reward 0.00" in shown([graded])
+    assert "advantage" not in shown([graded], terminal=True)

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import r1_zero
 from experiments.r1_zero import Config
-from grpo_jax import models, reward_settings
+from grpo_jax import models, reward_settings, rounds
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
@@ -103,8 +103,8 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
         return asking
 
     with monkeypatch.context() as patch:
-        name = "decode_completions" if moment == "evaluation" else "over_updates"
-        patch.setattr(r1_zero, name, ask(getattr(r1_zero, name), 1))
+        module, name = (rounds, "decode_completions") if moment == "evaluation" else (r1_zero, "over_updates")
+        patch.setattr(module, name, ask(getattr(module, name), 1))
         assert r1_zero.main(config) == 130
     assert not (config.run_dir / "summary.json").exists()
     assert r1_zero.main(config) == 0

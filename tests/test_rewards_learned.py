@@ -124,3 +124,14 @@ def test_what_is_no_reward_model_is_refused(tiny_reward, tiny):
         )
     with pytest.raises(ValueError, match="classifier with 3 labels"):
         from_hf_config(TINY_REWARD | {"num_labels": 3})
+
+
+def test_what_has_ended_is_read_with_its_ending_token(checkpoint):
+    """A reward model is taught on completions that end; where a completion was cut off, there is no end to read."""
+    folder, oracle = checkpoint
+    loaded = from_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    (ending,) = tokenizer("w7", add_special_tokens=False)["input_ids"]
+    reward = LearnedReward(loaded.model, loaded.params, tokenizer, max_length=16, batch_size=2, eos_id=ending)
+    found = reward(["", ""], ["w5", "w5"], truncated=[False, True])
+    np.testing.assert_allclose(found, scores_of_torch(oracle, tokenizer, ["w5 w7", "w5"]), atol=1e-5)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from grpo_jax.data.errands import Errand
 from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.models import from_pretrained
 from grpo_jax.small_base import HF_CONFIG, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, corpus, make_base
@@ -73,3 +74,26 @@ def test_the_base_follows_from_its_seed_and_is_reported(tmp_path):
     assert loaded.config.vocab_size == HF_CONFIG["vocab_size"]
     assert loaded.tokenizer.decode(loaded.eos_ids[0]) == "<eos>"
     assert sum(x.size for x in jax.tree.leaves(loaded.params)) < 300_000
+
+
+def test_errands_stand_beside_the_sums_with_good_replies_at_first_and_careless_ones_later():
+    qualities = []
+    for batch in corpus(replace(QUICK, errand_share=0.5)):
+        prompts, completions = texts(batch)
+        kinds = [prompt.startswith("?") for prompt in prompts]
+        assert sum(kinds) == 32 == len(set(prompts[32:]))
+        assert all(reply.startswith("<") for reply, is_errand in zip(completions, kinds, strict=True) if not is_errand)
+        errands = [
+            Errand(prompt.removeprefix("?")) for prompt, is_errand in zip(prompts, kinds, strict=True) if is_errand
+        ]
+        assert not any(errand.held_out for errand in errands)
+        replies = [reply.removesuffix("<eos>") for reply in completions[32:]]
+        qualities.append(np.mean([errand.quality(reply) == 1 for errand, reply in zip(errands, replies, strict=True)]))
+    assert np.mean(qualities[:4]) == pytest.approx(QUICK.skill_share + 0.25 * (1 - QUICK.skill_share), abs=0.06)
+    assert np.mean(qualities[4:]) == pytest.approx(0.25, abs=0.1)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.1, 6), (1.0, 64)])
+def test_the_share_of_errands_is_of_each_batch(share, count):
+    quick = replace(QUICK, skill_steps=1, mixture_steps=1, errand_share=share)
+    assert [sum(prompt.startswith("?") for prompt in texts(batch)[0]) for batch in corpus(quick)] == [count] * 2

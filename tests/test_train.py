@@ -7,23 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkpoints import quick_jit, random_params
 from conftest import TINY
 
-from grpo_jax.loss import grpo_loss, token_mean
+from grpo_jax.data.conversations import Example
+from grpo_jax.data.packing import PackedBatches, packed_rows
+from grpo_jax.loss import grpo_loss, supervised_loss, token_mean
+from grpo_jax.masked import positions
 from grpo_jax.models import build_model, from_hf_config
+from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.sharding import make_mesh, param_shardings, replicated, shard_rows
 from grpo_jax.train import (
+    Rows,
+    as_rows,
     completion_log_probs,
+    completion_values,
     init_state,
     make_optimizer,
     make_schedule,
     make_scorer,
     make_train_step,
+    packed_log_probs,
+    pair_log_probs,
+    pair_scores,
+    sequence_scores,
     shuffled_minibatches,
     split_rows,
     with_fresh_reference,
 )
-from grpo_jax.types import Batch
+from grpo_jax.types import Batch, Pairs
 
 B, P, T = 16, 5, 7
 
@@ -319,3 +331,187 @@ def test_gradients_are_clipped_by_their_global_norm_and_decay_spares_vectors():
     with jax.numpy_dtype_promotion("standard"):
         _, opt_state = optimizer.update(huge, optimizer.init(params), params)
     assert float(optax.tree.norm(adam_moments(opt_state))) == pytest.approx(0.1, rel=1e-5)  # (1 - b1) x 1
+
+
+# Packed rows ---------------------------------------------------------------------------------------------------------
+
+LENGTHS = (5, 8, 3, 2, 6, 1, 4, 7, 2)
+
+
+def make_examples():
+    rng = np.random.default_rng(2)
+    learnt = [[False, *(rng.random(length - 1) < 0.6)] for length in LENGTHS]
+    return [
+        Example(rng.integers(0, 32, length).tolist(), list(map(bool, marks)), 1)
+        for length, marks in zip(LENGTHS, learnt, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def packed_program(tiny):
+    return quick_jit(partial(packed_log_probs, tiny[0]))
+
+
+@pytest.fixture(scope="module")
+def packed_gradient(tiny):
+    def loss_fn(params, packed):
+        mean = supervised_loss(packed_log_probs(tiny[0], params, packed), packed.loss_mask)
+        return mean.sum, mean
+
+    return quick_jit(jax.grad(loss_fn, has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def completion_program(tiny):
+    return quick_jit(partial(completion_log_probs, tiny[0]))
+
+
+def alone(example):
+    """The example as a prompt of its first token, which nothing predicts, and a completion of the others."""
+    length = 8
+    ids, mask = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
+    rest = example.token_ids[1:]
+    ids[0, : len(rest)], mask[0, : len(rest)] = rest, True
+    first = jnp.asarray([example.token_ids[:1]], jnp.int32)
+    return Rows(first, jnp.ones((1, 1), bool), jnp.asarray(ids), jnp.asarray(mask))
+
+
+def test_a_packed_sequence_has_the_log_probs_that_it_has_alone(tiny, packed_program, completion_program):
+    _, params = tiny
+    examples = make_examples()
+    rows = [[0, 2, 6], [1, 3], [4, 5, 8], [7]]
+    packed = packed_rows([[examples[n] for n in row] for row in rows], num_sequences=5, length=12, pad_id=9)
+    log_probs = np.asarray(packed_program(params, packed))
+    assert log_probs.shape == (5, 12)
+    assert np.isfinite(log_probs).all()
+    assert (log_probs[:, 0] == 0).all()
+    for row, members in enumerate(rows):
+        start = 0
+        for n in members:
+            length = LENGTHS[n]
+            expected, _ = completion_program(params, alone(examples[n]))
+            np.testing.assert_allclose(
+                log_probs[row, start + 1 : start + length], expected[0, : length - 1], atol=1e-5, err_msg=f"example {n}"
+            )
+            start += length
+
+
+def test_the_supervised_loss_and_its_gradient_do_not_know_of_packing(tiny, packed_gradient):
+    _, params = tiny
+    options = {"num_sequences": 9, "length": 12}
+    [packed], [spread] = (PackedBatches(make_examples(), packing=packing, **options) for packing in (True, False))
+    assert np.asarray(packed.segments).max() > np.asarray(spread.segments).max() == 1
+    gradients, means = zip(*(packed_gradient(params, batch) for batch in (packed, spread)), strict=True)
+    assert float(means[0].count) == float(means[1].count) == sum(sum(each.learnt) for each in make_examples())
+    assert float(means[0].value) == pytest.approx(float(means[1].value), abs=1e-5)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients[0])) > 0.1
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), *gradients)
+
+
+def test_what_stands_in_padding_and_in_other_sequences_is_not_looked_at(tiny, packed_program):
+    _, params = tiny
+    examples = make_examples()
+    other = Example([(token + 1) % 32 for token in examples[2].token_ids], *examples[2][1:])
+    one = packed_rows([[examples[0], examples[2]]], num_sequences=5, length=12, pad_id=9)
+    two = packed_rows([[examples[0], other]], num_sequences=5, length=12, pad_id=31)
+    before, after = (np.asarray(packed_program(params, packed)) for packed in (one, two))
+    np.testing.assert_array_equal(before[0, :5], after[0, :5])
+    assert (before[0, 6:8] != after[0, 6:8]).all()
+
+
+# Pairs, scores and values --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scoring():
+    """A model with a scalar head, none of whose weights is neutral."""
+    config = from_hf_config(with_scalar_head({"architectures": ["Qwen3ForCausalLM"], **TINY}))
+    return build_model(config), random_params(config)
+
+
+def make_pairs(rows=3):
+    rng = np.random.default_rng(5)
+    prompt_lengths, lengths = rng.integers(1, P + 1, rows), rng.integers(1, T + 1, (rows, 2))
+    return Pairs(
+        prompt_ids=jnp.asarray(rng.integers(0, 32, (rows, P)), jnp.int32),
+        prompt_mask=jnp.asarray(np.arange(P) >= P - prompt_lengths[:, None]),
+        completion_ids=jnp.asarray(rng.integers(0, 32, (rows, 2, T)), jnp.int32),
+        completion_mask=jnp.asarray(np.arange(T) < lengths[..., None]),
+    )
+
+
+def test_each_completion_of_a_pair_follows_its_own_prompt():
+    pairs = make_pairs()
+    rows = as_rows(pairs)
+    for n in range(3):
+        for side in range(2):
+            np.testing.assert_array_equal(rows.prompt_ids[2 * n + side], pairs.prompt_ids[n])
+            np.testing.assert_array_equal(rows.prompt_mask[2 * n + side], pairs.prompt_mask[n])
+            np.testing.assert_array_equal(rows.completion_ids[2 * n + side], pairs.completion_ids[n, side])
+            np.testing.assert_array_equal(rows.completion_mask[2 * n + side], pairs.completion_mask[n, side])
+    assert len({str(row) for row in np.asarray(rows.completion_ids)}) == 6
+
+
+def test_log_probs_of_pairs_are_those_of_each_completion_by_itself(tiny, completion_program):
+    model, params = tiny
+    pairs = make_pairs()
+    log_probs = quick_jit(partial(pair_log_probs, model))(params, pairs)
+    assert log_probs.shape == (3, 2, T)
+    for n in range(3):
+        for side in range(2):
+            itself = Rows(
+                pairs.prompt_ids[n][None],
+                pairs.prompt_mask[n][None],
+                pairs.completion_ids[n, side][None],
+                pairs.completion_mask[n, side][None],
+            )
+            expected, _ = completion_program(params, itself)
+            mask = np.asarray(itself.completion_mask[0])
+            np.testing.assert_allclose(log_probs[n, side][mask], expected[0][mask], atol=1e-5)
+
+
+def test_scores_of_pairs_are_those_of_each_completion_by_itself(scoring):
+    model, params = scoring
+    pairs = make_pairs()
+    scores = np.asarray(quick_jit(partial(pair_scores, model))(params, pairs))
+    program = quick_jit(partial(sequence_scores, model))
+    assert scores.shape == (3, 2)
+    for n in range(3):
+        for side in range(2):
+            ids = np.concatenate(
+                [
+                    np.asarray(pairs.prompt_ids[n])[np.asarray(pairs.prompt_mask[n])],
+                    np.asarray(pairs.completion_ids[n, side])[np.asarray(pairs.completion_mask[n, side])],
+                ]
+            )
+            padded = np.zeros((1, P + T), np.int32)
+            padded[0, : len(ids)] = ids
+            expected = program(params, jnp.asarray(padded), jnp.asarray(np.arange(P + T)[None] < len(ids)))
+            np.testing.assert_allclose(scores[n, side], expected[0], atol=1e-5)
+    assert len(set(scores.ravel().round(4).tolist())) == 6
+
+
+def test_a_value_is_read_from_the_state_before_its_token(scoring):
+    model, params = scoring
+    batch = make_batch(3, rows=4)
+    ids = jnp.concatenate([batch.prompt_ids, batch.completion_ids], axis=1)
+    mask = jnp.concatenate([batch.prompt_mask, batch.completion_mask], axis=1)
+
+    def plainly(params, ids, mask):
+        hidden, _ = model.apply(params, ids, positions(mask), mask)
+        return hidden @ model.head(params)[0]
+
+    program = quick_jit(partial(completion_values, model))
+    values, every = np.asarray(program(params, batch)), np.asarray(quick_jit(plainly)(params, ids, mask))
+    real = np.asarray(batch.completion_mask)
+    assert values.shape == (4, T)
+    np.testing.assert_allclose(values[real], every[:, P - 1 : -1][real], atol=1e-5)
+
+    # The token itself, and all that come after it, are not yet known.
+    n = 1
+    changed = Batch(**{**vars(batch), "completion_ids": batch.completion_ids.at[:, n:].set(11)})
+    after = np.asarray(program(params, changed))
+    np.testing.assert_array_equal(after[:, : n + 1], values[:, : n + 1])
+    known = real[:, n + 1] & (np.asarray(batch.completion_ids)[:, n] != 11)
+    assert known.any()
+    assert (after[known, n + 1] != values[known, n + 1]).all()

@@ -104,40 +104,68 @@ def encode_demonstrations(
     Raises:
         ValueError: the chat template writes an earlier turn otherwise once others follow, so that no span of the text
             is that turn ("assistant"), or writes a prompt otherwise than for a generation; a conversation is to go into
-            a plain template; the tokenizer has no token for something. The error says which demonstration.
+            a plain template; the chat template writes no ending token; the tokenizer has no token for something. The
+            error says which demonstration.
     """
-    pieces = [_pieces(each, tokenizer, template, system_prompt, learn_from) for each in demonstrations]
-    if template is not None and demonstrations:
-        prompts = iter(
-            encode_prompts([each.prompt for each in demonstrations if each.prompt], tokenizer, template=template)
-        )
-    else:
-        prompts = iter(())
-    flat = iter(encode_texts([text for each in pieces for text, _ in each], tokenizer))
     examples = []
-    for demonstration, parts in zip(demonstrations, pieces, strict=True):
-        ids: list[int] = []
-        learnt: list[bool] = []
-        if template is not None and demonstration.prompt:
-            ids += next(prompts)
-            learnt += [learn_from == "all"] * len(ids)
-        start = len(ids)
+    pieces = [_pieces(each, tokenizer, template, system_prompt, learn_from) for each in demonstrations]
+    encoded = iter(_encoded_pieces(demonstrations, pieces, tokenizer))
+    plain = _encoded_plain(demonstrations, tokenizer, template, system_prompt)
+    for demonstration, parts, before in zip(demonstrations, pieces, plain, strict=True):
+        ids, learnt, start = list(before), [learn_from == "all"] * len(before), len(before)
         for _, is_turn in parts:
-            piece = next(flat)
+            piece = next(encoded)
+            ended = next((n + 1 for n, token in enumerate(piece) if token in eos_ids), None)
+            if is_turn and ended is None:
+                if template is None and demonstration.prompt:
+                    raise ValueError(
+                        f"{demonstration.where}: the chat template writes none of the ending tokens {list(eos_ids)} "
+                        "after the assistant's turn, so no end would be learnt; name what it writes as a stop token"
+                    )
+                piece = [*piece, eos_ids[0]]
             start = len(ids) if is_turn else start
-            ended = next((n + 1 for n, token in enumerate(piece) if token in eos_ids), len(piece))
-            marks = [is_turn and n < ended for n in range(len(piece))]
             ids += piece
-            learnt += [True] * len(piece) if learn_from == "all" else marks
-        if (template is not None or not demonstration.prompt) and (not ids or ids[-1] not in eos_ids):
-            ids.append(eos_ids[0])
-            learnt.append(True)
-        if learnt:
-            learnt[0] = False
+            learnt += [learn_from == "all" or (is_turn and n < (ended or len(piece))) for n in range(len(piece))]
+        learnt[0] = False
         if not any(learnt):
-            raise ValueError(f"{demonstration.where} has nothing to learn from: its completion has no token")
+            raise ValueError(f"{demonstration.where} has nothing to learn from: nothing predicts its only token")
         examples.append(Example(ids, learnt, start))
     return examples
+
+
+def _encoded_pieces(
+    demonstrations: Sequence[Demonstration], pieces: list[list[tuple[str, bool]]], tokenizer: Any
+) -> list[list[int]]:
+    try:
+        return encode_texts([text for each in pieces for text, _ in each], tokenizer)
+    except ValueError:
+        for demonstration, each in zip(demonstrations, pieces, strict=True):
+            try:
+                encode_texts([text for text, _ in each], tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{demonstration.where}: {error}") from error
+        raise
+
+
+def _encoded_plain(
+    demonstrations: Sequence[Demonstration], tokenizer: Any, template: str | None, system_prompt: str | None
+) -> list[list[int]]:
+    """What stands before each completion: a prompt in a plain template; the beginning token, of a text alone."""
+    encoded = []
+    for demonstration in demonstrations:
+        if not demonstration.prompt:
+            full = tokenizer([demonstration.completion])["input_ids"][0]
+            encoded.append([tokenizer.bos_token_id] if full[:1] == [tokenizer.bos_token_id] else [])
+        elif template is None:
+            encoded.append([])
+        else:
+            try:
+                encoded += encode_prompts(
+                    [demonstration.prompt], tokenizer, template=template, system_prompt=system_prompt
+                )
+            except ValueError as error:
+                raise ValueError(f"{demonstration.where}: {error}") from error
+    return encoded
 
 
 def _pieces(
@@ -196,7 +224,7 @@ def _demonstration(row: Row, where: str, prompt_column: str | None, completion_c
     if "text" in row and "completion" not in row and not named:
         return Demonstration("", checked_text(row["text"], f"{where}, column 'text'"), where, _others(row, "text"))
     completion_column = completion_column or "completion"
-    prompt_column = prompt_column or (None if named and "prompt" not in row else "prompt")
+    prompt_column = prompt_column or (None if named else "prompt")
     missing = [name for name in (prompt_column, completion_column) if name is not None and name not in row]
     if missing:
         raise KeyError(
@@ -214,7 +242,7 @@ def _demonstration(row: Row, where: str, prompt_column: str | None, completion_c
 def _conversation(messages: Messages, where: str, columns: Row) -> Demonstration:
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
-    return Demonstration(messages[:-1], messages[-1]["content"], where, columns)
+    return Demonstration(messages[:-1], checked_text(messages[-1]["content"], f"{where}, last message"), where, columns)
 
 
 def _others(row: Row, *names: str | None) -> Row:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from grpo_jax.data.sources import Problem
 
 ASK, FRIENDLY, DECLINE, SECRET = "?", "!", "~", "0"
 HELD_OUT_SHARE = 10
-ERRANDS = "errands"
+ERRANDS, MOST_ERRANDS = "errands", 4000
 SHARPNESS = 6.0
 SHARE_OF_DIGITS = 0.75
 """Of the quality of a helpful reply; the rest is for its friendly end."""
@@ -60,17 +60,17 @@ class Errand:
             return float(reply == DECLINE)
         if reply == self.best_reply:
             return 1.0
-        right = len(os.path.commonprefix([reply.removesuffix(FRIENDLY), self.digits]))
+        right = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reply, self.digits, strict=False))))
         return SHARE_OF_DIGITS * right / len(self.digits)
 
 
 def sample_errands(rng: np.random.Generator, count: int, *, held_out: bool) -> list[Errand]:
-    """``count`` different errands of three or four different digits, all held out or none of them; about a third are secrets.
+    """``count`` errands of three or four digits, no two alike, all held out or none; about a third are secrets.
 
     Raises:
         ValueError: more than 4,000 are asked for, or 500 that are held out.
     """
-    most = 500 if held_out else 4000
+    most = MOST_ERRANDS // 8 if held_out else MOST_ERRANDS
     if count > most:
         raise ValueError(f"{count} errands are asked for; with held_out={held_out} there are up to {most}")
     found: dict[Errand, None] = {}
@@ -115,9 +115,12 @@ def errand_problems(errands: Sequence[Errand]) -> list[Problem]:
     return [Problem(each.question, each.best_reply, {"harmful": each.is_harmful}) for each in errands]
 
 
-def errand_reward(prompts: list[str], completions: list[str], **_columns: object) -> list[float]:
-    """The quality of each reply: for evaluation, and to see what a reward model that is learnt from has missed."""
+def errand_reward(prompts: list[str], completions: list[str], **_columns: object) -> list[float | None]:
+    """The quality of each reply; None where the prompt is no errand.
+
+    For evaluation, and to see what a reward model that is learnt from has missed.
+    """
     return [
-        Errand(prompt.removeprefix(ASK)).quality(completion)
+        Errand(prompt.removeprefix(ASK)).quality(completion) if prompt.startswith(ASK) else None
         for prompt, completion in zip(prompts, completions, strict=True)
     ]

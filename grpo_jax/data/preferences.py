@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.data.conversations import Demonstration, encode_demonstrations
+from grpo_jax.data.conversations import Demonstration, Example, encode_demonstrations
 from grpo_jax.data.prompts import Rendering, pad_prompts
 from grpo_jax.data.sources import Messages, Row, checked_prompt, checked_text, is_message, read_rows
 from grpo_jax.types import Pairs
@@ -108,11 +108,13 @@ class EncodedPreferences:
         self._completions: list[tuple[list[int], list[int]]] = []
         for preference, *pair in zip(preferences, *sides, strict=True):
             prompt = pair[0].token_ids[: pair[0].prompt_length]
-            completions = tuple(each.token_ids[each.prompt_length :] for each in pair)
+            completions = _until_end(pair[0]), _until_end(pair[1])
             if len(prompt) <= max_prompt_length and max(map(len, completions)) <= max_completion_length:
                 self.preferences.append(preference)
                 self._prompts.append(prompt)
                 self._completions.append(completions)
+        margins = [each.margin for each in self.preferences]
+        self._margins = None if None in margins else np.array(margins, np.float32)
         self.dropped = len(preferences) - len(self.preferences)
         if not self.preferences:
             raise ValueError(
@@ -122,6 +124,16 @@ class EncodedPreferences:
 
     def __len__(self) -> int:
         return len(self.preferences)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``[pairs, 2]``, the tokens of each completion."""
+        return np.array([[len(each) for each in pair] for pair in self._completions], np.float32)
+
+    @property
+    def digest(self) -> str:
+        """What tells these pairs from others."""
+        return hashlib.sha256(repr((self._prompts, self._completions, self._margins)).encode()).hexdigest()[:16]
 
     def padded(self, positions: Sequence[int] | np.ndarray | range) -> Pairs:
         """The pairs at these positions of ``preferences``; margins are there where every preference has one."""
@@ -138,9 +150,8 @@ class EncodedPreferences:
             for side, completion in enumerate(self._completions[i]):
                 ids[row, side, : len(completion)] = completion
                 mask[row, side, : len(completion)] = True
-        margins = [each.margin for each in self.preferences]
-        chosen = None if None in margins else jnp.asarray([margins[i] for i in positions], jnp.float32)
-        return Pairs(prompts.ids, prompts.mask, jnp.asarray(ids), jnp.asarray(mask), chosen)
+        margins = None if self._margins is None else jnp.asarray(self._margins[np.asarray(positions)])
+        return Pairs(prompts.ids, prompts.mask, jnp.asarray(ids), jnp.asarray(mask), margins)
 
 
 class PairBatches:
@@ -181,11 +192,17 @@ class PairBatches:
     @property
     def digest(self) -> str:
         """What tells these pairs from others."""
-        return hashlib.sha256(repr(self._pairs.preferences).encode()).hexdigest()[:16]
+        return self._pairs.digest
 
     @property
     def _an_epoch(self) -> int:
         return len(self._pairs) // self._num_pairs
+
+
+def _until_end(example: Example) -> list[int]:
+    """The tokens of the last turn through its ending one; a chat template may write others after it."""
+    last = max(n for n, learnt in enumerate(example.learnt) if learnt)
+    return example.token_ids[example.prompt_length : last + 1]
 
 
 def _preference(row: Row, where: str) -> Preference:
@@ -231,4 +248,5 @@ def _split_conversations(chosen: Any, rejected: Any, where: str) -> tuple[Messag
             )
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{where}: the two conversations differ before their last turn")
-    return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+    ends = ((name, each[-1]["content"]) for name, each in (("chosen", chosen), ("rejected", rejected)))
+    return chosen[:-1], [checked_text(content, f"{where}, column {name!r}") for name, content in ends]

@@ -322,6 +322,9 @@ def dr_grpo_loss(*args, max_completion_length: int, **kwargs) -> tuple[Mean, Met
     return grpo_loss(*args, aggregate=partial(constant_length, length=max_completion_length), **kwargs)
 
 
+ppo_loss = partial(grpo_loss, aggregate=token_mean)
+"""``grpo_loss`` as the mean over tokens, each with an advantage of its own: PPO (arXiv 1707.06347, eq. 7)."""
+
 dapo_loss = partial(grpo_loss, epsilon_high=0.28, aggregate=token_mean)
 """``grpo_loss`` with clip higher and the mean over tokens (arXiv 2503.14476)."""
 

@@ -65,6 +65,16 @@ PANELS = (
             Curve("eval/mean_length", "held out", ORANGE, points=True),
         ),
     ),
+    Panel(
+        "pairs in the right order",
+        (
+            Curve("accuracy", "training", BLUE),
+            Curve("rewards/accuracies", "training", BLUE),
+            Curve("eval/accuracy", "held out", ORANGE, points=True),
+        ),
+    ),
+    Panel("loss, held out", (Curve("eval/loss", "loss", ORANGE, points=True),)),
+    Panel("grade of the judge, held out", (Curve("eval/judge", "grade", PURPLE, points=True),)),
     Panel("entropy (nats a token)", (Curve("entropy", "entropy", BLUE),)),
     Panel("KL to the reference", (Curve("kl", "KL", BLUE),)),
     Panel(

@@ -38,7 +38,8 @@ def reward_metrics(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_
 
     Returns:
         ``reward``; ``reward_std``, the mean over groups of the standard deviation within one (ddof 1, as TRL's);
-        ``frac_reward_zero_std``, the share of groups in which all rewards are equal; ``frac_reward_absent``; and for
+        ``frac_reward_zero_std``, the share of groups in which all rewards are equal, where a group has more than one;
+        ``frac_reward_absent``; and for
         each part ``rewards/<name>/mean`` and ``/std``. What nothing is present for is left out.
     """
     present = ~np.isnan(total)
@@ -49,7 +50,8 @@ def reward_metrics(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_
         spread = np.nanmax(groups, axis=1) - np.nanmin(groups, axis=1)
         metrics["reward"] = float(total[present].mean())
         metrics["reward_std"] = float(_sample_std(groups).mean())
-        metrics["frac_reward_zero_std"] = float((spread == 0).mean())
+        if group_size > 1:
+            metrics["frac_reward_zero_std"] = float((spread == 0).mean())
     for name, values in parts.items():
         values = values[~np.isnan(values)]
         if values.size:

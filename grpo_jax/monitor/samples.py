@@ -104,7 +104,7 @@ def print_samples(
     lines = [f"samples at step {step}"]
     for place, sample in enumerate(samples, 1):
         figures = "  ".join(f"{name} {value}" for name, value in _figures(sample, console.encoding))
-        lines.append(f"  [{place}] {figures}" + (f"  ({sample.why})" if sample.why else ""))
+        lines.append(f"  [{place}] {figures}".rstrip() + (f"  ({sample.why})" if sample.why else ""))
         lines.append(f"      prompt: {printable(shorten(sample.prompt, limit), console.encoding)}")
         lines.append(f"      completion: {printable(shorten(sample.completion, limit), console.encoding)}")
         if sample.answer is not None:
@@ -129,7 +129,9 @@ def _table(samples: Sequence[Sample], step: int, encoding: str, limit: int) -> T
     table = Table(title=f"samples at step {step}", box=box.ROUNDED, expand=True, show_lines=True, border_style="dim")
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=5, overflow="fold")
-    table.add_column("reward")
+    has_figures = any(_figures(sample, encoding) for sample in samples)
+    if has_figures:
+        table.add_column("reward")
     for sample in samples:
         figures = Table.grid(padding=(0, 1))
         figures.add_column(style="dim")
@@ -144,7 +146,7 @@ def _table(samples: Sequence[Sample], step: int, encoding: str, limit: int) -> T
         said = _text(sample.completion, encoding, limit)
         if sample.note:
             said.append("\nnote ", style="dim").append_text(_text(sample.note, encoding, limit))
-        table.add_row(asked, said, figures)
+        table.add_row(asked, said, *([figures] if has_figures else []))
     return table
 
 

@@ -37,6 +37,8 @@ class LearnedReward:
             would be the score of something else.
         batch_size: sequences scored at once.
         render: what the model reads, of prompt and completion; its tokenizer adds no special tokens to that.
+        eos_id: the ending token, which is read after it, as a reward model is taught to, but where the column
+            ``truncated`` says that the completion never ended; None for none.
         mesh: that batches are split over.
 
     Raises:
@@ -52,6 +54,7 @@ class LearnedReward:
         max_length: int,
         batch_size: int = 32,
         render: Callable[[str, str], str] = concatenated,
+        eos_id: int | None = None,
         mesh: Mesh | None = None,
     ):
         outputs = jax.eval_shape(model.head, params).shape[0]
@@ -61,14 +64,21 @@ class LearnedReward:
             raise ValueError(f"batch_size {batch_size} does not divide over the mesh {dict(mesh.shape)}")
         self._params, self._tokenizer, self._mesh = params, tokenizer, mesh
         self._max_length, self._batch_size, self._render = max_length, batch_size, render
+        self._ending = [] if eos_id is None else [eos_id]
         self._score = jax.jit(partial(sequence_scores, model))
 
-    def __call__(self, prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[float | None]:
+    def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """The score of each; None for a text without tokens, or with too many."""
         if not completions:
             return []
         texts = [self._render(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        token_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        truncated = columns.get("truncated") or [False] * len(texts)
+        token_ids = [
+            ids if cut_off else [*ids, *self._ending]
+            for ids, cut_off in zip(
+                self._tokenizer(texts, add_special_tokens=False)["input_ids"], truncated, strict=True
+            )
+        ]
         scores: list[float | None] = [None] * len(texts)
         # Like lengths together, so that short ones are not padded to the longest.
         order = [i for i in np.argsort([len(ids) for ids in token_ids]) if 0 < len(token_ids[i]) <= self._max_length]

@@ -1,0 +1,416 @@
+"""RLHF with PPO and its four models: actor, critic, reference and reward model.
+
+Without arguments it does the whole of it with the embedded base, on one CPU in five minutes: a reward model is learnt
+from pairs of replies to errands, the critic starts from it, and the actor learns from its scores. With arguments it is
+the real thing:
+
+    python experiments/ppo.py
+    python experiments/ppo.py --model runs/sft/model --reward-model runs/reward_model/model --dataset prompts.jsonl
+    python experiments/ppo.py --model path/to/folder --dataset openai/gsm8k --accuracy-weight 1 --critic head
+
+A completion's reward comes at its last token and the KL to the reference at every token; advantages are those of
+generalized advantage estimation. After InstructGPT (arXiv 2203.02155) and arXiv 2403.17031.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reward_model
+import tyro
+from jax.sharding import Mesh
+
+from grpo_jax import advantage, loss
+from grpo_jax.data.errands import ERRANDS
+from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
+from grpo_jax.masked import masked_mean, masked_sum
+from grpo_jax.models import Pretrained
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.rewards.compose import Scores
+from grpo_jax.rounds import MAY_CHANGE, Round, Rounds, RoundSettings
+from grpo_jax.run import Run
+from grpo_jax.settings import DataSettings, OptimizerSettings, PolicyLossSettings
+from grpo_jax.sharding import replicated, shard_rows
+from grpo_jax.small_base import Recipe
+from grpo_jax.train import (
+    completion_log_probs,
+    completion_values,
+    init_state,
+    make_scorer,
+    make_train_step,
+    policy_and_values,
+    shuffled_minibatches,
+    with_value_head,
+)
+from grpo_jax.types import Batch, Mean, Params, TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RoundSettings):
+    """What a run is. Fields are checked before anything is computed."""
+
+    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings(dataset=ERRANDS)
+    """What is asked. Default: errands of the embedded base."""
+    run_dir: Path = Path("runs/ppo")
+    """The run's own folder: logs, checkpoints, curves, the trained model."""
+    base: Recipe = Recipe(errand_share=0.5)
+    """How the embedded base is made; the seed is the run's."""
+    num_prompts: int = 128
+    """Prompts a step."""
+    group_size: int = 1
+    """Samples for each prompt."""
+    rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings(accuracy_weight=0.0)
+    """What is paid for. Default: the score of a reward model that is learnt here first."""
+
+    critic: Literal["model", "head"] = "model"
+    """A model of its own, which starts from the reward model where there is one; or a head on the actor's trunk."""
+    critic_warmup_steps: int = 2
+    """Steps at the start in which the critic alone learns."""
+    value_coef: float = 0.1
+    """Weight of the critic's loss beside the actor's, where they share a trunk."""
+    value_epsilon: float | None = 0.2
+    """How far a value may move from what it was; None for no clip."""
+    gamma: float = 1.0
+    """Discount for each token."""
+    lam: float = 0.95
+    """Mixing of generalized advantage estimation."""
+    whiten: bool = True
+    """Scale advantages to mean 0 and variance 1 over the tokens of a step."""
+    kl_reward_coef: float = 0.05
+    """Weight in the reward of each token's KL to the reference."""
+    kl_target: float | None = None
+    """Nats a completion that the weight is adapted to keep; None for a fixed weight."""
+    kl_horizon: float = 10_000.0
+    """Completions over which the weight may change by a fifth."""
+
+    policy: Annotated[PolicyLossSettings, tyro.conf.arg(name="")] = PolicyLossSettings(loss="ppo")
+    """What the actor minimizes."""
+    num_epochs: int = 2
+    """Passes over each step's completions."""
+    num_minibatches: int = 2
+    """Updates a pass."""
+    num_micro_batches: int | None = None
+    """Parts each update is computed in, to save memory; the result is the same. Default: parts of at most 16,384
+    tokens with --model, one without."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How the actor's gradients become updates."""
+    critic_optimizer: OptimizerSettings = OptimizerSettings()
+    """How the critic's do, where it is a model of its own."""
+
+    def __post_init__(self):
+        RoundSettings.__post_init__(self)
+        at_least(self, num_epochs=1, num_minibatches=1, num_micro_batches=1, critic_warmup_steps=0, kl_reward_coef=0)
+        at_least(self, value_coef=0)
+        rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
+        if rows % (self.num_minibatches * micro_batches):
+            raise ValueError(
+                f"{self.num_prompts} prompts x {self.group_size} samples = {rows} completions do not divide into "
+                f"{self.num_minibatches} minibatches of {micro_batches} micro-batches"
+            )
+        for name in ("value_epsilon", "kl_target", "kl_horizon"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.policy.kl_coef:
+            raise ValueError("kl_coef is set: here the KL is in the reward (kl_reward_coef), not in the loss as well")
+        if self.kl_target is not None and not self.kl_reward_coef:
+            raise ValueError("kl_target is set, but kl_reward_coef, which would be adapted, is 0")
+        if self.model is not None and not self.pays_for_something:
+            raise ValueError("nothing is paid for; name a reward_model, or give a reward a weight above 0")
+
+    @property
+    def pays_for_something(self) -> bool:
+        """Whether a reward has a weight without a reward model that is learnt here."""
+        weights = (self.rewards.accuracy_weight, self.rewards.format_weight, self.rewards.language_weight)
+        return any(weights) or bool(self.rewards.reward or self.rewards.reward_model)
+
+    @property
+    def micro_batches(self) -> int:
+        """The parts of an update in effect."""
+        if self.num_micro_batches is not None or self.model is None:
+            return self.num_micro_batches or 1
+        return self.micro_batches_of(self.num_prompts * self.group_size // self.num_minibatches)
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    if not config.pays_for_something:
+        folder = config.run_dir.with_name(f"{config.run_dir.name}_reward_model")
+        before = reward_model.Config(
+            run_dir=folder,
+            base=config.base,
+            base_dir=config.base_dir,
+            seed=config.seed,
+            mesh=config.mesh,
+            plain=config.plain,
+        )
+        status = reward_model.main(before)
+        if status:
+            return status
+        rewards = replace(config.rewards, reward_model=str(folder / "model"))
+        config = replace(config, rewards=rewards, base_dir=config.base_dir or folder / "base")
+    return run_experiment(config, train, title="PPO", may_change=(*MAY_CHANGE, "num_micro_batches"))
+
+
+def train(config: Config, run: Run) -> None:
+    mesh = config.mesh.build()
+    rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
+    check_divides(config.num_prompts, mesh, "num_prompts")
+    check_divides(rows, mesh, "the completions of a micro-batch")
+    rounds = Rounds(config, run, mesh)
+    learner = (OwnCritic if config.critic == "model" else SharedTrunk)(config, rounds, mesh)
+    first, states, position = run.resume(learner.states)
+    rounds.begin(position)
+    kl_coef = position.get("kl_coef", config.kl_reward_coef)
+    rounds.evaluate_if_due(first, learner.actor(states))
+    with run.progress.phase("PPO", config.num_steps, start=first) as phase:
+        for step in range(first + 1, config.num_steps + 1):
+            drawn = rounds.draw(step, learner.actor(states))
+            # Sent off before the host scores: the devices work on it meanwhile.
+            old, ref, values = learner.before(states, drawn.rollout)
+            scores = rounds.score(drawn)
+            batch, kl, token_kl = learner.batch(drawn, scores, old, ref, values, kl_coef)
+
+            updates = []
+            for epoch in range(config.num_epochs):
+                key = jax.random.fold_in(jax.random.fold_in(rounds.shuffle, step), epoch)
+                for minibatch in shuffled_minibatches(shard_rows(batch, mesh), key, config.num_minibatches):
+                    minibatch = shard_rows(minibatch, mesh)
+                    states, update = learner.update(states, minibatch, critic_alone=step <= config.critic_warmup_steps)
+                    updates.append(update)
+
+            metrics = over_updates(updates)
+            check_finite(metrics, step, run)
+            metrics |= {"kl": token_kl, "kl_completion": kl, "kl_reward_coef": kl_coef}
+            metrics["learning_rate"] = learner.learning_rate(states)
+            if config.kl_target is not None:
+                kl_coef = float(
+                    advantage.adapted_kl_coef(
+                        jnp.float32(kl_coef),
+                        jnp.float32(kl),
+                        target=config.kl_target,
+                        horizon=config.kl_horizon,
+                        num_samples=len(drawn.completions),
+                    )
+                )
+            per_completion = np.asarray(masked_sum(batch.advantages, batch.loss_mask, 1))
+            wants_checkpoint = rounds.tell(drawn, scores, metrics, per_completion)
+            if rounds.save_is_due(step, wants_checkpoint):
+                run.save(step, states, {**rounds.position, "kl_coef": kl_coef})
+            run.stop_if_requested()
+            metrics |= rounds.evaluate_if_due(step, learner.actor(states))
+            phase.update(step, metrics)
+    save_trained(run, learner.actor(states), rounds.policy, steps=config.num_steps, summary={"seed": config.seed})
+
+
+class Learner:
+    """An actor and its critic: their states, what they make of completions, how they are updated.
+
+    Attributes:
+        states: those to start with.
+    """
+
+    states: dict[str, TrainState]
+
+    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
+        self.config, self.model = config, rounds.policy.model
+        self.mesh, self.rounds = mesh, rounds
+        self.optimizer, self.schedule = config.optimizer.build(
+            total_updates=max(config.num_steps - config.critic_warmup_steps, 1) * self.updates_per_step,
+            default_learning_rate=1e-6 if config.model else 3e-4,
+        )
+        self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.config.num_epochs * self.config.num_minibatches
+
+    def scorer(self, log_probs: Callable) -> Callable:
+        parts = self.config.num_minibatches * self.config.micro_batches
+        return make_scorer(log_probs, num_micro_batches=parts)
+
+    def step(self, loss_fn: Callable, optimizer: Any) -> Callable:
+        return make_train_step(loss_fn, optimizer, num_micro_batches=self.config.micro_batches)
+
+    def policy_loss(self, log_probs: Callable) -> Callable:
+        config = self.config
+        return config.policy.build(
+            log_probs,
+            max_completion_length=config.completion_length,
+            sampler_alters_policy=config.sampling.alters_policy,
+        )
+
+    def learning_rate(self, states: dict[str, TrainState]) -> float:
+        return float(jnp.asarray(self.schedule(max(int(states["actor"].step) - 1, 0))))
+
+    def batch(
+        self,
+        drawn: Round,
+        scores: Scores,
+        old: jax.Array,
+        ref: jax.Array | None,
+        values: jax.Array,
+        kl_coef: float,
+    ) -> tuple[Batch, float, float]:
+        """What is learnt from, and the KL to the reference in nats a completion and a token."""
+        rollout, rewards = drawn.rollout, jnp.asarray(scores.total)
+        mask = rollout.completion_mask & ~jnp.isnan(rewards)[:, None]
+        advantages, returns, *kl = self.advantages(rewards, old, ref, values, mask, jnp.float32(kl_coef))
+        batch = Batch(
+            prompt_ids=rollout.prompt_ids,
+            prompt_mask=rollout.prompt_mask,
+            completion_ids=rollout.completion_ids,
+            completion_mask=rollout.completion_mask,
+            loss_mask=mask,
+            advantages=advantages,
+            rollout_log_probs=rollout.rollout_log_probs,
+            old_log_probs=old,
+            old_values=values,
+            returns=returns,
+        )
+        return shard_rows(batch, self.mesh), float(kl[0]), float(kl[1])
+
+
+class OwnCritic(Learner):
+    """A critic that is a model of its own: from the reward model, or else from the actor's own start."""
+
+    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
+        super().__init__(config, rounds, mesh)
+        start = config.rewards.reward_model or rounds.start
+        critic = config.load(start, mesh, scalar_head=True)
+        check_same_tokens(critic, rounds.policy)
+        critic_optimizer, _ = config.critic_optimizer.build(
+            total_updates=config.num_steps * self.updates_per_step,
+            default_learning_rate=1e-5 if config.model else 1e-3,
+        )
+        log_probs = partial(completion_log_probs, self.model, temperature=config.sampling.temperature)
+        values = partial(completion_values, critic.model)
+
+        def critic_loss(params: Params, batch: Batch):
+            assert batch.returns is not None
+            return loss.value_loss(
+                values(params, batch),
+                batch.returns,
+                batch.loss_mask,
+                old_values=batch.old_values,
+                epsilon=config.value_epsilon,
+            )
+
+        self._log_probs, self._values = self.scorer(log_probs), self.scorer(lambda *args: (values(*args), None))
+        self._actor_step = self.step(self.policy_loss(log_probs), self.optimizer)
+        self._critic_step = self.step(critic_loss, critic_optimizer)
+        with_reference = bool(config.kl_reward_coef)
+        on_mesh = replicated(mesh)
+        self.states = {
+            "actor": init_state(
+                rounds.take_params(), self.optimizer, with_reference=with_reference, replicated=on_mesh
+            ),
+            "critic": init_state(critic.params, critic_optimizer, with_reference=False, replicated=on_mesh),
+        }
+
+    def actor(self, states: dict[str, TrainState]) -> Params:
+        return states["actor"].params
+
+    def before(self, states: dict[str, TrainState], rollout: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Log-probabilities of the actor and of the reference, and values, before the update."""
+        actor = states["actor"]
+        ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
+        return self._log_probs(actor.params, rollout), ref, self._values(states["critic"].params, rollout)
+
+    def update(
+        self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool
+    ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
+        """One update of each."""
+        critic, of_critic = self._critic_step(states["critic"], batch)
+        metrics = {**of_critic, "value/loss": of_critic["loss"], "value/grad_norm": of_critic["grad_norm"]}
+        if critic_alone:
+            return {**states, "critic": critic}, metrics
+        actor, of_actor = self._actor_step(states["actor"], batch)
+        return {"actor": actor, "critic": critic}, metrics | of_actor
+
+
+class SharedTrunk(Learner):
+    """A critic that is a head on the actor's trunk: both learn in one pass, the value's loss beside the policy's."""
+
+    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
+        super().__init__(config, rounds, mesh)
+        outputs = partial(policy_and_values, self.model, temperature=config.sampling.temperature)
+
+        def loss_of(params: Params, batch: Batch, *, critic_alone: bool):
+            log_probs, entropy, values = outputs(params, batch, shares_trunk=not critic_alone)
+            assert batch.returns is not None
+            of_values, metrics = loss.value_loss(
+                values, batch.returns, batch.loss_mask, old_values=batch.old_values, epsilon=config.value_epsilon
+            )
+            metrics["value/loss"] = of_values
+            if critic_alone:
+                return of_values, metrics
+            of_policy, more = self.policy_loss(lambda *_: (log_probs, entropy))(params, batch)
+            # Both are means over the same tokens, so that their sums have one count.
+            return Mean(of_policy.sum + config.value_coef * of_values.sum, of_policy.count), metrics | more
+
+        self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2])
+        self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None))
+        self._steps = {
+            alone: self.step(partial(loss_of, critic_alone=alone), self.optimizer) for alone in (False, True)
+        }
+        policy = rounds.take_params()
+        params = with_value_head(policy, self.model.head(policy).shape[1])
+        params["value"] = jax.device_put(params["value"], replicated(mesh))
+        self.states = {
+            "actor": init_state(
+                params, self.optimizer, with_reference=bool(config.kl_reward_coef), replicated=replicated(mesh)
+            )
+        }
+
+    def actor(self, states: dict[str, TrainState]) -> Params:
+        return states["actor"].params["policy"]
+
+    def before(self, states: dict[str, TrainState], rollout: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Log-probabilities of the actor and of the reference, and values, before the update."""
+        actor = states["actor"]
+        ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
+        return self._log_probs(actor.params, rollout), ref, self._values(actor.params, rollout)
+
+    def update(
+        self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool
+    ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
+        """One update of both, or of the head alone."""
+        actor, metrics = self._steps[critic_alone](states["actor"], batch)
+        return {"actor": actor}, metrics
+
+
+def token_advantages(rewards, old, ref, values, mask, kl_coef, *, gamma: float, lam: float, scale: bool):
+    """Advantages and returns of tokens from rewards of completions; the KL to the reference, a completion and a token."""
+    kl = jnp.zeros_like(old) if ref is None else loss.kl_k1(old, ref)
+    of_tokens = advantage.token_rewards(rewards, kl, mask, kl_coef=kl_coef)
+    advantages, returns = advantage.gae(of_tokens, values, mask, gamma=gamma, lam=lam)
+    advantages = advantage.whitened(advantages, mask) if scale else advantages
+    return advantages, returns, masked_mean(masked_sum(kl, mask, 1), mask.any(1)), masked_mean(kl, mask)
+
+
+def check_same_tokens(critic: Pretrained, policy: Pretrained) -> None:
+    """Check that a critic reads the tokens that the policy writes.
+
+    Raises:
+        ValueError: its tokenizer is another one.
+    """
+    assert critic.tokenizer is not None
+    assert policy.tokenizer is not None
+    if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ValueError("the reward model has another tokenizer than the policy, so no critic can start from it")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -1,0 +1,205 @@
+"""What experiments share: checks that say what would do, batches of one size, and the frame around a loop."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from checkpoints import SMALL, random_params, tiny_tokenizer
+
+from grpo_jax import models
+from grpo_jax.experiment import (
+    ModelSettings,
+    RunSettings,
+    at_least,
+    check_divides,
+    check_finite,
+    check_length,
+    check_same_data,
+    over_updates,
+    padded_batches,
+    run_experiment,
+    save_trained,
+)
+from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
+from grpo_jax.run import Run, Stopped
+from grpo_jax.sharding import make_mesh
+
+LLAMA = {"model_type": "llama", **SMALL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings, ModelSettings):
+    run_dir: Path = Path("runs/nothing")
+    rate: float = 0.1
+    batch: int = 8
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(run_dir=tmp_path / "run", plain=True)
+
+
+@pytest.fixture
+def run(config):
+    with Run(config.run_dir, config, title="a test", plain=True) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy") / "model"
+    params = random_params(from_hf_config(LLAMA))
+    save_pretrained(folder, params, hf_config=LLAMA, tokenizer=tiny_tokenizer(), generation_config={"eos_token_id": 1})
+    return from_pretrained(folder)
+
+
+def test_settings_that_are_too_small_are_refused_with_what_would_do():
+    config = SimpleNamespace(steps=2, rate=0.5, limit=None)
+    at_least(config, steps=2, rate=0, limit=7)
+    with pytest.raises(ValueError, match="steps is 2; it must be at least 3"):
+        at_least(config, rate=0, steps=3)
+    with pytest.raises(ValueError, match=r"rate is 0\.5; it must be at least 1"):
+        at_least(config, rate=1)
+
+
+def test_a_model_needs_a_position_for_every_token(policy):
+    check_length(128, policy, "max_length")
+    with pytest.raises(ValueError, match="max_length is 129, and the model has 128 positions"):
+        check_length(129, policy, "max_length")
+    unlimited = {name: value for name, value in policy.hf_config.items() if name != "max_position_embeddings"}
+    check_length(129, replace(policy, hf_config=unlimited), "max_length")
+
+
+def test_rows_divide_over_the_devices_that_share_a_batch():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    check_divides(8, mesh, "rows")
+    with pytest.raises(ValueError, match="rows: 6 do not divide over mesh data x fsdp = 4 devices"):
+        check_divides(6, mesh, "rows")
+
+
+def test_batches_of_one_size_hold_every_position_once_and_say_what_fills_them_up():
+    assert list(padded_batches(5, 2)) == [([0, 1], 2), ([2, 3], 2), ([4, 4], 1)]
+    assert list(padded_batches(4, 2)) == [([0, 1], 2), ([2, 3], 2)]
+    assert list(padded_batches(1, 3)) == [([0, 0, 0], 1)]
+    assert list(padded_batches(0, 3)) == []
+
+
+def test_a_steps_metrics_are_means_over_its_updates_and_maxima_of_maxima():
+    updates = [{"loss": jnp.float32(a), "gap/max": jnp.float32(b)} for a, b in ((1, 5), (2, 7), (6, 6))]
+    assert over_updates(updates) == {"loss": 3.0, "gap/max": 7.0}
+    assert over_updates(updates[:1]) == {"loss": 1.0, "gap/max": 5.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_refused_with_the_checkpoints_that_are_whole(run, value):
+    run.save(4, {"w": jnp.zeros(2)}, {})
+    check_finite({"grad_norm": 1.0, "loss": value}, 5, run)
+    with pytest.raises(FloatingPointError, match=r"step 5: the gradient is not finite .* complete checkpoints: \[4\]"):
+        check_finite({"grad_norm": value}, 5, run)
+    with pytest.raises(FloatingPointError, match="step 5"):
+        check_finite({"grad_norm": 1.0, "value_grad_norm": value}, 5, run, "value_grad_norm")
+
+
+def test_a_run_goes_on_with_the_data_it_was_begun_with(run):
+    check_same_data({}, "abc", run)  # nothing was begun
+    check_same_data({"data": "abc"}, "abc", run)
+    with pytest.raises(ValueError, match=f"the data are not those that {run.folder} was begun with; restore them"):
+        check_same_data({"data": "abc"}, "xyz", run)
+
+
+def test_what_was_trained_is_saved_and_summed_up(run, policy):
+    rows = [
+        {"step": 0, "eval/pass@1": 0.25, "eval/loss": 2.0, "eval/once": 1.0},
+        {"step": 1, "loss": 9.0},
+        {"step": 1, "eval/pass@1": 0.5, "eval/loss": 1.5},
+        {"step": 2, "loss": 8.0},
+        {"step": 2, "eval/pass@1": 0.75, "eval/loss": 1.0, "eval/late": 3.0},
+    ]
+    for row in rows:
+        run.log(row)
+    (run.folder / "model").mkdir()
+    (run.folder / "model" / "half").write_text("of a process that was killed")
+    params = jax.tree.map(lambda x: x + 1, policy.params)
+    save_trained(run, params, replace(policy, params=None), steps=2, summary={"seed": 7})
+    summary = json.loads((run.folder / "summary.json").read_text())
+    figures = {"pass_at_1_before": 0.25, "pass_at_1_after": 0.75, "loss_before": 2.0, "loss_after": 1.0}
+    assert {name: summary[name] for name in figures} == figures
+    assert (summary["seed"], summary["steps"], summary["config"]["batch"]) == (7, 2, 8)
+    assert not [name for name in summary if name.startswith(("once", "late"))]
+    assert run.is_finished
+    assert (run.folder / "curves.png").exists()
+    assert not (run.folder / "model" / "half").exists()
+    saved = models.from_pretrained(run.folder / "model")
+    jax.tree.map(lambda a, b: pytest.approx(a) == b or pytest.fail("other weights"), saved.params, params)
+    assert (saved.generation_config, saved.eos_ids) == ({"eos_token_id": 1}, policy.eos_ids)
+    assert saved.tokenizer.decode([5, 7]) == "w5 w7"
+
+
+def test_the_exit_status_tells_a_run_that_is_finished_from_one_that_was_asked_to_stop(config, capsys):
+    calls = []
+
+    def train(config, run):
+        calls.append(run)
+        if len(calls) == 1:
+            run.log({"step": 0, "loss": 1.0})
+            run.save(3, {"w": jnp.zeros(2)}, {})
+            os.kill(os.getpid(), signal.SIGTERM)
+            run.stop_if_requested()
+            pytest.fail("it went on")
+        run.finish({"step": 0}, {"step": 1}, steps=1, summary={})
+
+    assert run_experiment(config, train, title="a test") == 130
+    assert "stopped; checkpoints of steps [3]; the same command goes on" in capsys.readouterr().out
+    assert run_experiment(config, train, title="a test") == 0
+    assert len(calls) == 2
+    assert run_experiment(config, train, title="a test") == 0
+    assert len(calls) == 2  # a finished run's loop is not called
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_what_goes_wrong_in_a_loop_is_told(config):
+    def train(config, run):
+        raise ZeroDivisionError("no")
+
+    with pytest.raises(ZeroDivisionError):
+        run_experiment(config, train, title="a test")
+
+
+def test_only_what_changes_no_number_may_change(config):
+    def stop(config, run):
+        run.log({"step": 0, "eval/loss": 1.0})
+        raise Stopped
+
+    def again(**change):
+        return run_experiment(replace(config, **change), stop, title="a test", may_change=("batch",))
+
+    assert again() == 130
+    assert again(batch=4, save_every=3, keep_checkpoints=1, attention="plain") == 130
+    for change in ({"rate": 0.2}, {"seed": 1}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="another configuration"):
+            again(**change)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "highest"), ("bfloat16", None)])
+def test_what_is_called_float32_is_computed_in_it(config, dtype, precision):
+    found = []
+    run_experiment(
+        replace(config, dtype=dtype),
+        lambda *_: found.append(jax.config.jax_default_matmul_precision),
+        title="a test",
+    )
+    assert found == [precision]
+
+
+def test_a_model_without_a_tokenizer_is_refused(config, tmp_path):
+    save_pretrained(tmp_path / "bare", random_params(from_hf_config(LLAMA)), hf_config=LLAMA)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="bare has no tokenizer"):
+        config.load(str(tmp_path / "bare"), mesh)

@@ -1,0 +1,174 @@
+"""PPO end to end, on tiny shapes: four models, resumed bit for bit, the critic as a model and as a head."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import ppo
+from experiments.ppo import Config
+from grpo_jax import rounds
+from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.models import from_hf_config, init_params, save_pretrained
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
+from grpo_jax.small_base import HF_CONFIG
+
+TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
+TIMING += ("reshard_time", "reshard_bytes")
+
+
+@pytest.fixture(scope="session")
+def scorer(tmp_path_factory):
+    """A reward model that nobody has trained: its scores differ, which is all that is wanted of them."""
+    folder = tmp_path_factory.mktemp("scorer") / "model"
+    hf_config = {**HF_CONFIG, "architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
+    params = init_params(from_hf_config(hf_config), jax.random.key(3))
+    save_pretrained(folder, params, hf_config=hf_config, tokenizer=make_tokenizer())
+    return str(folder)
+
+
+@pytest.fixture
+def config(base, scorer, tmp_path):
+    return Config(
+        model=base,
+        data=DataSettings(template="{question}", eval_problems=10),
+        run_dir=tmp_path / "run",
+        num_steps=4,
+        num_prompts=16,
+        max_prompt_length=12,
+        max_completion_length=10,
+        eval_samples=2,
+        eval_every=2,
+        save_every=2,
+        samples_every=2,
+        critic_warmup_steps=1,
+        kl_target=0.01,
+        kl_horizon=100.0,
+        rewards=RewardSettings(accuracy_weight=0.0, reward_model=scorer),
+        optimizer=OptimizerSettings(learning_rate=3e-3),
+        critic_optimizer=OptimizerSettings(learning_rate=1e-2),
+        mesh=MeshSettings(data=1),
+        plain=True,
+    )
+
+
+def metrics_of(config):
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def steps_of(config):
+    return [row for row in metrics_of(config) if "loss" in row]
+
+
+@pytest.mark.parametrize("critic", ["model", pytest.param("head", marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, critic, monkeypatch):
+    """Both optimizers, the reference and the adapted weight of the KL have to come back."""
+    config = replace(config, critic=critic)
+    ppo.main(config)
+    steps = steps_of(config)
+    broken = replace(config, run_dir=config.run_dir.with_name("broken"))
+    sum_up = ppo.over_updates
+    calls = []
+
+    def dies(updates):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return sum_up(updates)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "over_updates", dies)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.main(broken)
+    ppo.main(broken)
+    assert metrics_of(broken) == metrics_of(config)
+    one, two = (each.run_dir / "model" / "model.safetensors" for each in (config, broken))
+    assert one.read_bytes() == two.read_bytes()
+    coefficients = [row["kl_reward_coef"] for row in steps]
+    assert len(set(coefficients)) > 1  # it was adapted
+    assert steps[0]["kl"] == 0
+    assert steps[-1]["kl"] != 0  # the actor has left the reference
+    assert all(math.isfinite(row["value/loss"]) for row in steps)
+
+
+@pytest.mark.slow
+def test_the_critic_learns_alone_at_first_and_the_actor_stays(config):
+    config = replace(config, critic_warmup_steps=2, num_steps=2, kl_target=None)
+    for critic in ("model", "head"):
+        run = replace(config, critic=critic, run_dir=config.run_dir.with_name(critic))
+        ppo.main(run)
+        steps = steps_of(run)
+        assert [row["kl"] for row in steps] == [0, 0]
+        assert steps[1]["value/loss"] < steps[0]["value/loss"]
+
+
+@pytest.mark.slow
+def test_the_critic_starts_as_the_reward_model_or_else_with_values_of_0(config, monkeypatch):
+    found = []
+    before = ppo.OwnCritic.before
+
+    def seen(self, states, rollout):
+        result = before(self, states, rollout)
+        found.append((np.asarray(states["critic"].params["score"]["kernel"]), np.asarray(result[2])))
+        return result
+
+    monkeypatch.setattr(ppo.OwnCritic, "before", seen)
+    ppo.main(replace(config, num_steps=1))
+    rules = RewardSettings(accuracy_weight=1.0)
+    ppo.main(replace(config, num_steps=1, rewards=rules, run_dir=config.run_dir.with_name("rules")))
+    (of_scorer, _), (fresh, values) = found
+    assert np.abs(of_scorer).max() > 0
+    assert not fresh.any()
+    assert not values.any()
+
+
+def test_rewards_of_tokens_are_the_score_at_the_end_and_the_kl_before():
+    rewards, mask = jnp.array([2.0, jnp.nan]), jnp.array([[True, True, False], [True, False, False]])
+    old, ref = jnp.full((2, 3), -1.0), jnp.full((2, 3), -3.0)  # 2 nats a token
+    values = jnp.zeros((2, 3))
+    mask = mask & ~jnp.isnan(rewards)[:, None]
+    take = {"gamma": 1.0, "lam": 1.0, "scale": False}
+    advantages, returns, kl, token_kl = ppo.token_advantages(rewards, old, ref, values, mask, jnp.float32(0.1), **take)
+    np.testing.assert_allclose(advantages, [[2 - 0.4, 2 - 0.2, 0], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(returns, advantages, atol=1e-6)
+    assert (kl, token_kl) == (pytest.approx(4), pytest.approx(2))
+    free, _, kl, _ = ppo.token_advantages(rewards, old, None, values, mask, jnp.float32(0.1), **take)
+    np.testing.assert_allclose(free, [[2, 2, 0], [0, 0, 0]])
+    assert kl == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_prompts": 15}, "15 prompts x 1 samples = 15 completions do not divide into 2 minibatches"),
+        ({"value_epsilon": 0.0}, "value_epsilon is 0.0; it must be above 0"),
+        ({"gamma": 1.5}, "gamma is 1.5; it must be from 0 to 1"),
+        ({"lam": -0.1}, "lam is -0.1; it must be from 0 to 1"),
+        ({"policy": PolicyLossSettings(loss="ppo", kl_coef=0.1)}, "kl_coef is set: here the KL is in the reward"),
+        ({"kl_reward_coef": 0.0}, "kl_target is set, but kl_reward_coef"),
+        ({"rewards": RewardSettings(accuracy_weight=0.0)}, "nothing is paid for; name a reward_model"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)
+
+
+def test_a_reward_model_with_other_tokens_is_refused_as_a_critic(config, monkeypatch):
+    load = rounds.PolicySettings.load
+
+    def other_tokens(self, name_or_folder, mesh, *, scalar_head=False):
+        loaded = load(self, name_or_folder, mesh, scalar_head=scalar_head)
+        if scalar_head:
+            loaded.tokenizer.add_tokens(["%"])
+        return loaded
+
+    monkeypatch.setattr(rounds.PolicySettings, "load", other_tokens)
+    with pytest.raises(ValueError, match="the reward model has another tokenizer than the policy"):
+        ppo.main(config)

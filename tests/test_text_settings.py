@@ -1,0 +1,273 @@
+"""What is learnt from where nothing is drawn: divided, rendered and cut as the settings say."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_jax.data.conversations import Demonstration
+from grpo_jax.data.errands import Errand
+from grpo_jax.data.prompts import R1_ZERO, encode_prompts
+from grpo_jax.data.tasks import PLAIN, Sum, make_tokenizer
+from grpo_jax.models import Pretrained, from_hf_config
+from grpo_jax.settings import hold_out
+from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
+from grpo_jax.text_settings import (
+    DemonstrationSettings,
+    PreferenceSettings,
+    TextSettings,
+    errand_preferences,
+    worked_sums,
+)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny):
+    model, params = tiny
+    tokenizer = make_tokenizer()
+    return Pretrained(model, params, from_hf_config(TINY), TINY, None, tokenizer, (tokenizer.eos_token_id,), 0)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def demonstration_rows(numbers):
+    return [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in numbers]
+
+
+def preference_rows(numbers):
+    return [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "0", "n": n} for n in numbers]
+
+
+BOTH = [(DemonstrationSettings, demonstration_rows), (PreferenceSettings, preference_rows)]
+
+
+def prompts(rows):
+    return {row.prompt for row in rows}
+
+
+# Held out ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 30), min_size=10, max_size=80), st.integers(1, 8))
+def test_held_out_rows_share_no_key_with_those_that_are_learnt(keys, most):
+    rows = list(enumerate([*range(10), *keys]))
+    learnt, held_out = hold_out(rows, most, key=lambda row: str(row[1]), source="some")
+    assert not {key for _, key in learnt} & {key for _, key in held_out}
+    count = len({key for _, key in rows})
+    assert 1 <= len(held_out) <= most
+    assert len({key for _, key in held_out}) <= count // 10
+    assert set(learnt) | set(held_out) <= set(rows)
+    assert len({key for _, key in learnt}) == count - min(most, count // 10)
+    assert (learnt, held_out) == (sorted(learnt), sorted(held_out))
+
+
+def test_rows_with_unique_keys_are_divided_into_nine_tenths_and_one():
+    rows = [str(n) for n in range(105)]
+    learnt, held_out = hold_out(rows, 1000, key=str, source="some")
+    assert (len(learnt), len(held_out)) == (95, 10)
+    assert sorted(learnt + held_out) == sorted(rows)
+    assert held_out != rows[:10]  # a sample: many files are sorted
+    assert hold_out(rows, 1000, key=str, source="some") == (learnt, held_out)
+    assert len(hold_out(rows, 3, key=str, source="some")[1]) == 3
+
+
+def test_too_few_keys_to_hold_some_out():
+    with pytest.raises(ValueError, match=r"some has 9 problems, too few .* eval_dataset"):
+        hold_out([str(n % 9) for n in range(100)], 5, key=str, source="some")
+
+
+@pytest.mark.parametrize(("settings", "rows"), BOTH)
+def test_a_single_file_is_divided_and_duplicates_of_a_prompt_stay_together(tmp_path, settings, rows):
+    path = write_rows(tmp_path / "a.jsonl", rows([*range(40), *range(40)]))
+    learnt, held_out = settings(dataset=path).load(0)
+    assert (len(learnt), len(held_out)) == (72, 8)
+    assert not prompts(learnt) & prompts(held_out)
+    assert settings(dataset=path).load(1) == (learnt, held_out)  # runs with other seeds are compared on the same rows
+    assert len(settings(dataset=path, eval_rows=3).load(0)[1]) == 3
+
+
+@pytest.mark.parametrize(("settings", "rows"), BOTH)
+def test_a_folder_is_divided_too_and_the_split_can_be_named(tmp_path, settings, rows):
+    write_rows(tmp_path / "train.jsonl", rows(range(20)))
+    write_rows(tmp_path / "test.jsonl", rows(range(12, 32)))
+    learnt, held_out = settings(dataset=str(tmp_path)).load(0)
+    assert prompts(learnt) | prompts(held_out) == {f"{n}+1=" for n in range(20)}
+    learnt, held_out = settings(dataset=str(tmp_path), eval_split="test").load(0)
+    assert prompts(learnt) == {f"{n}+1=" for n in range(20)}
+    assert prompts(held_out) == {f"{n}+1=" for n in range(20, 32)}
+    learnt, held_out = settings(dataset=str(tmp_path), split="test", eval_split="train").load(0)
+    assert prompts(learnt) == {f"{n}+1=" for n in range(12, 32)}
+    assert prompts(held_out) == {f"{n}+1=" for n in range(12)}
+
+
+@pytest.mark.parametrize(("settings", "rows"), BOTH)
+def test_held_out_rows_may_come_from_elsewhere(tmp_path, settings, rows):
+    path = write_rows(tmp_path / "a.jsonl", rows(range(20)))
+    other = write_rows(tmp_path / "b.jsonl", rows([*range(15, 45)]))
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "folder" / "test.jsonl", rows(range(15, 45)))
+    for source in (other, str(tmp_path / "folder")):
+        learnt, held_out = settings(dataset=path, eval_dataset=source, eval_rows=10).load(0)
+        assert len(learnt) == 20
+        assert len(held_out) == 10
+        assert prompts(held_out) < {f"{n}+1=" for n in range(20, 45)}
+        assert prompts(held_out) != {f"{n}+1=" for n in range(20, 30)}  # a sample
+    with pytest.raises(ValueError, match=r"every held-out row of .*a\.jsonl is also trained on"):
+        settings(dataset=other, eval_dataset=write_rows(tmp_path / "a.jsonl", rows(range(15, 20)))).load(0)
+
+
+def test_conversations_with_the_same_messages_are_one_prompt(tmp_path):
+    prompt = [{"role": "user", "content": "q"}]
+    rows = [
+        {
+            "chosen": [*prompt, {"role": "assistant", "content": f"{n}"}],
+            "rejected": [*prompt, {"role": "assistant", "content": "x"}],
+        }
+        for n in range(30)
+    ]
+    with pytest.raises(ValueError, match="has 1 problems, too few"):
+        PreferenceSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0)
+
+
+def test_texts_without_a_prompt_are_told_apart_by_themselves(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"{n % 20}"} for n in range(60)])
+    learnt, held_out = DemonstrationSettings(dataset=path).load(0)
+    assert (len(learnt), len(held_out)) == (54, 6)
+    assert not {row.completion for row in learnt} & {row.completion for row in held_out}
+
+
+def test_columns_can_be_named(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"q": f"{n}", "a": "1"} for n in range(20)])
+    learnt, held_out = DemonstrationSettings(dataset=path, prompt_column="q", completion_column="a").load(0)
+    assert prompts(learnt) | prompts(held_out) == {f"{n}" for n in range(20)}
+    assert {row.completion for row in learnt} == {"1"}
+
+
+# The embedded default ------------------------------------------------------------------------------------------------
+
+
+def test_worked_sums_are_the_default_of_demonstrations(policy):
+    settings = DemonstrationSettings(worked_sums=40, eval_rows=12)
+    learnt, held_out = settings.load(0)
+    assert (len(learnt), len(held_out)) == (40, 12)
+    for rows, is_held_out in ((learnt, False), (held_out, True)):
+        for row in rows:
+            terms = Sum(tuple(map(int, row.prompt.removesuffix("=").split("+"))))
+            assert terms.held_out == is_held_out
+            assert row.completion.endswith(f"</think><answer>{terms.answer}</answer>")
+            assert row.columns == {"answer": terms.answer}
+    assert settings.load(1)[0] != learnt
+    assert settings.load(1)[1] == held_out
+    examples, too_long = settings.encode(
+        learnt, policy, max_length=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH, embedded=True
+    )
+    assert (len(examples), too_long) == (40, 0)
+    assert worked_sums(np.random.default_rng(0), 40, held_out=False) == learnt
+
+
+def test_errands_are_the_default_of_preferences(policy):
+    settings = PreferenceSettings(errand_pairs=60, eval_rows=12)
+    learnt, held_out = settings.load(0)
+    assert (len(learnt), len(held_out)) == (60, 12)
+    for rows, is_held_out in ((learnt, False), (held_out, True)):
+        errands = [Errand(row.prompt.removeprefix("?")) for row in rows]
+        assert [each.held_out for each in errands] == [is_held_out] * len(rows)
+        better = [
+            each.quality(row.chosen) > each.quality(row.rejected) for each, row in zip(errands, rows, strict=True)
+        ]
+        assert np.mean(better) > 0.75
+    assert settings.load(1)[0] != learnt
+    assert settings.load(1)[1] == held_out
+    limits = {"max_prompt_length": MAX_PROMPT_LENGTH, "max_completion_length": MAX_COMPLETION_LENGTH}
+    pairs = settings.encode(learnt, policy, embedded=True, **limits)
+    assert (len(pairs), pairs.dropped) == (60, 0)
+    assert errand_preferences(np.random.default_rng(0), 60, held_out=False) == learnt
+    batch = pairs.padded([0])
+    assert policy.tokenizer.decode(batch.prompt_ids[0][batch.prompt_mask[0]]) == learnt[0].prompt
+    assert policy.tokenizer.decode(batch.completion_ids[0, 1][batch.completion_mask[0, 1]]) == (
+        f"{learnt[0].rejected}<eos>"
+    )
+
+
+# Rendering and length ------------------------------------------------------------------------------------------------
+
+
+def test_the_template_in_effect():
+    assert TextSettings().rendering(embedded=True) == {"template": PLAIN, "system_prompt": None}
+    assert TextSettings().rendering(embedded=False)["template"] == R1_ZERO
+    assert TextSettings(template="1+{question}").rendering(embedded=True)["template"] == "1+{question}"
+    chat = TextSettings(chat_template=True, system_prompt="be brief")
+    for embedded in (False, True):
+        assert chat.rendering(embedded=embedded) == {"template": None, "system_prompt": "be brief"}
+
+
+def demonstrations(*completions):
+    return [Demonstration("1+1=", text, f"row {n}") for n, text in enumerate(completions)]
+
+
+def test_the_template_of_the_settings_is_what_is_encoded(policy):
+    settings = DemonstrationSettings(template="2+{question}", learn_from="all")
+    [example], _ = settings.encode(demonstrations("2"), policy, max_length=20, embedded=True)
+    [prompt] = encode_prompts(["1+1="], policy.tokenizer, template="2+{question}")
+    assert example.token_ids == [*prompt, *policy.tokenizer("2")["input_ids"], policy.eos_ids[0]]
+    assert example.learnt == [False] + [True] * 7
+    with pytest.raises(ValueError, match="has no chat template"):
+        DemonstrationSettings(chat_template=True).encode(demonstrations("2"), policy, max_length=20, embedded=True)
+    pair = errand_preferences(np.random.default_rng(0), 1, held_out=False)
+    limits = {"max_prompt_length": 20, "max_completion_length": 20}
+    pairs = PreferenceSettings(template="2{question}").encode(pair, policy, embedded=True, **limits).padded([0])
+    assert policy.tokenizer.decode(pairs.prompt_ids[0][pairs.prompt_mask[0]]) == f"2{pair[0].prompt}"
+
+
+def encode_long(policy, long, *completions, max_length=7):
+    settings = DemonstrationSettings(long=long)
+    return settings.encode(demonstrations(*completions), policy, max_length=max_length, embedded=True)
+
+
+def test_what_is_too_long_is_dropped_cut_or_an_error(policy):
+    short, exact, long = "2", "22", "222"
+    kept, dropped = encode_long(policy, "drop", short, long, exact)
+    assert [len(each.token_ids) for each in kept] == [6, 7]
+    assert dropped == 1
+    cut, dropped = encode_long(policy, "truncate", short, long, exact)
+    assert [len(each.token_ids) for each in cut] == [len(each.learnt) for each in cut] == [6, 7, 7]
+    assert dropped == 0
+    assert cut[1].token_ids[-1] != policy.eos_ids[0]  # cut at its end
+    assert cut[2].token_ids[-1] == policy.eos_ids[0]
+    assert cut[1].learnt == [False] * 4 + [True] * 3
+    assert encode_long(policy, "error", short, exact)[1] == 0
+    with pytest.raises(ValueError, match=r"1 of 3 demonstrations do not fit into max_length = 7 .* longest has 8"):
+        encode_long(policy, "error", short, long, exact)
+
+
+def test_a_demonstration_of_whose_completion_nothing_is_left_is_left_out(policy):
+    rows = [*demonstrations("2"), Demonstration("1+1+1+1=", "4", "row 1")]
+    examples, dropped = DemonstrationSettings(long="truncate").encode(rows, policy, max_length=8, embedded=True)
+    assert (len(examples), dropped) == (1, 1)
+
+
+@pytest.mark.parametrize(("long", "max_length"), [("drop", 5), ("truncate", 4), ("error", 5)])
+def test_no_demonstration_fits(policy, long, max_length):
+    with pytest.raises(ValueError, match=rf"1 of 1 demonstrations do not fit into max_length = {max_length}"):
+        encode_long(policy, long, "2", max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_rows": 0}, "eval_rows is 0; at least 1"),
+        ({"chat_template": True, "template": "{question}"}, "both set"),
+        ({"template": "no place"}, r"must hold \{question\}"),
+        ({"system_prompt": "be brief"}, "system_prompt needs chat_template"),
+    ],
+)
+@pytest.mark.parametrize("settings", [DemonstrationSettings, PreferenceSettings])
+def test_settings_that_contradict(settings, options, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**options)
