@@ -392,7 +392,7 @@ class SharedTrunk(Learner):
 
 
 def token_advantages(rewards, old, ref, values, mask, kl_coef, *, gamma: float, lam: float, scale: bool):
-    """Advantages and returns of tokens from rewards of completions; the KL to the reference, a completion and a token."""
+    """Advantages and returns of tokens; the KL to the reference, in nats a completion and a token."""
     kl = jnp.zeros_like(old) if ref is None else loss.kl_k1(old, ref)
     of_tokens = advantage.token_rewards(rewards, kl, mask, kl_coef=kl_coef)
     advantages, returns = advantage.gae(of_tokens, values, mask, gamma=gamma, lam=lam)

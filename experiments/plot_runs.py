@@ -1,0 +1,59 @@
+"""A picture of several runs of one experiment, one line a seed.
+
+python experiments/plot_runs.py runs/seed0 runs/seed1 runs/seed2 --out experiments/r1_zero.png
+python experiments/plot_runs.py runs/dpo0 runs/dpo1 runs/dpo2 --keys eval/accuracy eval/judge --out experiments/dpo.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from grpo_jax.monitor.metrics import read_jsonl
+
+TITLES = {
+    "eval/pass@1": "pass@1, held out",
+    "eval/maj@16": "majority of 16, held out",
+    "eval/mean_length": "completion length (tokens), held out",
+    "eval/accuracy": "pairs in the right order, held out",
+    "eval/loss": "loss, held out",
+    "eval/judge": "quality of replies, held out",
+    "eval/calibration_error": "calibration error, held out",
+}
+SHARES = ("eval/pass@1", "eval/maj@16", "eval/accuracy", "eval/judge")
+COLOURS = ("tab:orange", "tab:purple", "tab:blue")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which runs, and where the picture goes."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    keys: tuple[str, ...] = ("eval/pass@1", "eval/maj@16", "eval/mean_length")
+    """Metrics, a panel each."""
+    out: Path = Path("experiments/r1_zero.png")
+    """The picture."""
+
+
+def main(config: Config) -> None:
+    figure = Figure(figsize=(4 * len(config.keys), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(config.keys), squeeze=False)[0]
+    for place, (axes, key) in enumerate(zip(panels, config.keys, strict=True)):
+        for run in config.runs:
+            rows = [row for row in read_jsonl(run / "metrics.jsonl") if key in row]
+            colour = COLOURS[place % len(COLOURS)]
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], "o-", color=colour, alpha=0.6)
+        axes.set_title(TITLES.get(key, key), loc="left")
+        axes.set_xlabel("step")
+        axes.set_ylim(0, 1.02 if key in SHARES else None)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(config.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
