@@ -193,6 +193,7 @@ def test_preferences_are_learnt(finished):
     assert summary["steps"] == 6
 
 
+@pytest.mark.slow
 def test_an_update_in_parts_is_the_update_of_the_whole(finished, config):
     config = replace(config, num_micro_batches=3)
     assert dpo.main(config) == 0
@@ -240,6 +241,7 @@ def log_sigmoid(x):
     return -np.logaddexp(0, -x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "loss"),
     [
@@ -328,6 +330,7 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, change, messag
     assert not (config.run_dir / "reference.npy").exists()
 
 
+@pytest.mark.slow
 def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
     """The reference is then that of those that are left, pair by pair; and SLiC's loss of no margin is 1."""
     config = replace(

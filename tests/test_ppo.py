@@ -66,7 +66,8 @@ def steps_of(config):
     return [row for row in metrics_of(config) if "loss" in row]
 
 
-@pytest.mark.parametrize("critic", ["model", pytest.param("head", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["model", "head"])
 def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, critic, monkeypatch):
     """Both optimizers, the reference and the adapted weight of the KL have to come back."""
     config = replace(config, critic=critic)

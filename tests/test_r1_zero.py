@@ -111,6 +111,7 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
     assert metrics_of(config) == metrics_of(finished)
 
 
+@pytest.mark.slow
 def test_l2_eight_devices_give_the_losses_of_one(config):
     config = replace(config, num_steps=5, group_size=16)
     r1_zero.main(config)

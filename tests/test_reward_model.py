@@ -133,6 +133,7 @@ def test_s6_another_configuration_in_the_same_folder_is_refused(finished):
         reward_model.main(replace(finished, centring=0.5))
 
 
+@pytest.mark.slow
 def test_an_update_in_parts_is_the_update_of_the_whole(finished, config):
     config = replace(config, num_micro_batches=3)
     assert reward_model.main(config) == 0

@@ -101,6 +101,7 @@ def test_t14_devices_do_not_change_what_is_drawn(tiny, expected, pinned):
     assert found.completion_ids.sharding.shard_shape(found.completion_ids.shape) == (N * G // 4, T)
 
 
+@pytest.mark.slow
 def test_t14_pools_on_devices_do_not_change_what_is_drawn(tiny, expected):
     _, params = tiny
     mesh = make_mesh(data=2, tensor=2)
@@ -152,6 +153,7 @@ def test_where_every_token_ends_one_dispatch_is_enough(tiny):
     assert stats[0].dispatches == 1
 
 
+@pytest.mark.slow
 def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
     """The ending token's embedding is turned up and down, so that lengths run from 1 to the limit."""
     model, params = tiny
@@ -181,6 +183,7 @@ def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
     assert 0 < len(compiled) <= 12
 
 
+@pytest.mark.slow
 def test_the_prompts_memory_does_not_grow_with_the_group(tiny):
     model, params = tiny
     prompts = pad_prompts([[3] * 60], max_prompt_length=60, pad_id=PAD, index=[0])
@@ -241,6 +244,7 @@ def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
     assert stats[0].cohorts == 5
 
 
+@pytest.mark.slow
 def test_streams_of_one_sampler_do_not_disturb_one_another(tiny, expected):
     model, params = tiny
     stats = []
@@ -277,7 +281,9 @@ def test_what_is_drawn_can_be_watched(tiny, expected):
         assert len(pieces) == -(-length // 8)
 
 
-@pytest.mark.parametrize(("cache_dtype", "most"), [("bfloat16", 0.1), ("int8", 0.2)])
+@pytest.mark.parametrize(
+    ("cache_dtype", "most"), [("bfloat16", 0.1), pytest.param("int8", 0.2, marks=pytest.mark.slow)]
+)
 def test_a_coarser_cache_is_off_by_little(tiny, cache_dtype, most):
     model, params = tiny
     options = OPTIONS | {"max_completion_length": 64, "group_size": 2, "cache_dtype": cache_dtype}

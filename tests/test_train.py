@@ -129,7 +129,7 @@ def test_eight_devices_against_one_over_five_steps(tiny):
     assert len(set(losses["one"])) == 5
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (1, 4, 2)])
 def test_the_new_state_lies_where_the_old_one_did(tiny, sizes):
     model, params = tiny
     mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
