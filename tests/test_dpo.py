@@ -19,45 +19,18 @@ from grpo_jax.data.sources import Problem
 from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.run import Run
 from grpo_jax.settings import MeshSettings, OptimizerSettings
-from grpo_jax.small_base import HF_CONFIG
 from grpo_jax.text_settings import PreferenceSettings, errand_preferences
 from grpo_jax.train import pair_log_probs
+from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
 
-TIMING = ("step_time", "compilations")
 LEARNT, HELD_OUT = 36, 4
 JUDGE = "grpo_jax.data.errands:errand_reward"
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def rows_of_errands():
     pairs = errand_preferences(np.random.default_rng(0), LEARNT + HELD_OUT, held_out=False)
     return [{"prompt": each.prompt, "chosen": each.chosen, "rejected": each.rejected} for each in pairs]
-
-
-def metrics_of(config):
-    rows = read_jsonl(config.run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
-
-
-def steps_of(config):
-    return [row for row in metrics_of(config) if "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A base of one layer that nothing was taught: what compiles fast."""
-    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    hf_config = {**HF_CONFIG, **sizes, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
-    params = models.init_params(models.from_hf_config(hf_config), jax.random.key(0))
-    folder = tmp_path_factory.mktemp("small") / "model"
-    models.save_pretrained(folder, params, hf_config=hf_config, tokenizer=make_tokenizer())
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -111,24 +84,8 @@ def of_base(finished):
     }
 
 
-def kill_in_second_save(config, monkeypatch):
-    save = Run.save
-    calls = []
-
-    def killed(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        save(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            dpo.main(config)
-
-
 def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(finished, config, monkeypatch):
-    kill_in_second_save(config, monkeypatch)
+    kill_in_second_save(dpo.main, config, monkeypatch)
     assert [row["step"] for row in steps_of(config)] == [1, 2, 3, 4]  # of which the last two are to be taken back
     monkeypatch.setattr(dpo, "write_atomically", lambda *args: pytest.fail("the reference was computed again"))
     assert dpo.main(config) == 0
@@ -139,7 +96,7 @@ def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(finished, config,
 
 
 def test_other_data_under_the_same_path_are_refused_until_the_old_ones_are_back(finished, config, monkeypatch):
-    kill_in_second_save(config, monkeypatch)
+    kill_in_second_save(dpo.main, config, monkeypatch)
     rows = rows_of_errands()
     write_rows(config.run_dir.parent / "errands.jsonl", [{**row, "chosen": row["chosen"] + "!"} for row in rows])
     with pytest.raises(ValueError, match=r"the data are not those that .* was begun with"):

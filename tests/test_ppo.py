@@ -13,13 +13,10 @@ from experiments.ppo import Config
 from grpo_jax import rounds
 from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
-from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.small_base import HF_CONFIG
-
-TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
-TIMING += ("reshard_time", "reshard_bytes")
+from tests.runs import metrics_of, steps_of
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +52,6 @@ def config(base, scorer, tmp_path):
         mesh=MeshSettings(data=1),
         plain=True,
     )
-
-
-def metrics_of(config):
-    rows = read_jsonl(config.run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
-
-
-def steps_of(config):
-    return [row for row in metrics_of(config) if "loss" in row]
 
 
 @pytest.mark.slow

@@ -22,9 +22,7 @@ from grpo_jax.sampling import Sampling
 from grpo_jax.settings import LOSSES, DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.small_base import HF_CONFIG
 from grpo_jax.types import Rollout
-
-TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
-TIMING += ("reshard_time", "reshard_bytes")
+from tests.runs import metrics_of
 
 
 @pytest.fixture
@@ -47,11 +45,6 @@ def config(base, tmp_path):
         mesh=MeshSettings(data=1),
         plain=True,
     )
-
-
-def metrics_of(config):
-    rows = read_jsonl(config.run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 
 
 def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch):

@@ -5,7 +5,6 @@ import math
 import shutil
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,49 +14,19 @@ import transformers
 from experiments import reward_model
 from experiments.reward_model import Config, accuracy_and_calibration
 from grpo_jax import models
-from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.rewards.learned import LearnedReward
-from grpo_jax.run import Run
 from grpo_jax.settings import MeshSettings, OptimizerSettings
-from grpo_jax.small_base import HF_CONFIG
 from grpo_jax.text_settings import PreferenceSettings, errand_preferences
 from grpo_jax.train import pair_scores
+from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
 
-TIMING = ("step_time", "compilations")
 LEARNT, HELD_OUT = 36, 4
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def rows_of_errands():
     pairs = errand_preferences(np.random.default_rng(0), LEARNT + HELD_OUT, held_out=False)
     return [{"prompt": each.prompt, "chosen": each.chosen, "rejected": each.rejected} for each in pairs]
-
-
-def metrics_of(config):
-    rows = read_jsonl(config.run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
-
-
-def steps_of(config):
-    return [row for row in metrics_of(config) if "loss" in row]
-
-
-SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-SMALL = {**HF_CONFIG, **SIZES, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A base of one layer that nothing was taught: what compiles fast."""
-    params = models.init_params(models.from_hf_config(SMALL), jax.random.key(0))
-    folder = tmp_path_factory.mktemp("small") / "model"
-    models.save_pretrained(folder, params, hf_config=SMALL, tokenizer=make_tokenizer())
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -89,24 +58,8 @@ def config(finished, tmp_path):
     return replace(finished, run_dir=tmp_path / "run", data=replace(finished.data, dataset=str(dataset)))
 
 
-def kill_in_second_save(config, monkeypatch):
-    save = Run.save
-    calls = []
-
-    def killed(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        save(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            reward_model.main(config)
-
-
 def test_s1_killed_and_resumed_is_the_unbroken_run_and_other_data_are_refused_meanwhile(finished, config, monkeypatch):
-    kill_in_second_save(config, monkeypatch)
+    kill_in_second_save(reward_model.main, config, monkeypatch)
     assert [row["step"] for row in steps_of(config)] == [1, 2, 3, 4]  # of which the last two are to be taken back
     rows = rows_of_errands()
     write_rows(config.run_dir.parent / "errands.jsonl", [{**row, "chosen": row["chosen"] + "!"} for row in rows])

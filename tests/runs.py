@@ -1,0 +1,41 @@
+"""What tests of whole runs share: rows on disk, figures without clocks, and a process that dies."""
+
+import json
+
+import pytest
+
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.run import Run
+
+TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
+TIMING += ("reshard_time", "reshard_bytes")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def metrics_of(config):
+    rows = read_jsonl(config.run_dir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def steps_of(config):
+    return [row for row in metrics_of(config) if "loss" in row]
+
+
+def kill_in_second_save(main, config, monkeypatch):
+    """A run that dies while it saves for the second time: the steps since the first are lost."""
+    save, calls = Run.save, []
+
+    def killed(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(config)
