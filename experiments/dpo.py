@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -115,8 +116,10 @@ class Config(RunSettings, PolicySettings):
         sigmoid_preference(jnp.zeros(1), label_smoothing=self.label_smoothing)  # a share out of range is found here
         if self.num_pairs % self.num_micro_batches:
             raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
-        if self.model is None and (self.data.dataset or self.data.chat_template):
-            raise ValueError("the embedded base knows its own errands only; with a dataset, name a model too")
+        if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
+            raise ValueError(
+                "the embedded base knows its own errands only; with a dataset or template, name a model too"
+            )
 
     @property
     def by_token(self) -> bool:
@@ -170,11 +173,13 @@ def train(config: Config, run: Run) -> None:
 
     digest = f"{batches.digest} {held_out_pairs.digest}"
     log_probs = partial(pair_log_probs, policy.model)
+    sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
+    sums_of = partial(sums_of_pairs, config, run, mesh, sums)
     reference = held_out_reference = None
     if not config.reference_free:
         run.checkpoints.require_space(policy.params)
         reference, held_out_reference = (
-            reference_log_probs(config, run, name, log_probs, policy.params, each, mesh)
+            reference_log_probs(run, name, partial(sums_of, policy.params), each)
             for name, each in (("reference", pairs), ("held_out_reference", held_out_pairs))
         )
 
@@ -195,7 +200,6 @@ def train(config: Config, run: Run) -> None:
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     sampler = config.sampler(policy, mesh, config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
-    sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
     policy = replace(policy, params=None)  # the state's from here on
     first, state, position = run.resume(state)
@@ -204,12 +208,8 @@ def train(config: Config, run: Run) -> None:
 
     def evaluated(step: int) -> dict[str, Any]:
         with run.progress.phase("evaluation", len(held_out_pairs) + len(prompts)) as phase:
-            found = []
-            for positions, real in padded_batches(len(held_out_pairs), config.num_pairs):
-                found.append(np.asarray(sums(state.params, shard_rows(held_out_pairs.padded(positions), mesh)))[:real])
-                phase.update(sum(map(len, found)))
-                run.stop_if_requested()
-            ratios = np.concatenate(found) - (0 if held_out_reference is None else held_out_reference)
+            ratios = sums_of(state.params, held_out_pairs, phase.update)
+            ratios = ratios if held_out_reference is None else ratios - held_out_reference
             ratios = ratios / held_out_pairs.lengths if config.by_token else ratios
             margins = ratios[:, 0] - ratios[:, 1]
             metrics = {
@@ -256,24 +256,35 @@ def train(config: Config, run: Run) -> None:
     save_trained(run, state.params, policy, steps=len(batches), summary={"seed": config.seed})
 
 
-def reference_log_probs(
-    config: Config, run: Run, name: str, log_probs: Any, params: Params, pairs: EncodedPreferences, mesh: Mesh
+def sums_of_pairs(
+    config: Config,
+    run: Run,
+    mesh: Mesh,
+    sums: Callable,
+    params: Params,
+    pairs: EncodedPreferences,
+    report: Callable[[int], None],
 ) -> np.ndarray:
+    """``[pairs, 2]``, the log-probability of each whole completion."""
+    found = []
+    for positions, real in padded_batches(len(pairs), config.num_pairs):
+        found.append(np.asarray(sums(params, shard_rows(pairs.padded(positions), mesh)))[:real])
+        report(sum(map(len, found)))
+        run.stop_if_requested()
+    return np.concatenate(found)
+
+
+def reference_log_probs(run: Run, name: str, sums_of: Callable, pairs: EncodedPreferences) -> np.ndarray:
     """``[pairs, 2]``, the reference's log-probabilities of whole completions; kept in the run's folder."""
     path = run.folder / f"{name}.npy"
     if path.exists() and run.checkpoints.steps():  # what a checkpoint is of was checked; else the data may be others
         return np.load(path)
-    sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
-    found = []
     with run.progress.phase(name.replace("_", " "), len(pairs)) as phase:
-        for positions, real in padded_batches(len(pairs), config.num_pairs):
-            found.append(np.asarray(sums(params, shard_rows(pairs.padded(positions), mesh)))[:real])
-            phase.update(sum(map(len, found)))
-            run.stop_if_requested()
+        found = sums_of(pairs, phase.update)
     buffer = BytesIO()
-    np.save(buffer, np.concatenate(found))
+    np.save(buffer, found)
     write_atomically(path, buffer.getvalue())
-    return np.concatenate(found)
+    return found
 
 
 def judged(

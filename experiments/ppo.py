@@ -1,8 +1,8 @@
 """RLHF with PPO and its four models: actor, critic, reference and reward model.
 
-Without arguments it does the whole of it with the embedded base, on one CPU in five minutes: a reward model is learnt
-from pairs of replies to errands, the critic starts from it, and the actor learns from its scores. With arguments it is
-the real thing:
+Without arguments it does the whole of it with the embedded base, on one CPU: a reward model is learnt from pairs of
+replies to errands, the critic starts from it, and the actor learns from its scores. With arguments it is the real
+thing:
 
     python experiments/ppo.py
     python experiments/ppo.py --model runs/sft/model --reward-model runs/reward_model/model --dataset prompts.jsonl
@@ -50,7 +50,7 @@ from grpo_jax.train import (
     shuffled_minibatches,
     with_value_head,
 )
-from grpo_jax.types import Batch, Mean, Params, TrainState
+from grpo_jax.types import Batch, Mean, Params, Rollout, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def train(config: Config, run: Run) -> None:
             updates = []
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(rounds.shuffle, step), epoch)
-                for minibatch in shuffled_minibatches(shard_rows(batch, mesh), key, config.num_minibatches):
+                for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
                     minibatch = shard_rows(minibatch, mesh)
                     states, update = learner.update(states, minibatch, critic_alone=step <= config.critic_warmup_steps)
                     updates.append(update)
@@ -223,11 +223,13 @@ class Learner:
 
     states: dict[str, TrainState]
 
-    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
-        self.config, self.model = config, rounds.policy.model
-        self.mesh, self.rounds = mesh, rounds
+    _log_probs: Callable
+    _values: Callable
+
+    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh, *, num_steps: int):
+        self.config, self.model, self.mesh = config, rounds.policy.model, mesh
         self.optimizer, self.schedule = config.optimizer.build(
-            total_updates=max(config.num_steps - config.critic_warmup_steps, 1) * self.updates_per_step,
+            total_updates=max(num_steps, 1) * self.updates_per_step,
             default_learning_rate=1e-6 if config.model else 3e-4,
         )
         self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
@@ -250,6 +252,20 @@ class Learner:
             max_completion_length=config.completion_length,
             sampler_alters_policy=config.sampling.alters_policy,
         )
+
+    def actor(self, states: dict[str, TrainState]) -> Params:
+        """What completions are drawn from."""
+        return states["actor"].params
+
+    def critic(self, states: dict[str, TrainState]) -> Params:
+        """What values are read with."""
+        return states["actor"].params
+
+    def before(self, states: dict[str, TrainState], rollout: Rollout) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Log-probabilities of the actor and of the reference, and values, before the update."""
+        actor = states["actor"]
+        ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
+        return self._log_probs(actor.params, rollout), ref, self._values(self.critic(states), rollout)
 
     def learning_rate(self, states: dict[str, TrainState]) -> float:
         return float(jnp.asarray(self.schedule(max(int(states["actor"].step) - 1, 0))))
@@ -286,7 +302,8 @@ class OwnCritic(Learner):
     """A critic that is a model of its own: from the reward model, or else from the actor's own start."""
 
     def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
-        super().__init__(config, rounds, mesh)
+        # The actor's optimizer rests while the critic learns alone.
+        super().__init__(config, rounds, mesh, num_steps=config.num_steps - config.critic_warmup_steps)
         start = config.rewards.reward_model or rounds.start
         critic = config.load(start, mesh, scalar_head=True)
         check_same_tokens(critic, rounds.policy)
@@ -319,14 +336,8 @@ class OwnCritic(Learner):
             "critic": init_state(critic.params, critic_optimizer, with_reference=False, replicated=on_mesh),
         }
 
-    def actor(self, states: dict[str, TrainState]) -> Params:
-        return states["actor"].params
-
-    def before(self, states: dict[str, TrainState], rollout: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """Log-probabilities of the actor and of the reference, and values, before the update."""
-        actor = states["actor"]
-        ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
-        return self._log_probs(actor.params, rollout), ref, self._values(states["critic"].params, rollout)
+    def critic(self, states: dict[str, TrainState]) -> Params:
+        return states["critic"].params
 
     def update(
         self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool
@@ -344,7 +355,7 @@ class SharedTrunk(Learner):
     """A critic that is a head on the actor's trunk: both learn in one pass, the value's loss beside the policy's."""
 
     def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
-        super().__init__(config, rounds, mesh)
+        super().__init__(config, rounds, mesh, num_steps=config.num_steps)
         outputs = partial(policy_and_values, self.model, temperature=config.sampling.temperature)
 
         def loss_of(params: Params, batch: Batch, *, critic_alone: bool):
@@ -376,12 +387,6 @@ class SharedTrunk(Learner):
 
     def actor(self, states: dict[str, TrainState]) -> Params:
         return states["actor"].params["policy"]
-
-    def before(self, states: dict[str, TrainState], rollout: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """Log-probabilities of the actor and of the reference, and values, before the update."""
-        actor = states["actor"]
-        ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
-        return self._log_probs(actor.params, rollout), ref, self._values(actor.params, rollout)
 
     def update(
         self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool

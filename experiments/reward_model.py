@@ -84,8 +84,10 @@ class Config(RunSettings, ModelSettings):
         at_least(self, num_micro_batches=1, eval_every=0, centring=0)
         if self.num_pairs % self.num_micro_batches:
             raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
-        if self.model is None and (self.data.dataset or self.data.chat_template):
-            raise ValueError("the embedded base knows its own errands only; with a dataset, name a model too")
+        if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
+            raise ValueError(
+                "the embedded base knows its own errands only; with a dataset or template, name a model too"
+            )
 
     @property
     def lengths(self) -> tuple[int, int]:

@@ -317,13 +317,13 @@ def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]
     return {name: max(each) if name.endswith("/max") else sum(each) / len(each) for name, each in values.items()}
 
 
-def check_finite(metrics: Mapping[str, float], step: int, run: Run, name: str = "grad_norm") -> None:
-    """Stop a run whose gradient is not finite before anything of the step is saved.
+def check_finite(metrics: Mapping[str, float], step: int, run: Run) -> None:
+    """Stop a run whose gradient, or whose critic's, is not finite before anything of the step is saved.
 
     Raises:
-        FloatingPointError: it is not; says which checkpoints are whole.
+        FloatingPointError: one is not; says which checkpoints are whole.
     """
-    if not math.isfinite(metrics[name]):
+    if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("grad_norm")):
         raise FloatingPointError(
             f"step {step}: the gradient is not finite ({dict(metrics)}). Nothing of this step was saved; "
             f"complete checkpoints: {run.checkpoints.steps()}"

@@ -36,6 +36,16 @@ def answer_to(completion):
                 os.setsid()
                 time.sleep(600)
             time.sleep(60)
+        case "busy":
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            others = []
+            while len(others) < 3 and 0 not in others:
+                others.append(os.fork())
+            while 0 in others or time.process_time() < 0.2:
+                pass
+            for each in others:
+                os.kill(each, signal.SIGKILL)
+                os.waitpid(each, 0)
         case "start and die":
             subprocess.Popen(["sleep", "7781"], start_new_session=True)
             os.kill(os.getpid(), 36)

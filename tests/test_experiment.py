@@ -104,7 +104,7 @@ def test_a_gradient_that_is_not_finite_is_refused_with_the_checkpoints_that_are_
     with pytest.raises(FloatingPointError, match=r"step 5: the gradient is not finite .* complete checkpoints: \[4\]"):
         check_finite({"grad_norm": value}, 5, run)
     with pytest.raises(FloatingPointError, match="step 5"):
-        check_finite({"grad_norm": 1.0, "value_grad_norm": value}, 5, run, "value_grad_norm")
+        check_finite({"grad_norm": 1.0, "value/grad_norm": value}, 5, run)
 
 
 def test_a_run_goes_on_with_the_data_it_was_begun_with(run):

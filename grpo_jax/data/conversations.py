@@ -176,9 +176,7 @@ def _pieces(
     learn_from: LearnFrom,
 ) -> list[tuple[str, bool]]:
     """The text in pieces, and of each whether it is a turn that is learnt; without what a plain template makes."""
-    if not demonstration.prompt:
-        return [(demonstration.completion, True)]
-    if template is not None:
+    if template is not None or not demonstration.prompt:
         return [(demonstration.completion, True)]
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     prompt = demonstration.prompt

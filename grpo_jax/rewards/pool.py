@@ -20,6 +20,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -32,6 +33,8 @@ LEAST_PATIENCE_SECONDS = 0.03
 USUAL_TIMES = 5.0
 """A worker that takes this many times what the reward usually takes is a straggler: another takes its place."""
 MOST_STRAGGLERS = 32
+MOST_WAITING = 3.0
+"""Deadlines that a worker may have waited for a processor, which count for nothing, before its own ends it."""
 SAMPLES_A_WORKER = 2000
 """Then a worker is replaced, so that what rewards keep does not add up."""
 KEPT_FAULTS = 1000
@@ -78,6 +81,8 @@ class Worker:
     done: int = 0
     task: Task | None = None
     started: float = 0.0
+    had_run: float = 0.0
+    due: float = 0.0
     straggling: bool = False
 
 
@@ -91,14 +96,15 @@ class RewardPool:
     process, and what they print goes nowhere. All of them end when this process does.
 
     Samples that hang do not hold up the others: a worker that takes five times as long as is usual for its reward goes
-    on at the lowest priority, up to 32 of them, and another takes its place. So a step waits about one deadline longer
+    on at a low priority, up to 32 of them, and another takes its place. So a step waits about one deadline longer
     at most.
 
     Args:
         rewards: by name; functions that ``cloudpickle`` can take: of a module, or of a notebook.
         workers: how many run at once; by default one more than there are processors, so that none of these is idle
             while a sample waits for something.
-        deadline: seconds for one sample and one reward.
+        deadline: seconds for one sample and one reward. On Linux one that could run but waits for a processor is given
+            the time it waited, up to three deadlines, so that a busy machine loses no honest score.
         memory_bytes: address space of a worker, what it inherits (some 100 MiB, and what the rewards load) included.
 
     Raises:
@@ -237,6 +243,7 @@ class RewardPool:
             worker.connection.close()
 
     def _serve(self, selector: selectors.BaseSelector, waiting: deque[Task], active: list[Worker]) -> bool:
+        now = time.monotonic()  # before listening: what was answered by then is heard before a deadline is judged
         for key, _ in selector.select(self._until_due(active)):
             if key.fileobj is self._woken:
                 self._woken.recv(65536)
@@ -248,9 +255,12 @@ class RewardPool:
                     waiting.append(task)
             else:
                 self._hear(key.data, selector, active)
-        now = time.monotonic()
         for worker, task in [(worker, worker.task) for worker in active if worker.task is not None]:
-            if now - worker.started >= self.deadline:
+            if now >= worker.due:
+                has_run, could_run = processor_time(worker.pid)
+                waited = now - worker.started - (has_run - worker.had_run) if could_run else 0.0
+                worker.due = worker.started + self.deadline + min(waited, MOST_WAITING * self.deadline)
+            if now >= worker.due:
                 self._replace(worker, selector, active, f"it took more than {self.deadline:g} seconds", "deadline")
             elif now - worker.started >= self._patience[task.name] and not worker.straggling:
                 stragglers = sum(each.straggling for each in active)
@@ -265,7 +275,7 @@ class RewardPool:
         """Seconds until something is due though nobody speaks."""
         is_full = sum(worker.straggling for worker in active) >= MOST_STRAGGLERS
         due = [
-            worker.started + min(self.deadline, math.inf if worker.straggling or is_full else self._patience[task.name])
+            min(worker.due, math.inf if worker.straggling or is_full else worker.started + self._patience[task.name])
             for worker in active
             if (task := worker.task) is not None
         ]
@@ -289,6 +299,8 @@ class RewardPool:
 
     def _give(self, worker: Worker, task: Task, selector: selectors.BaseSelector, active: list[Worker]) -> None:
         worker.task, worker.started = task, time.monotonic()
+        worker.had_run, _ = processor_time(worker.pid)
+        worker.due = worker.started + self.deadline
         try:
             send(worker.connection, task.body)
         except OSError:
@@ -345,6 +357,16 @@ class RewardPool:
 def default_workers() -> int:
     """How many workers a pool has unless it is told."""
     return (os.cpu_count() or 1) + 1
+
+
+def processor_time(pid: int) -> tuple[float, bool]:
+    """Seconds for which a process has run, and whether it would now; (0, no) where the system does not tell."""
+    try:
+        ran = int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[0]) / 1e9
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return 0.0, False
+    return ran, state == b"R"
 
 
 def start(rewards: Mapping[str, RewardFn], memory_bytes: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
