@@ -14,7 +14,7 @@ Running the same command again goes on where it stopped. After R1-Zero (DeepSeek
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,13 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
+from grpo_jax.data.encoded import last_tokens
 from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
+from grpo_jax.light_critic import Features, LightCritic
+from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rounds import MAY_CHANGE, Rounds, RoundSettings
+from grpo_jax.rounds import MAY_CHANGE, Rounds, RoundSettings, told_apart
 from grpo_jax.run import Run
 from grpo_jax.settings import OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import replicated, shard_rows
@@ -51,8 +54,8 @@ ADVANTAGES = {
     "reinforce_plus_plus": lambda rewards, group_size: advantage.reinforce_plus_plus(rewards),
     "reinforce_plus_plus_baseline": advantage.reinforce_plus_plus_baseline,
 }
-GDPO = "gdpo"
-"""The advantage that takes the parts of the reward instead of their sum."""
+GDPO, PROCESS, HYBRID = "gdpo", "process_supervised", "hybrid"
+"""The advantages that take more than the sum of rewards: its parts, the steps of the reasoning, a critic's values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +64,18 @@ class Config(RoundSettings):
 
     run_dir: Path = Path("runs/r1_zero")
     """The run's own folder: logs, checkpoints, curves, the trained model."""
-    advantage: Literal[(*ADVANTAGES, GDPO)] | None = None  # pyright: ignore[reportInvalidTypeForm]
-    """From rewards to advantages; gdpo normalises each part of the reward by itself. Default: dr_grpo with the loss of
-    that name, group_relative with any other."""
+    advantage: Literal[(*ADVANTAGES, GDPO, PROCESS, HYBRID)] | None = None  # pyright: ignore[reportInvalidTypeForm]
+    """From rewards to advantages. gdpo normalises each part of the reward by itself; process_supervised takes the
+    rewards of steps (steps_weight, or rewards of your own that give them); hybrid takes the values of a light head on
+    the policy where a group's rewards are all the same. Default: dr_grpo with the loss of that name, group_relative
+    with any other."""
+    critic_epochs: int = 8
+    """With hybrid, passes of the head over each step's completions."""
+    critic_optimizer: OptimizerSettings = OptimizerSettings()
+    """With hybrid, how the head's gradients become updates. Default learning rate: 3e-3."""
+    max_draws: int = 1
+    """How often a step may draw, each time for the next prompts, until there are num_prompts groups whose samples
+    differ in what they are worth: DAPO's dynamic sampling, with a bound. 1 learns from what was drawn first."""
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss."""
 
@@ -87,6 +99,7 @@ class Config(RoundSettings):
     def __post_init__(self):
         RoundSettings.__post_init__(self)
         at_least(self, num_epochs=1, num_minibatches=1, num_micro_batches=1, ref_refresh_every=1, kl_reward_coef=0)
+        at_least(self, max_draws=1, critic_epochs=1)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 samples for each prompt")
         rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
@@ -100,8 +113,15 @@ class Config(RoundSettings):
                 f"kl_coef is {self.policy.kl_coef} and kl_reward_coef is {self.kl_reward_coef}: the KL belongs in the "
                 "loss or in the reward, not in both; set one of them to 0"
             )
-        if self.advantage == GDPO and (self.kl_reward_coef or self.rewards.clip_reward):
+        clips = any(task.rewards.clip_reward for task in self.mixture)
+        if self.advantage == GDPO and (self.kl_reward_coef or clips):
             raise ValueError("gdpo has no sum of rewards, which kl_reward_coef and clip_reward would change")
+        if self.advantage == PROCESS and self.kl_reward_coef:
+            raise ValueError("process_supervised has no sum of rewards, which kl_reward_coef would change")
+        if self.advantage == PROCESS and not any(
+            task.rewards.steps_weight or task.rewards.reward for task in self.mixture
+        ):
+            raise ValueError("process_supervised needs rewards of steps: set steps_weight, or name a reward of yours")
         if self.ref_refresh_every is not None and not self.has_reference:
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
 
@@ -139,7 +159,8 @@ def train(config: Config, run: Run) -> None:
     rounds = Rounds(config, run, mesh)
 
     # The pieces: a scorer and a train step, each a function of arrays.
-    log_probs = partial(completion_log_probs, rounds.policy.model, temperature=config.sampling.temperature)
+    model = rounds.policy.model
+    log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
     scorer = make_scorer(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
     optimizer, schedule = config.optimizer.build(
         total_updates=config.num_steps * config.updates_per_step,
@@ -150,19 +171,27 @@ def train(config: Config, run: Run) -> None:
     )
     train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
 
+    critic = light_critic(config, rounds, mesh) if config.advantage == HYBRID else None
     state = init_state(
         rounds.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
     )
-    first, state, position = run.resume(state)
+    first, states, position = run.resume(states_of(state, None if critic is None else critic.start))
+    state, value_state = states["policy"], states.get("critic")
     rounds.begin(position)
     rounds.evaluate_if_due(first, state.params)
     with run.progress.phase("GRPO", config.num_steps, start=first) as phase:
         for step in range(first + 1, config.num_steps + 1):
-            drawn = rounds.draw(step, state.params)
+            if config.max_draws == 1:
+                drawn, scores = rounds.draw(step, state.params), None
+                rollout, rows = drawn.rollout, slice(None)
+            else:
+                drawn, scores, rows = rounds.draw_until_told_apart(step, state.params, most=config.max_draws)
+                rollout = rows_of(drawn.rollout, rows, mesh)
             # Sent off before the host scores: the devices work on it meanwhile.
-            old, ref = earlier_policies(config, drawn.rollout, scorer, state)
-            scores = rounds.score(drawn)
-            batch = learn_from(config, drawn.rollout, scores, rounds.scoring.weights, old, ref, mesh)
+            old, ref = earlier_policies(config, rollout, scorer, state)
+            hidden, values = (None, None) if critic is None else critic.read(value_state, state.params, rollout)
+            scores = rounds.score(drawn) if scores is None else scores
+            batch = learn_from(config, rollout, scores.at(rows), rounds, old, ref, values)
 
             updates = []
             for epoch in range(config.num_epochs):
@@ -174,11 +203,16 @@ def train(config: Config, run: Run) -> None:
                 state = with_fresh_reference(state)
 
             metrics = over_updates(updates)
+            if critic is not None and hidden is not None and batch.returns is not None:
+                value_state, of_critic = critic.learn(value_state, Features(hidden, batch.returns, batch.loss_mask))
+                metrics |= of_critic
             check_finite(metrics, step, run)
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
-            wants_checkpoint = rounds.tell(drawn, scores, metrics, np.asarray(batch.advantages))
+            advantages = np.zeros(len(drawn.completions), np.float32)
+            advantages[rows] = per_completion(batch)
+            wants_checkpoint = rounds.tell(drawn, scores, metrics, advantages)
             if rounds.save_is_due(step, wants_checkpoint):
-                run.save(step, state, rounds.position)
+                run.save(step, states_of(state, value_state), rounds.position)
             run.stop_if_requested()
             metrics |= rounds.evaluate_if_due(step, state.params)
             phase.update(step, metrics)
@@ -203,14 +237,36 @@ def earlier_policies(
     return old, scorer(state.ref_params, rollout) if config.has_reference else None
 
 
+def states_of(policy: TrainState, critic: TrainState | None) -> dict[str, TrainState]:
+    """What a checkpoint holds."""
+    return {"policy": policy} | ({} if critic is None else {"critic": critic})
+
+
+def rows_of(rollout: Rollout, rows: np.ndarray, mesh: Mesh) -> Rollout:
+    return shard_rows(jax.tree.map(lambda x: np.asarray(x)[rows], rollout), mesh)
+
+
+def light_critic(config: Config, rounds: Rounds, mesh: Mesh) -> LightCritic:
+    return LightCritic(
+        rounds.policy.model,
+        rounds.policy.config.hidden_size,
+        num_steps=config.num_steps,
+        optimizer=config.critic_optimizer,
+        num_micro_batches=config.num_minibatches * config.micro_batches,
+        num_epochs=config.critic_epochs,
+        seed=config.seed,
+        mesh=mesh,
+    )
+
+
 def learn_from(
     config: Config,
     rollout: Rollout,
     scores: Scores,
-    weights: Mapping[str, float],
+    rounds: Rounds,
     old: jax.Array | None,
     ref: jax.Array | None,
-    mesh: Mesh,
+    values: jax.Array | None = None,
 ) -> Batch:
     """The step's batch: rewards become advantages."""
     rewards = jnp.asarray(scores.total)
@@ -220,24 +276,57 @@ def learn_from(
     learnt = ~jnp.isnan(rewards)
     if config.mask_truncated:
         learnt &= ~rollout.truncated
+    if config.max_draws > 1:  # what fills a step up that found too few
+        learnt &= jnp.repeat(jnp.asarray(told_apart(scores.total, config.group_size)), config.group_size)
+    mask = rollout.completion_mask & learnt[:, None]
+    returns, group_size = None, config.group_size
     if config.advantage_name == GDPO:
         parts = jnp.stack([jnp.asarray(part) for part in scores.counted.values()])
-        of_parts = jnp.array([weights[name] for name in scores.counted], jnp.float32)
-        advantages = advantage.gdpo(parts, of_parts, group_size=config.group_size)
+        weights = jnp.array([rounds.scoring.weights[name] for name in scores.counted], jnp.float32)
+        advantages = advantage.gdpo(parts, weights, group_size=group_size)
+    elif config.advantage_name == PROCESS:
+        step_rewards = rewards_of_steps(rollout, scores, rounds, with_outcome=True)
+        advantages = advantage.process_supervised(step_rewards, ~jnp.isnan(step_rewards), group_size=group_size)
+    elif config.advantage_name == HYBRID:
+        assert values is not None
+        inside = any(scores.steps)
+        step_rewards = jnp.nan_to_num(rewards_of_steps(rollout, scores, rounds)) if inside else None
+        rewards = jnp.where(jnp.isnan(rewards), jnp.nan, jnp.nan_to_num(scores.outcome)) if inside else rewards
+        advantages, returns = advantage.hybrid(rewards, values, mask, group_size=group_size, step_rewards=step_rewards)
     else:
-        advantages = ADVANTAGES[config.advantage_name](rewards, group_size=config.group_size)
+        advantages = ADVANTAGES[config.advantage_name](rewards, group_size=group_size)
     batch = Batch(
         prompt_ids=rollout.prompt_ids,
         prompt_mask=rollout.prompt_mask,
         completion_ids=rollout.completion_ids,
         completion_mask=rollout.completion_mask,
-        loss_mask=rollout.completion_mask & learnt[:, None],
+        loss_mask=mask,
         advantages=advantages,
         rollout_log_probs=rollout.rollout_log_probs,
         old_log_probs=old if config.updates_per_step > 1 else None,
         ref_log_probs=ref,
+        returns=returns,
     )
-    return shard_rows(batch, mesh)
+    return shard_rows(batch, rounds.mesh)
+
+
+def rewards_of_steps(rollout: Rollout, scores: Scores, rounds: Rounds, *, with_outcome: bool = False) -> jax.Array:
+    """``[B, T]``, the rewards of steps at their last tokens, NaN elsewhere; with the outcome's at the last token."""
+    rewards = np.full(rollout.completion_ids.shape, np.nan, np.float32)
+    lengths = np.asarray(rollout.completion_mask).sum(1)
+    for row, (ids, steps) in enumerate(zip(np.asarray(rollout.completion_ids), scores.steps, strict=True)):
+        ends = last_tokens(rounds.policy.tokenizer, ids[: lengths[row]].tolist(), [end for end, _ in steps])
+        inside = [(end, reward) for end, (_, reward) in zip(ends, steps, strict=True)]
+        outcome = scores.outcome[row] if with_outcome else np.nan
+        for end, reward in [*inside, *([] if np.isnan(outcome) else [(lengths[row] - 1, outcome)])]:
+            rewards[row, end] = np.nan_to_num(rewards[row, end]) + reward
+    return jnp.asarray(rewards)
+
+
+def per_completion(batch: Batch) -> np.ndarray:
+    """``[B]``, the advantage of each completion, summed over its tokens where these have their own."""
+    advantages = batch.advantages
+    return np.asarray(advantages if advantages.ndim == 1 else masked_sum(advantages, batch.loss_mask, 1))
 
 
 if __name__ == "__main__":

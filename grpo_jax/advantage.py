@@ -214,6 +214,7 @@ def hybrid(
     mask: Bool[Array, "B T"],
     *,
     group_size: int,
+    step_rewards: Float[Array, "B T"] | None = None,
     lam: float = 1.0,
     epsilon: float = 1e-6,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
@@ -221,13 +222,15 @@ def hybrid(
 
     Where the samples of a prompt differ in reward, each token has the advantage of ``group_relative``. Where they are
     all alike (all right, all wrong) that is 0 everywhere, and nothing is learnt from the prompt; here its tokens have
-    the advantage of ``gae`` instead: which of them made success likelier, by the critic's account.
+    the advantage of ``gae`` instead: which of them made success likelier, by the critic's account. So do those of
+    prompts with rewards inside of their completions, which a mean over completions says nothing of.
 
     Args:
         rewards: one for each completion; NaN where absent: its advantages are 0.
         values: the critic's, at each token.
         mask: True at the completion's tokens.
         group_size: samples for each prompt.
+        step_rewards: rewards besides, at the tokens where steps end; 0 elsewhere.
         lam: of ``gae``.
         epsilon: added to the standard deviation of a group's rewards.
 
@@ -240,7 +243,12 @@ def hybrid(
     present, centred = _centre(rewards, group_size)
     has_signal = jnp.repeat((centred != 0).any(1), group_size)
     mask = mask & present.reshape(-1)[:, None]
-    of_critic, returns = gae(token_rewards(rewards, None, mask), values, mask, lam=lam)
+    of_tokens = token_rewards(rewards, None, mask)
+    if step_rewards is not None:
+        has_steps = (step_rewards != 0).reshape(-1, group_size * mask.shape[1]).any(1)
+        has_signal &= ~jnp.repeat(has_steps, group_size)
+        of_tokens += zero_where_masked(step_rewards, mask)
+    of_critic, returns = gae(of_tokens, values, mask, lam=lam)
     of_group = group_relative(rewards, group_size=group_size, epsilon=epsilon)
     return zero_where_masked(jnp.where(has_signal[:, None], of_group[:, None], of_critic), mask), returns
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +132,22 @@ def held_out(
     if len(graded) < len(scores):
         metrics["eval/frac_ungraded"] = 1 - len(graded) / len(scores)
     return metrics
+
+
+def mean_over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The figures of each task as ``eval/<task>/...``, and under their own names the mean of the tasks that have them.
+
+    Args:
+        found: what ``held_out`` told of each.
+    """
+    names = dict.fromkeys(name for metrics in found.values() for name in metrics)
+    means = {name: float(np.mean([each[name] for each in found.values() if name in each])) for name in names}
+    apart = {
+        f"eval/{task}/{name.removeprefix('eval/')}": value
+        for task, metrics in found.items()
+        for name, value in metrics.items()
+    }
+    return means | apart
 
 
 def _identify_row(answers: Sequence[str | None]) -> list[int]:

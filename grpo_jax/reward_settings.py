@@ -20,6 +20,7 @@ from grpo_jax.rewards.length import soft_overlong_reward
 from grpo_jax.rewards.plugin import import_reward, read_weighted
 from grpo_jax.rewards.pool import Fault, RewardPool, default_workers
 from grpo_jax.rewards.repetition import repetition_reward
+from grpo_jax.rewards.steps import equation_steps_reward
 from grpo_jax.sharding import param_shardings
 
 HELD_OUT = "held-out accuracy"
@@ -45,6 +46,8 @@ class RewardSettings:
     """Tokens before the longest completion over which a punishment grows from 0 to 1 (DAPO's soft overlong)."""
     repetition_weight: float = 0.0
     """Weight of the punishment for n-grams that stood in the completion before."""
+    steps_weight: float = 0.0
+    """Weight of the reward for a thought's equations that hold; with process supervision, of each step by itself."""
     reward: tuple[str, ...] = ()
     """Rewards of your own: module:function, or module:function=0.5 with a weight other than 1."""
     reward_model: str | None = None
@@ -118,6 +121,9 @@ class RewardSettings:
         if self.repetition_weight:
             rewards["repetition"] = repetition_reward
             weights["repetition"] = self.repetition_weight
+        if self.steps_weight:
+            rewards["steps"] = equation_steps_reward
+            weights["steps"] = self.steps_weight
         for name, weight in map(read_weighted, self.reward):
             short = name.rpartition(":")[2]
             if short in (*rewards, "judge", "reward_model"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -15,12 +16,10 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import evaluate, models
-from grpo_jax.data.encoded import EncodedProblems, decode_completions, decode_one
+from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.errands import ERRANDS
 from grpo_jax.data.iterator import ProblemIterator
-from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import Problem, reward_columns
-from grpo_jax.data.tasks import PLAIN
 from grpo_jax.experiment import PolicySettings, RunSettings, at_least
 from grpo_jax.monitor.alarms import Alarms, AlarmSettings
 from grpo_jax.monitor.metrics import read_jsonl
@@ -28,12 +27,13 @@ from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.monitor.signals import text_metrics
 from grpo_jax.monitor.spot_checks import spot_checks
-from grpo_jax.reward_settings import RewardSettings, Scoring
+from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.run import Run, count_compilations
 from grpo_jax.settings import DataSettings
 from grpo_jax.sharding import ROLLOUT_RULES, bytes_on_devices, make_reshard, param_shardings, shard_rows
-from grpo_jax.types import Params, Rollout
+from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, read_tasks, shares
+from grpo_jax.types import Params, Prompts, Rollout
 
 MICRO_BATCH_TOKENS = 16_384
 
@@ -52,6 +52,9 @@ class RoundSettings(RunSettings, PolicySettings):
     """Samples for each prompt."""
     rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
     """What is paid for."""
+    tasks: Path | None = None
+    """File with a mixture of tasks, each with a weight and with settings of its own in place of those above; see
+    ``tasks.read_tasks``. Default: one task."""
     alarms: AlarmSettings = AlarmSettings()
     """What is watched for."""
     eval_every: int = 10
@@ -67,12 +70,20 @@ class RoundSettings(RunSettings, PolicySettings):
         PolicySettings.__post_init__(self)
         at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
         embedded = self.data.dataset in (None, ERRANDS) and not (self.data.template or self.data.chat_template)
-        if self.model is None and not embedded:
+        if self.model is None and self.tasks is None and not embedded:
             raise ValueError(
                 "the embedded base knows its own sums and errands only; with a dataset or template, name a model too"
             )
+        shares(self.mixture, self.num_prompts)
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
+
+    @property
+    def mixture(self) -> list[Task]:
+        """The tasks in effect."""
+        if self.tasks is None:
+            return [Task(None, self.data, self.rewards)]
+        return read_tasks(self.tasks, self.data, self.rewards)
 
     @property
     def num_eval_samples(self) -> int:
@@ -99,6 +110,7 @@ class Round:
     Attributes:
         step: which.
         problems: what was asked, one for each group.
+        tasks: the task of each group.
         texts: the prompt of each completion.
         columns: of its problem, and what its reward wants to know of itself.
         rollout: what was drawn.
@@ -110,6 +122,7 @@ class Round:
 
     step: int
     problems: list[Problem]
+    tasks: list[str | None]
     texts: list[str]
     columns: dict[str, list[Any]]
     rollout: Rollout
@@ -128,31 +141,34 @@ class Rounds:
         start: where the model that is drawn from was loaded.
         policy: that model, without its parameters.
         params: those it starts with, until they are taken.
-        scoring: what grades.
+        scoring: what scores: of the one task, or of all of a mixture.
+        mesh: how the devices are used.
 
     Raises:
         ValueError: on construction, for whatever cannot run; before a model is loaded where it can be known.
     """
 
     def __init__(self, config: RoundSettings, run: Run, mesh: Mesh):
-        self._config, self._run, self._mesh = config, run, mesh
+        self._config, self._run, self.mesh = config, run, mesh
         self._compilations = count_compilations()
-        problems, held_out, accuracy, held_out_accuracy = config.data.load(config.seed)
-        self.scoring: Scoring = run.enter(
-            config.rewards.open(
-                accuracy,
-                held_out_accuracy,
-                max_completion_length=config.completion_length,
-                needs_pool=config.data.dataset not in (None, ERRANDS),
-                mesh=mesh,
-                dtype=config.compute_dtype,
-            )
+        mixture = config.mixture
+        open_task = partial(
+            OpenTask,
+            run=run,
+            seed=config.seed,
+            max_completion_length=config.completion_length,
+            mesh=mesh,
+            dtype=config.compute_dtype,
         )
-        self.scoring.probe(*(first_row(each) for each in (problems, held_out)))
+        self._tasks = [open_task(task) for task in mixture]
+        self.scoring = self._tasks[0].scoring if config.tasks is None else MixedScoring(self._tasks)
         self.start = config.start(run, config.seed)
         policy = config.as_sampled(config.load(self.start, mesh))
-        self._problems, self._held_out = self._encoded(problems, policy), self._encoded(held_out, policy)
-        self._batches = ProblemIterator(self._problems.problems, num_prompts=config.num_prompts, seed=config.seed)
+        self._encode(policy)
+        self._batches = [
+            ProblemIterator(task.problems.problems, num_prompts=count, seed=config.seed)
+            for task, count in zip(self._tasks, shares(mixture, config.num_prompts), strict=True)
+        ]
         self._samplers = {n: config.sampler(policy, mesh, n) for n in {config.group_size, config.num_eval_samples}}
         self._to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
         self._noise, self.shuffle, self._evaluation = jax.random.split(jax.random.key(config.seed), 3)
@@ -170,7 +186,8 @@ class Rounds:
     def begin(self, position: Mapping[str, Any]) -> None:
         """Go on from a position; call it once logs are rewound to it."""
         if position:
-            self._batches.set_state(position["batches"])
+            for batches, state in zip(self._batches, position["batches"], strict=True):
+                batches.set_state(state)
             self._num_tokens = position["num_tokens"]
         fired_before = {row["alarm"] for row in read_jsonl(self._run.alarms_log.path)}
         self._alarms = Alarms(self._config.alarms, read_jsonl(self._run.metrics_log.path), fired_before)
@@ -178,18 +195,19 @@ class Rounds:
     @property
     def position(self) -> dict[str, Any]:
         """Where the problems and counts stand, as JSON."""
-        return {"batches": self._batches.get_state(), "num_tokens": self._num_tokens}
+        return {"batches": [batches.get_state() for batches in self._batches], "num_tokens": self._num_tokens}
 
-    def draw(self, step: int, params: Params) -> Round:
-        """Completions of the step's prompts."""
-        config = self._config
+    def draw(self, step: int, params: Params, *, attempt: int = 0) -> Round:
+        """Completions of the step's prompts; of other prompts in a further attempt at the same step."""
+        config, group_size = self._config, self._config.group_size
         started = time.monotonic()
-        index, chosen = next(self._batches)
-        prompts = shard_rows(self._problems.padded(index), self._mesh)
+        prompts, texts, problems, names = self._next_prompts()
         in_place = jax.block_until_ready(self._to_rollout(params))
         moved = time.monotonic()
-        texts = [self._problems.texts[i] for i in index for _ in range(config.group_size)]
-        columns = reward_columns(chosen, group_size=config.group_size)
+        texts = [text for text in texts for _ in range(group_size)]
+        columns = reward_columns(problems, group_size=group_size)
+        if config.tasks is not None:
+            columns[TASK] = [name for name in names for _ in range(group_size)]
         watch = self.scoring.as_drawn(
             texts,
             columns,
@@ -197,8 +215,9 @@ class Rounds:
             eos_ids=self.policy.eos_ids,
             max_completion_length=config.completion_length,
         )
-        sampler = self._samplers[config.group_size]
-        rollout = sampler(in_place, prompts, jax.random.fold_in(self._noise, step), watch=watch)
+        noise = jax.random.fold_in(self._noise, step)
+        noise = jax.random.fold_in(noise, attempt) if attempt else noise
+        rollout = self._samplers[group_size](in_place, prompts, noise, watch=watch)
         drawn = time.monotonic()
         lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)
         columns |= {"completion_length": lengths.tolist(), "truncated": truncated.tolist()}
@@ -209,11 +228,51 @@ class Rounds:
             "reshard_bytes": 0 if in_place is params else bytes_on_devices(in_place),
         }
         self._num_tokens += int(lengths.sum() + rollout.prompt_mask.sum())
-        return Round(step, chosen, texts, columns, rollout, self._decode(rollout), lengths, started, times)
+        completions = self._decode(rollout)
+        return Round(step, problems, names, texts, columns, rollout, completions, lengths, started, times)
+
+    def _next_prompts(self) -> tuple[Prompts, list[str], list[Problem], list[str | None]]:
+        """What is asked next: prompts, their texts, problems and the names of their tasks, one task after the other."""
+        prompts, texts, problems, names = [], [], [], []
+        for task, batches in zip(self._tasks, self._batches, strict=True):
+            index, chosen = next(batches)
+            prompts.append(task.problems.padded(index))
+            texts += [task.problems.texts[i] for i in index]
+            problems += chosen
+            names += [task.name] * len(chosen)
+        return shard_rows(concatenated(prompts), self.mesh), texts, problems, names
 
     def score(self, drawn: Round) -> Scores:
         """What the completions are worth."""
         return self.scoring.score(drawn.texts, drawn.completions, **drawn.columns)
+
+    def draw_until_told_apart(self, step: int, params: Params, *, most: int) -> tuple[Round, Scores, np.ndarray]:
+        """Completions whose groups differ in what they are worth, as far as they can be had: dynamic sampling.
+
+        Groups whose samples are all worth the same teach nothing. Others are drawn, of the next prompts, until there
+        are enough that do not, or ``most`` times (DAPO, arXiv 2503.14476, section 3.2).
+
+        Args:
+            step: which.
+            params: the policy's.
+            most: how often a step's prompts may be drawn, the first time included.
+
+        Returns:
+            Everything that was drawn, what it is worth, and the rows of the ``num_prompts`` groups that are learnt
+            from, in the order of drawing; the last of them are others where too few teach anything.
+        """
+        config = self._config
+        rounds, scores, telling = [], [], 0
+        while len(rounds) < most and telling < config.num_prompts:
+            rounds.append(self.draw(step, params, attempt=len(rounds)))
+            scores.append(self.score(rounds[-1]))
+            telling += int(told_apart(scores[-1].total, config.group_size).sum())
+        drawn, scored = joined(rounds), joined_scores(scores)
+        differs = told_apart(scored.total, config.group_size)
+        chosen = np.sort(np.argsort(~differs, kind="stable")[: config.num_prompts])
+        rows = chosen[:, None] * config.group_size + np.arange(config.group_size)
+        drawn.times |= {"draws": len(rounds), "frac_groups_told_apart": float(differs.mean())}
+        return drawn, scored, rows.reshape(-1)
 
     def tell(self, drawn: Round, scores: Scores, metrics: dict[str, float], advantages: np.ndarray) -> bool:
         """Add a step's figures to those of its updates, write them down, raise alarms, show samples.
@@ -230,6 +289,8 @@ class Rounds:
         config, step = self._config, drawn.step
         seconds = time.monotonic() - drawn.started
         metrics |= reward_metrics(scores.total, scores.parts, group_size=config.group_size)
+        if config.tasks is not None:
+            metrics |= self._of_tasks(drawn, scores)
         metrics |= completion_metrics(drawn.lengths, np.asarray(drawn.rollout.truncated))
         metrics |= text_metrics(
             drawn.texts,
@@ -257,6 +318,17 @@ class Rounds:
             self._run.log_samples(step, samples, shown=shown)
         return wants_checkpoint
 
+    def _of_tasks(self, drawn: Round, scores: Scores) -> dict[str, float]:
+        """The rewards of each task by itself."""
+        metrics = {}
+        of_rows = np.repeat(np.array(drawn.tasks), self._config.group_size)
+        for task in self._tasks:
+            rows = of_rows == task.name
+            parts = {name: values[rows] for name, values in scores.parts.items()}
+            own = reward_metrics(scores.total[rows], parts, group_size=self._config.group_size)
+            metrics |= {f"tasks/{task.name}/{name}": value for name, value in own.items()}
+        return metrics
+
     def save_is_due(self, step: int, wants_checkpoint: bool) -> bool:
         """Whether the state after a step is to be saved."""
         is_due = step == self._config.num_steps or step % self._config.save_every == 0
@@ -268,47 +340,104 @@ class Rounds:
         is_due = step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
         if not is_due or run.has_row(step, "eval/pass@1"):
             return {}
-        with run.progress.phase("evaluation", len(self._held_out)) as phase:
+        with run.progress.phase("evaluation", sum(len(task.held_out) for task in self._tasks)) as phase:
+            done, found = 0, {}
+            for task in self._tasks:
 
-            def report(done: int) -> None:
-                phase.update(done)
-                run.stop_if_requested()
+                def report(so_far: int, before: int = done) -> None:
+                    phase.update(before + so_far)
+                    run.stop_if_requested()
 
-            drawn = self._samplers[config.num_eval_samples].stream(
-                self._to_rollout(params),
-                [self._held_out.padded(range(len(self._held_out)))],
-                jax.random.fold_in(self._evaluation, step),
-                num_prompts=config.num_prompts,
-            )
-            metrics = evaluate.held_out(
-                self._held_out,
-                drawn,
-                self._decode,
-                self.scoring.held_out,
-                group_size=config.num_eval_samples,
-                report=report,
-            )
+                found[task.name] = self._evaluated(task, step, params, report)
+                done += len(task.held_out)
+        metrics = found[None] if config.tasks is None else evaluate.mean_over_tasks(found)
         run.log_faults(step, self.scoring.take_faults())
         run.log({"step": step, **metrics})
         return metrics
 
-    def _encoded(self, problems: list[Problem], policy: models.Pretrained) -> EncodedProblems:
-        config = self._config
-        encoded = config.data.encode(
-            problems,
-            policy.tokenizer,
-            pad_id=policy.pad_id,
-            max_prompt_length=config.prompt_length,
-            default_template=R1_ZERO if config.model else PLAIN,
+    def _evaluated(self, task: OpenTask, step: int, params: Params, report: Callable[[int], None]) -> dict[str, float]:
+        group_size = self._config.num_eval_samples
+        drawn = self._samplers[group_size].stream(
+            self._to_rollout(params),
+            [task.held_out.padded(range(len(task.held_out)))],
+            jax.random.fold_in(self._evaluation, step),
+            num_prompts=self._config.num_prompts,
         )
-        if encoded.dropped:
-            self._run.say(f"{encoded.dropped} of {len(problems)} prompts dropped: over {config.prompt_length} tokens")
-        return encoded
+        return evaluate.held_out(
+            task.held_out, drawn, self._decode, task.scoring.held_out, group_size=group_size, report=report
+        )
+
+    def _encode(self, policy: models.Pretrained) -> None:
+        first = first_held_out = 0
+        for task in self._tasks:
+            task.encode(
+                policy,
+                embedded=self._config.model is None,
+                max_prompt_length=self._config.prompt_length,
+                first=first,
+                first_held_out=first_held_out,
+            )
+            first, first_held_out = first + len(task.problems), first_held_out + len(task.held_out)
 
 
-def first_row(problems: list[Problem]) -> dict[str, Any]:
-    """The columns of a first problem, one value each."""
-    return {name: values[0] for name, values in reward_columns(problems[:1]).items()}
+def concatenated(parts: Sequence[Any]) -> Any:
+    """Trees of arrays as one, row after row."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def told_apart(total: np.ndarray, group_size: int) -> np.ndarray:
+    """``[groups]``, whether the rewards of a group that are present are not all the same."""
+    groups = total.reshape(-1, group_size)
+    present = ~np.isnan(groups)
+    return np.where(present, groups, -np.inf).max(1) > np.where(present, groups, np.inf).min(1)
+
+
+def joined(rounds: Sequence[Round]) -> Round:
+    """What was drawn in several attempts at a step, as one."""
+    if len(rounds) == 1:
+        return rounds[0]
+    times = {name: sum(each.times[name] for each in rounds) for name in ("rollout_time", "reshard_time")}
+    lengths = np.concatenate([each.lengths for each in rounds])
+    names = dict.fromkeys(name for each in rounds for name in each.columns)
+    return Round(
+        step=rounds[0].step,
+        problems=[problem for each in rounds for problem in each.problems],
+        tasks=[task for each in rounds for task in each.tasks],
+        texts=[text for each in rounds for text in each.texts],
+        columns={
+            name: [value for each in rounds for value in each.columns.get(name, [None] * len(each.completions))]
+            for name in names
+        },
+        rollout=concatenated([each.rollout for each in rounds]),
+        completions=[text for each in rounds for text in each.completions],
+        lengths=lengths,
+        started=rounds[0].started,
+        times={
+            **times,
+            "rollout_tokens_per_second": float(lengths.sum() / times["rollout_time"]),
+            "reshard_bytes": rounds[0].times["reshard_bytes"],
+        },
+    )
+
+
+def joined_scores(scores: Sequence[Scores]) -> Scores:
+    """The scores of several attempts at a step, as one; NaN where a part was not scored."""
+
+    def of(name: str) -> dict[str, np.ndarray]:
+        names = dict.fromkeys(part for each in scores for part in getattr(each, name))
+        return {
+            part: np.concatenate([getattr(each, name).get(part, np.full_like(each.total, np.nan)) for each in scores])
+            for part in names
+        }
+
+    return Scores(
+        total=np.concatenate([each.total for each in scores]),
+        parts=of("parts"),
+        counted=of("counted"),
+        notes=[note for each in scores for note in each.notes],
+        outcome=np.concatenate([each.outcome for each in scores]),
+        steps=[steps for each in scores for steps in each.steps],
+    )
 
 
 def as_samples(drawn: Round, scores: Scores, advantages: np.ndarray) -> list[Sample]:
@@ -318,7 +447,7 @@ def as_samples(drawn: Round, scores: Scores, advantages: np.ndarray) -> list[Sam
         Sample(
             prompt=drawn.texts[i],
             completion=drawn.completions[i],
-            rewards={name: float(part[i]) for name, part in scores.parts.items()},
+            rewards={name: float(part[i]) for name, part in scores.parts.items() if not math.isnan(part[i])},
             reward=float(scores.total[i]),
             advantage=float(advantages[i]),
             answer=drawn.problems[i // group_size].answer,

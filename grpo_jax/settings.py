@@ -274,7 +274,14 @@ class DataSettings:
         return problems, held_out[: self.eval_problems], reward, held_out_reward
 
     def encode(
-        self, problems: list[Problem], tokenizer: Any, *, pad_id: int, max_prompt_length: int, default_template: str
+        self,
+        problems: list[Problem],
+        tokenizer: Any,
+        *,
+        pad_id: int,
+        max_prompt_length: int,
+        default_template: str,
+        first_index: int = 0,
     ) -> EncodedProblems:
         """The problems as prompts of token ids; see ``EncodedProblems`` for what it raises."""
         return EncodedProblems(
@@ -283,6 +290,7 @@ class DataSettings:
             max_prompt_length=max_prompt_length,
             pad_id=pad_id,
             overlong=self.overlong_prompts,
+            first_index=first_index,
             template=None if self.chat_template else self.template or default_template,
             system_prompt=self.system_prompt,
         )

@@ -29,6 +29,8 @@ FLOORS = {
     "small_base": 4,
     "experiment": 5,
     "text_settings": 5,
+    "tasks": 5,
+    "light_critic": 5,
     "rounds": 6,
     "settings": 4,
     "reward_settings": 4,

@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -298,9 +299,10 @@ def learn(config, rewards, policy=0.0, reference=0.0):
     rollout = make_rollout()
     scorer = lambda params, rollout: jnp.full(rollout.completion_ids.shape, params)  # noqa: E731
     total = np.asarray(rewards, np.float32)
-    scores = Scores(total, {}, {"accuracy": total}, [""] * len(total))
+    scores = Scores(total, {}, {"accuracy": total}, [""] * len(total), total, [()] * len(total))
     old, ref = r1_zero.earlier_policies(config, rollout, scorer, state)
-    return r1_zero.learn_from(config, rollout, scores, {"accuracy": 1.0}, old, ref, config.mesh.build()), rollout
+    rounds = SimpleNamespace(scoring=SimpleNamespace(weights={"accuracy": 1.0}), mesh=config.mesh.build())
+    return r1_zero.learn_from(config, rollout, scores, rounds, old, ref), rollout
 
 
 def test_a5_an_absent_reward_drops_out_of_the_loss(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -26,6 +27,8 @@ class EncodedProblems:
         max_prompt_length: in tokens.
         pad_id: what stands in the padding.
         overlong: see ``prompts.fit_prompts``.
+        first_index: what the noise of prompts is counted from; where those of several sets are drawn for together, no
+            two have the same.
         rendering: ``template`` and ``system_prompt``; see ``prompts.render_prompts``.
 
     Raises:
@@ -40,6 +43,7 @@ class EncodedProblems:
         max_prompt_length: int,
         pad_id: int,
         overlong: Overlong = "drop",
+        first_index: int = 0,
         **rendering: Unpack[Rendering],
     ):
         prompts = [problem.prompt for problem in problems]
@@ -54,6 +58,7 @@ class EncodedProblems:
         self.dropped = len(problems) - len(kept)
         self._max_prompt_length = max_prompt_length
         self._pad_id = pad_id
+        self._first_index = first_index
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -64,7 +69,7 @@ class EncodedProblems:
             [self._token_ids[i] for i in positions],
             max_prompt_length=self._max_prompt_length,
             pad_id=self._pad_id,
-            index=positions,
+            index=[self._first_index + int(i) for i in positions],
         )
 
 
@@ -84,6 +89,24 @@ def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int])
 def decode_one(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
     """The same for the ids of a single completion."""
     return tokenizer.batch_decode([_without_end(ids, eos_ids)])[0]
+
+
+def last_tokens(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """The token in which each of some places of a completion's text comes to its end.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        ids: the completion's tokens.
+        ends: how many characters of the text stand before and at each place, from 1 up.
+
+    Returns:
+        A position in ``ids`` for each; the last one where the text is shorter than that.
+    """
+    places = range(len(ids))
+    return [
+        min(bisect_left(places, end, key=lambda n: len(tokenizer.batch_decode([ids[: n + 1]])[0])), len(ids) - 1)
+        for end in ends
+    ]
 
 
 def _without_end(ids: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:

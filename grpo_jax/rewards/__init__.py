@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
     from grpo_jax.rewards.sandbox import Limits as Limits
     from grpo_jax.rewards.sandbox import Sandbox as Sandbox
+    from grpo_jax.rewards.steps import equation_steps_reward as equation_steps_reward
 
 HOMES = {
     "answer": ("answer_reward", "extract_answer"),
@@ -40,6 +41,7 @@ HOMES = {
     "pool": ("Fault", "RewardPool"),
     "repetition": ("repetition_reward",),
     "sandbox": ("Limits", "Sandbox"),
+    "steps": ("equation_steps_reward",),
 }
 """What is exported, by the module it lives in."""
 

@@ -21,11 +21,14 @@ class Graded:
         score: the reward, or None where there is none.
         details: further figures by name, which are logged beside the reward and never learnt from.
         note: what a person should read beside the completion, such as an interpreter's message.
+        steps: of a reward that judges the steps of a completion one by one: after how many characters each ends, and
+            what it is worth. ``score`` is then what the whole is worth by them, such as their mean.
     """
 
     score: float | None
     details: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    steps: Sequence[tuple[int, float]] = ()
 
 
 RewardFn = Callable[..., Sequence[float | Graded | None]]
@@ -46,12 +49,29 @@ class Scores:
             reward said besides (``Graded.details``).
         counted: float32 ``[B]`` by name, the parts that have a weight, after gates and before weights.
         notes: for each completion what rewards had to say, after their names.
+        outcome: float32 ``[B]``, as ``total`` without the rewards that judge steps, for process supervision; absent
+            where these are all.
+        steps: for each completion the ends of its steps in characters, and the weighted reward of each, in order.
     """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
     counted: dict[str, np.ndarray]
     notes: list[str]
+    outcome: np.ndarray
+    steps: list[tuple[tuple[int, float], ...]]
+
+    def at(self, rows: np.ndarray | slice) -> Scores:
+        """Those of some rows."""
+        places = np.arange(len(self.total))[rows]
+        return Scores(
+            total=self.total[rows],
+            parts={name: part[rows] for name, part in self.parts.items()},
+            counted={name: part[rows] for name, part in self.counted.items()},
+            notes=[self.notes[place] for place in places],
+            outcome=self.outcome[rows],
+            steps=[self.steps[place] for place in places],
+        )
 
 
 def weighted(
@@ -105,11 +125,30 @@ def weighted(
         for name, entries in graded.items():
             for detail in dict.fromkeys(key for entry in entries for key in entry.details):
                 parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
+        of_steps = {name for name, entries in graded.items() if any(entry.steps for entry in entries)}
+        of_whole = [weights[name] * part for name, part in counted.items() if name not in of_steps]
+        outcome = sum(of_whole, np.zeros(len(completions))) if of_whole else np.full(len(completions), np.nan)
         if clip is not None:
-            total = np.clip(total, *clip)
-        return Scores(total.astype(np.float32), _single(parts), _single(counted), _notes(graded))
+            total, outcome = np.clip(total, *clip), np.clip(outcome, *clip)
+        steps = _steps({name: graded[name] for name in counted if name in of_steps}, weights, len(completions))
+        single = total.astype(np.float32), outcome.astype(np.float32)
+        return Scores(single[0], _single(parts), _single(counted), _notes(graded), single[1], steps)
 
     return score
+
+
+def _steps(
+    graded: Mapping[str, list[Graded]], weights: Mapping[str, float], count: int
+) -> list[tuple[tuple[int, float], ...]]:
+    """The steps of each completion by where they end; what several rewards say of one step is added up."""
+    found = []
+    for row in range(count):
+        worth: dict[int, float] = {}
+        for name, entries in graded.items():
+            for end, reward in entries[row].steps:
+                worth[end] = worth.get(end, 0.0) + weights[name] * reward
+        found.append(tuple(sorted(worth.items())))
+    return found
 
 
 def _gated(parts: Mapping[str, np.ndarray], name: str, gates: Mapping[str, str]) -> np.ndarray:
@@ -139,7 +178,19 @@ def _graded(value: Any, completion: str) -> Graded:
         return Graded(_number(value, completion))
     details = {str(name): _number(detail, completion) for name, detail in value.details.items()}
     present = {name: detail for name, detail in details.items() if detail is not None}
-    return Graded(_number(value.score, completion), present, str(value.note))
+    steps = tuple(_step(step, completion) for step in value.steps)
+    return Graded(_number(value.score, completion), present, str(value.note), steps)
+
+
+def _step(step: Any, completion: str) -> tuple[int, float]:
+    match step:
+        case (int(end), reward) if 1 <= end <= len(completion) and (worth := _number(reward, completion)) is not None:
+            if not math.isnan(worth):
+                return end, worth
+    raise ValueError(
+        f"returned {step!r:.200} as a step; one is (how many characters it ends after, a number). "
+        f"The completion: {completion!r:.200}"
+    )
 
 
 def _number(value: Any, completion: str) -> float | None:

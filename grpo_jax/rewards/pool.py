@@ -321,7 +321,7 @@ class RewardPool:
             if "fault" in said:
                 self._fail(task, said["fault"], said["detail"])
             else:
-                self._resolve(task, Graded(said["score"], said["details"], said["note"]))
+                self._resolve(task, Graded(said["score"], said["details"], said["note"], steps(said)))
         if worker.straggling or worker.done >= SAMPLES_A_WORKER or said.get("fault") == "memory":
             self._replace(worker, selector, active, None, "died")
 
@@ -352,6 +352,11 @@ class RewardPool:
     def _resolve(self, task: Task, graded: Graded) -> None:
         self._outstanding.discard(task.future)
         task.future.set_result(graded)
+
+
+def steps(said: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    """Those of an answer of a worker."""
+    return tuple((end, reward) for end, reward in said["steps"])
 
 
 def default_workers() -> int:

@@ -161,7 +161,7 @@ def as_answer(graded: Graded) -> dict[str, Any]:
     """A score as JSON; one that is not a number is a fault of the reward."""
     if graded.score is not None and math.isnan(graded.score):
         return {"fault": "nan", "detail": "the reward returned NaN; None says that there is no score"}
-    return {"score": graded.score, "details": dict(graded.details), "note": graded.note}
+    return {"score": graded.score, "details": dict(graded.details), "note": graded.note, "steps": list(graded.steps)}
 
 
 if __name__ == "__main__":
