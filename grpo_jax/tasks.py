@@ -125,7 +125,7 @@ class OpenTask:
         max_completion_length: in tokens.
         mesh: that a reward model is split over.
         dtype: the precision a reward model computes in.
-        held_out_alone: whether nothing but held-out problems is scored.
+        scores_held_out: whether it is the held-out problems whose completions ``scoring.score`` will get.
 
     Raises:
         ValueError: problems or rewards that cannot be had, or do not fit each other.
@@ -134,13 +134,23 @@ class OpenTask:
     problems: EncodedProblems
     held_out: EncodedProblems
 
-    def __init__(self, task: Task, run: Run, *, seed: int, max_completion_length: int, mesh: Mesh, dtype: Any):
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        *,
+        seed: int,
+        max_completion_length: int,
+        mesh: Mesh,
+        dtype: Any,
+        scores_held_out: bool = False,
+    ):
         self.name, self._task, self._run = task.name, task, run
         self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed)
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
         self.scoring: Scoring = run.enter(
             task.rewards.open(
-                accuracy,
+                held_out_accuracy if scores_held_out else accuracy,
                 held_out_accuracy,
                 max_completion_length=max_completion_length,
                 needs_pool=task.data.dataset not in (None, ERRANDS),
@@ -148,7 +158,8 @@ class OpenTask:
                 dtype=dtype,
             )
         )
-        self.scoring.probe(_first_row(self._problems), _first_row(self._held_out))
+        scored = self._held_out if scores_held_out else self._problems
+        self.scoring.probe(_first_row(scored), _first_row(self._held_out))
 
     def encode(
         self, policy: Pretrained, *, embedded: bool, max_prompt_length: int, first: int = 0, first_held_out: int = 0

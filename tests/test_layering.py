@@ -32,6 +32,7 @@ FLOORS = {
     "tasks": 5,
     "light_critic": 5,
     "rounds": 6,
+    "collect": 6,
     "settings": 4,
     "reward_settings": 4,
 }

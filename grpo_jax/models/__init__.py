@@ -4,6 +4,7 @@ from grpo_jax.models.config import DecoderConfig as DecoderConfig
 from grpo_jax.models.hf import Pretrained as Pretrained
 from grpo_jax.models.hf import from_pretrained as from_pretrained
 from grpo_jax.models.hf import save_pretrained as save_pretrained
+from grpo_jax.models.hf import weights_digest as weights_digest
 from grpo_jax.models.hf_config import from_hf_config as from_hf_config
 from grpo_jax.models.transformer import build_model as build_model
 from grpo_jax.models.transformer import init_params as init_params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -129,6 +130,24 @@ def with_new_head(
         placement = shardings(shapes)["score"]["kernel"]
     rest = {name: value for name, value in params.items() if name != "lm_head"}
     return {**rest, "score": {"kernel": jax.device_put(head, placement)}}
+
+
+def weights_digest(name_or_folder: str | Path) -> str:
+    """A digest of a checkpoint's weights, for saying which ones something came from: folder or hub id.
+
+    Raises:
+        FileNotFoundError: it has no safetensors.
+    """
+    folder = _find_folder(name_or_folder, None)
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
