@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -217,9 +218,9 @@ def scored(problems: EncodedProblems, drawn: Mapping[int, Rollout], decode: Any,
     lengths = [np.asarray(rollout.completion_mask).sum(1).tolist() for rollout in drawn.values()]
     truncated = [np.asarray(rollout.truncated).tolist() for rollout in drawn.values()]
     columns = reward_columns([problems.problems[place] for place in drawn], group_size=group_size)
-    columns |= {"completion_length": sum(lengths, []), "truncated": sum(truncated, [])}
+    columns |= {"completion_length": [*chain(*lengths)], "truncated": [*chain(*truncated)]}
     prompts = [problems.texts[place] for place in drawn for _ in range(group_size)]
-    scores = task.scoring.score(prompts, sum(texts, []), **columns)
+    scores = task.scoring.score(prompts, [*chain(*texts)], **columns)
 
     def of(values: np.ndarray, group: int) -> list[float | None]:
         return to_json(values.reshape(-1, group_size)[group])
