@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -98,13 +99,16 @@ class DemonstrationSettings(TextSettings):
     """What happens to a demonstration that is too long: left out and counted, cut at its end, or an error."""
     worked_sums: int = 256
     """Of the default, how many there are."""
+    in_chinese: bool = False
+    """Of the default, whether thoughts are in Chinese digits."""
 
     def load(self, seed: int) -> tuple[list[Demonstration], list[Demonstration]]:
         """Demonstrations to learn from, and some held out; see ``conversations.load_demonstrations`` for errors."""
         if self.dataset is None:
+            demonstrated = partial(worked_sums, in_chinese=self.in_chinese)
             return (
-                worked_sums(np.random.default_rng(seed), self.worked_sums, held_out=False),
-                worked_sums(np.random.default_rng(HELD_OUT_SEED), self.eval_rows, held_out=True),
+                demonstrated(np.random.default_rng(seed), self.worked_sums, held_out=False),
+                demonstrated(np.random.default_rng(HELD_OUT_SEED), self.eval_rows, held_out=True),
             )
 
         def load(source: str, **where: str | None) -> list[Demonstration]:
@@ -180,11 +184,16 @@ class PreferenceSettings(TextSettings):
         )
 
 
-def worked_sums(rng: np.random.Generator, count: int, *, held_out: bool) -> list[Demonstration]:
+def worked_sums(
+    rng: np.random.Generator, count: int, *, held_out: bool, in_chinese: bool = False
+) -> list[Demonstration]:
     """The embedded default's demonstrations: sums with their running totals."""
     recipe = Recipe()
     sums = sample_sums(rng, count, min_terms=recipe.min_terms, max_terms=recipe.max_terms, held_out=held_out)
-    return [Demonstration(each.question, worked(each), each.question, {"answer": each.answer}) for each in sums]
+    return [
+        Demonstration(each.question, worked(each, in_chinese=in_chinese), each.question, {"answer": each.answer})
+        for each in sums
+    ]
 
 
 def errand_preferences(rng: np.random.Generator, count: int, *, held_out: bool) -> list[Preference]:
