@@ -1,0 +1,289 @@
+"""DeepSeek-R1's whole chain: cold start, reasoning RL, rejection sampling, SFT, final RL; and R1-Zero beside it.
+
+Without arguments it runs on the embedded base, on one CPU. That base works sums out in two languages, mostly guesses,
+and answers errands carelessly. R1-Zero, by reward alone, learns to work sums out and mixes languages as its base did;
+the chain is to end with a model that thinks in one language and is better at errands too. With arguments it is the real
+thing:
+
+    python experiments/r1.py
+    python experiments/r1.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --target-language en \\
+        --cold-start.dataset long_thoughts.jsonl --general chats.jsonl --general-data.dataset prompts.jsonl \\
+        --preferences.dataset preferences.jsonl
+
+Stages lie in folders of the run's own, each a run with its checkpoints and its report; the same command goes on at the
+stage and step where it stopped. After DeepSeek-AI, arXiv 2501.12948, section 2.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import evaluate
+import matplotlib.pyplot as plt
+import numpy as np
+import r1_zero
+import rejection_sampling
+import reward_model
+import sft
+import tyro
+from rich.table import Table
+
+from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
+from grpo_jax.experiment import LAID_OUT, ModelSettings, RunSettings, run_experiment
+from grpo_jax.monitor.metrics import to_json, write_atomically
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.run import Run, claim_folder
+from grpo_jax.selection import SelectionSettings
+from grpo_jax.settings import DataSettings
+from grpo_jax.small_base import Recipe
+from grpo_jax.text_settings import DemonstrationSettings
+
+EMBEDDED_LANGUAGE = "zh"
+"""What the embedded base is to think in: it knows Arabic digits, which are of no language, and Chinese ones."""
+CARELESS_REPLIES = 256
+REASONING, GENERAL = "reasoning", "general"
+MODELS = ("base", "r1_zero", "cold_start", "reasoning", "sft", "final")
+FIGURES = {
+    (REASONING, "pass@1"): "pass@1",
+    (REASONING, "maj@16"): "maj@16",
+    (REASONING, "rewards/format"): "format",
+    (REASONING, "rewards/language"): "language",
+    (REASONING, "mean_length"): "length",
+    (GENERAL, "rewards/reward_model"): "reward model",
+    (GENERAL, "rewards/accuracy"): "general quality",
+}
+AnyConfig = TypeVar("AnyConfig", bound=Any)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings, ModelSettings):
+    """What the chain is. What it says of data, models, folders, seeds and devices holds for all stages."""
+
+    run_dir: Path = Path("runs/r1")
+    """The chain's own folder, with one for each stage."""
+    base: Recipe = Recipe(errand_share=0.25, chinese_share=0.5)
+    """How the embedded base is made; the seed is the run's."""
+    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
+    """What is reasoned about. Default: built-in sums."""
+    target_language: str | None = None
+    """Language that thoughts are to be in. Default: en with --model, zh without."""
+    general: Path | None = None
+    """JSONL file of demonstrations beside reasoning, for the second SFT. Default: careless replies to errands."""
+    general_data: DataSettings = DataSettings(dataset=ERRANDS)
+    """Prompts beside reasoning, for the final RL. Default: errands."""
+    general_reward_model: str | None = None
+    """Hugging Face id or folder of the reward model that judges replies to them. Default: one is learnt here."""
+
+    cold_start: sft.Config = sft.Config(
+        data=DemonstrationSettings(worked_sums=128, in_chinese=True), num_epochs=4, eval_every=0
+    )
+    """SFT of the base on a few long thoughts. Default: 128 sums that are worked out."""
+    r1_zero: r1_zero.Config = r1_zero.Config(rewards=RewardSettings(format_weight=0.2), eval_every=0)
+    """RL straight from the base, to compare with."""
+    reasoning: r1_zero.Config = r1_zero.Config(
+        rewards=RewardSettings(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
+        num_steps=40,
+        eval_every=0,
+    )
+    """RL from the cold start: accuracy, format and language."""
+    rejection: rejection_sampling.Config = rejection_sampling.Config(
+        selection=SelectionSettings(require=("accuracy=1", "format=1", "language=1")),
+        rewards=RewardSettings(target_language=EMBEDDED_LANGUAGE),
+    )
+    """What the reasoning model's completions are chosen by."""
+    sft: sft.Config = sft.Config(num_epochs=2, eval_every=0)
+    """SFT of the base on those, and on general demonstrations."""
+    preferences: reward_model.Config = reward_model.Config(eval_every=0)
+    """How the reward model is learnt, from the SFT model."""
+    final: r1_zero.Config = r1_zero.Config(
+        rewards=RewardSettings(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
+        num_steps=30,
+        eval_every=0,
+    )
+    """RL on both: rules for reasoning, and the reward model for the rest."""
+    evaluation: evaluate.Config = evaluate.Config()
+    """How each stage's model is measured."""
+
+    def __post_init__(self):
+        RunSettings.__post_init__(self)
+        for name in ("cold_start", "r1_zero", "reasoning", "rejection", "sft", "preferences", "final", "evaluation"):
+            stage = getattr(self, name)
+            if stage.model is not None or stage.base_dir is not None:
+                raise ValueError(f"{name} names a model; the chain starts from --model, and each stage from another one")
+        if self.model is not None:
+            missing = {
+                "dataset (what is reasoned about)": self.data.dataset,
+                "cold_start.dataset (long thoughts)": self.cold_start.data.dataset,
+                "general (demonstrations)": self.general,
+                "preferences.dataset, or general_reward_model": self.preferences.data.dataset
+                or self.general_reward_model,
+                "general_data.dataset (prompts)": self.general_data.dataset != ERRANDS,
+            }
+            if not all(missing.values()):
+                raise ValueError(
+                    f"with --model the chain needs data of its own: {', '.join(n for n in missing if not missing[n])}"
+                )
+        if self.general is not None and not self.general.is_file():
+            raise ValueError(f"general: there is no file {self.general}")
+        self.reasoned(self.reasoning)  # what does not fit together is found here
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage lies."""
+        return self.run_dir / stage
+
+    def placed(self, stage: AnyConfig, name: str, start: str | None) -> AnyConfig:
+        """A stage's settings in its own folder, with the chain's; ``start`` is the stage whose model it begins with."""
+        common = {each: getattr(self, each) for each in ("seed", "plain", "mesh", "dtype", "remat", "attention")}
+        begins = {"model": self.model, "base": self.base}
+        if start is not None:
+            begins = {"model": str(self.model_of(start))} if self.model else {"base_dir": self.model_of(start)}
+        return replace(stage, run_dir=self.folder(name), **common, **begins)
+
+    def model_of(self, stage: str) -> Path | str:
+        """The folder of the model that came out of a stage; of ``base``, what the chain starts from."""
+        if stage == "base":
+            return self.model or self.base_dir or self.folder("cold_start") / "base"
+        return self.folder(stage) / "model"
+
+    def reasoned(self, stage: AnyConfig) -> AnyConfig:
+        """A stage's settings with what is reasoned about, and the language of thoughts."""
+        language = self.target_language or ("en" if self.model else EMBEDDED_LANGUAGE)
+        return replace(stage, data=self.data, rewards=replace(stage.rewards, target_language=language))
+
+    @property
+    def judge(self) -> str:
+        """The reward model of replies beside reasoning."""
+        return self.general_reward_model or str(self.folder("reward_model") / "model")
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the chain is finished and 130 when it was asked to stop."""
+    with claim_folder(config.run_dir, to_json(dataclasses.asdict(config)), LAID_OUT):
+        status = chain(config)
+    return status or run_experiment(config, conclude, title="R1")
+
+
+def chain(config: Config) -> int:
+    """All stages; the exit status of the first that was asked to stop, or 0."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    general, tasks = config.general or config.run_dir / "general.jsonl", config.run_dir / "final_tasks.json"
+    if config.general is None:
+        write_careless_replies(general, config.seed)
+    write_tasks(tasks, config)
+    demonstrated = replace(config.sft.data, dataset=str(config.folder("rejection_sampling") / "dataset.jsonl"))
+    begin = None if config.base_dir is None else "base"
+
+    stages: list[Callable[[], int]] = [
+        lambda: sft.main(config.placed(config.cold_start, "cold_start", begin)),
+        lambda: r1_zero.main(config.placed(config.reasoned(config.r1_zero), "r1_zero", "base")),
+        lambda: r1_zero.main(config.placed(config.reasoned(config.reasoning), "reasoning", "cold_start")),
+        lambda: rejection_sampling.main(
+            config.placed(
+                replace(config.reasoned(config.rejection), demonstrations=(general,)), "rejection_sampling", "reasoning"
+            )
+        ),
+        lambda: sft.main(config.placed(replace(config.sft, data=demonstrated), "sft", "base")),
+        lambda: learn_reward(config),
+        lambda: r1_zero.main(config.placed(replace(config.reasoned(config.final), tasks=tasks), "final", "sft")),
+        *(lambda model=model, of=of: evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
+    ]
+    for stage in stages:
+        if status := stage():
+            return status
+    return 0
+
+
+def learn_reward(config: Config) -> int:
+    if config.general_reward_model is not None:
+        return 0
+    return reward_model.main(config.placed(config.preferences, "reward_model", "sft"))
+
+
+def evaluated(config: Config, model: str, of: str) -> int:
+    """Measure a stage's model, on what is reasoned about or on the rest; the final one against R1-Zero."""
+    of_general = RewardSettings(accuracy_weight=0.0, reward_model=config.judge)
+    name, against = f"evaluation/{model}_{of}", config.folder(f"evaluation/r1_zero_{of}")
+    stage = replace(
+        config.reasoned(config.evaluation)
+        if of == REASONING
+        else replace(config.evaluation, data=config.general_data, rewards=of_general),
+        against=against if model == "final" else None,
+    )
+    return evaluate.main(config.placed(stage, name, model))
+
+
+def write_careless_replies(path: Path, seed: int) -> None:
+    """The embedded default's general demonstrations: replies of an assistant that nobody has trained."""
+    rng = np.random.default_rng([seed, 2])
+    errands = sample_errands(rng, CARELESS_REPLIES, held_out=False)
+    rows = [{"prompt": each.question, "completion": careless_reply(each, rng)} for each in errands]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_tasks(path: Path, config: Config) -> None:
+    """The mixture of the final RL."""
+    rules = dataclasses.asdict(config.reasoned(config.final).rewards)
+    judged = dataclasses.asdict(RewardSettings(accuracy_weight=0.0, reward_model=config.judge))
+    tasks = {
+        REASONING: {**dataclasses.asdict(config.data), **rules},
+        GENERAL: {**dataclasses.asdict(config.general_data), **judged},
+    }
+    write_atomically(path, json.dumps(to_json(tasks), indent=2).encode() + b"\n")
+
+
+def conclude(config: Config, run: Run) -> None:
+    """Put the figures of all stages side by side."""
+    reports = {
+        (model, of): evaluate.read_report(config.folder(f"evaluation/{model}_{of}"))
+        for model in MODELS
+        for of in (REASONING, GENERAL)
+    }
+    stages = {
+        model: {
+            label: reports[model, of]["figures"][name]["mean"]
+            for (of, name), label in FIGURES.items()
+            if name in reports[model, of]["figures"]
+        }
+        for model in MODELS
+    }
+    labels = list(dict.fromkeys(label for figures in stages.values() for label in figures))
+    table = Table("model", *labels, title="after each stage, held out")
+    for model, figures in stages.items():
+        table.add_row(model, *(f"{figures[label]:.3f}" if figures.get(label) is not None else "-" for label in labels))
+    run.progress.console.print(table)
+    against = {
+        of: {
+            name: {key: each[key] for key in ("before", "after", "difference", "low", "high", "p")}
+            for name, each in reports["final", of]["comparison"]["figures"].items()
+        }
+        for of in (REASONING, GENERAL)
+    }
+    draw(stages, run.folder / "stages.png")
+    run.conclude({"stages": stages, "final_against_r1_zero": against, "seed": config.seed})
+
+
+def draw(stages: dict[str, dict[str, float]], path: Path) -> None:
+    """The figures that are shares, over the chain's stages; R1-Zero's as dotted lines."""
+    chain_of = [model for model in MODELS if model != "r1_zero"]
+    labels = [label for label in ("pass@1", "format", "language", "general quality") if label in stages["final"]]
+    figure, panels = plt.subplots(1, len(labels), figsize=(3.4 * len(labels), 3.2), layout="constrained", squeeze=False)
+    for axes, label in zip(panels[0], labels, strict=True):
+        axes.plot(chain_of, [stages[model][label] for model in chain_of], "o-", color="tab:blue", label="R1's chain")
+        axes.axhline(stages["r1_zero"][label], color="tab:orange", linestyle=":", label="R1-Zero")
+        axes.set_title(label, loc="left")
+        axes.set_ylim(0, 1.02)
+        axes.tick_params(axis="x", rotation=45)
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
