@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -99,7 +99,15 @@ class Collected:
         return cls(**{**fields, "problem": Problem(**fields["problem"])})
 
 
-def collect(config: CollectSettings, run: Run, mesh: Mesh, *, held_out: bool, most: int | None = None) -> int:
+def collect(
+    config: CollectSettings,
+    run: Run,
+    mesh: Mesh,
+    *,
+    held_out: bool,
+    most: int | None = None,
+    check: Callable[[Sequence[Problem]], None] = lambda problems: None,
+) -> int:
     """Draw for all problems and write what came to ``completions.jsonl``, a line a problem, in their order.
 
     A run that was stopped or killed goes on after the last whole block, and its file is that of an unbroken one.
@@ -110,6 +118,7 @@ def collect(config: CollectSettings, run: Run, mesh: Mesh, *, held_out: bool, mo
         mesh: how devices are used.
         held_out: whether the held-out problems are asked, or those to train on.
         most: how many problems are asked; None for all.
+        check: called with what will be asked, before anything is drawn; it may raise.
 
     Returns:
         How many there are.
@@ -132,6 +141,7 @@ def collect(config: CollectSettings, run: Run, mesh: Mesh, *, held_out: bool, mo
     task.encode(policy, embedded=config.model is None, max_prompt_length=config.prompt_length)
     problems = task.held_out if held_out else task.problems
     places = range(len(problems) if most is None else min(most, len(problems)))
+    check([problems.problems[place] for place in places])
     check_provenance(config, run, start, [problems.texts[place] for place in places])
 
     size = SETS_OF_A_BLOCK * config.num_prompts

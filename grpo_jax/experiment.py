@@ -176,15 +176,21 @@ AnyConfig = TypeVar("AnyConfig", bound=Any)
 
 
 def run_experiment(
-    config: AnyConfig, train: Callable[[AnyConfig, Run], None], *, title: str, may_change: Sequence[str] = ()
+    config: AnyConfig,
+    train: Callable[[AnyConfig, Run], None],
+    *,
+    title: str,
+    may_change: Sequence[str] = (),
+    again: bool = False,
 ) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop.
 
     Args:
         config: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
-        train: the experiment's loop; it is not called for a run that is finished.
+        train: the experiment's loop.
         title: what the live view is called.
         may_change: settings that a resumed run may have other values of, besides ``LAID_OUT``.
+        again: whether ``train`` is called for a run that is finished too.
     """
     keep_programs()
     # What is called float32 is computed in float32, on a GPU or TPU too.
@@ -202,7 +208,7 @@ def run_experiment(
         ) as run,
     ):
         try:
-            if run.is_finished:
+            if run.is_finished and not again:
                 run.say(f"this run is finished; everything is in {run.folder}")
             else:
                 train(config, run)

@@ -126,7 +126,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether ``finish`` was reached before."""
+        """Whether it was summed up before."""
         return (self.folder / "summary.json").exists()
 
     def stop_if_requested(self) -> None:
@@ -213,12 +213,21 @@ class Run:
                 are added.
         """
         plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
-        whole = {**summary, "seconds": self.seconds, "steps": steps, "device": device_summary()}
-        alarms = read_jsonl(self.alarms_log.path)
-        whole |= {"alarms": {each["alarm"]: each["step"] for each in reversed(alarms)}}
-        whole |= {"versions": package_versions(), "config": self.settings}
-        write_atomically(self.folder / "summary.json", json.dumps(to_json(whole), indent=2).encode() + b"\n")
+        alarms = {each["alarm"]: each["step"] for each in reversed(read_jsonl(self.alarms_log.path))}
+        self.write_summary({**summary, "steps": steps, "alarms": alarms})
         self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, by which a run is finished.
+
+        Args:
+            summary: the experiment's own figures; the configuration is added, and seconds, device and versions where
+                it does not have them.
+        """
+        added = {"seconds": self.seconds, "device": device_summary(), "versions": package_versions()}
+        whole = {**summary, **{name: value for name, value in added.items() if name not in summary}}
+        whole["config"] = self.settings
+        write_atomically(self.folder / "summary.json", json.dumps(to_json(whole), indent=2).encode() + b"\n")
 
     def _next_step(self) -> int:
         steps = self.checkpoints.steps()

@@ -52,7 +52,8 @@ class Progress:
     """A context in which a run shows what it does: a live panel on a terminal, a line a step without one.
 
     The panel is drawn by a thread of its own, at most twice a second, so an update costs the loop less than a
-    millisecond. When the context is left, by an error too, the panel stays as it stood and the terminal is as before.
+    millisecond. When the context is left, by an error too, the panel stays as it stood, unless it is empty, and the
+    terminal is as before.
     What is printed on ``console``, or with ``print``, appears above the panel.
 
     Args:
@@ -107,6 +108,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._live.transient = self._shown is None and not self._bars.tasks  # an empty panel says nothing
         self._live.stop()
 
     @contextmanager

@@ -1,0 +1,297 @@
+"""Evaluation of any checkpoint on any data set, with confidence intervals; and what changed since another one.
+
+Completions are drawn for every held-out problem, scored and kept. Without arguments that is done with the embedded base
+and its sums, on one CPU in a minute or two. With arguments it is the real thing:
+
+    python experiments/evaluate.py
+    python experiments/evaluate.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --run-dir runs/before
+    python experiments/evaluate.py --model runs/gsm8k/model --dataset openai/gsm8k --run-dir runs/after --against runs/before
+    python experiments/evaluate.py --model path/to/folder --dataset problems.jsonl --sampling.temperature 0 --num-samples 1
+
+Run again, it prints the same report and draws nothing; ``--k`` and ``--against`` may be others then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.table import Table
+from rich.text import Text
+
+from grpo_jax.collect import Collected, CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.data.sources import Problem
+from grpo_jax.evaluate import estimate, identify_answers, maj_at_k_of_each, paired_test, pass_at_k_of_each
+from grpo_jax.experiment import LAID_OUT, run_experiment
+from grpo_jax.monitor.figures import number
+from grpo_jax.monitor.samples import printable, shorten
+from grpo_jax.rewards.answer import extract_answer
+from grpo_jax.run import Run, differences
+
+FIGURES, COMPARISON = "figures", "comparison"
+SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
+REPORT_WIDTH = 100
+
+PerProblem = dict[str, np.ndarray]
+"""Figures by name; ``[N]``, NaN where a problem does not count."""
+Key = tuple[str, str | None, int]
+"""What tells a problem: its prompt before any template, its answer, and which of those that are the same it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CollectSettings):
+    """What an evaluation is. Fields are checked before anything is computed."""
+
+    run_dir: Path = Path("runs/evaluate")
+    """The run's own folder: completions, report."""
+    against: Path | None = None
+    """Run folder of another evaluation of the same problems: what changed since it is told, with a paired test."""
+    k: tuple[int, ...] = ()
+    """For pass@k. Default: the powers of two up to num_samples."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
+        if wrong:
+            raise ValueError(f"k is {wrong[0]}; pass@k of num_samples = {self.num_samples} has k from 1 to that")
+        if self.against is not None and self.against.resolve() == self.run_dir.resolve():
+            raise ValueError(f"against is {self.against}, which is this run's own folder; name that of another one")
+
+    @property
+    def ks(self) -> list[int]:
+        """The k of pass@k in effect; 1 is always among them."""
+        powers = [2**n for n in range(self.num_samples.bit_length())]
+        return sorted({1, *(self.k or powers)})
+
+
+MAY_CHANGE = ("against", "k", "cache_bytes")
+OTHER_SETTINGS_OF_NO_FIGURE = ("against", "k", "cache_bytes", "num_prompts")
+
+
+def main(config: Config) -> int:
+    """Evaluate, or go on; the exit status is 0 when the report is there and 130 when the run was asked to stop."""
+    return run_experiment(config, evaluate, title="Evaluation", may_change=MAY_CHANGE, again=True)
+
+
+def evaluate(config: Config, run: Run) -> None:
+    report = read_report(run.folder) if run.is_finished else None
+    if report is None or differences(report["config"], run.settings, LAID_OUT):
+        report = make_report(config, run, report)
+    print_report(run, report)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What an evaluation found, as it stands in ``summary.json`` of its run's folder.
+
+    ``report["figures"]["pass@1"]`` has ``mean``, ``low``, ``high`` and ``problems``, and so have ``pass@<k>``,
+    ``maj@<num_samples>``, ``rewards/<part>``, ``mean_length``, ``truncated`` and ``ungraded``; of a part that is absent
+    everywhere the first three are None. With ``against``, ``report["comparison"]["figures"]`` has ``before``,
+    ``after``, ``difference``, ``low``, ``high``, ``p`` and ``problems`` of each.
+
+    Raises:
+        ValueError: the folder holds no finished evaluation.
+    """
+    path = folder / "summary.json"
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    if FIGURES not in report or not (folder / "completions.jsonl").is_file():
+        raise ValueError(f"{folder} holds no finished evaluation (summary.json with figures, and completions.jsonl)")
+    return report
+
+
+def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Draw completions unless a report was made of them before; tell what they are worth and write it down."""
+    against = None if config.against is None else read_report(config.against)
+    others = [] if config.against is None else keys_of(each.problem for each in read_collected(config.against))
+
+    def check(problems: Iterable[Problem]) -> None:
+        if config.against is not None:
+            check_same_problems(keys_of(problems), others, run.folder, config.against)
+
+    if before is None:
+        collect(config, run, config.mesh.build(), held_out=True, check=check)
+    keys = keys_of(each.problem for each in read_collected(run.folder))
+    figures = per_problem(read_collected(run.folder), config.ks)
+    report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
+    if config.against is not None and against is not None:
+        check_same_problems(keys, others, run.folder, config.against)
+        place = {key: n for n, key in enumerate(others)}
+        paired = [place[key] for key in keys]
+        theirs = per_problem(read_collected(config.against), config.ks)
+        report[COMPARISON] = {
+            "against": config.against,
+            "settings": differences(against["config"], run.settings, (*LAID_OUT, *OTHER_SETTINGS_OF_NO_FIGURE)),
+            "provenance": read_provenance(config.against),
+            FIGURES: compared({name: values[paired] for name, values in theirs.items()}, figures),
+        }
+    report |= {"num_problems": len(keys), "num_samples": config.num_samples, "provenance": read_provenance(run.folder)}
+    if before is not None:  # what the completions were drawn with
+        report |= {name: before[name] for name in ("seconds", "device", "versions")}
+    run.metrics_log.rewind(-1)
+    run.log({"step": 0, **{f"eval/{name}": each["mean"] for name, each in report[FIGURES].items()}})
+    run.write_summary(report)
+    return read_report(run.folder)
+
+
+def per_problem(collected: Iterable[Collected], ks: Sequence[int]) -> PerProblem:
+    """The figures of each problem, in their order: those that are told are means of them.
+
+    A completion is right if its part ``accuracy`` is 1. A problem with a sample that could not be graded counts in
+    none of pass@k and the majority vote, and in the mean of a part of the reward with those samples that have one.
+
+    Args:
+        collected: the problems with their completions, of one number G.
+        ks: for pass@k; those above G are passed over.
+    """
+    rows: list[dict[str, float]] = []
+    scores: list[list[float | None]] = []
+    answers: list[list[str | None]] = []
+    has_answers = False
+    for each in collected:
+        scores.append(each.rewards["accuracy"])
+        answers.append([extract_answer(completion) for completion in each.completions])
+        has_answers |= each.problem.answer is not None
+        parts = {f"rewards/{name}": mean_of_present(values) for name, values in each.rewards.items()}
+        lengths = {"mean_length": float(np.mean(each.lengths)), "truncated": float(np.mean(each.truncated))}
+        rows.append({**parts, **lengths, "ungraded": float(None in each.rewards["accuracy"])})
+    figures: PerProblem = {}
+    graded = np.array([None not in row for row in scores])
+    if graded.any():
+        right = jnp.array([[score == 1 for score in row] for row in scores if None not in row])
+        G = right.shape[1]
+        of_graded = {f"pass@{k}": pass_at_k_of_each(right, k) for k in ks if k <= G}
+        if has_answers:
+            chosen = identify_answers([row for row, is_graded in zip(answers, graded, strict=True) if is_graded])
+            of_graded[f"maj@{G}"] = maj_at_k_of_each(chosen, right, G)
+        for name, values in of_graded.items():
+            figures[name] = np.full(len(rows), np.nan)
+            figures[name][graded] = np.asarray(values)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return figures | {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
+
+
+def mean_of_present(values: Sequence[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else math.nan
+
+
+def bounds_of(name: str) -> tuple[float, float] | None:
+    """The least and the greatest that a figure can be, where that is known."""
+    return (0.0, 1.0) if name in SHARES or name.startswith(("pass@", "maj@", "rewards/accuracy/")) else None
+
+
+def estimated(name: str, values: np.ndarray) -> dict[str, Any]:
+    present = values[~np.isnan(values)]
+    if not len(present):
+        return {"mean": None, "low": None, "high": None, "problems": 0}
+    return dataclasses.asdict(estimate(present, bounds=bounds_of(name)))
+
+
+def compared(before: PerProblem, after: PerProblem) -> dict[str, dict[str, Any]]:
+    """What changed in each figure that both have, over the problems that count in both."""
+    found = {}
+    for name in (name for name in after if name in before):
+        both = ~np.isnan(before[name]) & ~np.isnan(after[name])
+        if both.any():
+            tested = paired_test(before[name][both], after[name][both], bounds=bounds_of(name))
+            found[name] = dataclasses.asdict(tested)
+    return found
+
+
+def keys_of(problems: Iterable[Problem]) -> list[Key]:
+    """What problems are told apart by; in whatever template, they are the same."""
+    seen: Counter[tuple[str, str | None]] = Counter()
+    keys = []
+    for problem in problems:
+        prompt = problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt, sort_keys=True)
+        keys.append((prompt, problem.answer, seen[prompt, problem.answer]))
+        seen[prompt, problem.answer] += 1
+    return keys
+
+
+def check_same_problems(own: Sequence[Key], others: Sequence[Key], folder: Path, against: Path) -> None:
+    """Check that two evaluations can be compared problem by problem.
+
+    Raises:
+        ValueError: one has problems that the other has not; it says how many, and shows some.
+    """
+
+    def alone(keys: Sequence[Key], without: set[Key], where: Path) -> str:
+        left = [key for key in keys if key not in without]
+        shown = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in left[:3])
+        return f"{len(left)} in {where} alone" + (f", such as {shown}" if left else "")
+
+    if set(own) != set(others):
+        raise ValueError(
+            f"the problems of the two evaluations are not the same: {alone(own, set(others), folder)}; "
+            f"{alone(others, set(own), against)}. Evaluate both with the same data, or leave against out"
+        )
+
+
+def print_report(run: Run, report: Mapping[str, Any]) -> None:
+    """Print figures with their intervals, and what changed where that was asked."""
+    console = run.progress.console
+
+    def text(value: str) -> Text:
+        return Text(printable(value, console.encoding))
+
+    def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for place, name in enumerate(columns):
+            table.add_column(text(name), justify="right" if place else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(text, row))
+        console.print(table, width=max(console.width, REPORT_WIDTH), crop=False)
+
+    config, samples = report["config"], report["num_samples"]
+    run.say(
+        f"{report['provenance']['model']}: {report['num_problems']} held-out problems of "
+        f"{config['data']['eval_dataset'] or config['data']['dataset'] or 'the built-in sums'}, {samples} "
+        f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
+    )
+    show(
+        ("", "mean", "95% interval", "problems"),
+        (
+            (name, shown(each["mean"]), interval(each), str(each["problems"]))
+            for name, each in report[FIGURES].items()
+            if name != "ungraded" or each["mean"]
+        ),
+    )
+    comparison = report.get(COMPARISON)
+    if comparison:
+        run.say(f"\nagainst {comparison['against']}, problem by problem")
+        show(
+            ("", "before", "after", "difference", "95% interval", "p", "problems"),
+            (
+                (
+                    *(name, shown(each["before"]), shown(each["after"]), f"{each['difference']:+.4g}"),
+                    *(interval(each), f"{each['p']:.4f}", str(each["problems"])),
+                )
+                for name, each in comparison[FIGURES].items()
+                if name != "ungraded" or each["before"] or each["after"]
+            ),
+        )
+        if comparison["settings"]:
+            run.say("settings that differ: " + "; ".join(comparison["settings"]))
+    run.say(f"everything is in {run.folder}")
+
+
+def shown(value: float | None) -> str:
+    return "absent" if value is None else number(value)
+
+
+def interval(each: Mapping[str, Any]) -> str:
+    return "" if each["low"] is None else f"[{number(each['low'])}, {number(each['high'])}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
