@@ -126,7 +126,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether ``finish`` was reached before."""
+        """Whether ``finish`` or ``conclude`` was reached before."""
         return (self.folder / "summary.json").exists()
 
     def stop_if_requested(self) -> None:
@@ -213,12 +213,20 @@ class Run:
                 are added.
         """
         plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
-        whole = {**summary, "seconds": self.seconds, "steps": steps, "device": device_summary()}
         alarms = read_jsonl(self.alarms_log.path)
-        whole |= {"alarms": {each["alarm"]: each["step"] for each in reversed(alarms)}}
+        first_steps = {each["alarm"]: each["step"] for each in reversed(alarms)}
+        self.conclude({**summary, "steps": steps, "alarms": first_steps})
+        self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
+
+    def conclude(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, which makes the run a finished one: by itself for a run without steps.
+
+        Args:
+            summary: the experiment's own figures; seconds, device, versions and the configuration are added.
+        """
+        whole = {**summary, "seconds": self.seconds, "device": device_summary()}
         whole |= {"versions": package_versions(), "config": self.settings}
         write_atomically(self.folder / "summary.json", json.dumps(to_json(whole), indent=2).encode() + b"\n")
-        self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
 
     def _next_step(self) -> int:
         steps = self.checkpoints.steps()
