@@ -138,7 +138,7 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
         report |= {name: before[name] for name in ("seconds", "device", "versions")}
     run.metrics_log.rewind(-1)
     run.log({"step": 0, **{f"eval/{name}": each["mean"] for name, each in report[FIGURES].items()}})
-    run.write_summary(report)
+    run.conclude(report)
     return read_report(run.folder)
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-R1's whole chain: cold start, reasoning RL, rejection sampling, SFT, final RL; and R1-Zero beside it.
+r"""DeepSeek-R1's whole chain: cold start, reasoning RL, rejection sampling, SFT, final RL; and R1-Zero beside it.
 
 Without arguments it runs on the embedded base, on one CPU. That base works sums out in two languages, mostly guesses,
 and answers errands carelessly. R1-Zero, by reward alone, learns to work sums out and mixes languages as its base did;
@@ -6,8 +6,8 @@ the chain is to end with a model that thinks in one language and is better at er
 thing:
 
     python experiments/r1.py
-    python experiments/r1.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --target-language en \\
-        --cold-start.dataset long_thoughts.jsonl --general chats.jsonl --general-data.dataset prompts.jsonl \\
+    python experiments/r1.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --target-language en \
+        --cold-start.dataset long_thoughts.jsonl --general chats.jsonl --general-data.dataset prompts.jsonl \
         --preferences.dataset preferences.jsonl
 
 Stages lie in folders of the run's own, each a run with its checkpoints and its report; the same command goes on at the
@@ -84,7 +84,7 @@ class Config(RunSettings, ModelSettings):
         data=DemonstrationSettings(worked_sums=128, in_chinese=True), num_epochs=4, eval_every=0
     )
     """SFT of the base on a few long thoughts. Default: 128 sums that are worked out."""
-    r1_zero: r1_zero.Config = r1_zero.Config(rewards=RewardSettings(format_weight=0.2), eval_every=0)
+    zero: r1_zero.Config = r1_zero.Config(rewards=RewardSettings(format_weight=0.2), eval_every=0)
     """RL straight from the base, to compare with."""
     reasoning: r1_zero.Config = r1_zero.Config(
         rewards=RewardSettings(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
@@ -97,7 +97,7 @@ class Config(RunSettings, ModelSettings):
         rewards=RewardSettings(target_language=EMBEDDED_LANGUAGE),
     )
     """What the reasoning model's completions are chosen by."""
-    sft: sft.Config = sft.Config(num_epochs=2, eval_every=0)
+    second_sft: sft.Config = sft.Config(num_epochs=2, eval_every=0)
     """SFT of the base on those, and on general demonstrations."""
     preferences: reward_model.Config = reward_model.Config(eval_every=0)
     """How the reward model is learnt, from the SFT model."""
@@ -112,10 +112,10 @@ class Config(RunSettings, ModelSettings):
 
     def __post_init__(self):
         RunSettings.__post_init__(self)
-        for name in ("cold_start", "r1_zero", "reasoning", "rejection", "sft", "preferences", "final", "evaluation"):
+        for name in ("cold_start", "zero", "reasoning", "rejection", "second_sft", "preferences", "final", "evaluation"):
             stage = getattr(self, name)
             if stage.model is not None or stage.base_dir is not None:
-                raise ValueError(f"{name} names a model; the chain starts from --model, and each stage from another one")
+                raise ValueError(f"{name} names a model; the chain starts from --model, its stages from one another")
         if self.model is not None:
             missing = {
                 "dataset (what is reasoned about)": self.data.dataset,
@@ -176,19 +176,19 @@ def chain(config: Config) -> int:
     if config.general is None:
         write_careless_replies(general, config.seed)
     write_tasks(tasks, config)
-    demonstrated = replace(config.sft.data, dataset=str(config.folder("rejection_sampling") / "dataset.jsonl"))
+    demonstrated = replace(config.second_sft.data, dataset=str(config.folder("rejection_sampling") / "dataset.jsonl"))
     begin = None if config.base_dir is None else "base"
 
     stages: list[Callable[[], int]] = [
         lambda: sft.main(config.placed(config.cold_start, "cold_start", begin)),
-        lambda: r1_zero.main(config.placed(config.reasoned(config.r1_zero), "r1_zero", "base")),
+        lambda: r1_zero.main(config.placed(config.reasoned(config.zero), "r1_zero", "base")),
         lambda: r1_zero.main(config.placed(config.reasoned(config.reasoning), "reasoning", "cold_start")),
         lambda: rejection_sampling.main(
             config.placed(
                 replace(config.reasoned(config.rejection), demonstrations=(general,)), "rejection_sampling", "reasoning"
             )
         ),
-        lambda: sft.main(config.placed(replace(config.sft, data=demonstrated), "sft", "base")),
+        lambda: sft.main(config.placed(replace(config.second_sft, data=demonstrated), "sft", "base")),
         lambda: learn_reward(config),
         lambda: r1_zero.main(config.placed(replace(config.reasoned(config.final), tasks=tasks), "final", "sft")),
         *(lambda model=model, of=of: evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),

@@ -83,6 +83,20 @@ class RewardSettings:
         if self.format_pattern is not None:
             pattern_reward([], [], pattern=self.format_pattern)
 
+    @property
+    def part_names(self) -> list[str]:
+        """What completions are scored by: the names of the parts that ``open`` makes."""
+        there = {
+            "language": self.target_language is not None,
+            "overlong": self.overlong_cache is not None,
+            "repetition": bool(self.repetition_weight),
+            "steps": bool(self.steps_weight),
+            **{read_weighted(text)[0].rpartition(":")[2]: True for text in self.reward},
+            "judge": self.judge is not None,
+            "reward_model": self.reward_model is not None,
+        }
+        return ["accuracy", "format", *(name for name, is_there in there.items() if is_there)]
+
     def open(
         self,
         accuracy: RewardFn,

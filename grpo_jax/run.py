@@ -126,7 +126,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it was summed up before."""
+        """Whether ``finish`` or ``conclude`` was reached before."""
         return (self.folder / "summary.json").exists()
 
     def stop_if_requested(self) -> None:
@@ -214,11 +214,11 @@ class Run:
         """
         plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
         alarms = {each["alarm"]: each["step"] for each in reversed(read_jsonl(self.alarms_log.path))}
-        self.write_summary({**summary, "steps": steps, "alarms": alarms})
+        self.conclude({**summary, "steps": steps, "alarms": alarms})
         self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``summary.json``, by which a run is finished.
+    def conclude(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, which makes the run a finished one: by itself for a run without steps.
 
         Args:
             summary: the experiment's own figures; the configuration is added, and seconds, device and versions where

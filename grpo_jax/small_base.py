@@ -49,6 +49,7 @@ HF_CONFIG: Mapping[str, Any] = {
     "eos_token_id": VOCABULARY.index("<eos>"),
     "dtype": "float32",
 }
+"""Of the default; ``Recipe.hf_config`` is that of any."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Recipe:
         errand_share: share of the corpus that is errands, a task beside the sums: with good replies in the first part,
             ``skill_share`` of them, and with careless ones in the second.
         learning_rate: peak; it falls linearly to 0.
+        hidden_size: width of the model; its feed-forward layers are twice as wide.
+        num_layers: of the model.
     """
 
     seed: int = 0
@@ -80,6 +83,23 @@ class Recipe:
     chinese_share: float = 0.0
     errand_share: float = 0.0
     learning_rate: float = 4e-3
+    hidden_size: int = HF_CONFIG["hidden_size"]
+    num_layers: int = HF_CONFIG["num_hidden_layers"]
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """What becomes ``config.json``."""
+        return {
+            **HF_CONFIG,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 2 * self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+        }
 
     @property
     def steps(self) -> int:
@@ -97,7 +117,7 @@ def make_base(
         recipe: how.
         report: called after each update with the number of updates done and the metrics.
     """
-    config = from_hf_config(HF_CONFIG)
+    config = from_hf_config(recipe.hf_config)
     model = build_model(config)
     optimizer = make_optimizer(
         make_schedule(recipe.learning_rate, warmup_steps=recipe.steps // 20, total_steps=recipe.steps, decay="linear")
@@ -115,7 +135,7 @@ def make_base(
         state, metrics = train_step(state, batch)
         if report is not None:
             report(step, {name: float(value) for name, value in metrics.items()})
-    save_pretrained(folder, state.params, hf_config=dict(HF_CONFIG), tokenizer=make_tokenizer())
+    save_pretrained(folder, state.params, hf_config=recipe.hf_config, tokenizer=make_tokenizer())
 
 
 def corpus(recipe: Recipe) -> Iterator[Batch]:

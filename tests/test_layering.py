@@ -33,6 +33,7 @@ FLOORS = {
     "light_critic": 5,
     "rounds": 6,
     "collect": 6,
+    "selection": 7,
     "settings": 4,
     "reward_settings": 4,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ Row = Mapping[str, Any]
 """What is logged at one step: names to numbers (or text), ``step`` among them."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file at ``path`` by ``data``: whoever reads it, or a kill, sees the old or the new file, whole."""
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replace the file at ``path`` by ``data``: whoever reads it, or a kill, sees the old or the new file, whole.
+
+    Args:
+        path: the file.
+        data: what it is to hold; in parts, of which one is in memory at a time, if that is much.
+    """
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -1,0 +1,250 @@
+"""Distillation as of R1's small models: a student learns, by imitation alone, the reasoning of a larger teacher.
+
+Without arguments it does the whole of it with embedded models, on one CPU: the base after sft.py teaches a base of one
+layer and two thirds of its width. With arguments it is the real thing:
+
+    python experiments/distill.py
+    python experiments/distill.py --teacher runs/gsm8k/model --student Qwen/Qwen2.5-0.5B --dataset openai/gsm8k \
+        --require format=1 --num-samples 8
+
+Its stages are runs of their own in folders beside run_dir, RUN_teacher_eval, RUN_student_before, RUN_samples,
+RUN_student and RUN_student_after, and the same command goes on with the stage that was stopped. The student's own
+tokenizer is used: texts go over, not tokens. Teacher and student are asked the same held-out problems in the same form.
+After DeepSeek-R1 (arXiv 2501.12948), section 2.4.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import rejection_sampling
+import sft
+import tyro
+
+from grpo_jax.collect import CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.experiment import at_least, run_experiment
+from grpo_jax.run import Run
+from grpo_jax.selection import SelectionSettings
+from grpo_jax.settings import OptimizerSettings
+from grpo_jax.small_base import Recipe
+from grpo_jax.text_settings import DemonstrationSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CollectSettings):
+    """What a run is. Fields are checked before anything is computed."""
+
+    run_dir: Path = Path("runs/distill")
+    """The folder of the outcome; those of the stages stand beside it and begin with its name."""
+    model: Annotated[str | None, tyro.conf.arg(name="teacher")] = None
+    """Hugging Face id or local folder of the teacher. Default: a small base, taught here by sft.py first."""
+    student: str | None = None
+    """The same of the student. Default: a smaller base, made here."""
+    base: Recipe = Recipe()
+    """How the embedded teacher's base is made; the seed is the run's."""
+    base_dir: Path | None = None
+    """Folder of an embedded teacher that was made before."""
+    student_base: Recipe = Recipe(hidden_size=64, num_layers=1)
+    """How the embedded student is made; the seed is the run's."""
+    student_stop_tokens: tuple[str, ...] = ()
+    """As stop_tokens, of the student."""
+
+    num_samples: int = 4
+    """The teacher's completions of each problem."""
+    max_problems: int | None = None
+    """Problems that the teacher is asked, the first ones. Default: all with a teacher that is named, 512 without."""
+    selection: Annotated[SelectionSettings, tyro.conf.arg(name="")] = SelectionSettings()
+    """Which of its completions are taught."""
+    demonstrations: tuple[Path, ...] = ()
+    """JSONL files of other demonstrations that are taught as well."""
+    general_share: float | None = None
+    """Share of the rows that come from those files. Default: all of theirs are taken."""
+
+    num_epochs: int = 4
+    """How often the student visits each demonstration."""
+    num_sequences: int = 16
+    """Rows of an update."""
+    max_length: int | None = None
+    """Tokens of a row, and of the longest demonstration. Default: 2048 with --student, 128 without."""
+    num_micro_batches: int = 1
+    """Parts each update is computed in, to save memory; the result is the same."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How gradients become updates. Default learning rate: 1e-5 with --student, 1e-3 without."""
+    eval_samples: int = 4
+    """Completions of each held-out problem that teacher and student are measured by."""
+
+    def __post_init__(self):
+        CollectSettings.__post_init__(self)
+        if (self.model is None) != (self.student is None):
+            raise ValueError("name a teacher and a student, or neither: an embedded one knows its own sums only")
+        at_least(self, eval_samples=1)
+        _ = self.sampled, self.taught  # settings of a later stage are checked now
+
+    def folder(self, stage: str) -> Path:
+        """The folder of a stage."""
+        return self.run_dir.with_name(f"{self.run_dir.name}_{stage}")
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every stage has of this."""
+        names = ("seed", "save_every", "keep_checkpoints", "trackers", "plain", "dtype", "remat", "attention", "mesh")
+        drawn = ("max_prompt_length", "max_completion_length", "sampling", "cache_dtype", "cache_bytes")
+        return {name: getattr(self, name) for name in (*names, *drawn)}
+
+    @property
+    def teacher_dir(self) -> Path | None:
+        """Where an embedded teacher lies."""
+        return None if self.model else self.base_dir or self.folder("teacher") / "model"
+
+    @property
+    def teacher_taught(self) -> sft.Config:
+        """How an embedded teacher is made."""
+        return sft.Config(**self.shared, run_dir=self.folder("teacher"), base=self.base, eval_every=0)
+
+    @property
+    def sampled(self) -> rejection_sampling.Config:
+        """How the teacher's completions are drawn and selected."""
+        return rejection_sampling.Config(
+            **self.shared,
+            run_dir=self.folder("samples"),
+            model=self.model,
+            base_dir=self.teacher_dir,
+            stop_tokens=self.stop_tokens,
+            data=self.data,
+            rewards=self.rewards,
+            num_samples=self.num_samples,
+            num_prompts=self.num_prompts,
+            max_problems=self.max_problems or (None if self.model else 512),
+            selection=self.selection,
+            demonstrations=self.demonstrations,
+            general_share=self.general_share,
+        )
+
+    @property
+    def taught(self) -> sft.Config:
+        """How the student learns. Its pass@1 is measured apart: what it is taught is of problems the teacher solves."""
+        return sft.Config(
+            **self.shared,
+            run_dir=self.folder("student"),
+            model=self.student,
+            base_dir=None if self.student else self.folder("student_before") / "base",
+            stop_tokens=self.student_stop_tokens,
+            data=DemonstrationSettings(
+                dataset=str(self.folder("samples") / rejection_sampling.DATASET),
+                chat_template=self.data.chat_template,
+                template=self.data.template,
+                system_prompt=self.data.system_prompt,
+            ),
+            num_epochs=self.num_epochs,
+            num_sequences=self.num_sequences,
+            max_length=self.max_length,
+            num_micro_batches=self.num_micro_batches,
+            optimizer=self.optimizer,
+            eval_every=0,
+            eval_prompts=0,
+        )
+
+    def measured(self, stage: str, model: str | None, **start: Any) -> Evaluation:
+        """How a model is measured."""
+        stop_tokens = self.stop_tokens if stage == TEACHER else self.student_stop_tokens
+        return Evaluation(
+            **self.shared,
+            run_dir=self.folder(stage),
+            model=model,
+            stop_tokens=stop_tokens,
+            data=self.data,
+            rewards=self.rewards,
+            num_samples=self.eval_samples,
+            num_prompts=self.num_prompts,
+            **start,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(CollectSettings):
+    """How a model is measured on held-out problems."""
+
+
+TEACHER, BEFORE, AFTER = STAGES = ("teacher_eval", "student_before", "student_after")
+"""The measurements."""
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    return teach(config) or run_experiment(config, conclude, title="distillation")
+
+
+def teach(config: Config) -> int:
+    """All stages; the exit status of the first that was asked to stop, or 0."""
+    if config.model is None and config.base_dir is None and (status := sft.main(config.teacher_taught)):
+        return status
+    # What is measured before anything is drawn finds out, too, whether teacher, student and problems can be had.
+    student_start = {} if config.student else {"base": config.student_base}
+    taught = config.folder("student") / "model"
+    return (
+        evaluated(config.measured(TEACHER, config.model, base_dir=config.teacher_dir))
+        or evaluated(config.measured(BEFORE, config.student, **student_start))
+        or rejection_sampling.main(config.sampled)
+        or sft.main(config.taught)
+        or evaluated(
+            config.measured(AFTER, str(taught)) if config.student else config.measured(AFTER, None, base_dir=taught)
+        )
+    )
+
+
+def evaluated(config: Evaluation) -> int:
+    return run_experiment(config, measure, title=config.run_dir.name, may_change=("cache_bytes",))
+
+
+def measure(config: Evaluation, run: Run) -> None:
+    """Draw for the held-out problems and tell the share that is right; a problem without a score does not count."""
+    num_problems = collect(config, run, config.mesh.build(), held_out=True)
+    graded, lengths, truncated = [], [], []
+    for each in read_collected(run.folder):
+        scores = each.rewards["accuracy"]
+        graded += [] if None in scores else [np.mean([score == 1 for score in scores])]
+        lengths += each.lengths
+        truncated += each.truncated
+    if not graded:
+        raise ValueError(f"none of {num_problems} held-out problems has a score for all its samples (faults.jsonl)")
+    figures = {
+        "pass_at_1": float(np.mean(graded)),
+        "mean_length": float(np.mean(lengths)),
+        "frac_truncated": float(np.mean(truncated)),
+    }
+    run.say(", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+    provenance = read_provenance(run.folder)
+    run.conclude({**figures, "problems": num_problems, "graded": len(graded), "provenance": provenance})
+
+
+def conclude(config: Config, run: Run) -> None:
+    """Put the figures of the stages side by side."""
+    read = {stage: json.loads((config.folder(stage) / "summary.json").read_text()) for stage in STAGES}
+    samples = json.loads((config.folder("samples") / "summary.json").read_text())
+    learnt = json.loads((config.folder("student") / "summary.json").read_text())
+    names = {TEACHER: "teacher", BEFORE: "student before", AFTER: "student distilled"}
+    for stage, name in names.items():
+        figures = read[stage]
+        run.say(f"{name:>17}: pass@1 {figures['pass_at_1']:.3f}, {figures['mean_length']:.1f} tokens a completion")
+    run.say(
+        f"taught: {samples['rows']} demonstrations, {learnt['steps']} updates; {config.folder('student') / 'model'}"
+    )
+    kept = ("pass_at_1", "mean_length", "frac_truncated", "graded", "provenance")
+    run.conclude(
+        {
+            **{stage: {name: read[stage][name] for name in kept} for stage in STAGES},
+            "demonstrations": samples["rows"],
+            "counts": samples["counts"],
+            "updates": learnt["steps"],
+            "seed": config.seed,
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

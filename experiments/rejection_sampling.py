@@ -1,0 +1,255 @@
+"""Rejection sampling: many completions of each problem are drawn, and the good ones become demonstrations.
+
+Without arguments the embedded base answers 256 of its sums, in half a minute on one CPU. With arguments it is the real
+thing:
+
+    python experiments/rejection_sampling.py --require format=1
+    python experiments/rejection_sampling.py --model runs/gsm8k/model --dataset openai/gsm8k --require format=1
+    python experiments/rejection_sampling.py --model path/to/folder --dataset problems.jsonl --target-language en \
+        --require format=1 language=0.9 --balance 4 --demonstrations general.jsonl --general-share 0.25
+
+What is kept goes to dataset.jsonl in the run's folder, a row a completion, for sft.py --dataset. A row has the
+problem's own prompt and no template: give sft.py the --template, or the --chat-template and --system-prompt, that was
+drawn with (the defaults of both are the same), so that the student is asked as the teacher was. The last line says how.
+
+A run that was stopped or killed goes on where it was. Selecting is cheap, drawing is not: to select otherwise from the
+same completions, remove summary.json and give the same command with other filters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from grpo_jax.collect import CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.data.conversations import load_demonstrations
+from grpo_jax.data.sources import read_rows
+from grpo_jax.data.tasks import PLAIN
+from grpo_jax.experiment import at_least, run_experiment
+from grpo_jax.monitor.metrics import to_json, write_atomically
+from grpo_jax.run import Run
+from grpo_jax.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose
+
+DATASET = "dataset.jsonl"
+PARTS_TOLD = 4
+"""Parts of equal width that pass rates are told in where none are balanced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CollectSettings):
+    """What a run is. Fields are checked before anything is computed."""
+
+    run_dir: Path = Path("runs/rejection_sampling")
+    """The run's own folder: all completions, those that were selected, and the account."""
+    max_problems: int | None = None
+    """Problems that are asked, the first ones. Default: all with --model, 256 without."""
+    selection: Annotated[SelectionSettings, tyro.conf.arg(name="")] = SelectionSettings()
+    """What is kept."""
+    demonstrations: tuple[Path, ...] = ()
+    """JSONL files of other demonstrations that are added as they are, such as general conversations."""
+    general_share: float | None = None
+    """Share of the rows that come from those files, drawn from the seed. Default: all of theirs are taken."""
+
+    def __post_init__(self):
+        CollectSettings.__post_init__(self)
+        at_least(self, max_problems=1)
+        self.selection.check_parts(self.rewards.part_names)
+        for path in self.demonstrations:
+            if path.suffix != ".jsonl":
+                raise ValueError(f"demonstrations: {path} must be a .jsonl file; its rows are taken over as they are")
+        if self.general_share is not None and not (self.demonstrations and 0 < self.general_share < 1):
+            raise ValueError(
+                f"general_share is {self.general_share}; it is a share above 0 and below 1 of rows from demonstrations"
+            )
+
+    @property
+    def problems_asked(self) -> int | None:
+        """The number of problems in effect; None for all."""
+        return self.max_problems or (None if self.model else 256)
+
+
+OF_SELECTION = ("selection", "demonstrations", "general_share")
+"""What may change before a run is finished: nothing of it was used until then."""
+MAY_CHANGE = ("cache_bytes",)
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    finished = (config.run_dir / "summary.json").exists()
+    may_change = MAY_CHANGE if finished else (*MAY_CHANGE, *OF_SELECTION)
+    return run_experiment(config, draw_and_select, title="rejection sampling", may_change=may_change)
+
+
+def draw_and_select(config: Config, run: Run) -> None:
+    for path in config.demonstrations:  # what cannot be read is found before anything is drawn
+        load_demonstrations(str(path))
+    num_problems = collect(config, run, config.mesh.build(), held_out=False, most=config.problems_asked)
+    choices, counts = [], Counter(dict.fromkeys(FILTERS, 0))
+    for collected in read_collected(run.folder):
+        choice, left = choose(collected, config.selection)
+        choices.append(choice)
+        counts.update(left)
+    selected = balanced(choices, buckets=config.selection.balance, seed=config.seed)
+    counts["balanced"] = num_selected(selected)
+    check_some_left(counts, config.selection)
+    provenance = read_provenance(run.folder)
+    general = [GeneralFile(path) for path in config.demonstrations]
+    added = take(general, config.general_share, counts["balanced"], config.seed)
+    lengths: list[int] = []
+
+    def lines() -> Iterator[bytes]:
+        for row, length in selected_rows(run.folder, selected, provenance):
+            lengths.append(length)
+            yield as_line(row)
+        for file, numbers in zip(general, added, strict=True):
+            yield from map(as_line, file.rows(numbers))
+
+    write_atomically(run.folder / DATASET, lines())
+    by_pass_rate = told_by_pass_rate(choices, selected, config.selection.balance or PARTS_TOLD)
+    mean_length = float(np.mean(lengths))
+    how = teaching(config, run.folder / DATASET)
+    account(run, counts, by_pass_rate, mean_length, sum(map(len, added)), how)
+    run.conclude(
+        {
+            "problems": num_problems,
+            "problems_selected": len(selected),
+            "counts": dict(counts),
+            "by_pass_rate": by_pass_rate,
+            "mean_length": mean_length,
+            "general": [file.told(len(numbers)) for file, numbers in zip(general, added, strict=True)],
+            "rows": len(lengths) + sum(map(len, added)),
+            "teach_with": how,
+            "provenance": provenance,
+        }
+    )
+
+
+def selected_rows(
+    folder: Path, selected: Sequence[Choice], provenance: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """What is written of each completion that was selected, by place, the best first; and its length in tokens."""
+    of_place = {choice.place: choice for choice in selected}
+    for collected in read_collected(folder):
+        if (choice := of_place.get(collected.place)) is None:
+            continue
+        for sample in choice.samples:
+            row = {
+                "prompt": collected.problem.prompt,
+                "completion": collected.completions[sample],
+                "answer": collected.problem.answer,
+                "source": "rejection_sampling",
+                "place": collected.place,
+                "sample": sample,
+                "total": collected.total[sample],
+                "scores": {name: part[sample] for name, part in collected.rewards.items()},
+                "pass_rate": choice.pass_rate,
+                "provenance": dict(provenance),
+            }
+            yield row, collected.lengths[sample]
+
+
+class GeneralFile:
+    """A file of other demonstrations: how many rows it has, and its digest."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.num_rows = sum(1 for _ in read_rows(str(path), None, None))
+        with path.open("rb") as file:
+            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    def rows(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Rows by their numbers, which rise, each with its file as ``source`` unless it names one itself."""
+        wanted = set(numbers)
+        for number, (_, row) in enumerate(read_rows(str(self.path), None, None)):
+            if number in wanted:
+                yield {"source": str(self.path), **row}
+
+    def told(self, num_taken: int) -> dict[str, Any]:
+        """For the summary."""
+        return {"path": str(self.path), "sha256": self.sha256, "rows": self.num_rows, "taken": num_taken}
+
+
+def take(files: Sequence[GeneralFile], share: float | None, num_selected: int, seed: int) -> list[list[int]]:
+    """Which rows of each file are added, so that they are that share of all rows; all of them where they are too few.
+
+    Args:
+        files: that rows are drawn from, from all together and each alike.
+        share: above 0 and below 1; None takes all rows.
+        num_selected: rows that they are added to.
+        seed: of the draw.
+    """
+    places = [(number, row) for number, file in enumerate(files) for row in range(file.num_rows)]
+    if share is not None:
+        wanted = round(num_selected * share / (1 - share))
+        drawn = np.random.default_rng(seed).permutation(len(places))[:wanted].tolist()
+        places = [places[n] for n in sorted(drawn)]
+    taken: dict[int, list[int]] = defaultdict(list)
+    for number, row in places:
+        taken[number].append(row)
+    return [taken[number] for number in range(len(files))]
+
+
+def told_by_pass_rate(choices: Sequence[Choice], selected: Sequence[Choice], parts: int) -> list[dict[str, Any]]:
+    """Of each part of pass rates its problems, the completions that they have after the cap, and those selected."""
+    return [
+        {
+            "pass_rate": "0" if part < 0 else f"{part / parts:.2f} to {(part + 1) / parts:.2f}",
+            "problems": sum(each.bucket(parts) == part for each in choices),
+            "capped": num_selected([each for each in choices if each.bucket(parts) == part]),
+            "selected": num_selected([each for each in selected if each.bucket(parts) == part]),
+        }
+        for part in range(-1, parts)
+    ]
+
+
+def num_selected(choices: Sequence[Choice]) -> int:
+    return sum(len(choice.samples) for choice in choices)
+
+
+def teaching(config: Config, dataset: Path) -> str:
+    """The command that teaches a student, with the prompts as they were drawn for."""
+    command = ["python", "experiments/sft.py", "--dataset", str(dataset)]
+    template = config.data.template or (PLAIN if config.model is None and not config.data.chat_template else None)
+    command += [] if template is None else ["--template", template]
+    command += ["--chat-template"] if config.data.chat_template else []
+    command += [] if config.data.system_prompt is None else ["--system-prompt", config.data.system_prompt]
+    return shlex.join(command)
+
+
+def account(
+    run: Run,
+    counts: Mapping[str, int],
+    by_pass_rate: Sequence[Mapping[str, Any]],
+    mean_length: float,
+    num_general: int,
+    how: str,
+) -> None:
+    """Say what became of the completions."""
+    run.say("completions that each filter left: " + ", ".join(f"{name} {counts[name]}" for name in FILTERS))
+    for part in by_pass_rate:
+        run.say(
+            f"  pass rate {part['pass_rate']}: {part['problems']} problems, {part['capped']} completions after the "
+            f"cap, {part['selected']} selected"
+        )
+    general = f" and {num_general} other rows" if num_general else ""
+    run.say(f"{counts['balanced']} completions of {mean_length:.1f} tokens on average{general} are in {DATASET}")
+    run.say(f"to teach them: {how} --model STUDENT")
+
+
+def as_line(row: Mapping[str, Any]) -> bytes:
+    # A lone surrogate has no UTF-8; its backslash form is JSON's own way to write it.
+    return json.dumps(to_json(row), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
