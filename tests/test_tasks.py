@@ -146,25 +146,16 @@ def test_shares(weights, num_prompts, expected):
 @given(st.lists(st.floats(1e-3, 1e3) | st.sampled_from([0.1, 1.0, 2.0]), min_size=1, max_size=6), st.integers(1, 200))
 def test_shares_are_those_of_the_largest_remainder(weights, num_prompts):
     exact = [num_prompts * Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
-    whole = [each.numerator // each.denominator for each in exact]
-    rests = sorted((rest - each for each, rest in zip(exact, whole, strict=True)))
-    bound = -rests[num_prompts - sum(whole) - 1] if num_prompts > sum(whole) else Fraction(2)
-    try:
-        found = shares(tasks_of(weights), num_prompts)
-    except ValueError as error:
-        empty = [f"t{n}" for n, (each, count) in enumerate(zip(exact, whole, strict=True)) if not count]
-        assert empty
-        assert re.search(rf"of num_prompts = {num_prompts} there would be none of \[.*'{empty[-1][0]}", str(error))
-        assert any(each - count <= bound for each, count in zip(exact, whole, strict=True) if not count)
+    expected = [each.numerator // each.denominator for each in exact]
+    while sum(expected) < num_prompts:  # one to whoever is the furthest below what is due
+        behind = [each - count for each, count in zip(exact, expected, strict=True)]
+        expected[behind.index(max(behind))] += 1
+    if min(expected):
+        assert shares(tasks_of(weights), num_prompts) == expected
         return
-    assert sum(found) == num_prompts
-    assert min(found) >= 1
-    for count, each, least in zip(found, exact, whole, strict=True):
-        assert count in (least, least + 1)
-        if count > least:
-            assert each - least >= bound
-        else:
-            assert each - least <= bound
+    empty = [f"t{n}" for n, count in enumerate(expected) if not count]
+    with pytest.raises(ValueError, match=re.escape(f"of num_prompts = {num_prompts} there would be none of {empty}")):
+        shares(tasks_of(weights), num_prompts)
 
 
 def test_a_task_without_a_prompt_is_named():
@@ -256,7 +247,7 @@ def test_each_row_is_scored_as_its_task_does_by_itself(opened):
                 np.testing.assert_array_equal(part[rows], 0)
     assert seen == {**dict.fromkeys(seen, 1), "accuracy": 2, "format": 2}
     np.testing.assert_array_equal(np.isnan(found.parts["pays_level"]), [True, False, True, False, True, True])
-    np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 1.25])
+    np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
     assert found.notes[1] == "pays_level: of kind 0"
     assert found.steps[:2] == [((13, 0.25), (17, 0.0)), ((1, 1.0),)]
     # What is watched in one task is no part of what is watched in the other, which watches nothing.
@@ -280,7 +271,7 @@ def test_what_was_begun_while_others_were_drawn_is_found_again(opened):
     assert waiting == 6  # of the second task two rows that ended, three rewards each
     found = mixed.score([""] * 6, TEXTS, **COLUMNS)
     assert sum(map(len, pool._ahead.values())) == 0
-    np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 1.25])
+    np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
     assert mixed.take_faults() == []
     assert (
         MixedScoring(opened[:1]).as_drawn(
