@@ -37,9 +37,9 @@ HERE = "tests.test_r1_zero_relatives"
 GROUP, PROMPTS = 4, 4
 
 
-def pays_evenness(prompts, completions, **columns):
+def pays_fifths(prompts, completions, **columns):
     """1 or 0 by how long a text is, so that some groups are all alike and others are not."""
-    return [float(len(text) % 2) for text in completions]
+    return [float(len(text) % 5 == 0) for text in completions]
 
 
 def pays_marks(prompts, completions, **columns):
@@ -67,7 +67,7 @@ def config(small, tmp_path_factory):
         eval_every=2,
         save_every=1,
         samples_every=1,
-        rewards=RewardSettings(accuracy_weight=0.0, reward=(f"{HERE}:pays_evenness",), reward_workers=0),
+        rewards=RewardSettings(accuracy_weight=0.0, reward=(f"{HERE}:pays_fifths",), reward_workers=0),
         optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
         mesh=MeshSettings(data=1),
         plain=True,
@@ -415,7 +415,7 @@ def steps_by_hand(drawn, with_outcome):
             rewards[row, np.flatnonzero(ends >= place)[0]] = 0.5 * reward
         if with_outcome:
             last = drawn.lengths[row] - 1
-            rewards[row, last] = np.nan_to_num(rewards[row, last]) + len(text) % 2
+            rewards[row, last] = np.nan_to_num(rewards[row, last]) + (len(text) % 5 == 0)
     return rewards
 
 
@@ -449,16 +449,16 @@ def test_hybrid_in_the_loop_is_the_function_by_hand(stepwise):
     values = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     batch = r1_zero.learn_from(config, drawn.rollout, scores, stepwise.rounds, None, None, values)
     mask = np.asarray(drawn.rollout.completion_mask)
-    even = np.array(pays_evenness([], drawn.completions))
+    fifths = np.array(pays_fifths([], drawn.completions))
     steps = np.nan_to_num(steps_by_hand(drawn, False))
-    advantages, returns = oracle.hybrid(even, values, mask, group_size=GROUP, step_rewards=steps)
+    advantages, returns = oracle.hybrid(fifths, values, mask, group_size=GROUP, step_rewards=steps)
     np.testing.assert_allclose(batch.advantages, advantages, atol=1e-5)
     np.testing.assert_allclose(batch.returns, returns, atol=1e-5)
     # A penalty for each token of the KL to the reference is part of what the whole is worth.
     old, ref = jnp.full(shape, -0.5), jnp.full(shape, -0.7)
     config = replace(config, kl_reward_coef=0.5)
     batch = r1_zero.learn_from(config, drawn.rollout, scores, stepwise.rounds, old, ref, values)
-    penalized = even - 0.5 * 0.2 * drawn.lengths
+    penalized = fifths - 0.5 * 0.2 * drawn.lengths
     advantages, returns = oracle.hybrid(penalized, values, mask, group_size=GROUP, step_rewards=steps)
     np.testing.assert_allclose(batch.advantages, advantages, atol=1e-5)
     np.testing.assert_allclose(batch.returns, returns, atol=1e-5)

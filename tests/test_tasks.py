@@ -245,7 +245,7 @@ def test_each_row_is_scored_as_its_task_does_by_itself(opened):
         for name, part in found.counted.items():
             if not name.startswith(f"{task.name}/"):
                 np.testing.assert_array_equal(part[rows], 0)
-    assert seen == {**dict.fromkeys(seen, 1), "accuracy": 2, "format": 2}
+    assert seen == {**dict.fromkeys(seen, 1), "accuracy": 2, "format": 2, "judge": 0}
     np.testing.assert_array_equal(np.isnan(found.parts["pays_level"]), [True, False, True, False, True, True])
     np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
     assert found.notes[1] == "pays_level: of kind 0"
