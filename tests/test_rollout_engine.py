@@ -247,6 +247,16 @@ def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
     assert stats[0].cohorts == 5
 
 
+def test_a_stream_puts_the_parts_of_a_group_together(tiny, expected):
+    model, params = tiny
+    sampler = Sampler(model, Sampling(), **OPTIONS, max_rows=4)
+    parts = [some(random_prompts(), slice(0, 2)), some(random_prompts(), slice(2, 3))]
+    drawn = dict(sampler.stream(params, parts, jax.random.key(KEY), num_prompts=8))
+    assert sorted(drawn) == [0, 1, 2]
+    for place, rollout in drawn.items():
+        same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
+
+
 @pytest.mark.slow
 def test_streams_of_one_sampler_do_not_disturb_one_another(tiny, expected):
     model, params = tiny
