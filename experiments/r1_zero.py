@@ -270,6 +270,9 @@ def learn_from(
 ) -> Batch:
     """The step's batch: rewards become advantages."""
     rewards = jnp.asarray(scores.total)
+    inside = any(scores.steps) if config.advantage_name == HYBRID else False
+    if inside:  # what steps are worth stands at their ends
+        rewards = jnp.where(jnp.isnan(rewards), jnp.nan, jnp.nan_to_num(scores.outcome))
     if old is not None and ref is not None and config.kl_reward_coef:
         kl = loss.kl_k1(old, ref)
         rewards = advantage.kl_penalized(rewards, kl, rollout.completion_mask, kl_coef=config.kl_reward_coef)
@@ -286,12 +289,11 @@ def learn_from(
         advantages = advantage.gdpo(parts, weights, group_size=group_size)
     elif config.advantage_name == PROCESS:
         step_rewards = rewards_of_steps(rollout, scores, rounds, with_outcome=True)
-        advantages = advantage.process_supervised(step_rewards, ~jnp.isnan(step_rewards), group_size=group_size)
+        is_step_end = ~jnp.isnan(step_rewards) & ~jnp.isnan(rewards)[:, None]
+        advantages = advantage.process_supervised(step_rewards, is_step_end, group_size=group_size)
     elif config.advantage_name == HYBRID:
         assert values is not None
-        inside = any(scores.steps)
         step_rewards = jnp.nan_to_num(rewards_of_steps(rollout, scores, rounds)) if inside else None
-        rewards = jnp.where(jnp.isnan(rewards), jnp.nan, jnp.nan_to_num(scores.outcome)) if inside else rewards
         advantages, returns = advantage.hybrid(rewards, values, mask, group_size=group_size, step_rewards=step_rewards)
     else:
         advantages = ADVANTAGES[config.advantage_name](rewards, group_size=group_size)

@@ -37,7 +37,7 @@ class LightCritic:
     Args:
         model: the policy's pure functions.
         hidden_size: D, the width of its hidden states.
-        total_updates: of the head, over the whole run.
+        num_steps: of the run; the head's learning rate follows from all of its updates.
         optimizer: how its gradients become updates.
         num_micro_batches: parts that a step's completions are read in.
         num_epochs: passes over each step's completions.

@@ -29,10 +29,10 @@ from grpo_jax.monitor.signals import text_metrics
 from grpo_jax.monitor.spot_checks import spot_checks
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.run import Run, count_compilations
+from grpo_jax.run import Run, count_compilations, differences
 from grpo_jax.settings import DataSettings
 from grpo_jax.sharding import ROLLOUT_RULES, bytes_on_devices, make_reshard, param_shardings, shard_rows
-from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, read_tasks, shares
+from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, as_settings, read_tasks, shares
 from grpo_jax.types import Params, Prompts, Rollout
 
 MICRO_BATCH_TOKENS = 16_384
@@ -69,12 +69,14 @@ class RoundSettings(RunSettings, PolicySettings):
         RunSettings.__post_init__(self)
         PolicySettings.__post_init__(self)
         at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
-        embedded = self.data.dataset in (None, ERRANDS) and not (self.data.template or self.data.chat_template)
-        if self.model is None and self.tasks is None and not embedded:
+        mixture = self.mixture
+        asked = [task.data for task in mixture]
+        embedded = all(data.dataset in (None, ERRANDS) and not (data.template or data.chat_template) for data in asked)
+        if self.model is None and not embedded:
             raise ValueError(
                 "the embedded base knows its own sums and errands only; with a dataset or template, name a model too"
             )
-        shares(self.mixture, self.num_prompts)
+        shares(mixture, self.num_prompts)
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
 
@@ -152,6 +154,8 @@ class Rounds:
         self._config, self._run, self.mesh = config, run, mesh
         self._compilations = count_compilations()
         mixture = config.mixture
+        # Of one task the run's own configuration says everything; of several, only the file's name.
+        self._mixture = {} if config.tasks is None else as_settings(mixture)
         open_task = partial(
             OpenTask,
             run=run,
@@ -184,8 +188,18 @@ class Rounds:
         return params
 
     def begin(self, position: Mapping[str, Any]) -> None:
-        """Go on from a position; call it once logs are rewound to it."""
+        """Go on from a position; call it once logs are rewound to it.
+
+        Raises:
+            ValueError: the run was begun with other tasks, or other problems.
+        """
         if position:
+            different = differences(position["mixture"], self._mixture)
+            if different:
+                raise ValueError(
+                    f"{self._config.tasks} does not hold the tasks that {self._run.folder} was begun with; restore "
+                    "them, or use another run_dir:\n  " + "\n  ".join(different)
+                )
             for batches, state in zip(self._batches, position["batches"], strict=True):
                 batches.set_state(state)
             self._num_tokens = position["num_tokens"]
@@ -195,7 +209,11 @@ class Rounds:
     @property
     def position(self) -> dict[str, Any]:
         """Where the problems and counts stand, as JSON."""
-        return {"batches": [batches.get_state() for batches in self._batches], "num_tokens": self._num_tokens}
+        return {
+            "batches": [batches.get_state() for batches in self._batches],
+            "num_tokens": self._num_tokens,
+            "mixture": self._mixture,
+        }
 
     def draw(self, step: int, params: Params, *, attempt: int = 0) -> Round:
         """Completions of the step's prompts; of other prompts in a further attempt at the same step."""
@@ -216,7 +234,8 @@ class Rounds:
             max_completion_length=config.completion_length,
         )
         noise = jax.random.fold_in(self._noise, step)
-        noise = jax.random.fold_in(noise, attempt) if attempt else noise
+        if attempt:  # counted from the far end: from the near one, the key would be that of a prompt
+            noise = jax.random.fold_in(noise, np.uint32(2**32 - attempt))
         rollout = self._samplers[group_size](in_place, prompts, noise, watch=watch)
         drawn = time.monotonic()
         lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)

@@ -7,8 +7,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,14 +21,15 @@ from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.data.tasks import PLAIN
 from grpo_jax.models import Pretrained
+from grpo_jax.monitor.metrics import to_json
 from grpo_jax.reward_settings import RewardSettings, Scoring
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rewards.pool import Fault
 from grpo_jax.run import Run
 from grpo_jax.settings import DataSettings
 
-TASK = "task"
-"""The column that tells which task of a mixture a row is of."""
+TASK = "mixture/task"
+"""The column that tells which task of a mixture a row is of; no data set has one of this name."""
 OF_COMPLETIONS = ("completion_length", "truncated")
 """Columns that are of no problem but of what was drawn for it."""
 
@@ -59,11 +62,18 @@ def read_tasks(path: Path, data: DataSettings, rewards: RewardSettings) -> list[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such object; a setting is not known, or its value cannot be.
+        ValueError: it is no such object, or names something twice; a setting is not known, or its value cannot be.
     """
+
+    def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = sorted({name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1})
+        if twice:
+            raise ValueError(f"{path}: {twice} stand twice in one object")
+        return dict(pairs)
+
     try:
-        read = json.loads(path.read_text())
-    except ValueError as error:
+        read = json.loads(path.read_text(), object_pairs_hook=no_name_twice)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(read, dict) or not read or not all(isinstance(each, dict) for each in read.values()):
         raise ValueError(f'{path} must hold tasks by name, such as {{"sums": {{"weight": 2}}}}')
@@ -73,7 +83,7 @@ def read_tasks(path: Path, data: DataSettings, rewards: RewardSettings) -> list[
 def _task(where: str, name: str, given: Mapping[str, Any], data: DataSettings, rewards: RewardSettings) -> Task:
     if not name or "/" in name:
         raise ValueError(f"{where}: a name is not blank and without a stroke; it begins the names of figures")
-    known = {each: {field.name for field in dataclasses.fields(each)} for each in (DataSettings, RewardSettings)}
+    known = {each: get_type_hints(each) for each in (DataSettings, RewardSettings)}
     unknown = [key for key in given if key != "weight" and not any(key in names for names in known.values())]
     if unknown:
         names = ["weight", *sorted(known[DataSettings]), *sorted(known[RewardSettings])]
@@ -83,13 +93,60 @@ def _task(where: str, name: str, given: Mapping[str, Any], data: DataSettings, r
         raise ValueError(f"{where}: weight is {weight!r}; it must be a number above 0")
 
     def of(settings: type) -> dict[str, Any]:
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key in known[settings]}
+        return {
+            key: _as_field(key, value, known[settings][key]) for key, value in given.items() if key in known[settings]
+        }
 
     try:
         own = replace(data, **of(DataSettings)), replace(rewards, **of(RewardSettings))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return Task(name, *own, weight=float(weight))
+
+
+def _as_field(key: str, value: Any, annotation: Any) -> Any:
+    try:
+        return _typed(value, annotation)
+    except TypeError:
+        wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        wanted = wanted.replace("typing.", "").replace("tuple[", "list[")
+        raise ValueError(f"{key} is {value!r}; it must be {wanted}") from None
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    """A value from JSON as a field of this type holds it: lists as tuples, whole numbers as floats where those are.
+
+    Raises:
+        TypeError: it is none.
+    """
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        for each in args:
+            try:
+                return _typed(value, each)
+            except TypeError:
+                continue
+    elif origin is Literal and value in args:
+        return value
+    elif origin is tuple and isinstance(value, list):
+        items = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(items) == len(value):
+            return tuple(map(_typed, value, items))
+    elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is annotation and annotation in (str, int, bool, NoneType):
+        return value
+    raise TypeError(value)
+
+
+def as_settings(mixture: Sequence[Task]) -> dict[str, Any]:
+    """A mixture as JSON, for seeing later whether it is still the same; noise follows from the order too."""
+    return to_json(
+        {
+            "order": [task.name for task in mixture],
+            "tasks": {str(task.name): dataclasses.asdict(task) for task in mixture},
+        }
+    )
 
 
 def shares(tasks: Sequence[Task], num_prompts: int) -> list[int]:
@@ -98,8 +155,8 @@ def shares(tasks: Sequence[Task], num_prompts: int) -> list[int]:
     Raises:
         ValueError: a task would have none.
     """
-    whole = sum(task.weight for task in tasks)
-    exact = [num_prompts * task.weight / whole for task in tasks]
+    weights = [Fraction(task.weight) for task in tasks]
+    exact = [num_prompts * weight / sum(weights) for weight in weights]
     counts = [math.floor(each) for each in exact]
     largest_rest = sorted(range(len(tasks)), key=lambda n: counts[n] - exact[n])
     for n in largest_rest[: num_prompts - sum(counts)]:

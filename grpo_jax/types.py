@@ -122,11 +122,14 @@ class Prompts:
         ids: token ids; what stands in padding is never looked at.
         mask: True at real tokens, a run that ends in the last column.
         index: a number for each prompt that its samples' noise is drawn from; distinct within a step.
+        part: which part of its group each is to be drawn for, where a prompt stands here once for each; None where all
+            are drawn for as a whole.
     """
 
     ids: Int[Array, "N P"]
     mask: Bool[Array, "N P"]
     index: Int[Array, " N"]
+    part: Int[Array, " N"] | None = None
 
 
 @pytree

@@ -178,15 +178,20 @@ def process_supervised(rewards, is_step_end, *, group_size, ddof=1, epsilon=1e-6
     return result
 
 
-def hybrid(rewards, values, mask, *, group_size, lam=1.0, epsilon=1e-6):
+def hybrid(rewards, values, mask, *, group_size, step_rewards=None, lam=1.0, epsilon=1e-6):
     rewards = np.asarray(rewards, np.float64)
     learnt_from = mask.copy()
     learnt_from[np.isnan(rewards)] = False
-    advantages, returns = gae(token_rewards(rewards, None, learnt_from), values, learnt_from, lam=lam)
+    of_tokens = token_rewards(rewards, None, learnt_from)
+    if step_rewards is not None:
+        for b, t in np.argwhere(learnt_from):
+            of_tokens[b, t] += float(step_rewards[b, t])
+    advantages, returns = gae(of_tokens, values, learnt_from, lam=lam)
     of_group = group_relative(rewards, group_size=group_size, epsilon=epsilon)
     for start in range(0, rewards.size, group_size):
         members = range(start, start + group_size)
-        if len({rewards[i] for i in members if not np.isnan(rewards[i])}) > 1:
+        has_steps = step_rewards is not None and any(each != 0 for i in members for each in step_rewards[i])
+        if len({rewards[i] for i in members if not np.isnan(rewards[i])}) > 1 and not has_steps:
             for i in members:
                 advantages[i] = [of_group[i] if counts else 0.0 for counts in learnt_from[i]]
     return advantages, returns

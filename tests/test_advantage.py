@@ -461,6 +461,33 @@ def test_hybrid_agrees_with_the_oracle(seed, knobs, junk):
         np.testing.assert_array_equal(np.asarray(actual)[~mask | np.isnan(rewards)[:, None]], 0)
 
 
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(2, 1.0, 1e-6), (4, 0.8, 0.5)]),
+    st.sampled_from([NAN, np.inf, 100.0]),
+)
+def test_hybrid_with_rewards_of_steps_agrees_with_the_oracle(seed, knobs, junk):
+    rewards, _, values, mask = sequences_of(seed, junk, rows=8)
+    group_size, lam, epsilon = knobs
+    rng = np.random.default_rng(seed)
+    steps = np.where(mask & (rng.random(mask.shape) < 0.4), f32(rng.choice([1.0, 0.25, -2.0], mask.shape)), f32(0))
+    steps[:group_size] *= f32(seed % 2)  # a group without any, which may differ in what the whole is worth
+    ours = jit_hybrid(rewards, values, mask, group_size=group_size, step_rewards=steps, lam=lam, epsilon=epsilon)
+    expected = oracle.hybrid(rewards, values, mask, group_size=group_size, step_rewards=steps, lam=lam, epsilon=epsilon)
+    for actual, twin in zip(ours, expected, strict=True):
+        close(actual, twin)
+        np.testing.assert_array_equal(np.asarray(actual)[~mask | np.isnan(rewards)[:, None]], 0)
+
+
+def test_hybrid_with_steps_that_are_worth_nothing_is_hybrid_without():
+    rewards, _, values, mask = sequences_of(3, rows=8)
+    values = np.where(np.isnan(values), f32(0), values)
+    without = jit_hybrid(rewards, values, mask, group_size=4)
+    nothing = jit_hybrid(rewards, values, mask, group_size=4, step_rewards=np.zeros(mask.shape, np.float32))
+    for one, other in zip(without, nothing, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_sample_at_the_mean_of_a_group_that_differs_has_no_advantage_whatever_the_critic_says():
     rewards, values = f32([0, 0.5, 1, 0.5, 0, 0, 0, 0]), np.full((8, T), 9, np.float32)
     advantages, _ = jit_hybrid(rewards, values, np.ones((8, T), bool), group_size=4, lam=0.8, epsilon=0.5)

@@ -176,3 +176,71 @@ def test_details_and_notes_stand_beside_the_parts():
 def test_a_detail_that_is_no_number_names_the_reward():
     with pytest.raises(ValueError, match="reward 'mine' returned inf"):
         score([Graded(1.0, {"tests": float("inf")})])
+
+
+def test_steps_are_weighted_added_up_where_they_end_together_and_in_order():
+    rewards = {
+        "a": lambda p, c, **_: [Graded(1.0, steps=[(5, 1.0), (2, 0.5)]), Graded(0.5, steps=[(3, 0.25)])],
+        "b": lambda p, c, **_: [Graded(2.0, steps=[(5, -1.0)]), 4.0],
+        "watched": lambda p, c, **_: [Graded(1.0, steps=[(1, 9.0)])] * 2,
+        "whole": lambda p, c, **_: [1.0, None],
+    }
+    scores = weighted(rewards, {"a": 2.0, "b": 0.5, "watched": 0.0, "whole": 3.0})(["p"] * 2, ["the text"] * 2)
+    assert scores.steps == [((2, 1.0), (5, 1.5)), ((3, 0.5),)]
+    np.testing.assert_array_equal(scores.total, [6, np.nan])
+    np.testing.assert_array_equal(scores.outcome, [3, np.nan])
+
+
+def test_the_outcome_leaves_out_what_judged_the_completions_own_steps_whatever_else_is_scored():
+    entries = {"x": Graded(0.5, steps=[(1, 0.5)]), "y": Graded(0.25), "z": Graded(None)}
+    steps = lambda p, completions, **_: [entries[each] for each in completions]  # noqa: E731
+    beside = weighted({"steps": steps, "b": lambda p, c, **_: [1.0] * len(c)}, {"steps": 2.0, "b": 1.0})
+    alone = weighted({"steps": steps, "b": lambda p, c, **_: [1.0] * len(c)}, {"steps": 2.0, "b": 0.0})
+    for compose, expected in ((beside, [1, 1.5, np.nan]), (alone, [np.nan, 0.5, np.nan])):
+        np.testing.assert_array_equal(compose([""] * 3, [*"xyz"]).outcome, expected)
+        for row, each in enumerate("xyz"):
+            np.testing.assert_array_equal(compose([""], [each]).outcome, expected[row : row + 1])
+    np.testing.assert_array_equal(beside([""] * 3, [*"xyz"]).total, [2, 1.5, np.nan])
+
+
+def test_the_outcome_is_clipped_as_the_total_is():
+    compose = weighted(
+        {"a": lambda p, c, **_: [9.0, -9.0], "s": lambda p, c, **_: [Graded(1.0, steps=[(1, 1.0)])] * 2},
+        {"a": 1.0, "s": 1.0},
+        clip=(-1.0, 2.0),
+    )
+    np.testing.assert_array_equal(compose(["p"] * 2, ["c"] * 2).outcome, [2, -1])
+
+
+def graded_with(steps):
+    """As rewards make them, whose annotations nobody checks outside of these tests."""
+    graded = Graded(1.0)
+    object.__setattr__(graded, "steps", steps)
+    return graded
+
+
+@pytest.mark.parametrize("end", [1, 14, np.int64(3)])
+def test_ends_of_steps_of_any_kind(end):
+    ((found,),) = score([graded_with([[end, np.float32(0.5)]])]).steps
+    assert found == (end, 0.5)
+    assert [type(each) for each in found] == [int, float]
+
+
+@pytest.mark.parametrize(
+    "step", [(0, 1.0), (15, 1.0), (-1, 1.0), (True, 1.0), (1.0, 1.0), (1, None), (1, float("nan")), (1,), 1, "ab", None]
+)
+def test_what_is_no_step_names_the_reward(step):
+    with pytest.raises(ValueError, match=r"reward 'mine' returned .* as a step; one is .* 'the completion'"):
+        score([graded_with([(1, 1.0), step])])
+
+
+@pytest.mark.parametrize("steps", [None, 3, "ab", {1: 0.5}])
+def test_steps_that_are_no_list_name_the_reward(steps):
+    with pytest.raises(ValueError, match=r"reward 'mine' returned .* as steps; they are a list.* 'the completion'"):
+        score([graded_with(steps)])
+
+
+@pytest.mark.parametrize("worth", [float("inf"), 1e39, "1"])
+def test_a_step_that_is_worth_no_number_names_the_reward(worth):
+    with pytest.raises(ValueError, match=r"reward 'mine' returned .* must be None or a number"):
+        score([graded_with([(1, worth)])])

@@ -66,8 +66,11 @@ def same(found, wanted):
         ({"max_rows": 64}, 5),  # four sets, and the pool of what was left of them
         ({"ahead": 2, "max_rows": 64}, 5),
         ({"max_rows": 8}, 32),  # too small to be parked
+        ({"max_rows": 5}, 64),  # of each group a half, and then the other
+        # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token; three rows fit, so parts of two.
+        ({"cache_bytes": 256 * (3 * 128 + 6)}, 128),
     ],
-    ids=["one", "sets", "ahead", "small"],
+    ids=["one", "sets", "ahead", "small", "halves", "quarters"],
 )
 def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, cohorts):
     model, params = tiny
@@ -244,6 +247,16 @@ def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
     assert stats[0].cohorts == 5
 
 
+def test_a_stream_puts_the_parts_of_a_group_together(tiny, expected):
+    model, params = tiny
+    sampler = Sampler(model, Sampling(), **OPTIONS, max_rows=4)
+    parts = [some(random_prompts(), slice(0, 2)), some(random_prompts(), slice(2, 3))]
+    drawn = dict(sampler.stream(params, parts, jax.random.key(KEY), num_prompts=8))
+    assert sorted(drawn) == [0, 1, 2]
+    for place, rollout in drawn.items():
+        same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
+
+
 @pytest.mark.slow
 def test_streams_of_one_sampler_do_not_disturb_one_another(tiny, expected):
     model, params = tiny
@@ -329,12 +342,9 @@ def test_refuses_what_cannot_be_drawn(tiny, options, message):
     ("options", "message"),
     [
         ({"max_completion_length": 125}, r"prompt \d+ has 6 tokens.*the model's 128 positions.*at most 122"),
-        ({"max_rows": 4}, "max_rows is 4; a group of 8 on each of 1 devices takes at least 8"),
+        ({"max_rows": 0}, "max_rows is 0; there must be a row for each of 1 devices"),
         # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token.
-        (
-            {"cache_bytes": 100_000},
-            r"8 samples of 6 \+ 100 tokens takes 0.3 MiB .* 0.1 MiB are allowed .* at most 3 samples",
-        ),
+        ({"cache_bytes": 34_000}, r"a sample of 6 \+ 100 tokens takes 0.0 MiB .* 0.0 MiB are allowed"),
     ],
 )
 def test_refuses_before_anything_is_compiled_what_has_no_room(tiny, options, message):

@@ -50,6 +50,24 @@ def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):
     assert at_once(max_rows=100, devices=4) == 12
 
 
+def test_a_group_that_does_not_fit_is_divided_into_the_fewest_equal_parts(tiny):
+    row, prompt = 64 * 256, 6 * 256
+
+    def parts(**limits):
+        defaults = {"group_size": 12, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
+        return Limits(tiny[0], **defaults | limits).parts_of_a_group(6)
+
+    assert parts() == 1
+    assert [parts(cache_bytes=n * row + prompt) for n in (12, 11, 6, 5, 4, 3, 2, 1)] == [1, 2, 2, 3, 3, 4, 6, 12]
+    assert parts(cache_bytes=2 * (6 * row + prompt), devices=2) == 2
+    assert parts(cache_bytes=2 * (6 * row + prompt) - 1, devices=2) == 3
+    assert [parts(max_rows=n, devices=4) for n in (48, 47, 4)] == [1, 2, 12]
+    with pytest.raises(ValueError, match=r"a sample of 6 \+ 48 tokens takes .* cache_bytes allows more"):
+        parts(cache_bytes=row + prompt - 1)
+    with pytest.raises(ValueError, match="max_rows is 3; there must be a row for each of 4 devices"):
+        parts(max_rows=3, devices=4)
+
+
 def test_the_cache_takes_a_fifth_of_the_memory_of_devices_that_tell_theirs():
     def devices(*stats):
         return [type("Device", (), {"memory_stats": lambda self, told=told: told})() for told in stats]

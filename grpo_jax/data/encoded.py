@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Unpack
 
 import numpy as np
@@ -100,13 +101,18 @@ def last_tokens(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list
         ends: how many characters of the text stand before and at each place, from 1 up.
 
     Returns:
-        A position in ``ids`` for each; the last one where the text is shorter than that.
+        A position in ``ids`` for each: that of the token with the last byte of the last character. The last position
+        where the text is shorter than that.
     """
-    places = range(len(ids))
-    return [
-        min(bisect_left(places, end, key=lambda n: len(tokenizer.batch_decode([ids[: n + 1]])[0])), len(ids) - 1)
-        for end in ends
-    ]
+
+    @cache
+    def text(count: int) -> str:
+        return tokenizer.batch_decode([ids[:count]])[0]
+
+    # Compared by what it says, not by its length: a character of which only some bytes are there is decoded as another.
+    whole, counts = text(len(ids)) if ends else "", range(1, len(ids) + 1)
+    found = [bisect_left(counts, True, key=lambda count, end=end: text(count)[:end] == whole[:end]) for end in ends]
+    return [min(place, len(ids) - 1) for place in found]
 
 
 def _without_end(ids: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:

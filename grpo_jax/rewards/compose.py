@@ -49,8 +49,8 @@ class Scores:
             reward said besides (``Graded.details``).
         counted: float32 ``[B]`` by name, the parts that have a weight, after gates and before weights.
         notes: for each completion what rewards had to say, after their names.
-        outcome: float32 ``[B]``, as ``total`` without the rewards that judge steps, for process supervision; absent
-            where these are all.
+        outcome: float32 ``[B]``, as ``total`` without the rewards that judged steps of this completion, for process
+            supervision; absent where these are all.
         steps: for each completion the ends of its steps in characters, and the weighted reward of each, in order.
     """
 
@@ -125,12 +125,13 @@ def weighted(
         for name, entries in graded.items():
             for detail in dict.fromkeys(key for entry in entries for key in entry.details):
                 parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
-        of_steps = {name for name, entries in graded.items() if any(entry.steps for entry in entries)}
-        of_whole = [weights[name] * part for name, part in counted.items() if name not in of_steps]
-        outcome = sum(of_whole, np.zeros(len(completions))) if of_whole else np.full(len(completions), np.nan)
+        judged = {name: np.array([bool(entry.steps) for entry in graded[name]], bool) for name in counted}
+        of_whole = [np.where(judged[name], 0, weights[name] * part) for name, part in counted.items()]
+        by_steps_alone = np.logical_and.reduce([*judged.values()])
+        outcome = np.where(by_steps_alone, np.nan, sum(of_whole, np.zeros(len(completions))))
         if clip is not None:
             total, outcome = np.clip(total, *clip), np.clip(outcome, *clip)
-        steps = _steps({name: graded[name] for name in counted if name in of_steps}, weights, len(completions))
+        steps = _steps({name: graded[name] for name in counted}, weights, len(completions))
         single = total.astype(np.float32), outcome.astype(np.float32)
         return Scores(single[0], _single(parts), _single(counted), _notes(graded), single[1], steps)
 
@@ -178,15 +179,20 @@ def _graded(value: Any, completion: str) -> Graded:
         return Graded(_number(value, completion))
     details = {str(name): _number(detail, completion) for name, detail in value.details.items()}
     present = {name: detail for name, detail in details.items() if detail is not None}
+    if not isinstance(value.steps, (list, tuple)):
+        raise ValueError(
+            f"returned {value.steps!r:.200} as steps; they are a list. The completion: {completion!r:.200}"
+        )
     steps = tuple(_step(step, completion) for step in value.steps)
     return Graded(_number(value.score, completion), present, str(value.note), steps)
 
 
 def _step(step: Any, completion: str) -> tuple[int, float]:
     match step:
-        case (int(end), reward) if 1 <= end <= len(completion) and (worth := _number(reward, completion)) is not None:
-            if not math.isnan(worth):
-                return end, worth
+        case (int() | np.integer() as end, reward) if not isinstance(end, bool) and 1 <= end <= len(completion):
+            worth = _number(reward, completion)
+            if worth is not None and not math.isnan(worth):
+                return int(end), worth
     raise ValueError(
         f"returned {step!r:.200} as a step; one is (how many characters it ends after, a number). "
         f"The completion: {completion!r:.200}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.types import Prompts
@@ -104,6 +105,20 @@ def cut(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, int]]:
     for rest in waiting:
         real = rest.ids.shape[0]
         yield some_prompts(rest, np.arange(size) % real), real
+
+
+def in_parts(prompts: Prompts, parts: int) -> Prompts:
+    """Each prompt once for each part of its group, one after the other; as it is where a group is drawn as a whole."""
+    if parts == 1:
+        return prompts
+    N = prompts.ids.shape[0]
+    ids, mask, index = (jnp.repeat(x, parts, axis=0) for x in (prompts.ids, prompts.mask, prompts.index))
+    return Prompts(ids, mask, index, part=jnp.tile(jnp.arange(parts, dtype=jnp.int32), N))
+
+
+def joined(drawn: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The fields of a ``Rollout`` of several, one after the other."""
+    return {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
 
 
 def merge_prompts(parts: Sequence[Prompts]) -> Prompts:

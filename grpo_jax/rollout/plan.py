@@ -99,33 +99,49 @@ class Limits:
                 f"devices; {-num_prompts % self.devices} prompts more would"
             )
 
-    def prompts_at_once(self, num_prompts: int, prompt_length: int) -> int:
-        """How many of so many prompts are drawn for together.
+    def parts_of_a_group(self, prompt_length: int) -> int:
+        """Into how many equal parts a group is divided so that one of them fits; the fewest.
 
         Raises:
-            ValueError: fewer than one prompt, or a group that does not fit.
+            ValueError: not even a single sample fits.
         """
-        N, P, T, G = num_prompts, prompt_length, self.max_completion_length, self.group_size
+        row, prompt, allowed = self._sizes(prompt_length)
+        if row + prompt > allowed:
+            raise ValueError(
+                f"a sample of {prompt_length} + {self.max_completion_length} tokens takes {mib(row + prompt)} of keys "
+                f"and values, and {mib(allowed)} are allowed for each of {self.devices} parts of the batch; "
+                "cache_bytes allows more, and cache_dtype takes less"
+            )
+        if self.max_rows is not None and self.max_rows < self.devices:
+            raise ValueError(f"max_rows is {self.max_rows}; there must be a row for each of {self.devices} devices")
+        most = self.group_size if self.max_rows is None else self.max_rows // self.devices
+        if allowed < math.inf:
+            most = min(most, int((allowed - prompt) // row))
+        return next(
+            parts
+            for parts in range(1, self.group_size + 1)
+            if self.group_size % parts == 0 and self.group_size // parts <= most
+        )
+
+    def prompts_at_once(self, num_prompts: int, prompt_length: int) -> int:
+        """How many of so many prompts are drawn for together, each with a group that fits.
+
+        Raises:
+            ValueError: fewer than one prompt.
+        """
+        N, G = num_prompts, self.group_size
         if N < 1:
             raise ValueError(f"num_prompts is {N}; it must be at least 1")
-        row, prompt = (self._bytes(length) for length in (cache_columns(T), P))
-        allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
-        if G * row + prompt > allowed:
-            raise ValueError(
-                f"a group of {G} samples of {P} + {T} tokens takes {mib(G * row + prompt)} of keys and values, and "
-                f"{mib(allowed)} are allowed for each of {self.devices} parts of the batch; at most "
-                f"{max(0, int((allowed - prompt) // row))} samples of a prompt fit. cache_bytes allows more, and "
-                "cache_dtype takes less"
-            )
-        if self.max_rows is not None and self.max_rows < G * self.devices:
-            raise ValueError(
-                f"max_rows is {self.max_rows}; a group of {G} on each of {self.devices} devices takes at least "
-                f"{G * self.devices}"
-            )
+        row, prompt, allowed = self._sizes(prompt_length)
         most = N if self.max_rows is None else min(N, self.max_rows // G)
         if allowed < math.inf:
             most = min(most, int(allowed // (G * row + prompt)) * self.devices)
         return max(self.devices, most // self.devices * self.devices)
+
+    def _sizes(self, prompt_length: int) -> tuple[int, int, float]:
+        """Bytes that a row and a prompt take, and those that are allowed on a device."""
+        allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
+        return self._bytes(cache_columns(self.max_completion_length)), self._bytes(prompt_length), allowed
 
     def _bytes(self, columns: int) -> int:
         cache = jax.eval_shape(lambda: self.model.init_cache(1, columns, self.cache_dtype))

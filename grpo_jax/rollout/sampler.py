@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
-from grpo_jax.rollout.drawn import RolloutStats, cut
+from grpo_jax.rollout.drawn import RolloutStats, cut, in_parts, joined
 from grpo_jax.rollout.engine import Drawing, Programs, StopFn, WatchFn
 from grpo_jax.rollout.plan import Limits, default_cache_bytes
 from grpo_jax.rollout.steps import check_lengths
@@ -25,8 +27,9 @@ class Sampler:
 
     Prompts are read once for their group, and their keys and values are held once for it. Rows that have ended are left
     out of the batch, and attention reads little of the cache that is still empty. Prompts that do not fit at once are
-    drawn for one set after the other, and what is left of several sets is drawn together. ``stream`` does the same for
-    more prompts than a ``Rollout`` should hold.
+    drawn for one set after the other, and what is left of several sets is drawn together. So are parts of a group
+    that does not fit as a whole; its prompt is read once for each part. ``stream`` does the same for more prompts
+    than a ``Rollout`` should hold.
     """
 
     def __init__(
@@ -77,24 +80,29 @@ class Sampler:
         check_lengths(group_size, max_completion_length, eos_ids)
         jax.eval_shape(lambda: model.init_cache(1, 1, cache_dtype))  # an unknown precision is found here
         self.mesh, self.report = mesh, report
-        self.programs = Programs(
-            model,
-            sampling,
-            group_size=group_size,
-            max_completion_length=max_completion_length,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            stop=stop,
-            cache_dtype=cache_dtype,
-            mesh=mesh,
-            ahead=(0 if jax.default_backend() == "cpu" else 1) if ahead is None else ahead,
-        )
+
+        @cache
+        def programs(of_group: int) -> Programs:
+            return Programs(
+                model,
+                sampling,
+                group_size=of_group,
+                max_completion_length=max_completion_length,
+                eos_ids=eos_ids,
+                pad_id=pad_id,
+                stop=stop,
+                cache_dtype=cache_dtype,
+                mesh=mesh,
+                ahead=(0 if jax.default_backend() == "cpu" else 1) if ahead is None else ahead,
+            )
+
+        self._programs = programs
         devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
         self.limits = Limits(
             model,
             group_size,
             max_completion_length,
-            self.programs.devices,
+            1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
             max_rows,
             default_cache_bytes(devices) if cache_bytes is None else cache_bytes,
             cache_dtype,
@@ -112,17 +120,16 @@ class Sampler:
             watch: called with the number of a completion and its new ids, as they are drawn.
 
         Raises:
-            ValueError: before anything is compiled, for prompts that leave no room for a completion, for a group that
+            ValueError: before anything is compiled, for prompts that leave no room for a completion, for a sample that
                 does not fit, and for completions that do not divide over the mesh.
         """
         self.limits.check_rows(prompts.ids.shape[0])
         self.limits.check_prompts(prompts)
-        sets = cut([prompts], self.limits.prompts_at_once(*prompts.ids.shape))
-        drawing = Drawing(self.programs, params, key, watch)
-        batches = {batch.first_place: batch for batch, _ in drawing.run(sets)}
+        parts, at_once = self._plan(*prompts.ids.shape)
+        drawing = Drawing(self._programs(self.limits.group_size // parts), params, key, watch)
+        batches = {batch.first_place: batch for batch, _ in drawing.run(cut([in_parts(prompts, parts)], at_once))}
         self.told(drawing)
-        parts = [batches[place].drawn(slice(0, batches[place].num_prompts)) for place in sorted(batches)]
-        fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        fields = joined([batches[place].drawn(slice(0, batches[place].num_prompts)) for place in sorted(batches)])
         return Rollout(**jax.device_put(fields, None if self.mesh is None else NamedSharding(self.mesh, BATCH)))
 
     def stream(
@@ -145,22 +152,35 @@ class Sampler:
         """
         coming = iter(prompts)
         first = next(coming, None)
-        drawing = Drawing(self.programs, params, key)
+        length = 0 if first is None else first.ids.shape[1]
+        parts, at_once = self._plan(num_prompts, length)
+        drawing = Drawing(self._programs(self.limits.group_size // parts), params, key)
         if first is None:
             self.told(drawing)
             return
-        length = first.ids.shape[1]
 
         def checked() -> Iterator[Prompts]:
             for each in chain([first], coming):
                 if each.ids.shape[1] != length:
                     raise ValueError(f"prompts of a stream have one length; after {length} came {each.ids.shape[1]}")
                 self.limits.check_prompts(each)
-                yield each
+                yield in_parts(each, parts)
 
-        for batch, n in drawing.run(cut(checked(), self.limits.prompts_at_once(num_prompts, length))):
-            yield batch.first_place + n, Rollout(**jax.device_put(batch.drawn(slice(n, n + 1))))
+        waiting: dict[int, dict[int, dict[str, np.ndarray]]] = {}
+        for batch, n in drawing.run(cut(checked(), at_once)):
+            place, part = divmod(batch.first_place + n, parts)
+            found = waiting.setdefault(place, {})
+            found[part] = batch.drawn(slice(n, n + 1))
+            if len(found) == parts:
+                del waiting[place]
+                yield place, Rollout(**jax.device_put(joined([found[part] for part in range(parts)])))
         self.told(drawing)
+
+    def _plan(self, num_prompts: int, length: int) -> tuple[int, int]:
+        """How many parts a group is drawn in, and how many prompts, each for one part, are drawn for at once."""
+        parts = self.limits.parts_of_a_group(length)
+        of_part = replace(self.limits, group_size=self.limits.group_size // parts)
+        return parts, of_part.prompts_at_once(num_prompts * parts, length)
 
     def told(self, drawing: Drawing) -> None:
         """Say what was taken, to whoever asked for it."""

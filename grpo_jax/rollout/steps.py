@@ -108,7 +108,7 @@ def start_cohort(
         closed=(),
         closed_starts=jnp.zeros(0, jnp.int32),
         active_start=jnp.int32(0),
-        keys=sample_keys(key, prompts.index, group_size),
+        keys=sample_keys(key, prompts.index, group_size, prompts.part),
         lengths=jnp.repeat(prompts.mask.sum(1, dtype=jnp.int32), group_size),
         prompted=prompted,
     )
@@ -367,8 +367,20 @@ def check_lengths(group_size: int, max_completion_length: int, eos_ids: tuple[in
         raise ValueError("eos_ids is empty; without an ending token no completion would ever end")
 
 
-def sample_keys(key: Key[Array, ""], index: Int[Array, " N"], group_size: int) -> Key[Array, " B"]:
-    """A key for each sample, from the step's key, its prompt's index and its number in the group alone."""
+def sample_keys(
+    key: Key[Array, ""], index: Int[Array, " N"], group_size: int, part: Int[Array, " N"] | None = None
+) -> Key[Array, " B"]:
+    """A key for each sample, from the step's key, its prompt's index and its number in the group alone.
+
+    Args:
+        key: of the step.
+        index: of each prompt.
+        group_size: samples of each, or of each part.
+        part: which part of its group; see ``Prompts``.
+    """
     prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     each_sample = jax.vmap(jax.random.fold_in, (None, 0))
-    return jax.vmap(each_sample, (0, None))(prompt_keys, jnp.arange(group_size)).reshape(-1)
+    numbers = jnp.arange(group_size)
+    if part is None:
+        return jax.vmap(each_sample, (0, None))(prompt_keys, numbers).reshape(-1)
+    return jax.vmap(each_sample)(prompt_keys, part[:, None] * group_size + numbers[None]).reshape(-1)
