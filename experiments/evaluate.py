@@ -224,8 +224,8 @@ def check_same_problems(own: Sequence[Key], others: Sequence[Key], folder: Path,
 
     def alone(keys: Sequence[Key], without: set[Key], where: Path) -> str:
         left = [key for key in keys if key not in without]
-        shown = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in left[:3])
-        return f"{len(left)} in {where} alone" + (f", such as {shown}" if left else "")
+        examples = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in left[:3])
+        return f"{len(left)} in {where} alone" + (f", such as {examples}" if left else "")
 
     if set(own) != set(others):
         raise ValueError(
