@@ -243,7 +243,7 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
         f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
     )
     rows = [
-        (name, shown(each["mean"]), interval(each), str(each["problems"]))
+        (name, shown(name, each["mean"]), interval(name, each), str(each["problems"]))
         for name, each in report[FIGURES].items()
         if name != "ungraded" or each["mean"]
     ]
@@ -253,8 +253,8 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
         run.say(f"\nagainst {comparison['against']}, problem by problem")
         changes = [
             (
-                *(name, shown(each["before"]), shown(each["after"]), f"{each['difference']:+.4g}"),
-                *(interval(each), f"{each['p']:.4f}", str(each["problems"])),
+                *(name, shown(name, each["before"]), shown(name, each["after"]), shown(name, each["difference"])),
+                *(interval(name, each), f"{each['p']:.4f}", str(each["problems"])),
             )
             for name, each in comparison[FIGURES].items()
             if name != "ungraded" or each["before"] or each["after"]
@@ -277,12 +277,15 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def shown(value: float | None) -> str:
-    return "absent" if value is None else number(value)
+def shown(name: str, value: float | None) -> str:
+    """A figure as text: shares with one number of digits, others with as many as they need."""
+    if value is None:
+        return "absent"
+    return number(value) if bounds_of(name) is None else f"{value:.4f}"
 
 
-def interval(each: Mapping[str, Any]) -> str:
-    return "" if each["low"] is None else f"[{number(each['low'])}, {number(each['high'])}]"
+def interval(name: str, each: Mapping[str, Any]) -> str:
+    return "" if each["low"] is None else f"[{shown(name, each['low'])}, {shown(name, each['high'])}]"
 
 
 if __name__ == "__main__":
