@@ -4,9 +4,9 @@ Completions are drawn for every held-out problem, scored and kept. Without argum
 and its sums, on one CPU in a minute or two. With arguments it is the real thing:
 
     python experiments/evaluate.py
-    python experiments/evaluate.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --run-dir runs/before
-    python experiments/evaluate.py --model runs/gsm8k/model --dataset openai/gsm8k --run-dir runs/after --against runs/before
-    python experiments/evaluate.py --model path/to/folder --dataset problems.jsonl --sampling.temperature 0 --num-samples 1
+    python experiments/evaluate.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --run-dir runs/a
+    python experiments/evaluate.py --model runs/gsm8k/model --dataset openai/gsm8k --run-dir runs/b --against runs/a
+    python experiments/evaluate.py --model path/to/folder --dataset chats.jsonl --sampling.temperature 0 --num-samples 1
 
 Run again, it prints the same report and draws nothing; ``--k`` and ``--against`` may be others then.
 """
@@ -26,8 +26,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.table import Table
-from rich.text import Text
 
 from grpo_jax.collect import Collected, CollectSettings, collect, read_collected, read_provenance
 from grpo_jax.data.sources import Problem
@@ -40,7 +38,6 @@ from grpo_jax.run import Run, differences
 
 FIGURES, COMPARISON = "figures", "comparison"
 SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
-REPORT_WIDTH = 100
 
 PerProblem = dict[str, np.ndarray]
 """Figures by name; ``[N]``, NaN where a problem does not count."""
@@ -227,8 +224,8 @@ def check_same_problems(own: Sequence[Key], others: Sequence[Key], folder: Path,
 
     def alone(keys: Sequence[Key], without: set[Key], where: Path) -> str:
         left = [key for key in keys if key not in without]
-        shown = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in left[:3])
-        return f"{len(left)} in {where} alone" + (f", such as {shown}" if left else "")
+        examples = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in left[:3])
+        return f"{len(left)} in {where} alone" + (f", such as {examples}" if left else "")
 
     if set(own) != set(others):
         raise ValueError(
@@ -239,58 +236,56 @@ def check_same_problems(own: Sequence[Key], others: Sequence[Key], folder: Path,
 
 def print_report(run: Run, report: Mapping[str, Any]) -> None:
     """Print figures with their intervals, and what changed where that was asked."""
-    console = run.progress.console
-
-    def text(value: str) -> Text:
-        return Text(printable(value, console.encoding))
-
-    def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for place, name in enumerate(columns):
-            table.add_column(text(name), justify="right" if place else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(text, row))
-        console.print(table, width=max(console.width, REPORT_WIDTH), crop=False)
-
     config, samples = report["config"], report["num_samples"]
     run.say(
         f"{report['provenance']['model']}: {report['num_problems']} held-out problems of "
         f"{config['data']['eval_dataset'] or config['data']['dataset'] or 'the built-in sums'}, {samples} "
         f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
     )
-    show(
-        ("", "mean", "95% interval", "problems"),
-        (
-            (name, shown(each["mean"]), interval(each), str(each["problems"]))
-            for name, each in report[FIGURES].items()
-            if name != "ungraded" or each["mean"]
-        ),
-    )
+    rows = [
+        (name, shown(name, each["mean"]), interval(name, each), str(each["problems"]))
+        for name, each in report[FIGURES].items()
+        if name != "ungraded" or each["mean"]
+    ]
+    run.say(as_table([("", "mean", "95% interval", "problems"), *rows]))
     comparison = report.get(COMPARISON)
     if comparison:
         run.say(f"\nagainst {comparison['against']}, problem by problem")
-        show(
-            ("", "before", "after", "difference", "95% interval", "p", "problems"),
+        changes = [
             (
-                (
-                    *(name, shown(each["before"]), shown(each["after"]), f"{each['difference']:+.4g}"),
-                    *(interval(each), f"{each['p']:.4f}", str(each["problems"])),
-                )
-                for name, each in comparison[FIGURES].items()
-                if name != "ungraded" or each["before"] or each["after"]
-            ),
-        )
+                *(name, shown(name, each["before"]), shown(name, each["after"]), shown(name, each["difference"])),
+                *(interval(name, each), f"{each['p']:.4f}", str(each["problems"])),
+            )
+            for name, each in comparison[FIGURES].items()
+            if name != "ungraded" or each["before"] or each["after"]
+        ]
+        run.say(as_table([("", "before", "after", "difference", "95% interval", "p", "problems"), *changes]))
         if comparison["settings"]:
             run.say("settings that differ: " + "; ".join(comparison["settings"]))
     run.say(f"everything is in {run.folder}")
 
 
-def shown(value: float | None) -> str:
-    return "absent" if value is None else number(value)
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned lines, of whatever width: no console cuts a figure off."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
 
 
-def interval(each: Mapping[str, Any]) -> str:
-    return "" if each["low"] is None else f"[{number(each['low'])}, {number(each['high'])}]"
+def shown(name: str, value: float | None) -> str:
+    """A figure as text: shares with one number of digits, others with as many as they need."""
+    if value is None:
+        return "absent"
+    return number(value) if bounds_of(name) is None else f"{value:.4f}"
+
+
+def interval(name: str, each: Mapping[str, Any]) -> str:
+    return "" if each["low"] is None else f"[{shown(name, each['low'])}, {shown(name, each['high'])}]"
 
 
 if __name__ == "__main__":

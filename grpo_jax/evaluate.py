@@ -137,8 +137,9 @@ def estimate(
 ) -> Estimate:
     """The mean of a figure over problems, with a confidence interval: the bootstrap over problems (BCa).
 
-    Percentiles of resampled means, corrected for bias and skewness (Efron 1987). The unit is the problem. Samples of one problem are alike, and to count them as if they were not would make the
-    interval too narrow; so a problem comes with one figure, such as the share of its samples that is right.
+    Percentiles of resampled means, corrected for bias and skewness (Efron 1987). The unit is the problem: samples of
+    one problem are alike, and to count them as if they were not would make the interval too narrow. So a problem comes
+    with one figure, such as the share of its samples that is right.
 
     Where all figures are the same, resampling knows no spread. If ``N`` of ``N`` are the same, then at least a share of
     ``((1 - confidence) / 2) ** (1 / N)`` of all problems is (Clopper and Pearson 1934), and the others are somewhere

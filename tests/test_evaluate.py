@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import stats
 
-from grpo_jax.evaluate import identify_answers, maj_at_k, pass_at_k
+from grpo_jax.evaluate import (
+    estimate,
+    identify_answers,
+    maj_at_k,
+    maj_at_k_of_each,
+    paired_test,
+    pass_at_k,
+    pass_at_k_of_each,
+)
 
 shapes = st.just((3, 5))
 correct_arrays = shapes.flatmap(lambda shape: hnp.arrays(np.bool_, shape))
@@ -117,3 +126,158 @@ def test_both_compile(key):
     np.testing.assert_allclose(
         jax.jit(maj_at_k, static_argnums=2)(ids, correct, 3), maj_at_k(ids, correct, 3), rtol=1e-6
     )
+
+
+def test_the_figures_of_each_problem_are_those_of_that_problem_alone(key):
+    correct = jax.random.bernoulli(key, 0.4, (6, 5))
+    answers = jnp.where(correct, 0, jax.random.randint(key, (6, 5), -1, 3))
+    answers = jnp.where(~correct & (answers == 0), 1, answers)
+    for n in range(6):
+        row = slice(n, n + 1)
+        np.testing.assert_allclose(pass_at_k_of_each(correct, 3)[n], pass_at_k(correct[row], 3), rtol=1e-6)
+        share = brute_force_maj(np.asarray(answers[row]), np.asarray(correct[row]), 5)
+        np.testing.assert_allclose(maj_at_k_of_each(answers, correct, 5)[n], share, rtol=1e-6)
+
+
+# How sure a mean is --------------------------------------------------------------------------------------------------
+
+
+def exact_bca(values, confidence):
+    """The interval of the bootstrap with every resample in place of some (Efron and Tibshirani 1993, 14.3)."""
+    N = len(values)
+    means = np.sort(values[np.array(list(itertools.product(range(N), repeat=N)))].mean(1))
+    below = ((means < values.mean() - 1e-9).mean() + (means <= values.mean() + 1e-9).mean()) / 2
+    left_out = (values.sum() - values) / (N - 1)
+    spread = left_out.mean() - left_out
+    acceleration = (spread**3).sum() / (6 * (spread**2).sum() ** 1.5)
+    z0 = stats.norm.ppf(below)
+    z = z0 + stats.norm.ppf([(1 - confidence) / 2, (1 + confidence) / 2])
+    return np.quantile(means, stats.norm.cdf(z0 + z / (1 - acceleration * z)))
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_an_interval_against_every_resample(confidence):
+    values = np.array([0.0, 0.1, 0.15, 0.3, 0.35, 2.0])
+    found = estimate(values, confidence=confidence)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.problems == 6
+    np.testing.assert_allclose([found.low, found.high], exact_bca(values, confidence), atol=0.02)
+    assert found.high - found.mean > 1.5 * (found.mean - found.low)  # as skewed as the figures
+
+
+def test_an_interval_of_many_figures_is_students():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = stats.t.interval(0.95, 399, values.mean(), stats.sem(values))
+    found = estimate(values)
+    np.testing.assert_allclose([found.low, found.high], [low, high], atol=0.02)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say_where_samples_of_a_problem_are_alike():
+    rng = np.random.default_rng(2)
+    N, G, trials, truth = 24, 16, 200, 0.4
+    hits = as_if_independent = 0
+    for _ in range(trials):
+        values = rng.binomial(G, rng.beta(0.6, 0.9, N)) / G
+        found = estimate(values)
+        hits += found.low <= truth <= found.high
+        error = 1.96 * math.sqrt(values.mean() * (1 - values.mean()) / (N * G))
+        as_if_independent += abs(values.mean() - truth) <= error
+    assert 0.91 <= hits / trials <= 0.99
+    assert as_if_independent / trials < 0.75
+
+
+@pytest.mark.parametrize("right", [0, 1])
+@pytest.mark.parametrize("problems", [1, 7, 256])
+def test_equal_shares_are_not_certain(right, problems):
+    found = estimate(np.full(problems, float(right)), bounds=(0.0, 1.0))
+    expected = stats.binomtest(right * problems, problems).proportion_ci(0.95, method="exact")
+    np.testing.assert_allclose([found.mean, found.low, found.high], [right, expected.low, expected.high], atol=1e-12)
+
+
+def test_equal_figures_without_bounds_have_an_interval_without_width():
+    found = estimate(np.full(4, 2.5))
+    assert (found.mean, found.low, found.high) == (2.5, 2.5, 2.5)
+
+
+def test_the_same_figures_have_the_same_interval_and_another_seed_hardly_another():
+    values = np.random.default_rng(3).random(50)
+    assert estimate(values) == estimate(values)
+    other = estimate(values, seed=1)
+    assert other != estimate(values)
+    assert other.low == pytest.approx(estimate(values).low, abs=0.01)
+
+
+# Before and after ----------------------------------------------------------------------------------------------------
+
+
+def sign_flips(differences):
+    """The two-sided p-value, by every sign flip."""
+    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
+    return np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - 1e-5)
+
+
+@pytest.mark.parametrize("problems", [1, 2, 5, 9, 13])
+def test_p_of_few_problems_is_that_of_every_sign_flip(problems):
+    rng = np.random.default_rng(problems)
+    for _ in range(3):  # thirds in float32, whose sums tie but for their last bits
+        before, after = (rng.binomial(3, share, problems).astype(np.float32) / np.float32(3) for share in (0.3, 0.6))
+        expected = sign_flips(after.astype(np.float64) - before)
+        assert paired_test(before, after).p == pytest.approx(expected, abs=1e-9)
+
+
+def test_p_of_more_problems_is_near_that_of_every_sign_flip():
+    rng = np.random.default_rng(2)
+    before = rng.random(16)
+    after = before + rng.normal(0.12, 0.3, 16)
+    expected = sign_flips(after - before)
+    assert 0.05 < expected < 0.6
+    assert paired_test(before, after).p == pytest.approx(expected, abs=0.02)
+
+
+def test_many_problems_against_students_paired_test():
+    rng = np.random.default_rng(5)
+    before = rng.random(200)
+    after = before + rng.normal(0.02, 0.15, 200)
+    found, expected = paired_test(before, after), stats.ttest_rel(after, before)
+    assert found.p == pytest.approx(expected.pvalue, abs=0.02)
+    interval = expected.confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], [interval.low, interval.high], atol=0.003)
+    assert found.difference == pytest.approx((after - before).mean())
+    assert (found.before, found.after) == (pytest.approx(before.mean()), pytest.approx(after.mean()))
+
+
+def test_pairs_are_seen_through_what_problems_differ_in():
+    rng = np.random.default_rng(6)
+    before = rng.random(40)
+    after = before + rng.normal(0.03, 0.03, 40)
+    assert paired_test(before, after).p < 0.001
+    assert paired_test(before, rng.permutation(after)).p > 0.05
+
+
+@pytest.mark.parametrize("problems", [6, 30])
+def test_before_and_after_the_other_way_round(problems):
+    rng = np.random.default_rng(7)
+    before, after = rng.random(problems), rng.random(problems) + 0.1
+    there, back = paired_test(before, after), paired_test(after, before)
+    assert there.p == back.p
+    np.testing.assert_allclose([there.difference, there.low, there.high], [-back.difference, -back.high, -back.low])
+
+
+def test_nothing_changed():
+    values = np.array([0.0, 0.25, 1.0, 0.5])
+    found = paired_test(values, values, bounds=(0.0, 1.0))
+    assert (found.difference, found.p, found.problems) == (0.0, 1.0, 4)
+    assert found.low == -found.high < -0.5  # four problems of which none changed are few
+    unbounded = paired_test(values, values)
+    assert (unbounded.low, unbounded.high) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, math.nan], [math.inf]])
+def test_figures_that_have_no_mean(values):
+    values = np.array(values)
+    with pytest.raises(ValueError, match="needs finite figures of one problem or more"):
+        estimate(values)
+    with pytest.raises(ValueError, match="needs finite figures"):
+        paired_test(values, np.zeros(len(values)))
+    with pytest.raises(ValueError, match="needs finite figures"):
+        paired_test(np.zeros(len(values)), values)

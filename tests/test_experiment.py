@@ -162,6 +162,8 @@ def test_the_exit_status_tells_a_run_that_is_finished_from_one_that_was_asked_to
     assert run_experiment(config, train, title="a test") == 0
     assert len(calls) == 2  # a finished run's loop is not called
     assert "this run is finished" in capsys.readouterr().out
+    assert run_experiment(config, lambda *_: calls.append("again"), title="a test", again=True) == 0
+    assert calls[2:] == ["again"]  # unless it asks for it
 
 
 def test_what_goes_wrong_in_a_loop_is_told(config):

@@ -250,6 +250,15 @@ def test_figures_stay_while_a_phase_without_any_runs_and_after_the_end(terminal)
     assert "GRPO: done, 2 of 2 in 0:00:00, reward 0.7500 -> 0.7500" in terminal.text
 
 
+def test_a_panel_without_anything_in_it_is_wiped_off_in_the_end(terminal):
+    with Progress("a run", console=terminal.console) as progress:
+        with progress.phase("completions", 2) as phase:
+            phase.update(2)
+        progress.console.print("the report")
+    after = terminal.raw.rpartition("╰")[2]
+    assert after.count("\x1b[2K") >= 2  # its lines, erased one by one
+
+
 def test_what_is_printed_appears_above_the_panel(terminal):
     with Progress("a run", console=terminal.console) as progress, progress.phase("GRPO", 2) as phase:
         phase.update(1, {"reward": 0.75})

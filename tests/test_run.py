@@ -225,3 +225,15 @@ print(count())
     assert run() > 0
     assert run() == 0
     assert list((tmp_path / ".cache" / "grpo_jax").iterdir())
+
+
+def test_a_summary_keeps_what_it_says_itself_and_finishes_the_run(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        assert not run.is_finished
+        run.write_summary({"pass@1": 0.5, "seconds": 7.0})
+        assert run.is_finished
+        summary = json.loads((run.folder / "summary.json").read_text())
+    assert (summary["pass@1"], summary["seconds"]) == (0.5, 7.0)
+    assert summary["config"]["inner"] == {"rate": 0.1}
+    assert summary["versions"]["jax"] == jax.__version__
+    assert "cpu" in summary["device"]
