@@ -40,7 +40,7 @@ from grpo_jax.monitor.metrics import to_json, write_atomically
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run, claim_folder
 from grpo_jax.selection import SelectionSettings
-from grpo_jax.settings import DataSettings
+from grpo_jax.settings import DataSettings, PolicyLossSettings
 from grpo_jax.small_base import Recipe
 from grpo_jax.text_settings import DemonstrationSettings
 
@@ -67,7 +67,7 @@ class Config(RunSettings, ModelSettings):
 
     run_dir: Path = Path("runs/r1")
     """The chain's own folder, with one for each stage."""
-    base: Recipe = Recipe(errand_share=0.25, chinese_share=0.5)
+    base: Recipe = Recipe(skill_steps=700, errand_share=0.25, chinese_share=0.5)
     """How the embedded base is made; the seed is the run's."""
     data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
     """What is reasoned about. Default: built-in sums."""
@@ -95,15 +95,17 @@ class Config(RunSettings, ModelSettings):
     rejection: rejection_sampling.Config = rejection_sampling.Config(
         selection=SelectionSettings(require=("accuracy=1", "format=1", "language=1")),
         rewards=RewardSettings(target_language=EMBEDDED_LANGUAGE),
+        max_problems=1024,
     )
     """What the reasoning model's completions are chosen by."""
-    second_sft: sft.Config = sft.Config(num_epochs=2, eval_every=0)
+    second_sft: sft.Config = sft.Config(num_epochs=3, eval_every=0)
     """SFT of the base on those, and on general demonstrations."""
     preferences: reward_model.Config = reward_model.Config(eval_every=0)
     """How the reward model is learnt, from the SFT model."""
     final: r1_zero.Config = r1_zero.Config(
         rewards=RewardSettings(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
-        num_steps=30,
+        policy=PolicyLossSettings(kl_coef=0.02),
+        num_steps=40,
         eval_every=0,
     )
     """RL on both: rules for reasoning, and the reward model for the rest."""
@@ -112,10 +114,19 @@ class Config(RunSettings, ModelSettings):
 
     def __post_init__(self):
         RunSettings.__post_init__(self)
-        for name in ("cold_start", "zero", "reasoning", "rejection", "second_sft", "preferences", "final", "evaluation"):
+        for name in (
+            "cold_start",
+            "zero",
+            "reasoning",
+            "rejection",
+            "second_sft",
+            "preferences",
+            "final",
+            "evaluation",
+        ):
             stage = getattr(self, name)
             if stage.model is not None or stage.base_dir is not None:
-                raise ValueError(f"{name} names a model; the chain starts from --model, its stages from one another")
+                raise ValueError(f"{name} names a model; the chain does that for each stage")
         if self.model is not None:
             missing = {
                 "dataset (what is reasoned about)": self.data.dataset,

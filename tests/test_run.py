@@ -230,7 +230,7 @@ print(count())
 def test_a_summary_keeps_what_it_says_itself_and_finishes_the_run(tmp_path):
     with open_run(tmp_path / "run") as run:
         assert not run.is_finished
-        run.write_summary({"pass@1": 0.5, "seconds": 7.0})
+        run.conclude({"pass@1": 0.5, "seconds": 7.0})
         assert run.is_finished
         summary = json.loads((run.folder / "summary.json").read_text())
     assert (summary["pass@1"], summary["seconds"]) == (0.5, 7.0)
