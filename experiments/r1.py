@@ -104,7 +104,7 @@ class Config(RunSettings, ModelSettings):
     """How the reward model is learnt, from the SFT model."""
     final: r1_zero.Config = r1_zero.Config(
         rewards=RewardSettings(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
-        policy=PolicyLossSettings(kl_coef=0.02),
+        policy=PolicyLossSettings(kl_coef=0.05),
         num_steps=40,
         eval_every=0,
     )
