@@ -1,7 +1,7 @@
 """Distillation as of R1's small models: a student learns, by imitation alone, the reasoning of a larger teacher.
 
-Without arguments it does the whole of it with embedded models, on one CPU: the base after sft.py teaches a base of one
-layer and two thirds of its width. With arguments it is the real thing:
+Without arguments it does the whole of it with embedded models, on one CPU: the base after sft.py teaches a base of two
+thirds of its width. With arguments it is the real thing:
 
     python experiments/distill.py
     python experiments/distill.py --teacher runs/gsm8k/model --student Qwen/Qwen2.5-0.5B --dataset openai/gsm8k \
@@ -49,15 +49,15 @@ class Config(CollectSettings):
     """How the embedded teacher's base is made; the seed is the run's."""
     base_dir: Path | None = None
     """Folder of an embedded teacher that was made before."""
-    student_base: Recipe = Recipe(hidden_size=64, num_layers=1)
+    student_base: Recipe = Recipe(hidden_size=64)
     """How the embedded student is made; the seed is the run's."""
     student_stop_tokens: tuple[str, ...] = ()
     """As stop_tokens, of the student."""
 
-    num_samples: int = 4
+    num_samples: int = 2
     """The teacher's completions of each problem."""
     max_problems: int | None = None
-    """Problems that the teacher is asked, the first ones. Default: all with a teacher that is named, 512 without."""
+    """Problems that the teacher is asked, the first ones. Default: all with a teacher that is named, 2048 without."""
     selection: Annotated[SelectionSettings, tyro.conf.arg(name="")] = SelectionSettings()
     """Which of its completions are taught."""
     demonstrations: tuple[Path, ...] = ()
@@ -119,7 +119,7 @@ class Config(CollectSettings):
             rewards=self.rewards,
             num_samples=self.num_samples,
             num_prompts=self.num_prompts,
-            max_problems=self.max_problems or (None if self.model else 512),
+            max_problems=self.max_problems or (None if self.model else 2048),
             selection=self.selection,
             demonstrations=self.demonstrations,
             general_share=self.general_share,
