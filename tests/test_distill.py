@@ -172,5 +172,5 @@ def test_the_default_teaches_the_student_what_it_could_not_do(tmp_path):
     teacher, before, after = (outcome[stage]["pass_at_1"] for stage in STAGES)
     assert teacher > 0.8
     assert before < 0.2
-    assert before + 0.3 < after <= teacher + 0.05
+    assert after > 0.7  # and may be above the teacher's: it is taught what the teacher got right
     assert outcome["student_after"]["mean_length"] > 30 > outcome["student_before"]["mean_length"]
