@@ -1,7 +1,7 @@
 """Distillation as of R1's small models: a student learns, by imitation alone, the reasoning of a larger teacher.
 
-Without arguments it does the whole of it with embedded models, on one CPU: the base after sft.py teaches a base of one
-layer and two thirds of its width. With arguments it is the real thing:
+Without arguments it does the whole of it with embedded models, on one CPU: the base after sft.py teaches a base of two
+thirds of its width. With arguments it is the real thing:
 
     python experiments/distill.py
     python experiments/distill.py --teacher runs/gsm8k/model --student Qwen/Qwen2.5-0.5B --dataset openai/gsm8k \
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
+import evaluate
 import rejection_sampling
 import sft
 import tyro
 
-from grpo_jax.collect import CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.collect import CollectSettings
 from grpo_jax.experiment import at_least, run_experiment
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
@@ -49,15 +49,15 @@ class Config(CollectSettings):
     """How the embedded teacher's base is made; the seed is the run's."""
     base_dir: Path | None = None
     """Folder of an embedded teacher that was made before."""
-    student_base: Recipe = Recipe(hidden_size=64, num_layers=1)
+    student_base: Recipe = Recipe(hidden_size=64)
     """How the embedded student is made; the seed is the run's."""
     student_stop_tokens: tuple[str, ...] = ()
     """As stop_tokens, of the student."""
 
-    num_samples: int = 4
+    num_samples: int = 2
     """The teacher's completions of each problem."""
     max_problems: int | None = None
-    """Problems that the teacher is asked, the first ones. Default: all with a teacher that is named, 512 without."""
+    """Problems that the teacher is asked, the first ones. Default: all with a teacher that is named, 2048 without."""
     selection: Annotated[SelectionSettings, tyro.conf.arg(name="")] = SelectionSettings()
     """Which of its completions are taught."""
     demonstrations: tuple[Path, ...] = ()
@@ -119,7 +119,7 @@ class Config(CollectSettings):
             rewards=self.rewards,
             num_samples=self.num_samples,
             num_prompts=self.num_prompts,
-            max_problems=self.max_problems or (None if self.model else 512),
+            max_problems=self.max_problems or (None if self.model else 2048),
             selection=self.selection,
             demonstrations=self.demonstrations,
             general_share=self.general_share,
@@ -149,25 +149,20 @@ class Config(CollectSettings):
             eval_prompts=0,
         )
 
-    def measured(self, stage: str, model: str | None, **start: Any) -> Evaluation:
-        """How a model is measured."""
-        stop_tokens = self.stop_tokens if stage == TEACHER else self.student_stop_tokens
-        return Evaluation(
+    def measured(self, stage: str, model: str | None, **start: Any) -> evaluate.Config:
+        """How a model is measured; the student in the end against what it was."""
+        return evaluate.Config(
             **self.shared,
             run_dir=self.folder(stage),
             model=model,
-            stop_tokens=stop_tokens,
+            stop_tokens=self.stop_tokens if stage == TEACHER else self.student_stop_tokens,
             data=self.data,
             rewards=self.rewards,
             num_samples=self.eval_samples,
             num_prompts=self.num_prompts,
+            against=self.folder(BEFORE) if stage == AFTER else None,
             **start,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(CollectSettings):
-    """How a model is measured on held-out problems."""
 
 
 TEACHER, BEFORE, AFTER = STAGES = ("teacher_eval", "student_before", "student_after")
@@ -187,57 +182,36 @@ def teach(config: Config) -> int:
     student_start = {} if config.student else {"base": config.student_base}
     taught = config.folder("student") / "model"
     return (
-        evaluated(config.measured(TEACHER, config.model, base_dir=config.teacher_dir))
-        or evaluated(config.measured(BEFORE, config.student, **student_start))
+        evaluate.main(config.measured(TEACHER, config.model, base_dir=config.teacher_dir))
+        or evaluate.main(config.measured(BEFORE, config.student, **student_start))
         or rejection_sampling.main(config.sampled)
         or sft.main(config.taught)
-        or evaluated(
+        or evaluate.main(
             config.measured(AFTER, str(taught)) if config.student else config.measured(AFTER, None, base_dir=taught)
         )
     )
 
 
-def evaluated(config: Evaluation) -> int:
-    return run_experiment(config, measure, title=config.run_dir.name, may_change=("cache_bytes",))
-
-
-def measure(config: Evaluation, run: Run) -> None:
-    """Draw for the held-out problems and tell the share that is right; a problem without a score does not count."""
-    num_problems = collect(config, run, config.mesh.build(), held_out=True)
-    graded, lengths, truncated = [], [], []
-    for each in read_collected(run.folder):
-        scores = each.rewards["accuracy"]
-        graded += [] if None in scores else [np.mean([score == 1 for score in scores])]
-        lengths += each.lengths
-        truncated += each.truncated
-    if not graded:
-        raise ValueError(f"none of {num_problems} held-out problems has a score for all its samples (faults.jsonl)")
-    figures = {
-        "pass_at_1": float(np.mean(graded)),
-        "mean_length": float(np.mean(lengths)),
-        "frac_truncated": float(np.mean(truncated)),
-    }
-    run.say(", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    provenance = read_provenance(run.folder)
-    run.conclude({**figures, "problems": num_problems, "graded": len(graded), "provenance": provenance})
-
-
 def conclude(config: Config, run: Run) -> None:
     """Put the figures of the stages side by side."""
-    read = {stage: json.loads((config.folder(stage) / "summary.json").read_text()) for stage in STAGES}
-    samples = json.loads((config.folder("samples") / "summary.json").read_text())
-    learnt = json.loads((config.folder("student") / "summary.json").read_text())
+    reports = {stage: evaluate.read_report(config.folder(stage)) for stage in STAGES}
+    samples, learnt = (
+        json.loads((config.folder(stage) / "summary.json").read_text()) for stage in ("samples", "student")
+    )
     names = {TEACHER: "teacher", BEFORE: "student before", AFTER: "student distilled"}
     for stage, name in names.items():
-        figures = read[stage]
-        run.say(f"{name:>17}: pass@1 {figures['pass_at_1']:.3f}, {figures['mean_length']:.1f} tokens a completion")
+        right, length = (reports[stage]["figures"][figure] for figure in ("pass@1", "mean_length"))
+        run.say(
+            f"{name:>17}: pass@1 {right['mean']:.3f} [{right['low']:.3f}, {right['high']:.3f}], "
+            f"{length['mean']:.1f} tokens a completion"
+        )
     run.say(
         f"taught: {samples['rows']} demonstrations, {learnt['steps']} updates; {config.folder('student') / 'model'}"
     )
-    kept = ("pass_at_1", "mean_length", "frac_truncated", "graded", "provenance")
     run.conclude(
         {
-            **{stage: {name: read[stage][name] for name in kept} for stage in STAGES},
+            **{stage: {name: reports[stage][name] for name in ("figures", "provenance")} for stage in STAGES},
+            "comparison": reports[AFTER]["comparison"],
             "demonstrations": samples["rows"],
             "counts": samples["counts"],
             "updates": learnt["steps"],

@@ -94,7 +94,8 @@ def draw_and_select(config: Config, run: Run) -> None:
     for path in config.demonstrations:  # what cannot be read is found before anything is drawn
         load_demonstrations(str(path))
     num_problems = collect(config, run, config.mesh.build(), held_out=False, most=config.problems_asked)
-    choices, counts = [], Counter(dict.fromkeys(FILTERS, 0))
+    choices: list[Choice] = []
+    counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
     for collected in read_collected(run.folder):
         choice, left = choose(collected, config.selection)
         choices.append(choice)

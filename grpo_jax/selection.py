@@ -148,7 +148,7 @@ def balanced(choices: Sequence[Choice], *, buckets: int, seed: int) -> list[Choi
         The choices that have samples left, by place.
     """
     members: dict[int, list[Choice]] = defaultdict(list)
-    for choice in choices:
+    for choice in sorted(choices, key=lambda choice: choice.place):
         if choice.samples:
             members[choice.bucket(max(buckets, 1))].append(choice)
     total = sum(len(choice.samples) for choice in choices)

@@ -165,6 +165,18 @@ def test_a_rewind_replaces_the_file_in_one_move(path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
+def test_write_atomically_takes_parts_and_leaves_the_old_file_where_they_break_off(tmp_path):
+    def parts():
+        yield b"new"
+        raise OSError("the source is gone")
+
+    write_atomically(tmp_path / "a", iter([b"1", b"2\n", b"3"]))
+    assert (tmp_path / "a").read_bytes() == b"12\n3"
+    with pytest.raises(OSError, match="the source is gone"):
+        write_atomically(tmp_path / "a", parts())
+    assert (tmp_path / "a").read_bytes() == b"12\n3"
+
+
 def test_write_atomically_replaces(tmp_path):
     write_atomically(tmp_path / "a", b"1")
     write_atomically(tmp_path / "a", b"22")

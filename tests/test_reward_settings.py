@@ -38,6 +38,7 @@ def test_the_default_pays_right_answers_and_measures_the_format():
         scores = scoring.score([""] * 3, COMPLETIONS, **COLUMNS)
         assert scores.total.tolist() == [1, 1, 0]
         assert scores.parts["format"].tolist() == [1, 0, 1]
+        assert RewardSettings().part_names == [*scores.parts]
         assert scoring.weights == {"accuracy": 1.0}
         assert scoring.judge is None
         assert scoring.held_out is answer_reward
@@ -51,6 +52,7 @@ def test_every_part_has_its_name_and_weight():
     with opened(**settings, reward_workers=0) as scoring:
         scores = scoring.score([""] * 3, COMPLETIONS, **COLUMNS)
         assert [*scores.parts] == ["accuracy", "format", "language", "overlong", "repetition", "pays_nothing"]
+        assert RewardSettings(**settings).part_names == [*scores.parts]
         assert scores.parts["overlong"].tolist() == [0, -0.5, -1]
         assert scores.parts["language"].tolist() == [1, 0, 1]
         np.testing.assert_allclose(scores.total, [1.75, 0.5, -0.25], atol=1e-6)

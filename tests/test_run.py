@@ -189,6 +189,20 @@ def test_finish_writes_curves_and_summary_and_says_what_was_gained(tmp_path):
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_conclude_finishes_a_run_without_steps(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        assert not run.is_finished
+        run.conclude({"selected": 3, "gap": float("nan")})
+        assert run.is_finished
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {name: summary[name] for name in ("selected", "gap")} == {"selected": 3, "gap": None}
+    assert summary["config"] == {"steps": 3, "where": "here", "inner": {"rate": 0.1}}
+    assert summary["versions"]["jax"] == jax.__version__
+    assert summary["seconds"] > 0
+    assert "steps" not in summary
+    assert not (tmp_path / "run" / "curves.png").exists()
+
+
 def test_differences_name_what_came_and_what_went():
     assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"d": 2}}) == [
         "b.c: 2 -> '(absent)'",

@@ -97,3 +97,18 @@ def test_errands_stand_beside_the_sums_with_good_replies_at_first_and_careless_o
 def test_the_share_of_errands_is_of_each_batch(share, count):
     quick = replace(QUICK, skill_steps=1, mixture_steps=1, errand_share=share)
     assert [sum(prompt.startswith("?") for prompt in texts(batch)[0]) for batch in corpus(quick)] == [count] * 2
+
+
+def test_the_size_is_the_recipes_and_the_default_is_what_it_was(tmp_path):
+    assert Recipe().hf_config == HF_CONFIG
+    make_base(tmp_path / "small", replace(QUICK, skill_steps=1, mixture_steps=1, hidden_size=32, num_layers=1))
+    loaded = from_pretrained(tmp_path / "small")
+    assert (loaded.config.hidden_size, loaded.hf_config["intermediate_size"]) == (32, 64)
+    assert loaded.hf_config["num_hidden_layers"] == 1
+    assert {name: value for name, value in loaded.hf_config.items() if name in HF_CONFIG}.keys() == HF_CONFIG.keys()
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_layers"])
+def test_a_model_of_no_size_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        Recipe(**{name: 0})

@@ -1,0 +1,182 @@
+"""Distillation end to end: every stage in its folder, resumed where it was stopped, from texts and not from tokens."""
+
+import json
+from dataclasses import replace
+
+import jax
+import pytest
+
+from experiments import distill
+from experiments.distill import STAGES, Config
+from grpo_jax import models
+from grpo_jax.collect import read_collected
+from grpo_jax.data import tasks
+from grpo_jax.models import from_hf_config, init_params, save_pretrained
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.selection import SelectionSettings
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
+from grpo_jax.small_base import Recipe
+from tests.runs import kill_in_second_save
+
+
+@pytest.fixture(scope="module")
+def other_tongue(tmp_path_factory):
+    """A student of one small layer whose tokenizer has other numbers for the same characters."""
+    folder = tmp_path_factory.mktemp("student") / "model"
+    vocabulary = tasks.VOCABULARY[::-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "VOCABULARY", vocabulary)
+        tokenizer = tasks.make_tokenizer()
+    ends = {"pad_token_id": vocabulary.index("<pad>"), "eos_token_id": vocabulary.index("<eos>")}
+    hf_config = {**Recipe(hidden_size=32, num_layers=1).hf_config, **ends, "initializer_range": 0.3}
+    params = init_params(from_hf_config(hf_config), jax.random.key(0))
+    save_pretrained(folder, params, hf_config=hf_config, tokenizer=tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(base, other_tongue, tmp_path_factory):
+    """Killed once while the student learns, and gone on with."""
+    config = Config(
+        model=base,
+        student=other_tongue,
+        run_dir=tmp_path_factory.mktemp("distill") / "run",
+        data=DataSettings(template="{question}", eval_problems=12),
+        rewards=RewardSettings(reward_workers=0),
+        max_problems=64,
+        num_samples=8,
+        num_prompts=16,
+        eval_samples=8,
+        max_prompt_length=12,
+        max_completion_length=10,
+        num_epochs=8,
+        num_sequences=4,
+        max_length=32,
+        save_every=6,
+        optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
+        mesh=MeshSettings(data=1),
+        plain=True,
+    )
+    drawn = config.folder("samples") / "summary.json"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_in_second_save(distill.main, config, patch)
+        written = drawn.stat().st_mtime_ns
+        assert not (config.run_dir / "summary.json").exists()
+        assert distill.main(config) == 0
+    assert drawn.stat().st_mtime_ns == written  # a finished stage is not begun again
+    return config
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_the_outcome_is_what_the_stages_say(finished):
+    outcome = summary_of(finished.run_dir)
+    for stage in STAGES:
+        found = summary_of(finished.folder(stage))
+        samples = [*read_collected(finished.folder(stage))]
+        right = [
+            f"<answer>{eval(each.prompt[:-1])}</answer>" in text and not cut
+            for each in samples
+            for text, cut in zip(each.completions, each.truncated, strict=True)
+        ]
+        assert outcome[stage]["figures"] == found["figures"]
+        assert found["figures"]["pass@1"]["mean"] == pytest.approx(sum(right) / len(right)), stage
+        assert found["num_problems"] == len(samples) == 12
+    change = outcome["comparison"]["figures"]["pass@1"]
+    assert change["after"] == outcome["student_after"]["figures"]["pass@1"]["mean"]
+    assert change["before"] == outcome["student_before"]["figures"]["pass@1"]["mean"]
+    rows = read_jsonl(finished.folder("samples") / "dataset.jsonl")
+    assert outcome["demonstrations"] == len(rows) == outcome["counts"]["balanced"]
+    assert {row["provenance"]["weights"] for row in rows} == {models.weights_digest(finished.model)}
+
+
+def test_all_are_asked_the_same_held_out_problems_in_the_same_form(finished):
+    asked = [[each.prompt for each in read_collected(finished.folder(stage))] for stage in STAGES]
+    assert asked[0] == asked[1] == asked[2]
+    trained_on = {each.prompt for each in read_collected(finished.folder("samples"))}
+    assert not trained_on & set(asked[0])
+
+
+def test_the_student_with_a_tokenizer_of_its_own_learns_the_teachers_form(finished):
+    before, after = ([*read_collected(finished.folder(stage))] for stage in ("student_before", "student_after"))
+
+    def in_form(collected):
+        texts = [text for each in collected for text in each.completions]
+        return sum(text.startswith("<answer>") for text in texts) / len(texts)
+
+    assert in_form(after) > in_form(before) + 0.3
+    taught = models.from_pretrained(finished.folder("student") / "model")
+    assert taught.tokenizer.get_vocab() == models.from_pretrained(finished.student).tokenizer.get_vocab()
+    assert taught.tokenizer.get_vocab() != models.from_pretrained(finished.model).tokenizer.get_vocab()
+
+
+def test_a_finished_run_is_not_run_again(finished, capsys, monkeypatch):
+    monkeypatch.setattr(models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    assert distill.main(finished) == 0
+    out = capsys.readouterr().out
+    assert out.count("this run is finished") == 3
+    assert out.count("everything is in") == 3 + 3  # evaluations tell what they found again
+
+
+def test_a_stage_that_is_asked_to_stop_ends_the_command(finished, monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(distill.sft, "main", lambda config: begun.append("sft") or 0)
+    monkeypatch.setattr(distill.evaluate, "main", lambda config: begun.append(config.run_dir.name) or 0)
+    monkeypatch.setattr(distill.rejection_sampling, "main", lambda config: begun.append("samples") or 130)
+    assert distill.main(replace(finished, run_dir=tmp_path / "run")) == 130
+    assert begun == ["run_teacher_eval", "run_student_before", "samples"]
+
+
+def test_stages_of_embedded_models_begin_where_others_end():
+    config = Config()
+    assert config.teacher_taught.run_dir / "model" == config.sampled.base_dir == config.teacher_dir
+    assert config.taught.base_dir == config.folder("student_before") / "base"
+    assert config.taught.data.dataset == str(config.sampled.run_dir / "dataset.jsonl")
+    made_before = replace(config, base_dir=config.folder("mine"))
+    assert made_before.sampled.base_dir == config.folder("mine")
+    rendering = [config.taught.data.rendering(embedded=True)["template"], tasks.PLAIN]
+    assert rendering[0] == rendering[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": None}, "name a teacher and a student, or neither"),
+        ({"model": None, "data": DataSettings()}, "name a teacher and a student, or neither"),
+        ({"eval_samples": 0}, "eval_samples is 0"),
+        ({"num_epochs": 0}, "num_epochs is 0"),
+        ({"max_problems": -1}, "max_problems is -1"),
+        ({"selection": SelectionSettings(require=("language=1",))}, r"\['language'\] are not scored"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(finished, **change)
+
+
+def test_a_student_that_cannot_be_loaded_is_found_before_the_teacher_draws_for_it(finished, tmp_path, monkeypatch):
+    config = replace(finished, student="no/such/folder", run_dir=tmp_path / "run")
+    monkeypatch.setattr(distill.evaluate, "main", only_students(distill.evaluate.main))
+    with pytest.raises((ValueError, FileNotFoundError), match="no/such/folder"):
+        distill.main(config)
+    assert not config.folder("samples").exists()
+
+
+def only_students(evaluated):
+    return lambda config: 0 if config.run_dir.name.endswith("teacher_eval") else evaluated(config)
+
+
+@pytest.mark.slow
+def test_the_default_teaches_the_student_what_it_could_not_do(tmp_path):
+    config = Config(run_dir=tmp_path / "run", plain=True)
+    assert distill.main(config) == 0
+    outcome = summary_of(config.run_dir)
+    teacher, before, after = (outcome[stage]["figures"]["pass@1"]["mean"] for stage in STAGES)
+    assert teacher > 0.8
+    assert before < 0.2
+    assert after > 0.7  # and may be above the teacher's: it is taught what the teacher got right
+    before, after = (outcome[stage]["figures"]["mean_length"]["mean"] for stage in ("student_before", "student_after"))
+    assert after > 30 > before
