@@ -93,7 +93,7 @@ class Config(RunSettings, ModelSettings):
     )
     """RL from the cold start: accuracy, format and language."""
     rejection: rejection_sampling.Config = rejection_sampling.Config(
-        selection=SelectionSettings(require=("accuracy=1", "format=1", "language=1")),
+        selection=SelectionSettings(require=("accuracy=1", "format=1", "language=0.95")),
         rewards=RewardSettings(target_language=EMBEDDED_LANGUAGE),
         max_problems=1024,
     )
@@ -142,19 +142,19 @@ class Config(RunSettings, ModelSettings):
                 )
         if self.general is not None and not self.general.is_file():
             raise ValueError(f"general: there is no file {self.general}")
-        self.reasoned(self.reasoning)  # what does not fit together is found here
+        self.placed(self.reasoning, "reasoning", "cold_start", **self.reasoned(self.reasoning))  # or it does not fit
 
     def folder(self, stage: str) -> Path:
         """Where a stage lies."""
         return self.run_dir / stage
 
-    def placed(self, stage: AnyConfig, name: str, start: str | None) -> AnyConfig:
+    def placed(self, stage: AnyConfig, name: str, start: str | None, **changes: Any) -> AnyConfig:
         """A stage's settings in its own folder, with the chain's; ``start`` is the stage whose model it begins with."""
         common = {each: getattr(self, each) for each in ("seed", "plain", "mesh", "dtype", "remat", "attention")}
         begins = {"model": self.model, "base": self.base}
         if start is not None:
             begins = {"model": str(self.model_of(start))} if self.model else {"base_dir": self.model_of(start)}
-        return replace(stage, run_dir=self.folder(name), **common, **begins)
+        return replace(stage, run_dir=self.folder(name), **common, **begins, **changes)
 
     def model_of(self, stage: str) -> Path | str:
         """The folder of the model that came out of a stage; of ``base``, what the chain starts from."""
@@ -162,10 +162,10 @@ class Config(RunSettings, ModelSettings):
             return self.model or self.base_dir or self.folder("cold_start") / "base"
         return self.folder(stage) / "model"
 
-    def reasoned(self, stage: AnyConfig) -> AnyConfig:
-        """A stage's settings with what is reasoned about, and the language of thoughts."""
+    def reasoned(self, stage: Any) -> dict[str, Any]:
+        """What a stage is told of what is reasoned about, and of the language of thoughts."""
         language = self.target_language or ("en" if self.model else EMBEDDED_LANGUAGE)
-        return replace(stage, data=self.data, rewards=replace(stage.rewards, target_language=language))
+        return {"data": self.data, "rewards": replace(stage.rewards, target_language=language)}
 
     @property
     def judge(self) -> str:
@@ -188,20 +188,24 @@ def chain(config: Config) -> int:
         write_careless_replies(general, config.seed)
     write_tasks(tasks, config)
     demonstrated = replace(config.second_sft.data, dataset=str(config.folder("rejection_sampling") / "dataset.jsonl"))
-    begin = None if config.base_dir is None else "base"
+    begin, placed = None if config.base_dir is None else "base", config.placed
 
     stages: list[Callable[[], int]] = [
-        lambda: sft.main(config.placed(config.cold_start, "cold_start", begin)),
-        lambda: r1_zero.main(config.placed(config.reasoned(config.zero), "r1_zero", "base")),
-        lambda: r1_zero.main(config.placed(config.reasoned(config.reasoning), "reasoning", "cold_start")),
+        lambda: sft.main(placed(config.cold_start, "cold_start", begin)),
+        lambda: r1_zero.main(placed(config.zero, "r1_zero", "base", **config.reasoned(config.zero))),
+        lambda: r1_zero.main(placed(config.reasoning, "reasoning", "cold_start", **config.reasoned(config.reasoning))),
         lambda: rejection_sampling.main(
-            config.placed(
-                replace(config.reasoned(config.rejection), demonstrations=(general,)), "rejection_sampling", "reasoning"
+            placed(
+                config.rejection,
+                "rejection_sampling",
+                "reasoning",
+                demonstrations=(general,),
+                **config.reasoned(config.rejection),
             )
         ),
-        lambda: sft.main(config.placed(replace(config.second_sft, data=demonstrated), "sft", "base")),
+        lambda: sft.main(placed(config.second_sft, "sft", "base", data=demonstrated)),
         lambda: learn_reward(config),
-        lambda: r1_zero.main(config.placed(replace(config.reasoned(config.final), tasks=tasks), "final", "sft")),
+        lambda: r1_zero.main(placed(config.final, "final", "sft", tasks=tasks, **config.reasoned(config.final))),
         *(lambda model=model, of=of: evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
     ]
     for stage in stages:
@@ -219,14 +223,12 @@ def learn_reward(config: Config) -> int:
 def evaluated(config: Config, model: str, of: str) -> int:
     """Measure a stage's model, on what is reasoned about or on the rest; the final one against R1-Zero."""
     of_general = RewardSettings(accuracy_weight=0.0, reward_model=config.judge)
-    name, against = f"evaluation/{model}_{of}", config.folder(f"evaluation/r1_zero_{of}")
-    stage = replace(
-        config.reasoned(config.evaluation)
-        if of == REASONING
-        else replace(config.evaluation, data=config.general_data, rewards=of_general),
-        against=against if model == "final" else None,
+    asked = {"data": config.general_data, "rewards": of_general}
+    against = config.folder(f"evaluation/r1_zero_{of}") if model == "final" else None
+    changes = config.reasoned(config.evaluation) if of == REASONING else asked
+    return evaluate.main(
+        config.placed(config.evaluation, f"evaluation/{model}_{of}", model, against=against, **changes)
     )
-    return evaluate.main(config.placed(stage, name, model))
 
 
 def write_careless_replies(path: Path, seed: int) -> None:
@@ -239,7 +241,7 @@ def write_careless_replies(path: Path, seed: int) -> None:
 
 def write_tasks(path: Path, config: Config) -> None:
     """The mixture of the final RL."""
-    rules = dataclasses.asdict(config.reasoned(config.final).rewards)
+    rules = dataclasses.asdict(config.reasoned(config.final)["rewards"])
     judged = dataclasses.asdict(RewardSettings(accuracy_weight=0.0, reward_model=config.judge))
     tasks = {
         REASONING: {**dataclasses.asdict(config.data), **rules},

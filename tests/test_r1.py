@@ -1,0 +1,208 @@
+"""The chain: what each stage begins with, what is refused before anything is computed, and kills in every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import r1
+from experiments.r1 import Config
+from grpo_jax.data.errands import Errand
+from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.settings import DataSettings
+from grpo_jax.tasks import read_tasks
+
+ROOT = Path(__file__).parent.parent
+REAL = {"model": "org/model", "data": DataSettings(dataset="org/problems"), "general_reward_model": "org/judge"}
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """What the chain would run, instead of running it: the name of the script and its configuration."""
+    begun = []
+    for name in ("sft", "r1_zero", "rejection_sampling", "reward_model", "evaluate"):
+        script = getattr(r1, name)
+        monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
+    monkeypatch.setattr(r1, "run_experiment", lambda config, train, title: 0)
+    return begun
+
+
+def test_each_stage_begins_where_the_paper_has_it(stages, tmp_path):
+    config = Config(run_dir=tmp_path / "run", seed=3)
+    assert r1.main(config) == 0
+    trained = [(name, each.run_dir.name, each.base_dir) for name, each in stages if name != "evaluate"]
+    base = tmp_path / "run/cold_start/base"
+    assert trained == [
+        ("sft", "cold_start", None),
+        ("r1_zero", "r1_zero", base),
+        ("r1_zero", "reasoning", tmp_path / "run/cold_start/model"),
+        ("rejection_sampling", "rejection_sampling", tmp_path / "run/reasoning/model"),
+        ("sft", "sft", base),
+        ("reward_model", "reward_model", tmp_path / "run/sft/model"),
+        ("r1_zero", "final", tmp_path / "run/sft/model"),
+    ]
+    assert {each.seed for _, each in stages} == {3}
+    of = {each.run_dir.name: each for _, each in stages}
+    assert of["sft"].data.dataset == str(tmp_path / "run/rejection_sampling/dataset.jsonl")
+    assert of["rejection_sampling"].demonstrations == (tmp_path / "run/general.jsonl",)
+    assert of["r1_zero"].rewards.language_weight == 0
+    assert of["r1_zero"].rewards.target_language == of["reasoning"].rewards.target_language == "zh"
+    measured = [each for name, each in stages if name == "evaluate"]
+    assert [each.run_dir.name for each in measured] == [f"{m}_{t}" for m in r1.MODELS for t in ("reasoning", "general")]
+    assert [each.against for each in measured[-2:]] == [
+        tmp_path / "run/evaluation/r1_zero_reasoning",
+        tmp_path / "run/evaluation/r1_zero_general",
+    ]
+
+
+def test_the_final_rl_pays_by_rules_for_reasoning_and_by_the_reward_model_for_the_rest(stages, tmp_path):
+    config = Config(run_dir=tmp_path / "run")
+    r1.main(config)
+    final = next(each for _, each in stages if each.run_dir.name == "final")
+    reasoning, general = read_tasks(final.tasks, final.data, final.rewards)
+    assert (reasoning.name, reasoning.data) == ("reasoning", config.data)
+    assert reasoning.rewards == replace(config.final.rewards, target_language="zh")
+    assert general.data == DataSettings(dataset="errands")
+    assert general.rewards == RewardSettings(accuracy_weight=0.0, reward_model=str(tmp_path / "run/reward_model/model"))
+
+
+def test_general_demonstrations_are_of_no_held_out_errand(stages, tmp_path):
+    r1.main(Config(run_dir=tmp_path / "run"))
+    rows = read_jsonl(tmp_path / "run/general.jsonl")
+    assert len(rows) == r1.CARELESS_REPLIES
+    errands = [Errand(row["prompt"][1:]) for row in rows]
+    assert not any(errand.held_out for errand in errands)
+    qualities = [errand.quality(row["completion"]) for errand, row in zip(errands, rows, strict=True)]
+    assert 0.2 < sum(qualities) / len(qualities) < 0.7  # there is something left to learn
+
+
+def test_a_stage_that_is_asked_to_stop_ends_the_command(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(r1.rejection_sampling, "main", lambda config: 130)
+    assert r1.main(Config(run_dir=tmp_path / "run")) == 130
+    assert [each.run_dir.name for _, each in stages] == ["cold_start", "r1_zero", "reasoning"]
+
+
+def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path):
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    plain = Config()
+    config = Config(
+        **REAL,
+        run_dir=tmp_path / "run",
+        general=tmp_path / "chats.jsonl",
+        general_data=DataSettings(dataset="org/prompts"),
+        cold_start=replace(plain.cold_start, data=replace(plain.cold_start.data, dataset="org/thoughts")),
+    )
+    assert r1.main(config) == 0
+    assert [each.model for name, each in stages if name != "evaluate"] == [
+        "org/model",
+        "org/model",
+        str(tmp_path / "run/cold_start/model"),
+        str(tmp_path / "run/reasoning/model"),
+        "org/model",
+        str(tmp_path / "run/sft/model"),
+    ]
+    of = {each.run_dir.name: each for _, each in stages}
+    assert of["rejection_sampling"].demonstrations == (tmp_path / "chats.jsonl",)
+    assert of["reasoning"].rewards.target_language == "en"
+    assert of["final_general"].rewards.reward_model == "org/judge"
+    assert not (tmp_path / "run/general.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (REAL, r"with --model the chain needs data of its own: cold_start.dataset \(long thoughts\), general"),
+        ({"general": Path("no/such.jsonl")}, "there is no file no/such.jsonl"),
+        ({"final": replace(Config().final, model="org/other")}, "final names a model"),
+        ({"target_language": "klingon"}, "klingon"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_computed(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Config(run_dir=tmp_path / "run", **change)
+
+
+def test_a_chain_goes_on_with_its_own_settings_alone(stages, tmp_path):
+    config = Config(run_dir=tmp_path / "run")
+    assert r1.main(config) == 0
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+        r1.main(replace(config, seed=1))
+
+
+# Kills --------------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "": "--plain --save-every 1 --base-dir {base} --eval-problems 12 --general-data.eval-problems 12",
+    "cold-start": "worked-sums=48 num-epochs=2 num-sequences=8 eval-prompts=0 save-every=1",
+    "zero": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",
+    "reasoning": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",
+    "rejection": "max-problems=40 num-prompts=4 num-samples=8 threshold=0 require",
+    "second-sft": "num-epochs=1 num-sequences=8 eval-prompts=0 save-every=1",
+    "preferences": "errand-pairs=96 save-every=1",
+    "final": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",
+    "evaluation": "num-samples=2 num-prompts=2",
+}
+"""Settings of each stage."""
+REACHED = {
+    "cold_start": "cold_start/checkpoints/[1-9]*",
+    "r1_zero": "r1_zero/checkpoints/[1-9]*",
+    "reasoning": "reasoning/checkpoints/[1-9]*",
+    "rejection_sampling": "rejection_sampling/completions.jsonl",
+    "sft": "sft/checkpoints/[1-9]*",
+    "reward_model": "reward_model/checkpoints/[1-9]*",
+    "final": "final/checkpoints/[1-9]*",
+    "evaluation": "evaluation/base_reasoning/completions.jsonl",
+}
+"""What tells that a stage has begun to keep what it did."""
+
+
+def begin(folder, base):
+    command = [sys.executable, "experiments/r1.py", "--run-dir", str(folder), *SMALL[""].format(base=base).split()]
+    for stage, settings in SMALL.items():
+        if stage:
+            command += [part for each in settings.split() for part in f"--{stage}.{each}".split("=")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def has_reached(folder, stage):
+    return any(path.is_dir() or path.stat().st_size for path in folder.glob(REACHED[stage]))
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_the_chain_ends_as_if_it_never_was(base, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = begin(whole, base)
+    out, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, out.decode()[-3000:]
+
+    for stage in REACHED:
+        process = begin(broken, base)
+        deadline = time.monotonic() + 300
+        while not has_reached(broken, stage):
+            assert process.poll() is None, process.stdout.read().decode()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (broken / "summary.json").exists()
+    process = begin(broken, base)
+    out, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, out.decode()[-3000:]
+
+    for stage in ("cold_start", "r1_zero", "reasoning", "sft", "reward_model", "final"):
+        weights = "model/model.safetensors"
+        assert (broken / stage / weights).read_bytes() == (whole / stage / weights).read_bytes(), stage
+    dataset = "rejection_sampling/dataset.jsonl"
+    assert (broken / dataset).read_text().replace(str(broken), str(whole)) == (whole / dataset).read_text()
+    outcome = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
+    assert outcome[0]["stages"] == outcome[1]["stages"]
+    assert [*outcome[0]["stages"]] == [*r1.MODELS]
