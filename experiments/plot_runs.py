@@ -21,8 +21,11 @@ TITLES = {
     "eval/loss": "loss, held out",
     "eval/judge": "quality of replies, held out",
     "eval/calibration_error": "calibration error, held out",
+    "judge": "true quality of replies",
+    "reward": "reward",
+    "kl": "KL to the reference (nats a token)",
 }
-SHARES = ("eval/pass@1", "eval/maj@16", "eval/accuracy", "eval/judge")
+SHARES = ("eval/pass@1", "eval/maj@16", "eval/accuracy", "eval/judge", "judge")
 COLOURS = ("tab:orange", "tab:purple", "tab:blue")
 
 
@@ -46,7 +49,8 @@ def main(config: Config) -> None:
         for run in config.runs:
             rows = [row for row in read_jsonl(run / "metrics.jsonl") if key in row]
             colour = COLOURS[place % len(COLOURS)]
-            axes.plot([row["step"] for row in rows], [row[key] for row in rows], "o-", color=colour, alpha=0.6)
+            marks = "o-" if key.startswith("eval/") else "-"
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], marks, color=colour, alpha=0.6)
         axes.set_title(TITLES.get(key, key), loc="left")
         axes.set_xlabel("step")
         axes.set_ylim(0, 1.02 if key in SHARES else None)

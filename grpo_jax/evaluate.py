@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.rewards.answer import canonical_answer, extract_answer
-from grpo_jax.rewards.compose import RewardFn, as_graded
+from grpo_jax.rewards.compose import RewardFn, Scores, as_graded
 from grpo_jax.types import Rollout
 
 RESAMPLES = 9999
@@ -281,6 +281,39 @@ def held_out(
     if len(graded) < len(scores):
         metrics["eval/frac_ungraded"] = 1 - len(graded) / len(scores)
     return metrics
+
+
+def held_out_rewards(
+    problems: EncodedProblems,
+    drawn: Iterable[tuple[int, Rollout]],
+    decode: Callable[[Rollout], list[str]],
+    score: Callable[..., Scores],
+    *,
+    group_size: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> dict[str, float]:
+    """What completions of held-out problems are worth, where nothing is right or wrong.
+
+    Args:
+        problems, drawn, decode, group_size, report: see ``held_out``.
+        score: what is learnt from, such as ``Scoring.score``.
+
+    Returns:
+        ``eval/reward``, the mean of what is present (left out where nothing is), and ``eval/mean_length`` in tokens.
+    """
+    places, texts, lengths, truncated = [], [], [], []
+    for place, completions in drawn:
+        places.append(place)
+        texts += decode(completions)
+        lengths += np.asarray(completions.completion_mask).sum(1).tolist()
+        truncated += np.asarray(completions.truncated).tolist()
+        report(len(places))
+    columns = reward_columns([problems.problems[place] for place in places], group_size=group_size)
+    prompts = [problems.texts[place] for place in places for _ in range(group_size)]
+    worth = score(prompts, texts, **columns, completion_length=lengths, truncated=truncated).total
+    present = worth[~np.isnan(worth)]
+    reward = {"eval/reward": float(present.mean())} if len(present) else {}
+    return {**reward, "eval/mean_length": float(np.mean(lengths))}
 
 
 def mean_over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

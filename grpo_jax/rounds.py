@@ -318,10 +318,10 @@ class Rounds:
             answers=drawn.columns["answer"],
             tests=drawn.columns.get("tests", ()),
         )
-        if self.scoring.judge is not None:
-            metrics["judge"] = metrics.get(f"rewards/{self.scoring.judge}/mean", math.nan)
+        for name, part in (("judge", self.scoring.judge), ("pass_rate", "accuracy")):
+            if f"rewards/{part}/mean" in metrics:
+                metrics[name] = metrics[f"rewards/{part}/mean"]
         metrics |= {
-            "pass_rate": metrics.get("rewards/accuracy/mean", math.nan),
             "num_tokens": self._num_tokens,
             "tokens_per_second": float(drawn.lengths.sum() / seconds),
             **drawn.times,
@@ -357,7 +357,7 @@ class Rounds:
         """Grade completions of all held-out problems where an evaluation is due and was not done."""
         config, run = self._config, self._run
         is_due = step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
-        if not is_due or run.has_row(step, "eval/pass@1"):
+        if not is_due or run.has_row(step, "eval/mean_length"):
             return {}
         with run.progress.phase("evaluation", sum(len(task.held_out) for task in self._tasks)) as phase:
             done, found = 0, {}
@@ -382,6 +382,10 @@ class Rounds:
             jax.random.fold_in(self._evaluation, step),
             num_prompts=self._config.num_prompts,
         )
+        if not task.is_graded:
+            return evaluate.held_out_rewards(
+                task.held_out, drawn, self._decode, task.scoring.score, group_size=group_size, report=report
+            )
         return evaluate.held_out(
             task.held_out, drawn, self._decode, task.scoring.held_out, group_size=group_size, report=report
         )

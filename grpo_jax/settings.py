@@ -211,10 +211,11 @@ class DataSettings:
     """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
     system_prompt: str | None = None
     """A system message; with --chat-template only."""
-    grader: Literal["auto", "exact", "math", "code"] = "auto"
+    grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
     """What tells a right answer: exact (numbers by value, other texts as they stand), math (mathematics that is equal),
     code (programs, by the column tests). auto: code where there are tests, math elsewhere, exact for the built-in sums;
-    a task of reasoning-gym brings its own."""
+    a task of reasoning-gym brings its own. none: nothing is right or wrong, and a reward model or rewards of your own
+    judge; prompts need no answers then."""
     partial_credit: bool = False
     """Score programs by the share of tests they pass."""
     program_seconds: float = 4.0
@@ -225,6 +226,8 @@ class DataSettings:
     def __post_init__(self):
         if not self.program_seconds > 0:
             raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
+        if self.grader == "none" and (self.dataset is None or self.dataset == ERRANDS):
+            raise ValueError("grader is none, and the built-in problems have answers; name a dataset")
         if self.partial_credit and (self.dataset is None or self.grader not in ("auto", "code")):
             raise ValueError("partial_credit scores programs by their tests; these problems have none")
         if self.eval_problems < 1:
@@ -320,6 +323,8 @@ class DataSettings:
             answer_column=self.answer_column,
         )
         problems = load(require_answer=False)
+        if self.grader == "none":
+            return problems, ungraded
         has_tests = "tests" in problems[0].columns
         grader = ("code" if has_tests else "math") if self.grader == "auto" else self.grader
         if grader == "code" and not has_tests:
@@ -327,7 +332,10 @@ class DataSettings:
                 f"{source} has no column tests, which the grader code needs; it has {[*problems[0].columns]}"
             )
         if grader != "code" and problems[0].answer is None:
-            load()  # says which columns there are
+            try:
+                load()  # says which columns there are
+            except KeyError as error:
+                raise KeyError(f"{error.args[0]}. Where a reward model judges, set grader to none") from None
         if grader != "code" and self.partial_credit:
             raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
         check_gold(problems, grader, source)
@@ -335,6 +343,11 @@ class DataSettings:
             limits = Limits(seconds=self.program_seconds, wall_seconds=3 * self.program_seconds)
             return problems, partial(code_reward, partial_credit=self.partial_credit, limits=limits)
         return problems, GRADERS[grader]
+
+
+def ungraded(prompts: list[str], completions: list[str], **_columns: object) -> list[None]:
+    """The reward of completions that nothing tells right from wrong: absent."""
+    return [None] * len(completions)
 
 
 def hold_out(rows: list[Row], most: int, *, key: Callable[[Row], str], source: str) -> tuple[list[Row], list[Row]]:

@@ -174,6 +174,7 @@ class OpenTask:
         name: of the task.
         problems, held_out: lists of problems, until ``encode`` made prompts of them.
         scoring: what scores completions; left with the run.
+        is_graded: whether anything tells a right completion.
 
     Args:
         task: which.
@@ -203,6 +204,9 @@ class OpenTask:
         scores_held_out: bool = False,
     ):
         self.name, self._task, self._run = task.name, task, run
+        self.is_graded = task.data.grader != "none"
+        if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
+            raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
         self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed)
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
         self.scoring: Scoring = run.enter(

@@ -7,8 +7,9 @@ import pytest
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.sources import Problem
 from grpo_jax.data.tasks import VOCABULARY, make_tokenizer
-from grpo_jax.evaluate import held_out
+from grpo_jax.evaluate import held_out, held_out_rewards
 from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.compose import weighted
 from grpo_jax.types import Rollout
 
 EOS, PAD = VOCABULARY.index("<eos>"), VOCABULARY.index("<pad>")
@@ -102,3 +103,27 @@ def test_held_out_counts_every_problem_once(tokenizer):
         held_out(encoded, list(drawn())[1:], decode, answer_reward, group_size=3)
     with pytest.raises(ValueError, match="held-out problem 2 was drawn for twice"):
         held_out(encoded, [*drawn(), *drawn()], decode, answer_reward, group_size=3)
+
+
+def test_what_held_out_completions_are_worth_where_nothing_is_right(tokenizer):
+    encoded = encode(tokenizer)
+    texts = {2: ["6", "66"], 0: ["3", ""], 1: ["8", "222"]}
+    drawn = [(place, rollout_of(tokenizer, each)) for place, each in texts.items()]
+    seen = []
+
+    def score(prompts, completions, *, completion_length, truncated, answer, **columns):
+        seen.extend(zip(prompts, completions, completion_length, truncated, answer, strict=True))
+        totals = np.array([float("nan") if not text else len(text) for text in completions], np.float32)
+        return weighted({"length": lambda p, c, **_: totals.tolist()}, {"length": 1.0})(prompts, completions)
+
+    def decode(rollout):
+        return decode_completions(tokenizer, rollout, (EOS,))
+
+    metrics = held_out_rewards(encoded, drawn, decode, score, group_size=2)
+    assert metrics == {"eval/reward": pytest.approx((1 + 2 + 1 + 1 + 3) / 5), "eval/mean_length": pytest.approx(14 / 6)}
+    assert [row[0] for row in seen] == [encoded.texts[place] for place in (2, 2, 0, 0, 1, 1)]
+    assert [row[1] for row in seen] == ["6", "66", "3", "", "8", "222"]
+    assert [row[2] for row in seen] == [2, 3, 2, 1, 2, 4]  # with the ending token
+    assert [row[4] for row in seen] == [encoded.problems[place].answer for place in (2, 2, 0, 0, 1, 1)]
+    nothing = held_out_rewards(encoded, drawn[1:2], decode, lambda p, c, **_: score(p, [""] * 2, **_), group_size=2)
+    assert [*nothing] == ["eval/mean_length"]

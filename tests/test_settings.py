@@ -178,3 +178,16 @@ def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
     bare = write_rows(tmp_path / "bare.jsonl", [{"question": f"{i}", "level": 1} for i in range(20)])
     with pytest.raises(KeyError, match="no column is known as an answer"):
         DataSettings(dataset=bare).load(0)
+
+
+def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
+    with pytest.raises(KeyError, match="Where a reward model judges, set grader to none"):
+        DataSettings(dataset=str(path)).load(0)
+    problems, held_out, reward, held_out_reward = DataSettings(dataset=str(path), grader="none").load(0)
+    assert {problem.answer for problem in problems + held_out} == {None}
+    assert not prompts(problems) & prompts(held_out)
+    assert reward(["a", "b"], ["c", "d"], answer=[None, None]) == held_out_reward(["a", "b"], ["c", "d"]) == [None] * 2
+    with pytest.raises(ValueError, match="the built-in problems have answers"):
+        DataSettings(grader="none")

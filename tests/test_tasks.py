@@ -313,3 +313,11 @@ def test_figures_of_tasks_and_their_mean():
         "eval/b/mean_length": 8.0,
         "eval/b/frac_ungraded": 0.25,
     }
+
+
+def test_no_accuracy_is_paid_for_where_nothing_is_right_or_wrong(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
+    task = Task(None, DataSettings(dataset=str(path), grader="none"), RewardSettings())
+    with pytest.raises(ValueError, match="no accuracy to be paid for; set accuracy_weight to 0"):
+        OpenTask(task, None, seed=0, max_completion_length=4, mesh=None, dtype=None)
