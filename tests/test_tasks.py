@@ -93,7 +93,7 @@ def test_a_weight_is_a_number_above_0(tmp_path, weight):
         ({"reward": ["a:b", 5]}, "reward is ['a:b', 5]; it must be list[str, ...]"),
         ({"clip_reward": [0]}, "clip_reward is [0]; it must be list[float, float] | None"),
         ({"clip_reward": [0, "1"]}, "clip_reward is [0, '1']; it must be list[float, float] | None"),
-        ({"grader": "hope"}, "grader is 'hope'; it must be Literal['auto', 'exact', 'math', 'code']"),
+        ({"grader": "hope"}, "grader is 'hope'; it must be Literal['auto', 'exact', 'math', 'code', 'none']"),
         ({"overlong_prompts": ["drop"]}, "overlong_prompts is ['drop']; it must be Literal['drop', 'truncate', 'error"),
         ({"template": "no place"}, "template must hold {question}"),
         ({"reward": ["a:b=much"]}, "a reward's weight is a number"),
@@ -319,5 +319,9 @@ def test_no_accuracy_is_paid_for_where_nothing_is_right_or_wrong(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
     task = Task(None, DataSettings(dataset=str(path), grader="none"), RewardSettings())
-    with pytest.raises(ValueError, match="no accuracy to be paid for; set accuracy_weight to 0"):
-        OpenTask(task, None, seed=0, max_completion_length=4, mesh=None, dtype=None)
+    mesh = MeshSettings(data=1).build()
+    with (
+        Run(tmp_path / "run", RewardSettings(), title="tasks", plain=True) as run,
+        pytest.raises(ValueError, match="no accuracy to be paid for; set accuracy_weight to 0"),
+    ):
+        OpenTask(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
