@@ -72,6 +72,7 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_outcome_is_what_the_stages_say(finished):
     outcome = summary_of(finished.run_dir)
     for stage in STAGES:
@@ -93,6 +94,7 @@ def test_the_outcome_is_what_the_stages_say(finished):
     assert {row["provenance"]["weights"] for row in rows} == {models.weights_digest(finished.model)}
 
 
+@pytest.mark.slow
 def test_all_are_asked_the_same_held_out_problems_in_the_same_form(finished):
     asked = [[each.prompt for each in read_collected(finished.folder(stage))] for stage in STAGES]
     assert asked[0] == asked[1] == asked[2]
@@ -100,6 +102,7 @@ def test_all_are_asked_the_same_held_out_problems_in_the_same_form(finished):
     assert not trained_on & set(asked[0])
 
 
+@pytest.mark.slow
 def test_the_student_with_a_tokenizer_of_its_own_learns_the_teachers_form(finished):
     before, after = ([*read_collected(finished.folder(stage))] for stage in ("student_before", "student_after"))
 
@@ -113,6 +116,7 @@ def test_the_student_with_a_tokenizer_of_its_own_learns_the_teachers_form(finish
     assert taught.tokenizer.get_vocab() != models.from_pretrained(finished.model).tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(finished, capsys, monkeypatch):
     monkeypatch.setattr(models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     assert distill.main(finished) == 0
@@ -121,6 +125,7 @@ def test_a_finished_run_is_not_run_again(finished, capsys, monkeypatch):
     assert out.count("everything is in") == 3 + 3  # evaluations tell what they found again
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_asked_to_stop_ends_the_command(finished, monkeypatch, tmp_path):
     begun = []
     monkeypatch.setattr(distill.sft, "main", lambda config: begun.append("sft") or 0)
@@ -141,6 +146,7 @@ def test_stages_of_embedded_models_begin_where_others_end():
     assert rendering[0] == rendering[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -157,6 +163,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         replace(finished, **change)
 
 
+@pytest.mark.slow
 def test_a_student_that_cannot_be_loaded_is_found_before_the_teacher_draws_for_it(finished, tmp_path, monkeypatch):
     config = replace(finished, student="no/such/folder", run_dir=tmp_path / "run")
     monkeypatch.setattr(distill.evaluate, "main", only_students(distill.evaluate.main))

@@ -137,7 +137,7 @@ def test_splash_attention_on_a_mesh():
     ("name", "config"),
     [
         pytest.param("cudnn", WINDOWED, marks=pytest.mark.slow),
-        ("splash", WINDOWED),
+        pytest.param("splash", WINDOWED, marks=pytest.mark.slow),
         pytest.param("splash", CAPPED, marks=pytest.mark.slow),
     ],
     ids=["cudnn", "splash", "cap"],

@@ -112,6 +112,7 @@ def assert_same_runs(config, other):
         assert (other.run_dir / name).read_bytes() == (config.run_dir / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_mixture_killed_and_resumed_is_the_unbroken_run_and_refuses_other_tasks(config, mixed, tmp_path, monkeypatch):
     broken = replace(with_mixture(config, tmp_path / "broken"), advantage="hybrid", max_draws=3, critic_epochs=2)
     kill_in_second_save(r1_zero.main, broken, monkeypatch)
@@ -135,14 +136,10 @@ def test_a_mixture_killed_and_resumed_is_the_unbroken_run_and_refuses_other_task
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["mixture", "process_supervised", "hybrid", "max_draws"])
+@pytest.mark.parametrize("which", ["process_supervised", "max_draws"])
 def test_each_relative_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, tmp_path, monkeypatch, which):
-    config = {
-        "mixture": lambda: with_mixture(config, tmp_path),
-        "process_supervised": lambda: replace(with_steps(config), advantage="process_supervised"),
-        "hybrid": lambda: replace(with_steps(config), advantage="hybrid", num_epochs=2, num_minibatches=2),
-        "max_draws": lambda: replace(config, max_draws=3),
-    }[which]()
+    by_steps = replace(with_steps(config), advantage="process_supervised")
+    config = {"process_supervised": by_steps, "max_draws": replace(config, max_draws=3)}[which]
     whole, broken = (replace(config, run_dir=tmp_path / name) for name in ("whole", "broken"))
     assert r1_zero.main(whole) == 0
     kill_in_second_save(r1_zero.main, broken, monkeypatch)
@@ -151,6 +148,7 @@ def test_each_relative_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config
     assert all(row["grad_norm"] > 0 for row in steps_of(whole))
 
 
+@pytest.mark.slow
 def test_every_draw_has_prompts_by_weight_and_what_is_told_is_of_all_that_was_drawn(mixed):
     rows = read_jsonl(mixed.run_dir / "completions.jsonl")
     for step in steps_of(mixed):
@@ -175,6 +173,7 @@ def test_every_draw_has_prompts_by_weight_and_what_is_told_is_of_all_that_was_dr
         assert (learnt[chosen] != 0).any(1).all()
 
 
+@pytest.mark.slow
 def test_each_tasks_figures_are_those_of_its_rows(mixed):
     rows = read_jsonl(mixed.run_dir / "completions.jsonl")
     for step in steps_of(mixed):
@@ -471,6 +470,7 @@ def test_hybrid_in_the_loop_is_the_function_by_hand(stepwise):
     np.testing.assert_allclose(np.asarray(batch.returns), returns, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_where_every_group_differs_hybrid_is_group_relative_bit_for_bit(stepwise):
     """Through the update: the critic, which learns beside it, does not reach the policy."""
     config, rounds, mesh = stepwise.config, stepwise.rounds, stepwise.rounds.mesh

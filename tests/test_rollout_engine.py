@@ -63,7 +63,7 @@ def same(found, wanted):
     ("schedule", "cohorts"),
     [
         ({}, 1),
-        ({"max_rows": 64}, 5),  # four sets, and the pool of what was left of them
+        pytest.param({"max_rows": 64}, 5, marks=pytest.mark.slow),  # four sets, and the pool of what was left of them
         ({"ahead": 2, "max_rows": 64}, 5),
         ({"max_rows": 8}, 32),  # too small to be parked
         ({"max_rows": 5}, 64),  # of each group a half, and then the other
@@ -116,7 +116,10 @@ def test_t14_pools_on_devices_do_not_change_what_is_drawn(tiny, expected):
     assert stats[0].cohorts == 3  # two sets, and the pool of what was left of them
 
 
-@pytest.mark.parametrize(("length", "group_size", "count"), [(1, 1, 1), (64, 2, 3), (65, 1, 2), (73, 8, 1)])
+SIZES = [(1, 1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((64, 2, 3), (65, 1, 2))), (73, 8, 1)]
+
+
+@pytest.mark.parametrize(("length", "group_size", "count"), SIZES)
 def test_completions_and_groups_of_every_size(tiny, length, group_size, count):
     """No completion ends before the limit, so that every chunk is written to."""
     model, params = tiny

@@ -162,6 +162,7 @@ def test_grades_are_the_share_of_those_that_have_an_answer():
     assert sft.graded(prompts, completions, lengths, 2) == {"eval/mean_length": 3.5}
 
 
+@pytest.mark.slow
 def test_without_answers_nothing_is_graded_and_what_is_too_long_is_dropped_and_counted(config, capsys):
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in rows_of_sums()]
     write_rows(config.run_dir.parent / "sums.jsonl", rows)

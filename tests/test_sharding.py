@@ -125,6 +125,7 @@ def test_parameters_that_lie_right_already_are_not_copied(tiny):
     assert moved is trained
 
 
+@pytest.mark.slow
 def test_activations_lie_as_the_batch_does_not_as_the_parameters(capfd):
     """Left to itself the compiler splits the residual stream as the embedding is: each device then holds a part of
     every sequence and the MLP's activations of all of them."""

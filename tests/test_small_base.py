@@ -99,6 +99,7 @@ def test_the_share_of_errands_is_of_each_batch(share, count):
     assert [sum(prompt.startswith("?") for prompt in texts(batch)[0]) for batch in corpus(quick)] == [count] * 2
 
 
+@pytest.mark.slow
 def test_the_size_is_the_recipes_and_the_default_is_what_it_was(tmp_path):
     assert Recipe().hf_config == HF_CONFIG
     make_base(tmp_path / "small", replace(QUICK, skill_steps=1, mixture_steps=1, hidden_size=32, num_layers=1))

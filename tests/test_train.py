@@ -114,6 +114,7 @@ def test_l2_devices_give_the_update_of_one(tiny, whole, sizes):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), state.params, whole[0].params)
 
 
+@pytest.mark.slow
 def test_eight_devices_against_one_over_five_steps(tiny):
     _, params = tiny
     optimizer = make_optimizer(make_schedule(1e-3, warmup_steps=1, total_steps=5, decay="constant"))
