@@ -220,6 +220,7 @@ def train(config: Config, run: Run) -> None:
                 params, key = to_rollout(state.params), jax.random.fold_in(evaluation, step)
                 drawn = sampler(params, prompts.padded(range(len(prompts))), key)
                 completions = decode_completions(policy.tokenizer, drawn, policy.eos_ids)
+                phase.update(len(held_out_pairs) + len(prompts))
                 metrics["eval/mean_length"] = float(np.asarray(drawn.completion_mask.sum(1)).mean())
                 samples, scores = judged(prompts, completions, judge, config.eval_samples)
                 metrics |= {"eval/judge": float(np.mean(scores))} if scores else {}

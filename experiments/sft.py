@@ -148,6 +148,7 @@ def train(config: Config, run: Run) -> None:
                 drawn = sampler(params, prompts.padded(range(len(prompts))), key)
                 completions = decode_completions(policy.tokenizer, drawn, policy.eos_ids)
                 metrics |= graded(prompts, completions, np.asarray(drawn.completion_mask.sum(1)), config.eval_samples)
+                phase.update(len(held_out_batches) + len(prompts))
                 samples = as_samples(prompts, completions, config.eval_samples)
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
         run.log({"step": step, **metrics})
