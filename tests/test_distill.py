@@ -174,16 +174,3 @@ def test_a_student_that_cannot_be_loaded_is_found_before_the_teacher_draws_for_i
 
 def only_students(evaluated):
     return lambda config: 0 if config.run_dir.name.endswith("teacher_eval") else evaluated(config)
-
-
-@pytest.mark.slow
-def test_the_default_teaches_the_student_what_it_could_not_do(tmp_path):
-    config = Config(run_dir=tmp_path / "run", plain=True)
-    assert distill.main(config) == 0
-    outcome = summary_of(config.run_dir)
-    teacher, before, after = (outcome[stage]["figures"]["pass@1"]["mean"] for stage in STAGES)
-    assert teacher > 0.8
-    assert before < 0.2
-    assert after > 0.7  # and may be above the teacher's: it is taught what the teacher got right
-    before, after = (outcome[stage]["figures"]["mean_length"]["mean"] for stage in ("student_before", "student_after"))
-    assert after > 30 > before
