@@ -7,8 +7,8 @@ thing:
 
     python experiments/r1.py
     python experiments/r1.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --target-language en \
-        --cold-start.dataset long_thoughts.jsonl --general chats.jsonl --general-data.dataset prompts.jsonl \
-        --preferences.dataset preferences.jsonl
+        --cold-start.dataset long_thoughts.jsonl --general chats.jsonl --preferences.dataset preferences.jsonl \
+        --general-data.dataset prompts.jsonl --general-data.grader none
 
 Stages lie in folders of the run's own, each a run with its checkpoints and its report; the same command goes on at the
 stage and step where it stopped. After DeepSeek-AI, arXiv 2501.12948, section 2.3.
@@ -25,15 +25,17 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import evaluate
-import matplotlib.pyplot as plt
 import numpy as np
 import r1_zero
 import rejection_sampling
 import reward_model
 import sft
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
 
+from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
 from grpo_jax.experiment import LAID_OUT, ModelSettings, RunSettings, run_experiment
 from grpo_jax.monitor.metrics import to_json, write_atomically
@@ -182,7 +184,7 @@ def main(config: Config) -> int:
 
 def chain(config: Config) -> int:
     """All stages; the exit status of the first that was asked to stop, or 0."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    check_data(config)
     general, tasks = config.general or config.run_dir / "general.jsonl", config.run_dir / "final_tasks.json"
     if config.general is None:
         write_careless_replies(general, config.seed)
@@ -212,6 +214,20 @@ def chain(config: Config) -> int:
         if status := stage():
             return status
     return 0
+
+
+def check_data(config: Config) -> None:
+    """Read all that stages will be given: what is wrong with the last one's data is found before the first begins.
+
+    Raises:
+        Exception: as the stage that needs them would.
+    """
+    for data in (config.data, config.general_data, config.cold_start.data):
+        data.load(config.seed)
+    if config.general is not None:
+        load_demonstrations(str(config.general))
+    if config.general_reward_model is None:
+        config.preferences.data.load(config.seed)
 
 
 def learn_reward(config: Config) -> int:
@@ -281,21 +297,23 @@ def conclude(config: Config, run: Run) -> None:
     run.conclude({"stages": stages, "final_against_r1_zero": against, "seed": config.seed})
 
 
-def draw(stages: dict[str, dict[str, float]], path: Path) -> None:
+def draw(stages: dict[str, dict[str, float | None]], path: Path) -> None:
     """The figures that are shares, over the chain's stages; R1-Zero's as dotted lines."""
     chain_of = [model for model in MODELS if model != "r1_zero"]
-    labels = [label for label in ("pass@1", "format", "language", "general quality") if label in stages["final"]]
-    figure, panels = plt.subplots(1, len(labels), figsize=(3.4 * len(labels), 3.2), layout="constrained", squeeze=False)
-    for axes, label in zip(panels[0], labels, strict=True):
+    shares = ("pass@1", "format", "language", "general quality")
+    labels = [label for label in shares if all(figures.get(label) is not None for figures in stages.values())]
+    figure = Figure(figsize=(3.4 * len(labels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(labels), squeeze=False)[0]
+    for axes, label in zip(panels, labels, strict=True):
         axes.plot(chain_of, [stages[model][label] for model in chain_of], "o-", color="tab:blue", label="R1's chain")
         axes.axhline(stages["r1_zero"][label], color="tab:orange", linestyle=":", label="R1-Zero")
         axes.set_title(label, loc="left")
         axes.set_ylim(0, 1.02)
         axes.tick_params(axis="x", rotation=45)
         axes.grid(alpha=0.3)
-    panels[0][0].legend(frameon=False)
+    panels[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from grpo_jax import models
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
-from grpo_jax.data.errands import ERRANDS
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.experiment import PolicySettings, RunSettings, at_least
 from grpo_jax.monitor.metrics import to_json, write_atomically
@@ -27,7 +26,7 @@ from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.settings import DataSettings
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings
-from grpo_jax.tasks import OpenTask, Task
+from grpo_jax.tasks import OpenTask, Task, check_known
 from grpo_jax.types import Rollout
 
 SETS_OF_A_BLOCK = 4
@@ -52,11 +51,7 @@ class CollectSettings(RunSettings, PolicySettings):
         RunSettings.__post_init__(self)
         PolicySettings.__post_init__(self)
         at_least(self, num_samples=1, num_prompts=1)
-        embedded = self.data.dataset in (None, ERRANDS) and not (self.data.template or self.data.chat_template)
-        if self.model is None and not embedded:
-            raise ValueError(
-                "the embedded base knows its own sums and errands only; with a dataset or template, name a model too"
-            )
+        check_known(self.model, [self.data])
         if self.sampling.temperature == 0 and self.num_samples > 1:
             raise ValueError(
                 f"sampling.temperature is 0, so that {self.num_samples} samples of a problem are all the same; set "

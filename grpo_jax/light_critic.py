@@ -1,4 +1,4 @@
-"""A critic that costs next to nothing: a small head that reads a value from the policy's hidden states."""
+"""A critic without a model of its own: a small head that reads a value from the policy's hidden states."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Features(NamedTuple):
 class LightCritic:
     """Two small layers on the policy's last hidden states, whose gradient ends there: the policy does not learn for it.
 
-    Hidden states are computed once a step, for all completions; the head learns from them in a few passes, which cost
-    little beside one of the policy. It holds them meanwhile: rows x tokens x width numbers.
+    Hidden states are computed once a step, for all completions, and the head learns from them in a few passes of
+    ``128 (D + 1)`` multiplications a token. It holds them meanwhile: rows x tokens x D numbers.
 
     Args:
         model: the policy's pure functions.

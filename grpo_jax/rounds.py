@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from grpo_jax import evaluate, models
 from grpo_jax.data.encoded import decode_completions, decode_one
-from grpo_jax.data.errands import ERRANDS
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.experiment import PolicySettings, RunSettings, at_least
@@ -29,10 +28,11 @@ from grpo_jax.monitor.signals import text_metrics
 from grpo_jax.monitor.spot_checks import spot_checks
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
+from grpo_jax.rollout.drawn import concatenated
 from grpo_jax.run import Run, count_compilations, differences
 from grpo_jax.settings import DataSettings
 from grpo_jax.sharding import ROLLOUT_RULES, bytes_on_devices, make_reshard, param_shardings, shard_rows
-from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, as_settings, read_tasks, shares
+from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, as_settings, check_known, read_tasks, shares
 from grpo_jax.types import Params, Prompts, Rollout
 
 MICRO_BATCH_TOKENS = 16_384
@@ -70,12 +70,7 @@ class RoundSettings(RunSettings, PolicySettings):
         PolicySettings.__post_init__(self)
         at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
         mixture = self.mixture
-        asked = [task.data for task in mixture]
-        embedded = all(data.dataset in (None, ERRANDS) and not (data.template or data.chat_template) for data in asked)
-        if self.model is None and not embedded:
-            raise ValueError(
-                "the embedded base knows its own sums and errands only; with a dataset or template, name a model too"
-            )
+        check_known(self.model, [task.data for task in mixture])
         shares(mixture, self.num_prompts)
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
@@ -278,7 +273,7 @@ class Rounds:
 
         Returns:
             Everything that was drawn, what it is worth, and the rows of the ``num_prompts`` groups that are learnt
-            from, in the order of drawing; the last of them are others where too few teach anything.
+            from, in the order of drawing; among them others, where too few teach anything.
         """
         config = self._config
         rounds, scores, telling = [], [], 0
@@ -286,7 +281,7 @@ class Rounds:
             rounds.append(self.draw(step, params, attempt=len(rounds)))
             scores.append(self.score(rounds[-1]))
             telling += int(told_apart(scores[-1].total, config.group_size).sum())
-        drawn, scored = joined(rounds), joined_scores(scores)
+        drawn, scored = joined(rounds), Scores.joined(scores)
         differs = told_apart(scored.total, config.group_size)
         chosen = np.sort(np.argsort(~differs, kind="stable")[: config.num_prompts])
         rows = chosen[:, None] * config.group_size + np.arange(config.group_size)
@@ -403,11 +398,6 @@ class Rounds:
             first, first_held_out = first + len(task.problems), first_held_out + len(task.held_out)
 
 
-def concatenated(parts: Sequence[Any]) -> Any:
-    """Trees of arrays as one, row after row."""
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
 def told_apart(total: np.ndarray, group_size: int) -> np.ndarray:
     """``[groups]``, whether the rewards of a group that are present are not all the same."""
     groups = total.reshape(-1, group_size)
@@ -440,26 +430,6 @@ def joined(rounds: Sequence[Round]) -> Round:
             "rollout_tokens_per_second": float(lengths.sum() / times["rollout_time"]),
             "reshard_bytes": rounds[0].times["reshard_bytes"],
         },
-    )
-
-
-def joined_scores(scores: Sequence[Scores]) -> Scores:
-    """The scores of several attempts at a step, as one; NaN where a part was not scored."""
-
-    def of(name: str) -> dict[str, np.ndarray]:
-        names = dict.fromkeys(part for each in scores for part in getattr(each, name))
-        return {
-            part: np.concatenate([getattr(each, name).get(part, np.full_like(each.total, np.nan)) for each in scores])
-            for part in names
-        }
-
-    return Scores(
-        total=np.concatenate([each.total for each in scores]),
-        parts=of("parts"),
-        counted=of("counted"),
-        notes=[note for each in scores for note in each.notes],
-        outcome=np.concatenate([each.outcome for each in scores]),
-        steps=[steps for each in scores for steps in each.steps],
     )
 
 

@@ -167,6 +167,19 @@ def shares(tasks: Sequence[Task], num_prompts: int) -> list[int]:
     return counts
 
 
+def check_known(model: str | None, asked: Sequence[DataSettings]) -> None:
+    """Check that the embedded base, where no model is named, is asked what it knows.
+
+    Raises:
+        ValueError: it is not.
+    """
+    known = all(data.dataset in (None, ERRANDS) and not (data.template or data.chat_template) for data in asked)
+    if model is None and not known:
+        raise ValueError(
+            "the embedded base knows its own sums and errands only; with a dataset or template, name a model too"
+        )
+
+
 class OpenTask:
     """A task that is ready to be asked and scored.
 

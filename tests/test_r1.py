@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from experiments import r1
@@ -18,6 +19,7 @@ from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.settings import DataSettings
 from grpo_jax.tasks import read_tasks
+from tests.runs import write_rows
 
 ROOT = Path(__file__).parent.parent
 REAL = {"model": "org/model", "data": DataSettings(dataset="org/problems"), "general_reward_model": "org/judge"}
@@ -89,16 +91,45 @@ def test_a_stage_that_is_asked_to_stop_ends_the_command(stages, tmp_path, monkey
     assert [each.run_dir.name for _, each in stages] == ["cold_start", "r1_zero", "reasoning"]
 
 
-def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path):
-    (tmp_path / "chats.jsonl").write_text("{}\n")
-    plain = Config()
-    config = Config(
-        **REAL,
+def real(tmp_path):
+    numbers = range(20)
+    thoughts = [{"prompt": f"{n}+1?", "completion": f"<think></think><answer>{n + 1}</answer>"} for n in numbers]
+    write_rows(tmp_path / "thoughts.jsonl", thoughts)
+    write_rows(tmp_path / "chats.jsonl", [{"prompt": f"Say {n}.", "completion": str(n)} for n in numbers])
+    problems = write_rows(tmp_path / "problems.jsonl", [{"question": f"{n}+1?", "answer": str(n + 1)} for n in numbers])
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {n}."} for n in numbers])
+    cold_start = Config().cold_start
+    return Config(
+        model="org/model",
+        data=DataSettings(dataset=problems),
+        general_reward_model="org/judge",
         run_dir=tmp_path / "run",
         general=tmp_path / "chats.jsonl",
-        general_data=DataSettings(dataset="org/prompts"),
-        cold_start=replace(plain.cold_start, data=replace(plain.cold_start.data, dataset="org/thoughts")),
+        general_data=DataSettings(dataset=prompts, grader="none"),
+        cold_start=replace(cold_start, data=replace(cold_start.data, dataset=str(tmp_path / "thoughts.jsonl"))),
     )
+
+
+def test_data_of_the_last_stage_are_read_before_the_first_begins(stages, tmp_path):
+    config = real(tmp_path)
+    with pytest.raises(KeyError, match="Where a reward model judges, set grader to none"):
+        r1.main(replace(config, general_data=replace(config.general_data, grader="auto")))
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "and no completion"}\n')
+    with pytest.raises((KeyError, ValueError), match=r"chats\.jsonl"):
+        r1.main(config)
+    assert stages == []
+
+
+def test_figures_that_a_task_has_not_are_left_out_of_the_picture(tmp_path):
+    figures = {"pass@1": 0.5, "format": 0.5, "language": None, "general quality": None}
+    r1.draw(dict.fromkeys(r1.MODELS, figures), tmp_path / "stages.png")
+    drawn = plt.imread(tmp_path / "stages.png").shape
+    r1.draw({model: {**figures, "language": 0.5} for model in r1.MODELS}, tmp_path / "more.png")
+    assert plt.imread(tmp_path / "more.png").shape[1] == 1.5 * drawn[1]
+
+
+def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path):
+    config = real(tmp_path)
     assert r1.main(config) == 0
     assert [each.model for name, each in stages if name != "evaluate"] == [
         "org/model",

@@ -61,6 +61,28 @@ class Scores:
     outcome: np.ndarray
     steps: list[tuple[tuple[int, float], ...]]
 
+    @classmethod
+    def joined(cls, scores: Sequence[Scores]) -> Scores:
+        """Several of them as one, row after row; NaN where a part was not scored."""
+
+        def of(name: str) -> dict[str, np.ndarray]:
+            names = dict.fromkeys(part for each in scores for part in getattr(each, name))
+            return {
+                part: np.concatenate(
+                    [getattr(each, name).get(part, np.full_like(each.total, np.nan)) for each in scores]
+                )
+                for part in names
+            }
+
+        return cls(
+            total=np.concatenate([each.total for each in scores]),
+            parts=of("parts"),
+            counted=of("counted"),
+            notes=[note for each in scores for note in each.notes],
+            outcome=np.concatenate([each.outcome for each in scores]),
+            steps=[steps for each in scores for steps in each.steps],
+        )
+
     def at(self, rows: np.ndarray | slice) -> Scores:
         """Those of some rows."""
         places = np.arange(len(self.total))[rows]

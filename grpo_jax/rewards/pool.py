@@ -96,8 +96,8 @@ class RewardPool:
     process, and what they print goes nowhere. All of them end when this process does.
 
     Samples that hang do not hold up the others: a worker that takes five times as long as is usual for its reward goes
-    on at a low priority, up to 32 of them, and another takes its place. So a step waits about one deadline longer
-    at most.
+    on at a low priority, up to 32 of them, and another takes its place. So a step waits about one deadline longer where
+    samples sleep, and up to four where they compute without end and processors are scarce.
 
     Args:
         rewards: by name; functions that ``cloudpickle`` can take: of a module, or of a notebook.
@@ -321,7 +321,7 @@ class RewardPool:
             if "fault" in said:
                 self._fail(task, said["fault"], said["detail"])
             else:
-                self._resolve(task, Graded(said["score"], said["details"], said["note"], steps(said)))
+                self._resolve(task, Graded(**{**said, "steps": tuple(map(tuple, said["steps"]))}))
         if worker.straggling or worker.done >= SAMPLES_A_WORKER or said.get("fault") == "memory":
             self._replace(worker, selector, active, None, "died")
 
@@ -352,11 +352,6 @@ class RewardPool:
     def _resolve(self, task: Task, graded: Graded) -> None:
         self._outstanding.discard(task.future)
         task.future.set_result(graded)
-
-
-def steps(said: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
-    """Those of an answer of a worker."""
-    return tuple((end, reward) for end, reward in said["steps"])
 
 
 def default_workers() -> int:

@@ -82,7 +82,7 @@ def main() -> None:
             case "slow":
                 for pid in descendants(asked["pid"]):
                     with suppress(OSError):
-                        os.setpriority(os.PRIO_PROCESS, pid, 10)  # a tenth of what others get, not next to nothing
+                        os.setpriority(os.PRIO_PROCESS, pid, 10)  # a tenth of what others in its session get
             case "end":
                 alive.discard(asked["pid"])
                 send(control, json.dumps({"status": end(asked["pid"], ended)}).encode())

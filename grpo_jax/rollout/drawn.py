@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.types import Prompts
+from grpo_jax.types import Prompts, Rollout
+
+Rows = TypeVar("Rows", Prompts, Rollout)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def cut(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, int]]:
             yield each, size
             continue
         waiting.append(each)
-        together = merge_prompts(waiting)
+        together = concatenated(waiting)
         while together.ids.shape[0] >= size:
             yield some_prompts(together, np.arange(size)), size
             together = some_prompts(together, np.arange(size, together.ids.shape[0]))
@@ -121,8 +124,8 @@ def joined(drawn: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
 
 
-def merge_prompts(parts: Sequence[Prompts]) -> Prompts:
-    """Prompts of one length, one set after the other."""
+def concatenated(parts: Sequence[Rows]) -> Rows:
+    """Prompts or rollouts of one length, the rows of one after those of the other."""
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
