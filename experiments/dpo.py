@@ -96,7 +96,7 @@ class Config(RunSettings, PolicySettings):
     """How gradients become updates. Default learning rate: 5e-7 with --model, 3e-4 without."""
     judge: str | None = None
     """module:function, a reward that grades the completions drawn for held-out prompts. Default: the quality of replies
-    to errands for the embedded base, none otherwise."""
+    to the built-in errands, none with a dataset."""
     eval_every: int = 20
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
     eval_prompts: int = 64
@@ -116,10 +116,8 @@ class Config(RunSettings, PolicySettings):
         sigmoid_preference(jnp.zeros(1), label_smoothing=self.label_smoothing)  # a share out of range is found here
         if self.num_pairs % self.num_micro_batches:
             raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
-        if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
-            raise ValueError(
-                "the embedded base knows its own errands only; with a dataset or template, name a model too"
-            )
+        if self.model is None and self.data.chat_template:
+            raise ValueError("the embedded base has no chat template; name a model, or leave chat_template out")
 
     @property
     def by_token(self) -> bool:
@@ -147,7 +145,7 @@ def train(config: Config, run: Run) -> None:
     mesh = config.mesh.build()
     check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
     preferences, held_out = config.data.load(config.seed)
-    judge = errand_reward if config.model is None else None
+    judge = errand_reward if config.data.dataset is None else None
     judge = judge if config.judge is None else import_reward(config.judge)
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import evaluate
 import numpy as np
@@ -37,7 +37,7 @@ from rich.table import Table
 
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
-from grpo_jax.experiment import LAID_OUT, ModelSettings, RunSettings, run_experiment
+from grpo_jax.experiment import LAID_OUT, AnyConfig, ModelSettings, RunSettings, check_no_models, placed, run_experiment
 from grpo_jax.monitor.metrics import to_json, write_atomically
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run, claim_folder
@@ -50,6 +50,7 @@ EMBEDDED_LANGUAGE = "zh"
 """What the embedded base is to think in: it knows Arabic digits, which are of no language, and Chinese ones."""
 CARELESS_REPLIES = 256
 REASONING, GENERAL = "reasoning", "general"
+STAGES = ("cold_start", "zero", "reasoning", "rejection", "second_sft", "preferences", "final", "evaluation")
 MODELS = ("base", "r1_zero", "cold_start", "reasoning", "sft", "final")
 FIGURES = {
     (REASONING, "pass@1"): "pass@1",
@@ -60,7 +61,6 @@ FIGURES = {
     (GENERAL, "rewards/reward_model"): "reward model",
     (GENERAL, "rewards/accuracy"): "general quality",
 }
-AnyConfig = TypeVar("AnyConfig", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,19 +116,7 @@ class Config(RunSettings, ModelSettings):
 
     def __post_init__(self):
         RunSettings.__post_init__(self)
-        for name in (
-            "cold_start",
-            "zero",
-            "reasoning",
-            "rejection",
-            "second_sft",
-            "preferences",
-            "final",
-            "evaluation",
-        ):
-            stage = getattr(self, name)
-            if stage.model is not None or stage.base_dir is not None:
-                raise ValueError(f"{name} names a model; the chain does that for each stage")
+        check_no_models(self, STAGES)
         if self.model is not None:
             missing = {
                 "dataset (what is reasoned about)": self.data.dataset,
@@ -152,11 +140,7 @@ class Config(RunSettings, ModelSettings):
 
     def placed(self, stage: AnyConfig, name: str, start: str | None, **changes: Any) -> AnyConfig:
         """A stage's settings in its own folder, with the chain's; ``start`` is the stage whose model it begins with."""
-        common = {each: getattr(self, each) for each in ("seed", "plain", "mesh", "dtype", "remat", "attention")}
-        begins = {"model": self.model, "base": self.base}
-        if start is not None:
-            begins = {"model": str(self.model_of(start))} if self.model else {"base_dir": self.model_of(start)}
-        return replace(stage, run_dir=self.folder(name), **common, **begins, **changes)
+        return placed(stage, self, self.folder(name), None if start is None else self.model_of(start), **changes)
 
     def model_of(self, stage: str) -> Path | str:
         """The folder of the model that came out of a stage; of ``base``, what the chain starts from."""
@@ -190,10 +174,10 @@ def chain(config: Config) -> int:
         write_careless_replies(general, config.seed)
     write_tasks(tasks, config)
     demonstrated = replace(config.second_sft.data, dataset=str(config.folder("rejection_sampling") / "dataset.jsonl"))
-    begin, placed = None if config.base_dir is None else "base", config.placed
+    placed = config.placed
 
     stages: list[Callable[[], int]] = [
-        lambda: sft.main(placed(config.cold_start, "cold_start", begin)),
+        lambda: sft.main(placed(config.cold_start, "cold_start", None)),
         lambda: r1_zero.main(placed(config.zero, "r1_zero", "base", **config.reasoned(config.zero))),
         lambda: r1_zero.main(placed(config.reasoning, "reasoning", "cold_start", **config.reasoned(config.reasoning))),
         lambda: rejection_sampling.main(

@@ -51,8 +51,10 @@ class Config(CollectSettings):
 
     run_dir: Path = Path("runs/rejection_sampling")
     """The run's own folder: all completions, those that were selected, and the account."""
+    skip_problems: int = 0
+    """Problems that are passed over, the first ones: for a part of a data set after another."""
     max_problems: int | None = None
-    """Problems that are asked, the first ones. Default: all with --model, 256 without."""
+    """Problems that are asked, the first ones of the others. Default: all with --model, 256 without."""
     selection: Annotated[SelectionSettings, tyro.conf.arg(name="")] = SelectionSettings()
     """What is kept."""
     demonstrations: tuple[Path, ...] = ()
@@ -62,7 +64,7 @@ class Config(CollectSettings):
 
     def __post_init__(self):
         CollectSettings.__post_init__(self)
-        at_least(self, max_problems=1)
+        at_least(self, skip_problems=0, max_problems=1)
         self.selection.check_parts(self.rewards.part_names)
         for path in self.demonstrations:
             if path.suffix != ".jsonl":
@@ -93,7 +95,8 @@ def main(config: Config) -> int:
 def draw_and_select(config: Config, run: Run) -> None:
     for path in config.demonstrations:  # what cannot be read is found before anything is drawn
         load_demonstrations(str(path))
-    num_problems = collect(config, run, config.mesh.build(), held_out=False, most=config.problems_asked)
+    mesh = config.mesh.build()
+    num_problems = collect(config, run, mesh, held_out=False, skip=config.skip_problems, most=config.problems_asked)
     choices: list[Choice] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
     for collected in read_collected(run.folder):

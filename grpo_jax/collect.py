@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,7 @@ def collect(
     mesh: Mesh,
     *,
     held_out: bool,
+    skip: int = 0,
     most: int | None = None,
     check: Callable[[Sequence[Problem]], None] = lambda problems: None,
 ) -> int:
@@ -112,14 +114,16 @@ def collect(
         run: whose folder it goes to; ``provenance.json`` beside it says what it was drawn from.
         mesh: how devices are used.
         held_out: whether the held-out problems are asked, or those to train on.
-        most: how many problems are asked; None for all.
+        skip: problems that are passed over, the first ones.
+        most: how many problems are asked of those that follow; None for all.
         check: called with what will be asked, before anything is drawn; it may raise.
 
     Returns:
-        How many there are.
+        How many were asked. ``metrics.jsonl`` has the seconds of each block, ``step_time``.
 
     Raises:
-        ValueError: what is there was drawn from another model or for other problems; and as ``OpenTask``.
+        ValueError: what is there was drawn from another model or for other problems, or none is left to ask; and as
+            ``OpenTask``.
         Stopped: the run was asked to stop.
     """
     task = OpenTask(
@@ -135,7 +139,9 @@ def collect(
     policy = config.as_sampled(config.load(start, mesh))
     task.encode(policy, embedded=config.model is None, max_prompt_length=config.prompt_length)
     problems = task.held_out if held_out else task.problems
-    places = range(len(problems) if most is None else min(most, len(problems)))
+    places = range(len(problems))[skip:][:most]
+    if not places:
+        raise ValueError(f"there are {len(problems)} problems, and {skip} are passed over; nothing is left to ask")
     check([problems.problems[place] for place in places])
     check_provenance(config, run, start, [problems.texts[place] for place in places])
 
@@ -147,6 +153,7 @@ def collect(
     decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
     with run.progress.phase("completions", len(places), start=sum(map(len, blocks[:done]))) as phase:
         for number, block in enumerate(blocks[done:], done + 1):
+            started = time.monotonic()
             drawn: dict[int, Rollout] = {}
             noise = jax.random.key(config.seed)
             stream = sampler.stream(params, [problems.padded(block)], noise, num_prompts=config.num_prompts)
@@ -157,6 +164,7 @@ def collect(
             collected = scored(problems, {place: drawn[place] for place in block}, decode, task)
             run.log_faults(number, task.scoring.take_faults())
             run.completions_log.append(*(each.row(number) for each in collected))
+            run.log({"step": number, "num_problems": len(collected), "step_time": time.monotonic() - started})
             run.stop_if_requested()
     return len(places)
 
@@ -213,6 +221,7 @@ def whole_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:
         done += 1
     run.completions_log.rewind(done)
     run.faults_log.rewind(done)
+    run.metrics_log.rewind(done)
     return done
 
 

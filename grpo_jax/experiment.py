@@ -175,6 +175,38 @@ class PolicySettings(ModelSettings):
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
 
+def placed(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
+    """The settings of a stage of several, in a folder of its own, with what the whole says for all of them.
+
+    Args:
+        stage: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
+        whole: another one.
+        folder: the stage's own.
+        start: the model that it starts from; None for what the whole starts from.
+        changes: what else is set.
+
+    Raises:
+        ValueError: the settings do not go together.
+    """
+    common = {each: getattr(whole, each) for each in ("seed", "plain", "mesh", "dtype", "remat", "attention")}
+    begins = {"model": whole.model, "base": whole.base, "base_dir": whole.base_dir}
+    if start is not None:
+        begins = {"model": str(start)} if whole.model else {"base_dir": Path(start)}
+    return replace(stage, **{"run_dir": folder, **common, **begins, **changes})
+
+
+def check_no_models(whole: Any, names: Sequence[str]) -> None:
+    """Check that stages name no model of their own where the whole says it for each.
+
+    Raises:
+        ValueError: one does; it says which.
+    """
+    for name in names:
+        stage = getattr(whole, name)
+        if stage.model is not None or stage.base_dir is not None:
+            raise ValueError(f"{name} names a model; the command does that for each stage")
+
+
 def run_experiment(
     config: AnyConfig,
     train: Callable[[AnyConfig, Run], None],

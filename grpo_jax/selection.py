@@ -132,6 +132,29 @@ def choose(collected: Collected, settings: SelectionSettings) -> tuple[Choice, d
     return replace(choice, samples=tuple(capped)), dict(zip(FILTERS, map(len, left), strict=False))
 
 
+def preferred(collected: Collected, *, most: int, threshold: float = 1.0) -> list[tuple[int, int]]:
+    """Pairs of a problem's completions that DPO can learn from: one that is right before one that is not.
+
+    Completions that have no score, were cut off, are blank or say what an earlier one says are in no pair, and none is
+    in two.
+
+    Args:
+        collected: a problem with its completions.
+        most: pairs that are made at most.
+        threshold: the least weighted sum of rewards of what is right.
+
+    Returns:
+        The numbers of the samples, the chosen one before the rejected one, in the order they were drawn in.
+    """
+    by_text: dict[str, int] = {}
+    for n, completion in enumerate(collected.completions):
+        if collected.total[n] is not None and not collected.truncated[n] and completion.strip():
+            by_text.setdefault(" ".join(completion.split()), n)
+    right = [n for n in by_text.values() if reaches(collected.total[n], threshold)]
+    wrong = [n for n in by_text.values() if not reaches(collected.total[n], threshold)]
+    return list(zip(right, wrong, strict=False))[:most]
+
+
 def balanced(choices: Sequence[Choice], *, buckets: int, seed: int) -> list[Choice]:
     """The same with less of what there is too much of: no bucket of difficulty keeps more than an equal share.
 

@@ -259,8 +259,7 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"loss": "hinge", "target_margin": 1.0}, "belong to the loss sigmoid, not to hinge"),
         ({"seed": -1}, "seed is -1"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
-        ({"model": None}, "the embedded base knows its own errands only"),
-        ({"model": None, "data": PreferenceSettings(chat_template=True)}, "the embedded base knows its own errands"),
+        ({"model": None, "data": PreferenceSettings(chat_template=True)}, "the embedded base has no chat template"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, change, message):

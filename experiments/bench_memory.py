@@ -1,0 +1,316 @@
+"""Memory of a training step of GRPO, PPO, DPO and imitation, as the compiler plans it: no weight is ever made.
+
+The update of each, at the shapes of a model of 7 billion parameters, is compiled and its memory analysis is read: state
+and batch, temporary arrays, and the models that the step needs besides. Prints one JSON line.
+
+    python experiments/bench_memory.py --topology v5p:2x2x2            # by the TPU's compiler; no TPU is needed for it
+    python experiments/bench_memory.py --shape small                   # the embedded base, by this device's compiler
+    python experiments/bench_memory.py --config path/to/config.json    # any other model
+
+The compiler for CPUs undoes what remat saves, so that its plan for a large model says little of other devices; that for
+TPUs comes with the extra "tpu" and takes some minutes for each update.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, Sharding
+
+from grpo_jax import loss
+from grpo_jax.models import build_model, from_hf_config, param_shapes
+from grpo_jax.models.hf_config import with_scalar_head
+from grpo_jax.settings import OptimizerSettings, PolicyLossSettings
+from grpo_jax.sharding import BATCH, make_mesh, param_shardings, replicated
+from grpo_jax.small_base import HF_CONFIG
+from grpo_jax.train import (
+    LossFn,
+    completion_log_probs,
+    completion_values,
+    make_train_step,
+    packed_log_probs,
+    pair_log_probs,
+)
+from grpo_jax.types import Batch, Model, Packed, Pairs, Params, TrainState
+
+QWEN2_5_7B: Mapping[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+}
+SHAPES = {"7b": QWEN2_5_7B, "small": HF_CONFIG}
+METHODS = ("grpo", "ppo", "dpo", "sft")
+DRAWING = ("grpo", "ppo")
+"""What draws completions, and so has use for a reward model and a reference."""
+WITH_JUDGE = "_with_reward_model"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compiled."""
+
+    shape: Literal["7b", "small"] = "7b"
+    """The model: Qwen2.5-7B, or the embedded base."""
+    config: Path | None = None
+    """A config.json of another model."""
+    rows: int = 8
+    """Sequences of a micro-batch: what is in memory at once."""
+    num_micro_batches: int = 4
+    """Micro-batches of an update."""
+    max_prompt_length: int = 512
+    """In tokens."""
+    max_completion_length: int = 1024
+    """In tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation; weights, gradients and the optimizer's moments are in float32 anyway."""
+    topology: str | None = None
+    """Compile for TPUs that are not there, such as v5p:2x2x2: weights, moments and rows are divided over all of them.
+    Default: one device of this machine."""
+    methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
+    """What is compared."""
+
+    @property
+    def hf_config(self) -> Mapping[str, Any]:
+        """The model in effect."""
+        return SHAPES[self.shape] if self.config is None else json.loads(self.config.read_text())
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that are compiled for, in which everything is divided by fsdp."""
+        if self.topology is None:
+            return make_mesh(devices=jax.devices()[:1])
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask where it stands
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
+        return make_mesh(data=1, fsdp=len(devices), devices=devices)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a method holds while it updates, on all devices together.
+
+    Attributes:
+        copies: sets of weights of the model's size, those of a reward model and a critic among them.
+        state_bytes: all weights, and the optimizer's moments.
+        peak_bytes: the same with what the largest of its updates takes besides.
+    """
+
+    copies: float
+    state_bytes: int
+    peak_bytes: int
+
+
+def main(config: Config) -> None:
+    """Compile all, print what each takes."""
+    memory = {}
+    for name in config.methods:
+        memory |= step_memory(config, name)
+    devices = config.mesh.devices
+    result = {
+        "bench": "memory",
+        "devices": f"{devices.size} x {devices.flat[0].device_kind}",
+        "parameters": size_of(param_shapes(from_hf_config(config.hf_config))),
+        "tokens_at_once": config.rows * (config.max_prompt_length + config.max_completion_length),
+        "dtype": config.dtype,
+        **{name: asdict(each) for name, each in memory.items()},
+    }
+    for suffix in ("", WITH_JUDGE):
+        grpo, ppo = memory.get(f"grpo{suffix}"), memory.get(f"ppo{suffix}")
+        if grpo and ppo:
+            result[f"grpo_of_ppo{suffix}"] = round(grpo.peak_bytes / ppo.peak_bytes, 3)
+    print(json.dumps(result))
+
+
+def step_memory(config: Config, method: str) -> dict[str, Memory]:
+    """What a method takes at the shapes of a model, by its name: with rules as rewards, and without a KL.
+
+    Of a method that draws completions also what it takes with a reward model, and with a reference for a KL; its name
+    then ends in ``WITH_JUDGE``.
+
+    PPO's critic is a model of its own, as large as the policy but for its head. DPO's reference is in memory before the
+    first step alone.
+
+    Args:
+        config: the shapes.
+        method: which.
+
+    Raises:
+        RuntimeError: the compiler gives no memory analysis.
+    """
+    decoder, scoring = from_hf_config(config.hf_config), from_hf_config(with_scalar_head(config.hf_config))
+    mesh = config.mesh
+    build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=True)
+    model, critic_model = build(decoder), build(scoring)
+    weights, scored = param_shapes(decoder), param_shapes(scoring)
+    optimizer, _ = OptimizerSettings().build(total_updates=100, default_learning_rate=1e-6)
+    make_step = partial(make_train_step, optimizer=optimizer, num_micro_batches=config.num_micro_batches)
+    actor = state_of(weights, optimizer)
+    critic = state_of(scored, optimizer)
+
+    updates: list[tuple[LossFn, TrainState, Callable[[], Any]]]
+    if method == "grpo":
+        updates = [(policy_loss(model, config, "grpo"), actor, partial(policy_batch, config, with_values=False))]
+    elif method == "ppo":
+        batch = partial(policy_batch, config, with_values=True)
+        updates = [(policy_loss(model, config, "ppo"), actor, batch), (critic_loss(critic_model), critic, batch)]
+    elif method == "dpo":
+        updates = [(preference_loss(model), actor, partial(pairs, config))]
+    else:
+        updates = [(imitation_loss(model), actor, partial(packed, config))]
+
+    states = [state for _, state, _ in updates]
+    held = sum(map(bytes_of, states))
+    peak = max(
+        held - bytes_of(state) + program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), optimizer, mesh)
+        for loss_fn, state, batch in updates
+    )
+    found = {}
+    for suffix, frozen in (("", []), (WITH_JUDGE, [weights, scored])):
+        if not frozen or method in DRAWING:
+            trees, more = [*(state.params for state in states), *frozen], sum(map(bytes_of, frozen))
+            copies = sum(map(size_of, trees)) / size_of(weights)
+            found[method + suffix] = Memory(round(copies, 2), held + more, peak + more)
+    return found
+
+
+def program_bytes(
+    step: Callable[[TrainState, Any], Any],
+    state: TrainState,
+    batch: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> int:
+    """The peak of an update by itself, its state among it, on all devices together."""
+    everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    shapes, form = jax.tree.flatten(state)
+    state = form.unflatten(
+        put(*each) for each in zip(shapes, jax.tree.leaves((everywhere, shardings, moments)), strict=True)
+    )
+    batch = jax.tree.map(partial(put, sharding=NamedSharding(mesh, BATCH)), batch)
+    stays = jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(stays, None)).lower(state, batch).compile()
+    analysis = program.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"the compiler for {mesh.devices.flat[0].device_kind} gives no memory analysis")
+    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return mesh.size * (kept + analysis.temp_size_in_bytes)
+
+
+def put(shape: Any, sharding: Sharding) -> Any:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The shapes of a state around the shapes of parameters."""
+    return jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), params)
+
+
+def policy_loss(model: Model, config: Config, name: str) -> LossFn:
+    return PolicyLossSettings(loss=name).build(
+        partial(completion_log_probs, model),
+        max_completion_length=config.max_completion_length,
+        sampler_alters_policy=False,
+    )
+
+
+def critic_loss(model: Model) -> LossFn:
+    def value_loss(params: Params, batch: Batch):
+        assert batch.returns is not None
+        values = completion_values(model, params, batch)
+        return loss.value_loss(values, batch.returns, batch.loss_mask, old_values=batch.old_values, epsilon=0.2)
+
+    return value_loss
+
+
+def preference_loss(model: Model) -> LossFn:
+    def dpo_loss(params: Params, batch: Pairs):
+        log_probs = pair_log_probs(model, params, batch)
+        return loss.dpo_loss(log_probs, batch.completion_mask, ref_log_probs=batch.ref_log_probs, beta=0.1)
+
+    return dpo_loss
+
+
+def imitation_loss(model: Model) -> LossFn:
+    def sft_loss(params: Params, batch: Packed):
+        return loss.supervised_loss(packed_log_probs(model, params, batch), batch.loss_mask), {}
+
+    return sft_loss
+
+
+def policy_batch(config: Config, *, with_values: bool) -> Batch:
+    """PPO's, with values, returns and old log-probabilities; or GRPO's first update of a step, without them."""
+    B, P, T = config.rows * config.num_micro_batches, config.max_prompt_length, config.max_completion_length
+    of_tokens = jnp.zeros((B, T)) if with_values else None
+    return Batch(
+        prompt_ids=jnp.zeros((B, P), jnp.int32),
+        prompt_mask=jnp.ones((B, P), bool),
+        completion_ids=jnp.zeros((B, T), jnp.int32),
+        completion_mask=jnp.ones((B, T), bool),
+        loss_mask=jnp.ones((B, T), bool),
+        advantages=jnp.zeros(B) if of_tokens is None else of_tokens,
+        rollout_log_probs=jnp.zeros((B, T)),
+        old_log_probs=of_tokens,
+        old_values=of_tokens,
+        returns=of_tokens,
+    )
+
+
+def pairs(config: Config) -> Pairs:
+    B, P, T = config.rows // 2 * config.num_micro_batches, config.max_prompt_length, config.max_completion_length
+    return Pairs(
+        prompt_ids=jnp.zeros((B, P), jnp.int32),
+        prompt_mask=jnp.ones((B, P), bool),
+        completion_ids=jnp.zeros((B, 2, T), jnp.int32),
+        completion_mask=jnp.ones((B, 2, T), bool),
+        ref_log_probs=jnp.zeros((B, 2)),
+    )
+
+
+def packed(config: Config) -> Packed:
+    shape = config.rows * config.num_micro_batches, config.max_prompt_length + config.max_completion_length
+    return Packed(
+        token_ids=jnp.zeros(shape, jnp.int32),
+        segments=jnp.ones(shape, jnp.int32),
+        positions=jnp.zeros(shape, jnp.int32),
+        loss_mask=jnp.ones(shape, bool),
+    )
+
+
+def size_of(tree: Any) -> int:
+    """Numbers in all arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,511 @@
+r"""GRPO, RLOO, PPO, DPO, and SFT on what is right, side by side: one base, one task, equally many samples.
+
+Without arguments it does so on the embedded base and its sums, on one CPU. With arguments it is the real thing:
+
+    python experiments/compare.py
+    python experiments/compare.py --num-seeds 3
+    python experiments/compare.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --num-steps 300 --num-rounds 5
+
+GRPO, RLOO and PPO draw and learn in steps. DPO and SFT learn from what was drawn before, and so go in rounds: the model
+draws its share of the samples, right completions are set against wrong ones or imitated, and the next round begins
+with the model that came out. The first three take equally many updates of each step's samples, and differ in where
+their advantages come from. What is measured: held-out pass@1 by samples and by time, how far the reward falls back, and
+the memory of a step by the compiler's analysis (bench_memory.py has that of a larger model).
+
+Every part is a run of its own in a folder of this one; the same command goes on at the part and step where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import bench_memory
+import dpo
+import evaluate
+import jax.numpy as jnp
+import numpy as np
+import ppo
+import r1_zero
+import rejection_sampling
+import sft
+import tyro
+from dpo import Config as DPOConfig
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from ppo import Config as PPOConfig
+from r1_zero import Config as GRPOConfig
+from sft import Config as SFTConfig
+
+from grpo_jax.collect import read_collected
+from grpo_jax.experiment import (
+    LAID_OUT,
+    AnyConfig,
+    PolicySettings,
+    RunSettings,
+    at_least,
+    check_no_models,
+    placed,
+    run_experiment,
+)
+from grpo_jax.monitor.metrics import read_jsonl, to_json, write_atomically
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.run import Run, claim_folder
+from grpo_jax.selection import preferred
+from grpo_jax.settings import DataSettings
+from grpo_jax.tasks import check_known
+
+ONLINE = ("grpo", "rloo", "ppo")
+"""What learns in steps."""
+IN_ROUNDS = ("dpo", "sft")
+METHODS = (*ONLINE, *IN_ROUNDS)
+BASE = "base"
+PAIRS = "preferences.jsonl"
+STAGES = (*METHODS, "drawing", "evaluation")
+COLOURS: Mapping[str, str] = {
+    "grpo": "tab:blue",
+    "rloo": "tab:cyan",
+    "ppo": "tab:orange",
+    "dpo": "tab:purple",
+    "sft": "tab:green",
+}
+OF_A_POLICY = ("max_prompt_length", "max_completion_length", "stop_tokens", "sampling", "cache_dtype", "cache_bytes")
+TRAILING = 5
+"""Steps that a fall of the reward is told by the mean of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings, PolicySettings):
+    """What is compared. What it says of data, rewards, samples, models and devices holds for all methods."""
+
+    run_dir: Path = Path("runs/compare")
+    """The comparison's own folder, with one for each seed, method and round."""
+    methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
+    """What is compared."""
+    num_seeds: int = 1
+    """How many seeds, from seed on; each has a base, problems and noise of its own."""
+    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
+    """What is asked."""
+    rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
+    """What is paid for."""
+    num_steps: int = 15
+    """Steps of what learns in steps."""
+    num_rounds: int = 3
+    """Rounds of what learns in rounds, with an equal part of the samples each. All are evaluated as often."""
+    num_prompts: int = 32
+    """Prompts a step."""
+    group_size: int = 16
+    """Samples for each prompt, of PPO too."""
+    eval_samples: int = 4
+    """Samples for each held-out problem."""
+    pairs_per_problem: int = 4
+    """For DPO, pairs of a right and a wrong completion that are made of a problem's samples at most."""
+    level: float = 0.8
+    """The pass@1 that samples are counted until."""
+
+    grpo: GRPOConfig = GRPOConfig(num_epochs=2, num_minibatches=2)
+    """GRPO, without a KL."""
+    rloo: GRPOConfig = GRPOConfig(advantage="rloo", num_epochs=2, num_minibatches=2)
+    """The same with the mean of a group's others as its baseline."""
+    ppo: PPOConfig = PPOConfig(rewards=RewardSettings(), kl_reward_coef=0.0)
+    """PPO with a critic of the policy's size; without a KL as well."""
+    dpo: DPOConfig = DPOConfig(num_epochs=4, sft_coef=0.2, eval_every=0, eval_prompts=0)
+    """DPO on right completions against wrong ones, with a little imitation of the right ones."""
+    sft: SFTConfig = SFTConfig(num_epochs=4, eval_every=0, eval_prompts=0)
+    """SFT on right completions: rejection sampling."""
+    drawing: rejection_sampling.Config = rejection_sampling.Config()
+    """How a round draws, and what of it is imitated."""
+    evaluation: evaluate.Config = evaluate.Config(k=(1,))
+    """How the base and each round's model are measured."""
+
+    memory_report: Path | None = None
+    """File with what bench_memory.py printed of another model, to be told beside this one's."""
+
+    def __post_init__(self):
+        RunSettings.__post_init__(self)
+        PolicySettings.__post_init__(self)
+        at_least(self, num_seeds=1, num_steps=1, num_rounds=1, num_prompts=1, group_size=2, eval_samples=1)
+        at_least(self, pairs_per_problem=1)
+        check_known(self.model, [self.data])
+        check_no_models(self, STAGES)
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods is {self.methods}; name at least one, and each once")
+        if self.num_steps % self.num_rounds:
+            raise ValueError(f"{self.num_steps} steps do not divide into {self.num_rounds} rounds of equal samples")
+        if not 0 < self.level <= 1:
+            raise ValueError(f"level is {self.level}; it is a share above 0 and at most 1")
+        if self.data.grader == "none":
+            raise ValueError("grader is none, and what is compared is the share of right answers")
+        if self.memory_report is not None:
+            _ = self.larger
+        for method in self.methods:  # what does not fit is found now
+            _ = self.in_steps(method) if method in ONLINE else self.drawn(method, 1)
+
+    @property
+    def of_seeds(self) -> list[Config]:
+        """The comparison with each seed, by itself."""
+        return [
+            replace(self, seed=seed, num_seeds=1, run_dir=self.run_dir / f"seed{seed}")
+            for seed in range(self.seed, self.seed + self.num_seeds)
+        ]
+
+    @property
+    def larger(self) -> dict[str, Any]:
+        """What bench_memory.py told of another model; empty if no report is named.
+
+        Raises:
+            ValueError: the file is none of its reports.
+        """
+        if self.memory_report is None:
+            return {}
+        try:
+            report = json.loads(self.memory_report.read_text())
+            return {name: each for name, each in report.items() if isinstance(each, dict) and each["peak_bytes"]}
+        except (OSError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(f"memory_report: {self.memory_report} is no line of bench_memory.py: {error}") from None
+
+    @property
+    def steps_of_a_round(self) -> int:
+        """The steps of the others that have as many samples as a round."""
+        return self.num_steps // self.num_rounds
+
+    @property
+    def origin(self) -> Path | str:
+        """The model that all methods start from."""
+        return self.model or self.base_dir or self.run_dir / BASE / "base"
+
+    def folder(self, method: str, number: int, part: str) -> Path:
+        """Where a part of a round lies."""
+        return self.run_dir / method / f"{number}_{part}"
+
+    def placed(self, stage: AnyConfig, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
+        """A stage's settings in a folder of its own, with those of the comparison."""
+        of_policy = {each: getattr(self, each) for each in OF_A_POLICY}
+        return placed(stage, self, folder, start, **of_policy, **changes)
+
+    def in_steps(self, method: str) -> GRPOConfig | PPOConfig:
+        """The run of a method that learns in steps."""
+        return self.placed(
+            getattr(self, method),
+            self.run_dir / method,
+            self.origin,
+            data=self.data,
+            rewards=self.rewards,
+            num_prompts=self.num_prompts,
+            group_size=self.group_size,
+            num_steps=self.num_steps,
+            eval_every=self.steps_of_a_round,
+            eval_samples=self.eval_samples,
+        )
+
+    def before(self, method: str, number: int) -> Path | str:
+        """The model that a round starts from."""
+        return self.origin if number == 1 else self.folder(method, number - 1, "learnt") / "model"
+
+    def drawn(self, method: str, number: int) -> rejection_sampling.Config:
+        """The run that draws in a round: of problems that no round before had."""
+        num_problems = self.num_prompts * self.steps_of_a_round
+        return self.placed(
+            self.drawing,
+            self.folder(method, number, "drawn"),
+            self.before(method, number),
+            data=self.data,
+            rewards=self.rewards,
+            num_samples=self.group_size,
+            num_prompts=self.num_prompts,
+            skip_problems=(number - 1) * num_problems,
+            max_problems=num_problems,
+        )
+
+    def learnt(self, method: str, number: int) -> DPOConfig | SFTConfig:
+        """The run that learns from what a round drew."""
+        stage = getattr(self, method)
+        drawn = self.folder(method, number, "drawn")
+        asked = {name: getattr(self.data, name) for name in ("template", "chat_template", "system_prompt")}
+        dataset = drawn / (PAIRS if method == "dpo" else rejection_sampling.DATASET)
+        data = replace(stage.data, dataset=str(dataset), **asked)
+        return self.placed(stage, self.folder(method, number, "learnt"), self.before(method, number), data=data)
+
+    def measured(self, folder: Path, start: Path | str | None) -> evaluate.Config:
+        """The run that measures a model."""
+        return self.placed(
+            self.evaluation, folder, start, data=self.data, rewards=self.rewards, num_samples=self.eval_samples
+        )
+
+
+MAY_CHANGE = ("methods", "num_seeds", "level", "memory_report")
+"""Settings that may have other values later: what is there already is told again."""
+SCRIPTS = {"grpo": r1_zero, "rloo": r1_zero, "ppo": ppo, "dpo": dpo, "sft": sft}
+
+
+def main(config: Config) -> int:
+    """Run, or go on; the exit status is 0 when the comparison is finished and 130 when it was asked to stop."""
+    with claim_folder(config.run_dir, to_json(dataclasses.asdict(config)), (*LAID_OUT, *MAY_CHANGE)):
+        status = next((status for each in config.of_seeds if (status := learn(each))), 0)
+    return status or run_experiment(config, conclude, title="comparison", may_change=MAY_CHANGE, again=True)
+
+
+def learn(config: Config) -> int:
+    """All methods with one seed; the exit status of the first part that was asked to stop, or 0."""
+    if status := evaluate.main(config.measured(config.run_dir / BASE, None)):
+        return status
+    for method in config.methods:
+        if method in ONLINE:
+            status = SCRIPTS[method].main(config.in_steps(method))
+        else:
+            rounds = range(1, config.num_rounds + 1)
+            status = next((status for number in rounds if (status := learn_round(config, method, number))), 0)
+        if status:
+            return status
+    return 0
+
+
+def learn_round(config: Config, method: str, number: int) -> int:
+    """A round of a method that learns in rounds; the exit status of its first part that was asked to stop, or 0."""
+    drawn, learnt = config.drawn(method, number), config.learnt(method, number)
+    if status := rejection_sampling.main(drawn):
+        return status
+    if method == "dpo":
+        write_pairs(drawn.run_dir, config.pairs_per_problem, drawn.selection.threshold)
+    measured = config.measured(config.folder(method, number, "measured"), learnt.run_dir / "model")
+    return SCRIPTS[method].main(learnt) or evaluate.main(measured)
+
+
+def write_pairs(folder: Path, most: int, threshold: float) -> None:
+    """Set right completions in a run's folder against wrong ones of the same problem."""
+    rows = [
+        {
+            "prompt": each.problem.prompt,
+            "chosen": each.completions[chosen],
+            "rejected": each.completions[rejected],
+        }
+        for each in read_collected(folder)
+        for chosen, rejected in preferred(each, most=most, threshold=threshold)
+    ]
+    if not rows:
+        raise ValueError(f"{folder}: no problem has right completions beside wrong ones, so there are no pairs for DPO")
+    write_atomically(folder / PAIRS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def conclude(config: Config, run: Run) -> None:
+    """Put curves, times and memory side by side."""
+    curves = {method: [curve(each, method) for each in config.of_seeds] for method in config.methods}
+    falls = {method: [fall(each, method) for each in config.of_seeds] for method in config.methods}
+    paces = {method: [pace(each, method) for each in config.of_seeds] for method in config.methods}
+    with run.progress.phase("memory of a step", len(set(map(update_of, config.methods)))) as phase:
+        memory = memory_of_steps(config, phase.update)
+    figures = {
+        method: {
+            "pass@1": spread([points[-1]["pass@1"] for points in curves[method]]),
+            "samples_to_level": spread([reached(points, config.level) for points in curves[method]]),
+            "seconds": spread([points[-1]["seconds"] for points in curves[method]]),
+            "step_seconds": spread(paces[method]),
+            "largest_fall": spread(falls[method]),
+            "memory": memory_of(memory, method),
+            "memory_of_larger": memory_of(config.larger, method),
+        }
+        for method in config.methods
+    }
+    for rows in (learning(figures, config.level), memories(figures)):
+        run.say("\n" + evaluate.as_table(rows))
+    run.say("\nsaid of GRPO beside PPO, and what was measured")
+    for claim, measured in claims(figures):
+        run.say(f"  {claim}: {measured}")
+    draw(curves, run.folder / "curves.png")
+    run.conclude({"figures": figures, "curves": curves, "seeds": [each.seed for each in config.of_seeds]})
+
+
+def curve(config: Config, method: str) -> list[dict[str, float]]:
+    """Held-out pass@1 of one seed by samples drawn and seconds spent on drawing and learning, evaluations left out."""
+    base = evaluate.read_report(config.run_dir / BASE)
+    points = [{"samples": 0, "seconds": 0.0, "pass@1": base["figures"]["pass@1"]["mean"]}]
+    if method in ONLINE:
+        rows = read_jsonl(config.run_dir / method / "metrics.jsonl")
+        for row in rows:
+            if "eval/pass@1" in row and row["step"]:
+                samples = row["step"] * config.num_prompts * config.group_size
+                points.append(
+                    {"samples": samples, "seconds": seconds_of(rows, row["step"]), "pass@1": row["eval/pass@1"]}
+                )
+        return points
+    seconds = 0.0
+    for number in range(1, config.num_rounds + 1):
+        for part in ("drawn", "learnt"):
+            seconds += seconds_of(read_jsonl(config.folder(method, number, part) / "metrics.jsonl"))
+        samples = number * config.steps_of_a_round * config.num_prompts * config.group_size
+        report = evaluate.read_report(config.folder(method, number, "measured"))
+        points.append({"samples": samples, "seconds": seconds, "pass@1": report["figures"]["pass@1"]["mean"]})
+    return points
+
+
+def seconds_of(rows: Sequence[Mapping[str, Any]], last: int | None = None) -> float:
+    """The seconds of all steps, or of those up to one."""
+    return sum(row.get("step_time", 0.0) for row in rows if last is None or row["step"] <= last)
+
+
+def pace(config: Config, method: str) -> float | None:
+    """The median seconds of a step, in which nothing is compiled; None of what goes in rounds."""
+    if method not in ONLINE:
+        return None
+    rows = read_jsonl(config.run_dir / method / "metrics.jsonl")
+    return float(np.median([row["step_time"] for row in rows if "step_time" in row]))
+
+
+def fall(config: Config, method: str) -> float | None:
+    """How far the share of right answers in training fell below its best, at most; None of what goes in rounds."""
+    if method not in ONLINE:
+        return None
+    rows = read_jsonl(config.run_dir / method / "metrics.jsonl")
+    right = np.array([row["pass_rate"] for row in rows if "pass_rate" in row])
+    width = min(TRAILING, len(right))
+    means = np.convolve(right, np.full(width, 1 / width), mode="valid")
+    return float((np.maximum.accumulate(means) - means).max())
+
+
+def reached(points: Sequence[Mapping[str, float]], level: float) -> float | None:
+    """The samples at which pass@1 is at a level, between two evaluations on a straight line; None if it never is."""
+    for before, after in pairwise(points):
+        if before["pass@1"] < level <= after["pass@1"]:
+            part = (level - before["pass@1"]) / (after["pass@1"] - before["pass@1"])
+            return before["samples"] + part * (after["samples"] - before["samples"])
+    return 0.0 if points[0]["pass@1"] >= level else None
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """The mean over seeds, the least and the greatest; all None where a seed has none."""
+    present = [value for value in values if value is not None]
+    if len(present) < len(values):
+        return {"mean": None, "low": None, "high": None, "of_seeds": list(values)}
+    return {"mean": float(np.mean(present)), "low": min(present), "high": max(present), "of_seeds": present}
+
+
+def update_of(method: str) -> str:
+    """The name of a method's update in ``bench_memory``: RLOO's is GRPO's."""
+    return "grpo" if method == "rloo" else method
+
+
+def memory_of(found: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What a method takes, without a reward model and with one, where it was found."""
+    names = update_of(method), update_of(method) + bench_memory.WITH_JUDGE
+    return {name: found[name] for name in names if name in found}
+
+
+def memory_of_steps(config: Config, report: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+    """What the methods' steps take with this model, by ``bench_memory``'s names; all with GRPO's sequences at once."""
+    seed, first = config.of_seeds[0], config.methods[0]
+    trained = seed.run_dir / first if first in ONLINE else seed.folder(first, config.num_rounds, "learnt")
+    grpo = config.in_steps("grpo")
+    rows = config.num_prompts * config.group_size // (grpo.num_minibatches * grpo.micro_batches)
+    shapes = bench_memory.Config(
+        config=trained / "model" / "config.json",
+        rows=rows,
+        num_micro_batches=grpo.micro_batches,
+        max_prompt_length=config.prompt_length,
+        max_completion_length=config.completion_length,
+        dtype="float32" if config.compute_dtype == jnp.float32 else "bfloat16",
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for number, method in enumerate(dict.fromkeys(map(update_of, config.methods)), 1):
+        found |= {name: dataclasses.asdict(each) for name, each in bench_memory.step_memory(shapes, method).items()}
+        report(number)
+    return found
+
+
+def learning(figures: Mapping[str, Mapping[str, Any]], level: float) -> list[tuple[str, ...]]:
+    """How the methods learn, side by side; the first row is the head."""
+    rows = [("", "pass@1", "of the seeds", f"samples to {level:g}", "seconds", "of a step", "largest fall")]
+    for method, each in figures.items():
+        at_end = each["pass@1"]
+        rows.append(
+            (
+                method,
+                f"{at_end['mean']:.3f}",
+                f"{at_end['low']:.3f} to {at_end['high']:.3f}",
+                shown(each["samples_to_level"]["mean"], ",.0f"),
+                shown(each["seconds"]["mean"], ".0f"),
+                shown(each["step_seconds"]["mean"], ".2f"),
+                shown(each["largest_fall"]["mean"], ".3f"),
+            )
+        )
+    return rows
+
+
+def memories(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """What the methods' steps take, side by side; the first row is the head."""
+    rows = [("", "copies of the model", "MiB of a step", "GiB with the larger model")]
+    for method, each in figures.items():
+        larger = each["memory_of_larger"]
+        for name, own in each["memory"].items():
+            judged = " with reward model and reference" if name.endswith(bench_memory.WITH_JUDGE) else ""
+            gib = larger[name]["peak_bytes"] / 2**30 if name in larger else None
+            mib = own["peak_bytes"] / 2**20
+            rows.append((method + judged, f"{own['copies']:g}", f"{mib:.1f}", shown(gib, ".1f")))
+    return rows
+
+
+def claims(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What is said of GRPO beside PPO, and what was measured; nothing where one of them was not compared."""
+    if not {"grpo", "ppo"} <= figures.keys():
+        return []
+    rows, grpo, ppo = [], figures["grpo"], figures["ppo"]
+    for suffix, what in (("", "rules as rewards"), (bench_memory.WITH_JUDGE, "reward model and reference")):
+        shares = {
+            where: grpo[kind]["grpo" + suffix]["peak_bytes"] / ppo[kind]["ppo" + suffix]["peak_bytes"]
+            for where, kind in (("this model", "memory"), ("the larger one", "memory_of_larger"))
+            if "grpo" + suffix in grpo[kind] and "ppo" + suffix in ppo[kind]
+        }
+        told = ", ".join(f"{share:.0%} of PPO's with {where}" for where, share in shares.items())
+        rows.append((f"nearly halves memory: {what}", told))
+    named = (("GRPO", grpo), ("PPO", ppo))
+    slower = ppo["step_seconds"]["mean"] / grpo["step_seconds"]["mean"]
+    samples = ", ".join(f"{name} {shown(each['samples_to_level']['mean'], ',.0f')}" for name, each in named)
+    ends = ", ".join(f"{name} {each['pass@1']['low']:.3f} to {each['pass@1']['high']:.3f}" for name, each in named)
+    falls = ", ".join(f"{name} {each['largest_fall']['high']:.3f}" for name, each in named)
+    return [
+        *rows,
+        ("three times faster: a step", f"PPO's takes {slower:.2f} times as long"),
+        ("three times faster: samples to the level", samples),
+        ("more stable: pass@1 of the seeds", ends),
+        ("more stable: largest fall of the reward", falls),
+    ]
+
+
+def shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
+    """Held-out pass@1 by samples and by time: a line for each seed, a colour for each method."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    labels = {"samples": "samples", "seconds": "seconds of drawing and learning"}
+    for axes, (across, label) in zip(panels, labels.items(), strict=True):
+        for method, of_seeds in curves.items():
+            for number, points in enumerate(of_seeds):
+                axes.plot(
+                    [point[across] for point in points],
+                    [point["pass@1"] for point in points],
+                    "o-",
+                    color=COLOURS[method],
+                    alpha=0.7,
+                    markersize=3,
+                    label=None if number else method,
+                )
+        axes.set_xlabel(label)
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title("pass@1, held out", loc="left")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -1,0 +1,286 @@
+"""The comparison: every method gets the same samples from the same start, and what is told of them adds up."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+from experiments import bench_memory, compare
+from experiments.compare import Config
+from grpo_jax.monitor.metrics import read_jsonl, to_json, write_atomically
+from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.settings import DataSettings, MeshSettings
+from tests.runs import write_rows
+
+STEPS, PROMPTS, GROUP = 6, 4, 4
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """What the comparison would run, instead of running it: the name of the script and its configuration."""
+    begun = []
+    for name in ("r1_zero", "ppo", "dpo", "sft", "rejection_sampling", "evaluate"):
+        script = getattr(compare, name)
+        monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
+    monkeypatch.setattr(compare, "write_pairs", lambda folder, *settings: begun.append(("pairs", folder)))
+    monkeypatch.setattr(compare, "run_experiment", lambda config, train, **settings: 0)
+    return begun
+
+
+def config_in(folder, **changes):
+    sizes = {"num_steps": STEPS, "num_rounds": 3, "num_prompts": PROMPTS, "group_size": GROUP}
+    return Config(**{**sizes, "run_dir": folder / "run", **changes})
+
+
+def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tmp_path):
+    assert compare.main(config_in(tmp_path, num_seeds=2, seed=5)) == 0
+    for seed in (5, 6):
+        folder = tmp_path / f"run/seed{seed}"
+        of = {
+            str(each.run_dir.relative_to(folder)): each for name, each in parts if name != "pairs" and each.seed == seed
+        }
+        base = folder / "base/base"
+        assert next(iter(of)) == "base"
+        assert of["base"].base_dir is None  # made here
+        for method in ("grpo", "rloo", "ppo"):
+            run = of[method]
+            assert (run.base_dir, run.num_steps, run.num_prompts, run.group_size) == (base, STEPS, PROMPTS, GROUP)
+            assert run.num_epochs * run.num_minibatches == 4
+            assert run.kl_reward_coef == 0
+            assert run.eval_every == STEPS / 3
+            assert run.rewards == RewardSettings()
+        assert (of["grpo"].advantage_name, of["rloo"].advantage_name) == ("group_relative", "rloo")
+        for method in ("dpo", "sft"):
+            samples, asked = 0, []
+            for number in (1, 2, 3):
+                drawn, learnt, measured = (of[f"{method}/{number}_{part}"] for part in ("drawn", "learnt", "measured"))
+                start = base if number == 1 else folder / method / f"{number - 1}_learnt/model"
+                assert drawn.base_dir == learnt.base_dir == start
+                assert measured.base_dir == folder / method / f"{number}_learnt/model"
+                assert Path(learnt.data.dataset).parent == drawn.run_dir
+                samples += drawn.max_problems * drawn.num_samples
+                asked += range(drawn.skip_problems, drawn.skip_problems + drawn.max_problems)
+            assert samples == STEPS * PROMPTS * GROUP
+            assert len(set(asked)) == len(asked)
+    order = [name for name, _ in parts[:8]]
+    assert order == ["evaluate", "r1_zero", "r1_zero", "ppo", "rejection_sampling", "pairs", "dpo", "evaluate"]
+
+
+def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
+    data = DataSettings(dataset="org/problems", chat_template=True, system_prompt="Think.")
+    config = config_in(tmp_path, model="org/model", data=data, max_prompt_length=99, stop_tokens=("<|im_end|>",))
+    assert compare.main(config) == 0
+    for name, each in parts:
+        if name != "pairs":
+            assert (each.max_prompt_length, each.stop_tokens) == (99, ("<|im_end|>",))
+            assert (each.data.chat_template, each.data.system_prompt) == (True, "Think.")
+            assert each.model is not None
+    starts = {each.model for name, each in parts if name in ("r1_zero", "ppo")}
+    assert starts == {"org/model"}
+
+
+def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.dpo, "main", lambda config: 130)
+    assert compare.main(config_in(tmp_path)) == 130
+    assert parts[-1][0] == "pairs"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 7}, "7 steps do not divide into 3 rounds"),
+        ({"methods": ()}, "name at least one, and each once"),
+        ({"methods": ("grpo", "grpo")}, "name at least one, and each once"),
+        ({"level": 0.0}, "level is 0.0"),
+        ({"data": DataSettings(dataset="org/x", grader="none"), "model": "org/m"}, "the share of right answers"),
+        ({"data": DataSettings(dataset="org/x")}, "the embedded base knows its own sums and errands only"),
+        ({"group_size": 1}, "group_size is 1"),
+        ({"dpo": replace(Config().dpo, model="org/other")}, "dpo names a model"),
+        ({"num_prompts": 3, "group_size": 3}, "9 completions do not divide into 2 minibatches"),
+        ({"memory_report": Path("no/such/file")}, "is no line of bench_memory.py"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_when_it_is_made(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        config_in(tmp_path, **change)
+
+
+def points(*pairs):
+    return [{"samples": samples, "pass@1": share} for samples, share in pairs]
+
+
+def test_the_level_is_reached_between_two_evaluations():
+    rising = points((0, 0.1), (100, 0.5), (200, 0.9))
+    assert compare.reached(rising, 0.5) == 100
+    assert compare.reached(rising, 0.6) == pytest.approx(125)
+    assert compare.reached(rising, 0.95) is None
+    assert compare.reached(rising, 0.05) == 0
+    assert compare.reached(points((0, 0.1), (100, 0.7), (200, 0.2), (300, 0.7)), 0.4) == pytest.approx(50)
+
+
+def test_seeds_are_told_by_mean_least_and_greatest_unless_one_is_absent():
+    assert compare.spread([0.5, 0.25, 0.75]) == {"mean": 0.5, "low": 0.25, "high": 0.75, "of_seeds": [0.5, 0.25, 0.75]}
+    assert compare.spread([0.5, None])["mean"] is None
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """A comparison of which all parts have been run, as far as their figures go."""
+    config = config_in(tmp_path, methods=("grpo", "ppo", "dpo"), num_seeds=1)
+    config.run_dir.mkdir()
+    write_atomically(config.run_dir / "config.json", json.dumps(to_json(asdict(config))).encode())
+    seed = config.of_seeds[0]
+
+    def measured(folder, share):
+        folder.mkdir(parents=True)
+        (folder / "completions.jsonl").touch()
+        (folder / "summary.json").write_text(json.dumps({"figures": {"pass@1": {"mean": share}}}))
+
+    def steps(folder, rows):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / "metrics.jsonl", rows)
+
+    measured(seed.run_dir / "base", 0.1)
+    for method, seconds in (("grpo", 2.0), ("ppo", 3.0)):
+        rates = [0.1, 0.5, 0.9, 0.9, 0.3, 0.5] if method == "ppo" else [0.1, 0.3, 0.5, 0.7, 0.9, 0.9]
+        rows = [{"step": 0, "eval/pass@1": 0.11}]
+        for step, rate in enumerate(rates, 1):
+            rows.append({"step": step, "pass_rate": rate, "step_time": seconds + (10 if step == 1 else 0)})
+            if step % 2 == 0:
+                rows.append({"step": step, "eval/pass@1": rate})
+        steps(seed.run_dir / method, rows)
+    for number in (1, 2, 3):
+        steps(seed.folder("dpo", number, "drawn"), [{"step": 1, "step_time": 1.0}, {"step": 2, "step_time": 1.5}])
+        steps(seed.folder("dpo", number, "learnt"), [{"step": 0, "eval/loss": 1.0}, {"step": 1, "step_time": 0.5}])
+        measured(seed.folder("dpo", number, "measured"), 0.2 * number)
+    return config
+
+
+def test_curves_count_samples_and_the_time_of_drawing_and_learning(ran):
+    seed = ran.of_seeds[0]
+    of_step = PROMPTS * GROUP
+    assert compare.curve(seed, "grpo") == [
+        {"samples": 0, "seconds": 0.0, "pass@1": 0.1},
+        {"samples": 2 * of_step, "seconds": 14.0, "pass@1": 0.3},
+        {"samples": 4 * of_step, "seconds": 18.0, "pass@1": 0.7},
+        {"samples": 6 * of_step, "seconds": 22.0, "pass@1": 0.9},
+    ]
+    assert [(each["samples"], each["seconds"]) for each in compare.curve(seed, "dpo")] == [
+        (0, 0.0),
+        (2 * of_step, 3.0),
+        (4 * of_step, 6.0),
+        (6 * of_step, 9.0),
+    ]
+    assert (compare.pace(seed, "grpo"), compare.pace(seed, "ppo"), compare.pace(seed, "dpo")) == (2.0, 3.0, None)
+
+
+def test_a_fall_is_told_by_the_mean_of_five_steps(ran):
+    seed = ran.of_seeds[0]
+    assert compare.fall(seed, "grpo") == 0
+    assert compare.fall(seed, "ppo") == 0  # .54 and then .62: of six steps there are two means
+    assert compare.fall(seed, "dpo") is None
+    rows = [{"step": n, "pass_rate": rate} for n, rate in enumerate([0.5] * 5 + [1.0, 0.5, 0.5, 0.0, 0.0, 1.0], 1)]
+    write_rows(seed.run_dir / "ppo/metrics.jsonl", rows)
+    assert compare.fall(seed, "ppo") == pytest.approx(0.2)
+
+
+def test_what_is_told_beside_the_claims(ran, monkeypatch, capsys, tmp_path):
+    found = {
+        "grpo": {"copies": 1.0, "state_bytes": 1, "peak_bytes": 6 * 2**20},
+        "grpo_with_reward_model": {"copies": 3.0, "state_bytes": 1, "peak_bytes": 9 * 2**20},
+        "ppo": {"copies": 2.0, "state_bytes": 1, "peak_bytes": 12 * 2**20},
+        "ppo_with_reward_model": {"copies": 4.0, "state_bytes": 1, "peak_bytes": 15 * 2**20},
+        "dpo": {"copies": 1.0, "state_bytes": 1, "peak_bytes": 7 * 2**20},
+    }
+    monkeypatch.setattr(compare, "memory_of_steps", lambda config, report: found)
+    monkeypatch.setattr(compare, "learn", lambda config: 0)
+    larger = {name: {**each, "peak_bytes": each["peak_bytes"] * 2**14} for name, each in found.items()}
+    (tmp_path / "report.json").write_text(json.dumps({"bench": "memory", **larger, "grpo_of_ppo": 0.5}))
+    config = replace(ran, memory_report=tmp_path / "report.json", level=0.5, plain=True)
+    assert compare.main(config) == 0
+    said = capsys.readouterr().out
+    assert (
+        "nearly halves memory: rules as rewards: 50% of PPO's with this model, 50% of PPO's with the larger one" in said
+    )
+    assert "60% of PPO's with this model" in said
+    assert "PPO's takes 1.50 times as long" in said
+    told = json.loads((config.run_dir / "summary.json").read_text())
+    assert told["figures"]["dpo"]["pass@1"]["mean"] == pytest.approx(0.6)
+    assert told["figures"]["ppo"]["memory_of_larger"]["ppo"]["peak_bytes"] == 12 * 2**34
+    assert told["figures"]["grpo"]["samples_to_level"]["mean"] == 48
+    assert told["seeds"] == [0]
+    assert plt.imread(config.run_dir / "curves.png").shape[1] > 900
+
+
+def test_pairs_are_written_for_dpo_or_their_absence_is_said(tmp_path):
+    each = {
+        "step": 1,
+        "place": 0,
+        "problem": {"prompt": "1+2=", "answer": "3", "columns": {}},
+        "prompt": "1+2=",
+        "completions": ["3", "4", "5"],
+        "lengths": [1, 1, 1],
+        "truncated": [False] * 3,
+        "total": [1.0, 0.0, 0.0],
+        "rewards": {},
+    }
+    write_rows(tmp_path / "completions.jsonl", [each, {**each, "place": 1, "total": [0.0] * 3}])
+    compare.write_pairs(tmp_path, 4, 1.0)
+    assert read_jsonl(tmp_path / "preferences.jsonl") == [{"prompt": "1+2=", "chosen": "3", "rejected": "4"}]
+    write_rows(tmp_path / "completions.jsonl", [{**each, "total": [0.0] * 3}])
+    with pytest.raises(ValueError, match="no problem has right completions beside wrong ones"):
+        compare.write_pairs(tmp_path, 4, 1.0)
+
+
+def test_memory_is_of_one_model_more_where_there_is_a_critic(small):
+    shapes = bench_memory.Config(
+        config=Path(small) / "config.json", rows=2, num_micro_batches=1, max_prompt_length=4, max_completion_length=4
+    )
+    grpo, ppo = (bench_memory.step_memory(shapes, method) for method in ("grpo", "ppo"))
+    copies = [each.copies for each in (*grpo.values(), *ppo.values())]
+    assert copies == pytest.approx([1, 3, 2, 4], abs=0.02)  # the scalar head is not an output embedding
+    weights = grpo["grpo"].state_bytes / 3  # with two moments
+    assert ppo["ppo"].state_bytes == pytest.approx(6 * weights, rel=0.02)
+    judged = bench_memory.WITH_JUDGE
+    assert ppo["ppo" + judged].peak_bytes - ppo["ppo"].peak_bytes == pytest.approx(2 * weights, rel=0.02)
+    assert grpo["grpo" + judged].peak_bytes - grpo["grpo"].peak_bytes == pytest.approx(2 * weights, rel=0.02)
+    for found in (grpo, ppo):
+        for each in found.values():
+            assert each.peak_bytes > each.state_bytes + weights  # a gradient at least
+
+
+@pytest.mark.slow
+def test_all_of_it_killed_in_the_middle_goes_on_with_what_was_left(base, tmp_path, monkeypatch):
+    config = config_in(
+        tmp_path,
+        base_dir=Path(base),
+        num_steps=2,
+        num_rounds=1,
+        num_prompts=16,
+        group_size=8,
+        eval_samples=1,
+        max_completion_length=10,
+        data=DataSettings(eval_problems=16),
+        mesh=MeshSettings(data=1),
+        plain=True,
+    )
+    with monkeypatch.context() as patch:
+
+        def dies(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr(compare.dpo, "main", dies)
+        with pytest.raises(KeyboardInterrupt):
+            compare.main(config)
+    before = (config.run_dir / "seed0/grpo/metrics.jsonl").read_bytes()
+    assert compare.main(config) == 0
+    assert (config.run_dir / "seed0/grpo/metrics.jsonl").read_bytes() == before
+    told = json.loads((config.run_dir / "summary.json").read_text())
+    for method in compare.METHODS:
+        points = told["curves"][method][0]
+        assert [each["samples"] for each in points] == [0, 256]
+        assert points[1]["seconds"] > 0
+        assert 0 <= points[1]["pass@1"] <= 1
+        assert told["figures"][method]["memory"]
