@@ -45,18 +45,17 @@ from sft import Config as SFTConfig
 
 from grpo_jax.collect import read_collected
 from grpo_jax.experiment import (
-    LAID_OUT,
     AnyConfig,
     PolicySettings,
     RunSettings,
     at_least,
     check_no_models,
     placed,
-    run_experiment,
+    run_stages,
 )
-from grpo_jax.monitor.metrics import read_jsonl, to_json, write_atomically
+from grpo_jax.monitor.metrics import read_jsonl, write_atomically
 from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.run import Run, claim_folder
+from grpo_jax.run import Run
 from grpo_jax.selection import preferred
 from grpo_jax.settings import DataSettings
 from grpo_jax.tasks import check_known
@@ -246,9 +245,12 @@ SCRIPTS = {"grpo": r1_zero, "rloo": r1_zero, "ppo": ppo, "dpo": dpo, "sft": sft}
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the comparison is finished and 130 when it was asked to stop."""
-    with claim_folder(config.run_dir, to_json(dataclasses.asdict(config)), (*LAID_OUT, *MAY_CHANGE)):
-        status = next((status for each in config.of_seeds if (status := learn(each))), 0)
-    return status or run_experiment(config, conclude, title="comparison", may_change=MAY_CHANGE, again=True)
+    return run_stages(config, learn_all, conclude, title="comparison", may_change=MAY_CHANGE, again=True)
+
+
+def learn_all(config: Config) -> int:
+    """All methods with all seeds; the exit status of the first part that was asked to stop, or 0."""
+    return next((status for each in config.of_seeds if (status := learn(each))), 0)
 
 
 def learn(config: Config) -> int:

@@ -7,9 +7,9 @@ thirds of its width. With arguments it is the real thing:
     python experiments/distill.py --teacher runs/gsm8k/model --student Qwen/Qwen2.5-0.5B --dataset openai/gsm8k \
         --require format=1 --num-samples 8
 
-Its stages are runs of their own in folders beside run_dir, RUN_teacher_eval, RUN_student_before, RUN_samples,
-RUN_student and RUN_student_after, and the same command goes on with the stage that was stopped. The student's own
-tokenizer is used: texts go over, not tokens. Teacher and student are asked the same held-out problems in the same form.
+Its stages are runs of their own in folders of run_dir, teacher_eval, student_before, samples, student and
+student_after, and the same command goes on with the stage that was stopped. The student's own tokenizer is used: texts
+go over, not tokens. Teacher and student are asked the same held-out problems in the same form.
 After DeepSeek-R1 (arXiv 2501.12948), section 2.4.
 """
 
@@ -27,7 +27,7 @@ import sft
 import tyro
 
 from grpo_jax.collect import CollectSettings
-from grpo_jax.experiment import at_least, run_experiment
+from grpo_jax.experiment import at_least, run_stages
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import OptimizerSettings
@@ -40,7 +40,7 @@ class Config(CollectSettings):
     """What a run is. Fields are checked before anything is computed."""
 
     run_dir: Path = Path("runs/distill")
-    """The folder of the outcome; those of the stages stand beside it and begin with its name."""
+    """The distillation's own folder, with one for each stage."""
     model: Annotated[str | None, tyro.conf.arg(name="teacher")] = None
     """Hugging Face id or local folder of the teacher. Default: a small base, taught here by sft.py first."""
     student: str | None = None
@@ -87,7 +87,7 @@ class Config(CollectSettings):
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage."""
-        return self.run_dir.with_name(f"{self.run_dir.name}_{stage}")
+        return self.run_dir / stage
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ TEACHER, BEFORE, AFTER = STAGES = ("teacher_eval", "student_before", "student_af
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return teach(config) or run_experiment(config, conclude, title="distillation")
+    return run_stages(config, teach, conclude, title="distillation", may_change=("cache_bytes",))
 
 
 def teach(config: Config) -> int:

@@ -37,10 +37,10 @@ from rich.table import Table
 
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
-from grpo_jax.experiment import LAID_OUT, AnyConfig, ModelSettings, RunSettings, check_no_models, placed, run_experiment
+from grpo_jax.experiment import AnyConfig, ModelSettings, RunSettings, check_no_models, placed, run_stages
 from grpo_jax.monitor.metrics import to_json, write_atomically
 from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.run import Run, claim_folder
+from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import DataSettings, PolicyLossSettings
 from grpo_jax.small_base import Recipe
@@ -161,9 +161,7 @@ class Config(RunSettings, ModelSettings):
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the chain is finished and 130 when it was asked to stop."""
-    with claim_folder(config.run_dir, to_json(dataclasses.asdict(config)), LAID_OUT):
-        status = chain(config)
-    return status or run_experiment(config, conclude, title="R1")
+    return run_stages(config, chain, conclude, title="R1")
 
 
 def chain(config: Config) -> int:

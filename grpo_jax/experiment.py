@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 
 from grpo_jax import models
 from grpo_jax.models.kernels import AttentionName
-from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.monitor.metrics import read_jsonl, to_json
 from grpo_jax.rollout import Sampler
-from grpo_jax.run import Run, Stopped, keep_programs
+from grpo_jax.run import Run, Stopped, claim_folder, keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import MeshSettings
 from grpo_jax.sharding import param_shardings
@@ -173,6 +173,30 @@ class PolicySettings(ModelSettings):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
+
+
+def run_stages(
+    config: AnyConfig,
+    stages: Callable[[AnyConfig], int],
+    conclude: Callable[[AnyConfig, Run], None],
+    *,
+    title: str,
+    may_change: Sequence[str] = (),
+    again: bool = False,
+) -> int:
+    """Run stages that are runs of their own in folders of this one's, or go on, and then what puts them together.
+
+    Args:
+        config: as ``run_experiment`` takes it.
+        stages: the exit status of the first that was asked to stop, or 0.
+        conclude: the loop of this run itself.
+        title: what the live view is called.
+        may_change: settings that a resumed run may have other values of, besides ``LAID_OUT``.
+        again: whether ``conclude`` is called for a run that is finished too.
+    """
+    with claim_folder(config.run_dir, to_json(asdict(config)), (*LAID_OUT, *may_change)):
+        status = stages(config)
+    return status or run_experiment(config, conclude, title=title, may_change=may_change, again=again)
 
 
 def placed(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:

@@ -25,7 +25,7 @@ def parts(monkeypatch):
         script = getattr(compare, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
     monkeypatch.setattr(compare, "write_pairs", lambda folder, *settings: begun.append(("pairs", folder)))
-    monkeypatch.setattr(compare, "run_experiment", lambda config, train, **settings: 0)
+    monkeypatch.setattr("grpo_jax.experiment.run_experiment", lambda *args, **settings: 0)
     return begun
 
 

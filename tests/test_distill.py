@@ -132,7 +132,7 @@ def test_a_stage_that_is_asked_to_stop_ends_the_command(finished, monkeypatch, t
     monkeypatch.setattr(distill.evaluate, "main", lambda config: begun.append(config.run_dir.name) or 0)
     monkeypatch.setattr(distill.rejection_sampling, "main", lambda config: begun.append("samples") or 130)
     assert distill.main(replace(finished, run_dir=tmp_path / "run")) == 130
-    assert begun == ["run_teacher_eval", "run_student_before", "samples"]
+    assert begun == ["teacher_eval", "student_before", "samples"]
 
 
 def test_stages_of_embedded_models_begin_where_others_end():

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -315,3 +316,12 @@ def test_defaults_follow_the_model():
     assert (Config().prompt_length, Config().completion_length) == (12, 48)
     assert Config(model="some/model").completion_length == 1024
     assert Config().base.errand_share == 0.5
+
+
+def test_a_data_set_can_be_learnt_from_a_base_that_was_made_before(config, small):
+    again = replace(config, model=None, base_dir=Path(small), judge=None, num_epochs=1, eval_every=0)
+    again = replace(again, data=replace(again.data, template=None))  # the base's own, which is the bare question
+    assert dpo.main(again) == 0
+    rows = read_jsonl(again.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert not any("eval/judge" in row for row in rows)  # errands' own judge is of the built-in ones alone

@@ -21,9 +21,11 @@ from grpo_jax.experiment import (
     check_divides,
     check_finite,
     check_length,
+    check_no_models,
     check_same_data,
     over_updates,
     padded_batches,
+    placed,
     run_experiment,
     save_trained,
 )
@@ -205,3 +207,23 @@ def test_a_model_without_a_tokenizer_is_refused(config, tmp_path):
     mesh = make_mesh(devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="bare has no tokenizer"):
         config.load(str(tmp_path / "bare"), mesh)
+
+
+def test_a_stage_is_placed_with_what_the_whole_says_for_all():
+    whole = Config(seed=3, plain=True, dtype="bfloat16", base_dir=Path("made/before"), rate=0.5)
+    stage = placed(Config(rate=0.2, save_every=7), whole, Path("own"), None, keep_checkpoints=5)
+    assert (stage.run_dir, stage.seed, stage.plain, stage.dtype) == (Path("own"), 3, True, "bfloat16")
+    assert (stage.base_dir, stage.rate, stage.save_every, stage.keep_checkpoints) == (Path("made/before"), 0.2, 7, 5)
+    assert placed(Config(), whole, Path("own"), "other").base_dir == Path("other")
+    assert placed(Config(), whole, Path("own"), None, seed=9).seed == 9
+    real = replace(whole, model="org/model", base_dir=None)
+    assert placed(Config(), real, Path("own"), None).model == "org/model"
+    next_one = placed(Config(), real, Path("own"), Path("first/model"))
+    assert (next_one.model, next_one.base_dir) == ("first/model", None)
+
+
+def test_stages_name_no_model_of_their_own():
+    check_no_models(SimpleNamespace(first=Config()), ["first"])
+    for named in (Config(model="org/model"), Config(base_dir=Path("base"))):
+        with pytest.raises(ValueError, match="second names a model"):
+            check_no_models(SimpleNamespace(first=Config(), second=named), ["first", "second"])

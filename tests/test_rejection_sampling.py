@@ -222,6 +222,22 @@ def test_all_other_demonstrations_are_taken_where_no_share_is_named_or_they_are_
         (drawn.run_dir / "summary.json").unlink()
 
 
+def test_a_part_of_the_problems_is_drawn_as_it_is_among_all_of_them(finished, config):
+    left = 8
+    part = replace(config, skip_problems=PROBLEMS - left, max_problems=left)
+    assert rejection_sampling.main(part) == 0
+    whole = [each for each in read_collected(finished.run_dir) if each.place >= PROBLEMS - left]
+    assert [*read_collected(part.run_dir)] == whole
+    seconds = [row["step_time"] for row in read_jsonl(part.run_dir / "metrics.jsonl")]
+    assert len(seconds) == 1
+    assert 0 < seconds[0] < summary_of(part)["seconds"]
+
+
+def test_when_all_problems_are_passed_over_that_is_said(config):
+    with pytest.raises(ValueError, match=r"there are \d+ problems, and 9999 are passed over; nothing is left to ask"):
+        rejection_sampling.main(replace(config, skip_problems=9999))
+
+
 def test_sft_reads_the_file_and_asks_as_the_teacher_was_asked(finished):
     settings = DemonstrationSettings(dataset=str(finished.run_dir / "dataset.jsonl"), template="{question}")
     learnt, held_out = settings.load(0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.collect import Collected
 from grpo_jax.data.sources import Problem
-from grpo_jax.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose, reaches
+from grpo_jax.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose, preferred, reaches
 
 ALL = SelectionSettings(threshold=-1e6, per_problem=100)
 
@@ -234,3 +234,19 @@ def test_what_is_required_must_be_scored():
         ValueError, match=r"\['code/tests'\] are not scored; what is scored is \['accuracy', 'format'\]"
     ):
         settings.check_parts(["accuracy", "format"])
+
+
+def test_pairs_are_of_a_right_and_a_wrong_completion_and_none_is_in_two():
+    found = collected(["a", "b", "c", "d", "e"], [0.0, 1.0, 0.0, 1.0, 0.0])
+    assert preferred(found, most=9) == [(1, 0), (3, 2)]
+    assert preferred(found, most=1) == [(1, 0)]
+    assert preferred(found, most=9, threshold=0.0) == []
+    assert preferred(collected(["a", "b"], [0.4, 0.2]), most=9, threshold=0.3) == [(0, 1)]
+
+
+def test_what_is_cut_off_blank_without_a_score_or_said_twice_is_in_no_pair():
+    texts = ["right", "cut", "wrong", " ", "absent", "right", "wrong ", "cut too"]
+    totals = [1.0, 1.0, 0.0, 0.0, None, 1.0, 0.0, 0.0]
+    truncated = [False, True, False, False, False, False, False, True]
+    assert preferred(collected(texts, totals, truncated=truncated), most=9) == [(0, 2)]
+    assert preferred(collected(["x", "x"], [1.0, 0.0]), most=9) == []
