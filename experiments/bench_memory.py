@@ -29,6 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from grpo_jax import loss
+from grpo_jax.experiment import at_least, check_divides
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.settings import OptimizerSettings, PolicyLossSettings
@@ -74,14 +75,16 @@ class Config:
     """The model: Qwen2.5-7B, or the embedded base."""
     config: Path | None = None
     """A config.json of another model."""
-    rows: int = 8
-    """Sequences of a micro-batch: what is in memory at once."""
+    rows: int = 16
+    """Sequences of a micro-batch, half as many pairs: what is in memory at once, on all devices together."""
     num_micro_batches: int = 4
     """Micro-batches of an update."""
     max_prompt_length: int = 512
     """In tokens."""
     max_completion_length: int = 1024
     """In tokens."""
+    remat: bool = True
+    """Compute blocks again in the backward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; weights, gradients and the optimizer's moments are in float32 anyway."""
     topology: str | None = None
@@ -89,6 +92,11 @@ class Config:
     Default: one device of this machine."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
     """What is compared."""
+
+    def __post_init__(self):
+        at_least(self, rows=2, num_micro_batches=1, max_prompt_length=1, max_completion_length=1)
+        if self.rows % 2:
+            raise ValueError(f"rows is {self.rows}; DPO has two sequences for each pair, so it must be even")
 
     @property
     def hf_config(self) -> Mapping[str, Any]:
@@ -155,11 +163,13 @@ def step_memory(config: Config, method: str) -> dict[str, Memory]:
         method: which.
 
     Raises:
+        ValueError: the rows do not divide over the devices.
         RuntimeError: the compiler gives no memory analysis.
     """
     decoder, scoring = from_hf_config(config.hf_config), from_hf_config(with_scalar_head(config.hf_config))
     mesh = config.mesh
-    build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=True)
+    check_divides(config.rows // 2, mesh, "the pairs of a micro-batch")
+    build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=config.remat)
     model, critic_model = build(decoder), build(scoring)
     weights, scored = param_shapes(decoder), param_shapes(scoring)
     optimizer, _ = OptimizerSettings().build(total_updates=100, default_learning_rate=1e-6)
@@ -265,7 +275,7 @@ def imitation_loss(model: Model) -> LossFn:
 
 
 def policy_batch(config: Config, *, with_values: bool) -> Batch:
-    """PPO's, with values, returns and old log-probabilities; or GRPO's first update of a step, without them."""
+    """PPO's, with values and returns, or GRPO's; both with old log-probabilities."""
     B, P, T = config.rows * config.num_micro_batches, config.max_prompt_length, config.max_completion_length
     of_tokens = jnp.zeros((B, T)) if with_values else None
     return Batch(
@@ -276,7 +286,7 @@ def policy_batch(config: Config, *, with_values: bool) -> Batch:
         loss_mask=jnp.ones((B, T), bool),
         advantages=jnp.zeros(B) if of_tokens is None else of_tokens,
         rollout_log_probs=jnp.zeros((B, T)),
-        old_log_probs=of_tokens,
+        old_log_probs=jnp.zeros((B, T)),
         old_values=of_tokens,
         returns=of_tokens,
     )

@@ -4,13 +4,14 @@ Without arguments it does so on the embedded base and its sums, on one CPU. With
 
     python experiments/compare.py
     python experiments/compare.py --num-seeds 3
-    python experiments/compare.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --num-steps 300 --num-rounds 5
+    python experiments/compare.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --num-steps 200 --num-rounds 5
 
 GRPO, RLOO and PPO draw and learn in steps. DPO and SFT learn from what was drawn before, and so go in rounds: the model
 draws its share of the samples, right completions are set against wrong ones or imitated, and the next round begins
-with the model that came out. The first three take equally many updates of each step's samples, and differ in where
-their advantages come from. What is measured: held-out pass@1 by samples and by time, how far the reward falls back, and
-the memory of a step by the compiler's analysis (bench_memory.py has that of a larger model).
+with the model that came out. The first three go over each step's samples equally often; for the rest each is as its
+own script has it, so that PPO's critic learns alone in the first two steps. What is measured: held-out pass@1 by
+samples and by time, how far the reward falls back, and the memory of an update by the compiler's analysis
+(bench_memory.py has that of a larger model).
 
 Every part is a run of its own in a folder of this one; the same command goes on at the part and step where it stopped.
 """
@@ -49,6 +50,7 @@ from grpo_jax.experiment import (
     PolicySettings,
     RunSettings,
     at_least,
+    check_divides,
     check_no_models,
     placed,
     run_stages,
@@ -56,9 +58,10 @@ from grpo_jax.experiment import (
 from grpo_jax.monitor.metrics import read_jsonl, write_atomically
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
-from grpo_jax.selection import preferred
+from grpo_jax.selection import SelectionSettings, preferred
 from grpo_jax.settings import DataSettings
 from grpo_jax.tasks import check_known
+from grpo_jax.text_settings import DemonstrationSettings, PreferenceSettings
 
 ONLINE = ("grpo", "rloo", "ppo")
 """What learns in steps."""
@@ -88,7 +91,7 @@ class Config(RunSettings, PolicySettings):
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
     """What is compared."""
     num_seeds: int = 1
-    """How many seeds, from seed on; each has a base, problems and noise of its own."""
+    """How many seeds, from seed on; each has problems and noise of its own, and a base unless one is named."""
     data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
     """What is asked."""
     rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
@@ -114,12 +117,14 @@ class Config(RunSettings, PolicySettings):
     """The same with the mean of a group's others as its baseline."""
     ppo: PPOConfig = PPOConfig(rewards=RewardSettings(), kl_reward_coef=0.0)
     """PPO with a critic of the policy's size; without a KL as well."""
-    dpo: DPOConfig = DPOConfig(num_epochs=4, sft_coef=0.2, eval_every=0, eval_prompts=0)
+    dpo: DPOConfig = DPOConfig(
+        data=PreferenceSettings(eval_rows=1), num_epochs=4, sft_coef=0.2, eval_every=0, eval_prompts=0
+    )
     """DPO on right completions against wrong ones, with a little imitation of the right ones."""
-    sft: SFTConfig = SFTConfig(num_epochs=4, eval_every=0, eval_prompts=0)
+    sft: SFTConfig = SFTConfig(data=DemonstrationSettings(eval_rows=1), num_epochs=4, eval_every=0, eval_prompts=0)
     """SFT on right completions: rejection sampling."""
     drawing: rejection_sampling.Config = rejection_sampling.Config()
-    """How a round draws, and what of it is imitated."""
+    """How a round draws, and what of it is imitated, or preferred to the rest. It asks problems in their order."""
     evaluation: evaluate.Config = evaluate.Config(k=(1,))
     """How the base and each round's model are measured."""
 
@@ -143,8 +148,14 @@ class Config(RunSettings, PolicySettings):
             raise ValueError("grader is none, and what is compared is the share of right answers")
         if self.memory_report is not None:
             _ = self.larger
-        for method in self.methods:  # what does not fit is found now
-            _ = self.in_steps(method) if method in ONLINE else self.drawn(method, 1)
+        for method in ONLINE:
+            stage = getattr(self, method)
+            if stage.tasks is not None or getattr(stage, "max_draws", 1) > 1:
+                raise ValueError(f"{method}: tasks and max_draws give it other samples than the others have")
+        # What does not fit is found now; of GRPO in any case, for its sequences are those that memory is told of.
+        _ = self.in_steps("grpo"), self.measured(self.run_dir, None)
+        for method in self.methods:
+            _ = self.in_steps(method) if method in ONLINE else (self.drawn(method, 1), self.learnt(method, 1))
 
     @property
     def of_seeds(self) -> list[Config]:
@@ -165,8 +176,10 @@ class Config(RunSettings, PolicySettings):
             return {}
         try:
             report = json.loads(self.memory_report.read_text())
+            if report["bench"] != "memory":
+                raise ValueError(f"it is of bench {report['bench']}")
             return {name: each for name, each in report.items() if isinstance(each, dict) and each["peak_bytes"]}
-        except (OSError, ValueError, LookupError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"memory_report: {self.memory_report} is no line of bench_memory.py: {error}") from None
 
     @property
@@ -228,8 +241,15 @@ class Config(RunSettings, PolicySettings):
         drawn = self.folder(method, number, "drawn")
         asked = {name: getattr(self.data, name) for name in ("template", "chat_template", "system_prompt")}
         dataset = drawn / (PAIRS if method == "dpo" else rejection_sampling.DATASET)
-        data = replace(stage.data, dataset=str(dataset), **asked)
-        return self.placed(stage, self.folder(method, number, "learnt"), self.before(method, number), data=data)
+        changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **asked)}
+        if method == "sft":
+            longest = self.prompt_length + self.completion_length
+            changes["max_length"] = stage.max_length or max(longest, 2048 if self.model else 128)
+        if self.model is not None and stage.num_micro_batches == 1:  # in memory at once is what GRPO has there
+            rows = stage.num_pairs if method == "dpo" else stage.num_sequences
+            parts = self.in_steps("grpo").micro_batches_of(rows) * (2 if method == "dpo" else 1)
+            changes["num_micro_batches"] = min(parts, rows)
+        return self.placed(stage, self.folder(method, number, "learnt"), self.before(method, number), **changes)
 
     def measured(self, folder: Path, start: Path | str | None) -> evaluate.Config:
         """The run that measures a model."""
@@ -238,8 +258,9 @@ class Config(RunSettings, PolicySettings):
         )
 
 
-MAY_CHANGE = ("methods", "num_seeds", "level", "memory_report")
-"""Settings that may have other values later: what is there already is told again."""
+MAY_CHANGE = ("methods", "num_seeds", "level", "memory_report", "cache_bytes", *STAGES)
+"""Settings that may have other values later: what is there already is told again. What a stage may not change is its
+own run's to say."""
 SCRIPTS = {"grpo": r1_zero, "rloo": r1_zero, "ppo": ppo, "dpo": dpo, "sft": sft}
 
 
@@ -250,7 +271,30 @@ def main(config: Config) -> int:
 
 def learn_all(config: Config) -> int:
     """All methods with all seeds; the exit status of the first part that was asked to stop, or 0."""
+    check_data_and_devices(config)
     return next((status for each in config.of_seeds if (status := learn(each))), 0)
+
+
+def check_data_and_devices(config: Config) -> None:
+    """Check that there are problems for all rounds, each of which asks others, and that updates divide over devices.
+
+    Raises:
+        ValueError: there are too few, or one does not; and as ``DataSettings.load``.
+    """
+    for method in config.methods:
+        if method in IN_ROUNDS:
+            stage = config.learnt(method, 1)
+            rows = stage.num_pairs if isinstance(stage, DPOConfig) else stage.num_sequences
+            check_divides(
+                rows // stage.num_micro_batches, config.mesh.build(), f"the rows of a micro-batch of {method}"
+            )
+    problems, *_ = config.data.load(config.seed)
+    wanted = config.num_prompts * config.num_steps
+    if len(problems) < wanted and set(config.methods) & set(IN_ROUNDS):
+        raise ValueError(
+            f"{config.num_steps} steps of {config.num_prompts} prompts ask {wanted} problems, and there are "
+            f"{len(problems)}; take fewer steps, or leave {' and '.join(IN_ROUNDS)} out of methods"
+        )
 
 
 def learn(config: Config) -> int:
@@ -274,13 +318,23 @@ def learn_round(config: Config, method: str, number: int) -> int:
     if status := rejection_sampling.main(drawn):
         return status
     if method == "dpo":
-        write_pairs(drawn.run_dir, config.pairs_per_problem, drawn.selection.threshold)
+        write_pairs(drawn.run_dir, drawn.selection, most=config.pairs_per_problem, least=config.dpo.num_pairs)
     measured = config.measured(config.folder(method, number, "measured"), learnt.run_dir / "model")
     return SCRIPTS[method].main(learnt) or evaluate.main(measured)
 
 
-def write_pairs(folder: Path, most: int, threshold: float) -> None:
-    """Set right completions in a run's folder against wrong ones of the same problem."""
+def write_pairs(folder: Path, selection: SelectionSettings, *, most: int, least: int) -> None:
+    """Set right completions in a run's folder against wrong ones of the same problem.
+
+    Args:
+        folder: of a run that drew completions.
+        selection: what is right.
+        most: pairs of a problem at most.
+        least: pairs that one update takes.
+
+    Raises:
+        ValueError: there are fewer than an update takes.
+    """
     rows = [
         {
             "prompt": each.problem.prompt,
@@ -288,10 +342,14 @@ def write_pairs(folder: Path, most: int, threshold: float) -> None:
             "rejected": each.completions[rejected],
         }
         for each in read_collected(folder)
-        for chosen, rejected in preferred(each, most=most, threshold=threshold)
+        for chosen, rejected in preferred(each, selection, most=most)
     ]
-    if not rows:
-        raise ValueError(f"{folder}: no problem has right completions beside wrong ones, so there are no pairs for DPO")
+    if len(rows) <= most + least:  # the pairs of a problem are held out
+        raise ValueError(
+            f"{folder}: {len(rows)} pairs of right and wrong completions are too few for DPO's updates of {least}: the "
+            "model is almost never or almost always right. Draw more in a round, lower dpo.num_pairs, or leave dpo out "
+            "of methods; what the others learnt stays"
+        )
     write_atomically(folder / PAIRS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
@@ -300,7 +358,7 @@ def conclude(config: Config, run: Run) -> None:
     curves = {method: [curve(each, method) for each in config.of_seeds] for method in config.methods}
     falls = {method: [fall(each, method) for each in config.of_seeds] for method in config.methods}
     paces = {method: [pace(each, method) for each in config.of_seeds] for method in config.methods}
-    with run.progress.phase("memory of a step", len(set(map(update_of, config.methods)))) as phase:
+    with run.progress.phase("memory of an update", len(set(map(update_of, config.methods)))) as phase:
         memory = memory_of_steps(config, phase.update)
     figures = {
         method: {
@@ -320,7 +378,18 @@ def conclude(config: Config, run: Run) -> None:
     for claim, measured in claims(figures):
         run.say(f"  {claim}: {measured}")
     draw(curves, run.folder / "curves.png")
-    run.conclude({"figures": figures, "curves": curves, "seeds": [each.seed for each in config.of_seeds]})
+    base = evaluate.read_report(config.of_seeds[0].run_dir / BASE)
+    parts = [json.loads(path.read_text()) for each in config.of_seeds for path in each.run_dir.rglob("summary.json")]
+    run.conclude(
+        {
+            "figures": figures,
+            "curves": curves,
+            "seeds": [each.seed for each in config.of_seeds],
+            "seconds": sum(part["seconds"] for part in parts),
+            "device": base["device"],
+            "versions": base["versions"],
+        }
+    )
 
 
 def curve(config: Config, method: str) -> list[dict[str, float]]:
@@ -336,11 +405,13 @@ def curve(config: Config, method: str) -> list[dict[str, float]]:
                     {"samples": samples, "seconds": seconds_of(rows, row["step"]), "pass@1": row["eval/pass@1"]}
                 )
         return points
-    seconds = 0.0
+    samples, seconds = 0, 0.0
     for number in range(1, config.num_rounds + 1):
-        for part in ("drawn", "learnt"):
-            seconds += seconds_of(read_jsonl(config.folder(method, number, part) / "metrics.jsonl"))
-        samples = number * config.steps_of_a_round * config.num_prompts * config.group_size
+        drawn, learnt = (
+            read_jsonl(config.folder(method, number, part) / "metrics.jsonl") for part in ("drawn", "learnt")
+        )
+        samples += config.group_size * sum(row["num_problems"] for row in drawn)
+        seconds += seconds_of(drawn) + seconds_of(learnt)
         report = evaluate.read_report(config.folder(method, number, "measured"))
         points.append({"samples": samples, "seconds": seconds, "pass@1": report["figures"]["pass@1"]["mean"]})
     return points
@@ -372,11 +443,13 @@ def fall(config: Config, method: str) -> float | None:
 
 def reached(points: Sequence[Mapping[str, float]], level: float) -> float | None:
     """The samples at which pass@1 is at a level, between two evaluations on a straight line; None if it never is."""
+    if points[0]["pass@1"] >= level:
+        return 0.0
     for before, after in pairwise(points):
         if before["pass@1"] < level <= after["pass@1"]:
             part = (level - before["pass@1"]) / (after["pass@1"] - before["pass@1"])
             return before["samples"] + part * (after["samples"] - before["samples"])
-    return 0.0 if points[0]["pass@1"] >= level else None
+    return None
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -399,17 +472,22 @@ def memory_of(found: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 def memory_of_steps(config: Config, report: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """What the methods' steps take with this model, by ``bench_memory``'s names; all with GRPO's sequences at once."""
+    """What the methods' updates take with this model, by ``bench_memory``'s names, on one device.
+
+    All with as many sequences at once as GRPO has, a KL to a reference only where a reward model is there too, and PPO
+    with a critic that is a model of its own, whatever is set.
+    """
     seed, first = config.of_seeds[0], config.methods[0]
     trained = seed.run_dir / first if first in ONLINE else seed.folder(first, config.num_rounds, "learnt")
     grpo = config.in_steps("grpo")
     rows = config.num_prompts * config.group_size // (grpo.num_minibatches * grpo.micro_batches)
     shapes = bench_memory.Config(
         config=trained / "model" / "config.json",
-        rows=rows,
+        rows=max(2, rows - rows % 2),
         num_micro_batches=grpo.micro_batches,
         max_prompt_length=config.prompt_length,
         max_completion_length=config.completion_length,
+        remat=config.model is not None if config.remat is None else config.remat,
         dtype="float32" if config.compute_dtype == jnp.float32 else "bfloat16",
     )
     found: dict[str, dict[str, Any]] = {}
@@ -439,8 +517,8 @@ def learning(figures: Mapping[str, Mapping[str, Any]], level: float) -> list[tup
 
 
 def memories(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """What the methods' steps take, side by side; the first row is the head."""
-    rows = [("", "copies of the model", "MiB of a step", "GiB with the larger model")]
+    """What the methods' updates take, side by side; the first row is the head."""
+    rows = [("", "copies of the model", "MiB of an update", "GiB with the larger model")]
     for method, each in figures.items():
         larger = each["memory_of_larger"]
         for name, own in each["memory"].items():
@@ -465,13 +543,17 @@ def claims(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
         told = ", ".join(f"{share:.0%} of PPO's with {where}" for where, share in shares.items())
         rows.append((f"nearly halves memory: {what}", told))
     named = (("GRPO", grpo), ("PPO", ppo))
+    control = ""
+    if "rloo" in figures:
+        same = figures["rloo"]["step_seconds"]["mean"] / grpo["step_seconds"]["mean"]
+        control = f" (RLOO's, which is the same program: {same:.2f})"
     slower = ppo["step_seconds"]["mean"] / grpo["step_seconds"]["mean"]
     samples = ", ".join(f"{name} {shown(each['samples_to_level']['mean'], ',.0f')}" for name, each in named)
     ends = ", ".join(f"{name} {each['pass@1']['low']:.3f} to {each['pass@1']['high']:.3f}" for name, each in named)
     falls = ", ".join(f"{name} {each['largest_fall']['high']:.3f}" for name, each in named)
     return [
         *rows,
-        ("three times faster: a step", f"PPO's takes {slower:.2f} times as long"),
+        ("three times faster: a step", f"PPO's takes {slower:.2f} times as long{control}"),
         ("three times faster: samples to the level", samples),
         ("more stable: pass@1 of the seeds", ends),
         ("more stable: largest fall of the reward", falls),

@@ -159,12 +159,13 @@ def collect(
             stream = sampler.stream(params, [problems.padded(block)], noise, num_prompts=config.num_prompts)
             for place, rollout in stream:
                 drawn[block[place]] = rollout
-                phase.update(block[0] + len(drawn))
+                phase.update(places.index(block[0]) + len(drawn))
                 run.stop_if_requested()
             collected = scored(problems, {place: drawn[place] for place in block}, decode, task)
             run.log_faults(number, task.scoring.take_faults())
-            run.completions_log.append(*(each.row(number) for each in collected))
+            # First what is taken back if the block is not whole: a kill between the two loses no figure.
             run.log({"step": number, "num_problems": len(collected), "step_time": time.monotonic() - started})
+            run.completions_log.append(*(each.row(number) for each in collected))
             run.stop_if_requested()
     return len(places)
 

@@ -31,6 +31,10 @@ LAID_OUT = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_
 """Settings that a resumed run may have other values of in every experiment: they change no number beyond rounding."""
 
 
+SAID_FOR_ALL = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
+"""Settings that a command of several stages has for all of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Where a run lies and what it leaves."""
@@ -202,6 +206,8 @@ def run_stages(
 def placed(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
     """The settings of a stage of several, in a folder of its own, with what the whole says for all of them.
 
+    That is seed, precision, devices, checkpoints and trackers.
+
     Args:
         stage: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
         whole: another one.
@@ -212,7 +218,7 @@ def placed(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None,
     Raises:
         ValueError: the settings do not go together.
     """
-    common = {each: getattr(whole, each) for each in ("seed", "plain", "mesh", "dtype", "remat", "attention")}
+    common = {each: getattr(whole, each) for each in SAID_FOR_ALL}
     begins = {"model": whole.model, "base": whole.base, "base_dir": whole.base_dir}
     if start is not None:
         begins = {"model": str(start)} if whole.model else {"base_dir": Path(start)}

@@ -132,16 +132,16 @@ def choose(collected: Collected, settings: SelectionSettings) -> tuple[Choice, d
     return replace(choice, samples=tuple(capped)), dict(zip(FILTERS, map(len, left), strict=False))
 
 
-def preferred(collected: Collected, *, most: int, threshold: float = 1.0) -> list[tuple[int, int]]:
-    """Pairs of a problem's completions that DPO can learn from: one that is right before one that is not.
+def preferred(collected: Collected, settings: SelectionSettings, *, most: int) -> list[tuple[int, int]]:
+    """Pairs of a problem's completions that DPO can learn from: one that would be imitated before one that would not.
 
     Completions that have no score, were cut off, are blank or say what an earlier one says are in no pair, and none is
     in two.
 
     Args:
         collected: a problem with its completions.
+        settings: of them, ``threshold`` and ``require`` say what would be imitated.
         most: pairs that are made at most.
-        threshold: the least weighted sum of rewards of what is right.
 
     Returns:
         The numbers of the samples, the chosen one before the rejected one, in the order they were drawn in.
@@ -150,9 +150,17 @@ def preferred(collected: Collected, *, most: int, threshold: float = 1.0) -> lis
     for n, completion in enumerate(collected.completions):
         if collected.total[n] is not None and not collected.truncated[n] and completion.strip():
             by_text.setdefault(" ".join(completion.split()), n)
-    right = [n for n in by_text.values() if reaches(collected.total[n], threshold)]
-    wrong = [n for n in by_text.values() if not reaches(collected.total[n], threshold)]
+    right = [n for n in by_text.values() if passes(collected, n, settings)]
+    wrong = [n for n in by_text.values() if not passes(collected, n, settings)]
     return list(zip(right, wrong, strict=False))[:most]
+
+
+def passes(collected: Collected, sample: int, settings: SelectionSettings) -> bool:
+    """Whether a sample has the least total, and of every part that is required the least score."""
+    parts = [(collected.rewards.get(name), least) for name, least in settings.minima.items()]
+    return reaches(collected.total[sample], settings.threshold) and all(
+        part is not None and reaches(part[sample], least) for part, least in parts
+    )
 
 
 def balanced(choices: Sequence[Choice], *, buckets: int, seed: int) -> list[Choice]:

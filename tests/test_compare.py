@@ -11,8 +11,9 @@ from experiments import bench_memory, compare
 from experiments.compare import Config
 from grpo_jax.monitor.metrics import read_jsonl, to_json, write_atomically
 from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import DataSettings, MeshSettings
-from tests.runs import write_rows
+from tests.runs import kill_in_second_save, write_rows
 
 STEPS, PROMPTS, GROUP = 6, 4, 4
 
@@ -24,7 +25,7 @@ def parts(monkeypatch):
     for name in ("r1_zero", "ppo", "dpo", "sft", "rejection_sampling", "evaluate"):
         script = getattr(compare, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
-    monkeypatch.setattr(compare, "write_pairs", lambda folder, *settings: begun.append(("pairs", folder)))
+    monkeypatch.setattr(compare, "write_pairs", lambda folder, selection, **settings: begun.append(("pairs", folder)))
     monkeypatch.setattr("grpo_jax.experiment.run_experiment", lambda *args, **settings: 0)
     return begun
 
@@ -69,16 +70,49 @@ def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tm
 
 
 def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
-    data = DataSettings(dataset="org/problems", chat_template=True, system_prompt="Think.")
+    rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(30)]
+    problems = write_rows(tmp_path / "problems.jsonl", rows)
+    data = DataSettings(dataset=problems, chat_template=True, system_prompt="Think.")
     config = config_in(tmp_path, model="org/model", data=data, max_prompt_length=99, stop_tokens=("<|im_end|>",))
     assert compare.main(config) == 0
     for name, each in parts:
         if name != "pairs":
             assert (each.max_prompt_length, each.stop_tokens) == (99, ("<|im_end|>",))
             assert (each.data.chat_template, each.data.system_prompt) == (True, "Think.")
-            assert each.model is not None
-    starts = {each.model for name, each in parts if name in ("r1_zero", "ppo")}
-    assert starts == {"org/model"}
+    seed = tmp_path / "run/seed0"
+    starts = {str(each.run_dir.relative_to(seed)): each.model for name, each in parts if name != "pairs"}
+    rounds = {}
+    for method in ("dpo", "sft"):
+        for number in (1, 2, 3):
+            start = "org/model" if number == 1 else str(seed / method / f"{number - 1}_learnt/model")
+            rounds |= dict.fromkeys((f"{method}/{number}_drawn", f"{method}/{number}_learnt"), start)
+            rounds[f"{method}/{number}_measured"] = str(seed / method / f"{number}_learnt/model")
+    assert starts == dict.fromkeys(("base", "grpo", "rloo", "ppo"), "org/model") | rounds
+
+
+def test_with_a_real_model_rounds_learn_with_as_many_tokens_at_once_as_grpo(tmp_path):
+    data = DataSettings(dataset="org/problems")
+    config = config_in(tmp_path, model="org/model", data=data, num_prompts=64)
+    config = replace(config, max_completion_length=3584, mesh=MeshSettings(data=1))
+    grpo = config.in_steps("grpo")
+    at_once = 64 * GROUP // grpo.num_minibatches // grpo.micro_batches
+    assert at_once == 16_384 // 4096
+    dpo, sft = config.learnt("dpo", 1), config.learnt("sft", 1)
+    assert 2 * dpo.num_pairs // dpo.num_micro_batches == at_once
+    assert sft.num_sequences // sft.num_micro_batches == at_once
+    assert sft.max_length == 4096
+    assert config_in(tmp_path).learnt("sft", 1).max_length == 128
+    assert config_in(tmp_path, max_completion_length=300).learnt("sft", 1).max_length == 312
+
+
+def test_too_few_problems_for_rounds_of_others_are_found_before_anything_is_run(parts, tmp_path):
+    rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(30)]
+    data = DataSettings(dataset=write_rows(tmp_path / "problems.jsonl", rows))
+    config = config_in(tmp_path, model="org/model", data=data, num_steps=9)
+    with pytest.raises(ValueError, match="9 steps of 4 prompts ask 36 problems, and there are 27"):
+        compare.main(config)
+    assert parts == []
+    assert compare.main(replace(config, methods=("grpo", "ppo"))) == 0
 
 
 def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypatch):
@@ -100,6 +134,7 @@ def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypa
         ({"dpo": replace(Config().dpo, model="org/other")}, "dpo names a model"),
         ({"num_prompts": 3, "group_size": 3}, "9 completions do not divide into 2 minibatches"),
         ({"memory_report": Path("no/such/file")}, "is no line of bench_memory.py"),
+        ({"grpo": replace(Config().grpo, max_draws=2)}, "grpo: tasks and max_draws give it other samples"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_when_it_is_made(tmp_path, change, message):
@@ -118,6 +153,7 @@ def test_the_level_is_reached_between_two_evaluations():
     assert compare.reached(rising, 0.95) is None
     assert compare.reached(rising, 0.05) == 0
     assert compare.reached(points((0, 0.1), (100, 0.7), (200, 0.2), (300, 0.7)), 0.4) == pytest.approx(50)
+    assert compare.reached(points((0, 0.85), (100, 0.7), (200, 0.9)), 0.8) == 0
 
 
 def test_seeds_are_told_by_mean_least_and_greatest_unless_one_is_absent():
@@ -133,10 +169,15 @@ def ran(tmp_path):
     write_atomically(config.run_dir / "config.json", json.dumps(to_json(asdict(config))).encode())
     seed = config.of_seeds[0]
 
+    made_on = {"seconds": 2.0, "device": "a laptop", "versions": {"jax": "1"}}
+
     def measured(folder, share):
         folder.mkdir(parents=True)
         (folder / "completions.jsonl").touch()
-        (folder / "summary.json").write_text(json.dumps({"figures": {"pass@1": {"mean": share}}}))
+        (folder / "summary.json").write_text(json.dumps({"figures": {"pass@1": {"mean": share}}, **made_on}))
+
+    def drawn_in(seconds):
+        return {"step": 1, "num_problems": PROMPTS, "step_time": seconds}
 
     def steps(folder, rows):
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +193,7 @@ def ran(tmp_path):
                 rows.append({"step": step, "eval/pass@1": rate})
         steps(seed.run_dir / method, rows)
     for number in (1, 2, 3):
-        steps(seed.folder("dpo", number, "drawn"), [{"step": 1, "step_time": 1.0}, {"step": 2, "step_time": 1.5}])
+        steps(seed.folder("dpo", number, "drawn"), [drawn_in(1.0), drawn_in(1.5)])
         steps(seed.folder("dpo", number, "learnt"), [{"step": 0, "eval/loss": 1.0}, {"step": 1, "step_time": 0.5}])
         measured(seed.folder("dpo", number, "measured"), 0.2 * number)
     return config
@@ -211,6 +252,15 @@ def test_what_is_told_beside_the_claims(ran, monkeypatch, capsys, tmp_path):
     assert told["figures"]["ppo"]["memory_of_larger"]["ppo"]["peak_bytes"] == 12 * 2**34
     assert told["figures"]["grpo"]["samples_to_level"]["mean"] == 48
     assert told["seeds"] == [0]
+    assert (told["seconds"], told["device"], told["versions"]) == (4 * 2.0, "a laptop", {"jax": "1"})
+    assert (
+        compare.main(replace(config, methods=("grpo", "dpo"), level=0.9, cache_bytes=10)) == 0
+    )  # told again, otherwise
+    told = json.loads((config.run_dir / "summary.json").read_text())
+    assert [*told["figures"]] == ["grpo", "dpo"]
+    assert told["figures"]["grpo"]["samples_to_level"]["mean"] == 96
+    with pytest.raises(ValueError, match="group_size: 4 -> 8"):
+        compare.main(replace(config, group_size=8))
     assert plt.imread(config.run_dir / "curves.png").shape[1] > 900
 
 
@@ -227,11 +277,10 @@ def test_pairs_are_written_for_dpo_or_their_absence_is_said(tmp_path):
         "rewards": {},
     }
     write_rows(tmp_path / "completions.jsonl", [each, {**each, "place": 1, "total": [0.0] * 3}])
-    compare.write_pairs(tmp_path, 4, 1.0)
+    compare.write_pairs(tmp_path, SelectionSettings(), most=1, least=-1)
     assert read_jsonl(tmp_path / "preferences.jsonl") == [{"prompt": "1+2=", "chosen": "3", "rejected": "4"}]
-    write_rows(tmp_path / "completions.jsonl", [{**each, "total": [0.0] * 3}])
-    with pytest.raises(ValueError, match="no problem has right completions beside wrong ones"):
-        compare.write_pairs(tmp_path, 4, 1.0)
+    with pytest.raises(ValueError, match=r"1 pairs of right and wrong completions are too few for DPO's updates of 32"):
+        compare.write_pairs(tmp_path, SelectionSettings(), most=4, least=32)
 
 
 def test_memory_is_of_one_model_more_where_there_is_a_critic(small):
@@ -252,35 +301,46 @@ def test_memory_is_of_one_model_more_where_there_is_a_critic(small):
 
 
 @pytest.mark.slow
-def test_all_of_it_killed_in_the_middle_goes_on_with_what_was_left(base, tmp_path, monkeypatch):
-    config = config_in(
-        tmp_path,
+def test_killed_in_the_middle_of_a_part_it_tells_what_an_unbroken_one_tells(base, tmp_path, monkeypatch):
+    unbroken = config_in(
+        tmp_path / "unbroken",
+        methods=("grpo", "dpo", "sft"),
         base_dir=Path(base),
-        num_steps=2,
-        num_rounds=1,
+        num_steps=4,
+        num_rounds=2,
         num_prompts=16,
         group_size=8,
         eval_samples=1,
+        save_every=1,
         max_completion_length=10,
         data=DataSettings(eval_problems=16),
+        dpo=replace(Config().dpo, num_pairs=8),
         mesh=MeshSettings(data=1),
         plain=True,
     )
+    assert compare.main(unbroken) == 0
+    config = replace(unbroken, run_dir=tmp_path / "killed/run")
+    learn_dpo = compare.dpo.main
     with monkeypatch.context() as patch:
 
-        def dies(*args):
-            raise KeyboardInterrupt
+        def killed(stage):
+            if stage.run_dir.name == "2_learnt":
+                kill_in_second_save(learn_dpo, stage, patch)
+                raise KeyboardInterrupt
+            return learn_dpo(stage)
 
-        patch.setattr(compare.dpo, "main", dies)
+        patch.setattr(compare.dpo, "main", killed)
         with pytest.raises(KeyboardInterrupt):
             compare.main(config)
-    before = (config.run_dir / "seed0/grpo/metrics.jsonl").read_bytes()
     assert compare.main(config) == 0
-    assert (config.run_dir / "seed0/grpo/metrics.jsonl").read_bytes() == before
-    told = json.loads((config.run_dir / "summary.json").read_text())
-    for method in compare.METHODS:
-        points = told["curves"][method][0]
-        assert [each["samples"] for each in points] == [0, 256]
-        assert points[1]["seconds"] > 0
-        assert 0 <= points[1]["pass@1"] <= 1
-        assert told["figures"][method]["memory"]
+    told, expected = (json.loads((each.run_dir / "summary.json").read_text()) for each in (config, unbroken))
+    for method in config.methods:
+        of_seed, of_unbroken = (
+            [(each["samples"], each["pass@1"]) for each in summary["curves"][method][0]] for summary in (told, expected)
+        )
+        assert of_seed == of_unbroken
+        assert [samples for samples, _ in of_seed] == [0, 256, 512]
+        assert all(each["seconds"] > 0 for each in told["curves"][method][0][1:])
+    weights = "seed0/dpo/2_learnt/model/model.safetensors"
+    assert (config.run_dir / weights).read_bytes() == (unbroken.run_dir / weights).read_bytes()
+    assert told["figures"]["dpo"]["memory"] == expected["figures"]["dpo"]["memory"]

@@ -238,15 +238,18 @@ def test_what_is_required_must_be_scored():
 
 def test_pairs_are_of_a_right_and_a_wrong_completion_and_none_is_in_two():
     found = collected(["a", "b", "c", "d", "e"], [0.0, 1.0, 0.0, 1.0, 0.0])
-    assert preferred(found, most=9) == [(1, 0), (3, 2)]
-    assert preferred(found, most=1) == [(1, 0)]
-    assert preferred(found, most=9, threshold=0.0) == []
-    assert preferred(collected(["a", "b"], [0.4, 0.2]), most=9, threshold=0.3) == [(0, 1)]
+    right = SelectionSettings()
+    assert preferred(found, right, most=9) == [(1, 0), (3, 2)]
+    assert preferred(found, right, most=1) == [(1, 0)]
+    assert preferred(found, SelectionSettings(threshold=0.0), most=9) == []
+    assert preferred(collected(["a", "b"], [0.4, 0.2]), SelectionSettings(threshold=0.3), most=9) == [(0, 1)]
+    formed = collected(["a", "b", "c"], [1.0, 1.0, 1.0], format=[0.0, 1.0, None])
+    assert preferred(formed, SelectionSettings(require=("format=1",)), most=9) == [(1, 0)]
 
 
 def test_what_is_cut_off_blank_without_a_score_or_said_twice_is_in_no_pair():
     texts = ["right", "cut", "wrong", " ", "absent", "right", "wrong ", "cut too"]
     totals = [1.0, 1.0, 0.0, 0.0, None, 1.0, 0.0, 0.0]
     truncated = [False, True, False, False, False, False, False, True]
-    assert preferred(collected(texts, totals, truncated=truncated), most=9) == [(0, 2)]
-    assert preferred(collected(["x", "x"], [1.0, 0.0]), most=9) == []
+    assert preferred(collected(texts, totals, truncated=truncated), SelectionSettings(), most=9) == [(0, 2)]
+    assert preferred(collected(["x", "x"], [1.0, 0.0]), SelectionSettings(), most=9) == []
