@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -132,7 +133,8 @@ def main(config: Config) -> None:
     """Compile all, print what each takes."""
     memory = {}
     for name in config.methods:
-        memory |= step_memory(config, name)
+        memory |= (found := step_memory(config, name))
+        print(f"{name}: {found}", file=sys.stderr)  # a compiler of another device takes its time
     devices = config.mesh.devices
     result = {
         "bench": "memory",
@@ -168,7 +170,7 @@ def step_memory(config: Config, method: str) -> dict[str, Memory]:
     """
     decoder, scoring = from_hf_config(config.hf_config), from_hf_config(with_scalar_head(config.hf_config))
     mesh = config.mesh
-    check_divides(config.rows // 2, mesh, "the pairs of a micro-batch")
+    check_divides(config.rows // 2 if method == "dpo" else config.rows, mesh, f"the rows of a micro-batch of {method}")
     build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=config.remat)
     model, critic_model = build(decoder), build(scoring)
     weights, scored = param_shapes(decoder), param_shapes(scoring)

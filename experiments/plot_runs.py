@@ -2,11 +2,14 @@
 
 python experiments/plot_runs.py runs/seed0 runs/seed1 runs/seed2 --out experiments/r1_zero.png
 python experiments/plot_runs.py runs/dpo0 runs/dpo1 runs/dpo2 --keys eval/accuracy eval/judge --out experiments/dpo.png
+python experiments/plot_runs.py runs/r1_0 runs/r1_1 runs/r1_2 --chain --out experiments/r1.png
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import r1
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -37,11 +40,16 @@ class Config:
     """Run folders."""
     keys: tuple[str, ...] = ("eval/pass@1", "eval/maj@16", "eval/mean_length")
     """Metrics, a panel each."""
+    chain: bool = False
+    """They are runs of r1.py: its figures, stage by stage."""
     out: Path = Path("experiments/r1_zero.png")
     """The picture."""
 
 
 def main(config: Config) -> None:
+    if config.chain:
+        r1.draw([json.loads((run / "summary.json").read_text())["stages"] for run in config.runs], config.out)
+        return
     figure = Figure(figsize=(4 * len(config.keys), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(config.keys), squeeze=False)[0]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -275,21 +275,29 @@ def conclude(config: Config, run: Run) -> None:
         }
         for of in (REASONING, GENERAL)
     }
-    draw(stages, run.folder / "stages.png")
+    draw([stages], run.folder / "stages.png")
     run.conclude({"stages": stages, "final_against_r1_zero": against, "seed": config.seed})
 
 
-def draw(stages: dict[str, dict[str, float | None]], path: Path) -> None:
-    """The figures that are shares, over the chain's stages; R1-Zero's as dotted lines."""
+def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Path) -> None:
+    """The figures that are shares, over the chain's stages, a line a seed; R1-Zero's as dotted lines."""
     chain_of = [model for model in MODELS if model != "r1_zero"]
     shares = ("pass@1", "format", "language", "general quality")
-    labels = [label for label in shares if all(figures.get(label) is not None for figures in stages.values())]
+    labels = [
+        label
+        for label in shares
+        if all(figures.get(label) is not None for stages in of_seeds for figures in stages.values())
+    ]
     figure = Figure(figsize=(3.4 * len(labels), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(labels), squeeze=False)[0]
     for axes, label in zip(panels, labels, strict=True):
-        axes.plot(chain_of, [stages[model][label] for model in chain_of], "o-", color="tab:blue", label="R1's chain")
-        axes.axhline(stages["r1_zero"][label], color="tab:orange", linestyle=":", label="R1-Zero")
+        for number, stages in enumerate(of_seeds):
+            chain, zero = (None, None) if number else ("R1's chain", "R1-Zero")
+            axes.plot(
+                chain_of, [stages[model][label] for model in chain_of], "o-", color="tab:blue", alpha=0.7, label=chain
+            )
+            axes.axhline(stages["r1_zero"][label], color="tab:orange", linestyle=":", label=zero)
         axes.set_title(label, loc="left")
         axes.set_ylim(0, 1.02)
         axes.tick_params(axis="x", rotation=45)

@@ -122,9 +122,9 @@ def test_data_of_the_last_stage_are_read_before_the_first_begins(stages, tmp_pat
 
 def test_figures_that_a_task_has_not_are_left_out_of_the_picture(tmp_path):
     figures = {"pass@1": 0.5, "format": 0.5, "language": None, "general quality": None}
-    r1.draw(dict.fromkeys(r1.MODELS, figures), tmp_path / "stages.png")
+    r1.draw([dict.fromkeys(r1.MODELS, figures)], tmp_path / "stages.png")
     drawn = plt.imread(tmp_path / "stages.png").shape
-    r1.draw({model: {**figures, "language": 0.5} for model in r1.MODELS}, tmp_path / "more.png")
+    r1.draw(2 * [{model: {**figures, "language": 0.5} for model in r1.MODELS}], tmp_path / "more.png")
     assert plt.imread(tmp_path / "more.png").shape[1] == 1.5 * drawn[1]
 
 
