@@ -270,11 +270,19 @@ def test_further_draws_leave_the_first_as_it_was_and_end_when_enough_is_found(lo
     differs = told_apart(scored.total, GROUP)
     groups = rows.reshape(-1, GROUP)[:, 0] // GROUP
     np.testing.assert_array_equal(rows, (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1))
+    assert differs[: (attempts - 1) * PROMPTS].sum() < PROMPTS  # not once more than was needed
     enough = np.flatnonzero(differs)[:PROMPTS]
     assert set(enough) <= set(groups)
     assert len(groups) == PROMPTS
     assert list(groups) == sorted(groups)
     assert rounds.position["num_tokens"] == int(further.lengths.sum() + np.asarray(further.rollout.prompt_mask).sum())
+
+
+def test_prompts_that_come_again_in_a_further_draw_have_other_noise(loop):
+    first, again = loop.at_start().draw(1, loop.params), loop.at_start().draw(1, loop.params, attempt=1)
+    assert again.texts == first.texts
+    assert again.completions != first.completions
+    assert loop.at_start().draw(1, loop.params, attempt=1).completions == again.completions
 
 
 def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(loop, monkeypatch):
