@@ -283,21 +283,32 @@ def test_pairs_are_written_for_dpo_or_their_absence_is_said(tmp_path):
         compare.write_pairs(tmp_path, SelectionSettings(), most=4, least=32)
 
 
-def test_memory_is_of_one_model_more_where_there_is_a_critic(small):
-    shapes = bench_memory.Config(
-        config=Path(small) / "config.json", rows=2, num_micro_batches=1, max_prompt_length=4, max_completion_length=4
-    )
-    grpo, ppo = (bench_memory.step_memory(shapes, method) for method in ("grpo", "ppo"))
+def tiny_shapes(small):
+    sizes = {"rows": 2, "num_micro_batches": 1, "max_prompt_length": 4, "max_completion_length": 4}
+    return bench_memory.Config(config=Path(small) / "config.json", **sizes)
+
+
+def test_memory_is_of_one_model_more_where_there_is_a_critic(small, monkeypatch):
+    monkeypatch.setattr(bench_memory, "program_bytes", lambda step, state, *rest: bench_memory.bytes_of(state) + 100)
+    grpo, ppo = (bench_memory.step_memory(tiny_shapes(small), method) for method in ("grpo", "ppo"))
     copies = [each.copies for each in (*grpo.values(), *ppo.values())]
     assert copies == pytest.approx([1, 3, 2, 4], abs=0.02)  # the scalar head is not an output embedding
     weights = grpo["grpo"].state_bytes / 3  # with two moments
     assert ppo["ppo"].state_bytes == pytest.approx(6 * weights, rel=0.02)
-    judged = bench_memory.WITH_JUDGE
-    assert ppo["ppo" + judged].peak_bytes - ppo["ppo"].peak_bytes == pytest.approx(2 * weights, rel=0.02)
-    assert grpo["grpo" + judged].peak_bytes - grpo["grpo"].peak_bytes == pytest.approx(2 * weights, rel=0.02)
     for found in (grpo, ppo):
-        for each in found.values():
-            assert each.peak_bytes > each.state_bytes + weights  # a gradient at least
+        (own, judged), (peak, judged_peak) = zip(*((e.state_bytes, e.peak_bytes) for e in found.values()), strict=True)
+        assert judged - own == judged_peak - peak == pytest.approx(2 * weights, rel=0.02)
+        assert peak == own + 100  # what an update takes besides, and each state once
+
+
+def test_an_update_takes_a_gradient_besides_its_state_at_least(small):
+    (found,) = bench_memory.step_memory(tiny_shapes(small), "sft").values()
+    assert found.peak_bytes > found.state_bytes + found.state_bytes / 3
+
+
+def test_rows_are_even_for_pairs_are_two_of_them(small):
+    with pytest.raises(ValueError, match="rows is 3; DPO has two sequences for each pair"):
+        replace(tiny_shapes(small), rows=3)
 
 
 @pytest.mark.slow

@@ -318,6 +318,7 @@ def test_defaults_follow_the_model():
     assert Config().base.errand_share == 0.5
 
 
+@pytest.mark.slow
 def test_a_data_set_can_be_learnt_from_a_base_that_was_made_before(config, small):
     again = replace(config, model=None, base_dir=Path(small), judge=None, num_epochs=1, eval_every=0)
     again = replace(again, data=replace(again.data, template=None))  # the base's own, which is the bare question

@@ -210,8 +210,8 @@ def test_a_model_without_a_tokenizer_is_refused(config, tmp_path):
 
 
 def test_a_stage_is_placed_with_what_the_whole_says_for_all():
-    whole = Config(seed=3, plain=True, dtype="bfloat16", base_dir=Path("made/before"), rate=0.5)
-    stage = placed(Config(rate=0.2, save_every=7), whole, Path("own"), None, keep_checkpoints=5)
+    whole = Config(seed=3, plain=True, dtype="bfloat16", base_dir=Path("made/before"), rate=0.5, save_every=7)
+    stage = placed(Config(rate=0.2, save_every=8), whole, Path("own"), None, keep_checkpoints=5)
     assert (stage.run_dir, stage.seed, stage.plain, stage.dtype) == (Path("own"), 3, True, "bfloat16")
     assert (stage.base_dir, stage.rate, stage.save_every, stage.keep_checkpoints) == (Path("made/before"), 0.2, 7, 5)
     assert placed(Config(), whole, Path("own"), "other").base_dir == Path("other")
