@@ -315,22 +315,22 @@ def test_rows_are_even_for_pairs_are_two_of_them(small):
 def test_killed_in_the_middle_of_a_part_it_tells_what_an_unbroken_one_tells(base, tmp_path, monkeypatch):
     unbroken = config_in(
         tmp_path / "unbroken",
-        methods=("grpo", "dpo", "sft"),
+        methods=("dpo",),
         base_dir=Path(base),
         num_steps=4,
         num_rounds=2,
-        num_prompts=16,
+        num_prompts=32,
         group_size=8,
         eval_samples=1,
         save_every=1,
         max_completion_length=10,
         data=DataSettings(eval_problems=16),
-        dpo=replace(Config().dpo, num_pairs=8),
+        dpo=replace(Config().dpo, num_pairs=4),
         mesh=MeshSettings(data=1),
         plain=True,
     )
     assert compare.main(unbroken) == 0
-    config = replace(unbroken, run_dir=tmp_path / "killed/run")
+    config = replace(unbroken, run_dir=tmp_path / "killed/run", methods=("grpo", "dpo"))
     learn_dpo = compare.dpo.main
     with monkeypatch.context() as patch:
 
@@ -345,13 +345,16 @@ def test_killed_in_the_middle_of_a_part_it_tells_what_an_unbroken_one_tells(base
             compare.main(config)
     assert compare.main(config) == 0
     told, expected = (json.loads((each.run_dir / "summary.json").read_text()) for each in (config, unbroken))
+    of_dpo, of_unbroken = (
+        [(each["samples"], each["pass@1"]) for each in summary["curves"]["dpo"][0]] for summary in (told, expected)
+    )
+    assert of_dpo == of_unbroken
     for method in config.methods:
-        of_seed, of_unbroken = (
-            [(each["samples"], each["pass@1"]) for each in summary["curves"][method][0]] for summary in (told, expected)
-        )
-        assert of_seed == of_unbroken
-        assert [samples for samples, _ in of_seed] == [0, 256, 512]
-        assert all(each["seconds"] > 0 for each in told["curves"][method][0][1:])
+        points = told["curves"][method][0]
+        assert [each["samples"] for each in points] == [0, 512, 1024]
+        assert all(each["seconds"] > 0 for each in points[1:])
+    assert told["figures"]["grpo"]["step_seconds"]["mean"] > 0
+    assert told["figures"]["grpo"]["largest_fall"]["mean"] >= 0
     weights = "seed0/dpo/2_learnt/model/model.safetensors"
     assert (config.run_dir / weights).read_bytes() == (unbroken.run_dir / weights).read_bytes()
     assert told["figures"]["dpo"]["memory"] == expected["figures"]["dpo"]["memory"]
