@@ -96,7 +96,7 @@ class Config(RunSettings, PolicySettings):
     """What is asked."""
     rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
     """What is paid for."""
-    num_steps: int = 12
+    num_steps: int = 9
     """Steps of what learns in steps."""
     num_rounds: int = 3
     """Rounds of what learns in rounds, with an equal part of the samples each. All are evaluated as often."""
