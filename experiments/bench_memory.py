@@ -7,8 +7,8 @@ and batch, temporary arrays, and the models that the step needs besides. Prints 
     python experiments/bench_memory.py --shape small                   # the embedded base, by this device's compiler
     python experiments/bench_memory.py --config path/to/config.json    # any other model
 
-The compiler for CPUs undoes what remat saves, so that its plan for a large model says little of other devices; that for
-TPUs comes with the extra "tpu" and takes some minutes for each update.
+In the plan of the compiler for CPUs remat saves next to nothing, so that of a large model it says little of other
+devices; the compiler for TPUs comes with the extra "tpu" and takes some minutes for each update.
 """
 
 from __future__ import annotations

@@ -118,10 +118,9 @@ def choose(collected: Collected, settings: SelectionSettings) -> tuple[Choice, d
         The choice, and a count for every name in ``FILTERS`` but the last.
     """
     totals = {n: total for n, total in enumerate(collected.total) if total is not None}
-    complete = [n for n in totals if not collected.truncated[n] and collected.completions[n].strip()]
+    complete = whole(collected)
     right = [n for n in complete if reaches(totals[n], settings.threshold)]
-    parts = {name: (collected.rewards.get(name), least) for name, least in settings.minima.items()}
-    of_form = [n for n in right if all(part and reaches(part[n], least) for part, least in parts.values())]
+    of_form = [n for n in right if passes(collected, n, settings)]
     best_first = sorted(of_form, key=lambda n: (-totals[n], n))
     by_text = {" ".join(collected.completions[n].split()): n for n in reversed(best_first)}
     distinct = sorted(by_text.values(), key=best_first.index)
@@ -147,12 +146,20 @@ def preferred(collected: Collected, settings: SelectionSettings, *, most: int) -
         The numbers of the samples, the chosen one before the rejected one, in the order they were drawn in.
     """
     by_text: dict[str, int] = {}
-    for n, completion in enumerate(collected.completions):
-        if collected.total[n] is not None and not collected.truncated[n] and completion.strip():
-            by_text.setdefault(" ".join(completion.split()), n)
+    for n in whole(collected):
+        by_text.setdefault(" ".join(collected.completions[n].split()), n)
     right = [n for n in by_text.values() if passes(collected, n, settings)]
     wrong = [n for n in by_text.values() if not passes(collected, n, settings)]
     return list(zip(right, wrong, strict=False))[:most]
+
+
+def whole(collected: Collected) -> list[int]:
+    """The samples that have a score, were not cut off and are not blank."""
+    return [
+        n
+        for n, completion in enumerate(collected.completions)
+        if collected.total[n] is not None and not collected.truncated[n] and completion.strip()
+    ]
 
 
 def passes(collected: Collected, sample: int, settings: SelectionSettings) -> bool:
