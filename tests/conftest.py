@@ -7,7 +7,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-if "PYTEST_XDIST_WORKER" not in os.environ:  # samplers of several tests, and of all workers, share programs
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # samplers of several tests, and of all workers, share programs
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
