@@ -295,7 +295,13 @@ def small_base(run: Run, recipe: Recipe) -> str:
 
 
 def save_trained(
-    run: Run, params: Params, like: models.Pretrained, *, steps: int, summary: Mapping[str, Any] = MappingProxyType({})
+    run: Run,
+    params: Params,
+    like: models.Pretrained,
+    *,
+    steps: int,
+    summary: Mapping[str, Any] = MappingProxyType({}),
+    prompt_format: Mapping[str, Any] | None = None,
 ) -> None:
     """Save what was trained as a Hugging Face folder, ``model``, and sum the run up.
 
@@ -305,6 +311,7 @@ def save_trained(
         like: the model they came from, for its configuration and tokenizer.
         steps: how many were taken.
         summary: what is to be told besides.
+        prompt_format: how the prompts it was trained on were made; becomes the folder's ``prompt_format.json``.
     """
     folder = run.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before the summary
@@ -314,6 +321,7 @@ def save_trained(
         hf_config=like.hf_config,
         tokenizer=like.tokenizer,
         generation_config=like.generation_config,
+        prompt_format=prompt_format,
     )
     rows = [row for row in read_jsonl(run.metrics_log.path) if any(name.startswith("eval/") for name in row)]
     before, after = rows[0], rows[-1]

@@ -214,6 +214,18 @@ def test_the_config_is_kept_and_its_dtype_updated_as_it_was_spelled(params, tmp_
     assert from_pretrained(tmp_path / "b").eos_ids == (1, 7)
 
 
+def test_a_prompt_format_is_written_and_read_back(params, tmp_path):
+    prompt_format = {"kind": "chat", "system_prompt": "Sei kurz.", "template_kwargs": {"enable_thinking": False}}
+    config = LLAMA | {"eos_token_id": 1}
+    save_pretrained(tmp_path / "with", params, hf_config=config, prompt_format=prompt_format)
+    assert from_pretrained(tmp_path / "with").prompt_format == prompt_format
+    save_pretrained(tmp_path / "without", params, hf_config=config)
+    assert from_pretrained(tmp_path / "without").prompt_format is None
+    (tmp_path / "with" / "prompt_format.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"prompt_format\.json must hold a JSON object, not list"):
+        from_pretrained(tmp_path / "with")
+
+
 class Tokenizer:
     """Stands for one that does something while it is saved, after weights and config were written."""
 

@@ -48,6 +48,8 @@ class Pretrained:
         pad_id: what padding is filled with: the tokenizer's pad id, else that of ``generation_config`` or
             ``hf_config``, else the first of ``eos_ids``; ids outside the vocabulary are passed over. It may be an
             EOS id: nothing derives a mask from it.
+        prompt_format: its ``prompt_format.json``, as it was read: how the prompts that it was trained on were made;
+            None if there is none.
     """
 
     model: Model
@@ -58,6 +60,7 @@ class Pretrained:
     tokenizer: Any | None
     eos_ids: tuple[int, ...]
     pad_id: int
+    prompt_format: dict[str, Any] | None = None
 
 
 def from_pretrained(
@@ -108,15 +111,15 @@ def from_pretrained(
     hf_config = with_scalar_head(stored_config) if scalar_head else stored_config
     stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
     model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
-    has_generation_config = (folder / "generation_config.json").is_file()
-    generation_config = read_json(folder / "generation_config.json") if has_generation_config else None
+    generation_config = _read_optional(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder)
     eos_ids = _settle_eos_ids(generation_config or {}, hf_config, tokenizer, config.vocab_size)
     pad_id = _settle_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size)
     params = load_params(folder, stored, param_dtype=param_dtype, shardings=shardings)
     if config != stored:
         params = with_new_head(params, config, param_dtype=param_dtype, shardings=shardings)
-    return Pretrained(model, params, config, hf_config, generation_config, tokenizer, eos_ids, pad_id)
+    prompt_format = _read_optional(folder / "prompt_format.json")
+    return Pretrained(model, params, config, hf_config, generation_config, tokenizer, eos_ids, pad_id, prompt_format)
 
 
 def with_new_head(
@@ -174,6 +177,10 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
     return Path(fetched)
 
 
+def _read_optional(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
+
+
 def _read_tokenizer(folder: Path) -> Any | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -225,6 +232,7 @@ def save_pretrained(
     hf_config: Mapping[str, Any],
     tokenizer: Any | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    prompt_format: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 4_000_000_000,
     dtype: Any = None,
 ) -> None:
@@ -240,6 +248,7 @@ def save_pretrained(
         hf_config: becomes ``config.json``; only its dtype is updated, and ``architectures`` added if missing.
         tokenizer: saved along if given, its chat template included.
         generation_config: becomes ``generation_config.json`` if given.
+        prompt_format: becomes ``prompt_format.json`` if given.
         max_shard_bytes: the most a weight file holds; with more than one there is an index.
         dtype: of the weights (float32, bfloat16 or float16); None keeps the parameters' own.
 
@@ -265,6 +274,8 @@ def save_pretrained(
             _write_json(partial / "config.json", _exported_config(hf_config, params, dtype))
             if generation_config is not None:
                 _write_json(partial / "generation_config.json", generation_config)
+            if prompt_format is not None:
+                _write_json(partial / "prompt_format.json", prompt_format)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             partial.replace(folder)
