@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.data.messages import Messages, checked_messages, is_message
+
 PROMPT_COLUMNS = ("question", "prompt", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 REWARD_ARGUMENTS = ("prompts", "completions")
 GSM8K_MARK = "####"
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
-Messages = list[dict[str, Any]]
 Row = dict[str, Any]
 
 
@@ -214,15 +215,15 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
 
 
 def checked_prompt(prompt: Any, where: str) -> str | Messages:
-    """A question or a conversation, if it is one.
+    """A question or a conversation, if it is one: its messages with their content as text.
 
     Raises:
-        ValueError: it is neither; says what stands at that place.
+        ValueError: it is neither, or a message has content that is not text; says what stands at that place.
     """
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
-        return prompt
+        return checked_messages(prompt, where)
     raise ValueError(
         f"{where} must be text that is not blank, or messages with a text as role and as content; it is {prompt!r:.200}"
     )
@@ -237,11 +238,6 @@ def checked_text(text: Any, where: str) -> str:
     if isinstance(text, str) and text.strip():
         return text
     raise ValueError(f"{where} must be text that is not blank; it is {text!r:.200}")
-
-
-def is_message(message: Any) -> bool:
-    """Whether something has a text as role and as content."""
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _checked_answer(answer: Any, where: str) -> str:
