@@ -9,7 +9,7 @@ from grpo_jax.data.messages import Messages, checked_messages, is_message
 from grpo_jax.data.prompts import Rendering, encode_prompts
 from grpo_jax.data.sources import Row, checked_prompt, checked_text, read_rows
 from grpo_jax.data.tokens import encode_following, encode_texts
-from grpo_jax.data.turns import Demonstration, LearnFrom, Piece, no_end, turns
+from grpo_jax.data.turns import Demonstration, LearnFrom, Piece, no_end, turns, whole_texts
 
 
 class Example(NamedTuple):
@@ -155,6 +155,33 @@ def encode_replies(
     for n, ids, after in zip(cut, before, encode_following([completions[n] for n in cut], tokenizer), strict=True):
         token_ids[n] = ids + after
     return token_ids
+
+
+def encode_whole_chats(
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str],
+    tokenizer: Any,
+    *,
+    rows: Sequence[Row],
+    **rendering: Unpack[Rendering],
+) -> list[list[int]]:
+    """The tokens of everything that the chat template writes of prompts with completions.
+
+    Args:
+        prompts: questions or messages.
+        completions: the assistant's replies.
+        tokenizer: a transformers tokenizer.
+        rows: columns of each prompt's row.
+        rendering: as in ``prompts.Rendering``.
+
+    Raises:
+        ValueError: the chat template refuses a conversation, or the tokenizer has no token for something.
+    """
+    demonstrations = [
+        Demonstration(prompt, completion, f"completion {n}", row)
+        for n, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True))
+    ]
+    return encode_texts(whole_texts(demonstrations, tokenizer, rendering), tokenizer)
 
 
 def _encoded_pieces(

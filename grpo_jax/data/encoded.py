@@ -31,8 +31,7 @@ class EncodedProblems:
         overlong: see ``prompts.fit_prompts``.
         first_index: what the noise of prompts is counted from; where those of several sets are drawn for together, no
             two have the same.
-        rendering: as in ``prompts.Rendering``. The problems' columns ``tools`` and ``chat_template_kwargs`` go to a chat
-            template.
+        rendering: as in ``prompts.Rendering``; columns ``tools`` and ``chat_template_kwargs`` go to a chat template.
 
     Raises:
         ValueError: as ``render_prompts`` and ``fit_prompts``; and for a prompt without tokens (the error names it).

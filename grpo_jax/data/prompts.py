@@ -142,6 +142,11 @@ def conversation_of(
     return Conversation(messages, checked_tools(row.get("tools"), where), variables)
 
 
+def of_template(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Those columns of a row that a chat template takes."""
+    return {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+
+
 def checked_variables(variables: Any, where: str) -> dict[str, Any]:
     """Arguments of a chat template, those that are null left out.
 

@@ -14,7 +14,9 @@ from grpo_jax.data.messages import Messages, checked_messages, is_message
 
 PROMPT_COLUMNS = ("question", "prompt", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
-REWARD_ARGUMENTS = ("prompts", "completions")
+PROMPT = "problem_prompt"
+"""The column with which rewards get a problem's own prompt, before any template."""
+REWARD_ARGUMENTS = ("prompts", "completions", PROMPT)
 GSM8K_MARK = "####"
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
@@ -63,8 +65,8 @@ def load_problems(
         require_answer: whether a source without an answer column is an error; if not, its answers are None.
 
     Returns:
-        The problems in the order of the source. Columns named ``prompts`` or ``completions`` are left out of
-        ``columns``: rewards get these two from the rollout.
+        The problems in the order of the source. Columns named ``prompts``, ``completions`` or ``problem_prompt`` are
+        left out of ``columns``: rewards get these from the rollout.
 
     Raises:
         FileNotFoundError: no such file, folder, split or data set.
@@ -84,11 +86,16 @@ def load_problems(
 def reward_columns(problems: Sequence[Problem], *, group_size: int = 1) -> dict[str, list[Any]]:
     """The columns of ``problems`` as rewards take them, ``answer`` first, each row ``group_size`` times in a row.
 
-    A row without a column that another row has gets None there.
+    ``problem_prompt`` is the problem's own prompt, a text or messages, before any template. A row without a column that
+    another row has gets None there.
     """
-    names = dict.fromkeys(name for problem in problems for name in problem.columns)
-    rows = [{**problem.columns, "answer": problem.answer} for problem in problems for _ in range(group_size)]
-    return {name: [row.get(name) for row in rows] for name in ["answer", *names]}
+    names = dict.fromkeys(["answer", *(name for problem in problems for name in problem.columns), PROMPT])
+    rows = [
+        {**problem.columns, "answer": problem.answer, PROMPT: problem.prompt}
+        for problem in problems
+        for _ in range(group_size)
+    ]
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def read_rows(source: str, split: str | None, subset: str | None) -> Iterator[tuple[str, Row]]:

@@ -82,6 +82,17 @@ def turns(
     ]
 
 
+def whole_texts(demonstrations: Sequence[Demonstration], tokenizer: Any, rendering: Rendering) -> list[str]:
+    """The text of each demonstration by the chat template, what it writes after the completion included."""
+    conversations = [_conversation_of(each, rendering) for each in demonstrations]
+    return render_chats(
+        tokenizer,
+        [each.chat(_whole(each, demonstrations[n])) for n, each in enumerate(conversations)],
+        today=rendering.get("date"),
+        refusal=lambda n, template: f"{demonstrations[n].where}: {template} refuses the conversation",
+    )
+
+
 def _whole(conversation: Conversation, demonstration: Demonstration) -> Messages:
     """The conversation with its completion."""
     if conversation.is_continued:
@@ -143,20 +154,27 @@ def check_turn_end(
     Raises:
         ValueError: the turn ends with a special token that is not one of ``eos_ids``; names it.
     """
-    if rendering.get("template") is not None:
-        return
-    conversation = _conversation_of(Demonstration(prompt, "", "prompt 0", row), rendering)
-    before = conversation.messages[:-1] if conversation.is_continued else conversation.messages
-    try:
-        marked = conversation.chat([*before, {"role": "assistant", "content": MARK}])
-        [text] = render_chats(tokenizer, [marked], today=rendering.get("date"), refusal=lambda _, template: template)
-        _, tail = around_mark(text, "prompt 0")
-    except ValueError:
+    tail = turn_end(tokenizer, prompt, row, **rendering)
+    if tail is None:
         return
     ids = encode_texts([tail], tokenizer)[0]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
     if any(token in special for token in ids) and not any(token in eos_ids for token in ids):
         raise ValueError(no_end(tokenizer, ids, eos_ids))
+
+
+def turn_end(tokenizer: Any, prompt: str | Messages, row: Row, **rendering: Unpack[Rendering]) -> str | None:
+    """What the chat template writes after the assistant's reply to a prompt; None where that cannot be found out."""
+    if rendering.get("template") is not None:
+        return None
+    conversation = _conversation_of(Demonstration(prompt, "", "prompt 0", row), rendering)
+    before = conversation.messages[:-1] if conversation.is_continued else conversation.messages
+    try:
+        marked = conversation.chat([*before, {"role": "assistant", "content": MARK}])
+        [text] = render_chats(tokenizer, [marked], today=rendering.get("date"), refusal=lambda _, template: template)
+        return around_mark(text, "prompt 0")[1]
+    except ValueError:
+        return None
 
 
 def no_end(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
