@@ -386,16 +386,12 @@ def gemma3():
     )
 
 
-R1_TOKENS = (
-    *tuple(f"<｜{name}｜>" for name in ("begin▁of▁sentence", "end▁of▁sentence", "User", "Assistant")),
-    "<think>",
-    "</think>",
-)
+R1_TOKENS = tuple(f"<\uff5c{name}\uff5c>" for name in ("begin▁of▁sentence", "end▁of▁sentence", "User", "Assistant"))
 
 
 def deepseek_r1_qwen():
-    bos, eos, *names = R1_TOKENS
-    after = [*special(eos), *ordinary(*names), *special(bos)]
+    bos, eos, *turns = R1_TOKENS
+    after = [*special(eos), *ordinary(*turns, "<think>", "</think>"), *special(bos)]
     tokenizer = with_bos(byte_level(QWEN, after=after, normalizer=normalizers.NFC()), bos, byte=True)
     config = {
         "add_bos_token": True,
