@@ -121,7 +121,7 @@ def draw_and_select(config: Config, run: Run) -> None:
     write_atomically(run.folder / DATASET, lines())
     by_pass_rate = told_by_pass_rate(choices, selected, config.selection.balance or PARTS_TOLD)
     mean_length = float(np.mean(lengths))
-    how = teaching(run.folder / DATASET, provenance["prompt_format"])
+    how = teaching(run.folder / DATASET, provenance["prompt_format"], config.stop_tokens)
     account(run, counts, by_pass_rate, mean_length, sum(map(len, added)), how)
     run.conclude(
         {
@@ -220,9 +220,10 @@ def num_selected(choices: Sequence[Choice]) -> int:
     return sum(len(choice.samples) for choice in choices)
 
 
-def teaching(dataset: Path, prompt_format: Mapping[str, Any]) -> str:
+def teaching(dataset: Path, prompt_format: Mapping[str, Any], stop_tokens: Sequence[str]) -> str:
     """The command that teaches a student, with the prompts as they were drawn for."""
     command = ["python", "experiments/sft.py", "--dataset", str(dataset)]
+    command += ["--stop-tokens", *stop_tokens] if stop_tokens else []
     return shlex.join(command + as_flags(prompt_format))
 
 

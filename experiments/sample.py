@@ -31,6 +31,7 @@ from grpo_jax.data.messages import Messages
 from grpo_jax.data.prompts import Rendering, encode_prompts, pad_prompts
 from grpo_jax.data.stop import stop_strings
 from grpo_jax.data.turns import check_turn_end
+from grpo_jax.experiment import with_stop_tokens
 from grpo_jax.prompt_settings import PromptSettings
 from grpo_jax.rollout import Sampler, StopFn
 from grpo_jax.run import keep_programs
@@ -51,7 +52,7 @@ class Config(PromptSettings):
     chat: bool = False
     """Chat: the same as --chat-template. Default: where the model was trained so."""
     template: str | None = None
-    """Plain template with {question} around what is typed. Default: as the model was trained, else nothing around it."""
+    """Plain template with {question} around what is typed. Default: as the model was trained, else none."""
     prompt: str | None = None
     """Complete this (or answer it, in a chat) and end. Default: ask for one prompt after the other."""
     num_samples: int = 1
@@ -74,6 +75,8 @@ class Config(PromptSettings):
     """Pairs of a token's text and what is added to its logit; -inf rules it out."""
     min_length: int = 0
     """Tokens before the model may end."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer besides those the model names, such as '<|im_end|>'."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer."""
     seed: int = 0
@@ -125,6 +128,7 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
     if policy.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
     sampling = config.sampling(policy.tokenizer.get_vocab())
+    policy = with_stop_tokens(policy, config.stop_tokens)
     stop = stop_strings(policy.tokenizer, config.stop) if config.stop else None
     rendering = rendering_in_effect(config, policy)
     is_chat = rendering.get("template") is None
