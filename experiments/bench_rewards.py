@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from grpo_jax.rewards import RewardPool, code_reward, math_reward
+from grpo_jax.rewards import RewardPool, code_reward, math_reward, per_sample
 from grpo_jax.rewards.compose import as_graded
 
 PAIRS = Path(__file__).parent.parent / "tests" / "data" / "math_pairs.jsonl"
@@ -63,6 +63,7 @@ def code_throughput(count: int, program: str, tests_of_one: list[Any]) -> float:
         return round(seconds["alone"] / seconds["pool"], 2)
 
 
+@per_sample
 def usual(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     """Five milliseconds of a grader's work, and a minute for a completion that asks for it."""
     ended = time.process_time() + 0.005
