@@ -93,7 +93,11 @@ def arguments(
     given: dict[str, Any] = {"prompts": prompts, "completions": completions}
     free = [each.name for each in positional if each.name not in settings]
     is_variadic = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
-    if (len(free) > 1 and (free[1] == "completions" or "completions" not in names)) or (is_variadic and not free):
+    if "completions" in names:
+        has_other_names = free[1:2] == ["completions"] and free[0] != "prompts" and free[0] not in columns
+    else:
+        has_other_names = len(free) > 1 or (is_variadic and not free)
+    if has_other_names:
         args, given = [prompts, completions], {}
         names -= set(free[:2])
     elif "completions" not in names and not takes_any:

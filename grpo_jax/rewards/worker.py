@@ -16,7 +16,8 @@ import struct
 import sys
 import traceback
 from contextlib import suppress
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, cast
 
 from grpo_jax.rewards.calling import arguments, invoke, invoke_each, is_async, is_per_sample, warm_up
 from grpo_jax.rewards.compose import Graded, InvalidScoresError, as_graded
@@ -121,6 +122,8 @@ def fork(control: socket.socket, rewards: dict[str, Any], memory_bytes: int, dea
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
+        for stream in (sys.stdout, sys.stderr):  # so that a worker's last words before it is killed are seen
+            cast(TextIOWrapper, stream).reconfigure(line_buffering=True)
         serve(socket.socket(fileno=descriptor), rewards, deadline)
     finally:
         os._exit(0)
