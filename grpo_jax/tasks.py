@@ -234,6 +234,7 @@ class OpenTask:
                 mesh=mesh,
                 dtype=dtype,
                 today=run.begun,
+                show=run.say,
             )
         )
         scored = self._held_out if scores_held_out else self._problems
