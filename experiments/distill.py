@@ -194,8 +194,10 @@ def teach(config: Config) -> int:
 
 def asked_alike(config: Config) -> Config:
     """The same with the format of the teacher's prompts, which is the student's too unless settings say another."""
+    if config.model is None:
+        return config
     asked = read_provenance(config.folder(TEACHER))["prompt_format"]
-    return config if config.model is None else replace(config, data=with_format(config.data, asked))
+    return replace(config, data=with_format(config.data, asked))
 
 
 def conclude(config: Config, run: Run) -> None:
