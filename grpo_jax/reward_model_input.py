@@ -11,7 +11,7 @@ from grpo_jax.data.prompt_format import read_prompt_format
 from grpo_jax.data.prompts import Rendering, encode_rendered
 from grpo_jax.data.sources import PROMPT
 from grpo_jax.data.tokens import encode_following
-from grpo_jax.data.turns import turn_end
+from grpo_jax.data.turns import turn_borders
 from grpo_jax.models import Pretrained
 from grpo_jax.rewards.learned import Encode
 
@@ -49,7 +49,8 @@ def reward_model_reader(reward_model: Pretrained, *, today: str | None = None) -
         rendering = {**rendering, "date": rendering.get("date") or today}
 
     def encode_texts(prompts: list[str], completions: list[str], ended: list[bool]) -> list[list[int]]:
-        tail = "" if is_plain else turn_end(tokenizer, "x", {}, **rendering) or ""
+        around = None if is_plain else turn_borders(tokenizer, "x", {}, **rendering)
+        tail = "" if around is None else around[1]
         texts = [reply + tail if is_ended else reply for reply, is_ended in zip(completions, ended, strict=True)]
         replies = encode_following(texts, tokenizer)
         for n, ids in enumerate(replies):

@@ -32,24 +32,38 @@ def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def encode_following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """The token ids of each text as what follows another one: they decode to the text itself wherever they can.
 
+    White space at the very end, behind a special token, is what the tokenizer makes of it: so it is in prompts, too.
+
     Raises:
         ValueError: as ``encode_texts``.
     """
     token_ids = encode_texts(texts, tokenizer)
-    if not texts or not _adds_blanks(texts, tokenizer):
+    if not texts:
         return token_ids
-    token_ids = _without_added_blank(texts, token_ids, tokenizer)
-    # A blank is added behind each special token inside a text, too.
+    added = tokenizer.added_tokens_decoder.values()
+    adds_blanks = _adds_blanks(texts, tokenizer)
+    if adds_blanks:
+        token_ids = _without_added_blank(texts, token_ids, tokenizer)
+    if not added or not (adds_blanks or any(token.lstrip or token.rstrip for token in added)):
+        return token_ids
+    # Around a special token inside a text, blanks are added or lost as well.
     known = tokenizer.added_tokens_encoder
-    pattern = re.compile("(" + "|".join(map(re.escape, sorted(known, key=len, reverse=True))) + ")") if known else None
-    decoded = decode_following(tokenizer, token_ids)
-    for n, text in enumerate(texts):
-        if pattern is not None and decoded[n] != text and pattern.search(text):
-            parts = [part for part in pattern.split(text) if part]
-            words = [part for part in parts if part not in known]
-            found = iter(_without_added_blank(words, encode_texts(words, tokenizer), tokenizer))
-            ids = [i for part in parts for i in ([known[part]] if part in known else next(found))]
-            token_ids[n] = ids if decode_following(tokenizer, [ids]) == [text] else token_ids[n]
+    special = "(" + "|".join(map(re.escape, sorted(known, key=len, reverse=True))) + ")"
+    within = [n for n, text in enumerate(texts) if re.search(special, text)]
+    for n, decoded in zip(within, decode_following(tokenizer, [token_ids[n] for n in within]), strict=True):
+        text = texts[n]
+        if decoded.rstrip() == text.rstrip():
+            continue
+        end = re.search(special + r"\s*$", text)
+        head, tail = (text, "") if end is None else (text[: end.start()], text[end.start() :])
+        parts = [part for part in re.split(special, head) if part]
+        words = [part for part in parts if part not in known]
+        encoded = encode_texts(words, tokenizer)
+        found = iter(_without_added_blank(words, encoded, tokenizer) if adds_blanks else encoded)
+        ids = [i for part in parts for i in ([known[part]] if part in known else next(found))]
+        ids += encode_texts([tail], tokenizer)[0]
+        if decode_following(tokenizer, [ids])[0].rstrip() == text.rstrip():
+            token_ids[n] = ids
     return token_ids
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Unpack
@@ -76,10 +77,35 @@ def turns(
             refusal=lambda n, template: f"{demonstrations[owners[n]].where}: {template} refuses the conversation",
         )
     )
-    return [
-        _pieces(demonstration, conversation, [next(texts) for _ in range(count)], learn_from)
-        for demonstration, conversation, count in zip(demonstrations, conversations, counts, strict=True)
-    ]
+    found = []
+    for demonstration, conversation, count in zip(demonstrations, conversations, counts, strict=True):
+        of_this = [next(texts) for _ in range(count)]
+        given = len(conversation.chats())
+        prompt, whole = conversation.prompt_text(of_this[:given], demonstration.where), of_this[given]
+        if conversation.is_continued:
+            whole = prompt + demonstration.completion + around_mark(of_this[0], demonstration.where)[1]
+        elif not whole.startswith(prompt) and not demonstration.reply:
+            whole = _composed(prompt, demonstration, tokenizer, rendering) or whole
+        found.append(_pieces(demonstration, conversation, (prompt, whole), of_this[given + 1 :], learn_from))
+    return found
+
+
+def _composed(prompt: str, demonstration: Demonstration, tokenizer: Any, rendering: Rendering) -> str | None:
+    """The conversation of a template that opens a thought for a generation, and leaves thoughts out of what it writes.
+
+    The completion follows the prompt as the sampler would have drawn it: without the tag that the prompt opens, which
+    it must close. None where that is not the case.
+    """
+    around = turn_borders(tokenizer, demonstration.prompt, demonstration.columns, **rendering)
+    if around is None or not prompt.startswith(around[0]):
+        return None
+    opened, completion = prompt[len(around[0]) :], demonstration.completion
+    tag = re.match(r"\s*<(\w+)>", opened)
+    if tag is None or f"</{tag[1]}>" not in completion:
+        return None
+    if completion.lstrip().startswith(f"<{tag[1]}>"):  # opened twice otherwise
+        completion = completion.lstrip().removeprefix(opened) if completion.lstrip().startswith(opened) else ""
+    return prompt + completion + around[1] if completion else None
 
 
 def whole_texts(demonstrations: Sequence[Demonstration], tokenizer: Any, rendering: Rendering) -> list[str]:
@@ -111,15 +137,24 @@ def _earlier_turns(conversation: Conversation, learn_from: LearnFrom) -> list[in
 
 
 def _pieces(
-    demonstration: Demonstration, conversation: Conversation, texts: list[str], learn_from: LearnFrom
+    demonstration: Demonstration,
+    conversation: Conversation,
+    last: tuple[str, str],
+    rest: list[str],
+    learn_from: LearnFrom,
 ) -> list[Piece]:
-    """The text in pieces, and of each whether it is a turn that is learnt."""
-    where, given = demonstration.where, len(conversation.chats())
-    prompt, whole, rest = conversation.prompt_text(texts[:given], where), texts[given], texts[given + 1 :]
-    if conversation.is_continued:
-        whole = prompt + demonstration.completion + around_mark(texts[0], where)[1]
+    """The text in pieces, and of each whether it is a turn that is learnt.
+
+    Args:
+        demonstration: what the text is of.
+        conversation: its prompt.
+        last: the text before the completion, and all of it.
+        rest: the same of each earlier turn.
+        learn_from: which turns are learnt.
+    """
+    where, whole = demonstration.where, last[1]
     turns = [*_earlier_turns(conversation, learn_from), len(conversation.messages)]
-    spans = [*zip(rest[::2], rest[1::2], strict=True), (prompt, whole)]
+    spans = [*zip(rest[::2], rest[1::2], strict=True), last]
     offset = len(conversation.messages) - len(demonstration.prompt) if isinstance(demonstration.prompt, list) else 0
     pieces, written = [], 0
     for turn, (opening, through) in zip(turns, spans, strict=True):
@@ -154,17 +189,19 @@ def check_turn_end(
     Raises:
         ValueError: the turn ends with a special token that is not one of ``eos_ids``; names it.
     """
-    tail = turn_end(tokenizer, prompt, row, **rendering)
-    if tail is None:
+    around = turn_borders(tokenizer, prompt, row, **rendering)
+    if around is None:
         return
-    ids = encode_texts([tail], tokenizer)[0]
+    ids = encode_texts([around[1]], tokenizer)[0]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
     if any(token in special for token in ids) and not any(token in eos_ids for token in ids):
         raise ValueError(no_end(tokenizer, ids, eos_ids))
 
 
-def turn_end(tokenizer: Any, prompt: str | Messages, row: Row, **rendering: Unpack[Rendering]) -> str | None:
-    """What the chat template writes after the assistant's reply to a prompt; None where that cannot be found out."""
+def turn_borders(
+    tokenizer: Any, prompt: str | Messages, row: Row, **rendering: Unpack[Rendering]
+) -> tuple[str, str] | None:
+    """What the chat template writes before and after a reply to a prompt; None where that cannot be found out."""
     if rendering.get("template") is not None:
         return None
     conversation = _conversation_of(Demonstration(prompt, "", "prompt 0", row), rendering)
@@ -172,7 +209,7 @@ def turn_end(tokenizer: Any, prompt: str | Messages, row: Row, **rendering: Unpa
     try:
         marked = conversation.chat([*before, {"role": "assistant", "content": MARK}])
         [text] = render_chats(tokenizer, [marked], today=rendering.get("date"), refusal=lambda _, template: template)
-        return around_mark(text, "prompt 0")[1]
+        return around_mark(text, "prompt 0")
     except ValueError:
         return None
 
