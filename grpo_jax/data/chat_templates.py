@@ -21,6 +21,8 @@ from grpo_jax.data.template_worker import LENGTH
 
 CHATS_OF_A_REQUEST = 256
 CHARACTERS_OF_A_REQUEST = 1 << 22
+CPU_SECONDS = 5.0
+"""Processor time for one conversation."""
 WALL_SECONDS = 600.0
 """Time for one request on a machine that does something else; processor time is limited in the worker."""
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now", "tokenize")
@@ -127,12 +129,12 @@ class Renderer:
     def render(self, source: str, today: str, chats: list[dict[str, Any]]) -> tuple[list[str], str | None]:
         """The texts up to the first conversation with an error, and that error."""
         with self._lock:
-            answer = self._ask((source, today, chats))
+            answer = self._ask((source, today, CPU_SECONDS, chats))
             if answer is not None:
                 return answer["texts"], answer["error"]
             texts: list[str] = []
             for chat in chats:  # one of them ended the process: which is found out one by one
-                answer = self._ask((source, today, [chat]))
+                answer = self._ask((source, today, CPU_SECONDS, [chat]))
                 if answer is None:
                     return texts, "it takes more time or memory than it may"
                 texts += answer["texts"]
@@ -151,7 +153,7 @@ class Renderer:
                     stream.close()
             self._process = None
 
-    def _ask(self, request: tuple[str, str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    def _ask(self, request: tuple[str, str, float, list[dict[str, Any]]]) -> dict[str, Any] | None:
         """The answer to a request; None where the process ended without one."""
         if self._process is None:
             self._process = subprocess.Popen(

@@ -27,8 +27,6 @@ import jinja2.sandbox
 import jinja2.utils
 
 LENGTH = struct.Struct("!Q")
-CPU_SECONDS = 5.0
-"""Processor time for one conversation."""
 KILL_AFTER = 5
 """Further seconds after which a conversation that could not be interrupted ends the process."""
 MEMORY_BYTES = 2 << 30
@@ -105,19 +103,19 @@ def render(source: str, variables: dict[str, Any], today: str) -> str:
     return text
 
 
-def limited(source: str, variables: dict[str, Any], today: str) -> dict[str, str]:
+def limited(source: str, variables: dict[str, Any], today: str, seconds: float) -> dict[str, str]:
     """The text of one conversation, or why there is none."""
     used = time.process_time()
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used + CPU_SECONDS) + KILL_AFTER, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + KILL_AFTER, hard))
     try:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS, 1.0)
+        signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
         try:
             return {"text": render(source, variables, today)}
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except OutOfTime:
-        return {"error": f"it takes more than {CPU_SECONDS:g} seconds"}
+        return {"error": f"it takes more than {seconds:g} seconds"}
     except MemoryError:
         return {"error": f"it takes more than {MEMORY_BYTES >> 30} GiB of memory"}
     except jinja2.TemplateSyntaxError as error:
@@ -157,11 +155,11 @@ def main() -> None:
         with suppress(ValueError, OSError):
             resource.setrlimit(limit, (0, 0))
     while (body := read(sys.stdin.buffer)) is not None:
-        source, today, chats = pickle.loads(body)
+        source, today, seconds, chats = pickle.loads(body)
         texts: list[str] = []
         error = None
         for variables in chats:
-            found = limited(source, variables, today)
+            found = limited(source, variables, today, seconds)
             if (error := found.get("error")) is not None:
                 break
             texts.append(found["text"])
