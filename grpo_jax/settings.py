@@ -20,7 +20,8 @@ from grpo_jax.data.reasoning_gym import reasoning_gym_problems
 from grpo_jax.data.sources import Problem, load_problems
 from grpo_jax.data.tasks import sample_sums, sum_problems
 from grpo_jax.rewards.answer import answer_reward, extract_answer
-from grpo_jax.rewards.code import code_reward, readable_tests
+from grpo_jax.rewards.code import code_reward
+from grpo_jax.rewards.code_tests import why_untestable
 from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.rewards.math import math_reward
 from grpo_jax.rewards.read_math import read_answer
@@ -383,7 +384,7 @@ def check_gold(problems: list[Problem], grader: str, source: str) -> None:
     """
     first = problems[:100]
     if grader == "code":
-        unread = [problem.columns.get("tests") for problem in first if not readable_tests(problem.columns.get("tests"))]
+        unread = [problem.columns.get("tests") for problem in first if why_untestable(problem.columns.get("tests"))]
     elif grader == "math":
         gold = [problem.answer or "" for problem in first]
         unread = [each for each in gold if read_answer(extract_answer(each) or each) is None]
