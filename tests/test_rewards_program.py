@@ -16,20 +16,8 @@ def fenced(text, info="python", mark="```"):
     return f"{mark}{info}\n{text}{mark}\n"
 
 
-INFOS = [
-    "python",
-    "Python",
-    "python3",
-    "python3.11",
-    "py",
-    "py3",
-    "py3.12",
-    "{python}",
-    "{.python}",
-    " python",
-    "ipython",
-]
-INFOS += ["python title='a.py'", "python {linenos}", "python:solution.py", "PYTHON3", ""]
+INFOS = ["python", "Python", "python3", "python3.11", "py", "py3", "py3.12", "{python}", "{.python}", " python"]
+INFOS += ["ipython", "python title='a.py'", "python {linenos}", "python:solution.py", "PYTHON3", ""]
 
 
 @pytest.mark.parametrize("info", INFOS)
