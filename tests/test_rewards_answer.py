@@ -305,6 +305,6 @@ def test_gsm8k_solutions_score_one_and_those_of_other_problems_zero():
     other = gold[1:] + gold[:1]
     differs = [float(a) != float(b) for a, b in zip(gold, other, strict=True)]
     assert (len(problems), sum(differs)) == (8792, 8702)
-    assert answer_reward([""] * 8792, solutions, answer=gold) == [1.0] * 8792
-    assert answer_reward([""] * 8792, solutions, answer=other) == [float(not each) for each in differs]
-    assert answer_reward([""] * 500, solutions[:500], answer=solutions[:500]) == [1.0] * 500
+    assert answer_reward([], solutions, answer=gold) == [1.0] * 8792
+    assert answer_reward([], solutions, answer=other) == [float(not each) for each in differs]
+    assert answer_reward([], solutions[:500], answer=solutions[:500]) == [1.0] * 500

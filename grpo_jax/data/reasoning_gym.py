@@ -54,6 +54,7 @@ def reasoning_gym_problems(
     def reasoning_gym_reward(
         prompts: list[str], completions: list[str], *, entry: list[dict[str, Any]], **_columns: list[Any]
     ) -> list[float]:
+        prompts = prompts or [""] * len(completions)
         return [score(*row) for row in zip(prompts, completions, entry, strict=True)]
 
     return [Problem(entry["question"], entry["answer"], {"entry": entry}) for entry in dataset], reasoning_gym_reward

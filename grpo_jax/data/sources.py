@@ -210,9 +210,8 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
     if THOUSANDS.fullmatch(answer):
         answer = answer.replace(",", "")
     if not answer:
-        raise ValueError(
-            f"{where}, column {answer_column!r}: nothing is in the last \\boxed{{}} or follows {GSM8K_MARK}"
-        )
+        empty = "nothing is in the last box" if "boxed" in text else f"nothing follows the last {GSM8K_MARK}"
+        raise ValueError(f"{where}, column {answer_column!r}: {empty}")
     return Problem(prompt, answer, {"solution": text, **rest})
 
 

@@ -88,11 +88,12 @@ def answer_reward(
     """1.0 where a completion's final answer equals the gold answer, else 0.0; None where the gold is blank or None.
 
     Args:
-        prompts: the texts that the completions continue; one may have opened the thought.
+        prompts: the texts that the completions continue, which may have opened the thought; or an empty list.
         completions: the final answer is what ``extract_answer`` finds; without one the score is 0.0.
         answer: the gold answers, bare or as a solution that ``gold_answer`` reads. Equal means the same
             ``canonical_answer``: numbers by exact value (a gold 50 is not answered by 50%), other texts as texts.
     """
+    prompts = prompts or [""] * len(completions)
     return [_score(*row) for row in zip(prompts, completions, answer, strict=True)]
 
 

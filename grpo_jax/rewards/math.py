@@ -25,11 +25,12 @@ def math_reward(
     None where the gold is None or cannot be read: nothing is right by an accident of parsing.
 
     Args:
-        prompts: the texts that the completions continue; one may have opened the thought.
+        prompts: the texts that the completions continue, which may have opened the thought; or an empty list.
         completions: the final answer is what ``extract_answer`` finds; without one the score is 0.0.
         answer: the gold answers, bare or as a solution that ``gold_answer`` reads; see ``same_answer``
             for what is equal.
     """
+    prompts = prompts or [""] * len(completions)
     return [_score(*row) for row in zip(prompts, completions, answer, strict=True)]
 
 
