@@ -194,6 +194,15 @@ def test_templates_are_read_from_each_place_they_can_be_in(folders, tmp_path):
     assert (tmp_path / "export" / "additional_chat_templates" / "rag.jinja").read_text() == "documents"
 
 
+def test_a_file_without_settings_is_a_tokenizer(folders, tmp_path):
+    shutil.copy(folders / "llama2" / "tokenizer.json", tmp_path)
+    loaded, whole = read_tokenizer(tmp_path), read_tokenizer(folders / "llama2")
+    assert loaded(TEXTS).input_ids == whole(TEXTS).input_ids
+    assert (loaded.bos_token, loaded.eos_token, loaded.chat_template) == (None, None, None)
+    shutil.copy(folders / "llama2" / "special_tokens_map.json", tmp_path)
+    assert read_tokenizer(tmp_path).special_tokens_map == whole.special_tokens_map
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +262,16 @@ def test_a_vocabulary_beyond_the_embedding_is_refused_at_loading(folders):
         ValueError, match=rf"and 95 more. The tokenizer has {count} tokens, and vocab_size .* is {vocabulary - 100}"
     ):
         read_tokenizer(folders / "llama3", vocabulary - 100)
+
+
+def test_ids_are_compared_with_rows_and_not_their_number(tmp_path):
+    folder = word_level(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["world"] = 40
+    write_json(folder / "tokenizer.json", content)
+    assert read_tokenizer(folder, 41)("hello world").input_ids == [3, 40]
+    with pytest.raises(ValueError, match=r"'world' \(40\). The tokenizer has 5 tokens, and vocab_size .* is 40"):
+        read_tokenizer(folder, 40)
 
 
 def test_added_tokens_beyond_the_embedding_are_refused_where_a_text_has_them(folders):

@@ -70,7 +70,7 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: some have none; it names them and the number of rows.
         """
-        if self.num_rows is None or len(self) <= self.num_rows:
+        if self.num_rows is None:
             return
         missing = sorted({number for number in ids if number >= self.num_rows})
         if missing:
@@ -213,7 +213,7 @@ def _check_json(path: Path, content: bytes) -> None:
 
 
 def _check_vocabulary(tokenizer: CheckpointTokenizer, folder: Path) -> None:
-    if tokenizer.num_rows is None or len(tokenizer) <= tokenizer.num_rows:
+    if tokenizer.num_rows is None:
         return
     own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     added = tokenizer.added_tokens_decoder
@@ -234,14 +234,15 @@ def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def _same(tokenizer: Any, source: Any) -> bool:
-    return _state(tokenizer) == _state(source)
-
-
-def _state(tokenizer: Any) -> tuple[Any, ...]:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What a call sets, such as truncation, and what belongs to no file.
-    backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-    return backend, tokenizer.chat_template, {name: str(each) for name, each in tokenizer.special_tokens_map.items()}
+    backend, other = tokenizer.backend_tokenizer, source.backend_tokenizer
+    # Truncation and padding are what the last call asked for.
+    other.no_truncation() if backend.truncation is None else other.enable_truncation(**backend.truncation)
+    other.no_padding() if backend.padding is None else other.enable_padding(**backend.padding)
+    return (
+        backend.to_str() == other.to_str()
+        and tokenizer.chat_template == source.chat_template
+        and tokenizer.special_tokens_map == source.special_tokens_map
+    )
 
 
 def _for_any_version(config: Mapping[str, Any]) -> dict[str, Any]:
