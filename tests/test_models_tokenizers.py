@@ -203,6 +203,34 @@ def test_a_file_without_settings_is_a_tokenizer(folders, tmp_path):
     assert read_tokenizer(tmp_path).special_tokens_map == whole.special_tokens_map
 
 
+@pytest.mark.parametrize("file", ["/nowhere/tokenizer.json", "other", None])
+def test_no_other_file_than_that_of_the_folder_is_read(folders, tmp_path, file):
+    folder = shutil.copytree(folders / "qwen3", tmp_path / "copy")
+    file = str(folders / "llama2" / "tokenizer.json") if file == "other" else file
+    edit(folder, tokenizer_file=file, vocab_file=file, name_or_path="someone/else")
+    assert read_tokenizer(folder)(TEXTS).input_ids == read_tokenizer(folders / "qwen3")(TEXTS).input_ids
+
+
+def as_object(content):
+    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize("place", ["special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["gemma2", "llama2"])  # without and with the table of added tokens in the config
+def test_special_tokens_are_read_as_texts_and_as_objects(folders, tmp_path, name, place):
+    folder = shutil.copytree(folders / name, tmp_path / "copy")
+    whole = read_tokenizer(folder)
+    if name == "gemma2" and place == "special_tokens_map.json":
+        edit(folder, bos_token=..., eos_token=..., additional_special_tokens=...)
+    turns = ["<start_of_turn>", "<end_of_turn>"] if name == "gemma2" else []
+    tokens = {each: as_object(getattr(whole, each)) for each in ("bos_token", "eos_token")}
+    edit(folder, place, **tokens, additional_special_tokens=[as_object(each) for each in turns])
+    loaded = read_tokenizer(folder)
+    assert loaded(TEXTS).input_ids == whole(TEXTS).input_ids
+    assert loaded.special_tokens_map == whole.special_tokens_map
+    assert loaded.all_special_ids == whole.all_special_ids
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
