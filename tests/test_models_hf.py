@@ -66,6 +66,14 @@ def test_eos_ids_come_from_every_place_that_names_them(folder, of_generation, of
     assert from_pretrained(folder).eos_ids == wanted
 
 
+@pytest.mark.parametrize("value", ["</s>", 2.0, True, [1, None], [[1]]])
+@pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id"])
+def test_ids_that_are_no_numbers_are_refused_by_field_and_file(folder, field, value):
+    edit_json(folder / "generation_config.json", **{field: value})
+    with pytest.raises(ValueError, match=rf"{field} in generation_config\.json must be a token id or a list of ids"):
+        from_pretrained(folder)
+
+
 def test_a_checkpoint_without_generation_config_and_tokenizer(folder):
     for path in [*folder.glob("tokenizer*"), *folder.glob("chat_template*"), folder / "generation_config.json"]:
         path.unlink()

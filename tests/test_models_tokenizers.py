@@ -194,6 +194,43 @@ def test_templates_are_read_from_each_place_they_can_be_in(folders, tmp_path):
     assert (tmp_path / "export" / "additional_chat_templates" / "rag.jinja").read_text() == "documents"
 
 
+def test_a_file_without_settings_is_a_tokenizer(folders, tmp_path):
+    shutil.copy(folders / "llama2" / "tokenizer.json", tmp_path)
+    loaded, whole = read_tokenizer(tmp_path), read_tokenizer(folders / "llama2")
+    assert loaded(TEXTS).input_ids == whole(TEXTS).input_ids
+    assert (loaded.bos_token, loaded.eos_token, loaded.chat_template) == (None, None, None)
+    shutil.copy(folders / "llama2" / "special_tokens_map.json", tmp_path)
+    assert read_tokenizer(tmp_path).special_tokens_map == whole.special_tokens_map
+
+
+@pytest.mark.parametrize("file", ["/nowhere/tokenizer.json", "other", None])
+def test_no_other_file_than_that_of_the_folder_is_read(folders, tmp_path, file):
+    folder = shutil.copytree(folders / "qwen3", tmp_path / "copy")
+    file = str(folders / "llama2" / "tokenizer.json") if file == "other" else file
+    edit(folder, tokenizer_file=file, vocab_file=file, name_or_path="someone/else")
+    assert read_tokenizer(folder)(TEXTS).input_ids == read_tokenizer(folders / "qwen3")(TEXTS).input_ids
+
+
+def as_object(content):
+    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize("place", ["special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["gemma2", "llama2"])  # without and with the table of added tokens in the config
+def test_special_tokens_are_read_as_texts_and_as_objects(folders, tmp_path, name, place):
+    folder = shutil.copytree(folders / name, tmp_path / "copy")
+    whole = read_tokenizer(folder)
+    if name == "gemma2" and place == "special_tokens_map.json":
+        edit(folder, bos_token=..., eos_token=..., additional_special_tokens=...)
+    turns = ["<start_of_turn>", "<end_of_turn>"] if name == "gemma2" else []
+    tokens = {each: as_object(getattr(whole, each)) for each in ("bos_token", "eos_token")}
+    edit(folder, place, **tokens, additional_special_tokens=[as_object(each) for each in turns])
+    loaded = read_tokenizer(folder)
+    assert loaded(TEXTS).input_ids == whole(TEXTS).input_ids
+    assert loaded.special_tokens_map == whole.special_tokens_map
+    assert loaded.all_special_ids == whole.all_special_ids
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +290,16 @@ def test_a_vocabulary_beyond_the_embedding_is_refused_at_loading(folders):
         ValueError, match=rf"and 95 more. The tokenizer has {count} tokens, and vocab_size .* is {vocabulary - 100}"
     ):
         read_tokenizer(folders / "llama3", vocabulary - 100)
+
+
+def test_ids_are_compared_with_rows_and_not_their_number(tmp_path):
+    folder = word_level(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["world"] = 40
+    write_json(folder / "tokenizer.json", content)
+    assert read_tokenizer(folder, 41)("hello world").input_ids == [3, 40]
+    with pytest.raises(ValueError, match=r"'world' \(40\). The tokenizer has 5 tokens, and vocab_size .* is 40"):
+        read_tokenizer(folder, 40)
 
 
 def test_added_tokens_beyond_the_embedding_are_refused_where_a_text_has_them(folders):

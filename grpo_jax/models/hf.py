@@ -194,12 +194,11 @@ def _settle_eos_ids(
     generation_config: Mapping[str, Any], hf_config: Mapping[str, Any], tokenizer: Any | None, vocab_size: int
 ) -> tuple[int, ...]:
     # All of them: fine-tunes often name the end of a turn in one place and the end of a text in another.
-    candidates = (
-        generation_config.get("eos_token_id"),
-        hf_config.get("eos_token_id"),
-        None if tokenizer is None else tokenizer.eos_token_id,
-    )
-    named = [eos_id for ids in candidates if ids is not None for eos_id in (ids if isinstance(ids, list) else [ids])]
+    named = [
+        *_ids_in(generation_config, "eos_token_id", "generation_config.json"),
+        *_ids_in(hf_config, "eos_token_id", "config.json"),
+        *([] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
+    ]
     eos_ids = tuple(dict.fromkeys(eos_id for eos_id in named if 0 <= eos_id < vocab_size))
     if not eos_ids:
         raise ValueError(
@@ -217,12 +216,20 @@ def _settle_pad_id(
     vocab_size: int,
 ) -> int:
     candidates = (
-        None if tokenizer is None else tokenizer.pad_token_id,
-        generation_config.get("pad_token_id"),
-        hf_config.get("pad_token_id"),
+        *([] if tokenizer is None or tokenizer.pad_token_id is None else [tokenizer.pad_token_id]),
+        *_ids_in(generation_config, "pad_token_id", "generation_config.json"),
+        *_ids_in(hf_config, "pad_token_id", "config.json"),
         eos_ids[0],
     )
-    return next(pad_id for pad_id in candidates if pad_id is not None and 0 <= pad_id < vocab_size)
+    return next(pad_id for pad_id in candidates if 0 <= pad_id < vocab_size)
+
+
+def _ids_in(config: Mapping[str, Any], field: str, file: str) -> list[int]:
+    value = config.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(each) is int for each in ids):
+        raise ValueError(f"{field} in {file} must be a token id or a list of ids, and is {value!r}")
+    return ids
 
 
 def save_pretrained(

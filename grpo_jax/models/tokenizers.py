@@ -70,7 +70,7 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: some have none; it names them and the number of rows.
         """
-        if self.num_rows is None or len(self) <= self.num_rows:
+        if self.num_rows is None:
             return
         missing = sorted({number for number in ids if number >= self.num_rows})
         if missing:
@@ -107,10 +107,11 @@ def read_tokenizer(folder: Path, num_rows: int | None = None) -> CheckpointToken
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sources}
     if files[TOKENIZER_FILE].startswith(LFS_POINTER):
         raise ValueError(f"{folder / TOKENIZER_FILE} is a Git LFS pointer, not the file; fetch it with git lfs pull")
-    for name in SETTINGS_FILES:
-        _check_json(folder / name, files.get(name, b"{}"))
+    settings, special, _ = (_json_object(folder / name, files.get(name, b"{}")) for name in SETTINGS_FILES)
     try:
-        tokenizer = CheckpointTokenizer.from_pretrained(folder)
+        # The file is named, because tokenizer_config.json may name another, and transformers 5.0 would read that.
+        file = str(folder / TOKENIZER_FILE)
+        tokenizer = CheckpointTokenizer.from_pretrained(folder, tokenizer_file=file, **_as_texts(settings, special))
     except Exception as error:  # the tokenizers library raises no narrower class
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
     tokenizer.clean_up_tokenization_spaces = False
@@ -203,17 +204,31 @@ def _refuse_other_files(folder: Path) -> None:
     )
 
 
-def _check_json(path: Path, content: bytes) -> None:
+def _json_object(path: Path, content: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(parsed).__name__}")
+    return parsed
+
+
+def _as_texts(settings: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    # Special tokens that are objects, as texts: transformers 5 does not read these everywhere that version 4 wrote
+    # them. Their flags are those of tokenizer.json. As there, special_tokens_map.json counts in older folders only.
+    named = settings if "added_tokens_decoder" in settings else {**settings, **special}
+    texts = {}
+    for name, value in named.items():
+        if name.endswith("_token") and isinstance(value, dict) and "content" in value:
+            texts[name] = value["content"]
+        elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
+            texts[name] = [each["content"] if isinstance(each, dict) and "content" in each else each for each in value]
+    return texts
 
 
 def _check_vocabulary(tokenizer: CheckpointTokenizer, folder: Path) -> None:
-    if tokenizer.num_rows is None or len(tokenizer) <= tokenizer.num_rows:
+    if tokenizer.num_rows is None:
         return
     own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     added = tokenizer.added_tokens_decoder
@@ -234,14 +249,15 @@ def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def _same(tokenizer: Any, source: Any) -> bool:
-    return _state(tokenizer) == _state(source)
-
-
-def _state(tokenizer: Any) -> tuple[Any, ...]:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What a call sets, such as truncation, and what belongs to no file.
-    backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-    return backend, tokenizer.chat_template, {name: str(each) for name, each in tokenizer.special_tokens_map.items()}
+    backend, other = tokenizer.backend_tokenizer, source.backend_tokenizer
+    # Truncation and padding are what the last call asked for.
+    other.no_truncation() if backend.truncation is None else other.enable_truncation(**backend.truncation)
+    other.no_padding() if backend.padding is None else other.enable_padding(**backend.padding)
+    return (
+        backend.to_str() == other.to_str()
+        and tokenizer.chat_template == source.chat_template
+        and tokenizer.special_tokens_map == source.special_tokens_map
+    )
 
 
 def _for_any_version(config: Mapping[str, Any]) -> dict[str, Any]:
