@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tyro
 
-from experiments import evaluate, ppo, r1_zero, rejection_sampling, sample, sft
+from experiments import distill, dpo, evaluate, ppo, r1_zero, rejection_sampling, reward_model, sample, sft
 from grpo_jax import run as run_module
 from grpo_jax.collect import read_collected, read_provenance
 from grpo_jax.models import from_pretrained
@@ -20,6 +21,7 @@ from grpo_jax.text_settings import DemonstrationSettings
 from tests.families import write_family
 from tests.runs import write_rows
 
+TODAY = "2026-11-27"
 MESH = MeshSettings(data=1)
 HERE = RewardSettings(reward_workers=0)
 DATED = (
@@ -123,6 +125,15 @@ def test_it_is_chatted_with_as_it_was_trained(taught, base):
     assert asked(silent, chat=True) == {**variables, "system_prompt": None, "date": today}
     with pytest.raises(ValueError, match=r"--stop-tokens '<\|im_end\|>'"):
         sample.main(sample.Config(model=base, prompt="Hi", chat=True), write=lambda text: None)
+
+
+@pytest.mark.parametrize("script", [sft, r1_zero, ppo, evaluate, rejection_sampling, dpo, reward_model, distill])
+def test_every_script_takes_arguments_of_the_template(script):
+    flags = ["--chat-template", "--template-kwargs", '{"enable_thinking": false}', "tone=dry", "--template-date", TODAY]
+    models = ["--teacher", "t", "--student", "s"] if script is distill else ["--model", "m"]
+    data = tyro.cli(script.Config, args=[*models, *flags]).data
+    assert data.template_variables == {"enable_thinking": False, "tone": "dry"}
+    assert data.template_date == TODAY
 
 
 # Where turns end ----------------------------------------------------------------------------------------------------

@@ -114,6 +114,10 @@ def _special_token(tokenizer: Any) -> tuple[list[int], int]:
         for token_id in tokenizer.all_special_ids:
             if text := tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False):
                 return [token_id], len(text)
+        for anchor in ANCHORS[1:]:
+            if _can_encode(tokenizer, anchor):
+                ids = encode_texts([anchor], tokenizer)[0]
+                return ids, len(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     return [], 0
 
 
