@@ -130,8 +130,8 @@ def test_it_is_chatted_with_as_it_was_trained(taught, base):
 @pytest.mark.parametrize("script", [sft, r1_zero, ppo, evaluate, rejection_sampling, dpo, reward_model, distill])
 def test_every_script_takes_arguments_of_the_template(script):
     flags = ["--chat-template", "--template-kwargs", '{"enable_thinking": false}', "tone=dry", "--template-date", TODAY]
-    models = ["--teacher", "t", "--student", "s"] if script is distill else ["--model", "m"]
-    data = tyro.cli(script.Config, args=[*models, *flags]).data
+    models = {distill: ["--teacher", "t", "--student", "s"], ppo: ["--model", "m", "--reward-model", "r"]}
+    data = tyro.cli(script.Config, args=[*models.get(script, ["--model", "m"]), *flags]).data
     assert data.template_variables == {"enable_thinking": False, "tone": "dry"}
     assert data.template_date == TODAY
 
