@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_jax.rewards.answer import extract_answer
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, operations, variables
 from grpo_jax.rewards.final_answer import Answer, as_node
 from grpo_jax.rewards.forms import FORMS, formulas, has_form
@@ -28,6 +29,12 @@ LEFT_TO_DO = {"binom", "min", "max", "gcd", "lcm", "floor", "ceil", "factorial",
 """Operations that an answer is expected to have carried out, unless the gold has them too."""
 
 
+def load_parser() -> None:
+    """Import mpmath and compute an expression once, which fills its caches."""
+    same_answer(r"\frac{x+1}{2}", r"\sqrt{2}+x^2")
+
+
+@per_sample(columns=("answer",), warm_up=load_parser)
 def math_reward(
     prompts: list[str],
     completions: list[str],
