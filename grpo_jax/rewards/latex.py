@@ -130,6 +130,7 @@ KNOWN = LETTERS | {rf"\{name}" for name in FUNCTIONS.split()}
 KNOWN |= {r"\cdot", r"\times", r"\div", r"\pm", r"\mp", r"\pi", r"\infty", r"\le", r"\ge", r"\ne", r"\in", r"\cup"}
 KNOWN |= {r"\cap", r"\setminus", r"\emptyset", r"\{", r"\}", r"\\", r"\circ", r"\text", r"\mathbb", r"\overline"}
 KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil", r"\over", r"\choose", r"\bar", r"\dot"}
+KNOWN |= {r"\approx", r"\equiv", r"\pmod", r"\bmod", r"\mod", r"\parallel", r"\perp", r"\cong", r"\sim"}
 KNOWN |= {r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
 COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)", re.DOTALL)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
@@ -162,10 +163,14 @@ def tidy(text: str) -> str | None:
     text = _unwrapped(text.replace("~", " "))
     if re.search(r"\\text\s*\{[^}]*\\(?![%$&_ ,;])", text):
         return None
+    for _ in range(2):
+        text = re.sub(r"(\\(?:text|mathrm|mbox) ?\{[^{}]*\^) ?\{ ?(-?\d) ?\}", r"\1\2", text)
+    text = re.sub(r"\\not ?=|\\not ?\\eq(?![a-z])", r"\\ne ", text)
+    text = re.sub(rf"\\(?:operatorname\*?|mathrm|text) ?\{{ ?({FUNCTIONS.replace(' ', '|')}) ?\}}", r"\\\1 ", text)
     text = re.sub(r"\\mathit ?\{(\w+)\}", r" \1 ", text)
     text = re.sub(r"\\([pb]matrix) ?\{(.*)\}", r"\\begin{\1}\2\\end{\1}", text, flags=re.DOTALL)
     text = UNIT_VECTOR.sub(lambda match: rf"\vec{match[1] or match[2]} ", text)
-    text = re.sub(r"\\(?:operatorname\*?|mathrm|text) ?\{(lcm|gcd|[ei](?=\}(?! ?\w)))\}", r" \1 ", text)
+    text = re.sub(r"\\(?:operatorname\*?|mathrm|text) ?\{([ei])\}(?! ?\w)", r" \1 ", text)
     text = re.sub(r"(?<=[\s\d}])(lcm|gcd)(?= ?\()", r"\\\1", text)
     parts, end = [], 0
     for match in COMMAND.finditer(text):

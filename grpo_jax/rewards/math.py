@@ -311,7 +311,10 @@ def _same_matrix(gold: Answer, given: Answer) -> bool:
 def _same_equation(gold: Answer, given: Answer) -> bool:
     (left, name, right), (other_left, other_name, other_right) = gold.value, given.value
     if left is None or other_left is None:
-        return name == other_name and right is not None and other_right is not None and _same(right, other_right)
+        is_called = name == other_name or (left is None) != (other_left is None)
+        if "y" not in (name, other_name):
+            is_called = name == other_name
+        return is_called and right is not None and other_right is not None and _same(right, other_right)
     return constant_ratio(left, other_left) not in (None, 0)
 
 
@@ -320,12 +323,20 @@ def _same_inequality(gold: Answer, given: Answer) -> bool:
     return gold.value[1] == given.value[1] and ratio is not None and ratio > 0
 
 
+def _same_time(gold: Answer, given: Answer) -> bool:
+    """Equal hours and minutes, modulo half a day where one of them has no "a.m." or "p.m."."""
+    (hour, minute, is_known), (other_hour, other_minute, other_is_known) = gold.value, given.value
+    period = 24 if is_known == other_is_known else 12
+    return minute == other_minute and (hour - other_hour) % period == 0
+
+
 COMPARE: dict[str, Callable[[Answer, Answer], bool]] = {
     "number": _same_scalar,
     "expression": _same_scalar,
     "text": lambda a, b: same_text(a.value, b.value),
     "infinity": lambda a, b: a.value == b.value,
-    "time": lambda a, b: a.value == b.value,
+    "congruence": lambda a, b: a.value == b.value,
+    "time": _same_time,
     "ratio": _same_parts,
     "set": _same_set,
     "list": _same_list,

@@ -48,6 +48,8 @@ def read_number(text: str) -> Answer | None:
         return Answer("number", value, read_unit("dollars") if "$" in text or "dollar" in text else None)
     if match := CURRENCY.match(text):
         amount = read_number(match[1] + text[match.end() :])
+        if rest := re.fullmatch(r"([\d.,]+) ?(?:\\text ?\{ ?)?((?:per|/) ?[a-z]+) ?\}?", text[match.end() :]):
+            return read_number(f"{match[1]}{rest[1]} {CURRENCIES.get(match[2], match[2])} {rest[2]}")
         unit = read_unit(CURRENCIES.get(match[2], match[2]))
         if amount is None or amount.unit not in (None, unit) or amount.kind != "number":
             return None
@@ -102,12 +104,12 @@ def read_ratio(text: str) -> Answer | None:
         hour, minute = int(match[1]), int(match[2] or 0)
         if not 1 <= hour <= 12 or minute > 59:
             return None
-        return Answer("time", (hour % 12 + (12 if match[3] in "pP" else 0), minute))
+        return Answer("time", (hour % 12 + (12 if match[3] in "pP" else 0), minute, True))
     parts = split_top(text, r":|\\text\{ ?(?:to|:) ?\}| to ")
     if not 1 < len(parts) < 6:
         return None
     if match and match[2] and int(match[2]) < 60 and int(match[1]) < 24:
-        return Answer("time", (int(match[1]), int(match[2])))
+        return Answer("time", (int(match[1]), int(match[2]), int(match[1]) > 12))
     values = [exact_number(part) for part in parts]
     if all(value is not None and value > 0 for value in values):
         total = sum(value for value in values if value is not None)
@@ -120,9 +122,11 @@ def read_ratio(text: str) -> Answer | None:
 
 def read_numeral(text: str) -> Answer | None:
     """A numeral with its base, as ``1012_3``: a text, which only the same digits in the same base equal."""
-    plain = re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text)
+    plain = re.sub(r"\\(?:text|overline) ?\{([^{}]*)\}", r"\1", text)
     match = re.fullmatch(
-        r"\(? ?([0-9A-Fa-f ]*[0-9][0-9A-Fa-f ]*) ?\)?(?: ?_ ?(?:\{ ?(\w+) ?\}|(\d))|,? (?:in )?base[ -](\w+)) ?", plain
+        r"\(? ?([0-9A-Fa-f ]*[0-9][0-9A-Fa-f ]*) ?\)?"
+        r"(?: ?_ ?(?:\{ ?\(? ?(\w+) ?\)? ?\}|(\d))|,? (?:in )?base[ -](\w+)) ?",
+        plain,
     )
     if match is None:
         return None

@@ -10,20 +10,37 @@ from functools import lru_cache
 
 from grpo_jax.rewards.expression import Node, parse, variables
 from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar
-from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, REALS, Piece, complement, intersection, union
+from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, REALS, Piece, complement, intersection
 from grpo_jax.rewards.latex import balanced, split_top, tidy
 from grpo_jax.rewards.numerals import NUMBER_WORDS, exact_number, read_number, read_numeral, read_ratio
-from grpo_jax.rewards.relations import AND, OR, RELATION, as_interval, assigned, interval, named, read_relation
+from grpo_jax.rewards.relations import (
+    AND,
+    OR,
+    RELATION,
+    as_interval,
+    as_points,
+    assigned,
+    half_line,
+    interval,
+    named,
+    read_congruence,
+    read_relation,
+)
 from grpo_jax.rewards.symbolic import TooLargeError, is_evaluable, real_value, work_limit
 from grpo_jax.rewards.words import read_choice, read_words
 
 MATRIX = re.compile(r"(.*?)(?: ?\\cdot)? ?\\begin ?\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\2\}")
 REAL_SET = re.compile(r"\\mathbb ?\{ ?R ?\}")
 OTHER_SET = re.compile(r"\\mathbb ?\{ ?([NZQC]) ?\}(?: ?\^ ?\{? ?([+\-*]) ?\}?)?")
-ALL_BUT = re.compile(r"(?:all )?real numbers?(?: x)?(?: (?:except|other than|not equal to)(?: for)? (?P<points>.+))?")
-FOR_INTEGERS = re.compile(
-    r"(?P<main>.+?)[,;]? ?(?:where|for|with|\\text\{ ?(?:where|for|with)(?: all| any| every)? ?\})? ?"
-    r"\(?(?P<name>[a-zA-Z]) ?(?:\\in ?\\mathbb ?\{ ?Z ?\}|(?:\\text\{)? ?is an(?:y)? integer ?\}?)\)?"
+ALL_BUT = re.compile(
+    r"(?:all )?(?P<nonzero>non-?zero )?real numbers?(?: x)?"
+    r"(?: (?:except|other than|not equal to)(?: for)? (?P<points>.+))?"
+)
+FOR_ALL = re.compile(
+    r"(?P<main>.+?)[,;]? ?"
+    r"(?:where|for|with|\\text\{ ?(?:where|for|with)(?: all| any| every| some| constant| integer)*s? ?\})? ?"
+    r"\(?(?P<name>[a-zA-Z]) ?"
+    r"(?:\\in ?(?:\\mathbb|\\text) ?\{ ?[ZR] ?\}|(?:\\text\{)? ?is an? (?:integer|constant) ?\}?)?\)?"
 )
 
 
@@ -47,10 +64,11 @@ def read_answer(text: str) -> Answer | None:
 def _read(text: str) -> Answer | None:
     if not text:
         return None
-    inner = _grouped(text)
+    text = re.sub(r"^\\approx ?", "", text)
+    inner = _grouped(text) if text else None
     if inner is not None:
         return _read(inner)
-    readers = (read_numeral, read_number, read_ratio, _choice, _prose, _for_integers)
+    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _for_all, read_congruence)
     for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
         found = reader(text)
         if found is not None:
@@ -67,24 +85,22 @@ def _choice(text: str) -> Answer | None:
 def _prose(text: str) -> Answer | None:
     plain = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).split())
     if match := ALL_BUT.fullmatch(plain):
-        points = _read(f"{match['points']},{match['points']}") if match["points"] else None
-        pieces = _points(points) if points else ()
+        points = "0" if match["nonzero"] else match["points"]
+        pieces = as_points(_read(points)) if points else ()
         return NOTHING if pieces is None else Answer("interval", complement(pieces))
     if plain.lower() in NUMBER_WORDS:
         return Answer("number", Fraction(NUMBER_WORDS[plain.lower()]))
     return read_words(text)
 
 
-def _for_integers(text: str) -> Answer | None:
+def _for_all(text: str) -> Answer | None:
     r"""``\frac{\pi}{4}+k\pi, k \in \mathbb{Z}``, read without the domain of its parameter."""
-    match = FOR_INTEGERS.fullmatch(text)
-    if match is None or not _mentions(match["main"], match["name"]) or balanced(match["main"]) is False:
+    match = FOR_ALL.fullmatch(text)
+    if match is None or not balanced(match["main"]) or not re.search(r"\\in |\\text|where|for", text):
         return None
-    return _read(match["main"].strip(" ,;"))
-
-
-def _mentions(text: str, name: str) -> bool:
-    return re.search(rf"(?<![A-Za-z\\]){name}(?![a-z])|\d{name}", text) is not None
+    main = match["main"].strip(" ,;")
+    is_mentioned = match["name"] in re.sub(r"\\[a-z]+", "", main)
+    return _read(main) if is_mentioned and main != text else None
 
 
 def _alternatives(text: str) -> Answer | None:
@@ -108,6 +124,10 @@ def _collection(text: str) -> Answer | None:
         return Answer("set", ())
     if REAL_SET.fullmatch(text):
         return Answer("interval", (REALS,))
+    if re.fullmatch(rf"{REAL_SET.pattern} ?(?:\^ ?\{{? ?\+ ?\}}?|_ ?\{{ ?> ?0 ?\}}|_ ?\+)", text):
+        return Answer("interval", tuple(half_line(">", Answer("number", Fraction(0)))))
+    if re.fullmatch(r"[\](\[].*[,;].*[)\][]", text) and (text[0] == "]" or text[-1] == "["):
+        text = text[0].replace("]", "(") + text[1:-1] + text[-1].replace("[", ")")
     if match := OTHER_SET.fullmatch(text):
         return Answer("text", f"the set {match[1]}{match[2] or ''}")
     parts = split_top(text, r"\\cup(?![a-z])")
@@ -131,6 +151,9 @@ def _collection(text: str) -> Answer | None:
     if opening == r"\{":
         return _set(inner)
     items = split_top(inner, ",")
+    items = items if len(items) > 1 else split_top(inner, ";")
+    if opening == "(" and len(items) > 1 and re.search(r"\\pm|\\mp", inner):
+        return None  # several tuples
     if len(items) == 1:
         return None if opening == "(" and closing == ")" else NOTHING
     if len(items) == 2 and opening != r"\langle" and ((opening, closing) != ("(", ")") or r"\infty" in inner):
@@ -162,7 +185,7 @@ def _grouped(text: str) -> str | None:
         return None
     if re.fullmatch(r"\\begin ?\{(matrix|array)\}.*\\end ?\{\1\}", inner):
         return inner
-    alone = len(split_top(inner, ",")) == 1 and not re.search(RELATION, inner)
+    alone = len(split_top(inner, ",|;")) == 1 and not re.search(RELATION, inner)
     return inner if text[0] == "(" and alone and not re.fullmatch(r"[A-Z]", inner) else None
 
 
@@ -171,13 +194,9 @@ def _pieces(part: Answer | None) -> tuple[Piece, ...] | None:
     part = part and (as_interval(part) or part)
     if part is None:
         return None
-    return part.value if part.kind == "interval" else _points(part)
-
-
-def _points(points: Answer) -> tuple[Piece, ...] | None:
-    if points.kind not in ("set", "list") or not all(is_constant_scalar(each) for each in points.value):
-        return None
-    return union([Piece(each, True, each, True) for each in points.value])
+    if part.kind == "interval":
+        return part.value
+    return as_points(part) if part.kind in ("set", "list") else None
 
 
 def _joined(parts: list[Answer | None]) -> Answer:

@@ -23,8 +23,8 @@ WORK = 80_000.0
 """Units of work for reading or comparing one answer, each about 10 microseconds: less than a second."""
 SECRET = os.urandom(32)
 """Of this process: nobody can write an expression that vanishes at points that depend on it."""
-SMALL, LARGE = 4.0, 7.0
-"""Magnitudes of the variables at small and at large points, in bits."""
+TINY, SMALL, LARGE = 2.0, 4.0, 7.0
+"""Magnitudes of the variables at tiny, small and large points, in bits; tiny where small ones are too large."""
 MOST_DIGITS = 1600
 """At points other than small ones, for algebraic expressions; of others, a quarter, which takes as long."""
 BASES = (10, None)
@@ -174,7 +174,10 @@ def _points(names: frozenset[str], *expressions: Node) -> list[tuple[dict[str, F
     constants = max(_size(each, 0.0)[1] for each in expressions)
     kinds = []
     most = MOST_DIGITS if all(map(_is_algebraic, expressions)) else MOST_DIGITS // 4
-    kinds = [(SMALL, sum(_digits(each, SMALL) for each in expressions))]
+    try:
+        kinds = [(SMALL, sum(_digits(each, SMALL) for each in expressions))]
+    except TooLargeError:
+        kinds = [(TINY, sum(_digits(each, TINY) for each in expressions))]
     for bits in (LARGE, 2 * constants + 20):
         with suppress(TooLargeError):
             digits = sum(_digits(each, bits) for each in expressions)
@@ -188,7 +191,7 @@ def _points(names: frozenset[str], *expressions: Node) -> list[tuple[dict[str, F
         for name in sorted(names):
             size = public.uniform(-1, 1)
             if is_integer:
-                at[name] = Fraction(round(15 * size))
+                at[name] = Fraction(round((2 ** int(bits) - 1) * size))
                 continue
             denominator = secret.getrandbits(36) | 1 << 36
             size = Fraction(size * (0.9 + 0.1 * secret.random())) * 2 ** int(bits)

@@ -85,7 +85,7 @@ PHRASES = {
 }
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 FACTOR = re.compile(
-    r"(?:(square|sq|cubic|cu)\.? +)?([A-Za-z]+)\.?(?: ?\^ ?(?:\{ ?(-?\d) ?\}|(\d))|([23])| (squared|cubed))?"
+    r"(?:(square|sq|cubic|cu)\.? +)?([A-Za-z]+)\.?(?: ?\^ ?(?:\{ ?(-?\d) ?\}|(-?\d))|([23])| (squared|cubed))?"
 )
 SCALING = (
     "hundred thousand million billion trillion dozen score gross pair couple half halve third quarter fourth fifth "
@@ -143,7 +143,7 @@ def read_counted(words: str, number: Fraction | None) -> tuple[Fraction, Dimensi
     words = words.strip(" .").replace("-", " ")
     if not re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}| a){0,4}", words):
         return None
-    names = [_singular(word) for word in words.lower().split()]
+    names = [singular(word) for word in words.lower().split()]
     if NOT_COUNTED & {*names, *words.lower().split()}:
         return None
     is_plural = any(a != b or a in PLURALS for a, b in zip(words.lower().split(), names, strict=True))
@@ -157,7 +157,8 @@ def is_cents(unit: tuple[Fraction, Dimension] | None) -> bool:
     return unit is not None and unit[0] == Fraction(1, 100) and unit[1] in ((("dollar", 1),), (("pound sterling", 1),))
 
 
-def _singular(word: str) -> str:
+def singular(word: str) -> str:
+    """An English noun without its plural ending."""
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     if re.search(r"(?:s|x|z|ch|sh)es$", word):
@@ -167,7 +168,7 @@ def _singular(word: str) -> str:
 
 def _base(name: str) -> tuple[Fraction | int, dict[str, int]] | None:
     # Of short names each letter and its case counts: ms, Nm and Mg are not m, nm and mg.
-    for each in (name, _singular(name), name.lower(), _singular(name.lower())) if len(name) > 3 else (name,):
+    for each in (name, singular(name), name.lower(), singular(name.lower())) if len(name) > 3 else (name,):
         known = NAMES.get(each, each)
         if known in OTHERS:
             return OTHERS[known]
