@@ -25,6 +25,10 @@ def system(content):
     return {"role": "system", "content": content}
 
 
+def turn(role, value):
+    return {"from": role, "value": value}
+
+
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -72,7 +76,12 @@ PROBLEMS = {
     ),
     "Alpaca": ({"instruction": "Add.", "input": "1, 1", "answer": "2"}, "Add.\n\n1, 1", "2"),
     "Alpaca without input": ({"instruction": "Add 1 and 1.", "input": "", "answer": "2"}, "Add 1 and 1.", "2"),
-    "BoolQ": ({"question": "is 1 odd", "answer": True}, "is 1 odd", "True"),
+    "BoolQ": (
+        {"question": "is 1 odd", "passage": "Numbers.", "answer": True},
+        "Numbers.\n\nis 1 odd",
+        "True",
+    ),
+    "a truth value": ({"question": "is 1 odd", "answer": True}, "is 1 odd", "True"),
     "MMLU": ({"question": "1+1?", "choices": ["1", "2"], "answer": 1}, "1+1?\nA. 1\nB. 2", "B"),
     "MMLU-Pro": (
         {"question": "1+1?", "options": ["1", "2"], "answer": "B", "answer_index": 1},
@@ -160,11 +169,6 @@ def test_a_choice_that_is_none_of_them_is_refused(tmp_path):
 
 
 # Demonstrations -------------------------------------------------------------------------------------------------------
-
-
-def turn(role, value):
-    return {"from": role, "value": value}
-
 
 DEMONSTRATIONS = {
     "ShareGPT": ({"conversations": [turn("human", "hi"), turn("gpt", "yo")]}, [user("hi")], "yo"),
@@ -366,7 +370,7 @@ def test_scores_of_ultrafeedback_stay_columns(tmp_path):
         (
             {"prompt": "other", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
             ValueError,
-            "column 'chosen': a whole conversation that does not begin with the prompt",
+            "column 'chosen': it is a whole conversation that does not begin with the prompt",
         ),
     ],
 )

@@ -258,7 +258,7 @@ def problem_prompt(row: Row, name: str, where: str) -> Any:
 
     Alpaca's ``input`` follows its ``instruction``; a programming problem is followed by the code to start from, or by
     MBPP's tests, without which the function's name is unknown; a dialogue loses the assistant's reply at its end; a
-    question with ``choices`` is followed by them with letters.
+    question with ``choices`` is followed by them with letters, and follows its ``passage`` or ``context``.
 
     Raises:
         KeyError: the row has no such column.
@@ -274,6 +274,9 @@ def problem_prompt(row: Row, name: str, where: str) -> Any:
         return prompt
     if name == "instruction":
         prompt = with_input(row, prompt)
+    if name == "question":
+        passages = [row[each].strip() for each in ("passage", "context") if isinstance(row.get(each), str)]
+        prompt = "\n\n".join([*(each for each in passages if each and each not in prompt), prompt])
     choices = choices_of(row)
     if choices is not None:
         letters, texts = choices

@@ -14,7 +14,7 @@ def any_answer_reward(
     completions: list[str],
     *,
     answer: list[str | None],
-    other_answers: Sequence[Sequence[str] | None],
+    other_answers: Sequence[Sequence[str] | None] | None = None,
     grader: Callable[..., list[float | None]] = math_reward,
 ) -> list[float | None]:
     """The best score that a completion gets for one of several right answers.
@@ -29,7 +29,8 @@ def any_answer_reward(
     Returns:
         For each completion the largest score; None where the grader abstains for every answer.
     """
-    golds = [[first, *(others or [])] for first, others in zip(answer, other_answers, strict=True)]
+    others = other_answers or [None] * len(answer)
+    golds = [[first, *(more or [])] for first, more in zip(answer, others, strict=True)]
     places = [place for place, each in enumerate(golds) for _ in each]
     flat = grader(
         [prompts[place] for place in places],
