@@ -227,6 +227,7 @@ def teaching(config: Config, dataset: Path) -> str:
     command += [] if template is None else ["--template", template]
     command += ["--chat-template"] if config.data.chat_template else []
     command += [] if config.data.system_prompt is None else ["--system-prompt", config.data.system_prompt]
+    command += ["--stop-tokens", *config.stop_tokens] if config.stop_tokens else []
     return shlex.join(command)
 
 

@@ -37,6 +37,7 @@ from grpo_jax.experiment import (
     padded_batches,
     run_experiment,
     save_trained,
+    with_stop_tokens,
 )
 from grpo_jax.loss import bradley_terry_loss
 from grpo_jax.run import Run, count_compilations
@@ -68,6 +69,8 @@ class Config(RunSettings, ModelSettings):
     """In tokens; longer ones are left out. Default: 512 with --model, 12 without."""
     max_completion_length: int | None = None
     """In tokens; longer ones are left out. Default: 1024 with --model, 48 without."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a reply besides those the model names, such as '<|im_end|>'."""
     centring: float = 0.01
     """Weight of the square of a pair's sum of scores, which keeps them around 0."""
     use_margins: bool = True
@@ -113,7 +116,7 @@ def train(config: Config, run: Run) -> None:
     preferences, held_out = config.data.load(config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
     start = config.start(run, config.seed)
-    scorer = config.load(start, mesh, scalar_head=True)
+    scorer = with_stop_tokens(config.load(start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, "max_prompt_length + max_completion_length")
     encode = partial(
         config.data.encode,

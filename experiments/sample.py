@@ -23,6 +23,7 @@ from jaxtyping import Array
 from grpo_jax import models
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.stop import stop_strings
+from grpo_jax.experiment import with_stop_tokens
 from grpo_jax.rollout import Sampler, StopFn
 from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
@@ -64,6 +65,8 @@ class Config:
     """Pairs of a token's text and what is added to its logit; -inf rules it out."""
     min_length: int = 0
     """Tokens before the model may end."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer besides those the model names, such as '<|im_end|>'."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer."""
     seed: int = 0
@@ -116,6 +119,7 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
     if policy.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
     sampling = config.sampling(policy.tokenizer.get_vocab())
+    policy = with_stop_tokens(policy, config.stop_tokens)
     stop = stop_strings(policy.tokenizer, config.stop) if config.stop else None
     begin = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     said = list(begin)

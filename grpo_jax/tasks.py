@@ -191,6 +191,7 @@ class OpenTask:
         problems, held_out: lists of problems, until ``encode`` made prompts of them.
         scoring: what scores completions; left with the run.
         is_graded: whether anything tells a right completion.
+        same: whether two answers are the same for a majority vote.
 
     Args:
         task: which.
@@ -222,6 +223,7 @@ class OpenTask:
     ):
         self.name, self._task, self._run = task.name, task, run
         self.is_graded = task.data.grader != "none"
+        self.same = task.data.same
         if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
             raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
         notes = DataNotes()

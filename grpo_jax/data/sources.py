@@ -18,11 +18,17 @@ from grpo_jax.data.layouts import (
     required_column,
     without,
 )
+from grpo_jax.rewards.answer import GSM8K_MARK, worked_answer
+from grpo_jax.rewards.code_tests import Test, tests_from_row
 
 OTHER_ANSWERS = "other_answers"
 """The column with the right answers after the first, where a row has several."""
+TEST_COLUMNS = (
+    *("test", "test_list", "challenge_test_list", "test_cases", "input_output", "verification_info"),
+    *("public_test_cases", "private_test_cases", "public_tests", "private_tests", "generated_tests"),
+)
+"""Columns that ``tests`` takes the place of."""
 REWARD_ARGUMENTS = ("prompts", "completions")
-GSM8K_MARK = "####"
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 Messages = list[dict[str, Any]]
@@ -54,11 +60,11 @@ def load_problems(
     require_answer: bool = True,
     skipped: list[str] | None = None,
 ) -> list[Problem]:
-    """The problems of a file, of a folder of files, or of a data set on the hub, in any layout of ``docs/data.md``.
+    r"""The problems of a file, of a folder of files, or of a data set on the hub, in any layout of ``docs/data.md``.
 
-    GSM8K works as it is: where an answer contains ``####``, the gold answer is what follows the last one (without its
-    commas, if it is a number with thousands), and the whole text is kept as the column ``solution`` unless the row has
-    one of its own.
+    GSM8K and MATH work as they are: where an answer is a worked solution with ``\boxed{...}`` or, without one, with
+    ``#### ...`` at its end, the gold answer is what stands there (without its commas, if it is a number with
+    thousands), and the whole text is kept as the column ``solution`` unless the row has one of its own.
 
     Args:
         source: a file, a folder, or the id of a data set on the hub, such as ``openai/gsm8k``; see
@@ -91,7 +97,7 @@ def load_problems(
     def parse(row: Row, where: str) -> Problem:
         nonlocal columns
         if columns is None:
-            tests = _tests(row)
+            tests = _tests(row, where)
             answers = answer_column or answer_column_of(row, where, required=require_answer and tests is None)
             columns = prompt_column or prompt_column_of(row, where), answers
         return _problem(row, where, *columns, require_answer=require_answer)
@@ -142,9 +148,9 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
     check_length(prompt, place)
     prompt = checked_prompt(prompt, place)
     rest = without(row, prompt_column, *REWARD_ARGUMENTS)
-    tests = _tests(row)
+    tests = _tests(row, where)
     if tests is not None:
-        rest["tests"] = tests
+        rest = {**without(rest, *TEST_COLUMNS), "tests": tests}
     if answer_column is None:
         return Problem(prompt, None, rest)
     optional = not require_answer or tests is not None
@@ -155,6 +161,8 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
             return Problem(prompt, None, rest)
         raise
     rest.pop(answer_column, None)
+    if tests is not None:  # a program, if anything
+        return Problem(prompt, answer if isinstance(answer, str) and answer.strip() else None, rest)
     if optional and (answer is None or answer == "" or answer == []):
         return Problem(prompt, None, rest)
     place = f"{where}, column {answer_column!r}"
@@ -166,18 +174,27 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
             rest[OTHER_ANSWERS] = others
     else:
         text = _checked_answer(answer, place)
-    if GSM8K_MARK not in text:
+    found = worked_answer(text)
+    if found is None:
         return Problem(prompt, text, rest)
-    answer = text.rsplit(GSM8K_MARK, 1)[1].strip()
-    if THOUSANDS.fullmatch(answer):
-        answer = answer.replace(",", "")
-    if not answer:
-        raise ValueError(f"{place}: nothing follows the last {GSM8K_MARK}")
-    return Problem(prompt, answer, {"solution": text, **rest})
+    if THOUSANDS.fullmatch(found):
+        found = found.replace(",", "")
+    if not found:
+        empty = "nothing is in the last box" if "boxed" in text else f"nothing follows the last {GSM8K_MARK}"
+        raise ValueError(f"{place}: {empty}")
+    return Problem(prompt, found, {"solution": text, **rest})
 
 
-def _tests(row: Row) -> Any:
-    return row.get("tests")
+def _tests(row: Row, where: str) -> list[Test] | None:
+    """The tests of a row's program.
+
+    Raises:
+        ValueError: they are there and cannot be read.
+    """
+    try:
+        return tests_from_row(row)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where}: its tests cannot be read: {error!s:.300}") from error
 
 
 def checked_prompt(prompt: Any, where: str) -> str | Messages:
