@@ -11,6 +11,7 @@ from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.layouts import as_messages, column, hh_messages
 from grpo_jax.data.preferences import load_preferences
 from grpo_jax.data.sources import Problem, load_problems
+from grpo_jax.rewards.code_tests import why_untestable
 
 
 def user(content):
@@ -442,3 +443,105 @@ def test_nothing_but_bad_rows_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "t"}, {"question": "q"})
     with pytest.raises(ValueError, match=r"all 2 rows were skipped as unreadable, the first because: .*a\.jsonl:1"):
         load_problems(path, skipped=[])
+
+
+# Programs -------------------------------------------------------------------------------------------------------------
+
+ADD = "def add(a, b):\n    return a + b\n"
+PROGRAMS = {
+    "HumanEval": (
+        {
+            "task_id": "HumanEval/0",
+            "prompt": 'def add(a, b):\n    """Add."""\n',
+            "canonical_solution": "    return a + b\n",
+            "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+            "entry_point": "add",
+        },
+        'def add(a, b):\n    """Add."""\n',
+    ),
+    "MBPP": (
+        {
+            "task_id": 1,
+            "text": "Write a function to add.",
+            "code": ADD,
+            "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"],
+            "test_setup_code": "",
+            "challenge_test_list": [],
+        },
+        "Write a function to add.\n\nThe program should pass these tests:\n\n"
+        "assert add(1, 2) == 3\nassert add(0, 0) == 0",
+    ),
+    "MBPP sanitized": (
+        {
+            "prompt": "Add: assert add(1, 2) == 3",
+            "code": ADD,
+            "test_imports": [],
+            "test_list": ["assert add(1, 2) == 3"],
+        },
+        "Add: assert add(1, 2) == 3",
+    ),
+    "LiveCodeBench": (
+        {
+            "question_title": "A",
+            "question_content": "Add two numbers.",
+            "starter_code": "",
+            "public_test_cases": json.dumps([{"input": "1\n2\n", "output": "3\n", "testtype": "stdin"}]),
+            "metadata": "{}",
+        },
+        "Add two numbers.",
+    ),
+    "LiveCodeBench with a function": (
+        {
+            "question_content": "Add two numbers.",
+            "starter_code": "def add(a, b):\n    ",
+            "public_test_cases": json.dumps([{"input": "1\n2", "output": "3", "testtype": "functional"}]),
+            "metadata": json.dumps({"func_name": "add"}),
+        },
+        "Add two numbers.\n\nStart from this code:\n\n```python\ndef add(a, b):\n```",
+    ),
+    "APPS": (
+        {
+            "problem_id": 0,
+            "question": "Add two numbers.",
+            "solutions": json.dumps(["print(sum(map(int, open(0))))"]),
+            "input_output": json.dumps({"inputs": ["1\n2\n"], "outputs": ["3\n"]}),
+            "starter_code": "",
+        },
+        "Add two numbers.",
+    ),
+    "CodeContests": (
+        {
+            "name": "a",
+            "description": "Add two numbers.",
+            "public_tests": {"input": ["1\n2\n"], "output": ["3\n"]},
+            "solutions": {"language": [3], "solution": ["print(3)"]},
+        },
+        "Add two numbers.",
+    ),
+    "verl": (
+        {
+            "prompt": [user("Add two numbers.")],
+            "reward_model": {"ground_truth": json.dumps({"inputs": ["1\n2\n"], "outputs": ["3\n"]}), "style": "rule"},
+        },
+        [user("Add two numbers.")],
+    ),
+    "a solution that is not an answer": (
+        {"problem": "Add.", "tests": ["assert add(1, 2) == 3"], "solution": {"python": ADD}},
+        "Add.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_layouts_of_programs(tmp_path, name):
+    row, prompt = PROGRAMS[name]
+    (problem,) = load_problems(write(tmp_path / "a.jsonl", row))
+    assert problem.prompt == prompt
+    assert why_untestable(problem.columns["tests"]) is None
+    assert "input_output" not in problem.columns
+
+
+def test_tests_that_cannot_be_unpacked_name_the_row(tmp_path):
+    rows = [{"question": "q", "public_test_cases": "[]", "private_test_cases": "no packed text"}]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: its tests cannot be read: private_test_cases"):
+        load_problems(write(tmp_path / "a.jsonl", *rows))

@@ -153,36 +153,37 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
         rest = {**without(rest, *TEST_COLUMNS), "tests": tests}
     if answer_column is None:
         return Problem(prompt, None, rest)
-    optional = not require_answer or tests is not None
     try:
         answer = required_column(row, answer_column, where, "answer_column=")
-    except KeyError:
-        if optional:
+        rest.pop(answer_column, None)
+        if not require_answer and (answer is None or answer == "" or answer == []):
             return Problem(prompt, None, rest)
-        raise
-    rest.pop(answer_column, None)
-    if tests is not None:  # a program, if anything
-        return Problem(prompt, answer if isinstance(answer, str) and answer.strip() else None, rest)
-    if optional and (answer is None or answer == "" or answer == []):
+        return Problem(prompt, *_gold(row, answer, f"{where}, column {answer_column!r}", rest))
+    except (KeyError, ValueError) as error:
+        # A program is judged by its tests; its row may hold anything as a solution.
+        if tests is None and (require_answer or not isinstance(error, KeyError)):
+            raise
         return Problem(prompt, None, rest)
-    place = f"{where}, column {answer_column!r}"
+
+
+def _gold(row: Row, answer: Any, place: str, rest: Row) -> tuple[str, Row]:
+    """The gold answer, and the other columns with what else the answer's column holds."""
     answer = choice_answer(row, answer, place)
     check_length(answer, place)
     if isinstance(answer, list) and answer:
         text, *others = [_checked_answer(each, f"{place}, answer {n}") for n, each in enumerate(answer, 1)]
-        if others:
-            rest[OTHER_ANSWERS] = others
+        rest = {**rest, **({OTHER_ANSWERS: others} if others else {})}
     else:
         text = _checked_answer(answer, place)
     found = worked_answer(text)
     if found is None:
-        return Problem(prompt, text, rest)
+        return text, rest
     if THOUSANDS.fullmatch(found):
         found = found.replace(",", "")
     if not found:
         empty = "nothing is in the last box" if "boxed" in text else f"nothing follows the last {GSM8K_MARK}"
         raise ValueError(f"{place}: {empty}")
-    return Problem(prompt, found, {"solution": text, **rest})
+    return found, {"solution": text, **rest}
 
 
 def _tests(row: Row, where: str) -> list[Test] | None:
