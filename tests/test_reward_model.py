@@ -139,7 +139,9 @@ def test_what_is_saved_scores_as_transformers_does(finished):
 
     # Asked as the runs of others ask it, it gives the scores of its training.
     assert loaded.prompt_format == {"kind": "plain", "template": "{question}"}
-    asked = load_reward_model(str(folder), mesh=None, dtype=jnp.float32)
+    said = []
+    asked = load_reward_model(str(folder), mesh=None, dtype=jnp.float32, say=said.append)
+    assert said == ["reward model: reads the plain template '{question}', as it was trained"]
     held_out = finished.data.load(0)[1]
     for side, name in enumerate(("chosen", "rejected")):
         completions = [getattr(each, name) for each in held_out]

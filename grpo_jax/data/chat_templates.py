@@ -66,7 +66,7 @@ def render_chats(
     if not chats:
         return []
     check_has_template(tokenizer)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    special = plain_data(tokenizer.special_tokens_map)
     today = today or date.today().isoformat()
     texts: list[str] = []
     sources = [tokenizer.get_chat_template(None, chat.tools) for chat in chats]
