@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+from grpo_jax.rewards.boxes import Statement
 from grpo_jax.rewards.markup import plain
 from grpo_jax.rewards.numbers import numeric_value
 
@@ -105,16 +106,16 @@ UNSURE = re.compile(r"\b(?:or|maybe|perhaps|possibly|could|may|might)\b", re.IGN
 HEDGE = re.compile(r"[\s*_`$)\]]*(?:or|alternatively|otherwise|maybe|perhaps|possibly)\b", re.IGNORECASE)
 QUOTED = re.compile(r"""^[\"“”'‘]([^\"“”'‘’]*)[\"“”'’][.,]?$""")
 OPTION = re.compile(r"(?:option|choice|letter)\s+(\(?[A-Z]\)?)", re.IGNORECASE)
-JSON = re.compile(r"""["'](?:final[_ ])?answer["']\s?:\s?(?:"((?:[^"\\\n]|\\.)*)"|(-?[\d.,/]*\d))""", re.IGNORECASE)
+JSON = re.compile(
+    r"""["'](?:final[_ ])?answer["']\s?:\s?(?:"((?:[^"\\\n]|\\.)*)"|(-?[\d.,/]*\d)(?=\s*(?:\}|,\s*["'])))""",
+    re.IGNORECASE,
+)
 
 BLANKS = re.compile(r"\s*")
 LIST_ITEM = re.compile(r"[ \t]*(?:[-*+•]|\d{1,2}[.)])[ \t]+(?=\S)")
 FENCE = re.compile(r"[ \t]*(?:```|~~~)[^\n`]*")
 BLOCKS = {"$$": "$$", r"\[": r"\]", r"\(": r"\)", r"\begin{": r"\end{", "```": "```", "~~~": "~~~"}
 VALUE = re.compile(r"[\s$\\(\[{+\-−]*\d\S*(?:\s\S+){0,3}|[\s$]*\\\S+(?:\s\S+){0,3}|\(?[A-J]\)?")
-
-Statement = tuple[int, str]
-"""Where the answer is named, and what it is."""
 
 
 def sentences(text: str) -> list[Statement]:
@@ -125,12 +126,12 @@ def sentences(text: str) -> list[Statement]:
     remarks on an answer ("our answer is correct") state none; reasons (", because ...") are cut off.
     """
     found: list[Statement] = []
-    fields = {m.start() + 1: m[2] if m[1] is None else m[1] for m in JSON.finditer(text)}
+    fields = {m.start() + 1: (m.end(), m[2] if m[1] is None else m[1]) for m in JSON.finditer(text)}
     labels = sorted({m.span() for pattern in (LABEL, HEADING) for m in pattern.finditer(text)})
     named = None  # where a sentence that names several answers begins, and what follows its first "answer is"
     for (start, begin), following in zip(labels, [*labels[1:], (len(text), len(text))][: len(labels)], strict=True):
         if start in fields:
-            found.append((start, fields[start]))
+            found.append((start, *fields[start]))
             continue
         end = END.search(text, begin, following[0])
         if end is None and following[0] < len(text):
@@ -141,7 +142,7 @@ def sentences(text: str) -> list[Statement]:
         named = None
         content = _content(text, inside, end, following[0])
         if content and not _is_remark(text, first, content) and (end is None or end[0] not in QUESTION):
-            found.append((start, content))
+            found.append((start, following[0] if end is None else end.start(), content))
     return found
 
 
@@ -155,9 +156,11 @@ def _content(text: str, begin: int, end: re.Match[str] | None, limit: int) -> st
     content = text[begin:stop]
     if end is not None and end[0] == "\n" and not plain(content):
         return _below(text, end.end(), limit)
-    if end is not None and HEDGE.match(text, end.end(), limit):
-        more = END.search(text, end.end(), min(limit, end.end() + FAR))
-        return plain(text[begin : more.start() if more else min(limit, end.end() + FAR)])
+    hedge = None if end is None else HEDGE.match(text, end.end(), limit)
+    if hedge is not None:
+        far = min(limit, hedge.end() + FAR)
+        more = END.search(text, hedge.end(), far)
+        return plain(text[begin : far if more is None else more.start()])
     block = next((opening for opening in BLOCKS if content.lstrip().startswith(opening)), None)
     if block is not None:
         opened = text.index(block, begin)
