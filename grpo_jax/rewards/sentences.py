@@ -83,10 +83,13 @@ QUESTION = ("?", "？")
 SUPPOSED = re.compile(
     r"""(?: \b(?:if|whether|suppose|supposing|assume|assuming|unless|doubt|maybe|perhaps|possibly)
           | n[o'’]t\s+\w{1,12} )
-        (?:\s+(?:that|if))? (?:\s+(?:the|our|my|its|your|a))? (?:\s+(?:final|correct|right|true|actual))* \s* \Z
-      | \b(?:this|that|another|an?|any|each|every|no|wrong|incorrect|student's|other|possible|initial|previous|partial|
-          intermediate)\s+\Z""",
+        (?:\s+(?:that|if))? (?:\s+(?:the|our|my|its|your|a))? (?:\s+(?:final|correct|right|true|actual))* \s* \Z""",
     re.VERBOSE | re.IGNORECASE,
+)
+ANOTHER = re.compile(
+    r"\b(?:this|that|another|an?|any|each|every|no|wrong|incorrect|student's|other|possible|initial|previous|partial|"
+    r"intermediate)\s+\Z",
+    re.IGNORECASE,
 )
 # "Our answer is correct" says something about the answer.
 EVALUATION = re.compile(
@@ -218,6 +221,7 @@ def _is_remark(text: str, start: int, content: str) -> bool:
     before = re.split(r"[\n.!?:;]", before)[-1]
     return (
         SUPPOSED.search(before) is not None
+        or (text.startswith(("answer", "Answer"), start) and ANOTHER.search(before) is not None)
         or EVALUATION.fullmatch(content) is not None
         or (OWN.search(before) is not None and OWN_EVALUATION.fullmatch(content) is not None)
     )
