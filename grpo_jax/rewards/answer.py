@@ -64,8 +64,10 @@ def gold_answer(gold: str) -> str:
 
 def worked_answer(text: str) -> str | None:
     r"""The answer of a worked solution that ends in ``\boxed{...}`` or ``#### ...``; None for any other text."""
-    box = final_box(text)
-    marks = _marks(text)
+    rest = after_thought("", text)
+    if rest is None or _last_tagged(rest) is not None:
+        return None
+    box, marks = final_box(rest), _marks(rest)
     return box[2] if box is not None else marks[-1][2] if marks else None
 
 
