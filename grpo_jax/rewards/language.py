@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import regex
 
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.prose import prose_of_code, prose_of_mathematics
 
 WORDS_A_PIECE = 16
@@ -116,6 +117,7 @@ SYMBOLS = regex.compile(
 )
 
 
+@per_sample(columns=("target_language",))
 def language_reward(
     prompts: list[str],
     completions: list[str],

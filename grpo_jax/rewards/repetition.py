@@ -7,6 +7,8 @@ from typing import Any
 
 import regex
 
+from grpo_jax.rewards.calling import per_sample
+
 LONGEST_WORD = 20
 LONGEST_BLANK = 40
 LETTERS_A_WORD = 4
@@ -30,6 +32,7 @@ WORD = regex.compile(
 )
 
 
+@per_sample(columns=())
 def repetition_reward(prompts: list[str], completions: list[str], *, n: int = 4, **_columns: list[Any]) -> list[float]:
     """Minus the share of a completion's n-grams that stood in it before: 0 for none, towards -1 for nothing else.
 
