@@ -216,6 +216,21 @@ def test_a_completion_with_two_answers_does_not_score(form):
                 assert math_reward([""], [completion], answer=[gold]) == [0.0], completion
 
 
+def test_guesses_within_thoughts_and_before_the_final_answer_do_not_score():
+    for guess, other, final in itertools.product(FORMS, FORMS[:3], FORMS[:8]):
+        guess, other, final = guess % 12, other % 12, final % 13
+        for completion in (
+            f"<think>{guess} hmm {other}",
+            f"<think>{guess}</think>{final}",
+            f"<think>a</think>{final}<think>{guess}",
+            f"{guess}</think>{final}",
+            f"<think>{guess}</think>\n<think>{other}</think>\n{final}",
+            f"<answer>{other} or 13</answer>",
+            "<answer>13\n\n12</answer>",
+        ):
+            assert answer_reward([""], [completion], answer=["12"]) == [0.0], completion
+
+
 def test_the_same_answer_twice_is_one_answer():
     for form, hedge in [*itertools.product(FORMS[:2], HEDGES), *itertools.product(FORMS, ["\n", ".\n\nSo "])]:
         completion = form % "1/2" + hedge + form % "0.5"

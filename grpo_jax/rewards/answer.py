@@ -130,7 +130,7 @@ def _is_listed(text: str, stated: list[Statement]) -> bool:
 def _in_tag(tagged: str) -> str | None:
     if "\\boxed" in tagged and final_box(tagged) is not None:
         box = box_of(tagged)
-        return None if box is None else box[2]
+        return None if box is None or is_hedged(tagged, box[1], box[2]) else box[2]
     stated = {answer for _, _, answer in sentences(tagged) + _marks(tagged)}
     return plain(tagged) if not stated else stated.pop() if len(stated) == 1 else None
 
