@@ -76,6 +76,11 @@ HEADING = re.compile(
     rf"^[ \t>\#*_\d.-]{{0,12}}(?:the\s|our\s)?(?:final\s|correct\s|最终)?(?:{ENGLISH}|{NOUNS}|答案)[ \t*_\#]*$",
     re.MULTILINE | re.IGNORECASE,
 )
+# What a label has in it: texts without any of these, in lower case, need no search.
+HINTS = (
+    *("answer", "option", "choice", "答", "选", "選", "正解", "답", "คำตอบ"),
+    *(noun.split(r"\s")[0].lower() for nouns, _ in LANGUAGES.values() for noun in nouns.split("|")),
+)
 END = re.compile(r"""\n|(?<!\.)\.(?=[*_`"')]{0,4}(?:\s|\Z))|[。！？।]|\?(?=\s|\Z)""")
 QUESTION = ("?", "？")
 
@@ -128,6 +133,9 @@ def sentences(text: str) -> list[Statement]:
     ends there, the block of mathematics, the list or the line below. Suppositions ("if the answer is 5"), questions and
     remarks on an answer ("our answer is correct") state none; reasons (", because ...") are cut off.
     """
+    lowered = text.lower()
+    if not any(hint in lowered for hint in HINTS):
+        return []
     found: list[Statement] = []
     fields = {m.start() + 1: (m.end(), m[2] if m[1] is None else m[1]) for m in JSON.finditer(text)}
     labels = sorted({m.span() for pattern in (LABEL, HEADING) for m in pattern.finditer(text)})
