@@ -10,7 +10,7 @@ import json
 import re
 import string
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
 
@@ -459,3 +459,13 @@ def _other_preference(row: Row) -> str:
     else:
         kind = ""
     return f"{kind}a preference has prompt, chosen and rejected, and this row has {listed(row)}"
+
+
+def kind_of(row: Mapping[str, Any]) -> Literal["problems", "demonstrations", "preferences"]:
+    """The use of a row by its columns: a pair of completions, a question with answer or tests, or a demonstration."""
+    if all(find_column(row, name) or f"{name}_response" in row for name in ("chosen", "rejected")):
+        return "preferences"
+    answers = [name for name in ANSWER_COLUMNS if name not in COMPLETION_COLUMNS]
+    is_graded = any(find_column(row, name) for name in (*answers, "tests", "test_list", "input_output", "test"))
+    has_completion = any(find_column(row, name) for name in (*CONVERSATION_COLUMNS, *COMPLETION_COLUMNS, "text"))
+    return "demonstrations" if has_completion and not is_graded else "problems"

@@ -92,15 +92,38 @@ def load_problems(
         ValueError: another kind of file; a split or subset of something that has none; a source without rows; an
             empty, malformed or overlong row. The error names file and line, or row counted from 1.
     """
+    placed = load_placed_problems(
+        source,
+        split=split,
+        subset=subset,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        require_answer=require_answer,
+        skipped=skipped,
+    )
+    return [problem for _, problem in placed]
+
+
+def load_placed_problems(
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    require_answer: bool = True,
+    skipped: list[str] | None = None,
+) -> list[tuple[str, Problem]]:
+    """The problems as ``load_problems`` gives them, each after its place, such as ``data.jsonl:3``."""
     columns: tuple[str, str | None] | None = None
 
-    def parse(row: Row, where: str) -> Problem:
+    def parse(row: Row, where: str) -> tuple[str, Problem]:
         nonlocal columns
         if columns is None:
             tests = _tests(row, where)
             answers = answer_column or answer_column_of(row, where, required=require_answer and tests is None)
             columns = prompt_column or prompt_column_of(row, where), answers
-        return _problem(row, where, *columns, require_answer=require_answer)
+        return where, _problem(row, where, *columns, require_answer=require_answer)
 
     problems = parsed_rows(read_rows(source, split, subset, skipped=skipped), parse, skipped)
     if not problems:
