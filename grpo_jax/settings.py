@@ -17,10 +17,11 @@ from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.errands import ERRANDS, MOST_ERRANDS, errand_problems, errand_reward, sample_errands
 from grpo_jax.data.files import split_names
 from grpo_jax.data.notes import DataNotes, prompt_key
-from grpo_jax.data.prompts import Overlong
+from grpo_jax.data.prompts import Overlong, Rendering
 from grpo_jax.data.reasoning_gym import reasoning_gym_problems
 from grpo_jax.data.sources import OTHER_ANSWERS, Problem, load_problems
 from grpo_jax.data.tasks import sample_sums, sum_problems
+from grpo_jax.prompt_settings import PromptSettings
 from grpo_jax.rewards.answer import answer_reward, gold_answer, same_text
 from grpo_jax.rewards.any_answer import any_answer_reward
 from grpo_jax.rewards.code import code_reward
@@ -190,7 +191,7 @@ class PolicyLossSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(PromptSettings):
     """Problems to train on, problems held out, and how they become prompts."""
 
     dataset: str | None = None
@@ -213,12 +214,6 @@ class DataSettings:
     """Column with the gold answer, or a path such as reward_model.ground_truth; likewise."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be read, and count them; otherwise the first one is an error."""
-    chat_template: bool = False
-    """Render prompts with the tokenizer's chat template instead of the plain one."""
-    template: str | None = None
-    """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
-    system_prompt: str | None = None
-    """A system message; with --chat-template only."""
     grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
     """What tells a right answer: exact (numbers by value, other texts as they stand), math (mathematics that is equal),
     code (programs, by the column tests). auto: code where there are tests, math elsewhere, exact for the built-in sums;
@@ -232,6 +227,7 @@ class DataSettings:
     """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
 
     def __post_init__(self):
+        PromptSettings.__post_init__(self)
         if not self.program_seconds > 0:
             raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
         if self.grader == "none" and (self.dataset is None or self.dataset == ERRANDS):
@@ -240,12 +236,6 @@ class DataSettings:
             raise ValueError("partial_credit scores programs by their tests; these problems have none")
         if self.eval_problems is not None and self.eval_problems < 1:
             raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
-        if self.chat_template and self.template is not None:
-            raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
-        if self.template is not None and "{question}" not in self.template:
-            raise ValueError(f"template must hold {{question}} where the prompt goes; it is {self.template!r}")
-        if self.system_prompt is not None and not self.chat_template:
-            raise ValueError("system_prompt needs chat_template; with a plain template, write its text into that")
 
     @property
     def same(self) -> Callable[[str, str], bool]:
@@ -339,7 +329,7 @@ class DataSettings:
         *,
         pad_id: int,
         max_prompt_length: int,
-        default_template: str,
+        rendering: Rendering,
         first_index: int = 0,
     ) -> EncodedProblems:
         """The problems as prompts of token ids; see ``EncodedProblems`` for what it raises."""
@@ -350,8 +340,7 @@ class DataSettings:
             pad_id=pad_id,
             overlong=self.overlong_prompts,
             first_index=first_index,
-            template=None if self.chat_template else self.template or default_template,
-            system_prompt=self.system_prompt,
+            **rendering,
         )
 
     def _held_out_sums(self) -> list[Problem]:

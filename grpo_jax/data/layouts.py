@@ -253,7 +253,7 @@ def answer_column_of(row: Row, where: str, *, required: bool) -> str | None:
     return found
 
 
-def problem_prompt(row: Row, name: str, where: str) -> Any:
+def prompt_of(row: Row, name: str, where: str) -> Any:
     """The prompt of a row: text, or messages up to the reply.
 
     Alpaca's ``input`` follows its ``instruction``; a programming problem is followed by the code to start from, or by

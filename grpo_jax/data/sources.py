@@ -13,11 +13,12 @@ from grpo_jax.data.layouts import (
     answer_column_of,
     check_length,
     choice_answer,
-    problem_prompt,
     prompt_column_of,
+    prompt_of,
     required_column,
     without,
 )
+from grpo_jax.data.messages import Messages, checked_messages, is_message
 from grpo_jax.rewards.answer import GSM8K_MARK, worked_answer
 from grpo_jax.rewards.code_tests import Test, tests_from_row
 
@@ -28,10 +29,11 @@ TEST_COLUMNS = (
     *("public_test_cases", "private_test_cases", "public_tests", "private_tests", "generated_tests"),
 )
 """Columns that ``tests`` takes the place of."""
-REWARD_ARGUMENTS = ("prompts", "completions")
+PROMPT = "problem_prompt"
+"""The column with which rewards get a problem's own prompt, before any template."""
+REWARD_ARGUMENTS = ("prompts", "completions", PROMPT)
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
-Messages = list[dict[str, Any]]
 Parsed = TypeVar("Parsed")
 
 
@@ -82,9 +84,9 @@ def load_problems(
         skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
 
     Returns:
-        The problems in the order of the source. Columns named ``prompts`` or ``completions`` are left out of
-        ``columns``: rewards get these two from the rollout. Of several right answers, those after the first are in the
-        column ``other_answers``. Tests of a program are in the column ``tests``.
+        The problems in the order of the source. Columns named ``prompts``, ``completions`` or ``problem_prompt`` are
+        left out of ``columns``: rewards get these from the rollout. Of several right answers, those after the first are
+        in the column ``other_answers``. Tests of a program are in the column ``tests``.
 
     Raises:
         FileNotFoundError: no such file, folder, split or data set.
@@ -134,11 +136,16 @@ def load_placed_problems(
 def reward_columns(problems: Sequence[Problem], *, group_size: int = 1) -> dict[str, list[Any]]:
     """The columns of ``problems`` as rewards take them, ``answer`` first, each row ``group_size`` times in a row.
 
-    A row without a column that another row has gets None there.
+    ``problem_prompt`` is the problem's own prompt, a text or messages, before any template. A row without a column that
+    another row has gets None there.
     """
-    names = dict.fromkeys(name for problem in problems for name in problem.columns)
-    rows = [{**problem.columns, "answer": problem.answer} for problem in problems for _ in range(group_size)]
-    return {name: [row.get(name) for row in rows] for name in ["answer", *names]}
+    names = dict.fromkeys(["answer", *(name for problem in problems for name in problem.columns), PROMPT])
+    rows = [
+        {**problem.columns, "answer": problem.answer, PROMPT: problem.prompt}
+        for problem in problems
+        for _ in range(group_size)
+    ]
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def parsed_rows(rows: Rows, parse: Callable[[Row, str], Parsed], skipped: list[str] | None) -> list[Parsed]:
@@ -166,7 +173,7 @@ def parsed_rows(rows: Rows, parse: Callable[[Row, str], Parsed], skipped: list[s
 
 
 def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None, *, require_answer: bool) -> Problem:
-    prompt = problem_prompt(row, prompt_column, where)
+    prompt = prompt_of(row, prompt_column, where)
     place = f"{where}, column {prompt_column!r}"
     check_length(prompt, place)
     prompt = checked_prompt(prompt, place)
@@ -222,15 +229,15 @@ def _tests(row: Row, where: str) -> list[Test] | None:
 
 
 def checked_prompt(prompt: Any, where: str) -> str | Messages:
-    """A question or a conversation, if it is one.
+    """A question or a conversation, if it is one: its messages with their content as text.
 
     Raises:
-        ValueError: it is neither; says what stands at that place.
+        ValueError: it is neither, or a message has content that is not text; says what stands at that place.
     """
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
-        return prompt
+        return checked_messages(prompt, where)
     raise ValueError(
         f"{where} must be text that is not blank, or messages with a text as role and as content; it is {prompt!r:.200}"
     )
@@ -245,11 +252,6 @@ def checked_text(text: Any, where: str) -> str:
     if isinstance(text, str) and text.strip():
         return text
     raise ValueError(f"{where} must be text that is not blank; it is {text!r:.200}")
-
-
-def is_message(message: Any) -> bool:
-    """Whether something has a text as role and as content."""
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _checked_answer(answer: Any, where: str) -> str:
