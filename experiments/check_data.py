@@ -198,7 +198,7 @@ def print_report(report: dict[str, Any], examples: int) -> None:
     """Print a line on the whole, a table of findings, and the first rows of each."""
     console = Console()
     grader = f", graded by {report['grader']}" if report["grader"] else ""
-    console.print(Text(f"{report['dataset']}: {report['rows']} rows, read as {report['kind']}{grader}"))
+    console.print(Text(f"{report['dataset']}: {report['rows']} rows, read as {report['kind']}{grader}"), soft_wrap=True)
     if not report["findings"]:
         console.print(Text("nothing found"))
         return

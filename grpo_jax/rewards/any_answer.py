@@ -16,6 +16,7 @@ def any_answer_reward(
     answer: list[str | None],
     other_answers: Sequence[Sequence[str] | None] | None = None,
     grader: Callable[..., list[float | None]] = math_reward,
+    **_columns: list[Any],
 ) -> list[float | None]:
     """The best score that a completion gets for one of several right answers.
 
@@ -24,7 +25,7 @@ def any_answer_reward(
         completions: passed on.
         answer: the first right answer of each.
         other_answers: the others of each; None or empty where there are none.
-        grader: a reward that takes prompts, completions and ``answer``.
+        grader: a per-sample reward that takes prompts, completions and ``answer``.
 
     Returns:
         For each completion the largest score; None where the grader abstains for every answer.
