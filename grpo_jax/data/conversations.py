@@ -265,9 +265,9 @@ def _demonstration(row: Row, where: str, prompt_column: str | None, completion_c
 
 
 def _conversation(messages: Messages, where: str, columns: Row) -> Demonstration:
-    *before, last = checked_messages(messages, where)
-    if not before:
+    if len(messages) < 2:
         raise ValueError(f"{where}: a conversation must hold at least two messages with role and content")
+    *before, last = checked_messages(messages, where)
     if last["role"] != "assistant":
         raise ValueError(f"{where}: the last message is the {last['role']}'s; it must be the assistant's")
     reply = {name: value for name, value in last.items() if name not in ("role", "content")}

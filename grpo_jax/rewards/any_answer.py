@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.math import math_reward
