@@ -2,8 +2,8 @@
 
     python tests/measure_math_pairs.py tests/data/math_pairs.jsonl
 
-A line of the file is ``{"kind", "gold", "answer" or "completion", "equal"}``. An answer is graded in a box, except one of
-the kind ``completion``, which is a whole completion.
+A line of the file is ``{"kind", "gold", "answer" or "completion", "equal"}``. An answer is graded in a box, except one
+of the kind ``completion``, which is a whole completion.
 """
 
 import json
