@@ -13,7 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.rewards.answer import extract_answer
+from grpo_jax.rewards.answer import extract_answer, gold_answer
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, operations, substitute, variables
 from grpo_jax.rewards.final_answer import Answer, as_node
@@ -50,10 +50,10 @@ def math_reward(
     None where the gold is None, cannot be read, is an identity, or does not have the form that is required.
 
     Args:
-        prompts: unused.
+        prompts: the texts that the completions continue, which may have opened the thought; or an empty list.
         completions: the final answer is what ``extract_answer`` finds; without one the score is 0.0.
-        answer: the gold answers, bare or as a solution from which ``extract_answer`` takes it; see ``same_answer`` for
-            what is equal.
+        answer: the gold answers, bare or as a solution that ``gold_answer`` reads; see ``same_answer`` for what is
+            equal.
         form: of expressions, which form is required besides equality: ``expanded`` (a sum of distinct monomials),
             ``factored`` (a product of irreducible polynomials) or ``as-written`` (the same text but for spacing and
             spelling). For tasks where the question, copied, would equal its answer.
@@ -63,7 +63,8 @@ def math_reward(
     """
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}, not one of {', '.join(FORMS)}")
-    return [_score(completion, gold, form) for completion, gold in zip(completions, answer, strict=True)]
+    prompts = prompts or [""] * len(completions)
+    return [_score(*row, form) for row in zip(prompts, completions, answer, strict=True)]
 
 
 def same_answer(gold: str, answer: str, *, form: str | None = None) -> bool:
@@ -106,6 +107,20 @@ def same_answer(gold: str, answer: str, *, form: str | None = None) -> bool:
         return False
 
 
+def same_answers(answer: str, other: str) -> bool:
+    """Whether two answers are the same, whichever of them were the gold; False where one cannot be read.
+
+    For majority votes. ``same_answer`` is stricter with the answer than with the gold.
+    """
+    for gold, given in ((answer, other), (other, answer)):
+        try:
+            if same_answer(gold, given):
+                return True
+        except ValueError:
+            continue
+    return False
+
+
 def stands_in_question(question: str, gold: str) -> bool:
     """Whether a formula of a question, or one side of it, equals the gold answer: copying it would score.
 
@@ -130,13 +145,11 @@ def _same_within_limit(gold: Answer, given: Answer) -> bool:
         return False
 
 
-def _score(completion: str, gold: str | None, form: str | None) -> float | None:
+def _score(prompt: str, completion: str, gold: str | None, form: str | None) -> float | None:
     if gold is None:
         return None
-    final_gold = extract_answer(gold)
-    final = extract_answer(completion)
     try:
-        return float(same_answer(gold if final_gold is None else final_gold, final or "", form=form))
+        return float(same_answer(gold_answer(gold), extract_answer(completion, prompt) or "", form=form))
     except ValueError:
         return None
 
