@@ -6,7 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from grpo_jax.data import sources
 from grpo_jax.data.sources import Problem, load_problems, reward_columns
+from grpo_jax.rewards.answer import worked_answer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 ROWS = [{"question": "1+1?", "answer": "so\n#### 1,002"}, {"question": "2+2?", "answer": "4", "level": 3}]
@@ -303,3 +305,12 @@ def test_reward_columns_repeat_rows_and_fill_in_none():
         "problem_prompt": ["p", "p", "q", "q"],
     }
     assert reward_columns(problems)["answer"] == ["1", None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\n#### 7", "#### 1,234\n", "#### -3.5  ", "#### 7.", "#### 7 cm", "no mark", "#### 1\n#### 2", "x #### 5 #### 6",
+     "\\boxed{3} #### 4", "#### x", "# 5", "#### 12,34", "a ##### 5", "5 ####  7", "#### +7", "text" * 30 + "#### 8"],
+)  # fmt: skip
+def test_the_short_way_to_worked_answers_gives_what_the_long_one_gives(text):
+    assert sources._worked_answer(text) == worked_answer(text)

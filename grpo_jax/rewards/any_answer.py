@@ -26,7 +26,7 @@ def any_answer_reward(
         completions: passed on.
         answer: the first right answer of each.
         other_answers: the others of each; None or empty where there are none.
-        grader: a reward that takes prompts, completions and ``answer``.
+        grader: a per-sample reward that takes prompts, completions and ``answer``.
 
     Returns:
         For each completion the largest score; None where the grader abstains for every answer.
