@@ -229,7 +229,8 @@ def as_text(answer: Any) -> str | None:
 def graded(prompts: EncodedProblems, completions: list[str], lengths: np.ndarray, samples: int) -> dict[str, float]:
     """The share of completions whose final answer is right, where there are answers; and the mean length."""
     answers = [problem.answer for problem in prompts.problems for _ in range(samples)]
-    scores = math_reward([""] * len(completions), completions, answer=answers)
+    asked = [text for text in prompts.texts for _ in range(samples)]
+    scores = math_reward(asked, completions, answer=answers)
     right = [score == 1 for score in scores if score is not None]
     lengths_and_grades = {"eval/mean_length": float(lengths.mean())}
     return lengths_and_grades | ({"eval/pass@1": float(np.mean(right))} if right else {})

@@ -382,7 +382,13 @@ class Rounds:
                 task.held_out, drawn, self._decode, task.scoring.score, group_size=group_size, report=report
             )
         return evaluate.held_out(
-            task.held_out, drawn, self._decode, task.scoring.held_out, group_size=group_size, report=report
+            task.held_out,
+            drawn,
+            self._decode,
+            task.scoring.held_out,
+            group_size=group_size,
+            same=task.same,
+            report=report,
         )
 
     def _encode(self, policy: models.Pretrained) -> None:

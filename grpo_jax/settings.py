@@ -19,10 +19,11 @@ from grpo_jax.data.prompts import Overlong
 from grpo_jax.data.reasoning_gym import reasoning_gym_problems
 from grpo_jax.data.sources import Problem, load_problems
 from grpo_jax.data.tasks import sample_sums, sum_problems
-from grpo_jax.rewards.answer import answer_reward, extract_answer
-from grpo_jax.rewards.code import code_reward, readable_tests
+from grpo_jax.rewards.answer import answer_reward, gold_answer, same_text
+from grpo_jax.rewards.code import code_reward
+from grpo_jax.rewards.code_tests import why_untestable
 from grpo_jax.rewards.compose import RewardFn
-from grpo_jax.rewards.math import math_reward
+from grpo_jax.rewards.math import math_reward, same_answers
 from grpo_jax.rewards.read_math import read_answer
 from grpo_jax.rewards.sandbox import Limits
 from grpo_jax.sharding import make_mesh
@@ -239,6 +240,12 @@ class DataSettings:
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError("system_prompt needs chat_template; with a plain template, write its text into that")
 
+    @property
+    def same(self) -> Callable[[str, str], bool]:
+        """Whether two answers are the same for a majority vote: as the grader compares them."""
+        is_text = self.dataset in (None, ERRANDS) or self.dataset.startswith(REASONING_GYM)
+        return same_text if is_text or self.grader not in ("auto", "math") else same_answers
+
     def load(self, seed: int) -> tuple[list[Problem], list[Problem], RewardFn, RewardFn]:
         """Problems to train on, problems held out, and the reward that tells a right answer, for each of the two.
 
@@ -383,10 +390,10 @@ def check_gold(problems: list[Problem], grader: str, source: str) -> None:
     """
     first = problems[:100]
     if grader == "code":
-        unread = [problem.columns.get("tests") for problem in first if not readable_tests(problem.columns.get("tests"))]
+        unread = [problem.columns.get("tests") for problem in first if why_untestable(problem.columns.get("tests"))]
     elif grader == "math":
         gold = [problem.answer or "" for problem in first]
-        unread = [each for each in gold if read_answer(extract_answer(each) or each) is None]
+        unread = [each for each in gold if read_answer(gold_answer(each)) is None]
     else:
         unread = [problem.answer for problem in first if not (problem.answer or "").strip()]
     if 2 * len(unread) > len(first):

@@ -188,6 +188,7 @@ class OpenTask:
         problems, held_out: lists of problems, until ``encode`` made prompts of them.
         scoring: what scores completions; left with the run.
         is_graded: whether anything tells a right completion.
+        same: whether two answers are the same for a majority vote.
 
     Args:
         task: which.
@@ -218,6 +219,7 @@ class OpenTask:
     ):
         self.name, self._task, self._run = task.name, task, run
         self.is_graded = task.data.grader != "none"
+        self.same = task.data.same
         if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
             raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
         self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed)
@@ -230,6 +232,7 @@ class OpenTask:
                 needs_pool=task.data.dataset not in (None, ERRANDS),
                 mesh=mesh,
                 dtype=dtype,
+                show=run.say,
             )
         )
         scored = self._held_out if scores_held_out else self._problems

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.rewards.answer import GSM8K_MARK, worked_answer
+
 PROMPT_COLUMNS = ("question", "prompt", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
 REWARD_ARGUMENTS = ("prompts", "completions")
-GSM8K_MARK = "####"
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 Messages = list[dict[str, Any]]
@@ -44,11 +45,11 @@ def load_problems(
     answer_column: str | None = None,
     require_answer: bool = True,
 ) -> list[Problem]:
-    """The problems of a JSONL or parquet file, of a folder of such files, or of a data set on the hub.
+    r"""The problems of a JSONL or parquet file, of a folder of such files, or of a data set on the hub.
 
-    GSM8K works as it is: where an answer contains ``####``, the gold answer is what follows the last one (without its
-    commas, if it is a number with thousands), and the whole text is kept as the column ``solution`` unless the row has
-    one of its own.
+    GSM8K and MATH work as they are: where an answer is a worked solution with ``\boxed{...}`` or, without one, with
+    ``#### ...`` at its end, the gold answer is what stands there (without its commas, if it is a number with
+    thousands), and the whole text is kept as the column ``solution`` unless the row has one of its own.
 
     Args:
         source: a ``.jsonl`` or ``.parquet`` file; a folder that holds ``{split}.jsonl`` or ``{split}.parquet``; or the
@@ -203,13 +204,14 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
     if answer_column is None:
         return Problem(prompt, None, rest)
     text = _checked_answer(rest.pop(answer_column), f"{where}, column {answer_column!r}")
-    if GSM8K_MARK not in text:
+    answer = worked_answer(text)
+    if answer is None:
         return Problem(prompt, text, rest)
-    answer = text.rsplit(GSM8K_MARK, 1)[1].strip()
     if THOUSANDS.fullmatch(answer):
         answer = answer.replace(",", "")
     if not answer:
-        raise ValueError(f"{where}, column {answer_column!r}: nothing follows the last {GSM8K_MARK}")
+        empty = "nothing is in the last box" if "boxed" in text else f"nothing follows the last {GSM8K_MARK}"
+        raise ValueError(f"{where}, column {answer_column!r}: {empty}")
     return Problem(prompt, answer, {"solution": text, **rest})
 
 

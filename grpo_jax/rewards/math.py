@@ -10,13 +10,20 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from grpo_jax.rewards.answer import extract_answer
+from grpo_jax.rewards.answer import extract_answer, gold_answer
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.read_math import Answer, as_interval, read_answer
 from grpo_jax.rewards.symbolic import agree, constant_ratio, parsed_expression, variables
 
 TRIGONOMETRY = ("sin", "cos", "tan", "cot", "sec", "csc")
 
 
+def load_parser() -> None:
+    """Import the parser and compute an expression once, which fills its caches."""
+    same_answer(r"\frac{x+1}{2}", r"\sqrt{2}+x^2")
+
+
+@per_sample(columns=("answer",), warm_up=load_parser)
 def math_reward(
     prompts: list[str], completions: list[str], *, answer: list[str | None], **_columns: list[Any]
 ) -> list[float | None]:
@@ -25,12 +32,13 @@ def math_reward(
     None where the gold is None or cannot be read: nothing is right by an accident of parsing.
 
     Args:
-        prompts: not looked at.
+        prompts: the texts that the completions continue, which may have opened the thought; or an empty list.
         completions: the final answer is what ``extract_answer`` finds; without one the score is 0.0.
-        answer: the gold answers, bare or as a solution from which ``extract_answer`` takes it; see ``same_answer``
+        answer: the gold answers, bare or as a solution that ``gold_answer`` reads; see ``same_answer``
             for what is equal.
     """
-    return [_score(completion, gold) for completion, gold in zip(completions, answer, strict=True)]
+    prompts = prompts or [""] * len(completions)
+    return [_score(*row) for row in zip(prompts, completions, answer, strict=True)]
 
 
 def same_answer(gold: str, answer: str) -> bool:
@@ -61,13 +69,25 @@ def same_answer(gold: str, answer: str) -> bool:
     return given is not None and _same(right, given)
 
 
-def _score(completion: str, gold: str | None) -> float | None:
+def same_answers(answer: str, other: str) -> bool:
+    """Whether two answers are the same, whichever of them were the gold; False where one cannot be read.
+
+    For majority votes. ``same_answer`` is stricter with the answer than with the gold.
+    """
+    for gold, given in ((answer, other), (other, answer)):
+        try:
+            if same_answer(gold, given):
+                return True
+        except ValueError:
+            continue
+    return False
+
+
+def _score(prompt: str, completion: str, gold: str | None) -> float | None:
     if gold is None:
         return None
-    final_gold = extract_answer(gold)
     try:
-        final = extract_answer(completion)
-        return float(same_answer(gold if final_gold is None else final_gold, "" if final is None else final))
+        return float(same_answer(gold_answer(gold), extract_answer(completion, prompt) or ""))
     except ValueError:
         return None
 
