@@ -149,7 +149,6 @@ def test_a_family_of_tokenizers_in_another_family_of_models(folders, tmp_path, n
         ("llama2", {"add_eos_token": True}),
         ("deepseek_r1_qwen", {"add_bos_token": False, "legacy": True}),
         ("qwen25", {"add_prefix_space": True}),
-        ("mistral_tekken", {"fix_mistral_regex": True}),
     ],
 )
 def test_tokens_around_a_text_are_those_of_the_file(folders, tmp_path, name, changes):
