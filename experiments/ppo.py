@@ -211,7 +211,14 @@ def train(config: Config, run: Run) -> None:
             run.stop_if_requested()
             metrics |= rounds.evaluate_if_due(step, learner.actor(states))
             phase.update(step, metrics)
-    save_trained(run, learner.actor(states), rounds.policy, steps=config.num_steps, summary={"seed": config.seed})
+    save_trained(
+        run,
+        learner.actor(states),
+        rounds.policy,
+        steps=config.num_steps,
+        summary={"seed": config.seed},
+        prompt_format=rounds.prompt_format,
+    )
 
 
 class Learner:

@@ -219,7 +219,9 @@ def train(config: Config, run: Run) -> None:
     gap = "sampling/sampling_logp_difference/max"
     gaps = [row[gap] for row in read_jsonl(run.metrics_log.path) if gap in row]
     summary = {"max_sampler_trainer_gap": max(gaps, default=None), "seed": config.seed}
-    save_trained(run, state.params, rounds.policy, steps=config.num_steps, summary=summary)
+    save_trained(
+        run, state.params, rounds.policy, steps=config.num_steps, summary=summary, prompt_format=rounds.prompt_format
+    )
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
