@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.math import math_reward
@@ -16,6 +17,7 @@ def any_answer_reward(
     answer: list[str | None],
     other_answers: Sequence[Sequence[str] | None] | None = None,
     grader: Callable[..., list[float | None]] = math_reward,
+    **_columns: list[Any],
 ) -> list[float | None]:
     """The best score that a completion gets for one of several right answers.
 
