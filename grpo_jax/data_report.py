@@ -5,7 +5,6 @@ Each check gives a ``Finding``: how many rows, which, and why it matters.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.data.sources import OTHER_ANSWERS, Messages, Problem
 from grpo_jax.rewards.answer import gold_answer
 from grpo_jax.rewards.code_tests import why_untestable
-from grpo_jax.rewards.math import math_reward, same_answer
+from grpo_jax.rewards.math import math_reward, stands_in_question
 from grpo_jax.rewards.read_math import read_answer
 from grpo_jax.rewards.thought import after_thought
 
 Grader = Literal["math", "exact", "code", "none"]
-FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 MOST_EXAMPLES = 50
 FEWEST_FOR_SHARES = 20
 """Shares of fewer rows say nothing."""
@@ -329,12 +327,6 @@ def _check_variety(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
         return []
     example = Example("all rows", f"{short(answer)} in {count} of {len(answers)}")
     return finding("one answer", "the same answer, always given, is right in most rows", [example], len(problems))
-
-
-def stands_in_question(question: str, gold: str) -> bool:
-    """Whether a formula of a question, between mathematics delimiters, equals its gold answer."""
-    formulas = (next(filter(None, each)) for each in FORMULA.findall(question))
-    return any(same_answer(gold, each) for each in formulas)
 
 
 def golds(problem: Problem) -> Iterator[str]:

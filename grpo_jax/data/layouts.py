@@ -213,7 +213,7 @@ def check_length(value: Any, where: str) -> None:
     if length > MAX_CHARACTERS:
         raise ValueError(
             f"{where} has {length:,} characters; at most {MAX_CHARACTERS:,} are read, more than any model here takes. "
-            "Shorten it, or leave such rows out with skip_bad_rows"
+            "Shorten it, or leave such rows out with --skip-bad-rows"
         )
 
 
