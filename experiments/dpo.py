@@ -151,6 +151,7 @@ def train(config: Config, run: Run) -> None:
     notes = DataNotes()
     preferences, held_out = config.data.load(config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
+    run.stop_if_requested()
     judge = errand_reward if config.data.dataset is None else None
     judge = judge if config.judge is None else import_reward(config.judge)
     start = config.start(run, config.seed)

@@ -117,6 +117,7 @@ def train(config: Config, run: Run) -> None:
     notes = DataNotes()
     preferences, held_out = config.data.load(config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
+    run.stop_if_requested()
     start = config.start(run, config.seed)
     scorer = with_stop_tokens(config.load(start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, "max_prompt_length + max_completion_length")

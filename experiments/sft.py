@@ -116,6 +116,7 @@ def train(config: Config, run: Run) -> None:
     notes = DataNotes()
     demonstrations, held_out = config.data.load(config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
+    run.stop_if_requested()
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
     check_length(config.row_length, policy, "max_length")

@@ -279,7 +279,7 @@ class DataSettings(PromptSettings):
             notes.note_division(rows, len(held_out), source)
         else:
             held_out, held_out_reward = self._sample(source, split, notes)
-        held_out = notes.without_leaks(held_out, map(key_of, held_out), map(key_of, problems))
+            held_out = notes.without_leaks(held_out, map(key_of, held_out), map(key_of, problems))
         if not held_out:
             raise ValueError(
                 f"every held-out problem of {source} is also trained on; name others with eval_dataset or eval_split"
@@ -442,7 +442,8 @@ def hold_out(
     Raises:
         ValueError: fewer than ten keys.
     """
-    keys = list(dict.fromkeys(map(key, rows)))
+    key_of_row = [*map(key, rows)]
+    keys = list(dict.fromkeys(key_of_row))
     if len(keys) < 10:
         raise ValueError(
             f"{source} has {len(keys)} problems, too few to hold a tenth of them out; name others with "
@@ -451,7 +452,11 @@ def hold_out(
     order = np.random.default_rng(HELD_OUT_SEED).permutation(len(keys))
     count = len(keys) // 10 if most is None else min(most, len(keys) // 10)
     chosen = {keys[n] for n in order[:count]}
-    return [row for row in rows if key(row) not in chosen], [row for row in rows if key(row) in chosen][:most]
+    kept: list[Row] = []
+    held_out: list[Row] = []
+    for row, of_row in zip(rows, key_of_row, strict=True):
+        (held_out if of_row in chosen else kept).append(row)
+    return kept, held_out[:most]
 
 
 def check_gold(problems: list[Problem], grader: str, source: str) -> None:

@@ -236,6 +236,7 @@ class OpenTask:
         else:
             self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed, notes)
         notes.report(run.say, run.folder / ("data.json" if task.name is None else f"data-{task.name}.json"))
+        run.stop_if_requested()
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
         self.scoring: Scoring = run.enter(
             task.rewards.open(

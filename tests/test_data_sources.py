@@ -6,7 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from grpo_jax.data import sources
 from grpo_jax.data.sources import Problem, load_problems, reward_columns
+from grpo_jax.rewards.answer import worked_answer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 ROWS = [{"question": "1+1?", "answer": "so\n#### 1,002"}, {"question": "2+2?", "answer": "4", "level": 3}]
@@ -34,6 +36,35 @@ def test_only_a_number_with_thousands_loses_its_commas(tmp_path, text, gold):
 def test_gold_follows_the_last_mark(tmp_path):
     [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "#### 4\n#### 5"}]))
     assert problem.answer == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("So \\boxed{7}.\n#### Remark\nNote.", "7"),
+        ("First \\boxed{4}. Then $x = \\boxed{\\frac{1}{2}}$. Our answer is correct.", "\\frac{1}{2}"),
+        ("It has \\boxed{3,250} of them.", "3250"),
+        ("2+3=5\n#### **5**", "5"),
+        ("#### Step 1\nadd\n#### 5", "5"),
+    ],
+)
+def test_the_gold_of_a_worked_solution_is_its_final_answer(tmp_path, text, gold):
+    [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"problem": "q", "solution": text}]))
+    assert problem == Problem("q", gold, {"solution": text})
+
+
+@pytest.mark.parametrize(
+    "text", ["#### Remark\nNote.", "x = 5", "The answer is 5.", "A", "<think>maybe #### 5 or more"]
+)
+def test_other_answers_stay_as_they_are(tmp_path, text):
+    [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": text}]))
+    assert problem == Problem("q", text)
+
+
+def test_an_empty_box_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "so \\boxed{}"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1, column 'answer': nothing is in the last box"):
+        load_problems(path)
 
 
 def test_solution_of_the_row_is_kept(tmp_path):
@@ -274,3 +305,12 @@ def test_reward_columns_repeat_rows_and_fill_in_none():
         "problem_prompt": ["p", "p", "q", "q"],
     }
     assert reward_columns(problems)["answer"] == ["1", None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\n#### 7", "#### 1,234\n", "#### -3.5  ", "#### 7.", "#### 7 cm", "no mark", "#### 1\n#### 2", "x #### 5 #### 6",
+     "\\boxed{3} #### 4", "#### x", "# 5", "#### 12,34", "a ##### 5", "5 ####  7", "#### +7", "text" * 30 + "#### 8"],
+)  # fmt: skip
+def test_the_short_way_to_worked_answers_gives_what_the_long_one_gives(text):
+    assert sources._worked_answer(text) == worked_answer(text)

@@ -14,16 +14,31 @@ from hypothesis import strategies as st
 from grpo_jax.data.sources import load_problems
 from grpo_jax.rewards.math import math_reward, same_answer
 from grpo_jax.rewards.read_math import read_answer
+from tests.measure_math_pairs import completion_of
 
-PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").read_text().splitlines()]
+DATA = Path(__file__).parent / "data"
+PAIRS = [json.loads(line) for line in (DATA / "math_pairs.jsonl").read_text().splitlines()]
+SECOND = [json.loads(line) for line in (DATA / "math_pairs_second.jsonl").read_text().splitlines()]
+"""Written by another author, who had not seen the grader."""
 LATEX = [r"\frac", r"\sqrt", r"\le", r"\{", r"\}", r"\text", r"\cup", r"\infty", r"\pm", r"\\", "{", "}", "&", " or "]
 PIECES = [*LATEX, *"1x^2(),=[]-!5. ", r"\begin{pmatrix}", r"\end{pmatrix}"]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 
 
 def score_of(pair):
-    completion = pair.get("completion") or rf"\boxed{{{pair['answer']}}}"
+    completion = completion_of(pair)
     return math_reward([""], [completion], answer=[pair["gold"]])[0]
+
+
+def test_pairs_of_another_author():
+    """No wrong answer scores, and at most 2 % of the right ones are missed."""
+    scores = [score_of(pair) for pair in SECOND]
+    assert [pair for pair, score in zip(SECOND, scores, strict=True) if score == 1 and not pair["equal"]] == []
+    assert len(SECOND) - sum(pair["equal"] for pair in SECOND) >= 600
+    missed = [pair for pair, score in zip(SECOND, scores, strict=True) if pair["equal"] and score != 1]
+    answers = [pair for pair in SECOND if pair["equal"] and pair["kind"] != "completion"]
+    assert len(answers) >= 600
+    assert sum(pair["kind"] != "completion" for pair in missed) <= 0.02 * len(answers), missed
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import json
 import re
 import string
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
 
@@ -25,7 +25,6 @@ ANSWER_COLUMNS = (
 )
 COMPLETION_COLUMNS = ("completion", "response", "output", "generated_solution", "solution")
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-CHOICES_COLUMNS = ("choices", "options")
 MAX_CHARACTERS = 1_000_000
 """The longest prompt or completion, in characters; no model here takes as many tokens."""
 
@@ -214,7 +213,7 @@ def check_length(value: Any, where: str) -> None:
     if length > MAX_CHARACTERS:
         raise ValueError(
             f"{where} has {length:,} characters; at most {MAX_CHARACTERS:,} are read, more than any model here takes. "
-            "Shorten it, or leave such rows out with skip_bad_rows"
+            "Shorten it, or leave such rows out with --skip-bad-rows"
         )
 
 
@@ -253,7 +252,7 @@ def answer_column_of(row: Row, where: str, *, required: bool) -> str | None:
     return found
 
 
-def problem_prompt(row: Row, name: str, where: str) -> Any:
+def prompt_of(row: Row, name: str, where: str) -> Any:
     """The prompt of a row: text, or messages up to the reply.
 
     Alpaca's ``input`` follows its ``instruction``; a programming problem is followed by the code to start from, or by
@@ -265,7 +264,7 @@ def problem_prompt(row: Row, name: str, where: str) -> Any:
     """
     prompt = required_column(row, name, where, "prompt_column=")
     is_conversation = name in CONVERSATION_COLUMNS
-    messages = as_messages(prompt)
+    messages = as_messages(prompt) if not isinstance(prompt, str) or prompt.lstrip()[:1] == "[" else None
     if messages is not None:
         messages = with_system(messages, row) if is_conversation else messages
         ends_with_reply = is_conversation and len(messages) > 1 and messages[-1]["role"] == "assistant"
@@ -303,7 +302,9 @@ def with_input(row: Mapping[str, Any], instruction: str) -> str:
 
 def choices_of(row: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
     """The letters and texts of a multiple-choice question, from a list or from ARC's object; None for other rows."""
-    value = next((row[name] for name in CHOICES_COLUMNS if row.get(name)), None)
+    if "choices" not in row and "options" not in row:
+        return None
+    value = row.get("choices") or row.get("options")
     if isinstance(value, Mapping) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
         labels, texts = [str(each) for each in value["label"]], value["text"]
     elif isinstance(value, Mapping) and all(len(str(name)) == 1 for name in value):
@@ -459,3 +460,13 @@ def _other_preference(row: Row) -> str:
     else:
         kind = ""
     return f"{kind}a preference has prompt, chosen and rejected, and this row has {listed(row)}"
+
+
+def kind_of(row: Mapping[str, Any]) -> Literal["problems", "demonstrations", "preferences"]:
+    """The use of a row by its columns: a pair of completions, a question with answer or tests, or a demonstration."""
+    if all(find_column(row, name) or f"{name}_response" in row for name in ("chosen", "rejected")):
+        return "preferences"
+    answers = [name for name in ANSWER_COLUMNS if name not in COMPLETION_COLUMNS]
+    is_graded = any(find_column(row, name) for name in (*answers, "tests", "test_list", "input_output", "test"))
+    has_completion = any(find_column(row, name) for name in (*CONVERSATION_COLUMNS, *COMPLETION_COLUMNS, "text"))
+    return "demonstrations" if has_completion and not is_graded else "problems"

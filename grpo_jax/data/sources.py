@@ -13,8 +13,8 @@ from grpo_jax.data.layouts import (
     answer_column_of,
     check_length,
     choice_answer,
-    problem_prompt,
     prompt_column_of,
+    prompt_of,
     required_column,
     without,
 )
@@ -22,8 +22,6 @@ from grpo_jax.data.messages import Messages, checked_messages, is_message
 from grpo_jax.rewards.answer import GSM8K_MARK, worked_answer
 from grpo_jax.rewards.code_tests import Test, tests_from_row
 
-PROMPT = "problem_prompt"
-"""The column with which rewards get a problem's own prompt, before any template."""
 OTHER_ANSWERS = "other_answers"
 """The column with the right answers after the first, where a row has several."""
 TEST_COLUMNS = (
@@ -31,6 +29,11 @@ TEST_COLUMNS = (
     *("public_test_cases", "private_test_cases", "public_tests", "private_tests", "generated_tests"),
 )
 """Columns that ``tests`` takes the place of."""
+WITH_TESTS = frozenset({*TEST_COLUMNS, "tests", "reward_model", "ground_truth", "extra_info"})
+"""Columns that may hold tests."""
+NUMBER_AT_END = re.compile(r"####[ ]?([-+]?\d[\d,]*(?:\.\d+)?)\s*\Z")
+PROMPT = "problem_prompt"
+"""The column with which rewards get a problem's own prompt, before any template."""
 REWARD_ARGUMENTS = ("prompts", "completions", PROMPT)
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
@@ -94,15 +97,38 @@ def load_problems(
         ValueError: another kind of file; a split or subset of something that has none; a source without rows; an
             empty, malformed or overlong row. The error names file and line, or row counted from 1.
     """
+    placed = load_placed_problems(
+        source,
+        split=split,
+        subset=subset,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        require_answer=require_answer,
+        skipped=skipped,
+    )
+    return [problem for _, problem in placed]
+
+
+def load_placed_problems(
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    require_answer: bool = True,
+    skipped: list[str] | None = None,
+) -> list[tuple[str, Problem]]:
+    """The problems as ``load_problems`` gives them, each after its place, such as ``data.jsonl:3``."""
     columns: tuple[str, str | None] | None = None
 
-    def parse(row: Row, where: str) -> Problem:
+    def parse(row: Row, where: str) -> tuple[str, Problem]:
         nonlocal columns
         if columns is None:
             tests = _tests(row, where)
             answers = answer_column or answer_column_of(row, where, required=require_answer and tests is None)
             columns = prompt_column or prompt_column_of(row, where), answers
-        return _problem(row, where, *columns, require_answer=require_answer)
+        return where, _problem(row, where, *columns, require_answer=require_answer)
 
     problems = parsed_rows(read_rows(source, split, subset, skipped=skipped), parse, skipped)
     if not problems:
@@ -150,7 +176,7 @@ def parsed_rows(rows: Rows, parse: Callable[[Row, str], Parsed], skipped: list[s
 
 
 def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None, *, require_answer: bool) -> Problem:
-    prompt = problem_prompt(row, prompt_column, where)
+    prompt = prompt_of(row, prompt_column, where)
     place = f"{where}, column {prompt_column!r}"
     check_length(prompt, place)
     prompt = checked_prompt(prompt, place)
@@ -182,7 +208,7 @@ def _gold(row: Row, answer: Any, place: str, rest: Row) -> tuple[str, Row]:
         rest = {**rest, **({OTHER_ANSWERS: others} if others else {})}
     else:
         text = _checked_answer(answer, place)
-    found = worked_answer(text)
+    found = _worked_answer(text)
     if found is None:
         return text, rest
     if THOUSANDS.fullmatch(found):
@@ -193,12 +219,25 @@ def _gold(row: Row, answer: Any, place: str, rest: Row) -> tuple[str, Row]:
     return found, {"solution": text, **rest}
 
 
+def _worked_answer(text: str) -> str | None:
+    """As ``worked_answer``; the usual ends of texts are recognised without reading them whole, which is slow."""
+    if "box" not in text:
+        if GSM8K_MARK not in text:
+            return None
+        number = NUMBER_AT_END.search(text[-40:])
+        if number is not None and text.count(GSM8K_MARK) == 1:
+            return number[1]
+    return worked_answer(text)
+
+
 def _tests(row: Row, where: str) -> list[Test] | None:
     """The tests of a row's program.
 
     Raises:
         ValueError: they are there and cannot be read.
     """
+    if WITH_TESTS.isdisjoint(row):  # most rows, and asking is slower than reading them
+        return None
     try:
         return tests_from_row(row)
     except (ValueError, TypeError, KeyError) as error:

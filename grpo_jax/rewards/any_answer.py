@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.math import math_reward
+from grpo_jax.rewards.math import load_parser, math_reward
 
 
-@per_sample(columns=("answer", "other_answers"))
+@per_sample(columns=("answer", "other_answers"), warm_up=load_parser)
 def any_answer_reward(
     prompts: list[str],
     completions: list[str],
@@ -22,11 +22,11 @@ def any_answer_reward(
     """The best score that a completion gets for one of several right answers.
 
     Args:
-        prompts: passed on.
+        prompts: passed on; may be empty.
         completions: passed on.
         answer: the first right answer of each.
         other_answers: the others of each; None or empty where there are none.
-        grader: a reward that takes prompts, completions and ``answer``.
+        grader: a per-sample reward that takes prompts, completions and ``answer``.
 
     Returns:
         For each completion the largest score; None where the grader abstains for every answer.
@@ -35,7 +35,7 @@ def any_answer_reward(
     golds = [[first, *(more or [])] for first, more in zip(answer, others, strict=True)]
     places = [place for place, each in enumerate(golds) for _ in each]
     flat = grader(
-        [prompts[place] for place in places],
+        [prompts[place] for place in places] if prompts else [],
         [completions[place] for place in places],
         answer=[gold for each in golds for gold in each],
     )

@@ -64,6 +64,13 @@ def operations(node: Node) -> frozenset[str]:
     return inner | {node[0]}
 
 
+def substitute(node: Node, name: str, other: str) -> Node:
+    """The expression with a variable renamed."""
+    if node == ("variable", name):
+        return ("variable", other)
+    return (node[0], *(substitute(each, name, other) if isinstance(each, tuple) else each for each in node[1:]))
+
+
 def difference(left: Node, right: Node) -> Node:
     """``left - right``."""
     return ("add", left, ("mul", MINUS_ONE, right))
@@ -124,7 +131,7 @@ class _Parser:
             elif token in ("/", r"\div"):
                 self.take()
                 node = ("div", node, self.signed(depth))
-            elif self.starts_a_factor() or (token[:1].isdigit() and self.tokens[self.place - 1] == r"\pi"):
+            elif self.starts_a_factor() or (token[:1].isdigit() and self.tokens[self.place - 1] in (r"\pi", "!")):
                 node = _times(node, self.power(depth))
             else:
                 return node

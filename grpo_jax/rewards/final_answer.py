@@ -22,6 +22,7 @@ class Answer:
         unit: of a number or an expression, where it has one: the unit in base units, and these.
         name: the variable or quantity that is said to be it, as in ``x = 5``.
         letter: of a multiple-choice answer that is given with its letter, as in ``(B) 12``.
+        parameter: of an expression that holds for all integers, the name of the integer.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Answer:
     unit: tuple[Fraction, Dimension] | None = None
     name: str | None = None
     letter: str | None = None
+    parameter: str | None = None
 
 
 NOTHING = Answer("nothing", None)

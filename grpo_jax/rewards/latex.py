@@ -26,14 +26,14 @@ PLAIN = {
     "\u2205": r"\emptyset ",
     "\u00b1": r"\pm ",
     "\u00b0": r"^\circ ",
-    "\u00b2": "^2",
-    "\u00b3": "^3",
     "\u00bd": r"\frac{1}{2}",
     "\u00bc": r"\frac{1}{4}",
     "\u00be": r"\frac{3}{4}",
     "\u2153": r"\frac{1}{3}",
     "\u2154": r"\frac{2}{3}",
-    "\u221a": r"\sqrt ",
+    "\u2044": "/",
+    "\u2215": "/",
+    "\u2261": r"\equiv ",
     "\u2124": r"\mathbb{Z}",
     "\u2216": r"\setminus ",
     "\u27e8": r"\langle ",
@@ -117,7 +117,18 @@ SPELLINGS = {
     r"\epsilon": r"\varepsilon",
 }
 BLANKS = {r"\,", r"\;", r"\:", r"\!", r"\ ", r"\quad", r"\qquad", r"\thinspace", r"\enspace"}
-DROPPED = {r"\left", r"\right", r"\displaystyle", r"\textstyle", r"\limits", r"\rm", r"\bf"}
+DROPPED = {
+    r"\left",
+    r"\right",
+    r"\displaystyle",
+    r"\textstyle",
+    r"\limits",
+    r"\rm",
+    r"\bf",
+    r"\large",
+    r"\Large",
+    r"\huge",
+}
 DROPPED |= {rf"\{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
 GREEK = "alpha beta gamma delta varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
 GREEK += " Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
@@ -132,11 +143,19 @@ KNOWN |= {r"\cap", r"\setminus", r"\emptyset", r"\{", r"\}", r"\\", r"\circ", r"
 KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil", r"\over", r"\choose", r"\bar", r"\dot"}
 KNOWN |= {r"\approx", r"\equiv", r"\pmod", r"\bmod", r"\mod", r"\parallel", r"\perp", r"\cong", r"\sim"}
 KNOWN |= {r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
+SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
+RAISED = str.maketrans(SUPERSCRIPTS, "0123456789-")
+COLOURS = "red|blue|green|black|orange|purple|magenta|brown|teal|violet|cyan"
+COLOURED = re.compile(
+    rf"\{{ ?\\color ?\{{(?:{COLOURS})\}} ?(?P<a>.+)\}}|\\(?:text)?color ?\{{(?:{COLOURS})\}} ?(?P<b>.+)"
+)
 COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)", re.DOTALL)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-WRAPPER = re.compile(r"\\(?:boxed|text|fbox|mbox|textbf|mathbf|displaystyle)(?![a-zA-Z]) ?(\{)?")
+WRAPPER = re.compile(
+    r"\\(?:boxed|text|fbox|mbox|textbf|mathbf|displaystyle|underline|bm|boldsymbol|mathrm)(?![a-zA-Z]) ?(\{)?"
+)
 PLAIN_NAMES = re.compile(
-    r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|theta)(?=[^A-Za-z]|$)"
+    r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|ln|log|exp|pi|theta)(?=[^A-Za-z]|$)"
 )
 UNIT_VECTOR = re.compile(
     r"\\(?:mathbf|hat|vec|boldsymbol|bm|widehat) ?"
@@ -154,6 +173,8 @@ def tidy(text: str) -> str | None:
     text = text.strip()
     if len(text) > LONGEST:
         return None
+    text = re.sub("\u221a ?(\\d+(?:\\.\\d+)?|[a-z])", r"\\sqrt{\1}", text).replace("\u221a", r"\sqrt ")
+    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(RAISED)}}}", text)
     text = "".join(PLAIN.get(character, character) for character in text)
     if any(not (" " <= c <= "~" or c in "\n\t\u20ac\u00a3\u00a5\u20b9") for c in text):
         return None
@@ -166,7 +187,10 @@ def tidy(text: str) -> str | None:
     for _ in range(2):
         text = re.sub(r"(\\(?:text|mathrm|mbox) ?\{[^{}]*\^) ?\{ ?(-?\d) ?\}", r"\1\2", text)
     text = re.sub(r"\\not ?=|\\not ?\\eq(?![a-z])", r"\\ne ", text)
-    text = re.sub(rf"\\(?:operatorname\*?|mathrm|text) ?\{{ ?({FUNCTIONS.replace(' ', '|')}) ?\}}", r"\\\1 ", text)
+    text = re.sub(rf"\\operatorname\*? ?\{{ ?({FUNCTIONS.replace(' ', '|')}) ?\}}", r"\\\1 ", text)
+    text = re.sub(r"\\(?:mathrm|text) ?\{(lcm|gcd|arc(?:sin|cos|tan)|sin|cos|tan|ln|log|exp)\}", r"\\\1 ", text)
+    text = re.sub(r"\\text ?\{ ?(\\?[$%:]) ?\}", r"\1", text)
+    text = re.sub(r"^([^{}]*=) ?\\boxed ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}$", r"\1\2", text)
     text = re.sub(r"\\mathit ?\{(\w+)\}", r" \1 ", text)
     text = re.sub(r"\\([pb]matrix) ?\{(.*)\}", r"\\begin{\1}\2\\end{\1}", text, flags=re.DOTALL)
     text = UNIT_VECTOR.sub(lambda match: rf"\vec{match[1] or match[2]} ", text)
@@ -217,6 +241,11 @@ def _unwrapped(text: str) -> str:
             is_one = not any(each in inner.replace(r"\$", "") for each in (opening, closing))
             if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening) and is_one:
                 text = inner
+        if marked := re.fullmatch(r"(\*\*|\*|__|`)([^*`]+)\1", text):
+            text = marked[2]
+        if (coloured := COLOURED.fullmatch(text)) and balanced(coloured["a"] or coloured["b"]):
+            text = coloured["a"] or coloured["b"]
+            text = text[1:-1] if text[0] == "{" and text[-1] == "}" and balanced(text[1:-1]) else text
         match = WRAPPER.match(text)
         if match and match[1] and text.endswith("}") and balanced(text[match.end() : -1]):
             inner = text[match.end() : -1]

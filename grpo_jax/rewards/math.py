@@ -7,6 +7,7 @@ points that nobody can know), kinds must match, and what cannot be read is wrong
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -14,7 +15,7 @@ from typing import Any
 
 from grpo_jax.rewards.answer import extract_answer, gold_answer
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, operations, variables
+from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, operations, substitute, variables
 from grpo_jax.rewards.final_answer import Answer, as_node
 from grpo_jax.rewards.forms import FORMS, formulas, has_form
 from grpo_jax.rewards.intervals import Piece
@@ -25,8 +26,9 @@ from grpo_jax.rewards.units import is_cents, read_unit
 from grpo_jax.rewards.words import same_text
 
 LOGGER = logging.getLogger(__name__)
-LEFT_TO_DO = {"binom", "min", "max", "gcd", "lcm", "floor", "ceil", "factorial", "abs"}
-"""Operations that an answer is expected to have carried out, unless the gold has them too."""
+LEFT_TO_DO = {name: name for name in ("min", "max", "gcd", "lcm", "floor", "ceil", "abs")}
+LEFT_TO_DO |= {"binom": "factorial", "factorial": "factorial"} | dict.fromkeys(TRIGONOMETRIC, "trigonometric")
+"""Operations that an answer is expected to have carried out, unless the gold has one of their kind too."""
 
 
 def load_parser() -> None:
@@ -190,6 +192,8 @@ def _of_one_kind(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
         return _as_unit_vectors(gold), _as_unit_vectors(given)
     if set(kinds) == {"equation", "expression"}:
         return _solution(gold, given), _solution(given, gold)
+    if kinds == ("number", "equation") and re.fullmatch(r"[a-w](?:\+[a-w])+", given.value[1] or ""):
+        return gold, given.value[2]  # m+n = 11
     if set(kinds) == {"ratio", "number"}:
         return _as_fraction(gold), _as_fraction(given)
     if set(kinds) == {"set", "list"}:
@@ -269,7 +273,7 @@ def _same_scalar(gold: Answer, given: Answer) -> bool:
         return False
     if gold.kind == given.kind == "number":
         return gold.value * scales[0] == given.value * scales[1]
-    nodes = as_node(gold), as_node(given)
+    nodes = as_node(gold), _with_parameter(as_node(given), gold, given)
     if variables(nodes[0]) != variables(nodes[1]):
         return False
     if given.kind == "expression" and _left_to_do(nodes[1]) - _left_to_do(nodes[0]):
@@ -279,9 +283,18 @@ def _same_scalar(gold: Answer, given: Answer) -> bool:
     return agree(*nodes)
 
 
+def _with_parameter(node: Node, gold: Answer, given: Answer) -> Node:
+    r"""The given expression with the gold's name for an integer parameter, as n in ``n\pi, n \in \mathbb{Z}``."""
+    name = gold.parameter
+    if name is None or name in variables(node):
+        return node
+    others = variables(node) - variables(as_node(gold))
+    other = given.parameter or (next(iter(others)) if len(others) == 1 and others <= set("kmn") else None)
+    return node if other is None else substitute(node, other, name)
+
+
 def _left_to_do(node: Node) -> frozenset[str]:
-    found = operations(node)
-    return frozenset(LEFT_TO_DO & found) | frozenset(["trigonometric"] if found & set(TRIGONOMETRIC) else [])
+    return frozenset(LEFT_TO_DO[name] for name in operations(node) & LEFT_TO_DO.keys())
 
 
 def _same_parts(gold: Answer, given: Answer) -> bool:
@@ -337,9 +350,10 @@ def _same_inequality(gold: Answer, given: Answer) -> bool:
 
 
 def _same_time(gold: Answer, given: Answer) -> bool:
-    """Equal hours and minutes, modulo half a day where one of them has no "a.m." or "p.m."."""
-    (hour, minute, is_known), (other_hour, other_minute, other_is_known) = gold.value, given.value
-    period = 24 if is_known == other_is_known else 12
+    """Equal hours and minutes, modulo half a day where only one of them has "a.m." or "p.m."."""
+    (hour, minute, has_half), (other_hour, other_minute, other_has_half) = gold.value, given.value
+    without = [each for each, has in ((hour, has_half), (other_hour, other_has_half)) if not has]
+    period = 12 if len(without) == 1 and 1 <= without[0] <= 12 else 24
     return minute == other_minute and (hour - other_hour) % period == 0
 
 
@@ -351,6 +365,7 @@ COMPARE: dict[str, Callable[[Answer, Answer], bool]] = {
     "congruence": lambda a, b: a.value == b.value,
     "time": _same_time,
     "ratio": _same_parts,
+    "cases": _same_list,
     "set": _same_set,
     "list": _same_list,
     "tuple": _same_parts,

@@ -109,7 +109,7 @@ def read_ratio(text: str) -> Answer | None:
     if not 1 < len(parts) < 6:
         return None
     if match and match[2] and int(match[2]) < 60 and int(match[1]) < 24:
-        return Answer("time", (int(match[1]), int(match[2]), int(match[1]) > 12))
+        return Answer("time", (int(match[1]), int(match[2]), False))
     values = [exact_number(part) for part in parts]
     if all(value is not None and value > 0 for value in values):
         total = sum(value for value in values if value is not None)
@@ -125,7 +125,7 @@ def read_numeral(text: str) -> Answer | None:
     plain = re.sub(r"\\(?:text|overline) ?\{([^{}]*)\}", r"\1", text)
     match = re.fullmatch(
         r"\(? ?([0-9A-Fa-f ]*[0-9][0-9A-Fa-f ]*) ?\)?"
-        r"(?: ?_ ?(?:\{ ?\(? ?(\w+) ?\)? ?\}|(\d))|,? (?:in )?base[ -](\w+)) ?",
+        r"(?: ?_ ?(?:\{ ?\(? ?(\w+) ?\)? ?\}|(\d))|,? \(?(?:in )?base[ -](\w+)\)?) ?",
         plain,
     )
     if match is None:
@@ -171,6 +171,8 @@ def _measured(text: str) -> Answer | None:
             continue
         words = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", rest).replace(" ^", "^").split()).strip(" .")
         words = re.sub(r" ?\^ ?\{? ?(-?\d) ?\}?", r"^{\1}", words)
+        if "degrees" in words and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", number):
+            return None  # of the angle
         value = exact_number(number)
         unit = read_unit(words) or read_counted(words, value)
         if unit is None:

@@ -15,6 +15,7 @@ from grpo_jax.rewards.latex import balanced, split_top, tidy
 from grpo_jax.rewards.numerals import NUMBER_WORDS, exact_number, read_number, read_numeral, read_ratio
 from grpo_jax.rewards.relations import (
     AND,
+    NAME,
     OR,
     RELATION,
     as_interval,
@@ -29,8 +30,15 @@ from grpo_jax.rewards.relations import (
 from grpo_jax.rewards.symbolic import TooLargeError, is_evaluable, real_value, work_limit
 from grpo_jax.rewards.words import read_choice, read_words
 
+CASES = re.compile(
+    r"(?:\\\{ ?)?\\begin ?\{(?:cases|aligned|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{(?:cases|aligned|array)\}"
+)
 MATRIX = re.compile(r"(.*?)(?: ?\\cdot)? ?\\begin ?\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\2\}")
 REAL_SET = re.compile(r"\\mathbb ?\{ ?R ?\}")
+STATEMENT = re.compile(
+    r"(?:\\text ?\{ ?)?(?:the )?(?:final )?(?:answer|value|result) (?:is|=):? ?(?:\} ?|(?=[\d\\(\-]))", re.IGNORECASE
+)
+SUCH_THAT = re.compile(rf"({NAME}) ?(?:\\in ?{REAL_SET.pattern})? ?(?:\||:|\\text ?\{{ ?such that ?\}}) ?(.+)")
 OTHER_SET = re.compile(r"\\mathbb ?\{ ?([NZQC]) ?\}(?: ?\^ ?\{? ?([+\-*]) ?\}?)?")
 ALL_BUT = re.compile(
     r"(?:all )?(?P<nonzero>non-?zero )?real numbers?(?: x)?"
@@ -68,7 +76,9 @@ def _read(text: str) -> Answer | None:
     inner = _grouped(text) if text else None
     if inner is not None:
         return _read(inner)
-    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _for_all, read_congruence)
+    if prefix := STATEMENT.match(text):
+        return _read(text[prefix.end() :].strip())
+    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _for_all, _congruence)
     for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
         found = reader(text)
         if found is not None:
@@ -100,7 +110,8 @@ def _for_all(text: str) -> Answer | None:
         return None
     main = match["main"].strip(" ,;")
     is_mentioned = match["name"] in re.sub(r"\\[a-z]+", "", main)
-    return _read(main) if is_mentioned and main != text else None
+    answer = _read(main) if is_mentioned and main != text else None
+    return replace(answer, parameter=match["name"]) if answer is not None else None
 
 
 def _alternatives(text: str) -> Answer | None:
@@ -112,6 +123,10 @@ def _alternatives(text: str) -> Answer | None:
     if all(each is not None and each.kind == "interval" for each in read):
         return _joined(read)
     return _several("list", parts)
+
+
+def _congruence(text: str) -> Answer | None:
+    return read_congruence(text, _read)
 
 
 def _relation(text: str) -> Answer | None:
@@ -138,10 +153,10 @@ def _collection(text: str) -> Answer | None:
         base, removed = (_pieces(_read(part)) if part else None for part in parts)
         rest = None if base is None or removed is None else intersection(base, complement(removed))
         return NOTHING if rest is None else Answer("interval", rest)
-    if match := re.fullmatch(
-        r"(.*?)(?: ?\\cdot)? ?(\\begin ?\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\3\})", text
-    ):
-        return _matrix(match[4], match[1].strip())
+    if (match := CASES.fullmatch(text)) and (r"{cases}" in text or "=" in text):
+        return _cases([row.strip() for row in match[1].split(r"\\") if row.strip()])
+    if match := MATRIX.fullmatch(text):
+        return _matrix(match[3], match[1].strip())
     if r"\begin" in text:
         return NOTHING
     opening, closing = _bracketed(text)
@@ -167,13 +182,25 @@ def _collection(text: str) -> Answer | None:
 
 
 def _set(inner: str) -> Answer:
-    conditions = split_top(inner, r"\||:")
-    if len(conditions) != 2:
+    builder = SUCH_THAT.fullmatch(inner)
+    if builder is None:
         return _several("set", _elements(inner))
-    name, _, domain = conditions[0].partition(r"\in")
-    if domain and not REAL_SET.fullmatch(domain.strip()):
-        return NOTHING
-    return named(name.strip(), _read(conditions[1]), {"interval"})
+    return named(builder[1].strip(), _read(builder[2]), {"interval"})
+
+
+def _cases(rows: list[str]) -> Answer:
+    """Values by their conditions, or a system of equations."""
+    cells = [[cell.strip(" ,") for cell in split_top(row, "&")] for row in rows]
+    if all(len(row) == 1 for row in cells) or all("=" in row[-1] and "=" not in row[0] for row in cells):
+        return _several("list", ["".join(row) for row in cells])
+    items = []
+    for row in cells:
+        condition = re.sub(r"\\text ?\{ ?(?:if|for|when) ?\}", "", row[-1]).strip()
+        read = _read(row[0]), _read(condition)
+        if len(row) != 2 or read[0] is None or read[1] is None:
+            return NOTHING
+        items.append(Answer("tuple", read))
+    return Answer("cases", tuple(items))
 
 
 def _grouped(text: str) -> str | None:
@@ -276,24 +303,23 @@ def _several(kind: str, parts: list[str]) -> Answer:
 
 
 def _conjunction(items: list[Answer]) -> Answer:
-    r"""``x > 1, x \ne 3`` or ``x \ne 1, 3``: all conditions on one variable hold."""
-    pieces, name = (REALS,), items[0].name
+    r"""``x > 1, x \ne 3`` or ``x \ne 1, 3``: all conditions on one variable hold, or one of them where all cannot."""
+    pieces, name, parts = (REALS,), items[0].name, []
     for item in items:
         if item.name != name and not (item.name is None and is_constant_scalar(item)):
             return NOTHING
         part = item.value
         if item.name is None:  # another point that the first condition excludes
-            if (
-                len(complement(items[0].value)) != 1
-                or complement(items[0].value)[0].low != complement(items[0].value)[0].high
-            ):
+            excluded = complement(items[0].value)
+            if len(excluded) != 1 or excluded[0].low != excluded[0].high:
                 return NOTHING
-            part = complement((Piece(replace(item, name=None), True, replace(item, name=None), True),))
+            part = complement((Piece(item, True, item, True),))
         both = intersection(pieces, part)
         if both is None:
             return NOTHING
         pieces = both
-    return Answer("interval", pieces, name=name)
+        parts += part
+    return Answer("interval", pieces, name=name) if pieces else interval(parts, name)
 
 
 def _matrix(inner: str, factor: str) -> Answer:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from grpo_jax.rewards.expression import Node, difference, parse, variables
 from grpo_jax.rewards.final_answer import NOTHING, Answer, is_constant_scalar
 from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, Piece, complement, union
 from grpo_jax.rewards.latex import split_top
-from grpo_jax.rewards.symbolic import agree, is_constant, is_evaluable
+from grpo_jax.rewards.symbolic import agree, is_constant, is_evaluable, real_value
 
 NAME = r"[A-Za-z](?:_(?:\{\w+\}|\w))?'?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho) ?"
 FUNCTION_OF = re.compile(
@@ -23,7 +24,7 @@ QUANTITY = re.compile(
 )
 RELATION = r"(\\approx|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|=|<|>)"
 CONGRUENCE = re.compile(
-    rf"(?:(?P<name>{NAME}) ?\\equiv ?)?(?P<residue>- ?\d+|\d+) ?(?:\(? ?(?:\\text\{{ ?mod ?\}}|mod)|\\[pb]?mod) ?"
+    rf"(?:(?P<name>{NAME}) ?\\equiv ?)?(?P<residues>[^=<>]+?) ?(?:\(? ?(?:\\text\{{ ?mod ?\}}|mod)|\\[pb]?mod) ?"
     r"\{? ?(?P<modulus>\d+) ?\}? ?\)?"
 )
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
@@ -84,7 +85,8 @@ def _equation(left: str, right: str, read: Reader) -> Answer:
         name = (function[1] or "y'").replace(" ", "")
         if value is not None and value.kind == "list" and all(map(_is_scalar, value.value)):
             return Answer("list", tuple(Answer("equation", (None, name, each)) for each in value.value))
-        return Answer("equation", (None, name, value)) if _is_scalar(value) else NOTHING
+        is_value = _is_scalar(value) or (value is not None and value.kind == "cases")
+        return Answer("equation", (None, name, value)) if is_value else NOTHING
     for name, other in ((left, right), (right, left)):
         is_variable = re.fullmatch(NAME, name) is not None
         if (is_variable or QUANTITY.fullmatch(name)) and not (is_variable and _has_variable(other, name)):
@@ -101,6 +103,8 @@ def _equation(left: str, right: str, read: Reader) -> Answer:
         return _named_tuple(left, read(right))
     nodes = parse(left), parse(right)
     whole = None if nodes[0] is None or nodes[1] is None else difference(nodes[0], nodes[1])
+    if re.fullmatch(r"[a-z](?: ?\+ ?[a-z])+", left) and is_constant_scalar(value := read(right)):
+        return Answer("equation", (whole, left.replace(" ", ""), value))
     return Answer("equation", (whole, None, None)) if _varies(whole) else NOTHING
 
 
@@ -156,6 +160,9 @@ def _inequality(sides: list[str], signs: list[str], read: Reader) -> Answer:
         return interval(pieces, sides[named[0]].strip())
     if len(signs) != 1 or signs[0] == r"\ne":
         return NOTHING
+    absolute = _absolute(sides, signs[0]) or _absolute(sides[::-1], FLIPPED[signs[0]])
+    if absolute is not None:
+        return absolute
     greater, less = sides if signs[0] in (">", r"\ge") else sides[::-1]
     nodes = parse(greater), parse(less)
     whole = None if nodes[0] is None or nodes[1] is None else difference(nodes[0], nodes[1])
@@ -190,10 +197,43 @@ def as_interval(pair: Answer) -> Answer | None:
     return None if found.kind == "nothing" else found
 
 
-def read_congruence(text: str) -> Answer | None:
-    r"""``x \equiv 3 \pmod{7}`` or ``3 \pmod 7``: a residue class."""
+def read_congruence(text: str, read: Reader) -> Answer | None:
+    r"""``x \equiv 3 \pmod{7}`` or ``1, 4 \pmod 5``: residue classes."""
     match = CONGRUENCE.fullmatch(text)
-    if match is None or not int(match["modulus"]):
+    residues = match and read(match["residues"])
+    if match is None or residues is None or not int(match["modulus"]):
+        return None
+    values = residues.value if residues.kind == "list" else (residues,)
+    if any(value.kind != "number" or value.unit or value.value.denominator != 1 for value in values):
         return None
     modulus = int(match["modulus"])
-    return Answer("congruence", (int(match["residue"].replace(" ", "")) % modulus, modulus), name=match["name"])
+    classes = [Answer("congruence", (int(value.value) % modulus, modulus)) for value in values]
+    return (
+        replace(classes[0], name=match["name"])
+        if len(classes) == 1
+        else Answer("list", tuple(classes), name=match["name"])
+    )
+
+
+def _absolute(sides: list[str], sign: str) -> Answer | None:
+    """``|x-1| < 2`` as an interval; None for anything else."""
+    nodes = [parse(side) for side in sides]
+    if nodes[0] is None or nodes[1] is None or nodes[0][0] != "abs" or variables(nodes[1]):
+        return None
+    inner, radius = nodes[0][1], real_value(nodes[1])
+    middle = [part for part in (inner[1:] if inner[0] == "add" else (inner,)) if part[0] != "variable"]
+    if len(variables(inner)) != 1 or any(variables(part) for part in middle) or radius is None or radius <= 0:
+        return None
+    if len(middle) + 1 != (len(inner) - 1 if inner[0] == "add" else 1):
+        return None
+    shift = difference(("number", Fraction(0)), ("add", ("number", Fraction(0)), *middle))
+    low, high = (_as_scalar(("add", shift, end)) for end in (difference(("number", Fraction(0)), nodes[1]), nodes[1]))
+    closed = sign in (r"\le", r"\ge")
+    inside = [Piece(low, closed, high, closed)]
+    outside = [*half_line("<" if sign == ">" else r"\le", low), *half_line(sign, high)]
+    return interval(inside if sign in ("<", r"\le") else outside, next(iter(variables(inner))))
+
+
+def _as_scalar(node: Node) -> Answer:
+    value = real_value(node)
+    return Answer("number", value) if isinstance(value, Fraction) else Answer("expression", node)

@@ -83,6 +83,7 @@ PHRASES = {
     **{"degrees fahrenheit": "fahrenheit", "degrees f": "fahrenheit", "light years": "ly", "light-years": "ly"},
     **{"us dollars": "usd", "pounds sterling": "gbp", "degree": "deg", "cc": "cm^3", "sec": "s"},
 }
+REMARK = re.compile(r" (?:old|long|tall|wide|high|deep|away|left|remaining|each|(?:in )?total|altogether)$")
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 FACTOR = re.compile(
     r"(?:(square|sq|cubic|cu)\.? +)?([A-Za-z]+)\.?(?: ?\^ ?(?:\{ ?(-?\d) ?\}|(-?\d))|([23])| (squared|cubed))?"
@@ -92,7 +93,7 @@ SCALING = (
     "sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth ten percent percentile pct time fold "
     "squared cubed factorial plus minus less more over divided modulo mod base negative decimal power remainder "
     "choose inverse reciprocal root log than between by into against k m bn mn x th st nd rd zero one two three four "
-    "five six seven eight nine"
+    "five six seven eight nine eleven twelve lakh crore"
 )
 SAYING_MORE = (
     "or and to not is was are were has have except without approximately about almost nearly at least most wrong "
@@ -111,6 +112,7 @@ def read_unit(text: str) -> tuple[Fraction, Dimension] | None:
     ``dozen`` and ``million`` are not: they are scales, and a number without one is another number.
     """
     text = " ".join(text.replace(r"\cdot", " ").replace(r"\text", "").split())
+    text = REMARK.sub("", text)
     text = PHRASES.get(text, PHRASES.get(text.lower(), text))
     text = re.sub(r"per (second|hour|minute) (?:per \1|squared)", r"/ \1^2", text)
     scale, powers, sign = Fraction(1), {}, 1
@@ -140,11 +142,14 @@ def read_counted(words: str, number: Fraction | None) -> tuple[Fraction, Dimensi
     Words that scale, compare, negate or calculate (``million``, ``or more``, ``is wrong``, ``squared``) are not
     counted, and nouns are in the plural unless there is at most one.
     """
-    words = words.strip(" .").replace("-", " ")
+    words = REMARK.sub("", words.strip(" .").replace("-", " "))
     if not re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}| a){0,4}", words):
         return None
     names = [singular(word) for word in words.lower().split()]
-    if NOT_COUNTED & {*names, *words.lower().split()}:
+    if any(re.fullmatch(r"\w+(?:teen|ty|teenth|tieth)", name) for name in names) or NOT_COUNTED & {
+        *names,
+        *words.lower().split(),
+    }:
         return None
     is_plural = any(a != b or a in PLURALS for a, b in zip(words.lower().split(), names, strict=True))
     if not is_plural and (number is None or (number.denominator == 1 and abs(number) != 1)):

@@ -38,6 +38,7 @@ def read_words(text: str) -> Answer | None:
         return Answer("text", text.replace(" ", ""))
     if match := re.fullmatch(r"(?:option|choice|answer) \(?([A-J])\)?", plain, re.IGNORECASE):
         return Answer("text", match[1])
+    plain = re.sub(r"^there (?:is|are) (?=no )", "", plain, flags=re.IGNORECASE)
     if plain.lower() in ("no solution", "no solutions", "empty set", "the empty set"):
         return Answer("set", ())
     known = _date(plain) or SYNONYMS.get(plain.lower())
