@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.errands import errand_reward
+from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import EncodedPreferences, PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import of_template
@@ -147,7 +148,9 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
-    preferences, held_out = config.data.load(config.seed)
+    notes = DataNotes()
+    preferences, held_out = config.data.load(config.seed, notes)
+    notes.report(run.say, run.folder / "data.json")
     judge = errand_reward if config.data.dataset is None else None
     judge = judge if config.judge is None else import_reward(config.judge)
     start = config.start(run, config.seed)

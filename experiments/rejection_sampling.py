@@ -96,7 +96,7 @@ def draw_and_select(config: Config, run: Run) -> None:
     for path in config.demonstrations:  # what cannot be read is found before anything is drawn
         load_demonstrations(str(path))
     mesh = config.mesh.build()
-    num_problems = collect(config, run, mesh, held_out=False, skip=config.skip_problems, most=config.problems_asked)
+    num_problems = collect(config, run, mesh, asked="training", skip=config.skip_problems, most=config.problems_asked)
     choices: list[Choice] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
     for collected in read_collected(run.folder):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.experiment import (
@@ -113,7 +114,9 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
-    preferences, held_out = config.data.load(config.seed)
+    notes = DataNotes()
+    preferences, held_out = config.data.load(config.seed, notes)
+    notes.report(run.say, run.folder / "data.json")
     start = config.start(run, config.seed)
     scorer = with_stop_tokens(config.load(start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, "max_prompt_length + max_completion_length")

@@ -28,6 +28,7 @@ import tyro
 from grpo_jax import models
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.packing import PackedBatches
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import Rendering, of_template
@@ -112,7 +113,9 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_divides(config.num_sequences // config.num_micro_batches, mesh, "the rows of a micro-batch")
-    demonstrations, held_out = config.data.load(config.seed)
+    notes = DataNotes()
+    demonstrations, held_out = config.data.load(config.seed, notes)
+    notes.report(run.say, run.folder / "data.json")
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
     check_length(config.row_length, policy, "max_length")

@@ -318,7 +318,7 @@ def test_a_folder_has_splits_and_parquet_is_read(tmp_path):
             {"question": "q", "answer": "a"},
             {},
             KeyError,
-            r"a\.jsonl:2 has no column 'prompt'.*\['question', 'answer'\]",
+            r"a\.jsonl:2 has no column 'completion'.*\['question', 'answer'\]",
         ),
         ({"prompt": "q", "answer": "a"}, {}, KeyError, r"a\.jsonl:2 has no column 'completion'.*completion_column="),
         ({"prompt": "q", "completion": "a"}, {"completion_column": "c"}, KeyError, r"a\.jsonl:2 has no column 'c'"),

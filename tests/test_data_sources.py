@@ -6,7 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from grpo_jax.data import sources
 from grpo_jax.data.sources import Problem, load_problems, reward_columns
+from grpo_jax.rewards.answer import worked_answer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 ROWS = [{"question": "1+1?", "answer": "so\n#### 1,002"}, {"question": "2+2?", "answer": "4", "level": 3}]
@@ -34,6 +36,35 @@ def test_only_a_number_with_thousands_loses_its_commas(tmp_path, text, gold):
 def test_gold_follows_the_last_mark(tmp_path):
     [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "#### 4\n#### 5"}]))
     assert problem.answer == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("So \\boxed{7}.\n#### Remark\nNote.", "7"),
+        ("First \\boxed{4}. Then $x = \\boxed{\\frac{1}{2}}$. Our answer is correct.", "\\frac{1}{2}"),
+        ("It has \\boxed{3,250} of them.", "3250"),
+        ("2+3=5\n#### **5**", "5"),
+        ("#### Step 1\nadd\n#### 5", "5"),
+    ],
+)
+def test_the_gold_of_a_worked_solution_is_its_final_answer(tmp_path, text, gold):
+    [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"problem": "q", "solution": text}]))
+    assert problem == Problem("q", gold, {"solution": text})
+
+
+@pytest.mark.parametrize(
+    "text", ["#### Remark\nNote.", "x = 5", "The answer is 5.", "A", "<think>maybe #### 5 or more"]
+)
+def test_other_answers_stay_as_they_are(tmp_path, text):
+    [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": text}]))
+    assert problem == Problem("q", text)
+
+
+def test_an_empty_box_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "so \\boxed{}"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1, column 'answer': nothing is in the last box"):
+        load_problems(path)
 
 
 def test_solution_of_the_row_is_kept(tmp_path):
@@ -83,10 +114,19 @@ def test_explicit_columns_override(tmp_path):
 
 
 def test_answer_may_be_absent_if_allowed(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "tests": "t"}])
-    assert load_problems(path, require_answer=False) == [Problem("p", None, {"tests": "t"})]
-    with pytest.raises(KeyError, match=r"a\.jsonl:1: no column is known as an answer.*\['prompt', 'tests'\]"):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "level": 3}])
+    assert load_problems(path, require_answer=False) == [Problem("p", None, {"level": 3})]
+    with pytest.raises(KeyError, match=r"a\.jsonl:1: no column is known as an answer.*\['prompt', 'level'\]"):
         load_problems(path)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "answer": "a"}, {"prompt": "q", "answer": None}])
+    assert load_problems(path, require_answer=False) == [Problem("p", "a"), Problem("q", None)]
+
+
+def test_a_row_with_tests_needs_no_answer(tmp_path):
+    rows = [{"prompt": "p", "tests": ["assert f()"]}, {"prompt": "q", "tests": ["assert g()"], "answer": None}]
+    problems = load_problems(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert problems[0] == Problem("p", None, {"tests": ["assert f()"]})
+    assert problems[1].answer is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +176,14 @@ GOOD = b'{"question": "q", "answer": "a"}\n'
         (b'{"question": "q", "answer": ""}', ValueError, r"a\.jsonl:2, column 'answer' must be text"),
         (b'{"question": "q", "answer": null}', ValueError, r"column 'answer' must be text"),
         (b'{"question": "q", "answer": NaN}', ValueError, r"column 'answer' must be text"),
-        (b'{"question": "q", "answer": ["a"]}', ValueError, r"column 'answer' must be text"),
+        (b'{"question": "q", "answer": []}', ValueError, r"column 'answer' must be text"),
+        (b'{"question": "q", "answer": ["a", " "]}', ValueError, r"column 'answer', answer 2 must be text"),
+        (b'{"question": "q", "answer": [["a"]]}', ValueError, r"column 'answer', answer 1 must be text"),
+        (
+            b'{"question": "q", "answer": {"target": "a"}}',
+            ValueError,
+            r"whose fields \['target'\] can be named as a path",
+        ),
         (
             b'{"question": "q", "answer": "5 #### "}',
             ValueError,
@@ -170,19 +217,20 @@ def test_parquet_errors(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.jsonl"):
         load_problems(str(tmp_path / "none.jsonl"))
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(ValueError, match=r"ends in '\.csv'; .*\.jsonl.*\.parquet"):
-        load_problems(str(tmp_path / "a.csv"))
+    for name in ("a.txt", "a.parquet.gz", "a.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"ends in '.*{name[1:]}'; .*\.jsonl.*\.parquet.*\.gz"):
+            load_problems(str(tmp_path / name))
 
 
 def test_splits_and_subsets_of_local_sources(tmp_path):
     path = write_jsonl(tmp_path / "test.jsonl", ROWS)
     assert load_problems(str(tmp_path), split="test") == load_problems(path)
-    with pytest.raises(FileNotFoundError, match=r"neither train\.jsonl nor train\.parquet, but \['test\.jsonl'\]"):
+    with pytest.raises(FileNotFoundError, match=r"has no split 'train'; it has \['test'\]"):
         load_problems(str(tmp_path))
     with pytest.raises(ValueError, match=r"split='test' was asked for, but .* is a single file"):
         load_problems(path, split="test")
-    with pytest.raises(ValueError, match=r"subset='main' was asked for, but .* is local"):
+    with pytest.raises(ValueError, match=r"subset='main' was asked for, but .* is a single file"):
         load_problems(path, subset="main")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[0]]), tmp_path / "train.parquet")
     assert load_problems(str(tmp_path)) == [load_problems(path)[0]]
@@ -237,12 +285,12 @@ def test_hub_out_of_reach():
 
 def test_library_accepts_the_calls_made_for_the_hub(tmp_path, monkeypatch):
     """The real ``datasets`` on a folder, which it resolves as it does a hub id."""
-    from grpo_jax.data import sources
+    from grpo_jax.data import files
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "test.jsonl", [ROWS[0], ROWS[0]])
-    rows = list(sources._hub_rows(str(tmp_path / "data"), "test", None))
+    rows = list(files._hub_rows(str(tmp_path / "data"), "test", None))
     assert rows[1] == (f"{tmp_path / 'data'} (default, test) row 2", ROWS[0])
 
 
@@ -257,3 +305,12 @@ def test_reward_columns_repeat_rows_and_fill_in_none():
         "problem_prompt": ["p", "p", "q", "q"],
     }
     assert reward_columns(problems)["answer"] == ["1", None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\n#### 7", "#### 1,234\n", "#### -3.5  ", "#### 7.", "#### 7 cm", "no mark", "#### 1\n#### 2", "x #### 5 #### 6",
+     "\\boxed{3} #### 4", "#### x", "# 5", "#### 12,34", "a ##### 5", "5 ####  7", "#### +7", "text" * 30 + "#### 8"],
+)  # fmt: skip
+def test_the_short_way_to_worked_answers_gives_what_the_long_one_gives(text):
+    assert sources._worked_answer(text) == worked_answer(text)

@@ -56,6 +56,7 @@ def test_a_completion_of_every_family_decodes_to_its_text_after_any_prompt(token
     texts = [*TEXTS, f"done{turn_end}", f" a {turn_end}"]
     token_ids = encode_following(texts, tokenizer)
     assert decode_following(tokenizer, token_ids) == texts
+    assert decode_following(tokenizer, []) == []
     for prompt in ("Question:", "Question: ", "def f():\n", turn_end):
         before = encode_texts([prompt], tokenizer)[0]
         for text, ids in zip(texts, token_ids, strict=True):

@@ -19,6 +19,7 @@ from grpo_jax.data.tasks import Sum
 from grpo_jax.evaluate import estimate
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.rewards.math import same_answers
 from grpo_jax.run import Run
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings
@@ -166,7 +167,7 @@ def test_run_again_it_prints_the_same_report_and_draws_nothing(copy, nothing_is_
     figures = read_report(copy.run_dir)["figures"]
     assert all(name in first for name in figures if name != "ungraded")
     assert f"{figures['pass@1']['mean']:.4f}  [{figures['pass@1']['low']:.4f}, " in first
-    assert f"{PROBLEMS} held-out problems of the built-in sums, {SAMPLES} samples each, temperature 1" in first
+    assert f"{PROBLEMS} problems of the built-in sums, {SAMPLES} samples each, temperature 1" in first
 
 
 def test_other_k_of_the_same_completions(copy, nothing_is_drawn):
@@ -314,6 +315,17 @@ def test_what_could_not_be_graded_counts_nowhere_and_is_told():
     assert not [name for name in nothing if name.startswith(("pass@", "maj@"))]
 
 
+def test_the_majority_vote_compares_answers_as_the_grader_does():
+    row = replace(
+        collected(1.0, 1.0, 1.0, 0.0, 0.0),
+        completions=[rf"\boxed{{{answer}}}" for answer in (r"2\sqrt{3}", r"2\sqrt3", r"\sqrt{12}", "7", "7")],
+    )
+    assert per_problem([row], [1], same_answers)["maj@5"].tolist() == [1.0]
+    assert per_problem([row], [1])["maj@5"].tolist() == [0.0]
+    unfinished = replace(row, prompt="q <think>")
+    assert per_problem([unfinished], [1], same_answers)["maj@5"].tolist() == [0.0]
+
+
 def test_a_part_of_the_reward_that_is_absent_now_and_then():
     problems = [collected(1.0, 1.0, kind=[None, 0.25]), collected(0.0, 1.0, kind=[None, None]), collected(0.0, 1.0)]
     figures = per_problem(problems, [1])
@@ -356,3 +368,20 @@ def test_problems_are_told_apart_by_what_is_asked_and_what_is_right():
     assert len(set(keys)) == 4
     assert keys_of(reversed(problems[:2])) == [keys[1], keys[0]]
     assert keys_of([replace(problems[3], columns={"a": 1})]) == [keys[3]]
+
+
+def test_a_file_is_evaluated_as_a_whole_unless_told_otherwise(finished, tmp_path, capsys, monkeypatch):
+    rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(1, 21)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSettings(dataset=str(tmp_path / "a.jsonl"), template="{question}", eval_problems=None)
+    config = replace(finished, data=data, run_dir=tmp_path / "run")
+    assert evaluate.main(config) == 0
+    assert read_report(config.run_dir)["num_problems"] == 20
+    assert "20 of 20 problems of" in capsys.readouterr().out
+
+    def collect(*_args, asked, **_options):
+        raise ValueError(f"asked: {asked}")
+
+    monkeypatch.setattr(evaluate, "collect", collect)
+    with pytest.raises(ValueError, match="asked: held_out"):
+        evaluate.main(replace(config, run_dir=tmp_path / "other", held_out=True))

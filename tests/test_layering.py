@@ -29,6 +29,7 @@ FLOORS = {
     "small_base": 4,
     "experiment": 5,
     "text_settings": 5,
+    "data_report": 5,
     "tasks": 5,
     "light_critic": 5,
     "rounds": 6,

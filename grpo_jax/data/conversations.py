@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
+from grpo_jax.data.layouts import as_demonstration, as_messages, check_length, required_column, without
 from grpo_jax.data.messages import Messages, checked_messages, is_message
 from grpo_jax.data.prompts import Rendering, encode_prompts
-from grpo_jax.data.sources import Row, checked_prompt, checked_text, read_rows
+from grpo_jax.data.sources import Row, checked_prompt, checked_text, parsed_rows, read_rows
 from grpo_jax.data.tokens import encode_following, encode_texts
 from grpo_jax.data.turns import Demonstration, LearnFrom, Piece, no_end, turns, whole_texts
 
@@ -33,11 +34,13 @@ def load_demonstrations(
     subset: str | None = None,
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    skipped: list[str] | None = None,
 ) -> list[Demonstration]:
-    """The demonstrations of a file, folder or data set, in the forms that TRL knows.
+    """The demonstrations of a file, folder or data set, in any layout of ``docs/data.md``.
 
     A row has ``messages`` (a conversation that ends with the assistant's turn), or ``prompt`` and ``completion`` (texts
-    or messages), or ``text`` alone. Other columns hold the prompt and the completion where they are named.
+    or messages), or ``text`` alone; ``layouts.as_demonstration`` brings other layouts into one of these forms. Other
+    columns hold the prompt and the completion where they are named.
 
     Args:
         source: as of ``sources.load_problems``.
@@ -45,16 +48,21 @@ def load_demonstrations(
         subset: likewise.
         prompt_column: instead of ``prompt``.
         completion_column: instead of ``completion``; with it alone, the completion is a text without a prompt.
+        skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
 
     Raises:
         KeyError: a row has none of these forms; the error lists its columns.
-        ValueError: a row is empty or malformed, or its conversation does not end with the assistant's turn.
+        ValueError: a row is empty, malformed or overlong, or its conversation does not end with the assistant's turn.
         FileNotFoundError: no such file, folder, split or data set.
     """
-    rows = list(read_rows(source, split, subset))
-    if not rows:
+
+    def parse(row: Row, where: str) -> Demonstration:
+        return _demonstration(row, where, prompt_column, completion_column)
+
+    demonstrations = parsed_rows(read_rows(source, split, subset, skipped=skipped), parse, skipped)
+    if not demonstrations:
         raise ValueError(f"{source} is empty: it has no demonstrations")
-    return [_demonstration(row, where, prompt_column, completion_column) for where, row in rows]
+    return demonstrations
 
 
 def encode_demonstrations(
@@ -230,24 +238,26 @@ def _encoded_before(
 
 
 def _demonstration(row: Row, where: str, prompt_column: str | None, completion_column: str | None) -> Demonstration:
-    named = prompt_column is not None or completion_column is not None
-    if "messages" in row and not named:
-        messages = row["messages"]
-        if not (isinstance(messages, list) and len(messages) > 1 and all(is_message(each) for each in messages)):
-            raise ValueError(f"{where}, column 'messages': it must hold at least two messages with role and content")
-        return _conversation(messages, where, _others(row, "messages"))
-    if "text" in row and "completion" not in row and not named:
-        return Demonstration("", checked_text(row["text"], f"{where}, column 'text'"), where, _others(row, "text"))
+    if prompt_column is None and completion_column is None:
+        row = as_demonstration(row, where)
+        if "messages" in row:
+            check_length(row["messages"], f"{where}, column 'messages'")
+            return _conversation(row["messages"], where, without(row, "messages"))
+        if "completion" not in row:
+            check_length(row["text"], f"{where}, column 'text'")
+            text = checked_text(row["text"], f"{where}, column 'text'")
+            return Demonstration("", text, where, without(row, "text"))
+        prompt_column = "prompt"
     completion_column = completion_column or "completion"
-    prompt_column = prompt_column or (None if named else "prompt")
-    missing = [name for name in (prompt_column, completion_column) if name is not None and name not in row]
-    if missing:
-        raise KeyError(
-            f"{where} has no column {missing[0]!r}; a demonstration has messages, or prompt and completion, or text, "
-            f"and this one has {list(row)}; name others with prompt_column= and completion_column="
-        )
-    completion, others = row[completion_column], _others(row, prompt_column, completion_column)
-    prompt = "" if prompt_column is None else checked_prompt(row[prompt_column], f"{where}, column {prompt_column!r}")
+    completion = required_column(row, completion_column, where, "completion_column=")
+    completion = as_messages(completion) or completion
+    prompt: str | Messages = ""
+    if prompt_column is not None:
+        given = required_column(row, prompt_column, where, "prompt_column=")
+        prompt = checked_prompt(as_messages(given) or given, f"{where}, column {prompt_column!r}")
+    for name, value in ((prompt_column, prompt), (completion_column, completion)):
+        check_length(value, f"{where}, column {name!r}")
+    others = without(row, prompt_column, completion_column)
     if isinstance(completion, list) and completion and all(is_message(each) for each in completion):
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return _conversation([*before, *completion], where, others)
@@ -255,13 +265,11 @@ def _demonstration(row: Row, where: str, prompt_column: str | None, completion_c
 
 
 def _conversation(messages: Messages, where: str, columns: Row) -> Demonstration:
+    if len(messages) < 2:
+        raise ValueError(f"{where}: a conversation must hold at least two messages with role and content")
     *before, last = checked_messages(messages, where)
     if last["role"] != "assistant":
         raise ValueError(f"{where}: the last message is the {last['role']}'s; it must be the assistant's")
     reply = {name: value for name, value in last.items() if name not in ("role", "content")}
     completion = last["content"] if reply.get("tool_calls") else checked_text(last["content"], f"{where}, last message")
     return Demonstration(before, completion, where, columns, reply)
-
-
-def _others(row: Row, *names: str | None) -> Row:
-    return {name: value for name, value in row.items() if name not in names}

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.data.conversations import Demonstration, encode_demonstrations, until_end
+from grpo_jax.data.layouts import as_preference, check_length, without
 from grpo_jax.data.messages import Messages, checked_messages, content_text, is_message
 from grpo_jax.data.prompts import Rendering, pad_prompts
-from grpo_jax.data.sources import Row, checked_prompt, checked_text, read_rows
+from grpo_jax.data.sources import Row, checked_prompt, checked_text, parsed_rows, read_rows
 from grpo_jax.types import Pairs
 
 
@@ -38,17 +39,20 @@ class Preference:
     columns: Row = field(default_factory=dict)
 
 
-def load_preferences(source: str, *, split: str | None = None, subset: str | None = None) -> list[Preference]:
-    """The preferences of a file, folder or data set, in the forms that TRL knows.
+def load_preferences(
+    source: str, *, split: str | None = None, subset: str | None = None, skipped: list[str] | None = None
+) -> list[Preference]:
+    """The preferences of a file, folder or data set, in any layout of ``docs/data.md``.
 
     A row has ``prompt``, ``chosen`` and ``rejected``: texts, or messages of which the two last hold the assistant's
     turn alone. Without a ``prompt`` the two are whole conversations that differ in the last turn. A column ``margin``
-    says by how much the chosen one is better.
+    says by how much the chosen one is better. ``layouts.as_preference`` brings other layouts into these forms.
 
     Args:
         source: as of ``sources.load_problems``.
         split: likewise.
         subset: likewise.
+        skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
 
     Raises:
         KeyError: a row lacks a column; the error lists those it has.
@@ -56,10 +60,10 @@ def load_preferences(source: str, *, split: str | None = None, subset: str | Non
             the same, the margin is no number.
         FileNotFoundError: no such file, folder, split or data set.
     """
-    rows = list(read_rows(source, split, subset))
-    if not rows:
+    preferences = parsed_rows(read_rows(source, split, subset, skipped=skipped), _preference, skipped)
+    if not preferences:
         raise ValueError(f"{source} is empty: it has no preferences")
-    return [_preference(row, where) for where, row in rows]
+    return preferences
 
 
 class EncodedPreferences:
@@ -201,12 +205,9 @@ class PairBatches:
 
 
 def _preference(row: Row, where: str) -> Preference:
-    missing = [name for name in ("chosen", "rejected") if name not in row]
-    if missing:
-        raise KeyError(
-            f"{where} has no column {missing[0]!r}; a preference has prompt, chosen and rejected, and this "
-            f"row has {list(row)}"
-        )
+    row = as_preference(row, where)
+    for name in ("prompt", "chosen", "rejected"):
+        check_length(row.get(name), f"{where}, column {name!r}")
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row:
         prompt = checked_prompt(row["prompt"], f"{where}, column 'prompt'")
@@ -221,7 +222,7 @@ def _preference(row: Row, where: str) -> Preference:
     is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool) and np.isfinite(margin)
     if margin is not None and not is_number:
         raise ValueError(f"{where}, column 'margin': it must be a number, and is {margin!r:.200}")
-    others = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected", "margin")}
+    others = without(row, "prompt", "chosen", "rejected", "margin")
     return Preference(prompt, texts[0], texts[1], where, None if margin is None else float(margin), others)
 
 

@@ -100,6 +100,8 @@ def decode_following(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]
         tokenizer: a transformers tokenizer.
         rows: token ids.
     """
+    if not rows:
+        return []  # of none, batch_decode of older versions makes one
     anchor, length = _special_token(tokenizer)
     texts = tokenizer.batch_decode(
         [[*anchor, *row] for row in rows], skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -1,0 +1,216 @@
+"""A report on a data set before anything is trained on it: rows that cannot be read or graded, duplicates, leaks.
+
+    python experiments/check_data.py problems.jsonl
+    python experiments/check_data.py openai/gsm8k --tokenizer Qwen/Qwen2.5-0.5B --max-prompt-length 256
+    python experiments/check_data.py pairs.parquet --kind preferences --json report.json --strict
+
+It reads the same layouts with the same flags as the training scripts. Nothing is changed; ``docs/data.md`` lists the
+layouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grpo_jax.data.conversations import load_demonstrations
+from grpo_jax.data.files import read_rows
+from grpo_jax.data.layouts import kind_of
+from grpo_jax.data.notes import prompt_key
+from grpo_jax.data.preferences import load_preferences
+from grpo_jax.data.prompts import R1_ZERO
+from grpo_jax.data.sources import load_placed_problems
+from grpo_jax.data_report import (
+    Example,
+    Finding,
+    check_demonstrations,
+    check_leaks,
+    check_preferences,
+    check_problems,
+    check_prompt_lengths,
+    finding,
+)
+from grpo_jax.monitor.metrics import to_json
+from grpo_jax.settings import default_split
+
+Kind = Literal["problems", "demonstrations", "preferences"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is checked."""
+
+    dataset: tyro.conf.Positional[str]
+    """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), or a folder of them."""
+    kind: Literal["auto", "problems", "demonstrations", "preferences"] = "auto"
+    """What the rows are for: reinforcement learning, SFT, or DPO and reward models. auto: by the columns."""
+    split: str | None = None
+    """Split that is trained on; by default 'train' where there are splits."""
+    subset: str | None = None
+    """Configuration of a hub dataset or folder, where it has several."""
+    eval_dataset: str | None = None
+    """Where held-out rows come from, to find those that are trained on. Default: the dataset's own split."""
+    eval_split: str | None = None
+    """Their split; by default 'test' where there are splits, or else 'validation'."""
+    prompt_column: str | None = None
+    """Column with the prompt, or a path such as extra_info.question."""
+    answer_column: str | None = None
+    """Column with the gold answer, or a path such as reward_model.ground_truth."""
+    completion_column: str | None = None
+    """Column with the completion of a demonstration."""
+    grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
+    """What will grade completions. auto: code where there are tests, math elsewhere."""
+    tokenizer: str | None = None
+    """Folder or Hugging Face id of a tokenizer, to find prompts that are too long."""
+    max_prompt_length: int = 512
+    """The longest prompt in tokens, as in training."""
+    chat_template: bool = False
+    """Render prompts with the tokenizer's chat template instead of the plain one."""
+    template: str | None = None
+    """Plain prompt template with {question}. Default: R1-Zero's kind."""
+    system_prompt: str | None = None
+    """A system message; with --chat-template only."""
+    json: Path | None = None
+    """File that the whole report is written to."""
+    strict: bool = False
+    """Exit with status 1 if anything is found that makes rows useless or misleading."""
+    examples: int = 3
+    """Rows shown of each finding."""
+
+    def __post_init__(self):
+        if self.max_prompt_length < 1 or self.examples < 0:
+            raise ValueError("max_prompt_length must be at least 1 and examples at least 0")
+        if self.chat_template and (self.template is not None or self.tokenizer is None):
+            raise ValueError("chat_template needs a tokenizer and leaves no place for template")
+
+
+def main(config: Config) -> int:
+    """Check and report; the exit status is 1 where ``strict`` is set and a fault was found, else 0."""
+    report = make_report(config)
+    print_report(report, config.examples)
+    if config.json is not None:
+        config.json.write_text(json.dumps(to_json(report), indent=2, ensure_ascii=False) + "\n")
+    has_faults = any(each["is_fault"] for each in report["findings"])
+    return int(config.strict and has_faults)
+
+
+def make_report(config: Config) -> dict[str, Any]:
+    """The report as it is written: ``dataset``, ``kind``, ``grader``, ``rows`` and ``findings``."""
+    kind = config.kind if config.kind != "auto" else detected(config)
+    bad: list[str] = []
+    rows = load(config, kind, config.dataset, config.split, bad)
+    findings = bad_rows(bad, len(rows))
+    grader = None
+    if kind == "problems":
+        placed = [(where, each) for where, each in rows]
+        grader = config.grader
+        if grader == "auto":
+            grader = "code" if any("tests" in each.columns for _, each in placed) else "math"
+        findings += check_problems(placed, grader)
+    else:
+        check: Callable[[Any], list[Finding]] = check_demonstrations if kind == "demonstrations" else check_preferences
+        findings += check([each for _, each in rows])
+    findings += leaks(config, kind, rows) + long_prompts(config, rows)
+    return {
+        "dataset": config.dataset,
+        "kind": kind,
+        "grader": grader,
+        "rows": len(rows),
+        "findings": [dataclasses.asdict(each) for each in findings],
+    }
+
+
+def detected(config: Config) -> Kind:
+    first = next(read_rows(config.dataset, config.split, config.subset, skipped=[]), None)
+    if first is None:
+        raise ValueError(f"{config.dataset} is empty, or holds nothing that can be read")
+    return "problems" if config.answer_column else kind_of(first[1])
+
+
+def load(config: Config, kind: Kind, source: str, split: str | None, bad: list[str]) -> list[tuple[str, Any]]:
+    """The rows of a source, each after its place; the reasons of those that cannot be read go to ``bad``."""
+    where = {"split": split, "subset": config.subset, "skipped": bad}
+    if kind == "problems":
+        return load_placed_problems(
+            source,
+            prompt_column=config.prompt_column,
+            answer_column=config.answer_column,
+            require_answer=False,
+            **where,
+        )
+    if kind == "preferences":
+        return [(each.where, each) for each in load_preferences(source, **where)]
+    columns = {"prompt_column": config.prompt_column, "completion_column": config.completion_column}
+    return [(each.where, each) for each in load_demonstrations(source, **columns, **where)]
+
+
+def bad_rows(bad: Sequence[str], rows: int) -> list[Finding]:
+    places = (reason.partition(", ") if ", column" in reason else reason.partition(" ") for reason in bad)
+    found = [Example(where, rest) for where, _, rest in places]
+    return finding(
+        "unreadable rows",
+        "cannot be read; training stops at the first, or skips them by --skip-bad-rows",
+        found,
+        rows + len(bad),
+    )
+
+
+def leaks(config: Config, kind: Kind, rows: Sequence[tuple[str, Any]]) -> list[Finding]:
+    source = config.eval_dataset or config.dataset
+    but = (config.split or "train") if source == config.dataset else None
+    split = config.eval_split or default_split(source, config.subset, but=but)
+    if source == config.dataset and split is None:
+        return []
+    held_out = load(config, kind, source, split, [])
+    return check_leaks(keys_of(rows), keys_of(held_out))
+
+
+def keys_of(rows: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+    return [(where, prompt_key(each.prompt) or prompt_key(each.completion)) for where, each in rows]
+
+
+def long_prompts(config: Config, rows: Sequence[tuple[str, Any]]) -> list[Finding]:
+    if config.tokenizer is None:
+        return []
+    from transformers import AutoTokenizer
+
+    return check_prompt_lengths(
+        [(where, each.prompt, each.columns) for where, each in rows if each.prompt],
+        AutoTokenizer.from_pretrained(config.tokenizer),
+        max_prompt_length=config.max_prompt_length,
+        template=None if config.chat_template else config.template or R1_ZERO,
+        system_prompt=config.system_prompt,
+    )
+
+
+def print_report(report: dict[str, Any], examples: int) -> None:
+    """Print a line on the whole, a table of findings, and the first rows of each."""
+    console = Console()
+    grader = f", graded by {report['grader']}" if report["grader"] else ""
+    console.print(Text(f"{report['dataset']}: {report['rows']} rows, read as {report['kind']}{grader}"), soft_wrap=True)
+    if not report["findings"]:
+        console.print(Text("nothing found"))
+        return
+    table = Table("", "rows", "share", "they ...")
+    for each in report["findings"]:
+        share = f"{each['count'] / each['rows']:.1%}"
+        table.add_row(*map(Text, (each["name"], str(each["count"]), share, each["explanation"])))
+    console.print(table)
+    for each in report["findings"]:
+        for example in islice(each["examples"], examples):
+            console.print(Text(f"{each['name']}: {example['where']}: {example['text']:.300}"), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
