@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from grpo_jax import models
+from grpo_jax.command import run_command
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.tasks import sample_sums, sum_problems
 from grpo_jax.rollout import Sampler, generate
@@ -143,4 +144,4 @@ def rounded(x: np.floating) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -10,14 +10,14 @@ alone, where that is installed.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from grpo_jax.command import run_command
 from grpo_jax.rewards import RewardPool, code_reward, math_reward
 from grpo_jax.rewards.compose import as_graded
 
@@ -119,4 +119,4 @@ def verdict_of_math_verify(pair: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

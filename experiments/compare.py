@@ -45,6 +45,7 @@ from r1_zero import Config as GRPOConfig
 from sft import Config as SFTConfig
 
 from grpo_jax.collect import read_collected
+from grpo_jax.command import run_command
 from grpo_jax.experiment import (
     AnyConfig,
     PolicySettings,
@@ -592,4 +593,4 @@ def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Pa
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

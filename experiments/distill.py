@@ -27,6 +27,7 @@ import sft
 import tyro
 
 from grpo_jax.collect import CollectSettings
+from grpo_jax.command import run_command
 from grpo_jax.experiment import at_least, run_stages
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
@@ -221,4 +222,4 @@ def conclude(config: Config, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

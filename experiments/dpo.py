@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
+from grpo_jax.command import run_command
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.errands import errand_reward
 from grpo_jax.data.preferences import EncodedPreferences, PairBatches
@@ -302,4 +303,4 @@ def judged(
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -25,9 +25,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from grpo_jax.collect import Collected, CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.command import run_command
 from grpo_jax.data.sources import Problem
 from grpo_jax.evaluate import estimate, identify_answers, maj_at_k_of_each, paired_test, pass_at_k_of_each
 from grpo_jax.experiment import LAID_OUT, run_experiment
@@ -289,4 +289,4 @@ def interval(name: str, each: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -14,6 +14,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from grpo_jax.command import run_command
 from grpo_jax.monitor.metrics import read_jsonl
 
 TITLES = {
@@ -68,4 +69,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -29,6 +29,7 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
+from grpo_jax.command import run_command
 from grpo_jax.data.errands import ERRANDS
 from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
 from grpo_jax.masked import masked_mean, masked_sum
@@ -418,4 +419,4 @@ def check_same_tokens(critic: Pretrained, policy: Pretrained) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

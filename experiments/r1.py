@@ -35,6 +35,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from grpo_jax.command import run_command
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
 from grpo_jax.experiment import AnyConfig, ModelSettings, RunSettings, check_no_models, placed, run_stages
@@ -307,4 +308,4 @@ def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Pat
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -27,6 +27,7 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
+from grpo_jax.command import run_command
 from grpo_jax.data.encoded import last_tokens
 from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
 from grpo_jax.light_critic import Features, LightCritic
@@ -332,4 +333,4 @@ def per_completion(batch: Batch) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 
 from grpo_jax.collect import CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.command import run_command
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.sources import read_rows
 from grpo_jax.data.tasks import PLAIN
@@ -256,4 +257,4 @@ def as_line(row: Mapping[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from grpo_jax.command import run_command
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.experiment import (
     ModelSettings,
@@ -201,4 +202,4 @@ def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

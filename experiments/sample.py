@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jaxtyping import Array
 
 from grpo_jax import models
+from grpo_jax.command import run_command
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.stop import stop_strings
 from grpo_jax.rollout import Sampler, StopFn
@@ -215,4 +215,4 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

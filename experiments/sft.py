@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 
 from grpo_jax import models
+from grpo_jax.command import run_command
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.packing import PackedBatches
@@ -247,4 +248,4 @@ def as_samples(prompts: EncodedProblems, completions: list[str], samples: int) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -27,6 +27,7 @@ FLOORS = {
     "evaluate": 3,
     "run": 4,
     "small_base": 4,
+    "command": 5,
     "experiment": 5,
     "text_settings": 5,
     "tasks": 5,
