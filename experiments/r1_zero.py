@@ -287,7 +287,8 @@ def learn_from(
     if config.advantage_name == GDPO:
         parts = jnp.stack([jnp.asarray(part) for part in scores.counted.values()])
         weights = jnp.array([rounds.scoring.weights[name] for name in scores.counted], jnp.float32)
-        advantages = advantage.gdpo(parts, weights, group_size=group_size)
+        parts = jnp.where(jnp.isnan(rewards), jnp.nan, parts)
+        advantages = advantage.gdpo(parts, weights, group_size=group_size, require_all=False)
     elif config.advantage_name == PROCESS:
         step_rewards = rewards_of_steps(rollout, scores, rounds, with_outcome=True)
         is_step_end = ~jnp.isnan(step_rewards) & ~jnp.isnan(rewards)[:, None]

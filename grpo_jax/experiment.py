@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import models
@@ -382,17 +383,27 @@ def check_divides(count: int, mesh: Mesh, name: str) -> None:
 def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
     """A step's metrics: over its updates, the largest of what is a maximum and the mean of the rest."""
     values = {name: [float(update[name]) for update in updates] for name in updates[0]}
-    return {name: max(each) if name.endswith("/max") else sum(each) / len(each) for name, each in values.items()}
+    return {
+        # NumPy's maximum of NaN is NaN; Python's depends on the order.
+        name: float(np.max(each)) if name.endswith("/max") else sum(each) / len(each)
+        for name, each in values.items()
+    }
 
 
 def check_finite(metrics: Mapping[str, float], step: int, run: Run) -> None:
-    """Stop a run whose gradient, or whose critic's, is not finite before anything of the step is saved.
+    """Stop a run whose updates gave a loss, gradient or other metric that is not finite, before the step is saved.
+
+    Args:
+        metrics: those of the step's updates.
+        step: its number.
+        run: whose complete checkpoints the error lists.
 
     Raises:
-        FloatingPointError: one is not; says which checkpoints are whole.
+        FloatingPointError: a metric is NaN or infinite.
     """
-    if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("grad_norm")):
+    broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if broken:
         raise FloatingPointError(
-            f"step {step}: the gradient is not finite ({dict(metrics)}). Nothing of this step was saved; "
-            f"complete checkpoints: {run.checkpoints.steps()}"
+            f"step {step}: {', '.join(f'{name} is {value}' for name, value in broken.items())}. Nothing of this step "
+            f"was saved; complete checkpoints: {run.checkpoints.steps()}"
         )

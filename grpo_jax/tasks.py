@@ -230,6 +230,7 @@ class OpenTask:
                 needs_pool=task.data.dataset not in (None, ERRANDS),
                 mesh=mesh,
                 dtype=dtype,
+                show=run.say,
             )
         )
         scored = self._held_out if scores_held_out else self._problems

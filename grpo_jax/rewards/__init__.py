@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_jax.rewards.answer import answer_reward as answer_reward
     from grpo_jax.rewards.answer import extract_answer as extract_answer
+    from grpo_jax.rewards.calling import per_sample as per_sample
     from grpo_jax.rewards.code import code_reward as code_reward
     from grpo_jax.rewards.compose import Graded as Graded
     from grpo_jax.rewards.compose import RewardFn as RewardFn
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 HOMES = {
     "answer": ("answer_reward", "extract_answer"),
+    "calling": ("per_sample",),
     "code": ("code_reward",),
     "compose": ("Graded", "RewardFn", "Scores", "weighted"),
     "format": ("format_reward", "pattern_reward"),

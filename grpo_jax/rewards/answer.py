@@ -6,6 +6,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from grpo_jax.rewards.calling import per_sample
+
 GSM8K_MARK = "####"
 LONGEST_NUMBER = 100
 
@@ -83,6 +85,7 @@ def canonical_answer(text: str) -> Fraction | str:
     return _unwrap(text) if value is None else value
 
 
+@per_sample(columns=("answer",))
 def answer_reward(
     prompts: list[str], completions: list[str], *, answer: list[str | None], **_columns: list[Any]
 ) -> list[float | None]:

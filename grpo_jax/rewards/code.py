@@ -14,6 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.compose import Graded
 from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
 
@@ -50,6 +51,7 @@ class Verdict:
     feedback: str
 
 
+@per_sample(columns=("tests",))
 def code_reward(
     prompts: list[str],
     completions: list[str],

@@ -11,12 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.rewards.answer import extract_answer
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.read_math import Answer, as_interval, read_answer
 from grpo_jax.rewards.symbolic import agree, constant_ratio, parsed_expression, variables
 
 TRIGONOMETRY = ("sin", "cos", "tan", "cot", "sec", "csc")
 
 
+def load_parser() -> None:
+    """Import the parser and compute an expression once, which fills its caches."""
+    same_answer(r"\frac{x+1}{2}", r"\sqrt{2}+x^2")
+
+
+@per_sample(columns=("answer",), warm_up=load_parser)
 def math_reward(
     prompts: list[str], completions: list[str], *, answer: list[str | None], **_columns: list[Any]
 ) -> list[float | None]:
