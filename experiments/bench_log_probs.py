@@ -7,6 +7,7 @@ Prints one JSON line.
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 

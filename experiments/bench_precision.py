@@ -28,10 +28,10 @@ import numpy as np
 
 from grpo_jax import models
 from grpo_jax.command import run_command
+from grpo_jax.compilations import keep_programs
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.tasks import sample_sums, sum_problems
 from grpo_jax.rollout import Sampler, generate
-from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.small_base import Recipe, make_base
 from grpo_jax.train import completion_log_probs, make_scorer

@@ -72,12 +72,18 @@ class Config(CollectSettings):
 
 
 MAY_CHANGE = ("against", "k", "cache_bytes")
+GOES_ON_WITH = ()
 OTHER_SETTINGS_OF_NO_FIGURE = ("against", "k", "cache_bytes", "num_prompts")
 
 
 def main(config: Config) -> int:
     """Evaluate, or go on; the exit status is 0 when the report is there and 130 when the run was asked to stop."""
     return run_experiment(config, evaluate, title="Evaluation", may_change=MAY_CHANGE, again=True)
+
+
+def check(config: Config) -> None:
+    """Find a mesh that cannot be built, before anything is computed."""
+    config.mesh.build()
 
 
 def evaluate(config: Config, run: Run) -> None:

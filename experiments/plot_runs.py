@@ -6,6 +6,7 @@ python experiments/plot_runs.py runs/r1_0 runs/r1_1 runs/r1_2 --chain --out expe
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 

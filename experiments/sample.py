@@ -21,10 +21,10 @@ from jaxtyping import Array
 
 from grpo_jax import models
 from grpo_jax.command import run_command
+from grpo_jax.compilations import keep_programs
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.stop import stop_strings
 from grpo_jax.rollout import Sampler, StopFn
-from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts
 

@@ -133,7 +133,8 @@ class Checkpoints:
         if free < needed:
             raise OSError(
                 f"{self.folder} has {free / 2**30:.2f} GiB free; {self._keep} checkpoints, the best one and "
-                f"the one being written take {needed / 2**30:.2f} GiB. Free some space, choose another run_dir, or lower keep_checkpoints"
+                f"the one being written take {needed / 2**30:.2f} GiB. Free some space, lower keep_checkpoints, "
+                "or choose another run_dir"
             )
 
     def _set_aside(self, damaged: list[int]) -> None:

@@ -158,7 +158,7 @@ def _flags(owner: type, prefix: str, path: tuple[str, ...]) -> Iterator[Flag]:
             named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
             name = named[0] if named else name
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        inner = next((each for each in options if dataclasses.is_dataclass(each)), None)
+        inner = next((each for each in options if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
         own = (*path, field.name)
         if inner is None:
             yield Flag(f"--{prefix}{name}".replace("_", "-"), own, owner)

@@ -16,6 +16,7 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import evaluate, models
+from grpo_jax.compilations import count_compilations
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.sources import Problem, reward_columns
@@ -26,10 +27,11 @@ from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.monitor.signals import text_metrics
 from grpo_jax.monitor.spot_checks import spot_checks
+from grpo_jax.outcome import Export
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.drawn import concatenated
-from grpo_jax.run import Run, count_compilations, differences
+from grpo_jax.run import Run, differences
 from grpo_jax.settings import DataSettings
 from grpo_jax.sharding import ROLLOUT_RULES, bytes_on_devices, make_reshard, param_shardings, shard_rows
 from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, as_settings, check_known, read_tasks, shares
@@ -45,7 +47,8 @@ class RoundSettings(RunSettings, PolicySettings):
     data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
     """What is asked."""
     num_steps: int = 60
-    """Rollouts with the updates that follow each."""
+    """Rollouts with the updates that follow each. A finished run that is given more goes on; where the learning rate
+    decays, it is from there on that of the new number."""
     num_prompts: int = 32
     """Prompts a step."""
     group_size: int = 16
@@ -63,7 +66,10 @@ class RoundSettings(RunSettings, PolicySettings):
     """Samples for each held-out problem, from which pass@1 and the majority vote are taken. Default: 4 with --model,
     16 without."""
     samples_every: int = 10
-    """Steps between tables of sample completions."""
+    """Steps between tables of sample completions; there is one after the last step. completions.jsonl has all."""
+    export: Export = "last"
+    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
+    given the other one."""
 
     def __post_init__(self):
         RunSettings.__post_init__(self)
@@ -96,8 +102,10 @@ class RoundSettings(RunSettings, PolicySettings):
         return min(fitting, default=1)
 
 
-MAY_CHANGE = ("cache_bytes", "samples_every", "eval_every", "alarms")
+MAY_CHANGE = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
 """Settings that a resumed run may have other values of, besides those of every experiment."""
+GOES_ON_WITH = ("num_steps", "export")
+"""Settings with other values of which a finished run goes on."""
 
 
 @dataclass
@@ -176,6 +184,10 @@ class Rounds:
         self._num_tokens = 0
         self.params: Params | None = policy.params
         self.policy: models.Pretrained = replace(policy, params=None)
+
+    def reload(self) -> Params:
+        """The parameters that the run started with, loaded again."""
+        return self._config.as_sampled(self._config.load(self.start, self.mesh)).params
 
     def take_params(self) -> Params:
         """The parameters to start with; nothing else holds them then."""
@@ -295,7 +307,7 @@ class Rounds:
             drawn: the step's completions.
             scores: what they are worth.
             metrics: those of the updates; the others are added to it.
-            advantages: one for each completion.
+            advantages: one for each completion; NaN for one that was left out of the update.
 
         Returns:
             Whether an alarm wants a checkpoint of this step.
@@ -326,10 +338,10 @@ class Rounds:
         self._run.log({"step": step, **metrics})
         self._run.log_faults(step, self.scoring.take_faults())
         wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))
-        if step % config.samples_every == 0:
-            samples = as_samples(drawn, scores, advantages)
-            shown = spot_checks(samples, group_size=config.group_size, seed=step)
-            self._run.log_samples(step, samples, shown=shown)
+        samples = as_samples(drawn, scores, advantages)
+        is_shown = step % config.samples_every == 0 or step == config.num_steps
+        shown = spot_checks(samples, group_size=config.group_size, seed=step) if is_shown else []
+        self._run.log_samples(step, samples, shown=shown)
         return wants_checkpoint
 
     def _of_tasks(self, drawn: Round, scores: Scores) -> dict[str, float]:
@@ -345,14 +357,18 @@ class Rounds:
 
     def save_is_due(self, step: int, wants_checkpoint: bool) -> bool:
         """Whether the state after a step is to be saved."""
-        is_due = step == self._config.num_steps or step % self._config.save_every == 0
+        is_due = self.evaluation_is_due(step) or step % self._config.save_every == 0
         return is_due or wants_checkpoint or self._run.stop_requested
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether there is an evaluation after a step."""
+        config = self._config
+        return step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
 
     def evaluate_if_due(self, step: int, params: Params) -> dict[str, float]:
         """Grade completions of all held-out problems where an evaluation is due and was not done."""
         config, run = self._config, self._run
-        is_due = step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
-        if not is_due or run.has_row(step, "eval/mean_length"):
+        if not self.evaluation_is_due(step) or run.has_row(step, "eval/mean_length"):
             return {}
         with run.progress.phase("evaluation", sum(len(task.held_out) for task in self._tasks)) as phase:
             done, found = 0, {}
@@ -367,6 +383,8 @@ class Rounds:
         metrics = found[None] if config.tasks is None else evaluate.mean_over_tasks(found)
         run.log_faults(step, self.scoring.take_faults())
         run.log({"step": step, **metrics})
+        run.raise_alarms(self._alarms.update({"step": step, **metrics}))
+        run.stop_if_requested()
         return metrics
 
     def _evaluated(self, task: OpenTask, step: int, params: Params, report: Callable[[int], None]) -> dict[str, float]:
@@ -442,7 +460,7 @@ def as_samples(drawn: Round, scores: Scores, advantages: np.ndarray) -> list[Sam
             completion=drawn.completions[i],
             rewards={name: float(part[i]) for name, part in scores.parts.items() if not math.isnan(part[i])},
             reward=float(scores.total[i]),
-            advantage=float(advantages[i]),
+            advantage=None if math.isnan(advantages[i]) else float(advantages[i]),
             answer=drawn.problems[i // group_size].answer,
             note=scores.notes[i],
         )

@@ -21,17 +21,16 @@ from grpo_jax.experiment import (
     check_divides,
     check_finite,
     check_length,
-    check_no_models,
     check_same_data,
     over_updates,
     padded_batches,
-    placed,
     run_experiment,
     save_trained,
 )
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
 from grpo_jax.run import Run, Stopped
 from grpo_jax.sharding import make_mesh
+from grpo_jax.stages import check_no_models, placed
 
 LLAMA = {"model_type": "llama", **SMALL}
 

@@ -32,7 +32,7 @@ def stages(monkeypatch):
     for name in ("sft", "r1_zero", "rejection_sampling", "reward_model", "evaluate"):
         script = getattr(r1, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
-    monkeypatch.setattr("grpo_jax.experiment.run_experiment", lambda *args, **settings: 0)
+    monkeypatch.setattr("grpo_jax.stages.run_experiment", lambda *args, **settings: 0)
     return begun
 
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from grpo_jax.compilations import count_compilations
 from grpo_jax.monitor.alarms import Fired
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.pool import Fault
-from grpo_jax.run import Run, Stopped, count_compilations, differences
+from grpo_jax.run import Run, Stopped, differences
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def test_compilations_are_counted():
 def test_programs_are_found_again_by_a_second_run_that_compiles_nothing(tmp_path):
     code = """
 import jax
-from grpo_jax.run import count_compilations, keep_programs
+from grpo_jax.compilations import count_compilations, keep_programs
 keep_programs()
 count = count_compilations()
 jax.jit(lambda x: x * 3 + 1)(jax.numpy.zeros(17))

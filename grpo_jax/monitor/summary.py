@@ -8,7 +8,6 @@ from pathlib import Path
 from grpo_jax.monitor.figures import FIGURES, duration, percent, select_figures
 from grpo_jax.monitor.metrics import Row
 
-
 RANKED_BY = {"eval/pass@1": 1, "eval/reward": 1, "eval/judge": 1, "eval/accuracy": 1, "eval/loss": -1}
 """Held-out figures that rank the checkpoints of a run, the first that is there; -1 where less is better."""
 
