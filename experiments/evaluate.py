@@ -35,6 +35,7 @@ from grpo_jax.monitor.figures import number
 from grpo_jax.monitor.samples import printable, shorten
 from grpo_jax.rewards.answer import extract_answer
 from grpo_jax.run import Run, differences
+from grpo_jax.tasks import asks_for_format, has_final_answers
 
 FIGURES, COMPARISON = "figures", "comparison"
 SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
@@ -97,9 +98,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     """What an evaluation found, as it stands in ``summary.json`` of its run's folder.
 
     ``report["figures"]["pass@1"]`` has ``mean``, ``low``, ``high`` and ``problems``, and so have ``pass@<k>``,
-    ``maj@<num_samples>``, ``rewards/<part>``, ``mean_length``, ``truncated`` and ``ungraded``; of a part that is absent
-    everywhere the first three are None. With ``against``, ``report["comparison"]["figures"]`` has ``before``,
-    ``after``, ``difference``, ``low``, ``high``, ``p`` and ``problems`` of each.
+    ``maj@<num_samples>``, ``rewards/<part>``, ``mean_length``, ``truncated`` and ``ungraded``, as far as they say
+    something of the problems; of a part that is absent everywhere the first three are None. With ``against``,
+    ``report["comparison"]["figures"]`` has ``before``, ``after``, ``difference``, ``low``, ``high``, ``p`` and
+    ``problems`` of each.
 
     Raises:
         ValueError: the folder holds no finished evaluation.
@@ -123,7 +125,7 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
     if before is None:
         collect(config, run, config.mesh.build(), held_out=True, check=check)
     keys = keys_of(each.problem for each in read_collected(run.folder))
-    figures = per_problem(read_collected(run.folder), config.ks)
+    figures = meaningful(config, run.folder, per_problem(read_collected(run.folder), config.ks))
     report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
     if config.against is not None and against is not None:
         check_same_problems(keys, others, run.folder, config.against)
@@ -143,6 +145,20 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
     run.log({"step": 0, **{f"eval/{name}": each["mean"] for name, each in report[FIGURES].items()}})
     run.conclude(report)
     return read_report(run.folder)
+
+
+def meaningful(config: Config, folder: Path, figures: PerProblem) -> PerProblem:
+    """The figures that say something of these problems.
+
+    Without answers that completions end in there is no majority vote; where nothing is graded, no accuracy and no share
+    of problems that could not be; and no format where prompts do not ask for it and no completion has it.
+    """
+    problems = [each.problem for each in read_collected(folder)]
+    without = () if has_final_answers(config.data, problems) else ("maj@",)
+    without += ("rewards/accuracy", "ungraded") if config.data.grader == "none" else ()
+    if not asks_for_format(config.data) and not np.nansum(figures["rewards/format"]):
+        without += ("rewards/format",)
+    return {name: values for name, values in figures.items() if not name.startswith(tuple(without))}
 
 
 def per_problem(collected: Iterable[Collected], ks: Sequence[int]) -> PerProblem:

@@ -134,6 +134,7 @@ def collect(
         mesh=mesh,
         dtype=config.compute_dtype,
         scores_held_out=held_out,
+        measured=("format",),
     )
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))

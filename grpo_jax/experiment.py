@@ -204,15 +204,15 @@ def fitting_lengths(config: ModelSettings, prompt: int | None, completion: int |
         prompt, completion: what is set; None for the default.
     """
     usual = (512, 1024) if config.model else (MAX_PROMPT_LENGTH, MAX_COMPLETION_LENGTH)
-    if prompt is not None and completion is not None:
-        return prompt, completion
-    longest = config.positions or sum(usual)
-    if prompt is None and completion is None:
-        return usual if sum(usual) <= longest else (max(longest // 3, 1), longest - max(longest // 3, 1))
-    if prompt is None:
-        assert completion is not None
-        return max(min(usual[0], longest - completion), 1), completion
-    return prompt, max(min(usual[1], longest - prompt), 1)
+    wanted = prompt or usual[0], completion or usual[1]
+    positions = config.positions if prompt is None or completion is None else None
+    if positions is None or sum(wanted) <= positions or (prompt or completion or 1) >= positions:
+        return wanted  # what leaves no position for the other is refused by its own value
+    if prompt is not None:
+        return prompt, positions - prompt
+    if completion is not None:
+        return positions - completion, completion
+    return positions // 3 or 1, positions - (positions // 3 or 1)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)

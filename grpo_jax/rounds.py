@@ -322,9 +322,11 @@ class Rounds:
             drawn.texts,
             drawn.completions,
             group_size=config.group_size,
-            answers=drawn.columns["answer"],
+            answers=self._final_answers(drawn),
             tests=drawn.columns.get("tests", ()),
         )
+        if not any(name.rpartition("/")[2] == "format" for name in scores.parts):
+            del metrics["completions/empty_thought_share"]  # it is about completions of that form
         for name, part in (("judge", self.scoring.judge), ("pass_rate", "accuracy")):
             if f"rewards/{part}/mean" in metrics:
                 metrics[name] = metrics[f"rewards/{part}/mean"]
@@ -343,6 +345,14 @@ class Rounds:
         shown = spot_checks(samples, group_size=config.group_size, seed=step) if is_shown else []
         self._run.log_samples(step, samples, shown=shown)
         return wants_checkpoint
+
+    def _final_answers(self, drawn: Round) -> list[str | None]:
+        """The gold answers of the completions that end in an answer."""
+        has_answers = {task.name: task.has_final_answers for task in self._tasks}
+        of_rows = [name for name in drawn.tasks for _ in range(self._config.group_size)]
+        return [
+            answer if has_answers[name] else None for answer, name in zip(drawn.columns["answer"], of_rows, strict=True)
+        ]
 
     def _of_tasks(self, drawn: Round, scores: Scores) -> dict[str, float]:
         """The rewards of each task by itself."""
@@ -399,9 +409,10 @@ class Rounds:
             return evaluate.held_out_rewards(
                 task.held_out, drawn, self._decode, task.scoring.score, group_size=group_size, report=report
             )
-        return evaluate.held_out(
+        metrics = evaluate.held_out(
             task.held_out, drawn, self._decode, task.scoring.held_out, group_size=group_size, report=report
         )
+        return {name: value for name, value in metrics.items() if task.has_final_answers or "/maj@" not in name}
 
     def _encode(self, policy: models.Pretrained) -> None:
         first = first_held_out = 0

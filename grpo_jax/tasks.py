@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -180,6 +180,21 @@ def check_known(model: str | None, asked: Sequence[DataSettings]) -> None:
         )
 
 
+def asks_for_format(data: DataSettings) -> bool:
+    """Whether prompts ask for a thought and an answer between tags; the built-in sums are answered so without."""
+    if data.dataset in (None, ERRANDS):
+        return data.dataset is None
+    asked = data.system_prompt if data.chat_template else data.template or R1_ZERO
+    return asked is not None and "<answer>" in asked
+
+
+def has_final_answers(data: DataSettings, problems: Sequence[Problem]) -> bool:
+    """Whether completions of these problems end in an answer that votes can be counted by, rather than being one."""
+    is_code = data.grader == "code" or (data.grader == "auto" and any("tests" in each.columns for each in problems))
+    answered = any(each.answer is not None for each in problems)
+    return answered and not is_code and data.grader != "none" and data.dataset != ERRANDS
+
+
 class OpenTask:
     """A task that is ready to be asked and scored.
 
@@ -188,6 +203,7 @@ class OpenTask:
         problems, held_out: lists of problems, until ``encode`` made prompts of them.
         scoring: what scores completions; left with the run.
         is_graded: whether anything tells a right completion.
+        has_final_answers: whether its completions end in an answer, so that there is a majority vote.
 
     Args:
         task: which.
@@ -196,6 +212,8 @@ class OpenTask:
         max_completion_length: in tokens.
         mesh: that a reward model is split over.
         dtype: the precision a reward model computes in.
+        measured: parts of the reward that are measured in any case; without it, the format is where it is asked for
+            or paid for.
         scores_held_out: whether it is the held-out problems whose completions ``scoring.score`` will get.
 
     Raises:
@@ -215,12 +233,14 @@ class OpenTask:
         mesh: Mesh,
         dtype: Any,
         scores_held_out: bool = False,
+        measured: Collection[str] = (),
     ):
         self.name, self._task, self._run = task.name, task, run
         self.is_graded = task.data.grader != "none"
         if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
             raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
         self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed)
+        self.has_final_answers = has_final_answers(task.data, self._problems)
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
         self.scoring: Scoring = run.enter(
             task.rewards.open(
@@ -231,6 +251,7 @@ class OpenTask:
                 mesh=mesh,
                 dtype=dtype,
                 show=run.say,
+                measures_format="format" in measured or asks_for_format(task.data),
             )
         )
         scored = self._held_out if scores_held_out else self._problems

@@ -227,7 +227,10 @@ def test_s7_varying_lengths_compile_nothing_new(finished):
         ({"group_size": 1}, "group_size is 1"),
         ({"num_steps": 0}, "num_steps is 0"),
         ({"eval_samples": 0}, "eval_samples is 0"),
-        ({"num_minibatches": 3}, r"8 prompts x 4 samples = 32 completions do not divide into 3 minibatches"),
+        (
+            {"num_minibatches": 3},
+            r"num_prompts x group_size = 8 x 4 = 32 completions do not divide into num_minibatches x num_micro_batches = 3 x 1",
+        ),
         ({"num_micro_batches": 5}, "do not divide"),
         (
             {"policy": PolicyLossSettings(kl_coef=0.1), "kl_reward_coef": 0.1},
