@@ -98,11 +98,16 @@ class OptimizerSettings:
     def build(
         self, *, total_updates: int, default_learning_rate: float
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The optimizer, and its learning rate by update; see ``train.make_schedule`` for what it raises."""
+        """The optimizer, and its learning rate by update; see ``train.make_schedule`` for what it raises.
+
+        A constant learning rate is the same function of the update for every ``total_updates``, warm-up included. In
+        one that decays, a warm-up that would be longer than the run is as long as it.
+        """
+        is_constant = self.decay == "constant"
         schedule = make_schedule(
             default_learning_rate if self.learning_rate is None else self.learning_rate,
-            warmup_steps=min(self.warmup_updates, total_updates),
-            total_steps=total_updates,
+            warmup_steps=self.warmup_updates if is_constant else min(self.warmup_updates, total_updates),
+            total_steps=max(self.warmup_updates, total_updates) if is_constant else total_updates,
             decay=self.decay,
         )
         return make_optimizer(

@@ -245,7 +245,12 @@ def test_each_row_is_scored_as_its_task_does_by_itself(opened):
         for name, part in found.counted.items():
             if not name.startswith(f"{task.name}/"):
                 np.testing.assert_array_equal(part[rows], 0)
-    assert seen == {**dict.fromkeys(seen, 1), "accuracy": 2, "format": 2, "judge": 0}
+    assert seen == {
+        **dict.fromkeys(seen, 1),
+        "accuracy": 2,
+        "format": 1,
+        "judge": 0,
+    }  # the second one's prompts ask for no format
     np.testing.assert_array_equal(np.isnan(found.parts["pays_level"]), [True, False, True, False, True, True])
     np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
     assert found.notes[1] == "pays_level: of kind 0"
@@ -268,7 +273,7 @@ def test_what_was_begun_while_others_were_drawn_is_found_again(opened):
     pool = opened[1].scoring._pool
     assert opened[0].scoring._pool is None
     waiting = sum(map(len, pool._ahead.values()))
-    assert waiting == 4  # of the second task two rows that ended, accuracy and format; its own reward takes batches
+    assert waiting == 2  # of the second task two rows that ended, accuracy; its own reward takes batches
     found = mixed.score([""] * 6, TEXTS, **COLUMNS)
     assert sum(map(len, pool._ahead.values())) == 0
     np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
