@@ -53,6 +53,7 @@ from grpo_jax.experiment import (
     at_least,
 )
 from grpo_jax.monitor.metrics import read_jsonl, write_atomically
+from grpo_jax.prompt_settings import prompt_fields
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings, preferred
@@ -237,7 +238,7 @@ class Config(RunSettings, PolicySettings):
         """The run that learns from what a round drew."""
         stage = getattr(self, method)
         drawn = self.folder(method, number, "drawn")
-        asked = {name: getattr(self.data, name) for name in ("template", "chat_template", "system_prompt")}
+        asked = prompt_fields(self.data)
         dataset = drawn / (PAIRS if method == "dpo" else rejection_sampling.DATASET)
         changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **asked)}
         if method == "sft":
@@ -263,12 +264,11 @@ SCRIPTS = {"grpo": r1_zero, "rloo": r1_zero, "ppo": ppo, "dpo": dpo, "sft": sft}
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the comparison is finished and 130 when it was asked to stop."""
-    return run_stages(config, learn_all, conclude, title="comparison", again=True)
+    return run_stages(config, learn_all, conclude, title="comparison", check=check_data, again=True)
 
 
 def learn_all(config: Config) -> list[Stage]:
     """All methods with all seeds, in order."""
-    check_data(config)
     return [stage for each in config.of_seeds for stage in learn(each)]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +26,10 @@ import rejection_sampling
 import sft
 import tyro
 
-from grpo_jax.collect import CollectSettings
+from grpo_jax.collect import PROVENANCE, CollectSettings, read_provenance
 from grpo_jax.command import run_command
 from grpo_jax.experiment import at_least
+from grpo_jax.prompt_settings import prompt_fields, with_format
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import OptimizerSettings
@@ -138,10 +139,7 @@ class Config(CollectSettings):
             base_dir=None if self.student else self.folder("student_before") / "base",
             stop_tokens=self.student_stop_tokens,
             data=DemonstrationSettings(
-                dataset=str(self.folder("samples") / rejection_sampling.DATASET),
-                chat_template=self.data.chat_template,
-                template=self.data.template,
-                system_prompt=self.data.system_prompt,
+                dataset=str(self.folder("samples") / rejection_sampling.DATASET), **prompt_fields(self.data)
             ),
             num_epochs=self.num_epochs,
             num_sequences=self.num_sequences,
@@ -187,14 +185,23 @@ def stages(config: Config) -> list[Stage]:
     after = {"base_dir": taught} if config.student is None else {}
     teacher = [config.folder("teacher")] if config.model is None and config.base_dir is None else []
     samples, student = config.folder("samples"), config.folder("student")
+    alike = asked_alike(config)
     return [
         *(Stage(sft, config.teacher_taught) for _ in teacher),
         Stage(evaluate, config.measured(TEACHER, config.model, base_dir=config.teacher_dir), teacher),
-        Stage(evaluate, config.measured(BEFORE, config.student, **student_start)),
-        Stage(rejection_sampling, config.sampled, teacher),
-        Stage(sft, config.taught, [samples, config.folder(BEFORE)]),
-        Stage(evaluate, config.measured(AFTER, str(taught) if config.student else None, **after), [student]),
+        Stage(evaluate, alike.measured(BEFORE, config.student, **student_start)),
+        Stage(rejection_sampling, alike.sampled, teacher),
+        Stage(sft, alike.taught, [samples, config.folder(BEFORE)]),
+        Stage(evaluate, alike.measured(AFTER, str(taught) if config.student else None, **after), [student]),
     ]
+
+
+def asked_alike(config: Config) -> Config:
+    """The same with the format of the teacher's prompts, which is the student's too unless settings say another."""
+    if config.model is None or not (config.folder(TEACHER) / PROVENANCE).exists():  # not measured yet
+        return config
+    asked = read_provenance(config.folder(TEACHER))["prompt_format"]
+    return replace(config, data=with_format(config.data, asked))
 
 
 def conclude(config: Config, run: Run) -> None:

@@ -35,6 +35,8 @@ from grpo_jax.compilations import count_compilations
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.errands import errand_reward
 from grpo_jax.data.preferences import EncodedPreferences, PairBatches
+from grpo_jax.data.prompt_format import prompt_format_of
+from grpo_jax.data.prompts import of_template
 from grpo_jax.data.sources import Problem
 from grpo_jax.experiment import (
     PolicySettings,
@@ -43,6 +45,7 @@ from grpo_jax.experiment import (
     check_divides,
     check_finite,
     check_same_data,
+    facts_of,
     padded_batches,
     run_experiment,
     save_trained,
@@ -52,6 +55,7 @@ from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.metrics import write_atomically
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.outcome import Export, check_steps, exported
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.rewards.compose import RewardFn, as_graded
 from grpo_jax.rewards.plugin import import_reward
 from grpo_jax.run import Run
@@ -162,12 +166,13 @@ def train(config: Config, run: Run) -> None:
     judge = judge if config.judge is None else import_reward(config.judge)
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
+    rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
     encode = partial(
         config.data.encode,
         policy=policy,
         max_prompt_length=config.prompt_length,
         max_completion_length=config.completion_length,
-        embedded=config.model is None,
+        rendering=rendering,
     )
     pairs, held_out_pairs = encode(preferences), encode(held_out)
     if pairs.dropped:
@@ -175,11 +180,11 @@ def train(config: Config, run: Run) -> None:
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
     asked = held_out_pairs.preferences[: config.eval_prompts]
     prompts = EncodedProblems(
-        [Problem(each.prompt, None, {"chosen": each.chosen}) for each in asked],
+        [Problem(each.prompt, None, {"chosen": each.chosen, **of_template(each.columns)}) for each in asked],
         policy.tokenizer,
         max_prompt_length=config.prompt_length,
         pad_id=policy.pad_id,
-        **config.data.rendering(embedded=config.model is None),
+        **rendering,
     )
 
     digest = f"{batches.digest} {held_out_pairs.digest}"
@@ -211,6 +216,15 @@ def train(config: Config, run: Run) -> None:
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     sampler = config.sampler(policy, mesh, config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    run.describe(
+        {
+            **facts_of(config, start, policy, mesh),
+            "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
+            "lengths": f"{config.prompt_length} + {config.completion_length} tokens; {config.num_pairs} pairs a step",
+            "loss": f"{config.loss}, beta {config.beta:g}, {config.num_epochs} epochs",
+            "updates": f"{len(batches)} in all; " + config.optimizer.described(5e-7 if config.model else 3e-4),
+        }
+    )
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
     policy = replace(policy, params=None)  # the state's from here on
     first, state, position = run.resume(state)
@@ -275,8 +289,17 @@ def train(config: Config, run: Run) -> None:
         params_of=lambda state: state.params,
         start=lambda: config.load(start, mesh).params,
     )
+    prompt_format = prompt_format_of(rendering, policy.tokenizer)
     summary = {"seed": config.seed}
-    save_trained(run, params, policy, steps=len(batches), summary=summary, exported_step=step)
+    save_trained(
+        run,
+        params,
+        policy,
+        steps=len(batches),
+        summary=summary,
+        prompt_format=prompt_format,
+        exported_step=step,
+    )
 
 
 def sums_of_pairs(

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from grpo_jax.evaluate import estimate, identify_answers, maj_at_k_of_each, pair
 from grpo_jax.experiment import LAID_OUT, run_experiment
 from grpo_jax.monitor.figures import number
 from grpo_jax.monitor.samples import printable, shorten
-from grpo_jax.rewards.answer import extract_answer
+from grpo_jax.rewards.answer import extract_answer, same_text
 from grpo_jax.run import Run, differences
 from grpo_jax.tasks import asks_for_format, has_final_answers
 
@@ -125,13 +125,13 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
     if before is None:
         collect(config, run, config.mesh.build(), held_out=True, check=check)
     keys = keys_of(each.problem for each in read_collected(run.folder))
-    figures = meaningful(config, run.folder, per_problem(read_collected(run.folder), config.ks))
+    figures = meaningful(config, run.folder, per_problem(read_collected(run.folder), config.ks, config.data.same))
     report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
     if config.against is not None and against is not None:
         check_same_problems(keys, others, run.folder, config.against)
         place = {key: n for n, key in enumerate(others)}
         paired = [place[key] for key in keys]
-        theirs = per_problem(read_collected(config.against), config.ks)
+        theirs = per_problem(read_collected(config.against), config.ks, config.data.same)
         report[COMPARISON] = {
             "against": config.against,
             "settings": differences(against["config"], run.settings, (*LAID_OUT, *OTHER_SETTINGS_OF_NO_FIGURE)),
@@ -161,7 +161,9 @@ def meaningful(config: Config, folder: Path, figures: PerProblem) -> PerProblem:
     return {name: values for name, values in figures.items() if not name.startswith(tuple(without))}
 
 
-def per_problem(collected: Iterable[Collected], ks: Sequence[int]) -> PerProblem:
+def per_problem(
+    collected: Iterable[Collected], ks: Sequence[int], same: Callable[[str, str], bool] = same_text
+) -> PerProblem:
     """The figures of each problem, in their order: those that are told are means of them.
 
     A completion is right if its part ``accuracy`` is 1. A problem with a sample that could not be graded counts in
@@ -170,6 +172,7 @@ def per_problem(collected: Iterable[Collected], ks: Sequence[int]) -> PerProblem
     Args:
         collected: the problems with their completions, of one number G.
         ks: for pass@k; those above G are passed over.
+        same: whether two answers are the same for the majority vote.
     """
     rows: list[dict[str, float]] = []
     scores: list[list[float | None]] = []
@@ -177,7 +180,7 @@ def per_problem(collected: Iterable[Collected], ks: Sequence[int]) -> PerProblem
     has_answers = False
     for each in collected:
         scores.append(each.rewards["accuracy"])
-        answers.append([extract_answer(completion) for completion in each.completions])
+        answers.append([extract_answer(completion, each.prompt) for completion in each.completions])
         has_answers |= each.problem.answer is not None
         parts = {f"rewards/{name}": mean_of_present(values) for name, values in each.rewards.items()}
         lengths = {"mean_length": float(np.mean(each.lengths)), "truncated": float(np.mean(each.truncated))}
@@ -189,7 +192,7 @@ def per_problem(collected: Iterable[Collected], ks: Sequence[int]) -> PerProblem
         G = right.shape[1]
         of_graded = {f"pass@{k}": pass_at_k_of_each(right, k) for k in ks if k <= G}
         if has_answers:
-            chosen = identify_answers([row for row, is_graded in zip(answers, graded, strict=True) if is_graded])
+            chosen = identify_answers([row for row, is_graded in zip(answers, graded, strict=True) if is_graded], same)
             of_graded[f"maj@{G}"] = maj_at_k_of_each(chosen, right, G)
         for name, values in of_graded.items():
             figures[name] = np.full(len(rows), np.nan)

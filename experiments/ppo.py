@@ -178,6 +178,13 @@ def train(config: Config, run: Run) -> None:
     mesh = config.mesh.build()
     rounds = Rounds(config, run, mesh)
     learner = (OwnCritic if config.critic == "model" else SharedTrunk)(config, rounds, mesh)
+    run.describe(
+        {
+            "loss": f"{config.policy.loss}, critic {config.critic}, KL coefficient {config.kl_reward_coef:g}",
+            "updates": f"{learner.updates_per_step} a step, {config.micro_batches} micro-batches each; "
+            + config.optimizer.described(1e-6 if config.model else 3e-4),
+        }
+    )
     first, states, position = run.resume(learner.states)
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
     rounds.begin(position)
@@ -223,7 +230,15 @@ def train(config: Config, run: Run) -> None:
             phase.update(step, metrics)
     params, step = exported(config, run, states, steps=config.num_steps, params_of=learner.actor, start=rounds.reload)
     summary = {"seed": config.seed}
-    save_trained(run, params, rounds.policy, steps=config.num_steps, summary=summary, exported_step=step)
+    save_trained(
+        run,
+        params,
+        rounds.policy,
+        steps=config.num_steps,
+        summary=summary,
+        prompt_format=rounds.prompt_format,
+        exported_step=step,
+    )
 
 
 class Learner:
@@ -421,12 +436,20 @@ def check_same_tokens(critic: Pretrained, policy: Pretrained) -> None:
     """Check that a critic reads the tokens that the policy writes.
 
     Raises:
-        ValueError: its tokenizer is another one.
+        ValueError: its tokenizer is another one, or its embedding lacks rows for some of the policy's tokens.
     """
     assert critic.tokenizer is not None
     assert policy.tokenizer is not None
-    if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    vocabulary = policy.tokenizer.get_vocab()
+    if critic.tokenizer.get_vocab() != vocabulary:
         raise ValueError("the reward model has another tokenizer than the policy, so no critic can start from it")
+    rows = range(critic.config.vocab_size, policy.config.vocab_size)
+    lacking = sum(number in rows for number in vocabulary.values())
+    if lacking:
+        raise ValueError(
+            f"the reward model's embedding has {critic.config.vocab_size} rows and lacks {lacking} of the policy's "
+            "tokens, so no critic can start from it"
+        )
 
 
 if __name__ == "__main__":

@@ -36,11 +36,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from grpo_jax.collect import PROVENANCE, read_provenance
 from grpo_jax.command import run_command
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
 from grpo_jax.experiment import AnyConfig, ModelSettings, RunSettings
 from grpo_jax.monitor.metrics import to_json, write_atomically
+from grpo_jax.prompt_settings import with_format
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
@@ -170,16 +172,14 @@ class Config(RunSettings, ModelSettings):
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the chain is finished and 130 when it was asked to stop."""
-    return run_stages(config, chain, conclude, title="R1")
+    return run_stages(config, chain, conclude, title="R1", check=check_data)
 
 
 def chain(config: Config) -> list[Stage]:
     """All stages, in order."""
     placed, folder = config.placed, config.folder
-    check_data(config)
     general = config.general or config.run_dir / "general.jsonl"
     tasks = write_tasks(config)
-    demonstrated = replace(config.second_sft.data, dataset=str(folder("rejection_sampling") / "dataset.jsonl"))
     if config.general is None:
         write_careless_replies(general, config.seed)
 
@@ -193,7 +193,7 @@ def chain(config: Config) -> list[Stage]:
         Stage(r1_zero, reasoned(config.zero, "r1_zero", "base"), config.made_in("base")),
         Stage(r1_zero, reasoned(config.reasoning, "reasoning", "cold_start"), config.made_in("cold_start")),
         Stage(rejection_sampling, drawn, config.made_in("reasoning")),
-        Stage(sft, placed(config.second_sft, "sft", "base", data=demonstrated), [folder("rejection_sampling")]),
+        Stage(sft, placed(config.second_sft, "sft", "base", data=demonstrated(config)), [folder("rejection_sampling")]),
         *(Stage(reward_model, placed(config.preferences, "reward_model", "sft"), config.made_in("sft")) for _ in judge),
         Stage(r1_zero, reasoned(config.final, "final", "sft", tasks=tasks), [*config.made_in("sft"), *judge]),
         *(evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
@@ -212,6 +212,15 @@ def check_data(config: Config) -> None:
         load_demonstrations(str(config.general))
     if config.general_reward_model is None:
         config.preferences.data.load(config.seed)
+
+
+def demonstrated(config: Config) -> DemonstrationSettings:
+    """The data of the second SFT, with the format of prompts that its completions were drawn with."""
+    folder = config.folder("rejection_sampling")
+    data = replace(config.second_sft.data, dataset=str(folder / "dataset.jsonl"))
+    if config.model is None or not (folder / PROVENANCE).exists():  # not drawn yet
+        return data
+    return with_format(data, read_provenance(folder)["prompt_format"])
 
 
 def evaluated(config: Config, model: str, of: str) -> Stage:

@@ -178,6 +178,14 @@ def train(config: Config, run: Run) -> None:
     )
     train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
 
+    run.describe(
+        {
+            "loss": f"{config.policy.loss}, advantages {config.advantage_name}, "
+            f"KL coefficient {config.policy.kl_coef or config.kl_reward_coef:g}",
+            "updates": f"{config.updates_per_step} a step, {config.micro_batches} micro-batches each; "
+            + config.optimizer.described(1e-6 if config.model else 2.5e-4),
+        }
+    )
     critic = light_critic(config, rounds, mesh) if config.advantage == HYBRID else None
     state = init_state(
         rounds.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
@@ -235,7 +243,15 @@ def train(config: Config, run: Run) -> None:
         params_of=lambda states: states["policy"].params,
         start=rounds.reload,
     )
-    save_trained(run, params, rounds.policy, steps=config.num_steps, summary=summary, exported_step=step)
+    save_trained(
+        run,
+        params,
+        rounds.policy,
+        steps=config.num_steps,
+        summary=summary,
+        prompt_format=rounds.prompt_format,
+        exported_step=step,
+    )
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:

@@ -27,6 +27,7 @@ import tyro
 from grpo_jax.command import run_command
 from grpo_jax.compilations import count_compilations
 from grpo_jax.data.preferences import PairBatches
+from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.experiment import (
     PROMPT_AND_COMPLETION,
     ModelSettings,
@@ -36,13 +37,16 @@ from grpo_jax.experiment import (
     check_finite,
     check_length,
     check_same_data,
+    facts_of,
     fitting_lengths,
     padded_batches,
     run_experiment,
     save_trained,
+    with_stop_tokens,
 )
 from grpo_jax.loss import bradley_terry_loss
 from grpo_jax.outcome import Export, check_steps, exported
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.run import Run
 from grpo_jax.settings import OptimizerSettings
 from grpo_jax.sharding import replicated, shard_rows
@@ -75,6 +79,8 @@ class Config(RunSettings, ModelSettings):
     max_completion_length: int | None = None
     """In tokens; longer ones are left out. Default: 1024 with --model, 48 without; less where the model has too few
     positions."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a reply besides those the model names, such as '<|im_end|>'."""
     centring: float = 0.01
     """Weight of the square of a pair's sum of scores, which keeps them around 0."""
     use_margins: bool = True
@@ -127,14 +133,15 @@ def train(config: Config, run: Run) -> None:
     mesh = config.mesh.build()
     preferences, held_out = config.data.load(config.seed)
     start = config.start(run, config.seed)
-    scorer = config.load(start, mesh, scalar_head=True)
+    scorer = with_stop_tokens(config.load(start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, PROMPT_AND_COMPLETION)
+    rendering = rendering_of(config.data, scorer, say=run.say, today=run.begun)
     encode = partial(
         config.data.encode,
         policy=scorer,
         max_prompt_length=config.lengths[0],
         max_completion_length=config.lengths[1],
-        embedded=config.model is None,
+        rendering=rendering,
     )
     pairs, held_out_pairs = encode(preferences), encode(held_out)
     if pairs.dropped:
@@ -150,6 +157,15 @@ def train(config: Config, run: Run) -> None:
     )
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     score = jax.jit(partial(pair_scores, scorer.model))
+    run.describe(
+        {
+            **facts_of(config, start, scorer, mesh),
+            "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
+            "lengths": f"{config.lengths[0]} + {config.lengths[1]} tokens, {config.num_pairs} pairs an update",
+            "loss": f"Bradley-Terry, centring {config.centring:g}, {config.num_epochs} epochs",
+            "updates": f"{len(batches)} in all; " + config.optimizer.described(1e-5 if config.model else 1e-3),
+        }
+    )
     state = init_state(scorer.params, optimizer, with_reference=False, replicated=replicated(mesh))
     scorer = replace(scorer, params=None)  # the state's from here on
     first, state, position = run.resume(state)
@@ -200,8 +216,17 @@ def train(config: Config, run: Run) -> None:
         params_of=lambda state: state.params,
         start=lambda: config.load(start, mesh, scalar_head=True).params,
     )
+    prompt_format = prompt_format_of(rendering, scorer.tokenizer)
     summary = {"seed": config.seed}
-    save_trained(run, params, scorer, steps=len(batches), summary=summary, exported_step=step)
+    save_trained(
+        run,
+        params,
+        scorer,
+        steps=len(batches),
+        summary=summary,
+        prompt_format=prompt_format,
+        exported_step=step,
+    )
 
 
 def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:

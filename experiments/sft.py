@@ -31,6 +31,8 @@ from grpo_jax.compilations import count_compilations
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.packing import PackedBatches
+from grpo_jax.data.prompt_format import prompt_format_of
+from grpo_jax.data.prompts import Rendering, of_template
 from grpo_jax.data.sources import Problem
 from grpo_jax.experiment import (
     PolicySettings,
@@ -40,12 +42,14 @@ from grpo_jax.experiment import (
     check_finite,
     check_length,
     check_same_data,
+    facts_of,
     run_experiment,
     save_trained,
 )
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.outcome import Export, check_steps, exported
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.rewards.math import math_reward
 from grpo_jax.run import Run
 from grpo_jax.settings import OptimizerSettings
@@ -129,9 +133,10 @@ def train(config: Config, run: Run) -> None:
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
     check_length(config.row_length, policy, "max_length")
-    batches = pack(config, run, demonstrations, policy, config.num_epochs)
-    held_out_batches = pack(config, run, held_out, policy, 1)
-    prompts = held_out_prompts(config, held_out, policy)
+    rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
+    batches = pack(config, run, demonstrations, policy, rendering, config.num_epochs)
+    held_out_batches = pack(config, run, held_out, policy, rendering, 1)
+    prompts = held_out_prompts(config, held_out, policy, rendering)
 
     def loss_fn(params: Params, batch: Packed):
         return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
@@ -143,6 +148,16 @@ def train(config: Config, run: Run) -> None:
     held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
     sampler = config.sampler(policy, mesh, config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    run.describe(
+        {
+            **facts_of(config, start, policy, mesh),
+            "data": f"{config.data.dataset or 'built-in sums'}: {len(demonstrations)} demonstrations, "
+            f"{len(held_out)} held out",
+            "lengths": f"{config.row_length} tokens a row, {config.num_sequences} rows an update",
+            "loss": f"on {config.data.learn_from}, {config.num_epochs} epochs",
+            "updates": f"{len(batches)} in all; " + config.optimizer.described(1e-5 if config.model else 1e-3),
+        }
+    )
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
     policy = replace(policy, params=None)  # the state's from here on
     first, state, position = run.resume(state)
@@ -211,16 +226,28 @@ def train(config: Config, run: Run) -> None:
         params_of=lambda state: state.params,
         start=lambda: config.load(start, mesh).params,
     )
+    prompt_format = prompt_format_of(rendering, policy.tokenizer)
     summary = {"seed": config.seed}
-    save_trained(run, params, policy, steps=len(batches), summary=summary, exported_step=step)
+    save_trained(
+        run,
+        params,
+        policy,
+        steps=len(batches),
+        summary=summary,
+        prompt_format=prompt_format,
+        exported_step=step,
+    )
 
 
 def pack(
-    config: Config, run: Run, demonstrations: list[Demonstration], policy: models.Pretrained, epochs: int
+    config: Config,
+    run: Run,
+    demonstrations: list[Demonstration],
+    policy: models.Pretrained,
+    rendering: Rendering,
+    epochs: int,
 ) -> PackedBatches:
-    examples, dropped = config.data.encode(
-        demonstrations, policy, max_length=config.row_length, embedded=config.model is None
-    )
+    examples, dropped = config.data.encode(demonstrations, policy, max_length=config.row_length, rendering=rendering)
     if dropped:
         run.say(f"{dropped} of {len(demonstrations)} demonstrations dropped: over {config.row_length} tokens")
     return PackedBatches(
@@ -234,18 +261,25 @@ def pack(
     )
 
 
-def held_out_prompts(config: Config, held_out: list[Demonstration], policy: models.Pretrained) -> EncodedProblems:
+def held_out_prompts(
+    config: Config, held_out: list[Demonstration], policy: models.Pretrained, rendering: Rendering
+) -> EncodedProblems:
     """The prompts that completions are drawn for, each with the completion that was demonstrated."""
     asked = [each for each in held_out if each.prompt][: config.eval_prompts]
     problems = [
-        Problem(each.prompt, as_text(each.columns.get("answer")), {"demonstrated": each.completion}) for each in asked
+        Problem(
+            each.prompt,
+            as_text(each.columns.get("answer")),
+            {"demonstrated": each.completion, **of_template(each.columns)},
+        )
+        for each in asked
     ]
     return EncodedProblems(
         problems,
         policy.tokenizer,
         max_prompt_length=config.prompt_length,
         pad_id=policy.pad_id,
-        **config.data.rendering(embedded=config.model is None),
+        **rendering,
     )
 
 
@@ -256,7 +290,8 @@ def as_text(answer: Any) -> str | None:
 def graded(prompts: EncodedProblems, completions: list[str], lengths: np.ndarray, samples: int) -> dict[str, float]:
     """The share of completions whose final answer is right, where there are answers; and the mean length."""
     answers = [problem.answer for problem in prompts.problems for _ in range(samples)]
-    scores = math_reward([""] * len(completions), completions, answer=answers)
+    asked = [text for text in prompts.texts for _ in range(samples)]
+    scores = math_reward(asked, completions, answer=answers)
     right = [score == 1 for score in scores if score is not None]
     lengths_and_grades = {"eval/mean_length": float(lengths.mean())}
     return lengths_and_grades | ({"eval/pass@1": float(np.mean(right))} if right else {})

@@ -138,13 +138,13 @@ def collect(
     )
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
-    task.encode(policy, embedded=config.model is None, max_prompt_length=config.prompt_length)
+    task.encode(policy, max_prompt_length=config.prompt_length)
     problems = task.held_out if held_out else task.problems
     places = range(len(problems))[skip:][:most]
     if not places:
         raise ValueError(f"there are {len(problems)} problems, and {skip} are passed over; nothing is left to ask")
     check([problems.problems[place] for place in places])
-    check_provenance(config, run, start, [problems.texts[place] for place in places])
+    check_provenance(config, run, start, task.prompt_format, [problems.texts[place] for place in places])
 
     size = SETS_OF_A_BLOCK * config.num_prompts
     blocks = [places[first : first + size] for first in range(0, len(places), size)]
@@ -183,7 +183,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / PROVENANCE).read_text())
 
 
-def check_provenance(config: CollectSettings, run: Run, start: str, texts: Sequence[str]) -> None:
+def check_provenance(
+    config: CollectSettings, run: Run, start: str, prompt_format: Mapping[str, Any], texts: Sequence[str]
+) -> None:
     """Write down what completions are drawn from, or see that it is what was written down before.
 
     Raises:
@@ -196,6 +198,7 @@ def check_provenance(config: CollectSettings, run: Run, start: str, texts: Seque
             "seed": config.seed,
             "sampling": dataclasses.asdict(config.sampling),
             "dataset": config.data.dataset,
+            "prompt_format": prompt_format,
             "prompts": hashlib.sha256("\0".join(texts).encode("utf-8", "backslashreplace")).hexdigest()[:16],
         }
     )

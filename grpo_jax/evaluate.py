@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.sources import reward_columns
-from grpo_jax.rewards.answer import canonical_answer, extract_answer
+from grpo_jax.rewards.answer import canonical_answer, extract_answer, same_text
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with
 from grpo_jax.types import Rollout
 
@@ -77,11 +79,17 @@ def maj_at_k_of_each(answer_ids: Int[Array, "N G"], correct: Bool[Array, "N G"],
     return (winning & correct).sum(1, dtype=jnp.float32) / jnp.maximum(winning.sum(1, dtype=jnp.float32), 1)
 
 
-def identify_answers(answers: Sequence[Sequence[str | None]]) -> Int[Array, "N G"]:
-    """Answers as numbers for ``maj_at_k``: the same within a row if and only if ``canonical_answer`` is.
+def identify_answers(
+    answers: Sequence[Sequence[str | None]], same: Callable[[str, str], bool] = same_text
+) -> Int[Array, "N G"]:
+    """Answers as numbers for ``maj_at_k``: those of a row that are the same get the same number.
+
+    Texts are the same where ``canonical_answer`` is. Two that differ are compared once by ``same``, unless both are
+    numbers; what is the same as a third is the same.
 
     Args:
         answers: one row a problem, all of one length; None or a blank text is no answer and becomes -1.
+        same: whether two answers are the same by the grader's own rules, such as ``math.same_answers``.
 
     Raises:
         ValueError: rows of different lengths.
@@ -89,7 +97,7 @@ def identify_answers(answers: Sequence[Sequence[str | None]]) -> Int[Array, "N G
     lengths = sorted({len(row) for row in answers})
     if len(lengths) > 1:
         raise ValueError(f"every problem must have the same number of answers; there are rows of {lengths}")
-    return jnp.asarray(np.array([_identify_row(row) for row in answers], dtype=np.int32))
+    return jnp.asarray(np.array([_identify_row(row, same) for row in answers], dtype=np.int32))
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,7 @@ def held_out(
     reward: RewardFn,
     *,
     group_size: int,
+    same: Callable[[str, str], bool] = same_text,
     report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
     """Grade ``group_size`` completions of every held-out problem.
@@ -245,6 +254,7 @@ def held_out(
         decode: from completions to their texts.
         reward: called for each problem with its prompt's text, its completions and its columns.
         group_size: G, samples for each problem.
+        same: whether two answers are the same for the majority vote; see ``identify_answers``.
         report: called with the number of problems done after each.
 
     Returns:
@@ -265,7 +275,7 @@ def held_out(
         columns = reward_columns([problems.problems[place]], group_size=group_size)
         graded = score_with("accuracy", reward, [problems.texts[place]] * group_size, texts, columns)
         scores[place] = [each.score for each in graded]
-        answers[place] = [extract_answer(text) for text in texts]
+        answers[place] = [extract_answer(text, problems.texts[place]) for text in texts]
         lengths.append(np.asarray(completions.completion_mask).sum(1))
         report(len(scores))
     if len(scores) != len(problems):
@@ -274,7 +284,7 @@ def held_out(
     if not graded:
         raise ValueError(f"the reward graded all samples of none of the {len(scores)} held-out problems")
     is_right = jnp.array([[score == 1 for score in scores[place]] for place in graded])
-    chosen = identify_answers([answers[place] for place in graded])
+    chosen = identify_answers([answers[place] for place in graded], same)
     metrics = {
         "eval/pass@1": float(pass_at_k(is_right, 1)),
         f"eval/maj@{group_size}": float(maj_at_k(chosen, is_right, group_size)),
@@ -357,10 +367,15 @@ def _check_figures(values: Float[np.ndarray, " N"]) -> int:
     return len(values)
 
 
-def _identify_row(answers: Sequence[str | None]) -> list[int]:
-    numbers: dict[object, int] = {}
+def _identify_row(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:
     keys = ["" if answer is None else canonical_answer(answer) for answer in answers]
-    return [-1 if key == "" else numbers.setdefault(key, len(numbers)) for key in keys]
+    texts = {key: answer for key, answer in zip(keys, answers, strict=True) if answer is not None and key != ""}
+    number = {key: n for n, key in enumerate(texts)}
+    for (a, text), (b, other) in combinations(texts.items(), 2):
+        if number[a] != number[b] and not (isinstance(a, Fraction) and isinstance(b, Fraction)) and same(text, other):
+            old, new = number[b], number[a]
+            number = {key: new if n == old else n for key, n in number.items()}
+    return [number.get(key, -1) for key in keys]
 
 
 def _check_k(samples: Int[Array, "N G"] | Bool[Array, "N G"], k: int) -> None:

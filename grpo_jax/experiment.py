@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from grpo_jax import models
 from grpo_jax.compilations import keep_programs
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.tokenizers import stop_ids
 from grpo_jax.monitor.summary import best_evaluation
 from grpo_jax.outcome import say_best
 from grpo_jax.rollout import Sampler
-from grpo_jax.run import Run, Stopped
+from grpo_jax.run import Run, Stopped, device_summary
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import MeshSettings
 from grpo_jax.sharding import param_shardings
@@ -178,19 +179,29 @@ class PolicySettings(ModelSettings):
         )
 
     def as_sampled(self, policy: models.Pretrained) -> models.Pretrained:
-        """The policy as it is sampled from here: with the configuration's stop tokens among its ending ones.
+        """The policy with the configuration's stop tokens among those that end a sequence.
 
         Raises:
-            ValueError: a stop token that is none, or more tokens than the model has positions.
+            ValueError: a stop token that is not one token of the model, or more tokens than the model has positions.
         """
-        assert policy.tokenizer is not None
-        known = policy.tokenizer.get_vocab()
-        unknown = [token for token in self.stop_tokens if token not in known]
-        if unknown:
-            raise ValueError(f"stop_tokens: {unknown} are no tokens of {self.model or 'the embedded base'}")
-        eos_ids = dict.fromkeys([*policy.eos_ids, *(known[token] for token in self.stop_tokens)])
         check_length(self.prompt_length + self.completion_length, policy, PROMPT_AND_COMPLETION)
-        return replace(policy, eos_ids=tuple(eos_ids))
+        return with_stop_tokens(policy, self.stop_tokens)
+
+
+def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> models.Pretrained:
+    """The model with more tokens among those that end a sequence.
+
+    Args:
+        model: with a tokenizer.
+        stop_tokens: each one token of its tokenizer, such as ``<|im_end|>``.
+
+    Raises:
+        ValueError: one is not, or has no row in the embedding.
+    """
+    if not stop_tokens:
+        return model
+    more = stop_ids(model.tokenizer, stop_tokens, model.config.vocab_size)
+    return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
 
 
 def fitting_lengths(config: ModelSettings, prompt: int | None, completion: int | None) -> tuple[int, int]:
@@ -277,6 +288,18 @@ def small_base(run: Run, recipe: Recipe) -> str:
     return str(folder)
 
 
+def facts_of(config: ModelSettings, start: str, model: models.Pretrained, mesh: Mesh) -> dict[str, str]:
+    """Device, precision, model and size, for a run's first lines."""
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return {
+        "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",
+        "precision": f"{jnp.dtype(config.compute_dtype).name}, weights and optimizer in float32",
+        "model": f"{model.hf_config.get('model_type')} from {start}, {count:,} parameters, "
+        f"{model.hf_config.get('max_position_embeddings') or 'any number of'} positions",
+    }
+
+
 def save_trained(
     run: Run,
     params: Params,
@@ -284,17 +307,21 @@ def save_trained(
     *,
     steps: int,
     summary: Mapping[str, Any] = MappingProxyType({}),
+    prompt_format: Mapping[str, Any] | None = None,
     exported_step: int | None = None,
 ) -> None:
     """Save what was trained as a Hugging Face folder, ``model``, and sum the run up.
+
+    Its ``eos_token_id`` names every token that ended a sequence in training.
 
     Args:
         run: the figures of its evaluation before the first step, and of that of the exported step, are those before
             and after.
         params: what was trained.
-        like: the model they came from, for its configuration and tokenizer.
+        like: the model they came from, for its configuration, tokenizer and ending tokens.
         steps: how many were taken.
         summary: what is to be told besides.
+        prompt_format: how the prompts it was trained on were made; becomes the folder's ``prompt_format.json``.
         exported_step: the step that ``params`` are of; by default the last.
     """
     folder = run.folder / "model"
@@ -305,6 +332,8 @@ def save_trained(
         hf_config=like.hf_config,
         tokenizer=like.tokenizer,
         generation_config=like.generation_config,
+        prompt_format=prompt_format,
+        eos_ids=like.eos_ids,
     )
     exported_step = steps if exported_step is None else exported_step
     rows = [row for row in run.rows() if any(name.startswith("eval/") for name in row)]

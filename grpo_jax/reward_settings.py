@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.models import from_pretrained
+from grpo_jax.reward_model_input import reward_model_reader
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
 from grpo_jax.rewards.format import format_reward, pattern_reward
 from grpo_jax.rewards.language import language_reward, language_share
@@ -114,6 +115,7 @@ class RewardSettings:
         needs_pool: bool,
         mesh: Mesh | None = None,
         dtype: Any = jnp.float32,
+        today: str | None = None,
         show: Callable[[str], None] = print,
         measures_format: bool = True,
     ) -> Scoring:
@@ -126,6 +128,7 @@ class RewardSettings:
             needs_pool: whether accuracy may hang or fail, so that by default it runs in processes of its own.
             mesh: that a reward model is split over.
             dtype: the precision a reward model computes in.
+            today: the date on which the run began, for the chat template of a reward model.
             show: called with each line that a reward in a process of its own prints.
             measures_format: whether the format is measured where it has no weight: not where prompts do not ask for it.
 
@@ -166,7 +169,11 @@ class RewardSettings:
             judge = "reward_model"
         elif not self.accuracy_weight:
             judge = "accuracy"
-        learned = None if self.reward_model is None else load_reward_model(self.reward_model, mesh=mesh, dtype=dtype)
+        learned = (
+            None
+            if self.reward_model is None
+            else load_reward_model(self.reward_model, mesh=mesh, dtype=dtype, today=today)
+        )
         own_code = bool(self.reward or self.judge or self.format_pattern)
         by_default = default_workers() if needs_pool or own_code else 0
         workers = by_default if self.reward_workers is None else self.reward_workers
@@ -292,8 +299,16 @@ class Scoring:
         return [fault for pool in pools for fault in pool.take_faults()]
 
 
-def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any) -> LearnedReward:
+def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any, today: str | None = None) -> LearnedReward:
     """A reward model from a checkpoint, laid out on the mesh.
+
+    It reads prompts in the format that it was trained on, whatever the policy's is; see ``reward_model_reader``.
+
+    Args:
+        name_or_folder: a Hugging Face id or local folder.
+        mesh: that it is laid out on; None for one device.
+        dtype: the precision it computes in.
+        today: the date for its chat template where it was not trained with one; None is today.
 
     Raises:
         ValueError: it has no tokenizer or no scalar head; and as ``models.from_pretrained``.
@@ -307,8 +322,8 @@ def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any) -> 
         loaded.model,
         loaded.params,
         loaded.tokenizer,
+        encode=reward_model_reader(loaded, today=today),
         max_length=loaded.model.max_length or 4096,
         batch_size=parts * max(1, 32 // parts),
-        eos_id=loaded.eos_ids[0],
         mesh=mesh,
     )

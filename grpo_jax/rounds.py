@@ -20,7 +20,7 @@ from grpo_jax.compilations import count_compilations
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.sources import Problem, reward_columns
-from grpo_jax.experiment import PolicySettings, RunSettings, at_least
+from grpo_jax.experiment import PolicySettings, RunSettings, at_least, facts_of
 from grpo_jax.monitor.alarms import Alarms, AlarmSettings
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
@@ -182,12 +182,33 @@ class Rounds:
         self._decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
         self._decode_ids = partial(decode_one, policy.tokenizer, eos_ids=policy.eos_ids)
         self._num_tokens = 0
+        run.describe(self._facts(policy))
         self.params: Params | None = policy.params
         self.policy: models.Pretrained = replace(policy, params=None)
 
     def reload(self) -> Params:
         """The parameters that the run started with, loaded again."""
         return self._config.as_sampled(self._config.load(self.start, self.mesh)).params
+
+    def _facts(self, policy: models.Pretrained) -> dict[str, str]:
+        """What the run works with, for its first lines."""
+        config = self._config
+        facts = facts_of(config, self.start, policy, self.mesh)
+        for task in self._tasks:
+            of = "" if task.name is None else f" of {task.name}"
+            facts |= {f"{name}{of}": value for name, value in task.facts().items()}
+        return facts | {
+            "lengths": f"{config.prompt_length} + {config.completion_length} tokens of prompt and completion",
+            "steps": f"{config.num_steps}, each {config.num_prompts} prompts x {config.group_size} samples at "
+            f"temperature {config.sampling.temperature:g}",
+            "evaluations": f"before the first step, every {config.eval_every or config.num_steps} steps and after the "
+            f"last; {config.num_eval_samples} samples a problem",
+        }
+
+    @property
+    def prompt_format(self) -> dict[str, Any]:
+        """How prompts are made, for the exported model; of a mixture, those of the first task."""
+        return self._tasks[0].prompt_format
 
     def take_params(self) -> Params:
         """The parameters to start with; nothing else holds them then."""
@@ -410,7 +431,13 @@ class Rounds:
                 task.held_out, drawn, self._decode, task.scoring.score, group_size=group_size, report=report
             )
         metrics = evaluate.held_out(
-            task.held_out, drawn, self._decode, task.scoring.held_out, group_size=group_size, report=report
+            task.held_out,
+            drawn,
+            self._decode,
+            task.scoring.held_out,
+            group_size=group_size,
+            same=task.same,
+            report=report,
         )
         return {name: value for name, value in metrics.items() if task.has_final_answers or "/maj@" not in name}
 
@@ -419,7 +446,6 @@ class Rounds:
         for task in self._tasks:
             task.encode(
                 policy,
-                embedded=self._config.model is None,
                 max_prompt_length=self._config.prompt_length,
                 first=first,
                 first_held_out=first_held_out,

@@ -15,14 +15,16 @@ from jaxtyping import Array, Float
 from grpo_jax import loss
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.errands import ERRANDS, MOST_ERRANDS, errand_problems, errand_reward, sample_errands
-from grpo_jax.data.prompts import Overlong
+from grpo_jax.data.prompts import Overlong, Rendering
 from grpo_jax.data.reasoning_gym import reasoning_gym_problems
 from grpo_jax.data.sources import Problem, load_problems
 from grpo_jax.data.tasks import sample_sums, sum_problems
-from grpo_jax.rewards.answer import answer_reward, extract_answer
-from grpo_jax.rewards.code import code_reward, readable_tests
+from grpo_jax.prompt_settings import PromptSettings
+from grpo_jax.rewards.answer import answer_reward, gold_answer, same_text
+from grpo_jax.rewards.code import code_reward
+from grpo_jax.rewards.code_tests import why_untestable
 from grpo_jax.rewards.compose import RewardFn
-from grpo_jax.rewards.math import math_reward
+from grpo_jax.rewards.math import math_reward, same_answers
 from grpo_jax.rewards.read_math import read_answer
 from grpo_jax.rewards.sandbox import Limits
 from grpo_jax.sharding import make_mesh
@@ -94,6 +96,11 @@ class OptimizerSettings:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+
+    def described(self, default_learning_rate: float) -> str:
+        """The settings in effect in a few words, for a run's first lines."""
+        rate = default_learning_rate if self.learning_rate is None else self.learning_rate
+        return f"AdamW, learning rate {rate:g}, {self.decay} after {self.warmup_updates} updates of warm-up"
 
     def build(
         self, *, total_updates: int, default_learning_rate: float
@@ -190,7 +197,7 @@ class PolicyLossSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(PromptSettings):
     """Problems to train on, problems held out, and how they become prompts."""
 
     dataset: str | None = None
@@ -210,12 +217,6 @@ class DataSettings:
     """Column with the question; found by itself where it has a usual name."""
     answer_column: str | None = None
     """Column with the gold answer; likewise."""
-    chat_template: bool = False
-    """Render prompts with the tokenizer's chat template instead of the plain one."""
-    template: str | None = None
-    """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
-    system_prompt: str | None = None
-    """A system message; with --chat-template only."""
     grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
     """What tells a right answer: exact (numbers by value, other texts as they stand), math (mathematics that is equal),
     code (programs, by the column tests). auto: code where there are tests, math elsewhere, exact for the built-in sums;
@@ -229,6 +230,7 @@ class DataSettings:
     """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
 
     def __post_init__(self):
+        PromptSettings.__post_init__(self)
         if not self.program_seconds > 0:
             raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
         if self.grader == "none" and (self.dataset is None or self.dataset == ERRANDS):
@@ -237,12 +239,12 @@ class DataSettings:
             raise ValueError("partial_credit scores programs by their tests; these problems have none")
         if self.eval_problems < 1:
             raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
-        if self.chat_template and self.template is not None:
-            raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
-        if self.template is not None and "{question}" not in self.template:
-            raise ValueError(f"template must hold {{question}} where the prompt goes; it is {self.template!r}")
-        if self.system_prompt is not None and not self.chat_template:
-            raise ValueError("system_prompt needs chat_template; with a plain template, write its text into that")
+
+    @property
+    def same(self) -> Callable[[str, str], bool]:
+        """Whether two answers are the same for a majority vote: as the grader compares them."""
+        is_text = self.dataset in (None, ERRANDS) or self.dataset.startswith(REASONING_GYM)
+        return same_text if is_text or self.grader not in ("auto", "math") else same_answers
 
     def load(self, seed: int) -> tuple[list[Problem], list[Problem], RewardFn, RewardFn]:
         """Problems to train on, problems held out, and the reward that tells a right answer, for each of the two.
@@ -288,7 +290,7 @@ class DataSettings:
         *,
         pad_id: int,
         max_prompt_length: int,
-        default_template: str,
+        rendering: Rendering,
         first_index: int = 0,
     ) -> EncodedProblems:
         """The problems as prompts of token ids; see ``EncodedProblems`` for what it raises."""
@@ -299,8 +301,7 @@ class DataSettings:
             pad_id=pad_id,
             overlong=self.overlong_prompts,
             first_index=first_index,
-            template=None if self.chat_template else self.template or default_template,
-            system_prompt=self.system_prompt,
+            **rendering,
         )
 
     def _sums(self, rng: np.random.Generator, count: int, *, held_out: bool) -> list[Problem]:
@@ -388,10 +389,10 @@ def check_gold(problems: list[Problem], grader: str, source: str) -> None:
     """
     first = problems[:100]
     if grader == "code":
-        unread = [problem.columns.get("tests") for problem in first if not readable_tests(problem.columns.get("tests"))]
+        unread = [problem.columns.get("tests") for problem in first if why_untestable(problem.columns.get("tests"))]
     elif grader == "math":
         gold = [problem.answer or "" for problem in first]
-        unread = [each for each in gold if read_answer(extract_answer(each) or each) is None]
+        unread = [each for each in gold if read_answer(gold_answer(each)) is None]
     else:
         unread = [problem.answer for problem in first if not (problem.answer or "").strip()]
     if 2 * len(unread) > len(first):

@@ -108,6 +108,7 @@ def run_stages(
     conclude: Callable[[AnyConfig, Run], None],
     *,
     title: str,
+    check: Callable[[AnyConfig], None] | None = None,
     again: bool = False,
 ) -> int:
     """Check all stages, run them, or go on, and then what puts them together.
@@ -120,13 +121,17 @@ def run_stages(
         stages: the stages of a configuration, in order; it may write files that they read to the run's folder.
         conclude: the loop of this run itself.
         title: what the live view is called.
+        check: called before anything else, once the folder is claimed; it may raise.
         again: whether ``conclude`` is called for a run that is finished too.
     """
     own = [field.name for field in fields(config) if field.name not in LAID_OUT]
     with claim_folder(config.run_dir, to_json(asdict(config)), (*LAID_OUT, *own)):
+        if check is not None:
+            check(config)
         plan = stages(config)
         check_stages(plan)
-        status = next((status for stage in plan if (status := stage.run())), 0)
+        # Planned anew before each: what one found out, such as the prompts' format, may be a setting of a later one.
+        status = next((status for number in range(len(plan)) if (status := stages(config)[number].run())), 0)
     return status or run_experiment(config, conclude, title=title, goes_on_with=own, again=again)
 
 

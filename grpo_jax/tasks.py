@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.errands import ERRANDS
+from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import Problem, reward_columns
-from grpo_jax.data.tasks import PLAIN
+from grpo_jax.data.turns import check_turn_end
 from grpo_jax.models import Pretrained
 from grpo_jax.monitor.metrics import to_json
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.reward_settings import RewardSettings, Scoring
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rewards.pool import Fault
@@ -204,6 +206,8 @@ class OpenTask:
         scoring: what scores completions; left with the run.
         is_graded: whether anything tells a right completion.
         has_final_answers: whether its completions end in an answer, so that there is a majority vote.
+        same: whether two answers are the same for a majority vote.
+        prompt_format: how prompts are made, once ``encode`` was called; see ``data.prompt_format``.
 
     Args:
         task: which.
@@ -222,6 +226,7 @@ class OpenTask:
 
     problems: EncodedProblems
     held_out: EncodedProblems
+    prompt_format: dict[str, Any]
 
     def __init__(
         self,
@@ -237,6 +242,7 @@ class OpenTask:
     ):
         self.name, self._task, self._run = task.name, task, run
         self.is_graded = task.data.grader != "none"
+        self.same = task.data.same
         if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
             raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
         self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed)
@@ -250,6 +256,7 @@ class OpenTask:
                 needs_pool=task.data.dataset not in (None, ERRANDS),
                 mesh=mesh,
                 dtype=dtype,
+                today=run.begun,
                 show=run.say,
                 measures_format="format" in measured or asks_for_format(task.data),
             )
@@ -257,20 +264,24 @@ class OpenTask:
         scored = self._held_out if scores_held_out else self._problems
         self.scoring.probe(_first_row(scored), _first_row(self._held_out))
 
-    def encode(
-        self, policy: Pretrained, *, embedded: bool, max_prompt_length: int, first: int = 0, first_held_out: int = 0
-    ) -> None:
+    def encode(self, policy: Pretrained, *, max_prompt_length: int, first: int = 0, first_held_out: int = 0) -> None:
         """Make prompts of the problems.
 
         Args:
-            policy: whose tokens they are made of.
-            embedded: whether it is the embedded base.
+            policy: whose tokens they are made of, and whose prompt format is the default.
             max_prompt_length: in tokens.
             first, first_held_out: what the prompts' noise is counted from.
 
         Raises:
-            ValueError: as ``EncodedProblems``.
+            ValueError: as ``EncodedProblems``; and the policy does not stop where its chat template ends a turn.
         """
+        of_task = "" if self.name is None else f"{self.name}: "
+        rendering = rendering_of(
+            self._task.data, policy, say=lambda text: self._run.say(of_task + text), today=self._run.begun
+        )
+        self.prompt_format = prompt_format_of(rendering, policy.tokenizer)
+        first_problem = self._problems[0]
+        check_turn_end(policy.tokenizer, policy.eos_ids, first_problem.prompt, first_problem.columns, **rendering)
 
         def encoded(problems: list[Problem], first_index: int) -> EncodedProblems:
             found = self._task.data.encode(
@@ -278,7 +289,7 @@ class OpenTask:
                 policy.tokenizer,
                 pad_id=policy.pad_id,
                 max_prompt_length=max_prompt_length,
-                default_template=PLAIN if embedded else R1_ZERO,
+                rendering=rendering,
                 first_index=first_index,
             )
             if found.dropped:
@@ -286,6 +297,22 @@ class OpenTask:
             return found
 
         self.problems, self.held_out = encoded(self._problems, first), encoded(self._held_out, first_held_out)
+
+    def facts(self) -> dict[str, str]:
+        """Rows, columns and rewards, for a run's first lines; call it after ``encode``."""
+        data, weights = self._task.data, self.scoring.weights
+        dropped = self.problems.dropped + self.held_out.dropped
+        left_out = f"; {dropped} left out, with prompts that are too long" if dropped else ""
+        first = self.problems.problems[0]
+        prompt = data.prompt_column or "the one found by its name"
+        answer = "none" if first.answer is None else data.answer_column or "the one found by its name"
+        others = sorted(first.columns)
+        return {
+            "data": f"{data.dataset or 'built-in sums'}: {len(self.problems)} problems to train on, "
+            f"{len(self.held_out)} held out{left_out}",
+            "columns": f"prompt: {prompt}; answer: {answer}; for rewards: {', '.join(others) or 'no others'}",
+            "rewards": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+        }
 
 
 class MixedScoring:

@@ -18,9 +18,10 @@ from grpo_jax.data.conversations import (
 )
 from grpo_jax.data.errands import sample_errands, sample_preference
 from grpo_jax.data.preferences import EncodedPreferences, Preference, load_preferences
-from grpo_jax.data.prompts import R1_ZERO, Rendering
-from grpo_jax.data.tasks import PLAIN, sample_sums, worked
+from grpo_jax.data.prompts import Rendering
+from grpo_jax.data.tasks import sample_sums, worked
 from grpo_jax.models import Pretrained
+from grpo_jax.prompt_settings import PromptSettings
 from grpo_jax.settings import HELD_OUT_SEED, hold_out, is_file
 from grpo_jax.small_base import Recipe
 
@@ -28,7 +29,7 @@ Read = TypeVar("Read", Demonstration, Preference)
 
 
 @dataclass(frozen=True)
-class TextSettings:
+class TextSettings(PromptSettings):
     """Where texts come from, which are held out, and how they are put before the model."""
 
     dataset: str | None = None
@@ -43,30 +44,11 @@ class TextSettings:
     """Their split; by default 'test' where another data set is named that has splits."""
     eval_rows: int = 256
     """How many of them at most."""
-    chat_template: bool = False
-    """Write conversations with the tokenizer's chat template instead of the plain one."""
-    template: str | None = None
-    """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
-    system_prompt: str | None = None
-    """A system message; with --chat-template only."""
 
     def __post_init__(self):
+        PromptSettings.__post_init__(self)
         if self.eval_rows < 1:
             raise ValueError(f"eval_rows is {self.eval_rows}; at least 1 is held out")
-        if self.chat_template and self.template is not None:
-            raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
-        if self.template is not None and "{question}" not in self.template:
-            raise ValueError(f"template must hold {{question}} where the prompt goes; it is {self.template!r}")
-        if self.system_prompt is not None and not self.chat_template:
-            raise ValueError("system_prompt needs chat_template; with a plain template, write its text into that")
-
-    def rendering(self, *, embedded: bool) -> Rendering:
-        """The template in effect, and the system prompt."""
-        default = PLAIN if embedded else R1_ZERO
-        return {
-            "template": None if self.chat_template else self.template or default,
-            "system_prompt": self.system_prompt,
-        }
 
     def _divided(self, load: Callable[..., list[Read]]) -> tuple[list[Read], list[Read]]:
         """Rows to learn from and rows held out, none of which has the prompt of one that is learnt from."""
@@ -119,7 +101,7 @@ class DemonstrationSettings(TextSettings):
         return self._divided(load)
 
     def encode(
-        self, demonstrations: Sequence[Demonstration], policy: Pretrained, *, max_length: int, embedded: bool
+        self, demonstrations: Sequence[Demonstration], policy: Pretrained, *, max_length: int, rendering: Rendering
     ) -> tuple[list[Example], int]:
         """The demonstrations as tokens, and how many were left out as too long.
 
@@ -131,7 +113,7 @@ class DemonstrationSettings(TextSettings):
             policy.tokenizer,
             eos_ids=policy.eos_ids,
             learn_from=self.learn_from,
-            **self.rendering(embedded=embedded),
+            **rendering,
         )
         fitting = [each for each in examples if len(each.token_ids) <= max_length]
         if self.long == "truncate":
@@ -170,7 +152,7 @@ class PreferenceSettings(TextSettings):
         *,
         max_prompt_length: int,
         max_completion_length: int,
-        embedded: bool,
+        rendering: Rendering,
     ) -> EncodedPreferences:
         """The preferences as tokens; see ``EncodedPreferences`` for errors."""
         return EncodedPreferences(
@@ -180,7 +162,7 @@ class PreferenceSettings(TextSettings):
             pad_id=policy.pad_id,
             max_prompt_length=max_prompt_length,
             max_completion_length=max_completion_length,
-            **self.rendering(embedded=embedded),
+            **rendering,
         )
 
 

@@ -249,10 +249,11 @@ def test_library_accepts_the_calls_made_for_the_hub(tmp_path, monkeypatch):
 def test_reward_columns_repeat_rows_and_fill_in_none():
     problems = [Problem("p", "1", {"level": 3}), Problem("q", None, {"tests": ["t"]})]
     columns = reward_columns(problems, group_size=2)
-    assert list(columns) == ["answer", "level", "tests"]
+    assert list(columns) == ["answer", "level", "tests", "problem_prompt"]
     assert columns == {
         "answer": ["1", "1", None, None],
         "level": [3, 3, None, None],
         "tests": [None, None, ["t"], ["t"]],
+        "problem_prompt": ["p", "p", "q", "q"],
     }
     assert reward_columns(problems)["answer"] == ["1", None]

@@ -70,7 +70,7 @@ def config(finished, tmp_path):
 def of_base(finished):
     """What the base makes of the pairs that are learnt: log-probabilities and lengths of both completions."""
     base = models.from_pretrained(finished.model)
-    limits = {"max_prompt_length": 12, "max_completion_length": 8, "embedded": False}
+    limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
     learnt, held_out = (finished.data.encode(each, base, **limits) for each in finished.data.load(0))
 
     @jax.jit

@@ -39,6 +39,8 @@ FLOORS = {
     "collect": 6,
     "selection": 7,
     "settings": 4,
+    "prompt_settings": 4,
+    "reward_model_input": 4,
     "reward_settings": 4,
 }
 # (who, whom) on one floor: whoever needs one says so here, and it goes when the need does.
@@ -54,6 +56,8 @@ NEIGHBOURS = {
     ("evaluate", "rewards"),
     ("settings", "small_base"),
     ("experiment", "outcome"),
+    ("settings", "prompt_settings"),
+    ("reward_settings", "reward_model_input"),
     ("monitor", "rewards"),
 }
 UPSTAIRS = {"experiments", "notebooks", "tests"}

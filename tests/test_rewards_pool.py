@@ -233,7 +233,7 @@ def test_a_pool_whose_forking_process_died_says_so_and_leaves_nobody_waiting():
         waiting = threading.Thread(target=wait)
         waiting.start()
         time.sleep(0.3)
-        pool._process.kill()
+        pool._dispatcher.process.kill()
         waiting.join(timeout=20)
         assert heard == [True]
         with pytest.raises(RuntimeError, match="this pool is closed, or its thread has died"):

@@ -75,13 +75,10 @@ def test_templates():
     tokenizer = make_tokenizer()
     problems, _, _, _ = DataSettings().load(0)
     encode = {"pad_id": 0, "max_prompt_length": 20}
-    assert DataSettings().encode(problems[:1], tokenizer, default_template="1+{question}", **encode).texts == [
-        f"1+{problems[0].prompt}"
-    ]
-    own = DataSettings(template="2+{question}").encode(problems[:1], tokenizer, default_template="{question}", **encode)
-    assert own.texts == [f"2+{problems[0].prompt}"]
+    encoded = DataSettings().encode(problems[:1], tokenizer, rendering={"template": "1+{question}"}, **encode)
+    assert encoded.texts == [f"1+{problems[0].prompt}"]
     with pytest.raises(ValueError, match="chat template"):
-        DataSettings(chat_template=True).encode(problems[:1], tokenizer, default_template="{question}", **encode)
+        DataSettings().encode(problems[:1], tokenizer, rendering={"template": None}, **encode)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +122,7 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
     ("make", "message"),
     [
         (lambda: DataSettings(template="no place"), "must hold {question}"),
-        (lambda: DataSettings(system_prompt="be brief"), "system_prompt needs chat_template"),
+        (lambda: DataSettings(system_prompt="be brief", template="{question}"), "system_prompt needs chat_template"),
         (lambda: DataSettings(partial_credit=True), "partial_credit scores programs"),
         (lambda: DataSettings(dataset="a.jsonl", grader="math", partial_credit=True), "partial_credit scores programs"),
         (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate is 0.0"),

@@ -135,7 +135,7 @@ def test_every_token_of_every_epoch_is_counted(finished):
     pretrained = models.from_pretrained(finished.model)
     demonstrations, held_out = finished.data.load(0)
     assert (len(demonstrations), len(held_out)) == (LEARNT, HELD_OUT)
-    examples, _ = finished.data.encode(demonstrations, pretrained, max_length=64, embedded=False)
+    examples, _ = finished.data.encode(demonstrations, pretrained, max_length=64, rendering={"template": "{question}"})
     steps = steps_of(finished)
     assert steps[-1]["num_tokens"] == 2 * sum(len(each.token_ids) for each in examples)
     assert steps[-1]["epoch"] == 2

@@ -10,9 +10,10 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.data.conversations import Demonstration, Example, encode_demonstrations
+from grpo_jax.data.conversations import Demonstration, encode_demonstrations, until_end
+from grpo_jax.data.messages import Messages, checked_messages, content_text, is_message
 from grpo_jax.data.prompts import Rendering, pad_prompts
-from grpo_jax.data.sources import Messages, Row, checked_prompt, checked_text, is_message, read_rows
+from grpo_jax.data.sources import Row, checked_prompt, checked_text, read_rows
 from grpo_jax.types import Pairs
 
 
@@ -75,7 +76,7 @@ class EncodedPreferences:
         pad_id: what stands in padding.
         max_prompt_length: in tokens.
         max_completion_length: in tokens, the ending one included.
-        rendering: ``template`` and ``system_prompt``; see ``conversations.encode_demonstrations``.
+        rendering: as in ``prompts.Rendering``.
 
     Raises:
         ValueError: as ``encode_demonstrations``; and where no pair fits.
@@ -94,7 +95,7 @@ class EncodedPreferences:
     ):
         sides = [
             encode_demonstrations(
-                [Demonstration(each.prompt, getattr(each, side), each.where) for each in preferences],
+                [Demonstration(each.prompt, getattr(each, side), each.where, each.columns) for each in preferences],
                 tokenizer,
                 eos_ids=eos_ids,
                 **rendering,
@@ -108,7 +109,7 @@ class EncodedPreferences:
         self._completions: list[tuple[list[int], list[int]]] = []
         for preference, *pair in zip(preferences, *sides, strict=True):
             prompt = pair[0].token_ids[: pair[0].prompt_length]
-            completions = _until_end(pair[0]), _until_end(pair[1])
+            completions = until_end(pair[0]), until_end(pair[1])
             if len(prompt) <= max_prompt_length and max(map(len, completions)) <= max_completion_length:
                 self.preferences.append(preference)
                 self._prompts.append(prompt)
@@ -199,12 +200,6 @@ class PairBatches:
         return len(self._pairs) // self._num_pairs
 
 
-def _until_end(example: Example) -> list[int]:
-    """The tokens of the last turn through its ending one; a chat template may write others after it."""
-    last = max(n for n, learnt in enumerate(example.learnt) if learnt)
-    return example.token_ids[example.prompt_length : last + 1]
-
-
 def _preference(row: Row, where: str) -> Preference:
     missing = [name for name in ("chosen", "rejected") if name not in row]
     if missing:
@@ -234,7 +229,7 @@ def _reply(reply: Any, where: str) -> str:
     if isinstance(reply, list):
         if len(reply) != 1 or not is_message(reply[0]) or reply[0]["role"] != "assistant":
             raise ValueError(f"{where} must be a text, or one message of the assistant; it is {reply!r:.200}")
-        reply = reply[0]["content"]
+        reply = content_text(reply[0].get("content"), where)
     return checked_text(reply, where)
 
 
@@ -248,5 +243,10 @@ def _split_conversations(chosen: Any, rejected: Any, where: str) -> tuple[Messag
             )
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{where}: the two conversations differ before their last turn")
-    ends = ((name, each[-1]["content"]) for name, each in (("chosen", chosen), ("rejected", rejected)))
-    return chosen[:-1], [checked_text(content, f"{where}, column {name!r}") for name, content in ends]
+    ends = (
+        (name, content_text(each[-1].get("content"), where))
+        for name, each in (("chosen", chosen), ("rejected", rejected))
+    )
+    return checked_messages(chosen[:-1], f"{where}, column 'chosen'"), [
+        checked_text(content, f"{where}, column {name!r}") for name, content in ends
+    ]

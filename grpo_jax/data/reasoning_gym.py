@@ -43,8 +43,8 @@ def reasoning_gym_problems(
     except (TypeError, AssertionError) as error:
         raise ValueError(f"the task {name!r} refuses its settings {config}: {error}") from error
 
-    def score(completion: str, entry: dict[str, Any]) -> float:
-        answer = extract_answer(completion)
+    def score(prompt: str, completion: str, entry: dict[str, Any]) -> float:
+        answer = extract_answer(completion, prompt)
         if answer is None:
             return 0.0
         try:
@@ -56,6 +56,7 @@ def reasoning_gym_problems(
     def reasoning_gym_reward(
         prompts: list[str], completions: list[str], *, entry: list[dict[str, Any]], **_columns: list[Any]
     ) -> list[float]:
-        return [score(completion, each) for completion, each in zip(completions, entry, strict=True)]
+        prompts = prompts or [""] * len(completions)
+        return [score(*row) for row in zip(prompts, completions, entry, strict=True)]
 
     return [Problem(entry["question"], entry["answer"], {"entry": entry}) for entry in dataset], reasoning_gym_reward

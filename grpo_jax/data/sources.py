@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.data.messages import Messages, checked_messages, is_message
+from grpo_jax.rewards.answer import GSM8K_MARK, worked_answer
+
 PROMPT_COLUMNS = ("question", "prompt", "problem")
 ANSWER_COLUMNS = ("answer", "solution")
-REWARD_ARGUMENTS = ("prompts", "completions")
-GSM8K_MARK = "####"
+PROMPT = "problem_prompt"
+"""The column with which rewards get a problem's own prompt, before any template."""
+REWARD_ARGUMENTS = ("prompts", "completions", PROMPT)
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
-Messages = list[dict[str, Any]]
 Row = dict[str, Any]
 
 
@@ -44,11 +47,11 @@ def load_problems(
     answer_column: str | None = None,
     require_answer: bool = True,
 ) -> list[Problem]:
-    """The problems of a JSONL or parquet file, of a folder of such files, or of a data set on the hub.
+    r"""The problems of a JSONL or parquet file, of a folder of such files, or of a data set on the hub.
 
-    GSM8K works as it is: where an answer contains ``####``, the gold answer is what follows the last one (without its
-    commas, if it is a number with thousands), and the whole text is kept as the column ``solution`` unless the row has
-    one of its own.
+    GSM8K and MATH work as they are: where an answer is a worked solution with ``\boxed{...}`` or, without one, with
+    ``#### ...`` at its end, the gold answer is what stands there (without its commas, if it is a number with
+    thousands), and the whole text is kept as the column ``solution`` unless the row has one of its own.
 
     Args:
         source: a ``.jsonl`` or ``.parquet`` file; a folder that holds ``{split}.jsonl`` or ``{split}.parquet``; or the
@@ -62,8 +65,8 @@ def load_problems(
         require_answer: whether a source without an answer column is an error; if not, its answers are None.
 
     Returns:
-        The problems in the order of the source. Columns named ``prompts`` or ``completions`` are left out of
-        ``columns``: rewards get these two from the rollout.
+        The problems in the order of the source. Columns named ``prompts``, ``completions`` or ``problem_prompt`` are
+        left out of ``columns``: rewards get these from the rollout.
 
     Raises:
         FileNotFoundError: no such file, folder, split or data set.
@@ -83,11 +86,16 @@ def load_problems(
 def reward_columns(problems: Sequence[Problem], *, group_size: int = 1) -> dict[str, list[Any]]:
     """The columns of ``problems`` as rewards take them, ``answer`` first, each row ``group_size`` times in a row.
 
-    A row without a column that another row has gets None there.
+    ``problem_prompt`` is the problem's own prompt, a text or messages, before any template. A row without a column that
+    another row has gets None there.
     """
-    names = dict.fromkeys(name for problem in problems for name in problem.columns)
-    rows = [{**problem.columns, "answer": problem.answer} for problem in problems for _ in range(group_size)]
-    return {name: [row.get(name) for row in rows] for name in ["answer", *names]}
+    names = dict.fromkeys(["answer", *(name for problem in problems for name in problem.columns), PROMPT])
+    rows = [
+        {**problem.columns, "answer": problem.answer, PROMPT: problem.prompt}
+        for problem in problems
+        for _ in range(group_size)
+    ]
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def read_rows(source: str, split: str | None, subset: str | None) -> Iterator[tuple[str, Row]]:
@@ -203,26 +211,27 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
     if answer_column is None:
         return Problem(prompt, None, rest)
     text = _checked_answer(rest.pop(answer_column), f"{where}, column {answer_column!r}")
-    if GSM8K_MARK not in text:
+    answer = worked_answer(text)
+    if answer is None:
         return Problem(prompt, text, rest)
-    answer = text.rsplit(GSM8K_MARK, 1)[1].strip()
     if THOUSANDS.fullmatch(answer):
         answer = answer.replace(",", "")
     if not answer:
-        raise ValueError(f"{where}, column {answer_column!r}: nothing follows the last {GSM8K_MARK}")
+        empty = "nothing is in the last box" if "boxed" in text else f"nothing follows the last {GSM8K_MARK}"
+        raise ValueError(f"{where}, column {answer_column!r}: {empty}")
     return Problem(prompt, answer, {"solution": text, **rest})
 
 
 def checked_prompt(prompt: Any, where: str) -> str | Messages:
-    """A question or a conversation, if it is one.
+    """A question or a conversation, if it is one: its messages with their content as text.
 
     Raises:
-        ValueError: it is neither; says what stands at that place.
+        ValueError: it is neither, or a message has content that is not text; says what stands at that place.
     """
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
-        return prompt
+        return checked_messages(prompt, where)
     raise ValueError(
         f"{where} must be text that is not blank, or messages with a text as role and as content; it is {prompt!r:.200}"
     )
@@ -237,11 +246,6 @@ def checked_text(text: Any, where: str) -> str:
     if isinstance(text, str) and text.strip():
         return text
     raise ValueError(f"{where} must be text that is not blank; it is {text!r:.200}")
-
-
-def is_message(message: Any) -> bool:
-    """Whether something has a text as role and as content."""
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _checked_answer(answer: Any, where: str) -> str:

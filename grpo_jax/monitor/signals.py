@@ -52,7 +52,7 @@ def text_metrics(
         "completions/empty_thought_share": float(np.mean(has_empty_thought(prompts, completions))),
     }
     pairs = [
-        (prompt, extract_answer(completion), gold)
+        (prompt, extract_answer(completion, prompt), gold)
         for prompt, completion, gold in zip(prompts, completions, answers, strict=False)
         if gold
     ]

@@ -1,6 +1,6 @@
 """Rewards: pure functions from prompts and completions to scores, what composes them, and the pool they may run in.
 
-Each is imported when it is first used: processes that score need no jax, and a reward without mathematics no sympy.
+Each is imported when it is first used: processes that score need no jax, and a reward without mathematics no mpmath.
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.length import soft_overlong_reward as soft_overlong_reward
     from grpo_jax.rewards.math import math_reward as math_reward
     from grpo_jax.rewards.math import same_answer as same_answer
+    from grpo_jax.rewards.math import stands_in_question as stands_in_question
     from grpo_jax.rewards.pool import Fault as Fault
     from grpo_jax.rewards.pool import RewardPool as RewardPool
     from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
@@ -39,7 +40,7 @@ HOMES = {
     "language": ("language_reward",),
     "learned": ("LearnedReward",),
     "length": ("cosine_length_reward", "soft_overlong_reward"),
-    "math": ("math_reward", "same_answer"),
+    "math": ("math_reward", "same_answer", "stands_in_question"),
     "pool": ("Fault", "RewardPool"),
     "repetition": ("repetition_reward",),
     "sandbox": ("Limits", "Sandbox"),

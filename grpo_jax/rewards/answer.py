@@ -6,73 +6,66 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from grpo_jax.rewards.boxes import box_of, final_box
 from grpo_jax.rewards.calling import per_sample
+from grpo_jax.rewards.markup import plain
+from grpo_jax.rewards.numbers import numeric_value, unwrap
+from grpo_jax.rewards.sentences import Statement, is_value, sentences
+from grpo_jax.rewards.thought import after_thought
 
 GSM8K_MARK = "####"
-LONGEST_NUMBER = 100
 
-ANSWER_TAG = re.compile(r"</?answer>")
-BRACE = re.compile(r"(\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
-SENTENCE = re.compile(r"\banswer(?: is|:|=| =)[ \t]*:?[ \t]*(.+?)(?=\n|\.(?:\s|$)|$)", re.IGNORECASE)
-STATED = re.compile(rf"\\boxed|{GSM8K_MARK}")
-MATH = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-WRAPPERS = (*MATH, (r"\boxed{", "}"), *MATH)
-
-UNSIGNED = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"
-NUMBER = re.compile(
-    rf"""
-    (?P<sign>[+\-\u2212]?)
-    (?:\\?\$\ ?)?
-    (?P<inner_sign>[+\-\u2212]?)
-    (?:
-        (?P<decimal>(?:{UNSIGNED}(?:\.[0-9]+)?|\.[0-9]+))
-        (?:[eE](?P<exponent>[+\-]?[0-9]{{1,3}}))?
-        (?P<percent>\ ?\\?%)?
-      | (?P<top>{UNSIGNED})\ ?/\ ?(?P<bottom>{UNSIGNED})
-      | \\[dt]?frac\{{(?P<latex_top>[0-9]+)\}}\{{(?P<latex_bottom>[0-9]+)\}}
-    )
-    (?:\ dollars?)?
-    """,
-    re.VERBOSE,
-)
+ANSWER_TAG = re.compile(r"<(/?)(?:final_)?answer[ \t]?>", re.IGNORECASE)
+OPENED = re.compile(r"(<(?:final_)?answer>|\\boxed\{)\s*\Z", re.IGNORECASE)
+MARK = re.compile(rf"(?<!#){GSM8K_MARK}#{{0,2}}(?!#)([^\n]*)")
+ENUMERATED = re.compile(r"\d{1,3}[.):]\s+\S")
+SET_OFF = re.compile(r"(\*\*|__|`)(?P<inside>[^*`\n]{1,60})\1[.]?")
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, prompt: str = "") -> str | None:
     r"""The final answer of a completion or of a worked solution; None if it states none.
 
-    What stands before the last ``</think>`` is thought, not answer, and is not looked at. Of the rest it is the inside
-    of the last ``<answer>...</answer>`` without a tag of its own kind inside. Or else it is what stands last of: an
-    outermost ``\boxed{...}``, braces balanced; what follows ``####`` on its line, where nothing is boxed; the rest of a
-    sentence after "the answer is" or "answer:". Inside ``<answer>`` a single one of these is the answer, and two that
-    differ are none. Surrounding blanks are stripped.
+    A thought is not an answer: only what follows it is read (``after_thought``), and where the thought is not finished
+    there is no answer. Of the rest the answer is the inside of the last ``<answer>...</answer>`` without a tag of its
+    own kind inside. Where there is none, it is the first of these that the text has:
+
+    1. the last outermost ``\boxed{...}`` (``final_box``), unless a later sentence states another value;
+    2. the last of: a sentence such as "The answer is 42." (``sentences``), and what follows ``####`` on its line, where
+       that is a value or the line is the last one;
+    3. a last line that is nothing but a number in bold or backticks.
+
+    Inside ``<answer>`` a single one of these is the answer, and two that differ are none. Markdown around an answer is
+    left out, and so are blanks.
+
+    Args:
+        text: a completion or a solution.
+        prompt: what a completion continues: it may have opened the thought, ``<answer>`` or ``\boxed{``.
     """
-    text = text.rpartition("</think>")[2]
-    tagged = _last_tagged(text)
-    if tagged is None:
-        statements = _statements(text)
-        return max(statements)[1] if statements else None
-    stated = {answer for _, answer in _statements(tagged)}
-    return tagged.strip() if not stated else stated.pop() if len(stated) == 1 else None
+    rest = after_thought(prompt, text)
+    if rest is None:
+        return None
+    opened = OPENED.search(prompt[-200:]) if rest == text else None
+    rest = rest if opened is None else opened[1] + rest
+    tagged = _last_tagged(rest)
+    return _final(rest) if tagged is None else _in_tag(tagged)
 
 
-def numeric_value(text: str) -> Fraction | None:
-    r"""The exact value of a text that is one number and nothing else; None for anything else.
+def gold_answer(gold: str) -> str:
+    """The answer of a gold: what ``extract_answer`` finds where it is a solution, else all of it without markdown.
 
-    A number is made of ASCII digits: an integer, with or without commas between thousands; a decimal, with or without
-    an exponent of up to three digits, so that neither 1e-400 nor 1e400 is rounded; ``a/b`` or ``\frac{a}{b}``. It may
-    have a sign; ``$`` before it or the word dollars after it; a percent sign, which divides by 100; a closing period;
-    and around it ``$...$``, ``\(...\)``, ``\[...\]`` or ``\boxed{...}``. A division by zero, a list, an equation, any
-    other unit (5 m is not 5 cm) and a text of more than 100 characters have no value.
+    Blank where there is none, as in an unfinished thought.
     """
-    text = _unwrap(text)
-    if len(text) > LONGEST_NUMBER:
-        return None
-    match = NUMBER.fullmatch(text)
-    if match is None or (match["sign"] and match["inner_sign"]):
-        return None
-    magnitude = _magnitude(match)
-    is_negative = (match["sign"] or match["inner_sign"]) in ("-", "\u2212")
-    return -magnitude if is_negative and magnitude is not None else magnitude
+    if after_thought("", gold) is None:
+        return ""
+    final = extract_answer(gold)
+    return plain(gold) if final is None else final
+
+
+def worked_answer(text: str) -> str | None:
+    r"""The answer of a worked solution that ends in ``\boxed{...}`` or ``#### ...``; None for any other text."""
+    box = final_box(text)
+    marks = _marks(text)
+    return box[2] if box is not None else marks[-1][1] if marks else None
 
 
 def canonical_answer(text: str) -> Fraction | str:
@@ -82,7 +75,12 @@ def canonical_answer(text: str) -> Fraction | str:
     delimiters around it and a period after it. Case counts.
     """
     value = numeric_value(text)
-    return _unwrap(text) if value is None else value
+    return unwrap(text) if value is None else value
+
+
+def same_text(answer: str, other: str) -> bool:
+    """Whether two answers have the same ``canonical_answer``, as ``answer_reward`` compares them."""
+    return canonical_answer(answer) == canonical_answer(other)
 
 
 @per_sample(columns=("answer",))
@@ -92,22 +90,59 @@ def answer_reward(
     """1.0 where a completion's final answer equals the gold answer, else 0.0; None where the gold is blank or None.
 
     Args:
-        prompts: not looked at.
+        prompts: the texts that the completions continue, which may have opened the thought; or an empty list.
         completions: the final answer is what ``extract_answer`` finds; without one the score is 0.0.
-        answer: the gold answers, bare or as a solution from which ``extract_answer`` takes it. Equal means the same
+        answer: the gold answers, bare or as a solution that ``gold_answer`` reads. Equal means the same
             ``canonical_answer``: numbers by exact value (a gold 50 is not answered by 50%), other texts as texts.
     """
-    return [_score(completion, gold) for completion, gold in zip(completions, answer, strict=True)]
+    prompts = prompts or [""] * len(completions)
+    return [_score(*row) for row in zip(prompts, completions, answer, strict=True)]
 
 
-def _score(completion: str, gold: str | None) -> float | None:
+def _final(text: str) -> str | None:
+    """The final answer of a text without ``<answer>``."""
+    stated = sentences(text)
+    box = final_box(text)
+    if box is not None:
+        later = [answer for place, answer in stated if place >= box[1] and is_value(answer)]
+        return later[-1] if later else box[2]
+    stated = stated + _marks(text)
+    return max(stated)[1] if stated else _set_off(text)
+
+
+def _in_tag(tagged: str) -> str | None:
+    if "\\boxed" in tagged and final_box(tagged) is not None:
+        box = box_of(tagged)
+        return None if box is None else box[2]
+    stated = {answer for _, answer in sentences(tagged) + _marks(tagged)}
+    return plain(tagged) if not stated else stated.pop() if len(stated) == 1 else None
+
+
+def _marks(text: str) -> list[Statement]:
+    """What follows ``####`` on its line, for each that is an answer and not the heading of a section."""
+    end = len(text.rstrip())
+    found = []
+    for mark in MARK.finditer(text):
+        content = plain(mark[1])
+        is_answer = is_value(content) and ENUMERATED.match(content) is None
+        if is_answer or mark.end() >= end:
+            found.append((mark.start(), content))
+    return found
+
+
+def _set_off(text: str) -> str | None:
+    line = text.rstrip().rpartition("\n")[2].strip()
+    found = SET_OFF.fullmatch(line)
+    return found["inside"].strip() if found is not None and numeric_value(found["inside"]) is not None else None
+
+
+def _score(prompt: str, completion: str, gold: str | None) -> float | None:
     if gold is None:
         return None
-    final_gold = extract_answer(gold)
-    expected = canonical_answer(gold if final_gold is None else final_gold)
+    expected = canonical_answer(gold_answer(gold))
     if expected == "":
         return None
-    final = extract_answer(completion)
+    final = extract_answer(completion, prompt)
     return float(final is not None and canonical_answer(final) == expected)
 
 
@@ -115,51 +150,9 @@ def _last_tagged(text: str) -> str | None:
     last = None
     opened = None
     for tag in ANSWER_TAG.finditer(text):
-        if tag[0] == "<answer>":
+        if not tag[1]:
             opened = tag.end()
         elif opened is not None:
             last = text[opened : tag.start()]
             opened = None
     return last
-
-
-def _statements(text: str) -> list[tuple[int, str]]:
-    """Where each statement of an answer begins, and what it says."""
-    sentences = [(match.start(), match[1]) for match in SENTENCE.finditer(text) if not STATED.search(match[1])]
-    before, mark, rest = text.rpartition(GSM8K_MARK)
-    marked = [(len(before), rest.partition("\n")[0])] if mark else []
-    return [(start, answer.strip()) for start, answer in sentences + (_boxes(text) or marked)]
-
-
-def _boxes(text: str) -> list[tuple[int, str]]:
-    found: list[tuple[int, str]] = []
-    opened: list[int | None] = []
-    for brace in BRACE.finditer(text):
-        if brace[1]:
-            opened.append(brace.end())
-        elif brace[0] == "{":
-            opened.append(None)
-        elif brace[0] == "}" and opened:
-            start = opened.pop()
-            if start is not None:
-                found = [each for each in found if each[0] < start]  # those within
-                found.append((start, text[start : brace.start()]))
-    return found
-
-
-def _unwrap(text: str) -> str:
-    text = " ".join(text.split()).removesuffix(".").rstrip()
-    for opening, closing in WRAPPERS:
-        if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)].strip()
-    return text
-
-
-def _magnitude(match: re.Match[str]) -> Fraction | None:
-    if match["decimal"] is None:
-        top, bottom = match["top"] or match["latex_top"], match["bottom"] or match["latex_bottom"]
-        top, bottom = int(top.replace(",", "")), int(bottom.replace(",", ""))
-        return Fraction(top, bottom) if bottom else None
-    whole, _, decimals = match["decimal"].replace(",", "").partition(".")
-    exponent = int(match["exponent"] or 0) - len(decimals) - (2 if match["percent"] else 0)
-    return int(whole + decimals) * Fraction(10) ** exponent

@@ -10,28 +10,23 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
+from grpo_jax.rewards.code_tests import Test, check_tests, prepared, reads_input, used_names, why_untestable
 from grpo_jax.rewards.compose import Graded
+from grpo_jax.rewards.program import extract_program
 from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
 
-FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 LONGEST_FEEDBACK = 2000
+DECIMAL = re.compile(r"[-+]?\d*\.\d*(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 LIMITS = Limits()
 
 ALLOWED_ON_TESTS = ["call", "eq", "hash"]
 """What a program may do with the functions that a test hands it; anything more would let it look around in the test."""
-
-Test = str | dict[str, Any]
-"""Of one of three kinds, two of them as data sets with ``test_cases`` or ``input_output`` have them:
-
-- ``{"input": "3\\n4\\n", "output": "7\\n"}``: what the program reads, and what it must write;
-- ``{"fn_name": "add", "input": [3, 4], "output": 7}``: a function of it, its arguments, and what it must return;
-- ``"assert add(3, 4) == 7"``: Python that may use every name of the program and raises unless all is well.
-"""
 
 
 @dataclass(frozen=True)
@@ -58,28 +53,34 @@ def code_reward(
     *,
     tests: Sequence[Sequence[Test] | None],
     partial_credit: bool = False,
+    tolerance: float | None = None,
     limits: Limits = LIMITS,
     total_seconds: float = 20.0,
     **_columns: list[Any],
 ) -> list[Graded]:
     """1.0 where a completion's program passes every test, else 0.0, or the share of tests it passes.
 
-    The program is what ``extract_program`` finds; without one the score is 0.0. It never sees what a test expects:
-    what it writes is compared outside its sandbox, and asserts run in a sandbox of their own and call it from there,
-    receiving plain values. So it can neither read the answer from memory nor return something equal to everything nor
-    end the test with a success, nor redefine what Python brings. Objects of its own classes are compared, and their
-    methods answer, by its own code, if the test asks for that. What a test cannot do is look into the program: at types
-    of its results, at its own ``__contains__``, or at a list that it changes after the call it was handed over in.
+    The program is what ``program.extract_program`` finds; without one the score is 0.0. It never sees what a test
+    expects: what it writes is compared outside its sandbox, and asserts run in a sandbox of their own and call it from
+    there, receiving plain values. So it can neither read the answer from memory, nor return something equal to
+    everything, nor end the test with a success, nor redefine what Python brings. Names that a test does not bind come
+    from Python, from the usual imports or, where those have none, from the program. Objects of its own classes are
+    compared, and their methods answer, by its own code, if the test asks for that. What a test cannot do is look into
+    the program: at types of its results, at its own ``__contains__``, or at a list that it changes after the call in
+    which it was handed over.
 
     Each entry is a ``Graded``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
     and ``note`` is what the interpreter or the first failed test said.
 
     Args:
-        prompts: not looked at.
+        prompts: looked at only where a completion goes on within a fence or a thought that its prompt opened.
         completions: the texts.
-        tests: for each its tests; see ``Test``. The score is None where they are missing, malformed or at fault
-            themselves, which is never the completion's merit.
+        tests: for each its tests; see ``code_tests.Test``. The score is None where they are missing, malformed or at
+            fault themselves: where none asserts anything, or one imports what sandboxes lack or uses a name that it
+            does not define. That is never the completion's merit.
         partial_credit: whether the score is the share of tests passed. If not, the first failure ends the work.
+        tolerance: how far a number with a decimal point in the output of a program may be from the expected one,
+            absolutely or relatively. None compares outputs as text.
         limits: of each test; one that takes too long ends the work, and the tests after it count as failed.
         total_seconds: of wall time for all tests of a program; less than the deadline of a pool around this, so that a
             slow program is wrong and not absent.
@@ -88,61 +89,10 @@ def code_reward(
         SandboxUnavailable: where there is no sandbox, nothing is run.
     """
     sandbox = _sandbox(limits)
-    return [
-        _graded(completion, each, sandbox, partial_credit, total_seconds)
-        for completion, each in zip(completions, tests, strict=True)
-    ]
-
-
-def extract_program(text: str) -> str | None:
-    """The program of a completion; None if there is none.
-
-    What stands before the last ``</think>`` is not looked at. Of the rest it is the last fenced block of Python or of
-    no named language, or else what is between the last ``<answer>`` and its ``</answer>``.
-    """
-    text = text.rpartition("</think>")[2]
-    blocks = FENCED.findall(text)
-    if blocks:
-        return blocks[-1]
-    _, tag, rest = text.rpartition("<answer>")
-    program, end, _ = rest.partition("</answer>")
-    return program.strip("\n") if tag and end and program.strip() else None
-
-
-def check_tests(tests: Any) -> list[Test]:
-    """The tests, if they can be run.
-
-    Raises:
-        ValueError: they are no list with at least one test, of one way to run them; says what is wrong and where.
-    """
-    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
-        raise ValueError(f"tests must be a list with at least one test, not {tests!r:.200}")
-    for number, test in enumerate(tests, 1):
-        if isinstance(test, str):
-            try:
-                compile(test, "test.py", "exec")
-            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                raise ValueError(f"test {number} is not Python: {error}: {test!r:.200}") from error
-        elif not isinstance(test, dict) or "input" not in test or "output" not in test:
-            raise ValueError(f"test {number} must be Python text or have input and output; it is {test!r:.200}")
-        elif test.get("fn_name"):
-            if not isinstance(test["input"], list):
-                raise ValueError(f"test {number} calls a function and its input must be a list: {test!r:.200}")
-        elif not isinstance(test["input"], str) or not isinstance(test["output"], str):
-            raise ValueError(f"test {number} has no fn_name, so input and output must be text: {test!r:.200}")
-    styles = {_reads_stdin(test) for test in tests}
-    if len(styles) > 1:
-        raise ValueError("some tests call the program and others give it input; they must be of one way")
-    return list(tests)
-
-
-def readable_tests(tests: Any) -> bool:
-    """Whether ``check_tests`` takes them."""
-    try:
-        check_tests(tests)
-    except ValueError:
-        return False
-    return True
+    grade = partial(
+        _graded, sandbox=sandbox, partial_credit=partial_credit, tolerance=tolerance, total_seconds=total_seconds
+    )
+    return [grade(*row) for row in zip(prompts, completions, tests, strict=True)]
 
 
 def run_tests(
@@ -151,6 +101,7 @@ def run_tests(
     sandbox: Sandbox,
     *,
     stop_at_failure: bool = False,
+    tolerance: float | None = None,
     total_seconds: float = math.inf,
 ) -> Verdict:
     """Run a program against tests.
@@ -160,27 +111,46 @@ def run_tests(
         tests: as ``check_tests`` gives them.
         sandbox: where to; its limits are those of one test.
         stop_at_failure: whether the first failed test is the last that is run.
+        tolerance: as of ``code_reward``.
         total_seconds: of wall time for all of them; those that are not run by then count as failed.
 
     Raises:
         ValueError: as ``check_tests``.
     """
     tests = check_tests(tests)
-    run = _run_with_input if _reads_stdin(tests[0]) else _run_with_calls
+    run = partial(_run_with_input, tolerance=tolerance) if reads_input(tests[0]) else _run_with_calls
     until = time.monotonic() + total_seconds
     passed, runnable, feedback = run(program, tests, sandbox, stop_at_failure, until)
     return Verdict(tuple(passed), len(tests), runnable, feedback[-LONGEST_FEEDBACK:])
 
 
-def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool, total_seconds: float) -> Graded:
-    program = extract_program(completion)
-    try:
-        check_tests(tests)
-    except ValueError as error:
-        return Graded(None, note=str(error))
+def _graded(
+    prompt: str,
+    completion: str,
+    tests: Any,
+    *,
+    sandbox: Sandbox,
+    partial_credit: bool,
+    tolerance: float | None,
+    total_seconds: float,
+) -> Graded:
+    why = why_untestable(tests)
+    if why is not None:
+        return Graded(None, note=why)
+    texts = [test for test in tests if isinstance(test, str)]
+    named = {test["fn_name"] for test in tests if not isinstance(test, str) and test.get("fn_name")}
+    names = used_names(texts) if texts else named | ({"Solution"} if named else set())
+    program = extract_program(completion, prompt=prompt, names=names, reads_input=reads_input(tests[0]))
     if program is None:
         return Graded(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
-    verdict = run_tests(program, tests, sandbox, stop_at_failure=not partial_credit, total_seconds=total_seconds)
+    verdict = run_tests(
+        program,
+        tests,
+        sandbox,
+        stop_at_failure=not partial_credit,
+        tolerance=tolerance,
+        total_seconds=total_seconds,
+    )
     runnable = {"runnable": float(verdict.runnable)}
     if None in verdict.passed:
         return Graded(None, runnable, verdict.feedback)
@@ -189,15 +159,21 @@ def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool,
 
 
 def _run_with_input(
-    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
+    program: str,
+    tests: Sequence[Any],
+    sandbox: Sandbox,
+    stop_at_failure: bool,
+    until: float,
+    tolerance: float | None = None,
 ) -> tuple[list[bool | None], bool, str]:
     passed: list[bool | None] = []
     runnable, feedback = True, ""
     for number, test in enumerate(tests, 1):
-        ended = sandbox.run(program, stdin=test["input"], until=until)
+        room = 2 * len(test["output"].encode()) + sandbox.limits.output_bytes
+        ended = sandbox.run(program, stdin=test["input"], until=until, output_bytes=room)
         ran = ended.status == "ended" and ended.returncode == 0
         output = ended.stdout.decode("utf-8", "replace")
-        passed.append(ran and _lines(output) == _lines(test["output"]))
+        passed.append(ran and same_output(output, test["output"], tolerance))
         runnable = runnable and ran
         if not passed[-1]:
             said = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _why(ended, sandbox.limits)
@@ -207,11 +183,31 @@ def _run_with_input(
     return passed, runnable, feedback
 
 
+def same_output(output: str, expected: str, tolerance: float | None) -> bool:
+    """Whether lines are the same but for blanks at their ends, and numbers within the tolerance, if there is one."""
+    lines, wanted = _lines(output), _lines(expected)
+    if tolerance is None or lines == wanted:
+        return lines == wanted
+    return len(lines) == len(wanted) and all(
+        len(mine) == len(theirs) and all(map(partial(_near, tolerance=tolerance), mine, theirs))
+        for mine, theirs in zip(map(str.split, lines), map(str.split, wanted), strict=True)
+    )
+
+
+def _near(token: str, expected: str, *, tolerance: float) -> bool:
+    if token == expected:
+        return True
+    if DECIMAL.fullmatch(expected) is None or NUMBER.fullmatch(token) is None:
+        return False
+    return math.isclose(float(token), float(expected), rel_tol=tolerance, abs_tol=tolerance)
+
+
 def _run_with_calls(
     program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
 ) -> tuple[list[bool | None], bool, str]:
     passed: list[bool | None] = []
     runnable, feedback = True, ""
+    tests = prepared(tests)
     while len(passed) < len(tests):
         # A program that ended in the middle of a test is started again for the next one.
         verdicts, ended, said = _session(program, tests[len(passed) :], sandbox, stop_at_failure, until)
@@ -261,10 +257,6 @@ def _session(
         ended = finish(judge, sandbox.limits, beside=[candidate], beat=True, until=until)
         said = bytes([*candidate.output.values()][1]).decode("utf-8", "replace")
     return [json.loads(line) for line in ended.stdout.split(b"\n")[:-1]], ended, said
-
-
-def _reads_stdin(test: Test) -> bool:
-    return not isinstance(test, str) and not test.get("fn_name")
 
 
 def _lines(text: str) -> list[str]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import selectors
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+from grpo_jax.rewards.processes import children, memory_of
+from grpo_jax.rewards.system_calls import system_call_filter
 
 INSTALL = (
     "programs are run in bubblewrap and never without it. Install it (Debian, Ubuntu: apt-get install bubblewrap; "
@@ -43,7 +44,8 @@ class Limits:
     Attributes:
         seconds: of processor time, for each process; rounded up to whole ones.
         wall_seconds: of wall time. More, so that a busy machine does not make a good program late.
-        memory_bytes: address space of each process, and resident memory of all of them together.
+        memory_bytes: address space of each process; and of all of them together resident memory with what the kernel
+            keeps for their sockets and files.
         processes: how many there are at once, threads counted.
         file_bytes: what ``/tmp`` holds, and so what any file does.
         output_bytes: what it may write to stdout and stderr together.
@@ -116,7 +118,8 @@ class Sandbox:
 
     A program sees a read-only ``/usr`` and Python's standard library, a private ``/tmp`` that is gone afterwards, and
     its own processes; no network, no home, none of the machine's settings and only harmless devices. System calls that
-    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf) fail. Its hash seed is fixed,
+    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf, sockets other than AF_UNIX's)
+    fail. Its hash seed is fixed,
     so that the same program does the same thing. What it started ends with it, and all of it with this process.
 
     Run as root, programs are started as nobody: the kernel does not count root's processes.
@@ -136,21 +139,26 @@ class Sandbox:
         self.limits = limits
         self._packages = tuple(str(Path(folder).resolve()) for folder in packages)
         self._python = python or find_python()
-        self._rules = system_call_filter()
+        try:
+            self._rules = system_call_filter()
+        except OSError as error:
+            raise SandboxUnavailable(str(error)) from error
         if (python is not None or packages) and (why := refusal(self._python, self._packages)):
             shown = "".join(f" and {folder}" for folder in self._packages)
             raise SandboxUnavailable(f"no program could be run with {self._python}{shown}: {why}")
 
-    def run(self, source: str, *, stdin: str = "", until: float = math.inf) -> Ended:
+    def run(self, source: str, *, stdin: str = "", until: float = math.inf, output_bytes: int | None = None) -> Ended:
         """Run a program as ``__main__`` until it ends or reaches a limit.
 
         Args:
             source: Python. A syntax error is an exit status of 1 with the message on stderr, as usual.
             stdin: what it can read.
             until: when it is killed at the latest, by ``time.monotonic``.
+            output_bytes: what it may write, instead of the limits' own.
         """
+        limits = self.limits if output_bytes is None else replace(self.limits, output_bytes=output_bytes)
         with self.start(source, stdin=stdin) as program:
-            return finish(program, self.limits, until=until)
+            return finish(program, limits, until=until)
 
     def start(
         self, source: str, *, stdin: str = "", pass_fds: Sequence[int] = (), seconds: float | None = None
@@ -228,7 +236,7 @@ def finish(
                     lines, deadline = seen, min(now + limits.wall_seconds, until)
                 if now >= look:
                     look = now + LOOK_SECONDS
-                    if any(resident_bytes(each.process.pid) > limits.memory_bytes for each in programs):
+                    if any(memory_of(each.process.pid) > limits.memory_bytes for each in programs):
                         status = "memory"
                 if now >= deadline:
                     status = "time"
@@ -259,33 +267,6 @@ def _read(key: selectors.SelectorKey, most: int) -> bool:
             return False
         key.data.extend(part)
     return True
-
-
-def resident_bytes(pid: int) -> int:
-    """The resident memory of a process and all that descend from it; what has ended meanwhile counts nothing."""
-    pages = 0
-    for each in descendants(pid):
-        try:
-            pages += int(Path(f"/proc/{each}/statm").read_text().split()[1])
-        except (OSError, IndexError):
-            continue
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
-    yield pid
-    for child in children(pid):
-        yield from descendants(child)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process started or was left with; none for one that is gone."""
-    try:
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
-        return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    except OSError:
-        return []
 
 
 def bubblewrap(python: str, packages: Sequence[str], file_bytes: int) -> list[str]:
@@ -383,54 +364,3 @@ def refusal(python: str, packages: Sequence[str] = ()) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return None if tried.stdout == "ready\n" else tried.stderr.strip() or f"exit status {tried.returncode}"
-
-
-FORBIDDEN_CALLS = {
-    # Name: its number on x86-64 and on ARM64, from the kernel's own tables.
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "bpf": (321, 280),
-    "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-}
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-OTHER_ABI = 0x40000000
-LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, NOT_PERMITTED, KILL = 0x7FFF0000, 0x00050001, 0x80000000
-
-
-def system_call_filter() -> bytes:
-    """A seccomp program for the calls in ``FORBIDDEN_CALLS``: they fail with EPERM, everything else goes on.
-
-    Raises:
-        SandboxUnavailable: on a processor whose calls are not listed here.
-    """
-    machine = platform.machine()
-    if machine not in MACHINES:
-        raise SandboxUnavailable(f"sandboxes know the system calls of {sorted(MACHINES)}; this machine is {machine}")
-    column, architecture = MACHINES[machine]
-    numbers = [calls[column] for calls in FORBIDDEN_CALLS.values()]
-    steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    steps.append((AT_LEAST, len(numbers) + 1, 0, OTHER_ABI))
-    steps += [(EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, NOT_PERMITTED)]
-    return b"".join(struct.pack("HBBI", *step) for step in steps)

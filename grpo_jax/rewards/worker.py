@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from grpo_jax.rewards.calling import arguments, invoke, invoke_each, is_async, is_per_sample, warm_up
 from grpo_jax.rewards.compose import Graded, InvalidScoresError, as_graded
-from grpo_jax.rewards.sandbox import children, descendants
+from grpo_jax.rewards.processes import children, descendants
 
 LENGTH = struct.Struct("!I")
 BECOME_REAPER = 36  # PR_SET_CHILD_SUBREAPER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from grpo_jax.types import Model, Params, Prompts
 
@@ -39,7 +40,7 @@ def check_prompts(
     outside = [each for each in eos_ids if not 0 <= each < V]
     if outside:
         raise ValueError(f"eos_ids has {outside}, which a model of {V} tokens can never sample")
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(prompts)):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(prompts)):
         return
     ids, mask, index = (np.asarray(x) for x in (prompts.ids, prompts.mask, prompts.index))
     lengths = mask.sum(1)

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import re
+import sys
 import traceback
-
-LENT_MODULES = ("collections", "copy", "datetime", "functools", "itertools", "json", "math", "random", "re", "string")
-"""What many tests use without importing it, because solutions do."""
+from functools import partial
+from types import CoroutineType, FunctionType
 
 
 def judge(tests, link, stop_at_failure):
@@ -32,6 +32,13 @@ def judge(tests, link, stop_at_failure):
         except SaysNothing as error:
             say(None, str(error))
             return
+        except NotDefined as error:
+            say(False, "{} in {}".format(error, text_of(test)), ran=False)
+        except (ImportError, NameError) as error:
+            if not isinstance(error, OfProgram) and is_of_test(error, test):
+                say(None, "the test cannot be run: {}: {}".format(type(error).__name__, error))
+                return
+            say(False, "{}: {} in {}".format(type(error).__name__, error, text_of(test)), ran=False)
         except CannotSend as error:
             if error.of_test:
                 say(None, f"the test hands the program what cannot travel: {error}")
@@ -47,12 +54,16 @@ def judge(tests, link, stop_at_failure):
             say(
                 False,
                 "{}in {}".format("".join(lines), text_of(test)),
-                ran=not isinstance(error, (OfProgram, NameError)),
+                ran=not isinstance(error, OfProgram),
             )
         else:
             continue
         if stop_at_failure:
             return
+
+
+class NotDefined(Exception):
+    """The program lacks what a test calls."""
 
 
 class SaysNothing(Exception):
@@ -74,26 +85,97 @@ def names_of(link):
 
 
 def is_reserved(name):
-    """Whether a test takes the name from Python: a program that defines ``set`` or ``abs`` is not to judge itself."""
-    return name.startswith("__") or name in vars(builtins) or name in LENT_MODULES
+    """Whether a name is Python's own, such as that of an exception."""
+    return name.startswith("__") or name in vars(builtins)
+
+
+def is_of_test(error, test):
+    """Whether an import or a name that is missing is the test's fault: the program owes it what it calls, no more."""
+    if "text" not in test or isinstance(error, ImportError):
+        return True
+    missing = re.search("'(.*?)'", str(error))
+    return missing is None or missing.group(1) not in test["called"]
 
 
 def run_test(test, names):
-    if isinstance(test, str):
-        words = set(re.findall(r"[^\W\d]\w*", test))
-        lent = {name: importlib.import_module(name) for name in LENT_MODULES if name in words}
-        given = {name: value for name, value in names.items() if not is_reserved(name)}
-        exec(compile(test, "test.py", "exec"), {"__name__": "__main__", **lent, **given})
-        if not words & set(given):
-            raise SaysNothing("the test does not use the program (a name of Python's own is not the program's)")
+    if "text" in test:
+        run_text(test, names)
         return
     name = test["fn_name"]
     function = getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
     if not callable(function):
-        raise NameError("the program has no function {}".format(name))
+        raise NotDefined("the program has no function {}".format(name))
     result = function(*test["input"])
     if not same(result, test["output"]):
         raise AssertionError("%s gave %.500r, not %.500r" % (name, result, test["output"]))
+
+
+def run_text(test, names):
+    """Run a test, and then what it only defines: functions and classes of tests, HumanEval's check."""
+    given = {name: names[name] for name in test["names"] if name in names}
+    for name in test["names"]:
+        if name not in given and hasattr(builtins, name):  # Python's own would answer for the program
+            raise NotDefined("the program has no function {}".format(name))
+    lent = {name: importlib.import_module(module or name) for name, module in test["lent"].items()}
+    lent = {name: getattr(module, name) if test["lent"][name] else module for name, module in lent.items()}
+    scope = {"__name__": "__main__", **lent, **given}
+    exec(compile(test["text"], "test.py", "exec"), scope)
+    defined = [(name, value) for name, value in list(scope.items()) if name not in given and name not in lent]
+    tests = [each for name, value in defined for each in tests_of(name, value, test["run"])]
+    checks = [value for name, value in defined if name == "check" and is_function(value) and name not in test["run"]]
+    for each in tests:
+        result = each()
+        if isinstance(result, CoroutineType):
+            importlib.import_module("asyncio").run(result)
+    for check in checks:
+        check(only_function(names))
+    if not (tests or checks or test["names"]):
+        raise SaysNothing("the test does not use the program (a name of Python's own is not the program's)")
+
+
+def tests_of(name, value, already_run):
+    """What pytest and unittest would run of something that a test defines."""
+    if is_function(value) and name.startswith("test") and name not in already_run:
+        if needed(value):
+            raise SaysNothing("{} takes {}, and there are no fixtures".format(name, needed(value)))
+        return [value]
+    if not isinstance(value, type) or value.__module__ != "__main__":
+        return []
+    unittest = sys.modules.get("unittest")
+    if unittest is not None and issubclass(value, unittest.TestCase):
+        return [case.debug for case in unittest.defaultTestLoader.loadTestsFromTestCase(value)]
+    if name.startswith("Test"):
+        return [partial(run_method, value, each) for each in dir(value) if each.startswith("test")]
+    return []
+
+
+def run_method(kind, name):
+    instance = kind()
+    if hasattr(instance, "setup_method"):
+        instance.setup_method()
+    return getattr(instance, name)()
+
+
+def is_function(value):
+    return isinstance(value, FunctionType) and value.__code__.co_filename == "test.py"
+
+
+def needed(function):
+    """The names of the arguments that a function cannot be called without."""
+    code = function.__code__
+    optional = len(function.__defaults__ or ())
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    required = names[: code.co_argcount - optional] + names[code.co_argcount :]
+    return [name for name in required if name not in (function.__kwdefaults__ or {})]
+
+
+def only_function(names):
+    """The program's function, where it has just one."""
+    functions = [value for value in names.values() if callable(value) and not isinstance(value, type)]
+    if len(functions) != 1:
+        said = "check(candidate) is never called, and the program has {} functions; name the entry_point"
+        raise SaysNothing(said.format(len(functions)))
+    return functions[0]
 
 
 def same(result, expected):
@@ -117,4 +199,4 @@ def same(result, expected):
 
 
 def text_of(test):
-    return test if isinstance(test, str) else "%s(*%.200r)" % (test["fn_name"], test["input"])
+    return test["text"] if "text" in test else "%s(*%.200r)" % (test["fn_name"], test["input"])

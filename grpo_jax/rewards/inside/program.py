@@ -5,7 +5,8 @@ import traceback
 
 
 def serve_program(source, link):
-    main = sys.modules["__main__"] = type(sys)("__main__")
+    # Not as __main__: what a program would do as a script, such as to read its input, is not asked of it here.
+    main = sys.modules["__main__"] = sys.modules["solution"] = type(sys)("solution")
     try:
         exec(compile(source, "solution.py", "exec"), main.__dict__)
     except BaseException as error:
