@@ -12,12 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax import settings
+from grpo_jax.data.sources import Problem
 from grpo_jax.evaluate import mean_over_tasks
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Graded, weighted
 from grpo_jax.run import Run, differences
 from grpo_jax.settings import DataSettings, MeshSettings
-from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, as_settings, read_tasks, shares
+from grpo_jax.tasks import (
+    TASK,
+    MixedScoring,
+    OpenTask,
+    Task,
+    as_settings,
+    asks_for_format,
+    has_final_answers,
+    read_tasks,
+    shares,
+)
 from tests.runs import write_rows
 
 
@@ -330,3 +341,21 @@ def test_no_accuracy_is_paid_for_where_nothing_is_right_or_wrong(tmp_path):
         pytest.raises(ValueError, match="no accuracy to be paid for; set accuracy_weight to 0"),
     ):
         OpenTask(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
+
+
+def test_what_figures_say_something_of_a_task():
+    sums, errands = Problem("1+2=", "3"), Problem("say hi", "hi")
+    code = Problem("add", None, {"tests": ["assert add(1, 2) == 3"]})
+    assert has_final_answers(DataSettings(), [sums])
+    assert not has_final_answers(DataSettings(dataset="errands"), [errands])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [code])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [replace(code, answer="1")])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl", grader="none"), [sums])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [Problem("?", None)])
+    assert asks_for_format(DataSettings())
+    assert not asks_for_format(DataSettings(dataset="errands"))
+    assert asks_for_format(DataSettings(dataset="x.jsonl"))  # R1-Zero's template
+    assert not asks_for_format(DataSettings(dataset="x.jsonl", template="Q: {question}"))
+    assert not asks_for_format(DataSettings(dataset="x.jsonl", chat_template=True))
+    asked = {"chat_template": True, "system_prompt": "Answer as <think></think><answer></answer>"}
+    assert asks_for_format(DataSettings(dataset="x.jsonl", **asked))
