@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from grpo_jax.command import run_command
 from grpo_jax.models import from_hf_config
 from grpo_jax.models.kernels import choose_kernel
 from grpo_jax.models.layers import Part, allowed_slots, attend
@@ -121,4 +122,4 @@ def as_float(x: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -7,13 +7,14 @@ Prints one JSON line.
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import tyro
 
+from grpo_jax.command import run_command
 from grpo_jax.log_probs import chunked_log_probs, output_logits, token_entropy, token_log_probs
 
 
@@ -88,4 +89,4 @@ def temporary_bytes(program: jax.stages.Compiled) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -25,11 +25,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from grpo_jax import loss
+from grpo_jax.command import run_command
 from grpo_jax.experiment import at_least, check_divides
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
@@ -325,4 +325,4 @@ def bytes_of(tree: Any) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

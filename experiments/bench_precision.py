@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,13 +25,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from grpo_jax import models
+from grpo_jax.command import run_command
+from grpo_jax.compilations import keep_programs
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.data.tasks import sample_sums, sum_problems
 from grpo_jax.rollout import Sampler, generate
-from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.small_base import Recipe, make_base
 from grpo_jax.train import completion_log_probs, make_scorer
@@ -143,4 +144,4 @@ def rounded(x: np.floating) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

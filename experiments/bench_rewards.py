@@ -11,6 +11,7 @@ installed.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from grpo_jax.command import run_command
 from grpo_jax.rewards import RewardPool, code_reward, math_reward, per_sample
 from grpo_jax.rewards.calling import warm_up
 from grpo_jax.rewards.compose import RewardFn, as_graded
@@ -143,4 +143,4 @@ def verdict_of_math_verify(pair: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,8 +28,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from grpo_jax.command import run_command
 from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.layers import Norm, rotate, rotation
@@ -405,4 +406,4 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -45,15 +45,12 @@ from r1_zero import Config as GRPOConfig
 from sft import Config as SFTConfig
 
 from grpo_jax.collect import read_collected
+from grpo_jax.command import run_command
 from grpo_jax.experiment import (
     AnyConfig,
     PolicySettings,
     RunSettings,
     at_least,
-    check_divides,
-    check_no_models,
-    placed,
-    run_stages,
 )
 from grpo_jax.monitor.metrics import read_jsonl, write_atomically
 from grpo_jax.prompt_settings import prompt_fields
@@ -61,6 +58,7 @@ from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings, preferred
 from grpo_jax.settings import DataSettings
+from grpo_jax.stages import Stage, check_no_models, placed, run_stages
 from grpo_jax.tasks import check_known
 from grpo_jax.text_settings import DemonstrationSettings, PreferenceSettings
 
@@ -245,7 +243,9 @@ class Config(RunSettings, PolicySettings):
         changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **asked)}
         if method == "sft":
             longest = self.prompt_length + self.completion_length
-            changes["max_length"] = stage.max_length or max(longest, 2048 if self.model else 128)
+            changes["max_length"] = stage.max_length or max(
+                longest, min(2048 if self.model else 128, self.positions or 2048)
+            )
         if self.model is not None and stage.num_micro_batches == 1:  # in memory at once is what GRPO has there
             rows = stage.num_pairs if method == "dpo" else stage.num_sequences
             parts = self.in_steps("grpo").micro_batches_of(rows) * (2 if method == "dpo" else 1)
@@ -259,36 +259,25 @@ class Config(RunSettings, PolicySettings):
         )
 
 
-MAY_CHANGE = ("methods", "num_seeds", "level", "memory_report", "cache_bytes", *STAGES)
-"""Settings that may have other values later: what is there already is told again. What a stage may not change is its
-own run's to say."""
 SCRIPTS = {"grpo": r1_zero, "rloo": r1_zero, "ppo": ppo, "dpo": dpo, "sft": sft}
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the comparison is finished and 130 when it was asked to stop."""
-    return run_stages(config, learn_all, conclude, title="comparison", may_change=MAY_CHANGE, again=True)
+    return run_stages(config, learn_all, conclude, title="comparison", check=check_data, again=True)
 
 
-def learn_all(config: Config) -> int:
-    """All methods with all seeds; the exit status of the first part that was asked to stop, or 0."""
-    check_data_and_devices(config)
-    return next((status for each in config.of_seeds if (status := learn(each))), 0)
+def learn_all(config: Config) -> list[Stage]:
+    """All methods with all seeds, in order."""
+    return [stage for each in config.of_seeds for stage in learn(each)]
 
 
-def check_data_and_devices(config: Config) -> None:
-    """Check that there are problems for all rounds, each of which asks others, and that updates divide over devices.
+def check_data(config: Config) -> None:
+    """Check that there are problems for all rounds, each of which asks others.
 
     Raises:
-        ValueError: there are too few, or one does not; and as ``DataSettings.load``.
+        ValueError: there are too few; and as ``DataSettings.load``.
     """
-    for method in config.methods:
-        if method in IN_ROUNDS:
-            stage = config.learnt(method, 1)
-            rows = stage.num_pairs if isinstance(stage, DPOConfig) else stage.num_sequences
-            check_divides(
-                rows // stage.num_micro_batches, config.mesh.build(), f"the rows of a micro-batch of {method}"
-            )
     problems, *_ = config.data.load(config.seed)
     wanted = config.num_prompts * config.num_steps
     if len(problems) < wanted and set(config.methods) & set(IN_ROUNDS):
@@ -298,30 +287,35 @@ def check_data_and_devices(config: Config) -> None:
         )
 
 
-def learn(config: Config) -> int:
-    """All methods with one seed; the exit status of the first part that was asked to stop, or 0."""
-    if status := evaluate.main(config.measured(config.run_dir / BASE, None)):
-        return status
+def learn(config: Config) -> list[Stage]:
+    """All methods with one seed, in order."""
+    base = config.run_dir / BASE
+    stages = [Stage(evaluate, config.measured(base, None))]
+    made_here = [] if config.model or config.base_dir else [base]
     for method in config.methods:
         if method in ONLINE:
-            status = SCRIPTS[method].main(config.in_steps(method))
+            stages.append(Stage(SCRIPTS[method], config.in_steps(method), made_here))
         else:
-            rounds = range(1, config.num_rounds + 1)
-            status = next((status for number in rounds if (status := learn_round(config, method, number))), 0)
-        if status:
-            return status
-    return 0
+            for number in range(1, config.num_rounds + 1):
+                stages += round_of(config, method, number, made_here)
+    return stages
 
 
-def learn_round(config: Config, method: str, number: int) -> int:
-    """A round of a method that learns in rounds; the exit status of its first part that was asked to stop, or 0."""
+def round_of(config: Config, method: str, number: int, made_here: list[Path]) -> list[Stage]:
+    """A round of a method that learns in rounds: what it draws, what learns from it, and how that is measured."""
     drawn, learnt = config.drawn(method, number), config.learnt(method, number)
-    if status := rejection_sampling.main(drawn):
-        return status
-    if method == "dpo":
-        write_pairs(drawn.run_dir, drawn.selection, most=config.pairs_per_problem, least=config.dpo.num_pairs)
     measured = config.measured(config.folder(method, number, "measured"), learnt.run_dir / "model")
-    return SCRIPTS[method].main(learnt) or evaluate.main(measured)
+    start = made_here if number == 1 else [config.folder(method, number - 1, "learnt")]
+
+    def pairs() -> None:
+        write_pairs(drawn.run_dir, drawn.selection, most=config.pairs_per_problem, least=config.dpo.num_pairs)
+
+    needs = [drawn.run_dir, *start]
+    return [
+        Stage(rejection_sampling, drawn, start),
+        Stage(SCRIPTS[method], learnt, needs, pairs) if method == "dpo" else Stage(SCRIPTS[method], learnt, needs),
+        Stage(evaluate, measured, [learnt.run_dir]),
+    ]
 
 
 def write_pairs(folder: Path, selection: SelectionSettings, *, most: int, least: int) -> None:
@@ -593,4 +587,4 @@ def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Pa
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

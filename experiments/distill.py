@@ -26,13 +26,15 @@ import rejection_sampling
 import sft
 import tyro
 
-from grpo_jax.collect import CollectSettings, read_provenance
-from grpo_jax.experiment import at_least, run_stages
+from grpo_jax.collect import PROVENANCE, CollectSettings, read_provenance
+from grpo_jax.command import run_command
+from grpo_jax.experiment import at_least
 from grpo_jax.prompt_settings import prompt_fields, with_format
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import OptimizerSettings
 from grpo_jax.small_base import Recipe
+from grpo_jax.stages import Stage, run_stages
 from grpo_jax.text_settings import DemonstrationSettings
 
 
@@ -71,7 +73,8 @@ class Config(CollectSettings):
     num_sequences: int = 16
     """Rows of an update."""
     max_length: int | None = None
-    """Tokens of a row, and of the longest demonstration. Default: 2048 with --student, 128 without."""
+    """Tokens of a row, and of the longest demonstration. Default: 2048 with --student, 128 without; less where
+    the student has fewer positions."""
     num_micro_batches: int = 1
     """Parts each update is computed in, to save memory; the result is the same."""
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -169,32 +172,33 @@ TEACHER, BEFORE, AFTER = STAGES = ("teacher_eval", "student_before", "student_af
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_stages(config, teach, conclude, title="distillation", may_change=("cache_bytes",))
+    return run_stages(config, stages, conclude, title="distillation")
 
 
-def teach(config: Config) -> int:
-    """All stages; the exit status of the first that was asked to stop, or 0."""
-    if config.model is None and config.base_dir is None and (status := sft.main(config.teacher_taught)):
-        return status
-    # What is measured before anything is drawn finds out, too, whether teacher, student and problems can be had.
-    if status := evaluate.main(config.measured(TEACHER, config.model, base_dir=config.teacher_dir)):
-        return status
+def stages(config: Config) -> list[Stage]:
+    """What runs, in order.
+
+    The first measurements find out whether models, problems and templates go together before the teacher is sampled.
+    """
     student_start = {} if config.student else {"base": config.student_base}
     taught = config.folder("student") / "model"
-    config = asked_alike(config)
-    return (
-        evaluate.main(config.measured(BEFORE, config.student, **student_start))
-        or rejection_sampling.main(config.sampled)
-        or sft.main(config.taught)
-        or evaluate.main(
-            config.measured(AFTER, str(taught)) if config.student else config.measured(AFTER, None, base_dir=taught)
-        )
-    )
+    after = {"base_dir": taught} if config.student is None else {}
+    teacher = [config.folder("teacher")] if config.model is None and config.base_dir is None else []
+    samples, student = config.folder("samples"), config.folder("student")
+    alike = asked_alike(config)
+    return [
+        *(Stage(sft, config.teacher_taught) for _ in teacher),
+        Stage(evaluate, config.measured(TEACHER, config.model, base_dir=config.teacher_dir), teacher),
+        Stage(evaluate, alike.measured(BEFORE, config.student, **student_start)),
+        Stage(rejection_sampling, alike.sampled, teacher),
+        Stage(sft, alike.taught, [samples, config.folder(BEFORE)]),
+        Stage(evaluate, alike.measured(AFTER, str(taught) if config.student else None, **after), [student]),
+    ]
 
 
 def asked_alike(config: Config) -> Config:
     """The same with the format of the teacher's prompts, which is the student's too unless settings say another."""
-    if config.model is None:
+    if config.model is None or not (config.folder(TEACHER) / PROVENANCE).exists():  # not measured yet
         return config
     asked = read_provenance(config.folder(TEACHER))["prompt_format"]
     return replace(config, data=with_format(config.data, asked))
@@ -229,4 +233,4 @@ def conclude(config: Config, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -30,6 +30,8 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
+from grpo_jax.command import run_command
+from grpo_jax.compilations import count_compilations
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.errands import errand_reward
 from grpo_jax.data.notes import DataNotes
@@ -44,6 +46,7 @@ from grpo_jax.experiment import (
     check_divides,
     check_finite,
     check_same_data,
+    facts_of,
     padded_batches,
     run_experiment,
     save_trained,
@@ -52,10 +55,11 @@ from grpo_jax.loss import dpo_loss, hinge_preference, sigmoid_preference, square
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.metrics import write_atomically
 from grpo_jax.monitor.samples import Sample
+from grpo_jax.outcome import Export, check_steps, exported
 from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.rewards.compose import RewardFn, as_graded
 from grpo_jax.rewards.plugin import import_reward
-from grpo_jax.run import Run, count_compilations
+from grpo_jax.run import Run
 from grpo_jax.settings import OptimizerSettings
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
 from grpo_jax.small_base import Recipe
@@ -91,7 +95,8 @@ class Config(RunSettings, PolicySettings):
     sft_coef: float = 0.0
     """Weight of the likelihood of the chosen completions beside it."""
     num_epochs: int = 1
-    """How often each pair is visited."""
+    """How often each pair is visited. A finished run that is given more goes on; where the learning rate decays, it is
+    from there on that of the new number."""
     num_pairs: int = 32
     """Pairs of an update."""
     num_micro_batches: int = 1
@@ -103,6 +108,9 @@ class Config(RunSettings, PolicySettings):
     to the built-in errands, none with a dataset."""
     eval_every: int = 20
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
+    export: Export = "last"
+    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
+    given the other one."""
     eval_prompts: int = 64
     """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
     eval_samples: int = 4
@@ -137,17 +145,23 @@ class Config(RunSettings, PolicySettings):
 
 
 MAY_CHANGE = ("num_micro_batches", "cache_bytes", "eval_every")
+GOES_ON_WITH = ("num_epochs", "export")
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="DPO", may_change=MAY_CHANGE)
+    return run_experiment(config, train, title="DPO", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+
+
+def check(config: Config) -> None:
+    """Find what the devices cannot divide, before anything is computed."""
+    check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
 
 
 def train(config: Config, run: Run) -> None:
+    check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
-    check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
     notes = DataNotes()
     preferences, held_out = config.data.load(config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
@@ -206,11 +220,22 @@ def train(config: Config, run: Run) -> None:
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     sampler = config.sampler(policy, mesh, config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    run.describe(
+        {
+            **facts_of(config, start, policy, mesh),
+            "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
+            "lengths": f"{config.prompt_length} + {config.completion_length} tokens; {config.num_pairs} pairs a step",
+            "loss": f"{config.loss}, beta {config.beta:g}, {config.num_epochs} epochs",
+            "updates": f"{len(batches)} in all; " + config.optimizer.described(5e-7 if config.model else 3e-4),
+        }
+    )
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
     policy = replace(policy, params=None)  # the state's from here on
     first, state, position = run.resume(state)
     check_same_data(position, digest, run)
     evaluation = jax.random.key(config.seed)
+
+    check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
 
     def evaluated(step: int) -> dict[str, Any]:
         with run.progress.phase("evaluation", len(held_out_pairs) + len(prompts)) as phase:
@@ -239,7 +264,7 @@ def train(config: Config, run: Run) -> None:
 
     if evaluation_is_due(first) and not run.has_row(first, "eval/accuracy"):
         evaluated(first)
-    with run.progress.phase("DPO", len(batches), start=first) as phase:
+    with run.progress.phase("DPO", len(batches), start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, len(batches) + 1):
             started = time.monotonic()
             batch = batches[step - 1]
@@ -254,15 +279,31 @@ def train(config: Config, run: Run) -> None:
                 "compilations": compilations(),
             }
             run.log({"step": step, **metrics})
-            if step == len(batches) or step % config.save_every == 0 or run.stop_requested:
+            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
                 run.save(step, state, {"data": digest})
             run.stop_if_requested()
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
+    params, step = exported(
+        config,
+        run,
+        state,
+        steps=len(batches),
+        params_of=lambda state: state.params,
+        start=lambda: config.load(start, mesh).params,
+    )
     prompt_format = prompt_format_of(rendering, policy.tokenizer)
     summary = {"seed": config.seed}
-    save_trained(run, state.params, policy, steps=len(batches), summary=summary, prompt_format=prompt_format)
+    save_trained(
+        run,
+        params,
+        policy,
+        steps=len(batches),
+        summary=summary,
+        prompt_format=prompt_format,
+        exported_step=step,
+    )
 
 
 def sums_of_pairs(
@@ -312,4 +353,4 @@ def judged(
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -29,6 +29,7 @@ import numpy as np
 import tyro
 
 from grpo_jax.collect import Collected, CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.command import run_command
 from grpo_jax.data.sources import Problem
 from grpo_jax.evaluate import estimate, identify_answers, maj_at_k_of_each, paired_test, pass_at_k_of_each
 from grpo_jax.experiment import LAID_OUT, run_experiment
@@ -37,6 +38,7 @@ from grpo_jax.monitor.samples import printable, shorten
 from grpo_jax.rewards.answer import extract_answer, same_text
 from grpo_jax.run import Run, differences
 from grpo_jax.settings import DataSettings
+from grpo_jax.tasks import asks_for_format, has_final_answers
 
 FIGURES, COMPARISON = "figures", "comparison"
 SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
@@ -78,12 +80,18 @@ class Config(CollectSettings):
 
 
 MAY_CHANGE = ("against", "k", "cache_bytes")
+GOES_ON_WITH = ()
 OTHER_SETTINGS_OF_NO_FIGURE = ("against", "k", "cache_bytes", "num_prompts")
 
 
 def main(config: Config) -> int:
     """Evaluate, or go on; the exit status is 0 when the report is there and 130 when the run was asked to stop."""
     return run_experiment(config, evaluate, title="Evaluation", may_change=MAY_CHANGE, again=True)
+
+
+def check(config: Config) -> None:
+    """Find a mesh that cannot be built, before anything is computed."""
+    config.mesh.build()
 
 
 def evaluate(config: Config, run: Run) -> None:
@@ -97,9 +105,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     """What an evaluation found, as it stands in ``summary.json`` of its run's folder.
 
     ``report["figures"]["pass@1"]`` has ``mean``, ``low``, ``high`` and ``problems``, and so have ``pass@<k>``,
-    ``maj@<num_samples>``, ``rewards/<part>``, ``mean_length``, ``truncated`` and ``ungraded``; of a part that is absent
-    everywhere the first three are None. With ``against``, ``report["comparison"]["figures"]`` has ``before``,
-    ``after``, ``difference``, ``low``, ``high``, ``p`` and ``problems`` of each.
+    ``maj@<num_samples>``, ``rewards/<part>``, ``mean_length``, ``truncated`` and ``ungraded``, as far as they say
+    something of the problems; of a part that is absent everywhere the first three are None. With ``against``,
+    ``report["comparison"]["figures"]`` has ``before``, ``after``, ``difference``, ``low``, ``high``, ``p`` and
+    ``problems`` of each.
 
     Raises:
         ValueError: the folder holds no finished evaluation.
@@ -124,7 +133,7 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
         asked = "held_out" if config.held_out else "evaluation"
         collect(config, run, config.mesh.build(), asked=asked, check=check)
     keys = keys_of(each.problem for each in read_collected(run.folder))
-    figures = per_problem(read_collected(run.folder), config.ks, config.data.same)
+    figures = meaningful(config, run.folder, per_problem(read_collected(run.folder), config.ks, config.data.same))
     report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
     if config.against is not None and against is not None:
         check_same_problems(keys, others, run.folder, config.against)
@@ -144,6 +153,20 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
     run.log({"step": 0, **{f"eval/{name}": each["mean"] for name, each in report[FIGURES].items()}})
     run.conclude(report)
     return read_report(run.folder)
+
+
+def meaningful(config: Config, folder: Path, figures: PerProblem) -> PerProblem:
+    """The figures that say something of these problems.
+
+    Without answers that completions end in there is no majority vote; where nothing is graded, no accuracy and no share
+    of problems that could not be; and no format where prompts do not ask for it and no completion has it.
+    """
+    problems = [each.problem for each in read_collected(folder)]
+    without = () if has_final_answers(config.data, problems) else ("maj@",)
+    without += ("rewards/accuracy", "ungraded") if config.data.grader == "none" else ()
+    if not asks_for_format(config.data) and not np.nansum(figures["rewards/format"]):
+        without += ("rewards/format",)
+    return {name: values for name, values in figures.items() if not name.startswith(tuple(without))}
 
 
 def per_problem(
@@ -299,4 +322,4 @@ def interval(name: str, each: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

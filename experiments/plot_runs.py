@@ -6,6 +6,7 @@ python experiments/plot_runs.py runs/r1_0 runs/r1_1 runs/r1_2 --chain --out expe
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from grpo_jax.command import run_command
 from grpo_jax.monitor.metrics import read_jsonl
 
 TITLES = {
@@ -68,4 +70,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -29,13 +29,15 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
+from grpo_jax.command import run_command
 from grpo_jax.data.errands import ERRANDS
 from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
 from grpo_jax.masked import masked_mean, masked_sum
 from grpo_jax.models import Pretrained
+from grpo_jax.outcome import check_steps, exported
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rounds import MAY_CHANGE, Round, Rounds, RoundSettings
+from grpo_jax.rounds import GOES_ON_WITH, MAY_CHANGE, Round, Rounds, RoundSettings
 from grpo_jax.run import Run
 from grpo_jax.settings import DataSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import replicated, shard_rows
@@ -112,8 +114,8 @@ class Config(RoundSettings):
         rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
         if rows % (self.num_minibatches * micro_batches):
             raise ValueError(
-                f"{self.num_prompts} prompts x {self.group_size} samples = {rows} completions do not divide into "
-                f"{self.num_minibatches} minibatches of {micro_batches} micro-batches"
+                f"num_prompts x group_size = {self.num_prompts} x {self.group_size} = {rows} completions do not divide "
+                f"into num_minibatches x num_micro_batches = {self.num_minibatches} x {micro_batches} parts"
             )
         for name in ("value_epsilon", "kl_target", "kl_horizon"):
             value = getattr(self, name)
@@ -145,6 +147,7 @@ class Config(RoundSettings):
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    check(config)
     if not config.pays_for_something:
         folder = config.run_dir.with_name(f"{config.run_dir.name}_reward_model")
         before = reward_model.Config(
@@ -160,21 +163,34 @@ def main(config: Config) -> int:
             return status
         rewards = replace(config.rewards, reward_model=str(folder / "model"))
         config = replace(config, rewards=rewards, base_dir=config.base_dir or folder / "base")
-    return run_experiment(config, train, title="PPO", may_change=(*MAY_CHANGE, "num_micro_batches"))
+    return run_experiment(config, train, title="PPO", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
 
 
-def train(config: Config, run: Run) -> None:
+def check(config: Config) -> None:
+    """Find what the devices cannot divide, before anything is computed."""
     mesh = config.mesh.build()
     rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
     check_divides(config.num_prompts, mesh, "num_prompts")
     check_divides(rows, mesh, "the completions of a micro-batch")
+
+
+def train(config: Config, run: Run) -> None:
+    mesh = config.mesh.build()
     rounds = Rounds(config, run, mesh)
     learner = (OwnCritic if config.critic == "model" else SharedTrunk)(config, rounds, mesh)
+    run.describe(
+        {
+            "loss": f"{config.policy.loss}, critic {config.critic}, KL coefficient {config.kl_reward_coef:g}",
+            "updates": f"{learner.updates_per_step} a step, {config.micro_batches} micro-batches each; "
+            + config.optimizer.described(1e-6 if config.model else 3e-4),
+        }
+    )
     first, states, position = run.resume(learner.states)
+    check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
     rounds.begin(position)
     kl_coef = position.get("kl_coef", config.kl_reward_coef)
     rounds.evaluate_if_due(first, learner.actor(states))
-    with run.progress.phase("PPO", config.num_steps, start=first) as phase:
+    with run.progress.phase("PPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
             drawn = rounds.draw(step, learner.actor(states))
             # Sent off before the host scores: the devices work on it meanwhile.
@@ -192,7 +208,8 @@ def train(config: Config, run: Run) -> None:
 
             metrics = over_updates(updates)
             check_finite(metrics, step, run)
-            metrics |= {"kl": token_kl, "kl_completion": kl, "kl_reward_coef": kl_coef}
+            if config.kl_reward_coef:
+                metrics |= {"kl": token_kl, "kl_completion": kl, "kl_reward_coef": kl_coef}
             metrics["learning_rate"] = learner.learning_rate(states)
             if config.kl_target is not None:
                 kl_coef = float(
@@ -211,13 +228,16 @@ def train(config: Config, run: Run) -> None:
             run.stop_if_requested()
             metrics |= rounds.evaluate_if_due(step, learner.actor(states))
             phase.update(step, metrics)
+    params, step = exported(config, run, states, steps=config.num_steps, params_of=learner.actor, start=rounds.reload)
+    summary = {"seed": config.seed}
     save_trained(
         run,
-        learner.actor(states),
+        params,
         rounds.policy,
         steps=config.num_steps,
-        summary={"seed": config.seed},
+        summary=summary,
         prompt_format=rounds.prompt_format,
+        exported_step=step,
     )
 
 
@@ -433,4 +453,4 @@ def check_same_tokens(critic: Pretrained, policy: Pretrained) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -17,9 +17,10 @@ stage and step where it stopped. After DeepSeek-AI, arXiv 2501.12948, section 2.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,10 +36,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from grpo_jax.collect import read_provenance
+from grpo_jax.collect import PROVENANCE, read_provenance
+from grpo_jax.command import run_command
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
-from grpo_jax.experiment import AnyConfig, ModelSettings, RunSettings, check_no_models, placed, run_stages
+from grpo_jax.experiment import AnyConfig, ModelSettings, RunSettings
 from grpo_jax.monitor.metrics import to_json, write_atomically
 from grpo_jax.prompt_settings import with_format
 from grpo_jax.reward_settings import RewardSettings
@@ -46,6 +48,7 @@ from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import DataSettings, PolicyLossSettings
 from grpo_jax.small_base import Recipe
+from grpo_jax.stages import Stage, check_no_models, placed, run_stages
 from grpo_jax.text_settings import DemonstrationSettings
 
 EMBEDDED_LANGUAGE = "zh"
@@ -150,6 +153,12 @@ class Config(RunSettings, ModelSettings):
             return self.model or self.base_dir or self.folder("cold_start") / "base"
         return self.folder(stage) / "model"
 
+    def made_in(self, stage: str) -> list[Path]:
+        """The run folder that the model of a stage comes from; none if it is named."""
+        if stage == "base":
+            return [] if self.model or self.base_dir else [self.folder("cold_start")]
+        return [self.folder(stage)]
+
     def reasoned(self, stage: Any) -> dict[str, Any]:
         """What a stage is told of what is reasoned about, and of the language of thoughts."""
         language = self.target_language or ("en" if self.model else EMBEDDED_LANGUAGE)
@@ -163,40 +172,32 @@ class Config(RunSettings, ModelSettings):
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the chain is finished and 130 when it was asked to stop."""
-    return run_stages(config, chain, conclude, title="R1")
+    return run_stages(config, chain, conclude, title="R1", check=check_data)
 
 
-def chain(config: Config) -> int:
-    """All stages; the exit status of the first that was asked to stop, or 0."""
-    check_data(config)
-    general, tasks = config.general or config.run_dir / "general.jsonl", config.run_dir / "final_tasks.json"
+def chain(config: Config) -> list[Stage]:
+    """All stages, in order."""
+    placed, folder = config.placed, config.folder
+    general = config.general or config.run_dir / "general.jsonl"
+    tasks = write_tasks(config)
     if config.general is None:
         write_careless_replies(general, config.seed)
-    write_tasks(tasks, config)
-    placed = config.placed
 
-    stages: list[Callable[[], int]] = [
-        lambda: sft.main(placed(config.cold_start, "cold_start", None)),
-        lambda: r1_zero.main(placed(config.zero, "r1_zero", "base", **config.reasoned(config.zero))),
-        lambda: r1_zero.main(placed(config.reasoning, "reasoning", "cold_start", **config.reasoned(config.reasoning))),
-        lambda: rejection_sampling.main(
-            placed(
-                config.rejection,
-                "rejection_sampling",
-                "reasoning",
-                demonstrations=(general,),
-                **config.reasoned(config.rejection),
-            )
-        ),
-        lambda: sft.main(placed(config.second_sft, "sft", "base", data=demonstrated(config))),
-        lambda: learn_reward(config),
-        lambda: r1_zero.main(placed(config.final, "final", "sft", tasks=tasks, **config.reasoned(config.final))),
-        *(lambda model=model, of=of: evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
+    def reasoned(stage: Any, name: str, start: str, **changes: Any) -> Any:
+        return placed(stage, name, start, **config.reasoned(stage), **changes)
+
+    drawn = reasoned(config.rejection, "rejection_sampling", "reasoning", demonstrations=(general,))
+    judge = [] if config.general_reward_model else [folder("reward_model")]
+    return [
+        Stage(sft, placed(config.cold_start, "cold_start", None)),
+        Stage(r1_zero, reasoned(config.zero, "r1_zero", "base"), config.made_in("base")),
+        Stage(r1_zero, reasoned(config.reasoning, "reasoning", "cold_start"), config.made_in("cold_start")),
+        Stage(rejection_sampling, drawn, config.made_in("reasoning")),
+        Stage(sft, placed(config.second_sft, "sft", "base", data=demonstrated(config)), [folder("rejection_sampling")]),
+        *(Stage(reward_model, placed(config.preferences, "reward_model", "sft"), config.made_in("sft")) for _ in judge),
+        Stage(r1_zero, reasoned(config.final, "final", "sft", tasks=tasks), [*config.made_in("sft"), *judge]),
+        *(evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
     ]
-    for stage in stages:
-        if status := stage():
-            return status
-    return 0
 
 
 def check_data(config: Config) -> None:
@@ -217,23 +218,22 @@ def demonstrated(config: Config) -> DemonstrationSettings:
     """The data of the second SFT, with the format of prompts that its completions were drawn with."""
     folder = config.folder("rejection_sampling")
     data = replace(config.second_sft.data, dataset=str(folder / "dataset.jsonl"))
-    return data if config.model is None else with_format(data, read_provenance(folder)["prompt_format"])
+    if config.model is None or not (folder / PROVENANCE).exists():  # not drawn yet
+        return data
+    return with_format(data, read_provenance(folder)["prompt_format"])
 
 
-def learn_reward(config: Config) -> int:
-    if config.general_reward_model is not None:
-        return 0
-    return reward_model.main(config.placed(config.preferences, "reward_model", "sft"))
-
-
-def evaluated(config: Config, model: str, of: str) -> int:
+def evaluated(config: Config, model: str, of: str) -> Stage:
     """Measure a stage's model, on what is reasoned about or on the rest; the final one against R1-Zero."""
     of_general = RewardSettings(accuracy_weight=0.0, reward_model=config.judge)
     asked = {"data": config.general_data, "rewards": of_general}
     against = config.folder(f"evaluation/r1_zero_{of}") if model == "final" else None
     changes = config.reasoned(config.evaluation) if of == REASONING else asked
-    return evaluate.main(
-        config.placed(config.evaluation, f"evaluation/{model}_{of}", model, against=against, **changes)
+    judge = [config.folder("reward_model")] if of == GENERAL and not config.general_reward_model else []
+    return Stage(
+        evaluate,
+        config.placed(config.evaluation, f"evaluation/{model}_{of}", model, against=against, **changes),
+        [*config.made_in(model), *judge, *([] if against is None else [against])],
     )
 
 
@@ -245,15 +245,18 @@ def write_careless_replies(path: Path, seed: int) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def write_tasks(path: Path, config: Config) -> None:
-    """The mixture of the final RL."""
+def write_tasks(config: Config) -> Path:
+    """The file with the mixture of the final RL. Its name tells what it holds, so that another mixture is noticed."""
     rules = dataclasses.asdict(config.reasoned(config.final)["rewards"])
     judged = dataclasses.asdict(RewardSettings(accuracy_weight=0.0, reward_model=config.judge))
     tasks = {
         REASONING: {**dataclasses.asdict(config.data), **rules},
         GENERAL: {**dataclasses.asdict(config.general_data), **judged},
     }
-    write_atomically(path, json.dumps(to_json(tasks), indent=2).encode() + b"\n")
+    data = json.dumps(to_json(tasks), indent=2).encode() + b"\n"
+    path = config.run_dir / f"final_tasks_{hashlib.sha256(data).hexdigest()[:8]}.json"
+    write_atomically(path, data)
+    return path
 
 
 def conclude(config: Config, run: Run) -> None:
@@ -315,4 +318,4 @@ def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Pat
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -27,13 +27,15 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
+from grpo_jax.command import run_command
 from grpo_jax.data.encoded import last_tokens
 from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
 from grpo_jax.light_critic import Features, LightCritic
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.outcome import check_steps, exported
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rounds import MAY_CHANGE, Rounds, RoundSettings, told_apart
+from grpo_jax.rounds import GOES_ON_WITH, MAY_CHANGE, Rounds, RoundSettings, told_apart
 from grpo_jax.run import Run
 from grpo_jax.settings import OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import replicated, shard_rows
@@ -105,8 +107,8 @@ class Config(RoundSettings):
         rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
         if rows % (self.num_minibatches * micro_batches):
             raise ValueError(
-                f"{self.num_prompts} prompts x {self.group_size} samples = {rows} completions do not divide into "
-                f"{self.num_minibatches} minibatches of {micro_batches} micro-batches"
+                f"num_prompts x group_size = {self.num_prompts} x {self.group_size} = {rows} completions do not divide "
+                f"into num_minibatches x num_micro_batches = {self.num_minibatches} x {micro_batches} parts"
             )
         if self.policy.kl_coef and self.kl_reward_coef:
             raise ValueError(
@@ -150,12 +152,17 @@ class Config(RoundSettings):
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="R1-Zero", may_change=(*MAY_CHANGE, "num_micro_batches"))
+    return run_experiment(config, train, title="R1-Zero", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+
+
+def check(config: Config) -> None:
+    """Find what the devices cannot divide, before anything is computed."""
+    check_mesh(config, config.mesh.build())
 
 
 def train(config: Config, run: Run) -> None:
+    check(config)
     mesh = config.mesh.build()
-    check_mesh(config, mesh)
     rounds = Rounds(config, run, mesh)
 
     # The pieces: a scorer and a train step, each a function of arrays.
@@ -171,15 +178,24 @@ def train(config: Config, run: Run) -> None:
     )
     train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
 
+    run.describe(
+        {
+            "loss": f"{config.policy.loss}, advantages {config.advantage_name}, "
+            f"KL coefficient {config.policy.kl_coef or config.kl_reward_coef:g}",
+            "updates": f"{config.updates_per_step} a step, {config.micro_batches} micro-batches each; "
+            + config.optimizer.described(1e-6 if config.model else 2.5e-4),
+        }
+    )
     critic = light_critic(config, rounds, mesh) if config.advantage == HYBRID else None
     state = init_state(
         rounds.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
     )
     first, states, position = run.resume(states_of(state, None if critic is None else critic.start))
     state, value_state = states["policy"], states.get("critic")
+    check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
     rounds.begin(position)
     rounds.evaluate_if_due(first, state.params)
-    with run.progress.phase("GRPO", config.num_steps, start=first) as phase:
+    with run.progress.phase("GRPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
             if config.max_draws == 1:
                 drawn, scores = rounds.draw(step, state.params), None
@@ -208,7 +224,7 @@ def train(config: Config, run: Run) -> None:
                 metrics |= of_critic
             check_finite(metrics, step, run)
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
-            advantages = np.zeros(len(drawn.completions), np.float32)
+            advantages = np.full(len(drawn.completions), np.nan, np.float32)
             advantages[rows] = per_completion(batch)
             wants_checkpoint = rounds.tell(drawn, scores, metrics, advantages)
             if rounds.save_is_due(step, wants_checkpoint):
@@ -219,8 +235,22 @@ def train(config: Config, run: Run) -> None:
     gap = "sampling/sampling_logp_difference/max"
     gaps = [row[gap] for row in read_jsonl(run.metrics_log.path) if gap in row]
     summary = {"max_sampler_trainer_gap": max(gaps, default=None), "seed": config.seed}
+    params, step = exported(
+        config,
+        run,
+        states_of(state, value_state),
+        steps=config.num_steps,
+        params_of=lambda states: states["policy"].params,
+        start=rounds.reload,
+    )
     save_trained(
-        run, state.params, rounds.policy, steps=config.num_steps, summary=summary, prompt_format=rounds.prompt_format
+        run,
+        params,
+        rounds.policy,
+        steps=config.num_steps,
+        summary=summary,
+        prompt_format=rounds.prompt_format,
+        exported_step=step,
     )
 
 
@@ -335,4 +365,4 @@ def per_completion(batch: Batch) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 
 from grpo_jax.collect import CollectSettings, collect, read_collected, read_provenance
+from grpo_jax.command import run_command
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.sources import read_rows
 from grpo_jax.experiment import at_least, run_experiment
@@ -83,13 +84,22 @@ class Config(CollectSettings):
 OF_SELECTION = ("selection", "demonstrations", "general_share")
 """What may change before a run is finished: nothing of it was used until then."""
 MAY_CHANGE = ("cache_bytes",)
+GOES_ON_WITH = ()
+
+
+def may_change(config: Config) -> tuple[str, ...]:
+    """The settings that may differ from those that the folder's run was begun with."""
+    return MAY_CHANGE if (config.run_dir / "summary.json").exists() else (*MAY_CHANGE, *OF_SELECTION)
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    finished = (config.run_dir / "summary.json").exists()
-    may_change = MAY_CHANGE if finished else (*MAY_CHANGE, *OF_SELECTION)
-    return run_experiment(config, draw_and_select, title="rejection sampling", may_change=may_change)
+    return run_experiment(config, draw_and_select, title="rejection sampling", may_change=may_change(config))
+
+
+def check(config: Config) -> None:
+    """Find a mesh that cannot be built, before anything is computed."""
+    config.mesh.build()
 
 
 def draw_and_select(config: Config, run: Run) -> None:
@@ -253,4 +263,4 @@ def as_line(row: Mapping[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import r1_zero
-import tyro
 
+from grpo_jax.command import run_command
 from grpo_jax.monitor.metrics import read_jsonl, write_atomically
 from grpo_jax.monitor.plots import series
 from grpo_jax.reward_settings import RewardSettings
@@ -212,4 +212,4 @@ def plot(folder: Path, names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

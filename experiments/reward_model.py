@@ -24,10 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from grpo_jax.command import run_command
+from grpo_jax.compilations import count_compilations
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.experiment import (
+    PROMPT_AND_COMPLETION,
     ModelSettings,
     RunSettings,
     at_least,
@@ -35,17 +38,20 @@ from grpo_jax.experiment import (
     check_finite,
     check_length,
     check_same_data,
+    facts_of,
+    fitting_lengths,
     padded_batches,
     run_experiment,
     save_trained,
     with_stop_tokens,
 )
 from grpo_jax.loss import bradley_terry_loss
+from grpo_jax.outcome import Export, check_steps, exported
 from grpo_jax.prompt_settings import rendering_of
-from grpo_jax.run import Run, count_compilations
+from grpo_jax.run import Run
 from grpo_jax.settings import OptimizerSettings
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe
+from grpo_jax.small_base import Recipe
 from grpo_jax.text_settings import PreferenceSettings
 from grpo_jax.train import init_state, make_train_step, pair_scores
 from grpo_jax.types import Pairs, Params
@@ -64,13 +70,16 @@ class Config(RunSettings, ModelSettings):
     base: Recipe = Recipe(errand_share=0.5)
     """How the embedded base is made; the seed is the run's."""
     num_epochs: int = 1
-    """How often each pair is visited."""
+    """How often each pair is visited. A finished run that is given more goes on; where the learning rate decays, it is
+    from there on that of the new number."""
     num_pairs: int = 32
     """Pairs of an update."""
     max_prompt_length: int | None = None
-    """In tokens; longer ones are left out. Default: 512 with --model, 12 without."""
+    """In tokens; longer ones are left out. Default: 512 with --model, 12 without; less where the model has too few
+    positions."""
     max_completion_length: int | None = None
-    """In tokens; longer ones are left out. Default: 1024 with --model, 48 without."""
+    """In tokens; longer ones are left out. Default: 1024 with --model, 48 without; less where the model has too few
+    positions."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a reply besides those the model names, such as '<|im_end|>'."""
     centring: float = 0.01
@@ -83,11 +92,15 @@ class Config(RunSettings, ModelSettings):
     """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
     eval_every: int = 20
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
+    export: Export = "last"
+    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
+    given the other one."""
 
     def __post_init__(self):
         RunSettings.__post_init__(self)
         at_least(self, num_epochs=1, num_pairs=1, max_prompt_length=1, max_completion_length=1)
         at_least(self, num_micro_batches=1, eval_every=0, centring=0)
+        self.check_positions(sum(self.lengths), PROMPT_AND_COMPLETION)
         if self.num_pairs % self.num_micro_batches:
             raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
         if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
@@ -98,29 +111,34 @@ class Config(RunSettings, ModelSettings):
     @property
     def lengths(self) -> tuple[int, int]:
         """The lengths of prompt and completion in effect."""
-        default = (512, 1024) if self.model else (MAX_PROMPT_LENGTH, MAX_COMPLETION_LENGTH)
-        return self.max_prompt_length or default[0], self.max_completion_length or default[1]
+        return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)
 
 
 MAY_CHANGE = ("num_micro_batches", "eval_every")
+GOES_ON_WITH = ("num_epochs", "export")
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="reward model", may_change=MAY_CHANGE)
+    return run_experiment(config, train, title="reward model", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+
+
+def check(config: Config) -> None:
+    """Find what the devices cannot divide, before anything is computed."""
+    check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
 
 
 def train(config: Config, run: Run) -> None:
+    check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
-    check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
     notes = DataNotes()
     preferences, held_out = config.data.load(config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
     start = config.start(run, config.seed)
     scorer = with_stop_tokens(config.load(start, mesh, scalar_head=True), config.stop_tokens)
-    check_length(sum(config.lengths), scorer, "max_prompt_length + max_completion_length")
+    check_length(sum(config.lengths), scorer, PROMPT_AND_COMPLETION)
     rendering = rendering_of(config.data, scorer, say=run.say, today=run.begun)
     encode = partial(
         config.data.encode,
@@ -143,10 +161,21 @@ def train(config: Config, run: Run) -> None:
     )
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     score = jax.jit(partial(pair_scores, scorer.model))
+    run.describe(
+        {
+            **facts_of(config, start, scorer, mesh),
+            "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
+            "lengths": f"{config.lengths[0]} + {config.lengths[1]} tokens, {config.num_pairs} pairs an update",
+            "loss": f"Bradley-Terry, centring {config.centring:g}, {config.num_epochs} epochs",
+            "updates": f"{len(batches)} in all; " + config.optimizer.described(1e-5 if config.model else 1e-3),
+        }
+    )
     state = init_state(scorer.params, optimizer, with_reference=False, replicated=replicated(mesh))
     scorer = replace(scorer, params=None)  # the state's from here on
     first, state, position = run.resume(state)
     check_same_data(position, batches.digest, run)
+
+    check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
 
     def evaluated(step: int) -> dict[str, Any]:
         with run.progress.phase("evaluation", len(held_out_pairs)) as phase:
@@ -165,7 +194,7 @@ def train(config: Config, run: Run) -> None:
 
     if evaluation_is_due(first) and not run.has_row(first, "eval/accuracy"):
         evaluated(first)
-    with run.progress.phase("reward model", len(batches), start=first) as phase:
+    with run.progress.phase("reward model", len(batches), start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, len(batches) + 1):
             started = time.monotonic()
             state, update = train_step(state, shard_rows(batches[step - 1], mesh))
@@ -177,15 +206,31 @@ def train(config: Config, run: Run) -> None:
                 "compilations": compilations(),
             }
             run.log({"step": step, **metrics})
-            if step == len(batches) or step % config.save_every == 0 or run.stop_requested:
+            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
                 run.save(step, state, {"data": batches.digest})
             run.stop_if_requested()
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
+    params, step = exported(
+        config,
+        run,
+        state,
+        steps=len(batches),
+        params_of=lambda state: state.params,
+        start=lambda: config.load(start, mesh, scalar_head=True).params,
+    )
     prompt_format = prompt_format_of(rendering, scorer.tokenizer)
     summary = {"seed": config.seed}
-    save_trained(run, state.params, scorer, steps=len(batches), summary=summary, prompt_format=prompt_format)
+    save_trained(
+        run,
+        params,
+        scorer,
+        steps=len(batches),
+        summary=summary,
+        prompt_format=prompt_format,
+        exported_step=step,
+    )
 
 
 def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:
@@ -213,4 +258,4 @@ def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

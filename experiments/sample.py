@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jaxtyping import Array
 
 from grpo_jax import models
+from grpo_jax.command import run_command
+from grpo_jax.compilations import keep_programs
 from grpo_jax.data.chat_templates import check_has_template
 from grpo_jax.data.encoded import decode_one
 from grpo_jax.data.messages import Messages
@@ -34,7 +35,6 @@ from grpo_jax.data.turns import check_turn_end
 from grpo_jax.experiment import with_stop_tokens
 from grpo_jax.prompt_settings import PromptSettings
 from grpo_jax.rollout import Sampler, StopFn
-from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts
 
@@ -231,4 +231,4 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(run_command(Config, main, description=__doc__))

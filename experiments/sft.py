@@ -26,6 +26,8 @@ import numpy as np
 import tyro
 
 from grpo_jax import models
+from grpo_jax.command import run_command
+from grpo_jax.compilations import count_compilations
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.notes import DataNotes
@@ -41,14 +43,16 @@ from grpo_jax.experiment import (
     check_finite,
     check_length,
     check_same_data,
+    facts_of,
     run_experiment,
     save_trained,
 )
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
+from grpo_jax.outcome import Export, check_steps, exported
 from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.rewards.math import math_reward
-from grpo_jax.run import Run, count_compilations
+from grpo_jax.run import Run
 from grpo_jax.settings import OptimizerSettings
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
 from grpo_jax.text_settings import DemonstrationSettings
@@ -65,11 +69,13 @@ class Config(RunSettings, PolicySettings):
     run_dir: Path = Path("runs/sft")
     """The run's own folder: logs, checkpoints, curves, the trained model."""
     num_epochs: int = 4
-    """How often each demonstration is visited."""
+    """How often each demonstration is visited. A finished run that is given more goes on; where the learning rate
+    decays, it is from there on that of the new number."""
     num_sequences: int = 16
     """Rows of an update."""
     max_length: int | None = None
-    """Tokens of a row, and of the longest demonstration. Default: 2048 with --model, 128 without."""
+    """Tokens of a row, and of the longest demonstration. Default: 2048 with --model, 128 without; less where the model
+    has fewer positions."""
     packing: bool = True
     """Let demonstrations share a row."""
     num_micro_batches: int = 1
@@ -78,6 +84,9 @@ class Config(RunSettings, PolicySettings):
     """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
     eval_every: int = 20
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
+    export: Export = "last"
+    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
+    given the other one."""
     eval_prompts: int = 64
     """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
     eval_samples: int = 4
@@ -92,27 +101,35 @@ class Config(RunSettings, PolicySettings):
             raise ValueError(
                 f"num_sequences = {self.num_sequences} do not divide into {self.num_micro_batches} micro-batches"
             )
+        self.check_positions(self.row_length, "max_length")
         if self.model is None and self.data.chat_template:
             raise ValueError("the embedded base has no chat template; name a model, or leave chat_template out")
 
     @property
     def row_length(self) -> int:
         """The tokens of a row in effect."""
-        return self.max_length or (2048 if self.model else 128)
+        usual = 2048 if self.model else 128
+        return self.max_length or min(usual, self.positions or usual)
 
 
 MAY_CHANGE = ("num_micro_batches", "cache_bytes", "eval_every")
+GOES_ON_WITH = ("num_epochs", "export")
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="SFT", may_change=MAY_CHANGE)
+    return run_experiment(config, train, title="SFT", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+
+
+def check(config: Config) -> None:
+    """Find what the devices cannot divide, before anything is computed."""
+    check_divides(config.num_sequences // config.num_micro_batches, config.mesh.build(), "the rows of a micro-batch")
 
 
 def train(config: Config, run: Run) -> None:
+    check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
-    check_divides(config.num_sequences // config.num_micro_batches, mesh, "the rows of a micro-batch")
     notes = DataNotes()
     demonstrations, held_out = config.data.load(config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
@@ -135,12 +152,24 @@ def train(config: Config, run: Run) -> None:
     held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
     sampler = config.sampler(policy, mesh, config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    run.describe(
+        {
+            **facts_of(config, start, policy, mesh),
+            "data": f"{config.data.dataset or 'built-in sums'}: {len(demonstrations)} demonstrations, "
+            f"{len(held_out)} held out",
+            "lengths": f"{config.row_length} tokens a row, {config.num_sequences} rows an update",
+            "loss": f"on {config.data.learn_from}, {config.num_epochs} epochs",
+            "updates": f"{len(batches)} in all; " + config.optimizer.described(1e-5 if config.model else 1e-3),
+        }
+    )
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
     policy = replace(policy, params=None)  # the state's from here on
     first, state, position = run.resume(state)
     check_same_data(position, batches.digest, run)
     num_tokens = position.get("num_tokens", 0)
     evaluation = jax.random.key(config.seed)
+
+    check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
 
     def evaluated(step: int) -> dict[str, Any]:
         with run.progress.phase("evaluation", len(held_out_batches) + len(prompts)) as phase:
@@ -168,7 +197,7 @@ def train(config: Config, run: Run) -> None:
     run.say(f"{len(batches)} updates; {batches.used:.0%} of the places in a row hold a token")
     if evaluation_is_due(first) and not run.has_row(first, "eval/loss"):
         evaluated(first)
-    with run.progress.phase("SFT", len(batches), start=first) as phase:
+    with run.progress.phase("SFT", len(batches), start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, len(batches) + 1):
             started = time.monotonic()
             batch = batches[step - 1]
@@ -187,15 +216,31 @@ def train(config: Config, run: Run) -> None:
                 "compilations": compilations(),
             }
             run.log({"step": step, **metrics})
-            if step == len(batches) or step % config.save_every == 0 or run.stop_requested:
+            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
                 run.save(step, state, {"num_tokens": num_tokens, "data": batches.digest})
             run.stop_if_requested()
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
+    params, step = exported(
+        config,
+        run,
+        state,
+        steps=len(batches),
+        params_of=lambda state: state.params,
+        start=lambda: config.load(start, mesh).params,
+    )
     prompt_format = prompt_format_of(rendering, policy.tokenizer)
     summary = {"seed": config.seed}
-    save_trained(run, state.params, policy, steps=len(batches), summary=summary, prompt_format=prompt_format)
+    save_trained(
+        run,
+        params,
+        policy,
+        steps=len(batches),
+        summary=summary,
+        prompt_format=prompt_format,
+        exported_step=step,
+    )
 
 
 def pack(
@@ -268,4 +313,4 @@ def as_samples(prompts: EncodedProblems, completions: list[str], samples: int) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

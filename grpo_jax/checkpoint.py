@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Checkpoints:
 
     Args:
         folder: created if need be.
-        keep: how many of the newest stay; older ones are deleted.
+        keep: how many of the newest stay; older ones are deleted unless ``save`` protects them.
 
     Raises:
         ValueError: keep below 1.
@@ -33,20 +34,21 @@ class Checkpoints:
         self._keep = keep
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True),
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True),
         )
 
     def steps(self) -> list[int]:
         """The steps of which there is a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, position: dict) -> None:
-        """Write a checkpoint and wait until it is complete.
+    def save(self, step: int, state: Any, position: dict, *, protected: Collection[int] = ()) -> None:
+        """Write a checkpoint, wait until it is complete, and delete those that are not kept.
 
         Args:
             step: how many steps of the run are done.
             state: a tree of arrays.
             position: whatever else the run needs to go on, as JSON.
+            protected: steps whose checkpoints stay besides the newest, such as that of the best evaluation.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -62,6 +64,22 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.folder} "
                 f"({free / 2**20:.0f} MiB free there); complete checkpoints: {self.steps() or 'none'}"
             ) from error
+        for old in self.steps()[: -self._keep]:
+            if old not in protected:
+                self._manager.delete(old)
+
+    def read(self, step: int, like: Any) -> Any:
+        """The state of one step's checkpoint, laid out as ``like``, which is only read for shapes and shardings.
+
+        Raises:
+            RuntimeError: there is no checkpoint of this step, or it cannot be read.
+        """
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
+            return self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            raise RuntimeError(f"the checkpoint {self.folder / str(step)} cannot be read: {error!s:.200}") from error
 
     def restore(self, like: Any) -> tuple[int, Any, dict] | None:
         """The newest complete checkpoint, laid out as ``like``; None where there is no checkpoint at all.
@@ -106,15 +124,17 @@ class Checkpoints:
             state: the tree that will be saved, or its shapes.
 
         Raises:
-            OSError: less is free than the checkpoints that are kept, and the one being written, take.
+            OSError: less is free than the checkpoints that are kept, that of the best evaluation and the one being
+                written take.
         """
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        needed = size * (self._keep + 1 - len(self.steps()))
+        needed = size * (self._keep + 2 - len(self.steps()))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
-                f"{self.folder} has {free / 2**30:.2f} GiB free; {self._keep} checkpoints and the one being written "
-                f"take {needed / 2**30:.2f} GiB. Free some space, choose another folder, or keep fewer checkpoints"
+                f"{self.folder} has {free / 2**30:.2f} GiB free; {self._keep} checkpoints, the best one and "
+                f"the one being written take {needed / 2**30:.2f} GiB. Free some space, lower keep_checkpoints, "
+                "or choose another run_dir"
             )
 
     def _set_aside(self, damaged: list[int]) -> None:

@@ -134,6 +134,7 @@ def collect(
         mesh=mesh,
         dtype=config.compute_dtype,
         asked=asked,
+        measured=("format",),
     )
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))

@@ -19,6 +19,7 @@ from grpo_jax.types import Rollout
 
 RESAMPLES = 9999
 """Of a bootstrap, and of a permutation test whose permutations are more than these."""
+STDERR = "_stderr"
 BATCH_VALUES = 1 << 22
 """Resampled at once, so that many problems fit into memory."""
 
@@ -257,7 +258,8 @@ def held_out(
         report: called with the number of problems done after each.
 
     Returns:
-        ``eval/pass@1``, ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens; with
+        ``eval/pass@1`` and its standard error over problems ``eval/pass@1_stderr`` (where there are two or more),
+        ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens; with
         ``eval/frac_ungraded``, the share of problems left out, where there are any.
 
     Raises:
@@ -288,6 +290,7 @@ def held_out(
         f"eval/maj@{group_size}": float(maj_at_k(chosen, is_right, group_size)),
         "eval/mean_length": float(np.concatenate(lengths).mean()),
     }
+    metrics |= standard_error("eval/pass@1", np.asarray(is_right).mean(1))
     if len(graded) < len(scores):
         metrics["eval/frac_ungraded"] = 1 - len(graded) / len(scores)
     return metrics
@@ -309,7 +312,8 @@ def held_out_rewards(
         score: what is learnt from, such as ``Scoring.score``.
 
     Returns:
-        ``eval/reward``, the mean of what is present (left out where nothing is), and ``eval/mean_length`` in tokens.
+        ``eval/reward``, the mean of what is present (left out where nothing is), its standard error over problems
+        ``eval/reward_stderr`` (where two or more have one), and ``eval/mean_length`` in tokens.
     """
     places, texts, lengths, truncated = [], [], [], []
     for place, completions in drawn:
@@ -323,17 +327,32 @@ def held_out_rewards(
     worth = score(prompts, texts, **columns, completion_length=lengths, truncated=truncated).total
     present = worth[~np.isnan(worth)]
     reward = {"eval/reward": float(present.mean())} if len(present) else {}
+    of_problems = worth.reshape(-1, group_size)
+    of_problems = of_problems[~np.isnan(of_problems).all(1)]
+    reward |= standard_error("eval/reward", np.nanmean(of_problems, axis=1)) if len(of_problems) else {}
     return {**reward, "eval/mean_length": float(np.mean(lengths))}
+
+
+def standard_error(name: str, of_problems: np.ndarray) -> dict[str, float]:
+    """``<name>_stderr``, the standard error of the mean of ``[problems]`` figures; nothing for fewer than two."""
+    N = len(of_problems)
+    return {f"{name}{STDERR}": float(of_problems.std(ddof=1) / N**0.5)} if N > 1 else {}
 
 
 def mean_over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The figures of each task as ``eval/<task>/...``, and under their own names the mean of the tasks that have them.
 
+    A standard error is that of this mean.
+
     Args:
         found: what ``held_out`` told of each.
     """
     names = dict.fromkeys(name for metrics in found.values() for name in metrics)
-    means = {name: float(np.mean([each[name] for each in found.values() if name in each])) for name in names}
+    means = {}
+    for name in names:
+        values = np.array([each[name] for each in found.values() if name in each])
+        # The tasks' problems are drawn apart: variances of their means add up.
+        means[name] = float(np.sqrt((values**2).sum()) / len(values) if name.endswith(STDERR) else values.mean())
     apart = {
         f"eval/{task}/{name.removeprefix('eval/')}": value
         for task, metrics in found.items()

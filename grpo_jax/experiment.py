@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,23 +18,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import models
+from grpo_jax.compilations import keep_programs
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.tokenizers import stop_ids
-from grpo_jax.monitor.metrics import read_jsonl, to_json
+from grpo_jax.monitor.summary import best_evaluation
+from grpo_jax.outcome import say_best
 from grpo_jax.rollout import Sampler
-from grpo_jax.run import Run, Stopped, claim_folder, keep_programs
+from grpo_jax.run import Run, Stopped, device_summary
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import MeshSettings
 from grpo_jax.sharding import param_shardings
 from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, make_base
 from grpo_jax.types import Params
 
+PROMPT_AND_COMPLETION = "max_prompt_length + max_completion_length"
 LAID_OUT = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints")
 """Settings that a resumed run may have other values of in every experiment: they change no number beyond rounding."""
-
-
-SAID_FOR_ALL = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
-"""Settings that a command of several stages has for all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +79,22 @@ class ModelSettings:
     """How the devices are used."""
 
     @property
+    def positions(self) -> int | None:
+        """The tokens that the model to start from has positions for; None where that is unlimited or not known yet."""
+        if self.model is not None:
+            return models.num_positions(self.model)
+        made_before = None if self.base_dir is None else models.num_positions(self.base_dir)
+        return made_before or self.base.hf_config["max_position_embeddings"]
+
+    def check_positions(self, length: int, name: str) -> None:
+        """Check, before any weights are loaded, that the model has a position for every token.
+
+        Raises:
+            ValueError: it does not.
+        """
+        check_positions(length, self.positions, name)
+
+    @property
     def compute_dtype(self):
         """The precision in effect."""
         fast = self.model is not None and jax.default_backend() != "cpu"
@@ -121,9 +136,9 @@ class PolicySettings(ModelSettings):
     """A model that completions are drawn from."""
 
     max_prompt_length: int | None = None
-    """In tokens. Default: 512 with --model, 12 without."""
+    """In tokens. Default: 512 with --model, 12 without; less where the model has too few positions."""
     max_completion_length: int | None = None
-    """In tokens. Default: 1024 with --model, 48 without."""
+    """In tokens. Default: 1024 with --model, 48 without; less where the model has too few positions."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion besides those the model names, such as '<|im_end|>'."""
     sampling: Sampling = Sampling()
@@ -137,16 +152,17 @@ class PolicySettings(ModelSettings):
 
     def __post_init__(self):
         at_least(self, max_prompt_length=1, max_completion_length=1, cache_bytes=1)
+        self.check_positions(self.prompt_length + self.completion_length, PROMPT_AND_COMPLETION)
 
     @property
     def prompt_length(self) -> int:
         """The prompt length in effect."""
-        return self.max_prompt_length or (512 if self.model else MAX_PROMPT_LENGTH)
+        return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)[0]
 
     @property
     def completion_length(self) -> int:
         """The completion length in effect."""
-        return self.max_completion_length or (1024 if self.model else MAX_COMPLETION_LENGTH)
+        return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)[1]
 
     def sampler(self, policy: models.Pretrained, mesh: Mesh, group_size: int) -> Sampler:
         """The function that draws ``group_size`` completions of each prompt."""
@@ -168,7 +184,7 @@ class PolicySettings(ModelSettings):
         Raises:
             ValueError: a stop token that is not one token of the model, or more tokens than the model has positions.
         """
-        check_length(self.prompt_length + self.completion_length, policy, "max_prompt_length + max_completion_length")
+        check_length(self.prompt_length + self.completion_length, policy, PROMPT_AND_COMPLETION)
         return with_stop_tokens(policy, self.stop_tokens)
 
 
@@ -188,65 +204,29 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
     return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
 
 
+def fitting_lengths(config: ModelSettings, prompt: int | None, completion: int | None) -> tuple[int, int]:
+    """The lengths of prompt and completion in effect, in tokens.
+
+    Those that are not set are 512 and 1024 with a named model, and 12 and 48 with the embedded base. Where the model
+    has fewer positions than that, what is not set gets the positions that are left, a third of them for the prompt.
+
+    Args:
+        config: names the model.
+        prompt, completion: what is set; None for the default.
+    """
+    usual = (512, 1024) if config.model else (MAX_PROMPT_LENGTH, MAX_COMPLETION_LENGTH)
+    wanted = prompt or usual[0], completion or usual[1]
+    positions = config.positions if prompt is None or completion is None else None
+    if positions is None or sum(wanted) <= positions or (prompt or completion or 1) >= positions:
+        return wanted  # what leaves no position for the other is refused by its own value
+    if prompt is not None:
+        return prompt, positions - prompt
+    if completion is not None:
+        return positions - completion, completion
+    return positions // 3 or 1, positions - (positions // 3 or 1)
+
+
 AnyConfig = TypeVar("AnyConfig", bound=Any)
-
-
-def run_stages(
-    config: AnyConfig,
-    stages: Callable[[AnyConfig], int],
-    conclude: Callable[[AnyConfig, Run], None],
-    *,
-    title: str,
-    may_change: Sequence[str] = (),
-    again: bool = False,
-) -> int:
-    """Run stages that are runs of their own in folders of this one's, or go on, and then what puts them together.
-
-    Args:
-        config: as ``run_experiment`` takes it.
-        stages: the exit status of the first that was asked to stop, or 0.
-        conclude: the loop of this run itself.
-        title: what the live view is called.
-        may_change: settings that a resumed run may have other values of, besides ``LAID_OUT``.
-        again: whether ``conclude`` is called for a run that is finished too.
-    """
-    with claim_folder(config.run_dir, to_json(asdict(config)), (*LAID_OUT, *may_change)):
-        status = stages(config)
-    return status or run_experiment(config, conclude, title=title, may_change=may_change, again=again)
-
-
-def placed(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
-    """The settings of a stage of several, in a folder of its own, with what the whole says for all of them.
-
-    That is seed, precision, devices, checkpoints and trackers.
-
-    Args:
-        stage: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
-        whole: another one.
-        folder: the stage's own.
-        start: the model that it starts from; None for what the whole starts from.
-        changes: what else is set.
-
-    Raises:
-        ValueError: the settings do not go together.
-    """
-    common = {each: getattr(whole, each) for each in SAID_FOR_ALL}
-    begins = {"model": whole.model, "base": whole.base, "base_dir": whole.base_dir}
-    if start is not None:
-        begins = {"model": str(start)} if whole.model else {"base_dir": Path(start)}
-    return replace(stage, **{"run_dir": folder, **common, **begins, **changes})
-
-
-def check_no_models(whole: Any, names: Sequence[str]) -> None:
-    """Check that stages name no model of their own where the whole says it for each.
-
-    Raises:
-        ValueError: one does; it says which.
-    """
-    for name in names:
-        stage = getattr(whole, name)
-        if stage.model is not None or stage.base_dir is not None:
-            raise ValueError(f"{name} names a model; the command does that for each stage")
 
 
 def run_experiment(
@@ -255,6 +235,7 @@ def run_experiment(
     *,
     title: str,
     may_change: Sequence[str] = (),
+    goes_on_with: Sequence[str] = (),
     again: bool = False,
 ) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop.
@@ -264,6 +245,7 @@ def run_experiment(
         train: the experiment's loop.
         title: what the live view is called.
         may_change: settings that a resumed run may have other values of, besides ``LAID_OUT``.
+        goes_on_with: settings besides, with other values of which a finished run goes on, such as ``num_steps``.
         again: whether ``train`` is called for a run that is finished too.
     """
     keep_programs()
@@ -275,14 +257,14 @@ def run_experiment(
             config.run_dir,
             config,
             title=title,
-            may_change=(*LAID_OUT, *may_change),
+            may_change=(*LAID_OUT, *may_change, *goes_on_with),
             trackers=config.trackers,
             keep_checkpoints=config.keep_checkpoints,
             plain=config.plain or None,
         ) as run,
     ):
         try:
-            if run.is_finished and not again:
+            if run.is_finished_with(goes_on_with) and not again:
                 run.say(f"this run is finished; everything is in {run.folder}")
             else:
                 train(config, run)
@@ -306,6 +288,18 @@ def small_base(run: Run, recipe: Recipe) -> str:
     return str(folder)
 
 
+def facts_of(config: ModelSettings, start: str, model: models.Pretrained, mesh: Mesh) -> dict[str, str]:
+    """Device, precision, model and size, for a run's first lines."""
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return {
+        "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",
+        "precision": f"{jnp.dtype(config.compute_dtype).name}, weights and optimizer in float32",
+        "model": f"{model.hf_config.get('model_type')} from {start}, {count:,} parameters, "
+        f"{model.hf_config.get('max_position_embeddings') or 'any number of'} positions",
+    }
+
+
 def save_trained(
     run: Run,
     params: Params,
@@ -314,18 +308,21 @@ def save_trained(
     steps: int,
     summary: Mapping[str, Any] = MappingProxyType({}),
     prompt_format: Mapping[str, Any] | None = None,
+    exported_step: int | None = None,
 ) -> None:
     """Save what was trained as a Hugging Face folder, ``model``, and sum the run up.
 
     Its ``eos_token_id`` names every token that ended a sequence in training.
 
     Args:
-        run: its first and its last row with figures under ``eval/`` are those before and after.
+        run: the figures of its evaluation before the first step, and of that of the exported step, are those before
+            and after.
         params: what was trained.
         like: the model they came from, for its configuration, tokenizer and ending tokens.
         steps: how many were taken.
         summary: what is to be told besides.
         prompt_format: how the prompts it was trained on were made; becomes the folder's ``prompt_format.json``.
+        exported_step: the step that ``params`` are of; by default the last.
     """
     folder = run.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before the summary
@@ -338,15 +335,19 @@ def save_trained(
         prompt_format=prompt_format,
         eos_ids=like.eos_ids,
     )
-    rows = [row for row in read_jsonl(run.metrics_log.path) if any(name.startswith("eval/") for name in row)]
-    before, after = rows[0], rows[-1]
+    exported_step = steps if exported_step is None else exported_step
+    rows = [row for row in run.rows() if any(name.startswith("eval/") for name in row)]
+    before, after = rows[0], [row for row in rows if row["step"] <= exported_step][-1]
     figures = {
         f"{name.removeprefix('eval/').replace('@', '_at_')}_{when}": row[name]
         for name in before
         if name.startswith("eval/") and name in after
         for when, row in (("before", before), ("after", after))
     }
-    run.finish(before, after, steps=steps, summary={**figures, **summary})
+    best = best_evaluation(rows)
+    chosen = {"exported_step": exported_step, "best_step": None if best is None else best["step"]}
+    run.finish(before, after, steps=steps, summary={**figures, **chosen, **summary})
+    say_best(run, rows, exported_step)
 
 
 def at_least(config: Any, **least: int) -> None:
@@ -367,9 +368,23 @@ def check_length(length: int, policy: models.Pretrained, name: str) -> None:
     Raises:
         ValueError: it has not.
     """
-    longest = policy.hf_config.get("max_position_embeddings")
-    if longest is not None and length > longest:
-        raise ValueError(f"{name} is {length}, and the model has {longest} positions")
+    check_positions(length, policy.hf_config.get("max_position_embeddings"), name)
+
+
+def check_positions(length: int, positions: int | None, name: str) -> None:
+    """Check that there is a position for every token.
+
+    Args:
+        length: tokens.
+        positions: of the model; None for any number.
+        name: of the setting, or of the sum of settings, that gives the length.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if positions is not None and length > positions:
+        lower = "lower one of them" if "+" in name else "lower it"
+        raise ValueError(f"{name} is {length}, and the model has {positions} positions; {lower}")
 
 
 def check_same_data(position: Mapping[str, Any], digest: str, run: Run) -> None:

@@ -34,7 +34,8 @@ class RewardSettings:
     accuracy_weight: float = 1.0
     """Weight of the reward for a right final answer, or for a program that passes its tests."""
     format_weight: float = 0.0
-    """Weight of the reward for <think>...</think><answer>...</answer>; at 0 it is only measured."""
+    """Weight of the reward for <think>...</think><answer>...</answer>; at 0 it is only measured, where prompts ask for
+    it."""
     format_pattern: str | None = None
     """A regular expression that the whole completion must match, instead of that format."""
     gate_on_format: bool = False
@@ -116,6 +117,7 @@ class RewardSettings:
         dtype: Any = jnp.float32,
         today: str | None = None,
         show: Callable[[str], None] = print,
+        measures_format: bool = True,
     ) -> Scoring:
         """The rewards, ready to score.
 
@@ -128,14 +130,17 @@ class RewardSettings:
             dtype: the precision a reward model computes in.
             today: the date on which the run began, for the chat template of a reward model.
             show: called with each line that a reward in a process of its own prints.
+            measures_format: whether the format is measured where it has no weight: not where prompts do not ask for it.
 
         Raises:
             ValueError: a reward cannot be imported or loaded, two have one name, or nothing has a weight.
         """
         rewards: dict[str, RewardFn] = {"accuracy": accuracy}
-        weights = {"accuracy": self.accuracy_weight, "format": self.format_weight}
+        weights = {"accuracy": self.accuracy_weight}
         pattern = self.format_pattern
-        rewards["format"] = format_reward if pattern is None else partial(pattern_reward, pattern=pattern)
+        if measures_format or self.format_weight or self.gate_on_format or pattern is not None:
+            rewards["format"] = format_reward if pattern is None else partial(pattern_reward, pattern=pattern)
+            weights["format"] = self.format_weight
         if self.target_language is not None:
             rewards["language"] = partial(language_reward, target_language=self.target_language)
             weights["language"] = self.language_weight
@@ -152,7 +157,7 @@ class RewardSettings:
             weights["steps"] = self.steps_weight
         for name, weight in map(read_weighted, self.reward):
             short = name.rpartition(":")[2]
-            if short in (*rewards, "judge", "reward_model"):
+            if short in (*rewards, "format", "judge", "reward_model"):
                 raise ValueError(f"two rewards are named {short!r}; name yours otherwise than {[*rewards, 'judge']}")
             rewards[short], weights[short] = import_reward(name), weight
         own = [name.rpartition(":")[2] for name, _ in map(read_weighted, self.reward)]

@@ -16,20 +16,22 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import evaluate, models
+from grpo_jax.compilations import count_compilations
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.sources import Problem, reward_columns
-from grpo_jax.experiment import PolicySettings, RunSettings, at_least
+from grpo_jax.experiment import PolicySettings, RunSettings, at_least, facts_of
 from grpo_jax.monitor.alarms import Alarms, AlarmSettings
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.monitor.signals import text_metrics
 from grpo_jax.monitor.spot_checks import spot_checks
+from grpo_jax.outcome import Export
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.drawn import concatenated
-from grpo_jax.run import Run, count_compilations, differences
+from grpo_jax.run import Run, differences
 from grpo_jax.settings import DataSettings
 from grpo_jax.sharding import ROLLOUT_RULES, bytes_on_devices, make_reshard, param_shardings, shard_rows
 from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, as_settings, check_known, read_tasks, shares
@@ -45,7 +47,8 @@ class RoundSettings(RunSettings, PolicySettings):
     data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
     """What is asked."""
     num_steps: int = 60
-    """Rollouts with the updates that follow each."""
+    """Rollouts with the updates that follow each. A finished run that is given more goes on; where the learning rate
+    decays, it is from there on that of the new number."""
     num_prompts: int = 32
     """Prompts a step."""
     group_size: int = 16
@@ -63,7 +66,10 @@ class RoundSettings(RunSettings, PolicySettings):
     """Samples for each held-out problem, from which pass@1 and the majority vote are taken. Default: 4 with --model,
     16 without."""
     samples_every: int = 10
-    """Steps between tables of sample completions."""
+    """Steps between tables of sample completions; there is one after the last step. completions.jsonl has all."""
+    export: Export = "last"
+    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
+    given the other one."""
 
     def __post_init__(self):
         RunSettings.__post_init__(self)
@@ -96,8 +102,10 @@ class RoundSettings(RunSettings, PolicySettings):
         return min(fitting, default=1)
 
 
-MAY_CHANGE = ("cache_bytes", "samples_every", "eval_every", "alarms")
+MAY_CHANGE = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
 """Settings that a resumed run may have other values of, besides those of every experiment."""
+GOES_ON_WITH = ("num_steps", "export")
+"""Settings with other values of which a finished run goes on."""
 
 
 @dataclass
@@ -174,8 +182,28 @@ class Rounds:
         self._decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
         self._decode_ids = partial(decode_one, policy.tokenizer, eos_ids=policy.eos_ids)
         self._num_tokens = 0
+        run.describe(self._facts(policy))
         self.params: Params | None = policy.params
         self.policy: models.Pretrained = replace(policy, params=None)
+
+    def reload(self) -> Params:
+        """The parameters that the run started with, loaded again."""
+        return self._config.as_sampled(self._config.load(self.start, self.mesh)).params
+
+    def _facts(self, policy: models.Pretrained) -> dict[str, str]:
+        """What the run works with, for its first lines."""
+        config = self._config
+        facts = facts_of(config, self.start, policy, self.mesh)
+        for task in self._tasks:
+            of = "" if task.name is None else f" of {task.name}"
+            facts |= {f"{name}{of}": value for name, value in task.facts().items()}
+        return facts | {
+            "lengths": f"{config.prompt_length} + {config.completion_length} tokens of prompt and completion",
+            "steps": f"{config.num_steps}, each {config.num_prompts} prompts x {config.group_size} samples at "
+            f"temperature {config.sampling.temperature:g}",
+            "evaluations": f"before the first step, every {config.eval_every or config.num_steps} steps and after the "
+            f"last; {config.num_eval_samples} samples a problem",
+        }
 
     @property
     def prompt_format(self) -> dict[str, Any]:
@@ -300,7 +328,7 @@ class Rounds:
             drawn: the step's completions.
             scores: what they are worth.
             metrics: those of the updates; the others are added to it.
-            advantages: one for each completion.
+            advantages: one for each completion; NaN for one that was left out of the update.
 
         Returns:
             Whether an alarm wants a checkpoint of this step.
@@ -315,9 +343,11 @@ class Rounds:
             drawn.texts,
             drawn.completions,
             group_size=config.group_size,
-            answers=drawn.columns["answer"],
+            answers=self._final_answers(drawn),
             tests=drawn.columns.get("tests", ()),
         )
+        if not any(name.rpartition("/")[2] == "format" for name in scores.parts):
+            del metrics["completions/empty_thought_share"]  # it is about completions of that form
         for name, part in (("judge", self.scoring.judge), ("pass_rate", "accuracy")):
             if f"rewards/{part}/mean" in metrics:
                 metrics[name] = metrics[f"rewards/{part}/mean"]
@@ -331,11 +361,19 @@ class Rounds:
         self._run.log({"step": step, **metrics})
         self._run.log_faults(step, self.scoring.take_faults())
         wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))
-        if step % config.samples_every == 0:
-            samples = as_samples(drawn, scores, advantages)
-            shown = spot_checks(samples, group_size=config.group_size, seed=step)
-            self._run.log_samples(step, samples, shown=shown)
+        samples = as_samples(drawn, scores, advantages)
+        is_shown = step % config.samples_every == 0 or step == config.num_steps
+        shown = spot_checks(samples, group_size=config.group_size, seed=step) if is_shown else []
+        self._run.log_samples(step, samples, shown=shown)
         return wants_checkpoint
+
+    def _final_answers(self, drawn: Round) -> list[str | None]:
+        """The gold answers of the completions that end in an answer."""
+        has_answers = {task.name: task.has_final_answers for task in self._tasks}
+        of_rows = [name for name in drawn.tasks for _ in range(self._config.group_size)]
+        return [
+            answer if has_answers[name] else None for answer, name in zip(drawn.columns["answer"], of_rows, strict=True)
+        ]
 
     def _of_tasks(self, drawn: Round, scores: Scores) -> dict[str, float]:
         """The rewards of each task by itself."""
@@ -350,14 +388,18 @@ class Rounds:
 
     def save_is_due(self, step: int, wants_checkpoint: bool) -> bool:
         """Whether the state after a step is to be saved."""
-        is_due = step == self._config.num_steps or step % self._config.save_every == 0
+        is_due = self.evaluation_is_due(step) or step % self._config.save_every == 0
         return is_due or wants_checkpoint or self._run.stop_requested
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether there is an evaluation after a step."""
+        config = self._config
+        return step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
 
     def evaluate_if_due(self, step: int, params: Params) -> dict[str, float]:
         """Grade completions of all held-out problems where an evaluation is due and was not done."""
         config, run = self._config, self._run
-        is_due = step in (0, config.num_steps) or bool(config.eval_every and step % config.eval_every == 0)
-        if not is_due or run.has_row(step, "eval/mean_length"):
+        if not self.evaluation_is_due(step) or run.has_row(step, "eval/mean_length"):
             return {}
         with run.progress.phase("evaluation", sum(len(task.held_out) for task in self._tasks)) as phase:
             done, found = 0, {}
@@ -372,6 +414,8 @@ class Rounds:
         metrics = found[None] if config.tasks is None else evaluate.mean_over_tasks(found)
         run.log_faults(step, self.scoring.take_faults())
         run.log({"step": step, **metrics})
+        run.raise_alarms(self._alarms.update({"step": step, **metrics}))
+        run.stop_if_requested()
         return metrics
 
     def _evaluated(self, task: OpenTask, step: int, params: Params, report: Callable[[int], None]) -> dict[str, float]:
@@ -386,7 +430,7 @@ class Rounds:
             return evaluate.held_out_rewards(
                 task.held_out, drawn, self._decode, task.scoring.score, group_size=group_size, report=report
             )
-        return evaluate.held_out(
+        metrics = evaluate.held_out(
             task.held_out,
             drawn,
             self._decode,
@@ -395,6 +439,7 @@ class Rounds:
             same=task.same,
             report=report,
         )
+        return {name: value for name, value in metrics.items() if task.has_final_answers or "/maj@" not in name}
 
     def _encode(self, policy: models.Pretrained) -> None:
         first = first_held_out = 0
@@ -452,7 +497,7 @@ def as_samples(drawn: Round, scores: Scores, advantages: np.ndarray) -> list[Sam
             completion=drawn.completions[i],
             rewards={name: float(part[i]) for name, part in scores.parts.items() if not math.isnan(part[i])},
             reward=float(scores.total[i]),
-            advantage=float(advantages[i]),
+            advantage=None if math.isnan(advantages[i]) else float(advantages[i]),
             answer=drawn.problems[i // group_size].answer,
             note=scores.notes[i],
         )

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from datetime import date
 from importlib.metadata import version
@@ -24,12 +23,13 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.compilations import showing_compilations
 from grpo_jax.monitor.alarms import Fired
 from grpo_jax.monitor.metrics import JsonlLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.monitor.plots import plot_curves
 from grpo_jax.monitor.progress import Progress
-from grpo_jax.monitor.samples import Sample, print_samples
-from grpo_jax.monitor.summary import closing_line
+from grpo_jax.monitor.samples import Sample, print_samples, printable
+from grpo_jax.monitor.summary import best_evaluation, closing_line
 from grpo_jax.monitor.trackers import Tracker, open_trackers
 from grpo_jax.rewards.pool import Fault
 
@@ -90,6 +90,7 @@ class Run:
         self._earlier_seconds = 0.0
         self._started = time.monotonic()
         self.progress = Progress(title, console=console, plain=plain)
+        self.previous: dict[str, Any] | None = None
         with ExitStack() as stack:  # what was opened is closed again if a later part cannot be
             self._open(stack, may_change, trackers, keep_checkpoints)
             self._stack = stack.pop_all()
@@ -97,7 +98,9 @@ class Run:
     def _open(
         self, stack: ExitStack, may_change: Collection[str], trackers: Sequence[str], keep_checkpoints: int
     ) -> None:
-        stack.enter_context(claim_folder(self.folder, self.settings, may_change))
+        claim = claim_folder(self.folder, self.settings, may_change)
+        stack.enter_context(claim)
+        self.previous = claim.previous
         self.metrics_log = JsonlLog(self.folder / "metrics.jsonl")
         self.completions_log = JsonlLog(self.folder / "completions.jsonl")
         self.alarms_log = JsonlLog(self.folder / "alarms.jsonl")
@@ -110,6 +113,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._stack.enter_context(self.progress)
+        self._stack.enter_context(showing_compilations(self.progress.compiling))
         for number in (signal.SIGTERM, signal.SIGINT):
             self._stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
         return self
@@ -135,6 +139,29 @@ class Run:
     def is_finished(self) -> bool:
         """Whether ``finish`` or ``conclude`` was reached before."""
         return (self.folder / "summary.json").exists()
+
+    def is_finished_with(self, names: Collection[str]) -> bool:
+        """Whether it was finished with the values that these settings have now."""
+        if not self.is_finished:
+            return False
+        config = json.loads((self.folder / "summary.json").read_text()).get("config", {})
+        return all(config.get(name, self.settings.get(name)) == self.settings.get(name) for name in names)
+
+    def changed(self, name: str) -> tuple[Any, Any] | None:
+        """The value of a setting in the process before and its other value now; None if it is the same."""
+        now = self.settings.get(name)
+        before = now if self.previous is None else self.previous.get(name, now)
+        return None if before == now else (before, now)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics so far, as ``metrics.jsonl`` has them."""
+        return read_jsonl(self.metrics_log.path)
+
+    def describe(self, facts: Mapping[str, object]) -> None:
+        """Print what a run works with, a line for each fact: name and value."""
+        width = max(map(len, facts), default=0)
+        for name, value in facts.items():
+            self.say(f"  {name.ljust(width)}  {printable(str(value))}")
 
     def stop_if_requested(self) -> None:
         """Raise if the run was asked to stop: called where everything is saved, or nothing would be lost.
@@ -177,8 +204,13 @@ class Run:
         return any(row["step"] == step and name in row for row in read_jsonl(self.metrics_log.path))
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Write a checkpoint; ``position`` is what else the loop needs to go on, as JSON."""
-        self.checkpoints.save(step, state, {"seconds": self.seconds, "loop": dict(position)})
+        """Write a checkpoint; ``position`` is what else the loop needs to go on, as JSON.
+
+        That of the best evaluation so far stays besides the newest.
+        """
+        best = best_evaluation(self.rows())
+        protected = () if best is None else (best["step"],)
+        self.checkpoints.save(step, state, {"seconds": self.seconds, "loop": dict(position)}, protected=protected)
 
     def log(self, row: Row) -> None:
         """Send a row of metrics, ``step`` among them, to ``metrics.jsonl`` and the trackers."""
@@ -248,14 +280,33 @@ class Run:
 
 
 class claim_folder:  # noqa: N801 - used as a function
-    """A context that holds the folder of a run for this process; see ``Run`` for what it raises."""
+    """A context that holds the folder of a run for this process.
+
+    Args:
+        folder: created if need be.
+        settings: of the run, as JSON; written to ``config.json``.
+        may_change: names on their top level that may differ from those the folder's run was begun with.
+
+    Attributes:
+        previous: the settings of the process before; None if it computed nothing.
+
+    Raises:
+        ValueError, RuntimeError: as of ``Run``.
+        OSError: the folder is a file, or cannot be created or written.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], may_change: Collection[str]):
+        self.previous: dict[str, Any] | None = None
         known = folder / "config.json"
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"run_dir: {folder} is a file; name a folder")
         if not known.exists() and folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no run (no config.json); choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / ".lock").open("w")
+            raise ValueError(f"run_dir: {folder} is not empty and holds no run (no config.json); choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
+        except OSError as error:
+            raise OSError(f"run_dir: {folder} cannot be written: {error.strerror or error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -264,13 +315,17 @@ class claim_folder:  # noqa: N801 - used as a function
                 f"another process is running in {folder}; wait for it or choose another folder"
             ) from error
         if known.exists() and has_results(folder):
-            different = differences(json.loads(known.read_text()), settings, may_change)
-            if different:
+            try:
+                self.previous = read_settings(known)
+                different = differences(self.previous, settings, may_change)
+                if different:
+                    raise ValueError(
+                        f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
+                        "run with what it was started with:\n  " + "\n  ".join(different)
+                    )
+            except ValueError:
                 self._lock.close()
-                raise ValueError(
-                    f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
-                    "run with what it was started with:\n  " + "\n  ".join(different)
-                )
+                raise
         begun = folder / BEGUN
         if not begun.exists() or not has_results(folder):
             write_atomically(begun, f"{date.today().isoformat()}\n".encode())
@@ -280,6 +335,21 @@ class claim_folder:  # noqa: N801 - used as a function
 
     def __exit__(self, *error) -> None:
         self._lock.close()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's ``config.json``.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object; restore it, or choose another run_dir")
+    return settings
 
 
 def has_results(folder: Path) -> bool:
@@ -314,35 +384,6 @@ def flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: 
             continue
         flat |= flatten(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
-
-
-def keep_programs() -> None:
-    """Have later runs on this host find the programs that this one compiles, in ``~/.cache/grpo_jax``.
-
-    JAX_COMPILATION_CACHE_DIR names another folder. Programs are kept for each host apart: one compiled for a processor
-    may not run on another.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path.home() / ".cache" / "grpo_jax" / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def count_compilations() -> Callable[[], int]:
-    """A function that says how many programs were compiled since this call; those found again are not counted."""
-    compiled = 0
-
-    def listen_for_requests(event: str, duration_secs: float, **_: Any) -> None:
-        nonlocal compiled
-        compiled += event == "/jax/core/compile/backend_compile_duration"
-
-    def listen_for_hits(event: str, **_: Any) -> None:
-        nonlocal compiled
-        compiled -= event == "/jax/compilation_cache/cache_hits"
-
-    jax.monitoring.register_event_duration_secs_listener(listen_for_requests)
-    jax.monitoring.register_event_listener(listen_for_hits)
-    return lambda: compiled
 
 
 def package_versions() -> dict[str, str]:

@@ -101,14 +101,24 @@ class OptimizerSettings:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
 
+    def described(self, default_learning_rate: float) -> str:
+        """The settings in effect in a few words, for a run's first lines."""
+        rate = default_learning_rate if self.learning_rate is None else self.learning_rate
+        return f"AdamW, learning rate {rate:g}, {self.decay} after {self.warmup_updates} updates of warm-up"
+
     def build(
         self, *, total_updates: int, default_learning_rate: float
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The optimizer, and its learning rate by update; see ``train.make_schedule`` for what it raises."""
+        """The optimizer, and its learning rate by update; see ``train.make_schedule`` for what it raises.
+
+        A constant learning rate is the same function of the update for every ``total_updates``, warm-up included. In
+        one that decays, a warm-up that would be longer than the run is as long as it.
+        """
+        is_constant = self.decay == "constant"
         schedule = make_schedule(
             default_learning_rate if self.learning_rate is None else self.learning_rate,
-            warmup_steps=min(self.warmup_updates, total_updates),
-            total_steps=total_updates,
+            warmup_steps=self.warmup_updates if is_constant else min(self.warmup_updates, total_updates),
+            total_steps=max(self.warmup_updates, total_updates) if is_constant else total_updates,
             decay=self.decay,
         )
         return make_optimizer(

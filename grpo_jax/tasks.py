@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.errands import ERRANDS
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.prompt_format import prompt_format_of
+from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import Problem, reward_columns
 from grpo_jax.data.turns import check_turn_end
 from grpo_jax.models import Pretrained
@@ -184,6 +185,21 @@ def check_known(model: str | None, asked: Sequence[DataSettings]) -> None:
         )
 
 
+def asks_for_format(data: DataSettings) -> bool:
+    """Whether prompts ask for a thought and an answer between tags; the built-in sums are answered so without."""
+    if data.dataset in (None, ERRANDS):
+        return data.dataset is None
+    asked = data.system_prompt if data.chat_template else data.template or R1_ZERO
+    return asked is not None and "<answer>" in asked
+
+
+def has_final_answers(data: DataSettings, problems: Sequence[Problem]) -> bool:
+    """Whether completions of these problems end in an answer that votes can be counted by, rather than being one."""
+    is_code = data.grader == "code" or (data.grader == "auto" and any("tests" in each.columns for each in problems))
+    answered = any(each.answer is not None for each in problems)
+    return answered and not is_code and data.grader != "none" and data.dataset != ERRANDS
+
+
 class OpenTask:
     """A task that is ready to be asked and scored.
 
@@ -192,6 +208,7 @@ class OpenTask:
         problems, held_out: lists of problems, until ``encode`` made prompts of them.
         scoring: what scores completions; left with the run.
         is_graded: whether anything tells a right completion.
+        has_final_answers: whether its completions end in an answer, so that there is a majority vote.
         same: whether two answers are the same for a majority vote.
         prompt_format: how prompts are made, once ``encode`` was called; see ``data.prompt_format``.
 
@@ -202,6 +219,8 @@ class OpenTask:
         max_completion_length: in tokens.
         mesh: that a reward model is split over.
         dtype: the precision a reward model computes in.
+        measured: parts of the reward that are measured in any case; without it, the format is where it is asked for
+            or paid for.
         asked: the problems whose completions ``scoring.score`` will get: those to train on, those held out from them,
             or those of ``DataSettings.load_for_evaluation``, which are then ``problems`` and ``held_out`` alike.
 
@@ -223,6 +242,7 @@ class OpenTask:
         mesh: Mesh,
         dtype: Any,
         asked: Asked = "training",
+        measured: Collection[str] = (),
     ):
         self.name, self._task, self._run = task.name, task, run
         self.is_graded = task.data.grader != "none"
@@ -237,6 +257,7 @@ class OpenTask:
             self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed, notes)
         notes.report(run.say, run.folder / ("data.json" if task.name is None else f"data-{task.name}.json"))
         run.stop_if_requested()
+        self.has_final_answers = has_final_answers(task.data, self._problems)
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
         self.scoring: Scoring = run.enter(
             task.rewards.open(
@@ -248,6 +269,7 @@ class OpenTask:
                 dtype=dtype,
                 today=run.begun,
                 show=run.say,
+                measures_format="format" in measured or asks_for_format(task.data),
             )
         )
         scored = self._problems if asked == "training" else self._held_out
@@ -288,6 +310,22 @@ class OpenTask:
         self.problems = encoded(self._problems, first)
         is_same = self._held_out is self._problems
         self.held_out = self.problems if is_same else encoded(self._held_out, first_held_out)
+
+    def facts(self) -> dict[str, str]:
+        """Rows, columns and rewards, for a run's first lines; call it after ``encode``."""
+        data, weights = self._task.data, self.scoring.weights
+        dropped = self.problems.dropped + self.held_out.dropped
+        left_out = f"; {dropped} left out, with prompts that are too long" if dropped else ""
+        first = self.problems.problems[0]
+        prompt = data.prompt_column or "the one found by its name"
+        answer = "none" if first.answer is None else data.answer_column or "the one found by its name"
+        others = sorted(first.columns)
+        return {
+            "data": f"{data.dataset or 'built-in sums'}: {len(self.problems)} problems to train on, "
+            f"{len(self.held_out)} held out{left_out}",
+            "columns": f"prompt: {prompt}; answer: {answer}; for rewards: {', '.join(others) or 'no others'}",
+            "rewards": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+        }
 
 
 class MixedScoring:

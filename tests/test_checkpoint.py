@@ -53,6 +53,17 @@ def test_the_newest_are_kept(checkpoints):
     assert checkpoints.restore(make_state())[0] == 3
 
 
+def test_protected_ones_stay_beside_the_newest_until_others_are_protected(checkpoints):
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), {}, protected={1})
+    assert checkpoints.steps() == [1, 2, 3]
+    assert_equal(checkpoints.read(1, make_state()), make_state(1))
+    checkpoints.save(4, make_state(4), {}, protected={3})
+    assert checkpoints.steps() == [3, 4]
+    with pytest.raises(RuntimeError, match="checkpoints/1 cannot be read"):
+        checkpoints.read(1, make_state())
+
+
 def test_s2_restores_onto_another_number_of_devices(checkpoints):
     state = make_state(1)
     checkpoints.save(1, state, {})
@@ -103,10 +114,10 @@ def test_when_none_can_be_read_the_run_does_not_start_anew(checkpoints):
 
 def test_a_full_disk_is_known_before_the_first_step(checkpoints, monkeypatch):
     size = sum(x.nbytes for x in jax.tree.leaves(make_state()))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 3 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 4 * size))
     checkpoints.require_space(make_state())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 3 * size - 1))
-    with pytest.raises(OSError, match=r"0\.00 GiB free; 2 checkpoints and the one being written"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 4 * size - 1))
+    with pytest.raises(OSError, match=r"0\.00 GiB free; 2 checkpoints, the best one and the one being written"):
         checkpoints.require_space(make_state())
 
 

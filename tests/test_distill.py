@@ -1,7 +1,7 @@
 """Distillation end to end: every stage in its folder, resumed where it was stopped, from texts and not from tokens."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import pytest
@@ -12,11 +12,12 @@ from grpo_jax import models
 from grpo_jax.collect import read_collected
 from grpo_jax.data import tasks
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
-from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.monitor.metrics import read_jsonl, to_json
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
 from grpo_jax.small_base import Recipe
+from grpo_jax.stages import check_stages
 from tests.runs import kill_in_second_save
 
 
@@ -186,3 +187,38 @@ def test_a_student_that_cannot_be_loaded_is_found_before_the_teacher_draws_for_i
 
 def only_students(evaluated):
     return lambda config: 0 if config.run_dir.name.endswith("teacher_eval") else evaluated(config)
+
+
+def test_what_a_later_stage_cannot_do_is_refused_when_the_settings_are_made(tmp_path):
+    with pytest.raises(ValueError, match="max_length is 256, and the model has 128 positions; lower it"):
+        Config(run_dir=tmp_path / "run", max_length=256)
+    with pytest.raises(ValueError, match=r"the rows of a micro-batch: 3 do not divide over mesh"):
+        distill.main(Config(run_dir=tmp_path / "run", num_sequences=3, mesh=MeshSettings(data=2), plain=True))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    # Nothing was run, and so nothing stands against the corrected command.
+    plan = distill.stages(Config(run_dir=tmp_path / "run", num_sequences=4, mesh=MeshSettings(data=2)))
+    check_stages(plan)
+
+
+def test_a_correction_of_a_stage_to_come_leaves_those_that_were_run(tmp_path):
+    def has_run(stage):
+        folder = stage.config.run_dir
+        folder.mkdir(parents=True)
+        settings = to_json(asdict(stage.config))
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "summary.json").write_text(json.dumps({"config": settings}))
+
+    config = Config(run_dir=tmp_path / "run", mesh=MeshSettings(data=1))
+    plan = distill.stages(config)
+    for stage in plan[:4]:  # up to the samples
+        has_run(stage)
+    check_stages(plan)
+    check_stages(distill.stages(replace(config, max_length=64, num_epochs=1)))
+    with pytest.raises(ValueError, match="num_samples: 2 -> 3") as error:
+        check_stages(distill.stages(replace(config, num_samples=3)))
+    assert f"rm -r {config.folder('samples')}\n" in str(error.value)
+    has_run(plan[4])
+    with pytest.raises(ValueError, match="num_samples: 2 -> 3") as error:
+        check_stages(distill.stages(replace(config, num_samples=3)))
+    assert f"rm -r {config.folder('samples')} {config.folder('student')}\n" in str(error.value)
+    check_stages(distill.stages(replace(config, num_epochs=8)))  # the student goes on

@@ -261,6 +261,7 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"seed": -1}, "seed is -1"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"model": None, "data": PreferenceSettings(chat_template=True)}, "the embedded base has no chat template"),
+        ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, change, message):
@@ -276,7 +277,6 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         ({"judge": "errand_reward"}, "named module:function"),
         ({"num_pairs": LEARNT + 1}, f"cannot be drawn from {LEARNT} pairs"),
         ({"max_prompt_length": 2}, "none of 36 pairs fits"),
-        ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
         ({"model": "no/such/folder"}, "no/such/folder"),
     ],
 )

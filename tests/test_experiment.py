@@ -16,22 +16,22 @@ from checkpoints import SMALL, random_params, tiny_tokenizer
 from grpo_jax import models
 from grpo_jax.experiment import (
     ModelSettings,
+    PolicySettings,
     RunSettings,
     at_least,
     check_divides,
     check_finite,
     check_length,
-    check_no_models,
     check_same_data,
     over_updates,
     padded_batches,
-    placed,
     run_experiment,
     save_trained,
 )
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
 from grpo_jax.run import Run, Stopped
 from grpo_jax.sharding import make_mesh
+from grpo_jax.stages import check_no_models, placed
 
 LLAMA = {"model_type": "llama", **SMALL}
 
@@ -233,3 +233,30 @@ def test_stages_name_no_model_of_their_own():
     for named in (Config(model="org/model"), Config(base_dir=Path("base"))):
         with pytest.raises(ValueError, match="second names a model"):
             check_no_models(SimpleNamespace(first=Config(), second=named), ["first", "second"])
+
+
+def test_lengths_fit_the_positions_of_the_model_unless_both_are_set(tmp_path):
+    def in_effect(positions, prompt=None, completion=None):
+        folder = tmp_path / str(positions)
+        folder.mkdir(exist_ok=True)
+        named = {} if positions is None else {"max_position_embeddings": positions}
+        (folder / "config.json").write_text(json.dumps(named))
+        settings = PolicySettings(model=str(folder), max_prompt_length=prompt, max_completion_length=completion)
+        return settings.prompt_length, settings.completion_length
+
+    assert in_effect(None) == in_effect(1536) == in_effect(32768) == (512, 1024)
+    assert in_effect(512) == (170, 342)
+    assert in_effect(2) == (1, 1)
+    assert in_effect(512, prompt=100) == (100, 412)
+    assert in_effect(512, completion=100) == (412, 100)
+    assert in_effect(4096, prompt=2000) == (2000, 1024)
+    assert in_effect(512, 256, 256) == (256, 256)
+    sum_of = r"max_prompt_length \+ max_completion_length is"
+    for lengths, total in (((257, 256), 513), ((600, None), 1624), ((None, 512), 1024)):
+        with pytest.raises(ValueError, match=f"{sum_of} {total}, and the model has 512 positions; lower one of them"):
+            in_effect(512, *lengths)
+    assert PolicySettings().prompt_length + PolicySettings().completion_length == 60
+    with pytest.raises(ValueError, match="and the model has 128 positions"):
+        PolicySettings(max_completion_length=128)
+    unknown = PolicySettings(model=str(tmp_path / "made" / "later"))  # by an earlier stage
+    assert (unknown.prompt_length, unknown.completion_length) == (512, 1024)

@@ -21,18 +21,22 @@ FLOORS = {
     "sharding": 2,
     "models": 3,
     "checkpoint": 3,
+    "compilations": 3,
     "data": 3,
     "rewards": 3,
     "monitor": 3,
     "evaluate": 3,
     "run": 4,
     "small_base": 4,
+    "command": 5,
     "experiment": 5,
+    "outcome": 5,
     "text_settings": 5,
     "data_report": 5,
     "tasks": 5,
     "light_critic": 5,
     "rounds": 6,
+    "stages": 6,
     "collect": 6,
     "selection": 7,
     "settings": 4,
@@ -43,7 +47,8 @@ FLOORS = {
 # (who, whom) on one floor: whoever needs one says so here, and it goes when the need does.
 # Imports within a floor, each because one is made of the other: a cohort's rows are taken device by device, an
 # adapter brings its task's own reward, the held-out loop reads problems and grades answers, the default of the settings
-# is the embedded base's task, signals of gamed rewards are read with the rewards' own eyes.
+# is the embedded base's task, a run's frame ends with its outcome, signals of gamed rewards are read with the rewards'
+# own eyes.
 NEIGHBOURS = {
     ("masked", "types"),
     ("rollout", "sharding"),
@@ -51,6 +56,7 @@ NEIGHBOURS = {
     ("evaluate", "data"),
     ("evaluate", "rewards"),
     ("settings", "small_base"),
+    ("experiment", "outcome"),
     ("settings", "prompt_settings"),
     ("reward_settings", "reward_model_input"),
     ("reward_model_input", "prompt_settings"),

@@ -169,3 +169,46 @@ def test_the_metrics_have_the_names_that_alarms_read():
     metrics = reward_metrics(np.array([1.0, 0.0]), {"language": np.array([1.0, 0.5])}, group_size=2)
     assert {"reward", "frac_reward_absent", "frac_reward_zero_std", "rewards/language/mean"} <= set(metrics)
     assert repeated_share("a a a a a a") > 0.5
+
+
+def of_evaluations(*figures, settings=DEFAULT, name="eval/pass@1"):
+    """The alarms of evaluations with these figures and, where it is a pair, their standard errors."""
+    alarms, found = Alarms(settings), []
+    for step, figure in enumerate(figures):
+        value, error = figure if isinstance(figure, tuple) else (figure, None)
+        errors = {} if error is None else {f"{name}_stderr": error}
+        found += alarms.update({"step": 10 * step, name: value, **errors})
+    return [(each.step, each.name) for each in found]
+
+
+FALLEN = [(10, "held_out_fall")]
+
+
+def test_held_out_figures_that_fall_are_an_alarm():
+    assert of_evaluations(0.188, 0.062) == FALLEN
+    assert of_evaluations((0.188, 0.02), (0.062, 0.015)) == FALLEN
+    assert of_evaluations((0.1, 0.02), (0.5, 0.02), (0.6, 0.02), (0.4, 0.02), (0.4, 0.02)) == [(30, "held_out_fall")]
+    assert of_evaluations((0.5, 0.02), (0.3, 0.02), (0.5, 0.02), (0.3, 0.02)) == [*FALLEN, (30, "held_out_fall")]
+    assert of_evaluations((0.9, 0.01), (0.5, 0.01), name="eval/chats/reward") == FALLEN
+
+
+def test_noise_and_gains_of_held_out_figures_are_none():
+    assert of_evaluations((0.5, 0.03), (0.43, 0.03)) == []  # 1.6 standard errors
+    assert of_evaluations((0.5, 0.001), (0.49, 0.001)) == []  # less than the threshold
+    assert of_evaluations((0.0625, 0.0625), (0.0, 0.0)) == []  # one right answer of sixteen, and then none
+    assert of_evaluations((0.1875, 0.1008), (0.0625, 0.0625)) == FALLEN  # three and one: to less than half
+    assert of_evaluations(0.1, 0.2, 0.3) == []
+    assert of_evaluations(0.188, 0.062, settings=AlarmSettings(held_out_fall=None)) == []
+    assert of_evaluations((40.0, 1.0), (10.0, 1.0), name="eval/mean_length") == []
+
+
+def test_a_held_out_fall_may_stop_a_run_and_is_not_told_twice_by_a_resumed_one():
+    settings = AlarmSettings(stop_at=("held_out_fall",))
+    rows = [{"step": 0, "eval/pass@1": 0.5}, {"step": 10, "eval/pass@1": 0.1}]
+    alarms = Alarms(settings)
+    (alarm,) = [each for row in rows for each in alarms.update(row)]
+    assert alarm.level == "stop"
+    assert "pass@1 went from 0.500 at step 0 to 0.100" in alarm.text
+    later = {"step": 20, "eval/pass@1": 0.1}
+    assert Alarms(settings, rows, {"held_out_fall"}).update(later) == []
+    assert [each.name for each in Alarms(settings, rows).update(later)] == ["held_out_fall"]

@@ -109,7 +109,7 @@ def test_plain_lines_a_step(plain, clock):
         "GRPO: from 8 to 10\n"
         "GRPO  9/10  left -:--:--  reward   0.5000  entropy    1.250\n"
         "GRPO 10/10  left 0:00:00  reward  -0.2500  entropy    1.500  eval pass@1    50.0%\n"
-        "GRPO: done, 10 of 10 in 0:02:40, reward 0.5000 -> -0.2500\n"
+        "GRPO: done, 10 of 10 in 0:02:40, resumed at 8, reward 0.5000 -> -0.2500\n"
     )
 
 
@@ -324,3 +324,40 @@ def test_figures_of_ones_own(plain):
         phase.update(1, {"accuracy": 0.5, "reward": 1.0})
     assert "accuracy   0.5000" in plain.raw
     assert "reward" not in plain.raw
+
+
+def test_figures_of_a_resumed_phase_start_with_the_runs_own_beginning(terminal, plain):
+    earlier = [{"step": 0, "eval/pass@1": 0.1}, {"step": 1, "reward": 0.2, "note": "text", "kl": None}]
+    with (
+        Progress("a run", console=terminal.console) as progress,
+        progress.phase("GRPO", 3, start=1, earlier=earlier) as phase,
+    ):
+        phase.update(2, {"reward": 0.4})
+        phase.update(3, {"reward": 0.6, "eval/pass@1": 0.9})
+    rows = {line.split("  ")[0].strip("│ "): line for line in last_panel(terminal)}
+    assert re.search(r"0\.6000 +0\.2000", rows["reward"])
+    assert any(re.search(r"eval pass@1 +90\.0% +10\.0%", line) for line in last_panel(terminal))
+    with Progress("a run", console=plain.console) as progress, progress.phase("GRPO", 2, start=1, earlier=earlier) as p:
+        p.update(2, {"reward": 0.4})
+    assert "reward 0.2000 -> 0.4000" in plain.text
+
+
+def test_a_program_that_is_being_compiled_is_shown(terminal, plain, monkeypatch):
+    with Progress("a run", console=terminal.console) as progress, progress.phase("GRPO", 2) as phase:
+        progress.compiling("train_step")
+        progress._live.refresh()
+        assert "compiling train_step ..." in "\n".join(last_panel(terminal))
+        progress.compiling(None)
+        phase.update(1, {"reward": 0.4})
+        progress._live.refresh()
+    assert "compiling" not in "\n".join(last_panel(terminal))
+
+    monkeypatch.setattr("grpo_jax.monitor.progress.SECONDS_UNTIL_SAID", 0.02)
+    with Progress("a run", console=plain.console) as progress, progress.phase("GRPO", 2):
+        progress.compiling("quick")
+        progress.compiling(None)
+        for name in ("first", "second"):
+            progress.compiling(name)
+            time.sleep(0.1)
+            progress.compiling(None)
+    assert [line.split(" ...")[0] for line in plain.text.splitlines() if "compiling" in line] == ["compiling first"]

@@ -137,7 +137,7 @@ def test_rewards_of_tokens_are_the_score_at_the_end_and_the_kl_before():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_prompts": 15}, "15 prompts x 1 samples = 15 completions do not divide into 2 minibatches"),
+        ({"num_prompts": 15}, "15 x 1 = 15 completions do not divide into num_minibatches x num_micro_batches = 2 x 1"),
         ({"value_epsilon": 0.0}, "value_epsilon is 0.0; it must be above 0"),
         ({"gamma": 1.5}, "gamma is 1.5; it must be from 0 to 1"),
         ({"lam": -0.1}, "lam is -0.1; it must be from 0 to 1"),

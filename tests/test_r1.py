@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ import pytest
 from experiments import r1
 from experiments.r1 import Config
 from grpo_jax.data.errands import Errand
-from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.monitor.metrics import read_jsonl, to_json
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.settings import DataSettings
 from grpo_jax.tasks import read_tasks
@@ -32,7 +33,7 @@ def stages(monkeypatch):
     for name in ("sft", "r1_zero", "rejection_sampling", "reward_model", "evaluate"):
         script = getattr(r1, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
-    monkeypatch.setattr("grpo_jax.experiment.run_experiment", lambda *args, **settings: 0)
+    monkeypatch.setattr("grpo_jax.stages.run_experiment", lambda *args, **settings: 0)
     return begun
 
 
@@ -167,8 +168,35 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(change, message
 def test_a_chain_goes_on_with_its_own_settings_alone(stages, tmp_path):
     config = Config(run_dir=tmp_path / "run")
     assert r1.main(config) == 0
-    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+    done = {each.run_dir.name: each for _, each in stages}
+    for name in ("cold_start", "r1_zero", "reasoning", "rejection_sampling"):
+        has_run(done[name])
+    with pytest.raises(ValueError, match="seed: 0 -> 1") as error:
         r1.main(replace(config, seed=1))
+    assert all(str(done[name].run_dir) in str(error.value) for name in ("cold_start", "rejection_sampling"))
+
+    # Another setting of one stage concerns it and what was made from it, and of a stage to come, nothing that was run.
+    with pytest.raises(ValueError, match="num_prompts: 32 -> 16") as error:
+        r1.main(replace(config, reasoning=replace(config.reasoning, num_prompts=16)))
+    removed = str(error.value).split("rm -r ")[1].splitlines()[0].split()
+    assert removed == [str(done[name].run_dir) for name in ("reasoning", "rejection_sampling")]
+    assert r1.main(replace(config, second_sft=replace(config.second_sft, num_epochs=2))) == 0
+
+    # A stage that was removed is run again, and so is what was made from it.
+    shutil.rmtree(done["reasoning"].run_dir)
+    with pytest.raises(ValueError, match=r"was made from .*reasoning, which is to be run again") as error:
+        r1.main(config)
+    assert str(error.value).split("rm -r ")[1].splitlines()[0] == str(done["rejection_sampling"].run_dir)
+    shutil.rmtree(done["rejection_sampling"].run_dir)
+    assert r1.main(config) == 0
+
+
+def has_run(config):
+    """A folder as a finished run leaves it."""
+    config.run_dir.mkdir(parents=True)
+    settings = to_json(asdict(config))
+    (config.run_dir / "config.json").write_text(json.dumps(settings))
+    (config.run_dir / "summary.json").write_text(json.dumps({"config": settings}))
 
 
 # Kills --------------------------------------------------------------------------------------------------------------

@@ -190,7 +190,8 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
 
 
 def test_a_model_of_ones_own_gets_small_micro_batches(config):
-    large = replace(config, num_prompts=32, group_size=16, max_prompt_length=None, max_completion_length=None)
+    sizes = {"num_prompts": 32, "group_size": 16, "max_prompt_length": None, "max_completion_length": None}
+    large = replace(config, model="org/of-any-length", **sizes)
     assert large.micro_batches == 64  # of 8 completions with 512 + 1024 tokens: 12,288
     assert replace(large, num_minibatches=4).micro_batches == 16
     assert replace(large, mesh=MeshSettings(data=8)).micro_batches == 8
@@ -227,7 +228,10 @@ def test_s7_varying_lengths_compile_nothing_new(finished):
         ({"group_size": 1}, "group_size is 1"),
         ({"num_steps": 0}, "num_steps is 0"),
         ({"eval_samples": 0}, "eval_samples is 0"),
-        ({"num_minibatches": 3}, r"8 prompts x 4 samples = 32 completions do not divide into 3 minibatches"),
+        (
+            {"num_minibatches": 3},
+            "8 x 4 = 32 completions do not divide into num_minibatches x num_micro_batches = 3 x 1",
+        ),
         ({"num_micro_batches": 5}, "do not divide"),
         (
             {"policy": PolicyLossSettings(kl_coef=0.1), "kl_reward_coef": 0.1},

@@ -243,6 +243,7 @@ def test_accuracy_and_calibration_are_those_computed_by_hand(margins, accuracy, 
         ({"eval_every": -1}, "eval_every is -1"),
         ({"save_every": 0}, "save_every is 0"),
         ({"model": None}, "the embedded base knows its own errands only"),
+        ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, change, message):
@@ -256,7 +257,6 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         ({"mesh": MeshSettings(data=8)}, "pairs of a micro-batch: 12 do not divide over mesh data x fsdp = 8"),
         ({"num_pairs": LEARNT + 1}, f"cannot be drawn from {LEARNT} pairs"),
         ({"max_prompt_length": 2}, "none of 36 pairs fits"),
-        ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
         ({"model": "no/such/folder"}, "no/such/folder"),
     ],
 )

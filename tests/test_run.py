@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from grpo_jax.compilations import count_compilations, processor, showing_compilations
 from grpo_jax.monitor.alarms import Fired
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.pool import Fault
-from grpo_jax.run import Run, Stopped, count_compilations, differences
+from grpo_jax.run import Run, Stopped, differences
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def test_compilations_are_counted():
 def test_programs_are_found_again_by_a_second_run_that_compiles_nothing(tmp_path):
     code = """
 import jax
-from grpo_jax.run import count_compilations, keep_programs
+from grpo_jax.compilations import count_compilations, keep_programs
 keep_programs()
 count = count_compilations()
 jax.jit(lambda x: x * 3 + 1)(jax.numpy.zeros(17))
@@ -251,3 +252,45 @@ def test_a_summary_keeps_what_it_says_itself_and_finishes_the_run(tmp_path):
     assert summary["config"]["inner"] == {"rate": 0.1}
     assert summary["versions"]["jax"] == jax.__version__
     assert "cpu" in summary["device"]
+
+
+def test_programs_are_kept_apart_for_processors_that_differ(tmp_path):
+    def named(text):
+        (tmp_path / "cpuinfo").write_text(text)
+        return processor(tmp_path / "cpuinfo")
+
+    old = "processor\t: 0\nmodel name\t: A\nflags\t\t: fpu avx\ncpu MHz\t\t: 1000\n"
+    assert named(old) == named(old.replace("1000", "2000")) == named(old + old.replace(": 0", ": 1"))
+    others = [old.replace("avx", "avx avx512f"), old.replace("model name\t: A", "model name\t: B")]
+    assert len({named(text) for text in (old, *others)}) == 3
+    assert processor(tmp_path / "none") == processor(tmp_path / "none")
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"run_dir: .*file is a file; name a folder"):
+        open_run(tmp_path / "file")
+    with pytest.raises(OSError, match=r"run_dir: .*file/run cannot be written: Not a directory"):
+        open_run(tmp_path / "file" / "run")
+    with open_run(tmp_path / "run") as run:
+        run.log({"step": 0})
+    (tmp_path / "run" / "config.json").write_text('{"steps": ')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        open_run(tmp_path / "run")
+
+
+def test_what_a_run_works_with_is_said_in_aligned_lines(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        run.describe({"model": "a\nb", "data": 3})
+        assert run.progress.console.export_text().splitlines()[-2:] == ["  model  a\\nb", "  data   3"]
+
+
+def test_the_program_that_is_being_compiled_is_told():
+    said = []
+    with showing_compilations(said.append):
+        jax.jit(lambda x: jnp.sin(x) * 17.0 + x, static_argnums=())(jnp.arange(13.0))
+    assert "<lambda>" in said
+    assert said[-1] is None
+    before = len(said)
+    jax.jit(lambda x: x - 19.0)(jnp.arange(13.0))
+    assert len(said) == before

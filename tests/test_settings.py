@@ -99,7 +99,7 @@ def test_settings_that_contradict(options, message):
 
 def test_mesh_and_optimizer_are_built():
     assert dict(MeshSettings(data=2, fsdp=2, tensor=2).build().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    _, schedule = OptimizerSettings(decay="constant").build(total_updates=3, default_learning_rate=0.5)
+    _, schedule = OptimizerSettings(decay="linear").build(total_updates=3, default_learning_rate=0.5)
     assert float(schedule(3)) == 0.5  # a run shorter than the warm-up still reaches its peak
     _, schedule = OptimizerSettings(learning_rate=0.25, decay="constant").build(
         total_updates=9, default_learning_rate=0.5
@@ -323,3 +323,14 @@ def test_each_of_several_answers_counts(tmp_path):
         assert reward([""] * len(texts), texts, **columns) == [1.0] * len(texts)
     texts = ["\\boxed{77}"] * len(numbers)
     assert reward([""] * len(texts), texts, **columns) == [0.0] * len(texts)
+
+
+def test_a_constant_learning_rate_is_the_same_for_runs_of_any_length():
+    settings = OptimizerSettings(decay="constant", warmup_updates=4, learning_rate=1e-3)
+    rates = [
+        [float(settings.build(total_updates=total, default_learning_rate=1.0)[1](step)) for step in range(12)]
+        for total in (2, 4, 100)
+    ]
+    assert rates[0] == rates[1] == rates[2]
+    assert rates[0][0] < rates[0][3] < rates[0][4] == rates[0][-1] == pytest.approx(1e-3)
+    assert settings.described(1.0) == "AdamW, learning rate 0.001, constant after 4 updates of warm-up"

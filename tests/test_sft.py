@@ -234,6 +234,8 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0"),
         ({"model": None, "data": DemonstrationSettings(chat_template=True)}, "the embedded base has no chat template"),
+        ({"max_length": 256}, "max_length is 256, and the model has 128 positions"),
+        ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, change, message):
@@ -245,8 +247,6 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
     ("change", "message"),
     [
         ({"mesh": MeshSettings(data=8), "num_sequences": 4}, "rows of a micro-batch: 4 do not divide over mesh"),
-        ({"max_length": 256}, "max_length is 256, and the model has 128 positions"),
-        ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
         ({"stop_tokens": ("<|im_end|>",)}, r"\['<\|im_end\|>'\] are no tokens of"),
         ({"max_length": 8}, "36 of 36 demonstrations do not fit into max_length = 8 tokens"),
         ({"model": "no/such/folder"}, "no/such/folder"),

@@ -12,12 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax import settings
+from grpo_jax.data.sources import Problem
 from grpo_jax.evaluate import mean_over_tasks
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Graded, weighted
 from grpo_jax.run import Run, differences
 from grpo_jax.settings import DataSettings, MeshSettings
-from grpo_jax.tasks import TASK, MixedScoring, OpenTask, Task, as_settings, read_tasks, shares
+from grpo_jax.tasks import (
+    TASK,
+    MixedScoring,
+    OpenTask,
+    Task,
+    as_settings,
+    asks_for_format,
+    has_final_answers,
+    read_tasks,
+    shares,
+)
 from tests.runs import write_rows
 
 
@@ -245,7 +256,12 @@ def test_each_row_is_scored_as_its_task_does_by_itself(opened):
         for name, part in found.counted.items():
             if not name.startswith(f"{task.name}/"):
                 np.testing.assert_array_equal(part[rows], 0)
-    assert seen == {**dict.fromkeys(seen, 1), "accuracy": 2, "format": 2, "judge": 0}
+    assert seen == {
+        **dict.fromkeys(seen, 1),
+        "accuracy": 2,
+        "format": 1,
+        "judge": 0,
+    }  # the second one's prompts ask for no format
     np.testing.assert_array_equal(np.isnan(found.parts["pays_level"]), [True, False, True, False, True, True])
     np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
     assert found.notes[1] == "pays_level: of kind 0"
@@ -268,7 +284,7 @@ def test_what_was_begun_while_others_were_drawn_is_found_again(opened):
     pool = opened[1].scoring._pool
     assert opened[0].scoring._pool is None
     waiting = sum(map(len, pool._ahead.values()))
-    assert waiting == 4  # of the second task two rows that ended, accuracy and format; its own reward takes batches
+    assert waiting == 2  # of the second task two rows that ended, accuracy; its own reward takes batches
     found = mixed.score([""] * 6, TEXTS, **COLUMNS)
     assert sum(map(len, pool._ahead.values())) == 0
     np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
@@ -325,3 +341,21 @@ def test_no_accuracy_is_paid_for_where_nothing_is_right_or_wrong(tmp_path):
         pytest.raises(ValueError, match="no accuracy to be paid for; set accuracy_weight to 0"),
     ):
         OpenTask(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
+
+
+def test_what_figures_say_something_of_a_task():
+    sums, errands = Problem("1+2=", "3"), Problem("say hi", "hi")
+    code = Problem("add", None, {"tests": ["assert add(1, 2) == 3"]})
+    assert has_final_answers(DataSettings(), [sums])
+    assert not has_final_answers(DataSettings(dataset="errands"), [errands])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [code])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [replace(code, answer="1")])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl", grader="none"), [sums])
+    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [Problem("?", None)])
+    assert asks_for_format(DataSettings())
+    assert not asks_for_format(DataSettings(dataset="errands"))
+    assert asks_for_format(DataSettings(dataset="x.jsonl"))  # R1-Zero's template
+    assert not asks_for_format(DataSettings(dataset="x.jsonl", template="Q: {question}"))
+    assert not asks_for_format(DataSettings(dataset="x.jsonl", chat_template=True))
+    asked = {"chat_template": True, "system_prompt": "Answer as <think></think><answer></answer>"}
+    assert asks_for_format(DataSettings(dataset="x.jsonl", **asked))

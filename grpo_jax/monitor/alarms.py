@@ -14,6 +14,7 @@ import numpy as np
 
 from grpo_jax.monitor.metrics import Row
 
+HELD_OUT_FALL = "held_out_fall"
 Level = Literal["warn", "checkpoint", "stop"]
 WINDOW = 5
 """Steps over which a course is looked at: means of so many are compared."""
@@ -57,8 +58,11 @@ class AlarmSettings:
     """Share of programs that spell out what their tests expect."""
     language: float | None = 0.2
     """Fall of the share of thoughts in the wanted language from that at the start."""
+    held_out_fall: float | None = 0.02
+    """Fall of held-out pass@1 (or reward, where nothing is graded) from its best evaluation, of two standard errors or
+    more; to less than half of it, of one. It fires at the first evaluation that has fallen, of any task."""
     patience: int = 3
-    """Steps in a row for which a condition must hold."""
+    """Steps in a row for which a condition must hold; evaluations have none."""
     solved: float = 0.5
     """Mean of the judge, or without one of accuracy, from which sameness and certainty are no faults."""
     checkpoint_at: tuple[str, ...] = ()
@@ -68,9 +72,10 @@ class AlarmSettings:
 
     def __post_init__(self):
         for name in ("checkpoint_at", "stop_at"):
-            unknown = sorted(set(getattr(self, name)) - set(CONDITIONS))
+            known = {*CONDITIONS, HELD_OUT_FALL}
+            unknown = sorted(set(getattr(self, name)) - known)
             if unknown:
-                raise ValueError(f"alarms.{name} has {unknown}; there are {sorted(CONDITIONS)}")
+                raise ValueError(f"alarms.{name} has {unknown}; there are {sorted(known)}")
         if self.patience < 1:
             raise ValueError(f"alarms.patience is {self.patience}; it must be at least 1")
 
@@ -116,15 +121,20 @@ class Alarms:
     ):
         self._settings = settings
         self._history = History()
+        self._evaluations: list[Row] = []
+        self._has_fallen = False
         self._held = dict.fromkeys(CONDITIONS, 0)
         self._is_on = dict.fromkeys(CONDITIONS, False)
         for row in earlier:
             self.update(row)
         for name in set(CONDITIONS) - set(fired_before):
             self._is_on[name] = False
+        self._has_fallen &= HELD_OUT_FALL in fired_before
 
     def update(self, row: Row) -> list[Fired]:
-        """Take in a step's metrics; the alarms that fire at it."""
+        """Take in the metrics of a step, or of an evaluation; the alarms that fire at it."""
+        if any(name.startswith("eval/") for name in row):
+            return self._evaluated(row)
         if "reward" not in row and "frac_reward_absent" not in row:
             return []
         self._history.add(row)
@@ -137,6 +147,15 @@ class Alarms:
             if seen is not None and self._is_on[name] and not was_on:
                 fired.append(Fired(int(row["step"]), name, self._settings.level(name), seen))
         return fired
+
+    def _evaluated(self, row: Row) -> list[Fired]:
+        self._evaluations.append(row)
+        threshold = self._settings.held_out_fall
+        seen = None if threshold is None else held_out_fall(self._evaluations, threshold)
+        before, self._has_fallen = self._has_fallen, seen is not None
+        if seen is None or before:
+            return []
+        return [Fired(int(row["step"]), HELD_OUT_FALL, self._settings.level(HELD_OUT_FALL), seen)]
 
 
 class History:
@@ -231,6 +250,32 @@ def hacking(history: History, threshold: float, solved: float) -> str | None:
         f"{history.steps[best]} while the judge went from {judge[then].mean():.3f} to "
         f"{judge[now].mean():.3f}: the policy has found something that pays and is not what is wanted; read the samples"
     )
+
+
+def held_out_fall(evaluations: Sequence[Row], threshold: float) -> str | None:
+    """Held-out problems are solved less often than at an earlier evaluation.
+
+    Standard errors are those over problems, of the two evaluations as if their problems were others: an upper bound, as
+    they are the same. The best of many evaluations is a little better than it should be, which the two standard errors
+    allow for.
+    """
+    now = evaluations[-1]
+    for name, value in now.items():
+        measured = [row for row in evaluations if row.get(name) is not None]
+        if not name.startswith("eval/") or not name.endswith(("/pass@1", "/reward")) or value is None:
+            continue
+        best = max(measured, key=lambda row: row[name])
+        error = float(np.hypot(best.get(f"{name}_stderr") or 0.0, now.get(f"{name}_stderr") or 0.0))
+        fall = best[name] - value
+        halved = name.endswith("pass@1") and value < best[name] / 2
+        if fall >= threshold and (fall >= 2 * error or (halved and fall > error)):
+            errors = f", {fall / error:.1f} standard errors" if error else ""
+            return (
+                f"held-out {name.removeprefix('eval/')} went from {best[name]:.3f} at step {best['step']} to "
+                f"{value:.3f}{errors}: training makes the model worse at problems it does not see (less learning rate, "
+                "a KL, fewer steps; --export best exports the best model)"
+            )
+    return None
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:

@@ -110,9 +110,15 @@ FIGURES = (
 """What is shown, in this order, of the metrics that are there."""
 
 
+NOT_SHOWN = "_stderr"
+
+
 def select_figures(figures: Iterable[Figure], keys: Iterable[str]) -> list[Figure]:
-    """The figures that have a value, in their order, each once; a ``*`` becomes one figure for every key it fits."""
-    remaining = list(keys)
+    """The figures that have a value, in their order, each once; a ``*`` becomes one figure for every key it fits.
+
+    Standard errors are left out.
+    """
+    remaining = [key for key in keys if not key.endswith(NOT_SHOWN)]
     selected = []
     for figure in figures:
         start, star, end = figure.key.partition("*")

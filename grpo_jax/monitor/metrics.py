@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,26 @@ def to_json(value: Any) -> Any:
     return to_json(array.tolist())
 
 
+STEP_FIRST = re.compile(rb'\{"step": (-?\d+)[,}].*(?<=\})\s*$', re.DOTALL)
+"""A row whose first key is its step, which need not be parsed to know it."""
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove what follows the last newline of a file; of the file itself only its end is read."""
+    with path.open("r+b") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
 def _whole_lines(data: bytes) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
@@ -92,9 +113,7 @@ class JsonlLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        data = self.path.read_bytes()
-        if len(_whole_lines(data)) < len(data):
-            write_atomically(self.path, _whole_lines(data))
+        _cut_torn_line(self.path)
 
     def append(self, *rows: Row) -> None:
         """Add rows, all of them in one write.
@@ -123,11 +142,15 @@ class JsonlLog:
         Raises:
             ValueError: a line is not a JSON object with a ``step``; the message names the file and the line.
         """
-        lines = _whole_lines(self.path.read_bytes()).split(b"\n")[:-1]
-        kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
-        if len(kept) < len(lines):
-            write_atomically(self.path, b"".join(line + b"\n" for line in kept))
-        return len(lines) - len(kept)
+        # Twice through the file, a line in memory at a time: completions of every step may be gigabytes.
+        dropped = sum(self._step(number, line) > step for number, line in self._lines())
+        if dropped:
+            write_atomically(self.path, (line for number, line in self._lines() if self._step(number, line) <= step))
+        return dropped
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with self.path.open("rb") as file:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.endswith(b"\n"))
 
     def _stepped(self, row: Row) -> dict[str, Any]:
         step = to_json(row.get("step"))
@@ -136,6 +159,8 @@ class JsonlLog:
         return {**to_json(row), "step": int(step)}
 
     def _step(self, number: int, line: bytes) -> int:
+        if found := STEP_FIRST.match(line):
+            return int(found[1])
         row = _parse(self.path, number, line)
         if not isinstance(row.get("step"), int):
             raise ValueError(f"{self.path}, line {number}: expected an integer 'step' among {sorted(row)}")

@@ -22,6 +22,7 @@ from grpo_jax.monitor.metrics import Row
 from grpo_jax.monitor.samples import printable
 
 REFRESHES_PER_SECOND = 2
+SECONDS_UNTIL_SAID = 1.0
 TREND_WIDTH = 14
 TREND_VALUES = 512
 WIDTH_WITH_TRENDS = 108
@@ -34,6 +35,7 @@ class Phase:
     def __init__(self, name: str, task: bars.Task, record: Callable[[Phase, int, Row], None]) -> None:
         self.name = name
         self.task = task
+        self.start = int(task.completed)
         self.history: dict[str, array] = {}
         self._record = record
 
@@ -81,6 +83,9 @@ class Progress:
         self._lock = threading.Lock()
         self._shown: Phase | None = None
         self._depth = 0
+        self._compiling: str | None = None
+        self._compile_timer: threading.Timer | None = None
+        self._said_compiling = False
         self._bars = bars.Progress(
             bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(bar_width=None, complete_style="cyan"),
@@ -109,10 +114,11 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._live.transient = self._shown is None and not self._bars.tasks  # an empty panel says nothing
+        self.compiling(None)
         self._live.stop()
 
     @contextmanager
-    def phase(self, name: str, total: int, *, start: int = 0) -> Iterator[Phase]:
+    def phase(self, name: str, total: int, *, start: int = 0, earlier: Sequence[Row] = ()) -> Iterator[Phase]:
         """A part of the run with a bar of its own; one inside another (an evaluation) is shown below it.
 
         The figures on the screen are those of the phase that reported some last. An outermost phase ends with a line
@@ -122,9 +128,14 @@ class Progress:
             name: what is being done.
             total: the steps it takes.
             start: the steps a run that is resumed has behind it.
+            earlier: metrics of those steps and of the evaluation before the first; what figures "start" with.
         """
         task = self._bars.add_task("  " * self._depth + name, total=total, completed=start)
         phase = Phase(name, self._bars.tasks[-1], self._record)
+        for row in earlier:
+            _append(phase.history, row)
+        if self._depth == 0:
+            self._said_compiling = False
         if self.plain and self._depth == 0:
             self._print_line(f"{name}: from {start} to {total}")
         self._depth += 1
@@ -139,15 +150,33 @@ class Progress:
                 self._print_line(self._last_words(phase, ending))
 
     def _record(self, phase: Phase, step: int, metrics: Row) -> None:
-        values = {key: float(value) for key, value in metrics.items() if not isinstance(value, str | None)}
         self._bars.update(phase.task.id, completed=step)
         with self._lock:
-            for key, value in values.items():
-                phase.history.setdefault(key, array("d")).append(value)
+            values = _append(phase.history, metrics)
             if values:
                 self._shown = phase
         if values and self.plain:
             self._print_line(self._line(phase, step, values))
+
+    def compiling(self, name: str | None) -> None:
+        """Show that a program is being compiled; None when it is done.
+
+        The panel has a line for it. Without a terminal a line is printed where it takes over a second, for the first
+        such program of each outermost phase.
+        """
+        self._compiling = name
+        if self._compile_timer is not None:
+            self._compile_timer.cancel()
+            self._compile_timer = None
+        if name is not None and self.plain and not self._said_compiling:
+            self._compile_timer = threading.Timer(SECONDS_UNTIL_SAID, self._say_compiling, (name,))
+            self._compile_timer.daemon = True
+            self._compile_timer.start()
+
+    def _say_compiling(self, name: str) -> None:
+        if self._compiling is not None and not self._said_compiling:
+            self._said_compiling = True
+            self._print_line(f"compiling {name} ... (steps take their usual time once all programs are compiled)")
 
     def _print_line(self, text: str) -> None:
         self.console.print(Text(printable(text, self.console.encoding)), soft_wrap=True)
@@ -163,7 +192,8 @@ class Progress:
 
     def _last_words(self, phase: Phase, ending: str) -> str:
         task = phase.task
-        words = f"{phase.name}: {ending}, {task.completed:.0f} of {task.total:.0f} in {duration(task.elapsed)}"
+        resumed = f", resumed at {phase.start}" if phase.start else ""
+        words = f"{phase.name}: {ending}, {task.completed:.0f} of {task.total:.0f} in {duration(task.elapsed)}{resumed}"
         for figure in select_figures(self._figures, phase.history)[:1]:
             values = phase.history[figure.key]
             words += f", {figure.label} {figure.show(values[0])} -> {figure.show(values[-1])}"
@@ -171,6 +201,8 @@ class Progress:
 
     def _panel(self) -> RenderableType:
         parts: list[RenderableType] = [self._bars] if self._bars.tasks else []
+        if self._compiling is not None:
+            parts.append(Text(f"compiling {self._compiling} ...", style="dim"))
         with self._lock:
             if self._shown is not None:
                 parts += [Text(), self._table(self._shown)] if parts else [self._table(self._shown)]
@@ -194,6 +226,16 @@ class Progress:
             columns = [cells[place] for place in range(row, len(cells), height)]
             table.add_row(*[cell for column in columns for cell in column])
         return table
+
+
+def _append(history: dict[str, array], metrics: Row) -> dict[str, float]:
+    """Add a row's numbers, which are returned, to the courses of its figures."""
+    values = {
+        key: float(value) for key, value in metrics.items() if key != "step" and not isinstance(value, str | None)
+    }
+    for key, value in values.items():
+        history.setdefault(key, array("d")).append(value)
+    return values
 
 
 def _cells(figure: Figure, values: array, trends: bool) -> list[Text]:

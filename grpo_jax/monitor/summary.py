@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_jax.monitor.figures import FIGURES, duration, percent, select_figures
 from grpo_jax.monitor.metrics import Row
+
+RANKED_BY = {"eval/pass@1": 1, "eval/reward": 1, "eval/judge": 1, "eval/accuracy": 1, "eval/loss": -1}
+"""Held-out figures that rank the checkpoints of a run, the first that is there; -1 where less is better."""
+
+
+def ranking_figure(rows: Sequence[Row]) -> str | None:
+    """The name of the held-out figure that ranks the evaluations among these rows; None without evaluations."""
+    return next((name for name in RANKED_BY if any(row.get(name) is not None for row in rows)), None)
+
+
+def best_evaluation(rows: Sequence[Row]) -> Row | None:
+    """The evaluation with the best held-out figure, the latest of equal ones; None without evaluations.
+
+    Args:
+        rows: metrics with their ``step``, as ``read_jsonl`` returns them.
+    """
+    name = ranking_figure(rows)
+    measured = [row for row in rows if name is not None and row.get(name) is not None]
+    return max(measured, key=lambda row: (RANKED_BY[name] * row[name], row["step"]), default=None) if name else None
 
 
 def closing_line(before: Row, after: Row, *, steps: int, seconds: float, run_dir: str | Path) -> str:

@@ -1,0 +1,194 @@
+"""Command lines: errors are one message in the words of the flags, with an exit status that scripts can tell apart."""
+
+import dataclasses
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import pytest
+import tyro
+
+from grpo_jax.command import BUG, INTERRUPTED, MISTAKE, flags_of, in_flags, run_command
+
+SCRIPTS = sorted(
+    path.stem
+    for path in (Path(__file__).parent.parent / "experiments").glob("*.py")
+    if "run_command(" in path.read_text()
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def experiments():
+    """Scripts import each other as they do when one of them is run."""
+    folder = str(Path(__file__).parent.parent / "experiments")
+    sys.path.insert(0, folder)
+    yield
+    sys.path.remove(folder)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 0.1
+
+    def __post_init__(self):
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Data:
+    dataset: str | None = None
+    prompt_column: str | None = None
+
+    def __post_init__(self):
+        if self.dataset == "":
+            raise ValueError("dataset is empty")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Annotated[str | None, tyro.conf.arg(name="teacher")] = None
+    data: Annotated[Data, tyro.conf.arg(name="")] = Data()
+    num_steps: int = 3
+    packing: bool = True
+    actor: Optimizer = Optimizer()
+    critic: Optimizer = Optimizer()
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
+
+
+def run(*args, main=lambda config: 0):
+    return run_command(Config, main, description="A test.", args=args)
+
+
+def raising(error):
+    def main(config):
+        raise error
+
+    return main
+
+
+def test_the_exit_status_is_that_of_the_experiment():
+    seen = []
+    assert run("--num-steps", "7", "--teacher", "a", "--dataset", "b", main=lambda config: seen.append(config)) == 0
+    assert seen == [Config(model="a", data=Data("b"), num_steps=7)]
+    assert run(main=lambda config: 130) == 130
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--num-steps", "0"], "error: --num-steps is 0; it must be at least 1\n"),
+        (["--critic.learning-rate", "-1"], "error: --critic.learning-rate is -1.0; it must be above 0\n"),
+        (["--actor.learning_rate=-1"], "error: --actor.learning-rate is -1.0; it must be above 0\n"),
+        (["--dataset", ""], "error: --dataset is empty\n"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_message_with_their_flag(capsys, args, message):
+    assert run(*args, main=lambda config: pytest.fail("it ran")) == MISTAKE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == message + "(--debug shows the traceback)\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"), [(["--num-step", "3"], "--num-steps"), (["--num-steps", "many"], "--num-steps")]
+)
+def test_flags_that_cannot_be_parsed_are_tyros_to_explain(capsys, args, message):
+    with pytest.raises(SystemExit) as ended:
+        run(*args)
+    assert ended.value.code == MISTAKE
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("num_steps asks for too much"), "--num-steps asks for too much"),
+        (KeyError("x.jsonl:1: name it with prompt_column= one of ['num_steps']"), None),
+        (FileNotFoundError(2, "No such file or directory", "a/num_steps.json"), "a/num_steps.json: No such file or d"),
+        (PermissionError("run_dir: x cannot be written"), "run_dir: x cannot be written"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (FloatingPointError("step 3: loss is nan"), "step 3: loss is nan"),
+        (RuntimeError("another process is running"), "another process is running"),
+        (ImportError("no package"), "no package"),
+        (NotImplementedError("several hosts"), "several hosts"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), "a device is out of memory: RESOURCE"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback_unless_it_is_wanted(capsys, monkeypatch, error, message):
+    message = message or "x.jsonl:1: name it with --prompt-column one of ['num_steps']"
+    assert run(main=raising(error)) == MISTAKE
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert "Traceback" not in err
+    assert run("--debug", main=raising(error)) == MISTAKE
+    debugged = capsys.readouterr().err
+    assert debugged.startswith("Traceback")
+    assert f"error: {message}" in debugged
+    monkeypatch.setenv("GRPO_JAX_DEBUG", "1")
+    assert run(main=raising(error)) == MISTAKE
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("error", [TypeError("no"), KeyError("missing"), IndexError("3"), AssertionError()])
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback_and_ends_in_one_line(capsys, error):
+    assert run(main=raising(error)) == BUG
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith(f"error: {type(error).__name__}")
+
+
+def test_an_interruption_is_no_error(capsys):
+    assert run(main=raising(KeyboardInterrupt())) == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_long_messages_are_cut(capsys):
+    run(main=raising(ValueError("x" * 10_000)))
+    assert len(capsys.readouterr().err) < 4200
+
+
+def test_names_become_flags_where_they_are_names():
+    flags = flags_of(Config)
+    assert [each.flag for each in flags] == [
+        *("--teacher", "--dataset", "--prompt-column", "--num-steps", "--packing"),
+        *("--actor.learning-rate", "--critic.learning-rate"),
+    ]
+    assert in_flags("data.prompt_column and actor.learning_rate", flags) == "--prompt-column and --actor.learning-rate"
+    assert in_flags("learning_rate is 0", flags) == "--actor.learning-rate or --critic.learning-rate is 0"
+    assert in_flags("model: no such folder", flags) == "--teacher: no such folder"
+    for text in (
+        "the model is large",
+        "see runs/num_steps/x",
+        "columns ['num_steps', 'a']",
+        "num_steps_of",
+        "x.num_steps",
+    ):
+        assert in_flags(text, flags) == text
+    assert in_flags("num_steps = 3 (and num_steps)", flags) == "--num-steps = 3 (and --num-steps)"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_its_flags_and_refuses_others(name, capsys):
+    script = importlib.import_module(f"experiments.{name}")
+    flags = [each.flag for each in flags_of(script.Config)]
+    with pytest.raises(SystemExit) as ended:
+        run_command(script.Config, script.main, description=script.__doc__, args=["--no-such-flag"])
+    assert ended.value.code == MISTAKE
+    assert "--no-such-flag" in capsys.readouterr().err
+    required = [
+        field
+        for field in dataclasses.fields(script.Config)
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    needed = [part for field in required for part in (f"--{field.name}", "x")]
+    for flag, value in (("--num-prompts", "0"), ("--seed", "-1"), ("--save-every", "0"), ("--num-pairs", "0")):
+        if flag in flags and name != "sample" and not name.startswith(("bench", "reward_hacking")):
+            assert run_command(script.Config, script.main, description=None, args=[*needed, flag, value]) == MISTAKE
+            assert f"error: {flag} is {value}; it must be at least" in capsys.readouterr().err
