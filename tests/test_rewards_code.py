@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.rewards import sandbox as sandbox_module
-from grpo_jax.rewards.code import check_tests, code_reward, extract_program, readable_tests, run_tests
+from grpo_jax.rewards.code import check_tests, code_reward, readable_tests, run_tests
 from grpo_jax.rewards.compose import weighted
+from grpo_jax.rewards.program_text import extract_program
 from grpo_jax.rewards.sandbox import Limits, Sandbox, SandboxUnavailable, children, resident_bytes
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -77,7 +78,7 @@ def test_the_reward_with_and_without_partial_credit():
 @needs_bubblewrap
 def test_no_program_and_tests_that_cannot_be_run():
     completions = ["I would rather not.", f"```python\n{ADD}```", f"```python\n{ADD}```", f"```python\n{ADD}```"]
-    tests = [["assert True"], None, [], ["assert add(open('x'), 1)"]]
+    tests = [["assert add(1, 2) == 3"], None, [], ["assert add(open('x'), 1)"]]
     graded = code_reward([""] * 4, completions, tests=tests)
     assert [each.score for each in graded] == [0.0, None, None, 0.0]
     assert graded[0].note.startswith("no program")
@@ -96,7 +97,7 @@ def test_no_program_and_tests_that_cannot_be_run():
         ("<answer>\n  y = 2\n</answer>", "  y = 2"),
         ("<answer>x</answer> ```python\ny\n```", "y\n"),
         ("```rust\nlet x;\n```", None),
-        ("```python\nx", None),
+        ("```python\nx = 1", "x = 1\n"),
         ("<answer> </answer>", None),
         ("x = 1", None),
         ("", None),
@@ -162,7 +163,7 @@ def test_a_program_does_not_judge_itself(program, test, sandbox):
 
 @needs_bubblewrap
 def test_a_test_that_asks_nothing_of_the_program_says_nothing(sandbox):
-    verdict = run_tests("def sum(x): return 0\ndef f(x): return x", ["assert sum([1, 2]) == 3"], sandbox)
+    verdict = run_tests("def sum(x): return 0\ndef f(x): return x", ["assert 1 + 2 == 3"], sandbox)
     assert verdict.passed == (None,)
     assert "does not use the program" in verdict.feedback
     assert run_tests("def f(x): return x", ["assert math.isclose(f(2.0), 2.0)"], sandbox).passed == (True,)

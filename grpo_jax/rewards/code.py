@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
-import re
 import time
+import typing
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from grpo_jax.rewards.code_names import OWN_MODULES, free_names, plan_tests
+from grpo_jax.rewards.code_names import why_untestable as why_untestable
+from grpo_jax.rewards.code_tests import Test, read_tests, reads_stdin
+from grpo_jax.rewards.code_tests import tests_from_row as tests_from_row
 from grpo_jax.rewards.compose import Graded
+from grpo_jax.rewards.program_text import extract_program
 from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
 
-FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 LONGEST_FEEDBACK = 2000
 LIMITS = Limits()
 
 ALLOWED_ON_TESTS = ["call", "eq", "hash"]
 """What a program may do with the functions that a test hands it; anything more would let it look around in the test."""
-
-Test = str | dict[str, Any]
-"""Of one of three kinds, two of them as data sets with ``test_cases`` or ``input_output`` have them:
-
-- ``{"input": "3\\n4\\n", "output": "7\\n"}``: what the program reads, and what it must write;
-- ``{"fn_name": "add", "input": [3, 4], "output": 7}``: a function of it, its arguments, and what it must return;
-- ``"assert add(3, 4) == 7"``: Python that may use every name of the program and raises unless all is well.
-"""
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,10 @@ def code_reward(
     prompts: list[str],
     completions: list[str],
     *,
-    tests: Sequence[Sequence[Test] | None],
+    tests: Sequence[Any],
+    entry_point: Sequence[str | None] | None = None,
     partial_credit: bool = False,
+    float_tolerance: float = 0.0,
     limits: Limits = LIMITS,
     total_seconds: float = 20.0,
     **_columns: list[Any],
@@ -69,69 +69,67 @@ def code_reward(
     methods answer, by its own code, if the test asks for that. What a test cannot do is look into the program: at types
     of its results, at its own ``__contains__``, or at a list that it changes after the call it was handed over in.
 
+    A program whose functions are called is imported as the module ``solution``, so code under
+    ``if __name__ == "__main__"`` does not run; it may use names of ``typing`` without importing them.
+
     Each entry is a ``Graded``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
     and ``note`` is what the interpreter or the first failed test said.
 
     Args:
-        prompts: not looked at.
+        prompts: continued by the completions; they may be empty. Names that a prompt mentions may be the program's.
         completions: the texts.
-        tests: for each its tests; see ``Test``. The score is None where they are missing, malformed or at fault
-            themselves, which is never the completion's merit.
+        tests: for each its tests, in a layout of ``read_tests``. The score is None where they are missing, malformed
+            or can tell nothing of any program (``why_untestable``), which is never the completion's merit.
+        entry_point: for each the function that ``check(candidate)`` is called with, if the column is there.
         partial_credit: whether the score is the share of tests passed. If not, the first failure ends the work.
+        float_tolerance: by how much a number in the output may differ from an expected one with a decimal point or an
+            exponent, relative and absolute. With 0, 0.5 still equals 0.500000.
         limits: of each test; one that takes too long ends the work, and the tests after it count as failed.
         total_seconds: of wall time for all tests of a program; less than the deadline of a pool around this, so that a
             slow program is wrong and not absent.
 
     Raises:
         SandboxUnavailable: where there is no sandbox, nothing is run.
+        ValueError: ``float_tolerance`` is negative or not finite.
     """
+    if not 0 <= float_tolerance < math.inf:
+        raise ValueError(f"float_tolerance is {float_tolerance}; it must be finite and at least 0")
     sandbox = _sandbox(limits)
-    return [
-        _graded(completion, each, sandbox, partial_credit, total_seconds)
-        for completion, each in zip(completions, tests, strict=True)
-    ]
-
-
-def extract_program(text: str) -> str | None:
-    """The program of a completion; None if there is none.
-
-    What stands before the last ``</think>`` is not looked at. Of the rest it is the last fenced block of Python or of
-    no named language, or else what is between the last ``<answer>`` and its ``</answer>``.
-    """
-    text = text.rpartition("</think>")[2]
-    blocks = FENCED.findall(text)
-    if blocks:
-        return blocks[-1]
-    _, tag, rest = text.rpartition("<answer>")
-    program, end, _ = rest.partition("</answer>")
-    return program.strip("\n") if tag and end and program.strip() else None
+    graded = []
+    for number, (completion, each) in enumerate(zip(completions, tests, strict=True)):
+        prompt = prompts[number] if prompts else ""
+        point = entry_point[number] if entry_point else None
+        if why := why_untestable(each, prompt=prompt, entry_point=point):
+            graded.append(Graded(None, note=why))
+            continue
+        listed = read_tests(each)
+        program = extract_program(completion, prompt=prompt, calls=not reads_stdin(listed[0]))
+        if program is None:
+            graded.append(
+                Graded(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
+            )
+            continue
+        verdict = run_tests(
+            program,
+            listed,
+            sandbox,
+            prompt=prompt,
+            entry_point=point,
+            stop_at_failure=not partial_credit,
+            float_tolerance=float_tolerance,
+            total_seconds=total_seconds,
+        )
+        graded.append(_score(verdict, partial_credit))
+    return graded
 
 
 def check_tests(tests: Any) -> list[Test]:
-    """The tests, if they can be run.
+    """The tests as a list, if they can be run.
 
     Raises:
-        ValueError: they are no list with at least one test, of one way to run them; says what is wrong and where.
+        ValueError: as ``read_tests``; says what is wrong and where.
     """
-    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
-        raise ValueError(f"tests must be a list with at least one test, not {tests!r:.200}")
-    for number, test in enumerate(tests, 1):
-        if isinstance(test, str):
-            try:
-                compile(test, "test.py", "exec")
-            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                raise ValueError(f"test {number} is not Python: {error}: {test!r:.200}") from error
-        elif not isinstance(test, dict) or "input" not in test or "output" not in test:
-            raise ValueError(f"test {number} must be Python text or have input and output; it is {test!r:.200}")
-        elif test.get("fn_name"):
-            if not isinstance(test["input"], list):
-                raise ValueError(f"test {number} calls a function and its input must be a list: {test!r:.200}")
-        elif not isinstance(test["input"], str) or not isinstance(test["output"], str):
-            raise ValueError(f"test {number} has no fn_name, so input and output must be text: {test!r:.200}")
-    styles = {_reads_stdin(test) for test in tests}
-    if len(styles) > 1:
-        raise ValueError("some tests call the program and others give it input; they must be of one way")
-    return list(tests)
+    return read_tests(tests)
 
 
 def readable_tests(tests: Any) -> bool:
@@ -145,40 +143,47 @@ def readable_tests(tests: Any) -> bool:
 
 def run_tests(
     program: str,
-    tests: Sequence[Test],
+    tests: Any,
     sandbox: Sandbox,
     *,
+    prompt: str = "",
+    entry_point: str | None = None,
     stop_at_failure: bool = False,
+    float_tolerance: float = 0.0,
     total_seconds: float = math.inf,
 ) -> Verdict:
     """Run a program against tests.
 
     Args:
         program: Python source.
-        tests: as ``check_tests`` gives them.
-        sandbox: where to; its limits are those of one test.
+        tests: in a layout of ``read_tests``.
+        sandbox: where to; its limits are those of one test, but that a right output always fits.
+        prompt: as for ``why_untestable``.
+        entry_point: as for ``why_untestable``.
         stop_at_failure: whether the first failed test is the last that is run.
+        float_tolerance: as for ``code_reward``.
         total_seconds: of wall time for all of them; those that are not run by then count as failed.
 
+    Returns:
+        The verdict; ``(None,)`` with the reason where the tests can tell nothing.
+
     Raises:
-        ValueError: as ``check_tests``.
+        ValueError: as ``read_tests``.
     """
-    tests = check_tests(tests)
-    run = _run_with_input if _reads_stdin(tests[0]) else _run_with_calls
+    listed = read_tests(tests)
+    if why := why_untestable(listed, prompt=prompt, entry_point=entry_point):
+        return Verdict((None,), len(listed), True, why)
     until = time.monotonic() + total_seconds
-    passed, runnable, feedback = run(program, tests, sandbox, stop_at_failure, until)
-    return Verdict(tuple(passed), len(tests), runnable, feedback[-LONGEST_FEEDBACK:])
+    if reads_stdin(listed[0]):
+        passed, runnable, feedback = _run_with_input(program, listed, sandbox, stop_at_failure, until, float_tolerance)
+    else:
+        asked = _asked(program, listed, prompt, entry_point)
+        before = _before(program, listed)
+        passed, runnable, feedback = _run_with_calls(program, before, asked, sandbox, stop_at_failure, until)
+    return Verdict(tuple(passed), len(listed), runnable, feedback[-LONGEST_FEEDBACK:])
 
 
-def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool, total_seconds: float) -> Graded:
-    program = extract_program(completion)
-    try:
-        check_tests(tests)
-    except ValueError as error:
-        return Graded(None, note=str(error))
-    if program is None:
-        return Graded(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
-    verdict = run_tests(program, tests, sandbox, stop_at_failure=not partial_credit, total_seconds=total_seconds)
+def _score(verdict: Verdict, partial_credit: bool) -> Graded:
     runnable = {"runnable": float(verdict.runnable)}
     if None in verdict.passed:
         return Graded(None, runnable, verdict.feedback)
@@ -186,16 +191,68 @@ def _graded(completion: str, tests: Any, sandbox: Sandbox, partial_credit: bool,
     return Graded(share if partial_credit else float(share == 1), runnable, verdict.feedback)
 
 
+def _asked(program: str, tests: Sequence[Any], prompt: str, entry_point: str | None) -> list[dict[str, Any]]:
+    """The tests as the judge takes them: Python with where its names come from."""
+    code = [test for test in tests if isinstance(test, str) or "test" in test]
+    plans = iter(plan_tests(code, prompt=prompt, entry_point=entry_point))
+    asked = []
+    for test in tests:
+        if isinstance(test, dict) and "fn_name" in test:
+            asked.append(test)
+            continue
+        plan = next(plans)
+        calls = [node.func for node in ast.walk(plan.pop("tree")) if isinstance(node, ast.Call)]
+        plan["called"] = [func.id for func in calls if isinstance(func, ast.Name)]
+        plan["free"], plan["own_modules"] = sorted(plan["free"]), list(OWN_MODULES)
+        plan["entry_point"] = plan["entry_point"] or _last_function(program)
+        asked.append(plan)
+    return asked
+
+
+def _last_function(program: str) -> str | None:
+    """The last function that a program defines, but ``main``, tests and private ones; or the one method of Solution."""
+    try:
+        body = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    solution = [
+        each for node in body if isinstance(node, ast.ClassDef) and node.name == "Solution" for each in node.body
+    ]
+    for nodes in (body, solution):
+        names = [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        names = [name for name in names if name not in ("main", "check") and not name.startswith(("_", "test"))]
+        if names:
+            return names[-1]
+    return None
+
+
+def _before(program: str, tests: Sequence[Any]) -> str:
+    """What is run before the program: code that the prompt gave, and names of ``typing`` that it does not import."""
+    given = {test["preamble"] for test in tests if isinstance(test, dict) and test.get("preamble")}
+    try:
+        annotations = sorted(free_names(program) & {*typing.__all__})
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        annotations = []
+    lines = [f"from typing import {', '.join(annotations)}"] if annotations else []
+    return "\n".join([*lines, *sorted(given)])
+
+
 def _run_with_input(
-    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
+    program: str,
+    tests: Sequence[Any],
+    sandbox: Sandbox,
+    stop_at_failure: bool,
+    until: float,
+    float_tolerance: float,
 ) -> tuple[list[bool | None], bool, str]:
     passed: list[bool | None] = []
     runnable, feedback = True, ""
     for number, test in enumerate(tests, 1):
-        ended = sandbox.run(program, stdin=test["input"], until=until)
+        room = 2 * len(test["output"].encode()) + (64 << 10)
+        ended = sandbox.run(program, stdin=test["input"], until=until, output_bytes=room)
         ran = ended.status == "ended" and ended.returncode == 0
         output = ended.stdout.decode("utf-8", "replace")
-        passed.append(ran and _lines(output) == _lines(test["output"]))
+        passed.append(ran and same_output(output, test["output"], float_tolerance))
         runnable = runnable and ran
         if not passed[-1]:
             said = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _why(ended, sandbox.limits)
@@ -206,13 +263,14 @@ def _run_with_input(
 
 
 def _run_with_calls(
-    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
+    program: str, before: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
 ) -> tuple[list[bool | None], bool, str]:
     passed: list[bool | None] = []
     runnable, feedback = True, ""
     while len(passed) < len(tests):
         # A program that ended in the middle of a test is started again for the next one.
-        verdicts, ended, said = _session(program, tests[len(passed) :], sandbox, stop_at_failure, until)
+        left = tests[len(passed) :]
+        verdicts, ended, said = _session(program, before, left, sandbox, stop_at_failure, until)
         for verdict in verdicts:
             passed.append(verdict["passed"])
             runnable = runnable and verdict["ran"]
@@ -229,21 +287,21 @@ def _run_with_calls(
 
 
 def _session(
-    program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
+    program: str, before: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
 ) -> tuple[list[dict[str, Any]], Ended, str]:
     """Load the program in one sandbox and have a judge in another call it, until one of them ends."""
     to_program, to_judge = os.pipe(), os.pipe()
     with ExitStack() as started:
         try:
             served, asked = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
-            serving = f"import sys\nserve_program(sys.stdin.read(), Link(*{served}, OPERATIONS))\n"
+            serving = f"serve_program(*json.loads(sys.stdin.readline()), Link(*{served}, OPERATIONS))\n"
             judging = (
                 f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, {ALLOWED_ON_TESTS}), {stop_at_failure})\n"
             )
             candidate = started.enter_context(
                 sandbox.start(
                     _inside("link") + _inside("program") + serving,
-                    stdin=program,
+                    stdin=json.dumps([program, before]) + "\n",
                     pass_fds=served,
                     seconds=sandbox.limits.seconds * len(tests),
                 )
@@ -261,8 +319,40 @@ def _session(
     return [json.loads(line) for line in ended.stdout.split(b"\n")[:-1]], ended, said
 
 
-def _reads_stdin(test: Test) -> bool:
-    return not isinstance(test, str) and not test.get("fn_name")
+def same_output(output: str, expected: str, float_tolerance: float = 0.0) -> bool:
+    """Whether the output of a program is the expected one.
+
+    Blanks at the ends of lines and empty lines at the end of all do not count. Numbers that are expected with a decimal
+    point or an exponent are compared as numbers, all else as text.
+
+    Args:
+        output: what the program wrote.
+        expected: what it should write.
+        float_tolerance: as for ``code_reward``.
+    """
+    mine, other = _lines(output), _lines(expected)
+    return len(mine) == len(other) and all(map(lambda a, b: _same_line(a, b, float_tolerance), mine, other))
+
+
+def _same_line(line: str, expected: str, tolerance: float) -> bool:
+    if line == expected:
+        return True
+    words, wanted = line.split(), expected.split()
+    if not any("." in word or "e" in word.lower() for word in wanted) or len(words) != len(wanted):
+        return False
+    return all(a == b or _same_number(a, b, tolerance) for a, b in zip(words, wanted, strict=True))
+
+
+def _same_number(word: str, wanted: str, tolerance: float) -> bool:
+    if len(word) > 400 or "_" in word or not ("." in wanted or "e" in wanted.lower()):
+        return False
+    try:
+        mine, other = Decimal(word), Decimal(wanted)
+    except InvalidOperation:
+        return False
+    if not (mine.is_finite() and other.is_finite()):
+        return False
+    return mine == other or bool(tolerance and math.isclose(mine, other, rel_tol=tolerance, abs_tol=tolerance))
 
 
 def _lines(text: str) -> list[str]:

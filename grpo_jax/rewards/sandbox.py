@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -141,16 +141,18 @@ class Sandbox:
             shown = "".join(f" and {folder}" for folder in self._packages)
             raise SandboxUnavailable(f"no program could be run with {self._python}{shown}: {why}")
 
-    def run(self, source: str, *, stdin: str = "", until: float = math.inf) -> Ended:
+    def run(self, source: str, *, stdin: str = "", until: float = math.inf, output_bytes: int = 0) -> Ended:
         """Run a program as ``__main__`` until it ends or reaches a limit.
 
         Args:
             source: Python. A syntax error is an exit status of 1 with the message on stderr, as usual.
             stdin: what it can read.
             until: when it is killed at the latest, by ``time.monotonic``.
+            output_bytes: what it may write at least, where that is more than its limits have.
         """
+        limits = replace(self.limits, output_bytes=max(output_bytes, self.limits.output_bytes))
         with self.start(source, stdin=stdin) as program:
-            return finish(program, self.limits, until=until)
+            return finish(program, limits, until=until)
 
     def start(
         self, source: str, *, stdin: str = "", pass_fds: Sequence[int] = (), seconds: float | None = None

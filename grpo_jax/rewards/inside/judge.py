@@ -1,15 +1,14 @@
 """The side of the tests: it calls the program through the link and says, a line for each test, what came of it."""
 
+import asyncio
 import builtins
 import importlib
+import inspect
 import json
 import math
 import os
-import re
+import sys
 import traceback
-
-LENT_MODULES = ("collections", "copy", "datetime", "functools", "itertools", "json", "math", "random", "re", "string")
-"""What many tests use without importing it, because solutions do."""
 
 
 def judge(tests, link, stop_at_failure):
@@ -32,6 +31,12 @@ def judge(tests, link, stop_at_failure):
         except SaysNothing as error:
             say(None, str(error))
             return
+        except (NameError, ImportError) as error:
+            missing = None if isinstance(error, OfProgram) else of_the_test(error, test, names)
+            if missing:
+                say(None, "%s: %s" % (missing, text_of(test)))
+                return
+            say(False, "{}: {} in {}".format(type(error).__name__, error, text_of(test)), ran=False)
         except CannotSend as error:
             if error.of_test:
                 say(None, f"the test hands the program what cannot travel: {error}")
@@ -47,7 +52,7 @@ def judge(tests, link, stop_at_failure):
             say(
                 False,
                 "{}in {}".format("".join(lines), text_of(test)),
-                ran=not isinstance(error, (OfProgram, NameError)),
+                ran=not isinstance(error, OfProgram),
             )
         else:
             continue
@@ -56,7 +61,24 @@ def judge(tests, link, stop_at_failure):
 
 
 class SaysNothing(Exception):
-    """A test passed that has nothing to do with the program."""
+    """The test is at fault itself: no program could pass it, or every one would."""
+
+
+def of_the_test(error, test, names):
+    """What a test lacks that a program need not have; None where the program lacks what the test asks for."""
+    if not isinstance(test, dict) or "code" not in test:
+        return None
+    if isinstance(error, ImportError):
+        module = (error.name or "").partition(".")[0]
+        of_program = module in test["own_modules"]
+        return None if of_program else "the test needs the module %s, which is not in the sandbox" % module
+    name = getattr(error, "name", None) or str(error).partition("'")[2].partition("'")[0]
+    if name not in test["required"]:
+        return "the test uses %s, which nothing defines" % name
+    others = [each for each in test["required"] if each in names and each in test["free"]]
+    if not test["told"] and others:
+        return "the test uses %s, which neither it nor the program defines" % name
+    return None
 
 
 def names_of(link):
@@ -66,34 +88,111 @@ def names_of(link):
         raise Gone("{}: {}".format(hello["raised"][0], hello["text"]))
     names = {}
     for name, what in hello["names"].items():
-        if "exception" in what and not is_reserved(name):
+        if "exception" in what and name not in vars(builtins):
             link.exceptions[name] = names[name] = exception_class(what["exception"], link.exceptions)
         elif "value" in what:
             names[name] = link.decode(what["value"])
+        elif "module" in what and what["module"].partition(".")[0] in getattr(sys, "stdlib_module_names", ()):
+            names[name] = importlib.import_module(what["module"])
     return names
 
 
-def is_reserved(name):
-    """Whether a test takes the name from Python: a program that defines ``set`` or ``abs`` is not to judge itself."""
-    return name.startswith("__") or name in vars(builtins) or name in LENT_MODULES
-
-
 def run_test(test, names):
-    if isinstance(test, str):
-        words = set(re.findall(r"[^\W\d]\w*", test))
-        lent = {name: importlib.import_module(name) for name in LENT_MODULES if name in words}
-        given = {name: value for name, value in names.items() if not is_reserved(name)}
-        exec(compile(test, "test.py", "exec"), {"__name__": "__main__", **lent, **given})
-        if not words & set(given):
-            raise SaysNothing("the test does not use the program (a name of Python's own is not the program's)")
+    if "code" in test:
+        run_code(test, names)
         return
     name = test["fn_name"]
-    function = getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
+    function = looked_up(name, names)
     if not callable(function):
         raise NameError("the program has no function {}".format(name))
     result = function(*test["input"])
-    if not same(result, test["output"]):
+    if not (same(result, test["output"]) or is_wrapped(result, test)):
         raise AssertionError("%s gave %.500r, not %.500r" % (name, result, test["output"]))
+
+
+def looked_up(name, names):
+    return getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
+
+
+def is_wrapped(result, test):
+    output = test["output"]
+    return bool(test.get("wrapped")) and isinstance(output, list) and len(output) == 1 and same(result, output[0])
+
+
+def run_code(test, names):
+    """Run a test, and what a test runner would find in it, in a namespace with the program's names."""
+    main = sys.modules["__main__"] = type(sys)("__main__")
+    reserved = set(vars(builtins)) | set(test["lent"])
+    given = {name: value for name, value in names.items() if name not in reserved and not name.startswith("__")}
+    given.update({name: names[name] for name in test["subjects"] if name in names})
+    for name, path in test["lent"].items():
+        given[name] = lent(path)
+    for name in set(test["subjects"]) - set(names):
+        if name in vars(builtins):
+            given[name] = absent(name)
+    for name in test["own_modules"]:
+        if name != "__main__":
+            sys.modules[name] = type(sys)(name)
+            vars(sys.modules[name]).update({each: value for each, value in names.items() if not each.startswith("__")})
+    vars(main).update(given)
+    if "unittest" in test["code"]:
+        importlib.import_module("unittest").main = lambda *args, **kwargs: None  # what it would run is run below
+    try:
+        exec(compile(test["code"], "test.py", "exec"), vars(main))
+    except SystemExit as error:
+        if isinstance(error, OfProgram) or error.code not in (None, 0, False):
+            raise AssertionError("the test ended with status {}".format(error.code)) from error
+    for name, found in list(vars(main).items()):
+        if getattr(found, "__module__", None) == "__main__" and not isinstance(found, Remote) and name not in given:
+            run_collected(name, found, test, names)
+
+
+def lent(path):
+    """A module, or ``module.attribute``, of the usual prelude."""
+    try:
+        return importlib.import_module(path)
+    except ImportError:
+        module, _, attribute = path.rpartition(".")
+        if not module:
+            raise
+        return getattr(importlib.import_module(module), attribute)
+
+
+def absent(name):
+    def call(*args, **kwargs):
+        raise AssertionError("the program has no function {}".format(name))
+
+    return call
+
+
+def run_collected(name, found, test, names):
+    """What pytest, unittest and HumanEval would run of a test, unless the test calls it itself."""
+    if isinstance(found, type):
+        unittest = sys.modules.get("unittest")
+        if unittest and issubclass(found, unittest.TestCase):
+            unittest.defaultTestLoader.loadTestsFromTestCase(found).debug()
+        elif name.startswith("Test"):
+            for method in [each for each in vars(found) if each.startswith("test")]:
+                case = found()
+                getattr(case, "setup_method", lambda: None)()
+                awaited(getattr(case, method)())
+                getattr(case, "teardown_method", lambda: None)()
+    elif inspect.isfunction(found) and name not in test["called"]:
+        wanted = [each for each in inspect.signature(found).parameters.values() if each.default is each.empty]
+        if name == "check" and len(wanted) == 1:
+            candidate = looked_up(test["entry_point"], names)
+            if candidate is None:
+                raise AssertionError("the program has no function {}".format(test["entry_point"] or "to check"))
+            found(candidate)
+        elif name.startswith("test") and wanted:
+            raise SaysNothing("{} takes arguments, which nothing gives it: {}".format(name, text_of(test)))
+        elif name.startswith("test"):
+            awaited(found())
+
+
+def awaited(result):
+    if inspect.iscoroutine(result):
+        asyncio.run(result)
 
 
 def same(result, expected):
@@ -117,4 +216,4 @@ def same(result, expected):
 
 
 def text_of(test):
-    return test if isinstance(test, str) else "%s(*%.200r)" % (test["fn_name"], test["input"])
+    return test["code"] if "code" in test else "%s(*%.200r)" % (test["fn_name"], test["input"])

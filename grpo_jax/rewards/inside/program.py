@@ -4,9 +4,12 @@ import sys
 import traceback
 
 
-def serve_program(source, link):
-    main = sys.modules["__main__"] = type(sys)("__main__")
+def serve_program(source, before, link):
+    # It is imported and not run: what stands under ``if __name__ == "__main__"`` is for another use of it.
+    main = sys.modules["__main__"] = sys.modules["solution"] = type(sys)("solution")
     try:
+        exec(compile(before, "before.py", "exec"), main.__dict__)
+        lent = set(main.__dict__)
         exec(compile(source, "solution.py", "exec"), main.__dict__)
     except BaseException as error:
         traceback.print_exc()
@@ -14,11 +17,13 @@ def serve_program(source, link):
         return
     names = {}
     for name, value in list(main.__dict__.items()):
-        if name.startswith("__"):
+        if name.startswith("__") or name in lent:
             continue
         if isinstance(value, type) and issubclass(value, BaseException):
             names[name] = {"exception": [kind.__name__ for kind in value.__mro__]}
-        elif not isinstance(value, type(sys)):
+        elif isinstance(value, type(sys)):
+            names[name] = {"module": value.__name__}
+        else:
             try:
                 names[name] = {"value": link.encode(value)}
             except BaseException:
