@@ -10,13 +10,13 @@ import time
 import typing
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from grpo_jax.rewards.code_names import OWN_MODULES, free_names, plan_tests
+from grpo_jax.rewards.code_names import OWN_MODULES, free_names, plan_tests, starred_names
 from grpo_jax.rewards.code_names import why_untestable as why_untestable
 from grpo_jax.rewards.code_tests import Test, read_tests, reads_stdin
 from grpo_jax.rewards.code_tests import tests_from_row as tests_from_row
@@ -204,6 +204,7 @@ def _asked(program: str, tests: Sequence[Any], prompt: str, entry_point: str | N
         calls = [node.func for node in ast.walk(plan.pop("tree")) if isinstance(node, ast.Call)]
         plan["called"] = [func.id for func in calls if isinstance(func, ast.Name)]
         plan["free"], plan["own_modules"] = sorted(plan["free"]), list(OWN_MODULES)
+        plan["reserved"] = sorted({*plan.pop("imported"), *starred_names()} - {*plan["subjects"]})
         plan["entry_point"] = plan["entry_point"] or _last_function(program)
         asked.append(plan)
     return asked
@@ -248,14 +249,15 @@ def _run_with_input(
     passed: list[bool | None] = []
     runnable, feedback = True, ""
     for number, test in enumerate(tests, 1):
-        room = 2 * len(test["output"].encode()) + (64 << 10)
+        room = 2 * len(test["output"].encode("utf-8", "replace")) + (64 << 10)
+        limits = replace(sandbox.limits, output_bytes=max(room, sandbox.limits.output_bytes))
         ended = sandbox.run(program, stdin=test["input"], until=until, output_bytes=room)
         ran = ended.status == "ended" and ended.returncode == 0
         output = ended.stdout.decode("utf-8", "replace")
         passed.append(ran and same_output(output, test["output"], float_tolerance))
         runnable = runnable and ran
         if not passed[-1]:
-            said = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _why(ended, sandbox.limits)
+            said = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _why(ended, limits)
             feedback = feedback or f"test {number}: {said}"
             if stop_at_failure or ended.status != "ended":
                 break
@@ -308,7 +310,9 @@ def _session(
             )
             judge = started.enter_context(
                 sandbox.start(
-                    _inside("link") + _inside("judge") + judging, stdin=json.dumps(list(tests)), pass_fds=asked
+                    _inside("link") + _inside("runner") + _inside("judge") + judging,
+                    stdin=json.dumps(list(tests)),
+                    pass_fds=asked,
                 )
             )
         finally:

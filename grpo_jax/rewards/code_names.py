@@ -33,6 +33,7 @@ OWN_MODULES += ("my_module", "your_module_name", "target", "__main__")
 """Modules by which tests import from the program under test."""
 WRAPPERS = {"isclose", "set", "sorted", "list", "tuple", "len", "abs", "round", "str", "bool", "Counter", "deepcopy"}
 CHECKS = re.compile(r"assert|check|test|fail|exit|raises|verify|expect|main|debug|run", re.IGNORECASE)
+NEVER_SUBJECTS = {"globals", "locals", "vars", "eval", "exec", "print", "isinstance", "getattr", "hasattr", "callable"}
 BUILTINS = frozenset(vars(builtins)) | {"__name__", "__file__"}
 
 
@@ -150,7 +151,7 @@ def missing_modules(tree: ast.AST, lent: dict[str, str]) -> list[str]:
 
 def _is_there(module: str) -> bool:
     top = module.partition(".")[0]
-    return top in sys.stdlib_module_names or top in OWN_MODULES
+    return top in sys.stdlib_module_names or top in OWN_MODULES or top == "pytest"  # see inside/runner.py
 
 
 def _plan(test: Test, entry_point: str | None) -> dict[str, Any]:
@@ -177,12 +178,12 @@ def _plan(test: Test, entry_point: str | None) -> dict[str, Any]:
         elif name in starred_names():
             lent[name] = f"{starred_names()[name]}.{name}"
     own = free - BUILTINS - {*lent}
-    imports_program = any(
-        (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in OWN_MODULES)
-        or (isinstance(node, ast.Import) and any(alias.name in OWN_MODULES for alias in node.names))
-        for node in ast.walk(tree)
-    )
-    candidates = (calls & free & BUILTINS) | {name for name in calls & {*lent} if "." in lent[name]}
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    of_program = [node for node in imports if _from_program(node)]
+    explicit = any(isinstance(node, ast.Import) or node.names[0].name != "*" for node in of_program)
+    imports_program = bool(of_program)
+    other = [alias.asname or alias.name for node in imports if node not in of_program for alias in node.names]
+    candidates = (calls & free & BUILTINS - NEVER_SUBJECTS) | {name for name in calls & {*lent} if "." in lent[name]}
     checks = any(
         isinstance(node, ast.FunctionDef) and node.name == "check" and len(node.args.args) == 1 for node in tree.body
     ) and not any(
@@ -196,12 +197,18 @@ def _plan(test: Test, entry_point: str | None) -> dict[str, Any]:
         "lent": lent,
         "subjects": [entry_point] if entry_point else [],
         "called": calls & own,
-        "candidates": candidates if not own and not imports_program and not checks else set(),
+        "candidates": candidates if not own and not explicit and not checks else set(),
         "free": own | ({entry_point} if entry_point else set()) | (candidates if not own else set()),
         "uses_program": bool(own or imports_program or candidates or checks or (entry_point and entry_point in free)),
         "imports_program": imports_program,
+        "imported": other,
         "checks": checks,
     }
+
+
+def _from_program(node: ast.Import | ast.ImportFrom) -> bool:
+    modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return any(module.partition(".")[0] in OWN_MODULES for module in modules)
 
 
 def _first_call(tree: ast.AST, candidates: set[str]) -> str | None:

@@ -173,13 +173,11 @@ def _from_mapping(tests: Mapping[str, Any]) -> Any:
         return [tests]
     columns = ("inputs", "outputs") if "inputs" in tests else ("input", "output")
     inputs, outputs = (tests.get(each) for each in columns)
-    if columns[0] == "input" and isinstance(inputs, str):
+    name = tests.get("fn_name") or tests.get("func_name")
+    if columns[0] == "input" and "input" in tests and (name or isinstance(inputs, str)):
         return [tests]
     if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence) or isinstance(outputs, str):
         raise ValueError(f"tests must be {LAYOUTS}; they have {sorted(map(str, tests))[:10]}")
-    name = tests.get("fn_name") or tests.get("func_name")
-    if columns[0] == "input" and name:
-        return [tests]
     if len(inputs) != len(outputs):
         raise ValueError(
             f"there are {len(inputs)} {columns[0]} and {len(outputs)} {columns[1]}; each test has one of both"

@@ -8,7 +8,6 @@ import platform
 import selectors
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from grpo_jax.rewards.seccomp import filter_for
+
 INSTALL = (
     "programs are run in bubblewrap and never without it. Install it (Debian, Ubuntu: apt-get install bubblewrap; "
     "Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap) on a Linux that lets users make namespaces"
@@ -28,6 +29,11 @@ FIRST_LOOK_SECONDS = 0.1
 """Before it nothing is looked at from outside: most programs have ended, and limits of each process always hold."""
 LOOK_SECONDS = 0.05
 REAPING_SECONDS = 2.0
+INODE_BYTES = 2 << 10
+"""Of kernel memory for an empty file with its name."""
+PIPE_BYTES = 64 << 10
+FEW_DESCRIPTORS = 16
+"""That a process has without being counted: they hold little."""
 
 Status = Literal["ended", "time", "memory", "output"]
 
@@ -43,7 +49,8 @@ class Limits:
     Attributes:
         seconds: of processor time, for each process; rounded up to whole ones.
         wall_seconds: of wall time. More, so that a busy machine does not make a good program late.
-        memory_bytes: address space of each process, and resident memory of all of them together.
+        memory_bytes: address space of each process, and all of them together: resident memory, and what the kernel
+            keeps for them (``/tmp`` with its empty files, sockets, pipes), counted by what each may hold at most.
         processes: how many there are at once, threads counted.
         file_bytes: what ``/tmp`` holds, and so what any file does.
         output_bytes: what it may write to stdout and stderr together.
@@ -116,7 +123,8 @@ class Sandbox:
 
     A program sees a read-only ``/usr`` and Python's standard library, a private ``/tmp`` that is gone afterwards, and
     its own processes; no network, no home, none of the machine's settings and only harmless devices. System calls that
-    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf) fail. Its hash seed is fixed,
+    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf, sockets of any family but
+    AF_UNIX) fail. Its hash seed is fixed,
     so that the same program does the same thing. What it started ends with it, and all of it with this process.
 
     Run as root, programs are started as nobody: the kernel does not count root's processes.
@@ -230,7 +238,7 @@ def finish(
                     lines, deadline = seen, min(now + limits.wall_seconds, until)
                 if now >= look:
                     look = now + LOOK_SECONDS
-                    if any(resident_bytes(each.process.pid) > limits.memory_bytes for each in programs):
+                    if any(used_bytes(each.process.pid, limits) > limits.memory_bytes for each in programs):
                         status = "memory"
                 if now >= deadline:
                     status = "time"
@@ -272,6 +280,43 @@ def resident_bytes(pid: int) -> int:
         except (OSError, IndexError):
             continue
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def used_bytes(pid: int, limits: Limits) -> int:
+    """The memory of a sandbox, by its first process: ``resident_bytes`` and ``kernel_bytes``."""
+    return resident_bytes(pid) + kernel_bytes(pid, limits)
+
+
+def kernel_bytes(pid: int, limits: Limits) -> int:
+    """What the kernel may keep at most for a sandbox: its ``/tmp``, its sockets and what else its descriptors hold.
+
+    Sockets are counted in the sandbox's network, so those count that no descriptor refers to: sent away or not yet
+    accepted. What has ended meanwhile, or is not set up yet, counts nothing.
+    """
+    total = 0
+    inside = children(pid)
+    with suppress(OSError, IndexError):
+        folder = os.statvfs(f"/proc/{inside[0]}/root/tmp")
+        if folder.f_blocks * folder.f_frsize < limits.file_bytes + folder.f_frsize:  # and not yet the machine's own
+            total += (folder.f_blocks - folder.f_bfree) * folder.f_frsize
+            total += (folder.f_files - folder.f_ffree) * INODE_BYTES
+    with suppress(OSError, IndexError):
+        if os.readlink(f"/proc/{inside[0]}/ns/net") != os.readlink("/proc/self/ns/net"):
+            sockets = Path(f"/proc/{inside[0]}/net/unix").read_bytes().count(b"\n") - 1
+            total += sockets * _socket_bytes()
+    for each in inside and descendants(inside[0]):
+        with suppress(OSError):
+            total += max(len(os.listdir(f"/proc/{each}/fd")) - FEW_DESCRIPTORS, 0) * PIPE_BYTES
+    return total
+
+
+@cache
+def _socket_bytes() -> int:
+    """What one socket may hold: its send buffer, which programs cannot enlarge, and a last message."""
+    try:
+        return int(Path("/proc/sys/net/core/wmem_default").read_text()) + PIPE_BYTES
+    except (OSError, ValueError):
+        return 4 * PIPE_BYTES
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -343,6 +388,7 @@ def _starter(limits: Limits, seconds: float, packages: Sequence[str]) -> str:
         "RLIMIT_NPROC": limits.processes,
         "RLIMIT_FSIZE": limits.file_bytes,
         "RLIMIT_NOFILE": 64,
+        "RLIMIT_SIGPENDING": 256,
         "RLIMIT_CORE": 0,
     }
     return STARTER.format(limits=list(bounds.items()), seconds=math.ceil(seconds), packages=list(packages))
@@ -387,52 +433,13 @@ def refusal(python: str, packages: Sequence[str] = ()) -> str | None:
     return None if tried.stdout == "ready\n" else tried.stderr.strip() or f"exit status {tried.returncode}"
 
 
-FORBIDDEN_CALLS = {
-    # Name: its number on x86-64 and on ARM64, from the kernel's own tables.
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "bpf": (321, 280),
-    "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-}
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-OTHER_ABI = 0x40000000
-LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, NOT_PERMITTED, KILL = 0x7FFF0000, 0x00050001, 0x80000000
-
-
 def system_call_filter() -> bytes:
-    """A seccomp program for the calls in ``FORBIDDEN_CALLS``: they fail with EPERM, everything else goes on.
+    """The seccomp program for this machine, see ``filter_for``.
 
     Raises:
-        SandboxUnavailable: on a processor whose calls are not listed here.
+        SandboxUnavailable: on a processor whose calls are not known.
     """
-    machine = platform.machine()
-    if machine not in MACHINES:
-        raise SandboxUnavailable(f"sandboxes know the system calls of {sorted(MACHINES)}; this machine is {machine}")
-    column, architecture = MACHINES[machine]
-    numbers = [calls[column] for calls in FORBIDDEN_CALLS.values()]
-    steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    steps.append((AT_LEAST, len(numbers) + 1, 0, OTHER_ABI))
-    steps += [(EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, NOT_PERMITTED)]
-    return b"".join(struct.pack("HBBI", *step) for step in steps)
+    try:
+        return filter_for(platform.machine())
+    except ValueError as error:
+        raise SandboxUnavailable(str(error)) from error
