@@ -135,7 +135,8 @@ HUMANEVAL = [
         "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n\n\n"
         'def root(xs: list):\n    """A zero of it, for two coefficients."""\n',
         "root",
-        "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    import math\n    import random\n    rng = random.Random(42)\n"
+        "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    import math\n    import random\n"
+        "    rng = random.Random(42)\n"
         "    import copy\n    for _ in range(20):\n        xs = [rng.randint(1, 9), rng.randint(1, 9)]\n"
         "        found = candidate(copy.deepcopy(xs))\n        assert math.fabs(poly(xs, found)) < 1e-4\n",
         "    return -xs[0] / xs[1]\n",
