@@ -2,8 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest transformers that pyproject.toml allows is installed into an environment on top of the other.
+FLOOR_VENV ?= $(VENV)-floor
+FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+FLOOR_TESTS := $(addprefix tests/test_,models_tokenizers.py models_hf.py parity.py data_prompts.py \
+	data_conversations.py data_preferences.py rewards_learned.py)
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-floor lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/r1_zero.py
@@ -14,6 +20,9 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m slow --numprocesses 2 --dist loadfile
 
+test-floor: $(FLOOR_VENV)/.installed
+	$(FLOOR_VENV)/bin/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile $(FLOOR_TESTS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,7 +32,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python experiments/bench_log_probs.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(FLOOR_VENV) build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,3 +48,10 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+$(FLOOR_VENV)/.installed: pyproject.toml $(VENV)/.installed-test
+	rm -rf $(FLOOR_VENV)
+	$(BIN)/python -m venv $(FLOOR_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(FLOOR_VENV)/bin/python $(PURELIB))/test.pth"
+	$(FLOOR_VENV)/bin/python -m pip install --quiet "transformers==$(FLOOR)"
+	touch $@

@@ -2,24 +2,28 @@
 
     python experiments/bench_rewards.py
 
-Prints one JSON line: programs a second of the pool as a multiple of one process; by how many deadlines a step of 512
-samples is longer when one in 50 hangs for a minute; mistakes on the table of hard pairs beside those of math-verify
-alone, where that is installed.
+Prints one JSON line: the pool's wall time as a multiple of a plain loop's, on mathematics answers and on programs
+without a fault, with the number of workers that were replaced; by how many deadlines a step of 512 samples is longer
+when one in 50 hangs for a minute; mistakes on the table of hard pairs beside those of math-verify alone, where that is
+installed.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from grpo_jax.rewards import RewardPool, code_reward, math_reward
-from grpo_jax.rewards.compose import as_graded
+from grpo_jax.rewards import RewardPool, code_reward, math_reward, per_sample
+from grpo_jax.rewards.calling import warm_up
+from grpo_jax.rewards.compose import RewardFn, as_graded
 
 PAIRS = Path(__file__).parent.parent / "tests" / "data" / "math_pairs.jsonl"
 FUNCTION = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -32,7 +36,9 @@ INPUTS = [{"input": "3\n4\n", "output": "7\n"}, {"input": "5\n6\n", "output": "1
 class Config:
     """How much of it."""
 
-    programs: int = 200
+    answers: int = 1000
+    """Mathematics answers that are graded in one process and in the pool."""
+    programs: int = 512
     """Programs that are run in one process and in the pool."""
     samples: int = 512
     """Samples of a step."""
@@ -42,8 +48,12 @@ class Config:
 
 def main(config: Config) -> None:
     result: dict[str, Any] = {}
+    pairs = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    chosen = [pairs[n % len(pairs)] for n in range(config.answers)]
+    result |= pool_against_loop("math", math_reward, list(map(boxed, chosen)), answer=[each["gold"] for each in chosen])
     for name, program, tests in (("asserts", FUNCTION, ASSERTS), ("stdin", SCRIPT, INPUTS)):
-        result |= {f"code_pool_speedup_{name}": code_throughput(config.programs, program, tests)}
+        programs = [program] * config.programs
+        result |= pool_against_loop(name, code_reward, programs, tests=[tests] * config.programs)
     print(json.dumps(result | price_of_hanging(config.samples, config.deadline) | mistakes()))
 
 
@@ -51,18 +61,32 @@ def scores_of(values: Any, completions: list[str]) -> list[float | None]:
     return [each.score for each in as_graded(values, completions)]
 
 
-def code_throughput(count: int, program: str, tests_of_one: list[Any]) -> float:
-    prompts, completions, tests = [""] * count, [program] * count, [tests_of_one] * count
-    with RewardPool({"code": code_reward}) as pool:
-        seconds = {}
-        for name, reward in (("pool", pool.rewards["code"]), ("alone", code_reward)):
-            reward(prompts[:8], completions[:8], tests=tests[:8])
-            started = time.perf_counter()
-            assert scores_of(reward(prompts, completions, tests=tests), completions) == [1.0] * count
-            seconds[name] = time.perf_counter() - started
-        return round(seconds["alone"] / seconds["pool"], 2)
+def pool_against_loop(name: str, reward: RewardFn, completions: list[str], **columns: list[Any]) -> dict[str, float]:
+    """The pool's time and a plain loop's, which runs in a process of its own, warmed up as the pool's workers are."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as other_process:
+        loop_seconds, alone = other_process.submit(plain_loop, reward, completions, columns).result()
+    with RewardPool({name: reward}) as pool:
+        started = time.perf_counter()
+        assert scores_of(pool.rewards[name]([""] * len(completions), completions, **columns), completions) == alone
+        pool_seconds = time.perf_counter() - started
+        return {
+            f"{name}_samples": len(completions),
+            f"{name}_loop_seconds": round(loop_seconds, 2),
+            f"{name}_pool_over_loop": round(pool_seconds / loop_seconds, 2),
+            f"{name}_workers_replaced": pool.replaced,
+        }
 
 
+def plain_loop(
+    reward: RewardFn, completions: list[str], columns: dict[str, list[Any]]
+) -> tuple[float, list[float | None]]:
+    warm_up(reward)
+    started = time.perf_counter()
+    alone = scores_of(reward([""] * len(completions), completions, **columns), completions)
+    return time.perf_counter() - started, alone
+
+
+@per_sample
 def usual(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     """Five milliseconds of a grader's work, and a minute for a completion that asks for it."""
     ended = time.process_time() + 0.005

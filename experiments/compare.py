@@ -56,6 +56,7 @@ from grpo_jax.experiment import (
     run_stages,
 )
 from grpo_jax.monitor.metrics import read_jsonl, write_atomically
+from grpo_jax.prompt_settings import prompt_fields
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings, preferred
@@ -239,7 +240,7 @@ class Config(RunSettings, PolicySettings):
         """The run that learns from what a round drew."""
         stage = getattr(self, method)
         drawn = self.folder(method, number, "drawn")
-        asked = {name: getattr(self.data, name) for name in ("template", "chat_template", "system_prompt")}
+        asked = prompt_fields(self.data)
         dataset = drawn / (PAIRS if method == "dpo" else rejection_sampling.DATASET)
         changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **asked)}
         if method == "sft":

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +26,9 @@ import rejection_sampling
 import sft
 import tyro
 
-from grpo_jax.collect import CollectSettings
+from grpo_jax.collect import CollectSettings, read_provenance
 from grpo_jax.experiment import at_least, run_stages
+from grpo_jax.prompt_settings import prompt_fields, with_format
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
 from grpo_jax.settings import OptimizerSettings
@@ -135,10 +136,7 @@ class Config(CollectSettings):
             base_dir=None if self.student else self.folder("student_before") / "base",
             stop_tokens=self.student_stop_tokens,
             data=DemonstrationSettings(
-                dataset=str(self.folder("samples") / rejection_sampling.DATASET),
-                chat_template=self.data.chat_template,
-                template=self.data.template,
-                system_prompt=self.data.system_prompt,
+                dataset=str(self.folder("samples") / rejection_sampling.DATASET), **prompt_fields(self.data)
             ),
             num_epochs=self.num_epochs,
             num_sequences=self.num_sequences,
@@ -179,17 +177,27 @@ def teach(config: Config) -> int:
     if config.model is None and config.base_dir is None and (status := sft.main(config.teacher_taught)):
         return status
     # What is measured before anything is drawn finds out, too, whether teacher, student and problems can be had.
+    if status := evaluate.main(config.measured(TEACHER, config.model, base_dir=config.teacher_dir)):
+        return status
     student_start = {} if config.student else {"base": config.student_base}
     taught = config.folder("student") / "model"
+    config = asked_alike(config)
     return (
-        evaluate.main(config.measured(TEACHER, config.model, base_dir=config.teacher_dir))
-        or evaluate.main(config.measured(BEFORE, config.student, **student_start))
+        evaluate.main(config.measured(BEFORE, config.student, **student_start))
         or rejection_sampling.main(config.sampled)
         or sft.main(config.taught)
         or evaluate.main(
             config.measured(AFTER, str(taught)) if config.student else config.measured(AFTER, None, base_dir=taught)
         )
     )
+
+
+def asked_alike(config: Config) -> Config:
+    """The same with the format of the teacher's prompts, which is the student's too unless settings say another."""
+    if config.model is None:
+        return config
+    asked = read_provenance(config.folder(TEACHER))["prompt_format"]
+    return replace(config, data=with_format(config.data, asked))
 
 
 def conclude(config: Config, run: Run) -> None:

@@ -32,7 +32,10 @@ from jax.sharding import Mesh
 
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.errands import errand_reward
+from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import EncodedPreferences, PairBatches
+from grpo_jax.data.prompt_format import prompt_format_of
+from grpo_jax.data.prompts import of_template
 from grpo_jax.data.sources import Problem
 from grpo_jax.experiment import (
     PolicySettings,
@@ -49,6 +52,7 @@ from grpo_jax.loss import dpo_loss, hinge_preference, sigmoid_preference, square
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.metrics import write_atomically
 from grpo_jax.monitor.samples import Sample
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.rewards.compose import RewardFn, as_graded
 from grpo_jax.rewards.plugin import import_reward
 from grpo_jax.run import Run, count_compilations
@@ -144,17 +148,20 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
-    preferences, held_out = config.data.load(config.seed)
+    notes = DataNotes()
+    preferences, held_out = config.data.load(config.seed, notes)
+    notes.report(run.say, run.folder / "data.json")
     judge = errand_reward if config.data.dataset is None else None
     judge = judge if config.judge is None else import_reward(config.judge)
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
+    rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
     encode = partial(
         config.data.encode,
         policy=policy,
         max_prompt_length=config.prompt_length,
         max_completion_length=config.completion_length,
-        embedded=config.model is None,
+        rendering=rendering,
     )
     pairs, held_out_pairs = encode(preferences), encode(held_out)
     if pairs.dropped:
@@ -162,11 +169,11 @@ def train(config: Config, run: Run) -> None:
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
     asked = held_out_pairs.preferences[: config.eval_prompts]
     prompts = EncodedProblems(
-        [Problem(each.prompt, None, {"chosen": each.chosen}) for each in asked],
+        [Problem(each.prompt, None, {"chosen": each.chosen, **of_template(each.columns)}) for each in asked],
         policy.tokenizer,
         max_prompt_length=config.prompt_length,
         pad_id=policy.pad_id,
-        **config.data.rendering(embedded=config.model is None),
+        **rendering,
     )
 
     digest = f"{batches.digest} {held_out_pairs.digest}"
@@ -252,7 +259,9 @@ def train(config: Config, run: Run) -> None:
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
-    save_trained(run, state.params, policy, steps=len(batches), summary={"seed": config.seed})
+    prompt_format = prompt_format_of(rendering, policy.tokenizer)
+    summary = {"seed": config.seed}
+    save_trained(run, state.params, policy, steps=len(batches), summary=summary, prompt_format=prompt_format)
 
 
 def sums_of_pairs(

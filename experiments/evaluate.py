@@ -1,6 +1,7 @@
 """Evaluation of any checkpoint on any data set, with confidence intervals; and what changed since another one.
 
-Completions are drawn for every held-out problem, scored and kept. Without arguments that is done with the embedded base
+Completions are drawn for every problem of the data set's test split, or of the whole where it has one split or file,
+scored and kept. Without arguments that is done with the embedded base
 and its sums, on one CPU in a minute or two. With arguments it is the real thing:
 
     python experiments/evaluate.py
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,7 @@ from grpo_jax.monitor.figures import number
 from grpo_jax.monitor.samples import printable, shorten
 from grpo_jax.rewards.answer import extract_answer, same_text
 from grpo_jax.run import Run, differences
+from grpo_jax.settings import DataSettings
 
 FIGURES, COMPARISON = "figures", "comparison"
 SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
@@ -49,6 +51,10 @@ Key = tuple[str, str | None, int]
 class Config(CollectSettings):
     """What an evaluation is. Fields are checked before anything is computed."""
 
+    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings(eval_problems=None)
+    """What is asked."""
+    held_out: bool = False
+    """Ask only the problems that training on this dataset would hold out."""
     run_dir: Path = Path("runs/evaluate")
     """The run's own folder: completions, report."""
     against: Path | None = None
@@ -115,7 +121,8 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
             check_same_problems(keys_of(problems), others, run.folder, config.against)
 
     if before is None:
-        collect(config, run, config.mesh.build(), held_out=True, check=check)
+        asked = "held_out" if config.held_out else "evaluation"
+        collect(config, run, config.mesh.build(), asked=asked, check=check)
     keys = keys_of(each.problem for each in read_collected(run.folder))
     figures = per_problem(read_collected(run.folder), config.ks, config.data.same)
     report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
@@ -241,7 +248,7 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
     """Print figures with their intervals, and what changed where that was asked."""
     config, samples = report["config"], report["num_samples"]
     run.say(
-        f"{report['provenance']['model']}: {report['num_problems']} held-out problems of "
+        f"{report['provenance']['model']}: {report['num_problems']} problems of "
         f"{config['data']['eval_dataset'] or config['data']['dataset'] or 'the built-in sums'}, {samples} "
         f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
     )

@@ -211,7 +211,14 @@ def train(config: Config, run: Run) -> None:
             run.stop_if_requested()
             metrics |= rounds.evaluate_if_due(step, learner.actor(states))
             phase.update(step, metrics)
-    save_trained(run, learner.actor(states), rounds.policy, steps=config.num_steps, summary={"seed": config.seed})
+    save_trained(
+        run,
+        learner.actor(states),
+        rounds.policy,
+        steps=config.num_steps,
+        summary={"seed": config.seed},
+        prompt_format=rounds.prompt_format,
+    )
 
 
 class Learner:
@@ -409,12 +416,20 @@ def check_same_tokens(critic: Pretrained, policy: Pretrained) -> None:
     """Check that a critic reads the tokens that the policy writes.
 
     Raises:
-        ValueError: its tokenizer is another one.
+        ValueError: its tokenizer is another one, or its embedding lacks rows for some of the policy's tokens.
     """
     assert critic.tokenizer is not None
     assert policy.tokenizer is not None
-    if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    vocabulary = policy.tokenizer.get_vocab()
+    if critic.tokenizer.get_vocab() != vocabulary:
         raise ValueError("the reward model has another tokenizer than the policy, so no critic can start from it")
+    rows = range(critic.config.vocab_size, policy.config.vocab_size)
+    lacking = sum(number in rows for number in vocabulary.values())
+    if lacking:
+        raise ValueError(
+            f"the reward model's embedding has {critic.config.vocab_size} rows and lacks {lacking} of the policy's "
+            "tokens, so no critic can start from it"
+        )
 
 
 if __name__ == "__main__":

@@ -35,10 +35,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from grpo_jax.collect import read_provenance
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
 from grpo_jax.experiment import AnyConfig, ModelSettings, RunSettings, check_no_models, placed, run_stages
 from grpo_jax.monitor.metrics import to_json, write_atomically
+from grpo_jax.prompt_settings import with_format
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.selection import SelectionSettings
@@ -171,7 +173,6 @@ def chain(config: Config) -> int:
     if config.general is None:
         write_careless_replies(general, config.seed)
     write_tasks(tasks, config)
-    demonstrated = replace(config.second_sft.data, dataset=str(config.folder("rejection_sampling") / "dataset.jsonl"))
     placed = config.placed
 
     stages: list[Callable[[], int]] = [
@@ -187,7 +188,7 @@ def chain(config: Config) -> int:
                 **config.reasoned(config.rejection),
             )
         ),
-        lambda: sft.main(placed(config.second_sft, "sft", "base", data=demonstrated)),
+        lambda: sft.main(placed(config.second_sft, "sft", "base", data=demonstrated(config))),
         lambda: learn_reward(config),
         lambda: r1_zero.main(placed(config.final, "final", "sft", tasks=tasks, **config.reasoned(config.final))),
         *(lambda model=model, of=of: evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
@@ -210,6 +211,13 @@ def check_data(config: Config) -> None:
         load_demonstrations(str(config.general))
     if config.general_reward_model is None:
         config.preferences.data.load(config.seed)
+
+
+def demonstrated(config: Config) -> DemonstrationSettings:
+    """The data of the second SFT, with the format of prompts that its completions were drawn with."""
+    folder = config.folder("rejection_sampling")
+    data = replace(config.second_sft.data, dataset=str(folder / "dataset.jsonl"))
+    return data if config.model is None else with_format(data, read_provenance(folder)["prompt_format"])
 
 
 def learn_reward(config: Config) -> int:

@@ -219,7 +219,9 @@ def train(config: Config, run: Run) -> None:
     gap = "sampling/sampling_logp_difference/max"
     gaps = [row[gap] for row in read_jsonl(run.metrics_log.path) if gap in row]
     summary = {"max_sampler_trainer_gap": max(gaps, default=None), "seed": config.seed}
-    save_trained(run, state.params, rounds.policy, steps=config.num_steps, summary=summary)
+    save_trained(
+        run, state.params, rounds.policy, steps=config.num_steps, summary=summary, prompt_format=rounds.prompt_format
+    )
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
@@ -286,7 +288,8 @@ def learn_from(
     if config.advantage_name == GDPO:
         parts = jnp.stack([jnp.asarray(part) for part in scores.counted.values()])
         weights = jnp.array([rounds.scoring.weights[name] for name in scores.counted], jnp.float32)
-        advantages = advantage.gdpo(parts, weights, group_size=group_size)
+        parts = jnp.where(jnp.isnan(rewards), jnp.nan, parts)
+        advantages = advantage.gdpo(parts, weights, group_size=group_size, require_all=False)
     elif config.advantage_name == PROCESS:
         step_rewards = rewards_of_steps(rollout, scores, rounds, with_outcome=True)
         is_step_end = ~jnp.isnan(step_rewards) & ~jnp.isnan(rewards)[:, None]

@@ -9,8 +9,8 @@ thing:
         --require format=1 language=0.9 --balance 4 --demonstrations general.jsonl --general-share 0.25
 
 What is kept goes to dataset.jsonl in the run's folder, a row a completion, for sft.py --dataset. A row has the
-problem's own prompt and no template: give sft.py the --template, or the --chat-template and --system-prompt, that was
-drawn with (the defaults of both are the same), so that the student is asked as the teacher was. The last line says how.
+problem's own prompt and no template: give sft.py the template that completions were drawn with, so that the student is
+asked as the teacher was. The last line says how.
 
 A run that was stopped or killed goes on where it was. Selecting is cheap, drawing is not: to select otherwise from the
 same completions, remove summary.json and give the same command with other filters.
@@ -34,9 +34,9 @@ import tyro
 from grpo_jax.collect import CollectSettings, collect, read_collected, read_provenance
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.sources import read_rows
-from grpo_jax.data.tasks import PLAIN
 from grpo_jax.experiment import at_least, run_experiment
 from grpo_jax.monitor.metrics import to_json, write_atomically
+from grpo_jax.prompt_settings import as_flags
 from grpo_jax.run import Run
 from grpo_jax.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose
 
@@ -96,7 +96,7 @@ def draw_and_select(config: Config, run: Run) -> None:
     for path in config.demonstrations:  # what cannot be read is found before anything is drawn
         load_demonstrations(str(path))
     mesh = config.mesh.build()
-    num_problems = collect(config, run, mesh, held_out=False, skip=config.skip_problems, most=config.problems_asked)
+    num_problems = collect(config, run, mesh, asked="training", skip=config.skip_problems, most=config.problems_asked)
     choices: list[Choice] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
     for collected in read_collected(run.folder):
@@ -121,7 +121,7 @@ def draw_and_select(config: Config, run: Run) -> None:
     write_atomically(run.folder / DATASET, lines())
     by_pass_rate = told_by_pass_rate(choices, selected, config.selection.balance or PARTS_TOLD)
     mean_length = float(np.mean(lengths))
-    how = teaching(config, run.folder / DATASET)
+    how = teaching(run.folder / DATASET, provenance["prompt_format"], config.stop_tokens)
     account(run, counts, by_pass_rate, mean_length, sum(map(len, added)), how)
     run.conclude(
         {
@@ -220,14 +220,11 @@ def num_selected(choices: Sequence[Choice]) -> int:
     return sum(len(choice.samples) for choice in choices)
 
 
-def teaching(config: Config, dataset: Path) -> str:
+def teaching(dataset: Path, prompt_format: Mapping[str, Any], stop_tokens: Sequence[str]) -> str:
     """The command that teaches a student, with the prompts as they were drawn for."""
     command = ["python", "experiments/sft.py", "--dataset", str(dataset)]
-    template = config.data.template or (PLAIN if config.model is None and not config.data.chat_template else None)
-    command += [] if template is None else ["--template", template]
-    command += ["--chat-template"] if config.data.chat_template else []
-    command += [] if config.data.system_prompt is None else ["--system-prompt", config.data.system_prompt]
-    return shlex.join(command)
+    command += ["--stop-tokens", *stop_tokens] if stop_tokens else []
+    return shlex.join(command + as_flags(prompt_format))
 
 
 def account(

@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import PairBatches
+from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.experiment import (
     ModelSettings,
     RunSettings,
@@ -36,8 +38,10 @@ from grpo_jax.experiment import (
     padded_batches,
     run_experiment,
     save_trained,
+    with_stop_tokens,
 )
 from grpo_jax.loss import bradley_terry_loss
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.run import Run, count_compilations
 from grpo_jax.settings import OptimizerSettings
 from grpo_jax.sharding import replicated, shard_rows
@@ -67,6 +71,8 @@ class Config(RunSettings, ModelSettings):
     """In tokens; longer ones are left out. Default: 512 with --model, 12 without."""
     max_completion_length: int | None = None
     """In tokens; longer ones are left out. Default: 1024 with --model, 48 without."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a reply besides those the model names, such as '<|im_end|>'."""
     centring: float = 0.01
     """Weight of the square of a pair's sum of scores, which keeps them around 0."""
     use_margins: bool = True
@@ -108,16 +114,19 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_divides(config.num_pairs // config.num_micro_batches, mesh, "the pairs of a micro-batch")
-    preferences, held_out = config.data.load(config.seed)
+    notes = DataNotes()
+    preferences, held_out = config.data.load(config.seed, notes)
+    notes.report(run.say, run.folder / "data.json")
     start = config.start(run, config.seed)
-    scorer = config.load(start, mesh, scalar_head=True)
+    scorer = with_stop_tokens(config.load(start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, "max_prompt_length + max_completion_length")
+    rendering = rendering_of(config.data, scorer, say=run.say, today=run.begun)
     encode = partial(
         config.data.encode,
         policy=scorer,
         max_prompt_length=config.lengths[0],
         max_completion_length=config.lengths[1],
-        embedded=config.model is None,
+        rendering=rendering,
     )
     pairs, held_out_pairs = encode(preferences), encode(held_out)
     if pairs.dropped:
@@ -173,7 +182,9 @@ def train(config: Config, run: Run) -> None:
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
-    save_trained(run, state.params, scorer, steps=len(batches), summary={"seed": config.seed})
+    prompt_format = prompt_format_of(rendering, scorer.tokenizer)
+    summary = {"seed": config.seed}
+    save_trained(run, state.params, scorer, steps=len(batches), summary=summary, prompt_format=prompt_format)
 
 
 def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:

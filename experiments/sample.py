@@ -1,18 +1,22 @@
 """Chat with a model, or let it complete a text, in the terminal: the quickest way to feel what a policy has become.
 
-    python experiments/sample.py --model runs/r1_zero/model                        # complete what is typed
+    python experiments/sample.py --model runs/r1_zero/model                        # asked as it was trained
+    python experiments/sample.py --model Qwen/Qwen2.5-0.5B                         # complete what is typed
     python experiments/sample.py --model Qwen/Qwen2.5-0.5B-Instruct --chat --temperature 0.7 --top-p 0.9
     python experiments/sample.py --model runs/r1_zero/model --prompt "3+8+5+6=" --num-samples 4
 
-Text is shown as it is drawn. Several samples of one prompt are drawn together and shown one after the other. In a chat,
-/new forgets what was said. An empty line, or the end of the input, ends.
+A model that was trained here is asked as it was trained: with its chat template, or its plain one around what is typed;
+--template '{question}' completes what is typed. Text is shown as it is drawn. Several samples of one prompt are drawn
+together and shown one after the other. In a chat, /new forgets what was said. An empty line, or the end of the input,
+ends.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any, Literal
 
 import jax
@@ -21,29 +25,36 @@ import tyro
 from jaxtyping import Array
 
 from grpo_jax import models
-from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.data.chat_templates import check_has_template
+from grpo_jax.data.encoded import decode_one
+from grpo_jax.data.messages import Messages
+from grpo_jax.data.prompts import Rendering, encode_prompts, pad_prompts
 from grpo_jax.data.stop import stop_strings
+from grpo_jax.data.turns import check_turn_end
+from grpo_jax.experiment import with_stop_tokens
+from grpo_jax.prompt_settings import PromptSettings
 from grpo_jax.rollout import Sampler, StopFn
 from grpo_jax.run import keep_programs
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts
 
 PROMPT_BUCKET = 64
+AS_TYPED = "{question}"
 HALF_A_CHARACTER = "\ufffd"
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(PromptSettings):
     """What is sampled, and how."""
 
     model: str
     """Hugging Face id or local folder."""
-    prompt: str | None = None
-    """Complete this (or answer it, with --chat) and end. Default: ask for one prompt after the other."""
     chat: bool = False
-    """Render what is said with the tokenizer's chat template."""
-    system_prompt: str | None = None
-    """What the model is told first; with --chat."""
+    """Chat: the same as --chat-template. Default: where the model was trained so."""
+    template: str | None = None
+    """Plain template with {question} around what is typed. Default: as the model was trained, else none."""
+    prompt: str | None = None
+    """Complete this (or answer it, in a chat) and end. Default: ask for one prompt after the other."""
     num_samples: int = 1
     """Samples of each prompt; a chat goes on with the first."""
     max_completion_length: int | None = None
@@ -64,6 +75,8 @@ class Config:
     """Pairs of a token's text and what is added to its logit; -inf rules it out."""
     min_length: int = 0
     """Tokens before the model may end."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end an answer besides those the model names, such as '<|im_end|>'."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer."""
     seed: int = 0
@@ -72,12 +85,11 @@ class Config:
     """Precision. Default: bfloat16 on a GPU or TPU, float32 on CPU."""
 
     def __post_init__(self):
+        PromptSettings.__post_init__(self)
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {self.num_samples}; it must be at least 1")
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"max_completion_length is {self.max_completion_length}; it must be at least 1 token")
-        if self.system_prompt is not None and not self.chat:
-            raise ValueError("system_prompt needs --chat")
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which would end every answer at once")
         self.sampling({})  # its fields are checked before a model is loaded
@@ -116,9 +128,14 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
     if policy.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer; a folder with weights needs tokenizer.json beside them")
     sampling = config.sampling(policy.tokenizer.get_vocab())
+    policy = with_stop_tokens(policy, config.stop_tokens)
     stop = stop_strings(policy.tokenizer, config.stop) if config.stop else None
-    begin = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-    said = list(begin)
+    rendering = rendering_in_effect(config, policy)
+    is_chat = rendering.get("template") is None
+    if is_chat:
+        check_has_template(policy.tokenizer)
+        check_turn_end(policy.tokenizer, policy.eos_ids, "x", {}, **rendering)
+    said: Messages = []
     key = jax.random.key(config.seed)
     draw = build(config, policy, sampling, stop)
     for turn in range(sys.maxsize):
@@ -126,11 +143,11 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
         if not text:
             return
         if text == "/new":
-            said = list(begin)
+            said = []
             continue
         told = [*said, {"role": "user", "content": text}]
         try:
-            prompts = encode(policy, told if config.chat else text, index=turn)
+            prompts = encode(policy, told if is_chat else text, rendering, index=turn)
             answers = draw(prompts, key, write)
         except ValueError as error:
             if config.prompt is not None:
@@ -154,21 +171,22 @@ def ask(read: Callable[[str], str]) -> str:
         return ""
 
 
-def encode(policy: models.Pretrained, prompt: str | list[dict[str, str]], index: int) -> Prompts:
-    """A text, or what was said so far, as a prompt; a chat template brings its own special tokens.
+def rendering_in_effect(config: Config, policy: models.Pretrained) -> Rendering:
+    """How what is typed becomes a prompt: by the settings, else as the model was trained, else as it is."""
+    if config.chat:
+        config = replace(config, chat_template=True)
+    elif policy.prompt_format is None and not config.says_template:
+        config = replace(config, template=AS_TYPED)
+    return config.rendering(policy.prompt_format, policy.tokenizer, today=date.today().isoformat())
+
+
+def encode(policy: models.Pretrained, prompt: str | Messages, rendering: Rendering, index: int) -> Prompts:
+    """A text, or what was said so far, as a prompt.
 
     Raises:
-        ValueError: a chat without a template, or a prompt without a token.
+        ValueError: the chat template refuses it, or it has no token.
     """
-    tokenizer = policy.tokenizer
-    assert tokenizer is not None
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template; leave --chat out to complete texts")
-    else:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    [ids] = encode_prompts([prompt], policy.tokenizer, **rendering)
     if not ids:
         raise ValueError("the prompt has no tokens")
     length = -(-len(ids) // PROMPT_BUCKET) * PROMPT_BUCKET  # few lengths, few programs
@@ -190,10 +208,6 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
         ahead=0,  # shown as soon as it is drawn
     )
 
-    def text_of(ids: list[int]) -> str:
-        shown = ids[:-1] if ids and ids[-1] in eos_ids else ids
-        return tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
     def draw(prompts: Prompts, key: Array, show: Callable[[str], Any]) -> list[str]:
         ids: list[list[int]] = [[] for _ in range(config.num_samples)]
         shown = 0
@@ -201,12 +215,14 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
         def watch(row: int, new: Sequence[int]) -> None:
             nonlocal shown
             ids[row] += new
-            if config.num_samples == 1 and not (text := text_of(ids[row])).endswith(HALF_A_CHARACTER):
+            if config.num_samples == 1 and not (text := decode_one(tokenizer, ids[row], eos_ids)).endswith(
+                HALF_A_CHARACTER
+            ):
                 show(text[shown:])
                 shown = len(text)
 
         sampler(policy.params, prompts, key, watch=watch)
-        answers = [text_of(each) for each in ids]
+        answers = [decode_one(tokenizer, each, eos_ids) for each in ids]
         if config.num_samples == 1:
             show(answers[0][shown:])
         return answers

@@ -28,7 +28,10 @@ import tyro
 from grpo_jax import models
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.packing import PackedBatches
+from grpo_jax.data.prompt_format import prompt_format_of
+from grpo_jax.data.prompts import Rendering, of_template
 from grpo_jax.data.sources import Problem
 from grpo_jax.experiment import (
     PolicySettings,
@@ -43,6 +46,7 @@ from grpo_jax.experiment import (
 )
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.rewards.math import math_reward
 from grpo_jax.run import Run, count_compilations
 from grpo_jax.settings import OptimizerSettings
@@ -109,13 +113,16 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     check_divides(config.num_sequences // config.num_micro_batches, mesh, "the rows of a micro-batch")
-    demonstrations, held_out = config.data.load(config.seed)
+    notes = DataNotes()
+    demonstrations, held_out = config.data.load(config.seed, notes)
+    notes.report(run.say, run.folder / "data.json")
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
     check_length(config.row_length, policy, "max_length")
-    batches = pack(config, run, demonstrations, policy, config.num_epochs)
-    held_out_batches = pack(config, run, held_out, policy, 1)
-    prompts = held_out_prompts(config, held_out, policy)
+    rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
+    batches = pack(config, run, demonstrations, policy, rendering, config.num_epochs)
+    held_out_batches = pack(config, run, held_out, policy, rendering, 1)
+    prompts = held_out_prompts(config, held_out, policy, rendering)
 
     def loss_fn(params: Params, batch: Packed):
         return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
@@ -185,15 +192,20 @@ def train(config: Config, run: Run) -> None:
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
-    save_trained(run, state.params, policy, steps=len(batches), summary={"seed": config.seed})
+    prompt_format = prompt_format_of(rendering, policy.tokenizer)
+    summary = {"seed": config.seed}
+    save_trained(run, state.params, policy, steps=len(batches), summary=summary, prompt_format=prompt_format)
 
 
 def pack(
-    config: Config, run: Run, demonstrations: list[Demonstration], policy: models.Pretrained, epochs: int
+    config: Config,
+    run: Run,
+    demonstrations: list[Demonstration],
+    policy: models.Pretrained,
+    rendering: Rendering,
+    epochs: int,
 ) -> PackedBatches:
-    examples, dropped = config.data.encode(
-        demonstrations, policy, max_length=config.row_length, embedded=config.model is None
-    )
+    examples, dropped = config.data.encode(demonstrations, policy, max_length=config.row_length, rendering=rendering)
     if dropped:
         run.say(f"{dropped} of {len(demonstrations)} demonstrations dropped: over {config.row_length} tokens")
     return PackedBatches(
@@ -207,18 +219,25 @@ def pack(
     )
 
 
-def held_out_prompts(config: Config, held_out: list[Demonstration], policy: models.Pretrained) -> EncodedProblems:
+def held_out_prompts(
+    config: Config, held_out: list[Demonstration], policy: models.Pretrained, rendering: Rendering
+) -> EncodedProblems:
     """The prompts that completions are drawn for, each with the completion that was demonstrated."""
     asked = [each for each in held_out if each.prompt][: config.eval_prompts]
     problems = [
-        Problem(each.prompt, as_text(each.columns.get("answer")), {"demonstrated": each.completion}) for each in asked
+        Problem(
+            each.prompt,
+            as_text(each.columns.get("answer")),
+            {"demonstrated": each.completion, **of_template(each.columns)},
+        )
+        for each in asked
     ]
     return EncodedProblems(
         problems,
         policy.tokenizer,
         max_prompt_length=config.prompt_length,
         pad_id=policy.pad_id,
-        **config.data.rendering(embedded=config.model is None),
+        **rendering,
     )
 
 

@@ -55,7 +55,12 @@ def group_relative(
 
 
 def gdpo(
-    parts: Float[Array, "K B"], weights: Float[Array, " K"], *, group_size: int, epsilon: float = 1e-6
+    parts: Float[Array, "K B"],
+    weights: Float[Array, " K"],
+    *,
+    group_size: int,
+    epsilon: float = 1e-6,
+    require_all: bool = True,
 ) -> Float[Array, " B"]:
     """``standardize(sum_k weights_k group_relative(parts_k))``: each reward normalised within its groups, then summed.
 
@@ -64,17 +69,19 @@ def gdpo(
     (GDPO, arXiv 2601.05242, section 3).
 
     Args:
-        parts: K rewards for each completion, NaN where absent. A completion that lacks one of them is left out of
-            all statistics; its advantage is 0.
+        parts: K rewards for each completion, NaN where absent.
         weights: what each normalised reward counts.
         group_size: samples for each prompt.
         epsilon: added to the standard deviations.
+        require_all: whether a completion that lacks one of the rewards is left out of all statistics, with an advantage
+            of 0. If not, it is compared in those that it has, and only one without any is left out.
 
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
     """
-    present = ~jnp.isnan(parts).any(0)
-    whole = jnp.where(present[None, :], parts, jnp.nan)
+    absent = jnp.isnan(parts)
+    present = ~(absent.any(0) if require_all else absent.all(0))
+    whole = jnp.where(present[None, :], parts, jnp.nan)  # group_relative gives 0 where a part is absent
     normalised = jax.vmap(lambda part: group_relative(part, group_size=group_size, epsilon=epsilon))(whole)
     return _standardize((weights[:, None] * normalised).sum(0), present, epsilon)
 

@@ -27,7 +27,7 @@ from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.settings import DataSettings
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings
-from grpo_jax.tasks import OpenTask, Task, check_known
+from grpo_jax.tasks import Asked, OpenTask, Task, check_known
 from grpo_jax.types import Rollout
 
 SETS_OF_A_BLOCK = 4
@@ -100,7 +100,7 @@ def collect(
     run: Run,
     mesh: Mesh,
     *,
-    held_out: bool,
+    asked: Asked,
     skip: int = 0,
     most: int | None = None,
     check: Callable[[Sequence[Problem]], None] = lambda problems: None,
@@ -113,7 +113,7 @@ def collect(
         config: what is asked, of whom, and how it is scored.
         run: whose folder it goes to; ``provenance.json`` beside it says what it was drawn from.
         mesh: how devices are used.
-        held_out: whether the held-out problems are asked, or those to train on.
+        asked: the problems: those to train on, those that training would hold out, or all that an evaluation is of.
         skip: problems that are passed over, the first ones.
         most: how many problems are asked of those that follow; None for all.
         check: called with what will be asked, before anything is drawn; it may raise.
@@ -133,17 +133,17 @@ def collect(
         max_completion_length=config.completion_length,
         mesh=mesh,
         dtype=config.compute_dtype,
-        scores_held_out=held_out,
+        asked=asked,
     )
     start = config.start(run, config.seed)
     policy = config.as_sampled(config.load(start, mesh))
-    task.encode(policy, embedded=config.model is None, max_prompt_length=config.prompt_length)
-    problems = task.held_out if held_out else task.problems
+    task.encode(policy, max_prompt_length=config.prompt_length)
+    problems = task.problems if asked == "training" else task.held_out
     places = range(len(problems))[skip:][:most]
     if not places:
         raise ValueError(f"there are {len(problems)} problems, and {skip} are passed over; nothing is left to ask")
     check([problems.problems[place] for place in places])
-    check_provenance(config, run, start, [problems.texts[place] for place in places])
+    check_provenance(config, run, start, task.prompt_format, [problems.texts[place] for place in places])
 
     size = SETS_OF_A_BLOCK * config.num_prompts
     blocks = [places[first : first + size] for first in range(0, len(places), size)]
@@ -182,7 +182,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / PROVENANCE).read_text())
 
 
-def check_provenance(config: CollectSettings, run: Run, start: str, texts: Sequence[str]) -> None:
+def check_provenance(
+    config: CollectSettings, run: Run, start: str, prompt_format: Mapping[str, Any], texts: Sequence[str]
+) -> None:
     """Write down what completions are drawn from, or see that it is what was written down before.
 
     Raises:
@@ -195,6 +197,7 @@ def check_provenance(config: CollectSettings, run: Run, start: str, texts: Seque
             "seed": config.seed,
             "sampling": dataclasses.asdict(config.sampling),
             "dataset": config.data.dataset,
+            "prompt_format": prompt_format,
             "prompts": hashlib.sha256("\0".join(texts).encode("utf-8", "backslashreplace")).hexdigest()[:16],
         }
     )

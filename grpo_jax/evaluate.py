@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.rewards.answer import canonical_answer, extract_answer, same_text
-from grpo_jax.rewards.compose import RewardFn, Scores, as_graded
+from grpo_jax.rewards.compose import RewardFn, Scores, score_with
 from grpo_jax.types import Rollout
 
 RESAMPLES = 9999
@@ -271,7 +271,7 @@ def held_out(
             raise ValueError(f"held-out problem {place} was drawn for twice")
         texts = decode(completions)
         columns = reward_columns([problems.problems[place]], group_size=group_size)
-        graded = as_graded(reward([problems.texts[place]] * group_size, texts, **columns), texts)
+        graded = score_with("accuracy", reward, [problems.texts[place]] * group_size, texts, columns)
         scores[place] = [each.score for each in graded]
         answers[place] = [extract_answer(text, problems.texts[place]) for text in texts]
         lengths.append(np.asarray(completions.completion_mask).sum(1))

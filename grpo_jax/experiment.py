@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import models
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.tokenizers import stop_ids
 from grpo_jax.monitor.metrics import read_jsonl, to_json
 from grpo_jax.rollout import Sampler
 from grpo_jax.run import Run, Stopped, claim_folder, keep_programs
@@ -161,19 +163,29 @@ class PolicySettings(ModelSettings):
         )
 
     def as_sampled(self, policy: models.Pretrained) -> models.Pretrained:
-        """The policy as it is sampled from here: with the configuration's stop tokens among its ending ones.
+        """The policy with the configuration's stop tokens among those that end a sequence.
 
         Raises:
-            ValueError: a stop token that is none, or more tokens than the model has positions.
+            ValueError: a stop token that is not one token of the model, or more tokens than the model has positions.
         """
-        assert policy.tokenizer is not None
-        known = policy.tokenizer.get_vocab()
-        unknown = [token for token in self.stop_tokens if token not in known]
-        if unknown:
-            raise ValueError(f"stop_tokens: {unknown} are no tokens of {self.model or 'the embedded base'}")
-        eos_ids = dict.fromkeys([*policy.eos_ids, *(known[token] for token in self.stop_tokens)])
         check_length(self.prompt_length + self.completion_length, policy, "max_prompt_length + max_completion_length")
-        return replace(policy, eos_ids=tuple(eos_ids))
+        return with_stop_tokens(policy, self.stop_tokens)
+
+
+def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> models.Pretrained:
+    """The model with more tokens among those that end a sequence.
+
+    Args:
+        model: with a tokenizer.
+        stop_tokens: each one token of its tokenizer, such as ``<|im_end|>``.
+
+    Raises:
+        ValueError: one is not, or has no row in the embedding.
+    """
+    if not stop_tokens:
+        return model
+    more = stop_ids(model.tokenizer, stop_tokens, model.config.vocab_size)
+    return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
@@ -295,16 +307,25 @@ def small_base(run: Run, recipe: Recipe) -> str:
 
 
 def save_trained(
-    run: Run, params: Params, like: models.Pretrained, *, steps: int, summary: Mapping[str, Any] = MappingProxyType({})
+    run: Run,
+    params: Params,
+    like: models.Pretrained,
+    *,
+    steps: int,
+    summary: Mapping[str, Any] = MappingProxyType({}),
+    prompt_format: Mapping[str, Any] | None = None,
 ) -> None:
     """Save what was trained as a Hugging Face folder, ``model``, and sum the run up.
+
+    Its ``eos_token_id`` names every token that ended a sequence in training.
 
     Args:
         run: its first and its last row with figures under ``eval/`` are those before and after.
         params: what was trained.
-        like: the model they came from, for its configuration and tokenizer.
+        like: the model they came from, for its configuration, tokenizer and ending tokens.
         steps: how many were taken.
         summary: what is to be told besides.
+        prompt_format: how the prompts it was trained on were made; becomes the folder's ``prompt_format.json``.
     """
     folder = run.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before the summary
@@ -314,6 +335,8 @@ def save_trained(
         hf_config=like.hf_config,
         tokenizer=like.tokenizer,
         generation_config=like.generation_config,
+        prompt_format=prompt_format,
+        eos_ids=like.eos_ids,
     )
     rows = [row for row in read_jsonl(run.metrics_log.path) if any(name.startswith("eval/") for name in row)]
     before, after = rows[0], rows[-1]
@@ -382,17 +405,27 @@ def check_divides(count: int, mesh: Mesh, name: str) -> None:
 def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
     """A step's metrics: over its updates, the largest of what is a maximum and the mean of the rest."""
     values = {name: [float(update[name]) for update in updates] for name in updates[0]}
-    return {name: max(each) if name.endswith("/max") else sum(each) / len(each) for name, each in values.items()}
+    return {
+        # NumPy's maximum of NaN is NaN; Python's depends on the order.
+        name: float(np.max(each)) if name.endswith("/max") else sum(each) / len(each)
+        for name, each in values.items()
+    }
 
 
 def check_finite(metrics: Mapping[str, float], step: int, run: Run) -> None:
-    """Stop a run whose gradient, or whose critic's, is not finite before anything of the step is saved.
+    """Stop a run whose updates gave a loss, gradient or other metric that is not finite, before the step is saved.
+
+    Args:
+        metrics: those of the step's updates.
+        step: its number.
+        run: whose complete checkpoints the error lists.
 
     Raises:
-        FloatingPointError: one is not; says which checkpoints are whole.
+        FloatingPointError: a metric is NaN or infinite.
     """
-    if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("grad_norm")):
+    broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if broken:
         raise FloatingPointError(
-            f"step {step}: the gradient is not finite ({dict(metrics)}). Nothing of this step was saved; "
-            f"complete checkpoints: {run.checkpoints.steps()}"
+            f"step {step}: {', '.join(f'{name} is {value}' for name, value in broken.items())}. Nothing of this step "
+            f"was saved; complete checkpoints: {run.checkpoints.steps()}"
         )

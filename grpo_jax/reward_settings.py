@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.models import from_pretrained
-from grpo_jax.rewards.compose import RewardFn, Scores, weighted
+from grpo_jax.reward_model_input import reward_model_reader
+from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
 from grpo_jax.rewards.format import format_reward, pattern_reward
 from grpo_jax.rewards.language import language_reward, language_share
 from grpo_jax.rewards.learned import LearnedReward
@@ -64,8 +65,14 @@ class RewardSettings:
     your own, one more than there are processors otherwise."""
     reward_deadline: float = 30.0
     """Seconds for one completion and one reward."""
+    reward_batch_deadline: float = 300.0
+    """Seconds for one call of a reward of your own with a whole batch, as it is called unless it is declared
+    per_sample."""
     reward_memory: int = 4 << 30
     """Bytes of memory for each of those processes."""
+    reward_abstain: Literal["skip", "absent"] = "skip"
+    """What None from a reward of your own means. skip: the other rewards are summed, as in TRL; absent: the completion
+    has no reward and is left out of the update."""
 
     def __post_init__(self):
         for text in self.reward:
@@ -74,8 +81,9 @@ class RewardSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if not self.reward_deadline > 0:
-            raise ValueError(f"reward_deadline is {self.reward_deadline}; it must be above 0")
+        for name in ("reward_deadline", "reward_batch_deadline"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.language_weight and self.target_language is None:
             raise ValueError("language_weight is set, but no target_language")
         if self.target_language is not None:
@@ -106,6 +114,8 @@ class RewardSettings:
         needs_pool: bool,
         mesh: Mesh | None = None,
         dtype: Any = jnp.float32,
+        today: str | None = None,
+        show: Callable[[str], None] = print,
     ) -> Scoring:
         """The rewards, ready to score.
 
@@ -116,6 +126,8 @@ class RewardSettings:
             needs_pool: whether accuracy may hang or fail, so that by default it runs in processes of its own.
             mesh: that a reward model is split over.
             dtype: the precision a reward model computes in.
+            today: the date on which the run began, for the chat template of a reward model.
+            show: called with each line that a reward in a process of its own prints.
 
         Raises:
             ValueError: a reward cannot be imported or loaded, two have one name, or nothing has a weight.
@@ -143,6 +155,7 @@ class RewardSettings:
             if short in (*rewards, "judge", "reward_model"):
                 raise ValueError(f"two rewards are named {short!r}; name yours otherwise than {[*rewards, 'judge']}")
             rewards[short], weights[short] = import_reward(name), weight
+        own = [name.rpartition(":")[2] for name, _ in map(read_weighted, self.reward)]
         judge = None
         if self.judge is not None:
             judge = "judge"
@@ -151,7 +164,11 @@ class RewardSettings:
             judge = "reward_model"
         elif not self.accuracy_weight:
             judge = "accuracy"
-        learned = None if self.reward_model is None else load_reward_model(self.reward_model, mesh=mesh, dtype=dtype)
+        learned = (
+            None
+            if self.reward_model is None
+            else load_reward_model(self.reward_model, mesh=mesh, dtype=dtype, today=today)
+        )
         own_code = bool(self.reward or self.judge or self.format_pattern)
         by_default = default_workers() if needs_pool or own_code else 0
         workers = by_default if self.reward_workers is None else self.reward_workers
@@ -164,8 +181,13 @@ class RewardSettings:
             gates={"accuracy": "format"} if self.gate_on_format else {},
             clip=self.clip_reward,
             workers=workers,
-            deadline=self.reward_deadline,
-            memory_bytes=self.reward_memory,
+            may_abstain=own if self.reward_abstain == "skip" else (),
+            pool={
+                "deadline": self.reward_deadline,
+                "batch_deadline": self.reward_batch_deadline,
+                "memory_bytes": self.reward_memory,
+                "show": show,
+            },
         )
 
 
@@ -189,8 +211,8 @@ class Scoring:
         gates: Mapping[str, str],
         clip: tuple[float, float] | None,
         workers: int,
-        deadline: float,
-        memory_bytes: int,
+        pool: Mapping[str, Any],
+        may_abstain: Collection[str] = (),
     ):
         self.judge = judge
         self.weights = {name: weight for name, weight in weights.items() if weight}
@@ -198,12 +220,13 @@ class Scoring:
         with ExitStack() as stack:
             self._pool = self._held_out_pool = None
             if workers:
-                sizes = {"workers": workers, "deadline": deadline, "memory_bytes": memory_bytes}
-                self._pool = stack.enter_context(RewardPool(rewards, **sizes))
-                self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, **sizes))
+                self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
+                self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
             whole = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
-            self.score: Callable[..., Scores] = weighted(whole, weights, gates=gates, clip=clip)
+            self.score: Callable[..., Scores] = weighted(
+                whole, weights, gates=gates, clip=clip, may_abstain=may_abstain
+            )
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Scoring:
@@ -228,7 +251,7 @@ class Scoring:
             self._held_out_pool.probe("", "", held_out_columns)
         else:
             self.score([""], [""], **{name: [value] for name, value in columns.items()})
-            self.held_out([""], [""], **{name: [value] for name, value in held_out_columns.items()})
+            score_with(HELD_OUT, self.held_out, [""], [""], {name: [value] for name, value in held_out_columns.items()})
 
     def as_drawn(
         self,
@@ -271,8 +294,16 @@ class Scoring:
         return [fault for pool in pools for fault in pool.take_faults()]
 
 
-def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any) -> LearnedReward:
+def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any, today: str | None = None) -> LearnedReward:
     """A reward model from a checkpoint, laid out on the mesh.
+
+    It reads prompts in the format that it was trained on, whatever the policy's is; see ``reward_model_reader``.
+
+    Args:
+        name_or_folder: a Hugging Face id or local folder.
+        mesh: that it is laid out on; None for one device.
+        dtype: the precision it computes in.
+        today: the date for its chat template where it was not trained with one; None is today.
 
     Raises:
         ValueError: it has no tokenizer or no scalar head; and as ``models.from_pretrained``.
@@ -286,8 +317,8 @@ def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any) -> 
         loaded.model,
         loaded.params,
         loaded.tokenizer,
+        encode=reward_model_reader(loaded, today=today),
         max_length=loaded.model.max_length or 4096,
         batch_size=parts * max(1, 32 // parts),
-        eos_id=loaded.eos_ids[0],
         mesh=mesh,
     )

@@ -177,6 +177,11 @@ class Rounds:
         self.params: Params | None = policy.params
         self.policy: models.Pretrained = replace(policy, params=None)
 
+    @property
+    def prompt_format(self) -> dict[str, Any]:
+        """How prompts are made, for the exported model; of a mixture, those of the first task."""
+        return self._tasks[0].prompt_format
+
     def take_params(self) -> Params:
         """The parameters to start with; nothing else holds them then."""
         params, self.params = self.params, None
@@ -396,7 +401,6 @@ class Rounds:
         for task in self._tasks:
             task.encode(
                 policy,
-                embedded=self._config.model is None,
                 max_prompt_length=self._config.prompt_length,
                 first=first,
                 first_held_out=first_held_out,

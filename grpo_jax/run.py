@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from grpo_jax.monitor.summary import closing_line
 from grpo_jax.monitor.trackers import Tracker, open_trackers
 from grpo_jax.rewards.pool import Fault
 
+BEGUN = "begun.txt"
 PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 
@@ -123,6 +125,11 @@ class Run:
     def seconds(self) -> float:
         """Wall time spent in this run, that of the processes it is resumed from included."""
         return self._earlier_seconds + time.monotonic() - self._started
+
+    @property
+    def begun(self) -> str:
+        """The date on which the run began, such as "2026-11-27"; the same in every process that goes on with it."""
+        return (self.folder / BEGUN).read_text().strip()
 
     @property
     def is_finished(self) -> bool:
@@ -264,6 +271,9 @@ class claim_folder:  # noqa: N801 - used as a function
                     f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
                     "run with what it was started with:\n  " + "\n  ".join(different)
                 )
+        begun = folder / BEGUN
+        if not begun.exists() or not has_results(folder):
+            write_atomically(begun, f"{date.today().isoformat()}\n".encode())
         write_atomically(known, json.dumps(settings, indent=2).encode() + b"\n")
 
     def __enter__(self) -> None: ...
@@ -274,7 +284,7 @@ class claim_folder:  # noqa: N801 - used as a function
 
 def has_results(folder: Path) -> bool:
     """Whether anything was computed in a run's folder: a run that failed before that may be started differently."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", ".lock")]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", BEGUN, ".lock")]
     return any(path.stat().st_size for path in files)
 
 

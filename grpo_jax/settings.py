@@ -15,12 +15,17 @@ from jaxtyping import Array, Float
 from grpo_jax import loss
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.errands import ERRANDS, MOST_ERRANDS, errand_problems, errand_reward, sample_errands
-from grpo_jax.data.prompts import Overlong
+from grpo_jax.data.files import split_names
+from grpo_jax.data.notes import DataNotes, prompt_key
+from grpo_jax.data.prompts import Overlong, Rendering
 from grpo_jax.data.reasoning_gym import reasoning_gym_problems
-from grpo_jax.data.sources import Problem, load_problems
+from grpo_jax.data.sources import OTHER_ANSWERS, Problem, load_problems
 from grpo_jax.data.tasks import sample_sums, sum_problems
+from grpo_jax.prompt_settings import PromptSettings
 from grpo_jax.rewards.answer import answer_reward, gold_answer, same_text
-from grpo_jax.rewards.code import code_reward, readable_tests
+from grpo_jax.rewards.any_answer import any_answer_reward
+from grpo_jax.rewards.code import code_reward
+from grpo_jax.rewards.code_tests import why_untestable
 from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.rewards.math import math_reward, same_answers
 from grpo_jax.rewards.read_math import read_answer
@@ -44,6 +49,7 @@ KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
 LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 REASONING_GYM = "reasoning-gym:"
 GENERATED_PROBLEMS = 4096
+DEFAULT_HELD_OUT = 256
 HELD_OUT_SEED = 1_000_003
 Row = TypeVar("Row")
 
@@ -185,32 +191,29 @@ class PolicyLossSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(PromptSettings):
     """Problems to train on, problems held out, and how they become prompts."""
 
     dataset: str | None = None
-    """Hugging Face id, a .jsonl or .parquet file, a folder of them, or reasoning-gym:TASK. Default: built-in sums."""
+    """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, or reasoning-gym:TASK.
+    Default: built-in sums."""
     subset: str | None = None
-    """Configuration of a hub dataset, where it has several."""
+    """Configuration of a hub dataset or folder, where it has several."""
     split: str | None = None
     """Split to train on; by default 'train' where there are splits."""
     eval_dataset: str | None = None
-    """Where held-out problems come from. Default: the dataset's own split, or a tenth of a single file, or the
-    built-in sums that are held out."""
+    """Where held-out problems come from. Default: the dataset's own split, or a tenth of it where it has one split, or
+    the built-in sums that are held out."""
     eval_split: str | None = None
-    """Their split; by default 'test' where there are splits."""
-    eval_problems: int = 256
-    """How many of them."""
+    """Their split; by default 'test' where there are splits, or else 'validation'."""
+    eval_problems: int | None = DEFAULT_HELD_OUT
+    """How many of them at most; None for all."""
     prompt_column: str | None = None
-    """Column with the question; found by itself where it has a usual name."""
+    """Column with the question, or a path such as extra_info.question; found by itself where it has a usual name."""
     answer_column: str | None = None
-    """Column with the gold answer; likewise."""
-    chat_template: bool = False
-    """Render prompts with the tokenizer's chat template instead of the plain one."""
-    template: str | None = None
-    """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
-    system_prompt: str | None = None
-    """A system message; with --chat-template only."""
+    """Column with the gold answer, or a path such as reward_model.ground_truth; likewise."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read, and count them; otherwise the first one is an error."""
     grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
     """What tells a right answer: exact (numbers by value, other texts as they stand), math (mathematics that is equal),
     code (programs, by the column tests). auto: code where there are tests, math elsewhere, exact for the built-in sums;
@@ -224,20 +227,15 @@ class DataSettings:
     """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
 
     def __post_init__(self):
+        PromptSettings.__post_init__(self)
         if not self.program_seconds > 0:
             raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
         if self.grader == "none" and (self.dataset is None or self.dataset == ERRANDS):
             raise ValueError("grader is none, and the built-in problems have answers; name a dataset")
         if self.partial_credit and (self.dataset is None or self.grader not in ("auto", "code")):
             raise ValueError("partial_credit scores programs by their tests; these problems have none")
-        if self.eval_problems < 1:
+        if self.eval_problems is not None and self.eval_problems < 1:
             raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
-        if self.chat_template and self.template is not None:
-            raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
-        if self.template is not None and "{question}" not in self.template:
-            raise ValueError(f"template must hold {{question}} where the prompt goes; it is {self.template!r}")
-        if self.system_prompt is not None and not self.chat_template:
-            raise ValueError("system_prompt needs chat_template; with a plain template, write its text into that")
 
     @property
     def same(self) -> Callable[[str, str], bool]:
@@ -245,42 +243,84 @@ class DataSettings:
         is_text = self.dataset in (None, ERRANDS) or self.dataset.startswith(REASONING_GYM)
         return same_text if is_text or self.grader not in ("auto", "math") else same_answers
 
-    def load(self, seed: int) -> tuple[list[Problem], list[Problem], RewardFn, RewardFn]:
+    def load(
+        self, seed: int, notes: DataNotes | None = None
+    ) -> tuple[list[Problem], list[Problem], RewardFn, RewardFn]:
         """Problems to train on, problems held out, and the reward that tells a right answer, for each of the two.
 
-        No held-out problem has the prompt of one that is trained on: those that do are not held out.
+        No held-out problem has the prompt of one that is trained on, case and blanks aside.
+
+        Args:
+            seed: of generated problems.
+            notes: filled in with skipped rows, duplicates, leaks and the held-out share.
 
         Raises:
             ValueError: no problem is left to hold out; and as ``load_problems`` and ``reasoning_gym_problems``.
         """
+        notes = DataNotes() if notes is None else notes
         if self.dataset is None:
             problems, reward = (
                 self._sums(np.random.default_rng(seed), GENERATED_PROBLEMS, held_out=False),
                 answer_reward,
             )
         else:
-            problems, reward = self._read(self.dataset, self.split, GENERATED_PROBLEMS, seed)
-        held_out_reward = reward
-        source = self.eval_dataset or self.dataset
+            problems, reward = self._read(self.dataset, self.split, GENERATED_PROBLEMS, seed, notes)
+            if not is_generated(self.dataset):
+                notes.note_duplicates([*map(key_of, problems)], [problem.answer for problem in problems])
+        source, split = self.eval_dataset or self.dataset, self.eval_split
+        if source is not None and split is None:
+            split = default_split(source, self.subset, but=self.split or "train" if source == self.dataset else None)
         if source is None:
-            held_out = self._sums(np.random.default_rng(HELD_OUT_SEED), self.eval_problems, held_out=True)
-        elif source == self.dataset and is_file(source):
-            problems, held_out = hold_out(
-                problems, self.eval_problems, key=lambda problem: str(problem.prompt), source=source
-            )
+            held_out, held_out_reward = self._held_out_sums(), reward
+        elif source == self.dataset and split is None:
+            rows = len(problems)
+            problems, held_out = hold_out(problems, self.eval_problems, key=key_of, source=source)
+            held_out_reward = reward
+            notes.note_division(rows, len(held_out), source)
         else:
-            split = self.eval_split or (None if is_file(source) else "test")
-            held_out, held_out_reward = self._read(source, split, 2 * self.eval_problems, HELD_OUT_SEED)
-            # A sample of them: many data sets are sorted by subject or level.
-            order = np.random.default_rng(HELD_OUT_SEED).permutation(len(held_out))
-            held_out = [held_out[i] for i in order]
-        trained_on = {str(problem.prompt) for problem in problems}
-        held_out = [problem for problem in held_out if str(problem.prompt) not in trained_on]
+            held_out, held_out_reward = self._sample(source, split, notes)
+        held_out = notes.without_leaks(held_out, map(key_of, held_out), map(key_of, problems))
         if not held_out:
             raise ValueError(
                 f"every held-out problem of {source} is also trained on; name others with eval_dataset or eval_split"
             )
         return problems, held_out[: self.eval_problems], reward, held_out_reward
+
+    def load_for_evaluation(self, notes: DataNotes | None = None) -> tuple[list[Problem], RewardFn]:
+        """The problems of an evaluation and their reward: those of the source of held-out problems, nothing left out.
+
+        A data set with one split or file is evaluated on all of it, up to ``eval_problems``; one with several on its
+        ``eval_split``, or else ``split``, or else the one that training would hold out.
+
+        Args:
+            notes: filled in with skipped rows, duplicates and how many of the problems are evaluated.
+
+        Raises:
+            ValueError: as ``load``.
+        """
+        notes = DataNotes() if notes is None else notes
+        source = self.eval_dataset or self.dataset
+        if source is None:
+            return self._held_out_sums(), answer_reward
+        named = self.eval_split or (self.split if source == self.dataset else None)
+        problems, reward = self._sample(source, named or default_split(source, self.subset), notes)
+        if not is_generated(source):
+            notes.note_duplicates([*map(key_of, problems)], [problem.answer for problem in problems])
+        return problems[: self.eval_problems], reward
+
+    def _sample(self, source: str, split: str | None, notes: DataNotes) -> tuple[list[Problem], RewardFn]:
+        """The problems of a split, shuffled where a part of them is taken: many are sorted by subject or level."""
+        generated = 2 * (self.eval_problems or DEFAULT_HELD_OUT)
+        problems, reward = self._read(source, split, generated, HELD_OUT_SEED, notes)
+        evaluated = min(len(problems), self.eval_problems or len(problems))
+        if not is_generated(source):
+            where = source if split is None else f"{source} ({split})"
+            notes.counts |= {"evaluation_rows": len(problems), "evaluated": evaluated}
+            notes.remarks.append(f"{evaluated} of {len(problems)} problems of {where} are for evaluation")
+        if evaluated == len(problems):
+            return problems, reward
+        order = np.random.default_rng(HELD_OUT_SEED).permutation(len(problems))
+        return [problems[i] for i in order], reward
 
     def encode(
         self,
@@ -289,7 +329,7 @@ class DataSettings:
         *,
         pad_id: int,
         max_prompt_length: int,
-        default_template: str,
+        rendering: Rendering,
         first_index: int = 0,
     ) -> EncodedProblems:
         """The problems as prompts of token ids; see ``EncodedProblems`` for what it raises."""
@@ -300,9 +340,12 @@ class DataSettings:
             pad_id=pad_id,
             overlong=self.overlong_prompts,
             first_index=first_index,
-            template=None if self.chat_template else self.template or default_template,
-            system_prompt=self.system_prompt,
+            **rendering,
         )
+
+    def _held_out_sums(self) -> list[Problem]:
+        rng = np.random.default_rng(HELD_OUT_SEED)
+        return self._sums(rng, self.eval_problems or DEFAULT_HELD_OUT, held_out=True)
 
     def _sums(self, rng: np.random.Generator, count: int, *, held_out: bool) -> list[Problem]:
         recipe = Recipe()
@@ -311,24 +354,32 @@ class DataSettings:
         )
 
     def _errands(self, rng: np.random.Generator, *, held_out: bool) -> list[Problem]:
-        return errand_problems(sample_errands(rng, self.eval_problems if held_out else MOST_ERRANDS, held_out=held_out))
+        count = (self.eval_problems or DEFAULT_HELD_OUT) if held_out else MOST_ERRANDS
+        return errand_problems(sample_errands(rng, count, held_out=held_out))
 
-    def _read(self, source: str, split: str | None, size: int, seed: int) -> tuple[list[Problem], RewardFn]:
+    def _read(
+        self, source: str, split: str | None, size: int, seed: int, notes: DataNotes
+    ) -> tuple[list[Problem], RewardFn]:
         if self.partial_credit and (source.startswith(REASONING_GYM) or source == ERRANDS):
             raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
         if source.startswith(REASONING_GYM):
             return reasoning_gym_problems(source.removeprefix(REASONING_GYM), size=size, seed=seed)
         if source == ERRANDS:
             return self._errands(np.random.default_rng(seed), held_out=split == "test"), errand_reward
-        load = partial(
-            load_problems,
-            source,
-            split=split,
-            subset=self.subset,
-            prompt_column=self.prompt_column,
-            answer_column=self.answer_column,
-        )
-        problems = load(require_answer=False)
+        try:
+            problems = load_problems(
+                source,
+                split=split,
+                subset=self.subset,
+                prompt_column=self.prompt_column,
+                answer_column=self.answer_column,
+                require_answer=self.grader not in ("none", "code"),
+                skipped=notes.skipped if self.skip_bad_rows else None,
+            )
+        except KeyError as error:
+            if "answer" not in str(error):
+                raise
+            raise KeyError(f"{error.args[0]}. Where a reward model judges, set grader to none") from None
         if self.grader == "none":
             return problems, ungraded
         has_tests = "tests" in problems[0].columns
@@ -337,17 +388,14 @@ class DataSettings:
             raise ValueError(
                 f"{source} has no column tests, which the grader code needs; it has {[*problems[0].columns]}"
             )
-        if grader != "code" and problems[0].answer is None:
-            try:
-                load()  # says which columns there are
-            except KeyError as error:
-                raise KeyError(f"{error.args[0]}. Where a reward model judges, set grader to none") from None
         if grader != "code" and self.partial_credit:
             raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
         check_gold(problems, grader, source)
         if grader == "code":
             limits = Limits(seconds=self.program_seconds, wall_seconds=3 * self.program_seconds)
             return problems, partial(code_reward, partial_credit=self.partial_credit, limits=limits)
+        if any(OTHER_ANSWERS in problem.columns for problem in problems):
+            return problems, partial(any_answer_reward, grader=GRADERS[grader])
         return problems, GRADERS[grader]
 
 
@@ -356,14 +404,38 @@ def ungraded(prompts: list[str], completions: list[str], **_columns: object) -> 
     return [None] * len(completions)
 
 
-def hold_out(rows: list[Row], most: int, *, key: Callable[[Row], str], source: str) -> tuple[list[Row], list[Row]]:
-    """Divide rows into those that are learnt from and a tenth, at most ``most``, that is held out; always the same one.
+def key_of(problem: Problem) -> str:
+    """The key that tells problems apart; see ``notes.prompt_key``."""
+    return prompt_key(problem.prompt)
+
+
+def is_generated(source: str) -> bool:
+    """Whether a data source is generated rather than read."""
+    return source.startswith(REASONING_GYM) or source == ERRANDS
+
+
+def default_split(source: str, subset: str | None, but: str | None = None) -> str | None:
+    """The split of a source for evaluation, "test" or else "validation"; None where it has neither.
+
+    Args:
+        source: a file, a folder, a data set on the hub, or one that is generated.
+        subset: of a folder or of a data set on the hub.
+        but: a split that is used otherwise.
+    """
+    names = ["test"] if is_generated(source) else [name for name in split_names(source, subset) if name != but]
+    return next((name for name in ("test", "validation") if name in names), None)
+
+
+def hold_out(
+    rows: list[Row], most: int | None, *, key: Callable[[Row], str], source: str
+) -> tuple[list[Row], list[Row]]:
+    """Divide rows into those that are trained on and a tenth that is held out; always the same one.
 
     Rows with one key stay together.
 
     Args:
         rows: all of them.
-        most: rows that are held out.
+        most: rows that are held out at most; None for no other limit.
         key: what tells rows apart, such as their prompt.
         source: where they come from, for the error.
 
@@ -377,7 +449,8 @@ def hold_out(rows: list[Row], most: int, *, key: Callable[[Row], str], source: s
             "eval_dataset or eval_split"
         )
     order = np.random.default_rng(HELD_OUT_SEED).permutation(len(keys))
-    chosen = {keys[n] for n in order[: min(most, len(keys) // 10)]}
+    count = len(keys) // 10 if most is None else min(most, len(keys) // 10)
+    chosen = {keys[n] for n in order[:count]}
     return [row for row in rows if key(row) not in chosen], [row for row in rows if key(row) in chosen][:most]
 
 
@@ -389,7 +462,7 @@ def check_gold(problems: list[Problem], grader: str, source: str) -> None:
     """
     first = problems[:100]
     if grader == "code":
-        unread = [problem.columns.get("tests") for problem in first if not readable_tests(problem.columns.get("tests"))]
+        unread = [problem.columns.get("tests") for problem in first if why_untestable(problem.columns.get("tests"))]
     elif grader == "math":
         gold = [problem.answer or "" for problem in first]
         unread = [each for each in gold if read_answer(gold_answer(each)) is None]
@@ -400,8 +473,3 @@ def check_gold(problems: list[Problem], grader: str, source: str) -> None:
             f"of the first {len(first)} problems of {source} the grader {grader} cannot read {len(unread)}, such as "
             f"{unread[0]!r:.200}; choose another grader or answer_column"
         )
-
-
-def is_file(source: str) -> bool:
-    """Whether a data source is named as a single file."""
-    return source.endswith((".jsonl", ".parquet"))

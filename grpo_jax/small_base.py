@@ -18,7 +18,7 @@ import numpy as np
 
 from grpo_jax.data.errands import careless_reply, sample_errands
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.data.tasks import VOCABULARY, Sum, blurted, make_tokenizer, sample_sums, worked
+from grpo_jax.data.tasks import PLAIN, VOCABULARY, Sum, blurted, make_tokenizer, sample_sums, worked
 from grpo_jax.loss import supervised_loss
 from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.sharding import make_mesh, replicated
@@ -50,6 +50,8 @@ HF_CONFIG: Mapping[str, Any] = {
     "dtype": "float32",
 }
 """Of the default; ``Recipe.hf_config`` is that of any."""
+PROMPT_FORMAT: Mapping[str, str] = {"kind": "plain", "template": PLAIN}
+"""The bare question, as the corpus has it."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ def make_base(
         state, metrics = train_step(state, batch)
         if report is not None:
             report(step, {name: float(value) for name, value in metrics.items()})
-    save_pretrained(folder, state.params, hf_config=recipe.hf_config, tokenizer=make_tokenizer())
+    save_pretrained(
+        folder, state.params, hf_config=recipe.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
+    )
 
 
 def corpus(recipe: Recipe) -> Iterator[Batch]:

@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.errands import ERRANDS
-from grpo_jax.data.prompts import R1_ZERO
+from grpo_jax.data.notes import DataNotes
+from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.sources import Problem, reward_columns
-from grpo_jax.data.tasks import PLAIN
+from grpo_jax.data.turns import check_turn_end
 from grpo_jax.models import Pretrained
 from grpo_jax.monitor.metrics import to_json
+from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.reward_settings import RewardSettings, Scoring
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rewards.pool import Fault
@@ -30,6 +32,8 @@ from grpo_jax.settings import DataSettings
 
 TASK = "mixture/task"
 """The column that tells which task of a mixture a row is of; no data set has one of this name."""
+Asked = Literal["training", "held_out", "evaluation"]
+"""Problems of a task that completions are sampled for."""
 OF_COMPLETIONS = ("completion_length", "truncated")
 """Columns that are of no problem but of what was drawn for it."""
 
@@ -189,6 +193,7 @@ class OpenTask:
         scoring: what scores completions; left with the run.
         is_graded: whether anything tells a right completion.
         same: whether two answers are the same for a majority vote.
+        prompt_format: how prompts are made, once ``encode`` was called; see ``data.prompt_format``.
 
     Args:
         task: which.
@@ -197,7 +202,8 @@ class OpenTask:
         max_completion_length: in tokens.
         mesh: that a reward model is split over.
         dtype: the precision a reward model computes in.
-        scores_held_out: whether it is the held-out problems whose completions ``scoring.score`` will get.
+        asked: the problems whose completions ``scoring.score`` will get: those to train on, those held out from them,
+            or those of ``DataSettings.load_for_evaluation``, which are then ``problems`` and ``held_out`` alike.
 
     Raises:
         ValueError: problems or rewards that cannot be had, or do not fit each other.
@@ -205,6 +211,7 @@ class OpenTask:
 
     problems: EncodedProblems
     held_out: EncodedProblems
+    prompt_format: dict[str, Any]
 
     def __init__(
         self,
@@ -215,42 +222,54 @@ class OpenTask:
         max_completion_length: int,
         mesh: Mesh,
         dtype: Any,
-        scores_held_out: bool = False,
+        asked: Asked = "training",
     ):
         self.name, self._task, self._run = task.name, task, run
         self.is_graded = task.data.grader != "none"
         self.same = task.data.same
         if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
             raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
-        self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed)
+        notes = DataNotes()
+        if asked == "evaluation":
+            self._problems, accuracy = task.data.load_for_evaluation(notes)
+            self._held_out, held_out_accuracy = self._problems, accuracy
+        else:
+            self._problems, self._held_out, accuracy, held_out_accuracy = task.data.load(seed, notes)
+        notes.report(run.say, run.folder / ("data.json" if task.name is None else f"data-{task.name}.json"))
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
         self.scoring: Scoring = run.enter(
             task.rewards.open(
-                held_out_accuracy if scores_held_out else accuracy,
+                accuracy if asked == "training" else held_out_accuracy,
                 held_out_accuracy,
                 max_completion_length=max_completion_length,
                 needs_pool=task.data.dataset not in (None, ERRANDS),
                 mesh=mesh,
                 dtype=dtype,
+                today=run.begun,
+                show=run.say,
             )
         )
-        scored = self._held_out if scores_held_out else self._problems
+        scored = self._problems if asked == "training" else self._held_out
         self.scoring.probe(_first_row(scored), _first_row(self._held_out))
 
-    def encode(
-        self, policy: Pretrained, *, embedded: bool, max_prompt_length: int, first: int = 0, first_held_out: int = 0
-    ) -> None:
+    def encode(self, policy: Pretrained, *, max_prompt_length: int, first: int = 0, first_held_out: int = 0) -> None:
         """Make prompts of the problems.
 
         Args:
-            policy: whose tokens they are made of.
-            embedded: whether it is the embedded base.
+            policy: whose tokens they are made of, and whose prompt format is the default.
             max_prompt_length: in tokens.
             first, first_held_out: what the prompts' noise is counted from.
 
         Raises:
-            ValueError: as ``EncodedProblems``.
+            ValueError: as ``EncodedProblems``; and the policy does not stop where its chat template ends a turn.
         """
+        of_task = "" if self.name is None else f"{self.name}: "
+        rendering = rendering_of(
+            self._task.data, policy, say=lambda text: self._run.say(of_task + text), today=self._run.begun
+        )
+        self.prompt_format = prompt_format_of(rendering, policy.tokenizer)
+        first_problem = self._problems[0]
+        check_turn_end(policy.tokenizer, policy.eos_ids, first_problem.prompt, first_problem.columns, **rendering)
 
         def encoded(problems: list[Problem], first_index: int) -> EncodedProblems:
             found = self._task.data.encode(
@@ -258,14 +277,16 @@ class OpenTask:
                 policy.tokenizer,
                 pad_id=policy.pad_id,
                 max_prompt_length=max_prompt_length,
-                default_template=PLAIN if embedded else R1_ZERO,
+                rendering=rendering,
                 first_index=first_index,
             )
             if found.dropped:
                 self._run.say(f"{found.dropped} of {len(problems)} prompts dropped: over {max_prompt_length} tokens")
             return found
 
-        self.problems, self.held_out = encoded(self._problems, first), encoded(self._held_out, first_held_out)
+        self.problems = encoded(self._problems, first)
+        is_same = self._held_out is self._problems
+        self.held_out = self.problems if is_same else encoded(self._held_out, first_held_out)
 
 
 class MixedScoring:

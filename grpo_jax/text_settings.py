@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -17,69 +17,57 @@ from grpo_jax.data.conversations import (
     load_demonstrations,
 )
 from grpo_jax.data.errands import sample_errands, sample_preference
+from grpo_jax.data.notes import DataNotes, prompt_key
 from grpo_jax.data.preferences import EncodedPreferences, Preference, load_preferences
-from grpo_jax.data.prompts import R1_ZERO, Rendering
-from grpo_jax.data.tasks import PLAIN, sample_sums, worked
+from grpo_jax.data.prompts import Rendering
+from grpo_jax.data.tasks import sample_sums, worked
 from grpo_jax.models import Pretrained
-from grpo_jax.settings import HELD_OUT_SEED, hold_out, is_file
+from grpo_jax.prompt_settings import PromptSettings
+from grpo_jax.settings import HELD_OUT_SEED, default_split, hold_out
 from grpo_jax.small_base import Recipe
 
 Read = TypeVar("Read", Demonstration, Preference)
 
 
 @dataclass(frozen=True)
-class TextSettings:
+class TextSettings(PromptSettings):
     """Where texts come from, which are held out, and how they are put before the model."""
 
     dataset: str | None = None
-    """Hugging Face id, .jsonl or .parquet file, or folder with one file a split."""
+    """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), or a folder of them."""
     split: str | None = None
     """Split that is trained on; by default 'train' where there are splits."""
     subset: str | None = None
-    """Subset of a data set on the hub."""
+    """Subset of a folder or of a data set on the hub."""
     eval_dataset: str | None = None
     """Where held-out rows come from. Default: a tenth of the data set."""
     eval_split: str | None = None
     """Their split; by default 'test' where another data set is named that has splits."""
     eval_rows: int = 256
     """How many of them at most."""
-    chat_template: bool = False
-    """Write conversations with the tokenizer's chat template instead of the plain one."""
-    template: str | None = None
-    """Plain prompt template with {question}. Default: R1-Zero's kind; the bare question for the embedded base."""
-    system_prompt: str | None = None
-    """A system message; with --chat-template only."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read, and count them; otherwise the first one is an error."""
 
     def __post_init__(self):
+        PromptSettings.__post_init__(self)
         if self.eval_rows < 1:
             raise ValueError(f"eval_rows is {self.eval_rows}; at least 1 is held out")
-        if self.chat_template and self.template is not None:
-            raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
-        if self.template is not None and "{question}" not in self.template:
-            raise ValueError(f"template must hold {{question}} where the prompt goes; it is {self.template!r}")
-        if self.system_prompt is not None and not self.chat_template:
-            raise ValueError("system_prompt needs chat_template; with a plain template, write its text into that")
 
-    def rendering(self, *, embedded: bool) -> Rendering:
-        """The template in effect, and the system prompt."""
-        default = PLAIN if embedded else R1_ZERO
-        return {
-            "template": None if self.chat_template else self.template or default,
-            "system_prompt": self.system_prompt,
-        }
-
-    def _divided(self, load: Callable[..., list[Read]]) -> tuple[list[Read], list[Read]]:
-        """Rows to learn from and rows held out, none of which has the prompt of one that is learnt from."""
+    def _divided(self, load: Callable[..., list[Read]], notes: DataNotes) -> tuple[list[Read], list[Read]]:
+        """Rows to train on and rows held out, none of which has the prompt of one that is trained on."""
         assert self.dataset is not None
-        rows = load(self.dataset, split=self.split, subset=self.subset)
+        load = partial(load, subset=self.subset, skipped=notes.skipped if self.skip_bad_rows else None)
+        rows = load(self.dataset, split=self.split)
+        notes.note_duplicates([*map(_whole_of, rows)])
         if self.eval_dataset is None and self.eval_split is None:
-            return hold_out(rows, self.eval_rows, key=_prompt_of, source=self.dataset)
+            trained_on, held_out = hold_out(rows, self.eval_rows, key=_prompt_of, source=self.dataset)
+            notes.note_division(len(rows), len(held_out), self.dataset)
+            return trained_on, held_out
         source = self.eval_dataset or self.dataset
-        split = self.eval_split or (None if is_file(source) else "test")
-        held_out = load(source, split=split, subset=self.subset)
+        held_out = load(source, split=self.eval_split or default_split(source, self.subset))
         order = np.random.default_rng(HELD_OUT_SEED).permutation(len(held_out))
-        learnt = {_prompt_of(row) for row in rows}
-        held_out = [held_out[n] for n in order if _prompt_of(held_out[n]) not in learnt]
+        held_out = [held_out[n] for n in order]
+        held_out = notes.without_leaks(held_out, map(_prompt_of, held_out), map(_prompt_of, rows))
         if not held_out:
             raise ValueError(f"every held-out row of {source} is also trained on; name others with eval_dataset")
         return rows, held_out[: self.eval_rows]
@@ -102,8 +90,13 @@ class DemonstrationSettings(TextSettings):
     in_chinese: bool = False
     """Of the default, whether thoughts are in Chinese digits."""
 
-    def load(self, seed: int) -> tuple[list[Demonstration], list[Demonstration]]:
-        """Demonstrations to learn from, and some held out; see ``conversations.load_demonstrations`` for errors."""
+    def load(self, seed: int, notes: DataNotes | None = None) -> tuple[list[Demonstration], list[Demonstration]]:
+        """Demonstrations to train on, and some held out; see ``conversations.load_demonstrations`` for errors.
+
+        Args:
+            seed: of the embedded default's sums.
+            notes: filled in with skipped rows, duplicates, leaks and the held-out share.
+        """
         if self.dataset is None:
             demonstrated = partial(worked_sums, in_chinese=self.in_chinese)
             return (
@@ -111,15 +104,15 @@ class DemonstrationSettings(TextSettings):
                 demonstrated(np.random.default_rng(HELD_OUT_SEED), self.eval_rows, held_out=True),
             )
 
-        def load(source: str, **where: str | None) -> list[Demonstration]:
+        def load(source: str, **where: Any) -> list[Demonstration]:
             return load_demonstrations(
                 source, prompt_column=self.prompt_column, completion_column=self.completion_column, **where
             )
 
-        return self._divided(load)
+        return self._divided(load, DataNotes() if notes is None else notes)
 
     def encode(
-        self, demonstrations: Sequence[Demonstration], policy: Pretrained, *, max_length: int, embedded: bool
+        self, demonstrations: Sequence[Demonstration], policy: Pretrained, *, max_length: int, rendering: Rendering
     ) -> tuple[list[Example], int]:
         """The demonstrations as tokens, and how many were left out as too long.
 
@@ -131,7 +124,7 @@ class DemonstrationSettings(TextSettings):
             policy.tokenizer,
             eos_ids=policy.eos_ids,
             learn_from=self.learn_from,
-            **self.rendering(embedded=embedded),
+            **rendering,
         )
         fitting = [each for each in examples if len(each.token_ids) <= max_length]
         if self.long == "truncate":
@@ -154,14 +147,19 @@ class PreferenceSettings(TextSettings):
     errand_pairs: int = 2048
     """Of the default, how many pairs there are."""
 
-    def load(self, seed: int) -> tuple[list[Preference], list[Preference]]:
-        """Preferences to learn from, and some held out; see ``preferences.load_preferences`` for errors."""
+    def load(self, seed: int, notes: DataNotes | None = None) -> tuple[list[Preference], list[Preference]]:
+        """Preferences to train on, and some held out; see ``preferences.load_preferences`` for errors.
+
+        Args:
+            seed: of the embedded default's errands.
+            notes: filled in with skipped rows, duplicates, leaks and the held-out share.
+        """
         if self.dataset is None:
             return (
                 errand_preferences(np.random.default_rng(seed), self.errand_pairs, held_out=False),
                 errand_preferences(np.random.default_rng(HELD_OUT_SEED), self.eval_rows, held_out=True),
             )
-        return self._divided(load_preferences)
+        return self._divided(load_preferences, DataNotes() if notes is None else notes)
 
     def encode(
         self,
@@ -170,7 +168,7 @@ class PreferenceSettings(TextSettings):
         *,
         max_prompt_length: int,
         max_completion_length: int,
-        embedded: bool,
+        rendering: Rendering,
     ) -> EncodedPreferences:
         """The preferences as tokens; see ``EncodedPreferences`` for errors."""
         return EncodedPreferences(
@@ -180,7 +178,7 @@ class PreferenceSettings(TextSettings):
             pad_id=policy.pad_id,
             max_prompt_length=max_prompt_length,
             max_completion_length=max_completion_length,
-            **self.rendering(embedded=embedded),
+            **rendering,
         )
 
 
@@ -204,4 +202,10 @@ def errand_preferences(rng: np.random.Generator, count: int, *, held_out: bool) 
 
 
 def _prompt_of(row: Demonstration | Preference) -> str:
-    return str(row.prompt) or str(getattr(row, "completion", ""))
+    return prompt_key(row.prompt) or prompt_key(getattr(row, "completion", ""))
+
+
+def _whole_of(row: Demonstration | Preference) -> str:
+    """A key of everything in a row that is trained on; one prompt with several completions is no duplicate."""
+    texts = [row.completion] if isinstance(row, Demonstration) else [row.chosen, row.rejected]
+    return "\0".join(map(prompt_key, [row.prompt, *texts]))

@@ -79,11 +79,11 @@ def small(tmp_path_factory):
     """The embedded base with one layer that nothing was taught: what compiles fast."""
     from grpo_jax.data.tasks import make_tokenizer
     from grpo_jax.models import from_hf_config, init_params, save_pretrained
-    from grpo_jax.small_base import HF_CONFIG
+    from grpo_jax.small_base import HF_CONFIG, PROMPT_FORMAT
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     hf_config = {**HF_CONFIG, **sizes, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
     folder = tmp_path_factory.mktemp("small") / "model"
     params = init_params(from_hf_config(hf_config), jax.random.key(0))
-    save_pretrained(folder, params, hf_config=hf_config, tokenizer=make_tokenizer())
+    save_pretrained(folder, params, hf_config=hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT)
     return str(folder)

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import time
 
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.compose import Graded
 
 
+@per_sample
 def faulty(prompts, completions, **columns):
     return [answer_to(completion) for completion in completions]
 
@@ -56,10 +58,12 @@ def answer_to(completion):
     return float(len(completion))
 
 
+@per_sample
 def slow_length(prompts, completions, **columns):
     time.sleep(0.005 * len(completions))
     return [float(len(completion)) for completion in completions]
 
 
+@per_sample
 def column(prompts, completions, *, answer, **columns):
     return [float(each) for each in answer]

@@ -530,17 +530,18 @@ def test_a9_whitened_advantages_have_mean_0_and_variance_1_over_unmasked_tokens_
 
 # GDPO ---------------------------------------------------------------------------------------------------------------
 
-jit_gdpo = jax.jit(gdpo, static_argnames=("group_size", "epsilon"))
+jit_gdpo = jax.jit(gdpo, static_argnames=("group_size", "epsilon", "require_all"))
 
 
-def gdpo_oracle(parts, weights, group_size):
+def gdpo_oracle(parts, weights, group_size, require_all):
     """In float64, with the loops written out."""
     parts = np.asarray(parts, np.float64)
-    present = ~np.isnan(parts).any(0)
+    present = ~(np.isnan(parts).any(0) if require_all else np.isnan(parts).all(0))
     total = np.zeros(parts.shape[1])
     for part, weight in zip(parts, weights, strict=True):
         for start in range(0, len(part), group_size):
-            rows = np.arange(start, start + group_size)[present[start : start + group_size]]
+            rows = np.arange(start, start + group_size)
+            rows = rows[present[rows] & ~np.isnan(part[rows])]
             if len(rows):
                 centred = part[rows] - part[rows].mean()
                 deviation = np.sqrt((centred**2).sum() / max(len(rows) - 1, 1))
@@ -558,9 +559,10 @@ def gdpo_oracle(parts, weights, group_size):
     st.tuples(st.sampled_from([1.0, 0.5, 3.0]), st.sampled_from([1.0, -0.25])),
 )
 def test_gdpo_against_float64(parts, weights):
-    found = jit_gdpo(jnp.asarray(parts), f32(weights), group_size=4)
-    close(found, gdpo_oracle(parts, weights, 4), atol=2e-5)
-    assert (np.asarray(found)[np.isnan(parts).any(0)] == 0).all()
+    for require_all, left_out in ((True, np.isnan(parts).any(0)), (False, np.isnan(parts).all(0))):
+        found = jit_gdpo(jnp.asarray(parts), f32(weights), group_size=4, require_all=require_all)
+        close(found, gdpo_oracle(parts, weights, 4, require_all), atol=2e-5)
+        assert (np.asarray(found)[left_out] == 0).all()
 
 
 def test_gdpo_tells_apart_what_a_sum_does_not():

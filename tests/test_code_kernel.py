@@ -2,14 +2,15 @@
 
 import platform
 import shutil
-import struct
+import subprocess
 import threading
 import time
 
 import pytest
 
+from grpo_jax.rewards.processes import descendants, kernel_bytes
 from grpo_jax.rewards.sandbox import Limits, Sandbox
-from grpo_jax.rewards.seccomp import FORBIDDEN_CALLS, MACHINES, filter_for
+from grpo_jax.rewards.system_calls import FORBIDDEN_CALLS, MACHINES
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 LIMITS = Limits(seconds=2.0, wall_seconds=8.0, memory_bytes=160 << 20)
@@ -23,7 +24,7 @@ def sandbox():
 
 
 @needs_bubblewrap
-def test_no_socket_but_unix_streams(sandbox):
+def test_no_socket_but_unix(sandbox):
     program = (
         "import socket\nfor family in range(64):\n  for kind in range(1, 12):\n    for more in (0, 0x800, 0x80000):\n"
         "      try: socket.socket(family, kind | more, 0); print(family, kind)\n      except OSError: pass\n"
@@ -32,7 +33,7 @@ def test_no_socket_but_unix_streams(sandbox):
     )
     ended = sandbox.run(program)
     assert ended.returncode == 0, ended
-    assert set(ended.stdout.decode().splitlines()) == {"1 1", "1 5", "pair 1 1", "pair 1 5"}
+    assert {line.removeprefix("pair ").split()[0] for line in ended.stdout.decode().splitlines()} == {"1"}
 
 
 @needs_bubblewrap
@@ -51,8 +52,8 @@ def test_what_the_standard_library_needs_of_sockets_still_works(sandbox):
 def test_every_forbidden_call_fails(sandbox):
     """With EPERM, before the kernel looks at the arguments."""
     column = MACHINES[platform.machine()][0]
-    numbers = {name: calls[column] for name, calls in FORBIDDEN_CALLS.items() if calls[column] >= 0}
-    assert len(numbers) > 50
+    numbers = {name: calls[column] for name, calls in FORBIDDEN_CALLS.items() if calls[column] is not None}
+    assert len(numbers) > 40
     program = (
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         f"for name, number in {numbers!r}.items():\n"
@@ -85,10 +86,8 @@ def test_the_entries_of_other_architectures_are_closed(sandbox):
 def test_buffers_cannot_be_enlarged(sandbox):
     program = (
         "import socket, fcntl, os\na, b = socket.socketpair()\n"
-        "left = socket.socket(socket.AF_UNIX)\nleft.bind('\\0x')\n"
         "for option in (7, 8, 32, 33):\n"
         "  try: a.setsockopt(1, option, 1 << 22); print('grown', option)\n  except PermissionError: pass\n"
-        "try: left.listen(4096); print('long')\nexcept PermissionError: pass\nleft.listen(5)\n"
         "try: fcntl.fcntl(os.pipe()[1], 1031, 1 << 20); print('grown')\nexcept PermissionError: pass\n"
         "a.setsockopt(1, 9, 1); fcntl.fcntl(a, fcntl.F_GETFL)\nprint('done')\n"
     )
@@ -145,6 +144,20 @@ try:
         for _ in range(128):
             s = socket.socket(socket.AF_UNIX)
             s.connect(left.getsockname())
+            fill(s)
+            s.close()
+except OSError: time.sleep(60)
+""",
+    "datagrams_of_closed_sockets": FORKS
+    + """
+kept = []
+try:
+    while True:
+        kept.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        kept[-1].bind('\\0%s.%d' % (me, len(kept)))
+        for _ in range(12):
+            s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            s.connect(kept[-1].getsockname())
             fill(s)
             s.close()
 except OSError: time.sleep(60)
@@ -223,6 +236,21 @@ def test_what_is_full_ends_for_its_memory_or_its_time(name, sandbox):
     check_bomb(FULL[name], sandbox, {"memory", "time"})
 
 
+@needs_bubblewrap
+def test_the_machines_own_files_do_not_count_for_a_sandbox_that_is_being_made():
+    """Between its start and its own root, a sandbox has its own network and still the root of the machine."""
+    command = ["bwrap", "--unshare-net", "--dev-bind", "/", "/", "sleep", "20"]
+    with subprocess.Popen(command) as started:
+        try:
+            deadline = time.monotonic() + 10
+            while len(list(descendants(started.pid))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(0.2)
+            assert kernel_bytes(list(descendants(started.pid))) < 1 << 20
+        finally:
+            started.kill()
+
+
 def check_bomb(program, sandbox, statuses):
     started = time.monotonic()
     with KernelMemory() as memory:
@@ -230,15 +258,3 @@ def check_bomb(program, sandbox, statuses):
     assert ended.status in statuses, ended
     assert memory.most < LIMITS.memory_bytes + ROOM
     assert time.monotonic() - started < 20
-
-
-def test_a_filter_for_each_processor():
-    for machine in MACHINES:
-        rules = filter_for(machine)
-        steps = [struct.unpack("HBBI", rules[at : at + 8]) for at in range(0, len(rules), 8)]
-        assert len(steps) < 4096
-        assert all(at + 1 + max(yes, no) < len(steps) for at, (code, yes, no, _) in enumerate(steps) if code & 7 == 5)
-        assert steps[-1][0] == 0x06
-    assert len({filter_for(machine) for machine in MACHINES}) == len(MACHINES)
-    with pytest.raises(ValueError, match="this machine is riscv64"):
-        filter_for("riscv64")

@@ -236,7 +236,7 @@ def test_demonstrations_of_both_kinds_stay_apart_and_in_order():
 @pytest.mark.parametrize(
     ("prompt", "completion", "chat_template", "options", "message"),
     [
-        ("one", "two", None, {}, r"has no chat template: pass a plain template that holds \{question\}"),
+        ("one", "two", None, {}, r"has no chat template: .* any text that holds \{question\}"),
         ("one", "two", CHAT, {"template": "Q"}, r"must hold \{question\}"),
         (THOUGHTFUL, "two", CHAT, {"template": "{question}"}, "prompt 0 is a conversation"),
         ("one", "two", "{{ raise_exception('no thanks') }}", {}, "row 7: the chat template refuses .*: no thanks"),
@@ -318,7 +318,7 @@ def test_a_folder_has_splits_and_parquet_is_read(tmp_path):
             {"question": "q", "answer": "a"},
             {},
             KeyError,
-            r"a\.jsonl:2 has no column 'prompt'.*\['question', 'answer'\]",
+            r"a\.jsonl:2 has no column 'completion'.*\['question', 'answer'\]",
         ),
         ({"prompt": "q", "answer": "a"}, {}, KeyError, r"a\.jsonl:2 has no column 'completion'.*completion_column="),
         ({"prompt": "q", "completion": "a"}, {"completion_column": "c"}, KeyError, r"a\.jsonl:2 has no column 'c'"),

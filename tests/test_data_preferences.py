@@ -115,7 +115,7 @@ PAIR = {"chosen": "a", "rejected": "b"}
         ({"prompt": "q", **PAIR, "margin": "2"}, ValueError, r"a\.jsonl:2, column 'margin': it must be a number"),
         ({"prompt": "q", **PAIR, "margin": True}, ValueError, "column 'margin': it must be a number, and is True"),
         ({"prompt": "q", **PAIR, "margin": float("nan")}, ValueError, "column 'margin': it must be a number"),
-        (PAIR, ValueError, r"a\.jsonl:2, column 'chosen': without a column prompt it must hold a whole conversation"),
+        (PAIR, KeyError, r"a\.jsonl:2: chosen and rejected are texts, and no column is known as their prompt"),
         (
             {"chosen": [user("q"), assistant("a")], "rejected": [assistant("b")]},
             ValueError,

@@ -34,10 +34,10 @@ def ids_of(text):
 
 
 def test_chat_template_opens_the_turn_of_the_assistant():
-    conversation = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "three"}]
+    conversation = [{"role": "assistant", "content": "three"}, {"role": "user", "content": "two"}]
     assert render_prompts(["two", conversation], make_tokenizer(CHAT)) == [
         "<s>user two assistant",
-        "<s>user two assistant three assistant",
+        "<s>assistant three user two assistant",
     ]
 
 

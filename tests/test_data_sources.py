@@ -83,10 +83,19 @@ def test_explicit_columns_override(tmp_path):
 
 
 def test_answer_may_be_absent_if_allowed(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "tests": "t"}])
-    assert load_problems(path, require_answer=False) == [Problem("p", None, {"tests": "t"})]
-    with pytest.raises(KeyError, match=r"a\.jsonl:1: no column is known as an answer.*\['prompt', 'tests'\]"):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "level": 3}])
+    assert load_problems(path, require_answer=False) == [Problem("p", None, {"level": 3})]
+    with pytest.raises(KeyError, match=r"a\.jsonl:1: no column is known as an answer.*\['prompt', 'level'\]"):
         load_problems(path)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "answer": "a"}, {"prompt": "q", "answer": None}])
+    assert load_problems(path, require_answer=False) == [Problem("p", "a"), Problem("q", None)]
+
+
+def test_a_row_with_tests_needs_no_answer(tmp_path):
+    rows = [{"prompt": "p", "tests": ["assert f()"]}, {"prompt": "q", "tests": ["assert g()"], "answer": None}]
+    problems = load_problems(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert problems[0] == Problem("p", None, {"tests": ["assert f()"]})
+    assert problems[1].answer is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,14 @@ GOOD = b'{"question": "q", "answer": "a"}\n'
         (b'{"question": "q", "answer": ""}', ValueError, r"a\.jsonl:2, column 'answer' must be text"),
         (b'{"question": "q", "answer": null}', ValueError, r"column 'answer' must be text"),
         (b'{"question": "q", "answer": NaN}', ValueError, r"column 'answer' must be text"),
-        (b'{"question": "q", "answer": ["a"]}', ValueError, r"column 'answer' must be text"),
+        (b'{"question": "q", "answer": []}', ValueError, r"column 'answer' must be text"),
+        (b'{"question": "q", "answer": ["a", " "]}', ValueError, r"column 'answer', answer 2 must be text"),
+        (b'{"question": "q", "answer": [["a"]]}', ValueError, r"column 'answer', answer 1 must be text"),
+        (
+            b'{"question": "q", "answer": {"target": "a"}}',
+            ValueError,
+            r"whose fields \['target'\] can be named as a path",
+        ),
         (
             b'{"question": "q", "answer": "5 #### "}',
             ValueError,
@@ -170,19 +186,20 @@ def test_parquet_errors(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.jsonl"):
         load_problems(str(tmp_path / "none.jsonl"))
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(ValueError, match=r"ends in '\.csv'; .*\.jsonl.*\.parquet"):
-        load_problems(str(tmp_path / "a.csv"))
+    for name in ("a.txt", "a.parquet.gz", "a.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"ends in '.*{name[1:]}'; .*\.jsonl.*\.parquet.*\.gz"):
+            load_problems(str(tmp_path / name))
 
 
 def test_splits_and_subsets_of_local_sources(tmp_path):
     path = write_jsonl(tmp_path / "test.jsonl", ROWS)
     assert load_problems(str(tmp_path), split="test") == load_problems(path)
-    with pytest.raises(FileNotFoundError, match=r"neither train\.jsonl nor train\.parquet, but \['test\.jsonl'\]"):
+    with pytest.raises(FileNotFoundError, match=r"has no split 'train'; it has \['test'\]"):
         load_problems(str(tmp_path))
     with pytest.raises(ValueError, match=r"split='test' was asked for, but .* is a single file"):
         load_problems(path, split="test")
-    with pytest.raises(ValueError, match=r"subset='main' was asked for, but .* is local"):
+    with pytest.raises(ValueError, match=r"subset='main' was asked for, but .* is a single file"):
         load_problems(path, subset="main")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[0]]), tmp_path / "train.parquet")
     assert load_problems(str(tmp_path)) == [load_problems(path)[0]]
@@ -237,22 +254,23 @@ def test_hub_out_of_reach():
 
 def test_library_accepts_the_calls_made_for_the_hub(tmp_path, monkeypatch):
     """The real ``datasets`` on a folder, which it resolves as it does a hub id."""
-    from grpo_jax.data import sources
+    from grpo_jax.data import files
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "test.jsonl", [ROWS[0], ROWS[0]])
-    rows = list(sources._hub_rows(str(tmp_path / "data"), "test", None))
+    rows = list(files._hub_rows(str(tmp_path / "data"), "test", None))
     assert rows[1] == (f"{tmp_path / 'data'} (default, test) row 2", ROWS[0])
 
 
 def test_reward_columns_repeat_rows_and_fill_in_none():
     problems = [Problem("p", "1", {"level": 3}), Problem("q", None, {"tests": ["t"]})]
     columns = reward_columns(problems, group_size=2)
-    assert list(columns) == ["answer", "level", "tests"]
+    assert list(columns) == ["answer", "level", "tests", "problem_prompt"]
     assert columns == {
         "answer": ["1", "1", None, None],
         "level": [3, 3, None, None],
         "tests": [None, None, ["t"], ["t"]],
+        "problem_prompt": ["p", "p", "q", "q"],
     }
     assert reward_columns(problems)["answer"] == ["1", None]

@@ -70,7 +70,7 @@ def config(finished, tmp_path):
 def of_base(finished):
     """What the base makes of the pairs that are learnt: log-probabilities and lengths of both completions."""
     base = models.from_pretrained(finished.model)
-    limits = {"max_prompt_length": 12, "max_completion_length": 8, "embedded": False}
+    limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
     learnt, held_out = (finished.data.encode(each, base, **limits) for each in finished.data.load(0))
 
     @jax.jit
@@ -304,10 +304,10 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
     assert first["loss"] == pytest.approx(1, abs=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
     check = dpo.check_finite
-    monkeypatch.setattr(dpo, "check_finite", lambda metrics, *rest: check({**metrics, "grad_norm": math.nan}, *rest))
-    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+    monkeypatch.setattr(dpo, "check_finite", lambda metrics, *rest: check({**metrics, "loss": math.nan}, *rest))
+    with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         dpo.main(replace(config, eval_prompts=0))
     assert [row["step"] for row in metrics_of(config)] == [0]
 

@@ -166,7 +166,7 @@ def test_run_again_it_prints_the_same_report_and_draws_nothing(copy, nothing_is_
     figures = read_report(copy.run_dir)["figures"]
     assert all(name in first for name in figures if name != "ungraded")
     assert f"{figures['pass@1']['mean']:.4f}  [{figures['pass@1']['low']:.4f}, " in first
-    assert f"{PROBLEMS} held-out problems of the built-in sums, {SAMPLES} samples each, temperature 1" in first
+    assert f"{PROBLEMS} problems of the built-in sums, {SAMPLES} samples each, temperature 1" in first
 
 
 def test_other_k_of_the_same_completions(copy, nothing_is_drawn):
@@ -356,3 +356,20 @@ def test_problems_are_told_apart_by_what_is_asked_and_what_is_right():
     assert len(set(keys)) == 4
     assert keys_of(reversed(problems[:2])) == [keys[1], keys[0]]
     assert keys_of([replace(problems[3], columns={"a": 1})]) == [keys[3]]
+
+
+def test_a_file_is_evaluated_as_a_whole_unless_told_otherwise(finished, tmp_path, capsys, monkeypatch):
+    rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(1, 21)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSettings(dataset=str(tmp_path / "a.jsonl"), template="{question}", eval_problems=None)
+    config = replace(finished, data=data, run_dir=tmp_path / "run")
+    assert evaluate.main(config) == 0
+    assert read_report(config.run_dir)["num_problems"] == 20
+    assert "20 of 20 problems of" in capsys.readouterr().out
+
+    def collect(*_args, asked, **_options):
+        raise ValueError(f"asked: {asked}")
+
+    monkeypatch.setattr(evaluate, "collect", collect)
+    with pytest.raises(ValueError, match="asked: held_out"):
+        evaluate.main(replace(config, run_dir=tmp_path / "other", held_out=True))

@@ -99,14 +99,20 @@ def test_a_steps_metrics_are_means_over_its_updates_and_maxima_of_maxima():
     assert over_updates(updates[:1]) == {"loss": 1.0, "gap/max": 5.0}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_is_refused_with_the_checkpoints_that_are_whole(run, value):
+@pytest.mark.parametrize("order", [[1.0, math.nan], [math.nan, 1.0]])
+def test_a_metric_that_is_nan_in_one_update_is_nan_for_the_step(order):
+    updates = [{"loss": jnp.float32(value), "gap/max": jnp.float32(value)} for value in order]
+    assert all(math.isnan(value) for value in over_updates(updates).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "value/grad_norm", "kl"])
+def test_a_metric_of_an_update_that_is_not_finite_stops_the_run(run, name, value):
     run.save(4, {"w": jnp.zeros(2)}, {})
-    check_finite({"grad_norm": 1.0, "loss": value}, 5, run)
-    with pytest.raises(FloatingPointError, match=r"step 5: the gradient is not finite .* complete checkpoints: \[4\]"):
-        check_finite({"grad_norm": value}, 5, run)
-    with pytest.raises(FloatingPointError, match="step 5"):
-        check_finite({"grad_norm": 1.0, "value/grad_norm": value}, 5, run)
+    finite = {"loss": 0.5, "grad_norm": 1.0}
+    check_finite(finite, 5, run)
+    with pytest.raises(FloatingPointError, match=rf"step 5: {name} is {value}\. .* complete checkpoints: \[4\]"):
+        check_finite({**finite, name: value}, 5, run)
 
 
 def test_a_run_goes_on_with_the_data_it_was_begun_with(run):

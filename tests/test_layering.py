@@ -35,6 +35,8 @@ FLOORS = {
     "collect": 6,
     "selection": 7,
     "settings": 4,
+    "prompt_settings": 4,
+    "reward_model_input": 4,
     "reward_settings": 4,
 }
 # (who, whom) on one floor: whoever needs one says so here, and it goes when the need does.
@@ -48,6 +50,8 @@ NEIGHBOURS = {
     ("evaluate", "data"),
     ("evaluate", "rewards"),
     ("settings", "small_base"),
+    ("settings", "prompt_settings"),
+    ("reward_settings", "reward_model_input"),
     ("monitor", "rewards"),
 }
 UPSTAIRS = {"experiments", "notebooks", "tests"}

@@ -464,6 +464,35 @@ def test_l12_k3_and_its_gradients():
     close(gradient[:, 0], d)  # on policy
 
 
+FAR = f32([-1e6, -1e4, -1000, -90, -89, -21, 21, 90, 1000, 1e4])
+
+
+def test_k3_is_finite_and_keeps_its_direction_however_far_apart_the_policies_are():
+    zeros = np.zeros_like(FAR)
+    values, slopes = estimators(FAR, zeros)[2], gradients(FAR, zeros)[2]
+    assert np.isfinite(values).all()
+    assert np.isfinite(slopes).all()
+    assert (np.diff(values[:6]) < 0).all()  # further from the reference is never better
+    assert (np.sign(slopes) == np.sign(FAR)).all()
+    near = f32([-19.9, -10, 0, 10])
+    close(estimators(near, np.zeros(4, np.float32))[2], np.expm1(-near.astype(np.float64)) + near, rtol=1e-5)
+    close(gradients(f32([-20, -25]), np.zeros(2, np.float32))[2], np.full(2, 1 - np.exp(20.0)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", compositions)
+def test_losses_and_gradients_are_finite_however_far_apart_the_policies_are(name):
+    loss = partial(compositions[name][0], kl_coef=0.5, kl_correction=True, importance_cap=2.0)
+    others = ("old_log_probs", "ref_log_probs", "rollout_log_probs")
+    for gap in (-1e4, -90, 90, 1e4):
+        for moved in ([each] for each in others) if gap < 0 else [others]:
+            batch = batch_of(1)
+            batch |= {each: batch["log_probs"] - f32(gap) for each in moved}
+            value, grad, metrics = run(loss, batch)
+            assert np.isfinite(value)
+            assert np.isfinite(grad).all()
+            assert np.isfinite(list(metrics.values())).all()
+
+
 def test_l12_k1_and_k2():
     log_probs, ref = f32([-1, -2, -3]), f32([-2, -2, -1])
     close(estimators(log_probs, ref)[0], [1, 0, -2])

@@ -66,6 +66,14 @@ def test_eos_ids_come_from_every_place_that_names_them(folder, of_generation, of
     assert from_pretrained(folder).eos_ids == wanted
 
 
+@pytest.mark.parametrize("value", ["</s>", 2.0, True, [1, None], [[1]]])
+@pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id"])
+def test_ids_that_are_no_numbers_are_refused_by_field_and_file(folder, field, value):
+    edit_json(folder / "generation_config.json", **{field: value})
+    with pytest.raises(ValueError, match=rf"{field} in generation_config\.json must be a token id or a list of ids"):
+        from_pretrained(folder)
+
+
 def test_a_checkpoint_without_generation_config_and_tokenizer(folder):
     for path in [*folder.glob("tokenizer*"), *folder.glob("chat_template*"), folder / "generation_config.json"]:
         path.unlink()
@@ -212,6 +220,18 @@ def test_the_config_is_kept_and_its_dtype_updated_as_it_was_spelled(params, tmp_
     assert written == {**config, "dtype": "float32"}
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": [1, 7]}
     assert from_pretrained(tmp_path / "b").eos_ids == (1, 7)
+
+
+def test_a_prompt_format_is_written_and_read_back(params, tmp_path):
+    prompt_format = {"kind": "chat", "system_prompt": "Sei kurz.", "template_kwargs": {"enable_thinking": False}}
+    config = LLAMA | {"eos_token_id": 1}
+    save_pretrained(tmp_path / "with", params, hf_config=config, prompt_format=prompt_format)
+    assert from_pretrained(tmp_path / "with").prompt_format == prompt_format
+    save_pretrained(tmp_path / "without", params, hf_config=config)
+    assert from_pretrained(tmp_path / "without").prompt_format is None
+    (tmp_path / "with" / "prompt_format.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"prompt_format\.json must hold a JSON object, not list"):
+        from_pretrained(tmp_path / "with")
 
 
 class Tokenizer:

@@ -273,3 +273,12 @@ def test_only_sizes_are_required():
         "head_dim",
         "max_position_embeddings",
     }
+
+
+def test_what_transformers_5_0_writes_beside_the_kinds_of_layers_says_nothing():
+    kinds = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    beside = {"rope_type": "default", "rope_theta": None}
+    plain = from_hf_config(small("gemma3_text", rope_parameters=kinds))
+    assert plain == from_hf_config(small("gemma3_text", rope_parameters=kinds | beside))
+    with pytest.raises(ValueError, match=r"rope_parameters has \['rope_type'\]"):
+        from_hf_config(small("gemma3_text", rope_parameters=kinds | {"rope_type": "linear"}))

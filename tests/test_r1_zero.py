@@ -274,10 +274,10 @@ def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monk
         r1_zero.main(config)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
     sum_up = r1_zero.over_updates
-    monkeypatch.setattr(r1_zero, "over_updates", lambda updates: sum_up(updates) | {"grad_norm": math.nan})
-    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+    monkeypatch.setattr(r1_zero, "over_updates", lambda updates: sum_up(updates) | {"loss": math.nan})
+    with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         r1_zero.main(config)
     assert [row["step"] for row in metrics_of(config)] == [0]
 

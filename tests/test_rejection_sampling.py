@@ -245,7 +245,7 @@ def test_sft_reads_the_file_and_asks_as_the_teacher_was_asked(finished):
     assert sorted(each.completion for each in learnt + held_out) == sorted(row["completion"] for row in rows)
     assert held_out
     policy = models.from_pretrained(finished.model)
-    examples, dropped = settings.encode(learnt, policy, max_length=64, embedded=False)
+    examples, dropped = settings.encode(learnt, policy, max_length=64, rendering={"template": "{question}"})
     assert not dropped
     asked = {each.place: each.prompt for each in read_collected(finished.run_dir)}
     for demonstration, example in zip(learnt, examples, strict=True):
@@ -315,10 +315,12 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 def test_the_command_that_teaches_has_the_form_of_the_prompts(finished):
     path = finished.run_dir / "dataset.jsonl"
     embedded = replace(finished, model=None, data=DataSettings(), demonstrations=(), general_share=None)
-    assert rejection_sampling.teaching(embedded, path).endswith("--template '{question}'")
-    named = replace(finished, data=DataSettings())
-    assert rejection_sampling.teaching(named, path).endswith("--dataset " + str(path))
-    chats = replace(finished, data=DataSettings(chat_template=True, system_prompt="Be brief."))
-    assert rejection_sampling.teaching(chats, path).endswith("--chat-template --system-prompt 'Be brief.'")
+    plain = {"kind": "plain", "template": "{question}"}
+    assert rejection_sampling.teaching(path, plain, ()).endswith(f"--dataset {path} --template '{{question}}'")
+    chat = {"kind": "chat", "system_prompt": "Be brief.", "template_kwargs": {"thinks": False}, "date": "2026-11-27"}
+    assert rejection_sampling.teaching(path, chat, ("<end>",)).endswith(
+        "--stop-tokens '<end>' --chat-template --system-prompt 'Be brief.' --template-date 2026-11-27 "
+        """--template-kwargs '{"thinks": false}'"""
+    )
     assert (embedded.problems_asked, Config().problems_asked) == (PROBLEMS, 256)
     assert Config(model="some/model").problems_asked is None

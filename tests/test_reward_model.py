@@ -124,7 +124,7 @@ def test_what_is_saved_scores_as_transformers_does(finished):
     again = models.from_pretrained(folder, scalar_head=True)
     assert loaded.config.scalar_head
     assert again.config == loaded.config
-    limits = {"max_prompt_length": 12, "max_completion_length": 8, "embedded": False}
+    limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
     pairs = finished.data.encode(finished.data.load(0)[1], loaded, **limits).padded(range(HELD_OUT))
     found = np.asarray(pair_scores(again.model, again.params, pairs))
     for n in range(HELD_OUT):

@@ -25,6 +25,15 @@ def raises(prompts, completions, **columns):
     raise ZeroDivisionError("no")
 
 
+def of_sums_alone(completions, answer, **kwargs):
+    print("asked of", len(completions))
+    return [None if each == "-" else 2.0 for each in answer]
+
+
+def needs_a_reference(completions, reference):
+    return [0.0] * len(completions)
+
+
 def opened(**settings):
     needs_pool = settings.pop("needs_pool", False)
     return RewardSettings(**settings).open(
@@ -123,6 +132,7 @@ def test_a_reward_that_cannot_run_is_found_before_anything_is_spent():
         ({"reward_workers": -1}, "reward_workers is -1; it must be at least 0"),
         ({"overlong_cache": 0}, "overlong_cache is 0"),
         ({"reward_deadline": 0.0}, "reward_deadline is 0.0"),
+        ({"reward_batch_deadline": -1.0}, "reward_batch_deadline is -1.0"),
         ({"language_weight": 1.0}, "language_weight is set, but no target_language"),
         ({"target_language": "klingon"}, "klingon"),
         ({"format_pattern": "("}, "is no regular expression"),
@@ -139,3 +149,27 @@ def test_two_rewards_of_one_name():
         opened(reward=("tests.test_reward_settings:pays_nothing",) * 2)
     with pytest.raises(ValueError, match="two rewards are named 'judge'"):
         opened(reward=("tests.test_reward_settings:judge=2",))
+
+
+def test_a_reward_of_ones_own_may_abstain_and_prints_what_it_likes():
+    own, shown = ("tests.test_reward_settings:of_sums_alone",), []
+    columns = {**COLUMNS, "answer": ["5", "-", "5"]}
+    for choice, totals in (("skip", [3, 0, 2]), ("absent", [3, np.nan, 2])):
+        with RewardSettings(reward=own, reward_abstain=choice, reward_workers=1).open(
+            answer_reward, answer_reward, max_completion_length=100, needs_pool=False, show=shown.append
+        ) as scoring:
+            scoring.probe({"answer": "5"}, {"answer": "5"})
+            np.testing.assert_array_equal(scoring.score([""] * 3, COMPLETIONS, **columns).total, totals)
+    assert shown == ["of_sums_alone: asked of 1", "of_sums_alone: asked of 3"] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_column_that_a_reward_needs_and_the_data_lack_is_found_at_the_start(workers):
+    own = ("tests.test_reward_settings:needs_a_reference",)
+    with (
+        opened(reward=own, reward_workers=workers) as scoring,
+        pytest.raises(
+            ValueError, match=r"'needs_a_reference' needs the column 'reference'; the columns are .*'answer'"
+        ),
+    ):
+        scoring.probe({"answer": "5"}, {"answer": "5"})

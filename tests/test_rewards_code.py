@@ -2,18 +2,22 @@
 
 import json
 import os
+import platform
 import shutil
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from grpo_jax.rewards import sandbox as sandbox_module
-from grpo_jax.rewards.code import check_tests, code_reward, readable_tests, run_tests
+from grpo_jax.rewards.code import code_reward, run_tests
+from grpo_jax.rewards.code_tests import check_tests, why_untestable
 from grpo_jax.rewards.compose import weighted
-from grpo_jax.rewards.program_text import extract_program
-from grpo_jax.rewards.sandbox import Limits, Sandbox, SandboxUnavailable, children, resident_bytes
+from grpo_jax.rewards.processes import children, memory_of
+from grpo_jax.rewards.program import extract_program
+from grpo_jax.rewards.sandbox import Limits, Sandbox, SandboxUnavailable, finish
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 DATA = Path(__file__).parent / "data" / "code_problems.jsonl"
@@ -92,12 +96,12 @@ def test_no_program_and_tests_that_cannot_be_run():
     ("text", "program"),
     [
         ("```python\nx = 1\n```", "x = 1\n"),
-        ("```py\nx = 1\n``` or\n```\ny = 2\n```", "y = 2\n"),
+        ("```py\nx = 1\n``` or\n```\ny = 2\n```", "x = 1\n"),
         ("<think>```python\nx\n```</think><answer>y = 2</answer>", "y = 2"),
         ("<answer>\n  y = 2\n</answer>", "  y = 2"),
         ("<answer>x</answer> ```python\ny\n```", "y\n"),
         ("```rust\nlet x;\n```", None),
-        ("```python\nx = 1", "x = 1\n"),
+        ("```python\nx", "x\n"),
         ("<answer> </answer>", None),
         ("x = 1", None),
         ("", None),
@@ -122,7 +126,7 @@ def test_the_program_of_a_completion(text, program):
 def test_malformed_tests(tests, message):
     with pytest.raises(ValueError, match=message):
         check_tests(tests)
-    assert not readable_tests(tests)
+    assert message in why_untestable(tests)
 
 
 @needs_bubblewrap
@@ -163,7 +167,7 @@ def test_a_program_does_not_judge_itself(program, test, sandbox):
 
 @needs_bubblewrap
 def test_a_test_that_asks_nothing_of_the_program_says_nothing(sandbox):
-    verdict = run_tests("def sum(x): return 0\ndef f(x): return x", ["assert 1 + 2 == 3"], sandbox)
+    verdict = run_tests("def f(x): return x", ["assert 1 + 2 == 3"], sandbox)
     assert verdict.passed == (None,)
     assert "does not use the program" in verdict.feedback
     assert run_tests("def f(x): return x", ["assert math.isclose(f(2.0), 2.0)"], sandbox).passed == (True,)
@@ -241,7 +245,7 @@ def test_packages_can_be_shown():
 def test_nothing_is_left_of_a_program_that_is_left(sandbox):
     with sandbox.start("import time; time.sleep(100)") as program:
         pid = program.process.pid
-        assert resident_bytes(pid) >= 0
+        assert memory_of(pid) >= 0
     assert program.process.poll() is not None
     assert children(pid) == []
 
@@ -251,10 +255,113 @@ def test_without_bubblewrap_nothing_is_run(monkeypatch):
     sandbox_module.find_python.cache_clear()
     with pytest.raises(SandboxUnavailable, match=r"bubblewrap .* is not on the PATH.*apt-get install bubblewrap"):
         Sandbox(Limits(seconds=9.0))
-    monkeypatch.setattr(sandbox_module.platform, "machine", lambda: "riscv64")
-    with pytest.raises(SandboxUnavailable, match="this machine is riscv64"):
-        sandbox_module.system_call_filter()
     sandbox_module.find_python.cache_clear()
+
+
+@needs_bubblewrap
+def test_on_a_processor_whose_system_calls_are_not_known_nothing_is_run(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with pytest.raises(SandboxUnavailable, match="this machine is riscv64"):
+        Sandbox(Limits(seconds=9.0))
+
+
+FAMILIES = """
+import socket
+opened = []
+for family in range(46):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
+        for pair in (False, True):
+            try:
+                (socket.socketpair if pair else socket.socket)(family, kind)
+                opened.append(family)
+            except OSError:
+                continue
+print(sorted(set(opened)))
+"""
+
+
+@needs_bubblewrap
+def test_no_socket_but_of_the_unix_family(sandbox):
+    assert sandbox.run(FAMILIES).stdout == b"[1]\n"
+
+
+BUFFERS = """
+import fcntl, os, socket
+a, b = socket.socketpair()
+for option in (7, 8, 32, 33):
+    try:
+        a.setsockopt(socket.SOL_SOCKET, option, 1 << 22)
+        print("larger")
+    except PermissionError:
+        pass
+a.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+try:
+    fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)
+    print("larger")
+except PermissionError:
+    pass
+fcntl.fcntl(a, fcntl.F_GETFL)
+"""
+
+
+@needs_bubblewrap
+def test_buffers_that_the_kernel_keeps_cannot_be_enlarged(sandbox):
+    ended = sandbox.run(BUFFERS)
+    assert (ended.stdout, ended.returncode) == (b"", 0), ended.stderr
+
+
+KERNEL_MEMORY = {
+    "sockets": """
+import os, socket, time
+for _ in range(3):
+    os.fork()
+kept = []
+while len(kept) < 28:
+    kept.append(socket.socketpair())
+    for end in kept[-1]:
+        end.setblocking(False)
+        try:
+            while True:
+                end.send(bytes(4096))
+        except BlockingIOError:
+            pass
+time.sleep(30)
+""",
+    "files": """
+import os
+n = 0
+while True:
+    os.close(os.open(f"/tmp/{n}", os.O_CREAT))
+    n += 1
+""",
+    "long names": """
+import os
+n = 0
+while True:
+    os.mkdir(f"/tmp/{n:0>200}")
+    n += 1
+""",
+}
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("kind", KERNEL_MEMORY)
+def test_what_the_kernel_keeps_for_a_program_counts_as_its_memory(kind):
+    limits = Limits(seconds=20.0, wall_seconds=20.0, memory_bytes=150 << 20)
+    before = available_bytes()
+    lowest = []
+    with Sandbox(limits).start(KERNEL_MEMORY[kind]) as program, ThreadPoolExecutor(1) as watcher:
+        done = watcher.submit(finish, program, limits)
+        while not done.done():
+            lowest.append(available_bytes())
+            time.sleep(0.05)
+        assert done.result().status == "memory", done.result()
+    assert before - min(lowest) < 1 << 30
+
+
+def available_bytes():
+    (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
+    return int(line.split()[1]) << 10
 
 
 @needs_bubblewrap

@@ -560,17 +560,17 @@ def test_any_mixture_of_marks_has_a_share(text, target):
 @pytest.mark.parametrize("piece", PIECES)
 def test_time_is_linear(piece):
     text = (piece * 100_000)[:100_000]
-    start = time.perf_counter()
+    start = time.process_time()
     language_share(text, "en")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("piece", ["a中", "We add the numbers. "])
 def test_a_megabyte_takes_seconds(piece):
     text = (piece * 1_000_000)[:1_000_000]
-    start = time.perf_counter()
+    start = time.process_time()
     language_reward(["p"], [text], target_language="zh")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_the_same_from_threads_and_from_another_process():

@@ -133,7 +133,7 @@ def test_what_follows_is_the_end_of_the_completion_without_an_opening_tag(comple
 )
 def test_time_is_linear(piece):
     text = piece * (500_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     after_thought(text, text)
     after_thought(text + "<think>" + text, text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

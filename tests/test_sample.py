@@ -79,7 +79,7 @@ def test_a_chat_is_rendered_whole_and_forgotten_on_request(base, tmp_path, monke
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
-        ({"system_prompt": "x"}, "needs --chat"),
+        ({"system_prompt": "x", "template": "{question}"}, "system_prompt needs chat_template"),
         ({"stop": ("",)}, "an empty text"),
     ],
 )

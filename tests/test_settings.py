@@ -4,16 +4,20 @@ import json
 
 import pytest
 
+from grpo_jax.data.notes import DataNotes, prompt_key
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.rewards.answer import answer_reward
 from grpo_jax.rewards.code import code_reward
 from grpo_jax.rewards.math import math_reward
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
+from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings, key_of
 
 
 def write_problems(path, count, start=0):
-    rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(start, start + count)]
+    return write_rows(path, [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(start, start + count)])
+
+
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -75,13 +79,10 @@ def test_templates():
     tokenizer = make_tokenizer()
     problems, _, _, _ = DataSettings().load(0)
     encode = {"pad_id": 0, "max_prompt_length": 20}
-    assert DataSettings().encode(problems[:1], tokenizer, default_template="1+{question}", **encode).texts == [
-        f"1+{problems[0].prompt}"
-    ]
-    own = DataSettings(template="2+{question}").encode(problems[:1], tokenizer, default_template="{question}", **encode)
-    assert own.texts == [f"2+{problems[0].prompt}"]
+    encoded = DataSettings().encode(problems[:1], tokenizer, rendering={"template": "1+{question}"}, **encode)
+    assert encoded.texts == [f"1+{problems[0].prompt}"]
     with pytest.raises(ValueError, match="chat template"):
-        DataSettings(chat_template=True).encode(problems[:1], tokenizer, default_template="{question}", **encode)
+        DataSettings().encode(problems[:1], tokenizer, rendering={"template": None}, **encode)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
     ("make", "message"),
     [
         (lambda: DataSettings(template="no place"), "must hold {question}"),
-        (lambda: DataSettings(system_prompt="be brief"), "system_prompt needs chat_template"),
+        (lambda: DataSettings(system_prompt="be brief", template="{question}"), "system_prompt needs chat_template"),
         (lambda: DataSettings(partial_credit=True), "partial_credit scores programs"),
         (lambda: DataSettings(dataset="a.jsonl", grader="math", partial_credit=True), "partial_credit scores programs"),
         (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate is 0.0"),
@@ -144,11 +145,6 @@ def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
 
 
 # What tells a right answer -------------------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_problems_with_tests_are_graded_by_running_programs(tmp_path):
@@ -191,3 +187,136 @@ def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
     assert reward(["a", "b"], ["c", "d"], answer=[None, None]) == held_out_reward(["a", "b"], ["c", "d"]) == [None] * 2
     with pytest.raises(ValueError, match="the built-in problems have answers"):
         DataSettings(grader="none")
+
+
+# What the data are like ----------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_of_every_row_of_a_file(tmp_path):
+    path = write_problems(tmp_path / "a.jsonl", 361)
+    notes = DataNotes()
+    problems, reward = DataSettings(dataset=path, eval_problems=None).load_for_evaluation(notes)
+    assert len(problems) == 361
+    assert reward is math_reward
+    assert notes.lines() == [f"361 of 361 problems of {path} are for evaluation"]
+    notes = DataNotes()
+    problems, _ = DataSettings(dataset=path, eval_problems=20).load_for_evaluation(notes)
+    assert len(problems) == 20
+    assert [problem.prompt for problem in problems] != [f"{n}+1=" for n in range(20)]  # a sample
+    assert notes.lines() == [f"20 of 361 problems of {path} are for evaluation"]
+
+
+def test_training_says_how_much_of_a_file_it_holds_out(tmp_path):
+    path = write_problems(tmp_path / "a.jsonl", 361)
+    notes = DataNotes()
+    problems, held_out, _, _ = DataSettings(dataset=path).load(0, notes)
+    assert (len(problems), len(held_out)) == (325, 36)
+    assert notes.lines() == [f"36 of 361 rows of {path} are held out for evaluation"]
+    assert len(DataSettings(dataset=path, eval_problems=None).load(0)[1]) == 36
+
+
+def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
+    write_problems(tmp_path / "train.jsonl", 30)
+    write_problems(tmp_path / "test.jsonl", 12)
+    write_problems(tmp_path / "validation.jsonl", 11)
+    folder = str(tmp_path)
+
+    def count(**changes):
+        return len(DataSettings(dataset=folder, eval_problems=None, **changes).load_for_evaluation()[0])
+
+    assert count() == 12
+    assert count(eval_split="validation") == 11
+    assert count(split="train") == 30
+    (tmp_path / "test.jsonl").unlink()
+    assert count() == 11
+    (tmp_path / "validation.jsonl").unlink()
+    assert count() == 30
+
+
+def test_built_in_problems_of_an_evaluation_are_those_held_out():
+    everything = DataSettings().load(0)[1]
+    assert DataSettings().load_for_evaluation()[0] == everything
+    assert DataSettings(eval_problems=None).load_for_evaluation()[0] == everything
+    errands = DataSettings(dataset="errands", eval_problems=5)
+    assert errands.load_for_evaluation()[0] == errands.load(0)[1]
+
+
+def test_a_folder_with_one_split_is_divided(tmp_path):
+    write_problems(tmp_path / "train.jsonl", 30)
+    problems, held_out, _, _ = DataSettings(dataset=str(tmp_path)).load(0)
+    assert (len(problems), len(held_out)) == (27, 3)
+
+
+def test_bad_rows_are_an_error_or_skipped_and_counted(tmp_path):
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"question": f"{n}+1=", "answer": None if n == 7 else n + 1} for n in range(361)]
+    )
+    with pytest.raises(ValueError, match=r"a\.jsonl:8, column 'answer'"):
+        DataSettings(dataset=path).load(0)
+    notes, said = DataNotes(), []
+    problems, held_out, _, _ = DataSettings(dataset=path, skip_bad_rows=True).load(0, notes)
+    assert len(problems) + len(held_out) == 360
+    notes.report(said.append, tmp_path / "data.json")
+    assert said[-2] == "1 rows skipped:"
+    assert "a.jsonl:8, column 'answer' must be text" in said[-1]
+    written = json.loads((tmp_path / "data.json").read_text())
+    assert (written["skipped"], written["rows"], written["held_out"]) == (1, 360, 36)
+    assert "a.jsonl:8" in written["skipped_because"][0]
+
+
+def test_many_reasons_are_cut(tmp_path):
+    notes = DataNotes(skipped=[f"row {n}: {'x' * 1000}" for n in range(500)])
+    assert len(notes.lines()) == 7
+    assert notes.lines()[-1] == "  and 495 more"
+    assert max(map(len, notes.lines())) < 310
+
+
+def test_duplicates_and_contradictions_are_counted(tmp_path):
+    rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(30)]
+    rows += [{"question": " 1+1= ", "answer": 2}, {"question": "2+1=", "answer": 4}]
+    notes = DataNotes()
+    DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0, notes)
+    assert notes.counts["duplicates"] == 2
+    assert notes.counts["contradicting_duplicates"] == 1
+    assert notes.lines()[0] == (
+        "2 of 32 rows repeat the prompt of an earlier one (case and blanks aside), 1 of them with another answer"
+    )
+
+
+def test_duplicates_stay_on_one_side_of_the_division(tmp_path):
+    rows = [{"question": text, "answer": n} for n in range(50) for text in (f"What is {n}?", f"WHAT  is {n}?\n")]
+    problems, held_out, _, _ = DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0)
+    assert not {key_of(problem) for problem in problems} & {key_of(problem) for problem in held_out}
+
+
+def test_leaks_between_training_and_held_out_rows_are_removed_and_said(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"question": f"What is {n}?", "answer": n} for n in range(20)])
+    test = [{"question": f"what  is {n}? ", "answer": n} for n in range(15, 30)]
+    test += [{"question": [{"role": "user", "content": "What is 3?"}], "answer": 3}]
+    notes = DataNotes()
+    settings = DataSettings(dataset=train, eval_dataset=write_rows(tmp_path / "test.jsonl", test))
+    held_out = settings.load(0, notes)[1]
+    assert {problem.answer for problem in held_out} == {str(n) for n in range(20, 30)}
+    assert notes.counts["leaks"] == 6
+    assert notes.lines()[-1].startswith("6 of 16 held-out rows left out: their prompts are trained on")
+
+
+def test_conversations_are_told_apart_by_role_and_text():
+    user, reply = {"role": "user", "content": "Hi  there"}, {"role": "assistant", "content": "yo"}
+    assert prompt_key([user]) == prompt_key("hi there")
+    assert prompt_key([user, reply]) != prompt_key([reply, user])
+    assert prompt_key([user, reply]) == prompt_key([{"role": "user", "content": "hi there"}, reply])
+    with_call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert prompt_key([user, with_call]) != prompt_key([user, {"role": "assistant", "content": None}])
+
+
+def test_each_of_several_answers_counts(tmp_path):
+    rows = [{"question": f"{n}+1=", "answer": [str(n + 1), f"x={n}"] if n else "1"} for n in range(30)]
+    problems, _, reward, _ = DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0)
+    columns = reward_columns(problems)
+    numbers = [int(str(problem.prompt).partition("+")[0]) for problem in problems]
+    for right in ("{0}", "x={1}"):
+        texts = [f"\\boxed{{{right.format(n + 1, n)}}}" if n else "\\boxed{1}" for n in numbers]
+        assert reward([""] * len(texts), texts, **columns) == [1.0] * len(texts)
+    texts = ["\\boxed{77}"] * len(numbers)
+    assert reward([""] * len(texts), texts, **columns) == [0.0] * len(texts)

@@ -135,7 +135,7 @@ def test_every_token_of_every_epoch_is_counted(finished):
     pretrained = models.from_pretrained(finished.model)
     demonstrations, held_out = finished.data.load(0)
     assert (len(demonstrations), len(held_out)) == (LEARNT, HELD_OUT)
-    examples, _ = finished.data.encode(demonstrations, pretrained, max_length=64, embedded=False)
+    examples, _ = finished.data.encode(demonstrations, pretrained, max_length=64, rendering={"template": "{question}"})
     steps = steps_of(finished)
     assert steps[-1]["num_tokens"] == 2 * sum(len(each.token_ids) for each in examples)
     assert steps[-1]["epoch"] == 2
@@ -258,10 +258,10 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, change, messag
     assert not read_jsonl(config.run_dir / "metrics.jsonl")
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(brief, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(brief, monkeypatch):
     check = sft.check_finite
-    monkeypatch.setattr(sft, "check_finite", lambda metrics, *rest: check({**metrics, "grad_norm": math.nan}, *rest))
-    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+    monkeypatch.setattr(sft, "check_finite", lambda metrics, *rest: check({**metrics, "loss": math.nan}, *rest))
+    with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         sft.main(brief)
     assert [row["step"] for row in metrics_of(brief)] == [0]
     assert not (brief.run_dir / "model").exists()

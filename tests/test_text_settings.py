@@ -23,6 +23,8 @@ from grpo_jax.text_settings import (
     worked_sums,
 )
 
+BARE = {"template": PLAIN}
+
 
 @pytest.fixture(scope="module")
 def policy(tiny):
@@ -165,7 +167,7 @@ def test_worked_sums_are_the_default_of_demonstrations(policy):
     assert settings.load(1)[0] != learnt
     assert settings.load(1)[1] == held_out
     examples, too_long = settings.encode(
-        learnt, policy, max_length=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH, embedded=True
+        learnt, policy, max_length=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH, rendering=BARE
     )
     assert (len(examples), too_long) == (40, 0)
     assert worked_sums(np.random.default_rng(0), 40, held_out=False) == learnt
@@ -185,7 +187,7 @@ def test_errands_are_the_default_of_preferences(policy):
     assert settings.load(1)[0] != learnt
     assert settings.load(1)[1] == held_out
     limits = {"max_prompt_length": MAX_PROMPT_LENGTH, "max_completion_length": MAX_COMPLETION_LENGTH}
-    pairs = settings.encode(learnt, policy, embedded=True, **limits)
+    pairs = settings.encode(learnt, policy, rendering=BARE, **limits)
     assert (len(pairs), pairs.dropped) == (60, 0)
     assert errand_preferences(np.random.default_rng(0), 60, held_out=False) == learnt
     batch = pairs.padded([0])
@@ -199,12 +201,15 @@ def test_errands_are_the_default_of_preferences(policy):
 
 
 def test_the_template_in_effect():
-    assert TextSettings().rendering(embedded=True) == {"template": PLAIN, "system_prompt": None}
-    assert TextSettings().rendering(embedded=False)["template"] == R1_ZERO
-    assert TextSettings(template="1+{question}").rendering(embedded=True)["template"] == "1+{question}"
+    tokenizer, today = make_tokenizer(), "2026-11-27"
+    assert TextSettings().rendering({"kind": "plain", "template": PLAIN}, tokenizer, today=today) == BARE
+    assert TextSettings().rendering(None, tokenizer, today=today) == {"template": R1_ZERO}
+    own = TextSettings(template="1+{question}")
     chat = TextSettings(chat_template=True, system_prompt="be brief")
-    for embedded in (False, True):
-        assert chat.rendering(embedded=embedded) == {"template": None, "system_prompt": "be brief"}
+    for trained in (None, {"kind": "plain", "template": PLAIN}, {"kind": "chat"}):
+        assert own.rendering(trained, tokenizer, today=today) == {"template": "1+{question}"}
+        found = chat.rendering(trained, tokenizer, today=today)
+        assert found == {"template": None, "system_prompt": "be brief", "template_kwargs": {}, "date": None}
 
 
 def demonstrations(*completions):
@@ -213,21 +218,22 @@ def demonstrations(*completions):
 
 def test_the_template_of_the_settings_is_what_is_encoded(policy):
     settings = DemonstrationSettings(template="2+{question}", learn_from="all")
-    [example], _ = settings.encode(demonstrations("2"), policy, max_length=20, embedded=True)
+    own = settings.rendering(policy.prompt_format, policy.tokenizer, today="2026-11-27")
+    [example], _ = settings.encode(demonstrations("2"), policy, max_length=20, rendering=own)
     [prompt] = encode_prompts(["1+1="], policy.tokenizer, template="2+{question}")
     assert example.token_ids == [*prompt, *policy.tokenizer("2")["input_ids"], policy.eos_ids[0]]
     assert example.learnt == [False] + [True] * 7
     with pytest.raises(ValueError, match="has no chat template"):
-        DemonstrationSettings(chat_template=True).encode(demonstrations("2"), policy, max_length=20, embedded=True)
+        settings.encode(demonstrations("2"), policy, max_length=20, rendering={"template": None})
     pair = errand_preferences(np.random.default_rng(0), 1, held_out=False)
     limits = {"max_prompt_length": 20, "max_completion_length": 20}
-    pairs = PreferenceSettings(template="2{question}").encode(pair, policy, embedded=True, **limits).padded([0])
+    pairs = PreferenceSettings().encode(pair, policy, rendering={"template": "2{question}"}, **limits).padded([0])
     assert policy.tokenizer.decode(pairs.prompt_ids[0][pairs.prompt_mask[0]]) == f"2{pair[0].prompt}"
 
 
 def encode_long(policy, long, *completions, max_length=7):
     settings = DemonstrationSettings(long=long)
-    return settings.encode(demonstrations(*completions), policy, max_length=max_length, embedded=True)
+    return settings.encode(demonstrations(*completions), policy, max_length=max_length, rendering=BARE)
 
 
 def test_what_is_too_long_is_dropped_cut_or_an_error(policy):
@@ -248,7 +254,7 @@ def test_what_is_too_long_is_dropped_cut_or_an_error(policy):
 
 def test_a_demonstration_of_whose_completion_nothing_is_left_is_left_out(policy):
     rows = [*demonstrations("2"), Demonstration("1+1+1+1=", "4", "row 1")]
-    examples, dropped = DemonstrationSettings(long="truncate").encode(rows, policy, max_length=8, embedded=True)
+    examples, dropped = DemonstrationSettings(long="truncate").encode(rows, policy, max_length=8, rendering=BARE)
     assert (len(examples), dropped) == (1, 1)
 
 
@@ -264,7 +270,12 @@ def test_no_demonstration_fits(policy, long, max_length):
         ({"eval_rows": 0}, "eval_rows is 0; at least 1"),
         ({"chat_template": True, "template": "{question}"}, "both set"),
         ({"template": "no place"}, r"must hold \{question\}"),
-        ({"system_prompt": "be brief"}, "system_prompt needs chat_template"),
+        ({"system_prompt": "be brief", "template": "{question}"}, "system_prompt needs chat_template"),
+        ({"template_kwargs": ("a=1",), "template": "{question}"}, "template_kwargs needs chat_template"),
+        ({"template_kwargs": ("thinking",)}, "template_kwargs: 'thinking' is neither name=value nor a JSON object"),
+        ({"template_kwargs": ('{"a": 1',)}, "template_kwargs: .* is not JSON"),
+        ({"template_kwargs": ("messages=[]",)}, r"template_kwargs: \['messages'\] cannot be set here"),
+        ({"template_date": "yesterday"}, "template_date is 'yesterday'; it must be a date such as 2026-11-27"),
     ],
 )
 @pytest.mark.parametrize("settings", [DemonstrationSettings, PreferenceSettings])

@@ -9,8 +9,9 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from grpo_jax.data.prompts import Overlong, Rendering, encode_prompts, fit_prompts, pad_prompts, render_prompts
+from grpo_jax.data.prompts import Overlong, Rendering, encode_rendered, fit_prompts, pad_prompts, render_prompts
 from grpo_jax.data.sources import Problem
+from grpo_jax.data.tokens import decode_following
 from grpo_jax.types import Prompts, Rollout
 
 
@@ -30,7 +31,7 @@ class EncodedProblems:
         overlong: see ``prompts.fit_prompts``.
         first_index: what the noise of prompts is counted from; where those of several sets are drawn for together, no
             two have the same.
-        rendering: ``template`` and ``system_prompt``; see ``prompts.render_prompts``.
+        rendering: as in ``prompts.Rendering``; columns ``tools`` and ``chat_template_kwargs`` go to a chat template.
 
     Raises:
         ValueError: as ``render_prompts`` and ``fit_prompts``; and for a prompt without tokens (the error names it).
@@ -48,12 +49,12 @@ class EncodedProblems:
         **rendering: Unpack[Rendering],
     ):
         prompts = [problem.prompt for problem in problems]
-        token_ids = encode_prompts(prompts, tokenizer, **rendering)
+        texts = render_prompts(prompts, tokenizer, rows=[problem.columns for problem in problems], **rendering)
+        token_ids = encode_rendered(texts, tokenizer, plain=rendering.get("template") is not None)
         for prompt, ids in zip(prompts, token_ids, strict=True):
             if not ids:
                 raise ValueError(f"the prompt {prompt!r} has no tokens")
         kept, self._token_ids = fit_prompts(token_ids, max_prompt_length=max_prompt_length, overlong=overlong)
-        texts = render_prompts(prompts, tokenizer, **rendering)
         self.problems = [problems[i] for i in kept]
         self.texts = [texts[i] for i in kept]
         self.dropped = len(problems) - len(kept)
@@ -75,7 +76,7 @@ class EncodedProblems:
 
 
 def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int]) -> list[str]:
-    """The text of each completion: all its tokens but the ending one, other special tokens included.
+    """The text of each completion as it follows its prompt: all its tokens but the ending one, special ones included.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -84,12 +85,12 @@ def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int])
     """
     lengths = np.asarray(rollout.completion_mask).sum(1)
     rows = [ids[:length].tolist() for ids, length in zip(np.asarray(rollout.completion_ids), lengths, strict=True)]
-    return tokenizer.batch_decode([_without_end(row, eos_ids) for row in rows])
+    return decode_following(tokenizer, [_without_end(row, eos_ids) for row in rows])
 
 
 def decode_one(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
     """The same for the ids of a single completion."""
-    return tokenizer.batch_decode([_without_end(ids, eos_ids)])[0]
+    return decode_following(tokenizer, [_without_end(ids, eos_ids)])[0]
 
 
 def last_tokens(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
@@ -107,7 +108,7 @@ def last_tokens(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list
 
     @cache
     def text(count: int) -> str:
-        return tokenizer.batch_decode([ids[:count]])[0]
+        return decode_following(tokenizer, [ids[:count]])[0]
 
     # Compared by what it says, not by its length: a character of which only some bytes are there is decoded as another.
     whole, counts = text(len(ids)) if ends else "", range(1, len(ids) + 1)

@@ -15,6 +15,7 @@ from itertools import takewhile
 import numpy as np
 
 from grpo_jax.data.sources import Problem
+from grpo_jax.rewards.calling import per_sample
 
 ASK, FRIENDLY, DECLINE, SECRET = "?", "!", "~", "0"
 HELD_OUT_SHARE = 10
@@ -115,6 +116,7 @@ def errand_problems(errands: Sequence[Errand]) -> list[Problem]:
     return [Problem(each.question, each.best_reply, {"harmful": each.is_harmful}) for each in errands]
 
 
+@per_sample(columns=())
 def errand_reward(prompts: list[str], completions: list[str], **_columns: object) -> list[float | None]:
     """The quality of each reply; None where the prompt is no errand.
 

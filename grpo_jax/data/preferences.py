@@ -10,9 +10,11 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.data.conversations import Demonstration, Example, encode_demonstrations
+from grpo_jax.data.conversations import Demonstration, encode_demonstrations, until_end
+from grpo_jax.data.layouts import as_preference, check_length, without
+from grpo_jax.data.messages import Messages, checked_messages, content_text, is_message
 from grpo_jax.data.prompts import Rendering, pad_prompts
-from grpo_jax.data.sources import Messages, Row, checked_prompt, checked_text, is_message, read_rows
+from grpo_jax.data.sources import Row, checked_prompt, checked_text, parsed_rows, read_rows
 from grpo_jax.types import Pairs
 
 
@@ -37,17 +39,20 @@ class Preference:
     columns: Row = field(default_factory=dict)
 
 
-def load_preferences(source: str, *, split: str | None = None, subset: str | None = None) -> list[Preference]:
-    """The preferences of a file, folder or data set, in the forms that TRL knows.
+def load_preferences(
+    source: str, *, split: str | None = None, subset: str | None = None, skipped: list[str] | None = None
+) -> list[Preference]:
+    """The preferences of a file, folder or data set, in any layout of ``docs/data.md``.
 
     A row has ``prompt``, ``chosen`` and ``rejected``: texts, or messages of which the two last hold the assistant's
     turn alone. Without a ``prompt`` the two are whole conversations that differ in the last turn. A column ``margin``
-    says by how much the chosen one is better.
+    says by how much the chosen one is better. ``layouts.as_preference`` brings other layouts into these forms.
 
     Args:
         source: as of ``sources.load_problems``.
         split: likewise.
         subset: likewise.
+        skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
 
     Raises:
         KeyError: a row lacks a column; the error lists those it has.
@@ -55,10 +60,10 @@ def load_preferences(source: str, *, split: str | None = None, subset: str | Non
             the same, the margin is no number.
         FileNotFoundError: no such file, folder, split or data set.
     """
-    rows = list(read_rows(source, split, subset))
-    if not rows:
+    preferences = parsed_rows(read_rows(source, split, subset, skipped=skipped), _preference, skipped)
+    if not preferences:
         raise ValueError(f"{source} is empty: it has no preferences")
-    return [_preference(row, where) for where, row in rows]
+    return preferences
 
 
 class EncodedPreferences:
@@ -75,7 +80,7 @@ class EncodedPreferences:
         pad_id: what stands in padding.
         max_prompt_length: in tokens.
         max_completion_length: in tokens, the ending one included.
-        rendering: ``template`` and ``system_prompt``; see ``conversations.encode_demonstrations``.
+        rendering: as in ``prompts.Rendering``.
 
     Raises:
         ValueError: as ``encode_demonstrations``; and where no pair fits.
@@ -94,7 +99,7 @@ class EncodedPreferences:
     ):
         sides = [
             encode_demonstrations(
-                [Demonstration(each.prompt, getattr(each, side), each.where) for each in preferences],
+                [Demonstration(each.prompt, getattr(each, side), each.where, each.columns) for each in preferences],
                 tokenizer,
                 eos_ids=eos_ids,
                 **rendering,
@@ -108,7 +113,7 @@ class EncodedPreferences:
         self._completions: list[tuple[list[int], list[int]]] = []
         for preference, *pair in zip(preferences, *sides, strict=True):
             prompt = pair[0].token_ids[: pair[0].prompt_length]
-            completions = _until_end(pair[0]), _until_end(pair[1])
+            completions = until_end(pair[0]), until_end(pair[1])
             if len(prompt) <= max_prompt_length and max(map(len, completions)) <= max_completion_length:
                 self.preferences.append(preference)
                 self._prompts.append(prompt)
@@ -199,19 +204,10 @@ class PairBatches:
         return len(self._pairs) // self._num_pairs
 
 
-def _until_end(example: Example) -> list[int]:
-    """The tokens of the last turn through its ending one; a chat template may write others after it."""
-    last = max(n for n, learnt in enumerate(example.learnt) if learnt)
-    return example.token_ids[example.prompt_length : last + 1]
-
-
 def _preference(row: Row, where: str) -> Preference:
-    missing = [name for name in ("chosen", "rejected") if name not in row]
-    if missing:
-        raise KeyError(
-            f"{where} has no column {missing[0]!r}; a preference has prompt, chosen and rejected, and this "
-            f"row has {list(row)}"
-        )
+    row = as_preference(row, where)
+    for name in ("prompt", "chosen", "rejected"):
+        check_length(row.get(name), f"{where}, column {name!r}")
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row:
         prompt = checked_prompt(row["prompt"], f"{where}, column 'prompt'")
@@ -226,7 +222,7 @@ def _preference(row: Row, where: str) -> Preference:
     is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool) and np.isfinite(margin)
     if margin is not None and not is_number:
         raise ValueError(f"{where}, column 'margin': it must be a number, and is {margin!r:.200}")
-    others = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected", "margin")}
+    others = without(row, "prompt", "chosen", "rejected", "margin")
     return Preference(prompt, texts[0], texts[1], where, None if margin is None else float(margin), others)
 
 
@@ -234,7 +230,7 @@ def _reply(reply: Any, where: str) -> str:
     if isinstance(reply, list):
         if len(reply) != 1 or not is_message(reply[0]) or reply[0]["role"] != "assistant":
             raise ValueError(f"{where} must be a text, or one message of the assistant; it is {reply!r:.200}")
-        reply = reply[0]["content"]
+        reply = content_text(reply[0].get("content"), where)
     return checked_text(reply, where)
 
 
@@ -248,5 +244,10 @@ def _split_conversations(chosen: Any, rejected: Any, where: str) -> tuple[Messag
             )
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{where}: the two conversations differ before their last turn")
-    ends = ((name, each[-1]["content"]) for name, each in (("chosen", chosen), ("rejected", rejected)))
-    return chosen[:-1], [checked_text(content, f"{where}, column {name!r}") for name, content in ends]
+    ends = (
+        (name, content_text(each[-1].get("content"), where))
+        for name, each in (("chosen", chosen), ("rejected", rejected))
+    )
+    return checked_messages(chosen[:-1], f"{where}, column 'chosen'"), [
+        checked_text(content, f"{where}, column {name!r}") for name, content in ends
+    ]

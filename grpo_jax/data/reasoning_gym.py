@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_jax.data.sources import Problem
 from grpo_jax.rewards.answer import extract_answer
+from grpo_jax.rewards.calling import per_sample
 
 
 def reasoning_gym_problems(
@@ -51,6 +52,7 @@ def reasoning_gym_problems(
         except Exception:
             return 0.0
 
+    @per_sample(columns=("entry",))
     def reasoning_gym_reward(
         prompts: list[str], completions: list[str], *, entry: list[dict[str, Any]], **_columns: list[Any]
     ) -> list[float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_jax.data.tokens import decode_following
+
 
 def stop_strings(tokenizer: Any, strings: Sequence[str]) -> Callable[[Sequence[int], int], int | None]:
     """A function for a ``Sampler``'s ``stop``: completions end with the token that completes one of the strings.
@@ -27,7 +29,7 @@ def stop_strings(tokenizer: Any, strings: Sequence[str]) -> Callable[[Sequence[i
     reach = 2 * max(len(string.encode()) for string in strings)
 
     def says_one(ids: Sequence[int]) -> bool:
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        [text] = decode_following(tokenizer, [ids])
         return any(string in text for string in strings)
 
     def stop(ids: Sequence[int], seen: int) -> int | None:

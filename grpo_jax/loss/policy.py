@@ -22,12 +22,20 @@ from grpo_jax.types import Mean, Metrics
 Tokens = Float[Array, "B T"]
 Mask = Bool[Array, "B T"]
 
+MAX_LOG_RATIO = 20.0
+"""The bound on exponents: far outside any clip, and far inside float32, so that products of ratios stay finite."""
+
 # Importance ratio ----------------------------------------------------------------------------------------------------
 
 
 def token_log_ratio(log_probs: Tokens, old_log_probs: Tokens, mask: Mask) -> Tokens:
     """``log pi - log pi_old`` for each token; 0 where masked."""
     return zero_where_masked(log_probs - old_log_probs, mask)
+
+
+def bounded_ratio(log_ratio: Tokens) -> Tokens:
+    """``exp(clip(log_ratio, -20, 20))``: an infinite ratio would turn a zero advantage or gradient into NaN."""
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def sequence_log_ratio(log_probs: Tokens, old_log_probs: Tokens, mask: Mask) -> Tokens:
@@ -145,9 +153,13 @@ def kl_k3(log_probs: Float[Array, "*shape"], ref_log_probs: Float[Array, "*shape
     """``exp(-d) - 1 + d`` with ``d = log pi - log pi_ref``: unbiased, never negative (arXiv 2402.03300, eq. 4).
 
     Its gradient is ``1 - exp(-d)``; weighted by the ratio (``kl_correction`` of ``grpo_loss``) it is ``d`` on policy.
+    Below ``d = -20`` the exponential continues as its tangent, so that value and gradient stay finite and the gradient
+    keeps its sign.
     """
     d = log_probs - ref_log_probs
-    return jnp.expm1(-d) + d
+    bounded = jnp.minimum(-d, MAX_LOG_RATIO)
+    tangent = jax.lax.stop_gradient(jnp.exp(bounded)) * (-d - bounded)
+    return jnp.expm1(bounded) + tangent + d
 
 
 # Aggregations: (per-token loss, mask) -> Mean ------------------------------------------------------------------------
@@ -286,8 +298,7 @@ def grpo_loss(
     advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     advantages = jax.lax.stop_gradient(jnp.where(mask, advantages, 0))
 
-    # Far outside any clip; an infinite ratio would make 0 * inf of a zero advantage and of a clipped gradient.
-    ratio = jnp.exp(jnp.clip(log_ratio(log_probs, old_log_probs, mask), -20, 20))
+    ratio = bounded_ratio(log_ratio(log_probs, old_log_probs, mask))
     loss = surrogate(ratio, advantages, log_probs, epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     low = (ratio < 1 - epsilon_low) & (advantages < 0)
     high = (ratio > 1 + epsilon_high) & (advantages > 0)
@@ -306,7 +317,7 @@ def grpo_loss(
         divergence = kl(log_probs, jax.lax.stop_gradient(zero_where_masked(ref_log_probs, mask)))
         metrics["kl"] = mean_pair(divergence, mask)
         if kl_correction:
-            divergence = divergence * jnp.exp(token_log_ratio(log_probs, old_log_probs, mask))
+            divergence = divergence * bounded_ratio(token_log_ratio(log_probs, old_log_probs, mask))
         if kl_coef:
             loss = loss + kl_coef * divergence
     if entropy is not None:

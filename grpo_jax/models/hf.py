@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from grpo_jax.types import Model, Params
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
 NO_SUBFOLDERS = ["*/*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 PARAM_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -42,12 +41,15 @@ class Pretrained:
         config: what the decoder is made of.
         hf_config: its ``config.json``, as it was read.
         generation_config: its ``generation_config.json``, as it was read; None if there is none.
-        tokenizer: a transformers tokenizer; None if the checkpoint has none.
+        tokenizer: a transformers tokenizer, as ``tokenizers.read_tokenizer`` reads it; None if the checkpoint has
+            none.
         eos_ids: every token id that ends a sequence: those of ``generation_config``, of ``hf_config`` and the
             tokenizer's; ids outside the vocabulary are passed over.
         pad_id: what padding is filled with: the tokenizer's pad id, else that of ``generation_config`` or
             ``hf_config``, else the first of ``eos_ids``; ids outside the vocabulary are passed over. It may be an
             EOS id: nothing derives a mask from it.
+        prompt_format: its ``prompt_format.json``, as it was read: how the prompts that it was trained on were made;
+            None if there is none.
     """
 
     model: Model
@@ -58,6 +60,7 @@ class Pretrained:
     tokenizer: Any | None
     eos_ids: tuple[int, ...]
     pad_id: int
+    prompt_format: dict[str, Any] | None = None
 
 
 def from_pretrained(
@@ -92,9 +95,11 @@ def from_pretrained(
         revision: branch, tag or commit on the hub; None is its main branch.
 
     Raises:
-        FileNotFoundError: if there is no such folder or repository, or it lacks config or safetensors weights.
+        FileNotFoundError: if there is no such folder or repository, or it lacks config or safetensors weights, or
+            has files of a tokenizer without ``tokenizer.json``.
         NotADirectoryError: if a file was named.
-        ValueError: for a config that is not supported (see ``from_hf_config``), tensors that do not fit it (one error
+        ValueError: for a config that is not supported (see ``from_hf_config``), a tokenizer with a vocabulary that has
+            more ids than the embedding has rows, tensors that do not fit it (one error
             lists all), files that are damaged, and a checkpoint without an EOS id.
     """
     param_dtype = jnp.float32 if param_dtype is None else param_dtype
@@ -108,15 +113,15 @@ def from_pretrained(
     hf_config = with_scalar_head(stored_config) if scalar_head else stored_config
     stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
     model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
-    has_generation_config = (folder / "generation_config.json").is_file()
-    generation_config = read_json(folder / "generation_config.json") if has_generation_config else None
-    tokenizer = _read_tokenizer(folder)
+    generation_config = _read_optional(folder / "generation_config.json")
+    tokenizer = _read_tokenizer(folder, config.vocab_size)
     eos_ids = _settle_eos_ids(generation_config or {}, hf_config, tokenizer, config.vocab_size)
     pad_id = _settle_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size)
     params = load_params(folder, stored, param_dtype=param_dtype, shardings=shardings)
     if config != stored:
         params = with_new_head(params, config, param_dtype=param_dtype, shardings=shardings)
-    return Pretrained(model, params, config, hf_config, generation_config, tokenizer, eos_ids, pad_id)
+    prompt_format = _read_optional(folder / "prompt_format.json")
+    return Pretrained(model, params, config, hf_config, generation_config, tokenizer, eos_ids, pad_id, prompt_format)
 
 
 def with_new_head(
@@ -174,25 +179,26 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
     return Path(fetched)
 
 
-def _read_tokenizer(folder: Path) -> Any | None:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    # Imported late, because with it comes torch wherever that is installed, which takes seconds.
-    from transformers import AutoTokenizer
+def _read_optional(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+def _read_tokenizer(folder: Path, num_rows: int) -> Any | None:
+    # Imported late, because with it comes torch wherever that is installed, which takes seconds.
+    from grpo_jax.models.tokenizers import read_tokenizer
+
+    return read_tokenizer(folder, num_rows)
 
 
 def _settle_eos_ids(
     generation_config: Mapping[str, Any], hf_config: Mapping[str, Any], tokenizer: Any | None, vocab_size: int
 ) -> tuple[int, ...]:
     # All of them: fine-tunes often name the end of a turn in one place and the end of a text in another.
-    candidates = (
-        generation_config.get("eos_token_id"),
-        hf_config.get("eos_token_id"),
-        None if tokenizer is None else tokenizer.eos_token_id,
-    )
-    named = [eos_id for ids in candidates if ids is not None for eos_id in (ids if isinstance(ids, list) else [ids])]
+    named = [
+        *_ids_in(generation_config, "eos_token_id", "generation_config.json"),
+        *_ids_in(hf_config, "eos_token_id", "config.json"),
+        *([] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
+    ]
     eos_ids = tuple(dict.fromkeys(eos_id for eos_id in named if 0 <= eos_id < vocab_size))
     if not eos_ids:
         raise ValueError(
@@ -210,12 +216,20 @@ def _settle_pad_id(
     vocab_size: int,
 ) -> int:
     candidates = (
-        None if tokenizer is None else tokenizer.pad_token_id,
-        generation_config.get("pad_token_id"),
-        hf_config.get("pad_token_id"),
+        *([] if tokenizer is None or tokenizer.pad_token_id is None else [tokenizer.pad_token_id]),
+        *_ids_in(generation_config, "pad_token_id", "generation_config.json"),
+        *_ids_in(hf_config, "pad_token_id", "config.json"),
         eos_ids[0],
     )
-    return next(pad_id for pad_id in candidates if pad_id is not None and 0 <= pad_id < vocab_size)
+    return next(pad_id for pad_id in candidates if 0 <= pad_id < vocab_size)
+
+
+def _ids_in(config: Mapping[str, Any], field: str, file: str) -> list[int]:
+    value = config.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(each) is int for each in ids):
+        raise ValueError(f"{field} in {file} must be a token id or a list of ids, and is {value!r}")
+    return ids
 
 
 def save_pretrained(
@@ -225,6 +239,8 @@ def save_pretrained(
     hf_config: Mapping[str, Any],
     tokenizer: Any | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    prompt_format: Mapping[str, Any] | None = None,
+    eos_ids: Sequence[int] | None = None,
     max_shard_bytes: int = 4_000_000_000,
     dtype: Any = None,
 ) -> None:
@@ -238,20 +254,27 @@ def save_pretrained(
         folder: does not exist yet, or is empty.
         params: the parameters; on any devices, one file's worth is in host memory at a time.
         hf_config: becomes ``config.json``; only its dtype is updated, and ``architectures`` added if missing.
-        tokenizer: saved along if given, its chat template included.
+        tokenizer: written along if given, its chat template included; one that ``from_pretrained`` gave and that is
+            as it was is written as the files it came from, byte for byte.
         generation_config: becomes ``generation_config.json`` if given.
+        prompt_format: becomes ``prompt_format.json`` if given.
+        eos_ids: the token ids that end a sequence: ``eos_token_id`` of both ``config.json`` and
+            ``generation_config.json``, a list where there are several. None leaves both as they are given.
         max_shard_bytes: the most a weight file holds; with more than one there is an index.
         dtype: of the weights (float32, bfloat16 or float16); None keeps the parameters' own.
 
     Raises:
         FileExistsError: if ``folder`` exists and is not empty.
-        ValueError: if the parameters do not fit ``hf_config`` (one error lists all that do not).
+        ValueError: if the parameters do not fit ``hf_config`` (one error lists all that do not); for an ``eos_ids``
+            that is empty or beyond the vocabulary.
     """
     folder = Path(folder).expanduser()
     if dtype is not None and dtype not in PARAM_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {jnp.dtype(dtype).name}")
     config = from_hf_config(hf_config)
     check_params(params, config)
+    if eos_ids is not None:
+        hf_config, generation_config = _with_eos_ids(eos_ids, hf_config, generation_config, config.vocab_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another name")
     _wait_for_all(f"{folder} is free")
@@ -265,13 +288,36 @@ def save_pretrained(
             _write_json(partial / "config.json", _exported_config(hf_config, params, dtype))
             if generation_config is not None:
                 _write_json(partial / "generation_config.json", generation_config)
+            if prompt_format is not None:
+                _write_json(partial / "prompt_format.json", prompt_format)
             if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
+                _write_tokenizer(tokenizer, partial)
             partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _wait_for_all(f"{folder} is written")
+
+
+def _with_eos_ids(
+    eos_ids: Sequence[int],
+    hf_config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None,
+    vocab_size: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not eos_ids or not all(0 <= eos_id < vocab_size for eos_id in eos_ids):
+        raise ValueError(f"eos_ids must name at least one id from 0 to {vocab_size - 1}, and are {list(eos_ids)}")
+    named = {"eos_token_id": int(eos_ids[0]) if len(eos_ids) == 1 else [int(eos_id) for eos_id in eos_ids]}
+    if generation_config is None:  # what transformers takes from config.json where there is none
+        names = ("bos_token_id", "pad_token_id")
+        generation_config = {name: hf_config[name] for name in names if hf_config.get(name) is not None}
+    return {**hf_config, **named}, {**generation_config, **named}
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    from grpo_jax.models.tokenizers import write_tokenizer
+
+    write_tokenizer(tokenizer, folder)
 
 
 def _wait_for_all(stage: str) -> None:

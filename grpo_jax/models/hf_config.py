@@ -333,7 +333,9 @@ def _ropes(fields: Fields, family: Family) -> dict[str, Rope]:
     if family.local_theta is None:
         rope = _rope(old, new, "rope_parameters", family.theta)
         return {"full_attention": rope, "sliding_attention": rope}
-    unknown = sorted(set(new) - set(LAYER_TYPES))
+    # transformers 5.0 puts these two beside the kinds of layers, where they say nothing.
+    says_nothing = {"rope_type": "default", "rope_theta": None}
+    unknown = sorted(n for n in set(new) - set(LAYER_TYPES) if n not in says_nothing or new[n] != says_nothing[n])
     if unknown:
         raise ValueError(f"rope_parameters has {unknown}; expected are {' and '.join(LAYER_TYPES)}")
     full = new.get("full_attention") or {}

@@ -1,6 +1,6 @@
 """Rewards: pure functions from prompts and completions to scores, what composes them, and the pool they may run in.
 
-Each is imported when it is first used: processes that score need no jax, and a reward without mathematics no sympy.
+Each is imported when it is first used: processes that score need no jax, and a reward without mathematics no mpmath.
 """
 
 from importlib import import_module
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_jax.rewards.answer import answer_reward as answer_reward
     from grpo_jax.rewards.answer import extract_answer as extract_answer
+    from grpo_jax.rewards.calling import per_sample as per_sample
     from grpo_jax.rewards.code import code_reward as code_reward
     from grpo_jax.rewards.compose import Graded as Graded
     from grpo_jax.rewards.compose import RewardFn as RewardFn
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.length import soft_overlong_reward as soft_overlong_reward
     from grpo_jax.rewards.math import math_reward as math_reward
     from grpo_jax.rewards.math import same_answer as same_answer
+    from grpo_jax.rewards.math import stands_in_question as stands_in_question
     from grpo_jax.rewards.pool import Fault as Fault
     from grpo_jax.rewards.pool import RewardPool as RewardPool
     from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
@@ -31,13 +33,14 @@ if TYPE_CHECKING:
 
 HOMES = {
     "answer": ("answer_reward", "extract_answer"),
+    "calling": ("per_sample",),
     "code": ("code_reward",),
     "compose": ("Graded", "RewardFn", "Scores", "weighted"),
     "format": ("format_reward", "pattern_reward"),
     "language": ("language_reward",),
     "learned": ("LearnedReward",),
     "length": ("cosine_length_reward", "soft_overlong_reward"),
-    "math": ("math_reward", "same_answer"),
+    "math": ("math_reward", "same_answer", "stands_in_question"),
     "pool": ("Fault", "RewardPool"),
     "repetition": ("repetition_reward",),
     "sandbox": ("Limits", "Sandbox"),

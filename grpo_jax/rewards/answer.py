@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_jax.rewards.boxes import box_of, final_box
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.markup import plain
 from grpo_jax.rewards.numbers import numeric_value, unwrap
 from grpo_jax.rewards.sentences import Statement, is_value, sentences
@@ -82,6 +83,7 @@ def same_text(answer: str, other: str) -> bool:
     return canonical_answer(answer) == canonical_answer(other)
 
 
+@per_sample(columns=("answer",))
 def answer_reward(
     prompts: list[str], completions: list[str], *, answer: list[str | None], **_columns: list[Any]
 ) -> list[float | None]:

@@ -1,312 +1,416 @@
-"""Tests of programs, in the layouts that data sets publish them in, as one list."""
+"""Tests of programs: the forms that can be run, those of published data sets, and tests that no program could fail."""
 
 from __future__ import annotations
 
 import ast
 import base64
+import builtins
 import io
 import json
 import pickle
-import re
+import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-MOST_BYTES = 256 << 20
-"""Of one compressed column after decompression."""
+from grpo_jax.rewards.program import bound_names, free_names
 
 Test = str | dict[str, Any]
-"""One test, of one of four kinds:
+"""One of three kinds:
 
-- ``{"input": "3\\n4\\n", "output": "7\\n"}``: the program's standard input and its expected standard output;
-- ``{"fn_name": "add", "input": [3, 4], "output": 7}``: a function or a method of ``Solution``, its arguments and its
-  expected result; with ``"wrapped": True`` a result of 7 also meets an output of ``[7]``, as in APPS;
-- ``"assert add(3, 4) == 7"``: Python that uses names of the program and raises where it fails. Functions called
-  ``test_*`` and ``Test*`` classes run as in pytest, ``unittest.TestCase`` as in unittest, ``check(candidate)`` as in
-  HumanEval, on the program's last function;
-- ``{"test": "def check(candidate): ...", "entry_point": "add"}``: the same for a given function. Code that the prompt
-  gives to both sides, imports and helper functions, is ``"preamble"``.
+- ``{"input": "3\\n4\\n", "output": "7\\n"}``: what the program reads, and what it must write;
+- ``{"fn_name": "add", "input": [3, 4], "output": 7}``: a function of it, its arguments, and what it must return;
+- ``"assert add(3, 4) == 7"``: Python that may use every name of the program and raises unless all is well. It is run
+  as pytest, unittest and HumanEval would: functions and classes of tests and a ``check(candidate)`` that it only
+  defines are called.
 """
 
-STDIN_TYPES = ("stdin", "stdin_stdout", "standard_input", "stdio")
-FUNCTION_TYPES = ("functional", "function_call", "call_based", "function")
-LAYOUTS = "a list of tests, or a mapping with test_cases, inputs and outputs, input and output, or test and entry_point"
+PRELUDE = {
+    "collections": ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"),
+    "dataclasses": ("dataclass",),
+    "functools": ("cache", "cmp_to_key", "lru_cache", "reduce"),
+    "heapq": ("heapify", "heappop", "heappush"),
+    "itertools": ("accumulate", "chain", "combinations", "groupby", "permutations", "product"),
+    "math": (
+        "ceil",
+        "comb",
+        "cos",
+        "e",
+        "factorial",
+        "floor",
+        "gcd",
+        "inf",
+        "isclose",
+        "lcm",
+        "log",
+        "pi",
+        "sin",
+        "sqrt",
+    ),
+    "typing": ("Any", "Callable", "Dict", "Iterable", "List", "Optional", "Set", "Tuple", "Union"),
+}
+"""Names that tests use without importing them, because their data sets run programs with these imports before them."""
+FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names}
+ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
+ASSERTING = ("assert", "fail", "raises")
+MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
+MOST_BYTES = 1 << 28
+"""Of the packed cases of one row, unpacked."""
+
+
+def check_tests(tests: Any) -> list[Test]:
+    """The tests, if they can be run.
+
+    Raises:
+        ValueError: they are not a list with at least one test, all of one kind; says what is wrong and where.
+    """
+    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+        raise ValueError(f"tests must be a list with at least one test, not {tests!r:.200}")
+    for number, test in enumerate(tests, 1):
+        if isinstance(test, str):
+            if _tree(test) is None:
+                raise ValueError(f"test {number} is not Python: {test!r:.200}")
+        elif not isinstance(test, dict) or "input" not in test or "output" not in test:
+            raise ValueError(f"test {number} must be Python text or have input and output; it is {test!r:.200}")
+        elif test.get("fn_name"):
+            if not isinstance(test["input"], list):
+                raise ValueError(f"test {number} calls a function and its input must be a list: {test!r:.200}")
+        elif test.get("testtype") == "functional":
+            raise ValueError(f"test {number} is functional and names no function (fn_name): {test!r:.200}")
+        elif not isinstance(test["input"], str) or not isinstance(test["output"], str):
+            raise ValueError(f"test {number} has no fn_name, so input and output must be text: {test!r:.200}")
+    if len({reads_input(test) for test in tests}) > 1:
+        raise ValueError("some tests call the program and others give it input; they must be of one way")
+    return list(tests)
+
+
+def reads_input(test: Test) -> bool:
+    """Whether a test gives the program input to read, instead of calling it."""
+    return not isinstance(test, str) and not test.get("fn_name")
+
+
+def why_untestable(tests: Any) -> str | None:
+    """Why tests tell nothing of a program: malformed, unable to fail, in need of what sandboxes lack; None if not."""
+    try:
+        checked = check_tests(tests)
+    except ValueError as error:
+        return str(error)
+    texts = [test for test in checked if isinstance(test, str)]
+    for number, test in enumerate(texts, 1):
+        if missing := missing_modules(test):
+            return f"test {number} imports {missing[0]}, which programs' sandboxes do not have: {test!r:.200}"
+    if texts and not any(map(can_fail, texts)):
+        return f"no test can fail: none asserts anything: {texts[0]!r:.200}"
+    if texts and not used_names(texts):
+        return f"no test uses a name of the program: {texts[0]!r:.200}"
+    return None
+
+
+def can_fail(test: str) -> bool:
+    """Whether a test asserts or raises anywhere in what is run: not in a function that nothing calls."""
+    tree = _tree(test)
+    for node in _run_nodes(tree) if tree else ():
+        match node:
+            case ast.Assert() | ast.Raise():
+                return True
+            case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name.lower().startswith(ASSERTING):
+                return True
+    return False
+
+
+def _run_nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """What is run of a test: its statements, what the judge calls of its definitions, and what those refer to."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    defined = {node.name: node for node in tree.body if isinstance(node, kinds)}
+    waiting: list[ast.AST] = [node for node in tree.body if not isinstance(node, kinds)]
+    waiting += [node for node in defined.values() if _is_collected(node)]
+    seen = {id(node) for node in waiting}
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            yield node
+            meant = defined.get(node.id) if isinstance(node, ast.Name) else None
+            if meant is not None and id(meant) not in seen:
+                seen.add(id(meant))
+                waiting.append(meant)
+
+
+def _is_collected(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    if not isinstance(node, ast.ClassDef):
+        return node.name.startswith("test") or node.name == "check"
+    has_tests = any(getattr(each, "name", "").startswith("test") for each in node.body)
+    return has_tests and (node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases))
+
+
+def missing_modules(test: str) -> list[str]:
+    """The modules that a test imports and that are not of the standard library, which is all that sandboxes have."""
+    tree = _tree(test)
+    named = []
+    for node in ast.walk(tree) if tree else ():
+        match node:
+            case ast.Import(names=aliases):
+                named += [alias.name for alias in aliases]
+            case ast.ImportFrom(module=str(module), level=0):
+                named.append(module)
+    top = {name.partition(".")[0] for name in named}
+    top |= {ALIASES[name] for name in (free_names(tree) if tree else ()) if name in ALIASES}
+    return sorted(top - sys.stdlib_module_names)
+
+
+def used_names(tests: Sequence[str]) -> frozenset[str]:
+    """The names that tests take from the program.
+
+    Those are the names they use and neither bind nor get from Python, its modules or the usual imports. Where that
+    leaves none, as in ``assert sum(10, 15) == 6``, it is the outermost function they all call.
+    """
+    trees = [tree for test in tests if (tree := _tree(test)) is not None]
+    names = frozenset().union(*map(free_names, trees))
+    given = names - FROM_PRELUDE.keys() - ALIASES.keys() - sys.stdlib_module_names
+    if given:
+        return frozenset(given)
+    called = [_called(tree) for tree in trees]
+    common = [name for name in called[0] if all(name in each for each in called)] if called else []
+    return frozenset(common[:1])
+
+
+def prepared(tests: Sequence[Test]) -> list[dict[str, Any]]:
+    """Tests as the judge in its sandbox takes them: texts with the names they get from the program and from Python.
+
+    Calls that would run what a test defines and then exit, such as ``unittest.main()``, are taken out: the judge runs
+    those tests itself.
+    """
+    given = used_names([test for test in tests if isinstance(test, str)])
+    return [_prepared(test, given) if isinstance(test, str) else dict(test) for test in tests]
+
+
+def _prepared(test: str, given: frozenset[str]) -> dict[str, Any]:
+    tree = _tree(test)
+    assert tree is not None
+    used = free_names(tree)
+    modules = dict.fromkeys(used & sys.stdlib_module_names)
+    of_modules = {name: FROM_PRELUDE[name] for name in used & FROM_PRELUDE.keys()}
+    kept = _MainCalls().visit(ast.parse(test))
+    is_changed = ast.dump(kept) != ast.dump(tree)
+    return {
+        "text": ast.unparse(kept) if is_changed else test,
+        "lent": {name: module for name, module in {**modules, **of_modules}.items() if name not in given},
+        "names": sorted(given & ({*used} | {*_called(tree)})),
+        "called": _called(tree),
+        "run": sorted(_run_at_the_top(kept)),
+    }
+
+
+class _MainCalls(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        is_main = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in MAIN_CALLS
+        return ast.copy_location(ast.Pass(), node) if is_main else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return node
+
+
+def _run_at_the_top(tree: ast.Module) -> set[str]:
+    """The functions that a test calls itself, outside of what it defines."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {name for each in tree.body if not isinstance(each, definitions) for name in _names_called(each)}
+
+
+def _names_called(tree: ast.AST) -> list[str]:
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [function.id for function in calls if isinstance(function, ast.Name)]
+
+
+def _called(tree: ast.Module) -> list[str]:
+    """The names that are called and not bound by the tests themselves, outermost first."""
+    bound = bound_names(tree)
+    return [name for name in dict.fromkeys(_names_called(tree)) if name not in bound]
+
+
+@lru_cache(maxsize=256)
+def _tree(test: str) -> ast.Module | None:
+    try:
+        compile(test, "test.py", "exec")
+        return ast.parse(test)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+# Rows of published data sets -----------------------------------------------------------------------------------------
 
 
 def tests_from_row(row: Mapping[str, Any]) -> list[Test] | None:
-    """The tests of a data set's row, recognised by its columns; None where it has none of them.
+    """The tests of a row of a published data set, in the forms of ``Test``; None for a row without any.
 
-    =============================================== ==========================================
-    columns                                         as published by
-    =============================================== ==========================================
-    ``tests``                                       this package, DeepCoder
-    ``verification_info``, ``test_cases``           open-r1, verl
-    ``reward_model`` with ``ground_truth``          verl, PRIME (only where it holds tests)
-    ``test_list``, with its setup code or imports   MBPP (``challenge_test_list`` is not used)
-    ``test`` and ``entry_point``                    HumanEval; ``test`` alone: KodCode
-    ``public_test_cases``, ``private_test_cases``   LiveCodeBench
-    ``input_output``                                APPS, TACO
-    ``public_tests``, ``private_tests`` ...         CodeContests
-    =============================================== ==========================================
+    Known are ``tests`` as they are; HumanEval (``test``, ``entry_point``); MBPP (``test_list``, ``test_setup_code`` or
+    ``test_imports``, and ``challenge_test_list``); APPS, TACO and PRIME (``input_output``, also within
+    ``verification_info`` or ``reward_model``); LiveCodeBench (``public_test_cases``, ``private_test_cases``,
+    ``metadata``); CodeContests (``public_tests``, ``private_tests``, ``generated_tests``); ``test_cases`` and
+    ``verification_info`` of OpenR1; and ``ground_truth`` of verl's rows, as JSON of any of these.
 
-    Pickled columns (LiveCodeBench's private tests) are read by an unpickler that loads no class, so no code of theirs
-    runs.
+    Args:
+        row: columns by name; texts of JSON are parsed.
 
     Raises:
-        ValueError: the columns are there and cannot be read; says which and why.
+        ValueError: the tests are there and cannot be read, such as pickled ones; says why.
     """
-    readers = {
-        "tests": lambda: read_tests(row["tests"], fn_name=_starter_name(row)),
-        "verification_info": lambda: read_tests(_decoded(row["verification_info"])),
-        "reward_model": lambda: _of_ground_truth(row["reward_model"]),
-        "test_list": lambda: _of_mbpp(row),
-        "test": lambda: _of_humaneval(row),
-        "private_test_cases": lambda: _of_live_code_bench(row),
-        "public_test_cases": lambda: _of_live_code_bench(row),
-        "input_output": lambda: read_tests(row["input_output"], fn_name=_starter_name(row)),
-        "private_tests": lambda: _of_code_contests(row),
-        "public_tests": lambda: _of_code_contests(row),
-        "test_cases": lambda: read_tests(row["test_cases"], fn_name=_starter_name(row)),
-    }
-    for column, read in readers.items():
-        if row.get(column) is None or (isinstance(row[column], str) and not row[column].strip()):
-            continue
-        try:
-            tests = read()
-        except ValueError as error:
-            raise ValueError(f"column {column!r}: {error}") from error
+    for layout in (_plain, _human_eval, _mbpp, _live_code_bench, _code_contests, _input_output, _nested):
+        tests = layout(row)
         if tests is not None:
             return tests
     return None
 
 
-def read_tests(tests: Any, *, fn_name: str | None = None) -> list[Test]:
-    """Tests of any accepted layout as a list of ``Test``.
-
-    Args:
-        tests: a list of tests; or a mapping of ``inputs`` and ``outputs`` (with ``fn_name`` for functions), of
-            ``test_cases``, of ``assert_case``, or of ``test`` and ``entry_point``; or either as JSON text. A functional
-            test takes its function's name from ``fn_name``, or from ``func_name`` in its ``metadata``; arguments given
-            as text are JSON values, one a line.
-        fn_name: of functional tests that do not name their function.
-
-    Raises:
-        ValueError: they cannot be read, there are none, or some call the program and others feed its standard input;
-            says which test and why.
-    """
-    given = _decoded(tests) if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{") else tests
-    if isinstance(given, Mapping):
-        given = _from_mapping(given)
-    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-        raise ValueError(f"tests must be a list with at least one test, not {tests!r:.200}")
-    read = [_read_test(number, test, fn_name) for number, test in enumerate(given, 1)]
-    if len({reads_stdin(test) for test in read}) > 1:
-        raise ValueError("some tests call the program and others give it input; they must be of one way")
-    return read
+def _plain(row: Mapping[str, Any]) -> list[Test] | None:
+    for name in ("tests", "test_cases"):
+        value = _parsed(row.get(name))
+        if isinstance(value, Mapping):
+            return _input_output({"input_output": value})
+        if isinstance(value, str) and value.strip():
+            return [value]
+        if isinstance(value, list) and value:
+            return [_test(each, row.get("fn_name")) for each in value]
+    return None
 
 
-def reads_stdin(test: Test) -> bool:
-    """Whether a test is of the first kind, standard input and output."""
-    return not isinstance(test, str) and "fn_name" not in test and "test" not in test
+def _human_eval(row: Mapping[str, Any]) -> list[Test] | None:
+    test, entry = row.get("test"), row.get("entry_point")
+    if not isinstance(test, str) or not test.strip():
+        return None
+    tree = _tree(test)
+    has_check = tree is not None and "check" in bound_names(tree) - _run_at_the_top(tree)
+    if has_check and isinstance(entry, str):
+        return [f"{_given_by(row.get('prompt'), entry)}{test}\n\ncheck({entry})\n"]
+    return [test]
 
 
-def _read_test(number: int, test: Any, fn_name: str | None) -> Test:
-    if isinstance(test, str):
-        _check_python(number, test)
-        return test
-    if not isinstance(test, Mapping):
-        raise ValueError(f"test {number} must be Python text or have input and output; it is {test!r:.200}")
-    test = dict(test)
-    if "test" in test:
-        for name in ("preamble", "test"):
-            _check_python(number, test.get(name) or "")
-        kept = {name: test[name] for name in ("test", "entry_point", "preamble") if test.get(name)}
-        return kept if "entry_point" in kept else test["test"]
-    if "output" not in test and "expected_output" in test:
-        test["output"] = test["expected_output"]
-    if "input" not in test or "output" not in test:
-        raise ValueError(f"test {number} must be Python text or have input and output; it is {test!r:.200}")
-    kind = str(test.get("testtype") or test.get("type") or "").lower()
-    metadata = test.get("metadata")
-    metadata = _decoded(metadata) if isinstance(metadata, str) and metadata.strip() else metadata
-    named = metadata if isinstance(metadata, Mapping) else {}
-    name = test.get("fn_name") or test.get("func_name") or named.get("func_name") or named.get("fn_name")
-    if kind in FUNCTION_TYPES and not (name := name or fn_name):
-        raise ValueError(
-            f"test {number} is {kind} and does not name its function: it needs fn_name (or metadata.func_name)"
-        )
-    if name and kind not in STDIN_TYPES:
-        return _function_test(number, test, name)
-    said = {each: _as_lines(test[each]) for each in ("input", "output")}
-    if not isinstance(said["input"], str) or not isinstance(said["output"], str):
-        raise ValueError(f"test {number} has no fn_name, so input and output must be text: {test!r:.200}")
-    return said
+def _given_by(prompt: Any, entry: str) -> str:
+    """Imports and helper functions that a prompt gives; tests use these, and not the ones of the program."""
+    tree = _tree(prompt) if isinstance(prompt, str) else None
+    kept = [each for each in tree.body if getattr(each, "name", None) != entry] if tree else []
+    return "".join(f"{ast.unparse(each)}\n" for each in kept)
 
 
-def _function_test(number: int, test: dict[str, Any], name: Any) -> Test:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"test {number}: fn_name must be the name of a function, not {name!r:.80}")
-    given, output = test["input"], test["output"]
-    if isinstance(given, str) and (test.get("testtype") or test.get("type")):
-        try:
-            given = [json.loads(line) for line in given.split("\n") if line.strip()]
-            output = json.loads(output) if isinstance(output, str) else output
-        except ValueError as error:
-            raise ValueError(
-                f"test {number}: input and output of {name} must be JSON, one argument a line: {error}"
-            ) from error
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f"test {number} calls a function and its input must be a list: {test!r:.200}")
-    kept: dict[str, Any] = {"fn_name": name, "input": list(given), "output": output}
-    if test.get("wrapped"):
-        kept["wrapped"] = True
-    return kept
+def _mbpp(row: Mapping[str, Any]) -> list[Test] | None:
+    listed = _parsed(row.get("test_list"))
+    if not isinstance(listed, list) or not listed:
+        return None
+    setup = row.get("test_setup_code") or ""
+    imports = _parsed(row.get("test_imports")) or []
+    before = "\n".join([*(imports if isinstance(imports, list) else [imports]), setup]).strip()
+    more = _parsed(row.get("challenge_test_list")) or []
+    return [f"{before}\n{test}" if before else test for test in [*listed, *more]]
 
 
-def _from_mapping(tests: Mapping[str, Any]) -> Any:
-    """The list in a mapping of tests."""
-    for name in ("test_cases", "assert_case", "tests"):
-        if tests.get(name) is not None:
-            found = _decoded(tests[name]) if isinstance(tests[name], str) else tests[name]
-            return _from_mapping(found) if isinstance(found, Mapping) else found
-    if "test" in tests:
-        return [tests]
-    columns = ("inputs", "outputs") if "inputs" in tests else ("input", "output")
-    inputs, outputs = (tests.get(each) for each in columns)
-    name = tests.get("fn_name") or tests.get("func_name")
-    if columns[0] == "input" and "input" in tests and (name or isinstance(inputs, str)):
-        return [tests]
-    if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence) or isinstance(outputs, str):
-        raise ValueError(f"tests must be {LAYOUTS}; they have {sorted(map(str, tests))[:10]}")
-    if len(inputs) != len(outputs):
-        raise ValueError(
-            f"there are {len(inputs)} {columns[0]} and {len(outputs)} {columns[1]}; each test has one of both"
-        )
-    rows = [{"input": given, "output": output} for given, output in zip(inputs, outputs, strict=True)]
-    if not name:
-        return rows
-    for row in rows:
-        row |= {"fn_name": name, "wrapped": True}
-        if isinstance(row["input"], str):
-            row["type"] = "functional"
-        elif not isinstance(row["input"], Sequence):
-            row["input"] = [row["input"]]
-    return rows
-
-
-def _of_mbpp(row: Mapping[str, Any]) -> list[Test]:
-    imports = row.get("test_imports") or []
-    before = [row.get("test_setup_code") or "", *([imports] if isinstance(imports, str) else imports)]
-    preamble = "".join(f"{each.rstrip()}\n" for each in before if each.strip())
-    listed = _decoded(row["test_list"]) if isinstance(row["test_list"], str) else row["test_list"]
-    return read_tests([preamble + each for each in listed])
-
-
-def _of_humaneval(row: Mapping[str, Any]) -> list[Test]:
-    if not isinstance(row["test"], str):
-        return read_tests(row["test"])
-    entry_point, preamble = row.get("entry_point"), ""
-    if entry_point and isinstance(row.get("prompt"), str):
-        try:
-            kept = [each for each in ast.parse(row["prompt"]).body if getattr(each, "name", "") != entry_point]
-            preamble = "\n".join(map(ast.unparse, kept))
-        except SyntaxError:
-            preamble = ""  # a prompt in prose
-    if entry_point:
-        return read_tests([{"test": row["test"], "entry_point": entry_point, "preamble": preamble}])
-    return read_tests(row["test"] if row["test"].lstrip()[:1] in "[{" else [row["test"]])
-
-
-def _of_live_code_bench(row: Mapping[str, Any]) -> list[Test]:
-    metadata = row.get("metadata")
-    metadata = _decoded(metadata) if isinstance(metadata, str) and metadata.strip() else metadata
+def _live_code_bench(row: Mapping[str, Any]) -> list[Test] | None:
+    if "public_test_cases" not in row and "private_test_cases" not in row:
+        return None
+    metadata = _parsed(row.get("metadata")) or {}
     name = metadata.get("func_name") if isinstance(metadata, Mapping) else None
-    tests: list[Any] = []
+    cases = []
     for column in ("public_test_cases", "private_test_cases"):
-        found = row.get(column)
-        tests += (_decoded(found) if isinstance(found, str) and found.strip() else found) or []
-    return read_tests(tests, fn_name=name or _starter_name(row))
+        value = _parsed(row.get(column))
+        cases += _unpacked(value, column) if isinstance(value, str) and value.strip() else value or []
+    return [_functional(case, name) if case.get("testtype") == "functional" else _test(case) for case in cases] or None
 
 
-def _of_code_contests(row: Mapping[str, Any]) -> list[Test]:
+def _code_contests(row: Mapping[str, Any]) -> list[Test] | None:
+    parts = [_parsed(row.get(name)) for name in ("public_tests", "private_tests", "generated_tests")]
     tests: list[Test] = []
-    for column in ("public_tests", "private_tests", "generated_tests"):
-        found = row.get(column)
-        found = _decoded(found) if isinstance(found, str) else found
-        if found and (not isinstance(found, Mapping) or found.get("input")):
-            tests += read_tests(found)
-    return read_tests(tests)
+    for part in parts:
+        if isinstance(part, Mapping) and "input" in part:
+            tests += [
+                {"input": given, "output": wanted} for given, wanted in zip(part["input"], part["output"], strict=True)
+            ]
+    return tests or None
 
 
-def _of_ground_truth(reward_model: Any) -> list[Test] | None:
-    """Verl keeps tests where other tasks have an answer, so what is not a layout of tests is not an error."""
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
-    if isinstance(truth, str):
-        if truth.lstrip()[:1] not in ("[", "{"):
-            return None
-        try:
-            truth = json.loads(truth)
-        except ValueError:
-            return None
-    if isinstance(truth, Mapping) and not {"inputs", "test_cases", "assert_case", "test"} & {*truth}:
+def _input_output(row: Mapping[str, Any]) -> list[Test] | None:
+    value = _parsed(row.get("input_output"))
+    if not isinstance(value, Mapping) or not ("inputs" in value or "assert_case" in value):
         return None
-    if isinstance(truth, Sequence) and not all(isinstance(each, Mapping) and "input" in each for each in truth):
-        return None
-    return read_tests(truth) if truth else None
+    if value.get("assert_case"):
+        return list(value["assert_case"])
+    name = value.get("fn_name") or row.get("fn_name")
+    pairs = zip(value["inputs"], value["outputs"], strict=True)
+    if not name:
+        return [{"input": _text(given), "output": _text(wanted)} for given, wanted in pairs] or None
+    # APPS wraps what a function returns into a list of one: then all outputs are such lists.
+    is_wrapped = all(isinstance(wanted, list) and len(wanted) == 1 for wanted in value["outputs"])
+    return [
+        {"fn_name": name, "input": given, "output": wanted[0] if is_wrapped else wanted} for given, wanted in pairs
+    ] or None
 
 
-def _starter_name(row: Mapping[str, Any]) -> str | None:
-    """The function that a row's starter code asks for; None where it asks for none, or for several."""
-    starter = row.get("starter_code")
-    names = re.findall(r"^[ \t]*(?:async )?def[ \t]+(\w+)", starter, re.MULTILINE) if isinstance(starter, str) else []
-    names = [name for name in names if not name.startswith("_")]
-    return names[0] if len(names) == 1 else None
+def _nested(row: Mapping[str, Any]) -> list[Test] | None:
+    for name in ("verification_info", "reward_model", "ground_truth", "extra_info"):
+        value = _parsed(row.get(name))
+        if isinstance(value, Mapping):
+            if "inputs" in value:
+                value = {"input_output": value}
+            tests = tests_from_row(value)
+            if tests is not None:
+                return tests
+        elif name == "ground_truth" and isinstance(value, list) and value and all(_is_test(each) for each in value):
+            return [_test(each) for each in value]
+    return None
 
 
-def _as_lines(value: Any) -> Any:
-    """Text; a list of lines, as APPS has some, joined."""
-    is_lines = (
-        isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
-    )
-    return "\n".join(value) if is_lines else value
+def _test(case: Any, name: Any = None) -> Test:
+    if isinstance(case, str) or not isinstance(case, Mapping):
+        return case
+    name = case.get("fn_name") or name
+    if name and isinstance(case.get("input"), list):
+        return {"fn_name": name, "input": case["input"], "output": case.get("output")}
+    if case.get("type") == "stdin_stdout" or case.get("testtype") == "stdin" or not name:
+        kept = {"input": _text(case.get("input", "")), "output": _text(case.get("output", ""))}
+        return kept | ({"testtype": "functional"} if case.get("testtype") == "functional" else {})
+    return dict(case)
 
 
-def _check_python(number: int, text: Any) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"test {number} must be Python text, not {text!r:.200}")
-    try:
-        compile(text, "test.py", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"test {number} is not Python: {error}: {text!r:.200}") from error
+def _functional(case: Mapping[str, Any], name: str | None) -> Test:
+    """A case of LiveCodeBench that calls a function: one argument a line, each as JSON."""
+    if not name:
+        return dict(case)
+    given = [json.loads(line) for line in str(case["input"]).split("\n") if line.strip()]
+    return {"fn_name": name, "input": given, "output": json.loads(case["output"])}
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads pickled text and containers; without a class to load, nothing can be called."""
+    """Reads pickles of texts, numbers, lists and dicts, which run no code."""
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it would load {module_name}.{global_name}; only plain values are read")
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it asks for {module}.{name}")
 
 
-def _decoded(value: Any) -> Any:
-    """JSON text, or JSON within base64, zlib and pickle."""
-    if not isinstance(value, str):
-        return value
+def _unpacked(text: str, column: str) -> list[Any]:
+    """Cases as LiveCodeBench packs them: JSON, pickled as a text, compressed, in base 64."""
     try:
-        return json.loads(value)
-    except ValueError as error:
-        said = error
-    except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
-    try:
-        packed = base64.b64decode(value, validate=True)
-        inflate = zlib.decompressobj()
-        plain = inflate.decompress(packed, MOST_BYTES)
-    except (ValueError, zlib.error):
-        raise ValueError(f"it is neither JSON ({said}) nor base64 of compressed data: {value!r:.80}") from said
-    if inflate.unconsumed_tail:
-        raise ValueError(f"it holds more than {MOST_BYTES >> 20} MiB")
-    try:
-        text = _PlainUnpickler(io.BytesIO(plain)).load() if plain[:1] == b"\x80" else plain.decode()
-        return json.loads(text) if isinstance(text, (str, bytes)) else text
-    except Exception as error:  # a pickle may fail in any way
-        raise ValueError(f"its compressed data cannot be read: {error}") from error
+        packed = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), MOST_BYTES)
+        return json.loads(_PlainUnpickler(io.BytesIO(packed)).load())
+    except (ValueError, TypeError, EOFError, zlib.error, pickle.UnpicklingError) as error:
+        raise ValueError(f"{column} is neither JSON nor a packed text of JSON ({error}): {text!r:.80}") from error
+
+
+def _parsed(value: Any) -> Any:
+    """A text of JSON as what it says; everything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _text(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _is_test(value: Any) -> bool:
+    is_case = isinstance(value, Mapping) and "input" in value and "output" in value
+    return is_case or (isinstance(value, str) and "assert" in value)
+
+
+assert not vars(builtins).keys() & FROM_PRELUDE.keys()

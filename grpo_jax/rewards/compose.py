@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from grpo_jax.rewards.calling import arguments, invoke
 
 NUMBERS = (int, float, np.integer, np.floating, np.bool_)
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -23,19 +25,23 @@ class Graded:
         note: what a person should read beside the completion, such as an interpreter's message.
         steps: of a reward that judges the steps of a completion one by one: after how many characters each ends, and
             what it is worth. ``score`` is then what the whole is worth by them, such as their mean.
+        failed: whether there is no score because the reward could not be computed; otherwise None is abstention.
     """
 
     score: float | None
     details: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     steps: Sequence[tuple[int, float]] = ()
+    failed: bool = False
 
 
-RewardFn = Callable[..., Sequence[float | Graded | None]]
-"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | Graded]``.
+RewardFn = Callable[..., Any]
+"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | Graded]``, plain or async.
 
-Called with every column of the problems, one entry a completion; None (or NaN) says that there is no score. An entry
-follows from its own row alone, so that rows can be scored anywhere, in any order.
+Called once with the whole batch, or sample by sample where it is declared ``calling.per_sample``, with those arguments
+that its signature takes: ``f(completions, **kwargs)`` will do. Prompts and completions are texts; a column has one
+entry for each completion. The result has one too: a number, a ``Graded``, or None where the reward abstains. NaN is a
+reward that failed.
 """
 
 
@@ -47,7 +53,8 @@ class Scores:
         total: float32 ``[B]``.
         parts: float32 ``[B]`` by the name of the reward, before gates and weights; and as ``name/detail`` what a
             reward said besides (``Graded.details``).
-        counted: float32 ``[B]`` by name, the parts that have a weight, after gates and before weights.
+        counted: float32 ``[B]`` by name, the parts that have a weight, after gates and before weights; NaN where the
+            total is absent or the reward abstains.
         notes: for each completion what rewards had to say, after their names.
         outcome: float32 ``[B]``, as ``total`` without the rewards that judged steps of this completion, for process
             supervision; absent where these are all.
@@ -102,11 +109,13 @@ def weighted(
     *,
     gates: Mapping[str, str] | None = None,
     clip: tuple[float, float] | None = None,
+    may_abstain: Collection[str] = (),
 ) -> Callable[..., Scores]:
     """A function ``(prompts, completions, **columns) -> Scores`` with ``total = clip(sum_i weights[i] * parts[i])``.
 
     A total is absent where a part with a weight is: a sum that leaves a part out would be compared with sums that have
-    it. A part with weight 0 is scored to be looked at and does not touch the total, absent or not.
+    it. Rewards in ``may_abstain`` are left out of the sum where they return None, as in TRL; where all abstain the
+    total is absent, and where one failed too. A part with weight 0 is only recorded and never touches the total.
 
     To normalise each reward within its groups before they are summed, give ``Scores.counted`` to ``advantage.gdpo``.
 
@@ -118,6 +127,7 @@ def weighted(
         gates: ``{"accuracy": "format"}`` counts accuracy as 0 where format is below 1. Where the gate is absent, so is
             the total.
         clip: the least and the greatest total.
+        may_abstain: names of rewards without which a total is still one.
 
     Raises:
         ValueError: no rewards; names that differ between ``rewards`` and ``weights``; a weight that is not finite, or
@@ -135,21 +145,32 @@ def weighted(
             raise ValueError(f"the gate {name}={gate} must be of two of the rewards {[*rewards]}")
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip must be the least and the greatest total, in order; it is {clip}")
+    if not set(may_abstain) <= set(rewards):
+        raise ValueError(f"may_abstain has {sorted(set(may_abstain) - set(rewards))}; the rewards are {[*rewards]}")
 
     def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> Scores:
         lengths = {name: len(c) for name, c in {"prompts": prompts, "completions": completions, **columns}.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"prompts, completions and columns must have one entry a completion: {lengths}")
-        graded = {name: _run(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
+        graded = {name: score_with(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
         parts = {name: _array(entry.score for entry in entries) for name, entries in graded.items()}
         counted = {name: _gated(parts, name, gates) for name, weight in weights.items() if weight}
-        total = sum((weights[name] * part for name, part in counted.items()), np.zeros(len(completions)))
+        abstains = {
+            name: np.array(
+                [name in may_abstain and entry.score is None and not entry.failed for entry in graded[name]], bool
+            )
+            for name in counted
+        }
+        nothing = np.logical_and.reduce([*abstains.values()])
+        summed = {name: np.where(abstains[name], 0, weights[name] * part) for name, part in counted.items()}
+        total = np.where(nothing, np.nan, sum(summed.values(), np.zeros(len(completions))))
+        counted = {name: np.where(np.isnan(total), np.nan, part) for name, part in counted.items()}
         for name, entries in graded.items():
             for detail in dict.fromkeys(key for entry in entries for key in entry.details):
                 parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
         judged = {name: np.array([bool(entry.steps) for entry in graded[name]], bool) for name in counted}
-        of_whole = [np.where(judged[name], 0, weights[name] * part) for name, part in counted.items()]
-        by_steps_alone = np.logical_and.reduce([*judged.values()])
+        of_whole = [np.where(judged[name], 0, part) for name, part in summed.items()]
+        by_steps_alone = nothing | np.logical_and.reduce([judged[name] | abstains[name] for name in counted])
         outcome = np.where(by_steps_alone, np.nan, sum(of_whole, np.zeros(len(completions))))
         if clip is not None:
             total, outcome = np.clip(total, *clip), np.clip(outcome, *clip)
@@ -182,31 +203,37 @@ def _gated(parts: Mapping[str, np.ndarray], name: str, gates: Mapping[str, str])
     return np.where(np.isnan(gate) | np.isnan(parts[name]), np.nan, np.where(gate >= 1, parts[name], 0))
 
 
+class InvalidScoresError(ValueError):
+    """A reward returned something other than one score for each completion of its batch."""
+
+
 def as_graded(values: Any, completions: Sequence[str]) -> list[Graded]:
     """What a reward returned of some completions, each entry as a ``Graded``.
 
     Raises:
-        ValueError: it is not a list with one entry a completion, each None, a number that float32 holds (or NaN) or a
-            ``Graded`` of such. The message goes on after the reward's name.
+        InvalidScoresError: it is not a list with one entry a completion, each None, NaN, a number that float32 holds or
+            a ``Graded`` of such. The message goes on after the reward's name.
     """
     if not isinstance(values, (list, tuple, np.ndarray)):
-        raise ValueError(f"must return a list, and returned {type(values).__name__}")
+        raise InvalidScoresError(f"must return a list, and returned {type(values).__name__}")
     if len(values) != len(completions):
-        raise ValueError(f"must return one entry a completion: {len(completions)}, not {len(values)}")
+        raise InvalidScoresError(f"must return one entry a completion: {len(completions)}, not {len(values)}")
     return [_graded(value, completion) for value, completion in zip(values, completions, strict=True)]
 
 
 def _graded(value: Any, completion: str) -> Graded:
     if not isinstance(value, Graded):
-        return Graded(_number(value, completion))
+        value = Graded(_number(value, completion))
+    score = _number(value.score, completion)
+    is_nan = score is not None and math.isnan(score)
     details = {str(name): _number(detail, completion) for name, detail in value.details.items()}
     present = {name: detail for name, detail in details.items() if detail is not None}
     if not isinstance(value.steps, (list, tuple)):
-        raise ValueError(
+        raise InvalidScoresError(
             f"returned {value.steps!r:.200} as steps; they are a list. The completion: {completion!r:.200}"
         )
     steps = tuple(_step(step, completion) for step in value.steps)
-    return Graded(_number(value.score, completion), present, str(value.note), steps)
+    return Graded(None if is_nan else score, present, str(value.note), steps, is_nan or bool(value.failed))
 
 
 def _step(step: Any, completion: str) -> tuple[int, float]:
@@ -215,7 +242,7 @@ def _step(step: Any, completion: str) -> tuple[int, float]:
             worth = _number(reward, completion)
             if worth is not None and not math.isnan(worth):
                 return int(end), worth
-    raise ValueError(
+    raise InvalidScoresError(
         f"returned {step!r:.200} as a step; one is (how many characters it ends after, a number). "
         f"The completion: {completion!r:.200}"
     )
@@ -225,22 +252,40 @@ def _number(value: Any, completion: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, NUMBERS) or abs(value) > LARGEST_FLOAT32:
-        raise ValueError(
+        raise InvalidScoresError(
             f"returned {value!r:.200}; an entry must be None or a number that float32 can hold. "
             f"The completion: {completion!r:.200}"
         )
     return float(value)
 
 
-def _run(
+def score_with(
     name: str, reward: RewardFn, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
 ) -> list[Graded]:
+    """What a reward says of a batch, called with the arguments that it takes.
+
+    Args:
+        name: of the reward, for errors.
+        reward: see ``RewardFn``.
+        prompts, completions: ``[B]``.
+        columns: ``[B]`` each.
+
+    Raises:
+        ValueError: a column is missing, the reward raises (the cause is chained), or returns something other than one
+            score for each completion.
+    """
     try:
-        values = reward(prompts, completions, **columns)
+        call = arguments(reward, prompts, completions, columns)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r} {error}") from error
+    try:
+        values = invoke(reward, call)
+    except InvalidScoresError:
+        raise
     except Exception as error:
         raise ValueError(
-            f"reward {name!r} raised {type(error).__name__}: {error}. It was called as reward(prompts, completions, "
-            f"**columns) with the columns {[*columns]}"
+            f"reward {name!r} raised {type(error).__name__}: {error}. It was called with the columns "
+            f"{[name for name in call[1] if name in columns]}"
         ) from error
     try:
         return as_graded(values, completions)

@@ -6,10 +6,13 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from grpo_jax.rewards.calling import per_sample
+
 TAG = re.compile(r"</?(?:think|answer)>")
 TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
 
 
+@per_sample(columns=())
 def format_reward(prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[float]:
     """1.0 where a completion is one ``<think>...</think>``, then one ``<answer>...</answer>``, and nothing else.
 
@@ -25,6 +28,7 @@ def format_reward(prompts: list[str], completions: list[str], **_columns: list[A
     return [float(_is_well_formed(completion, prompt.rstrip().endswith("<think>"))) for prompt, completion in pairs]
 
 
+@per_sample(columns=())
 def pattern_reward(prompts: list[str], completions: list[str], *, pattern: str, **_columns: list[Any]) -> list[float]:
     """1.0 where the whole completion, without blanks around it, matches a regular expression; else 0.0.
 

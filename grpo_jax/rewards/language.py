@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import regex
 
+from grpo_jax.rewards.calling import per_sample
+
 WORDS_A_PIECE = 16
 MOST_RUNS = 64
 MOST_PIECES = 200
@@ -112,6 +114,7 @@ SYMBOLS = regex.compile(
 )
 
 
+@per_sample(columns=("target_language",))
 def language_reward(
     prompts: list[str],
     completions: list[str],

@@ -31,6 +31,21 @@ PLAIN = {
     "\u00bd": r"\frac{1}{2}",
     "\u00bc": r"\frac{1}{4}",
     "\u00be": r"\frac{3}{4}",
+    "\u2153": r"\frac{1}{3}",
+    "\u2154": r"\frac{2}{3}",
+    "\u221a": r"\sqrt ",
+    "\u2124": r"\mathbb{Z}",
+    "\u2216": r"\setminus ",
+    "\u27e8": r"\langle ",
+    "\u27e9": r"\rangle ",
+    "\u230a": r"\lfloor ",
+    "\u230b": r"\rfloor ",
+    "\u2308": r"\lceil ",
+    "\u2309": r"\rceil ",
+    "\u2026": r"\ldots ",
+    "\u2019": "'",
+    "\u00a2": r"\text{ cents}",
+    "\u2220": r"\angle ",
     "\u00a0": " ",
     "\u202f": " ",
     "\u211d": r"\mathbb{R}",
@@ -66,13 +81,36 @@ SPELLINGS = {
     r"\_": "_",
     r"\lor": r"\text{ or }",
     r"\vee": r"\text{ or }",
+    r"\land": r"\text{ and }",
+    r"\wedge": r"\text{ and }",
+    r"\leqq": r"\le",
+    r"\geqq": r"\ge",
+    r"\backslash": r"\setminus",
+    r"\smallsetminus": r"\setminus",
+    r"\Bbb": r"\mathbb",
+    r"\tg": r"\tan",
+    r"\ctg": r"\cot",
+    r"\arctg": r"\arctan",
+    r"\dots": r"\ldots",
+    r"\cdots": r"\ldots",
+    r"\dotsc": r"\ldots",
+    r"\euro": "\u20ac",
+    r"\pounds": "\u00a3",
+    r"\textdegree": r"^\circ",
+    r"\textnormal": r"\text",
+    r"\textsf": r"\text",
+    r"\mathsf": r"\text",
+    r"\emph": r"\text",
+    r"\vec": r"\text",
+    r"\overrightarrow": r"\overline",
+    r"\boldsymbol": r"\text",
     r"\operatorname": r"\text",
     r"\mathrm": r"\text",
     r"\textrm": r"\text",
     r"\textbf": r"\text",
     r"\textit": r"\text",
     r"\mathbf": r"\text",
-    r"\mathit": r"\text",
+    r"\cr": r"\\",
     r"\mbox": r"\text",
     r"\textup": r"\text",
     r"\varphi": r"\phi",
@@ -83,14 +121,27 @@ DROPPED = {r"\left", r"\right", r"\displaystyle", r"\textstyle", r"\limits", r"\
 DROPPED |= {rf"\{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
 GREEK = "alpha beta gamma delta varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
 GREEK += " Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
-LETTERS = {rf"\{name}" for name in GREEK.split()}
-FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt frac binom min max gcd lcm"
+UNIT_VECTORS = (r"\veci", r"\vecj", r"\veck")
+"""Our commands for the unit vectors, which are written in bold, with a hat or an arrow."""
+LETTERS = {rf"\{name}" for name in GREEK.split()} | set(UNIT_VECTORS)
+FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln lg log exp sqrt frac binom min max"
+FUNCTIONS += " gcd lcm"
 KNOWN = LETTERS | {rf"\{name}" for name in FUNCTIONS.split()}
 KNOWN |= {r"\cdot", r"\times", r"\div", r"\pm", r"\mp", r"\pi", r"\infty", r"\le", r"\ge", r"\ne", r"\in", r"\cup"}
 KNOWN |= {r"\cap", r"\setminus", r"\emptyset", r"\{", r"\}", r"\\", r"\circ", r"\text", r"\mathbb", r"\overline"}
-KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil"}
+KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil", r"\over", r"\choose", r"\bar", r"\dot"}
+KNOWN |= {r"\approx", r"\equiv", r"\pmod", r"\bmod", r"\mod", r"\parallel", r"\perp", r"\cong", r"\sim"}
+KNOWN |= {r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
 COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)", re.DOTALL)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+WRAPPER = re.compile(r"\\(?:boxed|text|fbox|mbox|textbf|mathbf|displaystyle)(?![a-zA-Z]) ?(\{)?")
+PLAIN_NAMES = re.compile(
+    r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|theta)(?=[^A-Za-z]|$)"
+)
+UNIT_VECTOR = re.compile(
+    r"\\(?:mathbf|hat|vec|boldsymbol|bm|widehat) ?"
+    r"(?:\{ ?(?:\\mathbf ?\{ ?)?\\?([ijk])(?:math)? ?\}? ?\}|\\?([ijk])(?:math)?)(?![a-zA-Z])"
+)
 
 
 def tidy(text: str) -> str | None:
@@ -104,14 +155,23 @@ def tidy(text: str) -> str | None:
     if len(text) > LONGEST:
         return None
     text = "".join(PLAIN.get(character, character) for character in text)
-    if any(not (" " <= c <= "~" or c in "\n\t\u20ac\u00a3") for c in text):
+    if any(not (" " <= c <= "~" or c in "\n\t\u20ac\u00a3\u00a5\u20b9") for c in text):
         return None
-    text = re.sub(r"(\d)\\,(?=\d{3}(?!\d))", r"\1", text).replace("{,}", ",")
+    text = _without_thousands_separators(text.replace("...", r"\ldots "))
     if re.search(r"(?<!\\)%(?=[^\s.,;$)\\}])", text):
         return None  # a LaTeX comment
     text = _unwrapped(text.replace("~", " "))
-    if re.search(r"\\text\s*\{[^}]*\\", text):
+    if re.search(r"\\text\s*\{[^}]*\\(?![%$&_ ,;])", text):
         return None
+    for _ in range(2):
+        text = re.sub(r"(\\(?:text|mathrm|mbox) ?\{[^{}]*\^) ?\{ ?(-?\d) ?\}", r"\1\2", text)
+    text = re.sub(r"\\not ?=|\\not ?\\eq(?![a-z])", r"\\ne ", text)
+    text = re.sub(rf"\\(?:operatorname\*?|mathrm|text) ?\{{ ?({FUNCTIONS.replace(' ', '|')}) ?\}}", r"\\\1 ", text)
+    text = re.sub(r"\\mathit ?\{(\w+)\}", r" \1 ", text)
+    text = re.sub(r"\\([pb]matrix) ?\{(.*)\}", r"\\begin{\1}\2\\end{\1}", text, flags=re.DOTALL)
+    text = UNIT_VECTOR.sub(lambda match: rf"\vec{match[1] or match[2]} ", text)
+    text = re.sub(r"\\(?:operatorname\*?|mathrm|text) ?\{([ei])\}(?! ?\w)", r" \1 ", text)
+    text = re.sub(r"(?<=[\s\d}])(lcm|gcd)(?= ?\()", r"\\\1", text)
     parts, end = [], 0
     for match in COMMAND.finditer(text):
         command = SPELLINGS.get(match[0], match[0])
@@ -121,15 +181,30 @@ def tidy(text: str) -> str | None:
             return None
         parts += [text[end : match.start()], command, " " if command[-1].isalpha() else ""]
         end = match.end()
-    text = " ".join("".join([*parts, text[end:]]).split())
-    text = re.sub(
-        r"\\frac ?(\d)(?: ?(\d)|(?= ?\{))", lambda m: rf"\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else ""), text
-    )
-    text = re.sub(r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}", text)
-    text = re.sub(r"\\sqrt ?(\d)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\\text \{", r"\\text{", text).removesuffix(".").strip()
+    text = _plain_operators(" ".join("".join([*parts, text[end:]]).split()))
+    text = re.sub(r"\\text \{", r"\\text{", text).rstrip(".,; ")
+    text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb {\1}", text)
     text = _unwrapped(text)
     return text if text and balanced(text) else None
+
+
+def _without_thousands_separators(text: str) -> str:
+    r"""``1{,}234``, ``1,\!234`` and ``1\,234`` without what groups their digits; a decimal comma made a point."""
+    text = re.sub(r"(?<=\d)(?:\\!)? ?, ?\\! ?(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)\\[,; ] ?(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)\{,\} ?(?=\d{3}(?!\d))", "", text)
+    return re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text)
+
+
+def _plain_operators(text: str) -> str:
+    r"""Plain text's names and signs as LaTeX has them, outside of ``\text``."""
+    pieces = re.split(r"(\\text ?\{[^{}]*\})", text)
+    for place in range(0, len(pieces), 2):
+        piece = PLAIN_NAMES.sub(lambda match: rf"\{match[1]} ", pieces[place])
+        piece = piece.replace("**", "^").replace(">=", r"\ge ").replace("<=", r"\le ").replace("+/-", r"\pm ")
+        piece = re.sub(r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty ", piece)
+        pieces[place] = re.sub(r"([)\]}]) ?(?:U|union) ?(?=[(\[{\\])", r"\1 \\cup ", piece)
+    return " ".join("".join(pieces).split())
 
 
 def _unwrapped(text: str) -> str:
@@ -142,9 +217,12 @@ def _unwrapped(text: str) -> str:
             is_one = not any(each in inner.replace(r"\$", "") for each in (opening, closing))
             if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening) and is_one:
                 text = inner
-        match = re.fullmatch(r"\\(?:boxed|text|fbox) ?\{([^{}]*|(?:[^{}]|\{[^{}]*\})*)\}", text)
-        if match and not match[1].startswith(" "):
-            text = match[1]
+        match = WRAPPER.match(text)
+        if match and match[1] and text.endswith("}") and balanced(text[match.end() : -1]):
+            inner = text[match.end() : -1]
+            text = text if inner.startswith(" ") else inner
+        elif match and match[0].startswith((r"\boxed", r"\fbox")) and re.fullmatch(r" ?\w+", text[match.end() :]):
+            text = text[match.end() :]
         if text == before:
             return text
 
@@ -164,15 +242,17 @@ def split_top(text: str, separator: str) -> list[str]:
 
     A separator with a group keeps what the group matched, as ``re.split`` does.
     """
-    tokens = re.compile(rf"(?P<sep>{separator})|\\[{{}}]|\\begin ?\{{\w+\}}|\\end ?\{{\w+\}}|\\.|.", re.DOTALL)
+    tokens = re.compile(
+        rf"(?P<sep>{separator})|\\[{{}}]|\\begin ?\{{\w+\}}|\\end ?\{{\w+\}}|\\[lr]angle|\\.|.", re.DOTALL
+    )
     parts, depth, start = [], 0, 0
     for match in tokens.finditer(text):
         token = match[0]
         if match["sep"] is not None and depth == 0:
             parts += [text[start : match.start()].strip(), *[g for g in match.groups()[1:] if g is not None]]
             start = match.end()
-        elif token in ("(", "[", "{", r"\{") or token.startswith(r"\begin"):
+        elif token in ("(", "[", "{", r"\{", r"\langle") or token.startswith(r"\begin"):
             depth += 1
-        elif token in (")", "]", "}", r"\}") or token.startswith(r"\end"):
+        elif token in (")", "]", "}", r"\}", r"\rangle") or token.startswith(r"\end"):
             depth = max(depth - 1, 0)
     return [*parts, text[start:].strip()]

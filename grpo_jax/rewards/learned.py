@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,22 @@ from grpo_jax.types import Model, Params
 SHORTEST = 64
 
 
-def concatenated(prompt: str, completion: str) -> str:
-    """The prompt and then the completion."""
-    return prompt + completion
+Encode = Callable[[list[str], list[str], Mapping[str, list[Any]]], list[list[int]]]
+"""``(prompts, completions, columns) -> token ids``, what a reward model reads of each; empty for nothing."""
+
+
+def joined(
+    tokenizer: Any, eos_id: int | None, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+) -> list[list[int]]:
+    """The tokens of each prompt and completion as one text, and the ending token."""
+    if not completions:
+        return []
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    truncated = columns.get("truncated") or [False] * len(texts)
+    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        ids if cut_off or eos_id is None else [*ids, eos_id] for ids, cut_off in zip(token_ids, truncated, strict=True)
+    ]
 
 
 class LearnedReward:
@@ -36,9 +49,10 @@ class LearnedReward:
         max_length: tokens of the longest sequence that is scored. Of a longer one there is no score (None): cut, it
             would be the score of something else.
         batch_size: sequences scored at once.
-        render: what the model reads, of prompt and completion; its tokenizer adds no special tokens to that.
-        eos_id: the ending token, which is read after it, as a reward model is taught to, but where the column
-            ``truncated`` says that the completion never ended; None for none.
+        encode: from prompts, completions and columns to the tokens that the model reads. Default: those of prompt and
+            completion as one text, without special tokens.
+        eos_id: with that default, the ending token, which is read after it but where the column ``truncated`` says that
+            the completion never ended; None for none.
         mesh: that batches are split over.
 
     Raises:
@@ -53,7 +67,7 @@ class LearnedReward:
         *,
         max_length: int,
         batch_size: int = 32,
-        render: Callable[[str, str], str] = concatenated,
+        encode: Encode | None = None,
         eos_id: int | None = None,
         mesh: Mesh | None = None,
     ):
@@ -62,24 +76,17 @@ class LearnedReward:
             raise ValueError(f"the model gives {outputs} numbers for each position; a reward model gives one")
         if mesh is not None and batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
             raise ValueError(f"batch_size {batch_size} does not divide over the mesh {dict(mesh.shape)}")
-        self._params, self._tokenizer, self._mesh = params, tokenizer, mesh
-        self._max_length, self._batch_size, self._render = max_length, batch_size, render
-        self._ending = [] if eos_id is None else [eos_id]
+        self._params, self._mesh = params, mesh
+        self._encode = encode or partial(joined, tokenizer, eos_id)
+        self._max_length, self._batch_size = max_length, batch_size
         self._score = jax.jit(partial(sequence_scores, model))
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """The score of each; None for a text without tokens, or with too many."""
         if not completions:
             return []
-        texts = [self._render(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        truncated = columns.get("truncated") or [False] * len(texts)
-        token_ids = [
-            ids if cut_off else [*ids, *self._ending]
-            for ids, cut_off in zip(
-                self._tokenizer(texts, add_special_tokens=False)["input_ids"], truncated, strict=True
-            )
-        ]
-        scores: list[float | None] = [None] * len(texts)
+        token_ids = self._encode(prompts, completions, columns)
+        scores: list[float | None] = [None] * len(completions)
         # Like lengths together, so that short ones are not padded to the longest.
         order = [i for i in np.argsort([len(ids) for ids in token_ids]) if 0 < len(token_ids[i]) <= self._max_length]
         for first in range(0, len(order), self._batch_size):

@@ -10,9 +10,11 @@ import math
 from typing import Any
 
 from grpo_jax.rewards.answer import answer_reward
-from grpo_jax.rewards.compose import RewardFn, as_graded
+from grpo_jax.rewards.calling import per_sample
+from grpo_jax.rewards.compose import RewardFn, score_with
 
 
+@per_sample(columns=("completion_length",))
 def soft_overlong_reward(
     prompts: list[str],
     completions: list[str],
@@ -40,6 +42,7 @@ def soft_overlong_reward(
     return [-min(max((length - (max_length - cache)) / cache, 0.0), 1.0) for length in completion_length]
 
 
+@per_sample(columns=("completion_length", "*"))
 def cosine_length_reward(
     prompts: list[str],
     completions: list[str],
@@ -72,7 +75,8 @@ def cosine_length_reward(
     """
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}; it must be at least 1")
-    graded = as_graded(accuracy(prompts, completions, completion_length=completion_length, **columns), completions)
+    columns = {"completion_length": completion_length, **columns}
+    graded = score_with("accuracy", accuracy, prompts, completions, columns)
 
     def reward(score: float | None, length: int) -> float | None:
         if score is None or math.isnan(score):

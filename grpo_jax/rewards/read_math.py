@@ -1,366 +1,326 @@
-"""What a final answer says as mathematics: its kind, its value, its unit. What is not understood says nothing."""
+"""Final answers as mathematics: their kind, value, unit and name. What is ambiguous or unknown is not read."""
 
 from __future__ import annotations
 
+import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
-from grpo_jax.rewards.answer import numeric_value
+from grpo_jax.rewards.expression import Node, parse, variables
+from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar
+from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, REALS, Piece, complement, intersection
 from grpo_jax.rewards.latex import balanced, split_top, tidy
-from grpo_jax.rewards.symbolic import mentions, parsed_expression, variables
-from grpo_jax.rewards.units import Dimension, read_unit
+from grpo_jax.rewards.numerals import NUMBER_WORDS, exact_number, read_number, read_numeral, read_ratio
+from grpo_jax.rewards.relations import (
+    AND,
+    OR,
+    RELATION,
+    as_interval,
+    as_points,
+    assigned,
+    half_line,
+    interval,
+    named,
+    read_congruence,
+    read_relation,
+)
+from grpo_jax.rewards.symbolic import TooLargeError, is_evaluable, real_value, work_limit
+from grpo_jax.rewards.words import read_choice, read_words
 
-NAME = r"[A-Za-z](?:_\{?\w\}?)?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho) ?"
-FUNCTION_OF = re.compile(r"([A-Za-z]) ?\( ?([a-z](?:, ?[a-z])*) ?\)")
-RELATION = r"(\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|=|<|>)"
-FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
-WORD = re.compile(r"[A-Za-z]+(?:[ '\-][A-Za-z]+)*")
-SHORT_WORDS = {"no", "yes", "up", "none", "even", "odd", "true", "false", "all"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What an answer says.
-
-    Attributes:
-        kind: ``number``, ``expression``, ``text``, ``set``, ``list``, ``tuple``, ``matrix``, ``interval``,
-            ``equation`` or ``inequality``.
-        value: a Fraction for a number, tidy LaTeX for an expression, lower-case text for a text, parts for the rest.
-        unit: of a number, where it has one: how many of its base units it is, and which these are.
-        name: the variable that is said to be it, as in ``x = 5``.
-    """
-
-    kind: str
-    value: Any
-    unit: tuple[Fraction, Dimension] | None = None
-    name: str | None = None
+MATRIX = re.compile(r"(.*?)(?: ?\\cdot)? ?\\begin ?\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\2\}")
+REAL_SET = re.compile(r"\\mathbb ?\{ ?R ?\}")
+OTHER_SET = re.compile(r"\\mathbb ?\{ ?([NZQC]) ?\}(?: ?\^ ?\{? ?([+\-*]) ?\}?)?")
+ALL_BUT = re.compile(
+    r"(?:all )?(?P<nonzero>non-?zero )?real numbers?(?: x)?"
+    r"(?: (?:except|other than|not equal to)(?: for)? (?P<points>.+))?"
+)
+FOR_ALL = re.compile(
+    r"(?P<main>.+?)[,;]? ?"
+    r"(?:where|for|with|\\text\{ ?(?:where|for|with)(?: all| any| every| some| constant| integer)*s? ?\})? ?"
+    r"\(?(?P<name>[a-zA-Z]) ?"
+    r"(?:\\in ?(?:\\mathbb|\\text) ?\{ ?[ZR] ?\}|(?:\\text\{)? ?is an? (?:integer|constant) ?\}?)?\)?"
+)
 
 
 @lru_cache(maxsize=4096)
 def read_answer(text: str) -> Answer | None:
-    """What a final answer says; None for what cannot be read, or not without doubt."""
+    """Read a final answer; None for what cannot be read without doubt, or takes more than the work allowed.
+
+    Args:
+        text: LaTeX or plain text of at most 400 characters, without the sentence around it.
+    """
     tidied = tidy(text)
-    return None if tidied is None else _read(tidied)
+    if tidied is None:
+        return None
+    try:
+        with work_limit():
+            return _read(tidied)
+    except (TooLargeError, RecursionError):
+        return None
 
 
 def _read(text: str) -> Answer | None:
     if not text:
         return None
-    inner = _grouped(text)
+    text = re.sub(r"^\\approx ?", "", text)
+    inner = _grouped(text) if text else None
     if inner is not None:
         return _read(inner)
-    for reader in (_number, _choice, _alternatives, _relation, _collection, _list, _expression):
+    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _for_all, read_congruence)
+    for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
         found = reader(text)
         if found is not None:
             return found if found.kind != "nothing" else None
     return None
 
 
-def _number(text: str) -> Answer | None:
-    text = re.sub(r"\^ ?\{? ?\\circ ?\}?", r" degrees", text)
-    text = re.sub(r" ?\\text\{ ?percent ?\}| percent", "%", text)
-    value = _exact(text)
-    if value is not None:
-        dollars = "$" in text or "dollar" in text
-        return Answer("number", value, read_unit("dollars") if dollars else None)
-    if text[0] in "\u20ac\u00a3":
-        value, unit = _exact(text[1:].strip()), read_unit(text[0])
-        return None if value is None else Answer("number", value, unit)
-    unit = re.fullmatch(r"(.*?[\d}]) ?\\text\{([^{}]*)\} ?(\^ ?\{? ?[23] ?\}?)?", text)
-    bare = re.fullmatch(r"(.*?[\d}]) ?([A-Za-z][A-Za-z /]*?)\.? ?(\^ ?\{? ?[23] ?\}?)?", text)
-    if unit:
-        number, name = unit[1], unit[2].strip(" .") + (unit[3] or "").replace(" ", "")
-    elif bare and len(bare[2]) > 1:  # a single letter may be a variable
-        number, name = bare[1], bare[2] + (bare[3] or "").replace(" ", "")
-    else:
-        return None
-    value, measure = _exact(number), read_unit(name)
-    return None if value is None or measure is None else Answer("number", value, measure)
-
-
-def _exact(text: str) -> Fraction | None:
-    """The value of a number that is written out: as ``numeric_value``, or in one of LaTeX's ways."""
-    text = re.sub(r"^([+\-]) +", r"\1", text.strip())
-    value = numeric_value(text)
-    if value is not None:
-        return value
-    if match := re.fullmatch(r"([+\-]?) ?\\frac ?\{ ?([+\-]?) ?([^{}]+) ?\} ?\{ ?([+\-]?) ?([^{}]+) ?\}(%?)", text):
-        top, bottom = numeric_value(match[3]), numeric_value(match[5])
-        if top is None or not bottom:
-            return None
-        sign = (-1) ** [match[1], match[2], match[4]].count("-")
-        return sign * top / bottom / (100 if match[6] else 1)
-    if match := re.fullmatch(r"([+\-]?) ?(\d+)(?: (\d+) ?/ ?(\d+)| ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}) ?(%?)", text):
-        top, bottom = int(match[3] or match[5]), int(match[4] or match[6])
-        if not 0 < top < bottom:
-            return None
-        return (int(match[2]) + Fraction(top, bottom)) * (-1 if match[1] == "-" else 1) / (100 if match[7] else 1)
-    if match := re.fullmatch(
-        r"([+\-]?) ?([\d.,]+) ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?([+\-]?\d{1,3}) ?\}|(\d))", text
-    ):
-        value = numeric_value(match[1] + match[2])
-        return None if value is None else value * Fraction(10) ** int(match[3] or match[4])
-    if match := re.fullmatch(r"([+\-]?)(\d*)\.(\d*) ?\\overline ?\{ ?(\d+) ?\}", text):
-        places, period = match[3], match[4]
-        value = Fraction(int("0" + match[2] + places), 10 ** len(places))
-        value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(places))
-        return -value if match[1] == "-" else value
-    return None
-
-
 def _choice(text: str) -> Answer | None:
-    """A letter of choice, or words."""
-    plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" .")
-    if match := re.fullmatch(r"\( ?([A-Z]) ?\)|([A-Z])", plain):
-        return Answer("text", match[1] or match[2])
-    if re.fullmatch(r"\( ?[a-z] ?\)", plain):
-        return Answer("expression", plain.strip("() "))
-    plain = " ".join(plain.split())
-    if re.fullmatch(r"[A-Z]{2,}", plain):
-        return Answer("text", plain)  # points, initials, digits: their order counts
-    if match := re.fullmatch(r"([0-9A-Fa-f]*[0-9][0-9A-Fa-f]*)_(?:\{ ?(\d+) ?\}|(\d))", plain):
-        return Answer("text", f"{match[1].lower().lstrip('0')} base {match[2] or match[3]}")
-    if WORD.fullmatch(plain) and (r"\text" in text or plain.lower() in SHORT_WORDS or _is_prose(plain)):
-        return Answer("text", plain.lower() if len(plain) > 1 else plain)
-    return None
+    choice = read_choice(text)
+    rest = choice and _read(choice[1].strip())
+    return replace(rest, letter=choice[0]) if choice and rest else None
 
 
-def _is_prose(plain: str) -> bool:
-    words = re.split(r"[ '\-]", plain)
-    if set(words) & {"or", "and"}:
-        return False
-    return any(len(word) > 2 for word in words)
+def _prose(text: str) -> Answer | None:
+    plain = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).split())
+    if match := ALL_BUT.fullmatch(plain):
+        points = "0" if match["nonzero"] else match["points"]
+        pieces = as_points(_read(points)) if points else ()
+        return NOTHING if pieces is None else Answer("interval", complement(pieces))
+    if plain.lower() in NUMBER_WORDS:
+        return Answer("number", Fraction(NUMBER_WORDS[plain.lower()]))
+    return read_words(text)
+
+
+def _for_all(text: str) -> Answer | None:
+    r"""``\frac{\pi}{4}+k\pi, k \in \mathbb{Z}``, read without the domain of its parameter."""
+    match = FOR_ALL.fullmatch(text)
+    if match is None or not balanced(match["main"]) or not re.search(r"\\in |\\text|where|for", text):
+        return None
+    main = match["main"].strip(" ,;")
+    is_mentioned = match["name"] in re.sub(r"\\[a-z]+", "", main)
+    return _read(main) if is_mentioned and main != text else None
 
 
 def _alternatives(text: str) -> Answer | None:
-    """What is joined by or: intervals, or values of one thing."""
-    parts = split_top(text, r"\\text\{ ?or ?\}| or ")
+    """Intervals, or values of one thing, joined by "or"."""
+    parts = split_top(text, OR)
     if len(parts) == 1:
         return None
     read = [_read(part) if part else None for part in parts]
     if all(each is not None and each.kind == "interval" for each in read):
-        return _union(read)
+        return _joined(read)
     return _several("list", parts)
 
 
 def _relation(text: str) -> Answer | None:
-    if re.search(r"\\cup|\\cap|\\setminus", text) and not re.search(RELATION, text):
-        return None
-    parts = split_top(text, RELATION)
-    if len(parts) == 1 or len(split_top(text, ",")) > 1 or re.search(r"\\text\{ ?and ?\}| and ", text):
-        return None
-    sides, signs = parts[::2], [sign.strip() for sign in parts[1::2]]
-    if not all(sides) or len(signs) > 2:
-        return Answer("nothing", None)
-    if signs == [r"\in"]:
-        value = _read(sides[1])
-        return _named(sides[0], value and (as_interval(value) or value), {"interval", "set"})
-    if signs == ["="]:
-        return _equation(*sides)
-    if "=" in signs or r"\in" in signs or (r"\ne" in signs and len(signs) > 1):
-        return Answer("nothing", None)
-    return _inequality(sides, signs)
-
-
-def _named(name: str, value: Answer | None, kinds: set[str]) -> Answer:
-    if value is None or value.kind not in kinds or not re.fullmatch(NAME, name) or value.name not in (None, name):
-        return Answer("nothing", None)
-    return Answer(value.kind, value.value, value.unit, name)
-
-
-def _equation(left: str, right: str) -> Answer:
-    if FUNCTION_OF.fullmatch(left):
-        value = _read(right)
-        scalar = value is not None and value.kind in ("number", "expression")
-        return Answer("equation", (left.replace(" ", ""), value)) if scalar else Answer("nothing", None)
-    for name, other in ((left, right), (right, left)):
-        if re.fullmatch(NAME, name) and not mentions(other, name):
-            value = _read(other)
-            if value is None or value.name is not None or value.kind == "equation":
-                return Answer("nothing", None)
-            if value.kind == "expression" and variables(value.value):
-                break
-            return Answer(value.kind, value.value, value.unit, name)
-    if re.fullmatch(rf"\( ?(?:{NAME})(?: ?, ?(?:{NAME}))+ ?\)", left):
-        return _named_tuple(left, _read(right))
-    difference = f"({left})-({right})"
-    if not variables(difference) or parsed_expression(difference) is None:
-        return Answer("nothing", None)
-    return Answer("equation", difference)
-
-
-def _named_tuple(names: str, value: Answer | None) -> Answer:
-    """``(x, y) = (2, 4)``, where there are as many of both."""
-    known = tuple(name.strip() for name in names.strip("() ").split(","))
-    if value is None or value.kind != "tuple" or len(known) != len(value.value):
-        return Answer("nothing", None)
-    return Answer("tuple", value.value, name=",".join(known))
-
-
-def _inequality(sides: list[str], signs: list[str]) -> Answer:
-    named = [place for place, side in enumerate(sides) if re.fullmatch(NAME, side)]
-    others = [side for place, side in enumerate(sides) if [place] != named]
-    values = [_scalar(side) for side in others]
-    if len(named) == 1 and not any(value is None or _free(value) for value in values):
-        if len(signs) == 2:
-            if named != [1]:
-                return Answer("nothing", None)
-            if signs[0] in (">", r"\ge"):
-                values, signs = values[::-1], [FLIPPED[sign] for sign in signs[::-1]]
-            if not all(sign in ("<", r"\le") for sign in signs):
-                return Answer("nothing", None)
-            bounds = (values[0], signs[0] == r"\le", values[1], signs[1] == r"\le")
-            return Answer("interval", (bounds,), name=sides[1])
-        sign = signs[0] if named == [0] else FLIPPED[signs[0]]
-        return _half_lines(sign, values[0], sides[named[0]])
-    if len(signs) != 1 or signs[0] == r"\ne":
-        return Answer("nothing", None)
-    greater, less = sides if signs[0] in (">", r"\ge") else sides[::-1]
-    difference = f"({greater})-({less})"
-    if not variables(difference) or parsed_expression(difference) is None:
-        return Answer("nothing", None)
-    return Answer("inequality", (difference, signs[0] in (r"\le", r"\ge")))
-
-
-def _half_lines(sign: str, value: Any, name: str) -> Answer:
-    below, above = (_infinity(-1), False, value, sign == r"\le"), (value, sign == r"\ge", _infinity(1), False)
-    if sign == r"\ne":
-        return Answer("interval", (below, above), name=name)
-    return Answer("interval", (below if sign in ("<", r"\le") else above,), name=name)
+    return read_relation(text, _read)
 
 
 def _collection(text: str) -> Answer | None:
-    """Sets, tuples, intervals, unions and matrices: what stands in brackets."""
+    """Sets, tuples, intervals, unions, differences and matrices."""
     if text in (r"\emptyset", r"\{\}", r"\{ \}"):
         return Answer("set", ())
-    if re.fullmatch(r"\\mathbb ?\{ ?R ?\}", text):
-        return Answer("interval", ((_infinity(-1), False, _infinity(1), False),))
+    if REAL_SET.fullmatch(text):
+        return Answer("interval", (REALS,))
+    if re.fullmatch(rf"{REAL_SET.pattern} ?(?:\^ ?\{{? ?\+ ?\}}?|_ ?\{{ ?> ?0 ?\}}|_ ?\+)", text):
+        return Answer("interval", tuple(half_line(">", Answer("number", Fraction(0)))))
+    if re.fullmatch(r"[\](\[].*[,;].*[)\][]", text) and (text[0] == "]" or text[-1] == "["):
+        text = text[0].replace("]", "(") + text[1:-1] + text[-1].replace("[", ")")
+    if match := OTHER_SET.fullmatch(text):
+        return Answer("text", f"the set {match[1]}{match[2] or ''}")
     parts = split_top(text, r"\\cup(?![a-z])")
     if len(parts) > 1:
-        return _union([_read(part) if part else None for part in parts])
-    if match := re.fullmatch(r"\\begin ?\{([pbv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\1\}", text):
-        return _matrix(match[2]) if match[1] != "vmatrix" else Answer("nothing", None)
+        return _joined([_read(part) if part else None for part in parts])
+    parts = split_top(re.sub(r"(\\mathbb ?\{ ?R ?\}) ?- ?(?=\\\{)", r"\1 \\setminus ", text), r"\\setminus(?![a-z])")
+    if len(parts) == 2:
+        base, removed = (_pieces(_read(part)) if part else None for part in parts)
+        rest = None if base is None or removed is None else intersection(base, complement(removed))
+        return NOTHING if rest is None else Answer("interval", rest)
+    if match := re.fullmatch(
+        r"(.*?)(?: ?\\cdot)? ?(\\begin ?\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\3\})", text
+    ):
+        return _matrix(match[4], match[1].strip())
+    if r"\begin" in text:
+        return NOTHING
     opening, closing = _bracketed(text)
     if opening is None or closing is None:
         return None
     inner = text[len(opening) : -len(closing)].strip()
     if opening == r"\{":
-        conditions = split_top(inner, r"\||:")
-        if len(conditions) == 2:
-            name, _, domain = conditions[0].partition(r"\in")
-            if domain and not re.fullmatch(r" ?\\mathbb ?\{ ?R ?\}", domain):
-                return Answer("nothing", None)
-            return _named(name.strip(), _read(conditions[1]), {"interval"})
-        return _several("set", _elements(inner))
+        return _set(inner)
     items = split_top(inner, ",")
+    items = items if len(items) > 1 else split_top(inner, ";")
+    if opening == "(" and len(items) > 1 and re.search(r"\\pm|\\mp", inner):
+        return None  # several tuples
     if len(items) == 1:
-        return None if opening == "(" and closing == ")" else Answer("nothing", None)
-    if len(items) == 2 and ((opening, closing) != ("(", ")") or r"\infty" in inner):
-        ends = [_scalar(item) for item in items]
-        if all(end is not None and not _free(end) for end in ends):
-            return Answer("interval", ((ends[0], opening == "[", ends[1], closing == "]"),))
-    if (opening, closing) == ("(", ")"):
+        return None if opening == "(" and closing == ")" else NOTHING
+    if len(items) == 2 and opening != r"\langle" and ((opening, closing) != ("(", ")") or r"\infty" in inner):
+        low, high = (_scalar(item) for item in items)
+        if low is not None and high is not None and is_constant_scalar(low) and is_constant_scalar(high):
+            finite = low.kind != "infinity", high.kind != "infinity"
+            return interval([Piece(low, opening == "[" and finite[0], high, closing == "]" and finite[1])])
+    if (opening, closing) in (("(", ")"), (r"\langle", r"\rangle")):
         return _several("tuple", items)
-    return Answer("nothing", None)
+    return NOTHING
+
+
+def _set(inner: str) -> Answer:
+    conditions = split_top(inner, r"\||:")
+    if len(conditions) != 2:
+        return _several("set", _elements(inner))
+    name, _, domain = conditions[0].partition(r"\in")
+    if domain and not REAL_SET.fullmatch(domain.strip()):
+        return NOTHING
+    return named(name.strip(), _read(conditions[1]), {"interval"})
 
 
 def _grouped(text: str) -> str | None:
-    """What stands in brackets that only group, or that are part of how a matrix is written."""
+    """The inside of brackets that only group."""
     inner = text[1:-1].strip()
-    if text[0] == "{" and text[-1] == "}" and balanced(inner):
+    if text[0] == "{" and text[-1] == "}" and balanced(inner) and not re.search(r"\\over(?![a-z])|\\choose", inner):
         return inner
     if text[0] + text[-1] not in ("()", "[]") or _bracketed(text) == (None, None):
         return None
     if re.fullmatch(r"\\begin ?\{(matrix|array)\}.*\\end ?\{\1\}", inner):
         return inner
-    alone = len(split_top(inner, ",")) == 1 and not re.search(RELATION, inner)
-    return inner if text[0] == "(" and alone and not re.fullmatch(r"[A-Za-z]", inner) else None
+    alone = len(split_top(inner, ",|;")) == 1 and not re.search(RELATION, inner)
+    return inner if text[0] == "(" and alone and not re.fullmatch(r"[A-Z]", inner) else None
 
 
-def as_interval(pair: Answer) -> Answer | None:
-    """``(0, 1)``, where it is known to be an interval."""
-    if pair.kind != "tuple" or len(pair.value) != 2 or any(_free(each) for each in pair.value):
+def _pieces(part: Answer | None) -> tuple[Piece, ...] | None:
+    """The pieces of an interval, of an open interval that looks like a pair, or of a set of points."""
+    part = part and (as_interval(part) or part)
+    if part is None:
         return None
-    return Answer("interval", ((pair.value[0], False, pair.value[1], False),))
+    if part.kind == "interval":
+        return part.value
+    return as_points(part) if part.kind in ("set", "list") else None
+
+
+def _joined(parts: list[Answer | None]) -> Answer:
+    """The union of sets or of intervals."""
+    names = {part.name for part in parts if part is not None and part.name}
+    if len(names) > 1 or any(part is None for part in parts):
+        return NOTHING
+    name = names.pop() if names else None
+    if all(part is not None and part.kind == "set" for part in parts):
+        return Answer("set", tuple(each for part in parts if part is not None for each in part.value), name=name)
+    pieces = [_pieces(part) for part in parts]
+    if any(each is None for each in pieces):
+        return NOTHING
+    return interval([piece for each in pieces if each is not None for piece in each], name)
 
 
 def _bracketed(text: str) -> tuple[str, str] | tuple[None, None]:
     """The brackets that hold the whole text, if one pair does."""
-    opening = next((each for each in (r"\{", "(", "[") if text.startswith(each)), None)
-    closing = next((each for each in (r"\}", ")", "]") if text.endswith(each)), None)
-    if opening is None or closing is None or (opening == r"\{") != (closing == r"\}"):
+    opening = next((each for each in (r"\{", r"\langle", "(", "[") if text.startswith(each)), None)
+    closing = next((each for each in (r"\}", r"\rangle", ")", "]") if text.endswith(each)), None)
+    curly = [opening == r"\{", opening == r"\langle"]
+    if opening is None or closing is None or curly != [closing == r"\}", closing == r"\rangle"]:
         return None, None
     depth = 0
-    tokens = list(re.finditer(r"\\[{}]|\\.|[(\[{)\]}]", text))
-    for match in tokens:
-        depth += {r"\{": 1, "(": 1, "[": 1, "{": 1, r"\}": -1, ")": -1, "]": -1, "}": -1}.get(match[0], 0)
+    for match in re.finditer(r"\\[{}]|\\[lr]angle|\\.|[(\[{)\]}]", text):
+        depth += (match[0] in (r"\{", r"\langle", "(", "[", "{")) - (match[0] in (r"\}", r"\rangle", ")", "]", "}"))
         if depth == 0 and match.end() < len(text):
             return None, None
     return opening, closing
 
 
 def _elements(inner: str) -> list[str]:
-    return split_top(inner, r",? ?\\text\{ ?and ?\}|,? and |,|;") if inner else []
+    return split_top(inner, rf",? ?(?:{AND})|,|;") if inner else []
 
 
 def _list(text: str) -> Answer | None:
     parts = _elements(text)
+    if len(parts) > 1:
+        return _several("list", parts)
     signs = re.findall(r"\\pm|\\mp", text)
-    if len(parts) == 1 and len(signs) == 1:
-        parts = [re.sub(r"\\pm|\\mp", sign, text, count=1) for sign in ("+", "-")]
-        parts = [part.removeprefix("+").strip() for part in parts]
-    if len(parts) == 1:
+    if not signs or len(signs) > 2:
         return None
-    return _several("list", parts)
+    choices = list(itertools.product("+-", repeat=2)) if signs == [r"\pm", r"\pm"] else None
+    if choices is None:
+        choices = [
+            ["+" if sign == r"\pm" else "-" for sign in signs],
+            ["-" if sign == r"\pm" else "+" for sign in signs],
+        ]
+    cases = []
+    for choice in choices:
+        left = iter(choice)
+        cases.append(re.sub(r"\\pm|\\mp", lambda _, left=left: next(left), text).removeprefix("+").strip())
+    return _several("list", cases)
 
 
 def _several(kind: str, parts: list[str]) -> Answer:
-    items: list[Answer | None] = []
+    items: list[Answer] = []
     for part in parts:
         item = _read(part) if part else None
-        items += item.value if item is not None and item.kind == "list" and r"\pm" in part else [item]
-    names = {item.name for item in items if item is not None}
-    if any(item is None for item in items) or (kind != "tuple" and len(names) > 1):
-        return Answer("nothing", None)
-    bare = [Answer(item.kind, item.value, item.unit) for item in items if item is not None]
-    return Answer(kind, tuple(bare), name=names.pop() if len(names) == 1 else None)
+        if item is None:
+            return NOTHING
+        items += (
+            [replace(each, name=item.name) for each in item.value] if item.kind == "list" and r"\pm" in part else [item]
+        )
+    names = [item.name for item in items]
+    known = [name for name in names if name is not None]
+    if kind != "tuple" and names and names[0] and all(item.kind == "interval" for item in items if item.name):
+        return _conjunction(items)
+    bare = tuple(replace(item, name=None) for item in items)
+    if kind == "list" and len(set(known)) == len(names) > 1 and all(is_constant_scalar(item) for item in bare):
+        stems = {name.partition("_")[0] for name in known}
+        return Answer("list", bare) if len(stems) == 1 else assigned(known, bare)
+    is_named = len(set(known)) == 1 and (len(known) == len(names) or names[0] is not None)
+    if known and (kind == "tuple" or not is_named):
+        return NOTHING
+    return Answer(kind, bare, name=known[0] if known else None)
 
 
-def _union(parts: list[Answer | None]) -> Answer:
-    if any(part is None or part.kind != "interval" for part in parts):
-        return Answer("nothing", None)
-    names = {part.name for part in parts if part is not None and part.name}
-    if len(names) > 1:
-        return Answer("nothing", None)
-    pieces = tuple(piece for part in parts if part is not None for piece in part.value)
-    return Answer("interval", pieces, name=names.pop() if names else None)
+def _conjunction(items: list[Answer]) -> Answer:
+    r"""``x > 1, x \ne 3`` or ``x \ne 1, 3``: all conditions on one variable hold."""
+    pieces, name = (REALS,), items[0].name
+    for item in items:
+        if item.name != name and not (item.name is None and is_constant_scalar(item)):
+            return NOTHING
+        part = item.value
+        if item.name is None:  # another point that the first condition excludes
+            if (
+                len(complement(items[0].value)) != 1
+                or complement(items[0].value)[0].low != complement(items[0].value)[0].high
+            ):
+                return NOTHING
+            part = complement((Piece(replace(item, name=None), True, replace(item, name=None), True),))
+        both = intersection(pieces, part)
+        if both is None:
+            return NOTHING
+        pieces = both
+    return Answer("interval", pieces, name=name)
 
 
-def _matrix(inner: str) -> Answer:
+def _matrix(inner: str, factor: str) -> Answer:
     rows = [[_scalar(cell) for cell in split_top(row, "&")] for row in inner.split(r"\\") if row.strip()]
     if not rows or len({len(row) for row in rows}) != 1 or any(cell is None for row in rows for cell in row):
-        return Answer("nothing", None)
+        return NOTHING
+    scale = parse(factor) if factor else None
+    if factor and (scale is None or variables(scale) or not is_evaluable(scale)):
+        return NOTHING
+    if scale is not None:
+        rows = [[_product(scale, cell) for cell in row if cell is not None] for row in rows]
     return Answer("matrix", tuple(tuple(row) for row in rows))
+
+
+def _product(scale: Node, cell: Answer) -> Answer:
+    node = ("mul", scale, as_node(cell))
+    value = real_value(node) if not variables(node) else None
+    return Answer("number", value) if isinstance(value, Fraction) else Answer("expression", node)
 
 
 def _expression(text: str) -> Answer | None:
     if match := re.fullmatch(r"([+\-]?) ?\\infty", text):
-        return _infinity(-1 if match[1] == "-" else 1)
-    text = re.sub(r"(\d+(?:\.\d+)?) ?\^ ?\{? ?\\circ ?\}?", r"(\1 \\cdot \\frac{\\pi}{180})", text)
-    return None if parsed_expression(text) is None else Answer("expression", text)
+        return MINUS_INFINITY if match[1] == "-" else INFINITY
+    node = parse(text)
+    return Answer("expression", node) if node is not None and is_evaluable(node) else None
 
 
 def _scalar(text: str) -> Answer | None:
-    value = _number(text) or _expression(text) if text else None
-    return value if value is not None and value.unit is None else None
-
-
-def _infinity(sign: int) -> Answer:
-    return Answer("infinity", sign)
-
-
-def _free(value: Answer) -> bool:
-    return value.kind == "expression" and bool(variables(value.value))
+    value = exact_number(text) if text else None
+    return Answer("number", value) if value is not None else _expression(text) if text else None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from grpo_jax.rewards.calling import per_sample
+
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]|[^\W\d_]+|\d+|[^\w\s]|_")
 
 
+@per_sample(columns=())
 def repetition_reward(prompts: list[str], completions: list[str], *, n: int = 4, **_columns: list[Any]) -> list[float]:
     """Minus the share of a completion's n-grams that stood in it before: 0 for none, towards -1 for nothing else.
 

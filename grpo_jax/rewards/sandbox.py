@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_jax.rewards.seccomp import filter_for
+from grpo_jax.rewards.processes import children, memory_of
+from grpo_jax.rewards.system_calls import system_call_filter
 
 INSTALL = (
     "programs are run in bubblewrap and never without it. Install it (Debian, Ubuntu: apt-get install bubblewrap; "
@@ -29,11 +29,6 @@ FIRST_LOOK_SECONDS = 0.1
 """Before it nothing is looked at from outside: most programs have ended, and limits of each process always hold."""
 LOOK_SECONDS = 0.05
 REAPING_SECONDS = 2.0
-INODE_BYTES = 2 << 10
-"""Of kernel memory for an empty file with its name."""
-PIPE_BYTES = 64 << 10
-FEW_DESCRIPTORS = 16
-"""That a process has without being counted: they hold little."""
 
 Status = Literal["ended", "time", "memory", "output"]
 
@@ -49,8 +44,8 @@ class Limits:
     Attributes:
         seconds: of processor time, for each process; rounded up to whole ones.
         wall_seconds: of wall time. More, so that a busy machine does not make a good program late.
-        memory_bytes: address space of each process, and all of them together: resident memory, and what the kernel
-            keeps for them (``/tmp`` with its empty files, sockets, pipes), counted by what each may hold at most.
+        memory_bytes: address space of each process; and of all of them together resident memory with what the kernel
+            keeps for their sockets and files.
         processes: how many there are at once, threads counted.
         file_bytes: what ``/tmp`` holds, and so what any file does.
         output_bytes: what it may write to stdout and stderr together.
@@ -123,8 +118,8 @@ class Sandbox:
 
     A program sees a read-only ``/usr`` and Python's standard library, a private ``/tmp`` that is gone afterwards, and
     its own processes; no network, no home, none of the machine's settings and only harmless devices. System calls that
-    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf, sockets of any family but
-    AF_UNIX) fail. Its hash seed is fixed,
+    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf, sockets other than AF_UNIX's)
+    fail. Its hash seed is fixed,
     so that the same program does the same thing. What it started ends with it, and all of it with this process.
 
     Run as root, programs are started as nobody: the kernel does not count root's processes.
@@ -144,21 +139,24 @@ class Sandbox:
         self.limits = limits
         self._packages = tuple(str(Path(folder).resolve()) for folder in packages)
         self._python = python or find_python()
-        self._rules = system_call_filter()
+        try:
+            self._rules = system_call_filter()
+        except OSError as error:
+            raise SandboxUnavailable(str(error)) from error
         if (python is not None or packages) and (why := refusal(self._python, self._packages)):
             shown = "".join(f" and {folder}" for folder in self._packages)
             raise SandboxUnavailable(f"no program could be run with {self._python}{shown}: {why}")
 
-    def run(self, source: str, *, stdin: str = "", until: float = math.inf, output_bytes: int = 0) -> Ended:
+    def run(self, source: str, *, stdin: str = "", until: float = math.inf, output_bytes: int | None = None) -> Ended:
         """Run a program as ``__main__`` until it ends or reaches a limit.
 
         Args:
             source: Python. A syntax error is an exit status of 1 with the message on stderr, as usual.
             stdin: what it can read.
             until: when it is killed at the latest, by ``time.monotonic``.
-            output_bytes: what it may write at least, where that is more than its limits have.
+            output_bytes: what it may write, instead of the limits' own.
         """
-        limits = replace(self.limits, output_bytes=max(output_bytes, self.limits.output_bytes))
+        limits = self.limits if output_bytes is None else replace(self.limits, output_bytes=output_bytes)
         with self.start(source, stdin=stdin) as program:
             return finish(program, limits, until=until)
 
@@ -238,7 +236,7 @@ def finish(
                     lines, deadline = seen, min(now + limits.wall_seconds, until)
                 if now >= look:
                     look = now + LOOK_SECONDS
-                    if any(used_bytes(each.process.pid, limits) > limits.memory_bytes for each in programs):
+                    if any(memory_of(each.process.pid) > limits.memory_bytes for each in programs):
                         status = "memory"
                 if now >= deadline:
                     status = "time"
@@ -269,70 +267,6 @@ def _read(key: selectors.SelectorKey, most: int) -> bool:
             return False
         key.data.extend(part)
     return True
-
-
-def resident_bytes(pid: int) -> int:
-    """The resident memory of a process and all that descend from it; what has ended meanwhile counts nothing."""
-    pages = 0
-    for each in descendants(pid):
-        try:
-            pages += int(Path(f"/proc/{each}/statm").read_text().split()[1])
-        except (OSError, IndexError):
-            continue
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def used_bytes(pid: int, limits: Limits) -> int:
-    """The memory of a sandbox, by its first process: ``resident_bytes`` and ``kernel_bytes``."""
-    return resident_bytes(pid) + kernel_bytes(pid, limits)
-
-
-def kernel_bytes(pid: int, limits: Limits) -> int:
-    """What the kernel may keep at most for a sandbox: its ``/tmp``, its sockets and what else its descriptors hold.
-
-    Sockets are counted in the sandbox's network, so those count that no descriptor refers to: sent away or not yet
-    accepted. What has ended meanwhile, or is not set up yet, counts nothing.
-    """
-    total = 0
-    inside = children(pid)
-    with suppress(OSError, IndexError):
-        folder = os.statvfs(f"/proc/{inside[0]}/root/tmp")
-        if folder.f_blocks * folder.f_frsize < limits.file_bytes + folder.f_frsize:  # and not yet the machine's own
-            total += (folder.f_blocks - folder.f_bfree) * folder.f_frsize
-            total += (folder.f_files - folder.f_ffree) * INODE_BYTES
-    with suppress(OSError, IndexError):
-        if os.readlink(f"/proc/{inside[0]}/ns/net") != os.readlink("/proc/self/ns/net"):
-            sockets = Path(f"/proc/{inside[0]}/net/unix").read_bytes().count(b"\n") - 1
-            total += sockets * _socket_bytes()
-    for each in inside and descendants(inside[0]):
-        with suppress(OSError):
-            total += max(len(os.listdir(f"/proc/{each}/fd")) - FEW_DESCRIPTORS, 0) * PIPE_BYTES
-    return total
-
-
-@cache
-def _socket_bytes() -> int:
-    """What one socket may hold: its send buffer, which programs cannot enlarge, and a last message."""
-    try:
-        return int(Path("/proc/sys/net/core/wmem_default").read_text()) + PIPE_BYTES
-    except (OSError, ValueError):
-        return 4 * PIPE_BYTES
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
-    yield pid
-    for child in children(pid):
-        yield from descendants(child)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process started or was left with; none for one that is gone."""
-    try:
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
-        return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    except OSError:
-        return []
 
 
 def bubblewrap(python: str, packages: Sequence[str], file_bytes: int) -> list[str]:
@@ -388,7 +322,6 @@ def _starter(limits: Limits, seconds: float, packages: Sequence[str]) -> str:
         "RLIMIT_NPROC": limits.processes,
         "RLIMIT_FSIZE": limits.file_bytes,
         "RLIMIT_NOFILE": 64,
-        "RLIMIT_SIGPENDING": 256,
         "RLIMIT_CORE": 0,
     }
     return STARTER.format(limits=list(bounds.items()), seconds=math.ceil(seconds), packages=list(packages))
@@ -431,15 +364,3 @@ def refusal(python: str, packages: Sequence[str] = ()) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return None if tried.stdout == "ready\n" else tried.stderr.strip() or f"exit status {tried.returncode}"
-
-
-def system_call_filter() -> bytes:
-    """The seccomp program for this machine, see ``filter_for``.
-
-    Raises:
-        SandboxUnavailable: on a processor whose calls are not known.
-    """
-    try:
-        return filter_for(platform.machine())
-    except ValueError as error:
-        raise SandboxUnavailable(str(error)) from error

@@ -10,6 +10,7 @@ from itertools import pairwise
 from operator import add, mul, sub, truediv
 from typing import Any
 
+from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.compose import Graded
 
 STEP = re.compile(r"[^;\n]+[;\n]?")
@@ -26,6 +27,7 @@ OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
 }
 
 
+@per_sample(columns=())
 def equation_steps_reward(prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[Graded]:
     """The share of a thought's equations that hold, and of each step that has one whether all of its equations do.
 

@@ -1,114 +1,182 @@
-"""Units that an answer may have: what is not listed here is none."""
+"""Units of measurement, and the nouns that are counted."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-METRE_POWERS = {"nm": -9, "mm": -3, "cm": -2, "dm": -1, "m": 0, "km": 3}
-GRAM_POWERS = {"mg": -3, "g": 0, "kg": 3}
-NAMES = {
-    "millimeter": "mm",
-    "centimeter": "cm",
-    "meter": "m",
-    "kilometer": "km",
-    "millimetre": "mm",
-    "centimetre": "cm",
-    "metre": "m",
-    "kilometre": "km",
-    "milligram": "mg",
-    "gram": "g",
-    "kilogram": "kg",
-    "inch": "in",
-    "inches": "in",
-    "foot": "ft",
-    "feet": "ft",
-    "yard": "yd",
-    "mile": "mi",
-    "pound": "lb",
-    "lbs": "lb",
-    "ounce": "oz",
-    "second": "s",
-    "sec": "s",
-    "minute": "min",
-    "hour": "h",
-    "hr": "h",
-    "hrs": "h",
-    "liter": "l",
-    "litre": "l",
-    "L": "l",
-    "milliliter": "ml",
-    "millilitre": "ml",
-    "mL": "ml",
-    "gallon": "gal",
-    "degree": "deg",
-    "radian": "rad",
-    "dollar": "usd",
-    "USD": "usd",
-    "euro": "eur",
-    "EUR": "eur",
-    "unit": "unit",
-    "day": "day",
-    "week": "week",
-    "month": "month",
-    "year": "year",
-}
 Dimension = tuple[tuple[str, int], ...]
-BASES: dict[str, tuple[Fraction, str]] = {
-    **{name: (Fraction(10) ** power, "length") for name, power in METRE_POWERS.items()},
-    **{name: (Fraction(10) ** power, "mass") for name, power in GRAM_POWERS.items()},
-    "in": (Fraction(254, 10000), "length"),
-    "ft": (Fraction(3048, 10000), "length"),
-    "yd": (Fraction(9144, 10000), "length"),
-    "mi": (Fraction(1609344, 1000), "length"),
-    "lb": (Fraction(45359237, 100000), "mass"),
-    "oz": (Fraction(45359237, 1600000), "mass"),
-    "s": (Fraction(1), "time"),
-    "min": (Fraction(60), "time"),
-    "h": (Fraction(3600), "time"),
-    "day": (Fraction(86400), "time"),
-    "week": (Fraction(604800), "time"),
-    "month": (Fraction(1), "month"),
-    "year": (Fraction(12), "month"),
-    "l": (Fraction(1), "volume"),
-    "ml": (Fraction(1, 1000), "volume"),
-    "gal": (Fraction(1), "gallon"),
-    "deg": (Fraction(1), "angle"),
-    "rad": (Fraction(1), "radian"),
-    "usd": (Fraction(1), "dollar"),
-    "eur": (Fraction(1), "euro"),
-    "gbp": (Fraction(1), "pound sterling"),
-    "unit": (Fraction(1), "unit"),
+
+PREFIXES = {"n": -9, "u": -6, "m": -3, "c": -2, "d": -1, "": 0, "k": 3, "M": 6, "G": 9}
+LENGTH, MASS, TIME, CHARGE = "length", "mass", "time", "charge"
+METRIC: dict[str, tuple[str, Fraction | int, dict[str, int]]] = {
+    "m": ("nmcdk", 1, {LENGTH: 1}),
+    "g": ("mk", Fraction(1, 1000), {MASS: 1}),
+    "s": ("num", 1, {TIME: 1}),
+    "l": ("mcd", Fraction(1, 1000), {LENGTH: 3}),
+    "N": ("k", 1, {LENGTH: 1, MASS: 1, TIME: -2}),
+    "J": ("kM", 1, {LENGTH: 2, MASS: 1, TIME: -2}),
+    "W": ("mkMG", 1, {LENGTH: 2, MASS: 1, TIME: -3}),
+    "Pa": ("kM", 1, {LENGTH: -1, MASS: 1, TIME: -2}),
+    "Hz": ("kMG", 1, {TIME: -1}),
+    "C": ("mun", 1, {CHARGE: 1}),
+    "A": ("m", 1, {CHARGE: 1, TIME: -1}),
+    "V": ("mk", 1, {LENGTH: 2, MASS: 1, TIME: -2, CHARGE: -1}),
+    "ohm": ("kM", 1, {LENGTH: 2, MASS: 1, TIME: -1, CHARGE: -2}),
+    "T": ("m", 1, {MASS: 1, TIME: -1, CHARGE: -1}),
+    "mol": ("m", 1, {"mole": 1}),
+    "K": ("", 1, {"kelvin": 1}),
+    "eV": ("kMG", Fraction(1602176634, 10**28), {LENGTH: 2, MASS: 1, TIME: -2}),
+    "cal": ("k", Fraction(4184, 1000), {LENGTH: 2, MASS: 1, TIME: -2}),
 }
-POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-COMPOUNDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "€": "eur", "£": "gbp"}
-FACTOR = re.compile(r"(?:(square|sq|cubic|cu)\.? +)?([A-Za-z]+)\.?(?: ?\^ ?\{?([23])\}?)?")
+OTHERS: dict[str, tuple[Fraction | int, dict[str, int]]] = {
+    "in": (Fraction(254, 10000), {LENGTH: 1}),
+    "ft": (Fraction(3048, 10000), {LENGTH: 1}),
+    "yd": (Fraction(9144, 10000), {LENGTH: 1}),
+    "mi": (Fraction(1609344, 1000), {LENGTH: 1}),
+    "ly": (1, {"light year": 1}),
+    "AU": (149597870700, {LENGTH: 1}),
+    "ha": (10**4, {LENGTH: 2}),
+    "acre": (Fraction(40468564224, 10**7), {LENGTH: 2}),
+    "gal": (Fraction(3785411784, 10**12), {LENGTH: 3}),
+    "qt": (Fraction(946352946, 10**12), {LENGTH: 3}),
+    "pt": (Fraction(473176473, 10**12), {LENGTH: 3}),
+    "lb": (Fraction(45359237, 10**8), {MASS: 1}),
+    "oz": (Fraction(45359237, 16 * 10**8), {MASS: 1}),
+    "t": (1000, {MASS: 1}),
+    "min": (60, {TIME: 1}),
+    "h": (3600, {TIME: 1}),
+    "day": (86400, {TIME: 1}),
+    "week": (604800, {TIME: 1}),
+    "month": (1, {"month": 1}),
+    "year": (12, {"month": 1}),
+    "decade": (120, {"month": 1}),
+    "deg": (1, {"angle": 1}),
+    "rad": (1, {"radian": 1}),
+    "celsius": (1, {"degree Celsius": 1}),
+    "fahrenheit": (1, {"degree Fahrenheit": 1}),
+    "usd": (1, {"dollar": 1}),
+    "cent": (Fraction(1, 100), {"dollar": 1}),
+    "eur": (1, {"euro": 1}),
+    "gbp": (1, {"pound sterling": 1}),
+    "pence": (Fraction(1, 100), {"pound sterling": 1}),
+    "jpy": (1, {"yen": 1}),
+    "cny": (1, {"yuan": 1}),
+    "inr": (1, {"rupee": 1}),
+    "unit": (1, {"unit": 1}),
+}
+NAMES = {
+    **{"inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "hectare": "ha"},
+    **{"pound": "lb", "lbs": "lb", "ounce": "oz", "tonne": "t", "gallon": "gal", "quart": "qt", "pint": "pt"},
+    **{"second": "s", "sec": "s", "minute": "min", "mins": "min", "hour": "h", "hr": "h", "hrs": "h", "yr": "year"},
+    **{"meter": "m", "metre": "m", "gram": "g", "liter": "l", "litre": "l", "L": "l", "mL": "ml", "joule": "J"},
+    **{"newton": "N", "watt": "W", "pascal": "Pa", "hertz": "Hz", "coulomb": "C", "ampere": "A", "amp": "A"},
+    **{"volt": "V", "Ohm": "ohm", "tesla": "T", "mole": "mol", "kelvin": "K", "calorie": "cal"},
+    **{"degree": "deg", "radian": "rad", "dollar": "usd", "USD": "usd", "euro": "eur", "EUR": "eur", "GBP": "gbp"},
+    **{"yen": "jpy", "yuan": "cny", "rupee": "inr", "penny": "pence", "un": "unit", "lightyear": "ly"},
+}
+WORD_PREFIXES = {"nano": "n", "micro": "u", "milli": "m", "centi": "c", "deci": "d", "kilo": "k", "mega": "M"}
+WORD_PREFIXES |= {"giga": "G"}
+PHRASES = {
+    **{"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "kWh": "kW h", "\u20ac": "eur", "\u00a3": "gbp"},
+    **{"\u00a5": "jpy", "\u20b9": "inr", "degrees celsius": "celsius", "degrees c": "celsius", "degrees": "deg"},
+    **{"degrees fahrenheit": "fahrenheit", "degrees f": "fahrenheit", "light years": "ly", "light-years": "ly"},
+    **{"us dollars": "usd", "pounds sterling": "gbp", "degree": "deg", "cc": "cm^3", "sec": "s"},
+}
+POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+FACTOR = re.compile(
+    r"(?:(square|sq|cubic|cu)\.? +)?([A-Za-z]+)\.?(?: ?\^ ?(?:\{ ?(-?\d) ?\}|(-?\d))|([23])| (squared|cubed))?"
+)
+SCALING = (
+    "hundred thousand million billion trillion dozen score gross pair couple half halve third quarter fourth fifth "
+    "sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth ten percent percentile pct time fold "
+    "squared cubed factorial plus minus less more over divided modulo mod base negative decimal power remainder "
+    "choose inverse reciprocal root log than between by into against k m bn mn x th st nd rd zero one two three four "
+    "five six seven eight nine"
+)
+SAYING_MORE = (
+    "or and to not is was are were has have except without approximately about almost nearly at least most wrong "
+    "incorrect false right correct but if when other maybe perhaps probably be can may rather no nor neither either"
+)
+NOT_COUNTED = frozenset(f"{SCALING} {SAYING_MORE}".split())
+"""Words with which a number is another number, or no longer the answer."""
+IRREGULAR_PLURALS = "people men women children feet teeth geese mice fish sheep deer dice oxen cattle persons pence"
+PLURALS = frozenset(IRREGULAR_PLURALS.split())
 
 
 def read_unit(text: str) -> tuple[Fraction, Dimension] | None:
-    """How many of its base units a unit is, and which these are; None for what is no unit known here.
+    """The size of a unit in base units, and these; None for what is not a unit of measurement.
 
-    ``cm^2``, ``square feet``, ``km/h`` and ``miles per hour`` are units; ``cents``, ``percent``, ``dozen`` and
-    ``million`` are not: they are scales, and a number without one is another number.
+    ``cm^2``, ``square feet``, ``km/h``, ``miles per hour``, ``kg m/s^2`` and ``cents`` are units; ``percent``,
+    ``dozen`` and ``million`` are not: they are scales, and a number without one is another number.
     """
-    text = COMPOUNDS.get(text.strip(), text.strip())
-    scale, powers = Fraction(1), {}
-    for place, part in enumerate(re.split(r" ?/ ?| per ", text)):
-        match = FACTOR.fullmatch(part.strip())
-        base = match and _base(match[2])
-        if match is None or base is None or (match[1] and match[3]):
+    text = " ".join(text.replace(r"\cdot", " ").replace(r"\text", "").split())
+    text = PHRASES.get(text, PHRASES.get(text.lower(), text))
+    text = re.sub(r"per (second|hour|minute) (?:per \1|squared)", r"/ \1^2", text)
+    scale, powers, sign = Fraction(1), {}, 1
+    for part in re.split(r"( ?/ ?| per )", text):
+        if part.strip() in ("/", "per"):
+            sign = -1
+            continue
+        place, part = 0, part.strip("() ")
+        while place < len(part):
+            match = FACTOR.match(part, place)
+            known = _base(match[2]) if match else None
+            if match is None or known is None or (match[1] and (match[3] or match[4] or match[5] or match[6])):
+                return None
+            exponent = int(match[3] or match[4] or match[5] or POWERS.get(match[1] or match[6] or "", 1)) * sign
+            scale *= Fraction(known[0]) ** exponent
+            for base, power in known[1].items():
+                powers[base] = powers.get(base, 0) + power * exponent
+            place = match.end() + (len(part[match.end() :]) - len(part[match.end() :].lstrip(" -")))
+        if not part:
             return None
-        power = POWERS.get(match[1] or "", int(match[3] or 1)) * (-1 if place else 1)
-        scale *= base[0] ** power
-        powers[base[1]] = powers.get(base[1], 0) + power
-    return scale, tuple(sorted(powers.items()))
+    return scale, tuple(sorted((base, power) for base, power in powers.items() if power))
 
 
-def _base(name: str) -> tuple[Fraction, str] | None:
+def read_counted(words: str, number: Fraction | None) -> tuple[Fraction, Dimension] | None:
+    """The unit that a counted noun is (``apples``, ``red marbles``, ``ways``); None where the words may say more.
+
+    Words that scale, compare, negate or calculate (``million``, ``or more``, ``is wrong``, ``squared``) are not
+    counted, and nouns are in the plural unless there is at most one.
+    """
+    words = words.strip(" .").replace("-", " ")
+    if not re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}| a){0,4}", words):
+        return None
+    names = [singular(word) for word in words.lower().split()]
+    if NOT_COUNTED & {*names, *words.lower().split()}:
+        return None
+    is_plural = any(a != b or a in PLURALS for a, b in zip(words.lower().split(), names, strict=True))
+    if not is_plural and (number is None or (number.denominator == 1 and abs(number) != 1)):
+        return None
+    return Fraction(1), ((f"counted {' '.join(names)}", 1),)
+
+
+def is_cents(unit: tuple[Fraction, Dimension] | None) -> bool:
+    """Whether a unit is a hundredth of a currency's own, so that its number means nothing without it."""
+    return unit is not None and unit[0] == Fraction(1, 100) and unit[1] in ((("dollar", 1),), (("pound sterling", 1),))
+
+
+def singular(word: str) -> str:
+    """An English noun without its plural ending."""
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if re.search(r"(?:s|x|z|ch|sh)es$", word):
+        return word[:-2]
+    return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) and len(word) > 2 else word
+
+
+def _base(name: str) -> tuple[Fraction | int, dict[str, int]] | None:
     # Of short names each letter and its case counts: ms, Nm and Mg are not m, nm and mg.
-    spellings = (name, name.removesuffix("s"), name.lower(), name.lower().removesuffix("s"))
-    for each in spellings if len(name) > 3 else (name,):
+    for each in (name, singular(name), name.lower(), singular(name.lower())) if len(name) > 3 else (name,):
         known = NAMES.get(each, each)
-        if known in BASES:
-            return BASES[known]
+        if known in OTHERS:
+            return OTHERS[known]
+        long = next((prefix for prefix in WORD_PREFIXES if known.startswith(prefix)), "")
+        if long:
+            known = WORD_PREFIXES[long] + NAMES.get(known[len(long) :], known[len(long) :])
+        for base, (prefixes, scale, powers) in METRIC.items():
+            prefix = known.removesuffix(base)
+            if known.endswith(base) and (prefix == "" or (len(prefix) == 1 and prefix in prefixes)):
+                return Fraction(10) ** PREFIXES[prefix] * scale, powers
     return None

@@ -1,4 +1,4 @@
-"""The process that scores: one that has loaded the rewards and forks, and its forks, each with one sample at a time.
+"""The process that scores: one that has loaded the rewards and forks, and its forks, each with one batch at a time.
 
 Started by ``pool`` as ``python -m grpo_jax.rewards.worker``; it never imports jax. Messages are a length and a body.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import pickle
 import resource
@@ -17,10 +16,12 @@ import struct
 import sys
 import traceback
 from contextlib import suppress
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, cast
 
-from grpo_jax.rewards.compose import Graded, as_graded
-from grpo_jax.rewards.sandbox import children, descendants
+from grpo_jax.rewards.calling import arguments, invoke, invoke_each, is_async, is_per_sample, warm_up
+from grpo_jax.rewards.compose import Graded, InvalidScoresError, as_graded
+from grpo_jax.rewards.processes import children, descendants
 
 LENGTH = struct.Struct("!I")
 BECOME_REAPER = 36  # PR_SET_CHILD_SUBREAPER
@@ -66,6 +67,8 @@ def main() -> None:
         LIBC.prctl(BECOME_REAPER, 1, 0, 0, 0)
     try:
         rewards = pickle.loads(setup["rewards"])
+        for reward in rewards.values():
+            warm_up(reward)
     except BaseException:
         send(control, json.dumps({"error": traceback.format_exc()}).encode())
         return
@@ -76,13 +79,21 @@ def main() -> None:
         asked = json.loads(request)
         match asked["ask"]:
             case "fork":
-                pid = fork(control, rewards, setup["memory_bytes"])
+                pid = fork(control, rewards, setup["memory_bytes"], setup["deadline"])
                 alive.add(pid)
                 send(control, json.dumps({"pid": pid}).encode())
             case "slow":
                 for pid in descendants(asked["pid"]):
                     with suppress(OSError):
                         os.setpriority(os.PRIO_PROCESS, pid, 10)  # a tenth of what others in its session get
+            case "usual":
+                try:
+                    for pid in descendants(asked["pid"]):
+                        os.setpriority(os.PRIO_PROCESS, pid, 0)
+                    done = True
+                except OSError:
+                    done = False
+                send(control, json.dumps({"done": done}).encode())
             case "end":
                 alive.discard(asked["pid"])
                 send(control, json.dumps({"status": end(asked["pid"], ended)}).encode())
@@ -92,12 +103,13 @@ def main() -> None:
     reap(ended, set())
 
 
-def fork(control: socket.socket, rewards: dict[str, Any], memory_bytes: int) -> int:
-    """A new worker, which answers on the descriptor that comes with the request."""
-    _, (descriptor,), _, _ = socket.recv_fds(control, 1, 1)
+def fork(control: socket.socket, rewards: dict[str, Any], memory_bytes: int, deadline: float) -> int:
+    """A new worker; it answers on the first and prints to the second descriptor that come with the request."""
+    _, (descriptor, output), _, _ = socket.recv_fds(control, 1, 2)
     pid = os.fork()
     if pid:
         os.close(descriptor)
+        os.close(output)
         return pid
     control.close()
     try:
@@ -106,10 +118,13 @@ def fork(control: socket.socket, rewards: dict[str, Any], memory_bytes: int) -> 
             LIBC.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
         with suppress(ValueError, OSError):  # macOS has no such limit
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):  # what rewards print would tear the live view
-            os.dup2(null, stream)
-        serve(socket.socket(fileno=descriptor), rewards)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        for stream in (sys.stdout, sys.stderr):  # so that a worker's last words before it is killed are seen
+            cast(TextIOWrapper, stream).reconfigure(line_buffering=True)
+        serve(socket.socket(fileno=descriptor), rewards, deadline)
     finally:
         os._exit(0)
 
@@ -141,25 +156,61 @@ def reap(ended: dict[int, int], alive: set[int]) -> None:
                 ended[found[0]] = found[1]
 
 
-def serve(connection: socket.socket, rewards: dict[str, Any]) -> None:
-    """Score what comes, until nothing more does."""
-    while (task := receive(connection)) is not None:
-        name, prompt, completion, columns = pickle.loads(task)
+def serve(connection: socket.socket, rewards: dict[str, Any], deadline: float) -> None:
+    """Score the batches that come, until no more do."""
+    while (request := receive(connection)) is not None:
+        name, prompts, completions, columns = pickle.loads(request)
         try:
-            values = rewards[name]([prompt], [completion], **{key: [value] for key, value in columns.items()})
-            answer = as_answer(as_graded(values, [completion])[0])
+            answer = scored(rewards[name], prompts, completions, columns, deadline)
         except MemoryError:
-            answer = {"fault": "memory", "detail": traceback.format_exc()}
+            answer = fault("memory")
+        except InvalidScoresError as error:
+            answer = {"fault": "wrong", "detail": str(error)} if not is_per_sample(rewards[name]) else fault("raised")
         except BaseException:
-            answer = {"fault": "raised", "detail": traceback.format_exc()}
+            answer = fault("raised")
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         send(connection, json.dumps(answer).encode())
         if answer.get("fault") == "memory":
-            return  # whatever did not get its memory may be half made
+            return  # an object whose allocation failed may be left half made
+
+
+def scored(
+    reward: Any, prompts: list[str], completions: list[str], columns: dict[str, list[Any]], deadline: float
+) -> dict[str, Any]:
+    """The scores of a batch as JSON."""
+    if not (is_async(reward) and is_per_sample(reward)):
+        values = invoke(reward, arguments(reward, prompts, completions, columns))
+        return {"scores": [as_answer(graded) for graded in as_graded(values, completions)]}
+    rows = [
+        arguments(reward, [prompt], [completion], {name: [values[row]] for name, values in columns.items()})
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+    ]
+    found = invoke_each(reward, rows, seconds=deadline)
+    return {"scores": [answer_of_one(values, each) for values, each in zip(found, completions, strict=True)]}
+
+
+def answer_of_one(values: Any, completion: str) -> dict[str, Any]:
+    """What an async reward gave for one sample, or the fault that it raised."""
+    if isinstance(values, TimeoutError):
+        return {"fault": "deadline", "detail": "it took longer than its deadline"}
+    try:
+        if isinstance(values, BaseException):
+            raise values
+        return as_answer(as_graded(values, [completion])[0])
+    except Exception:
+        return fault("raised")
+
+
+def fault(kind: str) -> dict[str, Any]:
+    """The exception that is being handled, as an answer."""
+    return {"fault": kind, "detail": traceback.format_exc()}
 
 
 def as_answer(graded: Graded) -> dict[str, Any]:
-    """A score as JSON; one that is not a number is a fault of the reward."""
-    if graded.score is not None and math.isnan(graded.score):
+    """A score as JSON; NaN is a fault of the reward."""
+    if graded.failed:
         return {"fault": "nan", "detail": "the reward returned NaN; None says that there is no score"}
     return {"score": graded.score, "details": dict(graded.details), "note": graded.note, "steps": list(graded.steps)}
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from grpo_jax.types import Model, Prompts, cache_columns
+from grpo_jax.types import Model, cache_columns
 
 STEPS = 8
 """Tokens a dispatch; they divide ``COLUMNS``."""
@@ -70,22 +69,6 @@ class Limits:
     max_rows: int | None
     cache_bytes: int | None
     cache_dtype: Any = None
-
-    def check_prompts(self, prompts: Prompts) -> None:
-        """Refuse prompts that leave no room.
-
-        Raises:
-            ValueError: a prompt that does not fit the model together with its completion.
-        """
-        T = self.max_completion_length
-        lengths = np.asarray(prompts.mask).sum(1)
-        if self.model.max_length is not None and lengths.max(initial=0) + T > self.model.max_length:
-            n = int(lengths.argmax())
-            raise ValueError(
-                f"prompt {n} has {lengths[n]} tokens: with a completion of up to {T} it does not fit the model's "
-                f"{self.model.max_length} positions; shorten it, or set max_completion_length to at most "
-                f"{self.model.max_length - lengths[n]}"
-            )
 
     def check_rows(self, num_prompts: int) -> None:
         """Refuse so many prompts if their completions do not divide over the mesh.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
+from grpo_jax.rollout.checks import check_lengths, check_prompts
 from grpo_jax.rollout.drawn import RolloutStats, cut, in_parts, joined
 from grpo_jax.rollout.engine import Drawing, Programs, StopFn, WatchFn
 from grpo_jax.rollout.plan import Limits, default_cache_bytes
-from grpo_jax.rollout.steps import check_lengths
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH
 from grpo_jax.types import Model, Params, Prompts, Rollout
@@ -80,6 +80,9 @@ class Sampler:
         check_lengths(group_size, max_completion_length, eos_ids)
         jax.eval_shape(lambda: model.init_cache(1, 1, cache_dtype))  # an unknown precision is found here
         self.mesh, self.report = mesh, report
+        self._check_prompts = partial(
+            check_prompts, model, max_completion_length=max_completion_length, eos_ids=eos_ids
+        )
 
         @cache
         def programs(of_group: int) -> Programs:
@@ -120,11 +123,11 @@ class Sampler:
             watch: called with the number of a completion and its new ids, as they are drawn.
 
         Raises:
-            ValueError: before anything is compiled, for prompts that leave no room for a completion, for a sample that
-                does not fit, and for completions that do not divide over the mesh.
+            ValueError: before anything is compiled, as ``checks.check_prompts``, for a sample that does not fit, and
+                for completions that do not divide over the mesh.
         """
         self.limits.check_rows(prompts.ids.shape[0])
-        self.limits.check_prompts(prompts)
+        self._check_prompts(params, prompts)
         parts, at_once = self._plan(*prompts.ids.shape)
         drawing = Drawing(self._programs(self.limits.group_size // parts), params, key, watch)
         batches = {batch.first_place: batch for batch, _ in drawing.run(cut([in_parts(prompts, parts)], at_once))}
@@ -163,7 +166,7 @@ class Sampler:
             for each in chain([first], coming):
                 if each.ids.shape[1] != length:
                     raise ValueError(f"prompts of a stream have one length; after {length} came {each.ids.shape[1]}")
-                self.limits.check_prompts(each)
+                self._check_prompts(params, each)
                 yield in_parts(each, parts)
 
         waiting: dict[int, dict[int, dict[str, np.ndarray]]] = {}

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
+from grpo_jax.rollout.checks import check_lengths, check_prompts
 from grpo_jax.sampling import Sampling, adjust_logits, sample_token
 from grpo_jax.sharding import take_rows
 from grpo_jax.types import COLUMNS, Cache, Context, Model, Params, Prompts, Rollout, cache_columns, pytree
@@ -309,9 +310,11 @@ def generate(
         N * G completions, those of a prompt adjacent.
 
     Raises:
-        ValueError: at trace time, for a group_size or max_completion_length below 1, or no eos_ids.
+        ValueError: at trace time, for a group_size or max_completion_length below 1, or no eos_ids; and as
+            ``check_prompts`` for prompts whose values are known, which they are not inside another jitted function.
     """
     check_lengths(group_size, max_completion_length, eos_ids)
+    check_prompts(model, params, prompts, max_completion_length=max_completion_length, eos_ids=eos_ids)
     B, T = prompts.ids.shape[0] * group_size, max_completion_length
     stops = jnp.array(eos_ids, dtype=jnp.int32)
 
@@ -355,16 +358,6 @@ def generate(
         rollout_log_probs=drawn.log_probs,
         truncated=~drawn.ended,
     )
-
-
-def check_lengths(group_size: int, max_completion_length: int, eos_ids: tuple[int, ...]) -> None:
-    """Refuse what no completion could be drawn with."""
-    if group_size < 1:
-        raise ValueError(f"group_size is {group_size}; at least 1 sample is drawn for each prompt")
-    if max_completion_length < 1:
-        raise ValueError(f"max_completion_length is {max_completion_length}; it must be at least 1 token")
-    if not eos_ids:
-        raise ValueError("eos_ids is empty; without an ending token no completion would ever end")
 
 
 def sample_keys(

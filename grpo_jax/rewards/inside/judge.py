@@ -1,14 +1,15 @@
 """The side of the tests: it calls the program through the link and says, a line for each test, what came of it."""
 
-import asyncio
 import builtins
 import importlib
-import inspect
 import json
 import math
 import os
+import re
 import sys
 import traceback
+from functools import partial
+from types import CoroutineType, FunctionType
 
 
 def judge(tests, link, stop_at_failure):
@@ -31,10 +32,11 @@ def judge(tests, link, stop_at_failure):
         except SaysNothing as error:
             say(None, str(error))
             return
-        except (NameError, ImportError) as error:
-            missing = None if isinstance(error, OfProgram) else of_the_test(error, test, names)
-            if missing:
-                say(None, "%s: %s" % (missing, text_of(test)))
+        except NotDefined as error:
+            say(False, "{} in {}".format(error, text_of(test)), ran=False)
+        except (ImportError, NameError) as error:
+            if not isinstance(error, OfProgram) and is_of_test(error, test):
+                say(None, "the test cannot be run: {}: {}".format(type(error).__name__, error))
                 return
             say(False, "{}: {} in {}".format(type(error).__name__, error, text_of(test)), ran=False)
         except CannotSend as error:
@@ -60,21 +62,12 @@ def judge(tests, link, stop_at_failure):
             return
 
 
-def of_the_test(error, test, names):
-    """What a test lacks that a program need not have; None where the program lacks what the test asks for."""
-    if not isinstance(test, dict) or "code" not in test:
-        return None
-    if isinstance(error, ImportError):
-        module = (error.name or "").partition(".")[0]
-        of_program = module in test["own_modules"]
-        return None if of_program else "the test needs the module %s, which is not in the sandbox" % module
-    name = getattr(error, "name", None) or str(error).partition("'")[2].partition("'")[0]
-    if name not in test["required"]:
-        return "the test uses %s, which nothing defines" % name
-    others = [each for each in test["required"] if each in names and each in test["free"]]
-    if not test["told"] and others:
-        return "the test uses %s, which neither it nor the program defines" % name
-    return None
+class NotDefined(Exception):
+    """The program lacks what a test calls."""
+
+
+class SaysNothing(Exception):
+    """A test passed that has nothing to do with the program."""
 
 
 def names_of(link):
@@ -84,122 +77,105 @@ def names_of(link):
         raise Gone("{}: {}".format(hello["raised"][0], hello["text"]))
     names = {}
     for name, what in hello["names"].items():
-        if "exception" in what and name not in vars(builtins):
+        if "exception" in what and not is_reserved(name):
             link.exceptions[name] = names[name] = exception_class(what["exception"], link.exceptions)
         elif "value" in what:
             names[name] = link.decode(what["value"])
-        elif "module" in what and what["module"].partition(".")[0] in getattr(sys, "stdlib_module_names", ()):
-            names[name] = importlib.import_module(what["module"])
     return names
 
 
+def is_reserved(name):
+    """Whether a name is Python's own, such as that of an exception."""
+    return name.startswith("__") or name in vars(builtins)
+
+
+def is_of_test(error, test):
+    """Whether an import or a name that is missing is the test's fault: the program owes it what it calls, no more."""
+    if "text" not in test or isinstance(error, ImportError):
+        return True
+    missing = re.search("'(.*?)'", str(error))
+    return missing is None or missing.group(1) not in test["called"]
+
+
 def run_test(test, names):
-    if "code" in test:
-        run_code(test, names)
+    if "text" in test:
+        run_text(test, names)
         return
     name = test["fn_name"]
-    function = looked_up(name, names)
+    function = getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
     if not callable(function):
-        raise NameError("the program has no function {}".format(name))
+        raise NotDefined("the program has no function {}".format(name))
     result = function(*test["input"])
-    if not (same(result, test["output"]) or is_wrapped(result, test)):
+    if not same(result, test["output"]):
         raise AssertionError("%s gave %.500r, not %.500r" % (name, result, test["output"]))
 
 
-def looked_up(name, names):
-    return getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
+def run_text(test, names):
+    """Run a test, and then what it only defines: functions and classes of tests, HumanEval's check."""
+    given = {name: names[name] for name in test["names"] if name in names}
+    for name in test["names"]:
+        if name not in given and hasattr(builtins, name):  # Python's own would answer for the program
+            raise NotDefined("the program has no function {}".format(name))
+    lent = {name: importlib.import_module(module or name) for name, module in test["lent"].items()}
+    lent = {name: getattr(module, name) if test["lent"][name] else module for name, module in lent.items()}
+    scope = {"__name__": "__main__", **lent, **given}
+    exec(compile(test["text"], "test.py", "exec"), scope)
+    defined = [(name, value) for name, value in list(scope.items()) if name not in given and name not in lent]
+    tests = [each for name, value in defined for each in tests_of(name, value, test["run"])]
+    checks = [value for name, value in defined if name == "check" and is_function(value) and name not in test["run"]]
+    for each in tests:
+        result = each()
+        if isinstance(result, CoroutineType):
+            importlib.import_module("asyncio").run(result)
+    for check in checks:
+        check(only_function(names))
+    if not (tests or checks or test["names"]):
+        raise SaysNothing("the test does not use the program (a name of Python's own is not the program's)")
 
 
-def is_wrapped(result, test):
-    output = test["output"]
-    return bool(test.get("wrapped")) and isinstance(output, list) and len(output) == 1 and same(result, output[0])
+def tests_of(name, value, already_run):
+    """What pytest and unittest would run of something that a test defines."""
+    if is_function(value) and name.startswith("test") and name not in already_run:
+        if needed(value):
+            raise SaysNothing("{} takes {}, and there are no fixtures".format(name, needed(value)))
+        return [value]
+    if not isinstance(value, type) or value.__module__ != "__main__":
+        return []
+    unittest = sys.modules.get("unittest")
+    if unittest is not None and issubclass(value, unittest.TestCase):
+        return [case.debug for case in unittest.defaultTestLoader.loadTestsFromTestCase(value)]
+    if name.startswith("Test"):
+        return [partial(run_method, value, each) for each in dir(value) if each.startswith("test")]
+    return []
 
 
-def run_code(test, names):
-    """Run a test, and what a test runner would find in it, in a namespace with the program's names."""
-    main = sys.modules["__main__"] = type(sys)("__main__")
-    reserved = set(vars(builtins)) | set(test["lent"])
-    given = {name: value for name, value in names.items() if name not in reserved and not name.startswith("__")}
-    given.update({name: names[name] for name in test["subjects"] if name in names})
-    for name, path in test["lent"].items():
-        given[name] = lent(path)
-    for name in set(test["subjects"]) - set(names):
-        if name in vars(builtins):
-            given[name] = absent(name)
-    # What ``from solution import *`` brings leaves out Python's own names and those that the test imports.
-    public = [name for name in given if name not in test["reserved"] and not name.startswith("_")]
-    for name in test["own_modules"]:
-        if name != "__main__":
-            sys.modules[name] = type(sys)(name)
-            vars(sys.modules[name]).update({each: value for each, value in names.items() if not each.startswith("__")})
-            vars(sys.modules[name])["__all__"] = [each for each in public if each in names]
-    vars(main).update(given, __file__="test.py")
-    if "pytest" in test["code"]:
-        sys.modules["pytest"] = as_module(type(sys)("pytest"))
-    if "unittest" in test["code"]:
-        importlib.import_module("unittest").main = lambda *args, **kwargs: None  # what it would run is run below
-    try:
-        exec(compile(test["code"], "test.py", "exec"), vars(main))
-    except SystemExit as error:
-        if isinstance(error, OfProgram) or error.code not in (None, 0, False):
-            raise AssertionError("the test ended with status {}".format(error.code)) from error
-    for name, found in list(vars(main).items()):
-        if (
-            getattr(found, "__module__", None) == "__main__"
-            and not isinstance(found, Remote)
-            and found is not given.get(name)
-        ):
-            run_collected(name, found, test, names)
+def run_method(kind, name):
+    instance = kind()
+    if hasattr(instance, "setup_method"):
+        instance.setup_method()
+    return getattr(instance, name)()
 
 
-def lent(path):
-    """A module, or ``module.attribute``, of the usual prelude."""
-    try:
-        return importlib.import_module(path)
-    except ImportError:
-        module, _, attribute = path.rpartition(".")
-        if not module:
-            raise
-        return getattr(importlib.import_module(module), attribute)
+def is_function(value):
+    return isinstance(value, FunctionType) and value.__code__.co_filename == "test.py"
 
 
-def absent(name):
-    def call(*args, **kwargs):
-        raise AssertionError("the program has no function {}".format(name))
-
-    return call
-
-
-def run_collected(name, found, test, names):
-    """What pytest, unittest and HumanEval would run of a test, unless the test calls it itself."""
-    if isinstance(found, type):
-        unittest = sys.modules.get("unittest")
-        if unittest and issubclass(found, unittest.TestCase):
-            try:
-                unittest.defaultTestLoader.loadTestsFromTestCase(found).debug()
-            except unittest.SkipTest as error:
-                raise SaysNothing("the test is skipped: {}".format(error)) from error
-        elif name.startswith("Test"):
-            for method in [each for each in vars(found) if each.startswith("test")]:
-                case = found()
-                getattr(case, "setup_method", lambda: None)()
-                run_all(getattr(case, method))
-                getattr(case, "teardown_method", lambda: None)()
-    elif inspect.isfunction(found) and name not in test["called"]:
-        wanted = [each for each in inspect.signature(found).parameters.values() if each.default is each.empty]
-        if name == "check" and len(wanted) == 1:
-            candidate = looked_up(test["entry_point"], names)
-            if candidate is None:
-                raise AssertionError("the program has no function {}".format(test["entry_point"] or "to check"))
-            found(candidate)
-        elif name.startswith("test"):
-            run_all(found)
+def needed(function):
+    """The names of the arguments that a function cannot be called without."""
+    code = function.__code__
+    optional = len(function.__defaults__ or ())
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    required = names[: code.co_argcount - optional] + names[code.co_argcount :]
+    return [name for name in required if name not in (function.__kwdefaults__ or {})]
 
 
-def run_all(function):
-    for result in run_cases(function):
-        if inspect.iscoroutine(result):
-            asyncio.run(result)
+def only_function(names):
+    """The program's function, where it has just one."""
+    functions = [value for value in names.values() if callable(value) and not isinstance(value, type)]
+    if len(functions) != 1:
+        said = "check(candidate) is never called, and the program has {} functions; name the entry_point"
+        raise SaysNothing(said.format(len(functions)))
+    return functions[0]
 
 
 def same(result, expected):
@@ -223,4 +199,4 @@ def same(result, expected):
 
 
 def text_of(test):
-    return test["code"] if "code" in test else "%s(*%.200r)" % (test["fn_name"], test["input"])
+    return test["text"] if "text" in test else "%s(*%.200r)" % (test["fn_name"], test["input"])

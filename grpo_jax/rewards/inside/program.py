@@ -4,12 +4,10 @@ import sys
 import traceback
 
 
-def serve_program(source, before, link):
-    # It is imported and not run: what stands under ``if __name__ == "__main__"`` is for another use of it.
+def serve_program(source, link):
+    # Not as __main__: what a program would do as a script, such as to read its input, is not asked of it here.
     main = sys.modules["__main__"] = sys.modules["solution"] = type(sys)("solution")
     try:
-        exec(compile(before, "before.py", "exec"), main.__dict__)
-        lent = set(main.__dict__)
         exec(compile(source, "solution.py", "exec"), main.__dict__)
     except BaseException as error:
         traceback.print_exc()
@@ -17,13 +15,11 @@ def serve_program(source, before, link):
         return
     names = {}
     for name, value in list(main.__dict__.items()):
-        if name.startswith("__") or name in lent:
+        if name.startswith("__"):
             continue
         if isinstance(value, type) and issubclass(value, BaseException):
             names[name] = {"exception": [kind.__name__ for kind in value.__mro__]}
-        elif isinstance(value, type(sys)):
-            names[name] = {"module": value.__name__}
-        else:
+        elif not isinstance(value, type(sys)):
             try:
                 names[name] = {"value": link.encode(value)}
             except BaseException:

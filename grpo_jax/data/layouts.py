@@ -1,0 +1,461 @@
+"""Rows as published data sets write them, brought into the forms that the loaders take. Pure functions of a row.
+
+``docs/data.md`` lists the layouts.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import string
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Row = dict[str, Any]
+
+PROMPT_COLUMNS = ("question", "prompt", "problem")
+OTHER_PROMPT_COLUMNS = (
+    *("query", "instruction", "question_content", "problem_statement", "problem_description", "description", "input"),
+    *("messages", "conversations"),
+)
+ANSWER_COLUMNS = (
+    *("answer", "final_answer", "ground_truth", "expected_answer", "correct_answer", "reference_answer"),
+    *("gold_answer", "gold", "answerKey", "reward_model.ground_truth", "solution"),
+)
+COMPLETION_COLUMNS = ("completion", "response", "output", "generated_solution", "solution")
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+CHOICES_COLUMNS = ("choices", "options")
+MAX_CHARACTERS = 1_000_000
+"""The longest prompt or completion, in characters; no model here takes as many tokens."""
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+    "tool": "tool",
+}
+"""Roles of messages by what ShareGPT's descendants call them."""
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""How a conversation begins that is kept as text, such as in CSV files."""
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant|System):[ \t]?")
+HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+# Columns --------------------------------------------------------------------------------------------------------------
+
+
+def listed(columns: Iterable[str], most: int = 30) -> str:
+    """Names of columns as text, the first ``most`` of them."""
+    names = [*columns]
+    return f"{names[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def find_column(row: Mapping[str, Any], name: str) -> str | None:
+    """How a row spells a column: as it is, in another case, or as a path through objects and lists such as ``a.b.0``.
+
+    Returns:
+        The name that ``column`` takes; None where the row has no such column.
+    """
+    if name in row:
+        return name
+    same = [each for each in row if isinstance(each, str) and each.lower() == name.lower()]
+    if same:
+        return same[0]
+    if "." in name:
+        try:
+            column(row, name)
+        except KeyError:
+            return None
+        return name
+    return None
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or of a path through objects and lists such as ``reward_model.ground_truth``.
+
+    Raises:
+        KeyError: there is no such column or path.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            value = _parsed(value)
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise KeyError(name)
+    return value
+
+
+def required_column(row: Mapping[str, Any], name: str, where: str, option: str) -> Any:
+    """As ``column``, in any case.
+
+    Raises:
+        KeyError: there is no such column; the error lists those of the row, or the fields where the path ends.
+    """
+    found = find_column(row, name)
+    if found is not None:
+        return column(row, found)
+    parent, _, _ = name.rpartition(".")
+    inside = column(row, parent) if parent and find_column(row, parent) == parent else None
+    fields = f"{parent!r} has the fields {listed(inside)}" if isinstance(inside, Mapping) else f"it has {listed(row)}"
+    raise KeyError(f"{where} has no column {name!r}; {fields}; name one of these with {option}")
+
+
+def without(row: Mapping[str, Any], *names: str | None) -> Row:
+    """The columns of a row but for those named; of a path, the column that it begins with stays."""
+    return {name: value for name, value in row.items() if name not in names}
+
+
+# Messages -------------------------------------------------------------------------------------------------------------
+
+
+def as_messages(value: Any) -> list[Row] | None:
+    """A conversation as messages with role and content, from ``role``/``content`` or ShareGPT's ``from``/``value``.
+
+    Args:
+        value: a list of messages, one message, or their JSON.
+
+    Returns:
+        The messages; None where ``value`` is not a conversation. Other fields of a message stay unless they are null.
+    """
+    if isinstance(value, str) and WRITTEN_MESSAGES.match(value):
+        value = _parsed(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
+        return None
+    messages = []
+    for each in value:
+        role = next((each[name] for name in ("role", "from") if each.get(name) is not None), None)
+        names = [name for name in ("content", "value", "text") if name in each]
+        if not isinstance(role, str) or not (names or each.get("tool_calls")):
+            return None
+        content = next((each[name] for name in names if each[name] is not None), None)
+        others = {
+            name: field
+            for name, field in each.items()
+            if field is not None and name not in ("role", "from", "content", "value", "text")
+        }
+        messages.append({"role": ROLES.get(role.lower(), role), "content": content, **others})
+    return messages
+
+
+def hh_messages(text: Any) -> list[Row] | None:
+    """A dialogue as messages, from the text of HH-RLHF: turns that begin with ``Human:`` and ``Assistant:``."""
+    if not isinstance(text, str) or not HH_TURN.match(text.lstrip()):
+        return None
+    _, *parts = HH_TURN.split(text.lstrip())
+    roles, contents = parts[::2], parts[1::2]
+    return [{"role": HH_ROLES[role], "content": each.strip()} for role, each in zip(roles, contents, strict=True)]
+
+
+def with_system(messages: list[Row], row: Mapping[str, Any]) -> list[Row]:
+    """Messages after the text of the row's column ``system``, unless they begin with a system message."""
+    system = row.get("system")
+    has_system = messages[0]["role"] in ("system", "developer")
+    if has_system or not isinstance(system, str) or not system.strip():
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def with_system_before(prompt: Any, row: Mapping[str, Any]) -> Any:
+    """As ``with_system`` for a prompt that may be a text; it stays a text where there is nothing to add."""
+    if not isinstance(row.get("system"), str) or not row["system"].strip() or not prompt:
+        return prompt
+    return with_system([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, row)
+
+
+def _parsed(text: str) -> Any:
+    """A value from its JSON, or from Python's way to write it; None from anything else."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def text_length(value: Any) -> int:
+    """The characters of a text, or of the messages of a conversation."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(text_length(each) for each in value.values())
+    return sum(text_length(each) for each in value) if isinstance(value, list) else 0
+
+
+def check_length(value: Any, where: str) -> None:
+    """Check that a text is short enough to be split into tokens.
+
+    Raises:
+        ValueError: it has more than ``MAX_CHARACTERS``.
+    """
+    length = text_length(value)
+    if length > MAX_CHARACTERS:
+        raise ValueError(
+            f"{where} has {length:,} characters; at most {MAX_CHARACTERS:,} are read, more than any model here takes. "
+            "Shorten it, or leave such rows out with skip_bad_rows"
+        )
+
+
+# Problems -------------------------------------------------------------------------------------------------------------
+
+
+def prompt_column_of(row: Row, where: str) -> str:
+    """The column with the prompt: the only one of the usual three, or the first of those less usual.
+
+    Raises:
+        KeyError: there is none, or several could be it; the error lists the columns.
+    """
+    usual = [found for name in PROMPT_COLUMNS if (found := find_column(row, name))]
+    if len(usual) == 1:
+        return usual[0]
+    others = ("text", *OTHER_PROMPT_COLUMNS) if "test_list" in row else OTHER_PROMPT_COLUMNS  # MBPP
+    candidates = usual or [found for name in others if (found := find_column(row, name))]
+    if candidates and not usual:
+        return candidates[0]
+    problem = f"several columns could be the prompt: {candidates}" if candidates else "no column is known as a prompt"
+    raise KeyError(f"{where}: {problem}; name it with prompt_column= one of {listed(row)}")
+
+
+def answer_column_of(row: Row, where: str, *, required: bool) -> str | None:
+    """The column with the gold answer, the first of ``ANSWER_COLUMNS`` that a row has; None where it has none.
+
+    Raises:
+        KeyError: there is none although it is required; the error lists the columns.
+    """
+    found = next((found for name in ANSWER_COLUMNS if (found := find_column(row, name))), None)
+    if required and found is None:
+        raise KeyError(
+            f"{where}: no column is known as an answer; name it with answer_column= one of {listed(row)} (a path such "
+            "as reward_model.ground_truth names a field), or pass require_answer=False for problems without one"
+        )
+    return found
+
+
+def problem_prompt(row: Row, name: str, where: str) -> Any:
+    """The prompt of a row: text, or messages up to the reply.
+
+    Alpaca's ``input`` follows its ``instruction``; a programming problem is followed by the code to start from, or by
+    MBPP's tests, without which the function's name is unknown; a dialogue loses the assistant's reply at its end; a
+    question with ``choices`` is followed by them with letters, and follows its ``passage`` or ``context``.
+
+    Raises:
+        KeyError: the row has no such column.
+    """
+    prompt = required_column(row, name, where, "prompt_column=")
+    is_conversation = name in CONVERSATION_COLUMNS
+    messages = as_messages(prompt)
+    if messages is not None:
+        messages = with_system(messages, row) if is_conversation else messages
+        ends_with_reply = is_conversation and len(messages) > 1 and messages[-1]["role"] == "assistant"
+        return messages[:-1] if ends_with_reply else messages
+    if not isinstance(prompt, str):
+        return prompt
+    if name == "instruction":
+        prompt = with_input(row, prompt)
+    if name == "question":
+        passages = [row[each].strip() for each in ("passage", "context") if isinstance(row.get(each), str)]
+        prompt = "\n\n".join([*(each for each in passages if each and each not in prompt), prompt])
+    choices = choices_of(row)
+    if choices is not None:
+        letters, texts = choices
+        lines = [
+            text if re.match(rf"\(?{letter}[).:]", text) else f"{letter}. {text}"
+            for letter, text in zip(letters, texts, strict=True)
+        ]
+        # Not again where the question holds them already.
+        return prompt if all(text in prompt for text in texts) else "\n".join([prompt.rstrip(), *lines])
+    starter = row.get("starter_code")
+    if isinstance(starter, str) and starter.strip() and starter.strip() not in prompt:
+        return f"{prompt.rstrip()}\n\nStart from this code:\n\n```python\n{starter.strip()}\n```"
+    tests = row.get("test_list")
+    if isinstance(tests, list) and tests and all(isinstance(each, str) for each in tests) and tests[0] not in prompt:
+        return "\n".join([prompt.rstrip(), "", "The program should pass these tests:", "", *tests])
+    return prompt
+
+
+def with_input(row: Mapping[str, Any], instruction: str) -> str:
+    """An instruction with the input (Alpaca) or context (Dolly) that it is about."""
+    added = next((row[name] for name in ("input", "context") if isinstance(row.get(name), str)), "")
+    return f"{instruction.rstrip()}\n\n{added.strip()}" if added.strip() else instruction
+
+
+def choices_of(row: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
+    """The letters and texts of a multiple-choice question, from a list or from ARC's object; None for other rows."""
+    value = next((row[name] for name in CHOICES_COLUMNS if row.get(name)), None)
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+        labels, texts = [str(each) for each in value["label"]], value["text"]
+    elif isinstance(value, Mapping) and all(len(str(name)) == 1 for name in value):
+        labels, texts = [str(name) for name in value], [*value.values()]
+    elif isinstance(value, list) and len(value) <= len(string.ascii_uppercase):
+        labels, texts = [*string.ascii_uppercase[: len(value)]], value
+    else:
+        return None
+    is_choice = len(texts) > 1 and len(labels) == len(texts) and all(isinstance(each, str) for each in texts)
+    return (labels, texts) if is_choice else None
+
+
+def choice_answer(row: Mapping[str, Any], answer: Any, where: str) -> Any:
+    """The letter of the right choice where the answer of a multiple-choice question is a number or the choice's text.
+
+    Raises:
+        ValueError: it is none of the choices.
+    """
+    choices = choices_of(row)
+    if choices is None:
+        return answer
+    letters, texts = choices
+    if isinstance(answer, str) and answer.strip() in letters:
+        return answer.strip()
+    if isinstance(answer, str) and answer.strip() in texts:
+        return letters[texts.index(answer.strip())]
+    number = int(answer) if isinstance(answer, str) and answer.strip().isdigit() else answer
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(letters):
+        return letters[number]
+    raise ValueError(
+        f"{where} is the answer to a question with {len(letters)} choices and must be one of {letters}, the text of a "
+        f"choice or its number from 0; it is {answer!r:.200}"
+    )
+
+
+# Demonstrations -------------------------------------------------------------------------------------------------------
+
+
+def as_demonstration(row: Row, where: str) -> Row:
+    """A row with ``messages``, with ``prompt`` and ``completion``, or with ``text``, and its other columns.
+
+    Raises:
+        KeyError: it is in none of the known layouts; the error lists its columns.
+    """
+    for name in CONVERSATION_COLUMNS:
+        messages = as_messages(row.get(name))
+        if messages is not None and len(messages) > 1:
+            return {"messages": with_system(messages, row), **without(row, name, "messages", "system")}
+        if row.get(name) is not None:
+            raise ValueError(
+                f"{where}, column {name!r}: it must hold at least two messages with role and content, or with from and "
+                f"value; it is {row[name]!r:.200}"
+            )
+    if "chosen" in row and "rejected" in row:
+        raise KeyError(
+            f"{where} is a preference (chosen, rejected), which dpo.py and reward_model.py train on; to imitate one of "
+            f"the two, name it with completion_column=; the row has {listed(row)}"
+        )
+    if isinstance(row.get("label"), bool) and "completion" in row:
+        raise KeyError(
+            f"{where} has a completion with a label, true or false (unpaired preferences); keep those that are to be "
+            "imitated, and name prompt_column= and completion_column="
+        )
+    if "text" in row and not any(name in row for name in COMPLETION_COLUMNS):
+        return row
+    prompts = (*PROMPT_COLUMNS, "instruction", "query", "input")
+    prompt = next((found for name in prompts if (found := find_column(row, name))), None)
+    completion = next((found for name in COMPLETION_COLUMNS if (found := find_column(row, name))), None)
+    if prompt is None or completion is None:
+        missing = "completion" if prompt is not None else "prompt"
+        raise KeyError(
+            f"{where} has no column {missing!r}; a demonstration has messages or conversations, or text, or a prompt "
+            f"({', '.join(prompts)}) with a completion ({', '.join(COMPLETION_COLUMNS)}), and this one has "
+            f"{listed(row)}; name others with prompt_column= and completion_column="
+        )
+    asked = row[prompt]
+    if prompt == "instruction" and isinstance(asked, str):
+        asked = with_input(row, asked)
+    asked, replied = (as_messages(each) or each for each in (asked, row[completion]))
+    rest = without(row, prompt, completion, "system", *(("input", "context") if prompt == "instruction" else ()))
+    return {**rest, "prompt": with_system_before(asked, row), "completion": replied}
+
+
+# Preferences ----------------------------------------------------------------------------------------------------------
+
+
+def as_preference(row: Row, where: str) -> Row:
+    """A row with ``chosen``, ``rejected`` and perhaps ``prompt``, as TRL has them, and its other columns.
+
+    Raises:
+        KeyError: it is in none of the known layouts; the error lists its columns.
+        ValueError: its parts contradict each other.
+    """
+    chosen, rejected = (
+        next(
+            (found for name in (side, f"{side}_response", f"response_{side}") if (found := find_column(row, name))),
+            None,
+        )
+        for side in ("chosen", "rejected")
+    )
+    if chosen is None or rejected is None:
+        raise KeyError(
+            f"{where} has no column {'chosen' if chosen is None else 'rejected'!r}; {_other_preference(row)}"
+        )
+    sides = [_side(row[name]) for name in (chosen, rejected)]
+    names = (*PROMPT_COLUMNS, "instruction", "query", "input", *CONVERSATION_COLUMNS)
+    prompt = next((found for name in names if (found := find_column(row, name))), None)
+    # Beside whole conversations, messages is a copy of the chosen one.
+    whole = all(isinstance(each, list) and len(each) > 1 for each in sides)
+    if whole and prompt in CONVERSATION_COLUMNS:
+        prompt = None
+    asked = None if prompt is None else as_messages(row[prompt]) or row[prompt]
+    rest = without(row, chosen, rejected, prompt, "system", *(("input", "context") if prompt == "instruction" else ()))
+    if prompt == "instruction" and isinstance(asked, str):
+        asked = with_input(row, asked)
+    if whole and asked is not None:
+        _check_begins_with(sides, asked, where)
+        single = isinstance(asked, str) and all(len(each) == 2 for each in sides)
+        asked, sides = (asked, [each[-1:] for each in sides]) if single else (None, sides)
+    asked = with_system_before(asked, row)
+    if asked is None and all(isinstance(each, str) for each in sides):
+        raise KeyError(
+            f"{where}: chosen and rejected are texts, and no column is known as their prompt; a dialogue has turns "
+            f"that begin with 'Human:' and 'Assistant:'; the row has {listed(row)}"
+        )
+    return {**rest, **({} if asked is None else {"prompt": asked}), "chosen": sides[0], "rejected": sides[1]}
+
+
+def _side(value: Any) -> Any:
+    return as_messages(value) or hh_messages(value) or value
+
+
+def _check_begins_with(sides: list[list[Row]], prompt: Any, where: str) -> None:
+    """Check that whole conversations begin with what a row gives as their prompt."""
+    for name, messages in zip(("chosen", "rejected"), sides, strict=True):
+        before = [each for each in messages[:-1] if each["role"] not in ("system", "developer")]
+        if isinstance(prompt, str):
+            fits = any(" ".join(prompt.split()) == " ".join(str(each["content"]).split()) for each in before)
+        else:
+            fits = messages[:-1] == prompt or before == prompt
+        if not fits:
+            raise ValueError(
+                f"{where}, column {name!r}: it is a whole conversation that does not begin with the prompt"
+            )
+
+
+def _other_preference(row: Row) -> str:
+    """What a row without chosen and rejected seems to be, and what would do."""
+    if isinstance(row.get("label"), (bool, int)) and "completion" in row:
+        kind = "a completion with a label is an unpaired preference (KTO), which no script here trains on; "
+    elif isinstance(row.get("completions"), list):
+        kind = "a list of rated completions has to be made into pairs first; "
+    else:
+        kind = ""
+    return f"{kind}a preference has prompt, chosen and rejected, and this row has {listed(row)}"

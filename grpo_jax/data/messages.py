@@ -1,0 +1,104 @@
+"""Chat messages as data sets have them, and as chat templates take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Messages = list[dict[str, Any]]
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names that a message's reasoning goes by; templates read the first."""
+
+
+def is_message(message: Any) -> bool:
+    """Whether something has a text as role, and as content a text, parts, or null beside tool calls."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, (str, list)) or (content is None and bool(message.get("tool_calls")))
+
+
+def content_text(content: Any, where: str) -> str:
+    """The content of a message as text: parts of type text are joined, null is empty.
+
+    Args:
+        content: a text, null, or a list of parts such as ``{"type": "text", "text": "What is 1+1?"}``.
+        where: the message's place, for the error.
+
+    Raises:
+        ValueError: a part is not text; says of which type it is.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for number, part in enumerate(content if isinstance(content, list) else [content]):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError(
+                f'{where}: content must be text or a list of parts such as {{"type": "text", "text": "..."}}; '
+                f"part {number} is {part!r:.200}"
+            )
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"{where}: part {number} of the content has the type {part['type']!r}; only text can be read here"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def checked_messages(messages: Sequence[Any], where: str) -> Messages:
+    """Messages as chat templates take them: content as text, keys without a value left out, all others kept.
+
+    Raises:
+        ValueError: no messages; one lacks a role or content, or has parts that are not text; says which.
+    """
+    if not messages:
+        raise ValueError(f"{where}: a conversation must have at least one message")
+    checked = []
+    for number, message in enumerate(messages):
+        if not is_message(message):
+            raise ValueError(
+                f"{where}, message {number}: it must have a text as role, and as content a text or parts of type text "
+                f"(null with tool_calls); it is {message!r:.200}"
+            )
+        present = {name: value for name, value in message.items() if value is not None}
+        present["content"] = content_text(message.get("content"), f"{where}, message {number}")
+        reasoning = next((present[name] for name in REASONING if name in present), None)
+        if reasoning is not None:
+            present = {"thinking": reasoning, **present, "reasoning_content": reasoning}
+        checked.append(present)
+    return checked
+
+
+def checked_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    """The tools of a row: JSON schemas as a list, or the same as JSON text; None where there are none.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    found = tools
+    if isinstance(tools, str):
+        try:
+            found = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"{where}, column 'tools': it is not JSON ({error})") from error
+    if not found:
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise ValueError(f"{where}, column 'tools': it must be a list of JSON schemas; it is {tools!r:.200}")
+    return found
+
+
+def plain_data(value: Any) -> Any:
+    """The same as JSON types alone, so that a template can call no method of anything else."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): plain_data(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(each) for each in value]
+    return plain_data(value.item()) if isinstance(value, np.generic) else str(value)

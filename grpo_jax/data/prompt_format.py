@@ -1,0 +1,67 @@
+r"""The format of the prompts that a model was trained on, as its ``prompt_format.json`` has it.
+
+``{"kind": "plain", "template": "Q: {question}\nA:"}``, or ``{"kind": "chat", "system_prompt": "Be brief.",
+"template_kwargs": {"enable_thinking": false}, "date": "2026-11-27"}``, where all but the kind may be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+from grpo_jax.data.chat_templates import uses_date
+from grpo_jax.data.messages import plain_data
+from grpo_jax.data.prompts import Rendering, checked_variables
+
+NAME = "prompt_format.json"
+
+
+def read_prompt_format(prompt_format: Mapping[str, Any]) -> Rendering:
+    """The arguments of ``prompts.render_prompts`` for a model that was trained on prompts of this format.
+
+    Raises:
+        ValueError: it is malformed; says how.
+    """
+    kind, template = prompt_format.get("kind"), prompt_format.get("template")
+    if kind == "plain":
+        if not isinstance(template, str) or "{question}" not in template:
+            raise ValueError(f"{NAME}: template must be a text with {{question}}; it is {template!r:.200}")
+        return {"template": template}
+    if kind != "chat":
+        raise ValueError(f"{NAME}: kind must be 'chat' or 'plain'; it is {kind!r:.200}")
+    system_prompt, today = prompt_format.get("system_prompt"), prompt_format.get("date")
+    if system_prompt is not None and not isinstance(system_prompt, str):
+        raise ValueError(f"{NAME}: system_prompt must be a text; it is {system_prompt!r:.200}")
+    if today is not None:
+        check_date(today, f"{NAME}: date")
+    variables = checked_variables(prompt_format.get("template_kwargs") or {}, f"{NAME}: template_kwargs")
+    return {"template": None, "system_prompt": system_prompt, "template_kwargs": variables, "date": today}
+
+
+def prompt_format_of(rendering: Rendering, tokenizer: Any) -> dict[str, Any]:
+    """The format of prompts that were rendered with these arguments, as JSON.
+
+    The date is kept where the chat template writes one.
+    """
+    template = rendering.get("template")
+    if template is not None:
+        return {"kind": "plain", "template": template}
+    found = {
+        "system_prompt": rendering.get("system_prompt"),
+        "template_kwargs": plain_data(rendering.get("template_kwargs") or {}),
+        "date": rendering.get("date") if uses_date(tokenizer) else None,
+    }
+    return {"kind": "chat", **{name: value for name, value in found.items() if value}}
+
+
+def check_date(text: Any, where: str) -> None:
+    """Check that something is a date such as "2026-11-27".
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        date.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is {text!r:.200}; it must be a date such as 2026-11-27") from None

@@ -1,0 +1,129 @@
+"""Text to tokens and back where other text comes before it.
+
+Tokenizers in the style of SentencePiece write a blank before the first word of whatever they encode, and leave it out
+of whatever they decode. A completion does not begin a text: here it is encoded and decoded as what follows one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+ANCHORS = ("\n", ".", "0", "a", ":")
+"""Texts that a completion is encoded behind; the first whose last token stays apart from it is taken."""
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The token ids of each text, none added.
+
+    Raises:
+        ValueError: the tokenizer has no tokens for a text; says for which.
+    """
+    if not texts:
+        return []
+    try:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    except Exception as error:
+        position = next(i for i, text in enumerate(texts) if not _can_encode(tokenizer, text))
+        raise ValueError(f"the tokenizer cannot encode text {position}, {texts[position]!r:.200}: {error}") from error
+
+
+def encode_following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The token ids of each text as what follows another one: they decode to the text itself wherever they can.
+
+    White space at the very end, behind a special token, is what the tokenizer makes of it: so it is in prompts, too.
+
+    Raises:
+        ValueError: as ``encode_texts``.
+    """
+    token_ids = encode_texts(texts, tokenizer)
+    if not texts:
+        return token_ids
+    added = tokenizer.added_tokens_decoder.values()
+    adds_blanks = _adds_blanks(texts, tokenizer)
+    if adds_blanks:
+        token_ids = _without_added_blank(texts, token_ids, tokenizer)
+    if not added or not (adds_blanks or any(token.lstrip or token.rstrip for token in added)):
+        return token_ids
+    # Around a special token inside a text, blanks are added or lost as well.
+    known = tokenizer.added_tokens_encoder
+    special = "(" + "|".join(map(re.escape, sorted(known, key=len, reverse=True))) + ")"
+    within = [n for n, text in enumerate(texts) if re.search(special, text)]
+    for n, decoded in zip(within, decode_following(tokenizer, [token_ids[n] for n in within]), strict=True):
+        text = texts[n]
+        if decoded.rstrip() == text.rstrip():
+            continue
+        end = re.search(special + r"\s*$", text)
+        head, tail = (text, "") if end is None else (text[: end.start()], text[end.start() :])
+        parts = [part for part in re.split(special, head) if part]
+        words = [part for part in parts if part not in known]
+        encoded = encode_texts(words, tokenizer)
+        found = iter(_without_added_blank(words, encoded, tokenizer) if adds_blanks else encoded)
+        ids = [i for part in parts for i in ([known[part]] if part in known else next(found))]
+        ids += encode_texts([tail], tokenizer)[0]
+        if decode_following(tokenizer, [ids])[0].rstrip() == text.rstrip():
+            token_ids[n] = ids
+    return token_ids
+
+
+def _adds_blanks(texts: Sequence[str], tokenizer: Any) -> bool:
+    """Whether the tokenizer writes a blank before the first word."""
+    probes = [*ANCHORS[1:], *(text.lstrip() for text in texts if text.strip())]
+    probe = next((each for each in probes if _can_encode(tokenizer, each)), None)
+    return probe is not None and decode_following(tokenizer, encode_texts([probe], tokenizer))[0].startswith(" ")
+
+
+def _without_added_blank(texts: Sequence[str], token_ids: list[list[int]], tokenizer: Any) -> list[list[int]]:
+    """The ids of the same texts behind an anchor, for those that have a blank too many without one."""
+    chosen, decoded = list(token_ids), decode_following(tokenizer, token_ids)
+    wrong = [n for n, text in enumerate(texts) if _blanks(decoded[n]) == _blanks(text) + 1]
+    for anchor in ANCHORS:
+        if not wrong or not _can_encode(tokenizer, anchor):
+            continue
+        before, *anchored = encode_texts([anchor, *(anchor + texts[n] for n in wrong)], tokenizer)
+        found = [ids[len(before) :] if ids[: len(before)] == before else [] for ids in anchored]
+        left = []
+        for n, ids, text in zip(wrong, found, decode_following(tokenizer, found), strict=True):
+            if text == decoded[n][1:]:
+                chosen[n] = ids
+            else:
+                left.append(n)
+        wrong = left
+    return chosen
+
+
+def decode_following(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The text of each row of token ids as what follows another text, special tokens included.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        rows: token ids.
+    """
+    anchor, length = _special_token(tokenizer)
+    texts = tokenizer.batch_decode(
+        [[*anchor, *row] for row in rows], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return [text[length:] for text in texts]
+
+
+def _special_token(tokenizer: Any) -> tuple[list[int], int]:
+    """A token that stays apart from what follows it in decoding, as ids; and the length of its text."""
+    # Without a decoder, tokens are joined by blanks that are in none of them.
+    if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None) is not None:
+        for token_id in tokenizer.all_special_ids:
+            if text := tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False):
+                return [token_id], len(text)
+    return [], 0
+
+
+def _blanks(text: str) -> int:
+    return len(text) - len(text.lstrip(" "))
+
+
+def _can_encode(tokenizer: Any, text: str) -> bool:
+    try:
+        tokenizer([text])
+    except Exception:
+        return False
+    return True

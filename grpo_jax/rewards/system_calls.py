@@ -1,0 +1,119 @@
+"""The seccomp filter of sandboxes: system calls that a program has no use for fail."""
+
+from __future__ import annotations
+
+import platform
+import struct
+
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""The column of the tables below, and the kernel's number of the architecture."""
+
+# Name: its number on x86-64 and on ARM64, from the kernel's own tables; None where there is no such call.
+FORBIDDEN_CALLS: dict[str, tuple[int | None, int | None]] = {
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "pidfd_getfd": (438, 438),
+    "kcmp": (312, 272),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_setup": (206, 0),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "quotactl": (179, 60),
+    "syslog": (103, 116),
+    # What the kernel keeps for these is bounded by no limit of the program's own.
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "splice": (275, 76),
+    "tee": (276, 77),
+    "vmsplice": (278, 75),
+}
+SOCKET_CALLS = {"socket": (41, 198), "socketpair": (53, 199)}
+UNIX_FAMILY = 1
+# The call, its argument that is looked at, and the values of it that fail: larger buffers of sockets and pipes.
+FORBIDDEN_ARGUMENTS = {
+    "setsockopt": ((54, 208), 2, (7, 8, 32, 33)),  # SO_SNDBUF, SO_RCVBUF and what forces them
+    "fcntl": ((72, 25), 1, (1031,)),  # F_SETPIPE_SZ
+}
+OTHER_ABI = 0x40000000
+LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+ALLOW, NOT_PERMITTED, NO_SUCH_FAMILY, KILL = 0x7FFF0000, 0x00050001, 0x00050061, 0x80000000
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
+"""Where these lie in what the kernel hands to a filter; an argument takes eight bytes, the low half first."""
+
+
+def system_call_filter() -> bytes:
+    """A seccomp program, in the form that bubblewrap takes.
+
+    The calls in ``FORBIDDEN_CALLS`` and those of other ABIs fail with EPERM, and so do larger socket buffers and pipes.
+    Sockets of any family but AF_UNIX fail with EAFNOSUPPORT. Every other call goes on.
+
+    Raises:
+        OSError: on a processor whose calls are not listed here.
+    """
+    machine = platform.machine()
+    if machine not in MACHINES:
+        raise OSError(f"sandboxes know the system calls of {sorted(MACHINES)}; this machine is {machine}")
+    column, architecture = MACHINES[machine]
+    # (operation, value, label where it holds, label where it does not); a label of None is the next step.
+    steps: list[tuple[int, int, str | None, str | None]] = [
+        (LOAD, ARCHITECTURE, None, None),
+        (EQUAL, architecture, None, "kill"),
+        (LOAD, NUMBER, None, None),
+        (AT_LEAST, OTHER_ABI, "deny", None),
+    ]
+    forbidden = [calls[column] for calls in FORBIDDEN_CALLS.values()]
+    steps += [(EQUAL, number, "deny", None) for number in forbidden if number is not None]
+    steps += [(EQUAL, numbers[column], "family", None) for numbers in SOCKET_CALLS.values()]
+    steps += [(EQUAL, numbers[column], name, None) for name, (numbers, _, _) in FORBIDDEN_ARGUMENTS.items()]
+    steps.append((RETURN, ALLOW, None, None))
+    labels = {"family": len(steps)}
+    steps += [
+        (LOAD, FIRST_ARGUMENT, None, None),
+        (EQUAL, UNIX_FAMILY, "allow", None),
+        (RETURN, NO_SUCH_FAMILY, None, None),
+    ]
+    for name, (_, argument, values) in FORBIDDEN_ARGUMENTS.items():
+        labels[name] = len(steps)
+        steps.append((LOAD, FIRST_ARGUMENT + 8 * argument, None, None))
+        steps += [(EQUAL, value, "deny", None) for value in values]
+        steps.append((RETURN, ALLOW, None, None))
+    for name, result in (("allow", ALLOW), ("deny", NOT_PERMITTED), ("kill", KILL)):
+        labels[name] = len(steps)
+        steps.append((RETURN, result, None, None))
+
+    def jump(label: str | None, place: int) -> int:
+        return 0 if label is None else labels[label] - place - 1
+
+    return b"".join(
+        struct.pack("HBBI", operation, jump(holds, place), jump(fails, place), value)
+        for place, (operation, value, holds, fails) in enumerate(steps)
+    )
