@@ -272,3 +272,30 @@ def test_a_program_in_an_unfinished_thought_is_none():
     prompts = ["", "Write add.\n<think>\n", "Write add.\n<think>\n"]
     completions = [f"<think>Maybe\n{program}", program, f"hm</think>\n{program}"]
     assert [each.score for each in code_reward(prompts, completions, tests=tests)] == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "def helper():\n    assert add(1, 2) == 3",
+        "class Add:\n    def test_a(self):\n        assert add(1, 2) == 3",
+        "def helper():\n    assert add(1, 2) == 3\n\n\nother = 1",
+        "class TestAdd:\n    def helper(self):\n        assert add(1, 2) == 3",
+    ],
+)
+def test_a_definition_that_nothing_runs_cannot_fail(test):
+    assert "no test can fail" in (why_untestable([test]) or "")
+    assert why_untestable([test, "assert add(1, 2) == 3"]) is None
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "def helper(f):\n    assert f(1, 2) == 3\n\n\nhelper(add)",
+        "def helper():\n    assert add(1, 2) == 3\n\n\ndef test_add():\n    helper()",
+        "import unittest\nclass Adding(unittest.TestCase):\n  def test_a(self):\n    self.assertEqual(add(1, 2), 3)",
+        "def check(candidate):\n    assert candidate(1, 2) == 3\n\n\ncheck(add)",
+    ],
+)
+def test_a_definition_that_is_run_can_fail(test):
+    assert why_untestable([test]) is None

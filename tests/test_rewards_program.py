@@ -124,3 +124,9 @@ def test_programs_are_found_in_linear_time(text):
     started = time.process_time()
     extract_program(text, names=["f"])
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("after", ["", "\n", "  \nDone.", "\n```\n3\n```"])
+def test_a_fence_at_the_end_of_a_line_of_code_closes_the_block(after):
+    program = "def add(a, b):\n    return a + b\n"
+    assert extract_program(f"```python\n{program.rstrip()}```{after}", names=["add"]) == program

@@ -10,7 +10,7 @@ import json
 import pickle
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -108,15 +108,38 @@ def why_untestable(tests: Any) -> str | None:
 
 
 def can_fail(test: str) -> bool:
-    """Whether a test asserts or raises anywhere."""
+    """Whether a test asserts or raises anywhere in what is run: not in a function that nothing calls."""
     tree = _tree(test)
-    for node in ast.walk(tree) if tree else ():
+    for node in _run_nodes(tree) if tree else ():
         match node:
             case ast.Assert() | ast.Raise():
                 return True
             case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name.lower().startswith(ASSERTING):
                 return True
     return False
+
+
+def _run_nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """What is run of a test: its statements, what the judge calls of its definitions, and what those refer to."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    defined = {node.name: node for node in tree.body if isinstance(node, kinds)}
+    waiting: list[ast.AST] = [node for node in tree.body if not isinstance(node, kinds)]
+    waiting += [node for node in defined.values() if _is_collected(node)]
+    seen = {id(node) for node in waiting}
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            yield node
+            meant = defined.get(node.id) if isinstance(node, ast.Name) else None
+            if meant is not None and id(meant) not in seen:
+                seen.add(id(meant))
+                waiting.append(meant)
+
+
+def _is_collected(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    if not isinstance(node, ast.ClassDef):
+        return node.name.startswith("test") or node.name == "check"
+    has_tests = any(getattr(each, "name", "").startswith("test") for each in node.body)
+    return has_tests and (node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases))
 
 
 def missing_modules(test: str) -> list[str]:
@@ -259,8 +282,15 @@ def _human_eval(row: Mapping[str, Any]) -> list[Test] | None:
     tree = _tree(test)
     has_check = tree is not None and "check" in bound_names(tree) - _run_at_the_top(tree)
     if has_check and isinstance(entry, str):
-        return [f"{test}\n\ncheck({entry})\n"]
+        return [f"{_given_by(row.get('prompt'), entry)}{test}\n\ncheck({entry})\n"]
     return [test]
+
+
+def _given_by(prompt: Any, entry: str) -> str:
+    """Imports and helper functions that a prompt gives; tests use these, and not the ones of the program."""
+    tree = _tree(prompt) if isinstance(prompt, str) else None
+    kept = [each for each in tree.body if getattr(each, "name", None) != entry] if tree else []
+    return "".join(f"{ast.unparse(each)}\n" for each in kept)
 
 
 def _mbpp(row: Mapping[str, Any]) -> list[Test] | None:
@@ -307,14 +337,10 @@ def _input_output(row: Mapping[str, Any]) -> list[Test] | None:
     pairs = zip(value["inputs"], value["outputs"], strict=True)
     if not name:
         return [{"input": _text(given), "output": _text(wanted)} for given, wanted in pairs] or None
-    # APPS wraps what a function returns into a list of one.
+    # APPS wraps what a function returns into a list of one: then all outputs are such lists.
+    is_wrapped = all(isinstance(wanted, list) and len(wanted) == 1 for wanted in value["outputs"])
     return [
-        {
-            "fn_name": name,
-            "input": given,
-            "output": wanted[0] if isinstance(wanted, list) and len(wanted) == 1 else wanted,
-        }
-        for given, wanted in pairs
+        {"fn_name": name, "input": given, "output": wanted[0] if is_wrapped else wanted} for given, wanted in pairs
     ] or None
 
 

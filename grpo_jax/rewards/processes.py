@@ -57,7 +57,10 @@ def kernel_bytes(processes: list[int]) -> int:
                 continue
             with Path(f"/proc/{pid}/net/sockstat").open() as lines:
                 sockets = int(next(lines).split()[2])
-            files = os.statvfs(f"/proc/{pid}/root/tmp")
+            folder = f"/proc/{pid}/root/tmp"
+            if os.stat(folder).st_dev == os.stat("/tmp").st_dev:  # the machine's own: the sandbox is still being made
+                continue
+            files = os.statvfs(folder)
             used = (files.f_blocks - files.f_bfree) * files.f_frsize
             return sockets * socket_bytes() + (files.f_files - files.f_ffree) * INODE_BYTES + used
     return 0

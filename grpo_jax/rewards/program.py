@@ -115,7 +115,7 @@ def open_fence(prompt: str) -> str:
 
 def fenced_blocks(text: str) -> list[Block]:
     """The fenced blocks of a text, in order."""
-    lines = text.replace("\r\n", "\n").split("\n")
+    lines = [part for line in text.replace("\r\n", "\n").split("\n") for part in _split_closing(line)]
     fences = [
         (number, fence)
         for number, line in enumerate(lines)
@@ -138,6 +138,14 @@ def fenced_blocks(text: str) -> list[Block]:
         blocks.append(_block(lines[begin + 1 :], fence) if block is None else block)
         place = len(fences) if end is None else end + 1
     return blocks
+
+
+def _split_closing(line: str) -> list[str]:
+    """A line, in two where a fence closes a block at the end of a line of code."""
+    stripped = line.rstrip(" \t")
+    code = stripped.rstrip("`")
+    is_late = len(stripped) - len(code) >= 3 and "`" not in code and code.strip(" \t>") != ""
+    return [code, stripped[len(code) :]] if is_late else [line]
 
 
 def _block(lines: list[str], fence: re.Match[str]) -> Block:
