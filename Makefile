@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# In an environment of its own, pip's notices about its version and about root say nothing.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
 # The oldest transformers that pyproject.toml allows is installed into an environment on top of the other.
 FLOOR_VENV ?= $(VENV)-floor
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
