@@ -320,3 +320,5 @@ def test_each_of_several_answers_counts(tmp_path):
         assert reward([""] * len(texts), texts, **columns) == [1.0] * len(texts)
     texts = ["\\boxed{77}"] * len(numbers)
     assert reward([""] * len(texts), texts, **columns) == [0.0] * len(texts)
+    assert reward([], texts, **columns) == [0.0] * len(texts)
+    assert reward(["", ""], ["\\boxed{1}"] * 2, answer=[None, "see \\begin{tikz} the proof"]) == [None, None]
