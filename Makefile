@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # The oldest transformers that pyproject.toml allows is installed into an environment on top of the other.
 FLOOR_VENV ?= $(VENV)-floor
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
-FLOOR_TESTS := $(addprefix tests/test_,models_tokenizers.py models_hf.py parity.py data_prompts.py \
-	data_conversations.py data_preferences.py rewards_learned.py)
+FLOOR_TESTS := $(addprefix tests/test_,models_tokenizers.py models_hf.py parity.py data_prompts.py data_tokens.py \
+	data_turns.py data_chat_templates.py data_conversations.py data_preferences.py prompt_settings.py \
+	rewards_learned.py)
 PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 .PHONY: demo test test-slow test-floor lint bench clean

@@ -13,6 +13,7 @@ from grpo_jax.data.sources import PROMPT
 from grpo_jax.data.tokens import encode_following
 from grpo_jax.data.turns import turn_borders
 from grpo_jax.models import Pretrained
+from grpo_jax.prompt_settings import described
 from grpo_jax.rewards.learned import Encode
 
 OF_TEMPLATES = ("tools", "chat_template_kwargs")
@@ -91,6 +92,15 @@ def reward_model_reader(reward_model: Pretrained, *, today: str | None = None) -
         return found
 
     return encode
+
+
+def described_input(reward_model: Pretrained) -> str:
+    """The prompts that a reward model reads, in words."""
+    if reward_model.prompt_format is not None:
+        return f"{described(reward_model.prompt_format)}, as it was trained"
+    if getattr(reward_model.tokenizer, "chat_template", None) is not None:
+        return "its tokenizer's chat template, the default: it does not say how it was trained"
+    return "the policy's prompts: it does not say how it was trained, and has no chat template"
 
 
 def leniently(encode_at: Callable[[Sequence[int]], list[list[int]]], places: Sequence[int]) -> list[list[int]]:

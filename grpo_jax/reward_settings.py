@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.models import from_pretrained
-from grpo_jax.reward_model_input import reward_model_reader
+from grpo_jax.reward_model_input import described_input, reward_model_reader
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
 from grpo_jax.rewards.format import format_reward, pattern_reward
 from grpo_jax.rewards.language import language_reward, language_share
@@ -167,7 +167,7 @@ class RewardSettings:
         learned = (
             None
             if self.reward_model is None
-            else load_reward_model(self.reward_model, mesh=mesh, dtype=dtype, today=today)
+            else load_reward_model(self.reward_model, mesh=mesh, dtype=dtype, today=today, say=show)
         )
         own_code = bool(self.reward or self.judge or self.format_pattern)
         by_default = default_workers() if needs_pool or own_code else 0
@@ -294,7 +294,14 @@ class Scoring:
         return [fault for pool in pools for fault in pool.take_faults()]
 
 
-def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any, today: str | None = None) -> LearnedReward:
+def load_reward_model(
+    name_or_folder: str,
+    *,
+    mesh: Mesh | None,
+    dtype: Any,
+    today: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> LearnedReward:
     """A reward model from a checkpoint, laid out on the mesh.
 
     It reads prompts in the format that it was trained on, whatever the policy's is; see ``reward_model_reader``.
@@ -304,6 +311,7 @@ def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any, tod
         mesh: that it is laid out on; None for one device.
         dtype: the precision it computes in.
         today: the date for its chat template where it was not trained with one; None is today.
+        say: called with a line on what it reads.
 
     Raises:
         ValueError: it has no tokenizer or no scalar head; and as ``models.from_pretrained``.
@@ -312,6 +320,7 @@ def load_reward_model(name_or_folder: str, *, mesh: Mesh | None, dtype: Any, tod
     loaded = from_pretrained(name_or_folder, dtype=dtype, mesh=mesh, shardings=shardings)
     if loaded.tokenizer is None:
         raise ValueError(f"the reward model {name_or_folder} has no tokenizer; its folder needs tokenizer.json")
+    say(f"reward model: reads {described_input(loaded)}")
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return LearnedReward(
         loaded.model,

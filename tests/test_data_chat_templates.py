@@ -81,7 +81,6 @@ def test_extras_of_messages_tools_and_arguments_reach_the_template(tokenizers):
         ({"role": "user", "content": ["Hi"]}, "part 0 is 'Hi'"),
         ({"role": "user", "content": None}, "must have a text as role"),
         ({"content": "Hi"}, "must have a text as role"),
-        ("Hi", "must have a text as role"),
     ],
 )
 def test_messages_that_cannot_be_read_are_named(message, reason):
@@ -152,6 +151,12 @@ def test_a_renderer_that_was_killed_is_started_again():
     assert rendered("{{ messages[0].content }}") == USER["content"]
 
 
+def test_a_renderer_that_cannot_be_started_says_so(monkeypatch):
+    monkeypatch.setattr(chat_templates.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="the process that renders chat templates could not be started"):
+        chat_templates.Renderer().render("", "2026-11-27", [{}])
+
+
 def test_a_conversation_that_ends_the_renderer_is_found(monkeypatch):
     renderer = chat_templates.Renderer()
     ask = renderer._ask
@@ -200,5 +205,9 @@ def test_messages_are_copied_and_names_of_thoughts_are_alike():
         "reasoning_content": "hm",
     }
     assert "name" in given[0]
-    with pytest.raises(ValueError, match="row 1: a conversation must have at least one message"):
-        checked_messages([], "row 1")
+    for messages, reason in (
+        ([], ": a conversation must have at least one"),
+        (["Hi"], ", message 0: it must have a text"),
+    ):
+        with pytest.raises(ValueError, match=f"row 1{reason}"):
+            checked_messages(messages, "row 1")

@@ -71,6 +71,20 @@ def test_an_ending_token_elsewhere_and_other_special_tokens_stay(tokenizer):
     assert decode_completions(tokenizer, rollout, (EOS,)) == ["1<pad>2"]
 
 
+def test_an_unfinished_thought_has_no_vote(tokenizer):
+    encoded = encode(tokenizer)
+    texts = ["<think><answer>3</answer>", "<think><answer>3</answer>", "<answer>4</answer>"]
+    drawn = [(place, rollout_of(tokenizer, texts)) for place in range(3)]
+    right = held_out(
+        encoded,
+        drawn,
+        lambda rollout: decode_completions(tokenizer, rollout, (EOS,)),
+        lambda prompts, completions, **_: [float("4" in text) for text in completions],
+        group_size=3,
+    )
+    assert right["eval/maj@3"] == 1
+
+
 def test_held_out_counts_every_problem_once(tokenizer):
     encoded = encode(tokenizer)
     answers = {2: ["6", "6", "5"], 0: ["3", "3", "1"], 1: ["8", "2", "2"]}  # in the order they ended
@@ -89,6 +103,9 @@ def test_held_out_counts_every_problem_once(tokenizer):
     assert metrics["eval/maj@3"] == pytest.approx(2 / 3)
     assert metrics["eval/mean_length"] == 4
     assert np.isfinite(list(metrics.values())).all()
+
+    everything_same = held_out(encoded, drawn(), decode, answer_reward, group_size=3, same=lambda a, b: True)
+    assert everything_same["eval/maj@3"] == pytest.approx(2 / 3)  # of numbers nothing is asked
 
     def ungraded(prompts, completions, **columns):
         scores = answer_reward(prompts, completions, **columns)

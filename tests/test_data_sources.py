@@ -38,6 +38,35 @@ def test_gold_follows_the_last_mark(tmp_path):
     assert problem.answer == "5"
 
 
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("So \\boxed{7}.\n#### Remark\nNote.", "7"),
+        ("First \\boxed{4}. Then $x = \\boxed{\\frac{1}{2}}$. Our answer is correct.", "\\frac{1}{2}"),
+        ("It has \\boxed{3,250} of them.", "3250"),
+        ("2+3=5\n#### **5**", "5"),
+        ("#### Step 1\nadd\n#### 5", "5"),
+    ],
+)
+def test_the_gold_of_a_worked_solution_is_its_final_answer(tmp_path, text, gold):
+    [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"problem": "q", "solution": text}]))
+    assert problem == Problem("q", gold, {"solution": text})
+
+
+@pytest.mark.parametrize(
+    "text", ["#### Remark\nNote.", "x = 5", "The answer is 5.", "A", "<think>maybe #### 5 or more"]
+)
+def test_other_answers_stay_as_they_are(tmp_path, text):
+    [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": text}]))
+    assert problem == Problem("q", text)
+
+
+def test_an_empty_box_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "so \\boxed{}"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1, column 'answer': nothing is in the last box"):
+        load_problems(path)
+
+
 def test_solution_of_the_row_is_kept(tmp_path):
     row = {"question": "q", "answer": "x #### 5", "solution": "own"}
     [problem] = load_problems(write_jsonl(tmp_path / "a.jsonl", [row]))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.data.encoded import decode_completions, decode_one, last_tokens
 from grpo_jax.data.stop import stop_strings
@@ -56,6 +58,7 @@ def test_a_completion_of_every_family_decodes_to_its_text_after_any_prompt(token
     texts = [*TEXTS, f"done{turn_end}", f" a {turn_end}"]
     token_ids = encode_following(texts, tokenizer)
     assert decode_following(tokenizer, token_ids) == texts
+    assert decode_following(tokenizer, []) == []
     for prompt in ("Question:", "Question: ", "def f():\n", turn_end):
         before = encode_texts([prompt], tokenizer)[0]
         for text, ids in zip(texts, token_ids, strict=True):
@@ -77,6 +80,28 @@ def cached(name):
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer_files(folder, name)
         return read_tokenizer(Path(folder))
+
+
+@pytest.mark.parametrize("with_special_tokens", [True, False])
+@pytest.mark.parametrize("style", ["byte level", "prepend", "always", "first"])
+def test_tokenizers_that_put_a_blank_before_each_text(style, with_special_tokens):
+    letters = [chr(code) for code in range(33, 127)]
+    tokenizer = Tokenizer(models.BPE({each: n for n, each in enumerate(["▁", "Ġ", "Ċ", "\n", *letters])}, []))
+    if style == "byte level":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        blanks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        if style == "prepend":
+            tokenizer.normalizer = blanks
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=style, split=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>"} if with_special_tokens else {}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    texts = ["    x", "x", " x", "\n  x", ". x", "a"]
+    assert decode_following(wrapped, encode_following(texts, wrapped)) == texts
+    assert decode_following(wrapped, encode_texts(["x"], wrapped)) == [" x"]
 
 
 def test_four_blanks_are_four_blanks(tokenizers):

@@ -107,6 +107,13 @@ def test_what_is_learnt_follows_the_prompt_that_the_sampler_is_given(tokenizers,
     assert around[1].strip().startswith(family(name).turn_end)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_text_alone_begins_as_the_tokenizer_begins_it(tokenizers, name):  # noqa: F811
+    tokenizer = tokenizers[name]
+    [example] = encode_demonstrations([Demonstration("", "The sum", "row")], tokenizer, eos_ids=[0])
+    assert example.token_ids == [*tokenizer("The sum")["input_ids"], 0]
+
+
 def test_thoughts_that_the_prompt_opens_are_learnt_as_the_sampler_draws_them(tokenizers):  # noqa: F811
     tokenizer = tokenizers["deepseek_r1_qwen"]
     eos_ids = eos_of(tokenizer, "deepseek_r1_qwen")

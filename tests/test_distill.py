@@ -135,6 +135,19 @@ def test_a_stage_that_is_asked_to_stop_ends_the_command(finished, monkeypatch, t
     assert begun == ["teacher_eval", "student_before", "samples"]
 
 
+def test_the_student_is_asked_as_the_teacher_was(tmp_path):
+    config = Config(model="t", student="s", run_dir=tmp_path)
+    (tmp_path / "teacher_eval").mkdir()
+    asked = {"kind": "chat", "system_prompt": "Think.", "template_kwargs": {"enable_thinking": True}}
+    (tmp_path / "teacher_eval/provenance.json").write_text(json.dumps({"prompt_format": asked}))
+    alike = distill.asked_alike(config)
+    for data in (alike.taught.data, alike.measured("student_before", "s").data):
+        assert (data.chat_template, data.system_prompt) == (True, "Think.")
+        assert data.template_variables == {"enable_thinking": True}
+    own = replace(config, data=replace(config.data, template="{question}"))
+    assert distill.asked_alike(own) == own
+
+
 def test_stages_of_embedded_models_begin_where_others_end():
     config = Config()
     assert config.teacher_taught.run_dir / "model" == config.sampled.base_dir == config.teacher_dir

@@ -21,6 +21,7 @@ from grpo_jax.evaluate import (
     pass_at_k,
     pass_at_k_of_each,
 )
+from grpo_jax.rewards.math import same_answers
 
 shapes = st.just((3, 5))
 correct_arrays = shapes.flatmap(lambda shape: hnp.arrays(np.bool_, shape))
@@ -103,6 +104,41 @@ def test_ids_are_equal_if_and_only_if_answers_are(answers):
         for (a, i), (b, j) in itertools.product(zip(row, ids, strict=True), repeat=2):
             assert (value[a] == value[b]) == (i == j)
             assert (value[a] is None) == (i == -1)
+
+
+def test_votes_by_the_equality_of_mathematics():
+    answers = [
+        ["2\\sqrt{3}", "2\\sqrt3", "\\sqrt{12}", "7", "7", None, "7.0", "??(", "??(", "x+1", "1+x", "0.5", "50%"]
+    ]
+    numbers = identify_answers(answers, same_answers)
+    np.testing.assert_array_equal(np.unique(numbers[0, :3]).size, 1)
+    np.testing.assert_array_equal(numbers[0, 3:5], numbers[0, [6, 3]])
+    assert numbers[0, 5] == -1
+    assert numbers[0, 7] == numbers[0, 8]
+    assert numbers[0, 9] == numbers[0, 10]
+    assert numbers[0, 11] == numbers[0, 12]
+    assert len(set(numbers[0].tolist())) == 6
+    right = jnp.array([[True, True, True, False, False]])
+    assert maj_at_k(identify_answers([answers[0][:5]], same_answers), right, 5) == 1
+    assert maj_at_k(identify_answers([answers[0][:5]]), right, 5) == 0
+
+
+def test_what_is_the_same_as_a_third_is_the_same():
+    same = {("a", "b"), ("b", "c"), ("d", "e")}
+    numbers = identify_answers([["a", "c", "b", "d", "e", "f"]], lambda a, b: (a, b) in same or (b, a) in same)
+    assert [len(set(numbers[0, part].tolist())) for part in (slice(0, 3), slice(3, 5), slice(0, 6))] == [1, 1, 3]
+
+
+def test_each_pair_of_different_texts_is_compared_at_most_once_and_numbers_are_not():
+    asked = []
+
+    def same(a, b):
+        asked.append(frozenset((a, b)))
+        return False
+
+    texts = ["x", "y", "x", "z", "5", "6", "5.0", None]
+    identify_answers([texts * 8], same)
+    assert len(asked) == len(set(asked)) == 3 + 3 * 2
 
 
 def test_rows_of_different_lengths():

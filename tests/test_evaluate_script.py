@@ -19,6 +19,7 @@ from grpo_jax.data.tasks import Sum
 from grpo_jax.evaluate import estimate
 from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.rewards.math import same_answers
 from grpo_jax.run import Run
 from grpo_jax.sampling import Sampling
 from grpo_jax.settings import DataSettings, MeshSettings
@@ -312,6 +313,17 @@ def test_what_could_not_be_graded_counts_nowhere_and_is_told():
     assert figures["ungraded"].tolist() == [1, 0, 0]
     nothing = per_problem([collected(None, None)], [1, 2])
     assert not [name for name in nothing if name.startswith(("pass@", "maj@"))]
+
+
+def test_the_majority_vote_compares_answers_as_the_grader_does():
+    row = replace(
+        collected(1.0, 1.0, 1.0, 0.0, 0.0),
+        completions=[rf"\boxed{{{answer}}}" for answer in (r"2\sqrt{3}", r"2\sqrt3", r"\sqrt{12}", "7", "7")],
+    )
+    assert per_problem([row], [1], same_answers)["maj@5"].tolist() == [1.0]
+    assert per_problem([row], [1])["maj@5"].tolist() == [0.0]
+    unfinished = replace(row, prompt="q <think>")
+    assert per_problem([unfinished], [1], same_answers)["maj@5"].tolist() == [0.0]
 
 
 def test_a_part_of_the_reward_that_is_absent_now_and_then():

@@ -53,6 +53,7 @@ NEIGHBOURS = {
     ("settings", "small_base"),
     ("settings", "prompt_settings"),
     ("reward_settings", "reward_model_input"),
+    ("reward_model_input", "prompt_settings"),
     ("monitor", "rewards"),
 }
 UPSTAIRS = {"experiments", "notebooks", "tests"}

@@ -21,6 +21,15 @@ def test_duplicates_are_counted_within_groups():
     assert text_metrics(["p"] * 4, ["a", "a", "b", "b"], group_size=2)["completions/duplicate_share"] == 1
 
 
+def test_an_unfinished_thought_has_no_answer_to_count():
+    completions = ["<think><answer>5</answer>", "<think>\\boxed{5}", "<answer>4</answer>", "<answer>3</answer>"]
+    metrics = text_metrics(["5"] * 4, completions, group_size=2, answers=["6", "6", "6", "so \\boxed{5}"])
+    assert metrics["completions/answer_in_prompt_excess"] == pytest.approx(-1 / 2)  # 4 and 3 are not in the prompt
+    assert "completions/answer_in_prompt_excess" not in text_metrics(
+        ["q <think>"], ["\\boxed{5}"], group_size=1, answers=["5"]
+    )
+
+
 def test_empty_thoughts_are_those_with_the_format_and_nothing_in_it():
     completions = [tagged("", 5), tagged("  \n", 5), tagged("...", 5), tagged("5", 5), tagged("2+3=5", 5), "5"]
     assert has_empty_thought([""] * 6, completions) == [True, True, True, True, False, False]

@@ -4,22 +4,26 @@ import datetime
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tyro
 
-from experiments import evaluate, ppo, r1_zero, rejection_sampling, reward_model, sample, sft
+from experiments import distill, dpo, evaluate, ppo, r1_zero, rejection_sampling, reward_model, sample, sft
 from grpo_jax import run as run_module
 from grpo_jax.collect import read_collected, read_provenance
 from grpo_jax.models import from_pretrained
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.run import Run
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
-from grpo_jax.text_settings import DemonstrationSettings, PreferenceSettings
+from grpo_jax.text_settings import DemonstrationSettings
 from tests.families import write_family
 from tests.runs import write_rows
 
+TODAY = "2026-11-27"
 MESH = MeshSettings(data=1)
+HERE = RewardSettings(reward_workers=0)
 DATED = (
     "{{ strftime_now('%Y-%m-%d') + '\n' }}{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -56,8 +60,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     problems = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(20)]
     replies = [{"prompt": each["question"], "completion": each["answer"]} for each in problems]
-    pairs = [{"prompt": each["question"], "chosen": each["answer"], "rejected": "x"} for each in problems]
-    rows = {"problems": problems, "replies": replies, "pairs": pairs}
+    rows = {"problems": problems, "replies": replies}
     return {name: write_rows(folder / f"{name}.jsonl", each) for name, each in rows.items()}
 
 
@@ -88,7 +91,8 @@ ASKED = "2026-11-27\n<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n
 
 def measured(model, files, folder, **changes):
     data = {"data": DataSettings(dataset=files["problems"], **changes.pop("data", {}))}
-    return evaluate.Config(model=str(model), run_dir=folder, num_samples=1, num_prompts=2, **data, **SHAPES, **changes)
+    sizes = {"num_samples": 1, "num_prompts": 2, "rewards": HERE, **SHAPES}
+    return evaluate.Config(model=str(model), run_dir=folder, **data, **sizes, **changes)
 
 
 # What it was trained with -------------------------------------------------------------------------------------------
@@ -103,63 +107,33 @@ def test_the_format_of_the_prompts_is_exported_and_the_default_of_the_next_run(t
     assert all(each.prompt.startswith(ASKED) for each in read_collected(config.run_dir))
     said = capsys.readouterr().out
     assert "prompts: the tokenizer's chat template, system_prompt 'Be brief.', date '2026-11-27', as the model" in said
-    plain = measured(model, files, tmp_path / "plain", data={"template": "Q: {question}"})
-    assert evaluate.main(plain) == 0
-    assert all(each.prompt.startswith("Q: ") for each in read_collected(plain.run_dir))
-    assert "prompts: the plain template 'Q: {question}'; the model was trained with the tokenizer's" in (
-        capsys.readouterr().out
-    )
 
 
-def test_what_is_drawn_of_it_says_how_to_teach_it(taught, files, tmp_path):
-    config = rejection_sampling.Config(
-        model=str(taught.run_dir / "model"),
-        data=DataSettings(dataset=files["problems"]),
-        run_dir=tmp_path / "run",
-        num_samples=1,
-        num_prompts=2,
-        max_problems=2,
-        selection=replace(rejection_sampling.Config().selection, require=("accuracy=0",)),
-        **SHAPES,
-    )
-    assert rejection_sampling.main(config) == 0
-    how = json.loads((config.run_dir / "summary.json").read_text())["teach_with"]
-    assert "--chat-template --system-prompt 'Be brief.' --template-date 2026-11-27" in how
+def test_it_is_chatted_with_as_it_was_trained(taught, base):
+    policy = from_pretrained(taught.run_dir / "model")
 
+    def asked(policy, **settings):
+        return sample.rendering_in_effect(sample.Config(model="x", **settings), policy)
 
-def test_a_reward_model_keeps_its_own_format(base, files, tmp_path):
-    config = reward_model.Config(
-        model=base,
-        data=PreferenceSettings(dataset=files["pairs"], template="Q: {question} A: "),
-        run_dir=tmp_path / "reward_model",
-        num_pairs=6,
-        max_prompt_length=32,
-        max_completion_length=8,
-        eval_every=0,
-        plain=True,
-        mesh=MESH,
-    )
-    assert reward_model.main(config) == 0
-    folder = config.run_dir / "model"
-    assert from_pretrained(folder).prompt_format == {"kind": "plain", "template": "Q: {question} A: "}
-
-
-def test_it_is_chatted_with_as_it_was_trained(taught, base, monkeypatch):
-    asked = []
-    encode_prompts = sample.encode_prompts
-    monkeypatch.setattr(sample, "encode_prompts", lambda *a, **k: asked.append((a[0], k)) or encode_prompts(*a, **k))
-    for settings in ({}, {"template": "{question}"}, {"system_prompt": "Shout."}):
-        config = sample.Config(model=str(taught.run_dir / "model"), prompt="Hi", max_completion_length=2, **settings)
-        sample.main(config, write=lambda text: None)
-    sample.main(sample.Config(model=base, prompt="Hi", max_completion_length=2), write=lambda text: None)
-    chat, typed, louder, of_base = asked
-    assert chat[0] == [[{"role": "user", "content": "Hi"}]]
-    assert chat[1]["system_prompt"] == "Be brief."
-    assert (typed[0], typed[1]) == (["Hi"], {"template": "{question}"})
-    assert louder[1]["system_prompt"] == "Shout."
-    assert (of_base[0], of_base[1]) == (["Hi"], {"template": "{question}"})
+    variables = {"template": None, "template_kwargs": {}, "date": "2026-11-27"}
+    assert asked(policy) == {**variables, "system_prompt": "Be brief."}
+    assert asked(policy, system_prompt="Shout.") == {**variables, "system_prompt": "Shout."}
+    assert asked(policy, template="{question}") == {"template": "{question}"}
+    silent = replace(policy, prompt_format=None)
+    assert asked(silent) == {"template": "{question}"}  # what is typed
+    today = datetime.date.today().isoformat()
+    assert asked(silent, chat=True) == {**variables, "system_prompt": None, "date": today}
     with pytest.raises(ValueError, match=r"--stop-tokens '<\|im_end\|>'"):
         sample.main(sample.Config(model=base, prompt="Hi", chat=True), write=lambda text: None)
+
+
+@pytest.mark.parametrize("script", [sft, r1_zero, ppo, evaluate, rejection_sampling, dpo, reward_model, distill])
+def test_every_script_takes_arguments_of_the_template(script):
+    flags = ["--chat-template", "--template-kwargs", '{"enable_thinking": false}', "tone=dry", "--template-date", TODAY]
+    models = {distill: ["--teacher", "t", "--student", "s"], ppo: ["--model", "m", "--reward-model", "r"]}
+    data = tyro.cli(script.Config, args=[*models.get(script, ["--model", "m"]), *flags]).data
+    assert data.template_variables == {"enable_thinking": False, "tone": "dry"}
+    assert data.template_date == TODAY
 
 
 # Where turns end ----------------------------------------------------------------------------------------------------
@@ -167,18 +141,16 @@ def test_it_is_chatted_with_as_it_was_trained(taught, base, monkeypatch):
 
 @pytest.mark.parametrize("script", ["r1_zero", "ppo", "evaluate", "rejection_sampling"])
 def test_a_template_whose_turns_the_model_does_not_end_is_refused(script, base, files, tmp_path):
-    common = {"model": base, "data": DataSettings(dataset=files["problems"], chat_template=True), **SHAPES}
-    configs = {
-        "r1_zero": lambda: r1_zero.Config(run_dir=tmp_path / "run", num_prompts=2, group_size=2, **common),
-        "ppo": lambda: ppo.Config(
-            run_dir=tmp_path / "run", num_prompts=2, rewards=RewardSettings(), num_minibatches=1, **common
-        ),
-        "evaluate": lambda: evaluate.Config(run_dir=tmp_path / "run", num_samples=1, **common),
-        "rejection_sampling": lambda: rejection_sampling.Config(run_dir=tmp_path / "run", num_samples=1, **common),
-    }
-    main = {"r1_zero": r1_zero, "ppo": ppo, "evaluate": evaluate, "rejection_sampling": rejection_sampling}[script].main
+    common = {"model": base, "data": DataSettings(dataset=files["problems"], chat_template=True), "rewards": HERE}
+    common |= {"run_dir": tmp_path / "run", "num_prompts": 2, **SHAPES}
+    config, main = {
+        "r1_zero": (partial(r1_zero.Config, group_size=2), r1_zero.main),
+        "ppo": (partial(ppo.Config, num_minibatches=1), ppo.main),
+        "evaluate": (partial(evaluate.Config, num_samples=1), evaluate.main),
+        "rejection_sampling": (partial(rejection_sampling.Config, num_samples=1), rejection_sampling.main),
+    }[script]
     with pytest.raises(ValueError, match=r"after the assistant's turn.*give --stop-tokens '<\|im_end\|>'"):
-        main(configs[script]())
+        main(config(**common))
 
 
 # The date -----------------------------------------------------------------------------------------------------------
@@ -209,11 +181,9 @@ def test_a_run_goes_on_with_the_same_prompts_on_another_day(base, files, tmp_pat
     monkeypatch.setattr(run_module, "date", Tomorrow)
     assert evaluate.main(config) == 0
     assert [each.prompt for each in read_collected(config.run_dir)] == before
-    fresh = replace(config, run_dir=tmp_path / "fresh")
-    assert evaluate.main(fresh) == 0
-    assert next(read_collected(fresh.run_dir)).prompt.startswith("2031-01-01")
 
 
+@pytest.mark.slow
 def test_sft_goes_on_on_another_day(taught, tmp_path, monkeypatch):
     config = replace(taught, run_dir=tmp_path / "run", data=replace(taught.data, template_date=None))
     assert sft.main(config) == 0

@@ -128,8 +128,10 @@ def test_figures_that_a_task_has_not_are_left_out_of_the_picture(tmp_path):
     assert plt.imread(tmp_path / "more.png").shape[1] == 1.5 * drawn[1]
 
 
-def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path):
+def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path, monkeypatch):
     config = real(tmp_path)
+    asked = {"kind": "chat", "system_prompt": "Think."}
+    monkeypatch.setattr(r1, "read_provenance", lambda folder: {"prompt_format": asked})
     assert r1.main(config) == 0
     assert [each.model for name, each in stages if name != "evaluate"] == [
         "org/model",
@@ -141,6 +143,7 @@ def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path):
     ]
     of = {each.run_dir.name: each for _, each in stages}
     assert of["rejection_sampling"].demonstrations == (tmp_path / "chats.jsonl",)
+    assert (of["sft"].data.chat_template, of["sft"].data.system_prompt) == (True, "Think.")  # as it was drawn for
     assert of["reasoning"].rewards.target_language == "en"
     assert of["final_general"].rewards.reward_model == "org/judge"
     assert not (tmp_path / "run/general.jsonl").exists()

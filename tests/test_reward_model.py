@@ -15,6 +15,7 @@ from experiments import reward_model
 from experiments.reward_model import Config, accuracy_and_calibration
 from grpo_jax import models
 from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.reward_settings import load_reward_model
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.settings import MeshSettings, OptimizerSettings
 from grpo_jax.text_settings import PreferenceSettings, errand_preferences
@@ -135,6 +136,18 @@ def test_what_is_saved_scores_as_transformers_does(finished):
             assert found[n, side] == pytest.approx(by_transformers(prompt + completion), abs=1e-4)
     assert found.std() > 1e-3
     assert metrics_of(finished)[-1]["eval/score_mean"] == pytest.approx(found.mean(), abs=1e-5)
+
+    # Asked as the runs of others ask it, it gives the scores of its training.
+    assert loaded.prompt_format == {"kind": "plain", "template": "{question}"}
+    said = []
+    asked = load_reward_model(str(folder), mesh=None, dtype=jnp.float32, say=said.append)
+    assert said == ["reward model: reads the plain template '{question}', as it was trained"]
+    held_out = finished.data.load(0)[1]
+    for side, name in enumerate(("chosen", "rejected")):
+        completions = [getattr(each, name) for each in held_out]
+        prompts = [each.prompt for each in held_out]
+        scores = asked(["in the policy's words"] * HELD_OUT, completions, problem_prompt=prompts)
+        np.testing.assert_allclose(scores, found[:, side], atol=1e-5)
 
     reward = LearnedReward(loaded.model, loaded.params, loaded.tokenizer, max_length=32, batch_size=2)
     texts = ["4127", "4127!", "~"]

@@ -12,7 +12,7 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import encode_prompts, render_prompts
 from grpo_jax.data.tokens import decode_following
 from grpo_jax.models import from_pretrained
-from grpo_jax.reward_model_input import reward_model_reader
+from grpo_jax.reward_model_input import described_input, reward_model_reader
 from tests.families import FAMILIES, family
 from tests.test_data_chat_templates import ASSISTANT, USER, tokenizers  # noqa: F401 - a fixture
 from tests.test_data_tokens import cached
@@ -124,6 +124,7 @@ def test_a_model_that_does_not_say_reads_its_chat_template_whole(model):
     expected = tokenizer.apply_chat_template(conversation, return_dict=False)
     assert read(["?"], ["2"], {"problem_prompt": [[USER]]}) == [expected]
     assert read(["?"], ["2"], {"problem_prompt": [USER["content"]]}) == [expected]
+    assert described_input(reward_model).endswith("the default: it does not say how it was trained")
 
 
 def test_a_model_without_format_and_template_reads_what_the_policy_was_given(model):

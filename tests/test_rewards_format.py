@@ -89,6 +89,12 @@ def test_a_prompt_that_opens_the_thought_opens_it_for_its_completion():
     rest = "2+3=5</think><answer>5</answer>"
     assert format_reward(["2+3? <think>\n", "2+3?"], [rest, rest]) == [1.0, 0.0]
     assert format_reward(["<think>"], [f"<think>{rest}"]) == [0.0]
+    assert format_reward(["2+3?\n<think>\nFirst:"], [rest]) == [1.0]
+    assert format_reward(["Think in <think> tags: 2+3?"], [rest]) == [0.0]
+    assert (
+        format_reward(["2+3? <think>\n", "2+3?"], ["2+3=5<answer>5</answer>", "<think>5<answer>5</answer>"])
+        == [0.0] * 2
+    )
 
 
 @pytest.mark.parametrize(

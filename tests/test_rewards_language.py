@@ -274,10 +274,11 @@ def test_two_languages_without_a_full_stop_between_them_are_told_apart():
 
 NEUTRAL = [
     "```python\n# Wir berechnen die Summe 计算\nprint('сумма')\n```",
-    "~~~\nWir berechnen die Summe\n~~~",
-    "```Wir berechnen die Summe```",
+    "~~~\ndie Summe\n~~~",
+    "```die Summe```",
     "`die Summe 计算`",
-    "$x = \\text{Summe der Zahlen}$",
+    "$x = \\text{Summe} \\cdot \\text{Zahl} + \\text{Rest}$",
+    "$f(x) = \\begin{cases} 1 & \\text{if } x > 0 \\\\ 0 & \\text{otherwise} \\end{cases}$",
     "$\\$ Summe$",
     "$$\nx = \\text{计算}\n$$",
     "\\(\\text{die Summe}\\)",
@@ -341,6 +342,105 @@ def test_code_mathematics_and_numbers_count_neither_for_nor_against(neutral):
 )
 def test_what_only_looks_like_code_or_mathematics_counts(prose):
     assert language_share("We add the numbers. " + prose, "en") < 0.7
+
+
+PROGRAMS = [
+    """```python
+import numpy as np
+from math import sqrt, floor, ceil
+
+def total_price(price, count, discount):
+    # multiply and take the discount off
+    total = price * count - discount
+    for number in numbers:
+        if number is not None and number > 3 or not done:
+            print(f"The answer is {total}")
+    left, middle, right = 1, 2, 3
+    return [word for word in words if word in known]
+```""",
+    """```cpp
+#include <iostream>
+using namespace std;
+int main() { unsigned long long total = 0; while (total < limit) cout << total << endl; return 0; }
+```""",
+    """~~~sql
+SELECT name, age FROM users WHERE age > 5 ORDER BY name;
+~~~""",
+    """```js
+const total = items.map(item => item.price).filter(Boolean); // add them up
+if (typeof total === "undefined") { throw new Error("no total") }
+```""",
+    """```json
+{"name": "value", "other": [1, 2, 3]}
+```""",
+    """```
+pip install numpy
+git commit -m "first"
+```""",
+    "`for word in words if word not in known` `print('hello world')` `total_price` `x = y + z`",
+    r"$\text{distance} = \text{speed} \times \text{time}, \sin x \cos y, ABC \sim DEF$",
+    r"\[ x = \begin{cases} 1 & \text{if even} \\\\ 0 & \text{if odd} \end{cases} \]",
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_and_formulas_are_in_no_language(program):
+    assert language_share(program, "zh") is None
+    assert language_share(f"我们把两个数相加，然后除以三。\n{program}", "zh") > 0.99
+
+
+WRAPPED = {
+    "fence": "```\n{}\n```",
+    "fence of a language": "```python\n{}\n```",
+    "tildes": "~~~text\n{}\n~~~",
+    "fence on one line": "```{}```",
+    "fence with code before it": "```python\nx = 1\n{}\nprint(x)\n```",
+    "comment": "```python\n# {}\n```",
+    "comments beside little code": "```python\n# {0}\n# {0}\nx = 1\n```",
+    "docstring": '```python\n"""\n{}\n"""\n```',
+    "printed": "```python\nprint('{}')\n```",
+    "backticks": "`{}`",
+    "dollars": "${}$",
+    "two dollars": "$$\n{}\n$$",
+    "parentheses": r"\({}\)",
+    "brackets": r"\[{}\]",
+    "text": r"$\text{{{}}}$",
+    "text in an environment": r"\begin{{align}}x &= 1 && \text{{{}}}\end{{align}}",
+    "bold text": r"\[ \textbf{{{}}} \]",
+}
+LONG = {
+    "en": "We add the two given numbers and then divide the whole sum by three",
+    "de": "Wir addieren die beiden gegebenen Zahlen und teilen die ganze Summe durch drei",
+    "ru": "Мы складываем оба данных числа и затем делим всю сумму на три",
+    "zh": "我们把这两个给定的数相加，然后把总和除以三",
+    "th": "เราบวกจำนวนทั้งสองที่กำหนดแล้วหารผลรวมทั้งหมดด้วยสาม",
+    "ko": "우리는 주어진 두 수를 더한 다음 전체 합을 셋으로 나눕니다",
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+@pytest.mark.parametrize(
+    ("spoken", "target"), [("en", "zh"), ("zh", "en"), ("de", "en"), ("ru", "zh"), ("th", "en"), ("ko", "ru")]
+)
+def test_prose_in_code_or_mathematics_counts(wrapping, spoken, target):
+    text = WRAPPED[wrapping].format(LONG[spoken])
+    assert language_share(text, target) < 0.1
+    assert language_share(text, spoken) > 0.9
+    assert language_share(f"{LONG[target]}. {text}", target) < 0.75
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`We` `add` `the` `two` `numbers`",
+        "$We$ $add$ $the$ $two$ $numbers$",
+        r"$We\ add\ the\ two\ numbers$",
+        r"$We~add~the~two~numbers$",
+        r"$$\text{We add} \\ \text{the two} \\ \text{numbers}$$",
+    ],
+)
+def test_prose_in_small_pieces_of_code_or_mathematics_counts(text):
+    assert language_share(text, "zh") == 0
 
 
 def test_known_varieties_of_a_language_are_that_language():
@@ -531,6 +631,11 @@ PIECES = [
         "<",
     ),
     *(
+        "`a b c` ",
+        "```\na b\n```\n",
+        '"',
+        "# ",
+        "\\text{a b} ",
         "\\begin{a}",
         "\\end{a}",
         "\\begin{b}",

@@ -1,6 +1,8 @@
+# ruff: noqa: RUF001
 """Length and repetition: the values of the papers, computed by hand."""
 
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -81,10 +83,66 @@ def test_the_share_of_repeated_n_grams(text, n, expected):
     assert repetition_reward([""], [text], n=n) == [-repeated_share(text, n)]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 400,
+        "a" * 20,
+        "wait" * 50,
+        "хаха" * 50,
+        "เราคำนวณผลรวม" * 20,
+        "ຄຳຕອບ" * 30,
+        "ចម្លើយ" * 30,
+        "အဖြေ" * 30,
+        "答案是" * 30,
+        "答えは" * 30,
+        "정답은" * 30,
+        "🙂" * 50,
+        "👩\u200d👧" * 30,
+        "." * 100,
+        "-=" * 50,
+        "_" * 100,
+        "1" * 100,
+        "3." + "3" * 100,
+        "\n" * 200,
+        " " * 200,
+        "\u200b" * 100,
+        "e\u0301" * 100,
+        "ข้อ A " * 40,
+        "so 我们 🙂 " * 30,
+    ],
+)
+def test_repetition_without_words_between_blanks_is_seen(text):
+    assert repeated_share(text) > 0.75
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ก่อนอื่นเราคำนวณผลรวมของจำนวนทั้งสองแล้วหารด้วยสามเพื่อหาค่าเฉลี่ย",
+        "首先我们计算两个数的和，然后除以三。",
+        "हम दो संख्याओं का योग निकालते हैं",
+        "Die Donaudampfschifffahrtsgesellschaft fährt.",
+        "3.14159265358979323846264338327950288419716939937510",
+        "def f():\n                        return 1\n",
+        "well hmm, yesss 1000000 zzz",
+    ],
+)
+def test_ordinary_text_in_any_script_does_not_repeat_itself(text):
+    assert repeated_share(text) == 0
+
+
 @given(st.text(), st.integers(1, 5))
 def test_repetition_is_a_share(text, n):
     assert 0 <= repeated_share(text, n) < 1
     assert repeated_share(text + text, n) >= repeated_share(text, n) or len(text) < 8 * n
+
+
+@pytest.mark.parametrize("piece", ["a", "a ", "ก", "中", "1", " ", "\u0301", "ab1"])
+def test_repetition_takes_linear_time(piece):
+    start = time.perf_counter()
+    repeated_share(piece * (200_000 // len(piece)))
+    assert time.perf_counter() - start < 2
 
 
 def test_an_n_gram_has_a_word():

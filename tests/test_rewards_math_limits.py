@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from grpo_jax.rewards import symbolic
+from grpo_jax.rewards import evaluation, points, symbolic
 from grpo_jax.rewards.expression import parse
 from grpo_jax.rewards.latex import tidy
 from grpo_jax.rewards.math import math_reward, same_answer, stands_in_question
@@ -22,6 +22,9 @@ HIDDEN = [
     *(("x", r"x\cdot e^{10^{-60}x}"), ("x^2", r"x^{2+10^{-50}}"), (r"\sin x", r"\sin(x+2\pi\cdot 10^{-45})")),
     *(("n", r"n+\sin(n\pi)"), ("n!", r"n!(1+\sin(\pi n))"), ("(-1)^n", r"(-1)^n+\sin(\pi n)"), ("x", r"x+0^x")),
     *(("x", r"x+\lfloor 10^{-9}x \rfloor"), (r"\lfloor x \rfloor", r"\lfloor x+10^{-60} \rfloor+10^{-60}")),
+    *((r"\lfloor x \rfloor", r"\lfloor x+10^{-60} \rfloor"), (r"\lceil 2x \rceil", r"\lceil 2x-10^{-40} \rceil")),
+    *((r"\max(x,0)", r"\max(x,10^{-30})"), (r"\min(x,10^{900})", "x"), ("x", r"x+\sqrt{(x-10^{300})^2}+x-10^{300}")),
+    *((r"\sin x", r"\sin x+\sqrt{(x-10^{100})^2}+x-10^{100}"), (r"\min(x,5)", r"\min(x,5+10^{-30})")),
     *(("x", r"x+e^{-100x^2}"), ("x", r"x+\frac{1}{x!}"), ("x", r"\arcsin \sin x"), ("|x|", r"|x|+\sin(2\pi x)")),
     *((r"\pi", r"\pi+10^{-149}"), (r"\sqrt2", r"\sqrt{2+10^{-100}}"), ("x", r"\sqrt{x}\sqrt{x}+10^{-45}")),
     *(("x+y", r"x+y+\sin(2311\pi x)\sin(2311\pi y)"), ("x+y", r"x+y+\sqrt{(x-y)^2}-x+y")),
@@ -77,17 +80,17 @@ def test_points_differ_between_processes_and_scores_do_not():
     program = """
 from grpo_jax.rewards.expression import parse
 from grpo_jax.rewards.math import same_answer
-from grpo_jax.rewards.symbolic import _points
+from grpo_jax.rewards.points import points_for
 pairs = [("|x-3|", "|3-x|"), ("|x-3|", "3-x"), ("x^2-1", "(x-1)(x+1)"), ("|n-10|", "10-n")]
-print([same_answer(*pair) for pair in pairs], _points(frozenset("x"), parse("x")))
+print([same_answer(*pair) for pair in pairs], points_for(frozenset("x"), parse("x")))
 """
     runs = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     ]
-    scores, points = zip(*(run.split("]", 1) for run in runs), strict=True)
+    scores, found = zip(*(run.split("]", 1) for run in runs), strict=True)
     assert scores == ("[True, False, True, False",) * 2
-    assert points[0] != points[1]
+    assert found[0] != found[1]
 
 
 def test_scores_do_not_depend_on_the_secret(monkeypatch):
@@ -104,7 +107,7 @@ def test_scores_do_not_depend_on_the_secret(monkeypatch):
         (r"\ln(x^3)", r"\ln(x\cdot x^2)"),
     ]
     for number in range(12):
-        monkeypatch.setattr(symbolic, "SECRET", bytes([number] * 32))
+        monkeypatch.setattr(points, "SECRET", bytes([number] * 32))
         assert not any(same_answer(*pair) for pair in pairs)
         assert all(same_answer(*pair) for pair in same)
 
@@ -149,7 +152,7 @@ def test_the_limit_is_the_same_in_other_threads():
 
 def test_what_takes_too_much_work_scores_nothing_and_is_logged(caplog, monkeypatch):
     assert same_answer(r"\sin x+\cos y", r"\cos y+\sin x")
-    monkeypatch.setattr(symbolic, "WORK", 30.0)
+    monkeypatch.setattr(evaluation, "WORK", 30.0)
     with caplog.at_level("INFO"):
         assert not same_answer(r"\sin x+\cos y", r"\cos y+\sin x")
     assert "takes too much work" in caplog.text

@@ -7,9 +7,9 @@ import pytest
 from grpo_jax.data.notes import DataNotes, prompt_key
 from grpo_jax.data.sources import reward_columns
 from grpo_jax.data.tasks import make_tokenizer
-from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.answer import answer_reward, same_text
 from grpo_jax.rewards.code import code_reward
-from grpo_jax.rewards.math import math_reward
+from grpo_jax.rewards.math import math_reward, same_answers
 from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings, key_of
 
 
@@ -161,6 +161,9 @@ def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
     sums = write_rows(tmp_path / "sums.jsonl", [{"question": f"{i}+1", "answer": i + 1} for i in range(20)])
     assert DataSettings(dataset=sums).load(0)[2] is math_reward
     assert DataSettings(dataset=sums, grader="exact").load(0)[2] is answer_reward
+    assert DataSettings(dataset=sums).same is DataSettings(dataset=sums, grader="math").same is same_answers
+    for by_text in (DataSettings(dataset=sums, grader="exact"), DataSettings(), DataSettings(dataset="errands")):
+        assert by_text.same is same_text
     with pytest.raises(ValueError, match=r"partial_credit scores programs by their tests; .*sums.jsonl has none"):
         DataSettings(dataset=sums, partial_credit=True).load(0)
     with pytest.raises(ValueError, match=r"has no column tests, which the grader code needs; it has \[\]"):

@@ -166,11 +166,9 @@ def short(tmp_path_factory):
     ids=["sft", "dpo", "reward_model", "grpo"],
 )
 def test_tokens_without_a_row_stop_every_run_before_its_first_step(short, rows, tmp_path, main, config):
-    with pytest.raises(
-        ValueError, match=r"'<\|im_(start|end)\|>' .* have no row in the model's embedding, which has \d+ rows"
-    ):
+    with pytest.raises(ValueError, match=r"embedding has no row for '<\|im_(start|end)\|>' .* it has \d+ rows"):
         main(config(short, rows, tmp_path, stop_tokens=()))
-    with pytest.raises(ValueError, match=r"stop_tokens: '<\|im_end\|>' .* have no row in the model's embedding"):
+    with pytest.raises(ValueError, match=r"stop_tokens: .* no row for '<\|im_end\|>'"):
         main(config(short, rows, tmp_path, run_dir=tmp_path / "other"))
     assert not (tmp_path / "run" / "model").exists()
 

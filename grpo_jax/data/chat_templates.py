@@ -66,7 +66,7 @@ def render_chats(
     if not chats:
         return []
     check_has_template(tokenizer)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    special = plain_data(tokenizer.special_tokens_map)
     today = today or date.today().isoformat()
     texts: list[str] = []
     sources = [tokenizer.get_chat_template(None, chat.tools) for chat in chats]
@@ -156,15 +156,18 @@ class Renderer:
     def _ask(self, request: tuple[str, str, float, list[dict[str, Any]]]) -> dict[str, Any] | None:
         """The answer to a request; None where the process ended without one."""
         if self._process is None:
+            command = [sys.executable, "-P", "-m", "grpo_jax.data.template_worker"]
+            path = os.pathsep.join(map(os.path.abspath, sys.path))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "grpo_jax.data.template_worker"],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=os.environ
-                | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONHASHSEED": "0"},
+                env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
                 start_new_session=True,  # Ctrl-C is for the run
             )
+            if self._ask(("", "", 0.0, [])) is None:
+                raise RuntimeError(f"the process that renders chat templates could not be started: {' '.join(command)}")
         process, body = self._process, pickle.dumps(request)
         assert process.stdin is not None
         try:

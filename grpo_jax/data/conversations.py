@@ -197,7 +197,11 @@ def _encoded_pieces(
 ) -> list[list[int]]:
     """The tokens of all pieces: those that begin a sequence as the tokenizer begins one, others as what follows."""
     texts = [piece.text for parts in pieces for piece in parts]
-    begins = [m == 0 and not before for before, parts in zip(befores, pieces, strict=True) for m in range(len(parts))]
+    begins = [
+        m == 0 and not (before and demonstration.prompt)
+        for demonstration, before, parts in zip(demonstrations, befores, pieces, strict=True)
+        for m in range(len(parts))
+    ]
     try:
         first = iter(encode_texts([text for text, is_first in zip(texts, begins, strict=True) if is_first], tokenizer))
         later = [text for text, is_first in zip(texts, begins, strict=True) if not is_first]

@@ -100,6 +100,8 @@ def decode_following(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]
         tokenizer: a transformers tokenizer.
         rows: token ids.
     """
+    if not rows:
+        return []  # of none, batch_decode of older versions makes one
     anchor, length = _special_token(tokenizer)
     texts = tokenizer.batch_decode(
         [[*anchor, *row] for row in rows], skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -114,6 +116,10 @@ def _special_token(tokenizer: Any) -> tuple[list[int], int]:
         for token_id in tokenizer.all_special_ids:
             if text := tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False):
                 return [token_id], len(text)
+        for anchor in ANCHORS[1:]:
+            if _can_encode(tokenizer, anchor):
+                ids = encode_texts([anchor], tokenizer)[0]
+                return ids, len(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     return [], 0
 
 

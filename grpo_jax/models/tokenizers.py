@@ -75,9 +75,9 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         missing = sorted({number for number in ids if number >= self.num_rows})
         if missing:
             raise ValueError(
-                f"{tokens_and_ids(self.convert_ids_to_tokens(missing), missing)} have no row in the model's embedding, "
-                f"which has {self.num_rows} rows (vocab_size), while the tokenizer has {len(self)} tokens: the "
-                "embedding was not enlarged when tokens were added"
+                f"the model's embedding has no row for {tokens_and_ids(self.convert_ids_to_tokens(missing), missing)}: "
+                f"it has {self.num_rows} rows (vocab_size), and the tokenizer has {len(self)} tokens; the embedding "
+                "was not enlarged when tokens were added"
             )
 
 
@@ -164,8 +164,8 @@ def stop_ids(tokenizer: Any, stop_tokens: Sequence[str], num_rows: int) -> list[
     missing = [(token, number) for token, number in zip(stop_tokens, ids, strict=True) if (number or 0) >= num_rows]
     if missing:
         raise ValueError(
-            f"stop_tokens: {tokens_and_ids(*zip(*missing, strict=True))} have no row in the model's embedding, which "
-            f"has {num_rows} rows (vocab_size)"
+            f"stop_tokens: the model's embedding has no row for {tokens_and_ids(*zip(*missing, strict=True))}; it has "
+            f"{num_rows} rows (vocab_size)"
         )
     return [number for number in ids if number is not None]
 
@@ -236,9 +236,9 @@ def _check_vocabulary(tokenizer: CheckpointTokenizer, folder: Path) -> None:
     missing = [(token, number) for number, token in missing if number not in added]
     if missing:
         raise ValueError(
-            f"{folder}: tokens without a row in the embedding: {tokens_and_ids(*zip(*missing, strict=True))}. The "
-            f"tokenizer has {len(tokenizer)} tokens, and vocab_size in config.json is {tokenizer.num_rows}, so it is "
-            "not this model's tokenizer"
+            f"{folder}: the embedding has no row for {tokens_and_ids(*zip(*missing, strict=True))}. The tokenizer has "
+            f"{len(tokenizer)} tokens, and vocab_size in config.json is {tokenizer.num_rows}, so it is not that of "
+            "this model"
         )
 
 

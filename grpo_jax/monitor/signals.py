@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards.answer import canonical_answer, extract_answer
+from grpo_jax.rewards.answer import canonical_answer, extract_answer, gold_answer
 from grpo_jax.rewards.code import extract_program
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.repetition import repeated_share
@@ -52,7 +52,7 @@ def text_metrics(
         "completions/empty_thought_share": float(np.mean(has_empty_thought(prompts, completions))),
     }
     pairs = [
-        (prompt, extract_answer(completion, prompt), gold)
+        (prompt, extract_answer(completion, prompt), gold_answer(gold))
         for prompt, completion, gold in zip(prompts, completions, answers, strict=False)
         if gold
     ]

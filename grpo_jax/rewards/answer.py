@@ -6,11 +6,11 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.rewards.boxes import box_of, final_box
+from grpo_jax.rewards.boxes import HEDGING, Statement, are_listed, box_of, final_box, is_hedged
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.markup import plain
 from grpo_jax.rewards.numbers import numeric_value, unwrap
-from grpo_jax.rewards.sentences import Statement, is_value, sentences
+from grpo_jax.rewards.sentences import is_value, sentences
 from grpo_jax.rewards.thought import after_thought
 
 GSM8K_MARK = "####"
@@ -47,7 +47,9 @@ def extract_answer(text: str, prompt: str = "") -> str | None:
     opened = OPENED.search(prompt[-200:]) if rest == text else None
     rest = rest if opened is None else opened[1] + rest
     tagged = _last_tagged(rest)
-    return _final(rest) if tagged is None else _in_tag(tagged)
+    if tagged is not None and is_hedged(rest, tagged[1], tagged[2] or ""):
+        return None
+    return _final(rest) if tagged is None else tagged[2]
 
 
 def gold_answer(gold: str) -> str:
@@ -63,9 +65,11 @@ def gold_answer(gold: str) -> str:
 
 def worked_answer(text: str) -> str | None:
     r"""The answer of a worked solution that ends in ``\boxed{...}`` or ``#### ...``; None for any other text."""
-    box = final_box(text)
-    marks = _marks(text)
-    return box[2] if box is not None else marks[-1][1] if marks else None
+    rest = after_thought("", text)
+    if rest is None or _last_tagged(rest) is not None:
+        return None
+    box, marks = final_box(rest), _marks(rest)
+    return box[2] if box is not None else marks[-1][2] if marks else None
 
 
 def canonical_answer(text: str) -> Fraction | str:
@@ -104,17 +108,30 @@ def _final(text: str) -> str | None:
     stated = sentences(text)
     box = final_box(text)
     if box is not None:
-        later = [answer for place, answer in stated if place >= box[1] and is_value(answer)]
-        return later[-1] if later else box[2]
-    stated = stated + _marks(text)
-    return max(stated)[1] if stated else _set_off(text)
+        later = [each for each in stated if each[0] >= box[1] and is_value(each[2])]
+        stated = [box, *later]
+    else:
+        stated = sorted(stated + _marks(text))
+    if not stated:
+        return _set_off(text)
+    _, end, answer = stated[-1]
+    return None if is_hedged(text, end, answer) or _is_listed(text, stated) else answer
+
+
+def _is_listed(text: str, stated: list[Statement]) -> bool:
+    """Whether the last two statements differ and have only "or" and the like between them."""
+    if len(stated) < 2:
+        return False
+    (_, end, before), (start, _, last) = stated[-2:]
+    is_list = HEDGING.search(text, end, start) is not None and are_listed(text, end, start)
+    return is_list and canonical_answer(before) != canonical_answer(last)
 
 
 def _in_tag(tagged: str) -> str | None:
     if "\\boxed" in tagged and final_box(tagged) is not None:
         box = box_of(tagged)
-        return None if box is None else box[2]
-    stated = {answer for _, answer in sentences(tagged) + _marks(tagged)}
+        return None if box is None or is_hedged(tagged, box[1], box[2]) else box[2]
+    stated = {answer for _, _, answer in sentences(tagged) + _marks(tagged)}
     return plain(tagged) if not stated else stated.pop() if len(stated) == 1 else None
 
 
@@ -126,7 +143,7 @@ def _marks(text: str) -> list[Statement]:
         content = plain(mark[1])
         is_answer = is_value(content) and ENUMERATED.match(content) is None
         if is_answer or mark.end() >= end:
-            found.append((mark.start(), content))
+            found.append((mark.start(), mark.end(), content))
     return found
 
 
@@ -146,13 +163,21 @@ def _score(prompt: str, completion: str, gold: str | None) -> float | None:
     return float(final is not None and canonical_answer(final) == expected)
 
 
-def _last_tagged(text: str) -> str | None:
-    last = None
+def _last_tagged(text: str) -> tuple[int, int, str | None] | None:
+    """The last ``<answer>...</answer>`` and its answer: None where it has several, or is one of a list of others."""
+    found: list[tuple[int, int, int, int]] = []
     opened = None
     for tag in ANSWER_TAG.finditer(text):
         if not tag[1]:
-            opened = tag.end()
+            opened = tag
         elif opened is not None:
-            last = text[opened : tag.start()]
+            found.append((opened.start(), opened.end(), tag.start(), tag.end()))
             opened = None
-    return last
+    if not found:
+        return None
+    start, first, last, end = found[-1]
+    answer = _in_tag(text[first:last])
+    if answer is not None and len(found) > 1:
+        before = (found[-2][0], found[-2][3], _in_tag(text[found[-2][1] : found[-2][2]]) or "")
+        answer = None if _is_listed(text, [before, (start, end, answer)]) else answer
+    return start, end, answer

@@ -21,19 +21,26 @@ BRACE = re.compile(
 )
 # What may stand between boxes that are a list: punctuation, mathematics delimiters, "x =" and these words.
 LISTING = re.compile(
-    r"""(?: [\s$,;./&*()\[\]\u3001\uff0c] | \\[()\[\],;:!\ \\] | \\q?quad\b | [a-zA-Z]\s?=
+    r"""(?: [\s$,;./&*()\[\]{}"\u3001\uff0c] | \\[()\[\],;:!\ \\] | \\q?quad\b | [a-zA-Z]\s?=
           | \\(?:text|mathrm|mbox)\{\ ?(?:or|and|,)\ ?\}
-          | \b(?:or|and|maybe|perhaps|possibly|also|alternatively|either|else|even|it|is|could|may|might|be)\b
+          | \b(?:or|and|maybe|perhaps|possibly|also|alternatively|either|else|even|it|is|could|may|might|be|but|
+              otherwise|this|that|the|our|final|correct|answer)\b
           | \b(?:oder|und|ou|et|o|y|или|и)\b | 或者? | 和 )*+""",
     re.VERBOSE | re.IGNORECASE,
 )
 LONGEST_LISTING = 80
+HEDGING = re.compile(
+    r"[,;/()&\u3001\uff0c]|\b(?:or|and|maybe|perhaps|possibly|alternatively|either|otherwise|could|may|might)\b"
+    r"|\b(?:oder|und|ou|et|или|и)\b|或|和",
+    re.IGNORECASE,
+)
+NUMBER = re.compile(r"[\s*_`$(\\]*(-?\d[\d.,/]*%?)[\s*_`$)\].,;}\\]*?(?:\n|\Z)")
 
-Box = tuple[int, int, str]
-"""Where it begins and ends, and what is in it."""
+Statement = tuple[int, int, str]
+"""From where to where an answer is stated, and what it is."""
 
 
-def final_box(text: str) -> Box | None:
+def final_box(text: str) -> Statement | None:
     r"""The last outermost ``\boxed{...}`` of a text, braces balanced; None where there is none.
 
     ``\fbox`` and ``\framebox`` are boxes too, and so is ``\boxed 5`` without braces, up to the next blank or ``$``.
@@ -47,7 +54,7 @@ def final_box(text: str) -> Box | None:
     return run[0][0], run[-1][1], ", ".join(contents.values())
 
 
-def box_of(text: str) -> Box | None:
+def box_of(text: str) -> Statement | None:
     """The box of a text in which all boxes are one list, or have the same content; None otherwise."""
     boxes = _boxes(text)
     if not boxes or (len(_last_run(text, boxes)) < len(boxes) and len({content for _, _, content in boxes}) > 1):
@@ -55,7 +62,22 @@ def box_of(text: str) -> Box | None:
     return final_box(text)
 
 
-def _boxes(text: str) -> list[Box]:
+def are_listed(text: str, end: int, start: int) -> bool:
+    """Whether there is only punctuation, or only words such as "or the answer is", between two places of a text."""
+    return start - end <= LONGEST_LISTING and LISTING.fullmatch(text, end, start) is not None
+
+
+def is_hedged(text: str, end: int, answer: str) -> bool:
+    """Whether another number stands beside a number that is stated up to ``end``, as in "5 or 6" or "5. Maybe 6."."""
+    value = numeric_value(answer)
+    listing = LISTING.match(text, end, end + LONGEST_LISTING) if value is not None else None
+    if listing is None or not ("\n" in listing[0] or HEDGING.search(listing[0])):
+        return False
+    number = NUMBER.match(text, listing.end())
+    return number is not None and numeric_value(number[1].rstrip(".,")) not in (None, value)
+
+
+def _boxes(text: str) -> list[Statement]:
     """The outermost boxes, in order."""
     found: list[tuple[int, int, int, int]] = []
     opened: list[tuple[int, int] | None] = []
@@ -79,11 +101,10 @@ def _content(text: str) -> str:
     return plain(text)
 
 
-def _last_run(text: str, boxes: list[Box]) -> list[Box]:
+def _last_run(text: str, boxes: list[Statement]) -> list[Statement]:
     first = len(boxes) - 1
     while first > 0:
-        between = text[boxes[first - 1][1] : boxes[first][0]]
-        if len(between) > LONGEST_LISTING or not LISTING.fullmatch(between):
+        if not are_listed(text, boxes[first - 1][1], boxes[first][0]):
             break
         first -= 1
     return boxes[max(first, 0) :]

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
+from grpo_jax.rewards.thought import opened_by
 
 TAG = re.compile(r"</?(?:think|answer)>")
 TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -21,11 +22,12 @@ def format_reward(prompts: list[str], completions: list[str], **_columns: list[A
     give 0.0. Takes time linear in the length.
 
     Args:
-        prompts: one that ends with ``<think>`` has opened the first block for its completion, which then must not.
+        prompts: one that has opened the thought with ``<think>`` (``thought.opened_by``) has opened the first block for
+            its completion, which then must not.
         completions: the texts.
     """
     pairs = zip(prompts, completions, strict=True)
-    return [float(_is_well_formed(completion, prompt.rstrip().endswith("<think>"))) for prompt, completion in pairs]
+    return [float(_is_well_formed(completion, opened_by(prompt) == "think")) for prompt, completion in pairs]
 
 
 @per_sample(columns=())

@@ -10,6 +10,7 @@ import numpy as np
 import regex
 
 from grpo_jax.rewards.calling import per_sample
+from grpo_jax.rewards.prose import prose_of_code, prose_of_mathematics
 
 WORDS_A_PIECE = 16
 MOST_RUNS = 64
@@ -63,6 +64,8 @@ CODE = regex.compile(
     """,
     regex.VERBOSE | regex.DOTALL | regex.MULTILINE,
 )
+# "`one` `word` `each`" is as good as "`one word each`".
+ADJACENT = regex.compile(r"(?<=[^\s`])`[ ,]{1,3}`(?=[^\s`])|(?<=\p{L}\p{L})\$[ ,]{1,3}\$(?=\p{L}\p{L})")
 ENVIRONMENT = regex.compile(
     r"""
     \\begin\{ (?!itemize|enumerate|description|proof|quote|center|document) ([A-Za-z]{1,20}\*?) \}
@@ -160,7 +163,8 @@ def language_share(text: str, target: str) -> float | None:
     r"""The share of a text's words that are in the target language, from 0.0 to 1.0; None if it has no words.
 
     What is not a word, and so counts neither for nor against: closed code blocks and code in backticks; mathematics in
-    ``$``, ``$$``, ``\(...\)``, ``\[...\]`` or an environment that is not one for prose, and every ``\command``; tags
+    ``$``, ``$$``, ``\(...\)``, ``\[...\]`` or an environment that is not one for prose (prose in any of these counts,
+    as ``prose_of_code`` and ``prose_of_mathematics`` find it), and every ``\command``; tags
     and addresses; identifiers (snake_case, camelCase, with a digit, or called as in ``f(x)``); names of mathematical
     functions (gcd); capitals up to four in a row (ABC); numbers, with the unit after them; single letters (Latin,
     Greek, Cyrillic, Arabic or Hebrew).
@@ -225,10 +229,14 @@ def _thought(completion: str) -> str:
 
 
 def _prose(text: str) -> str:
-    text = CODE.sub(" ", text)
+    text = CODE.sub(lambda code: f"\n{prose_of_code(code[0])}\n", ADJACENT.sub(" ", text))
     for _ in range(3):  # environments three deep
-        text = ENVIRONMENT.sub(" ", text)
-    return SYMBOLS.sub(" ", MATHEMATICS.sub(" ", text))
+        text = ENVIRONMENT.sub(_prose_of_formula, text)
+    return SYMBOLS.sub(" ", MATHEMATICS.sub(_prose_of_formula, text))
+
+
+def _prose_of_formula(formula: regex.Match[str]) -> str:
+    return f"\n{prose_of_mathematics(formula[0])}\n"
 
 
 def _letters(scripts: Iterable[str]) -> str:

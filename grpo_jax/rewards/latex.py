@@ -217,7 +217,12 @@ def _without_thousands_separators(text: str) -> str:
     text = re.sub(r"(?<=\d)(?:\\!)? ?, ?\\! ?(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)\\[,; ] ?(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)\{,\} ?(?=\d{3}(?!\d))", "", text)
-    return re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text)
+    text = re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text)
+    text = re.sub(r"(?<![a-z])\{ ?([:<>=]) ?\}", r"\1", text)
+    grouped = r"(?<![\d,.])\d{1,3}(?:,\d{3})+"
+    for place in (rf"{grouped}(?= ?(?:\\pi|\\sqrt|[a-z]))", rf"(?<=[^\\]\{{){grouped}(?=\}})"):
+        text = re.sub(place, lambda match: match[0].replace(",", ""), text)
+    return text
 
 
 def _plain_operators(text: str) -> str:

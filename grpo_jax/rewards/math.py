@@ -15,13 +15,14 @@ from typing import Any
 
 from grpo_jax.rewards.answer import extract_answer, gold_answer
 from grpo_jax.rewards.calling import per_sample
+from grpo_jax.rewards.evaluation import TooLargeError, work_limit
 from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, operations, substitute, variables
 from grpo_jax.rewards.final_answer import Answer, as_node
 from grpo_jax.rewards.forms import FORMS, formulas, has_form
 from grpo_jax.rewards.intervals import Piece
 from grpo_jax.rewards.latex import UNIT_VECTORS
 from grpo_jax.rewards.read_math import as_interval, read_answer
-from grpo_jax.rewards.symbolic import TooLargeError, agree, constant_ratio, work_limit
+from grpo_jax.rewards.symbolic import agree, constant_ratio
 from grpo_jax.rewards.units import is_cents, read_unit
 from grpo_jax.rewards.words import same_text
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 
+from grpo_jax.rewards.evaluation import TooLargeError, work_limit
 from grpo_jax.rewards.expression import Node, parse, variables
 from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar
 from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, REALS, Piece, complement, intersection
@@ -27,7 +28,8 @@ from grpo_jax.rewards.relations import (
     read_congruence,
     read_relation,
 )
-from grpo_jax.rewards.symbolic import TooLargeError, is_evaluable, real_value, work_limit
+from grpo_jax.rewards.symbolic import is_evaluable, real_value
+from grpo_jax.rewards.units import SAYING_MORE
 from grpo_jax.rewards.words import read_choice, read_words
 
 CASES = re.compile(
@@ -89,7 +91,10 @@ def _read(text: str) -> Answer | None:
 def _choice(text: str) -> Answer | None:
     choice = read_choice(text)
     rest = choice and _read(choice[1].strip())
-    return replace(rest, letter=choice[0]) if choice and rest else None
+    if choice is None or rest is None or rest.letter or (rest.kind == "text" and len(rest.value) == 1):
+        return None
+    says_more = set(re.findall(r"[a-z]+", choice[1].lower())) & SAYING_MORE
+    return None if says_more else replace(rest, letter=choice[0])
 
 
 def _prose(text: str) -> Answer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+from grpo_jax.rewards.boxes import Statement
 from grpo_jax.rewards.markup import plain
 from grpo_jax.rewards.numbers import numeric_value
 
@@ -75,6 +76,11 @@ HEADING = re.compile(
     rf"^[ \t>\#*_\d.-]{{0,12}}(?:the\s|our\s)?(?:final\s|correct\s|最终)?(?:{ENGLISH}|{NOUNS}|答案)[ \t*_\#]*$",
     re.MULTILINE | re.IGNORECASE,
 )
+# What a label has in it: texts without any of these, in lower case, need no search.
+HINTS = (
+    *("answer", "option", "choice", "答", "选", "選", "正解", "답", "คำตอบ"),
+    *(noun.split(r"\s")[0].lower() for nouns, _ in LANGUAGES.values() for noun in nouns.split("|")),
+)
 END = re.compile(r"""\n|(?<!\.)\.(?=[*_`"')]{0,4}(?:\s|\Z))|[。！？।]|\?(?=\s|\Z)""")
 QUESTION = ("?", "？")
 
@@ -82,10 +88,13 @@ QUESTION = ("?", "？")
 SUPPOSED = re.compile(
     r"""(?: \b(?:if|whether|suppose|supposing|assume|assuming|unless|doubt|maybe|perhaps|possibly)
           | n[o'’]t\s+\w{1,12} )
-        (?:\s+(?:that|if))? (?:\s+(?:the|our|my|its|your|a))? (?:\s+(?:final|correct|right|true|actual))* \s* \Z
-      | \b(?:this|that|another|an?|any|each|every|no|wrong|incorrect|student's|other|possible|initial|previous|partial|
-          intermediate)\s+\Z""",
+        (?:\s+(?:that|if))? (?:\s+(?:the|our|my|its|your|a))? (?:\s+(?:final|correct|right|true|actual))* \s* \Z""",
     re.VERBOSE | re.IGNORECASE,
+)
+ANOTHER = re.compile(
+    r"\b(?:this|that|another|an?|any|each|every|no|wrong|incorrect|student's|other|possible|initial|previous|partial|"
+    r"intermediate)\s+\Z",
+    re.IGNORECASE,
 )
 # "Our answer is correct" says something about the answer.
 EVALUATION = re.compile(
@@ -105,16 +114,16 @@ UNSURE = re.compile(r"\b(?:or|maybe|perhaps|possibly|could|may|might)\b", re.IGN
 HEDGE = re.compile(r"[\s*_`$)\]]*(?:or|alternatively|otherwise|maybe|perhaps|possibly)\b", re.IGNORECASE)
 QUOTED = re.compile(r"""^[\"“”'‘]([^\"“”'‘’]*)[\"“”'’][.,]?$""")
 OPTION = re.compile(r"(?:option|choice|letter)\s+(\(?[A-Z]\)?)", re.IGNORECASE)
-JSON = re.compile(r"""["'](?:final[_ ])?answer["']\s?:\s?(?:"((?:[^"\\\n]|\\.)*)"|(-?[\d.,/]*\d))""", re.IGNORECASE)
+JSON = re.compile(
+    r"""["'](?:final[_ ])?answer["']\s?:\s?(?:"((?:[^"\\\n]|\\.)*)"|(-?[\d.,/]*\d)(?=\s*(?:\}|,\s*["'])))""",
+    re.IGNORECASE,
+)
 
 BLANKS = re.compile(r"\s*")
 LIST_ITEM = re.compile(r"[ \t]*(?:[-*+•]|\d{1,2}[.)])[ \t]+(?=\S)")
 FENCE = re.compile(r"[ \t]*(?:```|~~~)[^\n`]*")
 BLOCKS = {"$$": "$$", r"\[": r"\]", r"\(": r"\)", r"\begin{": r"\end{", "```": "```", "~~~": "~~~"}
 VALUE = re.compile(r"[\s$\\(\[{+\-−]*\d\S*(?:\s\S+){0,3}|[\s$]*\\\S+(?:\s\S+){0,3}|\(?[A-J]\)?")
-
-Statement = tuple[int, str]
-"""Where the answer is named, and what it is."""
 
 
 def sentences(text: str) -> list[Statement]:
@@ -124,13 +133,16 @@ def sentences(text: str) -> list[Statement]:
     ends there, the block of mathematics, the list or the line below. Suppositions ("if the answer is 5"), questions and
     remarks on an answer ("our answer is correct") state none; reasons (", because ...") are cut off.
     """
+    lowered = text.lower()
+    if not any(hint in lowered for hint in HINTS):
+        return []
     found: list[Statement] = []
-    fields = {m.start() + 1: m[2] if m[1] is None else m[1] for m in JSON.finditer(text)}
+    fields = {m.start() + 1: (m.end(), m[2] if m[1] is None else m[1]) for m in JSON.finditer(text)}
     labels = sorted({m.span() for pattern in (LABEL, HEADING) for m in pattern.finditer(text)})
     named = None  # where a sentence that names several answers begins, and what follows its first "answer is"
     for (start, begin), following in zip(labels, [*labels[1:], (len(text), len(text))][: len(labels)], strict=True):
         if start in fields:
-            found.append((start, fields[start]))
+            found.append((start, *fields[start]))
             continue
         end = END.search(text, begin, following[0])
         if end is None and following[0] < len(text):
@@ -141,7 +153,7 @@ def sentences(text: str) -> list[Statement]:
         named = None
         content = _content(text, inside, end, following[0])
         if content and not _is_remark(text, first, content) and (end is None or end[0] not in QUESTION):
-            found.append((start, content))
+            found.append((start, following[0] if end is None else end.start(), content))
     return found
 
 
@@ -155,9 +167,11 @@ def _content(text: str, begin: int, end: re.Match[str] | None, limit: int) -> st
     content = text[begin:stop]
     if end is not None and end[0] == "\n" and not plain(content):
         return _below(text, end.end(), limit)
-    if end is not None and HEDGE.match(text, end.end(), limit):
-        more = END.search(text, end.end(), min(limit, end.end() + FAR))
-        return plain(text[begin : more.start() if more else min(limit, end.end() + FAR)])
+    hedge = None if end is None else HEDGE.match(text, end.end(), limit)
+    if hedge is not None:
+        far = min(limit, hedge.end() + FAR)
+        more = END.search(text, hedge.end(), far)
+        return plain(text[begin : far if more is None else more.start()])
     block = next((opening for opening in BLOCKS if content.lstrip().startswith(opening)), None)
     if block is not None:
         opened = text.index(block, begin)
@@ -215,6 +229,7 @@ def _is_remark(text: str, start: int, content: str) -> bool:
     before = re.split(r"[\n.!?:;]", before)[-1]
     return (
         SUPPOSED.search(before) is not None
+        or (text.startswith(("answer", "Answer"), start) and ANOTHER.search(before) is not None)
         or EVALUATION.fullmatch(content) is not None
         or (OWN.search(before) is not None and OWN_EVALUATION.fullmatch(content) is not None)
     )

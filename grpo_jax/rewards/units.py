@@ -95,11 +95,12 @@ SCALING = (
     "choose inverse reciprocal root log than between by into against k m bn mn x th st nd rd zero one two three four "
     "five six seven eight nine eleven twelve lakh crore"
 )
-SAYING_MORE = (
+SAYING_MORE_WORDS = (
     "or and to not is was are were has have except without approximately about almost nearly at least most wrong "
     "incorrect false right correct but if when other maybe perhaps probably be can may rather no nor neither either"
 )
-NOT_COUNTED = frozenset(f"{SCALING} {SAYING_MORE}".split())
+SAYING_MORE = frozenset(SAYING_MORE_WORDS.split())
+NOT_COUNTED = frozenset(SCALING.split()) | SAYING_MORE
 """Words with which a number is another number, or no longer the answer."""
 IRREGULAR_PLURALS = "people men women children feet teeth geese mice fish sheep deer dice oxen cattle persons pence"
 PLURALS = frozenset(IRREGULAR_PLURALS.split())
