@@ -378,6 +378,8 @@ def test_a_file_is_evaluated_as_a_whole_unless_told_otherwise(finished, tmp_path
     assert evaluate.main(config) == 0
     assert read_report(config.run_dir)["num_problems"] == 20
     assert "20 of 20 problems of" in capsys.readouterr().out
+    written = json.loads((config.run_dir / "data.json").read_text())
+    assert (written["evaluation_rows"], written["evaluated"], written["skipped"]) == (20, 20, 0)
 
     def collect(*_args, asked, **_options):
         raise ValueError(f"asked: {asked}")
