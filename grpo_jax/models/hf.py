@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
-from grpo_jax.models.hf_weights import check_params, load_params, read_json, refuse_pickled, save_params
+from grpo_jax.models.hf_files import config_file, read_json, refuse_other_formats, weight_files
+from grpo_jax.models.hf_weights import check_num_layers, check_params, load_params, read_headers, save_params
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.transformer import build_model, param_shapes
 from grpo_jax.types import Model, Params
@@ -28,6 +29,8 @@ from grpo_jax.types import Model, Params
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
 NO_SUBFOLDERS = ["*/*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# More than any published decoder has; such a config is compared with the weights before anything is made of it.
+MANY_LAYERS = 1000
 PARAM_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -106,10 +109,11 @@ def from_pretrained(
     if param_dtype not in PARAM_DTYPES:
         raise ValueError(f"param_dtype must be float32, bfloat16 or float16, not {jnp.dtype(param_dtype).name}")
     folder = _find_folder(name_or_folder, revision)
-    if not (folder / "config.json").is_file():
-        found = sorted(path.name for path in folder.iterdir())
-        raise FileNotFoundError(f"{folder} has no config.json and so is no checkpoint; it has {found or 'nothing'}")
-    stored_config = read_json(folder / "config.json")
+    stored_config = read_json(config_file(folder))
+    family_of(stored_config)
+    num_layers = stored_config.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > MANY_LAYERS:
+        check_num_layers(folder, read_headers(weight_files(folder)), num_layers)
     hf_config = with_scalar_head(stored_config) if scalar_head else stored_config
     stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
     model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
@@ -163,6 +167,8 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
         return folder
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file; give the folder of the checkpoint, or a hub id")
+    if folder.is_symlink():
+        raise FileNotFoundError(f"{folder} is a symbolic link to {folder.readlink()}, which does not exist")
     if not HUB_ID.fullmatch(str(name_or_folder)):
         raise FileNotFoundError(f"there is no folder {folder}, and it is no hub id (those look like owner/name)")
     try:
@@ -175,7 +181,7 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
             f"there is no folder {folder}, and {str(name_or_folder)!r}{at} could not be fetched from the hub: {error}"
         ) from error
     if not any(Path(fetched).glob("*.safetensors")):
-        refuse_pickled(str(name_or_folder), list_repo_files(str(name_or_folder), revision=revision))
+        refuse_other_formats(str(name_or_folder), list_repo_files(str(name_or_folder), revision=revision))
     return Path(fetched)
 
 
