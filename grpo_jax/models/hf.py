@@ -18,7 +18,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.config import DecoderConfig, with_rope_length
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
 from grpo_jax.models.hf_files import config_file, read_json, refuse_other_formats, weight_files
 from grpo_jax.models.hf_weights import check_num_layers, check_params, load_params, read_headers, save_params
@@ -77,6 +77,7 @@ def from_pretrained(
     shardings: Callable[[Any], Any] | None = None,
     scalar_head: bool = False,
     revision: str | None = None,
+    rope_length: int | None = None,
 ) -> Pretrained:
     """Load a model from a local folder or the Hugging Face hub.
 
@@ -96,6 +97,9 @@ def from_pretrained(
         scalar_head: make a reward model or a critic of it: in the place of its output embedding it gets a scalar head,
             which is 0 everywhere unless the checkpoint has one.
         revision: branch, tag or commit on the hub; None is its main branch.
+        rope_length: for longrope and dynamic rope scaling, tokens of the longest sequence that will be computed, by
+            which frequencies are chosen for sequences of every length (see ``with_rope_length``); None chooses them
+            for each call by its largest position, as transformers does.
 
     Raises:
         FileNotFoundError: if there is no such folder or repository, or it lacks config or safetensors weights, or
@@ -116,6 +120,8 @@ def from_pretrained(
         check_num_layers(folder, read_headers(weight_files(folder)), num_layers)
     hf_config = with_scalar_head(stored_config) if scalar_head else stored_config
     stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
+    if rope_length is not None:
+        stored, config = with_rope_length(stored, rope_length), with_rope_length(config, rope_length)
     model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     generation_config = _read_optional(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder, config.vocab_size)

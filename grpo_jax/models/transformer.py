@@ -206,6 +206,7 @@ def build_model(
         join_columns,
         config.logit_softcap,
         max_length=config.max_position_embeddings,
+        rope_switch_length=config.rope_switch_length,
     )
 
 
