@@ -311,7 +311,8 @@ def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.
         ranges = tuple(range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=True))
         if ranges not in read:
             part = read_slice(tensor, entry, ranges)
-            read[ranges] = part.astype(dtype, copy=False)
+            with np.errstate(over="ignore"):  # found below
+                read[ranges] = part.astype(dtype, copy=False)
             if not (is_finite(part) and (part.dtype == dtype or is_finite(read[ranges]))):
                 counts.append(np.count_nonzero(~np.isfinite(read[ranges].astype(np.float32))))
         return read[ranges]
