@@ -75,6 +75,9 @@ class ModelSettings:
     attention: AttentionName = "auto"
     """What computes the attention of whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU,
     where they fit the model; else the plain path."""
+    rope_length: int | None = None
+    """For models with longrope or dynamic rope scaling: tokens of the longest sequence of the run, by which rotary
+    frequencies are chosen for all of its sequences. Needed where they could pass the original length."""
     mesh: MeshSettings = MeshSettings()
     """How the devices are used."""
 
@@ -125,6 +128,7 @@ class ModelSettings:
             mesh=mesh,
             shardings=partial(param_shardings, mesh=mesh),
             scalar_head=scalar_head,
+            rope_length=self.rope_length,
         )
         if loaded.tokenizer is None:
             raise ValueError(f"{name_or_folder} has no tokenizer; a folder with weights needs tokenizer.json too")
@@ -363,12 +367,18 @@ def at_least(config: Any, **least: int) -> None:
 
 
 def check_length(length: int, policy: models.Pretrained, name: str) -> None:
-    """Check that a model has a position for every token.
+    """Check that a model has a position for every token, and one set of rotary frequencies for all lengths.
 
     Raises:
         ValueError: it has not.
     """
-    check_positions(length, policy.hf_config.get("max_position_embeddings"), name)
+    check_positions(length, policy.model.max_length, name)
+    switch = policy.model.rope_switch_length
+    if switch is not None and length > switch:
+        raise ValueError(
+            f"{name} is {length}, and sequences of more than {switch} tokens have other rotary frequencies in this "
+            f"model; choose one set for all with --rope-length {length}, or set {name} to at most {switch}"
+        )
 
 
 def check_positions(length: int, positions: int | None, name: str) -> None:

@@ -101,6 +101,8 @@ class Model:
         join_columns: caches of the same rows -> one, their columns one after the other.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.
         max_length: tokens of the longest sequence the model was made for; None where that is not known.
+        rope_switch_length: a call with longer sequences rotates all of its queries and keys by other frequencies
+            (longrope and dynamic scaling); None where frequencies do not depend on the length.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -111,6 +113,7 @@ class Model:
     join_columns: Callable[[Sequence[Cache]], Cache]
     logit_softcap: float | None = None
     max_length: int | None = None
+    rope_switch_length: int | None = None
 
 
 @pytree

@@ -31,6 +31,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# Original lengths below that of ``test_parity.padded_batch``.
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
 
 # Name of a case -> transformers' config class and what it is given beyond the sizes.
@@ -43,6 +52,23 @@ CASES = {
             "attention_bias": True,
             "mlp_bias": True,
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
+    "qwen3_yarn": ("Qwen3Config", {"head_dim": 16, "rope_parameters": YARN_ROPE}),
+    "qwen2_yarn_bent": (
+        "Qwen2Config",
+        {
+            "rope_parameters": YARN_ROPE
+            | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+    ),
+    "llama_longrope": ("LlamaConfig", {"rope_parameters": LONGROPE, "head_dim": 16}),
+    "mistral_dynamic": (
+        "MistralConfig",
+        {
+            "max_position_embeddings": 16,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
         },
     ),
     "mistral": ("MistralConfig", {"sliding_window": 6, "num_key_value_heads": 1}),

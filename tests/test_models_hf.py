@@ -185,8 +185,8 @@ def test_code_that_comes_with_a_checkpoint_is_never_run(folder):
 
 
 def test_damaged_json_and_unsupported_configs_are_named(folder):
-    edit_json(folder / "config.json", rope_parameters={"rope_type": "yarn", "factor": 4.0})
-    with pytest.raises(ValueError, match="'yarn' is not implemented"):
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "mrope", "factor": 4.0})
+    with pytest.raises(ValueError, match="'mrope' is not implemented"):
         from_pretrained(folder)
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json must hold a JSON object, not list"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 from checkpoints import CASES, SMALL, old_spelling
@@ -84,7 +85,10 @@ def transformers_config(hf_config):
 
 def rope_of(parameters):
     """A rope from transformers' standardized parameters."""
-    given = {name: float(value) if name != "rope_type" else value for name, value in parameters.items()}
+    read = {name: value for name, value in parameters.items() if name not in ("type", "attn_factor")}
+    given = {name: float(value) if name != "rope_type" else value for name, value in read.items()}
+    if given["rope_type"] == "yarn":
+        given.setdefault("attention_factor", 0.1 * math.log(given["factor"]) + 1)
     names = {"rope_theta": "theta", "rope_type": "kind", "original_max_position_embeddings": "original_max_positions"}
     return Rope(**{names.get(name, name): value for name, value in given.items()})
 
@@ -201,9 +205,44 @@ def test_harmless_fields_change_nothing(name):
         ({"model_type": ...}, "model_type None"),
         ({"model_type": "gemma3", "text_config": {}}, "'gemma3' is multimodal"),
         ({"model_type": "odd", "auto_map": {"AutoModel": "m.M"}}, "code of its own .auto_map., which is never run"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not implemented"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not implemented"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "'mrope' is not implemented"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 2.0}}, r"'dynamic' .* lacks \['factor'\] and has \['alpha'\]"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, r"'longrope' .* lacks \['long_factor', 'short_factor'\]"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 3}},
+            r"long_factor in config.json must be a list of 4 \(head_dim / 2\) numbers, not 3 entries",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 0, 1, 1]}},
+            r"long_factor\[1\] in config.json must be a finite number above 0, not 0",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}},
+            "'dynamic' .* begins beyond max_position_embeddings=128",
+        ),
+        (
+            {
+                "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+                "original_max_position_embeddings": 32,
+            },
+            "gives original_max_position_embeddings twice, as 64 and 32",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate in config.json must be true or"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, r"factor .* must be a finite number above 0, not 0"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, r"factor .* must be a finite number above 0, not '4'"),
+        ({"rope_scaling": "linear"}, "rope_scaling in config.json must be an object"),
+        ({"rope_theta": 0}, "rope_theta .* must be a finite number above 0, not 0"),
+        ({"rope_theta": -1e4}, "rope_theta .* must be a finite number above 0, not -10000.0"),
+        ({"rope_theta": float("nan")}, "rope_theta .* must be a finite number above 0, not nan"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps in config.json must be a finite number, at least 0, not nan"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps in config.json must be a finite number, at least 0, not -1e-06"),
+        ({"num_hidden_layers": True}, "num_hidden_layers in config.json must be a positive integer, not True"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers in config.json is 1,000,000,000, which no model has"),
+        ({"attention_bias": True, "qk_norm": True}, "qk_norm=True"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types="),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"num_experts": 8}, "num_experts=8"),
+        ({"quantization": {"bits": 4}}, "has a quantization: quantized weights cannot be trained"),
         ({"rope_scaling": {"type": "linear"}}, r"'linear' \(rope_parameters\) lacks \['factor'\]"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, r"has \['beta'\], which it does not read"),
         (
@@ -259,6 +298,98 @@ def test_unknown_fields_that_are_null_and_spellings_that_agree_pass():
     assert plain == from_hf_config(small("llama", rope_theta=1e6, auto_map={"AutoModel": "m.M"}))
     plain = from_hf_config(small("gemma2"))
     assert plain == from_hf_config(small("gemma2", sliding_window_size=4096, hidden_act="gelu_pytorch_tanh"))
+
+
+OFF = [
+    ("mistral", {"attention_bias": False, "mlp_bias": False}),
+    ("qwen2", {"attention_bias": False, "qkv_bias": True}),
+    ("llama", {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}),
+    ("llama", {"layer_types": ["full_attention"] * 3}),
+    ("mistral", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    ("llama", {"min_length": 0, "num_beams": 1, "bad_words_ids": None, "typical_p": 1.0, "internal_version": "7b"}),
+    (
+        "llama",
+        {"use_qk_norm": False, "num_experts": 0, "logits_scaling": 1.0, "is_causal": True},
+    ),
+    ("llama", {"rope_scaling": {"rope_type": "default", "factor": 1.0}}),
+    ("llama", {"original_max_position_embeddings": 64}),
+    ("gemma3_text", {"hidden_act": "gelu_pytorch_tanh", "mlp_bias": False}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "fields"), OFF)
+def test_switches_that_are_off_and_metadata_change_nothing(model_type, fields):
+    plain = small(model_type, **{"sliding_window": None} if fields.get("sliding_window", 0) is None else {})
+    assert from_hf_config({**plain, **fields}) == from_hf_config(plain)
+
+
+def test_everything_that_transformers_writes_into_any_config_is_accepted():
+    import transformers
+
+    base = {**transformers.PreTrainedConfig().to_dict(), "model_type": "llama", "architectures": None}
+    generation = transformers.GenerationConfig().to_dict()
+    plain = small("llama")
+    assert from_hf_config({**base, **generation, **plain}) == from_hf_config(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "same"), [("swish", "silu"), ("gelu_new", "gelu_pytorch_tanh"), ("gelu_python", "gelu")]
+)
+def test_activations_have_several_names(name, same):
+    assert from_hf_config(small("llama", hidden_act=name)) == from_hf_config(small("llama", hidden_act=same))
+
+
+def test_a_kind_of_scaling_that_transformers_would_not_read_is_refused():
+    scaling = {"type": "linear", "factor": 8.0}
+    with pytest.raises(ValueError, match=r"names its kind as type='linear'.* write rope_type instead"):
+        from_hf_config(small("gemma3_text", rope_scaling=scaling))
+    read = from_hf_config(
+        small("gemma3_text", sliding_window_pattern=1, rope_scaling=scaling | {"rope_type": "linear"})
+    )
+    assert read.ropes[0] == Rope(1e6, "linear", factor=8.0)
+
+
+def test_the_length_before_scaling_may_stand_beside_the_scaling():
+    scaling = {"rope_type": "yarn", "factor": 2.0}
+    inside = small("qwen2", rope_scaling=scaling | {"original_max_position_embeddings": 64})
+    beside = small("qwen2", rope_scaling=scaling, original_max_position_embeddings=64)
+    assert from_hf_config(inside) == from_hf_config(beside)
+    assert from_hf_config(inside).ropes[0].original_max_positions == 64
+    assert from_hf_config(small("qwen2", rope_scaling=scaling)).ropes[0].original_max_positions == 128
+
+
+def test_an_attention_factor_that_only_other_programs_read_is_said(caplog):
+    """As DeepSeek-R1-0528-Qwen3-8B has it."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    config = from_hf_config(small("qwen3", rope_scaling=scaling | {"attn_factor": 0.8782488562869419}))
+    assert config == from_hf_config(small("qwen3", rope_scaling=scaling))
+    assert config.ropes[0].attention_factor == pytest.approx(1.1386294)
+    assert "attn_factor=0.8782488562869419 (rope_parameters) is not read" in caplog.text
+
+
+PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "data" / "hf_configs"
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the published configurations beside the checkout")
+def test_published_configurations_are_read_as_in_transformers_or_refused_in_one_sentence():
+    accepted = 0
+    for path in sorted(PUBLISHED.glob("*.json")):
+        published = json.loads(path.read_text())
+        if "model_type" not in published:
+            continue
+        try:
+            from_hf_config(published)
+        except ValueError as error:
+            message = str(error)
+            assert published["model_type"] not in FAMILIES or "quantization_config" in message, (path, message)
+            assert repr(published["model_type"]) in message or "quantiz" in message
+            assert len(message) < 500
+            assert "\n" not in message
+        else:
+            accepted += 1
+            if published.get("num_labels") != 1:
+                check_against_transformers(published)
+    assert accepted >= 40
 
 
 def test_only_sizes_are_required():

@@ -23,6 +23,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.models import build_model, from_hf_config, from_pretrained, save_pretrained
+from grpo_jax.rollout import generate
+from grpo_jax.sampling import Sampling
+from grpo_jax.train import completion_log_probs
+from grpo_jax.types import Prompts
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,66 @@ def test_logits_equal_those_of_transformers(case, checkpoint, record_property):
     print(f"{case:28s} {error:.1e}")
     record_property("relative_error", float(error))
     assert error <= 1e-5
+
+
+LENGTH_DEPENDENT = ["llama_longrope", "mistral_dynamic"]
+
+
+# At exactly the original length, transformers' dynamic scaling depends on the calls before.
+@pytest.mark.parametrize(("case", "length"), [("llama_longrope", 16), ("mistral_dynamic", 15)])
+def test_sequences_within_the_original_length_are_rotated_as_in_transformers_too(case, length, checkpoint):
+    folder, oracle = checkpoint(case)
+    loaded = from_pretrained(folder)
+    assert loaded.model.rope_switch_length == 16
+    ids, mask = padded_batch(length=length, paddings=(0, 5))
+    error = relative_error(logits_of(loaded.model, loaded.params, ids, mask), torch_logits(oracle, ids, mask), mask)
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("case", LENGTH_DEPENDENT)
+def test_a_rope_length_chooses_one_set_of_frequencies_for_all_lengths(case, checkpoint):
+    """Those of transformers at that length; a short call then agrees with the beginning of a long one."""
+    folder, oracle = checkpoint(case)
+    loaded = from_pretrained(folder, rope_length=24)
+    assert loaded.model.rope_switch_length is None
+    assert loaded.model.max_length == 24
+    ids, mask = padded_batch(paddings=(0, 5))
+    wanted = torch_logits(oracle, ids, mask)
+    assert relative_error(logits_of(loaded.model, loaded.params, ids, mask), wanted, mask) <= 1e-5
+    short = logits_of(loaded.model, loaded.params, ids[:, :12], mask[:, :12])
+    assert relative_error(short, wanted[:, :12], mask[:, :12]) <= 1e-5
+    plain = from_pretrained(folder)
+    assert relative_error(logits_of(plain.model, plain.params, ids[:, :12], mask[:, :12]), short, mask[:, :12]) > 1e-3
+
+
+@pytest.mark.parametrize("case", [*LENGTH_DEPENDENT, "qwen3_yarn"])
+def test_sampler_and_trainer_agree_beyond_the_original_length(case, checkpoint):
+    folder, _ = checkpoint(case)
+    loaded = from_pretrained(folder, **{} if case == "qwen3_yarn" else {"rope_length": 40})
+    ids, mask = padded_batch(length=12, paddings=(0, 5))
+    prompts = Prompts(jnp.asarray(ids), jnp.asarray(mask), jnp.arange(2))
+    settings = {"group_size": 2, "max_completion_length": 16, "eos_ids": (1,), "pad_id": 0}
+    rollout = generate(loaded.model, loaded.params, prompts, jax.random.key(0), Sampling(), **settings)
+    assert int(rollout.completion_mask.sum(1).max()) + 12 > 16
+    log_probs, _ = completion_log_probs(loaded.model, loaded.params, rollout)
+    error = jnp.where(rollout.completion_mask, jnp.abs(log_probs - rollout.rollout_log_probs), 0)
+    assert error.max() <= 1e-5
+    if case != "qwen3_yarn":
+        switching = from_pretrained(folder).model
+        with pytest.raises(ValueError, match=r"it may pass the 16 tokens .* rope_length"):
+            generate(
+                dataclasses.replace(switching, max_length=None),
+                loaded.params,
+                prompts,
+                jax.random.key(0),
+                Sampling(),
+                **settings,
+            )
+
+
+def test_a_rope_length_is_refused_where_nothing_depends_on_it(checkpoint):
+    with pytest.raises(ValueError, match="rope_length=64 is for longrope and dynamic"):
+        from_pretrained(checkpoint("llama3")[0], rope_length=64)
 
 
 @pytest.mark.parametrize("case", ["llama_biases_linear_rope", "gemma3"])

@@ -322,7 +322,8 @@ def test_each_of_several_answers_counts(tmp_path):
         texts = [f"\\boxed{{{right.format(n + 1, n)}}}" if n else "\\boxed{1}" for n in numbers]
         assert reward([""] * len(texts), texts, **columns) == [1.0] * len(texts)
     texts = ["\\boxed{77}"] * len(numbers)
-    assert reward([""] * len(texts), texts, **columns) == [0.0] * len(texts)
+    assert reward([], texts, **columns) == [0.0] * len(texts)
+    assert reward(["", ""], ["\\boxed{1}"] * 2, answer=[None, "see \\begin{tikz} the proof"]) == [None, None]
 
 
 def test_a_constant_learning_rate_is_the_same_for_runs_of_any_length():
@@ -334,7 +335,3 @@ def test_a_constant_learning_rate_is_the_same_for_runs_of_any_length():
     assert rates[0] == rates[1] == rates[2]
     assert rates[0][0] < rates[0][3] < rates[0][4] == rates[0][-1] == pytest.approx(1e-3)
     assert settings.described(1.0) == "AdamW, learning rate 0.001, constant after 4 updates of warm-up"
-
-
-assert reward([], texts, **columns) == [0.0] * len(texts)
-    assert reward(["", ""], ["\\boxed{1}"] * 2, answer=[None, "see \\begin{tikz} the proof"]) == [None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -22,19 +22,39 @@ class Rope:
     Attributes:
         theta: the base.
         kind: ``default`` leaves the frequencies alone; ``linear`` divides them by ``factor``; ``llama3`` divides the
-            low ones by ``factor``, leaves the high ones alone and blends in between.
+            low ones by ``factor``, leaves the high ones alone and blends in between, by wavelength; ``yarn`` does so
+            by the number of turns over the original length (https://arxiv.org/abs/2309.00071). Two kinds depend on the
+            length of the sequence, which is the largest position of the call plus 1, as in transformers: beyond the
+            original length ``dynamic`` (NTK) raises the base, and ``longrope`` divides by ``long_factor`` instead of
+            ``short_factor`` (https://arxiv.org/abs/2402.13753).
         factor: how much longer sequences may become.
         low_freq_factor, high_freq_factor: waves longer than ``original_max_positions / low_freq_factor`` are low,
             those shorter than ``original_max_positions / high_freq_factor`` high (``llama3`` only).
-        original_max_positions: the length that was trained on before scaling, in tokens (``llama3`` only).
+        original_max_positions: the length that was trained on before scaling, in tokens.
+        attention_factor: multiplies cosines and sines, so attention scores by its square (``yarn``, ``longrope``).
+        beta_fast, beta_slow: frequencies of more than ``beta_fast`` turns over the original length are high, those of
+            fewer than ``beta_slow`` low (``yarn`` only).
+        truncate: whether the limits between them are rounded to whole components (``yarn`` only).
+        short_factor, long_factor: a divisor for each pair of components (``longrope`` only).
     """
 
     theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_positions: float = 1.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a sequence longer than ``original_max_positions`` is rotated by other frequencies."""
+        return self.kind == "dynamic" or (self.kind == "longrope" and self.short_factor != self.long_factor)
 
 
 @dataclass(frozen=True)
@@ -86,3 +106,37 @@ class DecoderConfig:
     tie_word_embeddings: bool
     initializer_range: float
     scalar_head: bool = False
+
+    @property
+    def rope_switch_length(self) -> int | None:
+        """The longest sequence before rotary frequencies change with the length; None where they never do."""
+        lengths = [rope.original_max_positions for rope in self.ropes if rope.depends_on_length]
+        return int(min(lengths)) if lengths else None
+
+
+def with_rope_length(config: DecoderConfig, length: int) -> DecoderConfig:
+    """The decoder with the rotary frequencies of sequences of ``length`` tokens for sequences of any length.
+
+    Sampler and trainer then agree whatever the lengths of their sequences are. ``length`` becomes
+    ``max_position_embeddings`` too.
+
+    Raises:
+        ValueError: if no frequencies depend on the length, or ``length`` is not positive.
+    """
+    if config.rope_switch_length is None:
+        raise ValueError(f"rope_length={length} is for longrope and dynamic rope scaling, which this model has not")
+    if length < 1:
+        raise ValueError(f"rope_length must be positive, not {length}")
+    ropes = tuple(_fixed(rope, length, config.head_dim) for rope in config.ropes)
+    return replace(config, ropes=ropes, max_position_embeddings=length)
+
+
+def _fixed(rope: Rope, length: int, head_dim: int) -> Rope:
+    if rope.kind == "longrope":
+        factors = rope.long_factor if length > rope.original_max_positions else rope.short_factor
+        return replace(rope, short_factor=factors, long_factor=factors)
+    if rope.kind == "dynamic":
+        ratio = max(length / rope.original_max_positions, 1.0)
+        theta = rope.theta * (rope.factor * ratio - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
+        return Rope(theta=theta)
+    return rope

@@ -18,9 +18,10 @@ from huggingface_hub import list_repo_files, snapshot_download
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.config import DecoderConfig, with_rope_length
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
-from grpo_jax.models.hf_weights import check_params, load_params, read_json, refuse_pickled, save_params
+from grpo_jax.models.hf_files import config_file, read_json, refuse_other_formats, weight_files
+from grpo_jax.models.hf_weights import check_num_layers, check_params, load_params, read_headers, save_params
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.transformer import build_model, param_shapes
 from grpo_jax.types import Model, Params
@@ -28,6 +29,8 @@ from grpo_jax.types import Model, Params
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
 NO_SUBFOLDERS = ["*/*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# More than any published decoder has; such a config is compared with the weights before anything is made of it.
+MANY_LAYERS = 1000
 PARAM_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -74,6 +77,7 @@ def from_pretrained(
     shardings: Callable[[Any], Any] | None = None,
     scalar_head: bool = False,
     revision: str | None = None,
+    rope_length: int | None = None,
 ) -> Pretrained:
     """Load a model from a local folder or the Hugging Face hub.
 
@@ -93,6 +97,9 @@ def from_pretrained(
         scalar_head: make a reward model or a critic of it: in the place of its output embedding it gets a scalar head,
             which is 0 everywhere unless the checkpoint has one.
         revision: branch, tag or commit on the hub; None is its main branch.
+        rope_length: for longrope and dynamic rope scaling, tokens of the longest sequence that will be computed, by
+            which frequencies are chosen for sequences of every length (see ``with_rope_length``); None chooses them
+            for each call by its largest position, as transformers does.
 
     Raises:
         FileNotFoundError: if there is no such folder or repository, or it lacks config or safetensors weights, or
@@ -106,12 +113,15 @@ def from_pretrained(
     if param_dtype not in PARAM_DTYPES:
         raise ValueError(f"param_dtype must be float32, bfloat16 or float16, not {jnp.dtype(param_dtype).name}")
     folder = _find_folder(name_or_folder, revision)
-    if not (folder / "config.json").is_file():
-        found = sorted(path.name for path in folder.iterdir())
-        raise FileNotFoundError(f"{folder} has no config.json and so is no checkpoint; it has {found or 'nothing'}")
-    stored_config = read_json(folder / "config.json")
+    stored_config = read_json(config_file(folder))
+    family_of(stored_config)
+    num_layers = stored_config.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > MANY_LAYERS:
+        check_num_layers(folder, read_headers(weight_files(folder)), num_layers)
     hf_config = with_scalar_head(stored_config) if scalar_head else stored_config
     stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
+    if rope_length is not None:
+        stored, config = with_rope_length(stored, rope_length), with_rope_length(config, rope_length)
     model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     generation_config = _read_optional(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder, config.vocab_size)
@@ -163,6 +173,8 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
         return folder
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file; give the folder of the checkpoint, or a hub id")
+    if folder.is_symlink():
+        raise FileNotFoundError(f"{folder} is a symbolic link to {folder.readlink()}, which does not exist")
     if not HUB_ID.fullmatch(str(name_or_folder)):
         raise FileNotFoundError(f"there is no folder {folder}, and it is no hub id (those look like owner/name)")
     try:
@@ -175,7 +187,7 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
             f"there is no folder {folder}, and {str(name_or_folder)!r}{at} could not be fetched from the hub: {error}"
         ) from error
     if not any(Path(fetched).glob("*.safetensors")):
-        refuse_pickled(str(name_or_folder), list_repo_files(str(name_or_folder), revision=revision))
+        refuse_other_formats(str(name_or_folder), list_repo_files(str(name_or_folder), revision=revision))
     return Path(fetched)
 
 

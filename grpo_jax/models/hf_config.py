@@ -6,12 +6,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_jax.models.config import ACTIVATIONS, DecoderConfig, Rope
+from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
+from grpo_jax.models.hf_fields import (
+    ACTIVATION_NAMES,
+    ALWAYS_ON,
+    HARMLESS,
+    HARMLESS_AT,
+    LAYER_TYPES,
+    check_number,
+    check_object,
+)
+from grpo_jax.models.hf_files import cut
+from grpo_jax.models.hf_rope import read_ropes
 
 Fields = Mapping[str, Any]
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
 REQUIRED = object()
+MAX_LAYERS = 100_000
 
 COUNTS = (
     "vocab_size",
@@ -33,6 +44,7 @@ COMMON = dict.fromkeys(COUNTS, REQUIRED) | {
     "rope_theta": None,
     "rope_scaling": None,
     "rope_parameters": None,
+    "original_max_position_embeddings": None,
 }
 QWEN = COMMON | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 GEMMA = {name: default for name, default in COMMON.items() if name != "hidden_act"} | {
@@ -109,49 +121,10 @@ FAMILIES = {
         GEMMA | {"final_logit_softcapping": None, "rope_local_base_freq": None, "sliding_window_pattern": 6},
         is_sliding=lambda fields, layer: (layer + 1) % fields["sliding_window_pattern"] != 0,
         traits=GEMMA_TRAITS | {"qk_norm": True},
-        same_as={"_sliding_window_pattern": "sliding_window_pattern"},
+        same_as={"_sliding_window_pattern": "sliding_window_pattern", "hidden_act": "hidden_activation"},
         theta=1_000_000.0,
         local_theta=10_000.0,
     ),
-}
-
-# Fields that say nothing about what the model computes.
-HARMLESS = (
-    {"model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "tokenizer_class"}
-    | {"dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "unsloth_fixed", "unsloth_version"}
-    | {"attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "pretraining_tp"}
-    | {"use_cache", "cache_implementation", "attention_dropout", "chunk_size_feed_forward"}
-    | {"return_dict", "output_attentions", "output_hidden_states"}
-    | {"is_llama_config", "transformers.js_config"}
-    | {"id2label", "label2id", "num_labels", "problem_type"}
-    | {"max_length", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
-)
-
-# Switches that are harmless at one value, the one that leaves them off.
-HARMLESS_AT = {
-    "use_mrope": False,
-    "rope_interleaved": False,
-    "use_bidirectional_attention": False,
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "tie_encoder_decoder": False,
-    "torchscript": False,
-    "use_bfloat16": False,
-    "pruned_heads": {},
-    "partial_rotary_factor": 1.0,
-}
-
-ROPE_FIELDS = {
-    "default": {"theta": "rope_theta"},
-    "linear": {"theta": "rope_theta", "factor": "factor"},
-    "llama3": {
-        "theta": "rope_theta",
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_positions": "original_max_position_embeddings",
-    },
 }
 
 
@@ -159,21 +132,31 @@ def family_of(hf_config: Fields) -> Family:
     """The family of a config, by its ``model_type``.
 
     Raises:
-        ValueError: if there is none, or one that is not supported.
+        ValueError: if there is none, or one that is not supported; the message says what it is instead.
     """
     model_type = hf_config.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
     supported = f"supported are {', '.join(sorted(FAMILIES))}"
-    if "text_config" in hf_config:
+    inner = hf_config.get("text_config")
+    if isinstance(inner, Mapping) or "vision_config" in hf_config:
+        inner_type = inner.get("model_type") if isinstance(inner, Mapping) else None
+        way_out = f"; text models alone: {supported}"
+        if inner_type in FAMILIES:
+            way_out = (
+                f"; its text model alone, of model_type {inner_type!r}, can be: load the checkpoint with transformers "
+                f"and save its language_model as {FAMILIES[inner_type].architecture}"
+            )
+        raise ValueError(f"model_type {model_type!r} is multimodal (it has a text_config or vision_config){way_out}")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type is None:
         raise ValueError(
-            f"model_type {model_type!r} is multimodal (it has a text_config); text models alone: {supported}"
+            f"config.json has no model_type, so model_type None is not a transformers model's; {supported}"
         )
     if "auto_map" in hf_config:
         raise ValueError(
             f"model_type {model_type!r} comes with code of its own (auto_map), which is never run; {supported}"
         )
-    raise ValueError(f"model_type {model_type!r} in config.json is not supported; {supported}")
+    raise ValueError(f"model_type {model_type!r:.200} in config.json is not supported; {supported}")
 
 
 def from_hf_config(hf_config: Fields) -> DecoderConfig:
@@ -205,10 +188,11 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} must be even: rotary positions turn pairs of components")
     activation = fields["hidden_activation"] if "hidden_activation" in fields else fields["hidden_act"]
+    activation = ACTIVATION_NAMES.get(activation, activation)
     if activation not in ACTIVATIONS:
         raise ValueError(f"the activation {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     layer_types = _layer_types(fields, family)
-    ropes = _ropes(fields, family)
+    ropes = read_ropes(fields, family.theta, family.local_theta, head_dim)
     attention_bias = fields.get("attention_bias", False)
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
@@ -268,11 +252,13 @@ def _has_scalar_head(hf_config: Fields) -> bool:
 
 def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
     """The family's fields with their defaults filled in, after every other field was found harmless."""
-    if hf_config.get("quantization_config") is not None:
-        raise ValueError(
-            "config.json has a quantization_config: quantized weights cannot be trained; "
-            "use the model's float32, bfloat16 or float16 checkpoint"
-        )
+    for name in ("quantization_config", "quantization", "compression_config"):
+        if hf_config.get(name):
+            method = hf_config[name].get("quant_method") if isinstance(hf_config[name], Mapping) else None
+            raise ValueError(
+                f"config.json has a {name}{f' ({method})' if method else ''}: quantized weights cannot be trained; "
+                "use the model's float32, bfloat16 or float16 checkpoint"
+            )
     fields = {**family.fields, **{name: hf_config[name] for name in family.fields if name in hf_config}}
     missing = [name for name, value in fields.items() if value is REQUIRED]
     if missing:
@@ -280,35 +266,67 @@ def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
     unknown = {
         name: value
         for name, value in hf_config.items()
-        if value is not None
-        and name not in family.fields
-        and name not in HARMLESS
-        and not (name in HARMLESS_AT and value == HARMLESS_AT[name])
+        if name not in family.fields
+        and not _says_nothing(name, value, hf_config)
         and not (name in family.same_as and value == fields[family.same_as[name]])
     }
     if unknown:
         raise ValueError(
             f"config.json of model_type {hf_config['model_type']!r} has fields whose meaning is not implemented: "
-            + ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+            + cut(f"{name}={value!r:.200}" for name, value in unknown.items())
+            + "; remove those that do not change what the model computes"
         )
     for name, default in family.fields.items():
         wanted = int if default is REQUIRED else type(default)
         accepted = (int, float) if wanted in (int, float) else (wanted,)
         is_null = fields[name] is None and (default is None or name in NULLABLE)
         if default is not None and not is_null and not isinstance(fields[name], accepted):
-            raise ValueError(f"{name} in config.json must be of type {wanted.__name__}, not {fields[name]!r}")
+            raise ValueError(f"{name} in config.json must be of type {wanted.__name__}, not {fields[name]!r:.200}")
         if wanted is float and not is_null:
-            fields[name] = float(fields[name])
+            fields[name] = check_number(name, fields[name], zero=name in ("rms_norm_eps", "initializer_range"))
+    for name in ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"):
+        if fields.get(name) is not None:
+            check_number(name, fields[name])
+    for name in ("rope_scaling", "rope_parameters"):
+        check_object(name, fields[name])
     for name in (*COUNTS, "num_key_value_heads", "head_dim"):
-        if fields[name] is not None and not (isinstance(fields[name], int) and fields[name] > 0):
-            raise ValueError(f"{name} in config.json must be a positive integer, not {fields[name]!r}")
+        if fields[name] is not None and not (type(fields[name]) is int and fields[name] > 0):
+            raise ValueError(f"{name} in config.json must be a positive integer, not {fields[name]!r:.200}")
+    if fields["num_hidden_layers"] > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers in config.json is {fields['num_hidden_layers']:,}, which no model has")
     return fields
+
+
+def _says_nothing(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
+    """Whether a field that the family does not read leaves the computation as it is.
+
+    Args:
+        name: the field's.
+        value: its own.
+        hf_config: all fields.
+    """
+    if value is None or name in HARMLESS:
+        return True
+    if name in ALWAYS_ON.get(hf_config["model_type"], ()):
+        return value is True
+    if name in HARMLESS_AT:
+        off = HARMLESS_AT[name]
+        return value == off and isinstance(value, bool) == isinstance(off, bool)
+    # Of windows that are switched off, the sizes are often left in.
+    if name in ("sliding_window", "max_window_layers", "sliding_window_size"):
+        return hf_config.get("use_sliding_window") is False
+    if name == "layer_types":
+        no_window = hf_config["model_type"] == "llama" or hf_config.get("sliding_window", 0) is None
+        return no_window and value == ["full_attention"] * hf_config["num_hidden_layers"]
+    return False
 
 
 def _layer_types(fields: Fields, family: Family) -> tuple[str, ...]:
     """The kind of each layer: the config's list where there is one, else the family's rule."""
     num_layers = fields["num_hidden_layers"]
     kinds = fields.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ValueError(f"layer_types in config.json must be a list of names, not {kinds!r:.200}")
     if kinds is None:
         sliding = (family.is_sliding(fields, layer) for layer in range(num_layers))
         kinds = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in sliding]
@@ -318,55 +336,9 @@ def _layer_types(fields: Fields, family: Family) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"layer_types has {unknown}; supported are {' and '.join(LAYER_TYPES)}")
     window = fields["sliding_window"] if fields.get("use_sliding_window", True) and "sliding_window" in fields else None
-    if "sliding_attention" in kinds and not (isinstance(window, int) and window > 0):
+    if "sliding_attention" in kinds and not (type(window) is int and window > 0):
         raise ValueError(
             f"config.json has sliding_attention layers but no window: sliding_window={fields['sliding_window']!r}, "
             f"use_sliding_window={fields.get('use_sliding_window', True)!r}"
         )
     return tuple(kinds)
-
-
-def _ropes(fields: Fields, family: Family) -> dict[str, Rope]:
-    """The rotary frequencies of each kind of layer, from either spelling."""
-    old: dict[str, Any] = {"rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or {})}
-    new = fields["rope_parameters"] or {}
-    if family.local_theta is None:
-        rope = _rope(old, new, "rope_parameters", family.theta)
-        return {"full_attention": rope, "sliding_attention": rope}
-    # transformers 5.0 puts these two beside the kinds of layers, where they say nothing.
-    says_nothing = {"rope_type": "default", "rope_theta": None}
-    unknown = sorted(n for n in set(new) - set(LAYER_TYPES) if n not in says_nothing or new[n] != says_nothing[n])
-    if unknown:
-        raise ValueError(f"rope_parameters has {unknown}; expected are {' and '.join(LAYER_TYPES)}")
-    full = new.get("full_attention") or {}
-    local = new.get("sliding_attention") or {}
-    local_old = {"rope_theta": fields["rope_local_base_freq"]}
-    return {
-        "full_attention": _rope(old, full, "rope_parameters.full_attention", family.theta),
-        "sliding_attention": _rope(local_old, local, "rope_parameters.sliding_attention", family.local_theta),
-    }
-
-
-def _rope(old: Fields, new: Fields, where: str, theta: float) -> Rope:
-    """One set of rotary frequencies; ``old`` and ``new`` are the two spellings, of which either may be empty."""
-    merged: dict[str, Any] = {}
-    for parameters in (old, new):
-        for name, value in parameters.items():
-            name = "rope_type" if name == "type" else name
-            if value is None:
-                continue
-            if merged.setdefault(name, value) != value:
-                raise ValueError(f"config.json gives {name} twice, as {merged[name]!r} and {value!r} ({where})")
-    kind = merged.pop("rope_type", "default")
-    if kind not in ROPE_FIELDS:
-        raise ValueError(
-            f"rope scaling {kind!r} is not implemented ({where}); implemented are {', '.join(ROPE_FIELDS)}"
-        )
-    if merged.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is not implemented ({where})")
-    merged.setdefault("rope_theta", theta)
-    names = ROPE_FIELDS[kind]
-    missing, unknown = sorted(set(names.values()) - set(merged)), sorted(set(merged) - set(names.values()))
-    if missing or unknown:
-        raise ValueError(f"rope scaling {kind!r} ({where}) lacks {missing} and has {unknown}, which it does not read")
-    return Rope(kind=kind, **{name: float(merged[hf_name]) for name, hf_name in names.items()})

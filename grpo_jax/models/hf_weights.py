@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
 from grpo_jax.models.transformer import param_shapes
 from grpo_jax.types import Params
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+TABLE_SUFFIX = "embed_tokens.weight"
+QUANTIZED = re.compile(
+    r"\.(weight_scale(_inv)?|weight_packed|weight_zero_point|qweight|qzeros|g_idx|SCB|scales|absmax|quant_map)$|"
+    r"\.weight\.(absmax|quant_map|quant_state\..*)$"
+)
+# Pages of a file count as this process's memory until the file is closed.
+BYTES_PER_OPENING = 64 * 2**20
 
 TOP_MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "score": "score"}
 BLOCK_MODULES = {
@@ -105,54 +113,13 @@ def key_table(config: DecoderConfig) -> dict[str, Entry]:
     return table
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as its file's header describes it."""
 
-    Raises:
-        ValueError: if it holds something else; the message names the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or the single one.
-
-    Raises:
-        FileNotFoundError: if there are none, if only pickled weights are there, or if the index names files that are
-            not there.
-    """
-    if (folder / INDEX_FILE).is_file():
-        files = sorted({folder / name for name in read_json(folder / INDEX_FILE).get("weight_map", {}).values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its {INDEX_FILE} names")
-        return files
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    found = sorted(path.name for path in folder.iterdir())
-    refuse_pickled(folder, found)
-    raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it has {found or 'nothing'}")
-
-
-def refuse_pickled(where: Path | str, names: Iterable[str]) -> None:
-    """Raise if any of the files is pickled weights.
-
-    Raises:
-        FileNotFoundError: some are; the error names them and says how to convert them.
-    """
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-    if pickled:
-        raise FileNotFoundError(
-            f"{where} has pickled weights ({', '.join(pickled)}), which can run code when they are read and are "
-            "refused. Convert them where you trust them: transformers.AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder) writes safetensors"
-        )
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def load_params(
@@ -170,65 +137,201 @@ def load_params(
     Raises:
         FileNotFoundError: see ``weight_files``.
         ValueError: one for all tensors that are missing, surplus, of another shape or of a dtype other than float32,
-            bfloat16 and float16; and for a file that is damaged.
+            bfloat16 and float16; one for all that hold NaN or infinity, in the file or in ``param_dtype``; for an
+            ``lm_head.weight`` other than the embedding that it is tied to; and for a file that is damaged.
     """
+    stored = read_headers(weight_files(folder))
+    check_num_layers(folder, stored, config.num_layers)
     table = key_table(config)
+    names = {path: _stored_name(entry, stored) for path, entry in table.items()}
+    _check_tensors(folder, {names[path]: entry for path, entry in table.items()}, stored, config)
+    if config.tie_word_embeddings and not config.scalar_head:
+        _check_tied_head(folder, stored, names["embed/embedding"])
     shapes = param_shapes(config, param_dtype)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placement: dict[str, Any] = dict.fromkeys(table, device)
     else:
         placement = _flatten(shardings(shapes))
-    with ExitStack() as stack:
-        tensors = _open(stack, weight_files(folder))
-        _check_tensors(folder, table, tensors, tied=config.tie_word_embeddings)
-        params = {
-            path: _load(tensors[entry.name], entry, placement[path], np.dtype(param_dtype))
-            for path, entry in table.items()
-        }
+    params: dict[str, Any] = dict.fromkeys(table)
+    not_finite: dict[str, str] = {}
+    for file, paths in _openings(table, names, stored):
+        with _open(file) as opened:
+            for path in paths:
+                tensor = opened.get_slice(names[path])
+                params[path], problem = _load(tensor, table[path], placement[path], np.dtype(param_dtype))
+                if problem:
+                    not_finite[path] = f"{names[path]}: {problem}"
+    if not_finite:
+        listed = cut([not_finite[path] for path in table if path in not_finite], separator="\n  ")
+        raise ValueError(
+            f"{len(not_finite)} of {len(table)} tensors in {folder} hold NaN or infinity, so the model computes "
+            f"nothing; use an earlier checkpoint:\n  {listed}"
+        )
     return unflatten_dict(params, sep="/")
 
 
-def _open(stack: ExitStack, files: Iterable[Path]) -> dict[str, Any]:
-    """A handle on each stored tensor, from which slices can be read while the stack is open."""
-    tensors = {}
+def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
+    """What each tensor is, by its name.
+
+    Raises:
+        ValueError: for a damaged file, and for a tensor that two files have.
+    """
+    stored: dict[str, Stored] = {}
     for file in files:
-        try:
-            opened = stack.enter_context(safe_open(file, framework="np"))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch or export it again") from error
-        tensors.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118
-    return tensors
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name in stored:
+                    raise ValueError(f"both {stored[name].file} and {file.name} have {name}; keep one of the files")
+                tensor = opened.get_slice(name)
+                stored[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+    return stored
 
 
-def _check_tensors(folder: Path, table: Mapping[str, Entry], tensors: Mapping[str, Any], *, tied: bool) -> None:
-    expected = {entry.name: entry.stored_shape for entry in table.values()}
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
-    for name, tensor in sorted(tensors.items()):
-        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        opened = safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch or export it again") from error
+    with opened as entered:
+        yield entered
+
+
+def _openings(
+    table: Mapping[str, Entry], names: Mapping[str, str], stored: Mapping[str, Stored]
+) -> Iterator[tuple[Path, list[str]]]:
+    """Parameters to read from a file while it is open, the largest first: so that little is held beside them."""
+
+    def size(path: str) -> int:
+        return math.prod(table[path].shape) * (4 if stored[names[path]].dtype == "F32" else 2)
+
+    order = sorted(table, key=lambda path: (str(stored[names[path]].file), -size(path)))
+    batch: list[str] = []
+    for path in order:
+        same_file = bool(batch) and stored[names[batch[0]]].file == stored[names[path]].file
+        if batch and (not same_file or sum(map(size, batch)) + size(path) > BYTES_PER_OPENING):
+            yield stored[names[batch[0]]].file, batch
+            batch = []
+        batch.append(path)
+    if batch:
+        yield stored[names[batch[0]]].file, batch
+
+
+def _stored_name(entry: Entry, stored: Mapping[str, Stored]) -> str:
+    """The tensor's name; what a model without a head writes has no ``model.`` before it."""
+    return entry.name.removeprefix("model.") if TABLE_SUFFIX in stored else entry.name
+
+
+def check_num_layers(folder: Path, stored: Iterable[str], num_layers: Any) -> None:
+    """Compare the number of layers with those that the weights have.
+
+    Raises:
+        ValueError: if it is greater than theirs, or theirs are complete and it is smaller.
+    """
+    layers = {int(match[1]) for name in stored if (match := LAYER.search(name))}
+    count = max(layers, default=-1) + 1
+    if layers and (num_layers > count or (num_layers < count == len(layers))):
+        raise ValueError(
+            f"num_hidden_layers in {folder / 'config.json'} is {num_layers:,}, but the weights beside it have "
+            f"{count:,} layers; they belong to another config, or are not complete"
+        )
+
+
+def _check_tensors(
+    folder: Path, expected: Mapping[str, Entry], stored: Mapping[str, Stored], config: DecoderConfig
+) -> None:
+    quantized = [name for name in stored if QUANTIZED.search(name)]
+    if quantized:
+        raise ValueError(
+            f"the weights in {folder} are quantized (they have {cut(quantized, 3)}), and quantized weights cannot be "
+            "trained; use the model's float32, bfloat16 or float16 checkpoint"
+        )
+    if not any(name in stored for name in expected if LAYER.search(name)):
+        raise ValueError(
+            f"the weights in {folder} are named otherwise than its config.json calls for: {_naming(stored)}"
+        )
+    problems = [f"missing: {name} {entry.stored_shape}" for name, entry in expected.items() if name not in stored]
+    for name, tensor in sorted(stored.items()):
         if name not in expected:
-            if not (name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")):
-                problems.append(f"surplus: {name} {shape}")
-        elif shape != expected[name]:
-            problems.append(f"misshapen: {name} is {shape}, not {expected[name]}")
-        elif dtype not in STORED_DTYPES:
-            problems.append(f"dtype: {name} is {dtype}, not one of {', '.join(STORED_DTYPES)}")
+            is_head = config.tie_word_embeddings and name == "lm_head.weight"
+            if not (name.endswith("rotary_emb.inv_freq") or is_head):
+                problems.append(f"surplus: {name} {tensor.shape}")
+        elif tensor.shape != expected[name].stored_shape:
+            problems.append(f"misshapen: {name} is {tensor.shape}, not {expected[name].stored_shape}")
+        elif tensor.dtype not in STORED_DTYPES:
+            problems.append(f"dtype: {name} is {tensor.dtype}, not one of {', '.join(STORED_DTYPES)}")
     if problems:
-        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(problems))
+        listed = cut(problems, 20, separator="\n  ")
+        raise ValueError(f"the weights in {folder} do not fit its config.json:\n  {listed}")
 
 
-def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.dtype) -> jax.Array:
-    read = {}
+def _naming(stored: Mapping[str, Stored]) -> str:
+    """How tensors are named instead, and what would do."""
+    tables = [name for name in stored if name.endswith(TABLE_SUFFIX)]
+    prefix = tables[0].removesuffix(TABLE_SUFFIX) if tables else ""
+    if "language_model." in prefix:
+        return (
+            f"their prefix is {prefix!r}, that of the language model inside a multimodal one; load that with "
+            "transformers and save its text model alone"
+        )
+    if prefix.endswith("model.") and prefix != "model.":
+        wrapper = prefix.removesuffix("model.")
+        return (
+            f"{wrapper!r} stands before each name, as a wrapper for training or compiling (DDP, FSDP, DeepSpeed, "
+            "torch.compile, PEFT) puts it there; save the model inside the wrapper, by its save_pretrained"
+        )
+    return f"they are {cut(sorted(stored), 3)}; convert them to the names that transformers writes for this model_type"
+
+
+def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str) -> None:
+    head = stored.get("lm_head.weight")
+    if head is None:
+        return
+    equal = head.shape == stored[table].shape
+    if equal:
+        with _open(head.file) as file, _open(stored[table].file) as other:
+            heads, tables, rows = file.get_slice("lm_head.weight"), other.get_slice(table), head.shape[0]
+            step = max(1, BYTES_PER_OPENING // (4 * head.shape[1]))
+            parts = (slice(row, min(row + step, rows)) for row in range(0, rows, step))
+            equal = all(np.array_equal(heads[part], tables[part].astype(heads[part].dtype)) for part in parts)
+    if not equal:
+        raise ValueError(
+            f"tie_word_embeddings in {folder / 'config.json'} is true (where it is missing, by the family's default), "
+            f"but the weights have an lm_head.weight that differs from {table}: set it to false to use that head, or "
+            "delete lm_head.weight from the weights to use the embedding"
+        )
+
+
+def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.dtype) -> tuple[jax.Array, str | None]:
+    """A parameter on its devices, and how many of its local values are not finite, if any."""
+    read, counts = {}, []
 
     def local_slice(index: Any) -> np.ndarray:
         ranges = tuple(range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=True))
         if ranges not in read:
-            read[ranges] = read_slice(tensor, entry, ranges).astype(dtype, copy=False)
+            part = read_slice(tensor, entry, ranges)
+            with np.errstate(over="ignore"):  # found below
+                read[ranges] = part.astype(dtype, copy=False)
+            if not (is_finite(part) and (part.dtype == dtype or is_finite(read[ranges]))):
+                counts.append(np.count_nonzero(~np.isfinite(read[ranges].astype(np.float32))))
         return read[ranges]
 
     array = jax.make_array_from_callback(entry.shape, sharding, local_slice, dtype)
     # Transfers run behind; without waiting, the host would hold many tensors.
-    return array.block_until_ready()
+    array.block_until_ready()
+    return array, f"{sum(counts):,} of {array.size:,} in {dtype.name}" if counts else None
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Whether no entry is NaN or infinite; of a floating-point array of 2 or 4 bytes, without a temporary copy."""
+    if x.size == 0:
+        return True
+    # Read as integers, finite numbers come before infinity and NaN, the negative ones after all positive ones.
+    unsigned, signed = np.dtype(f"u{x.dtype.itemsize}"), np.dtype(f"i{x.dtype.itemsize}")
+    positive, negative = (np.asarray(value, x.dtype).view(unsigned) for value in (np.inf, -np.inf))
+    bits = x.view(unsigned)
+    return bool(bits.max() < negative and bits.view(signed).max() < positive.view(signed))
 
 
 def read_slice(tensor: Any, entry: Entry, ranges: tuple[range, ...]) -> np.ndarray:
@@ -316,4 +419,4 @@ def check_params(params: Params, config: DecoderConfig) -> None:
         elif param.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             problems.append(f"dtype: {path} is {param.dtype}, not one of float32, bfloat16, float16")
     if problems:
-        raise ValueError("the parameters do not fit the config:\n  " + "\n  ".join(problems))
+        raise ValueError("the parameters do not fit the config:\n  " + cut(problems, 20, separator="\n  "))

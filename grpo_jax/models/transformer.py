@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -205,6 +206,7 @@ def build_model(
         join_columns,
         config.logit_softcap,
         max_length=config.max_position_embeddings,
+        rope_switch_length=config.rope_switch_length,
     )
 
 
@@ -241,6 +243,10 @@ def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any, deviation: 
 
 def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
     """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array; nothing is computed."""
-    module = Decoder(config, param_dtype=param_dtype)
+    # One layer is traced for all, which have the same parameters.
+    first = replace(config, num_layers=1, windows=config.windows[:1], ropes=config.ropes[:1])
+    module = Decoder(first if config.num_layers else config, param_dtype=param_dtype)
     one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
-    return jax.eval_shape(partial(module.init, method=Decoder.declare), jax.random.key(0), *one_token)["params"]
+    shapes = jax.eval_shape(partial(module.init, method=Decoder.declare), jax.random.key(0), *one_token)["params"]
+    layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf, shapes["layers_0"]) for i in range(config.num_layers)}
+    return {**shapes, **layers}

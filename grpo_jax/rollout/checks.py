@@ -34,7 +34,7 @@ def check_prompts(
     Raises:
         ValueError: a prompt without tokens or with padding after them, a token id or an ending one outside the
             vocabulary, two prompts with one ``index``, or a prompt that has no room for a completion in the model's
-            positions.
+            positions, or below the length at which its rotary frequencies change.
     """
     V = jax.eval_shape(model.head, params).shape[0]
     outside = [each for each in eos_ids if not 0 <= each < V]
@@ -69,4 +69,12 @@ def check_prompts(
             f"prompt {n} has {lengths[n]} tokens: with a completion of up to {T} it does not fit the model's "
             f"{max_length} positions; shorten it"
             + (f", or set max_completion_length to at most {max_length - lengths[n]}" * bool(lengths[n] < max_length))
+        )
+    switch = model.rope_switch_length
+    if switch is not None and lengths.max(initial=0) + T > switch:
+        n = int(lengths.argmax())
+        raise ValueError(
+            f"prompt {n} has {lengths[n]} tokens: with a completion of up to {T} it may pass the {switch} tokens after "
+            "which this model's rotary frequencies change, in the middle of a completion; load the model with "
+            f"rope_length={max_length or lengths[n] + T} (--rope-length), which chooses them once for all sequences"
         )

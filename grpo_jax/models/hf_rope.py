@@ -1,0 +1,183 @@
+"""The rotary frequencies that a Hugging Face ``config.json`` describes, in either of its spellings."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.models.config import Rope
+from grpo_jax.models.hf_fields import LAYER_TYPES, check_number, check_object
+
+Fields = Mapping[str, Any]
+
+# What each kind must have besides its base, and what it may have.
+ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
+    "yarn": (set(), {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    "longrope": ({"short_factor", "long_factor"}, {"factor", "attention_factor"}),
+}
+WITH_ORIGINAL = ("llama3", "yarn", "longrope")
+
+
+def read_ropes(fields: Fields, theta: float, local_theta: float | None, head_dim: int) -> dict[str, Rope]:
+    """The rotary frequencies of each kind of layer, from either spelling.
+
+    Args:
+        fields: of the config, defaults filled in.
+        theta: the base where the config gives none.
+        local_theta: the same for sliding layers; None if they have no base of their own.
+        head_dim: components of a head.
+
+    Raises:
+        ValueError: for a kind that is not implemented, a value that is missing, impossible or given twice, and a field
+            that the kind does not read.
+    """
+    scaling, new = fields["rope_scaling"] or {}, fields["rope_parameters"] or {}
+    old: dict[str, Any] = {"rope_theta": fields["rope_theta"], **scaling}
+    sizes = {name: fields[name] for name in ("max_position_embeddings", "original_max_position_embeddings")}
+    sizes["head_dim"] = head_dim
+    if local_theta is None:
+        rope = _read_rope(old, new, "rope_parameters", theta, sizes)
+        return {"full_attention": rope, "sliding_attention": rope}
+    if scaling.get("type", "default") != "default" and "rope_type" not in scaling:
+        raise ValueError(
+            f"rope_scaling in config.json names its kind as type={scaling['type']!r}, which transformers does not read "
+            "in this family (it would scale nothing); write rope_type instead, or remove rope_scaling"
+        )
+    # transformers 5.0 puts these two beside the kinds of layers, where they say nothing.
+    says_nothing = {"rope_type": "default", "rope_theta": None}
+    unknown = sorted(n for n in set(new) - set(LAYER_TYPES) if n not in says_nothing or new[n] != says_nothing[n])
+    if unknown:
+        raise ValueError(f"rope_parameters has {unknown}; expected are {' and '.join(LAYER_TYPES)}")
+    for kind in LAYER_TYPES:
+        check_object(f"rope_parameters.{kind}", new.get(kind))
+    full, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
+    local_old = {"rope_theta": fields["rope_local_base_freq"]}
+    return {
+        "full_attention": _read_rope(old, full, "rope_parameters.full_attention", theta, sizes),
+        "sliding_attention": _read_rope(local_old, local, "rope_parameters.sliding_attention", local_theta, sizes),
+    }
+
+
+def _read_rope(old: Fields, new: Fields, where: str, theta: float, sizes: Fields) -> Rope:
+    """One set of rotary frequencies; ``old`` and ``new`` are the two spellings, of which either may be empty."""
+    merged: dict[str, Any] = {}
+    for parameters in (old, new):
+        for name, value in parameters.items():
+            name = "rope_type" if name == "type" else name
+            if value is None:
+                continue
+            first = merged.setdefault(name, value)
+            if first is not value and first != value:
+                raise ValueError(f"config.json gives {name} twice, as {merged[name]!r} and {value!r} ({where})")
+    kind: Any = merged.pop("rope_type", "default")
+    if kind not in [*ROPE_FIELDS]:
+        raise ValueError(
+            f"rope scaling {kind!r} is not implemented ({where}); implemented are {', '.join(ROPE_FIELDS)}"
+        )
+    if merged.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor is not implemented ({where})")
+    base = check_number(f"rope_theta ({where})", merged.pop("rope_theta", theta))
+    original = _original_length(kind, merged, where, sizes)
+    _drop_what_is_not_read(kind, merged, where)
+    required, optional = ROPE_FIELDS[kind]
+    missing, unknown = sorted(required - set(merged)), sorted(set(merged) - required - optional)
+    if missing or unknown:
+        raise ValueError(f"rope scaling {kind!r} ({where}) lacks {missing} and has {unknown}, which it does not read")
+    numbers: dict[str, Any] = {
+        name: check_number(f"{name} ({where})", value)
+        for name, value in merged.items()
+        if name not in ("short_factor", "long_factor", "truncate")
+    }
+    if kind in ("default", "linear"):
+        return Rope(base, kind, **numbers)
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise ValueError(f"low_freq_factor in config.json must be less than high_freq_factor ({where})")
+    if kind in ("llama3", "dynamic"):
+        return Rope(base, kind, original_max_positions=original, **numbers)
+    factor = numbers["factor"] if "factor" in numbers else sizes["max_position_embeddings"] / original
+    if kind == "yarn":
+        return _read_yarn(base, factor, numbers, merged.get("truncate", True), original, where)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    count = sizes["head_dim"] // 2
+    return Rope(
+        base,
+        kind,
+        factor,
+        original_max_positions=original,
+        attention_factor=numbers.get("attention_factor", attention),
+        short_factor=_pairs("short_factor", merged["short_factor"], count),
+        long_factor=_pairs("long_factor", merged["long_factor"], count),
+    )
+
+
+def _original_length(kind: str, merged: dict[str, Any], where: str, sizes: Fields) -> float:
+    """The length before scaling; taken out of the parameters."""
+    longest, beside = sizes["max_position_embeddings"], sizes["original_max_position_embeddings"]
+    inside = merged.pop("original_max_position_embeddings", None)
+    given = [value for value in (inside, beside) if value is not None]
+    if kind in WITH_ORIGINAL:
+        if len(given) == 2 and given[0] != given[1]:
+            raise ValueError(
+                f"config.json gives original_max_position_embeddings twice, as {given[0]!r} and {given[1]!r} ({where})"
+            )
+        if kind == "llama3" and not given:
+            raise ValueError(f"rope scaling 'llama3' ({where}) lacks original_max_position_embeddings")
+        return check_number(f"original_max_position_embeddings ({where})", given[0] if given else longest)
+    if kind == "dynamic" and inside is not None and inside != longest:
+        raise ValueError(
+            f"rope scaling 'dynamic' ({where}) begins beyond max_position_embeddings={longest}, as in transformers, "
+            f"and does not read original_max_position_embeddings={inside!r}; make them equal"
+        )
+    return float(longest)
+
+
+def _drop_what_is_not_read(kind: str, merged: dict[str, Any], where: str) -> None:
+    if kind == "default" and merged.get("factor") == 1:
+        del merged["factor"]
+    merged.pop("finetuned", None)
+    if kind == "yarn" and "attn_factor" in merged:
+        logging.getLogger(__name__).warning(
+            "attn_factor=%s (%s) is not read, as in transformers; vLLM multiplies the attention factor by it. To "
+            "compute what vLLM does, set attention_factor to the product",
+            merged.pop("attn_factor"),
+            where,
+        )
+
+
+def _read_yarn(
+    base: float, factor: float, numbers: Mapping[str, float], truncate: Any, original: float, where: str
+) -> Rope:
+    if not isinstance(truncate, bool):
+        raise ValueError(f"truncate in config.json must be true or false, not {truncate!r:.200} ({where})")
+    if base == 1:
+        raise ValueError(f"rope_theta in config.json must differ from 1 with rope scaling 'yarn' ({where})")
+
+    def scale(mscale: float = 1.0) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = scale()
+    if "mscale" in numbers and "mscale_all_dim" in numbers:
+        attention = scale(numbers["mscale"]) / scale(numbers["mscale_all_dim"])
+    return Rope(
+        base,
+        "yarn",
+        factor,
+        original_max_positions=original,
+        attention_factor=numbers.get("attention_factor", attention),
+        beta_fast=numbers.get("beta_fast", 32.0),
+        beta_slow=numbers.get("beta_slow", 1.0),
+        truncate=truncate,
+    )
+
+
+def _pairs(name: str, values: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(values, list) or len(values) != count:
+        found = f"{len(values)} entries" if isinstance(values, list) else f"{values!r:.200}"
+        raise ValueError(f"{name} in config.json must be a list of {count} (head_dim / 2) numbers, not {found}")
+    return tuple(check_number(f"{name}[{i}]", value) for i, value in enumerate(values))
