@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grpo_jax.command import run_command
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
 from grpo_jax.data.layouts import kind_of
@@ -213,4 +214,4 @@ def print_report(report: dict[str, Any], examples: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    sys.exit(run_command(Config, main, description=__doc__))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from grpo_jax.models.hf_weights import read_json
+from grpo_jax.models.hf_files import read_json
 
 
 def num_positions(name_or_folder: str | Path) -> int | None:
