@@ -256,6 +256,7 @@ def train(config: Config, run: Run) -> None:
                 samples, scores = judged(prompts, completions, judge, config.eval_samples)
                 metrics |= {"eval/judge": float(np.mean(scores))} if scores else {}
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
+        check_finite(metrics, step, run)
         run.log({"step": step, **metrics})
         return metrics
 

@@ -186,6 +186,7 @@ def train(config: Config, run: Run) -> None:
                 phase.update(sum(map(len, scores)))
                 run.stop_if_requested()
         metrics = accuracy_and_calibration(np.concatenate(scores))
+        check_finite(metrics, step, run)
         run.log({"step": step, **metrics})
         return metrics
 

@@ -188,6 +188,7 @@ def train(config: Config, run: Run) -> None:
                 phase.update(len(held_out_batches) + len(prompts))
                 samples = as_samples(prompts, completions, config.eval_samples)
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
+        check_finite(metrics, step, run)
         run.log({"step": step, **metrics})
         return metrics
 

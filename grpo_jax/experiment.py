@@ -438,10 +438,10 @@ def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]
 
 
 def check_finite(metrics: Mapping[str, float], step: int, run: Run) -> None:
-    """Stop a run whose updates gave a loss, gradient or other metric that is not finite, before the step is saved.
+    """Stop a run whose updates or evaluation gave a loss, gradient or other metric that is not finite.
 
     Args:
-        metrics: those of the step's updates.
+        metrics: those of the step's updates, before it is saved, or of an evaluation.
         step: its number.
         run: whose complete checkpoints the error lists.
 
@@ -451,6 +451,6 @@ def check_finite(metrics: Mapping[str, float], step: int, run: Run) -> None:
     broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
     if broken:
         raise FloatingPointError(
-            f"step {step}: {', '.join(f'{name} is {value}' for name, value in broken.items())}. Nothing of this step "
-            f"was saved; complete checkpoints: {run.checkpoints.steps()}"
+            f"step {step}: {', '.join(f'{name} is {value}' for name, value in broken.items())}. The run ends here; "
+            f"complete checkpoints: {run.checkpoints.steps()}"
         )

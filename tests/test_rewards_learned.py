@@ -111,6 +111,14 @@ def test_what_has_no_score(tiny_reward):
     assert [score is None for score in scores] == [False, True, True]
 
 
+def test_a_score_that_is_not_finite_is_an_error(tiny_reward):
+    model, params = tiny_reward
+    broken = {**params, "score": {"kernel": params["score"]["kernel"] * np.float32(np.nan)}}
+    reward = LearnedReward(model, broken, tiny_tokenizer(), max_length=16, batch_size=2)
+    with pytest.raises(ValueError, match=r"reward 'model' raised FloatingPointError: .* not finite"):
+        weighted({"model": reward}, {"model": 1.0})([""], ["w5"])
+
+
 def test_what_is_no_reward_model_is_refused(tiny_reward, tiny):
     with pytest.raises(ValueError, match="gives 32 numbers for each position"):
         LearnedReward(*tiny, tiny_tokenizer(), max_length=4)

@@ -82,7 +82,11 @@ class LearnedReward:
         self._score = jax.jit(partial(sequence_scores, model))
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """The score of each; None for a text without tokens, or with too many."""
+        """The score of each; None for a text without tokens, or with too many.
+
+        Raises:
+            FloatingPointError: a score is NaN or infinite.
+        """
         if not completions:
             return []
         token_ids = self._encode(prompts, completions, columns)
@@ -91,7 +95,10 @@ class LearnedReward:
         order = [i for i in np.argsort([len(ids) for ids in token_ids]) if 0 < len(token_ids[i]) <= self._max_length]
         for first in range(0, len(order), self._batch_size):
             rows = order[first : first + self._batch_size]
-            for row, score in zip(rows, self._batch([token_ids[row] for row in rows]), strict=True):
+            batch = self._batch([token_ids[row] for row in rows])
+            if not np.isfinite(batch).all():
+                raise FloatingPointError("the reward model gave a score that is not finite")
+            for row, score in zip(rows, batch, strict=True):
                 scores[row] = float(score)
         return scores
 

@@ -21,6 +21,7 @@ from grpo_jax.rewards.final_answer import Answer, as_node
 from grpo_jax.rewards.forms import FORMS, formulas, has_form
 from grpo_jax.rewards.intervals import Piece
 from grpo_jax.rewards.latex import UNIT_VECTORS
+from grpo_jax.rewards.numbers import numeric_value
 from grpo_jax.rewards.read_math import as_interval, read_answer
 from grpo_jax.rewards.symbolic import agree, constant_ratio
 from grpo_jax.rewards.units import is_cents, read_unit
@@ -132,6 +133,9 @@ def stands_in_question(question: str, gold: str) -> bool:
         question: the text of the problem.
         gold: the final gold answer.
     """
+    value = numeric_value(gold)
+    if value is not None:  # by far the most frequent kind, and a hundred times as fast
+        return any(numeric_value(formula) == value for formula in formulas(question))
     right = read_answer(gold)
     if right is None:
         return False
