@@ -110,14 +110,22 @@ CASES = {
 
 def torch_model(case, seed=0):
     """A random torch model in float32, attention written out."""
-    import torch
     import transformers
 
     class_name, fields = CASES[case]
-    config = getattr(transformers, class_name)(**SMALL | fields)
+    return random_torch_model(getattr(transformers, class_name)(**SMALL | fields), seed)
+
+
+def random_torch_model(config, seed=0):
+    """The same for a config of transformers."""
+    import torch
+    import transformers
+
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    neutral = 0.0 if class_name.startswith("Gemma") else 1.0
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    neutral = 0.0 if config.model_type.startswith("gemma") else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:

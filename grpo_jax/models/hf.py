@@ -28,6 +28,8 @@ from grpo_jax.types import Model, Params
 
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
 NO_SUBFOLDERS = ["*/*"]
+# Anything that could belong to a tokenizer; which files do, and suffice, read_tokenizer decides.
+TOKENIZER_NAME = re.compile(r"token|vocab|merges|spiece|sentencepiece|tekken|bpe", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # More than any published decoder has; such a config is compared with the weights before anything is made of it.
 MANY_LAYERS = 1000
@@ -196,6 +198,8 @@ def _read_optional(path: Path) -> dict[str, Any] | None:
 
 
 def _read_tokenizer(folder: Path, num_rows: int) -> Any | None:
+    if not any(TOKENIZER_NAME.search(path.name) for path in folder.iterdir()):
+        return None
     # Imported late, because with it comes torch wherever that is installed, which takes seconds.
     from grpo_jax.models.tokenizers import read_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -243,10 +243,15 @@ def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any, deviation: 
 
 def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
     """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array; nothing is computed."""
-    # One layer is traced for all, which have the same parameters.
-    first = replace(config, num_layers=1, windows=config.windows[:1], ropes=config.ropes[:1])
-    module = Decoder(first if config.num_layers else config, param_dtype=param_dtype)
-    one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
-    shapes = jax.eval_shape(partial(module.init, method=Decoder.declare), jax.random.key(0), *one_token)["params"]
+    first = replace(config, num_layers=min(config.num_layers, 1), windows=config.windows[:1], ropes=config.ropes[:1])
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), _shapes_of_one_layer(first))
     layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf, shapes["layers_0"]) for i in range(config.num_layers)}
     return {**shapes, **layers}
+
+
+@lru_cache(maxsize=8)
+def _shapes_of_one_layer(config: DecoderConfig) -> Any:
+    """The tree of a decoder with one layer, which is traced for all: they have the same parameters."""
+    one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
+    init = partial(Decoder(config).init, method=Decoder.declare)
+    return jax.eval_shape(init, jax.random.key(0), *one_token)["params"]
