@@ -75,8 +75,9 @@ def test_a_model_needs_a_position_for_every_token(policy):
     check_length(128, policy, "max_length")
     with pytest.raises(ValueError, match="max_length is 129, and the model has 128 positions"):
         check_length(129, policy, "max_length")
-    unlimited = {name: value for name, value in policy.hf_config.items() if name != "max_position_embeddings"}
-    check_length(129, replace(policy, hf_config=unlimited), "max_length")
+    check_length(129, replace(policy, model=replace(policy.model, max_length=None)), "max_length")
+    with pytest.raises(ValueError, match="max_length is 65, and sequences of more than 64 tokens .* --rope-length 65"):
+        check_length(65, replace(policy, model=replace(policy.model, rope_switch_length=64)), "max_length")
 
 
 def test_rows_divide_over_the_devices_that_share_a_batch():
