@@ -76,7 +76,7 @@ def test_a_model_needs_a_position_for_every_token(policy):
     with pytest.raises(ValueError, match="max_length is 129, and the model has 128 positions"):
         check_length(129, policy, "max_length")
     check_length(129, replace(policy, model=replace(policy.model, max_length=None)), "max_length")
-    with pytest.raises(ValueError, match="max_length is 65, and sequences of more than 64 tokens .* --rope-length 65"):
+    with pytest.raises(ValueError, match=r"max_length is 65, and sequences of more than 64 tokens .* --rope-length 65"):
         check_length(65, replace(policy, model=replace(policy.model, rope_switch_length=64)), "max_length")
 
 
