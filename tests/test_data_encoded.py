@@ -137,7 +137,12 @@ def test_what_held_out_completions_are_worth_where_nothing_is_right(tokenizer):
         return decode_completions(tokenizer, rollout, (EOS,))
 
     metrics = held_out_rewards(encoded, drawn, decode, score, group_size=2)
-    assert metrics == {"eval/reward": pytest.approx((1 + 2 + 1 + 1 + 3) / 5), "eval/mean_length": pytest.approx(14 / 6)}
+    of_problems = [1.5, 1.0, 2.0]  # means over the samples that have a reward
+    assert metrics == {
+        "eval/reward": pytest.approx((1 + 2 + 1 + 1 + 3) / 5),
+        "eval/reward_stderr": pytest.approx(np.std(of_problems, ddof=1) / 3**0.5),
+        "eval/mean_length": pytest.approx(14 / 6),
+    }
     assert [row[0] for row in seen] == [encoded.texts[place] for place in (2, 2, 0, 0, 1, 1)]
     assert [row[1] for row in seen] == ["6", "66", "3", "", "8", "222"]
     assert [row[2] for row in seen] == [2, 3, 2, 1, 2, 4]  # with the ending token

@@ -133,6 +133,14 @@ def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path, monke
     config = real(tmp_path)
     asked = {"kind": "chat", "system_prompt": "Think."}
     monkeypatch.setattr(r1, "read_provenance", lambda folder: {"prompt_format": asked})
+    record = r1.rejection_sampling.main
+
+    def drawn(config):
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / r1.PROVENANCE).touch()
+        return record(config)
+
+    monkeypatch.setattr(r1.rejection_sampling, "main", drawn)
     assert r1.main(config) == 0
     assert [each.model for name, each in stages if name != "evaluate"] == [
         "org/model",

@@ -235,7 +235,8 @@ def test_an_evaluation_tells_of_each_task_and_of_their_mean(loop, monkeypatch):
     monkeypatch.setattr(evaluate, "held_out", spied)
     metrics = loop.rounds.evaluate_if_due(2, loop.params)
     assert [count for count, _ in found] == [4, 3]
-    assert metrics == evaluate.mean_over_tasks({"sums": found[0][1], "errands": found[1][1]})
+    sums, errands = found[0][1], {name: value for name, value in found[1][1].items() if "maj@" not in name}
+    assert metrics == evaluate.mean_over_tasks({"sums": sums, "errands": errands})  # replies have no votes
     assert metrics["eval/sums/mean_length"] != metrics["eval/errands/mean_length"]
     assert loop.rounds.evaluate_if_due(2, loop.params) == {}  # it was done
     assert loop.rounds.evaluate_if_due(1, loop.params) == {}  # it is not due
