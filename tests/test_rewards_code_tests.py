@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import pickle
 import shutil
 import zlib
@@ -134,6 +135,7 @@ def test_tests_that_tell_nothing(tests, message):
         (["import math\nassert area(1) == math.pi"], {"area"}),
         (["x = 1\nassert f(x) == x"], {"f"}),
         (["assert isinstance(Stack(), Stack)"], {"Stack"}),
+        (["from solution import add\n\n\ndef test_add():\n    assert add(1, 2) == 3"], {"add"}),
         ([CHECK + "check(add)"], {"add"}),
     ],
 )
@@ -161,6 +163,7 @@ DEFINING = {
     "HumanEval, called": CHECK + "\n\ncheck(add)\n",
     "async": "async def test_add():\n    assert add(3, 4) == 7\n",
     "guarded": "def main():\n    assert add(3, 4) == 7\n\n\nif __name__ == '__main__':\n    main()\n",
+    "pytest, imported": f"from solution import add\n\n\n{PYTEST}",
     "pytest, called": PYTEST + "\n\ntest_add()\n",
 }
 
@@ -259,6 +262,9 @@ def test_numbers_in_an_output_may_differ_by_choice(output, expected, tolerance, 
 
 @needs_bubblewrap
 def test_the_tolerance_of_the_reward():
+    for tolerance in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"tolerance is .*; it must be a number of at least 0"):
+            code_reward([], [], tests=[], tolerance=tolerance)
     completions = ["```python\nprint(1 / 2)\n```"] * 2
     tests = [[{"input": "", "output": "0.500000\n"}]] * 2
     assert [each.score for each in code_reward([""] * 2, completions, tests=tests)] == [0.0, 0.0]

@@ -86,8 +86,11 @@ def code_reward(
             slow program is wrong and not absent.
 
     Raises:
+        ValueError: a tolerance below 0.
         SandboxUnavailable: where there is no sandbox, nothing is run.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}; it must be a number of at least 0")
     sandbox = _sandbox(limits)
     grade = partial(
         _graded, sandbox=sandbox, partial_credit=partial_credit, tolerance=tolerance, total_seconds=total_seconds

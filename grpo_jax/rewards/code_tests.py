@@ -11,6 +11,7 @@ import pickle
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -55,6 +56,8 @@ FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in na
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
 ASSERTING = ("assert", "fail", "raises")
 MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
+PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission")
+"""What tests call the module of the program that they import."""
 MOST_BYTES = 1 << 28
 """Of the packed cases of one row, unpacked."""
 
@@ -189,8 +192,8 @@ def _prepared(test: str, given: frozenset[str]) -> dict[str, Any]:
     used = free_names(tree)
     modules = dict.fromkeys(used & sys.stdlib_module_names)
     of_modules = {name: FROM_PRELUDE[name] for name in used & FROM_PRELUDE.keys()}
-    kept = _MainCalls().visit(ast.parse(test))
-    is_changed = ast.dump(kept) != ast.dump(tree)
+    kept = _MainCalls().visit(deepcopy(tree))
+    is_changed = ast.dump(kept) != ast.dump(ast.parse(test))
     return {
         "text": ast.unparse(kept) if is_changed else test,
         "lent": {name: module for name, module in {**modules, **of_modules}.items() if name not in given},
@@ -231,11 +234,23 @@ def _called(tree: ast.Module) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _tree(test: str) -> ast.Module | None:
+    """The syntax of a test, without imports of the program by the name that data sets give it; None if not Python."""
     try:
         compile(test, "test.py", "exec")
-        return ast.parse(test)
+        tree = ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+    tree.body = [each for each in tree.body if not _imports_program(each)]
+    return tree
+
+
+def _imports_program(statement: ast.stmt) -> bool:
+    """Whether a statement is like ``from solution import add``: the judge has the program's names without it."""
+    return (
+        isinstance(statement, ast.ImportFrom)
+        and statement.module in PROGRAM_MODULES
+        and all(alias.asname is None for alias in statement.names)
+    )
 
 
 # Rows of published data sets -----------------------------------------------------------------------------------------

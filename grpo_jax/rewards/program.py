@@ -13,7 +13,7 @@ from textwrap import dedent
 
 from grpo_jax.rewards.thought import TURN, after_thought
 
-LANGUAGE = r"\{?\.?[ \t]*(?:i?python|py)[0-9.]*(?![\w+#-])"
+LANGUAGE = r"\{?\.?[ \t]*(?:(?:i?python|pypy|py)(?:-?[0-9][0-9.]*)?|[\w/-]+\.py)(?![\w+#-])"
 PYTHON = re.compile(LANGUAGE, re.IGNORECASE)
 FENCE = re.compile(
     rf"""
