@@ -17,18 +17,8 @@ def fenced(text, info="python", mark="```"):
 
 
 INFOS = ["python", "Python", "python3", "python3.11", "py", "py3", "py3.12", "{python}", "{.python}", " python"]
-INFOS += [
-    "ipython",
-    "python-3.12",
-    "pypy3",
-    "add.py",
-    "src/add.py",
-    "python title='a.py'",
-    "python {linenos}",
-    "python:solution.py",
-    "PYTHON3",
-    "",
-]
+INFOS += ["ipython", "python-3.12", "pypy3", "add.py", "src/add.py", "PYTHON3", ""]
+INFOS += ["python title='a.py'", "python {linenos}", "python:solution.py"]
 
 
 @pytest.mark.parametrize("info", INFOS)
