@@ -306,7 +306,9 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
     check = dpo.check_finite
-    monkeypatch.setattr(dpo, "check_finite", lambda metrics, *rest: check({**metrics, "loss": math.nan}, *rest))
+    monkeypatch.setattr(
+        dpo, "check_finite", lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run)
+    )
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         dpo.main(replace(config, eval_prompts=0))
     assert [row["step"] for row in metrics_of(config)] == [0]

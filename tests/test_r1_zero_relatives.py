@@ -166,7 +166,7 @@ def test_every_draw_has_prompts_by_weight_and_what_is_told_is_of_all_that_was_dr
         before = differs[: (draws - 1) * PROMPTS]
         assert draws == 3 or differs.sum() >= PROMPTS
         assert before.sum() < PROMPTS
-        learnt = np.array([row["advantage"] for row in own]).reshape(-1, GROUP)
+        learnt = np.array([row.get("advantage", 0.0) for row in own]).reshape(-1, GROUP)
         assert not learnt[~differs].any()  # of what fills a step up nothing is learnt
         chosen = np.flatnonzero(differs)[:PROMPTS]
         assert not np.delete(learnt, chosen, axis=0).any()

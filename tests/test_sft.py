@@ -260,7 +260,9 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, change, messag
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(brief, monkeypatch):
     check = sft.check_finite
-    monkeypatch.setattr(sft, "check_finite", lambda metrics, *rest: check({**metrics, "loss": math.nan}, *rest))
+    monkeypatch.setattr(
+        sft, "check_finite", lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run)
+    )
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         sft.main(brief)
     assert [row["step"] for row in metrics_of(brief)] == [0]
