@@ -230,6 +230,23 @@ def test_verdicts(program, test, passed, sandbox):
     assert run_tests(program, [test], sandbox).passed == (passed,)
 
 
+ENDINGS = ["os._exit(0)", "sys.exit(0)", "raise KeyboardInterrupt", "os.kill(os.getpid(), 9)", "os.closerange(3, 99)"]
+CATCHING = [
+    "try:\n    f(1)\n    r = 0\nexcept Exception:\n    r = 1\nassert r == 1",
+    "try:\n    r = f(1)\nexcept BaseException:\n    r = None\nassert r is None or r == 5",
+    "try:\n    r = f(1)\nexcept:\n    r = 5\nassert r == 5",
+]
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_end_of_a_program_is_not_an_error_that_a_test_may_catch(ending, sandbox):
+    program = f"import os, sys\ndef f(x):\n  {ending}\n  return 0\n"
+    for test in CATCHING:
+        assert run_tests(program, [test], sandbox).passed == (False,)
+    assert run_tests("def f(x): raise ValueError", CATCHING, sandbox).passed == (True,) * 3
+
+
 @needs_bubblewrap
 def test_more_output_than_the_limit_is_right_where_it_is_expected(sandbox):
     small = Sandbox(Limits(seconds=3.0, wall_seconds=20.0, output_bytes=10_000))

@@ -22,12 +22,14 @@ def judge(tests, link, stop_at_failure):
 
     try:
         names = names_of(link)
-    except Exception as error:
+    except (Exception, Gone) as error:
         say(False, f"the program did not load: {error}", ran=False, loaded=False)
         return
     for test in tests:
         try:
             run_test(test, names)
+            if link.gone:  # and the test has caught that
+                raise Gone(link.gone)
             say(True)
         except SaysNothing as error:
             say(None, str(error))

@@ -41,8 +41,15 @@ OPERATIONS = {
 }
 
 
-class Gone(Exception):
-    """The other side has ended, or sent what is no message."""
+ENDINGS = ("SystemExit", "KeyboardInterrupt", "GeneratorExit")
+"""What no test may take for an error of the program."""
+
+
+class Gone(BaseException):
+    """The other side has ended, or sent something that is not a message.
+
+    Not an Exception: a test that catches those would take the end of the program for an error that it raised.
+    """
 
 
 class CannotSend(Exception):
@@ -60,6 +67,7 @@ class Link:
         self.serves = serves  # the names of OPERATIONS that the other side may ask for
         self.objects = {}
         self.remotes = {}
+        self.gone = None
         self.exceptions = {}  # classes by name that stand for the other side's own
 
     def send(self, message):
@@ -71,7 +79,7 @@ class Link:
             while view:
                 view = view[os.write(self.writing, view) :]
         except OSError as error:
-            raise Gone("the program has ended") from error
+            raise self.lost("the program has ended") from error
 
     def receive(self):
         line = self.reader.readline(LONGEST_MESSAGE + 1)
@@ -80,8 +88,13 @@ class Link:
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
-            raise Gone("the program has ended" if not line else "the program sent what is no message")
+            raise self.lost("the program has ended" if not line else "the program sent what is no message")
         return message
+
+    def lost(self, why):
+        """Note that the other side is gone, for good, whoever catches what is raised."""
+        self.gone = why
+        return Gone(why)
 
     def ask(self, operation, target, *args, **kwargs):
         """Have the other side carry out an operation on its object, and give what came of it."""
@@ -101,6 +114,8 @@ class Link:
             if reply["raised"][0] == "StopIteration" and operation != "next":
                 # Raised as it is, it would end a loop of the test in peace.
                 raise exception_class(["RuntimeError"], {})("the program raised StopIteration")
+            if reply["raised"][0] in ENDINGS:
+                raise self.lost("the program ended itself: {}".format(reply["raised"][0]))
             error = exception_class(reply["raised"], self.exceptions)(reply["text"])
             error.itself = self.decode(reply["itself"])
             raise error
