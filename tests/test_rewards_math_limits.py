@@ -31,6 +31,7 @@ HIDDEN = [
     *(("x", r"x\cdot\frac{x!}{x!}+\sin(2\pi x)"), ("x", r"\frac{x\sin(2\pi x)}{\sin(2\pi x)}+10^{-35}")),
 ]
 NESTED = [
+    *(f"5{'M' * 74}!", rf"e^{{\pi}}{'c' * 44}pow-\pi"),  # letters that could be units, in exponentially many ways
     r"\ln " * 10 + "x",
     r"\ln(" * 20 + "x" + ")" * 20,
     "x^" * 44 + "2",

@@ -35,7 +35,8 @@ SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10*
 SCALED = re.compile(r"(.*[\d}]) ?(?:\\text ?\{)? ?(thousand|million|billion|trillion)(?: ?\}|(?= |$))(.*)")
 TIME = re.compile(r"(\d{1,2})(?: ?: ?(\d{2}))? ?(?:\\text\{)? ?(?:([aApP])\.? ?[mM]\.?)? ?\}?")
 UNIT_TEXT = re.compile(
-    r"(?:\\text\{[^{}]*\}|\\cdot|[A-Za-z]{2,}\.?|(?<=[/ }(])[A-Za-z]|[ /()\-]|\^ ?\{ ?-?\d ?\}|\^ ?\d)+"
+    # Possessive: a run of letters can be divided in exponentially many ways.
+    r"(?:\\text\{[^{}]*\}|\\cdot|[A-Za-z]{2,}+\.?|(?<=[/ }(])[A-Za-z]|[ /()\-]|\^ ?\{ ?-?\d ?\}|\^ ?\d)++"
 )
 
 
