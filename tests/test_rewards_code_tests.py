@@ -176,6 +176,9 @@ def test_what_a_test_only_defines_is_run(name, sandbox):
     assert run_tests(WRONG, [DEFINING[name]], sandbox).passed == (False,)
 
 
+METHOD = "  def test_f(self): assert f(1) == self.x"
+
+
 @needs_bubblewrap
 @pytest.mark.parametrize(
     ("program", "test", "passed"),
@@ -197,6 +200,11 @@ def test_what_a_test_only_defines_is_run(name, sandbox):
         ("import heapq\ndef f(x): return [2, 1]", "assert heapq.nsmallest(1, f(1)) == [1]", True),
         ("from math import pi\ndef f(x): return pi", "assert isclose(f(1), pi)", True),
         ("from collections import deque\ndef f(x): return [1]", "assert deque(f(1)) == deque([1])", True),
+        ("def deepcopy(x): return 5\ndef f(x): return 0", "assert deepcopy(f(1)) == 5", False),
+        ("class Fraction:\n  __eq__ = lambda *a: True\ndef f(x): return 0", "assert Fraction(f(1)) == 5", False),
+        ("def f(x): return x", "from main import f\nassert f(1) == 1", True),
+        ("def f(x): return 3", f"class TestF:\n  def setup_method(self, m): self.x = 3\n{METHOD}", True),
+        ("def f(x): return 3", f"class TestF:\n  @classmethod\n  def setup_class(cls): cls.x = 4\n{METHOD}", False),
         # Named like something of Python's own.
         ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", True),
         ("def sum(a, b): return a - b", "assert sum(1, 2) == 3", False),
@@ -275,6 +283,20 @@ def test_more_output_than_the_limit_is_right_where_it_is_expected(sandbox):
 )
 def test_numbers_in_an_output_may_differ_by_choice(output, expected, tolerance, same):
     assert same_output(output, expected, tolerance) == same
+
+
+@needs_bubblewrap
+def test_exit_and_quit_are_there(sandbox):
+    for name in ("exit", "quit"):
+        test = {"input": "3\n", "output": "3\n"}
+        assert run_tests(f"print(int(input()))\n{name}(0)\n", [test], sandbox).passed == (True,)
+
+
+@needs_bubblewrap
+def test_names_of_typing_need_no_import(sandbox):
+    completion = "```python\nclass Solution:\n    def f(self, x: List[int]) -> int:\n        return x[0]\n```"
+    tests = [[{"fn_name": "f", "input": [[4]], "output": 4}]]
+    assert code_reward([""], [completion], tests=tests)[0].score == 1.0
 
 
 @needs_bubblewrap

@@ -390,3 +390,45 @@ def test_time_is_linear(piece):
     extract_answer(f"<answer>{text}</answer>")
     gold_answer(text + "5")
     assert time.perf_counter() - start < 5
+
+
+TWO = [
+    "1. \\boxed{12}\n2. \\boxed{13}",
+    "- \\boxed{12}\n- \\boxed{13}",
+    "a) \\boxed{12} b) \\boxed{13}",
+    "Option 1: \\boxed{12}\nOption 2: \\boxed{13}",
+    "First guess: \\boxed{12}. Second guess: \\boxed{13}",
+    "\\boxed{12} vs. \\boxed{13}",
+    "$\\boxed{12}$ | $\\boxed{13}$",
+    "$\\boxed{12}~\\lor~\\boxed{13}$",
+]
+
+
+@pytest.mark.parametrize("text", TWO)
+def test_boxes_that_are_listed_are_one_answer(text):
+    assert extract_answer(text) == "12, 13"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is not \\boxed{13}.",
+        "The answer isn't $\\boxed{13}$.",
+        "\\boxed{13} is wrong.",
+        "$\\boxed{13}$ is not correct.",
+    ],
+)
+def test_a_box_that_its_sentence_negates_is_not_an_answer(text):
+    assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Step 1 gives \\boxed{12} apples at first, and with the rest that makes in the end \\boxed{13}.",
+        "Not only is 5 odd, the answer is \\boxed{13}.",
+        "\\boxed{13} is not a multiple of 2.",
+    ],
+)
+def test_a_box_beside_other_statements_is_an_answer(text):
+    assert extract_answer(text) == "13"

@@ -12,6 +12,7 @@ TAGS = {
     "thinking": ("<thinking>", "</thinking>"),
     "thought": ("<thought>", "</thought>"),
     "reasoning": ("<reasoning>", "</reasoning>"),
+    **{name: (f"<{name}>", f"</{name}>") for name in ("thoughts", "scratchpad", "reflection", "analysis")},
     "seed": ("<seed:think>", "</seed:think>"),
     "magistral": ("[THINK]", "[/THINK]"),
     "kimi": ("\u25c1think\u25b7", "\u25c1/think\u25b7"),

@@ -21,14 +21,23 @@ BRACE = re.compile(
 )
 # What may stand between boxes that are a list: punctuation, mathematics delimiters, "x =" and these words.
 LISTING = re.compile(
-    r"""(?: [\s$,;./&*()\[\]{}"\u3001\uff0c] | \\[()\[\],;:!\ \\] | \\q?quad\b | [a-zA-Z]\s?=
+    r"""(?: (?<=\n)[ \t]*(?:\d{1,2}[.)] | [-*\u2022] | [a-hA-H][.)]) | \(?\b[a-hA-H]\)
+          | \b(?:option|case|guess|attempt|answer)\s+(?:\d|[A-H])\b
+          | [\s$,;./&*()\[\]{}"\u3001\uff0c] | \\[()\[\],;:!\ \\] | \\q?quad\b | [a-zA-Z]\s?=
           | \\(?:text|mathrm|mbox)\{\ ?(?:or|and|,)\ ?\}
           | \b(?:or|and|maybe|perhaps|possibly|also|alternatively|either|else|even|it|is|could|may|might|be|but|
               otherwise|this|that|the|our|final|correct|answer)\b
-          | \b(?:oder|und|ou|et|o|y|или|и)\b | 或者? | 和 )*+""",
+          | \b(?:oder|und|ou|et|o|y|или|и)\b | 或者? | 和
+          | [|~] | \\lor\b | \b(?:vs|versus)\b | \b(?:first|second|third|guess|option|case|attempt)\b | :
+          )*+""",
     re.VERBOSE | re.IGNORECASE,
 )
 LONGEST_LISTING = 80
+NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bno longer)\s+(?:equal\s+to\s+|be\s+)?[$\\(\[\s]*\Z", re.IGNORECASE)
+REJECTED = re.compile(
+    r"[$\\)\]\s]*(?:is|was)\s+(?:not\s+(?:the\s+answer|right|correct|possible)\b|wrong|incorrect|false|impossible)",
+    re.IGNORECASE,
+)
 HEDGING = re.compile(
     r"[,;/()&\u3001\uff0c]|\b(?:or|and|maybe|perhaps|possibly|alternatively|either|otherwise|could|may|might)\b"
     r"|\b(?:oder|und|ou|et|или|и)\b|或|和",
@@ -45,7 +54,8 @@ def final_box(text: str) -> Statement | None:
 
     ``\fbox`` and ``\framebox`` are boxes too, and so is ``\boxed 5`` without braces, up to the next blank or ``$``.
     Boxes with only punctuation, "x =" or words such as "and" and "or" between them are a list: its answer is their
-    contents, those that are equal once, with commas between them.
+    contents, those that are equal once, with commas between them. A box that its sentence negates is left out, as in
+    "It is not \\boxed{5}" and "\\boxed{5} is wrong".
     """
     run = _last_run(text, _boxes(text))
     if not run:
@@ -94,7 +104,11 @@ def _boxes(text: str) -> list[Statement]:
                 while found and found[-1][0] > start[0]:  # those within
                     found.pop()
                 found.append((start[0], brace.end(), start[1], brace.start()))
-    return [(start, end, _content(text[first:last])) for start, end, first, last in found]
+    return [
+        (start, end, _content(text[first:last]))
+        for start, end, first, last in found
+        if not (NEGATED.search(text[max(start - 40, 0) : start]) or REJECTED.match(text[end : end + 40]))
+    ]
 
 
 def _content(text: str) -> str:

@@ -15,9 +15,9 @@ from importlib import resources
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.code_tests import Test, check_tests, prepared, reads_input, used_names, why_untestable
+from grpo_jax.rewards.code_tests import PRELUDE, Test, check_tests, prepared, reads_input, used_names, why_untestable
 from grpo_jax.rewards.compose import Graded
-from grpo_jax.rewards.program import extract_program
+from grpo_jax.rewards.program import extract_program, free_names, parsed
 from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
 
 LONGEST_FEEDBACK = 2000
@@ -147,7 +147,7 @@ def _graded(
     if program is None:
         return Graded(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
     verdict = run_tests(
-        program,
+        with_typing(program),
         tests,
         sandbox,
         stop_at_failure=not partial_credit,
@@ -159,6 +159,15 @@ def _graded(
         return Graded(None, runnable, verdict.feedback)
     share = sum(map(bool, verdict.passed)) / verdict.tests
     return Graded(share if partial_credit else float(share == 1), runnable, verdict.feedback)
+
+
+def with_typing(program: str) -> str:
+    """A program that uses names of ``typing`` without importing them, as starter code does, with that import."""
+    tree = parsed(program)
+    names = sorted(free_names(tree) & set(PRELUDE["typing"])) if tree else []
+    if not names or "from __future__" in program:
+        return program
+    return f"from typing import {', '.join(names)}\n{program}"
 
 
 def _run_with_input(

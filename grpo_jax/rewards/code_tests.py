@@ -28,11 +28,17 @@ Test = str | dict[str, Any]
 """
 
 PRELUDE = {
+    "bisect": ("bisect_left", "bisect_right", "insort"),
     "collections": ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"),
+    "copy": ("deepcopy",),
     "dataclasses": ("dataclass",),
-    "functools": ("cache", "cmp_to_key", "lru_cache", "reduce"),
-    "heapq": ("heapify", "heappop", "heappush"),
-    "itertools": ("accumulate", "chain", "combinations", "groupby", "permutations", "product"),
+    "datetime": ("timedelta",),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+    "functools": ("cache", "cmp_to_key", "lru_cache", "partial", "reduce"),
+    "heapq": ("heapify", "heappop", "heappush", "nlargest", "nsmallest"),
+    "io": ("StringIO",),
+    "itertools": ("accumulate", "chain", "combinations", "groupby", "islice", "permutations", "product", "zip_longest"),
     "math": (
         "ceil",
         "comb",
@@ -49,6 +55,7 @@ PRELUDE = {
         "sin",
         "sqrt",
     ),
+    "operator": ("attrgetter", "itemgetter"),
     "typing": ("Any", "Callable", "Dict", "Iterable", "List", "Optional", "Set", "Tuple", "Union"),
 }
 """Names that tests use without importing them, because their data sets run programs with these imports before them."""
@@ -56,7 +63,7 @@ FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in na
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
 ASSERTING = ("assert", "fail", "raises")
 MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
-PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission")
+PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission", "main")
 """What tests call the module of the program that they import."""
 MOST_BYTES = 1 << 28
 """Of the packed cases of one row, unpacked."""

@@ -297,7 +297,8 @@ AS_FIRST_PROCESS = ("--as-pid-1", "--", "/bin/sh", "-c", '"$@"; exit $?', "sh")
 """A shell as the sandbox's first process: with it all others end, and the program is an ordinary one."""
 
 STARTER = """\
-import linecache, os, resource, sys
+import builtins, linecache, os, resource, sys
+builtins.exit = builtins.quit = sys.exit
 sys.path += {packages!r}
 for what, limit in {limits!r}:
     resource.setrlimit(getattr(resource, what), (limit, limit))

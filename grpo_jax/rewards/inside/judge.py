@@ -153,8 +153,11 @@ def tests_of(name, value, already_run):
 
 def run_method(kind, name):
     instance = kind()
-    if hasattr(instance, "setup_method"):
-        instance.setup_method()
+    for hook, argument in (("setup_class", kind), ("setup_method", getattr(instance, name))):
+        setup = getattr(instance, hook, None)
+        if setup is not None:
+            is_bound_to_class = isinstance(setup.__self__, type)
+            setup(*([argument] if setup.__code__.co_argcount > 1 and not is_bound_to_class else []))
     return getattr(instance, name)()
 
 
