@@ -186,9 +186,15 @@ def long_prompts(config: Config, rows: Sequence[tuple[str, Any]]) -> list[Findin
         return []
     from transformers import AutoTokenizer
 
+    from grpo_jax.models.tokenizers import read_tokenizer
+
+    folder = Path(config.tokenizer).expanduser()
+    tokenizer = read_tokenizer(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(config.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"tokenizer: {folder} has no tokenizer.json")
     return check_prompt_lengths(
         [(where, each.prompt, each.columns) for where, each in rows if each.prompt],
-        AutoTokenizer.from_pretrained(config.tokenizer),
+        tokenizer,
         max_prompt_length=config.max_prompt_length,
         template=None if config.chat_template else config.template or R1_ZERO,
         system_prompt=config.system_prompt,

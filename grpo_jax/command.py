@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import re
 import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jax
 import tyro
@@ -56,7 +57,9 @@ def run_command(
     given = [each for each in given if each != DEBUG]
     about = f"{(description or '').rstrip()}\n\n{DEBUG} shows the traceback of an error."
     try:
-        return main(_parse(config_type, given, about)) or 0
+        config = _parse(config_type, given, about)
+        check_numbers(config)
+        return main(config) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -71,6 +74,19 @@ def run_command(
         if not debug and is_mistake:
             print(f"({DEBUG} shows the traceback)", file=sys.stderr)
         return MISTAKE if is_mistake else BUG
+
+
+def check_numbers(config: Any, name: str = "") -> None:
+    """Check that no setting is NaN, which no comparison with a bound finds.
+
+    Raises:
+        ValueError: one is; it says which.
+    """
+    if isinstance(config, float) and math.isnan(config):
+        raise ValueError(f"{name} is nan; it must be a number")
+    if dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            check_numbers(getattr(config, field.name), field.name)
 
 
 def _parse(config_type: type[AnyConfig], args: Sequence[str], description: str) -> AnyConfig:

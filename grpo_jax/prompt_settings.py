@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from grpo_jax.data.prompts import R1_ZERO, Rendering, checked_variables
 from grpo_jax.models import Pretrained
 
 AnySettings = TypeVar("AnySettings", bound="PromptSettings")
+
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,14 @@ def rendering_of(settings: PromptSettings, policy: Pretrained, *, say: Callable[
     """The rendering in effect for a model, said in one line.
 
     Raises:
-        ValueError: as ``PromptSettings.rendering``.
+        ValueError: as ``PromptSettings.rendering``; and where ``template_kwargs`` names a variable that the chat
+            template does not read.
     """
     rendering = settings.rendering(policy.prompt_format, policy.tokenizer, today=today)
+    template = getattr(policy.tokenizer, "chat_template", None)
+    unread = [each for each in settings.template_variables if not re.search(rf"\b{re.escape(each)}\b", str(template))]
+    if unread and rendering.get("template") is None:
+        raise ValueError(f"template_kwargs: the chat template reads no variable {unread[0]!r}; check its name")
     found = prompt_format_of(rendering, policy.tokenizer)
     if policy.prompt_format is None:
         why = "" if settings.says_template else ", the default: the model does not say how it was trained"
@@ -149,7 +157,9 @@ def as_flags(prompt_format: Mapping[str, Any]) -> list[str]:
 
 
 def parse_template_kwargs(texts: Sequence[str]) -> dict[str, Any]:
-    """Arguments of a chat template from JSON objects and from ``name=value``; a value that is not JSON is a text.
+    """Arguments of a chat template from JSON objects and from ``name=value``.
+
+    A value is JSON, or ``True``, ``False`` or ``None`` as in Python; anything else is a text.
 
     Raises:
         ValueError: one is neither, or is not the user's to set.
@@ -169,7 +179,7 @@ def parse_template_kwargs(texts: Sequence[str]) -> dict[str, Any]:
                 """'{"enable_thinking": false}'"""
             )
         try:
-            found[name.strip()] = json.loads(value)
+            found[name.strip()] = json.loads(PYTHON_WORDS.get(value.strip(), value))
         except ValueError:
             found[name.strip()] = value
     return checked_variables(found, "template_kwargs")

@@ -174,6 +174,27 @@ def test_names_become_flags_where_they_are_names():
     assert in_flags("num_steps = 3 (and num_steps)", flags) == "--num-steps = 3 (and --num-steps)"
 
 
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("r1_zero", "--kl-coef"),
+        ("r1_zero", "--sampling.temperature"),
+        ("r1_zero", "--accuracy-weight"),
+        ("dpo", "--sft-coef"),
+        ("reward_model", "--centring"),
+        ("sft", "--optimizer.weight-decay"),
+    ],
+)
+def test_a_setting_that_is_nan_is_named_before_anything_runs(name, flag, capsys, tmp_path):
+    script = importlib.import_module(f"experiments.{name}")
+    given = [flag, "nan", "--run-dir", str(tmp_path / "run")]
+    assert run_command(script.Config, script.main, description=script.__doc__, args=given) == MISTAKE
+    said = capsys.readouterr().err
+    assert flag in said
+    assert "nan" in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_has_its_flags_and_refuses_others(name, capsys):
     script = importlib.import_module(f"experiments.{name}")

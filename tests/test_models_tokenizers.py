@@ -274,6 +274,19 @@ def test_damaged_files_are_named(folders, tmp_path):
         read_tokenizer(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"])
+def test_optional_files_that_are_not_really_there_are_refused(folders, tmp_path, name):
+    folder = shutil.copytree(folders / "qwen3", tmp_path / "copy")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+        read_tokenizer(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("../blobs/gone")
+    with pytest.raises(FileNotFoundError, match=f"{name} is a symbolic link to .*gone, which does not exist"):
+        read_tokenizer(folder)
+
+
 # Ids and rows -------------------------------------------------------------------------------------------------------
 
 

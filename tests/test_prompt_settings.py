@@ -104,6 +104,22 @@ def test_a_malformed_format_is_refused(prompt_format, reason):
 def test_arguments_of_the_template_are_json_or_name_and_value():
     texts = ['{"a": [1], "b": null}', "c=false", "d=low", 'e="low"', "f=1=2"]
     assert parse_template_kwargs(texts) == {"a": [1], "c": False, "d": "low", "e": "low", "f": "1=2"}
+    assert parse_template_kwargs(["a=True", "b=False", "c=None", "d=falsely"]) == {
+        "a": True,
+        "b": False,
+        "d": "falsely",
+    }
+
+
+def test_an_argument_that_the_chat_template_does_not_read_is_refused(small):
+    policy = from_pretrained(small)
+    policy.tokenizer.chat_template = "{% if enable_thinking %}{% endif %}{{ messages[0].content }}"
+    policy = replace(policy, prompt_format=None)
+    settings = PromptSettings(chat_template=True, template_kwargs=("enable_thinking=False",))
+    assert rendering_of(settings, policy, say=str, today=TODAY)["template_kwargs"] == {"enable_thinking": False}
+    misspelt = replace(settings, template_kwargs=("enable_thnking=False",))
+    with pytest.raises(ValueError, match="template_kwargs: the chat template reads no variable 'enable_thnking'"):
+        rendering_of(misspelt, policy, say=str, today=TODAY)
 
 
 def test_what_is_in_effect_is_said_with_what_the_model_was_trained_with(small):

@@ -194,7 +194,7 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
 
 
 def _read_optional(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if path.is_symlink() or path.exists() else None
 
 
 def _read_tokenizer(folder: Path, num_rows: int) -> Any | None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from grpo_jax.models.hf_files import check_file
+
 TOKENIZER_FILE = "tokenizer.json"
 OTHER_VOCABULARIES = {
     "tokenizer.model": "a SentencePiece model",
@@ -29,7 +31,6 @@ SOURCE_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-LFS_POINTER = b"version https://git-lfs"
 SHOWN = 5
 
 
@@ -103,10 +104,12 @@ def read_tokenizer(folder: Path, num_rows: int | None = None) -> CheckpointToken
     if not (folder / TOKENIZER_FILE).is_file():
         _refuse_other_files(folder)
         return None
-    sources = [path for pattern in SOURCE_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    named = [folder / pattern for pattern in SOURCE_FILES if "*" not in pattern]  # a glob passes over dangling links
+    found = [path for pattern in SOURCE_FILES if "*" in pattern for path in sorted(folder.glob(pattern))]
+    sources = [path for path in [*named, *found] if path.is_symlink() or path.is_file()]
+    for path in sources:
+        check_file(path)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sources}
-    if files[TOKENIZER_FILE].startswith(LFS_POINTER):
-        raise ValueError(f"{folder / TOKENIZER_FILE} is a Git LFS pointer, not the file; fetch it with git lfs pull")
     settings, special, _ = (_json_object(folder / name, files.get(name, b"{}")) for name in SETTINGS_FILES)
     try:
         # The file is named, because tokenizer_config.json may name another, and transformers 5.0 would read that.
