@@ -86,7 +86,7 @@ class Config(CollectSettings):
         CollectSettings.__post_init__(self)
         if (self.model is None) != (self.student is None):
             raise ValueError("name a teacher and a student, or neither: an embedded one knows its own sums only")
-        at_least(self, eval_samples=1)
+        at_least(self, eval_samples=1, max_problems=1)
         _ = self.sampled, self.taught  # settings of a later stage are checked now
 
     def folder(self, stage: str) -> Path:

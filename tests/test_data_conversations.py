@@ -117,6 +117,18 @@ def test_t13_every_turn_of_the_assistant_and_nothing_else_is_learnt_up_to_its_en
     assert example.prompt_length == len(example.token_ids) - 4
 
 
+def test_t13_an_earlier_message_of_weight_0_is_context_alone():
+    question, reply, *rest = THOUGHTFUL
+    weighted = [question, {**reply, "weight": 0}, *rest]
+    example = encode(weighted, "one two", make_tokenizer(CHAT), learn_from="assistant")
+    assert example.token_ids == encode(THOUGHTFUL, "one two", make_tokenizer(CHAT)).token_ids
+    assert [WORDS[i] for i, marks in zip(example.token_ids, example.learnt, strict=True) if marks] == [
+        "one",
+        "two",
+        "</s>",
+    ]
+
+
 def test_t13_all_marks_everything_but_the_first_token():
     for template, plain in ((CHAT, None), (None, "Q {question} A")):
         prompt = "one" if plain else THOUGHTFUL
@@ -328,6 +340,13 @@ def test_a_folder_has_splits_and_parquet_is_read(tmp_path):
         ({"messages": [user("q"), {"role": "assistant"}]}, {}, ValueError, r"a\.jsonl:2, .*role and content"),
         ({"messages": [assistant("q"), user("a")]}, {}, ValueError, r"a\.jsonl:2: the last message is the user's"),
         ({"prompt": "q", "completion": [user("a")]}, {}, ValueError, r"a\.jsonl:2: the last message is the user's"),
+        ({"messages": [user("q"), {**assistant("a"), "weight": 0}]}, {}, ValueError, "last message has weight 0"),
+        (
+            {"messages": [user("q"), {**assistant("a"), "weight": 0.5}]},
+            {},
+            ValueError,
+            "message 1: weight must be 0 or",
+        ),
         ({"prompt": " ", "completion": "a"}, {}, ValueError, r"a\.jsonl:2, column 'prompt' must be text"),
         ({"prompt": "q", "completion": ""}, {}, ValueError, r"a\.jsonl:2, column 'completion' must be text"),
         ({"prompt": "q", "completion": []}, {}, ValueError, r"a\.jsonl:2, column 'completion' must be text"),

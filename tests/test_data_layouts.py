@@ -162,6 +162,17 @@ def test_each_of_several_answers_is_kept(tmp_path):
     assert (problem.answer, problem.columns["other_answers"]) == ("Paris", ["paris"])
 
 
+def test_a_number_that_is_also_another_choice_is_refused(tmp_path):
+    def answer(choices, given):
+        (problem,) = load_problems(write(tmp_path / "a.jsonl", {"question": "q", "choices": choices, "answer": given}))
+        return problem.answer
+
+    with pytest.raises(ValueError, match="both the text of choice A and the number of choice B; give the letter"):
+        answer(["1", "2", "3"], "1")
+    assert answer(["1", "2", "3"], "3") == "C"
+    assert answer(["0", "1"], "1") == answer(["1", "2", "3"], 1) == "B"
+
+
 def test_a_choice_that_is_none_of_them_is_refused(tmp_path):
     for answer in (2, "C", -1, True):
         path = write(tmp_path / "a.jsonl", {"question": "q", "choices": ["x", "y"], "answer": answer})
@@ -194,6 +205,16 @@ DEMONSTRATIONS = {
         },
         [user("weather?"), assistant('{"name": "weather"}'), {"role": "tool", "content": "rain"}],
         "It rains.",
+    ),
+    "Alpaca with earlier turns": (
+        {"instruction": "and you?", "input": "", "history": [["hi", "yo"]], "output": "fine"},
+        [user("hi"), assistant("yo"), user("and you?")],
+        "fine",
+    ),
+    "Alpaca with a system prompt and earlier turns": (
+        {"instruction": "and", "input": "you?", "history": [["hi", "yo"]], "system": "s", "output": "fine"},
+        [system("s"), user("hi"), assistant("yo"), user("and\n\nyou?")],
+        "fine",
     ),
     "roles in conversations": ({"conversations": [user("hi"), assistant("yo")]}, [user("hi")], "yo"),
     "conversations as text": (
@@ -248,6 +269,7 @@ def test_other_columns_of_a_demonstration_are_kept(tmp_path):
         ({"conversations": [turn("human", "hi"), {"value": "yo"}]}, ValueError, "column 'conversations': it must hold"),
         ({"conversations": [turn("human", "hi"), turn("gpt", None)]}, ValueError, r"a\.jsonl:1"),
         ({"conversations": "hi"}, ValueError, "column 'conversations': it must hold"),
+        ({"instruction": "q", "output": "a", "history": ["hi"]}, ValueError, "column 'history': it must hold pairs"),
     ],
 )
 def test_demonstrations_that_are_refused(tmp_path, row, error, message):

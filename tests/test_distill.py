@@ -168,6 +168,7 @@ def test_stages_of_embedded_models_begin_where_others_end():
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"max_problems": -1}, "max_problems is -1"),
+        ({"max_problems": 0}, "max_problems is 0"),
         ({"selection": SelectionSettings(require=("language=1",))}, r"\['language'\] are not scored"),
     ],
 )

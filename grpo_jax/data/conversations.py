@@ -274,6 +274,11 @@ def _conversation(messages: Messages, where: str, columns: Row) -> Demonstration
     *before, last = checked_messages(messages, where)
     if last["role"] != "assistant":
         raise ValueError(f"{where}: the last message is the {last['role']}'s; it must be the assistant's")
-    reply = {name: value for name, value in last.items() if name not in ("role", "content")}
+    if last.get("weight", 1) == 0:
+        raise ValueError(
+            f"{where}: the last message has weight 0, so that it is not to be trained on; let the conversation end "
+            "with one that is, or leave out the row"
+        )
+    reply = {name: value for name, value in last.items() if name not in ("role", "content", "weight")}
     completion = last["content"] if reply.get("tool_calls") else checked_text(last["content"], f"{where}, last message")
     return Demonstration(before, completion, where, columns, reply)

@@ -300,6 +300,27 @@ def with_input(row: Mapping[str, Any], instruction: str) -> str:
     return f"{instruction.rstrip()}\n\n{added.strip()}" if added.strip() else instruction
 
 
+def with_history(asked: str, history: Any, where: str) -> str | list[Row]:
+    """A question after the earlier turns of its row, pairs of an instruction and a reply.
+
+    Raises:
+        ValueError: the history is something else.
+    """
+    if not history:
+        return asked
+    if not isinstance(history, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(each, str) for each in pair)
+        for pair in history
+    ):
+        raise ValueError(f"{where}, column 'history': it must hold pairs of texts; it is {history!r:.200}")
+    roles = [
+        {"role": role, "content": text}
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return [*roles, {"role": "user", "content": asked}]
+
+
 def choices_of(row: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
     """The letters and texts of a multiple-choice question, from a list or from ARC's object; None for other rows."""
     if "choices" not in row and "options" not in row:
@@ -330,7 +351,13 @@ def choice_answer(row: Mapping[str, Any], answer: Any, where: str) -> Any:
     if isinstance(answer, str) and answer.strip() in letters:
         return answer.strip()
     if isinstance(answer, str) and answer.strip() in texts:
-        return letters[texts.index(answer.strip())]
+        place = texts.index(answer.strip())
+        if answer.strip().isdigit() and int(answer) != place and int(answer) < len(letters):
+            raise ValueError(
+                f"{where} is {answer!r}, which is both the text of choice {letters[place]} and the number of choice "
+                f"{letters[int(answer)]}; give the letter"
+            )
+        return letters[place]
     number = int(answer) if isinstance(answer, str) and answer.strip().isdigit() else answer
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(letters):
         return letters[number]
@@ -382,9 +409,10 @@ def as_demonstration(row: Row, where: str) -> Row:
         )
     asked = row[prompt]
     if prompt == "instruction" and isinstance(asked, str):
-        asked = with_input(row, asked)
+        asked = with_history(with_input(row, asked), row.get("history"), where)
     asked, replied = (as_messages(each) or each for each in (asked, row[completion]))
-    rest = without(row, prompt, completion, "system", *(("input", "context") if prompt == "instruction" else ()))
+    with_instruction = ("input", "context", "history") if prompt == "instruction" else ()
+    rest = without(row, prompt, completion, "system", *with_instruction)
     return {**rest, "prompt": with_system_before(asked, row), "completion": replied}
 
 

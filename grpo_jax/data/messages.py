@@ -54,7 +54,8 @@ def checked_messages(messages: Sequence[Any], where: str) -> Messages:
     """Messages as chat templates take them: content as text, keys without a value left out, all others kept.
 
     Raises:
-        ValueError: no messages; one lacks a role or content, or has parts that are not text; says which.
+        ValueError: no messages; one lacks a role or content, has parts that are not text, or has a
+            ``weight`` that is neither 0 (context alone) nor 1; says which.
     """
     if not messages:
         raise ValueError(f"{where}: a conversation must have at least one message")
@@ -66,6 +67,8 @@ def checked_messages(messages: Sequence[Any], where: str) -> Messages:
                 f"(null with tool_calls); it is {message!r:.200}"
             )
         present = {name: value for name, value in message.items() if value is not None}
+        if present.get("weight", 1) not in (0, 1):
+            raise ValueError(f"{where}, message {number}: weight must be 0 or 1, not {present['weight']!r:.50}")
         present["content"] = content_text(message.get("content"), f"{where}, message {number}")
         reasoning = next((present[name] for name in REASONING if name in present), None)
         if reasoning is not None:

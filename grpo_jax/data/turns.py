@@ -129,11 +129,14 @@ def _whole(conversation: Conversation, demonstration: Demonstration) -> Messages
 
 
 def _earlier_turns(conversation: Conversation, learn_from: LearnFrom) -> list[int]:
-    """Messages of the assistant before the completion that are learnt from; one that is continued is not."""
+    """Messages of the assistant before the completion that are trained on.
+
+    One that is continued is not, nor one with a ``weight`` of 0, as data sets mark replies that are context alone.
+    """
     if learn_from != "assistant":
         return []
     messages = conversation.messages[:-1] if conversation.is_continued else conversation.messages
-    return [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    return [n for n, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1) != 0]
 
 
 def _pieces(
