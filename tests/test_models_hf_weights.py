@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import pytest
 from checkpoints import CASES, SMALL, random_params, write_checkpoint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.models import from_hf_config, from_pretrained, hf_weights, param_shapes, save_pretrained
+from grpo_jax.models.hf_files import weight_files
 from grpo_jax.models.hf_weights import Entry, key_table, read_slice
 
 LLAMA = {"model_type": "llama", **SMALL}
@@ -56,38 +57,6 @@ def on_mesh(shapes):
     )
 
 
-class SpiedFile:
-    """``safe_open`` that notes every slice that is read."""
-
-    reads: list[tuple[str, np.ndarray]]
-
-    def __init__(self, path, framework):
-        self.file = safe_open(path, framework=framework)
-
-    def __enter__(self):
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *exc_info):
-        self.file.__exit__(*exc_info)
-
-    def keys(self):
-        return self.file.keys()
-
-    def get_slice(self, name):
-        stored, reads = self.file.get_slice(name), self.reads
-
-        class SpiedSlice:
-            get_shape, get_dtype = stored.get_shape, stored.get_dtype
-
-            def __getitem__(self, index):
-                part = stored[index]
-                reads.append((name, part))
-                return part
-
-        return SpiedSlice()
-
-
 def test_loading_onto_a_mesh_equals_loading_onto_one_device(biased):
     plain = from_pretrained(biased)
     sharded = from_pretrained(biased, shardings=on_mesh)
@@ -97,27 +66,41 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(biased):
     assert {leaf.devices().pop() for leaf in jax.tree.leaves(plain.params)} == {jax.devices()[0]}
 
 
+class SpiedTensor:
+    """A stored tensor that notes the slices read from it."""
+
+    def __init__(self, array):
+        self.array, self.parts = array, []
+
+    def __getitem__(self, index):
+        self.parts.append(self.array[index])
+        return self.parts[-1]
+
+
 def test_each_shard_is_read_once_and_nothing_else_is(biased, monkeypatch):
-    SpiedFile.reads = []
-    monkeypatch.setattr(hf_weights, "safe_open", SpiedFile)
+    spied, mapped = {}, hf_weights.Stored.mapped
+    monkeypatch.setattr(
+        hf_weights.Stored, "mapped", lambda stored: spied.setdefault(stored, SpiedTensor(mapped(stored)))
+    )
     loaded = from_pretrained(biased, shardings=on_mesh)
+    stored = hf_weights.read_headers(weight_files(biased))
     paths = hf_weights._flatten(loaded.params)
     for path, entry in key_table(loaded.config).items():
-        parts = [part for name, part in SpiedFile.reads if name == entry.name]
+        parts = spied[stored[entry.name]].parts
         assert sum(part.size for part in parts) == paths[path].size, path
         assert max(part.size for part in parts) <= paths[path].addressable_shards[0].data.size, path
         assert all(part.dtype == jnp.bfloat16 for part in parts)
 
 
-class SpiedTensor:
-    """A stored tensor that notes the sizes of the slices read from it."""
-
-    def __init__(self, array):
-        self.array, self.sizes = array, []
-
-    def __getitem__(self, index):
-        self.sizes.append(self.array[index].size)
-        return self.array[index]
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+def test_loaded_parameters_do_not_change_with_the_file(param_dtype, biased, tmp_path):
+    folder = shutil.copytree(biased, tmp_path / "model")
+    loaded = from_pretrained(folder, param_dtype=param_dtype)
+    for file in weight_files(folder):
+        with file.open("r+b") as opened:
+            opened.write(bytes(file.stat().st_size))
+    unchanged = from_pretrained(biased, param_dtype=param_dtype)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, unchanged.params)
 
 
 @pytest.mark.parametrize("layout", sorted(set(hf_weights.LAYOUTS.values()), key=str))
@@ -127,12 +110,12 @@ def test_any_part_of_a_parameter_is_read_without_the_rest(layout):
     stored = SpiedTensor(np.random.default_rng(0).normal(size=entry.stored_shape))
     whole = read_slice(stored, entry, tuple(map(range, entry.shape)))
     assert whole.shape == entry.shape
-    assert stored.sizes == [whole.size]
+    assert [part.size for part in stored.parts] == [whole.size]
     for ranges in itertools.product((range(0, 6), range(2, 5)), (range(0, 4), range(1, 3)), (range(0, 8), range(4, 8))):
-        stored.sizes.clear()
+        stored.parts.clear()
         part = read_slice(stored, entry, ranges[: len(axes)])
         np.testing.assert_array_equal(part, whole[tuple(slice(r.start, r.stop) for r in ranges[: len(axes)])])
-        assert sum(stored.sizes) == part.size
+        assert sum(each.size for each in stored.parts) == part.size
 
 
 @pytest.mark.parametrize("case", CASES)

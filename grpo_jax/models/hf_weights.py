@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,15 @@ from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
 from grpo_jax.models.transformer import param_shapes
 from grpo_jax.types import Params
 
-STORED_DTYPES = ("F32", "BF16", "F16")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 TABLE_SUFFIX = "embed_tokens.weight"
 QUANTIZED = re.compile(
     r"\.(weight_scale(_inv)?|weight_packed|weight_zero_point|qweight|qzeros|g_idx|SCB|scales|absmax|quant_map)$|"
     r"\.weight\.(absmax|quant_map|quant_state\..*)$"
 )
-# Pages of a file count as this process's memory until the file is closed.
-BYTES_PER_OPENING = 64 * 2**20
+HEADER_SIZE_BYTES = 8  # a safetensors file begins with the size of its JSON header, little-endian
+NUMPY_DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16}
+COMPARED_BYTES = 64 * 2**20
 
 TOP_MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "score": "score"}
 BLOCK_MODULES = {
@@ -115,11 +114,23 @@ def key_table(config: DecoderConfig) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file's header describes it."""
+    """A tensor as its file's header describes it.
+
+    Attributes:
+        file: where it is.
+        shape: of the stored tensor.
+        dtype: as safetensors spells it, such as ``BF16``.
+        offset: of its first byte in the file.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
+
+    def mapped(self) -> np.ndarray:
+        """The tensor as read-only pages of the file, which take memory as they are read and until they are dropped."""
+        return np.asarray(np.memmap(self.file, NUMPY_DTYPES[self.dtype], "r", self.offset, self.shape))
 
 
 def load_params(
@@ -155,13 +166,12 @@ def load_params(
         placement = _flatten(shardings(shapes))
     params: dict[str, Any] = dict.fromkeys(table)
     not_finite: dict[str, str] = {}
-    for file, paths in _openings(table, names, stored):
-        with _open(file) as opened:
-            for path in paths:
-                tensor = opened.get_slice(names[path])
-                params[path], problem = _load(tensor, table[path], placement[path], np.dtype(param_dtype))
-                if problem:
-                    not_finite[path] = f"{names[path]}: {problem}"
+    # The largest of a file first, so that little is held beside them.
+    for path in sorted(table, key=lambda path: (str(stored[names[path]].file), -math.prod(table[path].shape))):
+        tensor = stored[names[path]].mapped()
+        params[path], problem = _load(tensor, table[path], placement[path], np.dtype(param_dtype))
+        if problem:
+            not_finite[path] = f"{names[path]}: {problem}"
     if not_finite:
         listed = cut([not_finite[path] for path in table if path in not_finite], separator="\n  ")
         raise ValueError(
@@ -179,43 +189,20 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     """
     stored: dict[str, Stored] = {}
     for file in files:
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                if name in stored:
-                    raise ValueError(f"both {stored[name].file} and {file.name} have {name}; keep one of the files")
-                tensor = opened.get_slice(name)
-                stored[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+        try:
+            safe_open(file, framework="np")  # checks that the header and the file's size agree
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch or export it again") from error
+        with file.open("rb") as opened:
+            header_size = int.from_bytes(opened.read(HEADER_SIZE_BYTES), "little")
+            header = json.loads(opened.read(header_size))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            if name in stored:
+                raise ValueError(f"both {stored[name].file} and {file.name} have {name}; keep one of the files")
+            offset = HEADER_SIZE_BYTES + header_size + tensor["data_offsets"][0]
+            stored[name] = Stored(file, tuple(tensor["shape"]), tensor["dtype"], offset)
     return stored
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        opened = safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch or export it again") from error
-    with opened as entered:
-        yield entered
-
-
-def _openings(
-    table: Mapping[str, Entry], names: Mapping[str, str], stored: Mapping[str, Stored]
-) -> Iterator[tuple[Path, list[str]]]:
-    """Parameters to read from a file while it is open, the largest first: so that little is held beside them."""
-
-    def size(path: str) -> int:
-        return math.prod(table[path].shape) * (4 if stored[names[path]].dtype == "F32" else 2)
-
-    order = sorted(table, key=lambda path: (str(stored[names[path]].file), -size(path)))
-    batch: list[str] = []
-    for path in order:
-        same_file = bool(batch) and stored[names[batch[0]]].file == stored[names[path]].file
-        if batch and (not same_file or sum(map(size, batch)) + size(path) > BYTES_PER_OPENING):
-            yield stored[names[batch[0]]].file, batch
-            batch = []
-        batch.append(path)
-    if batch:
-        yield stored[names[batch[0]]].file, batch
 
 
 def _stored_name(entry: Entry, stored: Mapping[str, Stored]) -> str:
@@ -259,8 +246,8 @@ def _check_tensors(
                 problems.append(f"surplus: {name} {tensor.shape}")
         elif tensor.shape != expected[name].stored_shape:
             problems.append(f"misshapen: {name} is {tensor.shape}, not {expected[name].stored_shape}")
-        elif tensor.dtype not in STORED_DTYPES:
-            problems.append(f"dtype: {name} is {tensor.dtype}, not one of {', '.join(STORED_DTYPES)}")
+        elif tensor.dtype not in NUMPY_DTYPES:
+            problems.append(f"dtype: {name} is {tensor.dtype}, not one of {', '.join(NUMPY_DTYPES)}")
     if problems:
         listed = cut(problems, 20, separator="\n  ")
         raise ValueError(f"the weights in {folder} do not fit its config.json:\n  {listed}")
@@ -290,11 +277,10 @@ def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str) -> 
         return
     equal = head.shape == stored[table].shape
     if equal:
-        with _open(head.file) as file, _open(stored[table].file) as other:
-            heads, tables, rows = file.get_slice("lm_head.weight"), other.get_slice(table), head.shape[0]
-            step = max(1, BYTES_PER_OPENING // (4 * head.shape[1]))
-            parts = (slice(row, min(row + step, rows)) for row in range(0, rows, step))
-            equal = all(np.array_equal(heads[part], tables[part].astype(heads[part].dtype)) for part in parts)
+        heads, tables, rows = head.mapped(), stored[table].mapped(), head.shape[0]
+        step = max(1, COMPARED_BYTES // (4 * head.shape[1]))
+        parts = (slice(row, min(row + step, rows)) for row in range(0, rows, step))
+        equal = all(np.array_equal(heads[part], tables[part].astype(heads.dtype)) for part in parts)
     if not equal:
         raise ValueError(
             f"tie_word_embeddings in {folder / 'config.json'} is true (where it is missing, by the family's default), "
@@ -312,7 +298,8 @@ def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.
         if ranges not in read:
             part = read_slice(tensor, entry, ranges)
             with np.errstate(over="ignore"):  # found below
-                read[ranges] = part.astype(dtype, copy=False)
+                # Contiguous arrays may become device arrays as they are, which must not change with the file.
+                read[ranges] = part.astype(dtype, copy=part.flags.c_contiguous)
             if not (is_finite(part) and (part.dtype == dtype or is_finite(read[ranges]))):
                 counts.append(np.count_nonzero(~np.isfinite(read[ranges].astype(np.float32))))
         return read[ranges]
@@ -338,12 +325,12 @@ def read_slice(tensor: Any, entry: Entry, ranges: tuple[range, ...]) -> np.ndarr
     """Part of a parameter, reading no other part of the stored tensor.
 
     Args:
-        tensor: the stored one, sliceable; its slices are NumPy arrays.
+        tensor: the stored one, or anything whose slices are its NumPy arrays.
         entry: the parameter's place.
         ranges: of each of the parameter's axes, contiguous.
 
     Returns:
-        the part, with the parameter's axes, in the stored dtype.
+        the part, with the parameter's axes, in the stored dtype; where it can be, a view of the tensor.
     """
     stored = [ranges[axis] for axis in entry.axes]
     place = entry.merged
@@ -357,7 +344,8 @@ def read_slice(tensor: Any, entry: Entry, ranges: tuple[range, ...]) -> np.ndarr
         else:
             runs = [slice(head * size + within.start, head * size + within.stop) for head in heads]
         before, after = (tuple(slice(r.start, r.stop) for r in rs) for rs in (stored[:place], stored[place + 2 :]))
-        part = np.concatenate([tensor[(*before, run, *after)] for run in runs], axis=place)
+        parts = [tensor[(*before, run, *after)] for run in runs]
+        part = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=place)
     return part.reshape([len(r) for r in stored]).transpose(np.argsort(entry.axes))
 
 
