@@ -84,7 +84,7 @@ def test_no_program_and_tests_that_cannot_be_run():
     completions = ["I would rather not.", f"```python\n{ADD}```", f"```python\n{ADD}```", f"```python\n{ADD}```"]
     tests = [["assert add(1, 2) == 3"], None, [], ["assert add(open('x'), 1)"]]
     graded = code_reward([""] * 4, completions, tests=tests)
-    assert [each.score for each in graded] == [0.0, None, None, 0.0]
+    assert [each.score for each in graded] == [0.0, None, None, None]
     assert graded[0].note.startswith("no program")
     assert "at least one test" in graded[1].note
     handed = code_reward([""], completions[1:2], tests=[["class Mine: pass\nassert add(Mine(), 1)"]])

@@ -15,7 +15,16 @@ from importlib import resources
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.code_tests import PRELUDE, Test, check_tests, prepared, reads_input, used_names, why_untestable
+from grpo_jax.rewards.code_tests import (
+    PRELUDE,
+    Test,
+    can_fail,
+    check_tests,
+    prepared,
+    reads_input,
+    used_names,
+    why_untestable,
+)
 from grpo_jax.rewards.compose import Graded
 from grpo_jax.rewards.program import extract_program, free_names, parsed
 from grpo_jax.rewards.sandbox import Ended, Limits, Sandbox, finish
@@ -76,8 +85,9 @@ def code_reward(
         prompts: looked at only where a completion goes on within a fence or a thought that its prompt opened.
         completions: the texts.
         tests: for each its tests; see ``code_tests.Test``. The score is None where they are missing, malformed or at
-            fault themselves: where none asserts anything, or one imports what sandboxes lack or uses a name that it
-            does not define. That is never the completion's merit.
+            fault themselves: where none asserts anything, or one imports what sandboxes lack, uses a name that it
+            does not define, or fails before it uses the program. That is never the completion's merit. Of several,
+            those that assert nothing are left out.
         partial_credit: whether the score is the share of tests passed. If not, the first failure ends the work.
         tolerance: how far a number with a decimal point in the output of a program may be from the expected one,
             absolutely or relatively. None compares outputs as text.
@@ -140,6 +150,7 @@ def _graded(
     why = why_untestable(tests)
     if why is not None:
         return Graded(None, note=why)
+    tests = [test for test in tests if not isinstance(test, str) or can_fail(test)]  # the others tell nothing
     texts = [test for test in tests if isinstance(test, str)]
     named = {test["fn_name"] for test in tests if not isinstance(test, str) and test.get("fn_name")}
     names = used_names(texts) if texts else named | ({"Solution"} if named else set())

@@ -9,12 +9,14 @@ import io
 import json
 import pickle
 import sys
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
+from grpo_jax.rewards import assertions
 from grpo_jax.rewards.program import bound_names, free_names
 
 Test = str | dict[str, Any]
@@ -61,7 +63,6 @@ PRELUDE = {
 """Names that tests use without importing them, because their data sets run programs with these imports before them."""
 FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names}
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
-ASSERTING = ("assert", "fail", "raises")
 MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
 PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission", "main")
 """What tests call the module of the program that they import."""
@@ -111,45 +112,16 @@ def why_untestable(tests: Any) -> str | None:
         if missing := missing_modules(test):
             return f"test {number} imports {missing[0]}, which programs' sandboxes do not have: {test!r:.200}"
     if texts and not any(map(can_fail, texts)):
-        return f"no test can fail: none asserts anything: {texts[0]!r:.200}"
+        return f"no test can fail: none asserts anything that depends on the program: {texts[0]!r:.200}"
     if texts and not used_names(texts):
         return f"no test uses a name of the program: {texts[0]!r:.200}"
     return None
 
 
 def can_fail(test: str) -> bool:
-    """Whether a test asserts or raises anywhere in what is run: not in a function that nothing calls."""
+    """Whether some program fails a test, as far as its text tells: see ``assertions.can_fail``."""
     tree = _tree(test)
-    for node in _run_nodes(tree) if tree else ():
-        match node:
-            case ast.Assert() | ast.Raise():
-                return True
-            case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name.lower().startswith(ASSERTING):
-                return True
-    return False
-
-
-def _run_nodes(tree: ast.Module) -> Iterator[ast.AST]:
-    """What is run of a test: its statements, what the judge calls of its definitions, and what those refer to."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    defined = {node.name: node for node in tree.body if isinstance(node, kinds)}
-    waiting: list[ast.AST] = [node for node in tree.body if not isinstance(node, kinds)]
-    waiting += [node for node in defined.values() if _is_collected(node)]
-    seen = {id(node) for node in waiting}
-    while waiting:
-        for node in ast.walk(waiting.pop()):
-            yield node
-            meant = defined.get(node.id) if isinstance(node, ast.Name) else None
-            if meant is not None and id(meant) not in seen:
-                seen.add(id(meant))
-                waiting.append(meant)
-
-
-def _is_collected(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
-    if not isinstance(node, ast.ClassDef):
-        return node.name.startswith("test") or node.name == "check"
-    has_tests = any(getattr(each, "name", "").startswith("test") for each in node.body)
-    return has_tests and (node.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in node.bases))
+    return tree is not None and assertions.can_fail(tree)
 
 
 def missing_modules(test: str) -> list[str]:
@@ -243,7 +215,8 @@ def _called(tree: ast.Module) -> list[str]:
 def _tree(test: str) -> ast.Module | None:
     """The syntax of a test, without imports of the program by the name that data sets give it; None if not Python."""
     try:
-        compile(test, "test.py", "exec")
+        with warnings.catch_warnings(action="ignore"):
+            compile(test, "test.py", "exec")
         tree = ast.parse(test)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

@@ -17,6 +17,8 @@ LARGEST_BITS = 20_000
 WORK = 60_000.0
 """Units of work for reading or comparing one answer, each about 10 microseconds: less than a second."""
 MOST_GAMMA_DIGITS = 500
+MOST_COUNTED = 3000
+"""Up to which factorials and binomials are worked out exactly."""
 
 
 class TooLargeError(ArithmeticError):
@@ -218,7 +220,7 @@ class _Evaluation:
             if None in integers:
                 raise ValueError(f"{name} of other than integers")
             return Fraction(getattr(math, name)(*integers))
-        counts = [each for each in integers if each is not None and 0 <= each <= 3000]
+        counts = [each for each in integers if each is not None and 0 <= each <= MOST_COUNTED]
         if len(counts) == len(integers):
             return Fraction(math.factorial(*counts) if name == "factorial" else math.comb(*counts))
         if self.digits > MOST_GAMMA_DIGITS:
@@ -267,6 +269,9 @@ def _cost(name: str, values: list[Any], digits: int) -> float:
         bits = sum(each.numerator.bit_length() + each.denominator.bit_length() for each in values)
         if name in ("add", "mul", "div", "abs", "floor", "ceil", "min", "max"):
             return 0.5 + (bits / 5000) ** 2
+        counts = all(each.denominator == 1 and 0 <= each <= MOST_COUNTED for each in values)
+        if name in ("factorial", "binom") and counts:
+            return 1 + (int(values[0]) / 300) ** 1.6
         if name == "pow" and values[1].denominator == 1:
             return 1 + (min(bits * abs(values[1]), digits * 8) / 5000) ** 1.6
     arithmetic, function = 1 + 4 * (digits / 1000) ** 1.6, 2.5 * (1 + (digits / 60) ** 1.6)

@@ -131,10 +131,16 @@ class _Parser:
             elif token in ("/", r"\div"):
                 self.take()
                 node = ("div", node, self.signed(depth))
-            elif self.starts_a_factor() or (token[:1].isdigit() and self.tokens[self.place - 1] in (r"\pi", "!")):
+            elif self.starts_a_factor() or (token[:1].isdigit() and self.follows_a_factor()):
                 node = _times(node, self.power(depth))
             else:
                 return node
+
+    def follows_a_factor(self) -> bool:
+        r"""Whether a number may stand here as a factor: in ``\pi 2``, and a power as in ``n2^n``; not in ``x2``."""
+        before, after = self.tokens[self.place - 1], self.tokens[self.place + 1 : self.place + 2]
+        is_factor = before == ")" or (len(before) == 1 and before.isalpha())
+        return before in (r"\pi", "!") or (after == ["^"] and is_factor)
 
     def signed(self, depth: int) -> Node:
         return _negative(self.power(depth)) if self.skip("-") else self.power(depth)

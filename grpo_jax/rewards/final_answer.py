@@ -22,7 +22,8 @@ class Answer:
         unit: of a number or an expression, where it has one: the unit in base units, and these.
         name: the variable or quantity that is said to be it, as in ``x = 5``.
         letter: of a multiple-choice answer that is given with its letter, as in ``(B) 12``.
-        parameter: of an expression that holds for all integers, the name of the integer.
+        parameter: a letter that the answer holds for all values of: an integer, or the argument of a function.
+        domain: where the parameter's values are from, such as ``Z``, if that is said.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Answer:
     name: str | None = None
     letter: str | None = None
     parameter: str | None = None
+    domain: str | None = None
 
 
 NOTHING = Answer("nothing", None)

@@ -99,6 +99,9 @@ SPELLINGS = {
     r"\textdegree": r"^\circ",
     r"\textnormal": r"\text",
     r"\textsf": r"\text",
+    r"\texttt": r"\text",
+    r"\mathtt": r"\text",
+    r"\textsc": r"\text",
     r"\mathsf": r"\text",
     r"\emph": r"\text",
     r"\vec": r"\text",
@@ -142,7 +145,7 @@ KNOWN |= {r"\cdot", r"\times", r"\div", r"\pm", r"\mp", r"\pi", r"\infty", r"\le
 KNOWN |= {r"\cap", r"\setminus", r"\emptyset", r"\{", r"\}", r"\\", r"\circ", r"\text", r"\mathbb", r"\overline"}
 KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil", r"\over", r"\choose", r"\bar", r"\dot"}
 KNOWN |= {r"\approx", r"\equiv", r"\pmod", r"\bmod", r"\mod", r"\parallel", r"\perp", r"\cong", r"\sim"}
-KNOWN |= {r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
+KNOWN |= {r"\forall", r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
 SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
 RAISED = str.maketrans(SUPERSCRIPTS, "0123456789-")
 COLOURS = "red|blue|green|black|orange|purple|magenta|brown|teal|violet|cyan"
@@ -151,12 +154,14 @@ COLOURED = re.compile(
 )
 COMMAND = re.compile(r"\\(?:[a-zA-Z]+|.)", re.DOTALL)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+FORMULA = re.compile(r"(?<!\\)\$(?=\S)((?:[^$\\]|\\.)+)(?<=\S)\$(?!\d)")
 WRAPPER = re.compile(
     r"\\(?:boxed|text|fbox|mbox|textbf|mathbf|displaystyle|underline|bm|boldsymbol|mathrm)(?![a-zA-Z]) ?(\{)?"
 )
 PLAIN_NAMES = re.compile(
     r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|ln|log|exp|pi|theta)(?=[^A-Za-z]|$)"
 )
+CHOOSE = re.compile(r"(?<![A-Za-z\\])C ?_ ?(?:\{ ?(\d+) ?\}|(\d)) ?\^ ?(?:\{ ?(\d+) ?\}|(\d))")
 UNIT_VECTOR = re.compile(
     r"\\(?:mathbf|hat|vec|boldsymbol|bm|widehat) ?"
     r"(?:\{ ?(?:\\mathbf ?\{ ?)?\\?([ijk])(?:math)? ?\}? ?\}|\\?([ijk])(?:math)?)(?![a-zA-Z])"
@@ -170,7 +175,7 @@ def tidy(text: str) -> str | None:
     colour or define something), a comment, another script's digits and look-alikes, invisible characters, braces that
     do not pair; and for more than 400 characters, or no text at all.
     """
-    text = text.strip()
+    text = re.sub(r"(?<!\\)\\\Z", "", text.strip())  # of a blank "\\ " at the end
     if len(text) > LONGEST:
         return None
     text = re.sub("\u221a ?(\\d+(?:\\.\\d+)?|[a-z])", r"\\sqrt{\1}", text).replace("\u221a", r"\sqrt ")
@@ -181,7 +186,7 @@ def tidy(text: str) -> str | None:
     text = _without_thousands_separators(text.replace("...", r"\ldots "))
     if re.search(r"(?<!\\)%(?=[^\s.,;$)\\}])", text):
         return None  # a LaTeX comment
-    text = _unwrapped(text.replace("~", " "))
+    text = _joined(_unwrapped(text.replace("~", " ")))
     if re.search(r"\\text\s*\{[^}]*\\(?![%$&_ ,;])", text):
         return None
     for _ in range(2):
@@ -189,7 +194,10 @@ def tidy(text: str) -> str | None:
     text = re.sub(r"\\not ?=|\\not ?\\eq(?![a-z])", r"\\ne ", text)
     text = re.sub(rf"\\operatorname\*? ?\{{ ?({FUNCTIONS.replace(' ', '|')}) ?\}}", r"\\\1 ", text)
     text = re.sub(r"\\(?:mathrm|text) ?\{(lcm|gcd|arc(?:sin|cos|tan)|sin|cos|tan|ln|log|exp)\}", r"\\\1 ", text)
-    text = re.sub(r"\\text ?\{ ?(\\?[$%:]) ?\}", r"\1", text)
+    text = re.sub("\\\\text ?\\{ ?(\\\\?[$%:.\u20ac\u00a3\u00a5\u20b9]) ?\\}", r"\1", text)
+    text = re.sub(r"\\\\ ?\[ ?-?[\d.]+ ?(?:pt|em|ex|mm|cm) ?\]", r"\\\\", text)
+    text = re.sub(r"\{ ?(-?\d+) ?\} ?/ ?\{ ?(\d+) ?\}", r"\1/\2", text)
+    text = CHOOSE.sub(lambda match: rf"\binom{{{match[1] or match[2]}}}{{{match[3] or match[4]}}}", text)
     text = re.sub(r"^([^{}]*=) ?\\boxed ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}$", r"\1\2", text)
     text = re.sub(r"\\mathit ?\{(\w+)\}", r" \1 ", text)
     text = re.sub(r"\\([pb]matrix) ?\{(.*)\}", r"\\begin{\1}\2\\end{\1}", text, flags=re.DOTALL)
@@ -210,6 +218,22 @@ def tidy(text: str) -> str | None:
     text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb {\1}", text)
     text = _unwrapped(text)
     return text if text and balanced(text) else None
+
+
+def _joined(text: str) -> str:
+    """Sentences such as ``$x=1$ and $x=3$`` as one formula, words as texts; anything else as it is.
+
+    As in Markdown, no blank follows an opening ``$`` or precedes a closing one, so that prices are not taken for
+    formulas.
+    """
+    pieces = FORMULA.split(text)
+    outside = pieces[::2]
+    if len(pieces) == 1 or any(re.search(r"(?<!\\)\$", each) for each in outside):
+        return text
+    pieces[::2] = [
+        rf"\text{{{each}}}" if re.fullmatch(r"[ ,]*[A-Za-z]{2}[A-Za-z ,]*", each) else each for each in outside
+    ]
+    return "".join(pieces)
 
 
 def _without_thousands_separators(text: str) -> str:

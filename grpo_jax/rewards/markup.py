@@ -27,7 +27,10 @@ def plain(text: str) -> str:
         text = EMPHASIS.sub(r"\2", text)
     text = LEFT_OVER.sub("", text.strip()).strip()
     for opening, closing in DELIMITERS:
-        is_single = text.count(closing) % 2 if opening == closing else text.count(opening) < text.count(closing)
+        counted = text.replace(r"\$", "")
+        is_single = (
+            counted.count(closing) % 2 if opening == closing else counted.count(opening) < counted.count(closing)
+        )
         if is_single and text.endswith(closing) and not text.endswith("\\" + closing):
             text = LEFT_OVER.sub("", text.removesuffix(closing).strip()).strip()
     return text

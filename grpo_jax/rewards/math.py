@@ -15,13 +15,15 @@ from typing import Any
 
 from grpo_jax.rewards.answer import extract_answer, gold_answer
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.evaluation import TooLargeError, work_limit
-from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, operations, substitute, variables
-from grpo_jax.rewards.final_answer import Answer, as_node
+from grpo_jax.rewards.evaluation import TooLargeError, digits_needed, evaluate, work_limit
+from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, difference, operations, parse, variables
+from grpo_jax.rewards.final_answer import Answer, as_node, is_constant_scalar
 from grpo_jax.rewards.forms import FORMS, formulas, has_form
 from grpo_jax.rewards.intervals import Piece
 from grpo_jax.rewards.latex import UNIT_VECTORS
 from grpo_jax.rewards.numbers import numeric_value
+from grpo_jax.rewards.parameters import CHOSEN_FREELY, differ_in_domain, with_parameter_of
+from grpo_jax.rewards.points import SMALL
 from grpo_jax.rewards.read_math import as_interval, read_answer
 from grpo_jax.rewards.symbolic import agree, constant_ratio
 from grpo_jax.rewards.units import is_cents, read_unit
@@ -164,7 +166,10 @@ def _same(gold: Answer, given: Answer) -> bool:
         return _same_choice(gold, given)
     if gold.name is not None and given.name is not None and gold.name != given.name:
         return False
-    gold, given = _of_one_kind(gold, given)
+    renamed = with_parameter_of(gold, given)
+    if renamed is None or differ_in_domain(gold, given):
+        return False
+    gold, given = _of_one_kind(gold, renamed)
     if {gold.kind, given.kind} == {"number", "expression"}:
         # A gold that is written as a number asks for one; a gold to be worked out may be answered by its value.
         return gold.kind == "expression" and _same_scalar(gold, given)
@@ -199,6 +204,14 @@ def _of_one_kind(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
         return _solution(gold, given), _solution(given, gold)
     if kinds == ("number", "equation") and re.fullmatch(r"[a-w](?:\+[a-w])+", given.value[1] or ""):
         return gold, given.value[2]  # m+n = 11
+    if "congruence" in kinds:
+        return _as_congruence(gold), _as_congruence(given)
+    if given.kind == "equation" or gold.kind == "equation":
+        return _as_equation(gold, given), _as_equation(given, gold)
+    if kinds == ("text", "list") or kinds == ("list", "text"):
+        return _as_letters(gold), _as_letters(given)
+    if set(kinds) == {"ratio", "expression"}:
+        return _as_fraction(gold), _as_fraction(given)
     if set(kinds) == {"ratio", "number"}:
         return _as_fraction(gold), _as_fraction(given)
     if set(kinds) == {"set", "list"}:
@@ -231,7 +244,46 @@ def _solution(answer: Answer, other: Answer) -> Answer:
     return answer.value[2]
 
 
+def _as_congruence(answer: Answer) -> Answer:
+    r"""``x = 7k+3, k \in \mathbb{Z}`` as the class of 3 modulo 7."""
+    if answer.kind not in ("equation", "expression"):
+        return answer
+    value = answer.value[2] if answer.kind == "equation" else answer
+    if value is None or value.kind != "expression" or answer.domain not in (None, "Z"):
+        return answer
+    names = variables(value.value)
+    name = next(iter(names)) if len(names) == 1 else ""
+    if name not in CHOSEN_FREELY and name != answer.parameter:
+        return answer
+    digits = digits_needed(value.value, SMALL)
+    at_zero, at_one = (evaluate(value.value, {name: Fraction(place)}, digits) for place in (0, 1))
+    if not isinstance(at_zero, Fraction) or not isinstance(at_one, Fraction) or at_zero == at_one:
+        return answer
+    step = at_one - at_zero
+    line = ("add", ("number", at_zero), ("mul", ("number", step), ("variable", name)))
+    if at_zero.denominator * step.denominator != 1 or not agree(value.value, line):
+        return answer
+    return Answer("congruence", (int(at_zero % abs(step)), int(abs(step))))
+
+
+def _as_equation(answer: Answer, other: Answer) -> Answer:
+    """``x = 4`` as the equation that it is, where the other is one such as ``x - 4 = 0``."""
+    node = parse(answer.name) if answer.name and is_constant_scalar(answer) and other.value[1] is None else None
+    if node is None or node[0] != "variable":
+        return answer
+    return Answer("equation", (difference(node, as_node(answer)), None, None))
+
+
+def _as_letters(answer: Answer) -> Answer:
+    """Several letters of choice, ``B, D``, as one text."""
+    if answer.kind != "list" or any(each.kind != "text" or len(each.value) != 1 for each in answer.value):
+        return answer
+    return Answer("text", "".join(each.value for each in answer.value))
+
+
 def _as_fraction(answer: Answer) -> Answer:
+    if answer.kind == "ratio" and len(answer.value) == 1:
+        return answer.value[0]
     if answer.kind != "ratio" or len(answer.value) != 2 or any(each.kind != "number" for each in answer.value):
         return answer
     return Answer("number", answer.value[0].value / answer.value[1].value)
@@ -278,7 +330,7 @@ def _same_scalar(gold: Answer, given: Answer) -> bool:
         return False
     if gold.kind == given.kind == "number":
         return gold.value * scales[0] == given.value * scales[1]
-    nodes = as_node(gold), _with_parameter(as_node(given), gold, given)
+    nodes = as_node(gold), as_node(given)
     if variables(nodes[0]) != variables(nodes[1]):
         return False
     if given.kind == "expression" and _left_to_do(nodes[1]) - _left_to_do(nodes[0]):
@@ -288,18 +340,10 @@ def _same_scalar(gold: Answer, given: Answer) -> bool:
     return agree(*nodes)
 
 
-def _with_parameter(node: Node, gold: Answer, given: Answer) -> Node:
-    r"""The given expression with the gold's name for an integer parameter, as n in ``n\pi, n \in \mathbb{Z}``."""
-    name = gold.parameter
-    if name is None or name in variables(node):
-        return node
-    others = variables(node) - variables(as_node(gold))
-    other = given.parameter or (next(iter(others)) if len(others) == 1 and others <= set("kmn") else None)
-    return node if other is None else substitute(node, other, name)
-
-
 def _left_to_do(node: Node) -> frozenset[str]:
-    return frozenset(LEFT_TO_DO[name] for name in operations(node) & LEFT_TO_DO.keys())
+    """Kinds of operations still to be carried out; a binomial or a factorial of a variable is a closed form."""
+    left = frozenset(LEFT_TO_DO[name] for name in operations(node) & LEFT_TO_DO.keys())
+    return left - {"factorial"} if variables(node) else left
 
 
 def _same_parts(gold: Answer, given: Answer) -> bool:

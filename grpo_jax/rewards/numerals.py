@@ -125,7 +125,7 @@ def read_numeral(text: str) -> Answer | None:
     """A numeral with its base, as ``1012_3``: a text, which only the same digits in the same base equal."""
     plain = re.sub(r"\\(?:text|overline) ?\{([^{}]*)\}", r"\1", text)
     match = re.fullmatch(
-        r"\(? ?([0-9A-Fa-f ]*[0-9][0-9A-Fa-f ]*) ?\)?"
+        r"\(? ?([0-9A-Fa-f ]*[0-9][0-9A-Fa-f ]*|[A-F]{2,}) ?\)?"
         r"(?: ?_ ?(?:\{ ?\(? ?(\w+) ?\)? ?\}|(\d))|,? \(?(?:in )?base[ -](\w+)\)?) ?",
         plain,
     )

@@ -24,7 +24,8 @@ def points_for(names: frozenset[str], *expressions: Node) -> list[tuple[dict[str
     """The points of a comparison, whether they are integers, and the digits that a comparison there takes.
 
     Signs, orders and sizes are the same in every process, so that honest answers are judged alike everywhere; only the
-    digits are secret. A third are integers, the others small or large fractions. Where a root, an absolute value or
+    digits are secret. A third are integers, the others small or large fractions; of factorials and binomials all but
+    three are integers from 0 on. Where a root, an absolute value or
     the like may take another branch, there are four more beyond every constant of the expressions, as far as the values
     are not too large; where something is rounded, eight more that are closer to an integer or a simple fraction than
     any constant.
@@ -34,15 +35,18 @@ def points_for(names: frozenset[str], *expressions: Node) -> list[tuple[dict[str
         raise TooLargeError("the values are too large")
     large = _fitting(expressions, (LARGE,)) or small
     found = []
+    counts = any({"factorial", "binom"} & operations(each) for each in expressions)
     for number in range(POINTS):
+        is_integer = number % 8 != 0 if counts else number % 3 == 1
         bits, digits = large if number % 6 == 5 else small
         public, secret = Random(number), Random(SECRET + bytes([number]))
         sizes = {name: public.uniform(-1, 1) for name in sorted(names)}
-        if number % 3 == 1:
+        if is_integer:
+            sizes = {name: abs(size) for name, size in sizes.items()} if counts else sizes
             at = {name: Fraction(round((2 ** int(bits) - 1) * size)) for name, size in sizes.items()}
         else:
             at = {name: _near(size, bits, secret) for name, size in sizes.items()}
-        found.append((at, number % 3 == 1, digits))
+        found.append((at, is_integer, digits))
     constants = max(map(_largest_constant, expressions))
     largest = _fitting(expressions, (2 * constants + 20, 40.0, 20.0, 14.0, 10.0)) or small
     for number in range(4 if any(map(_has_branch, expressions)) else 0):

@@ -71,7 +71,8 @@ def extract_program(
     last fenced block of Python that defines one of ``names`` (or reads its input, where it should), or else the last
     one; with those other blocks that define what it uses and does not define, imports and helpers. Blocks of no named
     language count where none says Python, blocks of another language never. Without a fence it is what stands in the
-    last ``<answer>...</answer>``.
+    last ``<answer>...</answer>``, or else the whole text, alone or after a prompt that it goes on with, where that is
+    Python and defines or reads what it should.
 
     A fence is three or more backticks or tildes that begin a line, as in Markdown: indented, in a list, or opened by
     the end of the prompt as well. The last may be left open. A fence within a program, as in a docstring, does not end
@@ -83,6 +84,7 @@ def extract_program(
         names: the functions and classes that tests use.
         reads_input: whether tests give it input to read.
     """
+    completion = completion.replace("\ufeff", "")  # a byte order mark, which Python takes only from files
     text = after_thought(prompt, completion)
     if text is None:
         return None
@@ -93,7 +95,10 @@ def extract_program(
         return assembled(candidates, names, reads_input)
     _, tag, rest = text.rpartition("<answer>")
     program, end, _ = rest.partition("</answer>")
-    return program.strip("\n") if tag and end and program.strip() else None
+    if tag and end and program.strip():
+        return program.strip("\n")
+    bare = [Block("", each) for each in (text, *([prompt + text] if text == completion else []))]
+    return next((each.text for each in bare if each.tree and _is_usable(each, names, reads_input)), None)
 
 
 def open_fence(prompt: str) -> str:
@@ -156,11 +161,7 @@ def _block(lines: list[str], fence: re.Match[str]) -> Block:
 
 def assembled(blocks: Sequence[Block], names: Collection[str], reads_input: bool) -> str:
     """The last block that tests can use, after those that define what it needs."""
-    usable = [
-        block
-        for block in blocks
-        if (block.defines & set(names) if names else not reads_input or READS_INPUT.search(block.text))
-    ]
+    usable = [block for block in blocks if not (names or reads_input) or _is_usable(block, names, reads_input)]
     last = usable[-1] if usable else blocks[-1]
     place = next(n for n in reversed(range(len(blocks))) if blocks[n] is last)
     chosen, needed = {place}, set(last.needs)
@@ -169,6 +170,13 @@ def assembled(blocks: Sequence[Block], names: Collection[str], reads_input: bool
             chosen.add(n)
             needed = (needed - blocks[n].defines) | blocks[n].needs
     return "\n".join(blocks[n].text for n in [*sorted(chosen - {place}), place])
+
+
+def _is_usable(block: Block, names: Collection[str], reads_input: bool) -> bool:
+    """Whether a block defines one of the names or, where there are none, reads input as it should."""
+    if names:
+        return bool(block.defines & set(names))
+    return reads_input and READS_INPUT.search(block.text) is not None
 
 
 def parsed(program: str) -> ast.Module | None:

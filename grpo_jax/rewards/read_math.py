@@ -14,6 +14,7 @@ from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_
 from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, REALS, Piece, complement, intersection
 from grpo_jax.rewards.latex import balanced, split_top, tidy
 from grpo_jax.rewards.numerals import NUMBER_WORDS, exact_number, read_number, read_numeral, read_ratio
+from grpo_jax.rewards.parameters import split_parameter
 from grpo_jax.rewards.relations import (
     AND,
     NAME,
@@ -38,19 +39,16 @@ CASES = re.compile(
 MATRIX = re.compile(r"(.*?)(?: ?\\cdot)? ?\\begin ?\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\2\}")
 REAL_SET = re.compile(r"\\mathbb ?\{ ?R ?\}")
 STATEMENT = re.compile(
-    r"(?:\\text ?\{ ?)?(?:the )?(?:final )?(?:answer|value|result) (?:is|=):? ?(?:\} ?|(?=[\d\\(\-]))", re.IGNORECASE
+    r"(?:\\text ?\{ ?)?"
+    r"(?P<words>(?:the )?(?:final )?(?:answer|value|result) =|(?:[A-Za-z]+[ -]){1,8}(?:is|are|equals)):?"
+    r" ?(?:\} ?|(?=[\d\\(\-]))",
+    re.IGNORECASE,
 )
 SUCH_THAT = re.compile(rf"({NAME}) ?(?:\\in ?{REAL_SET.pattern})? ?(?:\||:|\\text ?\{{ ?such that ?\}}) ?(.+)")
 OTHER_SET = re.compile(r"\\mathbb ?\{ ?([NZQC]) ?\}(?: ?\^ ?\{? ?([+\-*]) ?\}?)?")
 ALL_BUT = re.compile(
     r"(?:all )?(?P<nonzero>non-?zero )?real numbers?(?: x)?"
     r"(?: (?:except|other than|not equal to)(?: for)? (?P<points>.+))?"
-)
-FOR_ALL = re.compile(
-    r"(?P<main>.+?)[,;]? ?"
-    r"(?:where|for|with|\\text\{ ?(?:where|for|with)(?: all| any| every| some| constant| integer)*s? ?\})? ?"
-    r"\(?(?P<name>[a-zA-Z]) ?"
-    r"(?:\\in ?(?:\\mathbb|\\text) ?\{ ?[ZR] ?\}|(?:\\text\{)? ?is an? (?:integer|constant) ?\}?)?\)?"
 )
 
 
@@ -78,7 +76,8 @@ def _read(text: str) -> Answer | None:
     inner = _grouped(text) if text else None
     if inner is not None:
         return _read(inner)
-    if prefix := STATEMENT.match(text):
+    prefix = STATEMENT.match(text)
+    if prefix and not SAYING_MORE & set(prefix["words"].lower().split()[:-1]):
         return _read(text[prefix.end() :].strip())
     readers = (read_numeral, _choice, read_number, read_ratio, _prose, _for_all, _congruence)
     for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
@@ -109,14 +108,12 @@ def _prose(text: str) -> Answer | None:
 
 
 def _for_all(text: str) -> Answer | None:
-    r"""``\frac{\pi}{4}+k\pi, k \in \mathbb{Z}``, read without the domain of its parameter."""
-    match = FOR_ALL.fullmatch(text)
-    if match is None or not balanced(match["main"]) or not re.search(r"\\in |\\text|where|for", text):
-        return None
-    main = match["main"].strip(" ,;")
-    is_mentioned = match["name"] in re.sub(r"\\[a-z]+", "", main)
-    answer = _read(main) if is_mentioned and main != text else None
-    return replace(answer, parameter=match["name"]) if answer is not None else None
+    r"""``\frac{\pi}{4}+k\pi, k \in \mathbb{Z}``."""
+    found = split_parameter(text)
+    answer = found and _read(found[0])
+    if found is None or answer is None or (answer.parameter is not None and answer.parameter != found[1]):
+        return answer or None
+    return replace(answer, parameter=found[1], domain=found[2])
 
 
 def _alternatives(text: str) -> Answer | None:
@@ -164,6 +161,8 @@ def _collection(text: str) -> Answer | None:
         return _matrix(match[3], match[1].strip())
     if r"\begin" in text:
         return NOTHING
+    if (point := re.fullmatch(r"[ABD-Z] ?(\(.+\))", text)) and len(split_top(point[1][1:-1], ",")) > 1:
+        return _read(point[1])
     opening, closing = _bracketed(text)
     if opening is None or closing is None:
         return None
@@ -181,6 +180,8 @@ def _collection(text: str) -> Answer | None:
         if low is not None and high is not None and is_constant_scalar(low) and is_constant_scalar(high):
             finite = low.kind != "infinity", high.kind != "infinity"
             return interval([Piece(low, opening == "[" and finite[0], high, closing == "]" and finite[1])])
+        if low is not None and high is not None and opening != r"\{":
+            return Answer("tuple", (Answer("text", opening), low, high, Answer("text", closing)))
     if (opening, closing) in (("(", ")"), (r"\langle", r"\rangle")):
         return _several("tuple", items)
     return NOTHING

@@ -8,14 +8,14 @@ from dataclasses import replace
 from fractions import Fraction
 
 from grpo_jax.rewards.expression import Node, difference, parse, variables
-from grpo_jax.rewards.final_answer import NOTHING, Answer, is_constant_scalar
+from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar
 from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, Piece, complement, union
 from grpo_jax.rewards.latex import split_top
 from grpo_jax.rewards.symbolic import agree, is_constant, is_evaluable, real_value
 
 NAME = r"[A-Za-z](?:_(?:\{\w+\}|\w))?'?|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|rho) ?"
 FUNCTION_OF = re.compile(
-    r"([A-Za-z](?:_\w)?(?:'{1,2}| ?\^ ?\{ ?-1 ?\})?) ?\( ?[a-z](?:, ?[a-z])* ?\)|\\frac ?\{ ?d(?:y|f) ?\} ?\{ ?dx ?\}"
+    r"([A-Za-z](?:_\w)?(?:'{1,2}| ?\^ ?\{ ?-1 ?\})?) ?\( ?([a-z])(?:, ?[a-z])* ?\)|\\frac ?\{ ?d(?:y|f) ?\} ?\{ ?dx ?\}"
 )
 QUANTITY = re.compile(
     r"(?:m ?)?\\(?:angle|triangle) ?[A-Z]{1,3}|\|?[A-Z]{2,4}\|?|\[ ?[A-Z]{3,6} ?\]|\\overline ?\{ ?[A-Z]{2} ?\}"
@@ -24,7 +24,7 @@ QUANTITY = re.compile(
 )
 RELATION = r"(\\approx|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|\\in(?![a-z])|=|<|>)"
 CONGRUENCE = re.compile(
-    rf"(?:(?P<name>{NAME}) ?\\equiv ?)?(?P<residues>[^=<>]+?) ?(?:\(? ?(?:\\text\{{ ?mod ?\}}|mod)|\\[pb]?mod) ?"
+    rf"(?:(?P<name>{NAME}) ?\\equiv ?)?(?P<residues>[^=<>]+?) ?\(? ?(?:\\text\{{ ?mod ?\}}|mod|\\[pb]?mod) ?"
     r"\{? ?(?P<modulus>\d+) ?\}? ?\)?"
 )
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
@@ -40,7 +40,7 @@ def read_relation(text: str, read: Reader) -> Answer | None:
         text: tidy LaTeX.
         read: the reader of its sides.
     """
-    if len(split_top(text, ",")) > 1 or re.search(AND, text):
+    if len(split_top(text, ",|;")) > 1 or re.search(AND, text):
         return None
     parts = split_top(text, RELATION)
     sides, signs = parts[::2], [sign.strip() for sign in parts[1::2]]
@@ -50,6 +50,8 @@ def read_relation(text: str, read: Reader) -> Answer | None:
         return NOTHING
     if signs == [r"\approx"] and re.fullmatch(NAME, sides[0]):
         signs = ["="]
+    if signs[-1] == r"\approx":
+        return _rounded(read(text.rpartition(r"\approx")[0].strip()), read(sides[-1]), sides[-1])
     if set(signs) == {"="}:
         return _equation(sides[0], sides[1], read) if len(signs) == 1 else _chain(sides, read)
     if len(signs) > 2 or {"=", r"\approx"} & set(signs) or (len(signs) > 1 and set(signs) & {r"\in", r"\ne"}):
@@ -58,6 +60,17 @@ def read_relation(text: str, read: Reader) -> Answer | None:
         value = read(sides[1])
         return named(sides[0], value and (as_interval(value) or value), {"interval", "set"})
     return _inequality(sides, signs, read)
+
+
+def _rounded(exact: Answer | None, approximate: Answer | None, written: str) -> Answer:
+    r"""``2\sqrt{3} \approx 3.464``: the exact value, where the other is near it to all its places but the last."""
+    if exact is None or approximate is None or exact.kind not in ("number", "expression"):
+        return NOTHING
+    node = as_node(exact)
+    if variables(node) or approximate.kind != "number" or approximate.unit not in (None, exact.unit):
+        return NOTHING
+    error, places = real_value(difference(node, as_node(approximate))), re.search(r"\.(\d+)", written)
+    return exact if error is not None and abs(error) <= 10.0 ** -len(places[1] if places else "") else NOTHING
 
 
 def named(name: str, value: Answer | None, kinds: set[str]) -> Answer:
@@ -82,11 +95,13 @@ def _chain(sides: list[str], read: Reader) -> Answer:
 def _equation(left: str, right: str, read: Reader) -> Answer:
     if function := FUNCTION_OF.fullmatch(left):
         value = read(right)
-        name = (function[1] or "y'").replace(" ", "")
+        name, argument = (function[1] or "y'").replace(" ", ""), function[2] or "x"
         if value is not None and value.kind == "list" and all(map(_is_scalar, value.value)):
-            return Answer("list", tuple(Answer("equation", (None, name, each)) for each in value.value))
+            return Answer(
+                "list", tuple(Answer("equation", (None, name, each), parameter=argument) for each in value.value)
+            )
         is_value = _is_scalar(value) or (value is not None and value.kind == "cases")
-        return Answer("equation", (None, name, value)) if is_value else NOTHING
+        return Answer("equation", (None, name, value), parameter=argument) if is_value else NOTHING
     for name, other in ((left, right), (right, left)):
         is_variable = re.fullmatch(NAME, name) is not None
         if (is_variable or QUANTITY.fullmatch(name)) and not (is_variable and _has_variable(other, name)):

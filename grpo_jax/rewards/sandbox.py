@@ -171,12 +171,12 @@ class Sandbox:
             pass_fds: descriptors of this process that it is given under the same numbers.
             seconds: of processor time, instead of the limits' own.
         """
-        code = source.encode("utf-8", "replace")
-        given, rules = os.memfd_create("program"), os.memfd_create("rules")
+        program, given, rules = files = [os.memfd_create(name) for name in ("program", "stdin", "rules")]
         try:
-            _fill(given, b"%d\n" % len(code) + code + stdin.encode("utf-8", "replace"))
+            _fill(program, source.encode("utf-8", "replace"))
+            _fill(given, stdin.encode("utf-8", "replace"))
             _fill(rules, self._rules)
-            starter = _starter(self.limits, seconds or self.limits.seconds, self._packages)
+            starter = _starter(self.limits, seconds or self.limits.seconds, self._packages, program)
             process = subprocess.Popen(
                 [
                     *bubblewrap(self._python, self._packages, self.limits.file_bytes),
@@ -185,12 +185,12 @@ class Sandbox:
                 stdin=given,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(rules, *pass_fds),
+                pass_fds=(program, rules, *pass_fds),
                 **other_user(),
             )
         finally:
-            os.close(given)
-            os.close(rules)
+            for file in files:
+                os.close(file)
         return Program(process)
 
 
@@ -303,21 +303,16 @@ sys.path += {packages!r}
 for what, limit in {limits!r}:
     resource.setrlimit(getattr(resource, what), (limit, limit))
 resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds} + 1))
-length = b""
-while not length.endswith(b"\\n"):
-    length += os.read(0, 1)
-code = b""
-while len(code) < int(length):
-    code += os.read(0, int(length) - len(code))
-code = code.decode()
+with open({program}) as file:
+    code = file.read()
 linecache.cache["program.py"] = (len(code), None, code.splitlines(True), "program.py")
 main = sys.modules["__main__"] = type(sys)("__main__")
 exec(compile(code, "program.py", "exec"), main.__dict__)
 """
 
 
-def _starter(limits: Limits, seconds: float, packages: Sequence[str]) -> str:
-    """What the interpreter runs first: it limits itself, then becomes the program that stands before its input."""
+def _starter(limits: Limits, seconds: float, packages: Sequence[str], program: int) -> str:
+    """What the interpreter runs first: it limits itself, then becomes the program in a file that is open for it."""
     bounds = {
         "RLIMIT_AS": limits.memory_bytes,
         "RLIMIT_NPROC": limits.processes,
@@ -325,7 +320,8 @@ def _starter(limits: Limits, seconds: float, packages: Sequence[str]) -> str:
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
-    return STARTER.format(limits=list(bounds.items()), seconds=math.ceil(seconds), packages=list(packages))
+    limits_set = list(bounds.items())
+    return STARTER.format(limits=limits_set, seconds=math.ceil(seconds), packages=list(packages), program=program)
 
 
 def _fill(file: int, content: bytes) -> None:

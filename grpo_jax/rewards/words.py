@@ -8,6 +8,7 @@ from grpo_jax.rewards.final_answer import Answer
 from grpo_jax.rewards.units import singular
 
 WORD = re.compile(r"[A-Za-z]+\.?(?: (?:[A-Za-z]+|\d{1,4})(?:st|nd|rd|th)?\.?|['\-][A-Za-z]+)*")
+SEVERAL_NAMES = re.compile(r"\w+(?: \w+)?(?:, \w+(?: \w+)?)*,? (?:and|or) \w+(?: \w+)?")
 SHORT_WORDS = {"no", "yes", "up", "none", "even", "odd", "true", "false", "all"}
 NEVER_PROSE = {"or", "and"}
 CHOICE = re.compile(
@@ -44,6 +45,8 @@ def read_words(text: str) -> Answer | None:
     known = _date(plain) or SYNONYMS.get(plain.lower())
     if known or re.fullmatch(r"[A-Z]{2,}", plain):
         return Answer("text", known or plain)
+    if SEVERAL_NAMES.fullmatch(plain):
+        return None  # a list
     if not WORD.fullmatch(plain) or not (r"\text" in text or plain.lower() in SHORT_WORDS or _is_prose(plain)):
         return None
     words = re.sub(r"^(?:a|an|the) (?=\w)", "", plain.replace(".", "").replace(",", ""), flags=re.IGNORECASE)

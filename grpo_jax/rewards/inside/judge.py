@@ -50,9 +50,15 @@ def judge(tests, link, stop_at_failure):
             say(False, str(error), ran=False)
             return
         except AssertionError as error:
+            if "text" in test and not isinstance(error, OfProgram) and fails_by_itself(test):
+                say(None, "the test fails whatever the program is: {}".format(text_of(test)))
+                return
             say(False, "failed: %s" % (str(error) or text_of(test)))
         except BaseException as error:
             lines = traceback.format_exception_only(type(error), error)
+            if "text" in test and not isinstance(error, OfProgram) and fails_by_itself(test):
+                say(None, "the test fails whatever the program is: {}in {}".format("".join(lines), text_of(test)))
+                return
             say(
                 False,
                 "{}in {}".format("".join(lines), text_of(test)),
@@ -66,6 +72,43 @@ def judge(tests, link, stop_at_failure):
 
 class NotDefined(Exception):
     """The program lacks what a test calls."""
+
+
+class Touched(BaseException):
+    """A test has used something of the program."""
+
+    count = 0
+
+    def __init__(self):
+        Touched.count += 1  # the test may catch it
+
+
+class Untouchable:
+    """Stands for a function or class of the program where none is run; whatever is done with it raises."""
+
+    def refuse(self, *_args, **_kwargs):
+        raise Touched
+
+    for each in dir(0) + dir([]) + ["__call__", "__enter__", "__aenter__", "__next__", "__await__", "__matmul__"]:
+        if each not in dir(object) or each in (
+            "__getattribute__",
+            "__eq__",
+            "__ne__",
+            "__hash__",
+            "__str__",
+            "__repr__",
+        ):
+            locals()[each] = refuse
+
+
+def fails_by_itself(test):
+    """Whether a test that failed does so before it uses anything of the program, as with ``f(1 / 0)``."""
+    count, program = Touched.count, Untouchable()
+    try:
+        run_text(test, dict.fromkeys(test["names"], program), lambda _names: program)
+    except BaseException:
+        return Touched.count == count
+    return False
 
 
 class SaysNothing(Exception):
@@ -112,7 +155,7 @@ def run_test(test, names):
         raise AssertionError("%s gave %.500r, not %.500r" % (name, result, test["output"]))
 
 
-def run_text(test, names):
+def run_text(test, names, candidate=None):
     """Run a test, and then what it only defines: functions and classes of tests, HumanEval's check."""
     given = {name: names[name] for name in test["names"] if name in names}
     for name in test["names"]:
@@ -130,7 +173,7 @@ def run_text(test, names):
         if isinstance(result, CoroutineType):
             importlib.import_module("asyncio").run(result)
     for check in checks:
-        check(only_function(names))
+        check((candidate or only_function)(names))
     if not (tests or checks or test["names"]):
         raise SaysNothing("the test does not use the program (a name of Python's own is not the program's)")
 

@@ -1,0 +1,101 @@
+r"""Letters that an answer chooses freely: the integer of ``n\pi, n \in \mathbb{Z}``, the argument of ``f(x) = x``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from grpo_jax.rewards.expression import substitute, variables
+from grpo_jax.rewards.final_answer import Answer
+from grpo_jax.rewards.latex import balanced
+
+START = re.compile(r"[,;(]|\\text|\\forall|(?<![A-Za-z\\])(?:where|for|with)(?![A-Za-z])")
+ADJECTIVES = r"positive|non-?negative|negative|non-?zero"
+KINDS = r"integer|natural number|whole number|real number|real constant|real|constant"
+WORDS = (
+    r"(?:where|for|with|\\forall)(?: (?:all|any|every|each|some|arbitrary|an?))*"
+    rf"(?: (?P<adjective>{ADJECTIVES}))?(?: (?P<kind>{KINDS})s?)?"
+)
+MEMBER = r" ?\\in ?(?:\\mathbb ?)?\{? ?(?P<set>[NZQRC]) ?\}?(?: ?[\^_] ?\{? ?(?P<sign>\+|>=? ?0|\\ge ?0) ?\}?)?"
+IS_A = rf" (?:is|being) (?:an?|any|some)(?: arbitrary)?(?: (?P<other_adjective>{ADJECTIVES}))? (?P<other_kind>{KINDS})"
+PARAMETER = re.compile(
+    rf"[,;]? ?\(? ?(?P<words>{WORDS})? ?(?P<name>[a-zA-Z])(?![A-Za-z'_^(])(?P<domain>{MEMBER}|{IS_A})? ?\)?"
+)
+SETS = {"integer": "Z", "natural number": "N", "whole number": "N", "constant": None}
+CHOSEN_FREELY = frozenset("klmn")
+"""Letters that are taken for an integer parameter where an answer does not say what they stand for."""
+
+
+def split_parameter(text: str) -> tuple[str, str, str | None] | None:
+    r"""What an answer says for all values of a letter, the letter, and where its values are from, if that is said.
+
+    ``k\pi, k \in \mathbb{Z}`` is ``k\pi`` for a k of ``Z``. None for a text that does not end so.
+    """
+    for start in START.finditer(text):
+        main, rest = text[: start.start()].strip(" ,;"), text[start.start() :]
+        rest = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", rest.replace("$", " ")).split())
+        match = PARAMETER.fullmatch(rest)
+        if match is None or not (match["words"] or match["domain"]) or not main or not balanced(main):
+            continue
+        if match["name"] in re.findall(r"[a-zA-Z]", re.sub(r"\\[a-z]+", "", main)):
+            return main, match["name"], _domain(match)
+    return None
+
+
+def _domain(match: re.Match[str]) -> str | None:
+    kind = match["kind"] or match["other_kind"]
+    domain = match["set"] or (SETS.get(kind, "R") if kind else None)
+    sign = match["sign"] or match["adjective"] or match["other_adjective"] or ""
+    if domain == "Z" and sign in ("+", "> 0", ">0", "positive"):
+        return "N"
+    return domain + sign.replace(" ", "") if domain else None
+
+
+def with_parameter_of(gold: Answer, given: Answer) -> Answer | None:
+    """The given answer with the gold's name for its parameter; None where it has that name for another thing.
+
+    Where only one of the two says what its parameter is, the other's is its only letter of k to n that the first lacks.
+    """
+    if gold.parameter is None and given.parameter is None:
+        return given
+    mine, theirs = _names(gold), _names(given)
+    name = gold.parameter or _only(mine - theirs, given.parameter)
+    other = given.parameter or _only(theirs - mine, gold.parameter)
+    if name is None or other is None or name == other:
+        return given
+    if name in theirs:
+        return None if given.parameter else given
+    return _renamed(given, other, name)
+
+
+def differ_in_domain(gold: Answer, given: Answer) -> bool:
+    """Whether both say which values their parameters have, and say different ones."""
+    return gold.domain is not None and given.domain is not None and gold.domain != given.domain
+
+
+def _only(names: frozenset[str], parameter: str | None) -> str | None:
+    is_integer = len(names) == 1 and names <= CHOSEN_FREELY and parameter in CHOSEN_FREELY
+    return next(iter(names)) if is_integer else None
+
+
+def _names(value: Any) -> frozenset[str]:
+    """The variables in an answer, or in a part of one."""
+    if isinstance(value, Answer):
+        return _names(value.value)
+    if not isinstance(value, tuple):
+        return frozenset()
+    if value and isinstance(value[0], str):
+        return variables(value)
+    return frozenset().union(*map(_names, value))
+
+
+def _renamed(value: Any, name: str, other: str) -> Any:
+    """An answer, or a part of one, with a variable renamed."""
+    if isinstance(value, Answer):
+        return replace(value, value=_renamed(value.value, name, other))
+    if not isinstance(value, tuple):
+        return value
+    if value and isinstance(value[0], str):
+        return substitute(value, name, other)
+    return tuple(_renamed(each, name, other) for each in value)
