@@ -20,8 +20,12 @@ DATA = Path(__file__).parent / "data"
 PAIRS = [json.loads(line) for line in (DATA / "math_pairs.jsonl").read_text().splitlines()]
 SECOND = [json.loads(line) for line in (DATA / "math_pairs_second.jsonl").read_text().splitlines()]
 """Written by another author, who had not seen the grader."""
-THIRD = [json.loads(line) for line in (DATA / "math_pairs_third.jsonl").read_text().splitlines()]
-"""Written by a third author, and measured once: what is missed of it was not looked at to mend it."""
+LATER = {"third": 8, "fourth": 20, "fifth": 16}
+"""By further authors who had not seen the grader, and how many of their right answers are missed.
+
+More than half of these leave arithmetic undone (``2^{10}`` for 1024) or a percent sign out, which the first table takes
+for wrong.
+"""
 LATEX = [r"\frac", r"\sqrt", r"\le", r"\{", r"\}", r"\text", r"\cup", r"\infty", r"\pm", r"\\", "{", "}", "&", " or "]
 PIECES = [*LATEX, *"1x^2(),=[]-!5. ", r"\begin{pmatrix}", r"\end{pmatrix}"]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -43,12 +47,15 @@ def test_pairs_of_another_author():
     assert sum(pair["kind"] != "completion" for pair in missed) <= 0.02 * len(answers), missed
 
 
-def test_pairs_of_a_third_author():
-    """No wrong answer scores, and the share of right ones that are missed does not grow: 18 of 504."""
-    scores = [score_of(pair) for pair in THIRD]
-    assert len(THIRD) > 1000
-    assert [pair for pair, score in zip(THIRD, scores, strict=True) if score == 1 and not pair["equal"]] == []
-    assert sum(pair["equal"] and score != 1 for pair, score in zip(THIRD, scores, strict=True)) <= 18
+@pytest.mark.parametrize("author", LATER)
+def test_pairs_of_later_authors(author):
+    """No wrong answer scores, and no more right ones are missed."""
+    pairs = [json.loads(line) for line in (DATA / f"math_pairs_{author}.jsonl").read_text().splitlines()]
+    scores = [score_of(pair) for pair in pairs]
+    assert len(pairs) > 800
+    assert [pair for pair, score in zip(pairs, scores, strict=True) if score == 1 and not pair["equal"]] == []
+    missed = [pair for pair, score in zip(pairs, scores, strict=True) if score != 1 and pair["equal"]]
+    assert len(missed) <= LATER[author], missed
 
 
 @pytest.fixture(scope="module")

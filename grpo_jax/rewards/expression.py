@@ -64,11 +64,18 @@ def operations(node: Node) -> frozenset[str]:
     return inner | {node[0]}
 
 
-def substitute(node: Node, name: str, other: str) -> Node:
-    """The expression with a variable renamed."""
-    if node == ("variable", name):
-        return ("variable", other)
-    return (node[0], *(substitute(each, name, other) if isinstance(each, tuple) else each for each in node[1:]))
+def constants(node: Node) -> frozenset[str]:
+    """The names of the constants of an expression, such as ``pi``."""
+    if node[0] == "constant":
+        return frozenset((node[1],))
+    return frozenset().union(*(constants(each) for each in node[1:] if isinstance(each, tuple)))
+
+
+def substitute(node: Node, part: Node, other: Node) -> Node:
+    """The expression with another one in the place of a part."""
+    if node == part:
+        return other
+    return (node[0], *(substitute(each, part, other) if isinstance(each, tuple) else each for each in node[1:]))
 
 
 def difference(left: Node, right: Node) -> Node:

@@ -38,6 +38,11 @@ class Answer:
 NOTHING = Answer("nothing", None)
 
 
+def is_scalar(answer: Answer | None) -> bool:
+    """Whether an answer is a number or an expression, without a unit."""
+    return answer is not None and answer.kind in ("number", "expression") and answer.unit is None
+
+
 def is_constant_scalar(answer: Answer | None) -> bool:
     """Whether an answer is a number, a constant expression or an infinity, without a unit."""
     if answer is None or answer.unit is not None:

@@ -145,7 +145,7 @@ KNOWN |= {r"\cdot", r"\times", r"\div", r"\pm", r"\mp", r"\pi", r"\infty", r"\le
 KNOWN |= {r"\cap", r"\setminus", r"\emptyset", r"\{", r"\}", r"\\", r"\circ", r"\text", r"\mathbb", r"\overline"}
 KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil", r"\over", r"\choose", r"\bar", r"\dot"}
 KNOWN |= {r"\approx", r"\equiv", r"\pmod", r"\bmod", r"\mod", r"\parallel", r"\perp", r"\cong", r"\sim"}
-KNOWN |= {r"\forall", r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
+KNOWN |= {r"\forall", r"\prime", r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
 SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
 RAISED = str.maketrans(SUPERSCRIPTS, "0123456789-")
 COLOURS = "red|blue|green|black|orange|purple|magenta|brown|teal|violet|cyan"
@@ -203,6 +203,7 @@ def tidy(text: str) -> str | None:
     text = re.sub(r"\\([pb]matrix) ?\{(.*)\}", r"\\begin{\1}\2\\end{\1}", text, flags=re.DOTALL)
     text = UNIT_VECTOR.sub(lambda match: rf"\vec{match[1] or match[2]} ", text)
     text = re.sub(r"\\(?:operatorname\*?|mathrm|text) ?\{([ei])\}(?! ?\w)", r" \1 ", text)
+    text = re.sub(r"\\(?:vec|mathbf|boldsymbol|bm) ?\{ ?([a-z]) ?\}", r" \1 ", text)
     text = re.sub(r"(?<=[\s\d}])(lcm|gcd)(?= ?\()", r"\\\1", text)
     parts, end = [], 0
     for match in COMMAND.finditer(text):

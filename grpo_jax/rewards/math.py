@@ -16,7 +16,16 @@ from typing import Any
 from grpo_jax.rewards.answer import extract_answer, gold_answer
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.evaluation import TooLargeError, digits_needed, evaluate, work_limit
-from grpo_jax.rewards.expression import TRIGONOMETRIC, Node, difference, operations, parse, variables
+from grpo_jax.rewards.expression import (
+    TRIGONOMETRIC,
+    Node,
+    constants,
+    difference,
+    operations,
+    parse,
+    substitute,
+    variables,
+)
 from grpo_jax.rewards.final_answer import Answer, as_node, is_constant_scalar
 from grpo_jax.rewards.forms import FORMS, formulas, has_form
 from grpo_jax.rewards.intervals import Piece
@@ -25,11 +34,12 @@ from grpo_jax.rewards.numbers import numeric_value
 from grpo_jax.rewards.parameters import CHOSEN_FREELY, differ_in_domain, with_parameter_of
 from grpo_jax.rewards.points import SMALL
 from grpo_jax.rewards.read_math import as_interval, read_answer
-from grpo_jax.rewards.symbolic import agree, constant_ratio
+from grpo_jax.rewards.symbolic import agree, constant_ratio, real_value
 from grpo_jax.rewards.units import is_cents, read_unit
 from grpo_jax.rewards.words import same_text
 
 LOGGER = logging.getLogger(__name__)
+DEGREES, RADIANS = read_unit("degrees"), read_unit("radians")
 LEFT_TO_DO = {name: name for name in ("min", "max", "gcd", "lcm", "floor", "ceil", "abs")}
 LEFT_TO_DO |= {"binom": "factorial", "factorial": "factorial"} | dict.fromkeys(TRIGONOMETRIC, "trigonometric")
 """Operations that an answer is expected to have carried out, unless the gold has one of their kind too."""
@@ -212,10 +222,16 @@ def _of_one_kind(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
         return _as_letters(gold), _as_letters(given)
     if set(kinds) == {"ratio", "expression"}:
         return _as_fraction(gold), _as_fraction(given)
+    if set(kinds) == {"set", "number"} or set(kinds) == {"set", "expression"}:
+        return _as_element(gold), _as_element(given)
+    if kinds == ("ratio", "time"):
+        return gold, _as_ratio(given)
     if set(kinds) == {"ratio", "number"}:
         return _as_fraction(gold), _as_fraction(given)
     if set(kinds) == {"set", "list"}:
         return replace(gold, kind="set"), replace(given, kind="set")
+    if set(kinds) == {"number", "expression"} and DEGREES in (gold.unit, given.unit):
+        return _in_degrees(gold), _in_degrees(given)
     if kinds == ("number", "expression") and gold.unit is not None:
         return gold, _with_letter_as_unit(given)
     return gold, given
@@ -281,6 +297,19 @@ def _as_letters(answer: Answer) -> Answer:
     return Answer("text", "".join(each.value for each in answer.value))
 
 
+def _as_element(answer: Answer) -> Answer:
+    """The only element of a set."""
+    return answer.value[0] if answer.kind == "set" and len(answer.value) == 1 else answer
+
+
+def _as_ratio(answer: Answer) -> Answer:
+    """``10:14``, which looks like a time of day."""
+    if answer.kind != "time" or answer.value[2] or 0 in answer.value[:2]:
+        return answer
+    total = sum(answer.value[:2])
+    return Answer("ratio", tuple(Answer("number", Fraction(each, total)) for each in answer.value[:2]))
+
+
 def _as_fraction(answer: Answer) -> Answer:
     if answer.kind == "ratio" and len(answer.value) == 1:
         return answer.value[0]
@@ -323,6 +352,14 @@ def _scales(gold: Answer, given: Answer) -> tuple[Fraction, Fraction] | None:
     return (gold.unit[0], given.unit[0]) if gold.unit[1] == given.unit[1] else None
 
 
+def _in_degrees(answer: Answer) -> Answer:
+    r"""``\frac{2\pi}{3}``, which has radians as unit or a pi and no unit, in degrees."""
+    if answer.kind != "expression" or answer.unit not in (None, RADIANS) or "pi" not in constants(answer.value):
+        return answer
+    value = real_value(substitute(answer.value, ("constant", "pi"), ("number", Fraction(180))))
+    return Answer("number", value, DEGREES) if isinstance(value, Fraction) else answer
+
+
 def _same_scalar(gold: Answer, given: Answer) -> bool:
     """Whether two scalars have the same variables and the same value."""
     scales = _scales(gold, given)
@@ -359,6 +396,8 @@ def _same_list(gold: Answer, given: Answer) -> bool:
     """Whether each of the one has a partner of its own among the other."""
     if len(gold.value) != len(given.value):
         return False
+    if _is_ranking(gold):
+        return _same_parts(gold, given)
     rest = list(given.value)
     for a in gold.value:
         place = next((place for place, b in enumerate(rest) if _same(a, b)), None)
@@ -366,6 +405,12 @@ def _same_list(gold: Answer, given: Answer) -> bool:
             return False
         rest.pop(place)
     return True
+
+
+def _is_ranking(answer: Answer) -> bool:
+    """Whether a list is one of letters out of their order, as objects are ranked."""
+    letters = [each.value for each in answer.value if each.kind == "text" and len(each.value) == 1]
+    return len(letters) == len(answer.value) and letters != sorted(letters)
 
 
 def _same_intervals(gold: Answer, given: Answer) -> bool:

@@ -31,6 +31,7 @@ CONTINUED = re.compile(r"([+\-]?)(\d*)\.(\d*?)(\d+?)(\4+) ?(?:\\ldots|\.\.\.)")
 PERCENT = re.compile(r" ?\\text\{ ?(?:percent|pct|per cent)\.? ?\}| (?:percent|pct|per cent)\.?(?![A-Za-z])")
 CURRENCY = re.compile(r"([+\-]?) ?(\$|\u20ac|\u00a3|\u00a5|\u20b9|USD|EUR|GBP|Rs\.?) ?(?=[\d.\\])")
 CURRENCIES = {"$": "dollars", "Rs": "rupees", "Rs.": "rupees"}
+DEGREES_MINUTES = re.compile(r"(\d+) degrees (\d{1,2}) ?(?:'|\^ ?\{? ?\\prime ?\}?)(?: ?(\d{1,2}) ?(?:''|\"))?")
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SCALED = re.compile(r"(.*[\d}]) ?(?:\\text ?\{)? ?(thousand|million|billion|trillion)(?: ?\}|(?= |$))(.*)")
 TIME = re.compile(r"(\d{1,2})(?: ?: ?(\d{2}))? ?(?:\\text\{)? ?(?:([aApP])\.? ?[mM]\.?)? ?\}?")
@@ -43,6 +44,9 @@ UNIT_TEXT = re.compile(
 def read_number(text: str) -> Answer | None:
     """A number that is written out, or an expression with a unit; None for anything else."""
     text = PERCENT.sub("%", re.sub(r"\^ ?\{? ?\\circ ?\}? ?", r" degrees ", text)).strip()
+    if match := DEGREES_MINUTES.fullmatch(text):
+        whole, minutes, seconds = (int(each or 0) for each in match.groups())
+        return Answer("number", whole + Fraction(60 * minutes + seconds, 3600), read_unit("degrees"))
     text = re.sub(r"([\d.,]+) ?([\u20ac\u00a3\u00a5\u20b9])", r"\2\1", text)
     value = exact_number(text)
     if value is not None:

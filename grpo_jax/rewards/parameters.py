@@ -97,5 +97,5 @@ def _renamed(value: Any, name: str, other: str) -> Any:
     if not isinstance(value, tuple):
         return value
     if value and isinstance(value[0], str):
-        return substitute(value, name, other)
+        return substitute(value, ("variable", name), ("variable", other))
     return tuple(_renamed(each, name, other) for each in value)

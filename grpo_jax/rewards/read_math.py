@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from grpo_jax.rewards.evaluation import TooLargeError, work_limit
 from grpo_jax.rewards.expression import Node, parse, variables
-from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar
+from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar, is_scalar
 from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, REALS, Piece, complement, intersection
 from grpo_jax.rewards.latex import balanced, split_top, tidy
 from grpo_jax.rewards.numerals import NUMBER_WORDS, exact_number, read_number, read_numeral, read_ratio
@@ -38,9 +38,12 @@ CASES = re.compile(
 )
 MATRIX = re.compile(r"(.*?)(?: ?\\cdot)? ?\\begin ?\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end ?\{\2\}")
 REAL_SET = re.compile(r"\\mathbb ?\{ ?R ?\}")
+MULTIPLE = re.compile(
+    r"(-|-? ?(?:\d+|[a-dk-nr-t]|\\(?:lambda|mu) ?|\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})) ?(\(.+\)|\\langle.+\\rangle)"
+)
 STATEMENT = re.compile(
     r"(?:\\text ?\{ ?)?"
-    r"(?P<words>(?:the )?(?:final )?(?:answer|value|result) =|(?:[A-Za-z]+[ -]){1,8}(?:is|are|equals)):?"
+    r"(?P<words>(?:the )?(?:final )?(?:answer|value|result) ?[=:]|(?:[A-Za-z]+[ -]){1,8}(?:is|are|equals)):?"
     r" ?(?:\} ?|(?=[\d\\(\-]))",
     re.IGNORECASE,
 )
@@ -161,6 +164,10 @@ def _collection(text: str) -> Answer | None:
         return _matrix(match[3], match[1].strip())
     if r"\begin" in text:
         return NOTHING
+    if multiple := MULTIPLE.fullmatch(text):
+        vector, factor = _read(multiple[2]), parse("-1" if multiple[1] == "-" else multiple[1])
+        if vector is not None and vector.kind == "tuple" and factor is not None and all(map(is_scalar, vector.value)):
+            return Answer("tuple", tuple(_product(factor, each) for each in vector.value))
     if (point := re.fullmatch(r"[ABD-Z] ?(\(.+\))", text)) and len(split_top(point[1][1:-1], ",")) > 1:
         return _read(point[1])
     opening, closing = _bracketed(text)
@@ -302,10 +309,22 @@ def _several(kind: str, parts: list[str]) -> Answer:
     if kind == "list" and len(set(known)) == len(names) > 1 and all(is_constant_scalar(item) for item in bare):
         stems = {name.partition("_")[0] for name in known}
         return Answer("list", bare) if len(stems) == 1 else assigned(known, bare)
+    if kind == "list" and (solution := _solution(items)) is not None:
+        return solution
     is_named = len(set(known)) == 1 and (len(known) == len(names) or names[0] is not None)
     if known and (kind == "tuple" or not is_named):
         return NOTHING
     return Answer(kind, bare, name=known[0] if known else None)
+
+
+def _solution(items: list[Answer]) -> Answer | None:
+    """``x = 2+3t, y = 1-2t``: values by name, where none of them has another's name in it; None for anything else."""
+    names = [item.value[1] if item.kind == "equation" else item.name for item in items]
+    values = [item.value[2] if item.kind == "equation" else replace(item, name=None) for item in items]
+    if None in names or len(set(names)) < len(names) or len(names) < 2 or not all(map(is_scalar, values)):
+        return None
+    used = frozenset().union(*(variables(as_node(value)) for value in values))
+    return None if used & set(names) else assigned([str(name) for name in names], values)
 
 
 def _conjunction(items: list[Answer]) -> Answer:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from grpo_jax.rewards.expression import Node, difference, parse, variables
-from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar
+from grpo_jax.rewards.final_answer import NOTHING, Answer, as_node, is_constant_scalar, is_scalar
 from grpo_jax.rewards.intervals import INFINITY, MINUS_INFINITY, Piece, complement, union
 from grpo_jax.rewards.latex import split_top
 from grpo_jax.rewards.symbolic import agree, is_constant, is_evaluable, real_value
@@ -54,7 +54,8 @@ def read_relation(text: str, read: Reader) -> Answer | None:
         return _rounded(read(text.rpartition(r"\approx")[0].strip()), read(sides[-1]), sides[-1])
     if set(signs) == {"="}:
         return _equation(sides[0], sides[1], read) if len(signs) == 1 else _chain(sides, read)
-    if len(signs) > 2 or {"=", r"\approx"} & set(signs) or (len(signs) > 1 and set(signs) & {r"\in", r"\ne"}):
+    is_long = len(signs) > 2 and not all(re.fullmatch(NAME, side) for side in sides)
+    if is_long or {"=", r"\approx"} & set(signs) or (len(signs) > 1 and set(signs) & {r"\in", r"\ne"}):
         return NOTHING
     if signs == [r"\in"]:
         value = read(sides[1])
@@ -82,6 +83,10 @@ def named(name: str, value: Answer | None, kinds: set[str]) -> Answer:
 
 def _chain(sides: list[str], read: Reader) -> Answer:
     r"""``V = \frac43 \pi 3^3 = 36\pi``: the last side, if all are equal."""
+    value = read(sides[-1])
+    if value is not None and is_constant_scalar(value) and all(re.fullmatch(NAME, side) for side in sides[:-1]):
+        names = [side.strip() for side in sides[:-1]]
+        return assigned(names, [value] * len(names)) if len(set(names)) == len(names) else NOTHING
     nodes = [parse(side) for side in sides[1:]]
     last = _equation(sides[0], sides[-1], read)
     if last.name is None or last.kind not in ("number", "expression") or last.unit is not None:
@@ -96,11 +101,11 @@ def _equation(left: str, right: str, read: Reader) -> Answer:
     if function := FUNCTION_OF.fullmatch(left):
         value = read(right)
         name, argument = (function[1] or "y'").replace(" ", ""), function[2] or "x"
-        if value is not None and value.kind == "list" and all(map(_is_scalar, value.value)):
+        if value is not None and value.kind == "list" and all(map(is_scalar, value.value)):
             return Answer(
                 "list", tuple(Answer("equation", (None, name, each), parameter=argument) for each in value.value)
             )
-        is_value = _is_scalar(value) or (value is not None and value.kind == "cases")
+        is_value = is_scalar(value) or (value is not None and value.kind == "cases")
         return Answer("equation", (None, name, value), parameter=argument) if is_value else NOTHING
     for name, other in ((left, right), (right, left)):
         is_variable = re.fullmatch(NAME, name) is not None
@@ -121,10 +126,6 @@ def _equation(left: str, right: str, read: Reader) -> Answer:
     if re.fullmatch(r"[a-z](?: ?\+ ?[a-z])+", left) and is_constant_scalar(value := read(right)):
         return Answer("equation", (whole, left.replace(" ", ""), value))
     return Answer("equation", (whole, None, None)) if _varies(whole) else NOTHING
-
-
-def _is_scalar(value: Answer | None) -> bool:
-    return value is not None and value.kind in ("number", "expression") and value.unit is None
 
 
 def _has_variable(text: str, name: str) -> bool:
@@ -158,6 +159,8 @@ def _inequality(sides: list[str], signs: list[str], read: Reader) -> Answer:
         points = as_points(read(sides[1]))
         return NOTHING if points is None else Answer("interval", complement(points), name=sides[0].strip())
     named = [place for place, side in enumerate(sides) if re.fullmatch(NAME, side)]
+    if len(named) == len(sides) > 2:
+        return _ranking(sides, signs)
     ends = [read(side) for place, side in enumerate(sides) if [place] != named]
     if len(named) == 1 and all(is_constant_scalar(end) for end in ends):
         first, second = ends[0], ends[-1]
@@ -182,6 +185,15 @@ def _inequality(sides: list[str], signs: list[str], read: Reader) -> Answer:
     nodes = parse(greater), parse(less)
     whole = None if nodes[0] is None or nodes[1] is None else difference(nodes[0], nodes[1])
     return Answer("inequality", (whole, signs[0] in (r"\le", r"\ge"))) if _varies(whole) else NOTHING
+
+
+def _ranking(names: list[str], signs: list[str]) -> Answer:
+    """``a < c < b``, also read from the other end."""
+    if not (set(signs) <= {"<", r"\le"} or set(signs) <= {">", r"\ge"}):
+        return NOTHING
+    if signs[0] in (">", r"\ge"):
+        names, signs = names[::-1], [FLIPPED[sign] for sign in signs[::-1]]
+    return Answer("tuple", tuple(Answer("text", text.strip()) for text in (*names, *signs)))
 
 
 def half_line(sign: str, end: Answer) -> list[Piece]:

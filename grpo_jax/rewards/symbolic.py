@@ -81,7 +81,7 @@ def constant_ratio(a: Node, b: Node) -> Any | None:
     """
     if variables(a) != variables(b):
         return None
-    first, compared = None, 0
+    first, first_size, compared = None, 0, 0
     points = points_for(variables(a), a, b)
     for at, _, size in points:
         digits = size + PLACES
@@ -91,9 +91,11 @@ def constant_ratio(a: Node, b: Node) -> Any | None:
         if is_zero(y, digits):
             return None
         ratio = quotient(x, y)
-        if first is not None and not close(first, ratio, size // 2 + PLACES, digits):
+        known = min(first_size, size)  # the first ratio has no more places than its own point gave it
+        if first is not None and not close(first, ratio, known // 2 + PLACES, known + PLACES):
             return None
-        first = ratio if first is None else first
+        if first is None:
+            first, first_size = ratio, size
         compared += 1
     if 2 * compared < len(points) or first is None:
         return None

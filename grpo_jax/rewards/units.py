@@ -30,6 +30,10 @@ METRIC: dict[str, tuple[str, Fraction | int, dict[str, int]]] = {
     "cal": ("k", Fraction(4184, 1000), {LENGTH: 2, MASS: 1, TIME: -2}),
 }
 OTHERS: dict[str, tuple[Fraction | int, dict[str, int]]] = {
+    "erg": (Fraction(1, 10**7), {LENGTH: 2, MASS: 1, TIME: -2}),
+    "dyn": (Fraction(1, 10**5), {LENGTH: 1, MASS: 1, TIME: -2}),
+    "atm": (101325, {LENGTH: -1, MASS: 1, TIME: -2}),
+    "bar": (10**5, {LENGTH: -1, MASS: 1, TIME: -2}),
     "in": (Fraction(254, 10000), {LENGTH: 1}),
     "ft": (Fraction(3048, 10000), {LENGTH: 1}),
     "yd": (Fraction(9144, 10000), {LENGTH: 1}),
@@ -71,7 +75,7 @@ NAMES = {
     **{"second": "s", "sec": "s", "minute": "min", "mins": "min", "hour": "h", "hr": "h", "hrs": "h", "yr": "year"},
     **{"meter": "m", "metre": "m", "gram": "g", "liter": "l", "litre": "l", "L": "l", "mL": "ml", "joule": "J"},
     **{"newton": "N", "watt": "W", "pascal": "Pa", "hertz": "Hz", "coulomb": "C", "ampere": "A", "amp": "A"},
-    **{"volt": "V", "Ohm": "ohm", "tesla": "T", "mole": "mol", "kelvin": "K", "calorie": "cal"},
+    **{"volt": "V", "Ohm": "ohm", "tesla": "T", "mole": "mol", "kelvin": "K", "calorie": "cal", "dyne": "dyn"},
     **{"degree": "deg", "radian": "rad", "dollar": "usd", "USD": "usd", "euro": "eur", "EUR": "eur", "GBP": "gbp"},
     **{"yen": "jpy", "yuan": "cny", "rupee": "inr", "penny": "pence", "un": "unit", "lightyear": "ly"},
 }
@@ -100,8 +104,8 @@ SAYING_MORE_WORDS = (
     "incorrect false right correct but if when other maybe perhaps probably be can may rather no nor neither either"
 )
 SAYING_MORE = frozenset(SAYING_MORE_WORDS.split())
-NOT_COUNTED = frozenset(SCALING.split()) | SAYING_MORE
-"""Words with which a number is another number, or no longer the answer."""
+SCALES = frozenset(SCALING.split())
+"""Words with which a number is another number; with those of ``SAYING_MORE`` it is no longer the answer."""
 IRREGULAR_PLURALS = "people men women children feet teeth geese mice fish sheep deer dice oxen cattle persons pence"
 PLURALS = frozenset(IRREGULAR_PLURALS.split())
 
@@ -146,11 +150,10 @@ def read_counted(words: str, number: Fraction | None) -> tuple[Fraction, Dimensi
     words = REMARK.sub("", words.strip(" .").replace("-", " "))
     if not re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}| a){0,4}", words):
         return None
-    names = [singular(word) for word in words.lower().split()]
-    if any(re.fullmatch(r"\w+(?:teen|ty|teenth|tieth)", name) for name in names) or NOT_COUNTED & {
-        *names,
-        *words.lower().split(),
-    }:
+    written = words.lower().split()
+    names = [singular(word) for word in written]
+    is_number = any(re.fullmatch(r"\w+(?:teen|ty|teenth|tieth)", name) for name in names)
+    if is_number or SCALES & {*names, *written} or SAYING_MORE & {*written}:  # cans are counted, can is not
         return None
     is_plural = any(a != b or a in PLURALS for a, b in zip(words.lower().split(), names, strict=True))
     if not is_plural and (number is None or (number.denominator == 1 and abs(number) != 1)):

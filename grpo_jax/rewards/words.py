@@ -36,7 +36,7 @@ def read_words(text: str) -> Answer | None:
     if match := re.fullmatch(r"\( ?([A-Z]) ?\)|([A-Z])", plain):
         return Answer("text", match[1] or match[2])
     if re.fullmatch(LABEL, text):
-        return Answer("text", text.replace(" ", ""))
+        return Answer("text", re.sub(r"\\overline\{([A-Z]+)\}", r"\1", text.replace(" ", "")))
     if match := re.fullmatch(r"(?:option|choice|answer) \(?([A-J])\)?", plain, re.IGNORECASE):
         return Answer("text", match[1])
     plain = re.sub(r"^there (?:is|are) (?=no )", "", plain, flags=re.IGNORECASE)
