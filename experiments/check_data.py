@@ -14,7 +14,8 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,6 @@ from grpo_jax.data.files import read_rows
 from grpo_jax.data.layouts import kind_of
 from grpo_jax.data.notes import prompt_key
 from grpo_jax.data.preferences import load_preferences
-from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.sources import load_placed_problems
 from grpo_jax.data_report import (
     Example,
@@ -43,13 +43,14 @@ from grpo_jax.data_report import (
     finding,
 )
 from grpo_jax.monitor.metrics import to_json
+from grpo_jax.prompt_settings import PromptSettings
 from grpo_jax.settings import default_split
 
 Kind = Literal["problems", "demonstrations", "preferences"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PromptSettings):
     """What is checked."""
 
     dataset: tyro.conf.Positional[str]
@@ -73,15 +74,10 @@ class Config:
     grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
     """What will grade completions. auto: code where there are tests, math elsewhere."""
     tokenizer: str | None = None
-    """Folder or Hugging Face id of a tokenizer, to find prompts that are too long."""
+    """Folder or Hugging Face id of a tokenizer or model, to find prompts that are too long. They are rendered as in
+    training: with the format that the model was trained with (its prompt_format.json), or as the flags say."""
     max_prompt_length: int = 512
     """The longest prompt in tokens, as in training."""
-    chat_template: bool = False
-    """Render prompts with the tokenizer's chat template instead of the plain one."""
-    template: str | None = None
-    """Plain prompt template with {question}. Default: R1-Zero's kind."""
-    system_prompt: str | None = None
-    """A system message; with --chat-template only."""
     json: Path | None = None
     """File that the whole report is written to."""
     strict: bool = False
@@ -92,8 +88,9 @@ class Config:
     def __post_init__(self):
         if self.max_prompt_length < 1 or self.examples < 0:
             raise ValueError("max_prompt_length must be at least 1 and examples at least 0")
-        if self.chat_template and (self.template is not None or self.tokenizer is None):
-            raise ValueError("chat_template needs a tokenizer and leaves no place for template")
+        PromptSettings.__post_init__(self)
+        if self.tokenizer is None and any(getattr(self, each.name) for each in fields(PromptSettings)):
+            raise ValueError("tokenizer is needed to render prompts; name one, or leave out how prompts are written")
 
 
 def main(config: Config) -> int:
@@ -114,6 +111,7 @@ def make_report(config: Config) -> dict[str, Any]:
     findings = bad_rows(bad, len(rows))
     grader = None
     if kind == "problems":
+        check_answer_column(config, rows)
         placed = [(where, each) for where, each in rows]
         grader = config.grader
         if grader == "auto":
@@ -156,6 +154,21 @@ def load(config: Config, kind: Kind, source: str, split: str | None, bad: list[s
     return [(each.where, each) for each in load_demonstrations(source, **columns, **where)]
 
 
+def check_answer_column(config: Config, rows: Sequence[tuple[str, Any]]) -> None:
+    """Check that a column of answers that is named is there.
+
+    Raises:
+        ValueError: no row has it.
+    """
+    if config.answer_column is None or not rows or any(each.answer is not None for _, each in rows):
+        return
+    first = next(read_rows(config.dataset, config.split, config.subset, skipped=[]), None)
+    raise ValueError(
+        f"answer_column: no row of {config.dataset} has an answer in {config.answer_column!r}; "
+        f"the first has the columns {sorted(first[1]) if first else []}"
+    )
+
+
 def bad_rows(bad: Sequence[str], rows: int) -> list[Finding]:
     places = (reason.partition(", ") if ", column" in reason else reason.partition(" ") for reason in bad)
     found = [Example(where, rest) for where, _, rest in places]
@@ -185,19 +198,22 @@ def long_prompts(config: Config, rows: Sequence[tuple[str, Any]]) -> list[Findin
     if config.tokenizer is None:
         return []
     from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
 
+    from grpo_jax.models.hf_files import read_json
     from grpo_jax.models.tokenizers import read_tokenizer
 
     folder = Path(config.tokenizer).expanduser()
     tokenizer = read_tokenizer(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(config.tokenizer)
     if tokenizer is None:
         raise ValueError(f"tokenizer: {folder} has no tokenizer.json")
+    format_file = cached_file(config.tokenizer, "prompt_format.json", _raise_exceptions_for_missing_entries=False)
+    prompt_format = read_json(Path(format_file)) if format_file else None
     return check_prompt_lengths(
         [(where, each.prompt, each.columns) for where, each in rows if each.prompt],
         tokenizer,
         max_prompt_length=config.max_prompt_length,
-        template=None if config.chat_template else config.template or R1_ZERO,
-        system_prompt=config.system_prompt,
+        **config.rendering(prompt_format, tokenizer, today=date.today().isoformat()),
     )
 
 

@@ -85,10 +85,15 @@ def reward_model_reader(reward_model: Pretrained, *, today: str | None = None) -
             )
 
         found: list[list[int]] = [[] for _ in completions]
+        refused: list[ValueError] = []
         for kind in (True, False):
             places = [n for n, is_ended in enumerate(ended) if is_ended == kind]
-            for n, ids in zip(places, leniently(encode_at, places), strict=True):
+            read, errors = leniently(encode_at, places)
+            refused += errors
+            for n, ids in zip(places, read, strict=True):
                 found[n] = ids
+        if refused and not any(found):
+            raise refused[0]
         return found
 
     return encode
@@ -103,26 +108,19 @@ def described_input(reward_model: Pretrained) -> str:
     return "the policy's prompts: it does not say how it was trained, and has no chat template"
 
 
-def leniently(encode_at: Callable[[Sequence[int]], list[list[int]]], places: Sequence[int]) -> list[list[int]]:
-    """The tokens at all places, empty where they cannot be had.
-
-    Raises:
-        ValueError: they can be had nowhere.
-    """
+def leniently(
+    encode_at: Callable[[Sequence[int]], list[list[int]]], places: Sequence[int]
+) -> tuple[list[list[int]], list[ValueError]]:
+    """The tokens at all places, empty where they cannot be had, and why not."""
     if not places:
-        return []
+        return [], []
     try:
-        return encode_at(places)
+        return encode_at(places), []
     except ValueError as error:
-        found: list[list[int]] = []
-        for place in places:
-            try:
-                found += encode_at([place])
-            except ValueError:
-                found.append([])
-        if not any(found):
-            raise error
-        return found
+        if len(places) == 1:
+            return [[]], [error]
+    parts = [leniently(encode_at, [place]) for place in places]
+    return [ids for found, _ in parts for ids in found], [error for _, errors in parts for error in errors]
 
 
 def as_question(prompt: str | Messages) -> str | Messages:

@@ -13,6 +13,7 @@ from grpo_jax.collect import Collected
 
 FILTERS = ("drawn", "scored", "complete", "right", "of_form", "distinct", "not_too_easy", "capped", "balanced")
 """What samples are counted by, each what the one before left: see ``choose`` and ``balanced``."""
+UP_TO_ONE = ("accuracy", "format", "language")
 ROUNDING = 1e-6
 """Scores are float32: a sum that is 1 on paper may fall short by its last bits."""
 
@@ -72,11 +73,14 @@ class SelectionSettings:
             names: of the parts that are scored.
 
         Raises:
-            ValueError: a part is required that is not.
+            ValueError: a part is required that is not, or more of one than its highest score.
         """
         unknown = [name for name in self.minima if name not in names and name.partition("/")[0] not in names]
         if unknown:
             raise ValueError(f"require: {unknown} are not scored; what is scored is {list(names)}")
+        for name, value in self.minima.items():
+            if name in UP_TO_ONE and value > 1:
+                raise ValueError(f"require: {name}={value:g} keeps nothing; the highest score of {name} is 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -348,7 +348,7 @@ class DataSettings(PromptSettings):
             tokenizer,
             max_prompt_length=max_prompt_length,
             pad_id=pad_id,
-            overlong=self.overlong_prompts,
+            overlong_prompts=self.overlong_prompts,
             first_index=first_index,
             **rendering,
         )

@@ -32,9 +32,9 @@ def test_prompts_that_do_not_fit_are_dropped_and_counted(tokenizer):
     assert encoded.texts == ["1+2=", "4+4=", "5+1="]
     assert [problem.answer for problem in encoded.problems] == ["3", "8", "6"]
     assert len(encoded) == 3
-    assert encode(tokenizer, overlong="truncate").dropped == 0
+    assert encode(tokenizer, overlong_prompts="truncate").dropped == 0
     with pytest.raises(ValueError, match="longer than max_prompt_length=6"):
-        encode(tokenizer, overlong="error")
+        encode(tokenizer, overlong_prompts="error")
 
 
 def test_padded(tokenizer):

@@ -127,22 +127,24 @@ TOKENS = [[1, 2, 3], [4], [5, 6, 7, 8]]
 
 def test_overlong_prompts():
     assert fit_prompts(TOKENS, max_prompt_length=3) == ([0, 1], [[1, 2, 3], [4]])
-    assert fit_prompts(TOKENS, max_prompt_length=3, overlong="drop") == ([0, 1], [[1, 2, 3], [4]])
-    assert fit_prompts(TOKENS, max_prompt_length=2, overlong="truncate") == ([0, 1, 2], [[2, 3], [4], [7, 8]])
-    assert fit_prompts(TOKENS, max_prompt_length=4, overlong="error") == ([0, 1, 2], TOKENS)
+    assert fit_prompts(TOKENS, max_prompt_length=3, overlong_prompts="drop") == ([0, 1], [[1, 2, 3], [4]])
+    assert fit_prompts(TOKENS, max_prompt_length=2, overlong_prompts="truncate") == ([0, 1, 2], [[2, 3], [4], [7, 8]])
+    assert fit_prompts(TOKENS, max_prompt_length=4, overlong_prompts="error") == ([0, 1, 2], TOKENS)
 
 
 def test_overlong_errors():
     with pytest.raises(
-        ValueError, match=r"1 of 3 prompts are longer than max_prompt_length=3 .* longest has 4.*'drop'"
+        ValueError, match=r"1 of 3 prompts are longer than max_prompt_length=3 .* longest has 4.*or drop"
     ):
-        fit_prompts(TOKENS, max_prompt_length=3, overlong="error")
+        fit_prompts(TOKENS, max_prompt_length=3, overlong_prompts="error")
     with pytest.raises(ValueError, match=r"2 of 2 prompts are longer than max_prompt_length=1"):
         fit_prompts([[1, 2], [1, 2]], max_prompt_length=1)
-    with pytest.raises(ValueError, match=r"overlong must be one of \('drop', 'truncate', 'error'\), and is 'cut'"):
-        fit_prompts(TOKENS, max_prompt_length=3, overlong="cut")
+    with pytest.raises(
+        ValueError, match=r"overlong_prompts must be one of \('drop', 'truncate', 'error'\), and is 'cut'"
+    ):
+        fit_prompts(TOKENS, max_prompt_length=3, overlong_prompts="cut")
     with pytest.raises(ValueError, match="max_prompt_length must be at least 1, and is 0"):
-        fit_prompts(TOKENS, max_prompt_length=0, overlong="truncate")
+        fit_prompts(TOKENS, max_prompt_length=0, overlong_prompts="truncate")
     with pytest.raises(ValueError, match=r"prompts without a token, of 3, stand at the positions \[1\]"):
         fit_prompts([[1], [], [2]], max_prompt_length=3)
 

@@ -192,7 +192,24 @@ def test_leaks_into_the_test_split_of_a_folder(tmp_path):
     assert (only["name"], only["count"], only["rows"]) == ("leaks", 1, 2)
 
 
+def test_prompts_are_rendered_as_the_model_was_trained(tmp_path):
+    folder = tmp_path / "model"
+    make_tokenizer().save_pretrained(folder)
+    (folder / "prompt_format.json").write_text(json.dumps({"kind": "plain", "template": "1+1+{question}"}))
+    path = write(tmp_path / "a.jsonl", {"question": "2", "answer": "1"})
+    settings = {"dataset": path, "tokenizer": str(folder), "max_prompt_length": 4}
+    findings = {each["name"]: each for each in make_report(Config(**settings))["findings"]}
+    assert findings["long prompts"]["examples"][0]["text"] == "5 tokens"
+    assert make_report(Config(**settings, template="{question}"))["findings"] == []
+
+
+def test_a_column_of_answers_that_is_not_there_is_an_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "2"})
+    with pytest.raises(ValueError, match=r"answer_column: no row .* in 'anwser'; .* \['answer', 'question'\]"):
+        make_report(Config(dataset=path, answer_column="anwser"))
+
+
 @pytest.mark.parametrize("fields", [{"max_prompt_length": 0}, {"examples": -1}, {"chat_template": True}])
 def test_settings_that_cannot_be(fields):
-    with pytest.raises(ValueError, match=r"max_prompt_length must be|chat_template needs"):
+    with pytest.raises(ValueError, match=r"max_prompt_length must be|tokenizer is needed"):
         Config(dataset="a.jsonl", **fields)

@@ -168,8 +168,15 @@ def test_a_turn_that_ends_where_the_model_does_not_stop_is_refused():
         CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}"),
     ],
 )
-def test_where_the_end_of_a_turn_cannot_be_told_nothing_is_refused(template):
+def test_where_the_end_of_a_turn_cannot_be_told_nothing_is_refused(template, caplog):
     check_turn_end(chatml(template), [ENDOFTEXT], "Hi", {})
+    assert ("is not checked" in caplog.text) == (template != CHATML.replace("<|im_end|>", ""))
+
+
+def test_a_prompt_that_ends_with_tool_calls_is_refused():
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(ValueError, match="prompt 0: it ends with the assistant's tool calls"):
+        check_turn_end(chatml(), [IM_END], [USER, calls], {})
 
 
 def test_a_plain_template_has_no_turns():

@@ -147,4 +147,7 @@ def test_a_completion_that_cannot_be_read_is_left_out_alone(model):
     assert answer == []  # this template opens a thought, which the completion never ends
     with pytest.raises(ValueError, match="does not write the prompt as it opens a generation"):
         read(["?"] * 2, ["2", "3"], asked)
+    cut_off, answer = read(["?"] * 2, ["hm</think>2", "3"], {**asked, "truncated": [True, False]})
+    assert cut_off
+    assert answer == []
     assert read([], [], {}) == []

@@ -234,6 +234,8 @@ def test_what_is_required_must_be_scored():
         ValueError, match=r"\['code/tests'\] are not scored; what is scored is \['accuracy', 'format'\]"
     ):
         settings.check_parts(["accuracy", "format"])
+    with pytest.raises(ValueError, match="require: format=2 keeps nothing; the highest score of format is 1"):
+        SelectionSettings(require=("format=2",)).check_parts(["format"])
 
 
 def test_pairs_are_of_a_right_and_a_wrong_completion_and_none_is_in_two():

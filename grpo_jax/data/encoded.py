@@ -28,7 +28,7 @@ class EncodedProblems:
         tokenizer: a transformers tokenizer.
         max_prompt_length: in tokens.
         pad_id: what stands in the padding.
-        overlong: see ``prompts.fit_prompts``.
+        overlong_prompts: see ``prompts.fit_prompts``.
         first_index: what the noise of prompts is counted from; where those of several sets are drawn for together, no
             two have the same.
         rendering: as in ``prompts.Rendering``; columns ``tools`` and ``chat_template_kwargs`` go to a chat template.
@@ -44,7 +44,7 @@ class EncodedProblems:
         *,
         max_prompt_length: int,
         pad_id: int,
-        overlong: Overlong = "drop",
+        overlong_prompts: Overlong = "drop",
         first_index: int = 0,
         **rendering: Unpack[Rendering],
     ):
@@ -54,7 +54,9 @@ class EncodedProblems:
         for prompt, ids in zip(prompts, token_ids, strict=True):
             if not ids:
                 raise ValueError(f"the prompt {prompt!r} has no tokens")
-        kept, self._token_ids = fit_prompts(token_ids, max_prompt_length=max_prompt_length, overlong=overlong)
+        kept, self._token_ids = fit_prompts(
+            token_ids, max_prompt_length=max_prompt_length, overlong_prompts=overlong_prompts
+        )
         self.problems = [problems[i] for i in kept]
         self.texts = [texts[i] for i in kept]
         self.dropped = len(problems) - len(kept)

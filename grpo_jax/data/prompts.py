@@ -126,10 +126,14 @@ def conversation_of(
         row: columns of its row: ``tools``, and ``chat_template_kwargs``, which come before ``template_kwargs``.
 
     Raises:
-        ValueError: a message, the tools or the arguments are malformed.
+        ValueError: a message, the tools or the arguments are malformed; the last message has tool calls.
     """
     row = row or {}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else checked_messages(prompt, where)
+    if messages[-1]["role"] == "assistant" and messages[-1].get("tool_calls"):
+        raise ValueError(
+            f"{where}: it ends with the assistant's tool calls, after which the tools reply; add what they do"
+        )
     if system_prompt and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system_prompt}, *messages]
     own = row.get("chat_template_kwargs") or {}
@@ -278,37 +282,38 @@ def encode_rendered(texts: Sequence[str], tokenizer: Any, *, plain: bool) -> lis
 
 
 def fit_prompts(
-    token_ids: Sequence[list[int]], *, max_prompt_length: int, overlong: str = "drop"
+    token_ids: Sequence[list[int]], *, max_prompt_length: int, overlong_prompts: str = "drop"
 ) -> tuple[list[int], list[list[int]]]:
     """The prompts that fit into ``max_prompt_length`` tokens, as positions in ``token_ids`` and their ids.
 
     Args:
         token_ids: one list of ids a prompt.
         max_prompt_length: in tokens.
-        overlong: what happens to a longer prompt. "drop" leaves it out: ``len(token_ids) - len(positions)`` were
-            dropped. "truncate" keeps its last ``max_prompt_length`` tokens, and so loses what begins the sequence.
+        overlong_prompts: what happens to a longer prompt. "drop" leaves it out: ``len(token_ids) - len(positions)``
+            were dropped. "truncate" keeps its last ``max_prompt_length`` tokens, and so loses what begins the sequence.
             "error" raises.
 
     Raises:
-        ValueError: a prompt without tokens; ``max_prompt_length`` less than 1; another word for ``overlong``; it is
-            "error" and prompts are longer, or "drop" and no prompt is left (the error says how many are how long).
+        ValueError: a prompt without tokens; ``max_prompt_length`` less than 1; another word for ``overlong_prompts``;
+            it is "error" and prompts are longer, or "drop" and no prompt is left (the error says how many are how
+            long).
     """
-    if overlong not in get_args(Overlong):
-        raise ValueError(f"overlong must be one of {get_args(Overlong)}, and is {overlong!r}")
+    if overlong_prompts not in get_args(Overlong):
+        raise ValueError(f"overlong_prompts must be one of {get_args(Overlong)}, and is {overlong_prompts!r}")
     if max_prompt_length < 1:
         raise ValueError(f"max_prompt_length must be at least 1, and is {max_prompt_length}")
     empty = [position for position, ids in enumerate(token_ids) if not ids]
     if empty:
         raise ValueError(f"prompts without a token, of {len(token_ids)}, stand at the positions {empty[:10]}")
-    if overlong == "truncate":
+    if overlong_prompts == "truncate":
         return list(range(len(token_ids))), [ids[-max_prompt_length:] for ids in token_ids]
     positions = [position for position, ids in enumerate(token_ids) if len(ids) <= max_prompt_length]
     dropped = len(token_ids) - len(positions)
-    if dropped and (overlong == "error" or not positions):
+    if dropped and (overlong_prompts == "error" or not positions):
         raise ValueError(
             f"{dropped} of {len(token_ids)} prompts are longer than max_prompt_length={max_prompt_length} tokens; the "
-            f"longest has {max(map(len, token_ids))}. Raise max_prompt_length, or choose overlong='truncate'"
-            + (" or 'drop'" if positions else "")
+            f"longest has {max(map(len, token_ids))}. Raise max_prompt_length, or choose overlong_prompts = truncate"
+            + (" or drop" if positions else "")
         )
     return positions, [token_ids[position] for position in positions]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from grpo_jax.data.messages import Messages, checked_messages
 from grpo_jax.data.prompts import MARK, Conversation, Rendering, around_mark, conversation_of
 from grpo_jax.data.tokens import encode_texts
 
+LOGGER = logging.getLogger(__name__)
 Row = dict[str, Any]
 LearnFrom = Literal["completion", "assistant", "all"]
 """What of a demonstration is learnt: its last turn, every turn of the assistant, or every token."""
@@ -180,7 +182,8 @@ def check_turn_end(
 ) -> None:
     """Check that a model stops at what the chat template writes after the assistant's turn.
 
-    A template that writes no special token there, or cannot write such a conversation, passes.
+    A template that writes no special token there passes, and so does, with a warning, one that cannot write such a
+    conversation.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -194,6 +197,11 @@ def check_turn_end(
     """
     around = turn_borders(tokenizer, prompt, row, **rendering)
     if around is None:
+        if rendering.get("template") is None:
+            LOGGER.warning(
+                "whether the model stops where the chat template ends a turn is not checked: the template refuses a "
+                "conversation with a reply, or does not write the reply as it is"
+            )
         return
     ids = encode_texts([around[1]], tokenizer)[0]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
