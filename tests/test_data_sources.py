@@ -314,3 +314,13 @@ def test_reward_columns_repeat_rows_and_fill_in_none():
 )  # fmt: skip
 def test_the_short_way_to_worked_answers_gives_what_the_long_one_gives(text):
     assert sources._worked_answer(text) == worked_answer(text)
+
+
+def test_half_of_a_surrogate_pair_is_refused_with_its_row(tmp_path):
+    bad = {"question": "2+2?", "answer": "4", "hints": [{"text": "a\ud83d"}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], bad])
+    with pytest.raises(ValueError, match=r"a\.jsonl:2, column 'hints': its character 1 is half of a surrogate pair"):
+        load_problems(path)
+    skipped: list[str] = []
+    assert len(load_problems(path, skipped=skipped)) == 1
+    assert len(skipped) == 1

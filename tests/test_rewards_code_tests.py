@@ -345,3 +345,74 @@ def test_a_definition_that_nothing_runs_cannot_fail(test):
 )
 def test_a_definition_that_is_run_can_fail(test):
     assert why_untestable([test]) is None
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "if False:\n    assert add(1, 2) == 3",
+        "if not True:\n    assert add(1, 2) == 3",
+        "while 0:\n    assert add(1, 2) == 3",
+        "def f():\n    return\n    assert add(1, 2) == 3\nf()",
+        "def f(x):\n    if x:\n        return\n    else:\n        return\n    assert add(1, 2) == 3\nf(add)",
+        "def f():\n    def g():\n        assert add(1, 2) == 3\nf()",
+        "assert add(1, 2) == 3 or True",
+        "assert (add(1, 2) == 4, 'wrong')",
+        "add(1, 2)\nassert True",
+        "import unittest\nclass A(unittest.TestCase):\n  def test_a(self):\n    add(1, 2)\n    self.assertTrue(True)",
+    ],
+)
+def test_an_assertion_that_is_never_reached_or_always_true_cannot_fail(test):
+    assert "no test can fail" in (why_untestable([test]) or "")
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "if True:\n    assert add(1, 2) == 3",
+        "def f():\n    def g():\n        assert add(1, 2) == 3\n    g()\nf()",
+        "if add(1, 2) != 3:\n    raise ValueError",
+        "for n in range(3):\n    if n == 2:\n        continue\n    assert add(n, n) == 2 * n",
+        "try:\n    add(1)\nexcept TypeError:\n    pass\nelse:\n    assert False",
+        "match add(1, 2):\n    case 3:\n        pass\n    case _:\n        assert False",
+        "def f(x):\n    if x == 3:\n        return\n    assert False\nf(add(1, 2))",
+    ],
+)
+def test_an_assertion_that_is_reached_can_fail(test):
+    assert why_untestable([test]) is None
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("test", "passed"),
+    [
+        ("assert add(1 / 0, 1) == 1", None),
+        ("x = []\nassert add(x[0], 1) == 1", None),
+        ("assert 1 == 2\nassert add(1, 2) == 3", None),
+        ("def check(candidate):\n    assert candidate(1 / 0, 2) == 3\n", None),
+        ("def check(candidate):\n    assert candidate(1, 2) == 4\n", False),
+        ("assert add(1, 2) == [][0]", False),  # it was called before
+        ("try:\n    r = add(1, 2)\nexcept:\n    r = None\nassert r == 4", False),
+        ("import inspect\nassert len(inspect.signature(add).parameters) == 3", False),
+        ("assert isinstance(3, add)", False),
+        ("assert add is None or add(1, 2) == 4", False),
+    ],
+)
+def test_a_test_that_fails_before_it_uses_the_program_is_itself_at_fault(test, passed, sandbox):
+    verdict = run_tests(ADD, [test], sandbox)
+    assert verdict.passed == (passed,)
+    assert ("whatever the program is" in verdict.feedback) == (passed is None)
+
+
+@needs_bubblewrap
+def test_tests_that_assert_nothing_are_left_out_among_others():
+    tests = [["# the sum", "assert add(1, 2) == 3"], ["pass", "assert add(1, 2) == 4", "assert add(1, 1) == 2"]]
+    graded = code_reward([""] * 2, [f"```python\n{ADD}```"] * 2, tests=tests, partial_credit=True)
+    assert [each.score for each in graded] == [1.0, 0.5]
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("source", ["open(0)", "open('/dev/stdin')", "__import__('sys').stdin"])
+def test_every_way_to_standard_input_reads_all_of_it_and_nothing_else(source, sandbox):
+    ended = sandbox.run(f"print(repr({source}.read()))", stdin="3 4\n5\n")
+    assert ended.stdout == b"'3 4\\n5\\n'\n"

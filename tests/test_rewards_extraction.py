@@ -432,3 +432,19 @@ def test_a_box_that_its_sentence_negates_is_not_an_answer(text):
 )
 def test_a_box_beside_other_statements_is_an_answer(text):
     assert extract_answer(text) == "13"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{12} if n is even, \boxed{13} if n is odd", "12, 13"),
+        (r"It is \boxed{12} when $x>0$ and \boxed{13} otherwise.", "12, 13"),
+        (r"\boxed{12}. But 13 is also possible.", None),
+        (r"\boxed{12}, and 13 could be right.", None),
+        (r"\boxed{12}. But 13 is too large.", "12"),
+        (r"We have x = \boxed{5} for n = 3, so the total is \boxed{15}.", "15"),
+        (r"\boxed{3} for each, thus \boxed{9}", "9"),
+    ],
+)
+def test_answers_under_conditions_are_a_list_and_what_is_also_possible_makes_none(text, answer):
+    assert extract_answer(text) == answer

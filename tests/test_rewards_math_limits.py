@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax.rewards import evaluation, points, symbolic
 from grpo_jax.rewards.expression import parse
+from grpo_jax.rewards.forms import formulas
 from grpo_jax.rewards.latex import tidy
 from grpo_jax.rewards.math import math_reward, same_answer, stands_in_question
 from grpo_jax.rewards.read_math import read_answer
@@ -257,3 +258,15 @@ def test_how_expressions_are_read(text, other):
         assert left is not None
         assert right is not None
         assert symbolic.agree(left, right)
+
+
+def test_equations_are_compared_to_the_places_that_their_values_have(monkeypatch):
+    """Whatever the secret: points differ in how many digits their values take."""
+    for number in range(20):
+        monkeypatch.setattr(points, "SECRET", bytes([number]) * 32)
+        assert same_answer("a_{n}=2^{n-1}", r"a_n = \frac{2^n}{2}")
+
+
+def test_formulas_of_a_question_are_found_in_linear_time():
+    for question in (" " * 30_000, "a " * 15_000, "1" + " " * 30_000 + "2"):
+        assert formulas(question) in ([], [question.strip()[:1]])

@@ -131,3 +131,30 @@ def test_programs_are_found_in_linear_time(text):
 def test_a_fence_at_the_end_of_a_line_of_code_closes_the_block(after):
     program = "def add(a, b):\n    return a + b\n"
     assert extract_program(f"```python\n{program.rstrip()}```{after}", names=["add"]) == program
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "found"),
+    [
+        ("Write f.", "def f(x):\n    return x\n", True),
+        ("def f(x):\n", "    return x\n", True),
+        ("Write f.", "<think>easy</think>\ndef f(x): return x", True),
+        ("Write f.", "\ufeffdef f(x): return x", True),
+        ("Write f.", "<think>def f(x): return x", False),
+        ("Write f.", "Here it is:\ndef f(x): return x", False),
+        ("Write f.", "def g(x): return x", False),
+        ("Write f.", "42", False),
+    ],
+)
+def test_code_without_a_fence_is_a_program_where_it_defines_what_tests_use(prompt, completion, found):
+    program = extract_program(completion, prompt=prompt, names={"f"})
+    assert (program is not None) == found
+    if program is not None:
+        scope = {}
+        exec(program, scope)
+        assert scope["f"](3) == 3
+
+
+def test_code_without_a_fence_that_reads_its_input():
+    assert extract_program("print(input())", reads_input=True) == "print(input())"
+    assert extract_program("print(3)", reads_input=True) is None

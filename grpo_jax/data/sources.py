@@ -160,11 +160,13 @@ def parsed_rows(rows: Rows, parse: Callable[[Row, str], Parsed], skipped: list[s
         skipped: where given, rows that ``parse`` refuses are left out and the reasons are appended to it.
 
     Raises:
-        ValueError: every row is refused; and what ``parse`` raises, a KeyError or ValueError.
+        ValueError: every row is refused; a text has half of a surrogate pair; and what ``parse`` raises, a KeyError or
+            ValueError.
     """
     parsed: list[Parsed] = []
     for where, row in rows:
         try:
+            _check_characters(row, where)
             parsed.append(parse(row, where))
         except (KeyError, ValueError) as error:
             if skipped is None:
@@ -173,6 +175,26 @@ def parsed_rows(rows: Rows, parse: Callable[[Row, str], Parsed], skipped: list[s
     if skipped and not parsed:
         raise ValueError(f"all {len(skipped)} rows were skipped as unreadable, the first because: {skipped[0]}")
     return parsed
+
+
+def _check_characters(row: Row, where: str) -> None:
+    """Check that all texts can be encoded, which half of a surrogate pair, as JSON can write it, cannot."""
+    for name, value in row.items():
+        waiting = [value]
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, str):
+                try:
+                    each.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(
+                        f"{where}, column {name!r}: its character {error.start} is half of a surrogate pair "
+                        f"({each[error.start]!a}), which no tokenizer can encode"
+                    ) from error
+            elif isinstance(each, dict):
+                waiting += each.values()
+            elif isinstance(each, (list, tuple)):
+                waiting += each
 
 
 def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None, *, require_answer: bool) -> Problem:

@@ -43,7 +43,13 @@ HEDGING = re.compile(
     r"|\b(?:oder|und|ou|et|или|и)\b|或|和",
     re.IGNORECASE,
 )
-NUMBER = re.compile(r"[\s*_`$(\\]*(-?\d[\d.,/]*%?)[\s*_`$)\].,;}\\]*?(?:\n|\Z)")
+POSSIBLE = r"(?:is|could|may|might|would|can)\s+(?:also\s+|be\s+)*(?:possible|correct|right|valid|acceptable|work)\b"
+NUMBER = re.compile(rf"[\s*_`$(\\]*(-?\d[\d.,/]*%?)[\s*_`$)\].,;}}\\]*?(?:\n|\Z|({POSSIBLE}))")
+CONDITION = re.compile(
+    r"[\s$]*(?:if|when|for|in case)\b[^.\n]{1,60}?(?:[,;]|\band\b|\bor\b|\botherwise\b)[\s$]*(?:[a-zA-Z]\s?=)?[\s$]*",
+    re.IGNORECASE,
+)
+"""What stands after the first of two boxes that hold under a condition each."""
 
 Statement = tuple[int, int, str]
 """From where to where an answer is stated, and what it is."""
@@ -53,9 +59,9 @@ def final_box(text: str) -> Statement | None:
     r"""The last outermost ``\boxed{...}`` of a text, braces balanced; None where there is none.
 
     ``\fbox`` and ``\framebox`` are boxes too, and so is ``\boxed 5`` without braces, up to the next blank or ``$``.
-    Boxes with only punctuation, "x =" or words such as "and" and "or" between them are a list: its answer is their
-    contents, those that are equal once, with commas between them. A box that its sentence negates is left out, as in
-    "It is not \\boxed{5}" and "\\boxed{5} is wrong".
+    Boxes with only punctuation, "x =", a condition or words such as "and" and "or" between them are a list: its answer
+    is their contents, those that are equal once, with commas between them. A box that its sentence negates is left
+    out, as in "It is not \\boxed{5}" and "\\boxed{5} is wrong".
     """
     run = _last_run(text, _boxes(text))
     if not run:
@@ -81,10 +87,10 @@ def is_hedged(text: str, end: int, answer: str) -> bool:
     """Whether another number stands beside a number that is stated up to ``end``, as in "5 or 6" or "5. Maybe 6."."""
     value = numeric_value(answer)
     listing = LISTING.match(text, end, end + LONGEST_LISTING) if value is not None else None
-    if listing is None or not ("\n" in listing[0] or HEDGING.search(listing[0])):
+    number = NUMBER.match(text, listing.end()) if listing is not None else None
+    if listing is None or number is None or numeric_value(number[1].rstrip(".,")) in (None, value):
         return False
-    number = NUMBER.match(text, listing.end())
-    return number is not None and numeric_value(number[1].rstrip(".,")) not in (None, value)
+    return "\n" in listing[0] or HEDGING.search(listing[0]) is not None or number[2] is not None
 
 
 def _boxes(text: str) -> list[Statement]:
@@ -118,7 +124,8 @@ def _content(text: str) -> str:
 def _last_run(text: str, boxes: list[Statement]) -> list[Statement]:
     first = len(boxes) - 1
     while first > 0:
-        if not are_listed(text, boxes[first - 1][1], boxes[first][0]):
+        end, start = boxes[first - 1][1], boxes[first][0]
+        if not (are_listed(text, end, start) or CONDITION.fullmatch(text, end, min(start, end + LONGEST_LISTING + 1))):
             break
         first -= 1
     return boxes[max(first, 0) :]

@@ -14,7 +14,8 @@ from grpo_jax.rewards.read_math import read_answer
 FORMS = ("expanded", "factored", "as-written")
 LARGEST_DEGREE = 12
 DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-PLAIN_FORMULA = re.compile(r"[0-9A-Za-z()+\-*/^.,=<> ]*[+\-*/^=<>(][0-9A-Za-z()+\-*/^.,=<> ]*")
+PLAIN_FORMULA = re.compile(r"[0-9A-Za-z()+\-*/^.,=<> ]+")
+OPERATOR = re.compile(r"[+\-*/^=<>(]")
 MOST_FORMULAS = 40
 
 
@@ -40,7 +41,7 @@ def formulas(question: str) -> list[str]:
     found = [next(group for group in match if group) for match in DELIMITED.findall(question)]
     if not found:
         words = re.sub(r"(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z(])", "\n", question)
-        found = [match.strip(" .,") for match in PLAIN_FORMULA.findall(words)]
+        found = [match.strip(" .,") for match in PLAIN_FORMULA.findall(words) if OPERATOR.search(match)]
     sides = [side for formula in found[:MOST_FORMULAS] for side in split_top(formula[:400], r"=|\\le|\\ge|<|>|,")]
     return list(dict.fromkeys([*found[:MOST_FORMULAS], *sides]))[:MOST_FORMULAS]
 
