@@ -300,7 +300,7 @@ def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.
             with np.errstate(over="ignore"):  # found below
                 # Contiguous arrays may become device arrays as they are, which must not change with the file.
                 read[ranges] = part.astype(dtype, copy=part.flags.c_contiguous)
-            if not (is_finite(part) and (part.dtype == dtype or is_finite(read[ranges]))):
+            if not (is_finite(part) and (has_range_of(dtype, part.dtype) or is_finite(read[ranges]))):
                 counts.append(np.count_nonzero(~np.isfinite(read[ranges].astype(np.float32))))
         return read[ranges]
 
@@ -308,6 +308,11 @@ def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.
     # Transfers run behind; without waiting, the host would hold many tensors.
     array.block_until_ready()
     return array, f"{sum(counts):,} of {array.size:,} in {dtype.name}" if counts else None
+
+
+def has_range_of(dtype: np.dtype, other: np.dtype) -> bool:
+    """Whether every finite number of another floating-point type is finite in this one."""
+    return float(jnp.finfo(dtype).max) >= float(jnp.finfo(other).max)
 
 
 def is_finite(x: np.ndarray) -> bool:
