@@ -118,7 +118,7 @@ class ModelSettings:
             scalar_head: whether its output embedding gives way to a scalar head, with weights at 0 unless it has one.
 
         Raises:
-            ValueError: it has no tokenizer.
+            ValueError: it has no tokenizer, or is a reward model where none is wanted.
         """
         loaded = models.from_pretrained(
             name_or_folder,
@@ -130,9 +130,7 @@ class ModelSettings:
             scalar_head=scalar_head,
             rope_length=self.rope_length,
         )
-        if loaded.tokenizer is None:
-            raise ValueError(f"{name_or_folder} has no tokenizer; a folder with weights needs tokenizer.json too")
-        return loaded
+        return checked_model(loaded, name_or_folder, scalar_head=scalar_head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +188,24 @@ class PolicySettings(ModelSettings):
         """
         check_length(self.prompt_length + self.completion_length, policy, PROMPT_AND_COMPLETION)
         return with_stop_tokens(policy, self.stop_tokens)
+
+
+def checked_model(model: models.Pretrained, name: str, *, scalar_head: bool = False) -> models.Pretrained:
+    """The model, if it is one to train and sample from.
+
+    Args:
+        model: as it was read.
+        name: its folder or id.
+        scalar_head: whether it is wanted as a reward model or critic.
+
+    Raises:
+        ValueError: it has no tokenizer, or is a reward model where none is wanted.
+    """
+    if model.config.scalar_head and not scalar_head:
+        raise ValueError(f"{name} is a reward model: its head gives a score and no tokens; name a language model")
+    if model.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer; a folder with weights needs tokenizer.json too")
+    return model
 
 
 def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> models.Pretrained:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.experiment import LAID_OUT, AnyConfig, run_experiment
+from grpo_jax import models
+from grpo_jax.experiment import LAID_OUT, AnyConfig, checked_model, run_experiment, with_stop_tokens
 from grpo_jax.monitor.metrics import to_json
 from grpo_jax.run import Run, claim_folder, differences, has_results, read_settings
 
@@ -70,11 +71,14 @@ def check_stages(stages: Sequence[Stage]) -> None:
         stages: in the order in which they run.
 
     Raises:
-        ValueError: a stage was run with other settings, or was made from one that is to be run (again); the message
-            lists the folders to remove. And whatever the check of a stage's script raises.
+        FileNotFoundError: a model is not there.
+        ValueError: a model cannot be loaded, or lacks one of its stop tokens; a stage was run with other settings, or
+            was made from one that is to be run (again); the message lists the folders to remove. And whatever the
+            check of a stage's script raises.
     """
     for stage in stages:
         stage.script.check(stage.config)
+    check_models(stages)
     redone: set[Path] = set()
     told, remove = [], []
     for stage in stages:
@@ -100,6 +104,26 @@ def check_stages(stages: Sequence[Stage]) -> None:
                 ]
             )
         )
+
+
+def check_models(stages: Sequence[Stage]) -> None:
+    """Check the models that stages load and no stage makes, by all of their files but the values of weights.
+
+    Raises:
+        FileNotFoundError: one is not there.
+        ValueError: one cannot be loaded, or lacks a stop token.
+    """
+    made = [stage.config.run_dir.resolve() for stage in stages]
+    wanted: dict[tuple[str, tuple[str, ...], int | None], None] = {}
+    for stage in stages:
+        config = stage.config
+        base_dir = getattr(config, "base_dir", None)  # where it is not there, it is made
+        name = getattr(config, "model", None) or (base_dir if base_dir and base_dir.is_dir() else None)
+        if name is not None and not any(Path(name).resolve().is_relative_to(folder) for folder in made):
+            wanted[str(name), tuple(getattr(config, "stop_tokens", ())), getattr(config, "rope_length", None)] = None
+    for name, stop_tokens, rope_length in wanted:
+        described = checked_model(models.describe_pretrained(name, rope_length=rope_length), name)
+        with_stop_tokens(described, stop_tokens)
 
 
 def run_stages(

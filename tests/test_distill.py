@@ -1,6 +1,7 @@
 """Distillation end to end: every stage in its folder, resumed where it was stopped, from texts and not from tokens."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import jax
@@ -11,7 +12,7 @@ from experiments.distill import STAGES, Config
 from grpo_jax import models
 from grpo_jax.collect import read_collected
 from grpo_jax.data import tasks
-from grpo_jax.models import from_hf_config, init_params, save_pretrained
+from grpo_jax.models import from_hf_config, from_pretrained, init_params, save_pretrained
 from grpo_jax.monitor.metrics import read_jsonl, to_json
 from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.selection import SelectionSettings
@@ -177,17 +178,40 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         replace(finished, **change)
 
 
-@pytest.mark.slow
-def test_a_student_that_cannot_be_loaded_is_found_before_the_teacher_draws_for_it(finished, tmp_path, monkeypatch):
-    config = replace(finished, student="no/such/folder", run_dir=tmp_path / "run")
-    monkeypatch.setattr(distill.evaluate, "main", only_students(distill.evaluate.main))
-    with pytest.raises((ValueError, FileNotFoundError), match="no/such/folder"):
-        distill.main(config)
-    assert not config.folder("samples").exists()
-
-
-def only_students(evaluated):
-    return lambda config: 0 if config.run_dir.name.endswith("teacher_eval") else evaluated(config)
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", "there is no folder .*student"),
+        ("cut off", "model.safetensors is damaged"),
+        ("no tokenizer", "student has no tokenizer"),
+        ("reward model", "student is a reward model: its head gives a score and no tokens"),
+        ("stop token", r"\['<stop>'\] are no tokens"),
+    ],
+)
+def test_models_of_later_stages_are_looked_at_before_the_first_is_run(other_tongue, tmp_path, fault, message):
+    student = tmp_path / "student"
+    if fault != "missing":
+        shutil.copytree(other_tongue, student)
+    if fault == "cut off":
+        weights = (student / "model.safetensors").read_bytes()
+        (student / "model.safetensors").write_bytes(weights[:-10])
+    if fault == "no tokenizer":
+        for path in student.glob("tokenizer*"):
+            path.unlink()
+    if fault == "reward model":
+        critic = from_pretrained(student, scalar_head=True)
+        shutil.rmtree(student)
+        save_pretrained(student, critic.params, hf_config=critic.hf_config, tokenizer=critic.tokenizer)
+    config = Config(
+        model=other_tongue,
+        student=str(student),
+        run_dir=tmp_path / "run",
+        student_stop_tokens=("<stop>",) if fault == "stop token" else (),
+        data=DataSettings(template="{question}"),
+        mesh=MeshSettings(data=1),
+    )
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_stages(distill.stages(config))
 
 
 def test_what_a_later_stage_cannot_do_is_refused_when_the_settings_are_made(tmp_path):

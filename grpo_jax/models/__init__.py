@@ -2,6 +2,7 @@
 
 from grpo_jax.models.config import DecoderConfig as DecoderConfig
 from grpo_jax.models.hf import Pretrained as Pretrained
+from grpo_jax.models.hf import describe_pretrained as describe_pretrained
 from grpo_jax.models.hf import from_pretrained as from_pretrained
 from grpo_jax.models.hf import save_pretrained as save_pretrained
 from grpo_jax.models.hf import weights_digest as weights_digest

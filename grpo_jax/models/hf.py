@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from jax.sharding import Mesh
 from grpo_jax.models.config import DecoderConfig, with_rope_length
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
 from grpo_jax.models.hf_files import config_file, read_json, refuse_other_formats, weight_files
-from grpo_jax.models.hf_weights import check_num_layers, check_params, load_params, read_headers, save_params
+from grpo_jax.models.hf_weights import (
+    check_num_layers,
+    check_params,
+    check_weights,
+    load_params,
+    read_headers,
+    save_params,
+)
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.transformer import build_model, param_shapes
 from grpo_jax.types import Model, Params
@@ -115,6 +122,41 @@ def from_pretrained(
     if param_dtype not in PARAM_DTYPES:
         raise ValueError(f"param_dtype must be float32, bfloat16 or float16, not {jnp.dtype(param_dtype).name}")
     folder = _find_folder(name_or_folder, revision)
+    building = {"dtype": dtype, "remat": remat, "attention": attention, "mesh": mesh}
+    stored, described = _described(folder, scalar_head, rope_length, param_dtype, building)
+    params = load_params(folder, stored, param_dtype=param_dtype, shardings=shardings)
+    if described.config != stored:
+        params = with_new_head(params, described.config, param_dtype=param_dtype, shardings=shardings)
+    return replace(described, params=params)
+
+
+def describe_pretrained(
+    name_or_folder: str | Path, *, scalar_head: bool = False, rope_length: int | None = None
+) -> Pretrained:
+    """What ``from_pretrained`` would give, with a ``ShapeDtypeStruct`` for each parameter: no weights are read.
+
+    For finding out early what is wrong with a checkpoint that is needed late.
+
+    Args:
+        name_or_folder: as of ``from_pretrained``.
+        scalar_head: as of ``from_pretrained``.
+        rope_length: as of ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError: as ``from_pretrained``.
+        NotADirectoryError: as ``from_pretrained``.
+        ValueError: as ``from_pretrained``, but for values of weights.
+    """
+    folder = _find_folder(name_or_folder, None)
+    stored, described = _described(folder, scalar_head, rope_length, jnp.float32, {})
+    check_weights(folder, stored)
+    return described
+
+
+def _described(
+    folder: Path, scalar_head: bool, rope_length: int | None, param_dtype: Any, building: Mapping[str, Any]
+) -> tuple[DecoderConfig, Pretrained]:
+    """The decoder that is stored, and the one that is wanted with all but its weights."""
     stored_config = read_json(config_file(folder))
     family_of(stored_config)
     num_layers = stored_config.get("num_hidden_layers")
@@ -124,16 +166,20 @@ def from_pretrained(
     stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
     if rope_length is not None:
         stored, config = with_rope_length(stored, rope_length), with_rope_length(config, rope_length)
-    model = build_model(config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     generation_config = _read_optional(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder, config.vocab_size)
     eos_ids = _settle_eos_ids(generation_config or {}, hf_config, tokenizer, config.vocab_size)
-    pad_id = _settle_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size)
-    params = load_params(folder, stored, param_dtype=param_dtype, shardings=shardings)
-    if config != stored:
-        params = with_new_head(params, config, param_dtype=param_dtype, shardings=shardings)
-    prompt_format = _read_optional(folder / "prompt_format.json")
-    return Pretrained(model, params, config, hf_config, generation_config, tokenizer, eos_ids, pad_id, prompt_format)
+    return stored, Pretrained(
+        build_model(config, **building),
+        param_shapes(config, param_dtype),
+        config,
+        hf_config,
+        generation_config,
+        tokenizer,
+        eos_ids,
+        _settle_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size),
+        _read_optional(folder / "prompt_format.json"),
+    )
 
 
 def with_new_head(

@@ -151,11 +151,7 @@ def load_params(
             bfloat16 and float16; one for all that hold NaN or infinity, in the file or in ``param_dtype``; for an
             ``lm_head.weight`` other than the embedding that it is tied to; and for a file that is damaged.
     """
-    stored = read_headers(weight_files(folder))
-    check_num_layers(folder, stored, config.num_layers)
-    table = key_table(config)
-    names = {path: _stored_name(entry, stored) for path, entry in table.items()}
-    _check_tensors(folder, {names[path]: entry for path, entry in table.items()}, stored, config)
+    table, names, stored = check_weights(folder, config)
     if config.tie_word_embeddings and not config.scalar_head:
         _check_tied_head(folder, stored, names["embed/embedding"])
     shapes = param_shapes(config, param_dtype)
@@ -179,6 +175,24 @@ def load_params(
             f"nothing; use an earlier checkpoint:\n  {listed}"
         )
     return unflatten_dict(params, sep="/")
+
+
+def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry], dict[str, str], dict[str, Stored]]:
+    """Check by the headers of a checkpoint's files that it has the weights of a decoder, and no others.
+
+    Returns:
+        the place of each parameter, by its path; the name of its tensor; and each tensor by its name.
+
+    Raises:
+        FileNotFoundError: see ``weight_files``.
+        ValueError: as ``load_params``, but for the values of weights.
+    """
+    stored = read_headers(weight_files(folder))
+    check_num_layers(folder, stored, config.num_layers)
+    table = key_table(config)
+    names = {path: _stored_name(entry, stored) for path, entry in table.items()}
+    _check_tensors(folder, {names[path]: entry for path, entry in table.items()}, stored, config)
+    return table, names, stored
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:

@@ -37,6 +37,10 @@ def check_prompts(
             positions, or below the length at which its rotary frequencies change.
     """
     V = jax.eval_shape(model.head, params).shape[0]
+    if V == 1:
+        raise ValueError(
+            "the model is a reward model: its head gives a score and no tokens; sample from a language model"
+        )
     outside = [each for each in eos_ids if not 0 <= each < V]
     if outside:
         raise ValueError(f"eos_ids has {outside}, which a model of {V} tokens can never sample")
