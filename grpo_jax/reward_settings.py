@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from grpo_jax.models import from_pretrained
+from grpo_jax.models import Pretrained, from_pretrained
 from grpo_jax.reward_model_input import described_input, reward_model_reader
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
 from grpo_jax.rewards.format import format_reward, pattern_reward
@@ -299,6 +299,18 @@ class Scoring:
         return [fault for pool in pools for fault in pool.take_faults()]
 
 
+def check_reward_model(model: Pretrained, name: str) -> None:
+    """Check that a model is one that gives a score for a text.
+
+    Raises:
+        ValueError: it has no scalar head, or no tokenizer.
+    """
+    if not model.config.scalar_head:
+        raise ValueError(f"the reward model {name} is a language model: its head gives tokens, and no score for a text")
+    if model.tokenizer is None:
+        raise ValueError(f"the reward model {name} has no tokenizer; its folder needs tokenizer.json")
+
+
 def load_reward_model(
     name_or_folder: str,
     *,
@@ -323,8 +335,7 @@ def load_reward_model(
     """
     shardings = None if mesh is None else partial(param_shardings, mesh=mesh)
     loaded = from_pretrained(name_or_folder, dtype=dtype, mesh=mesh, shardings=shardings)
-    if loaded.tokenizer is None:
-        raise ValueError(f"the reward model {name_or_folder} has no tokenizer; its folder needs tokenizer.json")
+    check_reward_model(loaded, name_or_folder)
     say(f"reward model: reads {described_input(loaded)}")
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return LearnedReward(

@@ -11,6 +11,7 @@ from typing import Any
 from grpo_jax import models
 from grpo_jax.experiment import LAID_OUT, AnyConfig, checked_model, run_experiment, with_stop_tokens
 from grpo_jax.monitor.metrics import to_json
+from grpo_jax.reward_settings import check_reward_model
 from grpo_jax.run import Run, claim_folder, differences, has_results, read_settings
 
 SAID_FOR_ALL = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
@@ -114,16 +115,25 @@ def check_models(stages: Sequence[Stage]) -> None:
         ValueError: one cannot be loaded, or lacks a stop token.
     """
     made = [stage.config.run_dir.resolve() for stage in stages]
-    wanted: dict[tuple[str, tuple[str, ...], int | None], None] = {}
-    for stage in stages:
-        config = stage.config
+
+    def is_made(name: str | Path) -> bool:
+        return any(Path(name).resolve().is_relative_to(folder) for folder in made)
+
+    policies: dict[tuple[str, tuple[str, ...], int | None], None] = {}
+    judges: dict[str, None] = {}
+    for config in (stage.config for stage in stages):
         base_dir = getattr(config, "base_dir", None)  # where it is not there, it is made
         name = getattr(config, "model", None) or (base_dir if base_dir and base_dir.is_dir() else None)
-        if name is not None and not any(Path(name).resolve().is_relative_to(folder) for folder in made):
-            wanted[str(name), tuple(getattr(config, "stop_tokens", ())), getattr(config, "rope_length", None)] = None
-    for name, stop_tokens, rope_length in wanted:
+        if name is not None and not is_made(name):
+            policies[str(name), tuple(getattr(config, "stop_tokens", ())), getattr(config, "rope_length", None)] = None
+        judge = getattr(getattr(config, "rewards", None), "reward_model", None)
+        if judge is not None and not is_made(judge):
+            judges[judge] = None
+    for name, stop_tokens, rope_length in policies:
         described = checked_model(models.describe_pretrained(name, rope_length=rope_length), name)
         with_stop_tokens(described, stop_tokens)
+    for name in judges:
+        check_reward_model(models.describe_pretrained(name), name)
 
 
 def run_stages(

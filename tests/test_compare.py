@@ -27,6 +27,7 @@ def parts(monkeypatch):
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
     monkeypatch.setattr(compare, "write_pairs", lambda folder, selection, **settings: begun.append(("pairs", folder)))
     monkeypatch.setattr("grpo_jax.stages.run_experiment", lambda *args, **settings: 0)
+    monkeypatch.setattr("grpo_jax.stages.check_models", lambda stages: None)
     return begun
 
 

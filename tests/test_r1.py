@@ -34,6 +34,7 @@ def stages(monkeypatch):
         script = getattr(r1, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
     monkeypatch.setattr("grpo_jax.stages.run_experiment", lambda *args, **settings: 0)
+    monkeypatch.setattr("grpo_jax.stages.check_models", lambda stages: None)
     return begun
 
 
