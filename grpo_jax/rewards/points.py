@@ -64,6 +64,12 @@ def points_for(names: frozenset[str], *expressions: Node) -> list[tuple[dict[str
     return found
 
 
+def sample_point(names: frozenset[str]) -> dict[str, Fraction]:
+    """One small point, whose digits are secret too."""
+    public, secret = Random(POINTS), Random(SECRET + bytes([255]))
+    return {name: _near(public.uniform(0.5, 1), SMALL, secret) for name in sorted(names)}
+
+
 def _largest_constant(node: Node) -> float:
     """A bound of log2 of the magnitudes, and their inverses, of the parts of an expression without variables."""
     if not variables(node):
