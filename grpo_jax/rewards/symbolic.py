@@ -52,8 +52,8 @@ def agree(a: Node, b: Node) -> bool:
         return True
     bases = BASES if "log" in operations(a) | operations(b) else BASES[:1]
     if len(bases) == 1:
-        values = [_sample(node, variables(a) | variables(b)) for node in (a, b)]
-        if None not in values and not close(*values, PLACES // 2, PLACES):
+        x, y = (_sample(node, variables(a) | variables(b)) for node in (a, b))
+        if x is not None and y is not None and not close(x, y, PLACES // 2, PLACES):
             return False
     return any(_agree(a, b, base) for base in bases)
 
