@@ -261,7 +261,7 @@ def test_conversations_are_written_as_conversations(tmp_path):
         place=3,
         problem=Problem(messages, "3", {"text": "other", "messages": []}),
         prompt="<user>1+2=<assistant>",
-        completions=["4", "\ud800 3"],
+        completions=["4", "\u2028 3"],
         lengths=[1, 2],
         truncated=[False, False],
         total=[0.0, 1.0],
@@ -273,7 +273,7 @@ def test_conversations_are_written_as_conversations(tmp_path):
     assert length == 2
     (tmp_path / "dataset.jsonl").write_bytes(rejection_sampling.as_line(row))
     (read,) = load_demonstrations(str(tmp_path / "dataset.jsonl"))
-    assert (read.prompt, read.completion) == (messages, "\ud800 3")
+    assert (read.prompt, read.completion) == (messages, "\u2028 3")
     assert (read.columns["answer"], read.columns["pass_rate"]) == ("3", 0.5)
 
 

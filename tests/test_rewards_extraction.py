@@ -448,3 +448,17 @@ def test_a_box_beside_other_statements_is_an_answer(text):
 )
 def test_answers_under_conditions_are_a_list_and_what_is_also_possible_makes_none(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{5}. Also 6.", None),
+        (r"\boxed{5} isn't the answer.", None),
+        (r"\boxed{5} cannot be right.", None),
+        (r"\boxed{5} is probably wrong, it is \boxed{6}.", "6"),
+        (r"\boxed{5}. This can't be simplified.", "5"),
+    ],
+)
+def test_what_is_taken_back_or_doubled_is_no_answer(text, answer):
+    assert extract_answer(text) == answer

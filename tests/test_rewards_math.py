@@ -20,7 +20,7 @@ DATA = Path(__file__).parent / "data"
 PAIRS = [json.loads(line) for line in (DATA / "math_pairs.jsonl").read_text().splitlines()]
 SECOND = [json.loads(line) for line in (DATA / "math_pairs_second.jsonl").read_text().splitlines()]
 """Written by another author, who had not seen the grader."""
-LATER = {"third": 8, "fourth": 20, "fifth": 16}
+LATER = {"third": 8, "fourth": 21, "fifth": 16}
 """By further authors who had not seen the grader, and how many of their right answers are missed.
 
 More than half of these leave arithmetic undone (``2^{10}`` for 1024) or a percent sign out, which the first table takes

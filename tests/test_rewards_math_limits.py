@@ -270,3 +270,19 @@ def test_equations_are_compared_to_the_places_that_their_values_have(monkeypatch
 def test_formulas_of_a_question_are_found_in_linear_time():
     for question in (" " * 30_000, "a " * 15_000, "1" + " " * 30_000 + "2"):
         assert formulas(question) in ([], [question.strip()[:1]])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hand " * 70 + "!",
+        "The " + "best and most round " * 15 + "x!",
+        r"\triangle " * 35 + "x",
+        r"\triangle ABC \cong " * 18 + "x",
+        r"\angle A" + " }" * 60,
+        "ab, cd ef, " * 30 + "and !",
+    ],
+)
+def test_words_and_labels_are_read_in_linear_time(text):
+    """A run of letters that may end in "nd", or of commands, can be divided in one way only: else this never ends."""
+    assert math_reward([""], [rf"\boxed{{{text}}}"], answer=["5"]) == [0.0]

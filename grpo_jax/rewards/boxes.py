@@ -35,11 +35,13 @@ LISTING = re.compile(
 LONGEST_LISTING = 80
 NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bno longer)\s+(?:equal\s+to\s+|be\s+)?[$\\(\[\s]*\Z", re.IGNORECASE)
 REJECTED = re.compile(
-    r"[$\\)\]\s]*(?:is|was)\s+(?:not\s+(?:the\s+answer|right|correct|possible)\b|wrong|incorrect|false|impossible)",
+    r"[$\\)\]\s]*(?:(?:(?:is|was)\s+not|(?:is|was)n['\u2019]t|can\s?not\s+be|can['\u2019]t\s+be)"
+    r"\s+(?:the\s+answer|right|correct|possible)\b"
+    r"|(?:is|was)\s+(?:(?:probably|likely|clearly|certainly|definitely)\s+)?(?:wrong|incorrect|false|impossible))",
     re.IGNORECASE,
 )
 HEDGING = re.compile(
-    r"[,;/()&\u3001\uff0c]|\b(?:or|and|maybe|perhaps|possibly|alternatively|either|otherwise|could|may|might)\b"
+    r"[,;/()&\u3001\uff0c]|\b(?:or|and|also|maybe|perhaps|possibly|alternatively|either|otherwise|could|may|might)\b"
     r"|\b(?:oder|und|ou|et|или|и)\b|或|和",
     re.IGNORECASE,
 )

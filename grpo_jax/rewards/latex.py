@@ -161,7 +161,7 @@ WRAPPER = re.compile(
 PLAIN_NAMES = re.compile(
     r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|ln|log|exp|pi|theta)(?=[^A-Za-z]|$)"
 )
-CHOOSE = re.compile(r"(?<![A-Za-z\\])C ?_ ?(?:\{ ?(\d+) ?\}|(\d)) ?\^ ?(?:\{ ?(\d+) ?\}|(\d))")
+CHOOSE = re.compile(r"C ?_ ?(?:\{ ?(\d+) ?\}|(\d)) ?\^ ?(?:\{ ?(\d+) ?\}|(\d))")
 UNIT_VECTOR = re.compile(
     r"\\(?:mathbf|hat|vec|boldsymbol|bm|widehat) ?"
     r"(?:\{ ?(?:\\mathbf ?\{ ?)?\\?([ijk])(?:math)? ?\}? ?\}|\\?([ijk])(?:math)?)(?![a-zA-Z])"
@@ -197,7 +197,8 @@ def tidy(text: str) -> str | None:
     text = re.sub("\\\\text ?\\{ ?(\\\\?[$%:.\u20ac\u00a3\u00a5\u20b9]) ?\\}", r"\1", text)
     text = re.sub(r"\\\\ ?\[ ?-?[\d.]+ ?(?:pt|em|ex|mm|cm) ?\]", r"\\\\", text)
     text = re.sub(r"\{ ?(-?\d+) ?\} ?/ ?\{ ?(\d+) ?\}", r"\1/\2", text)
-    text = CHOOSE.sub(lambda match: rf"\binom{{{match[1] or match[2]}}}{{{match[3] or match[4]}}}", text)
+    if (choose := CHOOSE.fullmatch(text)) and int(choose[3] or choose[4]) <= int(choose[1] or choose[2]):
+        text = rf"\binom{{{choose[1] or choose[2]}}}{{{choose[3] or choose[4]}}}"
     text = re.sub(r"^([^{}]*=) ?\\boxed ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}$", r"\1\2", text)
     text = re.sub(r"\\mathit ?\{(\w+)\}", r" \1 ", text)
     text = re.sub(r"\\([pb]matrix) ?\{(.*)\}", r"\\begin{\1}\2\\end{\1}", text, flags=re.DOTALL)
@@ -229,7 +230,8 @@ def _joined(text: str) -> str:
     """
     pieces = FORMULA.split(text)
     outside = pieces[::2]
-    if len(pieces) == 1 or any(re.search(r"(?<!\\)\$", each) for each in outside):
+    is_glued = any(not each.strip() for each in outside[1:-1]) or any(re.search(r"\d", each) for each in outside)
+    if len(pieces) == 1 or is_glued or any(re.search(r"(?<!\\)\$", each) for each in outside):
         return text
     pieces[::2] = [
         rf"\text{{{each}}}" if re.fullmatch(r"[ ,]*[A-Za-z]{2}[A-Za-z ,]*", each) else each for each in outside

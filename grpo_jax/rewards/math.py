@@ -20,18 +20,16 @@ from grpo_jax.rewards.expression import (
     TRIGONOMETRIC,
     Node,
     constants,
-    difference,
     operations,
-    parse,
     substitute,
     variables,
 )
-from grpo_jax.rewards.final_answer import Answer, as_node, is_constant_scalar
+from grpo_jax.rewards.final_answer import Answer, as_node
 from grpo_jax.rewards.forms import FORMS, formulas, has_form
 from grpo_jax.rewards.intervals import Piece
 from grpo_jax.rewards.latex import UNIT_VECTORS
 from grpo_jax.rewards.numbers import numeric_value
-from grpo_jax.rewards.parameters import CHOSEN_FREELY, differ_in_domain, with_parameter_of
+from grpo_jax.rewards.parameters import differ_in_domain, with_parameter_of
 from grpo_jax.rewards.points import SMALL
 from grpo_jax.rewards.read_math import as_interval, read_answer
 from grpo_jax.rewards.symbolic import agree, constant_ratio, real_value
@@ -174,7 +172,7 @@ def _score(prompt: str, completion: str, gold: str | None, form: str | None) -> 
 def _same(gold: Answer, given: Answer) -> bool:
     if gold.letter or given.letter:
         return _same_choice(gold, given)
-    if gold.name is not None and given.name is not None and gold.name != given.name:
+    if gold.name is not None and given.name is not None and gold.name != given.name and not _are_labels(gold, given):
         return False
     renamed = with_parameter_of(gold, given)
     if renamed is None or differ_in_domain(gold, given):
@@ -186,6 +184,16 @@ def _same(gold: Answer, given: Answer) -> bool:
     if gold.kind != given.kind:
         return False
     return COMPARE[gold.kind](gold, given)
+
+
+def _are_labels(gold: Answer, given: Answer) -> bool:
+    """Whether one is a point by its label, ``P(4, 0)``, and the other says its coordinates by name."""
+    return gold.kind == given.kind == "tuple" and ("," in str(gold.name)) != ("," in str(given.name))
+
+
+def _same_part(gold: Answer, given: Answer) -> bool:
+    """Whether two parts of an answer are the same: here a set with one element is not that element."""
+    return (gold.kind == "set") == (given.kind == "set") and _same(gold, given)
 
 
 def _same_choice(gold: Answer, given: Answer) -> bool:
@@ -216,8 +224,6 @@ def _of_one_kind(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
         return gold, given.value[2]  # m+n = 11
     if "congruence" in kinds:
         return _as_congruence(gold), _as_congruence(given)
-    if given.kind == "equation" or gold.kind == "equation":
-        return _as_equation(gold, given), _as_equation(given, gold)
     if kinds == ("text", "list") or kinds == ("list", "text"):
         return _as_letters(gold), _as_letters(given)
     if set(kinds) == {"ratio", "expression"}:
@@ -230,7 +236,7 @@ def _of_one_kind(gold: Answer, given: Answer) -> tuple[Answer, Answer]:
         return _as_fraction(gold), _as_fraction(given)
     if set(kinds) == {"set", "list"}:
         return replace(gold, kind="set"), replace(given, kind="set")
-    if set(kinds) == {"number", "expression"} and DEGREES in (gold.unit, given.unit):
+    if set(kinds) <= {"number", "expression"} and DEGREES in (gold.unit, given.unit) and gold.unit != given.unit:
         return _in_degrees(gold), _in_degrees(given)
     if kinds == ("number", "expression") and gold.unit is not None:
         return gold, _with_letter_as_unit(given)
@@ -265,11 +271,10 @@ def _as_congruence(answer: Answer) -> Answer:
     if answer.kind not in ("equation", "expression"):
         return answer
     value = answer.value[2] if answer.kind == "equation" else answer
-    if value is None or value.kind != "expression" or answer.domain not in (None, "Z"):
+    if value is None or value.kind != "expression" or answer.domain != "Z" or answer.parameter is None:
         return answer
-    names = variables(value.value)
-    name = next(iter(names)) if len(names) == 1 else ""
-    if name not in CHOSEN_FREELY and name != answer.parameter:
+    name = answer.parameter
+    if variables(value.value) != {name}:
         return answer
     digits = digits_needed(value.value, SMALL)
     at_zero, at_one = (evaluate(value.value, {name: Fraction(place)}, digits) for place in (0, 1))
@@ -279,15 +284,8 @@ def _as_congruence(answer: Answer) -> Answer:
     line = ("add", ("number", at_zero), ("mul", ("number", step), ("variable", name)))
     if at_zero.denominator * step.denominator != 1 or not agree(value.value, line):
         return answer
-    return Answer("congruence", (int(at_zero % abs(step)), int(abs(step))))
-
-
-def _as_equation(answer: Answer, other: Answer) -> Answer:
-    """``x = 4`` as the equation that it is, where the other is one such as ``x - 4 = 0``."""
-    node = parse(answer.name) if answer.name and is_constant_scalar(answer) and other.value[1] is None else None
-    if node is None or node[0] != "variable":
-        return answer
-    return Answer("equation", (difference(node, as_node(answer)), None, None))
+    variable = answer.value[1] if answer.kind == "equation" else None
+    return Answer("congruence", (int(at_zero % abs(step)), int(abs(step))), name=variable)
 
 
 def _as_letters(answer: Answer) -> Answer:
@@ -353,11 +351,21 @@ def _scales(gold: Answer, given: Answer) -> tuple[Fraction, Fraction] | None:
 
 
 def _in_degrees(answer: Answer) -> Answer:
-    r"""``\frac{2\pi}{3}``, which has radians as unit or a pi and no unit, in degrees."""
+    r"""``\frac{2\pi}{3}``, which has radians as unit or a pi and no unit, in degrees.
+
+    Only a rational number of up to 360 of them, for a multiple of pi: others are hardly angles.
+    """
     if answer.kind != "expression" or answer.unit not in (None, RADIANS) or "pi" not in constants(answer.value):
         return answer
+    if variables(answer.value) or "add" in operations(answer.value):
+        return answer
     value = real_value(substitute(answer.value, ("constant", "pi"), ("number", Fraction(180))))
-    return Answer("number", value, DEGREES) if isinstance(value, Fraction) else answer
+    is_multiple = (
+        isinstance(value, Fraction)
+        and abs(value) <= 360
+        and agree(answer.value, ("mul", ("number", value / 180), ("constant", "pi")))
+    )
+    return Answer("number", value, DEGREES) if is_multiple else answer
 
 
 def _same_scalar(gold: Answer, given: Answer) -> bool:
@@ -384,12 +392,12 @@ def _left_to_do(node: Node) -> frozenset[str]:
 
 
 def _same_parts(gold: Answer, given: Answer) -> bool:
-    return len(gold.value) == len(given.value) and all(map(_same, gold.value, given.value))
+    return len(gold.value) == len(given.value) and all(map(_same_part, gold.value, given.value))
 
 
 def _same_set(gold: Answer, given: Answer) -> bool:
-    forward = all(any(_same(a, b) for b in given.value) for a in gold.value)
-    return forward and all(any(_same(a, b) for a in gold.value) for b in given.value)
+    forward = all(any(_same_part(a, b) for b in given.value) for a in gold.value)
+    return forward and all(any(_same_part(a, b) for a in gold.value) for b in given.value)
 
 
 def _same_list(gold: Answer, given: Answer) -> bool:
@@ -400,7 +408,7 @@ def _same_list(gold: Answer, given: Answer) -> bool:
         return _same_parts(gold, given)
     rest = list(given.value)
     for a in gold.value:
-        place = next((place for place, b in enumerate(rest) if _same(a, b)), None)
+        place = next((place for place, b in enumerate(rest) if _same_part(a, b)), None)
         if place is None:
             return False
         rest.pop(place)
@@ -408,9 +416,9 @@ def _same_list(gold: Answer, given: Answer) -> bool:
 
 
 def _is_ranking(answer: Answer) -> bool:
-    """Whether a list is one of letters out of their order, as objects are ranked."""
+    """Whether a list is one of three letters or more out of their order, as objects are ranked."""
     letters = [each.value for each in answer.value if each.kind == "text" and len(each.value) == 1]
-    return len(letters) == len(answer.value) and letters != sorted(letters)
+    return len(letters) == len(answer.value) > 2 and letters != sorted(letters)
 
 
 def _same_intervals(gold: Answer, given: Answer) -> bool:
@@ -456,7 +464,7 @@ COMPARE: dict[str, Callable[[Answer, Answer], bool]] = {
     "expression": _same_scalar,
     "text": lambda a, b: same_text(a.value, b.value),
     "infinity": lambda a, b: a.value == b.value,
-    "congruence": lambda a, b: a.value == b.value,
+    "congruence": lambda a, b: a.value == b.value and (None in (a.name, b.name) or a.name == b.name),
     "time": _same_time,
     "ratio": _same_parts,
     "cases": _same_list,

@@ -3,10 +3,11 @@ r"""Letters that an answer chooses freely: the integer of ``n\pi, n \in \mathbb{
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from grpo_jax.rewards.expression import substitute, variables
+from grpo_jax.rewards.expression import Node, constants, substitute, variables
 from grpo_jax.rewards.final_answer import Answer
 from grpo_jax.rewards.latex import balanced
 
@@ -55,12 +56,13 @@ def _domain(match: re.Match[str]) -> str | None:
 def with_parameter_of(gold: Answer, given: Answer) -> Answer | None:
     """The given answer with the gold's name for its parameter; None where it has that name for another thing.
 
-    Where only one of the two says what its parameter is, the other's is its only letter of k to n that the first lacks.
+    Where the given one does not say what its parameter is, that is its only letter of k to n that the gold lacks. Where
+    the gold does not, that holds for multiples of pi alone: else its letter may be one of the problem.
     """
     if gold.parameter is None and given.parameter is None:
         return given
     mine, theirs = _names(gold), _names(given)
-    name = gold.parameter or _only(mine - theirs, given.parameter)
+    name = gold.parameter or (_only(mine - theirs, given.parameter) if "pi" in _names(gold, constants) else None)
     other = given.parameter or _only(theirs - mine, gold.parameter)
     if name is None or other is None or name == other:
         return given
@@ -70,8 +72,14 @@ def with_parameter_of(gold: Answer, given: Answer) -> Answer | None:
 
 
 def differ_in_domain(gold: Answer, given: Answer) -> bool:
-    """Whether both say which values their parameters have, and say different ones."""
-    return gold.domain is not None and given.domain is not None and gold.domain != given.domain
+    """Whether the given answer says that its parameter has other values than the gold's.
+
+    Where the gold does not say it, they are real numbers or integers; of a function's argument, whatever is given.
+    """
+    if gold.domain is not None or given.domain is None:
+        return gold.domain is not None and given.domain is not None and gold.domain != given.domain
+    is_function = gold.kind == "equation" and gold.value[0] is None
+    return not is_function and given.domain not in (("R",) if gold.kind in ("interval", "number") else ("R", "Z"))
 
 
 def _only(names: frozenset[str], parameter: str | None) -> str | None:
@@ -79,15 +87,15 @@ def _only(names: frozenset[str], parameter: str | None) -> str | None:
     return next(iter(names)) if is_integer else None
 
 
-def _names(value: Any) -> frozenset[str]:
-    """The variables in an answer, or in a part of one."""
+def _names(value: Any, of: Callable[[Node], frozenset[str]] = variables) -> frozenset[str]:
+    """The variables, or constants, in an answer or in a part of one."""
     if isinstance(value, Answer):
-        return _names(value.value)
+        return _names(value.value, of)
     if not isinstance(value, tuple):
         return frozenset()
     if value and isinstance(value[0], str):
-        return variables(value)
-    return frozenset().union(*map(_names, value))
+        return of(value)
+    return frozenset().union(*(_names(each, of) for each in value))
 
 
 def _renamed(value: Any, name: str, other: str) -> Any:

@@ -41,12 +41,17 @@ REAL_SET = re.compile(r"\\mathbb ?\{ ?R ?\}")
 MULTIPLE = re.compile(
     r"(-|-? ?(?:\d+|[a-dk-nr-t]|\\(?:lambda|mu) ?|\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})) ?(\(.+\)|\\langle.+\\rangle)"
 )
+STATED = (
+    "the so thus therefore hence our final correct required total expected answer answers value result solution "
+    "solutions probability area volume length perimeter distance sum product number cost price speed time measure "
+    "minimum maximum"
+)
 STATEMENT = re.compile(
-    r"(?:\\text ?\{ ?)?"
-    r"(?P<words>(?:the )?(?:final )?(?:answer|value|result) ?[=:]|(?:[A-Za-z]+[ -]){1,8}(?:is|are|equals)):?"
+    rf"(?:\\text ?\{{ ?)?(?:(?:{STATED.replace(' ', '|')}),? )*(?:{STATED.replace(' ', '|')}) ?(?:is|are|equals|=|:):?"
     r" ?(?:\} ?|(?=[\d\\(\-]))",
     re.IGNORECASE,
 )
+"""A value after words that say what it is. Any other words might say that it is something else: half of the answer."""
 SUCH_THAT = re.compile(rf"({NAME}) ?(?:\\in ?{REAL_SET.pattern})? ?(?:\||:|\\text ?\{{ ?such that ?\}}) ?(.+)")
 OTHER_SET = re.compile(r"\\mathbb ?\{ ?([NZQC]) ?\}(?: ?\^ ?\{? ?([+\-*]) ?\}?)?")
 ALL_BUT = re.compile(
@@ -79,8 +84,7 @@ def _read(text: str) -> Answer | None:
     inner = _grouped(text) if text else None
     if inner is not None:
         return _read(inner)
-    prefix = STATEMENT.match(text)
-    if prefix and not SAYING_MORE & set(prefix["words"].lower().split()[:-1]):
+    if prefix := STATEMENT.match(text):
         return _read(text[prefix.end() :].strip())
     readers = (read_numeral, _choice, read_number, read_ratio, _prose, _for_all, _congruence)
     for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
@@ -114,9 +118,10 @@ def _for_all(text: str) -> Answer | None:
     r"""``\frac{\pi}{4}+k\pi, k \in \mathbb{Z}``."""
     found = split_parameter(text)
     answer = found and _read(found[0])
-    if found is None or answer is None or (answer.parameter is not None and answer.parameter != found[1]):
-        return answer or None
-    return replace(answer, parameter=found[1], domain=found[2])
+    if found is None or answer is None:
+        return None
+    # Of two letters, the argument of a function and a constant, the argument may be named otherwise.
+    return replace(answer, parameter=answer.parameter or found[1], domain=found[2] or answer.domain)
 
 
 def _alternatives(text: str) -> Answer | None:
@@ -127,6 +132,8 @@ def _alternatives(text: str) -> Answer | None:
     read = [_read(part) if part else None for part in parts]
     if all(each is not None and each.kind == "interval" for each in read):
         return _joined(read)
+    if all(each is not None and each.kind == "text" and len(each.value) > 1 for each in read):
+        return Answer("text", " or ".join(sorted(each.value for each in read if each is not None)))
     return _several("list", parts)
 
 
@@ -168,8 +175,10 @@ def _collection(text: str) -> Answer | None:
         vector, factor = _read(multiple[2]), parse("-1" if multiple[1] == "-" else multiple[1])
         if vector is not None and vector.kind == "tuple" and factor is not None and all(map(is_scalar, vector.value)):
             return Answer("tuple", tuple(_product(factor, each) for each in vector.value))
-    if (point := re.fullmatch(r"[ABD-Z] ?(\(.+\))", text)) and len(split_top(point[1][1:-1], ",")) > 1:
-        return _read(point[1])
+    point = re.fullmatch(r"([ABD-Z]) ?(\(.+\))", text)
+    if point and _bracketed(point[2]) != (None, None) and len(split_top(point[2][1:-1], ",")) > 1:
+        coordinates = _read(point[2])
+        return replace(coordinates, name=point[1]) if coordinates and coordinates.kind == "tuple" else NOTHING
     opening, closing = _bracketed(text)
     if opening is None or closing is None:
         return None
@@ -301,6 +310,8 @@ def _several(kind: str, parts: list[str]) -> Answer:
         items += (
             [replace(each, name=item.name) for each in item.value] if item.kind == "list" and r"\pm" in part else [item]
         )
+    if items and all(item.kind == "tuple" and re.fullmatch("[A-Z]", item.name or "") for item in items):
+        return Answer(kind, tuple(items))  # points by their labels
     names = [item.name for item in items]
     known = [name for name in names if name is not None]
     if kind != "tuple" and names and names[0] and all(item.kind == "interval" for item in items if item.name):

@@ -64,14 +64,19 @@ def read_relation(text: str, read: Reader) -> Answer | None:
 
 
 def _rounded(exact: Answer | None, approximate: Answer | None, written: str) -> Answer:
-    r"""``2\sqrt{3} \approx 3.464``: the exact value, where the other is near it to all its places but the last."""
+    r"""``2\sqrt{3} \approx 3.464``: the exact value, where the other is it rounded or cut off."""
     if exact is None or approximate is None or exact.kind not in ("number", "expression"):
         return NOTHING
     node = as_node(exact)
     if variables(node) or approximate.kind != "number" or approximate.unit not in (None, exact.unit):
         return NOTHING
-    error, places = real_value(difference(node, as_node(approximate))), re.search(r"\.(\d+)", written)
-    return exact if error is not None and abs(error) <= 10.0 ** -len(places[1] if places else "") else NOTHING
+    decimal = re.match(r"-?\d[\d,]*(?:\.(\d+))?(?![\d./])", written)
+    error = real_value(difference(node, as_node(approximate)))
+    if decimal is None or error is None or approximate.value == 0:
+        return NOTHING
+    units = float(error) * 10 ** len(decimal[1] or "") * (1 if approximate.value > 0 else -1)
+    # Rounded or, with decimals, cut off.
+    return exact if abs(units) <= (0.5 if decimal[1] else 0.499) or (decimal[1] and 0 < units < 0.999) else NOTHING
 
 
 def named(name: str, value: Answer | None, kinds: set[str]) -> Answer:
@@ -228,7 +233,7 @@ def read_congruence(text: str, read: Reader) -> Answer | None:
     r"""``x \equiv 3 \pmod{7}`` or ``1, 4 \pmod 5``: residue classes."""
     match = CONGRUENCE.fullmatch(text)
     residues = match and read(match["residues"])
-    if match is None or residues is None or not int(match["modulus"]):
+    if match is None or residues is None or int(match["modulus"]) < 2:
         return None
     values = residues.value if residues.kind == "list" else (residues,)
     if any(value.kind != "number" or value.unit or value.value.denominator != 1 for value in values):

@@ -152,7 +152,7 @@ def read_counted(words: str, number: Fraction | None) -> tuple[Fraction, Dimensi
         return None
     written = words.lower().split()
     names = [singular(word) for word in written]
-    is_number = any(re.fullmatch(r"\w+(?:teen|ty|teenth|tieth)", name) for name in names)
+    is_number = any(re.fullmatch(r"\w+(?:teen|ty|teenth|tieth|illion|illionth)|basis", name) for name in names)
     if is_number or SCALES & {*names, *written} or SAYING_MORE & {*written}:  # cans are counted, can is not
         return None
     is_plural = any(a != b or a in PLURALS for a, b in zip(words.lower().split(), names, strict=True))

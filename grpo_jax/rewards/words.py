@@ -7,15 +7,18 @@ import re
 from grpo_jax.rewards.final_answer import Answer
 from grpo_jax.rewards.units import singular
 
-WORD = re.compile(r"[A-Za-z]+\.?(?: (?:[A-Za-z]+|\d{1,4})(?:st|nd|rd|th)?\.?|['\-][A-Za-z]+)*")
-SEVERAL_NAMES = re.compile(r"\w+(?: \w+)?(?:, \w+(?: \w+)?)*,? (?:and|or) \w+(?: \w+)?")
+# Possessive, here and in LABEL: what ends in "nd" could be divided in exponentially many ways.
+WORD = re.compile(r"[A-Za-z]++\.?(?: (?:[A-Za-z]++|\d{1,4}+(?:st|nd|rd|th)?)\.?|['\-][A-Za-z]++)*+")
+SEVERAL_NAMES = re.compile(r"\w+(?: \w+)?(?:, \w+(?: \w+)?)*+,? (?:and|or) \w+(?: \w+)?")
 SHORT_WORDS = {"no", "yes", "up", "none", "even", "odd", "true", "false", "all"}
 NEVER_PROSE = {"or", "and"}
 CHOICE = re.compile(
     r"(?:\\text ?\{ ?\(?([A-J])\)?[.:)]? ?\}|\(([A-J])\)(?= |\\text)|([A-J])\)|([A-J])[.:](?= )) ?[:.]? ?(?P<rest>.+)|"
     r"\\text ?\{ ?\(([A-J])\) (?P<words>[^{}]+)\}"
 )
-LABEL = r"(?:(?:\\(?:angle|triangle|overline|parallel|perp|cong|sim) ?\{? ?)+(?:[A-Z] ?)+\}? ?|(?:[A-Z] ?){2,}(?=\\))+"
+LABEL = (
+    r"(?:(?:\\(?:angle|triangle|overline|parallel|perp|cong|sim) ?\{? ?)++(?:[A-Z] ?)++\}? ?|(?:[A-Z] ?){2,}+(?=\\))++"
+)
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 MONTH_NAMES = "january february march april may june july august september october november december"
 MONTHS = MONTH_NAMES.split()
