@@ -395,6 +395,7 @@ def test_an_assertion_that_is_reached_can_fail(test):
         ("try:\n    r = add(1, 2)\nexcept:\n    r = None\nassert r == 4", False),
         ("import inspect\nassert len(inspect.signature(add).parameters) == 3", False),
         ("assert isinstance(3, add)", False),
+        ("import os\nos.mkdir('/tmp/made')\nassert add(1, 2) == 4", False),  # fails otherwise when it is run again
         ("assert add is None or add(1, 2) == 4", False),
     ],
 )

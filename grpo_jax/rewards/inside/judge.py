@@ -50,13 +50,13 @@ def judge(tests, link, stop_at_failure):
             say(False, str(error), ran=False)
             return
         except AssertionError as error:
-            if "text" in test and not isinstance(error, OfProgram) and fails_by_itself(test):
+            if "text" in test and not isinstance(error, OfProgram) and fails_by_itself(test, error):
                 say(None, "the test fails whatever the program is: {}".format(text_of(test)))
                 return
             say(False, "failed: %s" % (str(error) or text_of(test)))
         except BaseException as error:
             lines = traceback.format_exception_only(type(error), error)
-            if "text" in test and not isinstance(error, OfProgram) and fails_by_itself(test):
+            if "text" in test and not isinstance(error, OfProgram) and fails_by_itself(test, error):
                 say(None, "the test fails whatever the program is: {}in {}".format("".join(lines), text_of(test)))
                 return
             say(
@@ -101,13 +101,13 @@ class Untouchable:
             locals()[each] = refuse
 
 
-def fails_by_itself(test):
-    """Whether a test that failed does so before it uses anything of the program, as with ``f(1 / 0)``."""
+def fails_by_itself(test, error):
+    """Whether a test fails with the same error before it uses anything of the program, as with ``f(1 / 0)``."""
     count, program = Touched.count, Untouchable()
     try:
         run_text(test, dict.fromkeys(test["names"], program), lambda _names: program)
-    except BaseException:
-        return Touched.count == count
+    except BaseException as again:
+        return Touched.count == count and type(again) is type(error) and str(again) == str(error)
     return False
 
 
