@@ -286,3 +286,9 @@ def test_formulas_of_a_question_are_found_in_linear_time():
 def test_words_and_labels_are_read_in_linear_time(text):
     """A run of letters that may end in "nd", or of commands, can be divided in one way only: else this never ends."""
     assert math_reward([""], [rf"\boxed{{{text}}}"], answer=["5"]) == [0.0]
+
+
+def test_values_of_far_apart_magnitudes_are_refused():
+    """The logarithm of a complex number whose parts are so took hours, or all memory."""
+    assert read_answer("------ tan^----fx^s = x^2-0") is None
+    assert math_reward([""], [r"\boxed{------ tan^----fx^s = x^2-0}"], answer=["5"]) == [0.0]

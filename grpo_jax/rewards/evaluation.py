@@ -170,6 +170,8 @@ class _Evaluation:
         if name == "constant":
             return {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.mpc(0, 1)}[parts[0]]
         values = [self.value(each) for each in parts]
+        for value in values:
+            _check_magnitude(value)
         _spend(_cost(name, values, self.digits))
         if name == "pow":
             return self.power(*values, is_constant=not variables(parts[1]))
@@ -256,6 +258,14 @@ class _Evaluation:
             return mp.ln(x) / (mp.ln(self.base) if name == "log" and self.base else 1)
         name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name)
         return getattr(mp, name)(x)
+
+
+def _check_magnitude(value: Any) -> None:
+    """Refuse numbers far from 1: mpmath adds a huge and a tiny one digit by digit, which takes hours and gigabytes."""
+    for part in () if isinstance(value, Fraction) else (value.real, value.imag):
+        _, mantissa, exponent, bits = part._mpf_
+        if mantissa and abs(exponent + bits) > 10 * LARGEST_BITS:
+            raise TooLargeError("a value is too large or too close to 0")
 
 
 def _inexact(value: Any) -> Any:
