@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.command import run_command
+from grpo_jax.loop.command import run_command
 from grpo_jax.models import from_hf_config
 from grpo_jax.models.kernels import choose_kernel
 from grpo_jax.models.layers import Part, allowed_slots, attend

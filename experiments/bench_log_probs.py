@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.command import run_command
 from grpo_jax.log_probs import chunked_log_probs, output_logits, token_entropy, token_log_probs
+from grpo_jax.loop.command import run_command
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from grpo_jax import loss
-from grpo_jax.command import run_command
-from grpo_jax.experiment import at_least, check_divides
+from grpo_jax.config.run import at_least
+from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
+from grpo_jax.loop.checks import check_divides
+from grpo_jax.loop.command import run_command
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
-from grpo_jax.settings import OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import BATCH, make_mesh, param_shardings, replicated
-from grpo_jax.small_base import HF_CONFIG
+from grpo_jax.tasks.toy_model import HF_CONFIG
 from grpo_jax.train import (
     LossFn,
     completion_log_probs,

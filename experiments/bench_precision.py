@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import models
-from grpo_jax.command import run_command
-from grpo_jax.compilations import keep_programs
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.data.tasks import sample_sums, sum_problems
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.compilation import keep_programs
 from grpo_jax.rollout import Sampler, generate
 from grpo_jax.sampling import Sampling
-from grpo_jax.small_base import Recipe, make_base
+from grpo_jax.tasks.sums import sample_sums, sum_problems
+from grpo_jax.tasks.toy_model import Recipe, make_base
 from grpo_jax.train import completion_log_probs, make_scorer
 from grpo_jax.types import Params, Rollout
 

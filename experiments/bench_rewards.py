@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.command import run_command
+from grpo_jax.loop.command import run_command
 from grpo_jax.rewards import RewardPool, code_reward, math_reward, per_sample
 from grpo_jax.rewards.calling import warm_up
 from grpo_jax.rewards.compose import RewardFn, as_graded

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.command import run_command
+from grpo_jax.loop.command import run_command
 from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.layers import Norm, rotate, rotation

@@ -25,14 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax.command import run_command
+from grpo_jax.config.prompts import PromptSettings
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
 from grpo_jax.data.layouts import kind_of
 from grpo_jax.data.notes import prompt_key
 from grpo_jax.data.preferences import load_preferences
-from grpo_jax.data.sources import load_placed_problems
-from grpo_jax.data_report import (
+from grpo_jax.jsonl import to_json
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.data_report import (
     Example,
     Finding,
     check_demonstrations,
@@ -42,9 +43,8 @@ from grpo_jax.data_report import (
     check_prompt_lengths,
     finding,
 )
-from grpo_jax.monitor.metrics import to_json
-from grpo_jax.prompt_settings import PromptSettings
-from grpo_jax.settings import default_split
+from grpo_jax.tasks.dataset import load_placed_problems
+from grpo_jax.tasks.splits import default_split
 
 Kind = Literal["problems", "demonstrations", "preferences"]
 

@@ -44,23 +44,20 @@ from ppo import Config as PPOConfig
 from r1_zero import Config as GRPOConfig
 from sft import Config as SFTConfig
 
-from grpo_jax.collect import read_collected
-from grpo_jax.command import run_command
-from grpo_jax.experiment import (
-    AnyConfig,
-    PolicySettings,
-    RunSettings,
-    at_least,
-)
-from grpo_jax.monitor.metrics import read_jsonl, write_atomically
-from grpo_jax.prompt_settings import prompt_fields
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.run import Run
-from grpo_jax.selection import SelectionSettings, preferred
-from grpo_jax.settings import DataSettings
-from grpo_jax.stages import Stage, check_no_models, placed, run_stages
-from grpo_jax.tasks import check_known
-from grpo_jax.text_settings import DemonstrationSettings, PreferenceSettings
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.mixture import check_known
+from grpo_jax.config.model import PolicySettings
+from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings
+from grpo_jax.config.prompts import prompt_fields
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import RunSettings, at_least
+from grpo_jax.data.selection import SelectionSettings, preferred
+from grpo_jax.jsonl import read_jsonl, write_atomically
+from grpo_jax.loop.batch_inference import read_collected
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.problems import load_problem_sets
+from grpo_jax.loop.run import AnyConfig, Run
+from grpo_jax.loop.stages import Stage, check_no_models, placed, run_stages
 
 ONLINE = ("grpo", "rloo", "ppo")
 """What learns in steps."""
@@ -278,7 +275,7 @@ def check_data(config: Config) -> None:
     Raises:
         ValueError: there are too few; and as ``DataSettings.load``.
     """
-    problems, *_ = config.data.load(config.seed)
+    problems, *_ = load_problem_sets(config.data, config.seed)
     wanted = config.num_prompts * config.num_steps
     if len(problems) < wanted and set(config.methods) & set(IN_ROUNDS):
         raise ValueError(

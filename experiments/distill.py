@@ -26,16 +26,17 @@ import rejection_sampling
 import sft
 import tyro
 
-from grpo_jax.collect import PROVENANCE, CollectSettings, read_provenance
-from grpo_jax.command import run_command
-from grpo_jax.experiment import at_least
-from grpo_jax.prompt_settings import prompt_fields, with_format
-from grpo_jax.run import Run
-from grpo_jax.selection import SelectionSettings
-from grpo_jax.settings import OptimizerSettings
-from grpo_jax.small_base import Recipe
-from grpo_jax.stages import Stage, run_stages
-from grpo_jax.text_settings import DemonstrationSettings
+from grpo_jax.config.batch_inference import CollectSettings
+from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.prompts import prompt_fields, with_format
+from grpo_jax.config.run import at_least
+from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.run import Run
+from grpo_jax.loop.stages import Stage, run_stages
+from grpo_jax.tasks.toy_model import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,40 +30,34 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from grpo_jax.command import run_command
-from grpo_jax.compilations import count_compilations
+from grpo_jax.config.model import PolicySettings
+from grpo_jax.config.offline import PreferenceSettings
+from grpo_jax.config.run import Export, RunSettings, at_least
+from grpo_jax.config.training import OptimizerSettings
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
-from grpo_jax.data.errands import errand_reward
+from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import EncodedPreferences, PairBatches
+from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import of_template
-from grpo_jax.data.sources import Problem
-from grpo_jax.experiment import (
-    PolicySettings,
-    RunSettings,
-    at_least,
-    check_divides,
-    check_finite,
-    check_same_data,
-    facts_of,
-    padded_batches,
-    run_experiment,
-    save_trained,
-)
+from grpo_jax.jsonl import write_atomically
+from grpo_jax.loop.checks import check_divides, check_finite, check_same_data
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.compilation import count_compilations
+from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.offline_data import load_preference_sets
+from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.run import Run, run_experiment
+from grpo_jax.loop.setup import facts_of, load_model, load_policy, make_sampler, start_model
 from grpo_jax.loss import dpo_loss, hinge_preference, sigmoid_preference, squared_preference
 from grpo_jax.masked import masked_sum
-from grpo_jax.monitor.metrics import write_atomically
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.outcome import Export, check_steps, exported
-from grpo_jax.prompt_settings import rendering_of
 from grpo_jax.rewards.compose import RewardFn, as_graded
 from grpo_jax.rewards.plugin import import_reward
-from grpo_jax.run import Run
-from grpo_jax.settings import OptimizerSettings
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
-from grpo_jax.small_base import Recipe
-from grpo_jax.text_settings import PreferenceSettings
+from grpo_jax.tasks.errands import errand_reward
+from grpo_jax.tasks.toy_model import Recipe
 from grpo_jax.train import init_state, make_train_step, pair_log_probs
 from grpo_jax.types import Pairs, Params
 
@@ -163,16 +157,17 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     notes = DataNotes()
-    preferences, held_out = config.data.load(config.seed, notes)
+    preferences, held_out = load_preference_sets(config.data, config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
     judge = errand_reward if config.data.dataset is None else None
     judge = judge if config.judge is None else import_reward(config.judge)
-    start = config.start(run, config.seed)
-    policy = config.as_sampled(config.load(start, mesh))
+    start = start_model(config, run, seed=config.seed)
+    policy = load_policy(config, start, mesh)
     rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
     encode = partial(
-        config.data.encode,
+        encode_preference_set,
+        config.data,
         policy=policy,
         max_prompt_length=config.prompt_length,
         max_completion_length=config.completion_length,
@@ -218,7 +213,7 @@ def train(config: Config, run: Run) -> None:
         total_updates=len(batches), default_learning_rate=5e-7 if config.model else 3e-4
     )
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
-    sampler = config.sampler(policy, mesh, config.eval_samples)
+    sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     run.describe(
         {
@@ -292,7 +287,7 @@ def train(config: Config, run: Run) -> None:
         state,
         steps=len(batches),
         params_of=lambda state: state.params,
-        start=lambda: config.load(start, mesh).params,
+        start=lambda: load_model(config, start, mesh).params,
     )
     prompt_format = prompt_format_of(rendering, policy.tokenizer)
     summary = {"seed": config.seed}

@@ -28,17 +28,22 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from grpo_jax.collect import Collected, CollectSettings, collect, read_collected, read_provenance
-from grpo_jax.command import run_command
-from grpo_jax.data.sources import Problem
-from grpo_jax.evaluate import estimate, identify_answers, maj_at_k_of_each, paired_test, pass_at_k_of_each
-from grpo_jax.experiment import LAID_OUT, run_experiment
-from grpo_jax.monitor.figures import number
+from grpo_jax.config.batch_inference import CollectSettings
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.run import LAID_OUT
+from grpo_jax.data.problems import Problem
+from grpo_jax.data.selection import Collected
+from grpo_jax.evaluate import estimate, maj_at_k_of_each, paired_test, pass_at_k_of_each
+from grpo_jax.loop.batch_inference import collect, read_collected, read_provenance
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.problems import same_answers_of
+from grpo_jax.loop.run import Run, run_experiment
+from grpo_jax.loop.run_folder import differences
+from grpo_jax.loop.task_runtime import asks_for_format, has_final_answers
+from grpo_jax.monitor.display import number
 from grpo_jax.monitor.samples import printable, shorten
-from grpo_jax.rewards.answer import extract_answer, same_text
-from grpo_jax.run import Run, differences
-from grpo_jax.settings import DataSettings
-from grpo_jax.tasks import asks_for_format, has_final_answers
+from grpo_jax.rewards.math.answer import extract_answer, same_text
+from grpo_jax.rewards.math.vote import identify_answers
 
 FIGURES, COMPARISON = "figures", "comparison"
 SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
@@ -133,13 +138,15 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
         asked = "held_out" if config.held_out else "evaluation"
         collect(config, run, config.mesh.build(), asked=asked, check=check)
     keys = keys_of(each.problem for each in read_collected(run.folder))
-    figures = meaningful(config, run.folder, per_problem(read_collected(run.folder), config.ks, config.data.same))
+    figures = meaningful(
+        config, run.folder, per_problem(read_collected(run.folder), config.ks, same_answers_of(config.data))
+    )
     report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
     if config.against is not None and against is not None:
         check_same_problems(keys, others, run.folder, config.against)
         place = {key: n for n, key in enumerate(others)}
         paired = [place[key] for key in keys]
-        theirs = per_problem(read_collected(config.against), config.ks, config.data.same)
+        theirs = per_problem(read_collected(config.against), config.ks, same_answers_of(config.data))
         report[COMPARISON] = {
             "against": config.against,
             "settings": differences(against["config"], run.settings, (*LAID_OUT, *OTHER_SETTINGS_OF_NO_FIGURE)),

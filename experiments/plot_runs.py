@@ -15,8 +15,8 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from grpo_jax.command import run_command
-from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.command import run_command
 
 TITLES = {
     "eval/pass@1": "pass@1, held out",

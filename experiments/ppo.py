@@ -29,19 +29,25 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
-from grpo_jax.command import run_command
-from grpo_jax.data.errands import ERRANDS
-from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.online import GOES_ON_WITH, MAY_CHANGE, RoundSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import at_least
+from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
+from grpo_jax.loop.checks import check_divides, check_finite
+from grpo_jax.loop.collector import Rounds
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.experience import Round
+from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.report import over_updates
+from grpo_jax.loop.run import Run, run_experiment
+from grpo_jax.loop.setup import load_model
 from grpo_jax.masked import masked_mean, masked_sum
 from grpo_jax.models import Pretrained
-from grpo_jax.outcome import check_steps, exported
-from grpo_jax.reward_settings import RewardSettings
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rounds import GOES_ON_WITH, MAY_CHANGE, Round, Rounds, RoundSettings
-from grpo_jax.run import Run
-from grpo_jax.settings import DataSettings, OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.small_base import Recipe
+from grpo_jax.tasks.errands import ERRANDS
+from grpo_jax.tasks.toy_model import Recipe
 from grpo_jax.train import (
     completion_log_probs,
     completion_values,
@@ -332,7 +338,7 @@ class OwnCritic(Learner):
         # The actor's optimizer rests while the critic learns alone.
         super().__init__(config, rounds, mesh, num_steps=config.num_steps - config.critic_warmup_steps)
         start = config.rewards.reward_model or rounds.start
-        critic = config.load(start, mesh, scalar_head=True)
+        critic = load_model(config, start, mesh, scalar_head=True)
         check_same_tokens(critic, rounds.policy)
         critic_optimizer, _ = config.critic_optimizer.build(
             total_updates=config.num_steps * self.updates_per_step,

@@ -36,20 +36,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from grpo_jax.collect import PROVENANCE, read_provenance
-from grpo_jax.command import run_command
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.model import ModelSettings
+from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.prompts import with_format
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import RunSettings
+from grpo_jax.config.training import PolicyLossSettings
 from grpo_jax.data.conversations import load_demonstrations
-from grpo_jax.data.errands import ERRANDS, careless_reply, sample_errands
-from grpo_jax.experiment import AnyConfig, ModelSettings, RunSettings
-from grpo_jax.monitor.metrics import to_json, write_atomically
-from grpo_jax.prompt_settings import with_format
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.run import Run
-from grpo_jax.selection import SelectionSettings
-from grpo_jax.settings import DataSettings, PolicyLossSettings
-from grpo_jax.small_base import Recipe
-from grpo_jax.stages import Stage, check_no_models, placed, run_stages
-from grpo_jax.text_settings import DemonstrationSettings
+from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.jsonl import to_json, write_atomically
+from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.offline_data import load_demonstration_sets, load_preference_sets
+from grpo_jax.loop.problems import load_problem_sets
+from grpo_jax.loop.run import AnyConfig, Run
+from grpo_jax.loop.stages import Stage, check_no_models, placed, run_stages
+from grpo_jax.tasks.errands import ERRANDS, careless_reply, sample_errands
+from grpo_jax.tasks.toy_model import Recipe
 
 EMBEDDED_LANGUAGE = "zh"
 """What the embedded base is to think in: it knows Arabic digits, which are of no language, and Chinese ones."""
@@ -206,12 +210,13 @@ def check_data(config: Config) -> None:
     Raises:
         Exception: as the stage that needs them would.
     """
-    for data in (config.data, config.general_data, config.cold_start.data):
-        data.load(config.seed)
+    for data in (config.data, config.general_data):
+        load_problem_sets(data, config.seed)
+    load_demonstration_sets(config.cold_start.data, config.seed)
     if config.general is not None:
         load_demonstrations(str(config.general))
     if config.general_reward_model is None:
-        config.preferences.data.load(config.seed)
+        load_preference_sets(config.preferences.data, config.seed)
 
 
 def demonstrated(config: Config) -> DemonstrationSettings:

@@ -27,17 +27,20 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
-from grpo_jax.command import run_command
+from grpo_jax.config.online import GOES_ON_WITH, MAY_CHANGE, RoundSettings
+from grpo_jax.config.run import at_least
+from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
 from grpo_jax.data.encoded import last_tokens
-from grpo_jax.experiment import at_least, check_divides, check_finite, over_updates, run_experiment, save_trained
-from grpo_jax.light_critic import Features, LightCritic
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.checks import check_divides, check_finite
+from grpo_jax.loop.collector import Rounds
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.experience import told_apart
+from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.report import over_updates
+from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.masked import masked_sum
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.outcome import check_steps, exported
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rounds import GOES_ON_WITH, MAY_CHANGE, Rounds, RoundSettings, told_apart
-from grpo_jax.run import Run
-from grpo_jax.settings import OptimizerSettings, PolicyLossSettings
 from grpo_jax.sharding import replicated, shard_rows
 from grpo_jax.train import (
     completion_log_probs,
@@ -47,6 +50,7 @@ from grpo_jax.train import (
     shuffled_minibatches,
     with_fresh_reference,
 )
+from grpo_jax.train.critic import Features, LightCritic
 from grpo_jax.types import Batch, Rollout, TrainState
 
 ADVANTAGES = {
@@ -279,11 +283,12 @@ def rows_of(rollout: Rollout, rows: np.ndarray, mesh: Mesh) -> Rollout:
 
 
 def light_critic(config: Config, rounds: Rounds, mesh: Mesh) -> LightCritic:
+    total_updates = config.num_steps * config.critic_epochs
+    optimizer, _ = config.critic_optimizer.build(total_updates=total_updates, default_learning_rate=3e-3)
     return LightCritic(
         rounds.policy.model,
         rounds.policy.config.hidden_size,
-        num_steps=config.num_steps,
-        optimizer=config.critic_optimizer,
+        optimizer=optimizer,
         num_micro_batches=config.num_minibatches * config.micro_batches,
         num_epochs=config.critic_epochs,
         seed=config.seed,

@@ -31,15 +31,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from grpo_jax.collect import CollectSettings, collect, read_collected, read_provenance
-from grpo_jax.command import run_command
+from grpo_jax.config.batch_inference import CollectSettings
+from grpo_jax.config.prompts import as_flags
+from grpo_jax.config.run import at_least
 from grpo_jax.data.conversations import load_demonstrations
-from grpo_jax.data.sources import read_rows
-from grpo_jax.experiment import at_least, run_experiment
-from grpo_jax.monitor.metrics import to_json, write_atomically
-from grpo_jax.prompt_settings import as_flags
-from grpo_jax.run import Run
-from grpo_jax.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose
+from grpo_jax.data.files import read_rows
+from grpo_jax.data.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose
+from grpo_jax.jsonl import to_json, write_atomically
+from grpo_jax.loop.batch_inference import collect, read_collected, read_provenance
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.run import Run, run_experiment
 
 DATASET = "dataset.jsonl"
 PARTS_TOLD = 4

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import r1_zero
 
-from grpo_jax.command import run_command
-from grpo_jax.monitor.metrics import read_jsonl, write_atomically
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.jsonl import read_jsonl, write_atomically
+from grpo_jax.loop.command import run_command
 from grpo_jax.monitor.plots import series
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.rewards.answer import answer_reward
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.language import language_reward
-from grpo_jax.settings import MeshSettings
-from grpo_jax.small_base import MAX_COMPLETION_LENGTH, Recipe
+from grpo_jax.rewards.math.answer import answer_reward
+from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, Recipe
 
 TEST_SUITE = ("21", "22", "23")
 SMOOTHED_OVER = 5

@@ -24,35 +24,25 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from grpo_jax.command import run_command
-from grpo_jax.compilations import count_compilations
+from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelSettings, fitting_lengths
+from grpo_jax.config.offline import PreferenceSettings
+from grpo_jax.config.run import Export, RunSettings, at_least
+from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
-from grpo_jax.experiment import (
-    PROMPT_AND_COMPLETION,
-    ModelSettings,
-    RunSettings,
-    at_least,
-    check_divides,
-    check_finite,
-    check_length,
-    check_same_data,
-    facts_of,
-    fitting_lengths,
-    padded_batches,
-    run_experiment,
-    save_trained,
-    with_stop_tokens,
-)
+from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.compilation import count_compilations
+from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.offline_data import load_preference_sets
+from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.run import Run, run_experiment
+from grpo_jax.loop.setup import facts_of, load_model, start_model, with_stop_tokens
 from grpo_jax.loss import bradley_terry_loss
-from grpo_jax.outcome import Export, check_steps, exported
-from grpo_jax.prompt_settings import rendering_of
-from grpo_jax.run import Run
-from grpo_jax.settings import OptimizerSettings
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.small_base import Recipe
-from grpo_jax.text_settings import PreferenceSettings
+from grpo_jax.tasks.toy_model import Recipe
 from grpo_jax.train import init_state, make_train_step, pair_scores
 from grpo_jax.types import Pairs, Params
 
@@ -133,15 +123,16 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     notes = DataNotes()
-    preferences, held_out = config.data.load(config.seed, notes)
+    preferences, held_out = load_preference_sets(config.data, config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
-    start = config.start(run, config.seed)
-    scorer = with_stop_tokens(config.load(start, mesh, scalar_head=True), config.stop_tokens)
+    start = start_model(config, run, seed=config.seed)
+    scorer = with_stop_tokens(load_model(config, start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, PROMPT_AND_COMPLETION)
     rendering = rendering_of(config.data, scorer, say=run.say, today=run.begun)
     encode = partial(
-        config.data.encode,
+        encode_preference_set,
+        config.data,
         policy=scorer,
         max_prompt_length=config.lengths[0],
         max_completion_length=config.lengths[1],
@@ -219,7 +210,7 @@ def train(config: Config, run: Run) -> None:
         state,
         steps=len(batches),
         params_of=lambda state: state.params,
-        start=lambda: config.load(start, mesh, scalar_head=True).params,
+        start=lambda: load_model(config, start, mesh, scalar_head=True).params,
     )
     prompt_format = prompt_format_of(rendering, scorer.tokenizer)
     summary = {"seed": config.seed}

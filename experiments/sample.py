@@ -24,17 +24,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from grpo_jax import models
-from grpo_jax.command import run_command
-from grpo_jax.compilations import keep_programs
+from grpo_jax.config.prompts import PromptSettings
 from grpo_jax.data.chat_templates import check_has_template
 from grpo_jax.data.encoded import decode_one
 from grpo_jax.data.messages import Messages
 from grpo_jax.data.prompts import Rendering, encode_prompts, pad_prompts
-from grpo_jax.data.stop import stop_strings
 from grpo_jax.data.turns import check_turn_end
-from grpo_jax.experiment import with_stop_tokens
-from grpo_jax.prompt_settings import PromptSettings
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.compilation import keep_programs
+from grpo_jax.loop.setup import with_stop_tokens
 from grpo_jax.rollout import Sampler, StopFn
+from grpo_jax.rollout.stop import stop_strings
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts
 

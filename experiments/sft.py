@@ -26,36 +26,29 @@ import numpy as np
 import tyro
 
 from grpo_jax import models
-from grpo_jax.command import run_command
-from grpo_jax.compilations import count_compilations
+from grpo_jax.config.model import PolicySettings
+from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.run import Export, RunSettings, at_least
+from grpo_jax.config.training import OptimizerSettings
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.packing import PackedBatches
+from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import Rendering, of_template
-from grpo_jax.data.sources import Problem
-from grpo_jax.experiment import (
-    PolicySettings,
-    RunSettings,
-    at_least,
-    check_divides,
-    check_finite,
-    check_length,
-    check_same_data,
-    facts_of,
-    run_experiment,
-    save_trained,
-)
+from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.compilation import count_compilations
+from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
+from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.run import Run, run_experiment
+from grpo_jax.loop.setup import facts_of, load_model, load_policy, make_sampler, start_model
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.outcome import Export, check_steps, exported
-from grpo_jax.prompt_settings import rendering_of
-from grpo_jax.rewards.math import math_reward
-from grpo_jax.run import Run
-from grpo_jax.settings import OptimizerSettings
+from grpo_jax.rewards.math.compare import math_reward
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
-from grpo_jax.text_settings import DemonstrationSettings
 from grpo_jax.train import init_state, make_train_step, packed_log_probs
 from grpo_jax.types import Packed, Params
 
@@ -131,11 +124,11 @@ def train(config: Config, run: Run) -> None:
     compilations = count_compilations()
     mesh = config.mesh.build()
     notes = DataNotes()
-    demonstrations, held_out = config.data.load(config.seed, notes)
+    demonstrations, held_out = load_demonstration_sets(config.data, config.seed, notes)
     notes.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
-    start = config.start(run, config.seed)
-    policy = config.as_sampled(config.load(start, mesh))
+    start = start_model(config, run, seed=config.seed)
+    policy = load_policy(config, start, mesh)
     check_length(config.row_length, policy, "max_length")
     rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
     batches = pack(config, run, demonstrations, policy, rendering, config.num_epochs)
@@ -150,7 +143,7 @@ def train(config: Config, run: Run) -> None:
     )
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
-    sampler = config.sampler(policy, mesh, config.eval_samples)
+    sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     run.describe(
         {
@@ -229,7 +222,7 @@ def train(config: Config, run: Run) -> None:
         state,
         steps=len(batches),
         params_of=lambda state: state.params,
-        start=lambda: config.load(start, mesh).params,
+        start=lambda: load_model(config, start, mesh).params,
     )
     prompt_format = prompt_format_of(rendering, policy.tokenizer)
     summary = {"seed": config.seed}
@@ -252,7 +245,9 @@ def pack(
     rendering: Rendering,
     epochs: int,
 ) -> PackedBatches:
-    examples, dropped = config.data.encode(demonstrations, policy, max_length=config.row_length, rendering=rendering)
+    examples, dropped = encode_demonstration_set(
+        config.data, demonstrations, policy, max_length=config.row_length, rendering=rendering
+    )
     if dropped:
         run.say(f"{dropped} of {len(demonstrations)} demonstrations dropped: over {config.row_length} tokens")
     return PackedBatches(

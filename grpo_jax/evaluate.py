@@ -1,25 +1,20 @@
-"""Accuracy of several samples a problem and how sure it is, as functions on arrays; and the held-out loop."""
+"""pass@k, majority vote, confidence intervals and paired tests: arrays in, arrays out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import combinations
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.data.encoded import EncodedProblems
-from grpo_jax.data.sources import reward_columns
-from grpo_jax.rewards.answer import canonical_answer, extract_answer, same_text
-from grpo_jax.rewards.compose import RewardFn, Scores, score_with
-from grpo_jax.types import Rollout
-
 RESAMPLES = 9999
 """Of a bootstrap, and of a permutation test whose permutations are more than these."""
+
+
 STDERR = "_stderr"
+
+
 BATCH_VALUES = 1 << 22
 """Resampled at once, so that many problems fit into memory."""
 
@@ -77,27 +72,6 @@ def maj_at_k_of_each(answer_ids: Int[Array, "N G"], correct: Bool[Array, "N G"],
     winning = voted & (votes == votes.max(1, keepdims=True, where=voted, initial=0))
     # Every winning answer has the same number of samples, so the mean over samples is the mean over answers.
     return (winning & correct).sum(1, dtype=jnp.float32) / jnp.maximum(winning.sum(1, dtype=jnp.float32), 1)
-
-
-def identify_answers(
-    answers: Sequence[Sequence[str | None]], same: Callable[[str, str], bool] = same_text
-) -> Int[Array, "N G"]:
-    """Answers as numbers for ``maj_at_k``: those of a row that are the same get the same number.
-
-    Texts are the same where ``canonical_answer`` is. Two that differ are compared once by ``same``, unless both are
-    numbers; what is the same as a third is the same.
-
-    Args:
-        answers: one row a problem, all of one length; None or a blank text is no answer and becomes -1.
-        same: whether two answers are the same by the grader's own rules, such as ``math.same_answers``.
-
-    Raises:
-        ValueError: rows of different lengths.
-    """
-    lengths = sorted({len(row) for row in answers})
-    if len(lengths) > 1:
-        raise ValueError(f"every problem must have the same number of answers; there are rows of {lengths}")
-    return jnp.asarray(np.array([_identify_row(row, same) for row in answers], dtype=np.int32))
 
 
 @dataclass(frozen=True)
@@ -234,148 +208,16 @@ def paired_test(
     return PairedTest(means[0], means[1], found.mean, found.low, found.high, p, found.problems)
 
 
-def held_out(
-    problems: EncodedProblems,
-    drawn: Iterable[tuple[int, Rollout]],
-    decode: Callable[[Rollout], list[str]],
-    reward: RewardFn,
-    *,
-    group_size: int,
-    same: Callable[[str, str], bool] = same_text,
-    report: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
-    """Grade ``group_size`` completions of every held-out problem.
-
-    A completion is right if its reward is 1; a problem with a sample whose reward is absent (None) is not counted.
-
-    Args:
-        problems: what is asked.
-        drawn: the place of each problem and its completions, in any order, as ``Sampler.stream`` hands them on.
-        decode: from completions to their texts.
-        reward: called for each problem with its prompt's text, its completions and its columns.
-        group_size: G, samples for each problem.
-        same: whether two answers are the same for the majority vote; see ``identify_answers``.
-        report: called with the number of problems done after each.
-
-    Returns:
-        ``eval/pass@1`` and its standard error over problems ``eval/pass@1_stderr`` (where there are two or more),
-        ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens; with
-        ``eval/frac_ungraded``, the share of problems left out, where there are any.
-
-    Raises:
-        ValueError: no problem could be graded; a problem was not drawn for, or twice.
-    """
-    answers: dict[int, list[str | None]] = {}
-    scores: dict[int, list[float | None]] = {}
-    lengths = []
-    for place, completions in drawn:
-        if place in scores:
-            raise ValueError(f"held-out problem {place} was drawn for twice")
-        texts = decode(completions)
-        columns = reward_columns([problems.problems[place]], group_size=group_size)
-        graded = score_with("accuracy", reward, [problems.texts[place]] * group_size, texts, columns)
-        scores[place] = [each.score for each in graded]
-        answers[place] = [extract_answer(text, problems.texts[place]) for text in texts]
-        lengths.append(np.asarray(completions.completion_mask).sum(1))
-        report(len(scores))
-    if len(scores) != len(problems):
-        raise ValueError(f"completions of {len(scores)} of {len(problems)} held-out problems were drawn")
-    graded = sorted(place for place, row in scores.items() if None not in row)
-    if not graded:
-        raise ValueError(f"the reward graded all samples of none of the {len(scores)} held-out problems")
-    is_right = jnp.array([[score == 1 for score in scores[place]] for place in graded])
-    chosen = identify_answers([answers[place] for place in graded], same)
-    metrics = {
-        "eval/pass@1": float(pass_at_k(is_right, 1)),
-        f"eval/maj@{group_size}": float(maj_at_k(chosen, is_right, group_size)),
-        "eval/mean_length": float(np.concatenate(lengths).mean()),
-    }
-    metrics |= standard_error("eval/pass@1", np.asarray(is_right).mean(1))
-    if len(graded) < len(scores):
-        metrics["eval/frac_ungraded"] = 1 - len(graded) / len(scores)
-    return metrics
-
-
-def held_out_rewards(
-    problems: EncodedProblems,
-    drawn: Iterable[tuple[int, Rollout]],
-    decode: Callable[[Rollout], list[str]],
-    score: Callable[..., Scores],
-    *,
-    group_size: int,
-    report: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
-    """What completions of held-out problems are worth, where nothing is right or wrong.
-
-    Args:
-        problems, drawn, decode, group_size, report: see ``held_out``.
-        score: what is learnt from, such as ``Scoring.score``.
-
-    Returns:
-        ``eval/reward``, the mean of what is present (left out where nothing is), its standard error over problems
-        ``eval/reward_stderr`` (where two or more have one), and ``eval/mean_length`` in tokens.
-    """
-    places, texts, lengths, truncated = [], [], [], []
-    for place, completions in drawn:
-        places.append(place)
-        texts += decode(completions)
-        lengths += np.asarray(completions.completion_mask).sum(1).tolist()
-        truncated += np.asarray(completions.truncated).tolist()
-        report(len(places))
-    columns = reward_columns([problems.problems[place] for place in places], group_size=group_size)
-    prompts = [problems.texts[place] for place in places for _ in range(group_size)]
-    worth = score(prompts, texts, **columns, completion_length=lengths, truncated=truncated).total
-    present = worth[~np.isnan(worth)]
-    reward = {"eval/reward": float(present.mean())} if len(present) else {}
-    of_problems = worth.reshape(-1, group_size)
-    of_problems = of_problems[~np.isnan(of_problems).all(1)]
-    reward |= standard_error("eval/reward", np.nanmean(of_problems, axis=1)) if len(of_problems) else {}
-    return {**reward, "eval/mean_length": float(np.mean(lengths))}
-
-
 def standard_error(name: str, of_problems: np.ndarray) -> dict[str, float]:
     """``<name>_stderr``, the standard error of the mean of ``[problems]`` figures; nothing for fewer than two."""
     N = len(of_problems)
     return {f"{name}{STDERR}": float(of_problems.std(ddof=1) / N**0.5)} if N > 1 else {}
 
 
-def mean_over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The figures of each task as ``eval/<task>/...``, and under their own names the mean of the tasks that have them.
-
-    A standard error is that of this mean.
-
-    Args:
-        found: what ``held_out`` told of each.
-    """
-    names = dict.fromkeys(name for metrics in found.values() for name in metrics)
-    means = {}
-    for name in names:
-        values = np.array([each[name] for each in found.values() if name in each])
-        # The tasks' problems are drawn apart: variances of their means add up.
-        means[name] = float(np.sqrt((values**2).sum()) / len(values) if name.endswith(STDERR) else values.mean())
-    apart = {
-        f"eval/{task}/{name.removeprefix('eval/')}": value
-        for task, metrics in found.items()
-        for name, value in metrics.items()
-    }
-    return means | apart
-
-
 def _check_figures(values: Float[np.ndarray, " N"]) -> int:
     if len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(f"a mean over problems needs finite figures of one problem or more; these are {values}")
     return len(values)
-
-
-def _identify_row(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:
-    keys = ["" if answer is None else canonical_answer(answer) for answer in answers]
-    texts = {key: answer for key, answer in zip(keys, answers, strict=True) if answer is not None and key != ""}
-    number = {key: n for n, key in enumerate(texts)}
-    for (a, text), (b, other) in combinations(texts.items(), 2):
-        if number[a] != number[b] and not (isinstance(a, Fraction) and isinstance(b, Fraction)) and same(text, other):
-            old, new = number[b], number[a]
-            number = {key: new if n == old else n for key, n in number.items()}
-    return [number.get(key, -1) for key in keys]
 
 
 def _check_k(samples: Int[Array, "N G"] | Bool[Array, "N G"], k: int) -> None:

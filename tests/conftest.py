@@ -67,7 +67,7 @@ GUESSING = {"skill_steps": 40, "skill_share": 0.0, "mixture_steps": 4, "worked_s
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A base that only guesses, ``<answer>19</answer>``, right now and then: groups differ in their rewards."""
-    from grpo_jax.small_base import Recipe, make_base
+    from grpo_jax.tasks.toy_model import Recipe, make_base
 
     folder = tmp_path_factory.mktemp("base") / "model"
     make_base(folder, Recipe(**GUESSING))
@@ -77,9 +77,9 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """The embedded base with one layer that nothing was taught: what compiles fast."""
-    from grpo_jax.data.tasks import make_tokenizer
     from grpo_jax.models import from_hf_config, init_params, save_pretrained
-    from grpo_jax.small_base import HF_CONFIG, PROMPT_FORMAT
+    from grpo_jax.tasks.sums import make_tokenizer
+    from grpo_jax.tasks.toy_model import HF_CONFIG, PROMPT_FORMAT
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     hf_config = {**HF_CONFIG, **sizes, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}

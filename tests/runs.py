@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.run import Run
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.run import Run
 
 TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
 TIMING += ("reshard_time", "reshard_bytes")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards.code import run_tests
-from grpo_jax.rewards.sandbox import Limits, Sandbox, other_user
+from grpo_jax.rewards.code.reward import run_tests
+from grpo_jax.rewards.code.sandbox import Limits, Sandbox, other_user
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 ESCAPES = [

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from grpo_jax.rewards.processes import descendants, kernel_bytes
-from grpo_jax.rewards.sandbox import Limits, Sandbox
-from grpo_jax.rewards.system_calls import FORBIDDEN_CALLS, MACHINES
+from grpo_jax.rewards.code.sandbox import Limits, Sandbox
+from grpo_jax.rewards.code.system_calls import FORBIDDEN_CALLS, MACHINES
+from grpo_jax.rewards.workers.processes import descendants, kernel_bytes
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 LIMITS = Limits(seconds=2.0, wall_seconds=8.0, memory_bytes=160 << 20)

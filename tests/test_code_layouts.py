@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards import code, code_tests
+from grpo_jax.rewards import code_tests
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 DATA = Path(__file__).parent / "data" / "code_problems.jsonl"

@@ -11,7 +11,7 @@ import jax
 import pytest
 import tyro
 
-from grpo_jax.command import BUG, INTERRUPTED, MISTAKE, flags_of, in_flags, run_command
+from grpo_jax.loop.command import BUG, INTERRUPTED, MISTAKE, flags_of, in_flags, run_command
 
 SCRIPTS = sorted(
     path.stem

@@ -9,10 +9,11 @@ import pytest
 
 from experiments import bench_memory, compare
 from experiments.compare import Config
-from grpo_jax.monitor.metrics import read_jsonl, to_json, write_atomically
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.selection import SelectionSettings
-from grpo_jax.settings import DataSettings, MeshSettings
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.jsonl import read_jsonl, to_json, write_atomically
 from tests.runs import kill_in_second_save, write_rows
 
 STEPS, PROMPTS, GROUP = 6, 4, 4
@@ -26,8 +27,8 @@ def parts(monkeypatch):
         script = getattr(compare, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
     monkeypatch.setattr(compare, "write_pairs", lambda folder, selection, **settings: begun.append(("pairs", folder)))
-    monkeypatch.setattr("grpo_jax.stages.run_experiment", lambda *args, **settings: 0)
-    monkeypatch.setattr("grpo_jax.stages.check_models", lambda stages: None)
+    monkeypatch.setattr("grpo_jax.loop.stages.run_experiment", lambda *args, **settings: 0)
+    monkeypatch.setattr("grpo_jax.loop.stages.check_models", lambda stages: None)
     return begun
 
 

@@ -260,7 +260,7 @@ def test_what_cannot_be_encoded(prompt, completion, chat_template, options, mess
 
 
 def test_a_text_without_tokens_for_it_is_shown():
-    from grpo_jax.data.tasks import make_tokenizer
+    from grpo_jax.tasks.sums import make_tokenizer
 
     with pytest.raises(ValueError, match="cannot encode text 0, 'hello'"):
         encode_demonstrations(

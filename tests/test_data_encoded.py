@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
-from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import VOCABULARY, make_tokenizer
-from grpo_jax.evaluate import held_out, held_out_rewards
-from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.data.problems import Problem
+from grpo_jax.loop.held_out import held_out, held_out_rewards
 from grpo_jax.rewards.compose import weighted
+from grpo_jax.rewards.math.answer import answer_reward
+from grpo_jax.tasks.sums import VOCABULARY, make_tokenizer
 from grpo_jax.types import Rollout
 
 EOS, PAD = VOCABULARY.index("<eos>"), VOCABULARY.index("<pad>")

@@ -6,7 +6,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from grpo_jax.data.errands import (
+from grpo_jax.data.problems import Problem
+from grpo_jax.tasks.errands import (
     Errand,
     careless_reply,
     errand_problems,
@@ -14,9 +15,8 @@ from grpo_jax.data.errands import (
     sample_errands,
     sample_preference,
 )
-from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import make_tokenizer
-from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
+from grpo_jax.tasks.sums import make_tokenizer
+from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
 
 HELPFUL, HARMFUL = Errand("4829"), Errand("407")
 EVERY = [Errand("".join(digits)) for count in (3, 4) for digits in permutations("0123456789", count)]

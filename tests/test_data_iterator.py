@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.data.iterator import ProblemIterator
-from grpo_jax.data.sources import Problem
+from grpo_jax.data.problems import Problem
 
 PROBLEMS = [Problem(f"p{i}", f"a{i}") for i in range(7)]
 

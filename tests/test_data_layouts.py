@@ -10,8 +10,9 @@ from grpo_jax.data import layouts
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.layouts import as_messages, column, hh_messages
 from grpo_jax.data.preferences import load_preferences
-from grpo_jax.data.sources import Problem, load_problems
-from grpo_jax.rewards.code_tests import why_untestable
+from grpo_jax.data.problems import Problem
+from grpo_jax.rewards.code.test_cases import why_untestable
+from grpo_jax.tasks.dataset import load_problems
 
 
 def user(content):

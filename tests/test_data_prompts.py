@@ -180,7 +180,7 @@ def test_padding_refuses_an_index_that_does_not_tell_prompts_apart(index):
 
 
 def test_a_prompt_without_tokens_for_it_is_named():
-    from grpo_jax.data.tasks import make_tokenizer
+    from grpo_jax.tasks.sums import make_tokenizer
 
     with pytest.raises(ValueError, match=r"cannot encode text 1, 'What is 1\+1\?'"):
         encode_prompts(["1+1=", "What is 1+1?"], make_tokenizer(), template="{question}")

@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from grpo_jax.data.reasoning_gym import reasoning_gym_problems
-from grpo_jax.data.sources import reward_columns
+from grpo_jax.data.problems import reward_columns
+from grpo_jax.tasks.reasoning_gym import reasoning_gym_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

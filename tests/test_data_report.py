@@ -8,9 +8,8 @@ from experiments import check_data
 from experiments.check_data import Config, make_report
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.preferences import Preference
-from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import make_tokenizer
-from grpo_jax.data_report import (
+from grpo_jax.data.problems import Problem
+from grpo_jax.loop.data_report import (
     MOST_EXAMPLES,
     Example,
     check_demonstrations,
@@ -20,6 +19,7 @@ from grpo_jax.data_report import (
     check_prompt_lengths,
     finding,
 )
+from grpo_jax.tasks.sums import make_tokenizer
 
 
 def write(path, *rows):

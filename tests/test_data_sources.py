@@ -7,8 +7,9 @@ import pyarrow.parquet
 import pytest
 
 from grpo_jax.data import sources
-from grpo_jax.data.sources import Problem, load_problems, reward_columns
-from grpo_jax.rewards.answer import worked_answer
+from grpo_jax.data.problems import Problem, reward_columns
+from grpo_jax.rewards.math.answer import worked_answer
+from grpo_jax.tasks.dataset import load_problems
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 ROWS = [{"question": "1+1?", "answer": "so\n#### 1,002"}, {"question": "2+2?", "answer": "4", "level": 3}]

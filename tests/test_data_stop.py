@@ -3,8 +3,8 @@
 import pytest
 from checkpoints import tiny_tokenizer
 
-from grpo_jax.data.stop import stop_strings
-from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.rollout.stop import stop_strings
+from grpo_jax.tasks.sums import make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode_prompts
-from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import (
+from grpo_jax.rewards.format import format_reward
+from grpo_jax.rewards.math.answer import answer_reward, extract_answer
+from grpo_jax.tasks.sums import (
     CHINESE_DIGITS,
     PLAIN,
     VOCABULARY,
@@ -19,8 +21,6 @@ from grpo_jax.data.tasks import (
     sum_problems,
     worked,
 )
-from grpo_jax.rewards.answer import answer_reward, extract_answer
-from grpo_jax.rewards.format import format_reward
 
 terms = st.lists(st.integers(0, 9), min_size=2, max_size=9).map(tuple)
 

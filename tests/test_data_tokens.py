@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.data.encoded import decode_completions, decode_one, last_tokens
-from grpo_jax.data.stop import stop_strings
-from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.data.tokens import decode_following, encode_following, encode_texts
 from grpo_jax.models.tokenizers import read_tokenizer
+from grpo_jax.rollout.stop import stop_strings
+from grpo_jax.tasks.sums import make_tokenizer
 from grpo_jax.types import Rollout
 from tests.families import FAMILIES, family, write_tokenizer_files
 

@@ -10,15 +10,16 @@ import pytest
 from experiments import distill
 from experiments.distill import STAGES, Config
 from grpo_jax import models
-from grpo_jax.collect import read_collected
-from grpo_jax.data import tasks
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.jsonl import read_jsonl, to_json
+from grpo_jax.loop.batch_inference import read_collected
+from grpo_jax.loop.stages import check_stages
 from grpo_jax.models import from_hf_config, from_pretrained, init_params, save_pretrained
-from grpo_jax.monitor.metrics import read_jsonl, to_json
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.selection import SelectionSettings
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
-from grpo_jax.small_base import Recipe
-from grpo_jax.stages import check_stages
+from grpo_jax.tasks.toy_model import Recipe
 from tests.runs import kill_in_second_save
 
 

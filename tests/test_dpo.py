@@ -14,19 +14,22 @@ import transformers
 from experiments import dpo
 from experiments.dpo import Config
 from grpo_jax import models
+from grpo_jax.config.offline import PreferenceSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings
 from grpo_jax.data.encoded import EncodedProblems
-from grpo_jax.data.errands import Errand, errand_reward
-from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.data.problems import Problem
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.masked import masked_sum
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.settings import MeshSettings, OptimizerSettings
-from grpo_jax.text_settings import PreferenceSettings, errand_preferences
+from grpo_jax.tasks.demonstrations import errand_preferences
+from grpo_jax.tasks.errands import Errand, errand_reward
+from grpo_jax.tasks.sums import make_tokenizer
 from grpo_jax.train import pair_log_probs
 from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
 
 LEARNT, HELD_OUT = 36, 4
-JUDGE = "grpo_jax.data.errands:errand_reward"
+JUDGE = "grpo_jax.tasks.errands:errand_reward"
 
 
 def rows_of_errands():
@@ -71,7 +74,9 @@ def of_base(finished):
     """What the base makes of the pairs that are learnt: log-probabilities and lengths of both completions."""
     base = models.from_pretrained(finished.model)
     limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
-    learnt, held_out = (finished.data.encode(each, base, **limits) for each in finished.data.load(0))
+    learnt, held_out = (
+        encode_preference_set(finished.data, each, base, **limits) for each in load_preference_sets(finished.data, 0)
+    )
 
     @jax.jit
     def sums(pairs):
@@ -293,7 +298,7 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
     config = replace(
         config, loss="hinge", max_completion_length=5, num_epochs=1, num_pairs=8, eval_prompts=0, eval_every=0
     )
-    learnt, _ = config.data.load(0)
+    learnt, _ = load_preference_sets(config.data, 0)
     fitting = [each for each in learnt if max(len(each.chosen), len(each.rejected)) + 1 <= 5]
     assert 8 <= len(fitting) < LEARNT
     assert dpo.main(config) == 0

@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from grpo_jax.evaluate import (
-    estimate,
-    identify_answers,
-    maj_at_k,
-    maj_at_k_of_each,
-    paired_test,
-    pass_at_k,
-    pass_at_k_of_each,
-)
-from grpo_jax.rewards.math import same_answers
+from grpo_jax.evaluate import estimate, maj_at_k, maj_at_k_of_each, paired_test, pass_at_k, pass_at_k_of_each
+from grpo_jax.rewards.math.compare import same_answers
+from grpo_jax.rewards.math.vote import identify_answers
 
 shapes = st.just((3, 5))
 correct_arrays = shapes.flatmap(lambda shape: hnp.arrays(np.bool_, shape))

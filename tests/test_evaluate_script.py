@@ -13,16 +13,17 @@ import pytest
 from experiments import evaluate
 from experiments.evaluate import Config, keys_of, per_problem, read_report
 from grpo_jax import models
-from grpo_jax.collect import Collected
-from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import Sum
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.data.problems import Problem
+from grpo_jax.data.selection import Collected
 from grpo_jax.evaluate import estimate
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.rewards.math import same_answers
-from grpo_jax.run import Run
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.run import Run
+from grpo_jax.rewards.math.compare import same_answers
 from grpo_jax.sampling import Sampling
-from grpo_jax.settings import DataSettings, MeshSettings
+from grpo_jax.tasks.sums import Sum
 from tests.runs import write_rows
 
 PROBLEMS, SAMPLES = 24, 4

@@ -14,24 +14,16 @@ import pytest
 from checkpoints import SMALL, random_params, tiny_tokenizer
 
 from grpo_jax import models
-from grpo_jax.experiment import (
-    ModelSettings,
-    PolicySettings,
-    RunSettings,
-    at_least,
-    check_divides,
-    check_finite,
-    check_length,
-    check_same_data,
-    over_updates,
-    padded_batches,
-    run_experiment,
-    save_trained,
-)
+from grpo_jax.config.model import ModelSettings, PolicySettings
+from grpo_jax.config.run import RunSettings, at_least
+from grpo_jax.data.iterator import padded_batches
+from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
+from grpo_jax.loop.export import save_trained
+from grpo_jax.loop.report import over_updates
+from grpo_jax.loop.run import Run, Stopped, run_experiment
+from grpo_jax.loop.stages import check_no_models, placed
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
-from grpo_jax.run import Run, Stopped
 from grpo_jax.sharding import make_mesh
-from grpo_jax.stages import check_no_models, placed
 
 LLAMA = {"model_type": "llama", **SMALL}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.rewards.pool import RewardPool
+from grpo_jax.rewards.workers.pool import RewardPool
 from tests.faulty_rewards import faulty
 
 pytestmark = pytest.mark.slow

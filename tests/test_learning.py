@@ -13,9 +13,9 @@ import pytest
 from conftest import GUESSING
 
 from experiments import r1_zero
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.settings import MeshSettings
-from grpo_jax.small_base import Recipe, make_base
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.tasks.toy_model import Recipe, make_base
 
 ROOT = Path(__file__).parent.parent
 

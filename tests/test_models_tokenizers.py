@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from grpo_jax.data.prompts import R1_ZERO, encode_prompts, render_prompts
-from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.models import from_pretrained, save_pretrained
 from grpo_jax.models.tokenizers import read_tokenizer, stop_ids, tokens_and_ids, write_tokenizer
+from grpo_jax.tasks.sums import make_tokenizer
 
 TEXTS = [
     "hello world",

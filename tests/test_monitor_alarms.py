@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.monitor.alarms import CONDITIONS, Alarms, AlarmSettings
-from grpo_jax.monitor.rollouts import reward_metrics
+from grpo_jax.monitor.step_metrics import reward_metrics
 from grpo_jax.rewards.repetition import repeated_share
 
 DEFAULT = AlarmSettings()

@@ -5,7 +5,7 @@ from array import array
 
 import pytest
 
-from grpo_jax.monitor.figures import (
+from grpo_jax.monitor.display import (
     FIGURES,
     Figure,
     count,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.monitor.metrics import JsonlLog, read_jsonl, write_atomically
+from grpo_jax.jsonl import JsonlLog, read_jsonl, write_atomically
 
 
 @pytest.fixture

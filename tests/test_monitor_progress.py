@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from grpo_jax.monitor.figures import Figure
+from grpo_jax.monitor.display import Figure
 from grpo_jax.monitor.progress import Progress
 
 METRICS = {

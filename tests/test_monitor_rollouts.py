@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from grpo_jax.monitor.rollouts import completion_metrics, reward_metrics
+from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics
 
 
 def test_rewards_within_and_across_groups():

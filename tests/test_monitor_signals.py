@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data.tasks import Sum, worked
-from grpo_jax.monitor.samples import Sample
-from grpo_jax.monitor.signals import duplicate_share, hard_coded, has_empty_thought, stands_in, text_metrics
-from grpo_jax.monitor.spot_checks import disagreement, spot_checks
+from grpo_jax.monitor.samples import Sample, disagreement, spot_checks
+from grpo_jax.rewards.diagnostics import duplicate_share, hard_coded, has_empty_thought, stands_in, text_metrics
+from grpo_jax.tasks.sums import Sum, worked
 
 
 def tagged(thought, answer):

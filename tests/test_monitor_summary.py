@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_jax.monitor.summary import best_evaluation, closing_line, ranking_figure
+from grpo_jax.monitor.display import best_evaluation, closing_line, ranking_figure
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ from rich.console import Console
 
 from experiments import r1_zero
 from grpo_jax import models, settings
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.outcome import check_steps, exported, say_best
-from grpo_jax.run import Run
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.export import check_steps, exported, say_best
+from grpo_jax.loop.run import Run
 from tests.runs import metrics_of
 
 

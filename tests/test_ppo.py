@@ -11,11 +11,13 @@ import pytest
 from experiments import ppo
 from experiments.ppo import Config
 from grpo_jax import models, rounds
-from grpo_jax.data.tasks import make_tokenizer
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
-from grpo_jax.small_base import HF_CONFIG
+from grpo_jax.tasks.sums import make_tokenizer
+from grpo_jax.tasks.toy_model import HF_CONFIG
 from tests.runs import metrics_of, steps_of
 
 

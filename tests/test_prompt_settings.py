@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from grpo_jax.config.prompts import PromptSettings, as_flags, parse_template_kwargs, with_format
 from grpo_jax.data.prompt_format import prompt_format_of, read_prompt_format
 from grpo_jax.data.prompts import R1_ZERO, render_prompts
+from grpo_jax.loop.rendering import rendering_of
 from grpo_jax.models import from_pretrained
-from grpo_jax.prompt_settings import PromptSettings, as_flags, parse_template_kwargs, rendering_of, with_format
 from tests.test_data_turns import chatml
 
 TODAY = "2026-11-27"

@@ -12,12 +12,14 @@ import tyro
 
 from experiments import distill, dpo, evaluate, ppo, r1_zero, rejection_sampling, reward_model, sample, sft
 from grpo_jax import run as run_module
-from grpo_jax.collect import read_collected, read_provenance
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.loop.batch_inference import read_collected, read_provenance
+from grpo_jax.loop.run import Run
 from grpo_jax.models import from_pretrained
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.run import Run
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
-from grpo_jax.text_settings import DemonstrationSettings
 from tests.families import write_family
 from tests.runs import write_rows
 

@@ -15,11 +15,11 @@ import pytest
 
 from experiments import r1
 from experiments.r1 import Config
-from grpo_jax.data.errands import Errand
-from grpo_jax.monitor.metrics import read_jsonl, to_json
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.settings import DataSettings
-from grpo_jax.tasks import read_tasks
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.mixture import read_tasks
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.jsonl import read_jsonl, to_json
+from grpo_jax.tasks.errands import Errand
 from tests.runs import write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -33,8 +33,8 @@ def stages(monkeypatch):
     for name in ("sft", "r1_zero", "rejection_sampling", "reward_model", "evaluate"):
         script = getattr(r1, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
-    monkeypatch.setattr("grpo_jax.stages.run_experiment", lambda *args, **settings: 0)
-    monkeypatch.setattr("grpo_jax.stages.check_models", lambda stages: None)
+    monkeypatch.setattr("grpo_jax.loop.stages.run_experiment", lambda *args, **settings: 0)
+    monkeypatch.setattr("grpo_jax.loop.stages.check_models", lambda stages: None)
     return begun
 
 

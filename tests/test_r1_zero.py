@@ -16,12 +16,14 @@ import pytest
 from experiments import r1_zero
 from experiments.r1_zero import Config
 from grpo_jax import models, reward_settings, rounds
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import LOSSES, OptimizerSettings, PolicyLossSettings
+from grpo_jax.jsonl import read_jsonl
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
-from grpo_jax.settings import LOSSES, DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings
-from grpo_jax.small_base import HF_CONFIG
+from grpo_jax.tasks.toy_model import HF_CONFIG
 from grpo_jax.types import Rollout
 from tests.runs import metrics_of
 

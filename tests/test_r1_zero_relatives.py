@@ -18,18 +18,21 @@ from transformers import PreTrainedTokenizerFast
 from experiments import r1_zero
 from experiments.r1_zero import Config
 from grpo_jax import evaluate
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings
 from grpo_jax.data.encoded import last_tokens
-from grpo_jax.data.tasks import TAGS
-from grpo_jax.light_critic import Features, states_in_parts
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.monitor.rollouts import reward_metrics
-from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.collector import Rounds
+from grpo_jax.loop.experience import told_apart
+from grpo_jax.loop.run import Run
+from grpo_jax.monitor.step_metrics import reward_metrics
 from grpo_jax.rewards.compose import Graded, Scores
-from grpo_jax.rounds import Rounds, told_apart
-from grpo_jax.run import Run
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings
 from grpo_jax.sharding import replicated
+from grpo_jax.tasks.sums import TAGS
 from grpo_jax.train import completion_log_probs, completion_states, init_state, make_train_step
+from grpo_jax.train.critic import Features, states_in_parts
 from grpo_jax.types import Rollout
 from tests.runs import kill_in_second_save, metrics_of, steps_of
 

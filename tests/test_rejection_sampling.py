@@ -9,15 +9,17 @@ import pytest
 from experiments import rejection_sampling
 from experiments.rejection_sampling import Config
 from grpo_jax import models
-from grpo_jax.collect import Collected, read_collected
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
 from grpo_jax.data.conversations import load_demonstrations
-from grpo_jax.data.sources import Problem
-from grpo_jax.monitor.metrics import JsonlLog, read_jsonl, write_atomically
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.run import Run
-from grpo_jax.selection import FILTERS, Choice, SelectionSettings
-from grpo_jax.settings import DataSettings, MeshSettings
-from grpo_jax.text_settings import DemonstrationSettings
+from grpo_jax.data.problems import Problem
+from grpo_jax.data.selection import FILTERS, Choice, Collected, SelectionSettings
+from grpo_jax.jsonl import JsonlLog, read_jsonl, write_atomically
+from grpo_jax.loop.batch_inference import read_collected
+from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
+from grpo_jax.loop.run import Run
 from tests.runs import write_rows
 
 PROBLEMS, SAMPLES = 64, 8
@@ -240,12 +242,14 @@ def test_when_all_problems_are_passed_over_that_is_said(config):
 
 def test_sft_reads_the_file_and_asks_as_the_teacher_was_asked(finished):
     settings = DemonstrationSettings(dataset=str(finished.run_dir / "dataset.jsonl"), template="{question}")
-    learnt, held_out = settings.load(0)
+    learnt, held_out = load_demonstration_sets(settings, 0)
     rows = read_jsonl(finished.run_dir / "dataset.jsonl")
     assert sorted(each.completion for each in learnt + held_out) == sorted(row["completion"] for row in rows)
     assert held_out
     policy = models.from_pretrained(finished.model)
-    examples, dropped = settings.encode(learnt, policy, max_length=64, rendering={"template": "{question}"})
+    examples, dropped = encode_demonstration_set(
+        settings, learnt, policy, max_length=64, rendering={"template": "{question}"}
+    )
     assert not dropped
     asked = {each.place: each.prompt for each in read_collected(finished.run_dir)}
     for demonstration, example in zip(learnt, examples, strict=True):

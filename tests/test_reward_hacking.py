@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_jax.data.tasks import Sum, worked
+from grpo_jax.tasks.sums import Sum, worked
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RIGHT, WRONG = "<think>3+8=11;</think><answer>11</answer>", "<answer>22</answer>"

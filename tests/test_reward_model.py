@@ -14,11 +14,14 @@ import transformers
 from experiments import reward_model
 from experiments.reward_model import Config, accuracy_and_calibration
 from grpo_jax import models
-from grpo_jax.monitor.metrics import read_jsonl
-from grpo_jax.reward_settings import load_reward_model
+from grpo_jax.config.offline import PreferenceSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.rewards.learned import LearnedReward
-from grpo_jax.settings import MeshSettings, OptimizerSettings
-from grpo_jax.text_settings import PreferenceSettings, errand_preferences
+from grpo_jax.rewards.scorer import load_reward_model
+from grpo_jax.tasks.demonstrations import errand_preferences
 from grpo_jax.train import pair_scores
 from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
 
@@ -126,7 +129,9 @@ def test_what_is_saved_scores_as_transformers_does(finished):
     assert loaded.config.scalar_head
     assert again.config == loaded.config
     limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
-    pairs = finished.data.encode(finished.data.load(0)[1], loaded, **limits).padded(range(HELD_OUT))
+    pairs = encode_preference_set(finished.data, load_preference_sets(finished.data, 0)[1], loaded, **limits).padded(
+        range(HELD_OUT)
+    )
     found = np.asarray(pair_scores(again.model, again.params, pairs))
     for n in range(HELD_OUT):
         prompt = np.asarray(pairs.prompt_ids)[n][np.asarray(pairs.prompt_mask)[n]].tolist()
@@ -142,7 +147,7 @@ def test_what_is_saved_scores_as_transformers_does(finished):
     said = []
     asked = load_reward_model(str(folder), mesh=None, dtype=jnp.float32, say=said.append)
     assert said == ["reward model: reads the plain template '{question}', as it was trained"]
-    held_out = finished.data.load(0)[1]
+    held_out = load_preference_sets(finished.data, 0)[1]
     for side, name in enumerate(("chosen", "rejected")):
         completions = [getattr(each, name) for each in held_out]
         prompts = [each.prompt for each in held_out]
@@ -169,7 +174,7 @@ def test_margins_are_asked_for_where_every_pair_has_one(config):
     asked = math.log(1 + math.e)
     assert first_loss(config, "every") == pytest.approx(asked, abs=1e-6)
     assert first_loss(replace(config, use_margins=False), "unused") == pytest.approx(math.log(2), abs=1e-6)
-    learnt = {each.prompt for each in config.data.load(0)[0]}
+    learnt = {each.prompt for each in load_preference_sets(config.data, 0)[0]}
     lacking = next(row for row in rows if row["prompt"] in learnt)
     del lacking["margin"]
     write_rows(config.run_dir.parent / "errands.jsonl", rows)

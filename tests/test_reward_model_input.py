@@ -12,7 +12,7 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import encode_prompts, render_prompts
 from grpo_jax.data.tokens import decode_following
 from grpo_jax.models import from_pretrained
-from grpo_jax.reward_model_input import described_input, reward_model_reader
+from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
 from tests.families import FAMILIES, family
 from tests.test_data_chat_templates import ASSISTANT, USER, tokenizers  # noqa: F401 - a fixture
 from tests.test_data_tokens import cached

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.loop.scoring import open_scorer
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.rewards.math.answer import answer_reward
 from tests.checkpoints import tiny_tokenizer
 from tests.test_rewards_learned import TINY_REWARD
 
@@ -36,8 +37,8 @@ def needs_a_reference(completions, reference):
 
 def opened(**settings):
     needs_pool = settings.pop("needs_pool", False)
-    return RewardSettings(**settings).open(
-        answer_reward, answer_reward, max_completion_length=100, needs_pool=needs_pool
+    return open_scorer(
+        RewardSettings(**settings), answer_reward, answer_reward, max_completion_length=100, needs_pool=needs_pool
     )
 
 
@@ -155,8 +156,13 @@ def test_a_reward_of_ones_own_may_abstain_and_prints_what_it_likes():
     own, shown = ("tests.test_reward_settings:of_sums_alone",), []
     columns = {**COLUMNS, "answer": ["5", "-", "5"]}
     for choice, totals in (("skip", [3, 0, 2]), ("absent", [3, np.nan, 2])):
-        with RewardSettings(reward=own, reward_abstain=choice, reward_workers=1).open(
-            answer_reward, answer_reward, max_completion_length=100, needs_pool=False, show=shown.append
+        with open_scorer(
+            RewardSettings(reward=own, reward_abstain=choice, reward_workers=1),
+            answer_reward,
+            answer_reward,
+            max_completion_length=100,
+            needs_pool=False,
+            show=shown.append,
         ) as scoring:
             scoring.probe({"answer": "5"}, {"answer": "5"})
             np.testing.assert_array_equal(scoring.score([""] * 3, COMPLETIONS, **columns).total, totals)

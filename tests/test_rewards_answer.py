@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.data.sources import load_problems
-from grpo_jax.rewards.answer import answer_reward, canonical_answer, extract_answer, numeric_value
+from grpo_jax.rewards.math.answer import answer_reward, canonical_answer, extract_answer, numeric_value
+from grpo_jax.tasks.dataset import load_problems
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 

@@ -12,7 +12,7 @@ import pytest
 from grpo_jax import rewards
 from grpo_jax.rewards.calling import arguments, invoke, is_async, is_per_sample, per_sample
 from grpo_jax.rewards.compose import Graded, score_with, weighted
-from grpo_jax.rewards.pool import RewardPool
+from grpo_jax.rewards.workers.pool import RewardPool
 from tests import batch_rewards
 from tests.batch_rewards import ask, batch_size, chatty, judge, misbehaving
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards import sandbox as sandbox_module
-from grpo_jax.rewards.code import code_reward, run_tests
-from grpo_jax.rewards.code_tests import check_tests, why_untestable
+from grpo_jax.rewards.code import sandbox as sandbox_module
+from grpo_jax.rewards.code.program import extract_program
+from grpo_jax.rewards.code.reward import code_reward, run_tests
+from grpo_jax.rewards.code.sandbox import Limits, Sandbox, SandboxUnavailable, finish
+from grpo_jax.rewards.code.test_cases import check_tests, why_untestable
 from grpo_jax.rewards.compose import weighted
-from grpo_jax.rewards.processes import children, memory_of
-from grpo_jax.rewards.program import extract_program
-from grpo_jax.rewards.sandbox import Limits, Sandbox, SandboxUnavailable, finish
+from grpo_jax.rewards.workers.processes import children, memory_of
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 DATA = Path(__file__).parent / "data" / "code_problems.jsonl"

@@ -10,9 +10,9 @@ import zlib
 import pytest
 
 from grpo_jax.rewards import code_tests
-from grpo_jax.rewards.code import code_reward, run_tests, same_output
-from grpo_jax.rewards.code_tests import used_names, why_untestable
-from grpo_jax.rewards.sandbox import Limits, Sandbox
+from grpo_jax.rewards.code.reward import code_reward, run_tests, same_output
+from grpo_jax.rewards.code.sandbox import Limits, Sandbox
+from grpo_jax.rewards.code.test_cases import used_names, why_untestable
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 ADD, WRONG = "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return a - b\n"

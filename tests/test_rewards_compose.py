@@ -3,10 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data.sources import Problem, reward_columns
-from grpo_jax.rewards.answer import answer_reward
+from grpo_jax.data.problems import Problem, reward_columns
 from grpo_jax.rewards.compose import Graded, weighted
 from grpo_jax.rewards.format import format_reward
+from grpo_jax.rewards.math.answer import answer_reward
 
 
 def constant(values):

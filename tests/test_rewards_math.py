@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.data.sources import load_problems
-from grpo_jax.rewards.math import math_reward, same_answer
-from grpo_jax.rewards.read_math import read_answer
+from grpo_jax.rewards.math.compare import math_reward, same_answer
+from grpo_jax.rewards.math.reader import read_answer
+from grpo_jax.tasks.dataset import load_problems
 from tests.measure_math_pairs import completion_of
 
 DATA = Path(__file__).parent / "data"

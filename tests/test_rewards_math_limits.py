@@ -8,12 +8,12 @@ from random import Random
 
 import pytest
 
-from grpo_jax.rewards import evaluation, points, symbolic
-from grpo_jax.rewards.expression import parse
-from grpo_jax.rewards.forms import formulas
-from grpo_jax.rewards.latex import tidy
-from grpo_jax.rewards.math import math_reward, same_answer, stands_in_question
-from grpo_jax.rewards.read_math import read_answer
+from grpo_jax.rewards.math import evaluation, points, symbolic
+from grpo_jax.rewards.math.compare import math_reward, same_answer, stands_in_question
+from grpo_jax.rewards.math.expression import parse
+from grpo_jax.rewards.math.forms import formulas
+from grpo_jax.rewards.math.latex import tidy
+from grpo_jax.rewards.math.reader import read_answer
 
 ZEROS = "".join(f"(x-{i})(x+{i})" for i in range(16))
 HIDDEN = [
@@ -80,9 +80,9 @@ def test_expressions_that_differ_only_where_nobody_would_look(gold, answer):
 
 def test_points_differ_between_processes_and_scores_do_not():
     program = """
-from grpo_jax.rewards.expression import parse
-from grpo_jax.rewards.math import same_answer
-from grpo_jax.rewards.points import points_for
+from grpo_jax.rewards.math.expression import parse
+from grpo_jax.rewards.math.compare import same_answer
+from grpo_jax.rewards.math.points import points_for
 pairs = [("|x-3|", "|3-x|"), ("|x-3|", "3-x"), ("x^2-1", "(x-1)(x+1)"), ("|n-10|", "10-n")]
 print([same_answer(*pair) for pair in pairs], points_for(frozenset("x"), parse("x")))
 """

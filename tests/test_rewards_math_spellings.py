@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards.math import math_reward, same_answer
-from grpo_jax.rewards.read_math import read_answer
-from grpo_jax.rewards.units import read_counted, read_unit
+from grpo_jax.rewards.math.compare import math_reward, same_answer
+from grpo_jax.rewards.math.reader import read_answer
+from grpo_jax.rewards.math.units import read_counted, read_unit
 
 DATA = Path(__file__).parent / "data"
 GOLDS = (DATA / "math_golds.txt").read_text().splitlines()

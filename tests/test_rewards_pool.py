@@ -14,8 +14,8 @@ import pytest
 
 from grpo_jax.rewards.compose import Graded, weighted
 from grpo_jax.rewards.format import format_reward
-from grpo_jax.rewards.math import math_reward
-from grpo_jax.rewards.pool import RewardPool
+from grpo_jax.rewards.math.compare import math_reward
+from grpo_jax.rewards.workers.pool import RewardPool
 from tests.faulty_rewards import column, faulty, slow_length
 
 MARK = f"REWARD_POOL_OF=process {os.getpid()}"
@@ -35,9 +35,9 @@ FAULTS = {
 OWNER_TO_BE_KILLED = r"""
 import threading, time
 from functools import partial
-from grpo_jax.rewards.code import code_reward
-from grpo_jax.rewards.pool import RewardPool
-from grpo_jax.rewards.sandbox import Limits
+from grpo_jax.rewards.code.reward import code_reward
+from grpo_jax.rewards.workers.pool import RewardPool
+from grpo_jax.rewards.code.sandbox import Limits
 from tests.faulty_rewards import faulty
 code = partial(code_reward, limits=Limits(seconds=600.0, wall_seconds=600.0), total_seconds=600.0)
 pool = RewardPool({"faulty": faulty, "code": code}, workers=3, deadline=600.0)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from grpo_jax.rewards.program import extract_program
+from grpo_jax.rewards.code.program import extract_program
 
 ADD = "def add(a, b):\n    return a + b\n"
 CALL = "print(add(1, 2))\n"

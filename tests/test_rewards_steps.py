@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.rewards.compose import Graded, as_graded
-from grpo_jax.rewards.pool import RewardPool
 from grpo_jax.rewards.steps import equation_steps_reward
+from grpo_jax.rewards.workers.pool import RewardPool
 
 
 def judged(completion):

@@ -3,7 +3,7 @@
 import pytest
 
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.rollout.plan import STEPS, Limits, Rung, chunk_lengths, default_cache_bytes, make_ladder
+from grpo_jax.rollout.buckets import STEPS, Limits, Rung, chunk_lengths, default_cache_bytes, make_ladder
 from grpo_jax.types import cache_columns
 
 

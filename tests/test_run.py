@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from grpo_jax.compilations import count_compilations, processor, showing_compilations
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.compilation import count_compilations, processor, showing_compilations
+from grpo_jax.loop.run import Run, Stopped
+from grpo_jax.loop.run_folder import differences
 from grpo_jax.monitor.alarms import Fired
-from grpo_jax.monitor.metrics import read_jsonl
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.rewards.pool import Fault
-from grpo_jax.run import Run, Stopped, differences
+from grpo_jax.rewards.workers.pool import Fault
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def test_compilations_are_counted():
 def test_programs_are_found_again_by_a_second_run_that_compiles_nothing(tmp_path):
     code = """
 import jax
-from grpo_jax.compilations import count_compilations, keep_programs
+from grpo_jax.loop.compilation import count_compilations, keep_programs
 keep_programs()
 count = count_compilations()
 jax.jit(lambda x: x * 3 + 1)(jax.numpy.zeros(17))

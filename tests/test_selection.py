@@ -8,9 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.collect import Collected
-from grpo_jax.data.sources import Problem
-from grpo_jax.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose, preferred, reaches
+from grpo_jax.data.problems import Problem
+from grpo_jax.data.selection import (
+    FILTERS,
+    Choice,
+    Collected,
+    SelectionSettings,
+    balanced,
+    check_some_left,
+    choose,
+    preferred,
+    reaches,
+)
 
 ALL = SelectionSettings(threshold=-1e6, per_problem=100)
 

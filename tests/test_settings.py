@@ -4,13 +4,17 @@ import json
 
 import pytest
 
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
 from grpo_jax.data.notes import DataNotes, prompt_key
-from grpo_jax.data.sources import reward_columns
-from grpo_jax.data.tasks import make_tokenizer
-from grpo_jax.rewards.answer import answer_reward, same_text
-from grpo_jax.rewards.code import code_reward
-from grpo_jax.rewards.math import math_reward, same_answers
-from grpo_jax.settings import DataSettings, MeshSettings, OptimizerSettings, PolicyLossSettings, key_of
+from grpo_jax.data.problems import reward_columns
+from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
+from grpo_jax.rewards.code.reward import code_reward
+from grpo_jax.rewards.math.answer import answer_reward, same_text
+from grpo_jax.rewards.math.compare import math_reward, same_answers
+from grpo_jax.tasks.splits import key_of
+from grpo_jax.tasks.sums import make_tokenizer
 
 
 def write_problems(path, count, start=0):
@@ -27,27 +31,27 @@ def prompts(problems):
 
 
 def test_built_in_sums_are_held_out_whatever_the_seed():
-    held_out = [prompts(DataSettings(eval_problems=64).load(seed)[1]) for seed in (0, 1)]
+    held_out = [prompts(load_problem_sets(DataSettings(eval_problems=64), seed)[1]) for seed in (0, 1)]
     assert held_out[0] == held_out[1]  # runs with different seeds are compared on the same problems
     for seed in (0, 1):
-        assert not prompts(DataSettings().load(seed)[0]) & held_out[0]
+        assert not prompts(load_problem_sets(DataSettings(), seed)[0]) & held_out[0]
     assert len(held_out[0]) == 64
 
 
 def test_a_single_file_is_divided(tmp_path):
     path = write_problems(tmp_path / "train.jsonl", 50)
-    problems, held_out, reward, _ = DataSettings(dataset=path).load(0)
+    problems, held_out, reward, _ = load_problem_sets(DataSettings(dataset=path), 0)
     assert (len(problems), len(held_out)) == (45, 5)
     assert not prompts(problems) & prompts(held_out)
-    assert prompts(DataSettings(dataset=path).load(1)[1]) == prompts(held_out)
+    assert prompts(load_problem_sets(DataSettings(dataset=path), 1)[1]) == prompts(held_out)
     assert reward(["0+1="], ["<answer>1</answer>"], answer=["1"]) == [1.0]
-    assert len(DataSettings(dataset=path, eval_problems=2).load(0)[1]) == 2
+    assert len(load_problem_sets(DataSettings(dataset=path, eval_problems=2), 0)[1]) == 2
 
 
 def test_a_folder_has_its_splits_and_shared_problems_are_not_held_out(tmp_path):
     write_problems(tmp_path / "train.jsonl", 10)
     write_problems(tmp_path / "test.jsonl", 10, start=6)
-    problems, held_out, _, _ = DataSettings(dataset=str(tmp_path)).load(0)
+    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=str(tmp_path)), 0)
     assert len(problems) == 10
     assert prompts(held_out) == {f"{i}+1=" for i in range(10, 16)}
 
@@ -55,7 +59,7 @@ def test_a_folder_has_its_splits_and_shared_problems_are_not_held_out(tmp_path):
 def test_held_out_problems_may_come_from_elsewhere(tmp_path):
     train = write_problems(tmp_path / "train.jsonl", 10)
     other = write_problems(tmp_path / "other.jsonl", 10, start=100)
-    problems, held_out, _, _ = DataSettings(dataset=train, eval_dataset=other).load(0)
+    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=train, eval_dataset=other), 0)
     assert (len(problems), len(held_out)) == (10, 10)
 
 
@@ -63,12 +67,14 @@ def test_held_out_problems_may_come_from_elsewhere(tmp_path):
 def test_nothing_left_to_hold_out(tmp_path, count):
     path = write_problems(tmp_path / "train.jsonl", count)
     with pytest.raises(ValueError, match="name others with eval_dataset or eval_split"):
-        DataSettings(dataset=path).load(0)
+        load_problem_sets(DataSettings(dataset=path), 0)
 
 
 def test_reasoning_gym_brings_its_own_reward():
     pytest.importorskip("reasoning_gym")
-    problems, held_out, reward, _ = DataSettings(dataset="reasoning-gym:chain_sum", eval_problems=5).load(0)
+    problems, held_out, reward, _ = load_problem_sets(
+        DataSettings(dataset="reasoning-gym:chain_sum", eval_problems=5), 0
+    )
     assert len(held_out) == 5
     assert not prompts(problems) & prompts(held_out)
     columns = {"entry": [held_out[0].columns["entry"]], "answer": [held_out[0].answer]}
@@ -77,12 +83,12 @@ def test_reasoning_gym_brings_its_own_reward():
 
 def test_templates():
     tokenizer = make_tokenizer()
-    problems, _, _, _ = DataSettings().load(0)
+    problems, _, _, _ = load_problem_sets(DataSettings(), 0)
     encode = {"pad_id": 0, "max_prompt_length": 20}
-    encoded = DataSettings().encode(problems[:1], tokenizer, rendering={"template": "1+{question}"}, **encode)
+    encoded = encode_problems(DataSettings(), problems[:1], tokenizer, rendering={"template": "1+{question}"}, **encode)
     assert encoded.texts == [f"1+{problems[0].prompt}"]
     with pytest.raises(ValueError, match="chat template"):
-        DataSettings().encode(problems[:1], tokenizer, rendering={"template": None}, **encode)
+        encode_problems(DataSettings(), problems[:1], tokenizer, rendering={"template": None}, **encode)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +117,12 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
     pytest.importorskip("reasoning_gym")
     train = write_problems(tmp_path / "train.jsonl", 10)
     other = write_problems(tmp_path / "other.jsonl", 40, start=100)
-    held_out = DataSettings(dataset=train, eval_dataset=other, eval_problems=10).load(0)[1]
+    held_out = load_problem_sets(DataSettings(dataset=train, eval_dataset=other, eval_problems=10), 0)[1]
     first = {f"{i}+1=" for i in range(100, 110)}
     assert len(held_out) == 10
     assert {problem.prompt for problem in held_out} != first
     settings = DataSettings(dataset=train, eval_dataset="reasoning-gym:chain_sum", eval_problems=5)
-    _, held_out, reward, held_out_reward = settings.load(0)
+    _, held_out, reward, held_out_reward = load_problem_sets(settings, 0)
     texts = [f"<answer>{problem.answer}</answer>" for problem in held_out]
     assert held_out_reward([""] * 5, texts, **reward_columns(held_out)) == [1.0] * 5
     assert reward is math_reward
@@ -150,7 +156,7 @@ def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
 def test_problems_with_tests_are_graded_by_running_programs(tmp_path):
     rows = [{"question": f"Write f({i}).", "tests": [f"assert f() == {i}"]} for i in range(20)]
     settings = DataSettings(dataset=write_rows(tmp_path / "code.jsonl", rows), partial_credit=True, program_seconds=1.0)
-    problems, _, reward, _ = settings.load(0)
+    problems, _, reward, _ = load_problem_sets(settings, 0)
     assert problems[0].answer is None
     assert reward.func is code_reward
     assert reward.keywords["partial_credit"]
@@ -159,32 +165,36 @@ def test_problems_with_tests_are_graded_by_running_programs(tmp_path):
 
 def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
     sums = write_rows(tmp_path / "sums.jsonl", [{"question": f"{i}+1", "answer": i + 1} for i in range(20)])
-    assert DataSettings(dataset=sums).load(0)[2] is math_reward
-    assert DataSettings(dataset=sums, grader="exact").load(0)[2] is answer_reward
-    assert DataSettings(dataset=sums).same is DataSettings(dataset=sums, grader="math").same is same_answers
+    assert load_problem_sets(DataSettings(dataset=sums), 0)[2] is math_reward
+    assert load_problem_sets(DataSettings(dataset=sums, grader="exact"), 0)[2] is answer_reward
+    assert (
+        same_answers_of(DataSettings(dataset=sums))
+        is same_answers_of(DataSettings(dataset=sums, grader="math"))
+        is same_answers
+    )
     for by_text in (DataSettings(dataset=sums, grader="exact"), DataSettings(), DataSettings(dataset="errands")):
         assert by_text.same is same_text
     with pytest.raises(ValueError, match=r"partial_credit scores programs by their tests; .*sums.jsonl has none"):
-        DataSettings(dataset=sums, partial_credit=True).load(0)
+        load_problem_sets(DataSettings(dataset=sums, partial_credit=True), 0)
     with pytest.raises(ValueError, match=r"has no column tests, which the grader code needs; it has \[\]"):
-        DataSettings(dataset=sums, grader="code").load(0)
+        load_problem_sets(DataSettings(dataset=sums, grader="code"), 0)
     unread = write_rows(tmp_path / "bad.jsonl", [{"question": f"{i}", "answer": r"\\frac{1}{"} for i in range(20)])
     with pytest.raises(ValueError, match=r"the grader math cannot read 20, such as .*choose another grader"):
-        DataSettings(dataset=unread).load(0)
+        load_problem_sets(DataSettings(dataset=unread), 0)
     malformed = write_rows(tmp_path / "tests.jsonl", [{"question": f"{i}", "tests": ["assert ("]} for i in range(20)])
     with pytest.raises(ValueError, match="the grader code cannot read 20"):
-        DataSettings(dataset=malformed).load(0)
+        load_problem_sets(DataSettings(dataset=malformed), 0)
     bare = write_rows(tmp_path / "bare.jsonl", [{"question": f"{i}", "level": 1} for i in range(20)])
     with pytest.raises(KeyError, match="no column is known as an answer"):
-        DataSettings(dataset=bare).load(0)
+        load_problem_sets(DataSettings(dataset=bare), 0)
 
 
 def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
     with pytest.raises(KeyError, match="Where a reward model judges, set grader to none"):
-        DataSettings(dataset=str(path)).load(0)
-    problems, held_out, reward, held_out_reward = DataSettings(dataset=str(path), grader="none").load(0)
+        load_problem_sets(DataSettings(dataset=str(path)), 0)
+    problems, held_out, reward, held_out_reward = load_problem_sets(DataSettings(dataset=str(path), grader="none"), 0)
     assert {problem.answer for problem in problems + held_out} == {None}
     assert not prompts(problems) & prompts(held_out)
     assert reward(["a", "b"], ["c", "d"], answer=[None, None]) == held_out_reward(["a", "b"], ["c", "d"]) == [None] * 2
@@ -198,12 +208,12 @@ def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
 def test_an_evaluation_is_of_every_row_of_a_file(tmp_path):
     path = write_problems(tmp_path / "a.jsonl", 361)
     notes = DataNotes()
-    problems, reward = DataSettings(dataset=path, eval_problems=None).load_for_evaluation(notes)
+    problems, reward = load_evaluation_problems(DataSettings(dataset=path, eval_problems=None), notes)
     assert len(problems) == 361
     assert reward is math_reward
     assert notes.lines() == [f"361 of 361 problems of {path} are for evaluation"]
     notes = DataNotes()
-    problems, _ = DataSettings(dataset=path, eval_problems=20).load_for_evaluation(notes)
+    problems, _ = load_evaluation_problems(DataSettings(dataset=path, eval_problems=20), notes)
     assert len(problems) == 20
     assert [problem.prompt for problem in problems] != [f"{n}+1=" for n in range(20)]  # a sample
     assert notes.lines() == [f"20 of 361 problems of {path} are for evaluation"]
@@ -212,10 +222,10 @@ def test_an_evaluation_is_of_every_row_of_a_file(tmp_path):
 def test_training_says_how_much_of_a_file_it_holds_out(tmp_path):
     path = write_problems(tmp_path / "a.jsonl", 361)
     notes = DataNotes()
-    problems, held_out, _, _ = DataSettings(dataset=path).load(0, notes)
+    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=path), 0, notes)
     assert (len(problems), len(held_out)) == (325, 36)
     assert notes.lines() == [f"36 of 361 rows of {path} are held out for evaluation"]
-    assert len(DataSettings(dataset=path, eval_problems=None).load(0)[1]) == 36
+    assert len(load_problem_sets(DataSettings(dataset=path, eval_problems=None), 0)[1]) == 36
 
 
 def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
@@ -225,7 +235,7 @@ def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
     folder = str(tmp_path)
 
     def count(**changes):
-        return len(DataSettings(dataset=folder, eval_problems=None, **changes).load_for_evaluation()[0])
+        return len(load_evaluation_problems(DataSettings(dataset=folder, eval_problems=None, **changes))[0])
 
     assert count() == 12
     assert count(eval_split="validation") == 11
@@ -237,16 +247,16 @@ def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
 
 
 def test_built_in_problems_of_an_evaluation_are_those_held_out():
-    everything = DataSettings().load(0)[1]
-    assert DataSettings().load_for_evaluation()[0] == everything
-    assert DataSettings(eval_problems=None).load_for_evaluation()[0] == everything
+    everything = load_problem_sets(DataSettings(), 0)[1]
+    assert load_evaluation_problems(DataSettings())[0] == everything
+    assert load_evaluation_problems(DataSettings(eval_problems=None))[0] == everything
     errands = DataSettings(dataset="errands", eval_problems=5)
-    assert errands.load_for_evaluation()[0] == errands.load(0)[1]
+    assert load_evaluation_problems(errands)[0] == load_problem_sets(errands, 0)[1]
 
 
 def test_a_folder_with_one_split_is_divided(tmp_path):
     write_problems(tmp_path / "train.jsonl", 30)
-    problems, held_out, _, _ = DataSettings(dataset=str(tmp_path)).load(0)
+    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=str(tmp_path)), 0)
     assert (len(problems), len(held_out)) == (27, 3)
 
 
@@ -255,9 +265,9 @@ def test_bad_rows_are_an_error_or_skipped_and_counted(tmp_path):
         tmp_path / "a.jsonl", [{"question": f"{n}+1=", "answer": None if n == 7 else n + 1} for n in range(361)]
     )
     with pytest.raises(ValueError, match=r"a\.jsonl:8, column 'answer'"):
-        DataSettings(dataset=path).load(0)
+        load_problem_sets(DataSettings(dataset=path), 0)
     notes, said = DataNotes(), []
-    problems, held_out, _, _ = DataSettings(dataset=path, skip_bad_rows=True).load(0, notes)
+    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=path, skip_bad_rows=True), 0, notes)
     assert len(problems) + len(held_out) == 360
     notes.report(said.append, tmp_path / "data.json")
     assert said[-2] == "1 rows skipped:"
@@ -278,7 +288,7 @@ def test_duplicates_and_contradictions_are_counted(tmp_path):
     rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(30)]
     rows += [{"question": " 1+1= ", "answer": 2}, {"question": "2+1=", "answer": 4}]
     notes = DataNotes()
-    DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0, notes)
+    load_problem_sets(DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0, notes)
     assert notes.counts["duplicates"] == 2
     assert notes.counts["contradicting_duplicates"] == 1
     assert notes.lines()[0] == (
@@ -288,7 +298,7 @@ def test_duplicates_and_contradictions_are_counted(tmp_path):
 
 def test_duplicates_stay_on_one_side_of_the_division(tmp_path):
     rows = [{"question": text, "answer": n} for n in range(50) for text in (f"What is {n}?", f"WHAT  is {n}?\n")]
-    problems, held_out, _, _ = DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0)
+    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
     assert not {key_of(problem) for problem in problems} & {key_of(problem) for problem in held_out}
 
 
@@ -298,7 +308,7 @@ def test_leaks_between_training_and_held_out_rows_are_removed_and_said(tmp_path)
     test += [{"question": [{"role": "user", "content": "What is 3?"}], "answer": 3}]
     notes = DataNotes()
     settings = DataSettings(dataset=train, eval_dataset=write_rows(tmp_path / "test.jsonl", test))
-    held_out = settings.load(0, notes)[1]
+    held_out = load_problem_sets(settings, 0, notes)[1]
     assert {problem.answer for problem in held_out} == {str(n) for n in range(20, 30)}
     assert notes.counts["leaks"] == 6
     assert notes.lines()[-1].startswith("6 of 16 held-out rows left out: their prompts are trained on")
@@ -315,7 +325,7 @@ def test_conversations_are_told_apart_by_role_and_text():
 
 def test_each_of_several_answers_counts(tmp_path):
     rows = [{"question": f"{n}+1=", "answer": [str(n + 1), f"x={n}"] if n else "1"} for n in range(30)]
-    problems, _, reward, _ = DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0)
+    problems, _, reward, _ = load_problem_sets(DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
     columns = reward_columns(problems)
     numbers = [int(str(problem.prompt).partition("+")[0]) for problem in problems]
     for right in ("{0}", "x={1}"):

@@ -14,13 +14,16 @@ import transformers
 from experiments import sft
 from experiments.sft import Config
 from grpo_jax import models
+from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.training import OptimizerSettings
 from grpo_jax.data.encoded import EncodedProblems
-from grpo_jax.data.sources import Problem
-from grpo_jax.data.tasks import make_tokenizer
-from grpo_jax.monitor.metrics import read_jsonl
+from grpo_jax.data.problems import Problem
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
 from grpo_jax.sampling import Sampling
-from grpo_jax.settings import MeshSettings, OptimizerSettings
-from grpo_jax.text_settings import DemonstrationSettings, worked_sums
+from grpo_jax.tasks.demonstrations import worked_sums
+from grpo_jax.tasks.sums import make_tokenizer
 from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
 
 LEARNT, HELD_OUT = 36, 4
@@ -133,9 +136,11 @@ def test_losses_fall_on_what_is_learnt_and_on_what_is_held_out(finished):
 
 def test_every_token_of_every_epoch_is_counted(finished):
     pretrained = models.from_pretrained(finished.model)
-    demonstrations, held_out = finished.data.load(0)
+    demonstrations, held_out = load_demonstration_sets(finished.data, 0)
     assert (len(demonstrations), len(held_out)) == (LEARNT, HELD_OUT)
-    examples, _ = finished.data.encode(demonstrations, pretrained, max_length=64, rendering={"template": "{question}"})
+    examples, _ = encode_demonstration_set(
+        finished.data, demonstrations, pretrained, max_length=64, rendering={"template": "{question}"}
+    )
     steps = steps_of(finished)
     assert steps[-1]["num_tokens"] == 2 * sum(len(each.token_ids) for each in examples)
     assert steps[-1]["epoch"] == 2
@@ -168,7 +173,7 @@ def test_without_answers_nothing_is_graded_and_what_is_too_long_is_dropped_and_c
     write_rows(config.run_dir.parent / "sums.jsonl", rows)
     tokenizer = make_tokenizer()
     lengths = {row["prompt"]: len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in rows}
-    learnt, _ = config.data.load(0)
+    learnt, _ = load_demonstration_sets(config.data, 0)
     kept = [lengths[each.prompt] for each in learnt if lengths[each.prompt] <= 42]
     assert 0 < len(kept) < LEARNT
     assert sft.main(replace(config, max_length=42, num_epochs=1)) == 0

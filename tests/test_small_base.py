@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.data.errands import Errand
-from grpo_jax.data.tasks import make_tokenizer
 from grpo_jax.models import from_pretrained
-from grpo_jax.small_base import HF_CONFIG, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, corpus, make_base
+from grpo_jax.tasks.errands import Errand
+from grpo_jax.tasks.sums import make_tokenizer
+from grpo_jax.tasks.toy_model import HF_CONFIG, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, corpus, make_base
 
 QUICK = Recipe(skill_steps=4, mixture_steps=4, batch_size=64)
 
@@ -35,7 +35,7 @@ def test_the_first_part_is_worked_and_the_second_guessed(batches):
 
 
 def test_no_held_out_sum_is_learnt_from(batches):
-    from grpo_jax.data.tasks import Sum
+    from grpo_jax.tasks.sums import Sum
 
     for batch in batches:
         for prompt in texts(batch)[0]:
@@ -52,7 +52,7 @@ def test_every_completion_ends_and_is_learnt_from(batches):
 
 def test_the_longest_sum_fits():
     tokenizer = make_tokenizer()
-    from grpo_jax.data.tasks import Sum, worked
+    from grpo_jax.tasks.sums import Sum, worked
 
     longest = Sum((9,) * Recipe().max_terms)
     assert len(tokenizer(longest.question)["input_ids"]) <= MAX_PROMPT_LENGTH

@@ -9,10 +9,11 @@ from families import family, write_family
 from transformers import GenerationConfig
 
 from experiments import dpo, ppo, r1_zero, reward_model, sample, sft
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
 from grpo_jax.models import from_pretrained
-from grpo_jax.reward_settings import RewardSettings
-from grpo_jax.settings import DataSettings, MeshSettings
-from grpo_jax.text_settings import DemonstrationSettings, PreferenceSettings
 from tests.runs import write_rows
 
 SIZES = {"max_position_embeddings": 128}

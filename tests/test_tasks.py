@@ -12,23 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax import settings
-from grpo_jax.data.sources import Problem
-from grpo_jax.evaluate import mean_over_tasks
-from grpo_jax.reward_settings import RewardSettings
+from grpo_jax.config.data import DataSettings
+from grpo_jax.config.mixture import Task, as_settings, read_tasks, shares
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.run import MeshSettings
+from grpo_jax.data.problems import Problem
+from grpo_jax.loop.held_out import mean_over_tasks
+from grpo_jax.loop.mixture import TASK, MixedScoring
+from grpo_jax.loop.run import Run
+from grpo_jax.loop.run_folder import differences
+from grpo_jax.loop.task_runtime import OpenTask, asks_for_format, has_final_answers
 from grpo_jax.rewards.compose import Graded, weighted
-from grpo_jax.run import Run, differences
-from grpo_jax.settings import DataSettings, MeshSettings
-from grpo_jax.tasks import (
-    TASK,
-    MixedScoring,
-    OpenTask,
-    Task,
-    as_settings,
-    asks_for_format,
-    has_final_answers,
-    read_tasks,
-    shares,
-)
 from tests.runs import write_rows
 
 

@@ -8,20 +8,21 @@ from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings, TextSettings
 from grpo_jax.data.conversations import Demonstration
-from grpo_jax.data.errands import Errand
 from grpo_jax.data.prompts import R1_ZERO, encode_prompts
-from grpo_jax.data.tasks import PLAIN, Sum, make_tokenizer
-from grpo_jax.models import Pretrained, from_hf_config
-from grpo_jax.settings import hold_out
-from grpo_jax.small_base import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
-from grpo_jax.text_settings import (
-    DemonstrationSettings,
-    PreferenceSettings,
-    TextSettings,
-    errand_preferences,
-    worked_sums,
+from grpo_jax.loop.offline_data import (
+    encode_demonstration_set,
+    encode_preference_set,
+    load_demonstration_sets,
+    load_preference_sets,
 )
+from grpo_jax.models import Pretrained, from_hf_config
+from grpo_jax.tasks.demonstrations import errand_preferences, worked_sums
+from grpo_jax.tasks.errands import Errand
+from grpo_jax.tasks.splits import hold_out
+from grpo_jax.tasks.sums import PLAIN, Sum, make_tokenizer
+from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
 
 BARE = {"template": PLAIN}
 
@@ -44,6 +45,16 @@ def demonstration_rows(numbers):
 
 def preference_rows(numbers):
     return [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "0", "n": n} for n in numbers]
+
+
+def load(settings, seed):
+    is_preferences = isinstance(settings, PreferenceSettings)
+    return (load_preference_sets if is_preferences else load_demonstration_sets)(settings, seed)
+
+
+def encode(settings, *args, **kwargs):
+    is_preferences = isinstance(settings, PreferenceSettings)
+    return (encode_preference_set if is_preferences else encode_demonstration_set)(settings, *args, **kwargs)
 
 
 BOTH = [(DemonstrationSettings, demonstration_rows), (PreferenceSettings, preference_rows)]
@@ -87,23 +98,23 @@ def test_too_few_keys_to_hold_some_out():
 @pytest.mark.parametrize(("settings", "rows"), BOTH)
 def test_a_single_file_is_divided_and_duplicates_of_a_prompt_stay_together(tmp_path, settings, rows):
     path = write_rows(tmp_path / "a.jsonl", rows([*range(40), *range(40)]))
-    learnt, held_out = settings(dataset=path).load(0)
+    learnt, held_out = load(settings(dataset=path), 0)
     assert (len(learnt), len(held_out)) == (72, 8)
     assert not prompts(learnt) & prompts(held_out)
-    assert settings(dataset=path).load(1) == (learnt, held_out)  # runs with other seeds are compared on the same rows
-    assert len(settings(dataset=path, eval_rows=3).load(0)[1]) == 3
+    assert load(settings(dataset=path), 1) == (learnt, held_out)  # runs with other seeds are compared on the same rows
+    assert len(load(settings(dataset=path, eval_rows=3), 0)[1]) == 3
 
 
 @pytest.mark.parametrize(("settings", "rows"), BOTH)
 def test_a_folder_is_divided_too_and_the_split_can_be_named(tmp_path, settings, rows):
     write_rows(tmp_path / "train.jsonl", rows(range(20)))
     write_rows(tmp_path / "test.jsonl", rows(range(12, 32)))
-    learnt, held_out = settings(dataset=str(tmp_path)).load(0)
+    learnt, held_out = load(settings(dataset=str(tmp_path)), 0)
     assert prompts(learnt) | prompts(held_out) == {f"{n}+1=" for n in range(20)}
-    learnt, held_out = settings(dataset=str(tmp_path), eval_split="test").load(0)
+    learnt, held_out = load(settings(dataset=str(tmp_path), eval_split="test"), 0)
     assert prompts(learnt) == {f"{n}+1=" for n in range(20)}
     assert prompts(held_out) == {f"{n}+1=" for n in range(20, 32)}
-    learnt, held_out = settings(dataset=str(tmp_path), split="test", eval_split="train").load(0)
+    learnt, held_out = load(settings(dataset=str(tmp_path), split="test", eval_split="train"), 0)
     assert prompts(learnt) == {f"{n}+1=" for n in range(12, 32)}
     assert prompts(held_out) == {f"{n}+1=" for n in range(12)}
 
@@ -115,13 +126,13 @@ def test_held_out_rows_may_come_from_elsewhere(tmp_path, settings, rows):
     (tmp_path / "folder").mkdir()
     write_rows(tmp_path / "folder" / "test.jsonl", rows(range(15, 45)))
     for source in (other, str(tmp_path / "folder")):
-        learnt, held_out = settings(dataset=path, eval_dataset=source, eval_rows=10).load(0)
+        learnt, held_out = load(settings(dataset=path, eval_dataset=source, eval_rows=10), 0)
         assert len(learnt) == 20
         assert len(held_out) == 10
         assert prompts(held_out) < {f"{n}+1=" for n in range(20, 45)}
         assert prompts(held_out) != {f"{n}+1=" for n in range(20, 30)}  # a sample
     with pytest.raises(ValueError, match=r"every held-out row of .*a\.jsonl is also trained on"):
-        settings(dataset=other, eval_dataset=write_rows(tmp_path / "a.jsonl", rows(range(15, 20)))).load(0)
+        load(settings(dataset=other, eval_dataset=write_rows(tmp_path / "a.jsonl", rows(range(15, 20)))), 0)
 
 
 def test_conversations_with_the_same_messages_are_one_prompt(tmp_path):
@@ -134,19 +145,19 @@ def test_conversations_with_the_same_messages_are_one_prompt(tmp_path):
         for n in range(30)
     ]
     with pytest.raises(ValueError, match="has 1 problems, too few"):
-        PreferenceSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)).load(0)
+        load(PreferenceSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
 
 
 def test_texts_without_a_prompt_are_told_apart_by_themselves(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": f"{n % 20}"} for n in range(60)])
-    learnt, held_out = DemonstrationSettings(dataset=path).load(0)
+    learnt, held_out = load(DemonstrationSettings(dataset=path), 0)
     assert (len(learnt), len(held_out)) == (54, 6)
     assert not {row.completion for row in learnt} & {row.completion for row in held_out}
 
 
 def test_columns_can_be_named(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"q": f"{n}", "a": "1"} for n in range(20)])
-    learnt, held_out = DemonstrationSettings(dataset=path, prompt_column="q", completion_column="a").load(0)
+    learnt, held_out = load(DemonstrationSettings(dataset=path, prompt_column="q", completion_column="a"), 0)
     assert prompts(learnt) | prompts(held_out) == {f"{n}" for n in range(20)}
     assert {row.completion for row in learnt} == {"1"}
 
@@ -156,7 +167,7 @@ def test_columns_can_be_named(tmp_path):
 
 def test_worked_sums_are_the_default_of_demonstrations(policy):
     settings = DemonstrationSettings(worked_sums=40, eval_rows=12)
-    learnt, held_out = settings.load(0)
+    learnt, held_out = load(settings, 0)
     assert (len(learnt), len(held_out)) == (40, 12)
     for rows, is_held_out in ((learnt, False), (held_out, True)):
         for row in rows:
@@ -164,10 +175,10 @@ def test_worked_sums_are_the_default_of_demonstrations(policy):
             assert terms.held_out == is_held_out
             assert row.completion.endswith(f"</think><answer>{terms.answer}</answer>")
             assert row.columns == {"answer": terms.answer}
-    assert settings.load(1)[0] != learnt
-    assert settings.load(1)[1] == held_out
-    examples, too_long = settings.encode(
-        learnt, policy, max_length=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH, rendering=BARE
+    assert load(settings, 1)[0] != learnt
+    assert load(settings, 1)[1] == held_out
+    examples, too_long = encode(
+        settings, learnt, policy, max_length=MAX_PROMPT_LENGTH + MAX_COMPLETION_LENGTH, rendering=BARE
     )
     assert (len(examples), too_long) == (40, 0)
     assert worked_sums(np.random.default_rng(0), 40, held_out=False) == learnt
@@ -175,7 +186,7 @@ def test_worked_sums_are_the_default_of_demonstrations(policy):
 
 def test_errands_are_the_default_of_preferences(policy):
     settings = PreferenceSettings(errand_pairs=60, eval_rows=12)
-    learnt, held_out = settings.load(0)
+    learnt, held_out = load(settings, 0)
     assert (len(learnt), len(held_out)) == (60, 12)
     for rows, is_held_out in ((learnt, False), (held_out, True)):
         errands = [Errand(row.prompt.removeprefix("?")) for row in rows]
@@ -184,10 +195,10 @@ def test_errands_are_the_default_of_preferences(policy):
             each.quality(row.chosen) > each.quality(row.rejected) for each, row in zip(errands, rows, strict=True)
         ]
         assert np.mean(better) > 0.75
-    assert settings.load(1)[0] != learnt
-    assert settings.load(1)[1] == held_out
+    assert load(settings, 1)[0] != learnt
+    assert load(settings, 1)[1] == held_out
     limits = {"max_prompt_length": MAX_PROMPT_LENGTH, "max_completion_length": MAX_COMPLETION_LENGTH}
-    pairs = settings.encode(learnt, policy, rendering=BARE, **limits)
+    pairs = encode(settings, learnt, policy, rendering=BARE, **limits)
     assert (len(pairs), pairs.dropped) == (60, 0)
     assert errand_preferences(np.random.default_rng(0), 60, held_out=False) == learnt
     batch = pairs.padded([0])
@@ -219,21 +230,21 @@ def demonstrations(*completions):
 def test_the_template_of_the_settings_is_what_is_encoded(policy):
     settings = DemonstrationSettings(template="2+{question}", learn_from="all")
     own = settings.rendering(policy.prompt_format, policy.tokenizer, today="2026-11-27")
-    [example], _ = settings.encode(demonstrations("2"), policy, max_length=20, rendering=own)
+    [example], _ = encode(settings, demonstrations("2"), policy, max_length=20, rendering=own)
     [prompt] = encode_prompts(["1+1="], policy.tokenizer, template="2+{question}")
     assert example.token_ids == [*prompt, *policy.tokenizer("2")["input_ids"], policy.eos_ids[0]]
     assert example.learnt == [False] + [True] * 7
     with pytest.raises(ValueError, match="has no chat template"):
-        settings.encode(demonstrations("2"), policy, max_length=20, rendering={"template": None})
+        encode(settings, demonstrations("2"), policy, max_length=20, rendering={"template": None})
     pair = errand_preferences(np.random.default_rng(0), 1, held_out=False)
     limits = {"max_prompt_length": 20, "max_completion_length": 20}
-    pairs = PreferenceSettings().encode(pair, policy, rendering={"template": "2{question}"}, **limits).padded([0])
+    pairs = encode(PreferenceSettings(), pair, policy, rendering={"template": "2{question}"}, **limits).padded([0])
     assert policy.tokenizer.decode(pairs.prompt_ids[0][pairs.prompt_mask[0]]) == f"2{pair[0].prompt}"
 
 
 def encode_long(policy, long, *completions, max_length=7):
     settings = DemonstrationSettings(long=long)
-    return settings.encode(demonstrations(*completions), policy, max_length=max_length, rendering=BARE)
+    return encode(settings, demonstrations(*completions), policy, max_length=max_length, rendering=BARE)
 
 
 def test_what_is_too_long_is_dropped_cut_or_an_error(policy):
@@ -254,7 +265,7 @@ def test_what_is_too_long_is_dropped_cut_or_an_error(policy):
 
 def test_a_demonstration_of_whose_completion_nothing_is_left_is_left_out(policy):
     rows = [*demonstrations("2"), Demonstration("1+1+1+1=", "4", "row 1")]
-    examples, dropped = DemonstrationSettings(long="truncate").encode(rows, policy, max_length=8, rendering=BARE)
+    examples, dropped = encode(DemonstrationSettings(long="truncate"), rows, policy, max_length=8, rendering=BARE)
     assert (len(examples), dropped) == (1, 1)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
+from grpo_jax.data.files import Row, read_rows
 from grpo_jax.data.layouts import as_demonstration, as_messages, check_length, required_column, without
 from grpo_jax.data.messages import Messages, checked_messages, is_message
+from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
 from grpo_jax.data.prompts import Rendering, encode_prompts
-from grpo_jax.data.sources import Row, checked_prompt, checked_text, parsed_rows, read_rows
 from grpo_jax.data.tokens import encode_following, encode_texts
 from grpo_jax.data.turns import Demonstration, LearnFrom, Piece, no_end, turns, whole_texts
 

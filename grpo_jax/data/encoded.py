@@ -9,8 +9,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import Overlong, Rendering, encode_rendered, fit_prompts, pad_prompts, render_prompts
-from grpo_jax.data.sources import Problem
 from grpo_jax.data.tokens import decode_following
 from grpo_jax.types import Prompts, Rollout
 

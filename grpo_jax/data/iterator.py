@@ -1,15 +1,15 @@
-"""The order in which problems are visited: shuffled anew each epoch, and resumable."""
+"""Batches of problems in a deterministic, resumable order."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from grpo_jax.data.sources import Problem
+from grpo_jax.data.problems import Problem
 
 
 class ProblemIterator:
@@ -73,3 +73,10 @@ def _digest(problems: Sequence[Problem]) -> str:
     for problem in problems:
         digest.update(repr((problem.prompt, problem.answer)).encode())
     return digest.hexdigest()[:16]
+
+
+def padded_batches(count: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """The positions from 0 to ``count`` in batches of one size, the last filled up; and how many of each are real."""
+    for first in range(0, count, size):
+        positions = list(range(first, min(first + size, count)))
+        yield positions + [positions[-1]] * (size - len(positions)), len(positions)

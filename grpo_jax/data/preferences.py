@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.data.conversations import Demonstration, encode_demonstrations, until_end
+from grpo_jax.data.files import Row, read_rows
 from grpo_jax.data.layouts import as_preference, check_length, without
 from grpo_jax.data.messages import Messages, checked_messages, content_text, is_message
+from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
 from grpo_jax.data.prompts import Rendering, pad_prompts
-from grpo_jax.data.sources import Row, checked_prompt, checked_text, parsed_rows, read_rows
 from grpo_jax.types import Pairs
 
 

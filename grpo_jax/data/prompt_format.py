@@ -1,8 +1,4 @@
-r"""The format of the prompts that a model was trained on, as its ``prompt_format.json`` has it.
-
-``{"kind": "plain", "template": "Q: {question}\nA:"}``, or ``{"kind": "chat", "system_prompt": "Be brief.",
-"template_kwargs": {"enable_thinking": false}, "date": "2026-11-27"}``, where all but the kind may be left out.
-"""
+"""The prompt format that a model was trained with: prompt_format.json."""
 
 from __future__ import annotations
 
@@ -65,3 +61,11 @@ def check_date(text: Any, where: str) -> None:
         date.fromisoformat(text)
     except (TypeError, ValueError):
         raise ValueError(f"{where} is {text!r:.200}; it must be a date such as 2026-11-27") from None
+
+
+def described(prompt_format: Mapping[str, Any]) -> str:
+    """A prompt format in words."""
+    if prompt_format["kind"] == "plain":
+        return f"the plain template {prompt_format['template']!r:.80}"
+    rest = [f"{name} {prompt_format[name]!r:.80}" for name in prompt_format if name != "kind"]
+    return ", ".join(["the tokenizer's chat template", *rest])

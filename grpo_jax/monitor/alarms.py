@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from grpo_jax.monitor.metrics import Row
+from grpo_jax.jsonl import Row
 
 HELD_OUT_FALL = "held_out_fall"
 Level = Literal["warn", "checkpoint", "stop"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from grpo_jax.monitor.metrics import Row, write_atomically
+from grpo_jax.jsonl import Row, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

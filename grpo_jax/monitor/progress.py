@@ -17,8 +17,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax.monitor.figures import FIGURES, Figure, duration, select_figures, sparkline
-from grpo_jax.monitor.metrics import Row
+from grpo_jax.jsonl import Row
+from grpo_jax.monitor.display import FIGURES, Figure, duration, select_figures, sparkline
 from grpo_jax.monitor.samples import printable
 
 REFRESHES_PER_SECOND = 2

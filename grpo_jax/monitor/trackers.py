@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
-from grpo_jax.monitor.metrics import Row, to_json, write_atomically
+from grpo_jax.jsonl import Row, to_json, write_atomically
 
 
 @runtime_checkable

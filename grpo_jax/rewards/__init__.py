@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_jax.rewards.answer import answer_reward as answer_reward
-    from grpo_jax.rewards.answer import extract_answer as extract_answer
     from grpo_jax.rewards.calling import per_sample as per_sample
-    from grpo_jax.rewards.code import code_reward as code_reward
+    from grpo_jax.rewards.code.reward import code_reward as code_reward
+    from grpo_jax.rewards.code.sandbox import Limits as Limits
+    from grpo_jax.rewards.code.sandbox import Sandbox as Sandbox
     from grpo_jax.rewards.compose import Graded as Graded
     from grpo_jax.rewards.compose import RewardFn as RewardFn
     from grpo_jax.rewards.compose import Scores as Scores
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.learned import LearnedReward as LearnedReward
     from grpo_jax.rewards.length import cosine_length_reward as cosine_length_reward
     from grpo_jax.rewards.length import soft_overlong_reward as soft_overlong_reward
-    from grpo_jax.rewards.math import math_reward as math_reward
-    from grpo_jax.rewards.math import same_answer as same_answer
-    from grpo_jax.rewards.math import stands_in_question as stands_in_question
-    from grpo_jax.rewards.pool import Fault as Fault
-    from grpo_jax.rewards.pool import RewardPool as RewardPool
+    from grpo_jax.rewards.math.answer import answer_reward as answer_reward
+    from grpo_jax.rewards.math.answer import extract_answer as extract_answer
+    from grpo_jax.rewards.math.compare import math_reward as math_reward
+    from grpo_jax.rewards.math.compare import same_answer as same_answer
+    from grpo_jax.rewards.math.compare import stands_in_question as stands_in_question
     from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
-    from grpo_jax.rewards.sandbox import Limits as Limits
-    from grpo_jax.rewards.sandbox import Sandbox as Sandbox
     from grpo_jax.rewards.steps import equation_steps_reward as equation_steps_reward
+    from grpo_jax.rewards.workers.pool import Fault as Fault
+    from grpo_jax.rewards.workers.pool import RewardPool as RewardPool
 
 HOMES = {
-    "answer": ("answer_reward", "extract_answer"),
+    "math.answer": ("answer_reward", "extract_answer"),
     "calling": ("per_sample",),
-    "code": ("code_reward",),
+    "code.reward": ("code_reward",),
     "compose": ("Graded", "RewardFn", "Scores", "weighted"),
     "format": ("format_reward", "pattern_reward"),
     "language": ("language_reward",),
     "learned": ("LearnedReward",),
     "length": ("cosine_length_reward", "soft_overlong_reward"),
-    "math": ("math_reward", "same_answer", "stands_in_question"),
-    "pool": ("Fault", "RewardPool"),
+    "math.compare": ("math_reward", "same_answer", "stands_in_question"),
+    "workers.pool": ("Fault", "RewardPool"),
     "repetition": ("repetition_reward",),
-    "sandbox": ("Limits", "Sandbox"),
+    "code.sandbox": ("Limits", "Sandbox"),
     "steps": ("equation_steps_reward",),
 }
 """What is exported, by the module it lives in."""

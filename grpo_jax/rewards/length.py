@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from grpo_jax.rewards.answer import answer_reward
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.compose import RewardFn, score_with
+from grpo_jax.rewards.math.answer import answer_reward
 
 
 @per_sample(columns=("completion_length",))

@@ -4,9 +4,10 @@
 with a small loop on the host: it leaves out the rows that have ended. Both are made of the pure functions in ``steps``.
 """
 
-from grpo_jax.rollout.drawn import RolloutStats
+from grpo_jax.rollout.decode import sample_keys
 from grpo_jax.rollout.engine import StopFn, WatchFn
+from grpo_jax.rollout.generate import generate
+from grpo_jax.rollout.host_batch import RolloutStats
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.rollout.steps import generate, sample_keys
 
 __all__ = ["RolloutStats", "Sampler", "StopFn", "WatchFn", "generate", "sample_keys"]

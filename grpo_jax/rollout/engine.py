@@ -17,16 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
-from grpo_jax.rollout.drawn import Batch, RolloutStats
-from grpo_jax.rollout.plan import JOINED_RUNG, LADDER, PARKED_RUNG, STEPS, Rung, chunk_lengths, make_ladder
-from grpo_jax.rollout.steps import (
-    Cohort,
-    State,
-    draw_tokens,
-    join,
-    start_cohort,
-    take,
-)
+from grpo_jax.rollout.buckets import JOINED_RUNG, LADDER, PARKED_RUNG, STEPS, Rung, chunk_lengths, make_ladder
+from grpo_jax.rollout.decode import Cohort, State, draw_tokens, join, start_cohort, take
+from grpo_jax.rollout.host_batch import Batch, RolloutStats
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, replicated
 from grpo_jax.types import Cache, Model, Params, Prompts

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
+from grpo_jax.rollout.buckets import Limits, default_cache_bytes
 from grpo_jax.rollout.checks import check_lengths, check_prompts
-from grpo_jax.rollout.drawn import RolloutStats, cut, in_parts, joined
 from grpo_jax.rollout.engine import Drawing, Programs, StopFn, WatchFn
-from grpo_jax.rollout.plan import Limits, default_cache_bytes
+from grpo_jax.rollout.host_batch import RolloutStats, cut, in_parts, joined
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH
 from grpo_jax.types import Model, Params, Prompts, Rollout

@@ -1,0 +1,1 @@
+"""Every dataclass that becomes a command line. Nothing here runs."""

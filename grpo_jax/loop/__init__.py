@@ -1,0 +1,1 @@
+"""The frame around an experiment's loop: runs, checkpoints, collection, evaluation, pipelines of stages."""

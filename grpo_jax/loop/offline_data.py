@@ -1,0 +1,151 @@
+"""Demonstrations and preferences of a run, as its data settings name them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings, TextSettings
+from grpo_jax.data.conversations import (
+    Demonstration,
+    Example,
+    encode_demonstrations,
+    load_demonstrations,
+)
+from grpo_jax.data.notes import DataNotes, prompt_key
+from grpo_jax.data.preferences import EncodedPreferences, Preference, load_preferences
+from grpo_jax.data.prompts import Rendering
+from grpo_jax.models import Pretrained
+from grpo_jax.tasks.demonstrations import errand_preferences, worked_sums
+from grpo_jax.tasks.splits import HELD_OUT_SEED, default_split, hold_out
+
+Read = TypeVar("Read", Demonstration, Preference)
+
+
+def _load_split(data: TextSettings, load: Callable[..., list[Read]], notes: DataNotes) -> tuple[list[Read], list[Read]]:
+    """Rows to train on and rows held out, none of which has the prompt of one that is trained on."""
+    assert data.dataset is not None
+    load = partial(load, subset=data.subset, skipped=notes.skipped if data.skip_bad_rows else None)
+    rows = load(data.dataset, split=data.split)
+    notes.note_duplicates([*map(_whole_of, rows)])
+    if data.eval_dataset is None and data.eval_split is None:
+        trained_on, held_out = hold_out(rows, data.eval_rows, key=_prompt_of, source=data.dataset)
+        notes.note_division(len(rows), len(held_out), data.dataset)
+        return trained_on, held_out
+    source = data.eval_dataset or data.dataset
+    held_out = load(source, split=data.eval_split or default_split(source, data.subset))
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(held_out))
+    held_out = [held_out[n] for n in order]
+    held_out = notes.without_leaks(held_out, map(_prompt_of, held_out), map(_prompt_of, rows))
+    if not held_out:
+        raise ValueError(f"every held-out row of {source} is also trained on; name others with eval_dataset")
+    return rows, held_out[: data.eval_rows]
+
+
+def load_demonstration_sets(
+    data: DemonstrationSettings, seed: int, notes: DataNotes | None = None
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Demonstrations to train on, and some held out; see ``conversations.load_demonstrations`` for errors.
+
+    Args:
+        seed: of the embedded default's sums.
+        notes: filled in with skipped rows, duplicates, leaks and the held-out share.
+    """
+    if data.dataset is None:
+        demonstrated = partial(worked_sums, in_chinese=data.in_chinese)
+        return (
+            demonstrated(np.random.default_rng(seed), data.worked_sums, held_out=False),
+            demonstrated(np.random.default_rng(HELD_OUT_SEED), data.eval_rows, held_out=True),
+        )
+
+    def load(source: str, **where: Any) -> list[Demonstration]:
+        return load_demonstrations(
+            source, prompt_column=data.prompt_column, completion_column=data.completion_column, **where
+        )
+
+    return _load_split(data, load, DataNotes() if notes is None else notes)
+
+
+def encode_demonstration_set(
+    data: DemonstrationSettings,
+    demonstrations: Sequence[Demonstration],
+    policy: Pretrained,
+    *,
+    max_length: int,
+    rendering: Rendering,
+) -> tuple[list[Example], int]:
+    """The demonstrations as tokens, and how many were left out as too long.
+
+    Raises:
+        ValueError: none is left, or one is too long and that is an error; and as ``encode_demonstrations``.
+    """
+    examples = encode_demonstrations(
+        demonstrations,
+        policy.tokenizer,
+        eos_ids=policy.eos_ids,
+        learn_from=data.learn_from,
+        **rendering,
+    )
+    fitting = [each for each in examples if len(each.token_ids) <= max_length]
+    if data.long == "truncate":
+        cut = [Example(ids[:max_length], learnt[:max_length], start) for ids, learnt, start in examples]
+        fitting = [each for each in cut if any(each.learnt)]
+    too_long = len(examples) - len(fitting)
+    if not fitting or (too_long and data.long == "error"):
+        raise ValueError(
+            f"{too_long} of {len(examples)} demonstrations do not fit into max_length = {max_length} tokens; the "
+            f"longest has {max(len(each.token_ids) for each in examples)}. Raise max_length, or choose --long drop "
+            "or truncate"
+        )
+    return fitting, too_long
+
+
+def load_preference_sets(
+    data: PreferenceSettings, seed: int, notes: DataNotes | None = None
+) -> tuple[list[Preference], list[Preference]]:
+    """Preferences to train on, and some held out; see ``preferences.load_preferences`` for errors.
+
+    Args:
+        seed: of the embedded default's errands.
+        notes: filled in with skipped rows, duplicates, leaks and the held-out share.
+    """
+    if data.dataset is None:
+        return (
+            errand_preferences(np.random.default_rng(seed), data.errand_pairs, held_out=False),
+            errand_preferences(np.random.default_rng(HELD_OUT_SEED), data.eval_rows, held_out=True),
+        )
+    return _load_split(data, load_preferences, DataNotes() if notes is None else notes)
+
+
+def encode_preference_set(
+    data: PreferenceSettings,
+    preferences: Sequence[Preference],
+    policy: Pretrained,
+    *,
+    max_prompt_length: int,
+    max_completion_length: int,
+    rendering: Rendering,
+) -> EncodedPreferences:
+    """The preferences as tokens; see ``EncodedPreferences`` for errors."""
+    return EncodedPreferences(
+        preferences,
+        policy.tokenizer,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
+        **rendering,
+    )
+
+
+def _prompt_of(row: Demonstration | Preference) -> str:
+    return prompt_key(row.prompt) or prompt_key(getattr(row, "completion", ""))
+
+
+def _whole_of(row: Demonstration | Preference) -> str:
+    """A key of everything in a row that is trained on; one prompt with several completions is no duplicate."""
+    texts = [row.completion] if isinstance(row, Demonstration) else [row.chosen, row.rejected]
+    return "\0".join(map(prompt_key, [row.prompt, *texts]))

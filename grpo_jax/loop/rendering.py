@@ -1,0 +1,34 @@
+"""The prompt format in effect for a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from grpo_jax.config.prompts import PromptSettings
+from grpo_jax.data.prompt_format import described, prompt_format_of
+from grpo_jax.data.prompts import Rendering
+from grpo_jax.models import Pretrained
+
+
+def rendering_of(settings: PromptSettings, policy: Pretrained, *, say: Callable[[str], None], today: str) -> Rendering:
+    """The rendering in effect for a model, said in one line.
+
+    Raises:
+        ValueError: as ``PromptSettings.rendering``; and where ``template_kwargs`` names a variable that the chat
+            template does not read.
+    """
+    rendering = settings.rendering(policy.prompt_format, policy.tokenizer, today=today)
+    template = getattr(policy.tokenizer, "chat_template", None)
+    unread = [each for each in settings.template_variables if not re.search(rf"\b{re.escape(each)}\b", str(template))]
+    if unread and rendering.get("template") is None:
+        raise ValueError(f"template_kwargs: the chat template reads no variable {unread[0]!r}; check its name")
+    found = prompt_format_of(rendering, policy.tokenizer)
+    if policy.prompt_format is None:
+        why = "" if settings.says_template else ", the default: the model does not say how it was trained"
+    elif found == policy.prompt_format:
+        why = ", as the model was trained"
+    else:
+        why = f"; the model was trained with {described(policy.prompt_format)}"
+    say(f"prompts: {described(found)}{why}")
+    return rendering

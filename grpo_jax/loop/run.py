@@ -1,0 +1,322 @@
+"""The frame around an experiment's loop: the run's folder, its logs and live view, checkpoints, and signals.
+
+The loop itself stays in the experiment's script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.text import Text
+
+from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.config.run import LAID_OUT
+from grpo_jax.jsonl import JsonlLog, Row, read_jsonl, to_json, write_atomically
+from grpo_jax.loop.compilation import keep_programs, showing_compilations
+from grpo_jax.loop.run_folder import BEGUN, claim_folder, device_summary, package_versions
+from grpo_jax.monitor.alarms import Fired
+from grpo_jax.monitor.display import best_evaluation, closing_line
+from grpo_jax.monitor.plots import plot_curves
+from grpo_jax.monitor.progress import Progress
+from grpo_jax.monitor.samples import Sample, print_samples, printable
+from grpo_jax.monitor.trackers import Tracker, open_trackers
+from grpo_jax.rewards.workers.pool import Fault
+
+Entered = TypeVar("Entered")
+
+
+class Stopped(Exception):  # noqa: N818 - no error
+    """A run was asked to stop, and did."""
+
+
+class Run:
+    """A context in which an experiment runs, in a folder of its own.
+
+    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``, ``faults.jsonl`` (what
+    could not be scored), ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering it a second
+    time with the same configuration goes on where the first stopped. SIGTERM and Ctrl-C ask the loop to stop after its
+    step (``stop_requested``); a second Ctrl-C interrupts.
+
+    Args:
+        folder: created if need be.
+        config: the experiment's configuration, a dataclass.
+        title: what the live view is called.
+        may_change: names of top-level fields of ``config`` that do not change what is computed, so that a run may be
+            resumed with other values (where it is displayed, the mesh it is laid out on).
+        trackers: of ``tensorboard``, ``wandb``, ``trackio``; where metrics go besides the folder.
+        keep_checkpoints: how many of the newest stay.
+        plain: print plain lines instead of the live view; by default where there is no terminal.
+        console: where to print.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration (the differences are listed), or holds files
+            and no run.
+        RuntimeError: another process is running in the folder.
+        NotImplementedError: there are several hosts.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        config: Any,
+        *,
+        title: str,
+        may_change: Collection[str] = (),
+        trackers: Sequence[str] = (),
+        keep_checkpoints: int = 2,
+        plain: bool | None = None,
+        console: Console | None = None,
+    ):
+        if jax.process_count() > 1:
+            raise NotImplementedError("a run on several hosts is not supported yet; start it on one")
+        self.folder = Path(folder)
+        self.settings = to_json(dataclasses.asdict(config))
+        self.stop_requested = False
+        self._earlier_seconds = 0.0
+        self._started = time.monotonic()
+        self.progress = Progress(title, console=console, plain=plain)
+        self.previous: dict[str, Any] | None = None
+        with ExitStack() as stack:  # what was opened is closed again if a later part cannot be
+            self._open(stack, may_change, trackers, keep_checkpoints)
+            self._stack = stack.pop_all()
+
+    def _open(
+        self, stack: ExitStack, may_change: Collection[str], trackers: Sequence[str], keep_checkpoints: int
+    ) -> None:
+        claim = claim_folder(self.folder, self.settings, may_change)
+        stack.enter_context(claim)
+        self.previous = claim.previous
+        self.metrics_log = JsonlLog(self.folder / "metrics.jsonl")
+        self.completions_log = JsonlLog(self.folder / "completions.jsonl")
+        self.alarms_log = JsonlLog(self.folder / "alarms.jsonl")
+        self.faults_log = JsonlLog(self.folder / "faults.jsonl")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep_checkpoints)
+        stack.callback(self.checkpoints.close)
+        self.trackers: list[Tracker] = open_trackers(trackers, self.folder, self.settings, first_step=self._next_step())
+        for tracker in self.trackers:
+            stack.callback(tracker.close)
+
+    def __enter__(self) -> Run:
+        self._stack.enter_context(self.progress)
+        self._stack.enter_context(showing_compilations(self.progress.compiling))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def enter(self, context: AbstractContextManager[Entered]) -> Entered:
+        """Enter a context that is left with the run."""
+        return self._stack.enter_context(context)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent in this run, that of the processes it is resumed from included."""
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    @property
+    def begun(self) -> str:
+        """The date on which the run began, such as "2026-11-27"; the same in every process that goes on with it."""
+        return (self.folder / BEGUN).read_text().strip()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether ``finish`` or ``conclude`` was reached before."""
+        return (self.folder / "summary.json").exists()
+
+    def is_finished_with(self, names: Collection[str]) -> bool:
+        """Whether it was finished with the values that these settings have now."""
+        if not self.is_finished:
+            return False
+        config = json.loads((self.folder / "summary.json").read_text()).get("config", {})
+        return all(config.get(name, self.settings.get(name)) == self.settings.get(name) for name in names)
+
+    def changed(self, name: str) -> tuple[Any, Any] | None:
+        """The value of a setting in the process before and its other value now; None if it is the same."""
+        now = self.settings.get(name)
+        before = now if self.previous is None else self.previous.get(name, now)
+        return None if before == now else (before, now)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics so far, as ``metrics.jsonl`` has them."""
+        return read_jsonl(self.metrics_log.path)
+
+    def describe(self, facts: Mapping[str, object]) -> None:
+        """Print what a run works with, a line for each fact: name and value."""
+        width = max(map(len, facts), default=0)
+        for name, value in facts.items():
+            self.say(f"  {name.ljust(width)}  {printable(str(value))}")
+
+    def stop_if_requested(self) -> None:
+        """Raise if the run was asked to stop: called where everything is saved, or nothing would be lost.
+
+        Raises:
+            Stopped: it was.
+        """
+        if self.stop_requested:
+            raise Stopped
+
+    def say(self, text: str) -> None:
+        """Print a line above the live view."""
+        self.progress.console.print(Text(text), soft_wrap=True)
+
+    def resume(self, like: Any) -> tuple[int, Any, dict]:
+        """The step, state and position to go on from: those of the newest checkpoint, or 0, ``like`` and ``{}``.
+
+        Logs are rewound to that step, so that they read as if the run had never been interrupted.
+
+        Args:
+            like: the state a new run starts with; a checkpoint is restored with its shapes and shardings, and its
+                arrays are given up for it.
+        """
+        self.checkpoints.require_space(like)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        if self.checkpoints.steps():
+            jax.tree.map(lambda x: x.delete(), like)  # so that the state is in memory once, not twice
+        found = self.checkpoints.restore(shapes)
+        step, state, position = (-1, like, {}) if found is None else found
+        for log in (self.metrics_log, self.completions_log, self.alarms_log, self.faults_log):
+            log.rewind(step)
+        if found is None:
+            return 0, state, position
+        self._earlier_seconds = position["seconds"]
+        self.say(f"resumed at step {step} from {self.checkpoints.folder}")
+        return step, state, position["loop"]
+
+    def has_row(self, step: int, name: str) -> bool:
+        """Whether a metric of this name was logged at this step."""
+        return any(row["step"] == step and name in row for row in read_jsonl(self.metrics_log.path))
+
+    def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+        """Write a checkpoint; ``position`` is what else the loop needs to go on, as JSON.
+
+        That of the best evaluation so far stays besides the newest.
+        """
+        best = best_evaluation(self.rows())
+        protected = () if best is None else (best["step"],)
+        self.checkpoints.save(step, state, {"seconds": self.seconds, "loop": dict(position)}, protected=protected)
+
+    def log(self, row: Row) -> None:
+        """Send a row of metrics, ``step`` among them, to ``metrics.jsonl`` and the trackers."""
+        self.metrics_log.append(row)
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+
+    def log_samples(self, step: int, samples: Sequence[Sample], *, shown: Sequence[Sample]) -> None:
+        """Write samples to ``completions.jsonl``, and print those that a person is to read."""
+        self.completions_log.append(*(sample.row(step) for sample in samples))
+        print_samples(shown, step, self.progress.console, plain=self.progress.plain)
+
+    def log_faults(self, step: int, faults: Sequence[Fault]) -> None:
+        """Write what could not be scored to ``faults.jsonl``, and say how much it was and the first of it."""
+        if faults:
+            self.faults_log.append(*({"step": step, **dataclasses.asdict(fault)} for fault in faults))
+            first = f"{faults[0].reward} {faults[0].kind}: {faults[0].detail.strip().splitlines()[-1]}"
+            self.say(f"step {step}: {len(faults)} scores are absent (faults.jsonl); the first: {first:.300}")
+
+    def raise_alarms(self, fired: Sequence[Fired]) -> bool:
+        """Say what alarms fired and write them to ``alarms.jsonl``; True if a checkpoint of this step is wanted.
+
+        One whose level is to stop asks the run to stop, as a signal does.
+        """
+        for alarm in fired:
+            self.alarms_log.append(alarm.row())
+            self.say(f"ALARM at step {alarm.step}: {alarm.name} ({alarm.level}): {alarm.text}")
+            self.stop_requested |= alarm.level == "stop"
+        return any(alarm.level != "warn" for alarm in fired)
+
+    def finish(self, before: Row, after: Row, *, steps: int, summary: Mapping[str, Any]) -> None:
+        """Draw the curves, write ``summary.json`` and say what was gained.
+
+        Args:
+            before: an evaluation before training.
+            after: the same after it.
+            steps: how many steps were taken.
+            summary: the experiment's own figures; seconds, the first step of each alarm, versions and the configuration
+                are added.
+        """
+        plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
+        alarms = {each["alarm"]: each["step"] for each in reversed(read_jsonl(self.alarms_log.path))}
+        self.conclude({**summary, "steps": steps, "alarms": alarms})
+        self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
+
+    def conclude(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, which makes the run a finished one: by itself for a run without steps.
+
+        Args:
+            summary: the experiment's own figures; the configuration is added, and seconds, device and versions where
+                it does not have them.
+        """
+        added = {"seconds": self.seconds, "device": device_summary(), "versions": package_versions()}
+        whole = {**summary, **{name: value for name, value in added.items() if name not in summary}}
+        whole["config"] = self.settings
+        write_atomically(self.folder / "summary.json", json.dumps(to_json(whole), indent=2).encode() + b"\n")
+
+    def _next_step(self) -> int:
+        steps = self.checkpoints.steps()
+        return max(steps) + 1 if steps else 0
+
+    def _request_stop(self, number: int, _frame: Any) -> None:
+        if self.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        self.say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Any)
+
+
+def run_experiment(
+    config: AnyConfig,
+    train: Callable[[AnyConfig, Run], None],
+    *,
+    title: str,
+    may_change: Sequence[str] = (),
+    goes_on_with: Sequence[str] = (),
+    again: bool = False,
+) -> int:
+    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop.
+
+    Args:
+        config: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
+        train: the experiment's loop.
+        title: what the live view is called.
+        may_change: settings that a resumed run may have other values of, besides ``LAID_OUT``.
+        goes_on_with: settings besides, with other values of which a finished run goes on, such as ``num_steps``.
+        again: whether ``train`` is called for a run that is finished too.
+    """
+    keep_programs()
+    # What is called float32 is computed in float32, on a GPU or TPU too.
+    exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
+    with (
+        exact,
+        Run(
+            config.run_dir,
+            config,
+            title=title,
+            may_change=(*LAID_OUT, *may_change, *goes_on_with),
+            trackers=config.trackers,
+            keep_checkpoints=config.keep_checkpoints,
+            plain=config.plain or None,
+        ) as run,
+    ):
+        try:
+            if run.is_finished_with(goes_on_with) and not again:
+                run.say(f"this run is finished; everything is in {run.folder}")
+            else:
+                train(config, run)
+        except Stopped:
+            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command goes on from the last")
+            return 130
+    return 0

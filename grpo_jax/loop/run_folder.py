@@ -1,0 +1,138 @@
+"""The folder of a run: claimed by one process, with the settings it was started with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+from collections.abc import Collection, Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from grpo_jax.jsonl import write_atomically
+
+BEGUN = "begun.txt"
+
+
+PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+
+
+class claim_folder:  # noqa: N801 - used as a function
+    """A context that holds the folder of a run for this process.
+
+    Args:
+        folder: created if need be.
+        settings: of the run, as JSON; written to ``config.json``.
+        may_change: names on their top level that may differ from those the folder's run was begun with.
+
+    Attributes:
+        previous: the settings of the process before; None if it computed nothing.
+
+    Raises:
+        ValueError, RuntimeError: as of ``Run``.
+        OSError: the folder is a file, or cannot be created or written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], may_change: Collection[str]):
+        self.previous: dict[str, Any] | None = None
+        known = folder / "config.json"
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"run_dir: {folder} is a file; name a folder")
+        if not known.exists() and folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"run_dir: {folder} is not empty and holds no run (no config.json); choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
+        except OSError as error:
+            raise OSError(f"run_dir: {folder} cannot be written: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RuntimeError(
+                f"another process is running in {folder}; wait for it or choose another folder"
+            ) from error
+        if known.exists() and has_results(folder):
+            try:
+                self.previous = read_settings(known)
+                different = differences(self.previous, settings, may_change)
+                if different:
+                    raise ValueError(
+                        f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
+                        "run with what it was started with:\n  " + "\n  ".join(different)
+                    )
+            except ValueError:
+                self._lock.close()
+                raise
+        begun = folder / BEGUN
+        if not begun.exists() or not has_results(folder):
+            write_atomically(begun, f"{date.today().isoformat()}\n".encode())
+        write_atomically(known, json.dumps(settings, indent=2).encode() + b"\n")
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error) -> None:
+        self._lock.close()
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's ``config.json``.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object; restore it, or choose another run_dir")
+    return settings
+
+
+def has_results(folder: Path) -> bool:
+    """Whether anything was computed in a run's folder: a run that failed before that may be started differently."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", BEGUN, ".lock")]
+    return any(path.stat().st_size for path in files)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """The settings that are not the same in both, as lines ``name: old -> new``.
+
+    Args:
+        old: settings, nested.
+        new: others.
+        may_change: names on the top level that are passed over.
+    """
+    old, new = flatten(old, may_change), flatten(new, may_change)
+    names = [*old, *(name for name in new if name not in old)]
+    absent = "(absent)"
+    return [
+        f"{n}: {old.get(n, absent)!r} -> {new.get(n, absent)!r}"
+        for n in names
+        if old.get(n, absent) != new.get(n, absent)
+    ]
+
+
+def flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in without:
+            continue
+        flat |= flatten(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def package_versions() -> dict[str, str]:
+    """Python's version, and that of every package a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def device_summary() -> str:
+    """Such as ``8 x cpu``."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -1,0 +1,111 @@
+"""The scorer that a run's reward settings ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.rewards.compose import RewardFn
+from grpo_jax.rewards.format import format_reward, pattern_reward
+from grpo_jax.rewards.language import language_reward
+from grpo_jax.rewards.length import soft_overlong_reward
+from grpo_jax.rewards.plugin import import_reward, read_weighted
+from grpo_jax.rewards.repetition import repetition_reward
+from grpo_jax.rewards.scorer import Scoring, load_reward_model
+from grpo_jax.rewards.steps import equation_steps_reward
+from grpo_jax.rewards.workers.pool import default_workers
+
+
+def open_scorer(
+    rewards: RewardSettings,
+    accuracy: RewardFn,
+    held_out_accuracy: RewardFn,
+    *,
+    max_completion_length: int,
+    needs_pool: bool,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    today: str | None = None,
+    show: Callable[[str], None] = print,
+    measures_format: bool = True,
+) -> Scoring:
+    """The rewards, ready to score.
+
+    Args:
+        accuracy: tells a right answer, of problems that are trained on.
+        held_out_accuracy: the same, of held-out problems.
+        max_completion_length: in tokens.
+        needs_pool: whether accuracy may hang or fail, so that by default it runs in processes of its own.
+        mesh: that a reward model is split over.
+        dtype: the precision a reward model computes in.
+        today: the date on which the run began, for the chat template of a reward model.
+        show: called with each line that a reward in a process of its own prints.
+        measures_format: whether the format is measured where it has no weight: not where prompts do not ask for it.
+
+    Raises:
+        ValueError: a reward cannot be imported or loaded, two have one name, or nothing has a weight.
+    """
+    rewards: dict[str, RewardFn] = {"accuracy": accuracy}
+    weights = {"accuracy": rewards.accuracy_weight}
+    pattern = rewards.format_pattern
+    if measures_format or rewards.format_weight or rewards.gate_on_format or pattern is not None:
+        rewards["format"] = format_reward if pattern is None else partial(pattern_reward, pattern=pattern)
+        weights["format"] = rewards.format_weight
+    if rewards.target_language is not None:
+        rewards["language"] = partial(language_reward, target_language=rewards.target_language)
+        weights["language"] = rewards.language_weight
+    if rewards.overlong_cache is not None:
+        rewards["overlong"] = partial(
+            soft_overlong_reward, max_length=max_completion_length, cache=rewards.overlong_cache
+        )
+        weights["overlong"] = 1.0
+    if rewards.repetition_weight:
+        rewards["repetition"] = repetition_reward
+        weights["repetition"] = rewards.repetition_weight
+    if rewards.steps_weight:
+        rewards["steps"] = equation_steps_reward
+        weights["steps"] = rewards.steps_weight
+    for name, weight in map(read_weighted, rewards.reward):
+        short = name.rpartition(":")[2]
+        if short in (*rewards, "format", "judge", "reward_model"):
+            raise ValueError(f"two rewards are named {short!r}; name yours otherwise than {[*rewards, 'judge']}")
+        rewards[short], weights[short] = import_reward(name), weight
+    own = [name.rpartition(":")[2] for name, _ in map(read_weighted, rewards.reward)]
+    judge = None
+    if rewards.judge is not None:
+        judge = "judge"
+        rewards[judge], weights[judge] = import_reward(rewards.judge), 0.0
+    elif rewards.reward_model is not None and not rewards.reward_model_weight:
+        judge = "reward_model"
+    elif not rewards.accuracy_weight:
+        judge = "accuracy"
+    learned = (
+        None
+        if rewards.reward_model is None
+        else load_reward_model(rewards.reward_model, mesh=mesh, dtype=dtype, today=today, say=show)
+    )
+    own_code = bool(rewards.reward or rewards.judge or rewards.format_pattern)
+    by_default = default_workers() if needs_pool or own_code else 0
+    workers = by_default if rewards.reward_workers is None else rewards.reward_workers
+    return Scoring(
+        rewards,
+        weights | ({} if learned is None else {"reward_model": rewards.reward_model_weight}),
+        held_out_accuracy,
+        learned=learned,
+        judge=judge,
+        gates={"accuracy": "format"} if rewards.gate_on_format else {},
+        clip=rewards.clip_reward,
+        workers=workers,
+        may_abstain=own if rewards.reward_abstain == "skip" else (),
+        pool={
+            "deadline": rewards.reward_deadline,
+            "batch_deadline": rewards.reward_batch_deadline,
+            "memory_bytes": rewards.reward_memory,
+            "show": show,
+        },
+    )

@@ -1,0 +1,152 @@
+"""The model that a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grpo_jax import models
+from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelSettings, PolicySettings
+from grpo_jax.loop.checks import check_length
+from grpo_jax.loop.run import Run
+from grpo_jax.loop.run_folder import device_summary
+from grpo_jax.models.tokenizers import stop_ids
+from grpo_jax.rollout import Sampler
+from grpo_jax.sharding import param_shardings
+from grpo_jax.tasks.toy_model import Recipe, make_base
+
+
+def start_model(config: ModelSettings, run: Run, *, seed: int) -> str:
+    """Folder or Hugging Face id of the model that a run starts from.
+
+    The toy model is trained first, unless it is in the run's folder already.
+    """
+    if config.model is not None or config.base_dir is not None:
+        return config.model or str(config.base_dir)
+    return train_toy_model(run, replace(config.base, seed=seed))
+
+
+def load_model(
+    config: ModelSettings, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False
+) -> models.Pretrained:
+    """A model in the run's precision, sharded over ``mesh``; see ``models.from_pretrained`` for what it raises.
+
+    Args:
+        config: precision, rematerialization and attention kernel.
+        name_or_folder: a Hugging Face id or local folder.
+        mesh: the devices.
+        scalar_head: replace the output embedding by a scalar head, with zero weights unless the checkpoint has one.
+
+    Raises:
+        ValueError: it has no tokenizer, or is a reward model where a language model is wanted.
+    """
+    loaded = models.from_pretrained(
+        name_or_folder,
+        dtype=config.compute_dtype,
+        remat=config.model is not None if config.remat is None else config.remat,
+        attention=config.attention,
+        mesh=mesh,
+        shardings=partial(param_shardings, mesh=mesh),
+        scalar_head=scalar_head,
+        rope_length=config.rope_length,
+    )
+    return checked_model(loaded, name_or_folder, scalar_head=scalar_head)
+
+
+def load_policy(config: PolicySettings, name_or_folder: str, mesh: Mesh) -> models.Pretrained:
+    """The model to sample from, with ``config.stop_tokens`` among the tokens that end a sequence.
+
+    Raises:
+        ValueError: as ``load_model`` and ``as_policy``.
+    """
+    return as_policy(config, load_model(config, name_or_folder, mesh))
+
+
+def as_policy(config: PolicySettings, model: models.Pretrained) -> models.Pretrained:
+    """``model`` with ``config.stop_tokens`` among the tokens that end a sequence.
+
+    Raises:
+        ValueError: a stop token that is not one token of the model, or lengths beyond the model's positions.
+    """
+    check_length(config.prompt_length + config.completion_length, model, PROMPT_AND_COMPLETION)
+    return with_stop_tokens(model, config.stop_tokens)
+
+
+def make_sampler(config: PolicySettings, policy: models.Pretrained, mesh: Mesh, *, group_size: int) -> Sampler:
+    """A sampler of ``group_size`` completions for each prompt."""
+    return Sampler(
+        policy.model,
+        config.sampling,
+        group_size=group_size,
+        max_completion_length=config.completion_length,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        cache_bytes=config.cache_bytes,
+        cache_dtype=config.cache_dtype,
+        mesh=mesh,
+    )
+
+
+def checked_model(model: models.Pretrained, name: str, *, scalar_head: bool = False) -> models.Pretrained:
+    """The model, if it is one to train and sample from.
+
+    Args:
+        model: as it was read.
+        name: its folder or id.
+        scalar_head: whether it is wanted as a reward model or critic.
+
+    Raises:
+        ValueError: it has no tokenizer, or is a reward model where none is wanted.
+    """
+    if model.config.scalar_head and not scalar_head:
+        raise ValueError(f"{name} is a reward model: its head gives a score and no tokens; name a language model")
+    if model.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer; a folder with weights needs tokenizer.json too")
+    return model
+
+
+def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> models.Pretrained:
+    """The model with more tokens among those that end a sequence.
+
+    Args:
+        model: with a tokenizer.
+        stop_tokens: each one token of its tokenizer, such as ``<|im_end|>``.
+
+    Raises:
+        ValueError: one is not, or has no row in the embedding.
+    """
+    if not stop_tokens:
+        return model
+    more = stop_ids(model.tokenizer, stop_tokens, model.config.vocab_size)
+    return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
+
+
+def train_toy_model(run: Run, recipe: Recipe) -> str:
+    """The folder of the embedded default's base, which is trained unless it lies in the run's folder already."""
+    folder = run.folder / "base"
+    if not folder.exists():
+        with run.progress.phase("base model", recipe.steps) as phase:
+
+            def report(step: int, row: dict[str, float]) -> None:
+                phase.update(step, row if step % 50 == 0 else None)
+                run.stop_if_requested()
+
+            make_base(folder, recipe, report=report)
+    return str(folder)
+
+
+def facts_of(config: ModelSettings, start: str, model: models.Pretrained, mesh: Mesh) -> dict[str, str]:
+    """Device, precision, model and size, for a run's first lines."""
+    count = sum(x.size for x in jax.tree.leaves(model.params))
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return {
+        "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",
+        "precision": f"{jnp.dtype(config.compute_dtype).name}, weights and optimizer in float32",
+        "model": f"{model.hf_config.get('model_type')} from {start}, {count:,} parameters, "
+        f"{model.hf_config.get('max_position_embeddings') or 'any number of'} positions",
+    }

@@ -1,0 +1,1 @@
+"""Grading of final answers in mathematics."""

@@ -1,0 +1,127 @@
+"""The form in which an expression is written, and the formulas that a question contains."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from grpo_jax.rewards.math.expression import Node, variables
+from grpo_jax.rewards.math.final_answer import Answer
+from grpo_jax.rewards.math.latex import split_top, tidy
+from grpo_jax.rewards.math.reader import read_answer
+
+FORMS = ("expanded", "factored", "as-written")
+LARGEST_DEGREE = 12
+DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+PLAIN_FORMULA = re.compile(r"[0-9A-Za-z()+\-*/^.,=<> ]+")
+OPERATOR = re.compile(r"[+\-*/^=<>(]")
+MOST_FORMULAS = 40
+
+
+def has_form(text: str, gold: str, form: str) -> bool:
+    """Whether an answer is written in a form; whatever is not an expression has every form but ``as-written``.
+
+    Args:
+        text: the answer.
+        gold: the gold answer, whose writing ``as-written`` requires.
+        form: ``expanded``, ``factored`` or ``as-written``.
+    """
+    if form == "as-written":
+        return _spelling(text) == _spelling(gold)
+    answer = read_answer(text)
+    node = None if answer is None else _expression(answer)
+    if node is None:
+        return True
+    return _is_expanded(node) if form == "expanded" else _is_factored(node)
+
+
+def formulas(question: str) -> list[str]:
+    """The formulas of a question and the sides of its relations, at most forty."""
+    found = [next(group for group in match if group) for match in DELIMITED.findall(question)]
+    if not found:
+        words = re.sub(r"(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z(])", "\n", question)
+        found = [match.strip(" .,") for match in PLAIN_FORMULA.findall(words) if OPERATOR.search(match)]
+    sides = [side for formula in found[:MOST_FORMULAS] for side in split_top(formula[:400], r"=|\\le|\\ge|<|>|,")]
+    return list(dict.fromkeys([*found[:MOST_FORMULAS], *sides]))[:MOST_FORMULAS]
+
+
+def _spelling(text: str) -> str:
+    return re.sub(r"[\s{}]", "", tidy(text) or text)
+
+
+def _expression(answer: Answer) -> Node | None:
+    if answer.kind == "equation":
+        return None if answer.value[2] is None else _expression(answer.value[2])
+    return answer.value if answer.kind == "expression" and variables(answer.value) else None
+
+
+def _is_expanded(node: Node) -> bool:
+    """A sum of distinct monomials: no product or power of a sum, and like terms collected."""
+    terms = node[1:] if node[0] == "add" else (node,)
+    monomials = [_monomial(term) for term in terms]
+    return None not in monomials and len(set(monomials)) == len(monomials)
+
+
+def _monomial(node: Node) -> frozenset[tuple[str, object]] | None:
+    """The powers of the variables in a product, without its coefficient; None for anything but a monomial."""
+    powers: Counter[object] = Counter()
+    for factor in _factors(node):
+        if not variables(factor):
+            continue
+        base, exponent = (factor[1], factor[2]) if factor[0] == "pow" else (factor, ("number", 1))
+        if base[0] == "add" or any(part[0] == "add" for part in (exponent,)) or factor[0] in ("div", "mul"):
+            return None
+        powers[base] += exponent[1] if exponent[0] == "number" else 1
+    return frozenset((str(base), power) for base, power in powers.items())
+
+
+def _factors(node: Node) -> list[Node]:
+    if node[0] == "mul":
+        return [factor for each in node[1:] for factor in _factors(each)]
+    if node[0] == "div" and not variables(node[2]):
+        return _factors(node[1])
+    return [node]
+
+
+def _is_factored(node: Node) -> bool:
+    """A product of powers of irreducible polynomials, without a common number left in any of them."""
+    bases = [factor[1] if factor[0] == "pow" and factor[2][0] == "number" else factor for factor in _factors(node)]
+    return all(not variables(base) or base[0] == "variable" or _is_irreducible(base) for base in bases)
+
+
+def _is_irreducible(node: Node) -> bool:
+    import sympy
+
+    names = {name: sympy.Symbol(f"v{place}") for place, name in enumerate(sorted(variables(node)))}
+    try:
+        polynomial = sympy.Poly(_sympy(node, names), *names.values(), domain="QQ")
+    except (ValueError, sympy.PolynomialError):
+        return False
+    if polynomial.total_degree() > LARGEST_DEGREE:
+        return False
+    content, primitive = polynomial.primitive()
+    return abs(content) == 1 or content.q != 1 if primitive.is_irreducible else False
+
+
+def _sympy(node: Node, names: dict[str, Any]) -> Any:
+    import sympy
+
+    name, parts = node[0], node[1:]
+    if name == "number":
+        return sympy.Rational(parts[0].numerator, parts[0].denominator)
+    if name == "variable":
+        return names[parts[0]]
+    if (
+        name == "pow"
+        and parts[1][0] == "number"
+        and parts[1][1].denominator == 1
+        and 0 <= parts[1][1] <= LARGEST_DEGREE
+    ):
+        return sympy.Pow(_sympy(parts[0], names), int(parts[1][1]))
+    if name in ("add", "mul"):
+        values = [_sympy(each, names) for each in parts]
+        return sympy.Add(*values) if name == "add" else sympy.Mul(*values)
+    if name == "div" and parts[1][0] == "number" and parts[1][1]:
+        return _sympy(parts[0], names) / _sympy(parts[1], names)
+    raise ValueError(f"{name} is not part of a polynomial")

@@ -1,0 +1,1 @@
+"""A pool of processes in which rewards run."""

@@ -1,0 +1,196 @@
+"""The embedded default: a small base model, trained here in a minute, that R1-Zero's story can be told with.
+
+It is what R1-Zero's base was: able to do the task when it thinks step by step, and mostly blurting an answer instead.
+The first part of its corpus is mostly worked sums, which teach the skill; the second is mostly guesses, which hide it.
+What is saved is a Hugging Face folder like any other, its own tokenizer included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.loss import supervised_loss
+from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
+from grpo_jax.sharding import make_mesh, replicated
+from grpo_jax.tasks.errands import careless_reply, sample_errands
+from grpo_jax.tasks.sums import PLAIN, VOCABULARY, Sum, blurted, make_tokenizer, sample_sums, worked
+from grpo_jax.train import completion_log_probs, init_state, make_optimizer, make_schedule, make_train_step
+from grpo_jax.types import Batch, Params
+
+MAX_PROMPT_LENGTH = 12
+MAX_COMPLETION_LENGTH = 48
+
+HF_CONFIG: Mapping[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 32,  # a multiple of 8, so that it divides over a mesh
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+    "pad_token_id": VOCABULARY.index("<pad>"),
+    "eos_token_id": VOCABULARY.index("<eos>"),
+    "dtype": "float32",
+}
+"""Of the default; ``Recipe.hf_config`` is that of any."""
+PROMPT_FORMAT: Mapping[str, str] = {"kind": "plain", "template": PLAIN}
+"""The bare question, as the corpus has it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the base is made.
+
+    Attributes:
+        seed: of its weights and its corpus.
+        min_terms, max_terms: terms of a sum.
+        batch_size: sums an update.
+        skill_steps: updates of the first part.
+        skill_share: share of worked sums in it.
+        mixture_steps: updates of the second part.
+        worked_share: share of worked sums in that; about how often the base will think.
+        chinese_share: share of the worked sums whose thought is in Chinese digits.
+        errand_share: share of the corpus that is errands, a task beside the sums: with good replies in the first part,
+            ``skill_share`` of them, and with careless ones in the second.
+        learning_rate: peak; it falls linearly to 0.
+        hidden_size: width of the model; its feed-forward layers are twice as wide.
+        num_layers: of the model.
+    """
+
+    seed: int = 0
+    min_terms: int = 4
+    max_terms: int = 6
+    batch_size: int = 64
+    skill_steps: int = 450
+    skill_share: float = 0.9
+    mixture_steps: int = 40
+    worked_share: float = 0.12
+    chinese_share: float = 0.0
+    errand_share: float = 0.0
+    learning_rate: float = 4e-3
+    hidden_size: int = HF_CONFIG["hidden_size"]
+    num_layers: int = HF_CONFIG["num_hidden_layers"]
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """What becomes ``config.json``."""
+        return {
+            **HF_CONFIG,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 2 * self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+        }
+
+    @property
+    def steps(self) -> int:
+        """Updates in all."""
+        return self.skill_steps + self.mixture_steps
+
+
+def make_base(
+    folder: Path | str, recipe: Recipe = Recipe(), *, report: Callable[[int, dict[str, float]], None] | None = None
+) -> None:
+    """Train the base and save it as a Hugging Face folder.
+
+    Args:
+        folder: where to; replaced when complete.
+        recipe: how.
+        report: called after each update with the number of updates done and the metrics.
+    """
+    config = from_hf_config(recipe.hf_config)
+    model = build_model(config)
+    optimizer = make_optimizer(
+        make_schedule(recipe.learning_rate, warmup_steps=recipe.steps // 20, total_steps=recipe.steps, decay="linear")
+    )
+
+    def loss_fn(params: Params, batch: Batch):
+        log_probs, _ = completion_log_probs(model, params, batch)
+        return supervised_loss(log_probs, batch.loss_mask), {}
+
+    train_step = make_train_step(loss_fn, optimizer)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = jax.device_put(init_params(config, jax.random.key(recipe.seed)), replicated(mesh))
+    state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
+    for step, batch in enumerate(corpus(recipe), 1):
+        state, metrics = train_step(state, batch)
+        if report is not None:
+            report(step, {name: float(value) for name, value in metrics.items()})
+    save_pretrained(
+        folder, state.params, hf_config=recipe.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
+    )
+
+
+def corpus(recipe: Recipe) -> Iterator[Batch]:
+    """The batches the base learns from, in order; none of their sums is held out."""
+    tokenizer = make_tokenizer()
+    rng = np.random.default_rng([recipe.seed, 1])
+    num_errands = round(recipe.errand_share * recipe.batch_size)
+    for step in range(recipe.steps):
+        sums = sample_sums(
+            rng,
+            recipe.batch_size - num_errands,
+            min_terms=recipe.min_terms,
+            max_terms=recipe.max_terms,
+            held_out=False,
+        )
+        teaches_skill = step < recipe.skill_steps
+        share = recipe.skill_share if teaches_skill else recipe.worked_share
+        pairs = [(each.question, solution(each, share, recipe, rng)) for each in sums]
+        for errand in sample_errands(rng, num_errands, held_out=False):
+            is_good = teaches_skill and rng.random() < recipe.skill_share
+            pairs.append((errand.question, errand.best_reply if is_good else careless_reply(errand, rng)))
+        yield encode(tokenizer, *zip(*pairs, strict=True))
+
+
+def solution(problem: Sum, worked_share: float, recipe: Recipe, rng: np.random.Generator) -> str:
+    """What follows a sum in the corpus: its totals worked out, or a guess."""
+    if rng.random() >= worked_share:
+        return blurted(problem, rng)
+    return worked(problem, in_chinese=recipe.chinese_share > 0 and rng.random() < recipe.chinese_share)
+
+
+def encode(tokenizer, questions: Sequence[str], replies: Sequence[str]) -> Batch:
+    """Questions with their replies as a batch whose completions are learnt from."""
+    prompts = pad_prompts(
+        tokenizer(list(questions))["input_ids"],
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        pad_id=tokenizer.pad_token_id,
+        index=range(len(questions)),
+    )
+    token_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(replies))["input_ids"]]
+    ids = np.full((len(questions), MAX_COMPLETION_LENGTH), tokenizer.pad_token_id, dtype=np.int32)
+    for row, each in zip(ids, token_ids, strict=True):
+        row[: len(each)] = each
+    mask = jnp.asarray(np.arange(MAX_COMPLETION_LENGTH) < np.array([len(each) for each in token_ids])[:, None])
+    zeros = jnp.zeros(ids.shape, jnp.float32)
+    return Batch(
+        prompts.ids,
+        prompts.mask,
+        jnp.asarray(ids),
+        mask,
+        loss_mask=mask,
+        advantages=zeros[:, 0],
+        rollout_log_probs=zeros,
+    )

@@ -1,0 +1,63 @@
+"""Learning-rate schedules and the default optimizer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import optax
+
+VECTORS = ("scale", "bias")
+
+
+def make_schedule(
+    learning_rate: float, *, warmup_steps: int, total_steps: int, decay: Literal["constant", "linear", "cosine"]
+) -> optax.Schedule:
+    """Rise linearly from 0 over ``warmup_steps`` updates, then stay, or fall to 0 at ``total_steps``.
+
+    Raises:
+        ValueError: a learning rate that is not above 0, or a warm-up that is longer than the run.
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"warmup_steps is {warmup_steps}; it must be from 0 to the run's {total_steps} updates")
+    rest = max(total_steps - warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest),
+    }
+    # The first update has learning_rate / (warmup_steps + 1): one at 0 would be a step wasted.
+    warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after[decay]], [warmup_steps])
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    max_grad_norm: float = 1.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """AdamW behind clipping by the global norm.
+
+    Args:
+        schedule: from update number to learning rate.
+        max_grad_norm: gradients whose global norm is larger are scaled down to it.
+        weight_decay: decoupled, on matrices only: norms and biases are not pulled to 0.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+    """
+
+    def decayed(params):
+        def is_matrix(path, x):  # by name too: the bias of several heads has two axes
+            return x.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) not in VECTORS
+
+        return jax.tree.map_with_path(is_matrix, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
+    )
