@@ -36,7 +36,7 @@ from grpo_jax.loop.checks import check_divides, check_finite, check_length, chec
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.export import check_steps, exported, save_trained
-from grpo_jax.loop.offline_data import load_preference_sets
+from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.loop.rendering import rendering_of
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import facts_of, load_model, start_model, with_stop_tokens

@@ -90,9 +90,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         elif is_pure and top not in ARRAYS | PURE:
             found.append(f"{module} imports {name}; pure modules import only {sorted(ARRAYS)}")
         elif unit in ("rollout", "train") and top not in COMPUTE and (unit, top) != ("train", "optax"):
-            found.append(
-                f"{module} imports {name}; rollout/ and train/ import jax and numpy, and train/ optax"
-            )
+            found.append(f"{module} imports {name}; rollout/ and train/ import jax and numpy, and train/ optax")
         if is_pure and within(name, PLACED | HOST_CALLS):
             found.append(f"{module} imports {name}; placement and compilation come from outside")
     if is_pure:

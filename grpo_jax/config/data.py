@@ -7,15 +7,10 @@ from typing import Literal
 
 from grpo_jax.config.prompts import PromptSettings
 from grpo_jax.data.prompts import Overlong
-from grpo_jax.rewards.compose import RewardFn
-from grpo_jax.rewards.math.answer import answer_reward
-from grpo_jax.rewards.math.compare import math_reward
 from grpo_jax.tasks.errands import ERRANDS
 from grpo_jax.tasks.splits import (
     DEFAULT_HELD_OUT,
 )
-
-GRADERS: dict[str, RewardFn] = {"exact": answer_reward, "math": math_reward}
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import evaluate, models
+from grpo_jax import models
 from grpo_jax.config.mixture import as_settings, shares
 from grpo_jax.config.online import RoundSettings
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.problems import Problem, reward_columns
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop import held_out
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.experience import Round, as_samples, joined, told_apart
 from grpo_jax.loop.mixture import TASK, MixedScoring
@@ -312,7 +313,7 @@ class Rounds:
 
                 found[task.name] = self._evaluated(task, step, params, report)
                 done += len(task.held_out)
-        metrics = found[None] if config.tasks is None else evaluate.mean_over_tasks(found)
+        metrics = found[None] if config.tasks is None else held_out.mean_over_tasks(found)
         run.log_faults(step, self.scoring.take_faults())
         run.log({"step": step, **metrics})
         run.raise_alarms(self._alarms.update({"step": step, **metrics}))
@@ -328,10 +329,10 @@ class Rounds:
             num_prompts=self._config.num_prompts,
         )
         if not task.is_graded:
-            return evaluate.held_out_rewards(
+            return held_out.held_out_rewards(
                 task.held_out, drawn, self._decode, task.scoring.score, group_size=group_size, report=report
             )
-        metrics = evaluate.held_out(
+        metrics = held_out.held_out(
             task.held_out,
             drawn,
             self._decode,

@@ -22,7 +22,7 @@ from grpo_jax.rewards.workers.pool import default_workers
 
 
 def open_scorer(
-    rewards: RewardSettings,
+    config: RewardSettings,
     accuracy: RewardFn,
     held_out_accuracy: RewardFn,
     *,
@@ -51,61 +51,61 @@ def open_scorer(
         ValueError: a reward cannot be imported or loaded, two have one name, or nothing has a weight.
     """
     rewards: dict[str, RewardFn] = {"accuracy": accuracy}
-    weights = {"accuracy": rewards.accuracy_weight}
-    pattern = rewards.format_pattern
-    if measures_format or rewards.format_weight or rewards.gate_on_format or pattern is not None:
+    weights = {"accuracy": config.accuracy_weight}
+    pattern = config.format_pattern
+    if measures_format or config.format_weight or config.gate_on_format or pattern is not None:
         rewards["format"] = format_reward if pattern is None else partial(pattern_reward, pattern=pattern)
-        weights["format"] = rewards.format_weight
-    if rewards.target_language is not None:
-        rewards["language"] = partial(language_reward, target_language=rewards.target_language)
-        weights["language"] = rewards.language_weight
-    if rewards.overlong_cache is not None:
+        weights["format"] = config.format_weight
+    if config.target_language is not None:
+        rewards["language"] = partial(language_reward, target_language=config.target_language)
+        weights["language"] = config.language_weight
+    if config.overlong_cache is not None:
         rewards["overlong"] = partial(
-            soft_overlong_reward, max_length=max_completion_length, cache=rewards.overlong_cache
+            soft_overlong_reward, max_length=max_completion_length, cache=config.overlong_cache
         )
         weights["overlong"] = 1.0
-    if rewards.repetition_weight:
+    if config.repetition_weight:
         rewards["repetition"] = repetition_reward
-        weights["repetition"] = rewards.repetition_weight
-    if rewards.steps_weight:
+        weights["repetition"] = config.repetition_weight
+    if config.steps_weight:
         rewards["steps"] = equation_steps_reward
-        weights["steps"] = rewards.steps_weight
-    for name, weight in map(read_weighted, rewards.reward):
+        weights["steps"] = config.steps_weight
+    for name, weight in map(read_weighted, config.reward):
         short = name.rpartition(":")[2]
         if short in (*rewards, "format", "judge", "reward_model"):
             raise ValueError(f"two rewards are named {short!r}; name yours otherwise than {[*rewards, 'judge']}")
         rewards[short], weights[short] = import_reward(name), weight
-    own = [name.rpartition(":")[2] for name, _ in map(read_weighted, rewards.reward)]
+    own = [name.rpartition(":")[2] for name, _ in map(read_weighted, config.reward)]
     judge = None
-    if rewards.judge is not None:
+    if config.judge is not None:
         judge = "judge"
-        rewards[judge], weights[judge] = import_reward(rewards.judge), 0.0
-    elif rewards.reward_model is not None and not rewards.reward_model_weight:
+        rewards[judge], weights[judge] = import_reward(config.judge), 0.0
+    elif config.reward_model is not None and not config.reward_model_weight:
         judge = "reward_model"
-    elif not rewards.accuracy_weight:
+    elif not config.accuracy_weight:
         judge = "accuracy"
     learned = (
         None
-        if rewards.reward_model is None
-        else load_reward_model(rewards.reward_model, mesh=mesh, dtype=dtype, today=today, say=show)
+        if config.reward_model is None
+        else load_reward_model(config.reward_model, mesh=mesh, dtype=dtype, today=today, say=show)
     )
-    own_code = bool(rewards.reward or rewards.judge or rewards.format_pattern)
+    own_code = bool(config.reward or config.judge or config.format_pattern)
     by_default = default_workers() if needs_pool or own_code else 0
-    workers = by_default if rewards.reward_workers is None else rewards.reward_workers
+    workers = by_default if config.reward_workers is None else config.reward_workers
     return Scoring(
         rewards,
-        weights | ({} if learned is None else {"reward_model": rewards.reward_model_weight}),
+        weights | ({} if learned is None else {"reward_model": config.reward_model_weight}),
         held_out_accuracy,
         learned=learned,
         judge=judge,
-        gates={"accuracy": "format"} if rewards.gate_on_format else {},
-        clip=rewards.clip_reward,
+        gates={"accuracy": "format"} if config.gate_on_format else {},
+        clip=config.clip_reward,
         workers=workers,
-        may_abstain=own if rewards.reward_abstain == "skip" else (),
+        may_abstain=own if config.reward_abstain == "skip" else (),
         pool={
-            "deadline": rewards.reward_deadline,
-            "batch_deadline": rewards.reward_batch_deadline,
-            "memory_bytes": rewards.reward_memory,
+            "deadline": config.reward_deadline,
+            "batch_deadline": config.reward_batch_deadline,
+            "memory_bytes": config.reward_memory,
             "show": show,
         },
     )
