@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed
-	$(BIN)/python experiments/bench_log_probs.py
+	$(BIN)/python experiments/bench/log_probs.py
 
 clean:
 	rm -rf $(VENV) $(FLOOR_VENV) build *.egg-info

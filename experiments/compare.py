@@ -11,7 +11,7 @@ draws its share of the samples, right completions are set against wrong ones or 
 with the model that came out. The first three go over each step's samples equally often; for the rest each is as its
 own script has it, so that PPO's critic learns alone in the first two steps. What is measured: held-out pass@1 by
 samples and by time, how far the reward falls back, and the memory of an update by the compiler's analysis
-(bench_memory.py has that of a larger model).
+(bench/memory.py has that of a larger model).
 
 Every part is a run of its own in a folder of this one; the same command goes on at the part and step where it stopped.
 """
@@ -27,7 +27,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import bench_memory
 import dpo
 import evaluate
 import jax.numpy as jnp
@@ -37,6 +36,7 @@ import r1_zero
 import rejection_sampling
 import sft
 import tyro
+from bench import memory as bench_memory
 from dpo import Config as DPOConfig
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -125,7 +125,7 @@ class Config(RunSettings, PolicySettings):
     """How the base and each round's model are measured."""
 
     memory_report: Path | None = None
-    """File with what bench_memory.py printed of another model, to be told beside this one's."""
+    """File with what bench/memory.py printed of another model, to be told beside this one's."""
 
     def __post_init__(self):
         RunSettings.__post_init__(self)
@@ -163,7 +163,7 @@ class Config(RunSettings, PolicySettings):
 
     @property
     def larger(self) -> dict[str, Any]:
-        """What bench_memory.py told of another model; empty if no report is named.
+        """What bench/memory.py told of another model; empty if no report is named.
 
         Raises:
             ValueError: the file is none of its reports.
@@ -176,7 +176,7 @@ class Config(RunSettings, PolicySettings):
                 raise ValueError(f"it is of bench {report['bench']}")
             return {name: each for name, each in report.items() if isinstance(each, dict) and each["peak_bytes"]}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"memory_report: {self.memory_report} is no line of bench_memory.py: {error}") from None
+            raise ValueError(f"memory_report: {self.memory_report} is no line of bench/memory.py: {error}") from None
 
     @property
     def steps_of_a_round(self) -> int:

@@ -47,7 +47,7 @@ from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import facts_of, load_model, load_policy, make_sampler, start_model
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.rewards.math.compare import math_reward
+from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
 from grpo_jax.train import init_state, make_train_step, packed_log_probs
 from grpo_jax.types import Packed, Params

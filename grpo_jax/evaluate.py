@@ -10,11 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 RESAMPLES = 9999
 """Of a bootstrap, and of a permutation test whose permutations are more than these."""
-
-
 STDERR = "_stderr"
-
-
 BATCH_VALUES = 1 << 22
 """Resampled at once, so that many problems fit into memory."""
 

@@ -15,9 +15,9 @@ with atheris.instrument_imports(include=["grpo_jax.rewards"]):
     from grpo_jax.rewards.code.reward import extract_program
     from grpo_jax.rewards.format import format_reward
     from grpo_jax.rewards.math.answer import canonical_answer, extract_answer, numeric_value
-    from grpo_jax.rewards.math.compare import math_reward
     from grpo_jax.rewards.math.latex import tidy
     from grpo_jax.rewards.math.reader import read_answer
+    from grpo_jax.rewards.math.reward import math_reward
     from grpo_jax.rewards.repetition import repeated_share
 
 LONGEST_SECONDS = 20.0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.rewards.math.compare import math_reward
+from grpo_jax.rewards.math.reward import math_reward
 
 
 def ours(gold: str, completion: str) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from experiments import bench_memory, compare
+from experiments import compare
+from experiments.bench import memory as bench_memory
 from experiments.compare import Config
 from grpo_jax.config.data import DataSettings
 from grpo_jax.config.rewards import RewardSettings
@@ -142,7 +143,7 @@ def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypa
         ({"group_size": 1}, "group_size is 1"),
         ({"dpo": replace(Config().dpo, model="org/other")}, "dpo names a model"),
         ({"num_prompts": 3, "group_size": 3}, r"3 x 3 = 9 completions do not divide into num_minibatches"),
-        ({"memory_report": Path("no/such/file")}, "is no line of bench_memory.py"),
+        ({"memory_report": Path("no/such/file")}, "is no line of bench/memory.py"),
         ({"grpo": replace(Config().grpo, max_draws=2)}, "grpo: tasks and max_draws give it other samples"),
     ],
 )

@@ -7,8 +7,9 @@ import pyarrow.parquet
 import pytest
 
 from grpo_jax.data import layouts
+from grpo_jax.data.columns import column
 from grpo_jax.data.conversations import load_demonstrations
-from grpo_jax.data.layouts import as_messages, column, hh_messages
+from grpo_jax.data.layouts import as_messages, hh_messages
 from grpo_jax.data.preferences import load_preferences
 from grpo_jax.data.problems import Problem
 from grpo_jax.rewards.code.test_cases import why_untestable

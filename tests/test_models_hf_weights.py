@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax.models import from_hf_config, from_pretrained, hf_weights, param_shapes, save_pretrained
 from grpo_jax.models.hf_files import weight_files
-from grpo_jax.models.hf_weights import Entry, key_table, read_slice
+from grpo_jax.models.hf_keys import Entry, key_table
+from grpo_jax.models.hf_weights import read_slice
 
 LLAMA = {"model_type": "llama", **SMALL}
 

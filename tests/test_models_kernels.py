@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.models import build_model, from_hf_config, init_params, kernels, transformer
+from grpo_jax.models.attention import Part, allowed_slots, attend
 from grpo_jax.models.kernels import choose_kernel, cudnn_attention, hardware, resolve_attention, splash_attention
-from grpo_jax.models.layers import Part, allowed_slots, attend
 from grpo_jax.rollout import Sampler
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, make_mesh

@@ -8,19 +8,11 @@ import numpy as np
 import pytest
 from checkpoints import quick_jit
 
+from grpo_jax.models.attention import Part, allowed_slots, attend
 from grpo_jax.models.config import Rope
-from grpo_jax.models.layers import (
-    Embedding,
-    Norm,
-    Part,
-    allowed_slots,
-    attend,
-    quantized,
-    rope_frequencies,
-    rotate,
-    rotation,
-    written,
-)
+from grpo_jax.models.kv_cache import quantized, written
+from grpo_jax.models.layers import Embedding, Norm
+from grpo_jax.models.rope import rope_frequencies, rotate, rotation
 
 LLAMA3 = Rope(5e5, "llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192.0)
 

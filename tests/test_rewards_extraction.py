@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from grpo_jax.rewards.math.answer import answer_reward, extract_answer, gold_answer, numeric_value, worked_answer
 from grpo_jax.rewards.math.boxes import box_of, final_box
-from grpo_jax.rewards.math.compare import math_reward
 from grpo_jax.rewards.math.markup import plain
+from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.rewards.math.sentences import sentences
 
 # Ways to state 73.

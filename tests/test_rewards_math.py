@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.rewards.math.compare import math_reward, same_answer
+from grpo_jax.rewards.math.compare import same_answer
 from grpo_jax.rewards.math.reader import read_answer
+from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.tasks.dataset import load_problems
 from tests.measure_math_pairs import completion_of
 

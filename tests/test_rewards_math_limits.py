@@ -9,11 +9,12 @@ from random import Random
 import pytest
 
 from grpo_jax.rewards.math import evaluation, points, symbolic
-from grpo_jax.rewards.math.compare import math_reward, same_answer, stands_in_question
+from grpo_jax.rewards.math.compare import same_answer
 from grpo_jax.rewards.math.expression import parse
 from grpo_jax.rewards.math.forms import formulas
 from grpo_jax.rewards.math.latex import tidy
 from grpo_jax.rewards.math.reader import read_answer
+from grpo_jax.rewards.math.reward import math_reward, stands_in_question
 
 ZEROS = "".join(f"(x-{i})(x+{i})" for i in range(16))
 HIDDEN = [

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards.math.compare import math_reward, same_answer
+from grpo_jax.rewards.math.compare import same_answer
 from grpo_jax.rewards.math.reader import read_answer
+from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.rewards.math.units import read_counted, read_unit
 
 DATA = Path(__file__).parent / "data"

@@ -14,7 +14,7 @@ import pytest
 
 from grpo_jax.rewards.compose import Graded, weighted
 from grpo_jax.rewards.format import format_reward
-from grpo_jax.rewards.math.compare import math_reward
+from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.rewards.workers.pool import RewardPool
 from tests.faulty_rewards import column, faulty, slow_length
 

@@ -12,7 +12,8 @@ from grpo_jax.data.problems import reward_columns
 from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
 from grpo_jax.rewards.code.reward import code_reward
 from grpo_jax.rewards.math.answer import answer_reward, same_text
-from grpo_jax.rewards.math.compare import math_reward, same_answers
+from grpo_jax.rewards.math.compare import same_answers
+from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.tasks.splits import key_of
 from grpo_jax.tasks.sums import make_tokenizer
 

@@ -82,7 +82,5 @@ class RoundSettings(RunSettings, PolicySettings):
 
 MAY_CHANGE = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
 """Settings that a resumed run may have other values of, besides those of every experiment."""
-
-
 GOES_ON_WITH = ("num_steps", "export")
 """Settings with other values of which a finished run goes on."""

@@ -12,8 +12,6 @@ from grpo_jax.data.prompt_format import check_date, read_prompt_format
 from grpo_jax.data.prompts import R1_ZERO, Rendering, checked_variables
 
 AnySettings = TypeVar("AnySettings", bound="PromptSettings")
-
-
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 

@@ -23,11 +23,7 @@ LOSSES = {
     "cispo": loss.cispo_loss,
     "sapo": loss.sapo_loss,
 }
-
-
 KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
-
-
 LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
-from grpo_jax.data.files import Row, read_rows
-from grpo_jax.data.layouts import as_demonstration, as_messages, check_length, required_column, without
+from grpo_jax.data.columns import check_length, required_column, without
+from grpo_jax.data.files import read_rows
+from grpo_jax.data.formats import Row
+from grpo_jax.data.layouts import as_demonstration, as_messages
 from grpo_jax.data.messages import Messages, checked_messages, is_message
 from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
 from grpo_jax.data.prompts import Rendering, encode_prompts

@@ -10,9 +10,11 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.data.columns import check_length, without
 from grpo_jax.data.conversations import Demonstration, encode_demonstrations, until_end
-from grpo_jax.data.files import Row, read_rows
-from grpo_jax.data.layouts import as_preference, check_length, without
+from grpo_jax.data.files import read_rows
+from grpo_jax.data.formats import Row
+from grpo_jax.data.layouts import as_preference
 from grpo_jax.data.messages import Messages, checked_messages, content_text, is_message
 from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
 from grpo_jax.data.prompts import Rendering, pad_prompts

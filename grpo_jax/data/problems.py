@@ -6,20 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from grpo_jax.data.files import Row, Rows
+from grpo_jax.data.formats import Row, Rows
 from grpo_jax.data.messages import Messages, checked_messages, is_message
 
 OTHER_ANSWERS = "other_answers"
 """The column with the right answers after the first, where a row has several."""
-
-
 PROMPT = "problem_prompt"
 """The column with which rewards get a problem's own prompt, before any template."""
-
-
 REWARD_ARGUMENTS = ("prompts", "completions", PROMPT)
-
-
 Parsed = TypeVar("Parsed")
 
 

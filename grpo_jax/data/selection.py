@@ -16,11 +16,7 @@ from grpo_jax.jsonl import to_json
 
 FILTERS = ("drawn", "scored", "complete", "right", "of_form", "distinct", "not_too_easy", "capped", "balanced")
 """What samples are counted by, each what the one before left: see ``choose`` and ``balanced``."""
-
-
 UP_TO_ONE = ("accuracy", "format", "language")
-
-
 ROUNDING = 1e-6
 """Scores are float32: a sum that is 1 on paper may fall short by its last bits."""
 

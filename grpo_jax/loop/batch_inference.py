@@ -31,8 +31,6 @@ from grpo_jax.types import Rollout
 
 SETS_OF_A_BLOCK = 4
 """A block is written as a whole; what a run that stopped had drawn of one is drawn again, and the same."""
-
-
 PROVENANCE = "provenance.json"
 
 

@@ -18,8 +18,8 @@ from grpo_jax.data.problems import OTHER_ANSWERS, Problem
 from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.rewards.code.test_cases import why_untestable
 from grpo_jax.rewards.math.answer import gold_answer
-from grpo_jax.rewards.math.compare import math_reward, stands_in_question
 from grpo_jax.rewards.math.reader import read_answer
+from grpo_jax.rewards.math.reward import math_reward, stands_in_question
 from grpo_jax.rewards.thought import after_thought
 
 Grader = Literal["math", "exact", "code", "none"]

@@ -18,7 +18,8 @@ from grpo_jax.rewards.code.sandbox import Limits
 from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.rewards.math.answer import answer_reward, same_text
 from grpo_jax.rewards.math.any_answer import any_answer_reward
-from grpo_jax.rewards.math.compare import math_reward, same_answers
+from grpo_jax.rewards.math.compare import same_answers
+from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.tasks.dataset import load_problems
 from grpo_jax.tasks.errands import ERRANDS, MOST_ERRANDS, errand_problems, errand_reward, sample_errands
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_problems

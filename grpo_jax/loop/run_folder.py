@@ -16,8 +16,6 @@ import jax
 from grpo_jax.jsonl import write_atomically
 
 BEGUN = "begun.txt"
-
-
 PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 

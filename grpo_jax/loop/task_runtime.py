@@ -25,8 +25,6 @@ from grpo_jax.tasks.errands import ERRANDS
 
 Asked = Literal["training", "held_out", "evaluation"]
 """Problems of a task that completions are sampled for."""
-
-
 OF_COMPLETIONS = ("completion_length", "truncated")
 """Columns that are of no problem but of what was drawn for it."""
 

@@ -14,30 +14,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from grpo_jax.models.attention import Part, View, allowed_slots
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel
-from grpo_jax.models.layers import (
-    Block,
-    CacheEntry,
-    Embedding,
-    Norm,
-    Part,
-    Rotation,
-    ScalarHead,
-    View,
-    allowed_slots,
-    empty_entry,
-    joined_columns,
-    rotation,
-    some_columns,
-)
+from grpo_jax.models.kv_cache import CacheEntry, empty_entry, joined_columns, some_columns
+from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
+from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sharding import BATCH, pinned
 from grpo_jax.types import Cache, Context, Model, Params
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
-
-
 Rotations = dict[int, Rotation]
 """The rotation of each kind of layer, under the number of the first layer that has it."""
 

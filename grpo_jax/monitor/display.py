@@ -111,8 +111,6 @@ FIGURES = (
     Figure("compilations", "compilations", count),
 )
 """What is shown, in this order, of the metrics that are there."""
-
-
 NOT_SHOWN = "_stderr"
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.length import soft_overlong_reward as soft_overlong_reward
     from grpo_jax.rewards.math.answer import answer_reward as answer_reward
     from grpo_jax.rewards.math.answer import extract_answer as extract_answer
-    from grpo_jax.rewards.math.compare import math_reward as math_reward
     from grpo_jax.rewards.math.compare import same_answer as same_answer
-    from grpo_jax.rewards.math.compare import stands_in_question as stands_in_question
+    from grpo_jax.rewards.math.reward import math_reward as math_reward
+    from grpo_jax.rewards.math.reward import stands_in_question as stands_in_question
     from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
     from grpo_jax.rewards.steps import equation_steps_reward as equation_steps_reward
     from grpo_jax.rewards.workers.pool import Fault as Fault

@@ -15,8 +15,6 @@ from grpo_jax.train import sequence_scores
 from grpo_jax.types import Model, Params
 
 SHORTEST = 64
-
-
 Encode = Callable[[list[str], list[str], Mapping[str, list[Any]]], list[list[int]]]
 """``(prompts, completions, columns) -> token ids``, what a reward model reads of each; empty for nothing."""
 

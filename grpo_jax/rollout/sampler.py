@@ -68,7 +68,7 @@ class Sampler:
                 and TPUs do; no limit elsewhere.
             cache_dtype: what keys and values are kept in: float32, bfloat16, or int8 with a scale for each token and
                 head. Default: the model's own precision. A coarser one makes sampler and trainer differ by what it
-                rounds away; ``experiments/bench_precision.py`` measures that.
+                rounds away; ``experiments/bench/precision.py`` measures that.
             mesh: rows are split over its ``data`` and ``fsdp`` axes, heads over ``tensor`` where they divide.
             ahead: dispatches that are sent before the host looks at what an earlier one drew, so that a device need not
                 wait. Default: none on CPU, one elsewhere.

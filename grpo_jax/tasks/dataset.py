@@ -6,16 +6,10 @@ import math
 import re
 from typing import Any
 
-from grpo_jax.data.files import Row, read_rows
-from grpo_jax.data.layouts import (
-    answer_column_of,
-    check_length,
-    choice_answer,
-    prompt_column_of,
-    prompt_of,
-    required_column,
-    without,
-)
+from grpo_jax.data.columns import answer_column_of, check_length, prompt_column_of, required_column, without
+from grpo_jax.data.files import read_rows
+from grpo_jax.data.formats import Row
+from grpo_jax.data.layouts import choice_answer, prompt_of
 from grpo_jax.data.problems import OTHER_ANSWERS, REWARD_ARGUMENTS, Problem, checked_prompt, parsed_rows
 from grpo_jax.rewards.code.test_cases import Test
 from grpo_jax.rewards.code.test_formats import tests_from_row
@@ -26,15 +20,9 @@ TEST_COLUMNS = (
     *("public_test_cases", "private_test_cases", "public_tests", "private_tests", "generated_tests"),
 )
 """Columns that ``tests`` takes the place of."""
-
-
 WITH_TESTS = frozenset({*TEST_COLUMNS, "tests", "reward_model", "ground_truth", "extra_info"})
 """Columns that may hold tests."""
-
-
 NUMBER_AT_END = re.compile(r"####[ ]?([-+]?\d[\d,]*(?:\.\d+)?)\s*\Z")
-
-
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 

@@ -16,17 +16,9 @@ from grpo_jax.rewards.math.reader import read_answer
 from grpo_jax.tasks.errands import ERRANDS
 
 REASONING_GYM = "reasoning-gym:"
-
-
 GENERATED_PROBLEMS = 4096
-
-
 DEFAULT_HELD_OUT = 256
-
-
 HELD_OUT_SEED = 1_000_003
-
-
 Row = TypeVar("Row")
 
 

@@ -23,8 +23,6 @@ Test = str | dict[str, Any]
   as pytest, unittest and HumanEval would: functions and classes of tests and a ``check(candidate)`` that it only
   defines are called.
 """
-
-
 PRELUDE = {
     "bisect": ("bisect_left", "bisect_right", "insort"),
     "collections": ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"),
@@ -57,17 +55,9 @@ PRELUDE = {
     "typing": ("Any", "Callable", "Dict", "Iterable", "List", "Optional", "Set", "Tuple", "Union"),
 }
 """Names that tests use without importing them, because their data sets run programs with these imports before them."""
-
-
 FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names}
-
-
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
-
-
 MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
-
-
 PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission", "main")
 """What tests call the module of the program that they import."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.math.compare import load_parser, math_reward
+from grpo_jax.rewards.math.reward import load_parser, math_reward
 
 
 @per_sample(columns=("answer", "other_answers"), warm_up=load_parser)

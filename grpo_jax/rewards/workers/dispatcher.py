@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import queue
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import cloudpickle
 
 from grpo_jax.rewards.calling import is_per_sample
 from grpo_jax.rewards.compose import Graded, InvalidScoresError, RewardFn
+from grpo_jax.rewards.workers.jobs import Fault, Task, Worker
+from grpo_jax.rewards.workers.launch import death, processor_time, start
 from grpo_jax.rewards.workers.worker import receive, send
 
 FIRST_PATIENCE_SECONDS = 0.5
@@ -38,63 +32,10 @@ MOST_WAITING = 3.0
 SAMPLES_A_WORKER = 2000
 """Then a worker is replaced, so that what rewards keep does not add up."""
 KEPT_FAULTS = 1000
-START_SECONDS = 120
 STUCK_SECONDS = 10
 """A worker that stops in the middle of a message is taken for dead."""
 MOST_LINES = 20
 """Printed lines of one reward that are shown for each call; the rest are counted."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A sample that a reward could not score; of a batch that failed as a whole, its first.
-
-    Attributes:
-        reward: its name.
-        kind: ``deadline``, ``died``, ``memory``, ``raised`` or ``nan``.
-        detail: a traceback, or how the process died.
-        prompt, completion: the culprit.
-    """
-
-    reward: str
-    kind: str
-    detail: str
-    prompt: str
-    completion: str
-
-
-@dataclass
-class Task:
-    """Samples to be scored by one reward in one call."""
-
-    name: str
-    prompts: list[str]
-    completions: list[str]
-    body: bytes
-    is_batch: bool
-    future: Future[list[Graded]]
-
-
-@dataclass
-class Worker:
-    """A process, and its current task.
-
-    Attributes:
-        batch_reward: the reward whose batches alone it scores; None where it scores samples of all the others.
-    """
-
-    pid: int
-    connection: socket.socket
-    output: int
-    batch_reward: str | None = None
-    done: int = 0
-    task: Task | None = None
-    name: str = ""
-    started: float = 0.0
-    had_run: float = 0.0
-    due: float = 0.0
-    straggling: bool = False
-    unfinished_line: bytes = b""
 
 
 class Dispatcher:
@@ -365,60 +306,3 @@ class Dispatcher:
     def _resolve(self, task: Task, graded: list[Graded]) -> None:
         self._outstanding.discard(task.future)
         task.future.set_result(graded)
-
-
-def processor_time(pid: int) -> tuple[float, bool]:
-    """Seconds for which a process has run, and whether it would now; (0, no) where the system does not tell."""
-    try:
-        ran = int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[0]) / 1e9
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except (OSError, IndexError):
-        return 0.0, False
-    return ran, state == b"R"
-
-
-def start(
-    rewards: Mapping[str, RewardFn], memory_bytes: int, deadline: float
-) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """The process that has loaded the rewards and forks, and the connection to it.
-
-    Raises:
-        ValueError: it could not load them.
-    """
-    try:
-        packed = cloudpickle.dumps(dict(rewards))
-    except Exception as error:
-        raise ValueError(f"a reward cannot be taken to another process: {type(error).__name__}: {error}") from error
-    control, theirs = socket.socketpair()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_jax.rewards.workers.worker", str(theirs.fileno())],
-        pass_fds=(theirs.fileno(),),
-        stdin=subprocess.DEVNULL,
-        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        start_new_session=True,  # Ctrl-C is for the run, which then ends this in order
-    )
-    theirs.close()
-    control.settimeout(START_SECONDS)
-    with suppress(OSError):  # it then says nothing
-        setup = {"path": sys.path, "rewards": packed, "memory_bytes": memory_bytes, "deadline": deadline}
-        send(control, pickle.dumps(setup))
-    said = json.loads(receive(control) or b'{"error": "its process died, or took two minutes"}')
-    if "error" in said:
-        control.close()
-        process.kill()
-        process.wait()
-        raise ValueError(f"the rewards {[*rewards]} could not be loaded in a process of their own:\n{said['error']}")
-    control.settimeout(None)
-    return control, process
-
-
-def death(status: int) -> str:
-    """How a process died, from its wait status."""
-    if status < 0:
-        return "its process is gone"
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        known = -code in [each.value for each in signal.Signals]
-        return f"its process was killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
-    return f"its process ended with exit status {code}"

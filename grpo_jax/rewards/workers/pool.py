@@ -11,7 +11,8 @@ from typing import Any
 
 from grpo_jax.rewards.calling import arguments, is_async, is_per_sample
 from grpo_jax.rewards.compose import Graded, RewardFn
-from grpo_jax.rewards.workers.dispatcher import MOST_LINES, Dispatcher, Fault, Task
+from grpo_jax.rewards.workers.dispatcher import MOST_LINES, Dispatcher
+from grpo_jax.rewards.workers.jobs import Fault, Task
 
 
 class RewardPool:

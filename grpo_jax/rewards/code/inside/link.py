@@ -39,8 +39,6 @@ OPERATIONS = {
     **{name: getattr(operator, name) for name in ("getitem", "setitem", "delitem", "neg")},
     **{name: getattr(operator, name) for name in BETWEEN_OBJECTS + ARITHMETIC},
 }
-
-
 ENDINGS = ("SystemExit", "KeyboardInterrupt", "GeneratorExit")
 """What no test may take for an error of the program."""
 

@@ -3,9 +3,9 @@
 The update of each, at the shapes of a model of 7 billion parameters, is compiled and its memory analysis is read: state
 and batch, temporary arrays, and the models that the step needs besides. Prints one JSON line.
 
-    python experiments/bench_memory.py --topology v5p:2x2x2            # by the TPU's compiler; no TPU is needed for it
-    python experiments/bench_memory.py --shape small                   # the embedded base, by this device's compiler
-    python experiments/bench_memory.py --config path/to/config.json    # any other model
+    python experiments/bench/memory.py --topology v5p:2x2x2            # by the TPU's compiler; no TPU is needed for it
+    python experiments/bench/memory.py --shape small                   # the embedded base, by this device's compiler
+    python experiments/bench/memory.py --config path/to/config.json    # any other model
 
 In the plan of the compiler for CPUs remat saves next to nothing, so that of a large model it says little of other
 devices; the compiler for TPUs comes with the extra "tpu" and takes some minutes for each update.

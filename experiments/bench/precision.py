@@ -6,9 +6,9 @@ lost of the model). ``kl`` is the mean of ``exp(d) - 1 - d``, the estimate of th
 trainer, in nats a token. In float32 what the ``Sampler`` draws is also compared with what ``generate`` draws in one
 program: ``draws_differing`` counts completions in which any token differs. Prints one JSON line.
 
-    python experiments/bench_precision.py                                     # the embedded base, trained first
-    python experiments/bench_precision.py --model runs/r1_zero/model
-    python experiments/bench_precision.py --model Qwen/Qwen2.5-0.5B --prompts 16 --max-completion-length 256
+    python experiments/bench/precision.py                                     # the embedded base, trained first
+    python experiments/bench/precision.py --model runs/r1_zero/model
+    python experiments/bench/precision.py --model Qwen/Qwen2.5-0.5B --prompts 16 --max-completion-length 256
 """
 
 from __future__ import annotations

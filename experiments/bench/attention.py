@@ -4,8 +4,8 @@ Time of the forward and backward pass (ratios of the medians), temporary memory 
 largest difference of what real tokens get, relative to the largest value. Sequences are padded on both sides by up to a
 quarter. On a CPU there is no kernel and nothing to measure. Prints one JSON line.
 
-    python experiments/bench_attention.py                                     # on a GPU or TPU: Qwen2.5-0.5B's heads
-    python experiments/bench_attention.py --heads 28 --kv-heads 4 --head-dim 128 --length 4096 --rows 4
+    python experiments/bench/attention.py                                     # on a GPU or TPU: Qwen2.5-0.5B's heads
+    python experiments/bench/attention.py --heads 28 --kv-heads 4 --head-dim 128 --length 4096 --rows 4
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import from_hf_config
+from grpo_jax.models.attention import Part, allowed_slots, attend
 from grpo_jax.models.kernels import choose_kernel
-from grpo_jax.models.layers import Part, allowed_slots, attend
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ transformers on CPU maps the file into memory and reads a weight only where it i
 before that: each process also reads every weight once, and the ratios are of both together. Imports are not counted
 in the seconds; they are in the memory.
 
-    python experiments/bench_loading.py
+    python experiments/bench/loading.py
 
 It prints one JSON line.
 """
@@ -62,7 +62,7 @@ def make_checkpoint(folder: Path) -> None:
     from safetensors.numpy import save_file
 
     from grpo_jax.models import from_hf_config
-    from grpo_jax.models.hf_weights import key_table
+    from grpo_jax.models.hf_keys import key_table
 
     rng = np.random.default_rng(0)
     tensors = {

@@ -7,9 +7,9 @@ the ratios of the medians are reported: ``static`` is the plain loop (each row r
 whole vocabulary), ``generate`` is ``rollout.generate`` (one batch of all rows), ``transformers`` is torch's.
 Prints one JSON line.
 
-    python experiments/bench_rollout.py --mean-length 48 --max-completion-length 256 --against static
-    python experiments/bench_rollout.py --rows 64 --against transformers
-    python experiments/bench_rollout.py --model qwen2.5-7b --rows 256 --dtype bfloat16          # on an accelerator
+    python experiments/bench/rollout.py --mean-length 48 --max-completion-length 256 --against static
+    python experiments/bench/rollout.py --rows 64 --against transformers
+    python experiments/bench/rollout.py --model qwen2.5-7b --rows 256 --dtype bfloat16          # on an accelerator
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import numpy as np
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
-from grpo_jax.models.layers import Norm, rotate, rotation
+from grpo_jax.models.layers import Norm
+from grpo_jax.models.rope import rotate, rotation
 from grpo_jax.rollout import RolloutStats, Sampler, generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts

@@ -1,6 +1,6 @@
 """What rewards cost and how far they can be trusted: the pool's speed, what hanging samples cost, and hard pairs.
 
-    python experiments/bench_rewards.py
+    python experiments/bench/rewards.py
 
 Prints one JSON line: the pool's wall time as a multiple of a plain loop's, on mathematics answers and on programs
 without a fault, with the number of workers that were replaced; by how many deadlines a step of 512 samples is longer

@@ -3,7 +3,7 @@
 Compiles both for the shape given and reads the compiler's own memory analysis; with ``--run`` it times them as well.
 Prints one JSON line.
 
-    python experiments/bench_log_probs.py                          # Qwen2.5's vocabulary, 16,384 tokens, width 896
+    python experiments/bench/log_probs.py                          # Qwen2.5's vocabulary, 16,384 tokens, width 896
 """
 
 import json
