@@ -9,7 +9,7 @@ export PIP_ROOT_USER_ACTION := ignore
 FLOOR_VENV ?= $(VENV)-floor
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 FLOOR_TESTS := $(addprefix tests/test_,models_tokenizers.py models_hf.py parity.py data_prompts.py data_tokens.py \
-	data_turns.py data_chat_templates.py data_conversations.py data_preferences.py prompt_settings.py \
+	data_turns.py data_chat_templates.py data_conversations.py data_preferences.py config_prompts.py \
 	rewards_learned.py)
 PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax.config.prompts import PromptSettings
+from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
 from grpo_jax.data.layouts import kind_of
@@ -50,7 +50,7 @@ Kind = Literal["problems", "demonstrations", "preferences"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PromptSettings):
+class Config(PromptConfig):
     """What is checked."""
 
     dataset: tyro.conf.Positional[str]
@@ -88,8 +88,8 @@ class Config(PromptSettings):
     def __post_init__(self):
         if self.max_prompt_length < 1 or self.examples < 0:
             raise ValueError("max_prompt_length must be at least 1 and examples at least 0")
-        PromptSettings.__post_init__(self)
-        if self.tokenizer is None and any(getattr(self, each.name) for each in fields(PromptSettings)):
+        PromptConfig.__post_init__(self)
+        if self.tokenizer is None and any(getattr(self, each.name) for each in fields(PromptConfig)):
             raise ValueError("tokenizer is needed to render prompts; name one, or leave out how prompts are written")
 
 

@@ -44,20 +44,20 @@ from ppo import Config as PPOConfig
 from r1_zero import Config as GRPOConfig
 from sft import Config as SFTConfig
 
-from grpo_jax.config.data import DataSettings
+from grpo_jax.config.data import DataConfig
 from grpo_jax.config.mixture import check_known
-from grpo_jax.config.model import PolicySettings
-from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings
+from grpo_jax.config.model import PolicyConfig
+from grpo_jax.config.offline import DemonstrationConfig, PreferenceConfig
 from grpo_jax.config.prompts import prompt_fields
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import RunSettings, at_least
-from grpo_jax.data.selection import SelectionSettings, preferred
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import RunConfig, require_at_least
+from grpo_jax.data.selection import SelectionConfig, preferred
 from grpo_jax.jsonl import read_jsonl, write_atomically
-from grpo_jax.loop.batch_inference import read_collected
+from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
-from grpo_jax.loop.stages import Stage, check_no_models, placed, run_stages
+from grpo_jax.loop.stages import Stage, check_no_models, run_stages, stage_config
 
 ONLINE = ("grpo", "rloo", "ppo")
 """What learns in steps."""
@@ -79,7 +79,7 @@ TRAILING = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunSettings, PolicySettings):
+class Config(RunConfig, PolicyConfig):
     """What is compared. What it says of data, rewards, samples, models and devices holds for all methods."""
 
     run_dir: Path = Path("runs/compare")
@@ -88,14 +88,14 @@ class Config(RunSettings, PolicySettings):
     """What is compared."""
     num_seeds: int = 1
     """How many seeds, from seed on; each has problems and noise of its own, and a base unless one is named."""
-    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
     """What is asked."""
-    rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
+    rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig()
     """What is paid for."""
     num_steps: int = 9
     """Steps of what learns in steps."""
     num_rounds: int = 3
-    """Rounds of what learns in rounds, with an equal part of the samples each. All are evaluated as often."""
+    """Collector of what learns in rounds, with an equal part of the samples each. All are evaluated as often."""
     num_prompts: int = 32
     """Prompts a step."""
     group_size: int = 16
@@ -111,13 +111,13 @@ class Config(RunSettings, PolicySettings):
     """GRPO, without a KL."""
     rloo: GRPOConfig = GRPOConfig(advantage="rloo", num_epochs=2, num_minibatches=2)
     """The same with the mean of a group's others as its baseline."""
-    ppo: PPOConfig = PPOConfig(rewards=RewardSettings(), kl_reward_coef=0.0)
+    ppo: PPOConfig = PPOConfig(rewards=RewardConfig(), kl_reward_coef=0.0)
     """PPO with a critic of the policy's size; without a KL as well."""
     dpo: DPOConfig = DPOConfig(
-        data=PreferenceSettings(eval_rows=1), num_epochs=4, sft_coef=0.2, eval_every=0, eval_prompts=0
+        data=PreferenceConfig(eval_size=1), num_epochs=4, sft_coef=0.2, eval_every=0, num_eval_prompts=0
     )
     """DPO on right completions against wrong ones, with a little imitation of the right ones."""
-    sft: SFTConfig = SFTConfig(data=DemonstrationSettings(eval_rows=1), num_epochs=4, eval_every=0, eval_prompts=0)
+    sft: SFTConfig = SFTConfig(data=DemonstrationConfig(eval_size=1), num_epochs=4, eval_every=0, num_eval_prompts=0)
     """SFT on right completions: rejection sampling."""
     drawing: rejection_sampling.Config = rejection_sampling.Config()
     """How a round draws, and what of it is imitated, or preferred to the rest. It asks problems in their order."""
@@ -128,10 +128,10 @@ class Config(RunSettings, PolicySettings):
     """File with what bench/memory.py printed of another model, to be told beside this one's."""
 
     def __post_init__(self):
-        RunSettings.__post_init__(self)
-        PolicySettings.__post_init__(self)
-        at_least(self, num_seeds=1, num_steps=1, num_rounds=1, num_prompts=1, group_size=2, eval_samples=1)
-        at_least(self, pairs_per_problem=1)
+        RunConfig.__post_init__(self)
+        PolicyConfig.__post_init__(self)
+        require_at_least(self, num_seeds=1, num_steps=1, num_rounds=1, num_prompts=1, group_size=2, eval_samples=1)
+        require_at_least(self, pairs_per_problem=1)
         check_known(self.model, [self.data])
         check_no_models(self, STAGES)
         if not self.methods or len(set(self.methods)) < len(self.methods):
@@ -192,14 +192,14 @@ class Config(RunSettings, PolicySettings):
         """Where a part of a round lies."""
         return self.run_dir / method / f"{number}_{part}"
 
-    def placed(self, stage: AnyConfig, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
+    def stage_config(self, stage: AnyConfig, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
         """A stage's settings in a folder of its own, with those of the comparison."""
         of_policy = {each: getattr(self, each) for each in OF_A_POLICY}
-        return placed(stage, self, folder, start, **of_policy, **changes)
+        return stage_config(stage, self, folder, start, **of_policy, **changes)
 
     def in_steps(self, method: str) -> GRPOConfig | PPOConfig:
         """The run of a method that learns in steps."""
-        return self.placed(
+        return self.stage_config(
             getattr(self, method),
             self.run_dir / method,
             self.origin,
@@ -219,7 +219,7 @@ class Config(RunSettings, PolicySettings):
     def drawn(self, method: str, number: int) -> rejection_sampling.Config:
         """The run that draws in a round: of problems that no round before had."""
         num_problems = self.num_prompts * self.steps_of_a_round
-        return self.placed(
+        return self.stage_config(
             self.drawing,
             self.folder(method, number, "drawn"),
             self.before(method, number),
@@ -247,11 +247,11 @@ class Config(RunSettings, PolicySettings):
             rows = stage.num_pairs if method == "dpo" else stage.num_sequences
             parts = self.in_steps("grpo").micro_batches_of(rows) * (2 if method == "dpo" else 1)
             changes["num_micro_batches"] = min(parts, rows)
-        return self.placed(stage, self.folder(method, number, "learnt"), self.before(method, number), **changes)
+        return self.stage_config(stage, self.folder(method, number, "learnt"), self.before(method, number), **changes)
 
     def measured(self, folder: Path, start: Path | str | None) -> evaluate.Config:
         """The run that measures a model."""
-        return self.placed(
+        return self.stage_config(
             self.evaluation, folder, start, data=self.data, rewards=self.rewards, num_samples=self.eval_samples
         )
 
@@ -273,7 +273,7 @@ def check_data(config: Config) -> None:
     """Check that there are problems for all rounds, each of which asks others.
 
     Raises:
-        ValueError: there are too few; and as ``DataSettings.load``.
+        ValueError: there are too few; and as ``DataConfig.load``.
     """
     problems, *_ = load_problem_sets(config.data, config.seed)
     wanted = config.num_prompts * config.num_steps
@@ -315,7 +315,7 @@ def round_of(config: Config, method: str, number: int, made_here: list[Path]) ->
     ]
 
 
-def write_pairs(folder: Path, selection: SelectionSettings, *, most: int, least: int) -> None:
+def write_pairs(folder: Path, selection: SelectionConfig, *, most: int, least: int) -> None:
     """Set right completions in a run's folder against wrong ones of the same problem.
 
     Args:
@@ -333,7 +333,7 @@ def write_pairs(folder: Path, selection: SelectionSettings, *, most: int, least:
             "chosen": each.completions[chosen],
             "rejected": each.completions[rejected],
         }
-        for each in read_collected(folder)
+        for each in read_samples(folder)
         for chosen, rejected in preferred(each, selection, most=most)
     ]
     if len(rows) <= most + least:  # the pairs of a problem are held out

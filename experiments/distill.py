@@ -26,21 +26,21 @@ import rejection_sampling
 import sft
 import tyro
 
-from grpo_jax.config.batch_inference import CollectSettings
-from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.batch_inference import BatchInferenceConfig
+from grpo_jax.config.offline import DemonstrationConfig
 from grpo_jax.config.prompts import prompt_fields, with_format
-from grpo_jax.config.run import at_least
-from grpo_jax.config.training import OptimizerSettings
-from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.config.run import require_at_least
+from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.stages import Stage, run_stages
-from grpo_jax.tasks.toy_model import Recipe
+from grpo_jax.tasks.toy_model import ToyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CollectSettings):
+class Config(BatchInferenceConfig):
     """What a run is. Fields are checked before anything is computed."""
 
     run_dir: Path = Path("runs/distill")
@@ -49,11 +49,11 @@ class Config(CollectSettings):
     """Hugging Face id or local folder of the teacher. Default: a small base, taught here by sft.py first."""
     student: str | None = None
     """The same of the student. Default: a smaller base, made here."""
-    base: Recipe = Recipe()
+    base: ToyConfig = ToyConfig()
     """How the embedded teacher's base is made; the seed is the run's."""
     base_dir: Path | None = None
     """Folder of an embedded teacher that was made before."""
-    student_base: Recipe = Recipe(hidden_size=64)
+    student_base: ToyConfig = ToyConfig(hidden_size=64)
     """How the embedded student is made; the seed is the run's."""
     student_stop_tokens: tuple[str, ...] = ()
     """As stop_tokens, of the student."""
@@ -62,7 +62,7 @@ class Config(CollectSettings):
     """The teacher's completions of each problem."""
     max_problems: int | None = None
     """Problems that the teacher is asked, the first ones. Default: all with a teacher that is named, 2048 without."""
-    selection: Annotated[SelectionSettings, tyro.conf.arg(name="")] = SelectionSettings()
+    selection: Annotated[SelectionConfig, tyro.conf.arg(name="")] = SelectionConfig()
     """Which of its completions are taught."""
     demonstrations: tuple[Path, ...] = ()
     """JSONL files of other demonstrations that are taught as well."""
@@ -78,16 +78,16 @@ class Config(CollectSettings):
     the student has fewer positions."""
     num_micro_batches: int = 1
     """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients become updates. Default learning rate: 1e-5 with --student, 1e-3 without."""
     eval_samples: int = 4
     """Completions of each held-out problem that teacher and student are measured by."""
 
     def __post_init__(self):
-        CollectSettings.__post_init__(self)
+        BatchInferenceConfig.__post_init__(self)
         if (self.model is None) != (self.student is None):
             raise ValueError("name a teacher and a student, or neither: an embedded one knows its own sums only")
-        at_least(self, eval_samples=1, max_problems=1)
+        require_at_least(self, eval_samples=1, max_problems=1)
         _ = self.sampled, self.taught  # settings of a later stage are checked now
 
     def folder(self, stage: str) -> Path:
@@ -139,7 +139,7 @@ class Config(CollectSettings):
             model=self.student,
             base_dir=None if self.student else self.folder("student_before") / "base",
             stop_tokens=self.student_stop_tokens,
-            data=DemonstrationSettings(
+            data=DemonstrationConfig(
                 dataset=str(self.folder("samples") / rejection_sampling.DATASET), **prompt_fields(self.data)
             ),
             num_epochs=self.num_epochs,
@@ -148,7 +148,7 @@ class Config(CollectSettings):
             num_micro_batches=self.num_micro_batches,
             optimizer=self.optimizer,
             eval_every=0,
-            eval_prompts=0,
+            num_eval_prompts=0,
         )
 
     def measured(self, stage: str, model: str | None, **start: Any) -> evaluate.Config:

@@ -30,10 +30,10 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from grpo_jax.config.model import PolicySettings
-from grpo_jax.config.offline import PreferenceSettings
-from grpo_jax.config.run import Export, RunSettings, at_least
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.config.model import PolicyConfig
+from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.notes import DataNotes
@@ -45,19 +45,19 @@ from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.checks import check_divides, check_finite, check_same_data
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
-from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import facts_of, load_model, load_policy, make_sampler, start_model
+from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, start_model
 from grpo_jax.loss import dpo_loss, hinge_preference, sigmoid_preference, squared_preference
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.rewards.compose import RewardFn, as_graded
+from grpo_jax.rewards.compose import RewardFn, as_reward_outputs
 from grpo_jax.rewards.plugin import import_reward
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
 from grpo_jax.tasks.errands import errand_reward
-from grpo_jax.tasks.toy_model import Recipe
+from grpo_jax.tasks.toy_model import ToyConfig
 from grpo_jax.train import init_state, make_train_step, pair_log_probs
 from grpo_jax.types import Pairs, Params
 
@@ -65,14 +65,14 @@ OBJECTIVES = {"sigmoid": sigmoid_preference, "hinge": hinge_preference, "ipo": s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunSettings, PolicySettings):
+class Config(RunConfig, PolicyConfig):
     """What a run is. Fields are checked before anything is computed."""
 
-    data: Annotated[PreferenceSettings, tyro.conf.arg(name="")] = PreferenceSettings()
+    data: Annotated[PreferenceConfig, tyro.conf.arg(name="")] = PreferenceConfig()
     """What is preferred to what."""
     run_dir: Path = Path("runs/dpo")
     """The run's own folder: logs, checkpoints, curves, the trained model."""
-    base: Recipe = Recipe(errand_share=0.5)
+    base: ToyConfig = ToyConfig(errand_share=0.5)
     """How the embedded base is made; the seed is the run's."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """What a pair's margin costs: DPO's own, SLiC's or IPO's."""
@@ -95,7 +95,7 @@ class Config(RunSettings, PolicySettings):
     """Pairs of an update."""
     num_micro_batches: int = 1
     """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients become updates. Default learning rate: 5e-7 with --model, 3e-4 without."""
     judge: str | None = None
     """module:function, a reward that grades the completions drawn for held-out prompts. Default: the quality of replies
@@ -105,16 +105,18 @@ class Config(RunSettings, PolicySettings):
     export: Export = "last"
     """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
     given the other one."""
-    eval_prompts: int = 64
+    num_eval_prompts: int = 64
     """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
     eval_samples: int = 4
     """Completions for each of them."""
 
     def __post_init__(self):
-        RunSettings.__post_init__(self)
-        PolicySettings.__post_init__(self)
-        at_least(self, num_epochs=1, num_pairs=1, num_micro_batches=1, eval_every=0, eval_prompts=0, eval_samples=1)
-        at_least(self, sft_coef=0)
+        RunConfig.__post_init__(self)
+        PolicyConfig.__post_init__(self)
+        require_at_least(
+            self, num_epochs=1, num_pairs=1, num_micro_batches=1, eval_every=0, num_eval_prompts=0, eval_samples=1
+        )
+        require_at_least(self, sft_coef=0)
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; it must be above 0")
         if self.loss != "sigmoid" and (self.label_smoothing or self.target_margin):
@@ -138,13 +140,15 @@ class Config(RunSettings, PolicySettings):
         return partial(sigmoid_preference, label_smoothing=self.label_smoothing, target_margin=self.target_margin)
 
 
-MAY_CHANGE = ("num_micro_batches", "cache_bytes", "eval_every")
-GOES_ON_WITH = ("num_epochs", "export")
+RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every")
+EXTENDABLE_FIELDS = ("num_epochs", "export")
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="DPO", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+    return run_experiment(
+        config, train, title="DPO", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
+    )
 
 
 def check(config: Config) -> None:
@@ -164,7 +168,7 @@ def train(config: Config, run: Run) -> None:
     judge = judge if config.judge is None else import_reward(config.judge)
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
-    rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
+    rendering = resolve_rendering(config.data, policy, say=run.say, today=run.begun)
     encode = partial(
         encode_preference_set,
         config.data,
@@ -177,7 +181,7 @@ def train(config: Config, run: Run) -> None:
     if pairs.dropped:
         run.say(f"{pairs.dropped} of {len(preferences)} pairs dropped: too long")
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
-    asked = held_out_pairs.preferences[: config.eval_prompts]
+    asked = held_out_pairs.preferences[: config.num_eval_prompts]
     prompts = EncodedProblems(
         [Problem(each.prompt, None, {"chosen": each.chosen, **of_template(each.columns)}) for each in asked],
         policy.tokenizer,
@@ -217,7 +221,7 @@ def train(config: Config, run: Run) -> None:
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     run.describe(
         {
-            **facts_of(config, start, policy, mesh),
+            **model_facts(config, start, policy, mesh),
             "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
             "lengths": f"{config.prompt_length} + {config.completion_length} tokens; {config.num_pairs} pairs a step",
             "loss": f"{config.loss}, beta {config.beta:g}, {config.num_epochs} epochs",
@@ -281,7 +285,7 @@ def train(config: Config, run: Run) -> None:
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
-    params, step = exported(
+    params, step = exported_params(
         config,
         run,
         state,
@@ -339,7 +343,9 @@ def judged(
     """Samples to be read, with their grades where somebody judges; and the grades that there are."""
     asked = [n // count for n in range(len(completions))]
     texts = [prompts.texts[n] for n in asked]
-    graded = [] if judge is None else as_graded(judge(texts, completions, answer=[None] * len(texts)), completions)
+    graded = (
+        [] if judge is None else as_reward_outputs(judge(texts, completions, answer=[None] * len(texts)), completions)
+    )
     scores = [each.score for each in graded] or [None] * len(texts)
     samples = [
         Sample(text, completion, reward=score, answer=prompts.problems[n].columns["chosen"])

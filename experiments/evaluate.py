@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from grpo_jax.config.batch_inference import CollectSettings
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.run import LAID_OUT
+from grpo_jax.config.batch_inference import BatchInferenceConfig
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.data.problems import Problem
-from grpo_jax.data.selection import Collected
+from grpo_jax.data.selection import ProblemSamples
 from grpo_jax.evaluate import estimate, maj_at_k_of_each, paired_test, pass_at_k_of_each
-from grpo_jax.loop.batch_inference import collect, read_collected, read_provenance
+from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.problems import same_answers_of
 from grpo_jax.loop.run import Run, run_experiment
@@ -55,10 +55,10 @@ Key = tuple[str, str | None, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CollectSettings):
+class Config(BatchInferenceConfig):
     """What an evaluation is. Fields are checked before anything is computed."""
 
-    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings(eval_problems=None)
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig(eval_size=None)
     """What is asked."""
     held_out: bool = False
     """Ask only the problems that training on this dataset would hold out."""
@@ -84,14 +84,14 @@ class Config(CollectSettings):
         return sorted({1, *(self.k or powers)})
 
 
-MAY_CHANGE = ("against", "k", "cache_bytes")
-GOES_ON_WITH = ()
+RESUMABLE_FIELDS = ("against", "k", "cache_bytes")
+EXTENDABLE_FIELDS = ()
 OTHER_SETTINGS_OF_NO_FIGURE = ("against", "k", "cache_bytes", "num_prompts")
 
 
 def main(config: Config) -> int:
     """Evaluate, or go on; the exit status is 0 when the report is there and 130 when the run was asked to stop."""
-    return run_experiment(config, evaluate, title="Evaluation", may_change=MAY_CHANGE, again=True)
+    return run_experiment(config, evaluate, title="Evaluation", resumable_fields=RESUMABLE_FIELDS, again=True)
 
 
 def check(config: Config) -> None:
@@ -101,7 +101,7 @@ def check(config: Config) -> None:
 
 def evaluate(config: Config, run: Run) -> None:
     report = read_report(run.folder) if run.is_finished else None
-    if report is None or differences(report["config"], run.settings, LAID_OUT):
+    if report is None or differences(report["config"], run.settings, LAYOUT_FIELDS):
         report = make_report(config, run, report)
     print_report(run, report)
 
@@ -128,7 +128,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Draw completions unless a report was made of them before; tell what they are worth and write it down."""
     against = None if config.against is None else read_report(config.against)
-    others = [] if config.against is None else keys_of(each.problem for each in read_collected(config.against))
+    others = [] if config.against is None else keys_of(each.problem for each in read_samples(config.against))
 
     def check(problems: Iterable[Problem]) -> None:
         if config.against is not None:
@@ -137,19 +137,19 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
     if before is None:
         asked = "held_out" if config.held_out else "evaluation"
         collect(config, run, config.mesh.build(), asked=asked, check=check)
-    keys = keys_of(each.problem for each in read_collected(run.folder))
+    keys = keys_of(each.problem for each in read_samples(run.folder))
     figures = meaningful(
-        config, run.folder, per_problem(read_collected(run.folder), config.ks, same_answers_of(config.data))
+        config, run.folder, per_problem(read_samples(run.folder), config.ks, same_answers_of(config.data))
     )
     report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
     if config.against is not None and against is not None:
         check_same_problems(keys, others, run.folder, config.against)
         place = {key: n for n, key in enumerate(others)}
         paired = [place[key] for key in keys]
-        theirs = per_problem(read_collected(config.against), config.ks, same_answers_of(config.data))
+        theirs = per_problem(read_samples(config.against), config.ks, same_answers_of(config.data))
         report[COMPARISON] = {
             "against": config.against,
-            "settings": differences(against["config"], run.settings, (*LAID_OUT, *OTHER_SETTINGS_OF_NO_FIGURE)),
+            "settings": differences(against["config"], run.settings, (*LAYOUT_FIELDS, *OTHER_SETTINGS_OF_NO_FIGURE)),
             "provenance": read_provenance(config.against),
             FIGURES: compared({name: values[paired] for name, values in theirs.items()}, figures),
         }
@@ -168,7 +168,7 @@ def meaningful(config: Config, folder: Path, figures: PerProblem) -> PerProblem:
     Without answers that completions end in there is no majority vote; where nothing is graded, no accuracy and no share
     of problems that could not be; and no format where prompts do not ask for it and no completion has it.
     """
-    problems = [each.problem for each in read_collected(folder)]
+    problems = [each.problem for each in read_samples(folder)]
     without = () if has_final_answers(config.data, problems) else ("maj@",)
     without += ("rewards/accuracy", "ungraded") if config.data.grader == "none" else ()
     if not asks_for_format(config.data) and not np.nansum(figures["rewards/format"]):
@@ -177,7 +177,7 @@ def meaningful(config: Config, folder: Path, figures: PerProblem) -> PerProblem:
 
 
 def per_problem(
-    collected: Iterable[Collected], ks: Sequence[int], same: Callable[[str, str], bool] = same_text
+    collected: Iterable[ProblemSamples], ks: Sequence[int], same: Callable[[str, str], bool] = same_text
 ) -> PerProblem:
     """The figures of each problem, in their order: those that are told are means of them.
 

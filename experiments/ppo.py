@@ -29,16 +29,16 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.online import GOES_ON_WITH, MAY_CHANGE, RoundSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import at_least
-from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.online import EXTENDABLE_FIELDS, RESUMABLE_FIELDS, OnlineConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import require_at_least
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.loop.checks import check_divides, check_finite
-from grpo_jax.loop.collector import Rounds
+from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.experience import Round
-from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.experience import Experience
+from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model
@@ -47,12 +47,12 @@ from grpo_jax.models import Pretrained
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import replicated, shard_rows
 from grpo_jax.tasks.errands import ERRANDS
-from grpo_jax.tasks.toy_model import Recipe
+from grpo_jax.tasks.toy_model import ToyConfig
 from grpo_jax.train import (
     completion_log_probs,
     completion_values,
     init_state,
-    make_scorer,
+    make_log_prob_fn,
     make_train_step,
     policy_and_values,
     shuffled_minibatches,
@@ -62,20 +62,20 @@ from grpo_jax.types import Batch, Mean, Params, Rollout, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RoundSettings):
+class Config(OnlineConfig):
     """What a run is. Fields are checked before anything is computed."""
 
-    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings(dataset=ERRANDS)
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig(dataset=ERRANDS)
     """What is asked. Default: errands of the embedded base."""
     run_dir: Path = Path("runs/ppo")
     """The run's own folder: logs, checkpoints, curves, the trained model."""
-    base: Recipe = Recipe(errand_share=0.5)
+    base: ToyConfig = ToyConfig(errand_share=0.5)
     """How the embedded base is made; the seed is the run's."""
     num_prompts: int = 128
     """Prompts a step."""
     group_size: int = 1
     """Samples for each prompt."""
-    rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings(accuracy_weight=0.0)
+    rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig(accuracy_weight=0.0)
     """What is paid for. Default: the score of a reward model that is learnt here first."""
 
     critic: Literal["model", "head"] = "model"
@@ -99,7 +99,7 @@ class Config(RoundSettings):
     kl_horizon: float = 10_000.0
     """Completions over which the weight may change by a fifth."""
 
-    policy: Annotated[PolicyLossSettings, tyro.conf.arg(name="")] = PolicyLossSettings(loss="ppo")
+    policy: Annotated[PolicyLossConfig, tyro.conf.arg(name="")] = PolicyLossConfig(loss="ppo")
     """What the actor minimizes."""
     num_epochs: int = 2
     """Passes over each step's completions."""
@@ -108,15 +108,17 @@ class Config(RoundSettings):
     num_micro_batches: int | None = None
     """Parts each update is computed in, to save memory; the result is the same. Default: parts of at most 16,384
     tokens with --model, one without."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How the actor's gradients become updates."""
-    critic_optimizer: OptimizerSettings = OptimizerSettings()
+    critic_optimizer: OptimizerConfig = OptimizerConfig()
     """How the critic's do, where it is a model of its own."""
 
     def __post_init__(self):
-        RoundSettings.__post_init__(self)
-        at_least(self, num_epochs=1, num_minibatches=1, num_micro_batches=1, critic_warmup_steps=0, kl_reward_coef=0)
-        at_least(self, value_coef=0)
+        OnlineConfig.__post_init__(self)
+        require_at_least(
+            self, num_epochs=1, num_minibatches=1, num_micro_batches=1, critic_warmup_steps=0, kl_reward_coef=0
+        )
+        require_at_least(self, value_coef=0)
         rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
         if rows % (self.num_minibatches * micro_batches):
             raise ValueError(
@@ -169,7 +171,9 @@ def main(config: Config) -> int:
             return status
         rewards = replace(config.rewards, reward_model=str(folder / "model"))
         config = replace(config, rewards=rewards, base_dir=config.base_dir or folder / "base")
-    return run_experiment(config, train, title="PPO", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+    return run_experiment(
+        config, train, title="PPO", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
+    )
 
 
 def check(config: Config) -> None:
@@ -182,8 +186,8 @@ def check(config: Config) -> None:
 
 def train(config: Config, run: Run) -> None:
     mesh = config.mesh.build()
-    rounds = Rounds(config, run, mesh)
-    learner = (OwnCritic if config.critic == "model" else SharedTrunk)(config, rounds, mesh)
+    collector = Collector(config, run, mesh)
+    learner = (OwnCritic if config.critic == "model" else SharedTrunk)(config, collector, mesh)
     run.describe(
         {
             "loss": f"{config.policy.loss}, critic {config.critic}, KL coefficient {config.kl_reward_coef:g}",
@@ -193,20 +197,20 @@ def train(config: Config, run: Run) -> None:
     )
     first, states, position = run.resume(learner.states)
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
-    rounds.begin(position)
+    collector.restore(position)
     kl_coef = position.get("kl_coef", config.kl_reward_coef)
-    rounds.evaluate_if_due(first, learner.actor(states))
+    collector.evaluate_if_due(first, learner.actor(states))
     with run.progress.phase("PPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
-            drawn = rounds.draw(step, learner.actor(states))
+            drawn = collector.draw(step, learner.actor(states))
             # Sent off before the host scores: the devices work on it meanwhile.
             old, ref, values = learner.before(states, drawn.rollout)
-            scores = rounds.score(drawn)
+            scores = collector.score(drawn)
             batch, kl, token_kl = learner.batch(drawn, scores, old, ref, values, kl_coef)
 
             updates = []
             for epoch in range(config.num_epochs):
-                key = jax.random.fold_in(jax.random.fold_in(rounds.shuffle, step), epoch)
+                key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
                     minibatch = shard_rows(minibatch, mesh)
                     states, update = learner.update(states, minibatch, critic_alone=step <= config.critic_warmup_steps)
@@ -228,21 +232,23 @@ def train(config: Config, run: Run) -> None:
                     )
                 )
             per_completion = np.asarray(masked_sum(batch.advantages, batch.loss_mask, 1))
-            wants_checkpoint = rounds.tell(drawn, scores, metrics, per_completion)
-            if rounds.save_is_due(step, wants_checkpoint):
-                run.save(step, states, {**rounds.position, "kl_coef": kl_coef})
+            wants_checkpoint = collector.log_step(drawn, scores, metrics, per_completion)
+            if collector.save_is_due(step, wants_checkpoint):
+                run.save(step, states, {**collector.position, "kl_coef": kl_coef})
             run.stop_if_requested()
-            metrics |= rounds.evaluate_if_due(step, learner.actor(states))
+            metrics |= collector.evaluate_if_due(step, learner.actor(states))
             phase.update(step, metrics)
-    params, step = exported(config, run, states, steps=config.num_steps, params_of=learner.actor, start=rounds.reload)
+    params, step = exported_params(
+        config, run, states, steps=config.num_steps, params_of=learner.actor, start=collector.reload
+    )
     summary = {"seed": config.seed}
     save_trained(
         run,
         params,
-        rounds.policy,
+        collector.policy,
         steps=config.num_steps,
         summary=summary,
-        prompt_format=rounds.prompt_format,
+        prompt_format=collector.prompt_format,
         exported_step=step,
     )
 
@@ -259,8 +265,8 @@ class Learner:
     _log_probs: Callable
     _values: Callable
 
-    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh, *, num_steps: int):
-        self.config, self.model, self.mesh = config, rounds.policy.model, mesh
+    def __init__(self, config: Config, collector: Collector, mesh: Mesh, *, num_steps: int):
+        self.config, self.model, self.mesh = config, collector.policy.model, mesh
         self.optimizer, self.schedule = config.optimizer.build(
             total_updates=max(num_steps, 1) * self.updates_per_step,
             default_learning_rate=1e-6 if config.model else 3e-4,
@@ -273,7 +279,7 @@ class Learner:
 
     def scorer(self, log_probs: Callable) -> Callable:
         parts = self.config.num_minibatches * self.config.micro_batches
-        return make_scorer(log_probs, num_micro_batches=parts)
+        return make_log_prob_fn(log_probs, num_micro_batches=parts)
 
     def step(self, loss_fn: Callable, optimizer: Any) -> Callable:
         return make_train_step(loss_fn, optimizer, num_micro_batches=self.config.micro_batches)
@@ -305,7 +311,7 @@ class Learner:
 
     def batch(
         self,
-        drawn: Round,
+        drawn: Experience,
         scores: Scores,
         old: jax.Array,
         ref: jax.Array | None,
@@ -334,12 +340,12 @@ class Learner:
 class OwnCritic(Learner):
     """A critic that is a model of its own: from the reward model, or else from the actor's own start."""
 
-    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
+    def __init__(self, config: Config, collector: Collector, mesh: Mesh):
         # The actor's optimizer rests while the critic learns alone.
-        super().__init__(config, rounds, mesh, num_steps=config.num_steps - config.critic_warmup_steps)
-        start = config.rewards.reward_model or rounds.start
+        super().__init__(config, collector, mesh, num_steps=config.num_steps - config.critic_warmup_steps)
+        start = config.rewards.reward_model or collector.start
         critic = load_model(config, start, mesh, scalar_head=True)
-        check_same_tokens(critic, rounds.policy)
+        check_same_tokens(critic, collector.policy)
         critic_optimizer, _ = config.critic_optimizer.build(
             total_updates=config.num_steps * self.updates_per_step,
             default_learning_rate=1e-5 if config.model else 1e-3,
@@ -364,7 +370,7 @@ class OwnCritic(Learner):
         on_mesh = replicated(mesh)
         self.states = {
             "actor": init_state(
-                rounds.take_params(), self.optimizer, with_reference=with_reference, replicated=on_mesh
+                collector.take_params(), self.optimizer, with_reference=with_reference, replicated=on_mesh
             ),
             "critic": init_state(critic.params, critic_optimizer, with_reference=False, replicated=on_mesh),
         }
@@ -387,8 +393,8 @@ class OwnCritic(Learner):
 class SharedTrunk(Learner):
     """A critic that is a head on the actor's trunk: both learn in one pass, the value's loss beside the policy's."""
 
-    def __init__(self, config: Config, rounds: Rounds, mesh: Mesh):
-        super().__init__(config, rounds, mesh, num_steps=config.num_steps)
+    def __init__(self, config: Config, collector: Collector, mesh: Mesh):
+        super().__init__(config, collector, mesh, num_steps=config.num_steps)
         outputs = partial(policy_and_values, self.model, temperature=config.sampling.temperature)
 
         def loss_of(params: Params, batch: Batch, *, critic_alone: bool):
@@ -409,7 +415,7 @@ class SharedTrunk(Learner):
         self._steps = {
             alone: self.step(partial(loss_of, critic_alone=alone), self.optimizer) for alone in (False, True)
         }
-        policy = rounds.take_params()
+        policy = collector.take_params()
         params = with_value_head(policy, self.model.head(policy).shape[1])
         params["value"] = jax.device_put(params["value"], replicated(mesh))
         self.states = {

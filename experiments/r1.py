@@ -36,24 +36,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.model import ModelSettings
-from grpo_jax.config.offline import DemonstrationSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.model import ModelConfig
+from grpo_jax.config.offline import DemonstrationConfig
 from grpo_jax.config.prompts import with_format
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import RunSettings
-from grpo_jax.config.training import PolicyLossSettings
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import RunConfig
+from grpo_jax.config.training import PolicyLossConfig
 from grpo_jax.data.conversations import load_demonstrations
-from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline_data import load_demonstration_sets, load_preference_sets
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
-from grpo_jax.loop.stages import Stage, check_no_models, placed, run_stages
+from grpo_jax.loop.stages import Stage, check_no_models, run_stages, stage_config
 from grpo_jax.tasks.errands import ERRANDS, careless_reply, sample_errands
-from grpo_jax.tasks.toy_model import Recipe
+from grpo_jax.tasks.toy_model import ToyConfig
 
 EMBEDDED_LANGUAGE = "zh"
 """What the embedded base is to think in: it knows Arabic digits, which are of no language, and Chinese ones."""
@@ -73,39 +73,39 @@ FIGURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunSettings, ModelSettings):
+class Config(RunConfig, ModelConfig):
     """What the chain is. What it says of data, models, folders, seeds and devices holds for all stages."""
 
     run_dir: Path = Path("runs/r1")
     """The chain's own folder, with one for each stage."""
-    base: Recipe = Recipe(skill_steps=700, errand_share=0.25, chinese_share=0.5)
+    base: ToyConfig = ToyConfig(skill_steps=700, errand_share=0.25, chinese_share=0.5)
     """How the embedded base is made; the seed is the run's."""
-    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
     """What is reasoned about. Default: built-in sums."""
     target_language: str | None = None
     """Language that thoughts are to be in. Default: en with --model, zh without."""
     general: Path | None = None
     """JSONL file of demonstrations beside reasoning, for the second SFT. Default: careless replies to errands."""
-    general_data: DataSettings = DataSettings(dataset=ERRANDS)
+    general_data: DataConfig = DataConfig(dataset=ERRANDS)
     """Prompts beside reasoning, for the final RL. Default: errands."""
     general_reward_model: str | None = None
     """Hugging Face id or folder of the reward model that judges replies to them. Default: one is learnt here."""
 
     cold_start: sft.Config = sft.Config(
-        data=DemonstrationSettings(worked_sums=128, in_chinese=True), num_epochs=4, eval_every=0
+        data=DemonstrationConfig(worked_sums=128, in_chinese=True), num_epochs=4, eval_every=0
     )
     """SFT of the base on a few long thoughts. Default: 128 sums that are worked out."""
-    zero: r1_zero.Config = r1_zero.Config(rewards=RewardSettings(format_weight=0.2), eval_every=0)
+    zero: r1_zero.Config = r1_zero.Config(rewards=RewardConfig(format_weight=0.2), eval_every=0)
     """RL straight from the base, to compare with."""
     reasoning: r1_zero.Config = r1_zero.Config(
-        rewards=RewardSettings(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
+        rewards=RewardConfig(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
         num_steps=40,
         eval_every=0,
     )
     """RL from the cold start: accuracy, format and language."""
     rejection: rejection_sampling.Config = rejection_sampling.Config(
-        selection=SelectionSettings(require=("accuracy=1", "format=1", "language=0.95")),
-        rewards=RewardSettings(target_language=EMBEDDED_LANGUAGE),
+        selection=SelectionConfig(require=("accuracy=1", "format=1", "language=0.95")),
+        rewards=RewardConfig(target_language=EMBEDDED_LANGUAGE),
         max_problems=1024,
     )
     """What the reasoning model's completions are chosen by."""
@@ -114,8 +114,8 @@ class Config(RunSettings, ModelSettings):
     preferences: reward_model.Config = reward_model.Config(eval_every=0)
     """How the reward model is learnt, from the SFT model."""
     final: r1_zero.Config = r1_zero.Config(
-        rewards=RewardSettings(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
-        policy=PolicyLossSettings(kl_coef=0.05),
+        rewards=RewardConfig(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
+        policy=PolicyLossConfig(kl_coef=0.05),
         num_steps=40,
         eval_every=0,
     )
@@ -124,7 +124,7 @@ class Config(RunSettings, ModelSettings):
     """How each stage's model is measured."""
 
     def __post_init__(self):
-        RunSettings.__post_init__(self)
+        RunConfig.__post_init__(self)
         check_no_models(self, STAGES)
         if self.model is not None:
             missing = {
@@ -141,15 +141,17 @@ class Config(RunSettings, ModelSettings):
                 )
         if self.general is not None and not self.general.is_file():
             raise ValueError(f"general: there is no file {self.general}")
-        self.placed(self.reasoning, "reasoning", "cold_start", **self.reasoned(self.reasoning))  # or it does not fit
+        self.stage_config(
+            self.reasoning, "reasoning", "cold_start", **self.reasoned(self.reasoning)
+        )  # or it does not fit
 
     def folder(self, stage: str) -> Path:
         """Where a stage lies."""
         return self.run_dir / stage
 
-    def placed(self, stage: AnyConfig, name: str, start: str | None, **changes: Any) -> AnyConfig:
+    def stage_config(self, stage: AnyConfig, name: str, start: str | None, **changes: Any) -> AnyConfig:
         """A stage's settings in its own folder, with the chain's; ``start`` is the stage whose model it begins with."""
-        return placed(stage, self, self.folder(name), None if start is None else self.model_of(start), **changes)
+        return stage_config(stage, self, self.folder(name), None if start is None else self.model_of(start), **changes)
 
     def model_of(self, stage: str) -> Path | str:
         """The folder of the model that came out of a stage; of ``base``, what the chain starts from."""
@@ -181,24 +183,31 @@ def main(config: Config) -> int:
 
 def chain(config: Config) -> list[Stage]:
     """All stages, in order."""
-    placed, folder = config.placed, config.folder
+    stage_config, folder = config.stage_config, config.folder
     general = config.general or config.run_dir / "general.jsonl"
     tasks = write_tasks(config)
     if config.general is None:
         write_careless_replies(general, config.seed)
 
     def reasoned(stage: Any, name: str, start: str, **changes: Any) -> Any:
-        return placed(stage, name, start, **config.reasoned(stage), **changes)
+        return stage_config(stage, name, start, **config.reasoned(stage), **changes)
 
     drawn = reasoned(config.rejection, "rejection_sampling", "reasoning", demonstrations=(general,))
     judge = [] if config.general_reward_model else [folder("reward_model")]
     return [
-        Stage(sft, placed(config.cold_start, "cold_start", None)),
+        Stage(sft, stage_config(config.cold_start, "cold_start", None)),
         Stage(r1_zero, reasoned(config.zero, "r1_zero", "base"), config.made_in("base")),
         Stage(r1_zero, reasoned(config.reasoning, "reasoning", "cold_start"), config.made_in("cold_start")),
         Stage(rejection_sampling, drawn, config.made_in("reasoning")),
-        Stage(sft, placed(config.second_sft, "sft", "base", data=demonstrated(config)), [folder("rejection_sampling")]),
-        *(Stage(reward_model, placed(config.preferences, "reward_model", "sft"), config.made_in("sft")) for _ in judge),
+        Stage(
+            sft,
+            stage_config(config.second_sft, "sft", "base", data=demonstrated(config)),
+            [folder("rejection_sampling")],
+        ),
+        *(
+            Stage(reward_model, stage_config(config.preferences, "reward_model", "sft"), config.made_in("sft"))
+            for _ in judge
+        ),
         Stage(r1_zero, reasoned(config.final, "final", "sft", tasks=tasks), [*config.made_in("sft"), *judge]),
         *(evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
     ]
@@ -219,7 +228,7 @@ def check_data(config: Config) -> None:
         load_preference_sets(config.preferences.data, config.seed)
 
 
-def demonstrated(config: Config) -> DemonstrationSettings:
+def demonstrated(config: Config) -> DemonstrationConfig:
     """The data of the second SFT, with the format of prompts that its completions were drawn with."""
     folder = config.folder("rejection_sampling")
     data = replace(config.second_sft.data, dataset=str(folder / "dataset.jsonl"))
@@ -230,14 +239,14 @@ def demonstrated(config: Config) -> DemonstrationSettings:
 
 def evaluated(config: Config, model: str, of: str) -> Stage:
     """Measure a stage's model, on what is reasoned about or on the rest; the final one against R1-Zero."""
-    of_general = RewardSettings(accuracy_weight=0.0, reward_model=config.judge)
+    of_general = RewardConfig(accuracy_weight=0.0, reward_model=config.judge)
     asked = {"data": config.general_data, "rewards": of_general}
     against = config.folder(f"evaluation/r1_zero_{of}") if model == "final" else None
     changes = config.reasoned(config.evaluation) if of == REASONING else asked
     judge = [config.folder("reward_model")] if of == GENERAL and not config.general_reward_model else []
     return Stage(
         evaluate,
-        config.placed(config.evaluation, f"evaluation/{model}_{of}", model, against=against, **changes),
+        config.stage_config(config.evaluation, f"evaluation/{model}_{of}", model, against=against, **changes),
         [*config.made_in(model), *judge, *([] if against is None else [against])],
     )
 
@@ -253,7 +262,7 @@ def write_careless_replies(path: Path, seed: int) -> None:
 def write_tasks(config: Config) -> Path:
     """The file with the mixture of the final RL. Its name tells what it holds, so that another mixture is noticed."""
     rules = dataclasses.asdict(config.reasoned(config.final)["rewards"])
-    judged = dataclasses.asdict(RewardSettings(accuracy_weight=0.0, reward_model=config.judge))
+    judged = dataclasses.asdict(RewardConfig(accuracy_weight=0.0, reward_model=config.judge))
     tasks = {
         REASONING: {**dataclasses.asdict(config.data), **rules},
         GENERAL: {**dataclasses.asdict(config.general_data), **judged},

@@ -27,16 +27,16 @@ import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
-from grpo_jax.config.online import GOES_ON_WITH, MAY_CHANGE, RoundSettings
-from grpo_jax.config.run import at_least
-from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
+from grpo_jax.config.online import EXTENDABLE_FIELDS, RESUMABLE_FIELDS, OnlineConfig
+from grpo_jax.config.run import require_at_least
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.data.encoded import last_tokens
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.checks import check_divides, check_finite
-from grpo_jax.loop.collector import Rounds
+from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.experience import told_apart
-from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.experience import has_reward_variance
+from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.masked import masked_sum
@@ -45,7 +45,7 @@ from grpo_jax.sharding import replicated, shard_rows
 from grpo_jax.train import (
     completion_log_probs,
     init_state,
-    make_scorer,
+    make_log_prob_fn,
     make_train_step,
     shuffled_minibatches,
     with_fresh_reference,
@@ -65,7 +65,7 @@ GDPO, PROCESS, HYBRID = "gdpo", "process_supervised", "hybrid"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RoundSettings):
+class Config(OnlineConfig):
     """What a run is. Fields are checked before anything is computed."""
 
     run_dir: Path = Path("runs/r1_zero")
@@ -77,7 +77,7 @@ class Config(RoundSettings):
     with any other."""
     critic_epochs: int = 8
     """With hybrid, passes of the head over each step's completions."""
-    critic_optimizer: OptimizerSettings = OptimizerSettings()
+    critic_optimizer: OptimizerConfig = OptimizerConfig()
     """With hybrid, how the head's gradients become updates. Default learning rate: 3e-3."""
     max_draws: int = 1
     """How often a step may draw, each time for the next prompts, until there are num_prompts groups whose samples
@@ -85,7 +85,7 @@ class Config(RoundSettings):
     mask_truncated: bool = False
     """Leave completions that were cut off out of the loss."""
 
-    policy: Annotated[PolicyLossSettings, tyro.conf.arg(name="")] = PolicyLossSettings()
+    policy: Annotated[PolicyLossConfig, tyro.conf.arg(name="")] = PolicyLossConfig()
     """What is minimized."""
     kl_reward_coef: float = 0.0
     """Weight in the reward of the KL to the reference policy, instead of kl_coef; with both at 0, none is held."""
@@ -99,13 +99,15 @@ class Config(RoundSettings):
     num_micro_batches: int | None = None
     """Parts each update is computed in, to save memory; the result is the same. Default: parts of at most 16,384
     tokens with --model, one without."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients become updates."""
 
     def __post_init__(self):
-        RoundSettings.__post_init__(self)
-        at_least(self, num_epochs=1, num_minibatches=1, num_micro_batches=1, ref_refresh_every=1, kl_reward_coef=0)
-        at_least(self, max_draws=1, critic_epochs=1)
+        OnlineConfig.__post_init__(self)
+        require_at_least(
+            self, num_epochs=1, num_minibatches=1, num_micro_batches=1, ref_refresh_every=1, kl_reward_coef=0
+        )
+        require_at_least(self, max_draws=1, critic_epochs=1)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 samples for each prompt")
         rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
@@ -156,7 +158,9 @@ class Config(RoundSettings):
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="R1-Zero", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+    return run_experiment(
+        config, train, title="R1-Zero", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
+    )
 
 
 def check(config: Config) -> None:
@@ -167,12 +171,12 @@ def check(config: Config) -> None:
 def train(config: Config, run: Run) -> None:
     check(config)
     mesh = config.mesh.build()
-    rounds = Rounds(config, run, mesh)
+    collector = Collector(config, run, mesh)
 
     # The pieces: a scorer and a train step, each a function of arrays.
-    model = rounds.policy.model
+    model = collector.policy.model
     log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
-    scorer = make_scorer(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
+    scorer = make_log_prob_fn(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
     optimizer, schedule = config.optimizer.build(
         total_updates=config.num_steps * config.updates_per_step,
         default_learning_rate=1e-6 if config.model else 2.5e-4,
@@ -190,32 +194,32 @@ def train(config: Config, run: Run) -> None:
             + config.optimizer.described(1e-6 if config.model else 2.5e-4),
         }
     )
-    critic = light_critic(config, rounds, mesh) if config.advantage == HYBRID else None
+    critic = light_critic(config, collector, mesh) if config.advantage == HYBRID else None
     state = init_state(
-        rounds.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
+        collector.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
     )
     first, states, position = run.resume(states_of(state, None if critic is None else critic.start))
     state, value_state = states["policy"], states.get("critic")
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
-    rounds.begin(position)
-    rounds.evaluate_if_due(first, state.params)
+    collector.restore(position)
+    collector.evaluate_if_due(first, state.params)
     with run.progress.phase("GRPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
             if config.max_draws == 1:
-                drawn, scores = rounds.draw(step, state.params), None
+                drawn, scores = collector.draw(step, state.params), None
                 rollout, rows = drawn.rollout, slice(None)
             else:
-                drawn, scores, rows = rounds.draw_until_told_apart(step, state.params, most=config.max_draws)
+                drawn, scores, rows = collector.sample_dynamically(step, state.params, most=config.max_draws)
                 rollout = rows_of(drawn.rollout, rows, mesh)
             # Sent off before the host scores: the devices work on it meanwhile.
-            old, ref = earlier_policies(config, rollout, scorer, state)
+            old, ref = old_and_ref_log_probs(config, rollout, scorer, state)
             hidden, values = (None, None) if critic is None else critic.read(value_state, state.params, rollout)
-            scores = rounds.score(drawn) if scores is None else scores
-            batch = learn_from(config, rollout, scores.at(rows), rounds, old, ref, values)
+            scores = collector.score(drawn) if scores is None else scores
+            batch = make_train_batch(config, rollout, scores.at(rows), collector, old, ref, values)
 
             updates = []
             for epoch in range(config.num_epochs):
-                key = jax.random.fold_in(jax.random.fold_in(rounds.shuffle, step), epoch)
+                key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
                     state, update = train_step(state, shard_rows(minibatch, mesh))
                     updates.append(update)
@@ -230,30 +234,30 @@ def train(config: Config, run: Run) -> None:
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
             advantages = np.full(len(drawn.completions), np.nan, np.float32)
             advantages[rows] = per_completion(batch)
-            wants_checkpoint = rounds.tell(drawn, scores, metrics, advantages)
-            if rounds.save_is_due(step, wants_checkpoint):
-                run.save(step, states_of(state, value_state), rounds.position)
+            wants_checkpoint = collector.log_step(drawn, scores, metrics, advantages)
+            if collector.save_is_due(step, wants_checkpoint):
+                run.save(step, states_of(state, value_state), collector.position)
             run.stop_if_requested()
-            metrics |= rounds.evaluate_if_due(step, state.params)
+            metrics |= collector.evaluate_if_due(step, state.params)
             phase.update(step, metrics)
     gap = "sampling/sampling_logp_difference/max"
     gaps = [row[gap] for row in read_jsonl(run.metrics_log.path) if gap in row]
     summary = {"max_sampler_trainer_gap": max(gaps, default=None), "seed": config.seed}
-    params, step = exported(
+    params, step = exported_params(
         config,
         run,
         states_of(state, value_state),
         steps=config.num_steps,
         params_of=lambda states: states["policy"].params,
-        start=rounds.reload,
+        start=collector.reload,
     )
     save_trained(
         run,
         params,
-        rounds.policy,
+        collector.policy,
         steps=config.num_steps,
         summary=summary,
-        prompt_format=rounds.prompt_format,
+        prompt_format=collector.prompt_format,
         exported_step=step,
     )
 
@@ -264,7 +268,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     check_divides(rows, mesh, "the completions of a micro-batch")
 
 
-def earlier_policies(
+def old_and_ref_log_probs(
     config: Config, rollout: Rollout, scorer: Callable, state: TrainState
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Log-probabilities of the policy at the start of the step and of the reference, each where it is needed."""
@@ -282,12 +286,12 @@ def rows_of(rollout: Rollout, rows: np.ndarray, mesh: Mesh) -> Rollout:
     return shard_rows(jax.tree.map(lambda x: np.asarray(x)[rows], rollout), mesh)
 
 
-def light_critic(config: Config, rounds: Rounds, mesh: Mesh) -> LightCritic:
+def light_critic(config: Config, collector: Collector, mesh: Mesh) -> LightCritic:
     total_updates = config.num_steps * config.critic_epochs
     optimizer, _ = config.critic_optimizer.build(total_updates=total_updates, default_learning_rate=3e-3)
     return LightCritic(
-        rounds.policy.model,
-        rounds.policy.config.hidden_size,
+        collector.policy.model,
+        collector.policy.config.hidden_size,
         optimizer=optimizer,
         num_micro_batches=config.num_minibatches * config.micro_batches,
         num_epochs=config.critic_epochs,
@@ -296,11 +300,11 @@ def light_critic(config: Config, rounds: Rounds, mesh: Mesh) -> LightCritic:
     )
 
 
-def learn_from(
+def make_train_batch(
     config: Config,
     rollout: Rollout,
     scores: Scores,
-    rounds: Rounds,
+    collector: Collector,
     old: jax.Array | None,
     ref: jax.Array | None,
     values: jax.Array | None = None,
@@ -317,21 +321,21 @@ def learn_from(
     if config.mask_truncated:
         learnt &= ~rollout.truncated
     if config.max_draws > 1:  # what fills a step up that found too few
-        learnt &= jnp.repeat(jnp.asarray(told_apart(scores.total, config.group_size)), config.group_size)
+        learnt &= jnp.repeat(jnp.asarray(has_reward_variance(scores.total, config.group_size)), config.group_size)
     mask = rollout.completion_mask & learnt[:, None]
     returns, group_size = None, config.group_size
     if config.advantage_name == GDPO:
         parts = jnp.stack([jnp.asarray(part) for part in scores.counted.values()])
-        weights = jnp.array([rounds.scoring.weights[name] for name in scores.counted], jnp.float32)
+        weights = jnp.array([collector.scoring.weights[name] for name in scores.counted], jnp.float32)
         parts = jnp.where(jnp.isnan(rewards), jnp.nan, parts)
         advantages = advantage.gdpo(parts, weights, group_size=group_size, require_all=False)
     elif config.advantage_name == PROCESS:
-        step_rewards = rewards_of_steps(rollout, scores, rounds, with_outcome=True)
+        step_rewards = rewards_of_steps(rollout, scores, collector, with_outcome=True)
         is_step_end = ~jnp.isnan(step_rewards) & ~jnp.isnan(rewards)[:, None]
         advantages = advantage.process_supervised(step_rewards, is_step_end, group_size=group_size)
     elif config.advantage_name == HYBRID:
         assert values is not None
-        step_rewards = jnp.nan_to_num(rewards_of_steps(rollout, scores, rounds)) if inside else None
+        step_rewards = jnp.nan_to_num(rewards_of_steps(rollout, scores, collector)) if inside else None
         advantages, returns = advantage.hybrid(rewards, values, mask, group_size=group_size, step_rewards=step_rewards)
     else:
         advantages = ADVANTAGES[config.advantage_name](rewards, group_size=group_size)
@@ -347,15 +351,17 @@ def learn_from(
         ref_log_probs=ref,
         returns=returns,
     )
-    return shard_rows(batch, rounds.mesh)
+    return shard_rows(batch, collector.mesh)
 
 
-def rewards_of_steps(rollout: Rollout, scores: Scores, rounds: Rounds, *, with_outcome: bool = False) -> jax.Array:
+def rewards_of_steps(
+    rollout: Rollout, scores: Scores, collector: Collector, *, with_outcome: bool = False
+) -> jax.Array:
     """``[B, T]``, the rewards of steps at their last tokens, NaN elsewhere; with the outcome's at the last token."""
     rewards = np.full(rollout.completion_ids.shape, np.nan, np.float32)
     lengths = np.asarray(rollout.completion_mask).sum(1)
     for row, (ids, steps) in enumerate(zip(np.asarray(rollout.completion_ids), scores.steps, strict=True)):
-        ends = last_tokens(rounds.policy.tokenizer, ids[: lengths[row]].tolist(), [end for end, _ in steps])
+        ends = last_tokens(collector.policy.tokenizer, ids[: lengths[row]].tolist(), [end for end, _ in steps])
         inside = [(end, reward) for end, (_, reward) in zip(ends, steps, strict=True)]
         outcome = scores.outcome[row] if with_outcome else np.nan
         for end, reward in [*inside, *([] if np.isnan(outcome) else [(lengths[row] - 1, outcome)])]:

@@ -31,14 +31,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from grpo_jax.config.batch_inference import CollectSettings
-from grpo_jax.config.prompts import as_flags
-from grpo_jax.config.run import at_least
+from grpo_jax.config.batch_inference import BatchInferenceConfig
+from grpo_jax.config.prompts import prompt_flags
+from grpo_jax.config.run import require_at_least
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
-from grpo_jax.data.selection import FILTERS, Choice, SelectionSettings, balanced, check_some_left, choose
+from grpo_jax.data.selection import FILTERS, Choice, SelectionConfig, balanced, check_some_left, choose
 from grpo_jax.jsonl import to_json, write_atomically
-from grpo_jax.loop.batch_inference import collect, read_collected, read_provenance
+from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.run import Run, run_experiment
 
@@ -48,7 +48,7 @@ PARTS_TOLD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CollectSettings):
+class Config(BatchInferenceConfig):
     """What a run is. Fields are checked before anything is computed."""
 
     run_dir: Path = Path("runs/rejection_sampling")
@@ -57,7 +57,7 @@ class Config(CollectSettings):
     """Problems that are passed over, the first ones: for a part of a data set after another."""
     max_problems: int | None = None
     """Problems that are asked, the first ones of the others. Default: all with --model, 256 without."""
-    selection: Annotated[SelectionSettings, tyro.conf.arg(name="")] = SelectionSettings()
+    selection: Annotated[SelectionConfig, tyro.conf.arg(name="")] = SelectionConfig()
     """What is kept."""
     demonstrations: tuple[Path, ...] = ()
     """JSONL files of other demonstrations that are added as they are, such as general conversations."""
@@ -65,8 +65,8 @@ class Config(CollectSettings):
     """Share of the rows that come from those files, drawn from the seed. Default: all of theirs are taken."""
 
     def __post_init__(self):
-        CollectSettings.__post_init__(self)
-        at_least(self, skip_problems=0, max_problems=1)
+        BatchInferenceConfig.__post_init__(self)
+        require_at_least(self, skip_problems=0, max_problems=1)
         self.selection.check_parts(self.rewards.part_names)
         for path in self.demonstrations:
             if path.suffix != ".jsonl":
@@ -84,18 +84,20 @@ class Config(CollectSettings):
 
 OF_SELECTION = ("selection", "demonstrations", "general_share")
 """What may change before a run is finished: nothing of it was used until then."""
-MAY_CHANGE = ("cache_bytes",)
-GOES_ON_WITH = ()
+RESUMABLE_FIELDS = ("cache_bytes",)
+EXTENDABLE_FIELDS = ()
 
 
-def may_change(config: Config) -> tuple[str, ...]:
+def resumable_fields(config: Config) -> tuple[str, ...]:
     """The settings that may differ from those that the folder's run was begun with."""
-    return MAY_CHANGE if (config.run_dir / "summary.json").exists() else (*MAY_CHANGE, *OF_SELECTION)
+    return RESUMABLE_FIELDS if (config.run_dir / "summary.json").exists() else (*RESUMABLE_FIELDS, *OF_SELECTION)
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, draw_and_select, title="rejection sampling", may_change=may_change(config))
+    return run_experiment(
+        config, draw_and_select, title="rejection sampling", resumable_fields=resumable_fields(config)
+    )
 
 
 def check(config: Config) -> None:
@@ -110,7 +112,7 @@ def draw_and_select(config: Config, run: Run) -> None:
     num_problems = collect(config, run, mesh, asked="training", skip=config.skip_problems, most=config.problems_asked)
     choices: list[Choice] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
-    for collected in read_collected(run.folder):
+    for collected in read_samples(run.folder):
         choice, left = choose(collected, config.selection)
         choices.append(choice)
         counts.update(left)
@@ -154,7 +156,7 @@ def selected_rows(
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """What is written of each completion that was selected, by place, the best first; and its length in tokens."""
     of_place = {choice.place: choice for choice in selected}
-    for collected in read_collected(folder):
+    for collected in read_samples(folder):
         if (choice := of_place.get(collected.place)) is None:
             continue
         for sample in choice.samples:
@@ -235,7 +237,7 @@ def teaching(dataset: Path, prompt_format: Mapping[str, Any], stop_tokens: Seque
     """The command that teaches a student, with the prompts as they were drawn for."""
     command = ["python", "experiments/sft.py", "--dataset", str(dataset)]
     command += ["--stop-tokens", *stop_tokens] if stop_tokens else []
-    return shlex.join(command + as_flags(prompt_format))
+    return shlex.join(command + prompt_flags(prompt_format))
 
 
 def account(

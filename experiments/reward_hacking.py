@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import r1_zero
 
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.command import run_command
 from grpo_jax.monitor.plots import series
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.language import language_reward
 from grpo_jax.rewards.math.answer import answer_reward
-from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, Recipe
+from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, ToyConfig
 
 TEST_SUITE = ("21", "22", "23")
 SMOOTHED_OVER = 5
@@ -97,7 +97,7 @@ class Hole:
     """
 
     reward: Callable[..., Sequence[float]]
-    base: Recipe = Recipe()
+    base: ToyConfig = ToyConfig()
     judge: Callable[..., Sequence[float]] | None = None
     target_language: str | None = None
     num_steps: int = 60
@@ -106,9 +106,9 @@ class Hole:
 HOLES = {
     "length": Hole(pays_length),
     "repetition": Hole(pays_steps),
-    "empty_thought": Hole(pays_form_and_brevity, Recipe(worked_share=0.5), num_steps=150),
+    "empty_thought": Hole(pays_form_and_brevity, ToyConfig(worked_share=0.5), num_steps=150),
     "hard_coded": Hole(pays_known_outputs),
-    "language": Hole(pays_few_bytes, Recipe(worked_share=0.9, chinese_share=0.7), right_in_chinese, "zh"),
+    "language": Hole(pays_few_bytes, ToyConfig(worked_share=0.9, chinese_share=0.7), right_in_chinese, "zh"),
 }
 
 
@@ -143,14 +143,14 @@ def main(config: Config) -> int:
                 seed=config.seed,
                 num_steps=config.num_steps or hole.num_steps,
                 eval_every=0,
-                rewards=RewardSettings(
+                rewards=RewardConfig(
                     accuracy_weight=0.0,
                     reward=(f"{module}:{hole.reward.__name__}",),
                     judge=None if hole.judge is None else f"{module}:{hole.judge.__name__}",
                     target_language=hole.target_language,
                     reward_workers=0,
                 ),
-                mesh=MeshSettings(data=1),
+                mesh=MeshConfig(data=1),
                 plain=True,
             )
         )

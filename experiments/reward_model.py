@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelSettings, fitting_lengths
-from grpo_jax.config.offline import PreferenceSettings
-from grpo_jax.config.run import Export, RunSettings, at_least
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, fitting_lengths
+from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import PairBatches
@@ -35,14 +35,14 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
-from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import facts_of, load_model, start_model, with_stop_tokens
+from grpo_jax.loop.setup import load_model, model_facts, start_model, with_stop_tokens
 from grpo_jax.loss import bradley_terry_loss
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.tasks.toy_model import Recipe
+from grpo_jax.tasks.toy_model import ToyConfig
 from grpo_jax.train import init_state, make_train_step, pair_scores
 from grpo_jax.types import Pairs, Params
 
@@ -50,14 +50,14 @@ CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunSettings, ModelSettings):
+class Config(RunConfig, ModelConfig):
     """What a run is. Fields are checked before anything is computed."""
 
-    data: Annotated[PreferenceSettings, tyro.conf.arg(name="")] = PreferenceSettings()
+    data: Annotated[PreferenceConfig, tyro.conf.arg(name="")] = PreferenceConfig()
     """What is preferred to what."""
     run_dir: Path = Path("runs/reward_model")
     """The run's own folder: logs, checkpoints, curves, the trained model."""
-    base: Recipe = Recipe(errand_share=0.5)
+    base: ToyConfig = ToyConfig(errand_share=0.5)
     """How the embedded base is made; the seed is the run's."""
     num_epochs: int = 1
     """How often each pair is visited. A finished run that is given more goes on; where the learning rate decays, it is
@@ -78,7 +78,7 @@ class Config(RunSettings, ModelSettings):
     """Where every pair has a margin, ask for it."""
     num_micro_batches: int = 1
     """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
     eval_every: int = 20
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
@@ -87,9 +87,9 @@ class Config(RunSettings, ModelSettings):
     given the other one."""
 
     def __post_init__(self):
-        RunSettings.__post_init__(self)
-        at_least(self, num_epochs=1, num_pairs=1, max_prompt_length=1, max_completion_length=1)
-        at_least(self, num_micro_batches=1, eval_every=0, centring=0)
+        RunConfig.__post_init__(self)
+        require_at_least(self, num_epochs=1, num_pairs=1, max_prompt_length=1, max_completion_length=1)
+        require_at_least(self, num_micro_batches=1, eval_every=0, centring=0)
         self.check_positions(sum(self.lengths), PROMPT_AND_COMPLETION)
         if self.num_pairs % self.num_micro_batches:
             raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
@@ -104,13 +104,15 @@ class Config(RunSettings, ModelSettings):
         return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)
 
 
-MAY_CHANGE = ("num_micro_batches", "eval_every")
-GOES_ON_WITH = ("num_epochs", "export")
+RESUMABLE_FIELDS = ("num_micro_batches", "eval_every")
+EXTENDABLE_FIELDS = ("num_epochs", "export")
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="reward model", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+    return run_experiment(
+        config, train, title="reward model", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
+    )
 
 
 def check(config: Config) -> None:
@@ -129,7 +131,7 @@ def train(config: Config, run: Run) -> None:
     start = start_model(config, run, seed=config.seed)
     scorer = with_stop_tokens(load_model(config, start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, PROMPT_AND_COMPLETION)
-    rendering = rendering_of(config.data, scorer, say=run.say, today=run.begun)
+    rendering = resolve_rendering(config.data, scorer, say=run.say, today=run.begun)
     encode = partial(
         encode_preference_set,
         config.data,
@@ -154,7 +156,7 @@ def train(config: Config, run: Run) -> None:
     score = jax.jit(partial(pair_scores, scorer.model))
     run.describe(
         {
-            **facts_of(config, start, scorer, mesh),
+            **model_facts(config, start, scorer, mesh),
             "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
             "lengths": f"{config.lengths[0]} + {config.lengths[1]} tokens, {config.num_pairs} pairs an update",
             "loss": f"Bradley-Terry, centring {config.centring:g}, {config.num_epochs} epochs",
@@ -204,7 +206,7 @@ def train(config: Config, run: Run) -> None:
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
-    params, step = exported(
+    params, step = exported_params(
         config,
         run,
         state,

@@ -24,14 +24,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from grpo_jax import models
-from grpo_jax.config.prompts import PromptSettings
+from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.data.chat_templates import check_has_template
 from grpo_jax.data.encoded import decode_one
 from grpo_jax.data.messages import Messages
 from grpo_jax.data.prompts import Rendering, encode_prompts, pad_prompts
 from grpo_jax.data.turns import check_turn_end
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.compilation import keep_programs
+from grpo_jax.loop.compilation import enable_compilation_cache
 from grpo_jax.loop.setup import with_stop_tokens
 from grpo_jax.rollout import Sampler, StopFn
 from grpo_jax.rollout.stop import stop_strings
@@ -44,7 +44,7 @@ HALF_A_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PromptSettings):
+class Config(PromptConfig):
     """What is sampled, and how."""
 
     model: str
@@ -85,7 +85,7 @@ class Config(PromptSettings):
     """Precision. Default: bfloat16 on a GPU or TPU, float32 on CPU."""
 
     def __post_init__(self):
-        PromptSettings.__post_init__(self)
+        PromptConfig.__post_init__(self)
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {self.num_samples}; it must be at least 1")
         if self.max_completion_length is not None and self.max_completion_length < 1:
@@ -121,7 +121,7 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
         sys.stdout.flush()
 
     write = write or show
-    keep_programs()
+    enable_compilation_cache()
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     precision = jnp.dtype(dtype).type
     policy = models.from_pretrained(config.model, dtype=precision, param_dtype=precision, attention="auto")
@@ -221,7 +221,7 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
                 show(text[shown:])
                 shown = len(text)
 
-        sampler(policy.params, prompts, key, watch=watch)
+        sampler(policy.params, prompts, key, on_tokens=watch)
         answers = [decode_one(tokenizer, each, eos_ids) for each in ids]
         if config.num_samples == 1:
             show(answers[0][shown:])

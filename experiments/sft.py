@@ -5,7 +5,7 @@ CPU in two minutes. With arguments it is the real thing:
 
     python experiments/sft.py
     python experiments/sft.py --model Qwen/Qwen2.5-0.5B --dataset open-r1/OpenR1-Math-220k --chat-template
-    python experiments/sft.py --model path/to/folder --dataset chats.jsonl --chat-template --learn-from assistant
+    python experiments/sft.py --model path/to/folder --dataset chats.jsonl --chat-template --train-on assistant
 
 Rows are conversations (messages), prompts with completions, or texts; they are packed into rows of one length without
 seeing each other. A column answer lets completions that are drawn for held-out prompts be graded.
@@ -26,10 +26,10 @@ import numpy as np
 import tyro
 
 from grpo_jax import models
-from grpo_jax.config.model import PolicySettings
-from grpo_jax.config.offline import DemonstrationSettings
-from grpo_jax.config.run import Export, RunSettings, at_least
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.config.model import PolicyConfig
+from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.notes import DataNotes
@@ -40,11 +40,11 @@ from grpo_jax.data.prompts import Rendering, of_template
 from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.export import check_steps, exported, save_trained
+from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
-from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import facts_of, load_model, load_policy, make_sampler, start_model
+from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, start_model
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.math.reward import math_reward
@@ -54,10 +54,10 @@ from grpo_jax.types import Packed, Params
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunSettings, PolicySettings):
+class Config(RunConfig, PolicyConfig):
     """What a run is. Fields are checked before anything is computed."""
 
-    data: Annotated[DemonstrationSettings, tyro.conf.arg(name="")] = DemonstrationSettings()
+    data: Annotated[DemonstrationConfig, tyro.conf.arg(name="")] = DemonstrationConfig()
     """What is imitated."""
     run_dir: Path = Path("runs/sft")
     """The run's own folder: logs, checkpoints, curves, the trained model."""
@@ -73,23 +73,23 @@ class Config(RunSettings, PolicySettings):
     """Let demonstrations share a row."""
     num_micro_batches: int = 1
     """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
     eval_every: int = 20
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
     export: Export = "last"
     """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
     given the other one."""
-    eval_prompts: int = 64
+    num_eval_prompts: int = 64
     """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
     eval_samples: int = 4
     """Completions for each of them."""
 
     def __post_init__(self):
-        RunSettings.__post_init__(self)
-        PolicySettings.__post_init__(self)
-        at_least(self, num_epochs=1, num_sequences=1, max_length=2, num_micro_batches=1)
-        at_least(self, eval_every=0, eval_prompts=0, eval_samples=1)
+        RunConfig.__post_init__(self)
+        PolicyConfig.__post_init__(self)
+        require_at_least(self, num_epochs=1, num_sequences=1, max_length=2, num_micro_batches=1)
+        require_at_least(self, eval_every=0, num_eval_prompts=0, eval_samples=1)
         if self.num_sequences % self.num_micro_batches:
             raise ValueError(
                 f"num_sequences = {self.num_sequences} do not divide into {self.num_micro_batches} micro-batches"
@@ -105,13 +105,15 @@ class Config(RunSettings, PolicySettings):
         return self.max_length or min(usual, self.positions or usual)
 
 
-MAY_CHANGE = ("num_micro_batches", "cache_bytes", "eval_every")
-GOES_ON_WITH = ("num_epochs", "export")
+RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every")
+EXTENDABLE_FIELDS = ("num_epochs", "export")
 
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, train, title="SFT", may_change=MAY_CHANGE, goes_on_with=GOES_ON_WITH)
+    return run_experiment(
+        config, train, title="SFT", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
+    )
 
 
 def check(config: Config) -> None:
@@ -130,7 +132,7 @@ def train(config: Config, run: Run) -> None:
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
     check_length(config.row_length, policy, "max_length")
-    rendering = rendering_of(config.data, policy, say=run.say, today=run.begun)
+    rendering = resolve_rendering(config.data, policy, say=run.say, today=run.begun)
     batches = pack(config, run, demonstrations, policy, rendering, config.num_epochs)
     held_out_batches = pack(config, run, held_out, policy, rendering, 1)
     prompts = held_out_prompts(config, held_out, policy, rendering)
@@ -147,11 +149,11 @@ def train(config: Config, run: Run) -> None:
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     run.describe(
         {
-            **facts_of(config, start, policy, mesh),
+            **model_facts(config, start, policy, mesh),
             "data": f"{config.data.dataset or 'built-in sums'}: {len(demonstrations)} demonstrations, "
             f"{len(held_out)} held out",
             "lengths": f"{config.row_length} tokens a row, {config.num_sequences} rows an update",
-            "loss": f"on {config.data.learn_from}, {config.num_epochs} epochs",
+            "loss": f"on {config.data.train_on}, {config.num_epochs} epochs",
             "updates": f"{len(batches)} in all; " + config.optimizer.described(1e-5 if config.model else 1e-3),
         }
     )
@@ -216,7 +218,7 @@ def train(config: Config, run: Run) -> None:
             if evaluation_is_due(step):
                 metrics |= evaluated(step)
             phase.update(step, metrics)
-    params, step = exported(
+    params, step = exported_params(
         config,
         run,
         state,
@@ -265,7 +267,7 @@ def held_out_prompts(
     config: Config, held_out: list[Demonstration], policy: models.Pretrained, rendering: Rendering
 ) -> EncodedProblems:
     """The prompts that completions are drawn for, each with the completion that was demonstrated."""
-    asked = [each for each in held_out if each.prompt][: config.eval_prompts]
+    asked = [each for each in held_out if each.prompt][: config.num_eval_prompts]
     problems = [
         Problem(
             each.prompt,

@@ -160,7 +160,7 @@ def shard_rows(tree, mesh: Mesh):
     return jax.device_put(tree, NamedSharding(mesh, BATCH))
 
 
-def pinned(x: Array, mesh: Mesh | None, spec: P) -> Array:
+def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:
     """The same values, laid out over a mesh at this point of a jitted function.
 
     The compiler lays activations out by itself from the parameters' layout and the batch's, and does not always choose

@@ -56,10 +56,10 @@ def cache_columns(max_completion_length: int) -> int:
 
 @pytree
 @dataclass(frozen=True)
-class Context:
+class PrefixCache:
     """Keys and values that a call's tokens attend to before their own: N entries, each shared by a group of rows.
 
-    Without ``members`` the rows of a group are adjacent: B = N * group. With it they stand anywhere, but on the device
+    Without ``gather`` the rows of a group are adjacent: B = N * group. With it they stand anywhere, but on the device
     of their entry: rows and entries are counted within each of the devices that they are split over.
 
     Attributes:
@@ -67,14 +67,14 @@ class Context:
         start: the slot of the first column; below 0 for what comes before the call's own cache. Columns above a
             token's slot are not attended to.
         mask: False at columns that nobody may attend to, such as padding; None where there are none.
-        members: for each entry in turn the rows that share it, as many places for each; any row in an empty place.
-        place: where each row stands in ``members``.
+        gather: for each entry in turn the rows that share it, as many places for each; any row in an empty place.
+        place: where each row stands in ``gather``.
     """
 
     cache: Cache
     start: Int[Array, ""] | int
     mask: Bool[Array, "N C"] | None = None
-    members: Int[Array, "devices places"] | None = None
+    gather: Int[Array, "devices places"] | None = None
     place: Int[Array, "devices rows"] | None = None
 
 
@@ -83,16 +83,16 @@ class Model:
     """A decoder as the pure functions see it: functions and numbers, no module and no state.
 
     Attributes:
-        apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, contexts, cuts) ->
+        apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, prefixes, block_bounds) ->
             (hidden [B, S, D], cache)``. Causal by slot: token ``i`` of the call stands in slot ``start + i`` and
-            attends to the slots up to its own: those of ``contexts``, and those of the cache in which ``mask`` is True
+            attends to the slots up to its own: those of ``prefixes``, and those of the cache in which ``mask`` is True
             (None: in all). A mask of integers numbers the sequences that are packed into a row, 0 for padding: a token
             attends to its own number alone. Without a cache (``None``) the call's own S tokens are all there is: C = S,
             ``start`` is 0, and their keys and values are the cache that comes back. With one, they are written into
-            its columns ``start .. start + S - 1``. Attention sums over the columns between ``cuts`` apart, as it does
+            its columns ``start .. start + S - 1``. Attention sums over the columns between ``block_bounds`` apart, as it does
             over each context: so that two calls that divide the same columns alike round alike. ``hidden`` is what the
             head multiplies (final norm applied). A query that may attend to nothing gives finite values.
-        turn: ``positions [B, S] -> tree`` of what ``apply`` needs of them, each leaf ``[B, S, ...]``; ``apply`` takes
+        rope: ``positions [B, S] -> tree`` of what ``apply`` needs of them, each leaf ``[B, S, ...]``; ``apply`` takes
             it instead. Where tokens are drawn one by one, it is computed for several at a time.
         head: ``params -> [V, D]``, the output embedding; ``[1, D]`` of a reward model.
         init_cache: ``(batch, length, dtype) -> cache``, empty. ``dtype`` None is the model's own precision; a coarser
@@ -106,7 +106,7 @@ class Model:
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
-    turn: Callable[[Int[Array, "B S"]], Any]
+    rope: Callable[[Int[Array, "B S"]], Any]
     head: Callable[[Params], Float[Array, "V D"]]
     init_cache: Callable[..., Cache]
     first_columns: Callable[[Cache, int], Cache]

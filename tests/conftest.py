@@ -67,10 +67,10 @@ GUESSING = {"skill_steps": 40, "skill_share": 0.0, "mixture_steps": 4, "worked_s
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A base that only guesses, ``<answer>19</answer>``, right now and then: groups differ in their rewards."""
-    from grpo_jax.tasks.toy_model import Recipe, make_base
+    from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
 
     folder = tmp_path_factory.mktemp("base") / "model"
-    make_base(folder, Recipe(**GUESSING))
+    make_toy_model(folder, ToyConfig(**GUESSING))
     return str(folder)
 
 

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.compose import Graded
+from grpo_jax.rewards.compose import RewardOutput
 
 
 @per_sample
@@ -54,7 +54,7 @@ def answer_to(completion):
         case "absent":
             return None
         case "graded":
-            return Graded(0.5, {"detail": 2.0}, "a note")
+            return RewardOutput(0.5, {"detail": 2.0}, "a note")
     return float(len(completion))
 
 

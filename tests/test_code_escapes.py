@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.rewards.code.reward import run_tests
-from grpo_jax.rewards.code.sandbox import Limits, Sandbox, other_user
+from grpo_jax.rewards.code.sandbox import Sandbox, SandboxLimits, other_user
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 ESCAPES = [
     json.loads(line) for line in (Path(__file__).parent / "data" / "code_escapes.jsonl").read_text().splitlines()
 ]
 QUICK = {"read_canary_direct", "kill_victim", "eq_always", "bomb_fork_tree", "find_by_gc"}
-LIMITS = Limits(seconds=1.0, wall_seconds=1.5, memory_bytes=256 << 20)
+LIMITS = SandboxLimits(seconds=1.0, wall_seconds=1.5, memory_bytes=256 << 20)
 
 
 class Outside:

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from grpo_jax.rewards.code.sandbox import Limits, Sandbox
+from grpo_jax.rewards.code.sandbox import Sandbox, SandboxLimits
 from grpo_jax.rewards.code.system_calls import FORBIDDEN_CALLS, MACHINES
 from grpo_jax.rewards.workers.processes import descendants, kernel_bytes
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
-LIMITS = Limits(seconds=2.0, wall_seconds=8.0, memory_bytes=160 << 20)
+LIMITS = SandboxLimits(seconds=2.0, wall_seconds=8.0, memory_bytes=160 << 20)
 ROOM = 160 << 20
 """Of kernel memory that grows between two looks, and by what else runs on the machine."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards import code_tests
+from grpo_jax.rewards.code import test_formats
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 DATA = Path(__file__).parent / "data" / "code_problems.jsonl"
@@ -107,7 +107,7 @@ def layouts(problem):
 
 
 def check(problem, layout):
-    tests = code_tests.tests_from_row(layout(problem))
+    tests = test_formats.tests_from_row(layout(problem))
     assert tests is not None
     completions = [f"```python\n{problem['solutions'][kind]}```" for kind in ("right", "wrong")]
     graded = code.code_reward(["", ""], completions, tests=[tests, tests], total_seconds=60.0)
@@ -177,7 +177,7 @@ HUMANEVAL = [
 @pytest.mark.parametrize(("prompt", "name", "test", "right", "wrong"), HUMANEVAL, ids=[each[1] for each in HUMANEVAL])
 def test_what_the_prompt_of_humaneval_gives_is_there(prompt, name, test, right, wrong):
     """The completion repeats the prompt, or its last function alone."""
-    tests = code_tests.tests_from_row({"task_id": "x/0", "prompt": prompt, "entry_point": name, "test": test})
+    tests = test_formats.tests_from_row({"task_id": "x/0", "prompt": prompt, "entry_point": name, "test": test})
     alone = prompt[prompt.index(f"def {name}") :]
     programs = [prompt + right, alone + wrong, prompt + wrong]
     graded = code.code_reward([prompt] * 3, [f"```python\n{each}```" for each in programs], tests=[tests] * 3)
@@ -186,6 +186,6 @@ def test_what_the_prompt_of_humaneval_gives_is_there(prompt, name, test, right, 
 
 def test_a_program_cannot_replace_what_the_prompt_gives():
     prompt, name, test, _, wrong = HUMANEVAL[0]
-    tests = code_tests.tests_from_row({"prompt": prompt, "entry_point": name, "test": test})
+    tests = test_formats.tests_from_row({"prompt": prompt, "entry_point": name, "test": test})
     program = "def poly(xs, x):\n    return 0.0\n\n\n" + prompt[prompt.index("def root") :] + wrong
     assert code.code_reward([prompt], [f"```python\n{program}```"], tests=[tests])[0].score == 0.0

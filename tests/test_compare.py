@@ -10,10 +10,10 @@ import pytest
 from experiments import compare
 from experiments.bench import memory as bench_memory
 from experiments.compare import Config
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import read_jsonl, to_json, write_atomically
 from tests.runs import kill_in_second_save, write_rows
 
@@ -39,7 +39,7 @@ def config_in(folder, **changes):
         "num_rounds": 3,
         "num_prompts": PROMPTS,
         "group_size": GROUP,
-        "mesh": MeshSettings(data=1),
+        "mesh": MeshConfig(data=1),
     }
     return Config(**{**sizes, "run_dir": folder / "run", **changes})
 
@@ -60,7 +60,7 @@ def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tm
             assert run.num_epochs * run.num_minibatches == 4
             assert run.kl_reward_coef == 0
             assert run.eval_every == STEPS / 3
-            assert run.rewards == RewardSettings()
+            assert run.rewards == RewardConfig()
         assert (of["grpo"].advantage_name, of["rloo"].advantage_name) == ("group_relative", "rloo")
         for method in ("dpo", "sft"):
             samples, asked = 0, []
@@ -81,7 +81,7 @@ def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tm
 def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(30)]
     problems = write_rows(tmp_path / "problems.jsonl", rows)
-    data = DataSettings(dataset=problems, chat_template=True, system_prompt="Think.")
+    data = DataConfig(dataset=problems, chat_template=True, system_prompt="Think.")
     config = config_in(tmp_path, model="org/model", data=data, max_prompt_length=99, stop_tokens=("<|im_end|>",))
     assert compare.main(config) == 0
     for name, each in parts:
@@ -100,9 +100,9 @@ def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
 
 
 def test_with_a_real_model_rounds_learn_with_as_many_tokens_at_once_as_grpo(tmp_path):
-    data = DataSettings(dataset="org/problems")
+    data = DataConfig(dataset="org/problems")
     config = config_in(tmp_path, model="org/model", data=data, num_prompts=64)
-    config = replace(config, max_completion_length=3584, mesh=MeshSettings(data=1))
+    config = replace(config, max_completion_length=3584, mesh=MeshConfig(data=1))
     grpo = config.in_steps("grpo")
     at_once = 64 * GROUP // grpo.num_minibatches // grpo.micro_batches
     assert at_once == 16_384 // 4096
@@ -117,7 +117,7 @@ def test_with_a_real_model_rounds_learn_with_as_many_tokens_at_once_as_grpo(tmp_
 
 def test_too_few_problems_for_rounds_of_others_are_found_before_anything_is_run(parts, tmp_path):
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(30)]
-    data = DataSettings(dataset=write_rows(tmp_path / "problems.jsonl", rows))
+    data = DataConfig(dataset=write_rows(tmp_path / "problems.jsonl", rows))
     config = config_in(tmp_path, model="org/model", data=data, num_steps=9)
     with pytest.raises(ValueError, match="9 steps of 4 prompts ask 36 problems, and there are 27"):
         compare.main(config)
@@ -138,8 +138,8 @@ def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypa
         ({"methods": ()}, "name at least one, and each once"),
         ({"methods": ("grpo", "grpo")}, "name at least one, and each once"),
         ({"level": 0.0}, "level is 0.0"),
-        ({"data": DataSettings(dataset="org/x", grader="none"), "model": "org/m"}, "the share of right answers"),
-        ({"data": DataSettings(dataset="org/x")}, "the embedded base knows its own sums and errands only"),
+        ({"data": DataConfig(dataset="org/x", grader="none"), "model": "org/m"}, "the share of right answers"),
+        ({"data": DataConfig(dataset="org/x")}, "the embedded base knows its own sums and errands only"),
         ({"group_size": 1}, "group_size is 1"),
         ({"dpo": replace(Config().dpo, model="org/other")}, "dpo names a model"),
         ({"num_prompts": 3, "group_size": 3}, r"3 x 3 = 9 completions do not divide into num_minibatches"),
@@ -293,10 +293,10 @@ def test_pairs_are_written_for_dpo_or_their_absence_is_said(tmp_path):
         "rewards": {},
     }
     write_rows(tmp_path / "completions.jsonl", [each, {**each, "place": 1, "total": [0.0] * 3}])
-    compare.write_pairs(tmp_path, SelectionSettings(), most=1, least=-1)
+    compare.write_pairs(tmp_path, SelectionConfig(), most=1, least=-1)
     assert read_jsonl(tmp_path / "preferences.jsonl") == [{"prompt": "1+2=", "chosen": "3", "rejected": "4"}]
     with pytest.raises(ValueError, match=r"1 pairs of right and wrong completions are too few for DPO's updates of 32"):
-        compare.write_pairs(tmp_path, SelectionSettings(), most=4, least=32)
+        compare.write_pairs(tmp_path, SelectionConfig(), most=4, least=32)
 
 
 def tiny_shapes(small):
@@ -340,9 +340,9 @@ def test_killed_in_the_middle_of_a_part_it_tells_what_an_unbroken_one_tells(base
         eval_samples=1,
         save_every=1,
         max_completion_length=10,
-        data=DataSettings(eval_problems=16),
+        data=DataConfig(eval_size=16),
         dpo=replace(Config().dpo, num_pairs=4),
-        mesh=MeshSettings(data=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     assert compare.main(unbroken) == 0

@@ -80,16 +80,16 @@ THOUGHTFUL = [user("one"), assistant("<think> two </think> three"), user("four")
 def test_t13_a_template_that_rewrites_earlier_turns_cannot_mark_them_and_says_so():
     tokenizer = make_tokenizer(FORGETFUL)
     with pytest.raises(ValueError, match=r"^row 7: the chat template writes message 1 otherwise .* cannot be marked"):
-        encode(THOUGHTFUL, "one", tokenizer, learn_from="assistant")
+        encode(THOUGHTFUL, "one", tokenizer, train_on="assistant")
     with pytest.raises(ValueError, match="message 1 otherwise"):  # counted as in the data, without the system message
-        encode(THOUGHTFUL, "one", tokenizer, learn_from="assistant", system_prompt="A")
+        encode(THOUGHTFUL, "one", tokenizer, train_on="assistant", system_prompt="A")
 
 
 def test_t13_such_a_template_works_where_no_earlier_turn_is_rewritten():
     tokenizer = make_tokenizer(FORGETFUL)
     example = encode([user("one"), assistant("two"), user("four")], "<think> Q </think> A", tokenizer)
     again = encode(
-        [user("one"), assistant("two"), user("four")], "<think> Q </think> A", tokenizer, learn_from="assistant"
+        [user("one"), assistant("two"), user("four")], "<think> Q </think> A", tokenizer, train_on="assistant"
     )
     assert again.token_ids == example.token_ids
     assert marked(again) == (
@@ -106,7 +106,7 @@ def test_t13_the_last_turn_alone_is_learnt_with_such_a_template():
 
 
 def test_t13_every_turn_of_the_assistant_and_nothing_else_is_learnt_up_to_its_ending_token():
-    example = encode(THOUGHTFUL, "one two", make_tokenizer(CHAT), learn_from="assistant", system_prompt="A")
+    example = encode(THOUGHTFUL, "one two", make_tokenizer(CHAT), train_on="assistant", system_prompt="A")
     learnt = [WORDS[i] for i, marks in zip(example.token_ids, example.learnt, strict=True) if marks]
     assert learnt == ["<think>", "two", "</think>", "three", "</s>", "one", "two", "</s>"]
     assert marked(example).endswith("user : four </s> END assistant : ONE TWO </S> END")
@@ -120,7 +120,7 @@ def test_t13_every_turn_of_the_assistant_and_nothing_else_is_learnt_up_to_its_en
 def test_t13_an_earlier_message_of_weight_0_is_context_alone():
     question, reply, *rest = THOUGHTFUL
     weighted = [question, {**reply, "weight": 0}, *rest]
-    example = encode(weighted, "one two", make_tokenizer(CHAT), learn_from="assistant")
+    example = encode(weighted, "one two", make_tokenizer(CHAT), train_on="assistant")
     assert example.token_ids == encode(THOUGHTFUL, "one two", make_tokenizer(CHAT)).token_ids
     assert [WORDS[i] for i, marks in zip(example.token_ids, example.learnt, strict=True) if marks] == [
         "one",
@@ -132,7 +132,7 @@ def test_t13_an_earlier_message_of_weight_0_is_context_alone():
 def test_t13_all_marks_everything_but_the_first_token():
     for template, plain in ((CHAT, None), (None, "Q {question} A")):
         prompt = "one" if plain else THOUGHTFUL
-        example = encode(prompt, "two three", make_tokenizer(template), template=plain, learn_from="all")
+        example = encode(prompt, "two three", make_tokenizer(template), template=plain, train_on="all")
         assert example.learnt == [False] + [True] * (len(example.token_ids) - 1)
 
 
@@ -163,8 +163,8 @@ def test_what_is_learnt_of_a_conversation_is_what_the_assistant_said(contents):
     contents = contents[: len(contents) // 2 * 2]
     messages = [(assistant if n % 2 else user)(text) for n, text in enumerate(contents)]
     tokenizer = make_tokenizer(CHAT)
-    for learn_from, said in (("assistant", contents[1::2]), ("completion", contents[-1:])):
-        example = encode(messages[:-1], contents[-1], tokenizer, learn_from=learn_from)
+    for train_on, said in (("assistant", contents[1::2]), ("completion", contents[-1:])):
+        example = encode(messages[:-1], contents[-1], tokenizer, train_on=train_on)
         learnt = [i for i, marks in zip(example.token_ids, example.learnt, strict=True) if marks]
         assert learnt == [i for text in said for i in ids_of(f"{text} </s>")]
         assert example.token_ids == tokenizer.apply_chat_template(messages, return_dict=False)

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from grpo_jax.data import files
+from grpo_jax.data import formats
 from grpo_jax.data.files import is_file, read_rows, split_names
 
 ROWS = [{"question": "1+1?", "answer": "2"}, {"question": 'say "a,b"\n;', "answer": "ü\t3"}]
@@ -223,7 +223,7 @@ def test_bad_rows_can_be_skipped_and_are_named(tmp_path):
 
 
 def test_a_line_over_the_limit_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 64)
     path = write(tmp_path / "a.jsonl", '{"n": 1}\n{"n": "' + "x" * 500 + '"}\n{"n": 2}')
     with pytest.raises(ValueError, match=r"a\.jsonl:2 is longer than 64 bytes"):
         rows_of(path)

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from grpo_jax.data import layouts
+from grpo_jax.data import columns
 from grpo_jax.data.columns import column
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.layouts import as_messages, hh_messages
@@ -440,7 +440,7 @@ def test_what_is_no_dialogue():
     ],
 )
 def test_overlong_texts_are_refused_before_they_are_tokens(tmp_path, monkeypatch, load, row, name):
-    monkeypatch.setattr(layouts, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(columns, "MAX_CHARACTERS", 1000)
     good = json.loads(json.dumps(row).replace("@", "good"))
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(row).replace("@", "x" * 2000) + "\n")

@@ -10,16 +10,17 @@ import pytest
 from experiments import distill
 from experiments.distill import STAGES, Config
 from grpo_jax import models
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings
-from grpo_jax.data.selection import SelectionSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import read_jsonl, to_json
-from grpo_jax.loop.batch_inference import read_collected
+from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.stages import check_stages
 from grpo_jax.models import from_hf_config, from_pretrained, init_params, save_pretrained
-from grpo_jax.tasks.toy_model import Recipe
+from grpo_jax.tasks import sums
+from grpo_jax.tasks.toy_model import ToyConfig
 from tests.runs import kill_in_second_save
 
 
@@ -27,12 +28,12 @@ from tests.runs import kill_in_second_save
 def other_tongue(tmp_path_factory):
     """A student of one small layer whose tokenizer has other numbers for the same characters."""
     folder = tmp_path_factory.mktemp("student") / "model"
-    vocabulary = tasks.VOCABULARY[::-1]
+    vocabulary = sums.VOCABULARY[::-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "VOCABULARY", vocabulary)
-        tokenizer = tasks.make_tokenizer()
+        patch.setattr(sums, "VOCABULARY", vocabulary)
+        tokenizer = sums.make_tokenizer()
     ends = {"pad_token_id": vocabulary.index("<pad>"), "eos_token_id": vocabulary.index("<eos>")}
-    hf_config = {**Recipe(hidden_size=32, num_layers=1).hf_config, **ends, "initializer_range": 0.3}
+    hf_config = {**ToyConfig(hidden_size=32, num_layers=1).hf_config, **ends, "initializer_range": 0.3}
     params = init_params(from_hf_config(hf_config), jax.random.key(0))
     save_pretrained(folder, params, hf_config=hf_config, tokenizer=tokenizer)
     return str(folder)
@@ -45,8 +46,8 @@ def finished(base, other_tongue, tmp_path_factory):
         model=base,
         student=other_tongue,
         run_dir=tmp_path_factory.mktemp("distill") / "run",
-        data=DataSettings(template="{question}", eval_problems=12),
-        rewards=RewardSettings(reward_workers=0),
+        data=DataConfig(template="{question}", eval_size=12),
+        rewards=RewardConfig(reward_workers=0),
         max_problems=64,
         num_samples=8,
         num_prompts=16,
@@ -57,8 +58,8 @@ def finished(base, other_tongue, tmp_path_factory):
         num_sequences=4,
         max_length=32,
         save_every=6,
-        optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
-        mesh=MeshSettings(data=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     drawn = config.folder("samples") / "summary.json"
@@ -80,7 +81,7 @@ def test_the_outcome_is_what_the_stages_say(finished):
     outcome = summary_of(finished.run_dir)
     for stage in STAGES:
         found = summary_of(finished.folder(stage))
-        samples = [*read_collected(finished.folder(stage))]
+        samples = [*read_samples(finished.folder(stage))]
         right = [
             f"<answer>{eval(each.prompt[:-1])}</answer>" in text and not cut
             for each in samples
@@ -99,15 +100,15 @@ def test_the_outcome_is_what_the_stages_say(finished):
 
 @pytest.mark.slow
 def test_all_are_asked_the_same_held_out_problems_in_the_same_form(finished):
-    asked = [[each.prompt for each in read_collected(finished.folder(stage))] for stage in STAGES]
+    asked = [[each.prompt for each in read_samples(finished.folder(stage))] for stage in STAGES]
     assert asked[0] == asked[1] == asked[2]
-    trained_on = {each.prompt for each in read_collected(finished.folder("samples"))}
+    trained_on = {each.prompt for each in read_samples(finished.folder("samples"))}
     assert not trained_on & set(asked[0])
 
 
 @pytest.mark.slow
 def test_the_student_with_a_tokenizer_of_its_own_learns_the_teachers_form(finished):
-    before, after = ([*read_collected(finished.folder(stage))] for stage in ("student_before", "student_after"))
+    before, after = ([*read_samples(finished.folder(stage))] for stage in ("student_before", "student_after"))
 
     def in_form(collected):
         texts = [text for each in collected for text in each.completions]
@@ -166,12 +167,12 @@ def test_stages_of_embedded_models_begin_where_others_end():
     ("change", "message"),
     [
         ({"student": None}, "name a teacher and a student, or neither"),
-        ({"model": None, "data": DataSettings()}, "name a teacher and a student, or neither"),
+        ({"model": None, "data": DataConfig()}, "name a teacher and a student, or neither"),
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"max_problems": -1}, "max_problems is -1"),
         ({"max_problems": 0}, "max_problems is 0"),
-        ({"selection": SelectionSettings(require=("language=1",))}, r"\['language'\] are not scored"),
+        ({"selection": SelectionConfig(require=("language=1",))}, r"\['language'\] are not scored"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, change, message):
@@ -208,8 +209,8 @@ def test_models_of_later_stages_are_looked_at_before_the_first_is_run(other_tong
         student=str(student),
         run_dir=tmp_path / "run",
         student_stop_tokens=("<stop>",) if fault == "stop token" else (),
-        data=DataSettings(template="{question}"),
-        mesh=MeshSettings(data=1),
+        data=DataConfig(template="{question}"),
+        mesh=MeshConfig(data=1),
     )
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check_stages(distill.stages(config))
@@ -219,10 +220,10 @@ def test_what_a_later_stage_cannot_do_is_refused_when_the_settings_are_made(tmp_
     with pytest.raises(ValueError, match="max_length is 256, and the model has 128 positions; lower it"):
         Config(run_dir=tmp_path / "run", max_length=256)
     with pytest.raises(ValueError, match=r"the rows of a micro-batch: 3 do not divide over mesh"):
-        distill.main(Config(run_dir=tmp_path / "run", num_sequences=3, mesh=MeshSettings(data=2), plain=True))
+        distill.main(Config(run_dir=tmp_path / "run", num_sequences=3, mesh=MeshConfig(data=2), plain=True))
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
     # Nothing was run, and so nothing stands against the corrected command.
-    plan = distill.stages(Config(run_dir=tmp_path / "run", num_sequences=4, mesh=MeshSettings(data=2)))
+    plan = distill.stages(Config(run_dir=tmp_path / "run", num_sequences=4, mesh=MeshConfig(data=2)))
     check_stages(plan)
 
 
@@ -234,7 +235,7 @@ def test_a_correction_of_a_stage_to_come_leaves_those_that_were_run(tmp_path):
         (folder / "config.json").write_text(json.dumps(settings))
         (folder / "summary.json").write_text(json.dumps({"config": settings}))
 
-    config = Config(run_dir=tmp_path / "run", mesh=MeshSettings(data=1))
+    config = Config(run_dir=tmp_path / "run", mesh=MeshConfig(data=1))
     plan = distill.stages(config)
     for stage in plan[:4]:  # up to the samples
         has_run(stage)

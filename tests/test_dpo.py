@@ -14,9 +14,9 @@ import transformers
 from experiments import dpo
 from experiments.dpo import Config
 from grpo_jax import models
-from grpo_jax.config.offline import PreferenceSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.problems import Problem
 from grpo_jax.jsonl import read_jsonl
@@ -43,19 +43,19 @@ def finished(small, tmp_path_factory):
     dataset = write_rows(folder / "errands.jsonl", rows_of_errands())
     config = Config(
         model=small,
-        data=PreferenceSettings(dataset=dataset, template="{question}"),
+        data=PreferenceConfig(dataset=dataset, template="{question}"),
         run_dir=folder / "run",
         num_epochs=2,
         num_pairs=12,
         max_prompt_length=12,
         max_completion_length=8,
         eval_every=2,
-        eval_prompts=3,
+        num_eval_prompts=3,
         eval_samples=2,
         save_every=2,
         judge=JUDGE,
-        optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
-        mesh=MeshSettings(data=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     assert dpo.main(config) == 0
@@ -224,7 +224,7 @@ def log_sigmoid(x):
     ids=["ipo", "simpo"],
 )
 def test_every_objective_takes_a_step(config, of_base, change, loss):
-    config = replace(config, **change, num_epochs=1, num_pairs=LEARNT, eval_prompts=0, eval_every=0)
+    config = replace(config, **change, num_epochs=1, num_pairs=LEARNT, num_eval_prompts=0, eval_every=0)
     assert dpo.main(config) == 0
     (step,) = steps_of(config)
     assert step["loss"] == pytest.approx(loss(of_base["reference"], of_base["lengths"]), abs=1e-4)
@@ -254,7 +254,7 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"num_micro_batches": 0}, "num_micro_batches is 0"),
         ({"num_micro_batches": 5}, "num_pairs = 12 do not divide into 5 micro-batches"),
         ({"eval_every": -1}, "eval_every is -1"),
-        ({"eval_prompts": -1}, "eval_prompts is -1"),
+        ({"num_eval_prompts": -1}, "num_eval_prompts is -1"),
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"sft_coef": -0.5}, "sft_coef is -0.5"),
         ({"beta": 0.0}, "beta is 0.0; it must be above 0"),
@@ -265,7 +265,7 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"loss": "hinge", "target_margin": 1.0}, "belong to the loss sigmoid, not to hinge"),
         ({"seed": -1}, "seed is -1"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
-        ({"model": None, "data": PreferenceSettings(chat_template=True)}, "the embedded base has no chat template"),
+        ({"model": None, "data": PreferenceConfig(chat_template=True)}, "the embedded base has no chat template"),
         ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
 )
@@ -277,7 +277,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mesh": MeshSettings(data=8)}, "pairs of a micro-batch: 12 do not divide over mesh data x fsdp = 8"),
+        ({"mesh": MeshConfig(data=8)}, "pairs of a micro-batch: 12 do not divide over mesh data x fsdp = 8"),
         ({"judge": "no_such_module:f"}, "no module 'no_such_module'"),
         ({"judge": "errand_reward"}, "named module:function"),
         ({"num_pairs": LEARNT + 1}, f"cannot be drawn from {LEARNT} pairs"),
@@ -296,7 +296,7 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, change, messag
 def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
     """The reference is then that of those that are left, pair by pair; and SLiC's loss of no margin is 1."""
     config = replace(
-        config, loss="hinge", max_completion_length=5, num_epochs=1, num_pairs=8, eval_prompts=0, eval_every=0
+        config, loss="hinge", max_completion_length=5, num_epochs=1, num_pairs=8, num_eval_prompts=0, eval_every=0
     )
     learnt, _ = load_preference_sets(config.data, 0)
     fitting = [each for each in learnt if max(len(each.chosen), len(each.rejected)) + 1 <= 5]
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config,
         dpo, "check_finite", lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run)
     )
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
-        dpo.main(replace(config, eval_prompts=0))
+        dpo.main(replace(config, num_eval_prompts=0))
     assert [row["step"] for row in metrics_of(config)] == [0]
 
 

@@ -13,11 +13,11 @@ import pytest
 from experiments import evaluate
 from experiments.evaluate import Config, keys_of, per_problem, read_report
 from grpo_jax import models
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.problems import Problem
-from grpo_jax.data.selection import Collected
+from grpo_jax.data.selection import ProblemSamples
 from grpo_jax.evaluate import estimate
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.run import Run
@@ -33,14 +33,14 @@ PROBLEMS, SAMPLES = 24, 4
 def finished(base, tmp_path_factory):
     config = Config(
         model=base,
-        data=DataSettings(template="{question}", eval_problems=PROBLEMS),
-        rewards=RewardSettings(target_language="en"),
+        data=DataConfig(template="{question}", eval_size=PROBLEMS),
+        rewards=RewardConfig(target_language="en"),
         run_dir=tmp_path_factory.mktemp("evaluate") / "run",
         num_samples=SAMPLES,
         num_prompts=2,  # blocks of eight problems
         max_prompt_length=12,
         max_completion_length=10,
-        mesh=MeshSettings(data=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     assert evaluate.main(config) == 0
@@ -135,15 +135,15 @@ def test_only_held_out_problems_are_asked_and_the_report_says_of_whom(finished):
 
 def test_killed_and_resumed_gives_the_same_report(finished, tmp_path, monkeypatch):
     config = replace(finished, run_dir=tmp_path / "run")
-    log_faults, blocks = Run.log_faults, []
+    log_reward_errors, blocks = Run.log_reward_errors, []
 
     def killed(self, number, faults):
         blocks.append(number)
         if len(blocks) == 2:
             raise KeyboardInterrupt
-        log_faults(self, number, faults)
+        log_reward_errors(self, number, faults)
 
-    monkeypatch.setattr(Run, "log_faults", killed)
+    monkeypatch.setattr(Run, "log_reward_errors", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(config)
     assert len(rows_of(config)) == 8
@@ -238,7 +238,7 @@ def test_against_a_folder_without_an_evaluation_no_model_is_loaded(finished, tmp
 
 
 def test_other_problems_are_told_before_anything_is_drawn(finished, tmp_path):
-    fewer = replace(finished.data, eval_problems=PROBLEMS - 2)
+    fewer = replace(finished.data, eval_size=PROBLEMS - 2)
     config = replace(finished, run_dir=tmp_path / "run", data=fewer, against=finished.run_dir)
     alone = [row["prompt"] for row in rows_of(finished)][PROBLEMS - 2 :]
     with pytest.raises(ValueError, match="problems of the two evaluations are not the same") as error:
@@ -293,7 +293,7 @@ def test_defaults():
 def collected(*accuracy, answer="3", said="3", **rewards):
     count = len(accuracy)
     texts = [f"<answer>{said if score == 1 else 'x'}</answer>" for score in accuracy]
-    return Collected(
+    return ProblemSamples(
         place=0,
         problem=Problem("1+2=", answer),
         prompt="1+2=",
@@ -374,7 +374,7 @@ def test_problems_are_told_apart_by_what_is_asked_and_what_is_right():
 def test_a_file_is_evaluated_as_a_whole_unless_told_otherwise(finished, tmp_path, capsys, monkeypatch):
     rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(1, 21)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = DataSettings(dataset=str(tmp_path / "a.jsonl"), template="{question}", eval_problems=None)
+    data = DataConfig(dataset=str(tmp_path / "a.jsonl"), template="{question}", eval_size=None)
     config = replace(finished, data=data, run_dir=tmp_path / "run")
     assert evaluate.main(config) == 0
     assert read_report(config.run_dir)["num_problems"] == 20

@@ -43,7 +43,7 @@ def test_a_minute_of_random_faults():
         def scores_are_right(completions):
             found = pool.rewards["faulty"]([""] * len(completions), completions)
             assert [each.score for each in found] == [2.0 if each == "ok" else None for each in completions]
-            faults = [fault.completion for fault in pool.take_faults()]
+            faults = [fault.completion for fault in pool.take_errors()]
             assert sorted(faults) == sorted(each for each in completions if each not in ("ok", "absent"))
 
         scores_are_right()

@@ -13,9 +13,9 @@ import pytest
 from conftest import GUESSING
 
 from experiments import r1_zero
-from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.tasks.toy_model import Recipe, make_base
+from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("default") / "run"
-    r1_zero.main(r1_zero.Config(run_dir=folder, mesh=MeshSettings(data=1), plain=True))
+    r1_zero.main(r1_zero.Config(run_dir=folder, mesh=MeshConfig(data=1), plain=True))
     return folder
 
 
@@ -51,11 +51,11 @@ def test_the_default_run_learns(default_run):
 
 
 def test_s1_kill_9_and_the_same_command_again(tmp_path):
-    make_base(tmp_path / "base", Recipe(**GUESSING))
+    make_toy_model(tmp_path / "base", ToyConfig(**GUESSING))
 
     def start(run):
         options = "--num-steps 8 --num-prompts 4 --group-size 4 --max-prompt-length 12 --max-completion-length 10"
-        options += " --eval-problems 4 --eval-samples 4 --save-every 2 --num-epochs 2 --kl-coef 0.01 --plain"
+        options += " --eval-size 4 --eval-samples 4 --save-every 2 --num-epochs 2 --kl-coef 0.01 --plain"
         command = [sys.executable, "experiments/r1_zero.py", "--model", str(tmp_path / "base"), "--run-dir", str(run)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
         return subprocess.Popen(

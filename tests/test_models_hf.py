@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from grpo_jax.models import from_hf_config, from_pretrained, hf, save_pretrained
 from grpo_jax.sharding import make_mesh, param_shardings
-from grpo_jax.train import sequence_scores
+from grpo_jax.train import reward_model_scores
 
 LLAMA = {"model_type": "llama", **SMALL, "torch_dtype": "float32"}
 
@@ -336,7 +336,9 @@ def test_a_scalar_head_that_is_there_is_kept_and_scores_as_in_transformers(causa
     with torch.no_grad():
         expected = float(classifier_of(tmp_path / "scorer")(torch.tensor(ids)).logits[0, 0])
     rows = jnp.asarray(ids, jnp.int32)
-    assert float(sequence_scores(again.model, again.params, rows, rows >= 0)[0]) == pytest.approx(expected, abs=1e-4)
+    assert float(reward_model_scores(again.model, again.params, rows, rows >= 0)[0]) == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_a_new_head_lies_where_it_belongs_and_in_the_precision_asked_for(original):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax.models import from_hf_config, from_pretrained, hf_weights, param_shapes, save_pretrained
+from grpo_jax.models import from_hf_config, from_pretrained, hf_keys, hf_weights, param_shapes, save_pretrained
 from grpo_jax.models.hf_files import weight_files
 from grpo_jax.models.hf_keys import Entry, key_table
 from grpo_jax.models.hf_weights import read_slice
@@ -85,7 +85,7 @@ def test_each_shard_is_read_once_and_nothing_else_is(biased, monkeypatch):
     )
     loaded = from_pretrained(biased, shardings=on_mesh)
     stored = hf_weights.read_headers(weight_files(biased))
-    paths = hf_weights._flatten(loaded.params)
+    paths = hf_keys._flatten(loaded.params)
     for path, entry in key_table(loaded.config).items():
         parts = spied[stored[entry.name]].parts
         assert sum(part.size for part in parts) == paths[path].size, path
@@ -104,7 +104,7 @@ def test_loaded_parameters_do_not_change_with_the_file(param_dtype, biased, tmp_
     jax.tree.map(np.testing.assert_array_equal, loaded.params, unchanged.params)
 
 
-@pytest.mark.parametrize("layout", sorted(set(hf_weights.LAYOUTS.values()), key=str))
+@pytest.mark.parametrize("layout", sorted(set(hf_keys.LAYOUTS.values()), key=str))
 def test_any_part_of_a_parameter_is_read_without_the_rest(layout):
     axes, merged = layout
     entry = Entry("any", (6, 4, 8)[: len(axes)], axes, merged)

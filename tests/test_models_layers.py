@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import quick_jit
 
-from grpo_jax.models.attention import Part, allowed_slots, attend
+from grpo_jax.models.attention import KVSegment, allowed_slots, attend
 from grpo_jax.models.config import Rope
 from grpo_jax.models.kv_cache import quantized, written
 from grpo_jax.models.layers import Embedding, Norm
@@ -61,11 +61,11 @@ def test_scores_of_rotated_vectors_depend_on_their_distance_alone():
     query, keyed = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
     @quick_jit
-    def turn(x, at):
+    def rope(x, at):
         return rotate(x, rotation(Rope(1e4), 16, at[None, None]))
 
     def score(query_at, key_at):
-        return np.sum(turn(query, jnp.int32(query_at)) * turn(keyed, jnp.int32(key_at)))
+        return np.sum(rope(query, jnp.int32(query_at)) * rope(keyed, jnp.int32(key_at)))
 
     np.testing.assert_allclose(score(7, 3), score(107, 103), rtol=1e-3)
     assert abs(score(7, 3) - score(8, 3)) > 1e-2
@@ -88,7 +88,7 @@ def test_slots_before_the_calls_own_and_after_it():
 
 def part(keys, values, allowed, *sharing):
     """Keys with their columns before their components, as they are written by hand here."""
-    return Part({"keys": jnp.swapaxes(keys, 2, 3), "values": values}, allowed, *sharing)
+    return KVSegment({"keys": jnp.swapaxes(keys, 2, 3), "values": values}, allowed, *sharing)
 
 
 def attend_to_one(queries, keys, values, allowed, softcap):
@@ -172,16 +172,16 @@ def test_keys_are_shared_by_adjacent_rows_or_by_those_named():
     keys, values = (jnp.asarray(rng.normal(size=(2, 2, 5, 8)), jnp.float32) for _ in range(2))
     allowed = jnp.asarray(rng.random((2, 1, 5)) < 0.7).at[:, :, 0].set(True)
 
-    def shared(queries, members=None, place=None):
-        return attend(queries, [part(keys, values, allowed, members, place)], None)
+    def shared(queries, gather=None, place=None):
+        return attend(queries, [part(keys, values, allowed, gather, place)], None)
 
     adjacent = quick_jit(shared)(queries)
     each = [np.repeat(np.asarray(x), 3, axis=0) for x in (keys, values, allowed)]
     np.testing.assert_allclose(adjacent, attend_in_numpy(queries, *each, None), atol=1e-6)
     order = np.array([5, 0, 3])  # two of the second entry's rows and one of the first's, in places of their own
-    members, place = jnp.array([[1, 0, 0, 2, 0, 0]]), jnp.array([[3, 0, 5]])
-    members = members.at[0, 5].set(2).at[0, 3].set(0)
-    some = quick_jit(shared)(queries[order], members, place)
+    gather, place = jnp.array([[1, 0, 0, 2, 0, 0]]), jnp.array([[3, 0, 5]])
+    gather = gather.at[0, 5].set(2).at[0, 3].set(0)
+    some = quick_jit(shared)(queries[order], gather, place)
     np.testing.assert_allclose(some, np.asarray(adjacent)[order], atol=1e-6)
 
 
@@ -240,7 +240,7 @@ def test_attention_to_int8_is_attention_to_what_it_stands_for():
         "values": values.astype(jnp.float32) * value_scales[:, :, :, None],
     }
     allowed = jnp.asarray(rng.random((2, 4, 64)) < 0.7)
-    found = attend(queries, [Part(entry, allowed)], None)
-    np.testing.assert_allclose(found, attend(queries, [Part(stands_for, allowed)], None), atol=1e-5)
-    exact = attend(queries, [Part(own, allowed)], None)
+    found = attend(queries, [KVSegment(entry, allowed)], None)
+    np.testing.assert_allclose(found, attend(queries, [KVSegment(stands_for, allowed)], None), atol=1e-5)
+    exact = attend(queries, [KVSegment(own, allowed)], None)
     assert 1e-4 < np.abs(np.asarray(found - exact)).max() < 5e-2

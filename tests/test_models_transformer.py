@@ -10,7 +10,7 @@ import pytest
 from checkpoints import SMALL, quick_jit, random_params
 
 from grpo_jax.models import build_model, from_hf_config, init_params, param_shapes
-from grpo_jax.types import Context
+from grpo_jax.types import PrefixCache
 
 SIZES = {**SMALL, "num_hidden_layers": 2}
 CONFIGS = {
@@ -74,16 +74,16 @@ def test_contexts_come_before_the_calls_own_tokens(decoder):
     prompts, drawn = random_ids((2, P)), random_ids((2 * G, T)) * 7 % SMALL["vocab_size"]
     mask = jnp.arange(P)[None, :] >= jnp.array([0, 3])[:, None]
     owner = jnp.array([1, 0, 0, 1, 1, 0])
-    members, place = jnp.array([[1, 2, 5, 0, 3, 4]]), jnp.array([[3, 0, 1, 4, 5, 2]])
+    gather, place = jnp.array([[1, 2, 5, 0, 3, 4]]), jnp.array([[3, 0, 1, 4, 5, 2]])
     whole_mask = jnp.concatenate([mask[owner], jnp.ones((2 * G, T), bool)], axis=1)
     whole = jnp.concatenate([prompts[owner], drawn], axis=1)
     full, _ = model.apply(params, whole, positions_of(whole_mask), whole_mask)
     _, prompt = model.apply(params, prompts, positions_of(mask), mask)
     positions = positions_of(whole_mask)[:, P:]
-    shared = Context(prompt, -P, mask, members, place)
-    first, chunk = model.apply(params, drawn[:, :4], positions[:, :4], contexts=[shared])
-    contexts = [dataclasses.replace(shared, start=-P - 4), Context(chunk, -4), Context(chunk, 2**30)]
-    second, _ = model.apply(params, drawn[:, 4:], positions[:, 4:], contexts=contexts)
+    shared = PrefixCache(prompt, -P, mask, gather, place)
+    first, chunk = model.apply(params, drawn[:, :4], positions[:, :4], prefixes=[shared])
+    prefixes = [dataclasses.replace(shared, start=-P - 4), PrefixCache(chunk, -4), PrefixCache(chunk, 2**30)]
+    second, _ = model.apply(params, drawn[:, 4:], positions[:, 4:], prefixes=prefixes)
     found = jnp.concatenate([first, second], axis=1)
     assert jnp.abs(found - full[:, P:]).max() <= 1e-5 * jnp.abs(full).max()
 
@@ -93,9 +93,9 @@ def test_rotations_may_be_computed_before(decoder):
     ids = random_ids((2, 6))
     positions = jnp.arange(6)[None, :] + jnp.array([[0], [5]])
     plain, _ = model.apply(params, ids, positions)
-    turned = model.turn(positions)
-    assert all(leaf.shape[:2] == (2, 6) for leaf in jax.tree.leaves(turned))
-    np.testing.assert_allclose(model.apply(params, ids, turned)[0], plain, atol=1e-5 * np.abs(plain).max())
+    rope = model.rope(positions)
+    assert all(leaf.shape[:2] == (2, 6) for leaf in jax.tree.leaves(rope))
+    np.testing.assert_allclose(model.apply(params, ids, rope)[0], plain, atol=1e-5 * np.abs(plain).max())
 
 
 def test_cuts_change_no_value(decoder):
@@ -103,7 +103,7 @@ def test_cuts_change_no_value(decoder):
     ids = random_ids((2, 7))
     mask = jnp.arange(7)[None, :] >= jnp.array([0, 4])[:, None]
     plain, _ = model.apply(params, ids, positions_of(mask), mask)
-    in_parts = quick_jit(partial(build_model(config).apply, cuts=(3, 5)))
+    in_parts = quick_jit(partial(build_model(config).apply, block_bounds=(3, 5)))
     cut, _ = in_parts(params, ids, positions_of(mask), mask)
     difference = jnp.where(mask[:, :, None], cut - plain, 0)
     np.testing.assert_allclose(difference, 0, atol=1e-5 * np.abs(plain).max())
@@ -114,10 +114,10 @@ def test_caches_are_joined_column_after_column(decoder):
     ids = random_ids((2, 6))
     positions = jnp.arange(6)[None, :] + jnp.zeros((2, 1), jnp.int32)
     _, whole = model.apply(params, ids, positions)
-    pieces, contexts = [], []
+    pieces, prefixes = [], []
     for start in (0, 2, 4):
-        contexts = [Context(cache, 2 * i - start) for i, cache in enumerate(pieces)]
-        _, cache = model.apply(params, ids[:, start : start + 2], positions[:, start : start + 2], contexts=contexts)
+        prefixes = [PrefixCache(cache, 2 * i - start) for i, cache in enumerate(pieces)]
+        _, cache = model.apply(params, ids[:, start : start + 2], positions[:, start : start + 2], prefixes=prefixes)
         pieces.append(cache)
     jax.tree.map(np.testing.assert_array_equal, model.first_columns(pieces[0], 2), pieces[0])
     begun = jax.tree.leaves(model.first_columns(whole, 2))
@@ -193,7 +193,7 @@ def test_rematerialization_changes_neither_values_nor_gradients():
         model = build_model(config, remat=remat)
 
         def total(params):
-            hidden, _ = model.apply(params, ids, positions_of(mask), mask, model.init_cache(2, 5), 0, cuts=(2,))
+            hidden, _ = model.apply(params, ids, positions_of(mask), mask, model.init_cache(2, 5), 0, block_bounds=(2,))
             return (hidden**2).sum()
 
         return jax.grad(total)

@@ -6,11 +6,11 @@ import time
 import numpy as np
 import pytest
 
-from grpo_jax.monitor.alarms import CONDITIONS, Alarms, AlarmSettings
+from grpo_jax.monitor.alarms import CONDITIONS, AlarmConfig, Alarms
 from grpo_jax.monitor.step_metrics import reward_metrics
 from grpo_jax.rewards.repetition import repeated_share
 
-DEFAULT = AlarmSettings()
+DEFAULT = AlarmConfig()
 HEALTHY = {
     "reward": 0.3,
     "pass_rate": 0.3,
@@ -71,14 +71,14 @@ def test_each_alarm_fires_once_after_its_patience_and_again_when_the_ill_returns
     assert fired([{}] * 10 + [ill] * 2 + [{}] * 5) == []
     assert fired([{}] * 10 + [ill] * 10) == [(13, name)]
     assert fired([{}] * 10 + [ill] * 5 + [{}] + [ill] * 5) == [(13, name), (19, name)]
-    assert fired([{}] * 10 + [ill], AlarmSettings(patience=1)) == [(11, name)]
-    assert fired([{}] * 10 + [ill] * 10, AlarmSettings(**{name: None})) == []
+    assert fired([{}] * 10 + [ill], AlarmConfig(patience=1)) == [(11, name)]
+    assert fired([{}] * 10 + [ill] * 10, AlarmConfig(**{name: None})) == []
 
 
 def test_every_alarm_is_tested_and_has_a_threshold():
     assert set(ILLS) | {"length_explosion", "hacking"} == set(CONDITIONS)
     for name in CONDITIONS:
-        assert getattr(AlarmSettings(), name) > 0
+        assert getattr(AlarmConfig(), name) > 0
 
 
 @pytest.mark.parametrize("name", ["entropy_collapse", "zero_variance", "duplicates"])
@@ -119,12 +119,12 @@ def test_hacking_is_reward_up_and_judge_down():
 
 
 def test_levels():
-    settings = AlarmSettings(checkpoint_at=("truncation",), stop_at=("hacking",))
+    settings = AlarmConfig(checkpoint_at=("truncation",), stop_at=("hacking",))
     assert [settings.level(name) for name in ("kl_drift", "truncation", "hacking")] == ["warn", "checkpoint", "stop"]
     with pytest.raises(ValueError, match=r"alarms.stop_at has \['nonsense'\]; there are \['absent_rewards'"):
-        AlarmSettings(stop_at=("nonsense",))
+        AlarmConfig(stop_at=("nonsense",))
     with pytest.raises(ValueError, match="patience is 0"):
-        AlarmSettings(patience=0)
+        AlarmConfig(patience=0)
 
 
 def test_a_resumed_run_fires_as_if_it_had_never_stopped():
@@ -132,32 +132,32 @@ def test_a_resumed_run_fires_as_if_it_had_never_stopped():
     rows = [{"step": step, **HEALTHY, **change} for step, change in enumerate(course, 1)]
     evaluation = {"step": 10, "eval/pass@1": 0.4}
     for cut in (5, 9, 10, 11, 15):
-        alarms = Alarms(AlarmSettings(), [*rows[:cut], evaluation], {"truncation"} if cut >= 11 else ())
+        alarms = Alarms(AlarmConfig(), [*rows[:cut], evaluation], {"truncation"} if cut >= 11 else ())
         found = [fired.step for row in rows[cut:] for fired in alarms.update(row)]
         assert found == ([11] if cut < 11 else [])
 
 
 def test_an_alarm_that_would_have_fired_under_new_thresholds_fires_at_the_next_step():
     rows = [{"step": step, **HEALTHY, "completions/clipped_ratio": 0.4} for step in range(1, 12)]
-    alarms = Alarms(AlarmSettings(truncation=0.3), rows[:10])
+    alarms = Alarms(AlarmConfig(truncation=0.3), rows[:10])
     assert [(fired.step, fired.name) for fired in alarms.update(rows[10])] == [(11, "truncation")]
 
 
 def test_replay_takes_time_in_proportion_to_the_steps():
     rows = [{"step": step, **HEALTHY, "judge": 0.3} for step in range(3000)]
     started = time.process_time()
-    Alarms(AlarmSettings(), rows)
+    Alarms(AlarmConfig(), rows)
     assert time.process_time() - started < 20
 
 
 def test_missing_and_null_metrics_are_passed_over():
     assert fired([{"entropy": None, "kl": math.nan, "judge": math.nan}] * 20) == []
-    alarms = Alarms(AlarmSettings())
+    alarms = Alarms(AlarmConfig())
     assert [alarms.update({"step": step, "reward": 1.0}) for step in range(20)] == [[]] * 20
 
 
 def test_what_an_alarm_says():
-    alarms = Alarms(AlarmSettings(patience=1))
+    alarms = Alarms(AlarmConfig(patience=1))
     alarms.update({"step": 1, **HEALTHY})
     (found,) = alarms.update({"step": 2, **HEALTHY, "completions/clipped_ratio": 0.75})
     assert found.row() == {"step": 2, "alarm": "truncation", "level": "warn", "text": found.text}
@@ -198,12 +198,12 @@ def test_noise_and_gains_of_held_out_figures_are_none():
     assert of_evaluations((0.0625, 0.0625), (0.0, 0.0)) == []  # one right answer of sixteen, and then none
     assert of_evaluations((0.1875, 0.1008), (0.0625, 0.0625)) == FALLEN  # three and one: to less than half
     assert of_evaluations(0.1, 0.2, 0.3) == []
-    assert of_evaluations(0.188, 0.062, settings=AlarmSettings(held_out_fall=None)) == []
+    assert of_evaluations(0.188, 0.062, settings=AlarmConfig(held_out_fall=None)) == []
     assert of_evaluations((40.0, 1.0), (10.0, 1.0), name="eval/mean_length") == []
 
 
 def test_a_held_out_fall_may_stop_a_run_and_is_not_told_twice_by_a_resumed_one():
-    settings = AlarmSettings(stop_at=("held_out_fall",))
+    settings = AlarmConfig(stop_at=("held_out_fall",))
     rows = [{"step": 0, "eval/pass@1": 0.5}, {"step": 10, "eval/pass@1": 0.1}]
     alarms = Alarms(settings)
     (alarm,) = [each for row in rows for each in alarms.update(row)]

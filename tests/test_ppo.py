@@ -10,11 +10,11 @@ import pytest
 
 from experiments import ppo
 from experiments.ppo import Config
-from grpo_jax import models, rounds
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
+from grpo_jax import models
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
 from grpo_jax.tasks.sums import make_tokenizer
 from grpo_jax.tasks.toy_model import HF_CONFIG
@@ -35,7 +35,7 @@ def scorer(tmp_path_factory):
 def config(base, scorer, tmp_path):
     return Config(
         model=base,
-        data=DataSettings(template="{question}", eval_problems=10),
+        data=DataConfig(template="{question}", eval_size=10),
         run_dir=tmp_path / "run",
         num_steps=4,
         num_prompts=16,
@@ -48,10 +48,10 @@ def config(base, scorer, tmp_path):
         critic_warmup_steps=1,
         kl_target=0.01,
         kl_horizon=100.0,
-        rewards=RewardSettings(accuracy_weight=0.0, reward_model=scorer),
-        optimizer=OptimizerSettings(learning_rate=3e-3),
-        critic_optimizer=OptimizerSettings(learning_rate=1e-2),
-        mesh=MeshSettings(data=1),
+        rewards=RewardConfig(accuracy_weight=0.0, reward_model=scorer),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        critic_optimizer=OptimizerConfig(learning_rate=1e-2),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
 
@@ -113,7 +113,7 @@ def test_the_critic_starts_as_the_reward_model_or_else_with_values_of_0(config, 
 
     monkeypatch.setattr(ppo.OwnCritic, "before", seen)
     ppo.main(replace(config, num_steps=1))
-    rules = RewardSettings(accuracy_weight=1.0)
+    rules = RewardConfig(accuracy_weight=1.0)
     ppo.main(replace(config, num_steps=1, rewards=rules, run_dir=config.run_dir.with_name("rules")))
     (of_scorer, _), (fresh, values) = found
     assert np.abs(of_scorer).max() > 0
@@ -143,9 +143,9 @@ def test_rewards_of_tokens_are_the_score_at_the_end_and_the_kl_before():
         ({"value_epsilon": 0.0}, "value_epsilon is 0.0; it must be above 0"),
         ({"gamma": 1.5}, "gamma is 1.5; it must be from 0 to 1"),
         ({"lam": -0.1}, "lam is -0.1; it must be from 0 to 1"),
-        ({"policy": PolicyLossSettings(loss="ppo", kl_coef=0.1)}, "kl_coef is set: here the KL is in the reward"),
+        ({"policy": PolicyLossConfig(loss="ppo", kl_coef=0.1)}, "kl_coef is set: here the KL is in the reward"),
         ({"kl_reward_coef": 0.0}, "kl_target is set, but kl_reward_coef"),
-        ({"rewards": RewardSettings(accuracy_weight=0.0)}, "nothing is paid for; name a reward_model"),
+        ({"rewards": RewardConfig(accuracy_weight=0.0)}, "nothing is paid for; name a reward_model"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):
@@ -154,14 +154,14 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
 
 
 def test_a_reward_model_with_other_tokens_is_refused_as_a_critic(config, monkeypatch):
-    load = rounds.PolicySettings.load
+    load = ppo.load_model
 
-    def other_tokens(self, name_or_folder, mesh, *, scalar_head=False):
-        loaded = load(self, name_or_folder, mesh, scalar_head=scalar_head)
+    def other_tokens(config, name_or_folder, mesh, *, scalar_head=False):
+        loaded = load(config, name_or_folder, mesh, scalar_head=scalar_head)
         if scalar_head:
             loaded.tokenizer.add_tokens(["%"])
         return loaded
 
-    monkeypatch.setattr(rounds.PolicySettings, "load", other_tokens)
+    monkeypatch.setattr(ppo, "load_model", other_tokens)
     with pytest.raises(ValueError, match="the reward model has another tokenizer than the policy"):
         ppo.main(config)

@@ -11,21 +11,21 @@ import pytest
 import tyro
 
 from experiments import distill, dpo, evaluate, ppo, r1_zero, rejection_sampling, reward_model, sample, sft
-from grpo_jax import run as run_module
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.offline import DemonstrationSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings
-from grpo_jax.loop.batch_inference import read_collected, read_provenance
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.loop import run_folder
+from grpo_jax.loop.batch_inference import read_provenance, read_samples
 from grpo_jax.loop.run import Run
 from grpo_jax.models import from_pretrained
 from tests.families import write_family
 from tests.runs import write_rows
 
 TODAY = "2026-11-27"
-MESH = MeshSettings(data=1)
-HERE = RewardSettings(reward_workers=0)
+MESH = MeshConfig(data=1)
+HERE = RewardConfig(reward_workers=0)
 DATED = (
     "{{ strftime_now('%Y-%m-%d') + '\n' }}{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -70,7 +70,7 @@ def files(tmp_path_factory):
 def taught(base, files, tmp_path_factory):
     config = sft.Config(
         model=base,
-        data=DemonstrationSettings(
+        data=DemonstrationConfig(
             dataset=files["replies"], chat_template=True, system_prompt="Be brief.", template_date="2026-11-27"
         ),
         run_dir=tmp_path_factory.mktemp("taught") / "run",
@@ -78,9 +78,9 @@ def taught(base, files, tmp_path_factory):
         num_epochs=1,
         num_sequences=8,
         max_length=128,
-        eval_prompts=0,
+        num_eval_prompts=0,
         eval_every=0,
-        optimizer=OptimizerSettings(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
         **SHAPES,
     )
     assert sft.main(config) == 0
@@ -92,7 +92,7 @@ ASKED = "2026-11-27\n<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n
 
 
 def measured(model, files, folder, **changes):
-    data = {"data": DataSettings(dataset=files["problems"], **changes.pop("data", {}))}
+    data = {"data": DataConfig(dataset=files["problems"], **changes.pop("data", {}))}
     sizes = {"num_samples": 1, "num_prompts": 2, "rewards": HERE, **SHAPES}
     return evaluate.Config(model=str(model), run_dir=folder, **data, **sizes, **changes)
 
@@ -106,7 +106,7 @@ def test_the_format_of_the_prompts_is_exported_and_the_default_of_the_next_run(t
     config = measured(model, files, tmp_path / "run")
     assert evaluate.main(config) == 0
     assert read_provenance(config.run_dir)["prompt_format"] == CHAT
-    assert all(each.prompt.startswith(ASKED) for each in read_collected(config.run_dir))
+    assert all(each.prompt.startswith(ASKED) for each in read_samples(config.run_dir))
     said = capsys.readouterr().out
     assert "prompts: the tokenizer's chat template, system_prompt 'Be brief.', date '2026-11-27', as the model" in said
 
@@ -143,7 +143,7 @@ def test_every_script_takes_arguments_of_the_template(script):
 
 @pytest.mark.parametrize("script", ["r1_zero", "ppo", "evaluate", "rejection_sampling"])
 def test_a_template_whose_turns_the_model_does_not_end_is_refused(script, base, files, tmp_path):
-    common = {"model": base, "data": DataSettings(dataset=files["problems"], chat_template=True), "rewards": HERE}
+    common = {"model": base, "data": DataConfig(dataset=files["problems"], chat_template=True), "rewards": HERE}
     common |= {"run_dir": tmp_path / "run", "num_prompts": 2, **SHAPES}
     config, main = {
         "r1_zero": (partial(r1_zero.Config, group_size=2), r1_zero.main),
@@ -165,7 +165,7 @@ def test_a_run_keeps_the_date_of_its_beginning(tmp_path, monkeypatch):
 
     today = begun()
     assert today == datetime.date.today().isoformat()
-    monkeypatch.setattr(run_module, "date", Tomorrow)
+    monkeypatch.setattr(run_folder, "date", Tomorrow)
     assert begun() == "2031-01-01"  # nothing was computed before
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     monkeypatch.undo()
@@ -176,13 +176,13 @@ def test_a_run_goes_on_with_the_same_prompts_on_another_day(base, files, tmp_pat
     """Without --template-date, the template is given the day on which the run began."""
     config = measured(base, files, tmp_path / "run", data={"chat_template": True}, stop_tokens=("<|im_end|>",))
     assert evaluate.main(config) == 0
-    before = [each.prompt for each in read_collected(config.run_dir)]
+    before = [each.prompt for each in read_samples(config.run_dir)]
     assert before[0].startswith(datetime.date.today().isoformat())
     for name in ("summary.json", "completions.jsonl"):  # as if it had been killed before its first block
         (config.run_dir / name).unlink()
-    monkeypatch.setattr(run_module, "date", Tomorrow)
+    monkeypatch.setattr(run_folder, "date", Tomorrow)
     assert evaluate.main(config) == 0
-    assert [each.prompt for each in read_collected(config.run_dir)] == before
+    assert [each.prompt for each in read_samples(config.run_dir)] == before
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_sft_goes_on_on_another_day(taught, tmp_path, monkeypatch):
     assert sft.main(config) == 0
     shutil.rmtree(config.run_dir / "model")
     (config.run_dir / "summary.json").unlink()
-    monkeypatch.setattr(run_module, "date", Tomorrow)
+    monkeypatch.setattr(run_folder, "date", Tomorrow)
     assert sft.main(config) == 0
     found = json.loads(Path(config.run_dir / "model" / "prompt_format.json").read_text())
     assert found["date"] == datetime.date.today().isoformat()

@@ -15,15 +15,15 @@ import pytest
 
 from experiments import r1
 from experiments.r1 import Config
-from grpo_jax.config.data import DataSettings
+from grpo_jax.config.data import DataConfig
 from grpo_jax.config.mixture import read_tasks
-from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.jsonl import read_jsonl, to_json
 from grpo_jax.tasks.errands import Errand
 from tests.runs import write_rows
 
 ROOT = Path(__file__).parent.parent
-REAL = {"model": "org/model", "data": DataSettings(dataset="org/problems"), "general_reward_model": "org/judge"}
+REAL = {"model": "org/model", "data": DataConfig(dataset="org/problems"), "general_reward_model": "org/judge"}
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_the_final_rl_pays_by_rules_for_reasoning_and_by_the_reward_model_for_th
     reasoning, general = read_tasks(final.tasks, final.data, final.rewards)
     assert (reasoning.name, reasoning.data) == ("reasoning", config.data)
     assert reasoning.rewards == replace(config.final.rewards, target_language="zh")
-    assert general.data == DataSettings(dataset="errands")
-    assert general.rewards == RewardSettings(accuracy_weight=0.0, reward_model=str(tmp_path / "run/reward_model/model"))
+    assert general.data == DataConfig(dataset="errands")
+    assert general.rewards == RewardConfig(accuracy_weight=0.0, reward_model=str(tmp_path / "run/reward_model/model"))
 
 
 def test_general_demonstrations_are_of_no_held_out_errand(stages, tmp_path):
@@ -103,11 +103,11 @@ def real(tmp_path):
     cold_start = Config().cold_start
     return Config(
         model="org/model",
-        data=DataSettings(dataset=problems),
+        data=DataConfig(dataset=problems),
         general_reward_model="org/judge",
         run_dir=tmp_path / "run",
         general=tmp_path / "chats.jsonl",
-        general_data=DataSettings(dataset=prompts, grader="none"),
+        general_data=DataConfig(dataset=prompts, grader="none"),
         cold_start=replace(cold_start, data=replace(cold_start.data, dataset=str(tmp_path / "thoughts.jsonl"))),
     )
 
@@ -211,7 +211,7 @@ def has_run(config):
 # Kills --------------------------------------------------------------------------------------------------------------
 
 SMALL = {
-    "": "--plain --save-every 1 --base-dir {base} --eval-problems 12 --general-data.eval-problems 12",
+    "": "--plain --save-every 1 --base-dir {base} --eval-size 12 --general-data.eval-problems 12",
     "cold-start": "worked-sums=48 num-epochs=2 num-sequences=8 eval-prompts=0 save-every=1",
     "zero": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",
     "reasoning": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",

@@ -15,12 +15,14 @@ import pytest
 
 from experiments import r1_zero
 from experiments.r1_zero import Config
-from grpo_jax import models, reward_settings, rounds
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import LOSSES, OptimizerSettings, PolicyLossSettings
+from grpo_jax import models
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import LOSSES, OptimizerConfig, PolicyLossConfig
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop import collector, scoring
+from grpo_jax.loop.setup import as_policy
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_model import HF_CONFIG
@@ -32,7 +34,7 @@ from tests.runs import metrics_of
 def config(base, tmp_path):
     return Config(
         model=base,
-        data=DataSettings(template="{question}", eval_problems=10),
+        data=DataConfig(template="{question}", eval_size=10),
         run_dir=tmp_path / "run",
         num_steps=4,
         num_prompts=8,
@@ -43,16 +45,16 @@ def config(base, tmp_path):
         eval_every=2,
         save_every=2,
         samples_every=1,
-        rewards=RewardSettings(format_weight=0.5),
-        optimizer=OptimizerSettings(learning_rate=3e-3, warmup_updates=1),
-        mesh=MeshSettings(data=1),
+        rewards=RewardConfig(format_weight=0.5),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_updates=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
 
 
 def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch):
     """With a reference, two inner epochs of two minibatches, and Adam's moments: all of it has to come back."""
-    config = replace(config, group_size=16, policy=PolicyLossSettings(kl_coef=0.05), ref_refresh_every=3)
+    config = replace(config, group_size=16, policy=PolicyLossConfig(kl_coef=0.05), ref_refresh_every=3)
     config = replace(config, num_epochs=2, num_minibatches=2, num_micro_batches=2)
     r1_zero.main(config)
 
@@ -99,7 +101,7 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
         return asking
 
     with monkeypatch.context() as patch:
-        module, name = (rounds, "decode_completions") if moment == "evaluation" else (r1_zero, "over_updates")
+        module, name = (collector, "decode_completions") if moment == "evaluation" else (r1_zero, "over_updates")
         patch.setattr(module, name, ask(getattr(module, name), 1))
         assert r1_zero.main(config) == 130
     assert not (config.run_dir / "summary.json").exists()
@@ -111,7 +113,7 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
 def test_l2_eight_devices_give_the_losses_of_one(config):
     config = replace(config, num_steps=5, group_size=16)
     r1_zero.main(config)
-    eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=MeshSettings(data=2, fsdp=2, tensor=2))
+    eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     r1_zero.main(eight)
     one, many = metrics_of(config), metrics_of(eight)
     assert max(row.get("reward_std", 0) for row in one) > 0  # losses that are not 0 for want of a signal
@@ -127,7 +129,7 @@ def test_l2_eight_devices_give_the_losses_of_one(config):
 def finished(base, tmp_path_factory):
     config = Config(
         model=base,
-        data=DataSettings(template="{question}", eval_problems=10),
+        data=DataConfig(template="{question}", eval_size=10),
         run_dir=tmp_path_factory.mktemp("finished") / "run",
         num_steps=2,
         num_prompts=8,
@@ -136,7 +138,7 @@ def finished(base, tmp_path_factory):
         max_completion_length=10,
         eval_samples=4,
         samples_every=1,
-        mesh=MeshSettings(data=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     r1_zero.main(config)
@@ -196,7 +198,7 @@ def test_a_model_of_ones_own_gets_small_micro_batches(config):
     large = replace(config, model="org/of-any-length", **sizes)
     assert large.micro_batches == 64  # of 8 completions with 512 + 1024 tokens: 12,288
     assert replace(large, num_minibatches=4).micro_batches == 16
-    assert replace(large, mesh=MeshSettings(data=8)).micro_batches == 8
+    assert replace(large, mesh=MeshConfig(data=8)).micro_batches == 8
     assert replace(large, num_micro_batches=2).micro_batches == 2
     assert config.micro_batches == 1
     assert Config().micro_batches == 1
@@ -204,13 +206,13 @@ def test_a_model_of_ones_own_gets_small_micro_batches(config):
 
 def test_stop_tokens_end_completions_and_must_be_known(finished):
     policy = models.from_pretrained(finished.model)
-    assert finished.as_sampled(policy).eos_ids == policy.eos_ids
-    stopped = replace(finished, stop_tokens=("</answer>", "<eos>")).as_sampled(policy)
+    assert as_policy(finished, policy).eos_ids == policy.eos_ids
+    stopped = as_policy(replace(finished, stop_tokens=("</answer>", "<eos>")), policy)
     assert stopped.eos_ids == (1, 5)
     with pytest.raises(ValueError, match=r"stop_tokens: \['<\|im_end\|>'\] are no tokens of"):
-        replace(finished, stop_tokens=("</answer>", "<|im_end|>")).as_sampled(policy)
+        as_policy(replace(finished, stop_tokens=("</answer>", "<|im_end|>")), policy)
     with pytest.raises(ValueError, match="is 140, and the model has 128 positions"):
-        replace(finished, max_completion_length=128).as_sampled(policy)
+        as_policy(replace(finished, max_completion_length=128), policy)
 
 
 def test_s6_another_configuration_in_the_same_folder(finished):
@@ -236,12 +238,12 @@ def test_s7_varying_lengths_compile_nothing_new(finished):
         ),
         ({"num_micro_batches": 5}, "do not divide"),
         (
-            {"policy": PolicyLossSettings(kl_coef=0.1), "kl_reward_coef": 0.1},
+            {"policy": PolicyLossConfig(kl_coef=0.1), "kl_reward_coef": 0.1},
             "the KL belongs in the loss or in the reward",
         ),  # L13
         ({"sampling": Sampling(temperature=0.0)}, "temperature is 0"),
         ({"ref_refresh_every": 5}, "there is no reference"),
-        ({"ref_refresh_every": 0, "policy": PolicyLossSettings(kl_coef=0.1)}, "ref_refresh_every is 0"),
+        ({"ref_refresh_every": 0, "policy": PolicyLossConfig(kl_coef=0.1)}, "ref_refresh_every is 0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"model": None}, "name a model too"),
     ],
@@ -254,13 +256,13 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mesh": MeshSettings(data=8), "num_prompts": 4}, "num_prompts: 4 do not divide over mesh data x fsdp = 8"),
-        ({"mesh": MeshSettings(data=8), "num_micro_batches": 8}, "completions of a micro-batch: 4 do not divide"),
-        ({"mesh": MeshSettings(data=1, tensor=8)}, "layers_0/attention/k/kernel: dimension 1"),
-        ({"rewards": RewardSettings(accuracy_weight=0.0)}, "weights must be finite and not all 0"),
-        ({"rewards": RewardSettings(reward=("no_such_module:f",))}, "no module 'no_such_module'"),
+        ({"mesh": MeshConfig(data=8), "num_prompts": 4}, "num_prompts: 4 do not divide over mesh data x fsdp = 8"),
+        ({"mesh": MeshConfig(data=8), "num_micro_batches": 8}, "completions of a micro-batch: 4 do not divide"),
+        ({"mesh": MeshConfig(data=1, tensor=8)}, "layers_0/attention/k/kernel: dimension 1"),
+        ({"rewards": RewardConfig(accuracy_weight=0.0)}, "weights must be finite and not all 0"),
+        ({"rewards": RewardConfig(reward=("no_such_module:f",))}, "no module 'no_such_module'"),
         ({"model": "no/such/folder"}, "no/such/folder"),
-        ({"data": DataSettings(chat_template=True)}, "chat template"),
+        ({"data": DataConfig(chat_template=True)}, "chat template"),
         ({"max_prompt_length": 4}, "longer than max_prompt_length=4"),
     ],
 )
@@ -274,7 +276,7 @@ def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monk
     def broken(prompts, completions, **columns):
         raise ZeroDivisionError("no")
 
-    monkeypatch.setattr(reward_settings, "format_reward", broken)
+    monkeypatch.setattr(scoring, "format_reward", broken)
     monkeypatch.setattr(models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="reward 'format' raised ZeroDivisionError"):
         r1_zero.main(config)
@@ -306,9 +308,9 @@ def learn(config, rewards, policy=0.0, reference=0.0):
     scorer = lambda params, rollout: jnp.full(rollout.completion_ids.shape, params)  # noqa: E731
     total = np.asarray(rewards, np.float32)
     scores = Scores(total, {}, {"accuracy": total}, [""] * len(total), total, [()] * len(total))
-    old, ref = r1_zero.earlier_policies(config, rollout, scorer, state)
-    rounds = SimpleNamespace(scoring=SimpleNamespace(weights={"accuracy": 1.0}), mesh=config.mesh.build())
-    return r1_zero.learn_from(config, rollout, scores, rounds, old, ref), rollout
+    old, ref = r1_zero.old_and_ref_log_probs(config, rollout, scorer, state)
+    collector = SimpleNamespace(scoring=SimpleNamespace(weights={"accuracy": 1.0}), mesh=config.mesh.build())
+    return r1_zero.make_train_batch(config, rollout, scores, collector, old, ref), rollout
 
 
 def test_a5_an_absent_reward_drops_out_of_the_loss(config):
@@ -347,7 +349,7 @@ def test_every_named_advantage(config, name):
 
 
 def build_loss(log_probs=lambda params, batch: (params, params * 0), sampler_alters_policy=False, **settings):
-    loss = PolicyLossSettings(**settings)
+    loss = PolicyLossConfig(**settings)
     return loss.build(log_probs, max_completion_length=10, sampler_alters_policy=sampler_alters_policy)
 
 
@@ -381,7 +383,7 @@ def test_truncating_filters_leave_the_gap_out_unless_it_is_corrected_for(config)
 
 @pytest.mark.slow
 def test_a_coarser_cache_trains_with_a_gap_that_is_corrected_for(config):
-    policy = PolicyLossSettings(importance_cap=2.0)
+    policy = PolicyLossConfig(importance_cap=2.0)
     r1_zero.main(replace(config, num_steps=1, group_size=16, cache_dtype="int8", policy=policy, eval_every=0))
     (step,) = (row for row in metrics_of(config) if "loss" in row)
     assert 1e-4 < step["sampling/sampling_logp_difference/max"] < 1

@@ -17,18 +17,18 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments import r1_zero
 from experiments.r1_zero import Config
-from grpo_jax import evaluate
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import last_tokens
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop.collector import Rounds
-from grpo_jax.loop.experience import told_apart
+from grpo_jax.loop import held_out as held_out_module
+from grpo_jax.loop.collector import Collector
+from grpo_jax.loop.experience import has_reward_variance
 from grpo_jax.loop.run import Run
 from grpo_jax.monitor.step_metrics import reward_metrics
-from grpo_jax.rewards.compose import Graded, Scores
+from grpo_jax.rewards.compose import RewardOutput, Scores
 from grpo_jax.sharding import replicated
 from grpo_jax.tasks.sums import TAGS
 from grpo_jax.train import completion_log_probs, completion_states, init_state, make_train_step
@@ -50,7 +50,7 @@ def pays_marks(prompts, completions, **columns):
     graded = []
     for text in completions:
         steps = [(place + 1, float(place % 2)) for place, each in enumerate(text) if each in "=;+"]
-        graded.append(Graded(float(np.mean([worth for _, worth in steps])) if steps else 0.0, steps=steps))
+        graded.append(RewardOutput(float(np.mean([worth for _, worth in steps])) if steps else 0.0, steps=steps))
     return graded
 
 
@@ -59,7 +59,7 @@ def config(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("relatives")
     return Config(
         model=small,
-        data=DataSettings(template="{question}", eval_problems=4),
+        data=DataConfig(template="{question}", eval_size=4),
         run_dir=folder / "run",
         num_steps=3,
         num_prompts=PROMPTS,
@@ -70,9 +70,9 @@ def config(small, tmp_path_factory):
         eval_every=2,
         save_every=1,
         samples_every=1,
-        rewards=RewardSettings(accuracy_weight=0.0, reward=(f"{HERE}:pays_fifths",), reward_workers=0),
-        optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
-        mesh=MeshSettings(data=1),
+        rewards=RewardConfig(accuracy_weight=0.0, reward=(f"{HERE}:pays_fifths",), reward_workers=0),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
 
@@ -80,8 +80,8 @@ def config(small, tmp_path_factory):
 def with_mixture(config, folder, **changes):
     """Sums and errands, three to one; only the errands are paid for their marks."""
     given = {
-        "sums": {"weight": 3, "eval_problems": 4},
-        "errands": {"dataset": "errands", "eval_problems": 3, "reward": [f"{HERE}:pays_marks=0.5"], **changes},
+        "sums": {"weight": 3, "eval_size": 4},
+        "errands": {"dataset": "errands", "eval_size": 3, "reward": [f"{HERE}:pays_marks=0.5"], **changes},
     }
     folder.mkdir(exist_ok=True)
     (folder / "tasks.json").write_text(json.dumps(given))
@@ -121,10 +121,8 @@ def test_a_mixture_killed_and_resumed_is_the_unbroken_run_and_refuses_other_task
     kill_in_second_save(r1_zero.main, broken, monkeypatch)
     assert [row["step"] for row in steps_of(broken)] == [1, 2]  # of which the second is to be taken back
     as_begun = broken.tasks.read_text()
-    with_mixture(config, tmp_path / "broken", partial_credit=False, eval_problems=2)
-    with pytest.raises(
-        ValueError, match=r"tasks\.json does not hold the tasks .*\n.*errands\.data\.eval_problems: 3 -> 2"
-    ):
+    with_mixture(config, tmp_path / "broken", partial_credit=False, eval_size=2)
+    with pytest.raises(ValueError, match=r"tasks\.json does not hold the tasks .*\n.*errands\.data\.eval_size: 3 -> 2"):
         r1_zero.main(broken)
     broken.tasks.write_text(json.dumps(dict(reversed(json.loads(as_begun).items()))))
     with pytest.raises(ValueError, match=r"order: \['sums', 'errands'\] -> \['errands', 'sums'\]"):
@@ -164,8 +162,8 @@ def test_every_draw_has_prompts_by_weight_and_what_is_told_is_of_all_that_was_dr
             assert len(set(groups)) == PROMPTS
         total = np.array([row["reward"] for row in own], np.float32)
         assert step["reward"] == pytest.approx(total.mean(), abs=1e-6)
-        differs = told_apart(total, GROUP)
-        assert step["frac_groups_told_apart"] == differs.mean()
+        differs = has_reward_variance(total, GROUP)
+        assert step["frac_groups_with_reward_variance"] == differs.mean()
         before = differs[: (draws - 1) * PROMPTS]
         assert draws == 3 or differs.sum() >= PROMPTS
         assert before.sum() < PROMPTS
@@ -197,21 +195,21 @@ def test_each_tasks_figures_are_those_of_its_rows(mixed):
 
 
 class Loop:
-    """Rounds of a run outside of its loop; ``at_start`` puts its problems back to their beginning."""
+    """Collector of a run outside of its loop; ``at_start`` puts its problems back to their beginning."""
 
     def __init__(self, config, run):
-        self.config, self.rounds = config, Rounds(config, run, config.mesh.build())
-        self.params = self.rounds.take_params()
-        self.start = self.rounds.position
+        self.config, self.collector = config, Collector(config, run, config.mesh.build())
+        self.params = self.collector.take_params()
+        self.start = self.collector.position
         self.at_start()
 
     def at_start(self):
-        self.rounds.begin(self.start)
-        return self.rounds
+        self.collector.restore(self.start)
+        return self.collector
 
     def scored(self, step):
         drawn = self.at_start().draw(step, self.params)
-        return drawn, self.rounds.score(drawn)
+        return drawn, self.collector.score(drawn)
 
 
 @pytest.fixture(scope="module")
@@ -222,27 +220,27 @@ def loop(config, tmp_path_factory):
 
 
 def test_prompts_of_two_tasks_never_share_their_noise(loop):
-    sums, errands = loop.rounds._tasks
+    sums, errands = loop.collector._tasks
     for first, second in ((sums.problems, errands.problems), (sums.held_out, errands.held_out)):
         own, others = (np.asarray(each.padded(range(len(each))).index) for each in (first, second))
         assert len({*own.tolist(), *others.tolist()}) == len(first) + len(second)
 
 
 def test_an_evaluation_tells_of_each_task_and_of_their_mean(loop, monkeypatch):
-    found, held_out = [], evaluate.held_out
+    found, held_out = [], held_out_module.held_out
 
     def spied(problems, *args, **options):
         found.append((len(problems), held_out(problems, *args, **options)))
         return found[-1][1]
 
-    monkeypatch.setattr(evaluate, "held_out", spied)
-    metrics = loop.rounds.evaluate_if_due(2, loop.params)
+    monkeypatch.setattr(held_out_module, "held_out", spied)
+    metrics = loop.collector.evaluate_if_due(2, loop.params)
     assert [count for count, _ in found] == [4, 3]
     sums, errands = found[0][1], {name: value for name, value in found[1][1].items() if "maj@" not in name}
-    assert metrics == evaluate.mean_over_tasks({"sums": sums, "errands": errands})  # replies have no votes
+    assert metrics == held_out_module.mean_over_tasks({"sums": sums, "errands": errands})  # replies have no votes
     assert metrics["eval/sums/mean_length"] != metrics["eval/errands/mean_length"]
-    assert loop.rounds.evaluate_if_due(2, loop.params) == {}  # it was done
-    assert loop.rounds.evaluate_if_due(1, loop.params) == {}  # it is not due
+    assert loop.collector.evaluate_if_due(2, loop.params) == {}  # it was done
+    assert loop.collector.evaluate_if_due(1, loop.params) == {}  # it is not due
 
 
 def same_rows(some, others, count):
@@ -253,16 +251,16 @@ def same_rows(some, others, count):
 
 
 def test_further_draws_leave_the_first_as_it_was_and_end_when_enough_is_found(loop, monkeypatch):
-    score = loop.rounds.score
+    score = loop.collector.score
 
     def first_group_alike(drawn):
         scores = score(drawn)
         return replace(scores, total=np.where(np.arange(len(scores.total)) < GROUP, np.float32(1), scores.total))
 
-    monkeypatch.setattr(loop.rounds, "score", first_group_alike)
+    monkeypatch.setattr(loop.collector, "score", first_group_alike)
     drawn, scores = loop.scored(1)
-    rounds = loop.at_start()
-    further, scored, rows = rounds.draw_until_told_apart(1, loop.params, most=4)
+    collector = loop.at_start()
+    further, scored, rows = collector.sample_dynamically(1, loop.params, most=4)
     count = PROMPTS * GROUP
     same_rows(further.rollout, drawn.rollout, count)
     assert further.completions[:count] == drawn.completions
@@ -271,7 +269,7 @@ def test_further_draws_leave_the_first_as_it_was_and_end_when_enough_is_found(lo
     assert len(further.completions) == attempts * count
     assert 1 < attempts <= 4
     assert further.texts[count : 2 * count] != drawn.texts
-    differs = told_apart(scored.total, GROUP)
+    differs = has_reward_variance(scored.total, GROUP)
     groups = rows.reshape(-1, GROUP)[:, 0] // GROUP
     np.testing.assert_array_equal(rows, (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1))
     assert differs[: (attempts - 1) * PROMPTS].sum() < PROMPTS  # not once more than was needed
@@ -279,7 +277,9 @@ def test_further_draws_leave_the_first_as_it_was_and_end_when_enough_is_found(lo
     assert set(enough) <= set(groups)
     assert len(groups) == PROMPTS
     assert list(groups) == sorted(groups)
-    assert rounds.position["num_tokens"] == int(further.lengths.sum() + np.asarray(further.rollout.prompt_mask).sum())
+    assert collector.position["num_tokens"] == int(
+        further.lengths.sum() + np.asarray(further.rollout.prompt_mask).sum()
+    )
 
 
 def test_prompts_that_come_again_in_a_further_draw_have_other_noise(loop):
@@ -290,7 +290,7 @@ def test_prompts_that_come_again_in_a_further_draw_have_other_noise(loop):
 
 
 def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(loop, monkeypatch):
-    rounds, score = loop.at_start(), loop.rounds.score
+    collector, score = loop.at_start(), loop.collector.score
 
     def alike(drawn):
         scores = score(drawn)
@@ -298,14 +298,14 @@ def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(l
         total[:2] = [0, 1] if not drawn.texts[0].startswith("never") else total[:2]
         return replace(scores, total=total)
 
-    monkeypatch.setattr(rounds, "score", alike)
-    drawn, scores, rows = rounds.draw_until_told_apart(1, loop.params, most=2)
+    monkeypatch.setattr(collector, "score", alike)
+    drawn, scores, rows = collector.sample_dynamically(1, loop.params, most=2)
     assert drawn.times["draws"] == 2
-    assert drawn.times["frac_groups_told_apart"] == 0.25  # the first of each draw
+    assert drawn.times["frac_groups_with_reward_variance"] == 0.25  # the first of each draw
     assert sorted({*(rows // GROUP).tolist()}) == [0, 1, 2, 4]
     config = replace(loop.config, max_draws=2)
-    rollout = r1_zero.rows_of(drawn.rollout, rows, rounds.mesh)
-    batch = r1_zero.learn_from(config, rollout, scores.at(rows), rounds, None, None)
+    rollout = r1_zero.rows_of(drawn.rollout, rows, collector.mesh)
+    batch = r1_zero.make_train_batch(config, rollout, scores.at(rows), collector, None, None)
     learnt = np.asarray(batch.loss_mask).any(1)
     np.testing.assert_array_equal(learnt.reshape(-1, GROUP).all(1), [True, False, False, True])
     np.testing.assert_array_equal(learnt.reshape(-1, GROUP).any(1), [True, False, False, True])
@@ -314,7 +314,7 @@ def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(l
 def test_a_group_is_told_apart_by_the_rewards_it_has():
     nan = np.nan
     groups = [[1, 1, 1], [1, 0, 1], [nan, 1, 1], [nan, 1, 0], [nan, nan, 1], [nan] * 3, [-1, -1, -1], [0, 0, -1e-7]]
-    found = told_apart(np.array(groups, np.float32).reshape(-1), 3)
+    found = has_reward_variance(np.array(groups, np.float32).reshape(-1), 3)
     assert found.tolist() == [False, True, False, True, False, False, False, True]
 
 
@@ -334,7 +334,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """A byte-level BPE whose tokens begin and end inside of characters."""
+    """A byte-level BPE whose tokens restore and end inside of characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -401,9 +401,9 @@ def test_rewards_of_steps_stand_at_their_last_tokens(byte_level, seed):
         jnp.zeros((4, T)), jnp.zeros(4, bool),
     )  # fmt: skip
     scores = Scores(outcome, {}, {}, [""] * 4, outcome, steps)
-    rounds = SimpleNamespace(policy=SimpleNamespace(tokenizer=byte_level))
+    collector = SimpleNamespace(policy=SimpleNamespace(tokenizer=byte_level))
     for with_outcome, wanted in expected.items():
-        found = r1_zero.rewards_of_steps(rollout, scores, rounds, with_outcome=with_outcome)
+        found = r1_zero.rewards_of_steps(rollout, scores, collector, with_outcome=with_outcome)
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -441,7 +441,7 @@ def test_process_supervision_in_the_loop_is_the_function_by_hand(stepwise):
     drawn, scores = stepwise.scored(1)
     assert sum(map(len, scores.steps)) > 10
     config = replace(stepwise.config, advantage="process_supervised")
-    batch = r1_zero.learn_from(config, drawn.rollout, scores, stepwise.rounds, None, None)
+    batch = r1_zero.make_train_batch(config, drawn.rollout, scores, stepwise.collector, None, None)
     rewards = steps_by_hand(drawn, True)
     expected = oracle.process_supervised(rewards, ~np.isnan(rewards), group_size=GROUP)
     np.testing.assert_allclose(batch.advantages, expected, atol=1e-4)
@@ -450,7 +450,7 @@ def test_process_supervision_in_the_loop_is_the_function_by_hand(stepwise):
     np.testing.assert_allclose(r1_zero.per_completion(batch), sums, atol=1e-4)
     # A completion without a reward has none of steps either.
     absent = replace(scores, total=np.where(np.arange(16) == 3, np.nan, scores.total).astype(np.float32))
-    without = r1_zero.learn_from(config, drawn.rollout, absent, stepwise.rounds, None, None)
+    without = r1_zero.make_train_batch(config, drawn.rollout, absent, stepwise.collector, None, None)
     rewards[3] = np.nan
     expected = oracle.process_supervised(rewards, ~np.isnan(rewards), group_size=GROUP)
     np.testing.assert_allclose(without.advantages, expected, atol=1e-4)
@@ -465,7 +465,7 @@ def test_hybrid_in_the_loop_is_the_function_by_hand(stepwise):
     config = replace(stepwise.config, advantage="hybrid")
     shape = drawn.rollout.completion_ids.shape
     values = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    batch = r1_zero.learn_from(config, drawn.rollout, scores, stepwise.rounds, None, None, values)
+    batch = r1_zero.make_train_batch(config, drawn.rollout, scores, stepwise.collector, None, None, values)
     mask = np.asarray(drawn.rollout.completion_mask)
     fifths = np.array(pays_fifths([], drawn.completions))
     steps = np.nan_to_num(steps_by_hand(drawn, False))
@@ -475,7 +475,7 @@ def test_hybrid_in_the_loop_is_the_function_by_hand(stepwise):
     # A penalty for each token of the KL to the reference is part of what the whole is worth.
     old, ref = jnp.full(shape, -0.5), jnp.full(shape, -0.7)
     config = replace(config, kl_reward_coef=0.5)
-    batch = r1_zero.learn_from(config, drawn.rollout, scores, stepwise.rounds, old, ref, values)
+    batch = r1_zero.make_train_batch(config, drawn.rollout, scores, stepwise.collector, old, ref, values)
     penalized = fifths - 0.5 * 0.2 * drawn.lengths
     advantages, returns = oracle.hybrid(penalized, values, mask, group_size=GROUP, step_rewards=steps)
     np.testing.assert_allclose(batch.advantages, advantages, atol=1e-5)
@@ -485,16 +485,16 @@ def test_hybrid_in_the_loop_is_the_function_by_hand(stepwise):
 @pytest.mark.slow
 def test_where_every_group_differs_hybrid_is_group_relative_bit_for_bit(stepwise):
     """Through the update: the critic, which learns beside it, does not reach the policy."""
-    config, rounds, mesh = stepwise.config, stepwise.rounds, stepwise.rounds.mesh
+    config, collector, mesh = stepwise.config, stepwise.collector, stepwise.collector.mesh
     drawn, scores = stepwise.scored(1)
     total = np.random.default_rng(0).permutation(PROMPTS * GROUP).astype(np.float32)
     scores = replace(scores, total=total, outcome=total, steps=[()] * len(total))
     optimizer, _ = config.optimizer.build(total_updates=10, default_learning_rate=1e-3)
-    log_probs = partial(completion_log_probs, rounds.policy.model, temperature=1.0)
+    log_probs = partial(completion_log_probs, collector.policy.model, temperature=1.0)
     train_step = make_train_step(
         config.policy.build(log_probs, max_completion_length=10, sampler_alters_policy=False), optimizer
     )
-    critic, after = r1_zero.light_critic(config, rounds, mesh), {}
+    critic, after = r1_zero.light_critic(config, collector, mesh), {}
     hidden, values = critic.read(critic.start, stepwise.params, drawn.rollout)
     np.testing.assert_array_equal(values, 0)  # before it has learnt
     for name in ("group_relative", "hybrid"):
@@ -502,7 +502,7 @@ def test_where_every_group_differs_hybrid_is_group_relative_bit_for_bit(stepwise
         state = init_state(
             jax.tree.map(jnp.copy, stepwise.params), optimizer, with_reference=False, replicated=replicated(mesh)
         )
-        batch = r1_zero.learn_from(own, drawn.rollout, scores, rounds, None, None, values + 5)
+        batch = r1_zero.make_train_batch(own, drawn.rollout, scores, collector, None, None, values + 5)
         if batch.returns is not None:
             assert batch.advantages.shape == batch.completion_ids.shape
             critic.learn(critic.start, Features(hidden, batch.returns, batch.loss_mask))
@@ -515,10 +515,10 @@ def test_where_every_group_differs_hybrid_is_group_relative_bit_for_bit(stepwise
 
 def test_the_head_learns_what_its_states_are_worth(stepwise):
     drawn, _ = stepwise.scored(1)
-    rounds, rollout = stepwise.rounds, drawn.rollout
-    optimizer = OptimizerSettings(learning_rate=1e-2, warmup_updates=1, decay="constant")
+    collector, rollout = stepwise.collector, drawn.rollout
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_updates=1, decay="constant")
     config = replace(stepwise.config, critic_optimizer=optimizer, critic_epochs=30, num_minibatches=2)
-    critic = r1_zero.light_critic(config, rounds, rounds.mesh)
+    critic = r1_zero.light_critic(config, collector, collector.mesh)
     states, values = critic.read(critic.start, stepwise.params, rollout)
     mask = np.asarray(rollout.completion_mask)
     returns = np.where(mask, np.arange(mask.shape[1])[None] / 5 + (np.asarray(rollout.completion_ids) % 2), 0)
@@ -533,7 +533,7 @@ def test_the_head_learns_what_its_states_are_worth(stepwise):
 
 def test_states_read_in_parts_are_those_of_the_whole(stepwise):
     drawn, _ = stepwise.scored(1)
-    model = stepwise.rounds.policy.model
+    model = stepwise.collector.policy.model
     whole = jax.jit(partial(completion_states, model))(stepwise.params, drawn.rollout)
     parts = jax.jit(partial(states_in_parts, model, num_micro_batches=4))(stepwise.params, drawn.rollout)
     mask = np.asarray(drawn.rollout.completion_mask)
@@ -549,9 +549,9 @@ def test_states_read_in_parts_are_those_of_the_whole(stepwise):
     [
         ({"max_draws": 0}, "max_draws is 0; it must be at least 1"),
         ({"critic_epochs": 0}, "critic_epochs is 0"),
-        ({"advantage": "process_supervised", "rewards": RewardSettings()}, "needs rewards of steps: set steps_weight"),
+        ({"advantage": "process_supervised", "rewards": RewardConfig()}, "needs rewards of steps: set steps_weight"),
         ({"advantage": "process_supervised", "kl_reward_coef": 0.1}, "which kl_reward_coef would change"),
-        ({"advantage": "gdpo", "rewards": RewardSettings(clip_reward=(0.0, 1.0))}, "gdpo has no sum of rewards"),
+        ({"advantage": "gdpo", "rewards": RewardConfig(clip_reward=(0.0, 1.0))}, "gdpo has no sum of rewards"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):
@@ -560,8 +560,8 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
 
 
 def test_a_mixture_that_cannot_work_is_refused_when_it_is_read(config, tmp_path):
-    with pytest.raises(ValueError, match="task 'errands': eval_problems is 0"):
-        with_mixture(config, tmp_path, eval_problems=0)
+    with pytest.raises(ValueError, match="task 'errands': eval_size is 0"):
+        with_mixture(config, tmp_path, eval_size=0)
     with pytest.raises(ValueError, match="gdpo has no sum of rewards"):
         replace(with_mixture(config, tmp_path, clip_reward=[0, 1]), advantage="gdpo")
     with pytest.raises(ValueError, match=r"num_prompts = 1 there would be none of \['errands'\]"):

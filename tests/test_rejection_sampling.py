@@ -9,15 +9,15 @@ import pytest
 from experiments import rejection_sampling
 from experiments.rejection_sampling import Config
 from grpo_jax import models
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.offline import DemonstrationSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.problems import Problem
-from grpo_jax.data.selection import FILTERS, Choice, Collected, SelectionSettings
+from grpo_jax.data.selection import FILTERS, Choice, ProblemSamples, SelectionConfig
 from grpo_jax.jsonl import JsonlLog, read_jsonl, write_atomically
-from grpo_jax.loop.batch_inference import read_collected
+from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
 from grpo_jax.loop.run import Run
 from tests.runs import write_rows
@@ -34,8 +34,8 @@ def finished(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rejection")
     config = Config(
         model=base,
-        data=DataSettings(template="{question}", eval_problems=10),
-        rewards=RewardSettings(reward_workers=0),
+        data=DataConfig(template="{question}", eval_size=10),
+        rewards=RewardConfig(reward_workers=0),
         run_dir=folder / "run",
         num_samples=SAMPLES,
         num_prompts=4,
@@ -44,7 +44,7 @@ def finished(base, tmp_path_factory):
         max_completion_length=10,
         demonstrations=(folder / "general.jsonl",),
         general_share=0.2,
-        mesh=MeshSettings(data=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     write_rows(folder / "general.jsonl", GENERAL)
@@ -135,12 +135,12 @@ def test_a_finished_run_is_not_run_again_and_not_selected_otherwise(finished, ca
     assert rejection_sampling.main(finished) == 0
     assert "this run is finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"another configuration(.|\n)*selection.threshold: 1.0 -> 0.5"):
-        rejection_sampling.main(replace(finished, selection=SelectionSettings(threshold=0.5)))
+        rejection_sampling.main(replace(finished, selection=SelectionConfig(threshold=0.5)))
     assert dataset_of(finished) == before
 
 
 def test_before_it_is_finished_a_run_may_select_otherwise_from_the_same_completions(finished, drawn):
-    assert rejection_sampling.main(replace(drawn, selection=SelectionSettings(threshold=0.0, per_problem=2))) == 0
+    assert rejection_sampling.main(replace(drawn, selection=SelectionConfig(threshold=0.0, per_problem=2))) == 0
     rows = drawn_rows(drawn)
     assert {row["total"] for row in rows} == {0.0, 1.0}
     places = [row["place"] for row in rows]
@@ -150,7 +150,7 @@ def test_before_it_is_finished_a_run_may_select_otherwise_from_the_same_completi
 
 
 def test_every_row_is_right_whole_and_says_where_it_is_from(finished):
-    drawn = {each.place: each for each in read_collected(finished.run_dir)}
+    drawn = {each.place: each for each in read_samples(finished.run_dir)}
     rows = drawn_rows(finished)
     assert len(rows) > 10
     for row in rows:
@@ -180,7 +180,7 @@ def answers(collected):
 
 
 def test_counts_add_up(finished):
-    summary, collected = summary_of(finished), [*read_collected(finished.run_dir)]
+    summary, collected = summary_of(finished), [*read_samples(finished.run_dir)]
     counts, rows = summary["counts"], drawn_rows(finished)
     assert list(counts) == [*FILTERS]
     assert counts["drawn"] == len(collected) * SAMPLES == PROBLEMS * SAMPLES
@@ -228,8 +228,8 @@ def test_a_part_of_the_problems_is_drawn_as_it_is_among_all_of_them(finished, co
     left = 8
     part = replace(config, skip_problems=PROBLEMS - left, max_problems=left)
     assert rejection_sampling.main(part) == 0
-    whole = [each for each in read_collected(finished.run_dir) if each.place >= PROBLEMS - left]
-    assert [*read_collected(part.run_dir)] == whole
+    whole = [each for each in read_samples(finished.run_dir) if each.place >= PROBLEMS - left]
+    assert [*read_samples(part.run_dir)] == whole
     seconds = [row["step_time"] for row in read_jsonl(part.run_dir / "metrics.jsonl")]
     assert len(seconds) == 1
     assert 0 < seconds[0] < summary_of(part)["seconds"]
@@ -241,7 +241,7 @@ def test_when_all_problems_are_passed_over_that_is_said(config):
 
 
 def test_sft_reads_the_file_and_asks_as_the_teacher_was_asked(finished):
-    settings = DemonstrationSettings(dataset=str(finished.run_dir / "dataset.jsonl"), template="{question}")
+    settings = DemonstrationConfig(dataset=str(finished.run_dir / "dataset.jsonl"), template="{question}")
     learnt, held_out = load_demonstration_sets(settings, 0)
     rows = read_jsonl(finished.run_dir / "dataset.jsonl")
     assert sorted(each.completion for each in learnt + held_out) == sorted(row["completion"] for row in rows)
@@ -251,7 +251,7 @@ def test_sft_reads_the_file_and_asks_as_the_teacher_was_asked(finished):
         settings, learnt, policy, max_length=64, rendering={"template": "{question}"}
     )
     assert not dropped
-    asked = {each.place: each.prompt for each in read_collected(finished.run_dir)}
+    asked = {each.place: each.prompt for each in read_samples(finished.run_dir)}
     for demonstration, example in zip(learnt, examples, strict=True):
         if "place" in demonstration.columns:
             text = policy.tokenizer.decode(example.token_ids[: example.prompt_length])
@@ -261,7 +261,7 @@ def test_sft_reads_the_file_and_asks_as_the_teacher_was_asked(finished):
 
 def test_conversations_are_written_as_conversations(tmp_path):
     messages = [{"role": "user", "content": "1+2="}]
-    found = Collected(
+    found = ProblemSamples(
         place=3,
         problem=Problem(messages, "3", {"text": "other", "messages": []}),
         prompt="<user>1+2=<assistant>",
@@ -282,7 +282,7 @@ def test_conversations_are_written_as_conversations(tmp_path):
 
 
 def test_nothing_selected_names_the_filter_and_may_be_mended_by_the_same_command(finished, drawn):
-    never = replace(drawn, selection=SelectionSettings(require=("format=1",)))
+    never = replace(drawn, selection=SelectionConfig(require=("format=1",)))
     with pytest.raises(ValueError, match=r"none has what is required, \['format=1'\]"):
         rejection_sampling.main(never)
     assert not (drawn.run_dir / "dataset.jsonl").exists()
@@ -302,7 +302,7 @@ def test_demonstrations_that_cannot_be_read_are_found_before_anything_is_drawn(c
     ("change", "message"),
     [
         ({"max_problems": 0}, "max_problems is 0"),
-        ({"selection": SelectionSettings(require=("language=1",))}, r"\['language'\] are not scored"),
+        ({"selection": SelectionConfig(require=("language=1",))}, r"\['language'\] are not scored"),
         ({"general_share": 0.0}, "general_share is 0.0"),
         ({"general_share": 1.0}, "general_share is 1.0"),
         ({"demonstrations": ()}, "general_share is 0.2; it is a share .* of rows from demonstrations"),
@@ -318,7 +318,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 
 def test_the_command_that_teaches_has_the_form_of_the_prompts(finished):
     path = finished.run_dir / "dataset.jsonl"
-    embedded = replace(finished, model=None, data=DataSettings(), demonstrations=(), general_share=None)
+    embedded = replace(finished, model=None, data=DataConfig(), demonstrations=(), general_share=None)
     plain = {"kind": "plain", "template": "{question}"}
     assert rejection_sampling.teaching(path, plain, ()).endswith(f"--dataset {path} --template '{{question}}'")
     chat = {"kind": "chat", "system_prompt": "Be brief.", "template_kwargs": {"thinks": False}, "date": "2026-11-27"}

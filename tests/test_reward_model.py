@@ -14,9 +14,9 @@ import transformers
 from experiments import reward_model
 from experiments.reward_model import Config, accuracy_and_calibration
 from grpo_jax import models
-from grpo_jax.config.offline import PreferenceSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.rewards.learned import LearnedReward
@@ -39,7 +39,7 @@ def finished(small, tmp_path_factory):
     dataset = write_rows(folder / "errands.jsonl", rows_of_errands())
     config = Config(
         model=small,
-        data=PreferenceSettings(dataset=dataset, template="{question}"),
+        data=PreferenceConfig(dataset=dataset, template="{question}"),
         run_dir=folder / "run",
         num_epochs=2,
         num_pairs=12,
@@ -47,8 +47,8 @@ def finished(small, tmp_path_factory):
         max_completion_length=8,
         eval_every=2,
         save_every=2,
-        optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
-        mesh=MeshSettings(data=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     assert reward_model.main(config) == 0
@@ -259,7 +259,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mesh": MeshSettings(data=8)}, "pairs of a micro-batch: 12 do not divide over mesh data x fsdp = 8"),
+        ({"mesh": MeshConfig(data=8)}, "pairs of a micro-batch: 12 do not divide over mesh data x fsdp = 8"),
         ({"num_pairs": LEARNT + 1}, f"cannot be drawn from {LEARNT} pairs"),
         ({"max_prompt_length": 2}, "none of 36 pairs fits"),
         ({"model": "no/such/folder"}, "no/such/folder"),

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_jax import rewards
 from grpo_jax.rewards.calling import arguments, invoke, is_async, is_per_sample, per_sample
-from grpo_jax.rewards.compose import Graded, score_with, weighted
+from grpo_jax.rewards.compose import RewardOutput, score_with, weighted
 from grpo_jax.rewards.workers.pool import RewardPool
 from tests import batch_rewards
 from tests.batch_rewards import ask, batch_size, chatty, judge, misbehaving
@@ -141,7 +141,7 @@ def test_a_declaration_is_seen_through_partial():
 
 
 def test_an_async_reward_is_awaited_also_inside_a_running_loop():
-    expected = [Graded(1.0), Graded(0.0)]
+    expected = [RewardOutput(1.0), RewardOutput(0.0)]
     call = partial(score_with, "judge", judge, P * 2, ["5", "6"], {"answer": ["5", "5"]})
     assert call() == expected
 
@@ -159,7 +159,7 @@ def constant(*values):
 
 
 def test_the_other_rewards_count_where_one_abstains_and_none_where_one_failed():
-    failed = Graded(None, failed=True)
+    failed = RewardOutput(None, failed=True)
     parts = {"a": constant(None, None, 1.0, failed, np.nan, 1.0), "b": constant(2.0, None, 2.0, 2.0, 2.0, None)}
     scores = weighted(parts, {"a": 1.0, "b": 0.5}, may_abstain=("a",))(["p"] * 6, ["c"] * 6)
     np.testing.assert_array_equal(scores.total, [1, np.nan, 2, np.nan, np.nan, np.nan])
@@ -212,7 +212,7 @@ def test_a_batch_reward_is_called_once_with_the_batch_in_a_process_that_is_kept(
 @pytest.mark.parametrize(("what", "kind"), [("raise", "raised"), ("die", "died"), ("hang", "deadline")])
 def test_a_batch_that_fails_has_no_score_and_the_next_one_has(pool, what, kind):
     assert scores(pool, "bad", [what, "x", "y"]) == [None] * 3
-    (fault,) = pool.take_faults()
+    (fault,) = pool.take_errors()
     assert (fault.reward, fault.kind, fault.completion) == ("bad", kind, what)
     assert "the 3 completions of this batch have no score" in fault.detail
     assert scores(pool, "bad", ["fine", "x"]) == [2.0, 2.0]
@@ -249,7 +249,7 @@ def test_async_rewards_in_a_pool(pool):
     started = time.monotonic()
     assert scores(pool, "ask", ["hang", "abc", "raise", *["ab"] * 20]) == [None, 3.0, None, *[2.0] * 20]
     assert time.monotonic() - started < 5  # one after the other, they would take 7
-    faults = sorted((fault.kind, fault.completion) for fault in pool.take_faults())
+    faults = sorted((fault.kind, fault.completion) for fault in pool.take_errors())
     assert faults == [("deadline", "hang"), ("raised", "raise")]
 
 
@@ -270,7 +270,7 @@ def test_a_worker_that_was_slow_once_goes_on():
         assert scores(pool, "slow", ["0.7", *["0.001"] * 100]) == [1.0] * 101
         assert scores(pool, "slow", ["0.001"] * 100) == [1.0] * 100
         assert pool.replaced == 0
-        assert pool.take_faults() == []
+        assert pool.take_errors() == []
 
 
 def test_workers_are_forked_with_the_parser_loaded_and_used():

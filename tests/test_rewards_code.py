@@ -14,7 +14,7 @@ import pytest
 from grpo_jax.rewards.code import sandbox as sandbox_module
 from grpo_jax.rewards.code.program import extract_program
 from grpo_jax.rewards.code.reward import code_reward, run_tests
-from grpo_jax.rewards.code.sandbox import Limits, Sandbox, SandboxUnavailable, finish
+from grpo_jax.rewards.code.sandbox import Sandbox, SandboxLimits, SandboxUnavailable, finish
 from grpo_jax.rewards.code.test_cases import check_tests, why_untestable
 from grpo_jax.rewards.compose import weighted
 from grpo_jax.rewards.workers.processes import children, memory_of
@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data" / "code_problems.jsonl"
 PROBLEMS = [json.loads(line) for line in DATA.read_text().splitlines()]
 ADD = "def add(a, b):\n    return a + b\n"
 # The starter of a sandbox has whole seconds of processor time; a machine with much else to do needs more of the clock.
-LIMITS = Limits(seconds=2.0, wall_seconds=20.0)
+LIMITS = SandboxLimits(seconds=2.0, wall_seconds=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_verdicts_of_some_problems(problem, sandbox):
 @pytest.mark.slow
 def test_verdicts_of_every_problem():
     assert len(PROBLEMS) > 100
-    quick, short = Sandbox(LIMITS), Sandbox(Limits(seconds=1.0, wall_seconds=2.5))
+    quick, short = Sandbox(LIMITS), Sandbox(SandboxLimits(seconds=1.0, wall_seconds=2.5))
     kinds = [(problem, kind, quick) for kind in ("right", "wrong", "crash") for problem in PROBLEMS]
     kinds += [(problem, "slow", short) for problem in PROBLEMS[::4]]
     with ThreadPoolExecutor(2) as threads:
@@ -213,7 +213,7 @@ def test_what_stands_in_the_way_of_one_test_does_not_stand_in_that_of_the_next(s
     ],
 )
 def test_how_programs_end(program, status, returncode):
-    limits = Limits(seconds=1.0, wall_seconds=8.0, memory_bytes=300 << 20, output_bytes=10_000)
+    limits = SandboxLimits(seconds=1.0, wall_seconds=8.0, memory_bytes=300 << 20, output_bytes=10_000)
     ended = Sandbox(limits).run(program, stdin="hi\n")
     assert (ended.status, ended.returncode) == (status, returncode), ended
     assert len(ended.stdout) <= 10_000
@@ -254,7 +254,7 @@ def test_without_bubblewrap_nothing_is_run(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     sandbox_module.find_python.cache_clear()
     with pytest.raises(SandboxUnavailable, match=r"bubblewrap .* is not on the PATH.*apt-get install bubblewrap"):
-        Sandbox(Limits(seconds=9.0))
+        Sandbox(SandboxLimits(seconds=9.0))
     sandbox_module.find_python.cache_clear()
 
 
@@ -262,7 +262,7 @@ def test_without_bubblewrap_nothing_is_run(monkeypatch):
 def test_on_a_processor_whose_system_calls_are_not_known_nothing_is_run(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(SandboxUnavailable, match="this machine is riscv64"):
-        Sandbox(Limits(seconds=9.0))
+        Sandbox(SandboxLimits(seconds=9.0))
 
 
 FAMILIES = """
@@ -347,7 +347,7 @@ while True:
 @needs_bubblewrap
 @pytest.mark.parametrize("kind", KERNEL_MEMORY)
 def test_what_the_kernel_keeps_for_a_program_counts_as_its_memory(kind):
-    limits = Limits(seconds=20.0, wall_seconds=20.0, memory_bytes=150 << 20)
+    limits = SandboxLimits(seconds=20.0, wall_seconds=20.0, memory_bytes=150 << 20)
     before = available_bytes()
     lowest = []
     with Sandbox(limits).start(KERNEL_MEMORY[kind]) as program, ThreadPoolExecutor(1) as watcher:
@@ -373,4 +373,4 @@ def test_an_interpreter_that_is_not_there_is_refused():
 @pytest.mark.parametrize("name", ["seconds", "wall_seconds"])
 def test_limits_are_above_zero(name):
     with pytest.raises(ValueError, match=f"{name} is 0.0; it must be above 0"):
-        Limits(**{name: 0.0})
+        SandboxLimits(**{name: 0.0})

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.data.problems import Problem, reward_columns
-from grpo_jax.rewards.compose import Graded, weighted
+from grpo_jax.rewards.compose import RewardOutput, weighted
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.math.answer import answer_reward
 
@@ -162,7 +162,11 @@ def test_totals_are_clipped():
 
 
 def test_details_and_notes_stand_beside_the_parts():
-    graded = [Graded(1.0, {"runnable": 1.0}), Graded(0.0, {"runnable": 0.0, "tests": 3.0}, "it crashed"), Graded(None)]
+    graded = [
+        RewardOutput(1.0, {"runnable": 1.0}),
+        RewardOutput(0.0, {"runnable": 0.0, "tests": 3.0}, "it crashed"),
+        RewardOutput(None),
+    ]
     scores = weighted({"code": lambda p, c, **_: graded, "b": lambda p, c, **_: [0.0] * 3}, {"code": 1.0, "b": 1.0})(
         ["p"] * 3, ["c"] * 3
     )
@@ -175,14 +179,14 @@ def test_details_and_notes_stand_beside_the_parts():
 
 def test_a_detail_that_is_no_number_names_the_reward():
     with pytest.raises(ValueError, match="reward 'mine' returned inf"):
-        score([Graded(1.0, {"tests": float("inf")})])
+        score([RewardOutput(1.0, {"tests": float("inf")})])
 
 
 def test_steps_are_weighted_added_up_where_they_end_together_and_in_order():
     rewards = {
-        "a": lambda p, c, **_: [Graded(1.0, steps=[(5, 1.0), (2, 0.5)]), Graded(0.5, steps=[(3, 0.25)])],
-        "b": lambda p, c, **_: [Graded(2.0, steps=[(5, -1.0)]), 4.0],
-        "watched": lambda p, c, **_: [Graded(1.0, steps=[(1, 9.0)])] * 2,
+        "a": lambda p, c, **_: [RewardOutput(1.0, steps=[(5, 1.0), (2, 0.5)]), RewardOutput(0.5, steps=[(3, 0.25)])],
+        "b": lambda p, c, **_: [RewardOutput(2.0, steps=[(5, -1.0)]), 4.0],
+        "watched": lambda p, c, **_: [RewardOutput(1.0, steps=[(1, 9.0)])] * 2,
         "whole": lambda p, c, **_: [1.0, None],
     }
     scores = weighted(rewards, {"a": 2.0, "b": 0.5, "watched": 0.0, "whole": 3.0})(["p"] * 2, ["the text"] * 2)
@@ -192,7 +196,7 @@ def test_steps_are_weighted_added_up_where_they_end_together_and_in_order():
 
 
 def test_the_outcome_leaves_out_what_judged_the_completions_own_steps_whatever_else_is_scored():
-    entries = {"x": Graded(0.5, steps=[(1, 0.5)]), "y": Graded(0.25), "z": Graded(None)}
+    entries = {"x": RewardOutput(0.5, steps=[(1, 0.5)]), "y": RewardOutput(0.25), "z": RewardOutput(None)}
     steps = lambda p, completions, **_: [entries[each] for each in completions]  # noqa: E731
     beside = weighted({"steps": steps, "b": lambda p, c, **_: [1.0] * len(c)}, {"steps": 2.0, "b": 1.0})
     alone = weighted({"steps": steps, "b": lambda p, c, **_: [1.0] * len(c)}, {"steps": 2.0, "b": 0.0})
@@ -205,7 +209,7 @@ def test_the_outcome_leaves_out_what_judged_the_completions_own_steps_whatever_e
 
 def test_the_outcome_is_clipped_as_the_total_is():
     compose = weighted(
-        {"a": lambda p, c, **_: [9.0, -9.0], "s": lambda p, c, **_: [Graded(1.0, steps=[(1, 1.0)])] * 2},
+        {"a": lambda p, c, **_: [9.0, -9.0], "s": lambda p, c, **_: [RewardOutput(1.0, steps=[(1, 1.0)])] * 2},
         {"a": 1.0, "s": 1.0},
         clip=(-1.0, 2.0),
     )
@@ -214,7 +218,7 @@ def test_the_outcome_is_clipped_as_the_total_is():
 
 def graded_with(steps):
     """As rewards make them, whose annotations nobody checks outside of these tests."""
-    graded = Graded(1.0)
+    graded = RewardOutput(1.0)
     object.__setattr__(graded, "steps", steps)
     return graded
 

@@ -10,7 +10,7 @@ from grpo_jax.models import from_hf_config, from_pretrained, init_params, save_p
 from grpo_jax.rewards.compose import weighted
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.sharding import make_mesh, param_shardings
-from grpo_jax.train import sequence_scores
+from grpo_jax.train import reward_model_scores
 from tests.checkpoints import CASES, SMALL, tiny_tokenizer
 
 TEXTS = ["w5", "w5 w6 w7", "w6 w6 w6 w6 w6 w6 w6 w6 w6", "w7 w5", "w6"]
@@ -85,11 +85,15 @@ def test_the_score_is_read_at_the_last_attended_token_wherever_the_padding_is(ti
     model, params = tiny_reward
     ids = np.array([[5, 6, 7, 0, 0], [0, 0, 5, 6, 7], [5, 6, 7, 7, 7]], np.int32)
     mask = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
-    scores = sequence_scores(model, params, jax.numpy.asarray(ids), jax.numpy.asarray(mask))
+    scores = reward_model_scores(model, params, jax.numpy.asarray(ids), jax.numpy.asarray(mask))
     np.testing.assert_allclose(scores, scores[0], atol=1e-6)
-    alone = sequence_scores(model, params, jax.numpy.asarray(ids[:1, :3]), jax.numpy.asarray(mask[:1, :3]))
+    alone = reward_model_scores(model, params, jax.numpy.asarray(ids[:1, :3]), jax.numpy.asarray(mask[:1, :3]))
     np.testing.assert_allclose(alone[0], scores[0], atol=1e-6)
-    assert sequence_scores(model, params, jax.numpy.asarray(ids), jax.numpy.zeros((3, 5), bool)).tolist() == [0, 0, 0]
+    assert reward_model_scores(model, params, jax.numpy.asarray(ids), jax.numpy.zeros((3, 5), bool)).tolist() == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_batches_the_mesh_and_other_completions_do_not_change_a_score(tiny_reward):

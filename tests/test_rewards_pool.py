@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards.compose import Graded, weighted
+from grpo_jax.rewards.compose import RewardOutput, weighted
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.rewards.workers.pool import RewardPool
@@ -37,9 +37,9 @@ import threading, time
 from functools import partial
 from grpo_jax.rewards.code.reward import code_reward
 from grpo_jax.rewards.workers.pool import RewardPool
-from grpo_jax.rewards.code.sandbox import Limits
+from grpo_jax.rewards.code.sandbox import SandboxLimits
 from tests.faulty_rewards import faulty
-code = partial(code_reward, limits=Limits(seconds=600.0, wall_seconds=600.0), total_seconds=600.0)
+code = partial(code_reward, limits=SandboxLimits(seconds=600.0, wall_seconds=600.0), total_seconds=600.0)
 pool = RewardPool({"faulty": faulty, "code": code}, workers=3, deadline=600.0)
 for name, completion in (("faulty", "hang"), ("faulty", "leave"), ("code", "```python\nwhile True: pass\n```")):
     columns = {"tests": [["assert f() == 1"]]}
@@ -88,24 +88,24 @@ def test_r5_a_fault_costs_its_own_score_alone_and_is_logged(pool, fault):
     started = time.monotonic()
     assert scores(pool, ["a", fault, "ccc"]) == [1.0, None, 3.0]
     assert time.monotonic() - started < 10
-    (logged,) = pool.take_faults()
+    (logged,) = pool.take_errors()
     assert (logged.reward, logged.kind, logged.completion) == ("faulty", FAULTS[fault], fault)
     assert logged.detail
     if fault in ("raise", "text"):
         assert "Traceback" in logged.detail
-    assert pool.take_faults() == []
+    assert pool.take_errors() == []
 
 
 def test_what_is_no_fault(pool):
     graded = pool.rewards["faulty"](["", ""], ["absent", "graded"], level=[1, 2])
-    assert graded == [Graded(None), Graded(0.5, {"detail": 2.0}, "a note")]
-    assert pool.take_faults() == []
+    assert graded == [RewardOutput(None), RewardOutput(0.5, {"detail": 2.0}, "a note")]
+    assert pool.take_errors() == []
     assert scores(pool, []) == []
 
 
 def test_what_a_reward_left_running_is_gone(pool):
     assert scores(pool, ["leave"]) == [None]
-    pool.take_faults()
+    pool.take_errors()
     wait_until(lambda: len(descendants_of_pool()) <= 1 + pool.workers)
 
 
@@ -117,7 +117,7 @@ def test_samples_that_hang_hold_up_nobody(pool):
     found = scores(pool, completions)
     assert time.monotonic() - started < 5 * pool.deadline + 5
     assert found == [None if i % 20 == 0 else 3.0 for i in range(200)]
-    assert len(pool.take_faults()) == 10
+    assert len(pool.take_errors()) == 10
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell who waits")
@@ -156,7 +156,7 @@ def test_what_was_begun_ahead_is_taken_and_not_scored_again(pool):
         assert len(small._ahead) == 2
         assert [each.score for each in small.rewards["answer"](["p", "p"], ["c", "c"], answer=["7", "7"])] == [7.0, 7.0]
         assert sum(map(len, small._ahead.values())) == 1
-        small.take_faults()
+        small.take_errors()
         assert small._ahead == {}
 
 
@@ -245,7 +245,7 @@ def test_what_was_started_by_workers_that_died_is_gone_too():
     before = len(descendants_of_pool())
     with RewardPool({"faulty": faulty}, workers=2, deadline=5.0) as pool:
         assert scores(pool, ["start and die", "ok"] * 10) == [None, 2.0] * 10
-        assert {fault.detail for fault in pool.take_faults()} == {"its process was killed by signal 36"}
+        assert {fault.detail for fault in pool.take_errors()} == {"its process was killed by signal 36"}
     wait_until(lambda: len(descendants_of_pool()) == before)
 
 
@@ -280,7 +280,7 @@ def test_ten_thousand_samples_with_faults_of_every_kind():
             part = completions[first : first + 500]
             expected = [None if each in FAULTS else float(len(each)) for each in part]
             assert scores(pool, part) == expected
-            assert sorted(fault.completion for fault in pool.take_faults()) == sorted(
+            assert sorted(fault.completion for fault in pool.take_errors()) == sorted(
                 each for each in part if each in FAULTS
             )
             if first == 1000:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.rewards.compose import Graded, as_graded
+from grpo_jax.rewards.compose import RewardOutput, as_reward_outputs
 from grpo_jax.rewards.steps import equation_steps_reward
 from grpo_jax.rewards.workers.pool import RewardPool
 
@@ -63,7 +63,7 @@ def test_steps_without_are_not(completion):
 def test_what_stands_outside_the_thought_is_no_step():
     completion = "1=2\n<think>1+1=2\n3=4</think>5=6<answer>7=8</answer>"
     (graded,) = equation_steps_reward([""], [completion])
-    assert graded == Graded(0.5, {"judged": 2.0}, steps=((17, 1.0), (20, 0.0)))
+    assert graded == RewardOutput(0.5, {"judged": 2.0}, steps=((17, 1.0), (20, 0.0)))
     assert completion[:17].endswith("1+1=2\n")
     assert completion[:20].endswith("3=4")
     (opened,) = equation_steps_reward(["<think>"], ["1=1\n</think>2=3"])
@@ -73,7 +73,7 @@ def test_what_stands_outside_the_thought_is_no_step():
 @given(st.text(alphabet="0123456789+-*/=().,;\n x<>think", max_size=60))
 def test_any_text_has_steps_that_can_be_learnt_from(completion):
     (graded,) = equation_steps_reward([""], [completion])
-    assert as_graded([graded], [completion]) == [graded]
+    assert as_reward_outputs([graded], [completion]) == [graded]
     ends = [end for end, _ in graded.steps]
     assert ends == sorted(set(ends))
     assert len(ends) == graded.details["judged"]

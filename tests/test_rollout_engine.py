@@ -91,11 +91,11 @@ def test_every_filter_and_penalty_follows_its_rows(tiny, expected):
     assert lengths.min() >= 5  # four others before the ending one
 
 
-@pytest.mark.parametrize("pinned", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_t14_devices_do_not_change_what_is_drawn(tiny, expected, pinned):
+@pytest.mark.parametrize("constrain", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_t14_devices_do_not_change_what_is_drawn(tiny, expected, constrain):
     model, params = tiny
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    model = build_model(from_hf_config(TINY), mesh=mesh) if pinned else model
+    model = build_model(from_hf_config(TINY), mesh=mesh) if constrain else model
     sharded = jax.device_put(params, param_shardings(params, mesh))
     sampler = Sampler(model, Sampling(), **OPTIONS, mesh=mesh)
     found = sampler(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
@@ -161,7 +161,7 @@ def test_where_every_token_ends_one_dispatch_is_enough(tiny):
 
 @pytest.mark.slow
 def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
-    """The ending token's embedding is turned up and down, so that lengths run from 1 to the limit."""
+    """The ending token's embedding is rope up and down, so that lengths run from 1 to the limit."""
     model, params = tiny
     compiled = []
 
@@ -289,7 +289,7 @@ def test_what_is_drawn_can_be_watched(tiny, expected):
     model, params = tiny
     seen = [[] for _ in range(N * G)]
     sampler = Sampler(model, Sampling(), **OPTIONS, max_rows=64)
-    sampler(params, random_prompts(), jax.random.key(KEY), watch=lambda row, ids: seen[row].append(list(ids)))
+    sampler(params, random_prompts(), jax.random.key(KEY), on_tokens=lambda row, ids: seen[row].append(list(ids)))
     wanted = expected[Sampling()]
     for row, pieces in enumerate(seen):
         length = int(wanted.completion_mask[row].sum())

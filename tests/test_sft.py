@@ -14,9 +14,9 @@ import transformers
 from experiments import sft
 from experiments.sft import Config
 from grpo_jax import models
-from grpo_jax.config.offline import DemonstrationSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.problems import Problem
 from grpo_jax.jsonl import read_jsonl
@@ -39,7 +39,7 @@ def finished(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     config = Config(
         model=small,
-        data=DemonstrationSettings(dataset=write_rows(folder / "sums.jsonl", rows_of_sums()), template="{question}"),
+        data=DemonstrationConfig(dataset=write_rows(folder / "sums.jsonl", rows_of_sums()), template="{question}"),
         run_dir=folder / "run",
         num_epochs=2,
         num_sequences=8,
@@ -47,11 +47,11 @@ def finished(small, tmp_path_factory):
         max_prompt_length=12,
         max_completion_length=10,
         eval_every=2,
-        eval_prompts=4,
+        num_eval_prompts=4,
         eval_samples=2,
         save_every=2,
-        optimizer=OptimizerSettings(learning_rate=1e-2, warmup_updates=1),
-        mesh=MeshSettings(data=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=1),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
     assert sft.main(config) == 0
@@ -68,7 +68,7 @@ def config(finished, tmp_path):
 @pytest.fixture
 def brief(config):
     """One update of all demonstrations, and nothing drawn."""
-    return replace(config, num_epochs=1, num_sequences=LEARNT, eval_prompts=0, eval_every=0)
+    return replace(config, num_epochs=1, num_sequences=LEARNT, num_eval_prompts=0, eval_every=0)
 
 
 def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(finished, config, monkeypatch):
@@ -201,7 +201,7 @@ def test_packing_changes_nothing_about_a_batch_that_holds_the_same_examples(brie
 def test_texts_without_a_prompt_are_learnt_from_and_nothing_is_drawn_for_them(brief):
     texts = [{"text": row["prompt"] + row["completion"]} for row in rows_of_sums()]
     write_rows(brief.run_dir.parent / "sums.jsonl", texts)
-    assert sft.main(replace(brief, eval_prompts=4)) == 0
+    assert sft.main(replace(brief, num_eval_prompts=4)) == 0
     assert steps_of(brief)[0]["grad_norm"] > 0
     assert not read_jsonl(brief.run_dir / "completions.jsonl")
 
@@ -232,13 +232,13 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"num_micro_batches": 0}, "num_micro_batches is 0"),
         ({"num_micro_batches": 3}, "num_sequences = 8 do not divide into 3 micro-batches"),
         ({"eval_every": -1}, "eval_every is -1"),
-        ({"eval_prompts": -1}, "eval_prompts is -1"),
+        ({"num_eval_prompts": -1}, "num_eval_prompts is -1"),
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"save_every": 0}, "save_every is 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0"),
-        ({"model": None, "data": DemonstrationSettings(chat_template=True)}, "the embedded base has no chat template"),
+        ({"model": None, "data": DemonstrationConfig(chat_template=True)}, "the embedded base has no chat template"),
         ({"max_length": 256}, "max_length is 256, and the model has 128 positions"),
         ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
@@ -251,7 +251,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mesh": MeshSettings(data=8), "num_sequences": 4}, "rows of a micro-batch: 4 do not divide over mesh"),
+        ({"mesh": MeshConfig(data=8), "num_sequences": 4}, "rows of a micro-batch: 4 do not divide over mesh"),
         ({"stop_tokens": ("<|im_end|>",)}, r"\['<\|im_end\|>'\] are no tokens of"),
         ({"max_length": 8}, "36 of 36 demonstrations do not fit into max_length = 8 tokens"),
         ({"model": "no/such/folder"}, "no/such/folder"),

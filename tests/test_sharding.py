@@ -137,16 +137,16 @@ def test_activations_lie_as_the_batch_does_not_as_the_parameters(capfd):
         params = jax.device_put(shapes, param_shardings(shapes, mesh))
         ids = shard_rows(jax.random.randint(jax.random.key(0), (32, 64), 0, 512), mesh)
         capfd.readouterr()
-        for pinned in (mesh, None):
-            model = build_model(config, mesh=pinned)
+        for constrain in (mesh, None):
+            model = build_model(config, mesh=constrain)
 
             def loss(params, ids, model=model):
                 return (model.apply(params, ids, ids)[0] ** 2).sum()
 
             program = jax.jit(jax.value_and_grad(loss)).lower(params, ids).compile()
-            temporary[pinned is not None] = program.memory_analysis().temp_size_in_bytes
-            results[pinned is not None] = program(params, ids)
-            if pinned is not None:
+            temporary[constrain is not None] = program.memory_analysis().temp_size_in_bytes
+            results[constrain is not None] = program(params, ids)
+            if constrain is not None:
                 assert "Involuntary full rematerialization" not in capfd.readouterr().err
         assert temporary[True] < most * temporary[False]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), results[True], results[False])

@@ -9,10 +9,10 @@ from families import family, write_family
 from transformers import GenerationConfig
 
 from experiments import dpo, ppo, r1_zero, reward_model, sample, sft
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.offline import DemonstrationConfig, PreferenceConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
 from grpo_jax.models import from_pretrained
 from tests.runs import write_rows
 
@@ -44,36 +44,36 @@ def rows(tmp_path_factory):
 
 
 def settings(base, tmp_path):
-    return {"model": base, "run_dir": tmp_path / "run", "mesh": MeshSettings(data=1), "plain": True}
+    return {"model": base, "run_dir": tmp_path / "run", "mesh": MeshConfig(data=1), "plain": True}
 
 
 def tuned(base, rows, tmp_path, **changes):
-    data = DemonstrationSettings(
-        dataset=rows, prompt_column="prompt", completion_column="completion", chat_template=True, eval_rows=2
+    data = DemonstrationConfig(
+        dataset=rows, prompt_column="prompt", completion_column="completion", chat_template=True, eval_size=2
     )
-    fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "eval_prompts": 0}
+    fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "num_eval_prompts": 0}
     return sft.Config(**fields | {"num_sequences": 8, "num_epochs": 1, "max_length": 64} | changes)
 
 
 def preferred(base, rows, tmp_path, **changes):
-    data = PreferenceSettings(dataset=rows, chat_template=True, eval_rows=2)
-    fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "eval_prompts": 0}
+    data = PreferenceConfig(dataset=rows, chat_template=True, eval_size=2)
+    fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "num_eval_prompts": 0}
     return dpo.Config(**fields | {"num_pairs": 8} | changes)
 
 
 def scored(base, rows, tmp_path, **changes):
-    data = PreferenceSettings(dataset=rows, chat_template=True, eval_rows=2)
+    data = PreferenceConfig(dataset=rows, chat_template=True, eval_size=2)
     fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "num_pairs": 8}
     return reward_model.Config(**fields | changes)
 
 
 def drawn(base, rows, tmp_path, **changes):
-    data = DataSettings(dataset=rows, prompt_column="question", chat_template=True, eval_problems=2, grader="exact")
+    data = DataConfig(dataset=rows, prompt_column="question", chat_template=True, eval_size=2, grader="exact")
     fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "eval_samples": 1}
     return fields | {"num_steps": 1, "num_prompts": 8} | changes
 
 
-def exported(folder):
+def exported_params(folder):
     """The ids that end a sequence, as every file and every reader of an export has them."""
     written = [
         json.loads((folder / name).read_text())["eos_token_id"] for name in ("config.json", "generation_config.json")
@@ -91,25 +91,25 @@ def test_fine_tuning_exports_what_it_taught_to_stop_at_and_the_files_of_the_toke
     config = tuned(base, rows, tmp_path)
     assert sft.main(config) == 0
     ends = family("chatml_llama2").ids(["</s>", "<|im_end|>"])
-    assert exported(config.run_dir / "model") == ends
+    assert exported_params(config.run_dir / "model") == ends
     assert files_of(config.run_dir / "model") == files_of(base)
     # The next run needs no flag.
     again = tuned(str(config.run_dir / "model"), rows, tmp_path, run_dir=tmp_path / "again", stop_tokens=())
     assert sft.main(again) == 0
-    assert exported(again.run_dir / "model") == ends
+    assert exported_params(again.run_dir / "model") == ends
 
 
 def test_a_reward_model_takes_stop_tokens_and_exports_them(base, rows, tmp_path):
     config = scored(base, rows, tmp_path)
     assert reward_model.main(config) == 0
-    assert exported(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
+    assert exported_params(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
     assert files_of(config.run_dir / "model") == files_of(base)
 
 
 def test_preference_tuning_exports_what_it_stopped_at(base, rows, tmp_path):
     config = preferred(base, rows, tmp_path)
     assert dpo.main(config) == 0
-    assert exported(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
+    assert exported_params(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
@@ -117,11 +117,11 @@ def test_reinforcement_learning_exports_what_it_stopped_at(base, scorer, rows, t
     if algorithm == "grpo":
         config, main = r1_zero.Config(**drawn(base, rows, tmp_path), group_size=2), r1_zero.main
     else:
-        rewards = RewardSettings(accuracy_weight=1.0)
+        rewards = RewardConfig(accuracy_weight=1.0)
         more = {"critic": "head", "num_epochs": 1, "num_minibatches": 1, "rewards": rewards}
         config, main = ppo.Config(**drawn(base, rows, tmp_path), **more), ppo.main
     assert main(config) == 0
-    assert exported(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
+    assert exported_params(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
 
 
 def test_sampling_ends_at_a_stop_token(base):

@@ -18,23 +18,23 @@ from grpo_jax.models import build_model, from_hf_config
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.sharding import make_mesh, param_shardings, replicated, shard_rows
 from grpo_jax.train import (
-    Rows,
     as_rows,
     completion_log_probs,
     completion_values,
     init_state,
+    make_log_prob_fn,
     make_optimizer,
     make_schedule,
-    make_scorer,
     make_train_step,
     packed_log_probs,
     pair_log_probs,
     pair_scores,
-    sequence_scores,
+    reward_model_scores,
     shuffled_minibatches,
     split_rows,
     with_fresh_reference,
 )
+from grpo_jax.train.forward import Rows
 from grpo_jax.types import Batch, Pairs
 
 B, P, T = 16, 5, 7
@@ -156,7 +156,7 @@ def test_l9_the_second_inner_epoch_is_off_policy(tiny):
     optimizer = optax.sgd(0.5)
     step = make_train_step(loss_of(model), optimizer)
     state = start(params, optimizer)
-    scorer = make_scorer(partial(completion_log_probs, model))
+    scorer = make_log_prob_fn(partial(completion_log_probs, model))
     batch = make_batch()
     old = scorer(state.params, batch)
     on_policy = Batch(**{**vars(batch), "old_log_probs": old})
@@ -168,7 +168,7 @@ def test_l9_the_second_inner_epoch_is_off_policy(tiny):
 
 def test_old_log_probs_left_out_are_those_of_the_pass_itself(tiny, whole):
     model, params = tiny
-    old = make_scorer(partial(completion_log_probs, model))(params, make_batch())
+    old = make_log_prob_fn(partial(completion_log_probs, model))(params, make_batch())
     state, history = stepped(tiny, batch=Batch(**{**vars(make_batch()), "old_log_probs": old}))
     assert history[0]["loss"] == pytest.approx(whole[1][0]["loss"], abs=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state.params, whole[0].params)
@@ -235,7 +235,7 @@ def test_the_reference_stays_until_it_is_refreshed(tiny):
     optimizer = optax.sgd(0.5)
     step = make_train_step(loss_of(model, kl_coef=0.1), optimizer)
     state = start(params, optimizer, with_reference=True)
-    scorer = make_scorer(partial(completion_log_probs, model))
+    scorer = make_log_prob_fn(partial(completion_log_probs, model))
     for _ in range(2):
         batch = make_batch()
         state, _ = step(state, Batch(**{**vars(batch), "ref_log_probs": scorer(state.ref_params, batch)}))
@@ -265,7 +265,7 @@ def test_scorer_gives_the_same_in_parts(tiny, parts):
     model, params = tiny
     batch = make_batch()
     expected, _ = completion_log_probs(model, params, batch)
-    scored = make_scorer(partial(completion_log_probs, model), num_micro_batches=parts)(params, batch)
+    scored = make_log_prob_fn(partial(completion_log_probs, model), num_micro_batches=parts)(params, batch)
     np.testing.assert_allclose(scored, expected, atol=1e-5)
 
 
@@ -475,7 +475,7 @@ def test_scores_of_pairs_are_those_of_each_completion_by_itself(scoring):
     model, params = scoring
     pairs = make_pairs()
     scores = np.asarray(quick_jit(partial(pair_scores, model))(params, pairs))
-    program = quick_jit(partial(sequence_scores, model))
+    program = quick_jit(partial(reward_model_scores, model))
     assert scores.shape == (3, 2)
     for n in range(3):
         for side in range(2):

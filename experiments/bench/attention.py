@@ -24,7 +24,7 @@ import numpy as np
 
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import from_hf_config
-from grpo_jax.models.attention import Part, allowed_slots, attend
+from grpo_jax.models.attention import KVSegment, allowed_slots, attend
 from grpo_jax.models.kernels import choose_kernel
 
 
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
 def plain(queries, keys, values, mask):
     """``layers.attend`` of a whole sequence."""
     B, S, _, E = queries.shape
-    part = Part(
+    part = KVSegment(
         {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)},
         allowed_slots(mask, jnp.arange(S), 0, S, None),
     )

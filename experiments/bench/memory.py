@@ -29,8 +29,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from grpo_jax import loss
-from grpo_jax.config.run import at_least
-from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
+from grpo_jax.config.run import require_at_least
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.loop.checks import check_divides
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import build_model, from_hf_config, param_shapes
@@ -96,7 +96,7 @@ class Config:
     """What is compared."""
 
     def __post_init__(self):
-        at_least(self, rows=2, num_micro_batches=1, max_prompt_length=1, max_completion_length=1)
+        require_at_least(self, rows=2, num_micro_batches=1, max_prompt_length=1, max_completion_length=1)
         if self.rows % 2:
             raise ValueError(f"rows is {self.rows}; DPO has two sequences for each pair, so it must be even")
 
@@ -175,7 +175,7 @@ def step_memory(config: Config, method: str) -> dict[str, Memory]:
     build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=config.remat)
     model, critic_model = build(decoder), build(scoring)
     weights, scored = param_shapes(decoder), param_shapes(scoring)
-    optimizer, _ = OptimizerSettings().build(total_updates=100, default_learning_rate=1e-6)
+    optimizer, _ = OptimizerConfig().build(total_updates=100, default_learning_rate=1e-6)
     make_step = partial(make_train_step, optimizer=optimizer, num_micro_batches=config.num_micro_batches)
     actor = state_of(weights, optimizer)
     critic = state_of(scored, optimizer)
@@ -246,7 +246,7 @@ def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainSt
 
 
 def policy_loss(model: Model, config: Config, name: str) -> LossFn:
-    return PolicyLossSettings(loss=name).build(
+    return PolicyLossConfig(loss=name).build(
         partial(completion_log_probs, model),
         max_completion_length=config.max_completion_length,
         sampler_alters_policy=False,

@@ -29,12 +29,12 @@ import numpy as np
 from grpo_jax import models
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.compilation import keep_programs
+from grpo_jax.loop.compilation import enable_compilation_cache
 from grpo_jax.rollout import Sampler, generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.sums import sample_sums, sum_problems
-from grpo_jax.tasks.toy_model import Recipe, make_base
-from grpo_jax.train import completion_log_probs, make_scorer
+from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
+from grpo_jax.train import completion_log_probs, make_log_prob_fn
 from grpo_jax.types import Params, Rollout
 
 PRECISIONS = (
@@ -65,10 +65,10 @@ class Config:
 
 
 def main(config: Config) -> None:
-    keep_programs()
+    enable_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
         if config.model is None:
-            make_base(folder, Recipe(seed=config.seed))
+            make_toy_model(folder, ToyConfig(seed=config.seed))
         measure(config, config.model or folder)
 
 
@@ -88,7 +88,7 @@ def measure(config: Config, folder: str) -> None:
         for name in ("float32", "bfloat16")
     }
     scorers = {
-        name: make_scorer(
+        name: make_log_prob_fn(
             partial(completion_log_probs, model, temperature=config.temperature),
             num_micro_batches=math.gcd(config.prompts * config.group_size, 8),
         )

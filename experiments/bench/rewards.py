@@ -23,7 +23,7 @@ from typing import Any
 from grpo_jax.loop.command import run_command
 from grpo_jax.rewards import RewardPool, code_reward, math_reward, per_sample
 from grpo_jax.rewards.calling import warm_up
-from grpo_jax.rewards.compose import RewardFn, as_graded
+from grpo_jax.rewards.compose import RewardFn, as_reward_outputs
 
 PAIRS = Path(__file__).parent.parent / "tests" / "data" / "math_pairs.jsonl"
 FUNCTION = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
 
 
 def scores_of(values: Any, completions: list[str]) -> list[float | None]:
-    return [each.score for each in as_graded(values, completions)]
+    return [each.score for each in as_reward_outputs(values, completions)]
 
 
 def pool_against_loop(name: str, reward: RewardFn, completions: list[str], **columns: list[Any]) -> dict[str, float]:

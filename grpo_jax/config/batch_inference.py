@@ -7,20 +7,20 @@ from typing import Annotated
 
 import tyro
 
-from grpo_jax.config.data import DataSettings
+from grpo_jax.config.data import DataConfig
 from grpo_jax.config.mixture import check_known
-from grpo_jax.config.model import PolicySettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import RunSettings, at_least
+from grpo_jax.config.model import PolicyConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import RunConfig, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectSettings(RunSettings, PolicySettings):
+class BatchInferenceConfig(RunConfig, PolicyConfig):
     """What is asked, drawn and scored."""
 
-    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
     """What is asked."""
-    rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
+    rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig()
     """How completions are scored."""
     num_samples: int = 16
     """Completions of each problem."""
@@ -28,9 +28,9 @@ class CollectSettings(RunSettings, PolicySettings):
     """Problems drawn for at once."""
 
     def __post_init__(self):
-        RunSettings.__post_init__(self)
-        PolicySettings.__post_init__(self)
-        at_least(self, num_samples=1, num_prompts=1)
+        RunConfig.__post_init__(self)
+        PolicyConfig.__post_init__(self)
+        require_at_least(self, num_samples=1, num_prompts=1)
         check_known(self.model, [self.data])
         if self.sampling.temperature == 0 and self.num_samples > 1:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from grpo_jax.config.prompts import PromptSettings
+from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.data.prompts import Overlong
 from grpo_jax.tasks.errands import ERRANDS
 from grpo_jax.tasks.splits import (
@@ -14,7 +14,7 @@ from grpo_jax.tasks.splits import (
 
 
 @dataclass(frozen=True)
-class DataSettings(PromptSettings):
+class DataConfig(PromptConfig):
     """Problems to train on, problems held out, and how they become prompts."""
 
     dataset: str | None = None
@@ -29,7 +29,7 @@ class DataSettings(PromptSettings):
     the built-in sums that are held out."""
     eval_split: str | None = None
     """Their split; by default 'test' where there are splits, or else 'validation'."""
-    eval_problems: int | None = DEFAULT_HELD_OUT
+    eval_size: int | None = DEFAULT_HELD_OUT
     """How many of them at most; None for all."""
     prompt_column: str | None = None
     """Column with the question, or a path such as extra_info.question; found by itself where it has a usual name."""
@@ -50,12 +50,12 @@ class DataSettings(PromptSettings):
     """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
 
     def __post_init__(self):
-        PromptSettings.__post_init__(self)
+        PromptConfig.__post_init__(self)
         if not self.program_seconds > 0:
             raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
         if self.grader == "none" and (self.dataset is None or self.dataset == ERRANDS):
             raise ValueError("grader is none, and the built-in problems have answers; name a dataset")
         if self.partial_credit and (self.dataset is None or self.grader not in ("auto", "code")):
             raise ValueError("partial_credit scores programs by their tests; these problems have none")
-        if self.eval_problems is not None and self.eval_problems < 1:
-            raise ValueError(f"eval_problems is {self.eval_problems}; at least 1 is held out")
+        if self.eval_size is not None and self.eval_size < 1:
+            raise ValueError(f"eval_size is {self.eval_size}; at least 1 is held out")

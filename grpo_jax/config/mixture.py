@@ -12,14 +12,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.jsonl import to_json
 from grpo_jax.tasks.errands import ERRANDS
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskConfig:
     """What is asked and what is paid for.
 
     Attributes:
@@ -29,12 +29,12 @@ class Task:
     """
 
     name: str | None
-    data: DataSettings
-    rewards: RewardSettings
+    data: DataConfig
+    rewards: RewardConfig
     weight: float = 1.0
 
 
-def read_tasks(path: Path, data: DataSettings, rewards: RewardSettings) -> list[Task]:
+def read_tasks(path: Path, data: DataConfig, rewards: RewardConfig) -> list[TaskConfig]:
     """The tasks of a mixture: a JSON object of names, each with a ``weight`` and settings of its own.
 
     Such as ``{"sums": {"weight": 2, "format_weight": 0.2}, "errands": {"dataset": "errands", "accuracy_weight": 0,
@@ -64,13 +64,13 @@ def read_tasks(path: Path, data: DataSettings, rewards: RewardSettings) -> list[
     return [_task(f"{path}, task {name!r}", name, given, data, rewards) for name, given in read.items()]
 
 
-def _task(where: str, name: str, given: Mapping[str, Any], data: DataSettings, rewards: RewardSettings) -> Task:
+def _task(where: str, name: str, given: Mapping[str, Any], data: DataConfig, rewards: RewardConfig) -> TaskConfig:
     if not name or "/" in name:
         raise ValueError(f"{where}: a name is not blank and without a stroke; it begins the names of figures")
-    known = {each: get_type_hints(each) for each in (DataSettings, RewardSettings)}
+    known = {each: get_type_hints(each) for each in (DataConfig, RewardConfig)}
     unknown = [key for key in given if key != "weight" and not any(key in names for names in known.values())]
     if unknown:
-        names = ["weight", *sorted(known[DataSettings]), *sorted(known[RewardSettings])]
+        names = ["weight", *sorted(known[DataConfig]), *sorted(known[RewardConfig])]
         raise ValueError(f"{where}: {unknown} are no settings of a task; those are {names}")
     weight = given.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
@@ -82,10 +82,10 @@ def _task(where: str, name: str, given: Mapping[str, Any], data: DataSettings, r
         }
 
     try:
-        own = replace(data, **of(DataSettings)), replace(rewards, **of(RewardSettings))
+        own = replace(data, **of(DataConfig)), replace(rewards, **of(RewardConfig))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return Task(name, *own, weight=float(weight))
+    return TaskConfig(name, *own, weight=float(weight))
 
 
 def _as_field(key: str, value: Any, annotation: Any) -> Any:
@@ -123,7 +123,7 @@ def _typed(value: Any, annotation: Any) -> Any:
     raise TypeError(value)
 
 
-def as_settings(mixture: Sequence[Task]) -> dict[str, Any]:
+def as_settings(mixture: Sequence[TaskConfig]) -> dict[str, Any]:
     """A mixture as JSON, for seeing later whether it is still the same; noise follows from the order too."""
     return to_json(
         {
@@ -133,7 +133,7 @@ def as_settings(mixture: Sequence[Task]) -> dict[str, Any]:
     )
 
 
-def shares(tasks: Sequence[Task], num_prompts: int) -> list[int]:
+def shares(tasks: Sequence[TaskConfig], num_prompts: int) -> list[int]:
     """How many prompts of a step are of each task: in proportion to the weights, to the nearest whole number.
 
     Raises:
@@ -151,7 +151,7 @@ def shares(tasks: Sequence[Task], num_prompts: int) -> list[int]:
     return counts
 
 
-def check_known(model: str | None, asked: Sequence[DataSettings]) -> None:
+def check_known(model: str | None, asked: Sequence[DataConfig]) -> None:
     """Check that the embedded base, where no model is named, is asked what it knows.
 
     Raises:

@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax import models
-from grpo_jax.config.run import MeshSettings, at_least
+from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.sampling import Sampling
-from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe
+from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, ToyConfig
 
 PROMPT_AND_COMPLETION = "max_prompt_length + max_completion_length"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelConfig:
     """The model that is trained, and how it is computed."""
 
     model: str | None = None
     """Hugging Face id or local folder of the model to start from. Default: a small base, trained here first."""
-    base: Recipe = Recipe()
+    base: ToyConfig = ToyConfig()
     """How that small one is made; the seed is the run's."""
     base_dir: Path | None = None
     """Folder of such a base that was made before, to start from instead."""
@@ -39,7 +39,7 @@ class ModelSettings:
     rope_length: int | None = None
     """For models with longrope or dynamic rope scaling: tokens of the longest sequence of the run, by which rotary
     frequencies are chosen for all of its sequences. Needed where they could pass the original length."""
-    mesh: MeshSettings = MeshSettings()
+    mesh: MeshConfig = MeshConfig()
     """How the devices are used."""
 
     @property
@@ -66,7 +66,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicySettings(ModelSettings):
+class PolicyConfig(ModelConfig):
     """A model that completions are drawn from."""
 
     max_prompt_length: int | None = None
@@ -85,7 +85,7 @@ class PolicySettings(ModelSettings):
     after the other. Default: a fifth of the memory of a GPU or TPU, no limit on a CPU."""
 
     def __post_init__(self):
-        at_least(self, max_prompt_length=1, max_completion_length=1, cache_bytes=1)
+        require_at_least(self, max_prompt_length=1, max_completion_length=1, cache_bytes=1)
         self.check_positions(self.prompt_length + self.completion_length, PROMPT_AND_COMPLETION)
 
     @property
@@ -99,7 +99,7 @@ class PolicySettings(ModelSettings):
         return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)[1]
 
 
-def fitting_lengths(config: ModelSettings, prompt: int | None, completion: int | None) -> tuple[int, int]:
+def fitting_lengths(config: ModelConfig, prompt: int | None, completion: int | None) -> tuple[int, int]:
     """The lengths of prompt and completion in effect, in tokens.
 
     Those that are not set are 512 and 1024 with a named model, and 12 and 48 with the embedded base. Where the model

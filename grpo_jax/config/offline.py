@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from grpo_jax.config.prompts import PromptSettings
+from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.data.conversations import (
     Demonstration,
-    LearnFrom,
+    TrainOn,
 )
 from grpo_jax.data.preferences import Preference
 
@@ -16,7 +16,7 @@ Read = TypeVar("Read", Demonstration, Preference)
 
 
 @dataclass(frozen=True)
-class TextSettings(PromptSettings):
+class OfflineDataConfig(PromptConfig):
     """Where texts come from, which are held out, and how they are put before the model."""
 
     dataset: str | None = None
@@ -29,26 +29,26 @@ class TextSettings(PromptSettings):
     """Where held-out rows come from. Default: a tenth of the data set."""
     eval_split: str | None = None
     """Their split; by default 'test' where another data set is named that has splits."""
-    eval_rows: int = 256
+    eval_size: int = 256
     """How many of them at most."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be read, and count them; otherwise the first one is an error."""
 
     def __post_init__(self):
-        PromptSettings.__post_init__(self)
-        if self.eval_rows < 1:
-            raise ValueError(f"eval_rows is {self.eval_rows}; at least 1 is held out")
+        PromptConfig.__post_init__(self)
+        if self.eval_size < 1:
+            raise ValueError(f"eval_size is {self.eval_size}; at least 1 is held out")
 
 
 @dataclass(frozen=True)
-class DemonstrationSettings(TextSettings):
+class DemonstrationConfig(OfflineDataConfig):
     """What is imitated. Default: worked sums of the embedded base."""
 
     prompt_column: str | None = None
     """Column with the prompt, instead of 'prompt'."""
     completion_column: str | None = None
     """Column with the completion, instead of 'completion'; alone, a text without a prompt."""
-    learn_from: LearnFrom = "completion"
+    train_on: TrainOn = "completion"
     """What is learnt: the last turn, every turn of the assistant, or every token."""
     long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to a demonstration that is too long: left out and counted, cut at its end, or an error."""
@@ -59,7 +59,7 @@ class DemonstrationSettings(TextSettings):
 
 
 @dataclass(frozen=True)
-class PreferenceSettings(TextSettings):
+class PreferenceConfig(OfflineDataConfig):
     """What is preferred to what. Default: replies to errands of the embedded base."""
 
     errand_pairs: int = 2048

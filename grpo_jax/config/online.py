@@ -8,21 +8,21 @@ from typing import Annotated
 
 import tyro
 
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.mixture import Task, check_known, read_tasks, shares
-from grpo_jax.config.model import PolicySettings
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import Export, RunSettings, at_least
-from grpo_jax.monitor.alarms import AlarmSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
+from grpo_jax.config.model import PolicyConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.monitor.alarms import AlarmConfig
 
 MICRO_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundSettings(RunSettings, PolicySettings):
+class OnlineConfig(RunConfig, PolicyConfig):
     """What is asked, drawn, paid for, watched and evaluated."""
 
-    data: Annotated[DataSettings, tyro.conf.arg(name="")] = DataSettings()
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
     """What is asked."""
     num_steps: int = 60
     """Rollouts with the updates that follow each. A finished run that is given more goes on; where the learning rate
@@ -31,12 +31,12 @@ class RoundSettings(RunSettings, PolicySettings):
     """Prompts a step."""
     group_size: int = 16
     """Samples for each prompt."""
-    rewards: Annotated[RewardSettings, tyro.conf.arg(name="")] = RewardSettings()
+    rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig()
     """What is paid for."""
     tasks: Path | None = None
     """File with a mixture of tasks, each with a weight and with settings of its own in place of those above; see
     ``tasks.read_tasks``. Default: one task."""
-    alarms: AlarmSettings = AlarmSettings()
+    alarms: AlarmConfig = AlarmConfig()
     """What is watched for."""
     eval_every: int = 10
     """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
@@ -50,9 +50,9 @@ class RoundSettings(RunSettings, PolicySettings):
     given the other one."""
 
     def __post_init__(self):
-        RunSettings.__post_init__(self)
-        PolicySettings.__post_init__(self)
-        at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
+        RunConfig.__post_init__(self)
+        PolicyConfig.__post_init__(self)
+        require_at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
         mixture = self.mixture
         check_known(self.model, [task.data for task in mixture])
         shares(mixture, self.num_prompts)
@@ -60,10 +60,10 @@ class RoundSettings(RunSettings, PolicySettings):
             raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
 
     @property
-    def mixture(self) -> list[Task]:
+    def mixture(self) -> list[TaskConfig]:
         """The tasks in effect."""
         if self.tasks is None:
-            return [Task(None, self.data, self.rewards)]
+            return [TaskConfig(None, self.data, self.rewards)]
         return read_tasks(self.tasks, self.data, self.rewards)
 
     @property
@@ -80,7 +80,7 @@ class RoundSettings(RunSettings, PolicySettings):
         return min(fitting, default=1)
 
 
-MAY_CHANGE = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
+RESUMABLE_FIELDS = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
 """Settings that a resumed run may have other values of, besides those of every experiment."""
-GOES_ON_WITH = ("num_steps", "export")
+EXTENDABLE_FIELDS = ("num_steps", "export")
 """Settings with other values of which a finished run goes on."""

@@ -11,12 +11,12 @@ from grpo_jax.data.chat_templates import uses_date
 from grpo_jax.data.prompt_format import check_date, read_prompt_format
 from grpo_jax.data.prompts import R1_ZERO, Rendering, checked_variables
 
-AnySettings = TypeVar("AnySettings", bound="PromptSettings")
+AnySettings = TypeVar("AnySettings", bound="PromptConfig")
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 @dataclass(frozen=True)
-class PromptSettings:
+class PromptConfig:
     """How prompts become text. Without any of them: as the model was trained, else R1-Zero's plain template."""
 
     chat_template: bool = False
@@ -107,14 +107,14 @@ def with_format(settings: AnySettings, prompt_format: Mapping[str, Any]) -> AnyS
     )
 
 
-def prompt_fields(settings: PromptSettings) -> dict[str, Any]:
+def prompt_fields(settings: PromptConfig) -> dict[str, Any]:
     """The fields of these settings that say how prompts are made."""
-    return {each.name: getattr(settings, each.name) for each in fields(PromptSettings)}
+    return {each.name: getattr(settings, each.name) for each in fields(PromptConfig)}
 
 
-def as_flags(prompt_format: Mapping[str, Any]) -> list[str]:
+def prompt_flags(prompt_format: Mapping[str, Any]) -> list[str]:
     """The arguments of a command that ask for a prompt format."""
-    settings = with_format(PromptSettings(), prompt_format)
+    settings = with_format(PromptConfig(), prompt_format)
     flags = ["--chat-template"] if settings.chat_template else []
     for name in ("template", "system_prompt", "template_date"):
         value = getattr(settings, name)

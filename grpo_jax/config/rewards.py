@@ -11,7 +11,7 @@ from grpo_jax.rewards.plugin import read_weighted
 
 
 @dataclass(frozen=True)
-class RewardSettings:
+class RewardConfig:
     """What completions are paid for. A part with weight 0 is measured and not learnt from."""
 
     accuracy_weight: float = 1.0

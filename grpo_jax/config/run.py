@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.sharding import make_mesh
 
-LAID_OUT = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints")
+LAYOUT_FIELDS = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints")
 """Settings that a resumed run may have other values of in every experiment: they change no number beyond rounding."""
 
 Export = Literal["last", "best"]
@@ -18,7 +18,7 @@ Export = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunConfig:
     """Where a run lies and what it leaves."""
 
     run_dir: Path
@@ -35,10 +35,10 @@ class RunSettings:
     """Print plain lines even on a terminal."""
 
     def __post_init__(self):
-        at_least(self, seed=0, save_every=1, keep_checkpoints=1)
+        require_at_least(self, seed=0, save_every=1, keep_checkpoints=1)
 
 
-def at_least(config: Any, **least: int) -> None:
+def require_at_least(config: Any, **least: int) -> None:
     """Check that settings are not too small; those that are None are not looked at.
 
     Raises:
@@ -51,7 +51,7 @@ def at_least(config: Any, **least: int) -> None:
 
 
 @dataclass(frozen=True)
-class MeshSettings:
+class MeshConfig:
     """How the devices are used."""
 
     data: int = -1

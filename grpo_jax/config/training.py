@@ -28,7 +28,7 @@ LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B 
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerConfig:
     """AdamW behind clipping by the global norm."""
 
     learning_rate: float | None = None
@@ -84,7 +84,7 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
-class PolicyLossSettings:
+class PolicyLossConfig:
     """A named policy loss, and what is added to it."""
 
     loss: Literal[tuple(LOSSES)] = "grpo"  # pyright: ignore[reportInvalidTypeForm]

@@ -13,7 +13,7 @@ from grpo_jax.data.messages import Messages, checked_messages, is_message
 from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
 from grpo_jax.data.prompts import Rendering, encode_prompts
 from grpo_jax.data.tokens import encode_following, encode_texts
-from grpo_jax.data.turns import Demonstration, LearnFrom, Piece, no_end, turns, whole_texts
+from grpo_jax.data.turns import Demonstration, Piece, TrainOn, no_end, turns, whole_texts
 
 
 class Example(NamedTuple):
@@ -73,7 +73,7 @@ def encode_demonstrations(
     tokenizer: Any,
     *,
     eos_ids: Sequence[int],
-    learn_from: LearnFrom = "completion",
+    train_on: TrainOn = "completion",
     **rendering: Unpack[Rendering],
 ) -> list[Example]:
     """The tokens of each demonstration.
@@ -87,7 +87,7 @@ def encode_demonstrations(
         demonstrations: what is to be imitated.
         tokenizer: a transformers tokenizer; its chat template is used if ``template`` is None, but for a text alone.
         eos_ids: the tokens that end a turn; the first of them ends a completion after a plain template.
-        learn_from: "completion" for the last turn, "assistant" for every turn of the assistant, "all" for every token.
+        train_on: "completion" for the last turn, "assistant" for every turn of the assistant, "all" for every token.
         rendering: as in ``prompts.Rendering``. Columns ``tools`` and ``chat_template_kwargs`` go to a chat template.
 
     Raises:
@@ -100,14 +100,12 @@ def encode_demonstrations(
     plain = rendering.get("template") is not None
     pieces = [[Piece(each.completion, True)] for each in demonstrations]
     chats = [] if plain else [n for n, each in enumerate(demonstrations) if each.prompt]
-    for n, found in zip(
-        chats, turns([demonstrations[n] for n in chats], tokenizer, learn_from, rendering), strict=True
-    ):
+    for n, found in zip(chats, turns([demonstrations[n] for n in chats], tokenizer, train_on, rendering), strict=True):
         pieces[n] = found
     befores = _encoded_before(demonstrations, tokenizer, rendering, plain=plain)
     encoded = iter(_encoded_pieces(demonstrations, pieces, befores, tokenizer))
     for demonstration, parts, before in zip(demonstrations, pieces, befores, strict=True):
-        ids, learnt, start = list(before), [learn_from == "all"] * len(before), len(before)
+        ids, learnt, start = list(before), [train_on == "all"] * len(before), len(before)
         for part in parts:
             piece = next(encoded)
             ended = next((n + 1 for n, token in enumerate(piece) if token in eos_ids), None)
@@ -117,7 +115,7 @@ def encode_demonstrations(
                 piece = [*piece, eos_ids[0]]
             start = len(ids) if part.is_turn else start
             ids += piece
-            learnt += [learn_from == "all" or (part.is_turn and n < (ended or len(piece))) for n in range(len(piece))]
+            learnt += [train_on == "all" or (part.is_turn and n < (ended or len(piece))) for n in range(len(piece))]
         learnt[0] = False
         if not any(learnt):
             raise ValueError(f"{demonstration.where} has nothing to learn from: nothing predicts its only token")

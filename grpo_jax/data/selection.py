@@ -22,7 +22,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class SelectionSettings:
+class SelectionConfig:
     """Which completions are kept. Those that were cut off, are blank or say what another one says never are."""
 
     threshold: float = 1.0
@@ -112,7 +112,7 @@ class Choice:
         return -(-self.num_passed * count // max(self.num_scored, 1)) - 1
 
 
-def choose(collected: Collected, settings: SelectionSettings) -> tuple[Choice, dict[str, int]]:
+def choose(collected: ProblemSamples, settings: SelectionConfig) -> tuple[Choice, dict[str, int]]:
     """What is kept of a problem's completions, and how many each filter left.
 
     A completion is dropped, in this order, if it has no score (``scored``), was cut off or is blank (``complete``), has
@@ -138,7 +138,7 @@ def choose(collected: Collected, settings: SelectionSettings) -> tuple[Choice, d
     return replace(choice, samples=tuple(capped)), dict(zip(FILTERS, map(len, left), strict=False))
 
 
-def preferred(collected: Collected, settings: SelectionSettings, *, most: int) -> list[tuple[int, int]]:
+def preferred(collected: ProblemSamples, settings: SelectionConfig, *, most: int) -> list[tuple[int, int]]:
     """Pairs of a problem's completions that DPO can learn from: one that would be imitated before one that would not.
 
     Completions that have no score, were cut off, are blank or say what an earlier one says are in no pair, and none is
@@ -160,7 +160,7 @@ def preferred(collected: Collected, settings: SelectionSettings, *, most: int) -
     return list(zip(right, wrong, strict=False))[:most]
 
 
-def whole(collected: Collected) -> list[int]:
+def whole(collected: ProblemSamples) -> list[int]:
     """The samples that have a score, were not cut off and are not blank."""
     return [
         n
@@ -169,7 +169,7 @@ def whole(collected: Collected) -> list[int]:
     ]
 
 
-def passes(collected: Collected, sample: int, settings: SelectionSettings) -> bool:
+def passes(collected: ProblemSamples, sample: int, settings: SelectionConfig) -> bool:
     """Whether a sample has the least total, and of every part that is required the least score."""
     parts = [(collected.rewards.get(name), least) for name, least in settings.minima.items()]
     return reaches(collected.total[sample], settings.threshold) and all(
@@ -207,7 +207,7 @@ def balanced(choices: Sequence[Choice], *, buckets: int, seed: int) -> list[Choi
     return sorted(kept, key=lambda choice: choice.place)
 
 
-def check_some_left(counts: Mapping[str, int], settings: SelectionSettings) -> None:
+def check_some_left(counts: Mapping[str, int], settings: SelectionConfig) -> None:
     """Check that filters left something.
 
     Args:
@@ -222,7 +222,7 @@ def check_some_left(counts: Mapping[str, int], settings: SelectionSettings) -> N
         return
     remedies = {
         "drawn": "no problem was asked",
-        "scored": "no completion has a score (faults.jsonl says why)",
+        "scored": "no completion has a score (reward_errors.jsonl says why)",
         "complete": "all that have a score were cut off or are blank; raise max_completion_length",
         "right": f"no total reaches threshold = {settings.threshold}; lower it, or draw more or from a better model",
         "of_form": f"none has what is required, {list(settings.require)}; lower it, or pay for it in training first",
@@ -237,7 +237,7 @@ def reaches(score: float | None, least: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Collected:
+class ProblemSamples:
     """The completions of a problem, and what they are worth; G of them.
 
     Attributes:
@@ -265,7 +265,7 @@ class Collected:
         return to_json({"step": step, **dataclasses.asdict(self)})
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> Collected:
+    def of_row(cls, row: Mapping[str, Any]) -> ProblemSamples:
         """From what ``row`` gave."""
         fields = {name: value for name, value in row.items() if name != "step"}
         return cls(**{**fields, "problem": Problem(**fields["problem"])})

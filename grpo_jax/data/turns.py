@@ -15,7 +15,7 @@ from grpo_jax.data.tokens import encode_texts
 
 LOGGER = logging.getLogger(__name__)
 Row = dict[str, Any]
-LearnFrom = Literal["completion", "assistant", "all"]
+TrainOn = Literal["completion", "assistant", "all"]
 """What of a demonstration is learnt: its last turn, every turn of the assistant, or every token."""
 
 
@@ -56,7 +56,7 @@ def _conversation_of(demonstration: Demonstration, rendering: Rendering) -> Conv
 
 
 def turns(
-    demonstrations: Sequence[Demonstration], tokenizer: Any, learn_from: LearnFrom, rendering: Rendering
+    demonstrations: Sequence[Demonstration], tokenizer: Any, train_on: TrainOn, rendering: Rendering
 ) -> list[list[Piece]]:
     """The text of each demonstration in pieces, by the chat template; all conversations are rendered together."""
     conversations = [_conversation_of(each, rendering) for each in demonstrations]
@@ -65,7 +65,7 @@ def turns(
     counts: list[int] = []
     for n, (demonstration, conversation) in enumerate(zip(demonstrations, conversations, strict=True)):
         needed = [*conversation.chats(), conversation.chat(_whole(conversation, demonstration))]
-        for turn in _earlier_turns(conversation, learn_from):
+        for turn in _earlier_turns(conversation, train_on):
             needed.append(conversation.chat(conversation.messages[:turn], opens_turn=True))
             needed.append(conversation.chat(conversation.messages[: turn + 1]))
         chats += needed
@@ -88,7 +88,7 @@ def turns(
             whole = prompt + demonstration.completion + around_mark(of_this[0], demonstration.where)[1]
         elif not whole.startswith(prompt) and not demonstration.reply:
             whole = _composed(prompt, demonstration, tokenizer, rendering) or whole
-        found.append(_pieces(demonstration, conversation, (prompt, whole), of_this[given + 1 :], learn_from))
+        found.append(_pieces(demonstration, conversation, (prompt, whole), of_this[given + 1 :], train_on))
     return found
 
 
@@ -130,12 +130,12 @@ def _whole(conversation: Conversation, demonstration: Demonstration) -> Messages
     return [*conversation.messages, *checked_messages([reply], demonstration.where)]
 
 
-def _earlier_turns(conversation: Conversation, learn_from: LearnFrom) -> list[int]:
+def _earlier_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
     """Messages of the assistant before the completion that are trained on.
 
     One that is continued is not, nor one with a ``weight`` of 0, as data sets mark replies that are context alone.
     """
-    if learn_from != "assistant":
+    if train_on != "assistant":
         return []
     messages = conversation.messages[:-1] if conversation.is_continued else conversation.messages
     return [n for n, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1) != 0]
@@ -146,7 +146,7 @@ def _pieces(
     conversation: Conversation,
     last: tuple[str, str],
     rest: list[str],
-    learn_from: LearnFrom,
+    train_on: TrainOn,
 ) -> list[Piece]:
     """The text in pieces, and of each whether it is a turn that is learnt.
 
@@ -155,10 +155,10 @@ def _pieces(
         conversation: its prompt.
         last: the text before the completion, and all of it.
         rest: the same of each earlier turn.
-        learn_from: which turns are learnt.
+        train_on: which turns are learnt.
     """
     where, whole = demonstration.where, last[1]
-    turns = [*_earlier_turns(conversation, learn_from), len(conversation.messages)]
+    turns = [*_earlier_turns(conversation, train_on), len(conversation.messages)]
     spans = [*zip(rest[::2], rest[1::2], strict=True), last]
     offset = len(conversation.messages) - len(demonstration.prompt) if isinstance(demonstration.prompt, list) else 0
     pieces, written = [], 0

@@ -17,15 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import models
-from grpo_jax.config.batch_inference import CollectSettings
-from grpo_jax.config.mixture import Task
+from grpo_jax.config.batch_inference import BatchInferenceConfig
+from grpo_jax.config.mixture import TaskConfig
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.problems import Problem, reward_columns
-from grpo_jax.data.selection import Collected
+from grpo_jax.data.selection import ProblemSamples
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.setup import load_policy, make_sampler, start_model
-from grpo_jax.loop.task_runtime import Asked, OpenTask
+from grpo_jax.loop.task_runtime import Asked, TaskRuntime
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings
 from grpo_jax.types import Rollout
 
@@ -35,7 +35,7 @@ PROVENANCE = "provenance.json"
 
 
 def collect(
-    config: CollectSettings,
+    config: BatchInferenceConfig,
     run: Run,
     mesh: Mesh,
     *,
@@ -62,11 +62,11 @@ def collect(
 
     Raises:
         ValueError: what is there was drawn from another model or for other problems, or none is left to ask; and as
-            ``OpenTask``.
+            ``TaskRuntime``.
         Stopped: the run was asked to stop.
     """
-    task = OpenTask(
-        Task(None, config.data, config.rewards),
+    task = TaskRuntime(
+        TaskConfig(None, config.data, config.rewards),
         run,
         seed=config.seed,
         max_completion_length=config.completion_length,
@@ -102,7 +102,7 @@ def collect(
                 phase.update(places.index(block[0]) + len(drawn))
                 run.stop_if_requested()
             collected = scored(problems, {place: drawn[place] for place in block}, decode, task)
-            run.log_faults(number, task.scoring.take_faults())
+            run.log_reward_errors(number, task.scoring.take_errors())
             # First what is taken back if the block is not whole: a kill between the two loses no figure.
             run.log({"step": number, "num_problems": len(collected), "step_time": time.monotonic() - started})
             run.completions_log.append(*(each.row(number) for each in collected))
@@ -110,11 +110,11 @@ def collect(
     return len(places)
 
 
-def read_collected(folder: Path) -> Iterator[Collected]:
+def read_samples(folder: Path) -> Iterator[ProblemSamples]:
     """What ``collect`` wrote into a run's folder, a problem after the other."""
     with (folder / "completions.jsonl").open("rb") as lines:
         for line in lines:
-            yield Collected.of_row(json.loads(line))
+            yield ProblemSamples.of_row(json.loads(line))
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def check_provenance(
-    config: CollectSettings, run: Run, start: str, prompt_format: Mapping[str, Any], texts: Sequence[str]
+    config: BatchInferenceConfig, run: Run, start: str, prompt_format: Mapping[str, Any], texts: Sequence[str]
 ) -> None:
     """Write down what completions are drawn from, or see that it is what was written down before.
 
@@ -164,12 +164,14 @@ def whole_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:
     while done < len(blocks) and counts[done + 1] == len(blocks[done]):
         done += 1
     run.completions_log.rewind(done)
-    run.faults_log.rewind(done)
+    run.reward_errors_log.rewind(done)
     run.metrics_log.rewind(done)
     return done
 
 
-def scored(problems: EncodedProblems, drawn: Mapping[int, Rollout], decode: Any, task: OpenTask) -> list[Collected]:
+def scored(
+    problems: EncodedProblems, drawn: Mapping[int, Rollout], decode: Any, task: TaskRuntime
+) -> list[ProblemSamples]:
     """The completions of some problems with their scores, in the order of ``drawn``."""
     group_size = next(iter(drawn.values())).completion_ids.shape[0]
     texts = [decode(rollout) for rollout in drawn.values()]
@@ -184,7 +186,7 @@ def scored(problems: EncodedProblems, drawn: Mapping[int, Rollout], decode: Any,
         return to_json(values.reshape(-1, group_size)[group])
 
     return [
-        Collected(
+        ProblemSamples(
             place=place,
             problem=problems.problems[place],
             prompt=problems.texts[place],

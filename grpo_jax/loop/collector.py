@@ -14,19 +14,19 @@ from jax.sharding import Mesh
 
 from grpo_jax import models
 from grpo_jax.config.mixture import as_settings, shares
-from grpo_jax.config.online import RoundSettings
+from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.problems import Problem, reward_columns
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import held_out
 from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.experience import Round, as_samples, joined, told_apart
-from grpo_jax.loop.mixture import TASK, MixedScoring
+from grpo_jax.loop.experience import Experience, as_samples, has_reward_variance, joined
+from grpo_jax.loop.mixture import TASK, MixtureScorer
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.setup import facts_of, load_policy, make_sampler, start_model
-from grpo_jax.loop.task_runtime import OpenTask
+from grpo_jax.loop.setup import load_policy, make_sampler, model_facts, start_model
+from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.alarms import Alarms
 from grpo_jax.monitor.samples import spot_checks
 from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics
@@ -37,7 +37,7 @@ from grpo_jax.sharding import ROLLOUT_RULES, bytes_on_devices, make_reshard, par
 from grpo_jax.types import Params, Prompts
 
 
-class Rounds:
+class Collector:
     """The problems of a run and what is done with them: iterated over, drawn for, graded, evaluated, told of.
 
     Its state, for a checkpoint, is ``position``; noise follows from the seed and the step.
@@ -53,14 +53,14 @@ class Rounds:
         ValueError: on construction, for whatever cannot run; before a model is loaded where it can be known.
     """
 
-    def __init__(self, config: RoundSettings, run: Run, mesh: Mesh):
+    def __init__(self, config: OnlineConfig, run: Run, mesh: Mesh):
         self._config, self._run, self.mesh = config, run, mesh
         self._compilations = count_compilations()
         mixture = config.mixture
         # Of one task the run's own configuration says everything; of several, only the file's name.
         self._mixture = {} if config.tasks is None else as_settings(mixture)
         open_task = partial(
-            OpenTask,
+            TaskRuntime,
             run=run,
             seed=config.seed,
             max_completion_length=config.completion_length,
@@ -68,7 +68,7 @@ class Rounds:
             dtype=config.compute_dtype,
         )
         self._tasks = [open_task(task) for task in mixture]
-        self.scoring = self._tasks[0].scoring if config.tasks is None else MixedScoring(self._tasks)
+        self.scoring = self._tasks[0].scoring if config.tasks is None else MixtureScorer(self._tasks)
         self.start = start_model(config, run, seed=config.seed)
         policy = load_policy(config, self.start, mesh)
         self._encode(policy)
@@ -95,7 +95,7 @@ class Rounds:
     def _facts(self, policy: models.Pretrained) -> dict[str, str]:
         """What the run works with, for its first lines."""
         config = self._config
-        facts = facts_of(config, self.start, policy, self.mesh)
+        facts = model_facts(config, self.start, policy, self.mesh)
         for task in self._tasks:
             of = "" if task.name is None else f" of {task.name}"
             facts |= {f"{name}{of}": value for name, value in task.facts().items()}
@@ -117,7 +117,7 @@ class Rounds:
         params, self.params = self.params, None
         return params
 
-    def begin(self, position: Mapping[str, Any]) -> None:
+    def restore(self, position: Mapping[str, Any]) -> None:
         """Go on from a position; call it once logs are rewound to it.
 
         Raises:
@@ -145,7 +145,7 @@ class Rounds:
             "mixture": self._mixture,
         }
 
-    def draw(self, step: int, params: Params, *, attempt: int = 0) -> Round:
+    def draw(self, step: int, params: Params, *, attempt: int = 0) -> Experience:
         """Completions of the step's prompts; of other prompts in a further attempt at the same step."""
         config, group_size = self._config, self._config.group_size
         started = time.monotonic()
@@ -156,7 +156,7 @@ class Rounds:
         columns = reward_columns(problems, group_size=group_size)
         if config.tasks is not None:
             columns[TASK] = [name for name in names for _ in range(group_size)]
-        watch = self.scoring.as_drawn(
+        on_tokens = self.scoring.streaming_scorer(
             texts,
             columns,
             self._decode_ids,
@@ -166,7 +166,7 @@ class Rounds:
         noise = jax.random.fold_in(self._noise, step)
         if attempt:  # counted from the far end: from the near one, the key would be that of a prompt
             noise = jax.random.fold_in(noise, np.uint32(2**32 - attempt))
-        rollout = self._samplers[group_size](in_place, prompts, noise, watch=watch)
+        rollout = self._samplers[group_size](in_place, prompts, noise, on_tokens=on_tokens)
         drawn = time.monotonic()
         lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)
         columns |= {"completion_length": lengths.tolist(), "truncated": truncated.tolist()}
@@ -178,7 +178,7 @@ class Rounds:
         }
         self._num_tokens += int(lengths.sum() + rollout.prompt_mask.sum())
         completions = self._decode(rollout)
-        return Round(step, problems, names, texts, columns, rollout, completions, lengths, started, times)
+        return Experience(step, problems, names, texts, columns, rollout, completions, lengths, started, times)
 
     def _next_prompts(self) -> tuple[Prompts, list[str], list[Problem], list[str | None]]:
         """What is asked next: prompts, their texts, problems and the names of their tasks, one task after the other."""
@@ -191,11 +191,11 @@ class Rounds:
             names += [task.name] * len(chosen)
         return shard_rows(concatenated(prompts), self.mesh), texts, problems, names
 
-    def score(self, drawn: Round) -> Scores:
+    def score(self, drawn: Experience) -> Scores:
         """What the completions are worth."""
         return self.scoring.score(drawn.texts, drawn.completions, **drawn.columns)
 
-    def draw_until_told_apart(self, step: int, params: Params, *, most: int) -> tuple[Round, Scores, np.ndarray]:
+    def sample_dynamically(self, step: int, params: Params, *, most: int) -> tuple[Experience, Scores, np.ndarray]:
         """Completions whose groups differ in what they are worth, as far as they can be had: dynamic sampling.
 
         Groups whose samples are all worth the same teach nothing. Others are drawn, of the next prompts, until there
@@ -215,15 +215,15 @@ class Rounds:
         while len(rounds) < most and telling < config.num_prompts:
             rounds.append(self.draw(step, params, attempt=len(rounds)))
             scores.append(self.score(rounds[-1]))
-            telling += int(told_apart(scores[-1].total, config.group_size).sum())
+            telling += int(has_reward_variance(scores[-1].total, config.group_size).sum())
         drawn, scored = joined(rounds), Scores.joined(scores)
-        differs = told_apart(scored.total, config.group_size)
+        differs = has_reward_variance(scored.total, config.group_size)
         chosen = np.sort(np.argsort(~differs, kind="stable")[: config.num_prompts])
         rows = chosen[:, None] * config.group_size + np.arange(config.group_size)
-        drawn.times |= {"draws": len(rounds), "frac_groups_told_apart": float(differs.mean())}
+        drawn.times |= {"draws": len(rounds), "frac_groups_with_reward_variance": float(differs.mean())}
         return drawn, scored, rows.reshape(-1)
 
-    def tell(self, drawn: Round, scores: Scores, metrics: dict[str, float], advantages: np.ndarray) -> bool:
+    def log_step(self, drawn: Experience, scores: Scores, metrics: dict[str, float], advantages: np.ndarray) -> bool:
         """Add a step's figures to those of its updates, write them down, raise alarms, show samples.
 
         Args:
@@ -261,7 +261,7 @@ class Rounds:
             "compilations": self._compilations(),
         }
         self._run.log({"step": step, **metrics})
-        self._run.log_faults(step, self.scoring.take_faults())
+        self._run.log_reward_errors(step, self.scoring.take_errors())
         wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))
         samples = as_samples(drawn, scores, advantages)
         is_shown = step % config.samples_every == 0 or step == config.num_steps
@@ -269,7 +269,7 @@ class Rounds:
         self._run.log_samples(step, samples, shown=shown)
         return wants_checkpoint
 
-    def _final_answers(self, drawn: Round) -> list[str | None]:
+    def _final_answers(self, drawn: Experience) -> list[str | None]:
         """The gold answers of the completions that end in an answer."""
         has_answers = {task.name: task.has_final_answers for task in self._tasks}
         of_rows = [name for name in drawn.tasks for _ in range(self._config.group_size)]
@@ -277,7 +277,7 @@ class Rounds:
             answer if has_answers[name] else None for answer, name in zip(drawn.columns["answer"], of_rows, strict=True)
         ]
 
-    def _of_tasks(self, drawn: Round, scores: Scores) -> dict[str, float]:
+    def _of_tasks(self, drawn: Experience, scores: Scores) -> dict[str, float]:
         """The rewards of each task by itself."""
         metrics = {}
         of_rows = np.repeat(np.array(drawn.tasks), self._config.group_size)
@@ -314,13 +314,15 @@ class Rounds:
                 found[task.name] = self._evaluated(task, step, params, report)
                 done += len(task.held_out)
         metrics = found[None] if config.tasks is None else held_out.mean_over_tasks(found)
-        run.log_faults(step, self.scoring.take_faults())
+        run.log_reward_errors(step, self.scoring.take_errors())
         run.log({"step": step, **metrics})
         run.raise_alarms(self._alarms.update({"step": step, **metrics}))
         run.stop_if_requested()
         return metrics
 
-    def _evaluated(self, task: OpenTask, step: int, params: Params, report: Callable[[int], None]) -> dict[str, float]:
+    def _evaluated(
+        self, task: TaskRuntime, step: int, params: Params, report: Callable[[int], None]
+    ) -> dict[str, float]:
         group_size = self._config.num_eval_samples
         drawn = self._samplers[group_size].stream(
             self._to_rollout(params),

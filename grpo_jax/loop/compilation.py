@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
     """Have later runs on this host find the programs that this one compiles, in ``~/.cache/grpo_jax``.
 
     JAX_COMPILATION_CACHE_DIR names another folder. Programs are kept apart for each kind of processor: XLA warns of
@@ -47,7 +47,7 @@ _shows_compilations: list[Callable[[str | None], None]] = []
 
 
 @contextmanager
-def showing_compilations(show: Callable[[str | None], None]) -> Iterator[None]:
+def reporting_compilations(show: Callable[[str | None], None]) -> Iterator[None]:
     """A context in which ``show`` is called with a program's name as its compilation begins, and with None after it."""
     _listen_to_compilations()
     _shows_compilations.append(show)

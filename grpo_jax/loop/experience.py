@@ -17,7 +17,7 @@ from grpo_jax.types import Rollout
 
 
 @dataclass
-class Round:
+class Experience:
     """What was drawn in a step, and what is known of it; B completions.
 
     Attributes:
@@ -45,21 +45,21 @@ class Round:
     times: dict[str, float] = field(default_factory=dict)
 
 
-def told_apart(total: np.ndarray, group_size: int) -> np.ndarray:
+def has_reward_variance(total: np.ndarray, group_size: int) -> np.ndarray:
     """``[groups]``, whether the rewards of a group that are present are not all the same."""
     groups = total.reshape(-1, group_size)
     present = ~np.isnan(groups)
     return np.where(present, groups, -np.inf).max(1) > np.where(present, groups, np.inf).min(1)
 
 
-def joined(rounds: Sequence[Round]) -> Round:
+def joined(rounds: Sequence[Experience]) -> Experience:
     """What was drawn in several attempts at a step, as one."""
     if len(rounds) == 1:
         return rounds[0]
     times = {name: sum(each.times[name] for each in rounds) for name in ("rollout_time", "reshard_time")}
     lengths = np.concatenate([each.lengths for each in rounds])
     names = dict.fromkeys(name for each in rounds for name in each.columns)
-    return Round(
+    return Experience(
         step=rounds[0].step,
         problems=[problem for each in rounds for problem in each.problems],
         tasks=[task for each in rounds for task in each.tasks],
@@ -80,7 +80,7 @@ def joined(rounds: Sequence[Round]) -> Round:
     )
 
 
-def as_samples(drawn: Round, scores: Scores, advantages: np.ndarray) -> list[Sample]:
+def as_samples(drawn: Experience, scores: Scores, advantages: np.ndarray) -> list[Sample]:
     """A step's completions with what they were worth."""
     group_size = len(drawn.completions) // len(drawn.problems)
     return [

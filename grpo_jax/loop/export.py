@@ -18,7 +18,7 @@ from grpo_jax.types import Params
 AnyState = TypeVar("AnyState")
 
 
-def exported(
+def exported_params(
     config: Any,
     run: Run,
     state: AnyState,
@@ -54,7 +54,7 @@ def check_steps(run: Run, first: int, total: int, *, setting: str, decay: str) -
         first: the steps that it has taken.
         total: the steps that it is to take in all.
         setting: the setting that says how many those are, such as ``num_steps``.
-        decay: of the learning rate, as ``OptimizerSettings`` has it.
+        decay: of the learning rate, as ``OptimizerConfig`` has it.
 
     Raises:
         ValueError: it has taken more.
@@ -75,7 +75,7 @@ def check_steps(run: Run, first: int, total: int, *, setting: str, decay: str) -
         run.say(f"{setting} was {change[0]} and is {change[1]}: goes on from step {first} to {total}; {rate}")
 
 
-def say_best(run: Run, evaluations: Sequence[Row], exported_step: int) -> None:
+def report_best(run: Run, evaluations: Sequence[Row], exported_step: int) -> None:
     """Say which step had the best held-out figure where it is not the last, and which one was exported."""
     best, name = best_evaluation(evaluations), ranking_figure(evaluations)
     if best is None or name is None or best["step"] == evaluations[-1]["step"]:
@@ -135,4 +135,4 @@ def save_trained(
     best = best_evaluation(rows)
     chosen = {"exported_step": exported_step, "best_step": None if best is None else best["step"]}
     run.finish(before, after, steps=steps, summary={**figures, **chosen, **summary})
-    say_best(run, rows, exported_step)
+    report_best(run, rows, exported_step)

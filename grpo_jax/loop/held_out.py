@@ -91,7 +91,7 @@ def held_out_rewards(
 
     Args:
         problems, drawn, decode, group_size, report: see ``held_out``.
-        score: what is learnt from, such as ``Scoring.score``.
+        score: what is learnt from, such as ``Scorer.score``.
 
     Returns:
         ``eval/reward``, the mean of what is present (left out where nothing is), its standard error over problems

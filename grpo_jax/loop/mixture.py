@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.loop.task_runtime import OpenTask
+from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rewards.workers.pool import Fault
+from grpo_jax.rewards.workers.pool import RewardError
 
 TASK = "mixture/task"
 """The column that tells which task of a mixture a row is of; no data set has one of this name."""
 
 
-class MixedScoring:
+class MixtureScorer:
     """The scoring of several tasks as one: each row is scored as its task does.
 
     Args:
@@ -26,7 +26,7 @@ class MixedScoring:
         judge: the name of the part that holds what is watched in each task; None where nothing is.
     """
 
-    def __init__(self, tasks: Sequence[OpenTask]):
+    def __init__(self, tasks: Sequence[TaskRuntime]):
         self._tasks = {task.name: task for task in tasks}
         self.weights = {
             f"{task.name}/{name}": weight for task in tasks for name, weight in task.scoring.weights.items()
@@ -34,7 +34,7 @@ class MixedScoring:
         self.judge = "judge" if any(task.scoring.judge for task in tasks) else None
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """As ``Scoring.score``, with the column ``task``; ``counted`` has the parts of each task apart, 0 elsewhere."""
+        """As ``Scorer.score``, with the column ``task``; ``counted`` has the parts of each task apart, 0 elsewhere."""
         B = len(completions)
         total, outcome, notes = np.full(B, np.nan, np.float32), np.full(B, np.nan, np.float32), [""] * B
         parts: dict[str, np.ndarray] = {}
@@ -54,7 +54,7 @@ class MixedScoring:
                 notes[row], steps[row] = note, of_steps
         return Scores(total, parts, counted, notes, outcome, steps)
 
-    def as_drawn(
+    def streaming_scorer(
         self,
         prompts: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
@@ -63,10 +63,10 @@ class MixedScoring:
         eos_ids: Sequence[int],
         max_completion_length: int,
     ) -> Callable[[int, Sequence[int]], None] | None:
-        """See ``Scoring.as_drawn``."""
+        """See ``Scorer.streaming_scorer``."""
         watches: dict[int, tuple[Callable[[int, Sequence[int]], None], int]] = {}
         for task, rows in self._rows(columns[TASK]):
-            watch = task.scoring.as_drawn(
+            watch = task.scoring.streaming_scorer(
                 [prompts[row] for row in rows],
                 _taken(columns, rows, task),
                 decode,
@@ -85,14 +85,14 @@ class MixedScoring:
 
         return watch_all
 
-    def take_faults(self) -> list[Fault]:
+    def take_errors(self) -> list[RewardError]:
         """What could not be scored since the last call."""
-        return [fault for task in self._tasks.values() for fault in task.scoring.take_faults()]
+        return [fault for task in self._tasks.values() for fault in task.scoring.take_errors()]
 
-    def _rows(self, names: Sequence[str]) -> list[tuple[OpenTask, list[int]]]:
+    def _rows(self, names: Sequence[str]) -> list[tuple[TaskRuntime, list[int]]]:
         rows = {name: [row for row, each in enumerate(names) if each == name] for name in dict.fromkeys(names)}
         return [(self._tasks[name], found) for name, found in rows.items()]
 
 
-def _taken(columns: Mapping[str, Sequence[Any]], rows: list[int], task: OpenTask) -> dict[str, list[Any]]:
+def _taken(columns: Mapping[str, Sequence[Any]], rows: list[int], task: TaskRuntime) -> dict[str, list[Any]]:
     return {name: [values[row] for row in rows] for name, values in columns.items() if name in task.columns}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings, TextSettings
+from grpo_jax.config.offline import DemonstrationConfig, OfflineDataConfig, PreferenceConfig
 from grpo_jax.data.conversations import (
     Demonstration,
     Example,
@@ -25,14 +25,16 @@ from grpo_jax.tasks.splits import HELD_OUT_SEED, default_split, hold_out
 Read = TypeVar("Read", Demonstration, Preference)
 
 
-def _load_split(data: TextSettings, load: Callable[..., list[Read]], notes: DataNotes) -> tuple[list[Read], list[Read]]:
+def _load_split(
+    data: OfflineDataConfig, load: Callable[..., list[Read]], notes: DataNotes
+) -> tuple[list[Read], list[Read]]:
     """Rows to train on and rows held out, none of which has the prompt of one that is trained on."""
     assert data.dataset is not None
     load = partial(load, subset=data.subset, skipped=notes.skipped if data.skip_bad_rows else None)
     rows = load(data.dataset, split=data.split)
     notes.note_duplicates([*map(_whole_of, rows)])
     if data.eval_dataset is None and data.eval_split is None:
-        trained_on, held_out = hold_out(rows, data.eval_rows, key=_prompt_of, source=data.dataset)
+        trained_on, held_out = hold_out(rows, data.eval_size, key=_prompt_of, source=data.dataset)
         notes.note_division(len(rows), len(held_out), data.dataset)
         return trained_on, held_out
     source = data.eval_dataset or data.dataset
@@ -42,11 +44,11 @@ def _load_split(data: TextSettings, load: Callable[..., list[Read]], notes: Data
     held_out = notes.without_leaks(held_out, map(_prompt_of, held_out), map(_prompt_of, rows))
     if not held_out:
         raise ValueError(f"every held-out row of {source} is also trained on; name others with eval_dataset")
-    return rows, held_out[: data.eval_rows]
+    return rows, held_out[: data.eval_size]
 
 
 def load_demonstration_sets(
-    data: DemonstrationSettings, seed: int, notes: DataNotes | None = None
+    data: DemonstrationConfig, seed: int, notes: DataNotes | None = None
 ) -> tuple[list[Demonstration], list[Demonstration]]:
     """Demonstrations to train on, and some held out; see ``conversations.load_demonstrations`` for errors.
 
@@ -58,7 +60,7 @@ def load_demonstration_sets(
         demonstrated = partial(worked_sums, in_chinese=data.in_chinese)
         return (
             demonstrated(np.random.default_rng(seed), data.worked_sums, held_out=False),
-            demonstrated(np.random.default_rng(HELD_OUT_SEED), data.eval_rows, held_out=True),
+            demonstrated(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
         )
 
     def load(source: str, **where: Any) -> list[Demonstration]:
@@ -70,7 +72,7 @@ def load_demonstration_sets(
 
 
 def encode_demonstration_set(
-    data: DemonstrationSettings,
+    data: DemonstrationConfig,
     demonstrations: Sequence[Demonstration],
     policy: Pretrained,
     *,
@@ -86,7 +88,7 @@ def encode_demonstration_set(
         demonstrations,
         policy.tokenizer,
         eos_ids=policy.eos_ids,
-        learn_from=data.learn_from,
+        train_on=data.train_on,
         **rendering,
     )
     fitting = [each for each in examples if len(each.token_ids) <= max_length]
@@ -104,7 +106,7 @@ def encode_demonstration_set(
 
 
 def load_preference_sets(
-    data: PreferenceSettings, seed: int, notes: DataNotes | None = None
+    data: PreferenceConfig, seed: int, notes: DataNotes | None = None
 ) -> tuple[list[Preference], list[Preference]]:
     """Preferences to train on, and some held out; see ``preferences.load_preferences`` for errors.
 
@@ -115,13 +117,13 @@ def load_preference_sets(
     if data.dataset is None:
         return (
             errand_preferences(np.random.default_rng(seed), data.errand_pairs, held_out=False),
-            errand_preferences(np.random.default_rng(HELD_OUT_SEED), data.eval_rows, held_out=True),
+            errand_preferences(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
         )
     return _load_split(data, load_preferences, DataNotes() if notes is None else notes)
 
 
 def encode_preference_set(
-    data: PreferenceSettings,
+    data: PreferenceConfig,
     preferences: Sequence[Preference],
     policy: Pretrained,
     *,

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config.data import DataSettings
+from grpo_jax.config.data import DataConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.problems import OTHER_ANSWERS, Problem
 from grpo_jax.data.prompts import Rendering
 from grpo_jax.rewards.code.reward import code_reward
-from grpo_jax.rewards.code.sandbox import Limits
+from grpo_jax.rewards.code.sandbox import SandboxLimits
 from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.rewards.math.answer import answer_reward, same_text
 from grpo_jax.rewards.math.any_answer import any_answer_reward
@@ -36,19 +36,19 @@ from grpo_jax.tasks.splits import (
     ungraded,
 )
 from grpo_jax.tasks.sums import sample_sums, sum_problems
-from grpo_jax.tasks.toy_model import Recipe
+from grpo_jax.tasks.toy_model import ToyConfig
 
 GRADERS: dict[str, RewardFn] = {"exact": answer_reward, "math": math_reward}
 
 
-def same_answers_of(data: DataSettings) -> Callable[[str, str], bool]:
+def same_answers_of(data: DataConfig) -> Callable[[str, str], bool]:
     """Whether two answers are the same for a majority vote: as the grader compares them."""
     is_text = data.dataset in (None, ERRANDS) or data.dataset.startswith(REASONING_GYM)
     return same_text if is_text or data.grader not in ("auto", "math") else same_answers
 
 
 def load_problem_sets(
-    data: DataSettings, seed: int, notes: DataNotes | None = None
+    data: DataConfig, seed: int, notes: DataNotes | None = None
 ) -> tuple[list[Problem], list[Problem], RewardFn, RewardFn]:
     """Problems to train on, problems held out, and the reward that tells a right answer, for each of the two.
 
@@ -78,7 +78,7 @@ def load_problem_sets(
         held_out, held_out_reward = _held_out_sums(data), reward
     elif source == data.dataset and split is None:
         rows = len(problems)
-        problems, held_out = hold_out(problems, data.eval_problems, key=key_of, source=source)
+        problems, held_out = hold_out(problems, data.eval_size, key=key_of, source=source)
         held_out_reward = reward
         notes.note_division(rows, len(held_out), source)
     else:
@@ -88,13 +88,13 @@ def load_problem_sets(
         raise ValueError(
             f"every held-out problem of {source} is also trained on; name others with eval_dataset or eval_split"
         )
-    return problems, held_out[: data.eval_problems], reward, held_out_reward
+    return problems, held_out[: data.eval_size], reward, held_out_reward
 
 
-def load_evaluation_problems(data: DataSettings, notes: DataNotes | None = None) -> tuple[list[Problem], RewardFn]:
+def load_evaluation_problems(data: DataConfig, notes: DataNotes | None = None) -> tuple[list[Problem], RewardFn]:
     """The problems of an evaluation and their reward: those of the source of held-out problems, nothing left out.
 
-    A data set with one split or file is evaluated on all of it, up to ``eval_problems``; one with several on its
+    A data set with one split or file is evaluated on all of it, up to ``eval_size``; one with several on its
     ``eval_split``, or else ``split``, or else the one that training would hold out.
 
     Args:
@@ -111,14 +111,14 @@ def load_evaluation_problems(data: DataSettings, notes: DataNotes | None = None)
     problems, reward = _sample(data, source, named or default_split(source, data.subset), notes)
     if not is_generated(source):
         notes.note_duplicates([*map(key_of, problems)], [problem.answer for problem in problems])
-    return problems[: data.eval_problems], reward
+    return problems[: data.eval_size], reward
 
 
-def _sample(data: DataSettings, source: str, split: str | None, notes: DataNotes) -> tuple[list[Problem], RewardFn]:
+def _sample(data: DataConfig, source: str, split: str | None, notes: DataNotes) -> tuple[list[Problem], RewardFn]:
     """The problems of a split, shuffled where a part of them is taken: many are sorted by subject or level."""
-    generated = 2 * (data.eval_problems or DEFAULT_HELD_OUT)
+    generated = 2 * (data.eval_size or DEFAULT_HELD_OUT)
     problems, reward = _read(data, source, split, generated, HELD_OUT_SEED, notes)
-    evaluated = min(len(problems), data.eval_problems or len(problems))
+    evaluated = min(len(problems), data.eval_size or len(problems))
     if not is_generated(source):
         where = source if split is None else f"{source} ({split})"
         notes.counts |= {"evaluation_rows": len(problems), "evaluated": evaluated}
@@ -130,7 +130,7 @@ def _sample(data: DataSettings, source: str, split: str | None, notes: DataNotes
 
 
 def encode_problems(
-    data: DataSettings,
+    data: DataConfig,
     problems: list[Problem],
     tokenizer: Any,
     *,
@@ -151,25 +151,25 @@ def encode_problems(
     )
 
 
-def _held_out_sums(data: DataSettings) -> list[Problem]:
+def _held_out_sums(data: DataConfig) -> list[Problem]:
     rng = np.random.default_rng(HELD_OUT_SEED)
-    return _sums(data, rng, data.eval_problems or DEFAULT_HELD_OUT, held_out=True)
+    return _sums(data, rng, data.eval_size or DEFAULT_HELD_OUT, held_out=True)
 
 
-def _sums(data: DataSettings, rng: np.random.Generator, count: int, *, held_out: bool) -> list[Problem]:
-    recipe = Recipe()
+def _sums(data: DataConfig, rng: np.random.Generator, count: int, *, held_out: bool) -> list[Problem]:
+    recipe = ToyConfig()
     return sum_problems(
         sample_sums(rng, count, min_terms=recipe.min_terms, max_terms=recipe.max_terms, held_out=held_out)
     )
 
 
-def _errands(data: DataSettings, rng: np.random.Generator, *, held_out: bool) -> list[Problem]:
-    count = (data.eval_problems or DEFAULT_HELD_OUT) if held_out else MOST_ERRANDS
+def _errands(data: DataConfig, rng: np.random.Generator, *, held_out: bool) -> list[Problem]:
+    count = (data.eval_size or DEFAULT_HELD_OUT) if held_out else MOST_ERRANDS
     return errand_problems(sample_errands(rng, count, held_out=held_out))
 
 
 def _read(
-    data: DataSettings, source: str, split: str | None, size: int, seed: int, notes: DataNotes
+    data: DataConfig, source: str, split: str | None, size: int, seed: int, notes: DataNotes
 ) -> tuple[list[Problem], RewardFn]:
     if data.partial_credit and (source.startswith(REASONING_GYM) or source == ERRANDS):
         raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
@@ -201,7 +201,7 @@ def _read(
         raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
     check_gold(problems, grader, source)
     if grader == "code":
-        limits = Limits(seconds=data.program_seconds, wall_seconds=3 * data.program_seconds)
+        limits = SandboxLimits(seconds=data.program_seconds, wall_seconds=3 * data.program_seconds)
         return problems, partial(code_reward, partial_credit=data.partial_credit, limits=limits)
     if any(OTHER_ANSWERS in problem.columns for problem in problems):
         return problems, partial(any_answer_reward, grader=GRADERS[grader])

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from grpo_jax.config.prompts import PromptSettings
+from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.data.prompt_format import described, prompt_format_of
 from grpo_jax.data.prompts import Rendering
 from grpo_jax.models import Pretrained
 
 
-def rendering_of(settings: PromptSettings, policy: Pretrained, *, say: Callable[[str], None], today: str) -> Rendering:
+def resolve_rendering(
+    settings: PromptConfig, policy: Pretrained, *, say: Callable[[str], None], today: str
+) -> Rendering:
     """The rendering in effect for a model, said in one line.
 
     Raises:
-        ValueError: as ``PromptSettings.rendering``; and where ``template_kwargs`` names a variable that the chat
+        ValueError: as ``PromptConfig.rendering``; and where ``template_kwargs`` names a variable that the chat
             template does not read.
     """
     rendering = settings.rendering(policy.prompt_format, policy.tokenizer, today=today)

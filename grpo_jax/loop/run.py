@@ -20,17 +20,17 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config.run import LAID_OUT
+from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.jsonl import JsonlLog, Row, read_jsonl, to_json, write_atomically
-from grpo_jax.loop.compilation import keep_programs, showing_compilations
+from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
 from grpo_jax.loop.run_folder import BEGUN, claim_folder, device_summary, package_versions
-from grpo_jax.monitor.alarms import Fired
+from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.display import best_evaluation, closing_line
 from grpo_jax.monitor.plots import plot_curves
 from grpo_jax.monitor.progress import Progress
 from grpo_jax.monitor.samples import Sample, print_samples, printable
 from grpo_jax.monitor.trackers import Tracker, open_trackers
-from grpo_jax.rewards.workers.pool import Fault
+from grpo_jax.rewards.workers.pool import RewardError
 
 Entered = TypeVar("Entered")
 
@@ -42,7 +42,7 @@ class Stopped(Exception):  # noqa: N818 - no error
 class Run:
     """A context in which an experiment runs, in a folder of its own.
 
-    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``, ``faults.jsonl`` (what
+    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``, ``reward_errors.jsonl`` (what
     could not be scored), ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering it a second
     time with the same configuration goes on where the first stopped. SIGTERM and Ctrl-C ask the loop to stop after its
     step (``stop_requested``); a second Ctrl-C interrupts.
@@ -51,7 +51,7 @@ class Run:
         folder: created if need be.
         config: the experiment's configuration, a dataclass.
         title: what the live view is called.
-        may_change: names of top-level fields of ``config`` that do not change what is computed, so that a run may be
+        resumable_fields: names of top-level fields of ``config`` that do not change what is computed, so that a run may be
             resumed with other values (where it is displayed, the mesh it is laid out on).
         trackers: of ``tensorboard``, ``wandb``, ``trackio``; where metrics go besides the folder.
         keep_checkpoints: how many of the newest stay.
@@ -71,7 +71,7 @@ class Run:
         config: Any,
         *,
         title: str,
-        may_change: Collection[str] = (),
+        resumable_fields: Collection[str] = (),
         trackers: Sequence[str] = (),
         keep_checkpoints: int = 2,
         plain: bool | None = None,
@@ -87,19 +87,19 @@ class Run:
         self.progress = Progress(title, console=console, plain=plain)
         self.previous: dict[str, Any] | None = None
         with ExitStack() as stack:  # what was opened is closed again if a later part cannot be
-            self._open(stack, may_change, trackers, keep_checkpoints)
+            self._open(stack, resumable_fields, trackers, keep_checkpoints)
             self._stack = stack.pop_all()
 
     def _open(
-        self, stack: ExitStack, may_change: Collection[str], trackers: Sequence[str], keep_checkpoints: int
+        self, stack: ExitStack, resumable_fields: Collection[str], trackers: Sequence[str], keep_checkpoints: int
     ) -> None:
-        claim = claim_folder(self.folder, self.settings, may_change)
+        claim = claim_folder(self.folder, self.settings, resumable_fields)
         stack.enter_context(claim)
         self.previous = claim.previous
         self.metrics_log = JsonlLog(self.folder / "metrics.jsonl")
         self.completions_log = JsonlLog(self.folder / "completions.jsonl")
         self.alarms_log = JsonlLog(self.folder / "alarms.jsonl")
-        self.faults_log = JsonlLog(self.folder / "faults.jsonl")
+        self.reward_errors_log = JsonlLog(self.folder / "reward_errors.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep_checkpoints)
         stack.callback(self.checkpoints.close)
         self.trackers: list[Tracker] = open_trackers(trackers, self.folder, self.settings, first_step=self._next_step())
@@ -108,7 +108,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._stack.enter_context(self.progress)
-        self._stack.enter_context(showing_compilations(self.progress.compiling))
+        self._stack.enter_context(reporting_compilations(self.progress.compiling))
         for number in (signal.SIGTERM, signal.SIGINT):
             self._stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
         return self
@@ -186,7 +186,7 @@ class Run:
             jax.tree.map(lambda x: x.delete(), like)  # so that the state is in memory once, not twice
         found = self.checkpoints.restore(shapes)
         step, state, position = (-1, like, {}) if found is None else found
-        for log in (self.metrics_log, self.completions_log, self.alarms_log, self.faults_log):
+        for log in (self.metrics_log, self.completions_log, self.alarms_log, self.reward_errors_log):
             log.rewind(step)
         if found is None:
             return 0, state, position
@@ -218,14 +218,14 @@ class Run:
         self.completions_log.append(*(sample.row(step) for sample in samples))
         print_samples(shown, step, self.progress.console, plain=self.progress.plain)
 
-    def log_faults(self, step: int, faults: Sequence[Fault]) -> None:
-        """Write what could not be scored to ``faults.jsonl``, and say how much it was and the first of it."""
-        if faults:
-            self.faults_log.append(*({"step": step, **dataclasses.asdict(fault)} for fault in faults))
-            first = f"{faults[0].reward} {faults[0].kind}: {faults[0].detail.strip().splitlines()[-1]}"
-            self.say(f"step {step}: {len(faults)} scores are absent (faults.jsonl); the first: {first:.300}")
+    def log_reward_errors(self, step: int, errors: Sequence[RewardError]) -> None:
+        """Write what could not be scored to ``reward_errors.jsonl``, and say how much it was and the first of it."""
+        if errors:
+            self.reward_errors_log.append(*({"step": step, **dataclasses.asdict(error)} for error in errors))
+            first = f"{errors[0].reward} {errors[0].kind}: {errors[0].detail.strip().splitlines()[-1]}"
+            self.say(f"step {step}: {len(errors)} scores are absent (reward_errors.jsonl); the first: {first:.300}")
 
-    def raise_alarms(self, fired: Sequence[Fired]) -> bool:
+    def raise_alarms(self, fired: Sequence[Alarm]) -> bool:
         """Say what alarms fired and write them to ``alarms.jsonl``; True if a checkpoint of this step is wanted.
 
         One whose level is to stop asks the run to stop, as a signal does.
@@ -282,21 +282,21 @@ def run_experiment(
     train: Callable[[AnyConfig, Run], None],
     *,
     title: str,
-    may_change: Sequence[str] = (),
-    goes_on_with: Sequence[str] = (),
+    resumable_fields: Sequence[str] = (),
+    extendable_fields: Sequence[str] = (),
     again: bool = False,
 ) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop.
 
     Args:
-        config: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
+        config: a dataclass with the fields of ``RunConfig`` and ``ModelConfig``.
         train: the experiment's loop.
         title: what the live view is called.
-        may_change: settings that a resumed run may have other values of, besides ``LAID_OUT``.
-        goes_on_with: settings besides, with other values of which a finished run goes on, such as ``num_steps``.
+        resumable_fields: settings that a resumed run may have other values of, besides ``LAYOUT_FIELDS``.
+        extendable_fields: settings besides, with other values of which a finished run goes on, such as ``num_steps``.
         again: whether ``train`` is called for a run that is finished too.
     """
-    keep_programs()
+    enable_compilation_cache()
     # What is called float32 is computed in float32, on a GPU or TPU too.
     exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
     with (
@@ -305,14 +305,14 @@ def run_experiment(
             config.run_dir,
             config,
             title=title,
-            may_change=(*LAID_OUT, *may_change, *goes_on_with),
+            resumable_fields=(*LAYOUT_FIELDS, *resumable_fields, *extendable_fields),
             trackers=config.trackers,
             keep_checkpoints=config.keep_checkpoints,
             plain=config.plain or None,
         ) as run,
     ):
         try:
-            if run.is_finished_with(goes_on_with) and not again:
+            if run.is_finished_with(extendable_fields) and not again:
                 run.say(f"this run is finished; everything is in {run.folder}")
             else:
                 train(config, run)

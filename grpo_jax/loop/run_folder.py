@@ -25,7 +25,7 @@ class claim_folder:  # noqa: N801 - used as a function
     Args:
         folder: created if need be.
         settings: of the run, as JSON; written to ``config.json``.
-        may_change: names on their top level that may differ from those the folder's run was begun with.
+        resumable_fields: names on their top level that may differ from those the folder's run was begun with.
 
     Attributes:
         previous: the settings of the process before; None if it computed nothing.
@@ -35,7 +35,7 @@ class claim_folder:  # noqa: N801 - used as a function
         OSError: the folder is a file, or cannot be created or written.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], may_change: Collection[str]):
+    def __init__(self, folder: Path, settings: Mapping[str, Any], resumable_fields: Collection[str]):
         self.previous: dict[str, Any] | None = None
         known = folder / "config.json"
         if folder.exists() and not folder.is_dir():
@@ -57,7 +57,7 @@ class claim_folder:  # noqa: N801 - used as a function
         if known.exists() and has_results(folder):
             try:
                 self.previous = read_settings(known)
-                different = differences(self.previous, settings, may_change)
+                different = differences(self.previous, settings, resumable_fields)
                 if different:
                     raise ValueError(
                         f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
@@ -98,15 +98,15 @@ def has_results(folder: Path) -> bool:
     return any(path.stat().st_size for path in files)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields: Collection[str] = ()) -> list[str]:
     """The settings that are not the same in both, as lines ``name: old -> new``.
 
     Args:
         old: settings, nested.
         new: others.
-        may_change: names on the top level that are passed over.
+        resumable_fields: names on the top level that are passed over.
     """
-    old, new = flatten(old, may_change), flatten(new, may_change)
+    old, new = flatten(old, resumable_fields), flatten(new, resumable_fields)
     names = [*old, *(name for name in new if name not in old)]
     absent = "(absent)"
     return [

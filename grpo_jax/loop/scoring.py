@@ -9,20 +9,20 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.rewards.format import format_reward, pattern_reward
 from grpo_jax.rewards.language import language_reward
 from grpo_jax.rewards.length import soft_overlong_reward
 from grpo_jax.rewards.plugin import import_reward, read_weighted
 from grpo_jax.rewards.repetition import repetition_reward
-from grpo_jax.rewards.scorer import Scoring, load_reward_model
+from grpo_jax.rewards.scorer import Scorer, load_reward_model
 from grpo_jax.rewards.steps import equation_steps_reward
 from grpo_jax.rewards.workers.pool import default_workers
 
 
 def open_scorer(
-    config: RewardSettings,
+    config: RewardConfig,
     accuracy: RewardFn,
     held_out_accuracy: RewardFn,
     *,
@@ -33,7 +33,7 @@ def open_scorer(
     today: str | None = None,
     show: Callable[[str], None] = print,
     measures_format: bool = True,
-) -> Scoring:
+) -> Scorer:
     """The rewards, ready to score.
 
     Args:
@@ -92,7 +92,7 @@ def open_scorer(
     own_code = bool(config.reward or config.judge or config.format_pattern)
     by_default = default_workers() if needs_pool or own_code else 0
     workers = by_default if config.reward_workers is None else config.reward_workers
-    return Scoring(
+    return Scorer(
         rewards,
         weights | ({} if learned is None else {"reward_model": config.reward_model_weight}),
         held_out_accuracy,

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax import models
-from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelSettings, PolicySettings
+from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, PolicyConfig
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
 from grpo_jax.models.tokenizers import stop_ids
 from grpo_jax.rollout import Sampler
 from grpo_jax.sharding import param_shardings
-from grpo_jax.tasks.toy_model import Recipe, make_base
+from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
 
 
-def start_model(config: ModelSettings, run: Run, *, seed: int) -> str:
+def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
     """Folder or Hugging Face id of the model that a run starts from.
 
     The toy model is trained first, unless it is in the run's folder already.
@@ -31,9 +31,7 @@ def start_model(config: ModelSettings, run: Run, *, seed: int) -> str:
     return train_toy_model(run, replace(config.base, seed=seed))
 
 
-def load_model(
-    config: ModelSettings, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False
-) -> models.Pretrained:
+def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False) -> models.Pretrained:
     """A model in the run's precision, sharded over ``mesh``; see ``models.from_pretrained`` for what it raises.
 
     Args:
@@ -58,7 +56,7 @@ def load_model(
     return checked_model(loaded, name_or_folder, scalar_head=scalar_head)
 
 
-def load_policy(config: PolicySettings, name_or_folder: str, mesh: Mesh) -> models.Pretrained:
+def load_policy(config: PolicyConfig, name_or_folder: str, mesh: Mesh) -> models.Pretrained:
     """The model to sample from, with ``config.stop_tokens`` among the tokens that end a sequence.
 
     Raises:
@@ -67,7 +65,7 @@ def load_policy(config: PolicySettings, name_or_folder: str, mesh: Mesh) -> mode
     return as_policy(config, load_model(config, name_or_folder, mesh))
 
 
-def as_policy(config: PolicySettings, model: models.Pretrained) -> models.Pretrained:
+def as_policy(config: PolicyConfig, model: models.Pretrained) -> models.Pretrained:
     """``model`` with ``config.stop_tokens`` among the tokens that end a sequence.
 
     Raises:
@@ -77,7 +75,7 @@ def as_policy(config: PolicySettings, model: models.Pretrained) -> models.Pretra
     return with_stop_tokens(model, config.stop_tokens)
 
 
-def make_sampler(config: PolicySettings, policy: models.Pretrained, mesh: Mesh, *, group_size: int) -> Sampler:
+def make_sampler(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh, *, group_size: int) -> Sampler:
     """A sampler of ``group_size`` completions for each prompt."""
     return Sampler(
         policy.model,
@@ -126,7 +124,7 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
     return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
 
 
-def train_toy_model(run: Run, recipe: Recipe) -> str:
+def train_toy_model(run: Run, recipe: ToyConfig) -> str:
     """The folder of the embedded default's base, which is trained unless it lies in the run's folder already."""
     folder = run.folder / "base"
     if not folder.exists():
@@ -136,11 +134,11 @@ def train_toy_model(run: Run, recipe: Recipe) -> str:
                 phase.update(step, row if step % 50 == 0 else None)
                 run.stop_if_requested()
 
-            make_base(folder, recipe, report=report)
+            make_toy_model(folder, recipe, report=report)
     return str(folder)
 
 
-def facts_of(config: ModelSettings, start: str, model: models.Pretrained, mesh: Mesh) -> dict[str, str]:
+def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh: Mesh) -> dict[str, str]:
     """Device, precision, model and size, for a run's first lines."""
     count = sum(x.size for x in jax.tree.leaves(model.params))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax import models
-from grpo_jax.config.run import LAID_OUT
+from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.jsonl import to_json
 from grpo_jax.loop.run import AnyConfig, Run, run_experiment
 from grpo_jax.loop.run_folder import claim_folder, differences, has_results, read_settings
 from grpo_jax.loop.setup import checked_model, with_stop_tokens
 from grpo_jax.rewards.scorer import check_reward_model
 
-SAID_FOR_ALL = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
+SHARED_FIELDS = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
 """Settings that a command of several stages has for all of them."""
 
 
@@ -25,7 +25,7 @@ class Stage:
     """A run of a command of several.
 
     Attributes:
-        script: the module of its experiment, with ``main``, ``check``, ``MAY_CHANGE`` and ``GOES_ON_WITH``.
+        script: the module of its experiment, with ``main``, ``check``, ``RESUMABLE_FIELDS`` and ``EXTENDABLE_FIELDS``.
         config: its settings.
         needs: run folders of the stages whose results it starts from.
         before: called before it runs, for files that it reads.
@@ -52,8 +52,12 @@ class Stage:
             return []
         now = to_json(asdict(self.config))
         before = read_settings(self.config.run_dir / "config.json")
-        own = self.script.may_change(self.config) if hasattr(self.script, "may_change") else self.script.MAY_CHANGE
-        return differences(before, now, (*LAID_OUT, *own, *self.script.GOES_ON_WITH))
+        own = (
+            self.script.resumable_fields(self.config)
+            if hasattr(self.script, "resumable_fields")
+            else self.script.RESUMABLE_FIELDS
+        )
+        return differences(before, now, (*LAYOUT_FIELDS, *own, *self.script.EXTENDABLE_FIELDS))
 
     @property
     def is_finished(self) -> bool:
@@ -62,7 +66,7 @@ class Stage:
         if not path.is_file():
             return False
         before, now = json.loads(path.read_text()).get("config", {}), to_json(asdict(self.config))
-        return all(before.get(name, now.get(name)) == now.get(name) for name in self.script.GOES_ON_WITH)
+        return all(before.get(name, now.get(name)) == now.get(name) for name in self.script.EXTENDABLE_FIELDS)
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -160,24 +164,24 @@ def run_stages(
         check: called before anything else, once the folder is claimed; it may raise.
         again: whether ``conclude`` is called for a run that is finished too.
     """
-    own = [field.name for field in fields(config) if field.name not in LAID_OUT]
-    with claim_folder(config.run_dir, to_json(asdict(config)), (*LAID_OUT, *own)):
+    own = [field.name for field in fields(config) if field.name not in LAYOUT_FIELDS]
+    with claim_folder(config.run_dir, to_json(asdict(config)), (*LAYOUT_FIELDS, *own)):
         if check is not None:
             check(config)
         plan = stages(config)
         check_stages(plan)
         # Planned anew before each: what one found out, such as the prompts' format, may be a setting of a later one.
         status = next((status for number in range(len(plan)) if (status := stages(config)[number].run())), 0)
-    return status or run_experiment(config, conclude, title=title, goes_on_with=own, again=again)
+    return status or run_experiment(config, conclude, title=title, extendable_fields=own, again=again)
 
 
-def placed(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
+def stage_config(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
     """The settings of a stage of several, in a folder of its own, with what the whole says for all of them.
 
     That is seed, precision, devices, checkpoints and trackers.
 
     Args:
-        stage: a dataclass with the fields of ``RunSettings`` and ``ModelSettings``.
+        stage: a dataclass with the fields of ``RunConfig`` and ``ModelConfig``.
         whole: another one.
         folder: the stage's own.
         start: the model that it starts from; None for what the whole starts from.
@@ -186,7 +190,7 @@ def placed(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None,
     Raises:
         ValueError: the settings do not go together.
     """
-    common = {each: getattr(whole, each) for each in SAID_FOR_ALL}
+    common = {each: getattr(whole, each) for each in SHARED_FIELDS}
     begins = {"model": whole.model, "base": whole.base, "base_dir": whole.base_dir}
     if start is not None:
         begins = {"model": str(start)} if whole.model else {"base_dir": Path(start)}

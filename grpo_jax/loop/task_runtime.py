@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.mixture import Task
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.mixture import TaskConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.problems import Problem, reward_columns
@@ -16,11 +16,11 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.turns import check_turn_end
 from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
-from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.scoring import open_scorer
 from grpo_jax.models import Pretrained
-from grpo_jax.rewards.scorer import Scoring
+from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.tasks.errands import ERRANDS
 
 Asked = Literal["training", "held_out", "evaluation"]
@@ -29,7 +29,7 @@ OF_COMPLETIONS = ("completion_length", "truncated")
 """Columns that are of no problem but of what was drawn for it."""
 
 
-def asks_for_format(data: DataSettings) -> bool:
+def asks_for_format(data: DataConfig) -> bool:
     """Whether prompts ask for a thought and an answer between tags; the built-in sums are answered so without."""
     if data.dataset in (None, ERRANDS):
         return data.dataset is None
@@ -37,14 +37,14 @@ def asks_for_format(data: DataSettings) -> bool:
     return asked is not None and "<answer>" in asked
 
 
-def has_final_answers(data: DataSettings, problems: Sequence[Problem]) -> bool:
+def has_final_answers(data: DataConfig, problems: Sequence[Problem]) -> bool:
     """Whether completions of these problems end in an answer that votes can be counted by, rather than being one."""
     is_code = data.grader == "code" or (data.grader == "auto" and any("tests" in each.columns for each in problems))
     answered = any(each.answer is not None for each in problems)
     return answered and not is_code and data.grader != "none" and data.dataset != ERRANDS
 
 
-class OpenTask:
+class TaskRuntime:
     """A task that is ready to be asked and scored.
 
     Attributes:
@@ -66,7 +66,7 @@ class OpenTask:
         measured: parts of the reward that are measured in any case; without it, the format is where it is asked for
             or paid for.
         asked: the problems whose completions ``scoring.score`` will get: those to train on, those held out from them,
-            or those of ``DataSettings.load_for_evaluation``, which are then ``problems`` and ``held_out`` alike.
+            or those of ``DataConfig.load_for_evaluation``, which are then ``problems`` and ``held_out`` alike.
 
     Raises:
         ValueError: problems or rewards that cannot be had, or do not fit each other.
@@ -78,7 +78,7 @@ class OpenTask:
 
     def __init__(
         self,
-        task: Task,
+        task: TaskConfig,
         run: Run,
         *,
         seed: int,
@@ -103,7 +103,7 @@ class OpenTask:
         run.stop_if_requested()
         self.has_final_answers = has_final_answers(task.data, self._problems)
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
-        self.scoring: Scoring = run.enter(
+        self.scoring: Scorer = run.enter(
             open_scorer(
                 task.rewards,
                 accuracy if asked == "training" else held_out_accuracy,
@@ -132,7 +132,7 @@ class OpenTask:
             ValueError: as ``EncodedProblems``; and the policy does not stop where its chat template ends a turn.
         """
         of_task = "" if self.name is None else f"{self.name}: "
-        rendering = rendering_of(
+        rendering = resolve_rendering(
             self._task.data, policy, say=lambda text: self._run.say(of_task + text), today=self._run.begun
         )
         self.prompt_format = prompt_format_of(rendering, policy.tokenizer)

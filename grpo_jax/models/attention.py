@@ -51,20 +51,20 @@ def allowed_slots(
     return mask[:, None, :] & reachable[None]
 
 
-class Part(NamedTuple):
+class KVSegment(NamedTuple):
     """A part of the keys and values that a call's tokens attend to: N entries, each shared by a group of rows.
 
-    ``members`` and ``place`` are those of ``types.Context``.
+    ``gather`` and ``place`` are those of ``types.PrefixCache``.
     """
 
     entry: CacheEntry
     allowed: Bool[Array, "M S C"]
-    members: Int[Array, "devices places"] | None = None
+    gather: Int[Array, "devices places"] | None = None
     place: Int[Array, "devices rows"] | None = None
 
     def grouped(self, x: Float[Array, "B K G S W"]) -> Float[Array, "N K M W"]:
         """A group's queries, over rows and heads, as rows of one product with the group's keys."""
-        x = x if self.members is None else take_rows(x, self.members)
+        x = x if self.gather is None else take_rows(x, self.gather)
         N = self.entry["keys"].shape[0]
         B, K, G, S, W = x.shape
         return x.reshape(N, B // N, K, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N, K, B // N * G * S, W)
@@ -78,7 +78,7 @@ class Part(NamedTuple):
 
 
 def attend(
-    queries: Float[Array, "B K G S E"], parts: Sequence[Part], softcap: float | None
+    queries: Float[Array, "B K G S E"], parts: Sequence[KVSegment], softcap: float | None
 ) -> Float[Array, "B K G S E"]:
     """Softmax attention to all parts together, in float32.
 
@@ -119,7 +119,7 @@ def attend(
     return functools.reduce(jnp.add, out)
 
 
-class View(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What the tokens of a call may look at in one layer.
 
     Attributes:
@@ -127,13 +127,13 @@ class View(NamedTuple):
         start: the column of the cache where the first of them is written.
         allowed: which columns of the cache (of the call's own keys, without one) each may attend to, for each of the
             parts that they are cut into.
-        contexts: what comes before the cache.
+        prefixes: what comes before the cache.
         own_mask: where it is given, the call's own tokens are all there is to look at, and a kernel may compute it:
-            which of them nobody may attend to, or whose they are. ``allowed`` and ``contexts`` are empty then.
+            which of them nobody may attend to, or whose they are. ``allowed`` and ``prefixes`` are empty then.
     """
 
     rotation: Rotation
     start: int | Int[Array, ""]
     allowed: Sequence[Bool[Array, "M S _"]]
-    contexts: Sequence[Part]
+    prefixes: Sequence[KVSegment]
     own_mask: Bool[Array, "B S"] | Int[Array, "B S"] | None = None

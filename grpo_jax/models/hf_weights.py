@@ -263,7 +263,7 @@ def is_finite(x: np.ndarray) -> bool:
 
 
 def read_slice(tensor: Any, entry: Entry, ranges: tuple[range, ...]) -> np.ndarray:
-    """Part of a parameter, reading no other part of the stored tensor.
+    """KVSegment of a parameter, reading no other part of the stored tensor.
 
     Args:
         tensor: the stored one, or anything whose slices are its NumPy arrays.

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import Part, View, attend
+from grpo_jax.models.attention import AttentionInputs, KVSegment, attend
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, some_columns, written
 from grpo_jax.models.rope import rotate
-from grpo_jax.sharding import pinned
+from grpo_jax.sharding import constrain
 
 
 class Embedding(nn.Module):
@@ -38,7 +38,7 @@ class Embedding(nn.Module):
     def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """The rows of the tokens; an id outside the vocabulary gets the nearest row, so that padding may hold any."""
         # Whole rows of the table, or the result would be split as they are and have to be laid out anew.
-        table = pinned(self.embedding, self.mesh, P("tensor"))
+        table = constrain(self.embedding, self.mesh, P("tensor"))
         return jnp.take(table, token_ids, axis=0, mode="clip")
 
     def table(self) -> Float[Array, "V D"]:
@@ -99,13 +99,13 @@ class Layer(nn.Module):
 
 
 class Attention(Layer):
-    """Causal attention with grouped heads and rotary positions to contexts, a cache, and the call's own tokens."""
+    """Causal attention with grouped heads and rotary positions to prefixes, a cache, and the call's own tokens."""
 
     kernel: Kernel | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], view: View, entry: CacheEntry | None
+        self, x: Float[Array, "B S D"], view: AttentionInputs, entry: CacheEntry | None
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Attend; gives back the cache entry with the call's keys and values written in, or these alone."""
         c = self.config
@@ -130,9 +130,9 @@ class Attention(Layer):
             parts, first = [], 0
             for allowed in view.allowed:
                 last = first + allowed.shape[2]
-                parts.append(Part(some_columns(entry, first, last), allowed))
+                parts.append(KVSegment(some_columns(entry, first, last), allowed))
                 first = last
-            out = attend(queries, [*view.contexts, *parts], c.attention_softcap).astype(self.dtype)
+            out = attend(queries, [*view.prefixes, *parts], c.attention_softcap).astype(self.dtype)
             out = out.transpose(0, 3, 1, 2, 4)
         out = out.reshape(-1, c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
@@ -161,7 +161,7 @@ class Block(Layer):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], view: View, entry: CacheEntry | None
+        self, x: Float[Array, "B S D"], view: AttentionInputs, entry: CacheEntry | None
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Apply the block; arguments as in ``Attention``."""
         attention = Attention(self.config, self.dtype, self.param_dtype, self.kernel, name="attention")

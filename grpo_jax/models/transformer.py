@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from grpo_jax.models.attention import Part, View, allowed_slots
+from grpo_jax.models.attention import AttentionInputs, KVSegment, allowed_slots
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel
 from grpo_jax.models.kv_cache import CacheEntry, empty_entry, joined_columns, some_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
 from grpo_jax.models.rope import Rotation, rotation
-from grpo_jax.sharding import BATCH, pinned
-from grpo_jax.types import Cache, Context, Model, Params
+from grpo_jax.sharding import BATCH, constrain
+from grpo_jax.types import Cache, Model, Params, PrefixCache
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -67,38 +67,38 @@ class Decoder(nn.Module):
         mask: Bool[Array, "B C"] | Int[Array, "B C"] | None,
         cache: list[CacheEntry] | None,
         start: int | Int[Array, ""],
-        contexts: Sequence[Context] = (),
-        cuts: Sequence[int] = (),
+        prefixes: Sequence[PrefixCache] = (),
+        block_bounds: Sequence[int] = (),
     ) -> tuple[Float[Array, "B S D"], list[CacheEntry]]:
         """See ``Model.apply``."""
         c = self.config
         S = token_ids.shape[1]
         columns = S if cache is None else cache[0]["values"].shape[2]
         x = self.embed(token_ids).astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
-        x = pinned(x, self.mesh, BATCH)
+        x = constrain(x, self.mesh, BATCH)
         slots = start + jnp.arange(S)
         own_mask = None
-        if self.kernel is not None and S > 1 and isinstance(start, int) and start == 0 and not contexts:
+        if self.kernel is not None and S > 1 and isinstance(start, int) and start == 0 and not prefixes:
             own_mask = jnp.ones(token_ids.shape, bool) if mask is None else mask[:, :S]
         allowed, allowed_of_contexts = {}, {}
         for window in set(c.windows):
             if own_mask is not None:
                 allowed[window], allowed_of_contexts[window] = [], []
                 continue
-            allowed[window] = jnp.split(allowed_slots(mask, slots, 0, columns, window), cuts, axis=2)
+            allowed[window] = jnp.split(allowed_slots(mask, slots, 0, columns, window), block_bounds, axis=2)
             allowed_of_contexts[window] = [
                 allowed_slots(context.mask, slots, context.start, context.cache[0]["values"].shape[2], window)
-                for context in contexts
+                for context in prefixes
             ]
         entries = []
         for i, layer in enumerate(self.layers):
             before = [
-                Part(context.cache[i], columns, context.members, context.place)
-                for context, columns in zip(contexts, allowed_of_contexts[c.windows[i]], strict=True)
+                KVSegment(context.cache[i], columns, context.gather, context.place)
+                for context, columns in zip(prefixes, allowed_of_contexts[c.windows[i]], strict=True)
             ]
-            view = View(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before, own_mask)
+            view = AttentionInputs(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before, own_mask)
             x, entry = layer(x, view, None if cache is None else cache[i])
-            x = pinned(x, self.mesh, BATCH)
+            x = constrain(x, self.mesh, BATCH)
             entries.append(entry)
         return self.final_norm(x), entries
 
@@ -151,8 +151,8 @@ def build_model(
         mask: Bool[Array, "B C"] | Int[Array, "B C"] | None = None,
         cache: Cache = None,
         start: int | Int[Array, ""] = 0,
-        contexts: Sequence[Context] = (),
-        cuts: Sequence[int] = (),
+        prefixes: Sequence[PrefixCache] = (),
+        block_bounds: Sequence[int] = (),
     ) -> tuple[Float[Array, "B S D"], Cache]:
         columns = token_ids.shape[1] if cache is None else cache[0]["values"].shape[2]
         if mask is not None and mask.shape[1] != columns:
@@ -160,10 +160,10 @@ def build_model(
             raise ValueError(f"the mask needs as many columns as {holder}: {columns}, not {mask.shape[1]}")
         if token_ids.shape[1] > columns:
             raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
-        rotations = positions if isinstance(positions, dict) else turn(positions)
-        return module.apply({"params": params}, token_ids, rotations, mask, cache, start, contexts, cuts)  # pyright: ignore[reportReturnType]
+        rotations = positions if isinstance(positions, dict) else rope(positions)
+        return module.apply({"params": params}, token_ids, rotations, mask, cache, start, prefixes, block_bounds)  # pyright: ignore[reportReturnType]
 
-    turn = partial(all_rotations, config)
+    rope = partial(all_rotations, config)
 
     def head(params: Params) -> Float[Array, "V D"]:
         if config.scalar_head:
@@ -186,7 +186,7 @@ def build_model(
 
     return Model(
         apply,
-        turn,
+        rope,
         head,
         init_cache,
         first_columns,

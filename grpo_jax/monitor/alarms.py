@@ -23,7 +23,7 @@ CLEAR = 3.0
 
 
 @dataclass(frozen=True)
-class AlarmSettings:
+class AlarmConfig:
     """Thresholds of the alarms, and what happens when one fires. A threshold of None turns its alarm off."""
 
     entropy_collapse: float | None = 0.05
@@ -85,12 +85,12 @@ class AlarmSettings:
 
 
 @dataclass(frozen=True)
-class Fired:
+class Alarm:
     """An alarm that fired.
 
     Attributes:
         step: at which.
-        name: the alarm's, a field of ``AlarmSettings``.
+        name: the alarm's, a field of ``AlarmConfig``.
         level: what is to happen.
         text: what it saw, and what that usually means.
     """
@@ -106,7 +106,7 @@ class Fired:
 
 
 class Alarms:
-    """Reads a run's metrics step by step; see ``AlarmSettings`` for what it looks for.
+    """Reads a run's metrics step by step; see ``AlarmConfig`` for what it looks for.
 
     Args:
         settings: thresholds and levels.
@@ -116,9 +116,7 @@ class Alarms:
             thresholds are other ones now, fires at the next step.
     """
 
-    def __init__(
-        self, settings: AlarmSettings, earlier: Sequence[Row] = (), fired_before: Collection[str] = frozenset()
-    ):
+    def __init__(self, settings: AlarmConfig, earlier: Sequence[Row] = (), fired_before: Collection[str] = frozenset()):
         self._settings = settings
         self._history = History()
         self._evaluations: list[Row] = []
@@ -131,7 +129,7 @@ class Alarms:
             self._is_on[name] = False
         self._has_fallen &= HELD_OUT_FALL in fired_before
 
-    def update(self, row: Row) -> list[Fired]:
+    def update(self, row: Row) -> list[Alarm]:
         """Take in the metrics of a step, or of an evaluation; the alarms that fire at it."""
         if any(name.startswith("eval/") for name in row):
             return self._evaluated(row)
@@ -145,17 +143,17 @@ class Alarms:
             self._held[name] = 0 if seen is None else self._held[name] + 1
             was_on, self._is_on[name] = self._is_on[name], self._held[name] >= self._settings.patience
             if seen is not None and self._is_on[name] and not was_on:
-                fired.append(Fired(int(row["step"]), name, self._settings.level(name), seen))
+                fired.append(Alarm(int(row["step"]), name, self._settings.level(name), seen))
         return fired
 
-    def _evaluated(self, row: Row) -> list[Fired]:
+    def _evaluated(self, row: Row) -> list[Alarm]:
         self._evaluations.append(row)
         threshold = self._settings.held_out_fall
         seen = None if threshold is None else held_out_fall(self._evaluations, threshold)
         before, self._has_fallen = self._has_fallen, seen is not None
         if seen is None or before:
             return []
-        return [Fired(int(row["step"]), HELD_OUT_FALL, self._settings.level(HELD_OUT_FALL), seen)]
+        return [Alarm(int(row["step"]), HELD_OUT_FALL, self._settings.level(HELD_OUT_FALL), seen)]
 
 
 class History:
@@ -329,7 +327,7 @@ CONDITIONS: dict[str, Condition] = {
         "(importance_cap, a finer cache_dtype)",
     ),
     "absent_rewards": _above(
-        "frac_reward_absent", "{value:.0%} of completions have no reward: see faults.jsonl for what failed"
+        "frac_reward_absent", "{value:.0%} of completions have no reward: see reward_errors.jsonl for what failed"
     ),
     "duplicates": _above(
         "completions/duplicate_share",
@@ -373,4 +371,4 @@ CONDITIONS: dict[str, Condition] = {
 }
 """Each alarm by the name of its threshold: of the history, the threshold and what counts as solved, what it sees."""
 
-assert set(CONDITIONS) <= {field.name for field in fields(AlarmSettings)}
+assert set(CONDITIONS) <= {field.name for field in fields(AlarmConfig)}

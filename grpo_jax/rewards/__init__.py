@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_jax.rewards.calling import per_sample as per_sample
     from grpo_jax.rewards.code.reward import code_reward as code_reward
-    from grpo_jax.rewards.code.sandbox import Limits as Limits
     from grpo_jax.rewards.code.sandbox import Sandbox as Sandbox
-    from grpo_jax.rewards.compose import Graded as Graded
+    from grpo_jax.rewards.code.sandbox import SandboxLimits as SandboxLimits
     from grpo_jax.rewards.compose import RewardFn as RewardFn
+    from grpo_jax.rewards.compose import RewardOutput as RewardOutput
     from grpo_jax.rewards.compose import Scores as Scores
     from grpo_jax.rewards.compose import weighted as weighted
     from grpo_jax.rewards.format import format_reward as format_reward
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.math.reward import stands_in_question as stands_in_question
     from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
     from grpo_jax.rewards.steps import equation_steps_reward as equation_steps_reward
-    from grpo_jax.rewards.workers.pool import Fault as Fault
+    from grpo_jax.rewards.workers.pool import RewardError as RewardError
     from grpo_jax.rewards.workers.pool import RewardPool as RewardPool
 
 HOMES = {
     "math.answer": ("answer_reward", "extract_answer"),
     "calling": ("per_sample",),
     "code.reward": ("code_reward",),
-    "compose": ("Graded", "RewardFn", "Scores", "weighted"),
+    "compose": ("RewardOutput", "RewardFn", "Scores", "weighted"),
     "format": ("format_reward", "pattern_reward"),
     "language": ("language_reward",),
     "learned": ("LearnedReward",),
     "length": ("cosine_length_reward", "soft_overlong_reward"),
     "math.compare": ("math_reward", "same_answer", "stands_in_question"),
-    "workers.pool": ("Fault", "RewardPool"),
+    "workers.pool": ("RewardError", "RewardPool"),
     "repetition": ("repetition_reward",),
-    "code.sandbox": ("Limits", "Sandbox"),
+    "code.sandbox": ("SandboxLimits", "Sandbox"),
     "steps": ("equation_steps_reward",),
 }
 """What is exported, by the module it lives in."""

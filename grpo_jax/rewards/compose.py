@@ -16,7 +16,7 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class Graded:
+class RewardOutput:
     """A score with what else there is to know of it.
 
     Attributes:
@@ -36,11 +36,11 @@ class Graded:
 
 
 RewardFn = Callable[..., Any]
-"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | Graded]``, plain or async.
+"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | RewardOutput]``, plain or async.
 
 Called once with the whole batch, or sample by sample where it is declared ``calling.per_sample``, with those arguments
 that its signature takes: ``f(completions, **kwargs)`` will do. Prompts and completions are texts; a column has one
-entry for each completion. The result has one too: a number, a ``Graded``, or None where the reward abstains. NaN is a
+entry for each completion. The result has one too: a number, a ``RewardOutput``, or None where the reward abstains. NaN is a
 reward that failed.
 """
 
@@ -52,7 +52,7 @@ class Scores:
     Attributes:
         total: float32 ``[B]``.
         parts: float32 ``[B]`` by the name of the reward, before gates and weights; and as ``name/detail`` what a
-            reward said besides (``Graded.details``).
+            reward said besides (``RewardOutput.details``).
         counted: float32 ``[B]`` by name, the parts that have a weight, after gates and before weights; NaN where the
             total is absent or the reward abstains.
         notes: for each completion what rewards had to say, after their names.
@@ -182,7 +182,7 @@ def weighted(
 
 
 def _steps(
-    graded: Mapping[str, list[Graded]], weights: Mapping[str, float], count: int
+    graded: Mapping[str, list[RewardOutput]], weights: Mapping[str, float], count: int
 ) -> list[tuple[tuple[int, float], ...]]:
     """The steps of each completion by where they end; what several rewards say of one step is added up."""
     found = []
@@ -207,12 +207,12 @@ class InvalidScoresError(ValueError):
     """A reward returned something other than one score for each completion of its batch."""
 
 
-def as_graded(values: Any, completions: Sequence[str]) -> list[Graded]:
-    """What a reward returned of some completions, each entry as a ``Graded``.
+def as_reward_outputs(values: Any, completions: Sequence[str]) -> list[RewardOutput]:
+    """What a reward returned of some completions, each entry as a ``RewardOutput``.
 
     Raises:
         InvalidScoresError: it is not a list with one entry a completion, each None, NaN, a number that float32 holds or
-            a ``Graded`` of such. The message goes on after the reward's name.
+            a ``RewardOutput`` of such. The message goes on after the reward's name.
     """
     if not isinstance(values, (list, tuple, np.ndarray)):
         raise InvalidScoresError(f"must return a list, and returned {type(values).__name__}")
@@ -221,9 +221,9 @@ def as_graded(values: Any, completions: Sequence[str]) -> list[Graded]:
     return [_graded(value, completion) for value, completion in zip(values, completions, strict=True)]
 
 
-def _graded(value: Any, completion: str) -> Graded:
-    if not isinstance(value, Graded):
-        value = Graded(_number(value, completion))
+def _graded(value: Any, completion: str) -> RewardOutput:
+    if not isinstance(value, RewardOutput):
+        value = RewardOutput(_number(value, completion))
     score = _number(value.score, completion)
     is_nan = score is not None and math.isnan(score)
     details = {str(name): _number(detail, completion) for name, detail in value.details.items()}
@@ -233,7 +233,7 @@ def _graded(value: Any, completion: str) -> Graded:
             f"returned {value.steps!r:.200} as steps; they are a list. The completion: {completion!r:.200}"
         )
     steps = tuple(_step(step, completion) for step in value.steps)
-    return Graded(None if is_nan else score, present, str(value.note), steps, is_nan or bool(value.failed))
+    return RewardOutput(None if is_nan else score, present, str(value.note), steps, is_nan or bool(value.failed))
 
 
 def _step(step: Any, completion: str) -> tuple[int, float]:
@@ -261,7 +261,7 @@ def _number(value: Any, completion: str) -> float | None:
 
 def score_with(
     name: str, reward: RewardFn, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
-) -> list[Graded]:
+) -> list[RewardOutput]:
     """What a reward says of a batch, called with the arguments that it takes.
 
     Args:
@@ -288,7 +288,7 @@ def score_with(
             f"{[name for name in call[1] if name in columns]}"
         ) from error
     try:
-        return as_graded(values, completions)
+        return as_reward_outputs(values, completions)
     except ValueError as error:
         raise ValueError(f"reward {name!r} {error}") from error
 
@@ -301,7 +301,7 @@ def _single(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def _notes(graded: Mapping[str, list[Graded]]) -> list[str]:
+def _notes(graded: Mapping[str, list[RewardOutput]]) -> list[str]:
     rows = zip(*graded.values(), strict=True)
     return [
         "\n".join(f"{name}: {each.note}" for name, each in zip(graded, row, strict=True) if each.note) for row in rows

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.sharding import shard_rows
-from grpo_jax.train import sequence_scores
+from grpo_jax.train import reward_model_scores
 from grpo_jax.types import Model, Params
 
 SHORTEST = 64
@@ -77,7 +77,7 @@ class LearnedReward:
         self._params, self._mesh = params, mesh
         self._encode = encode or partial(joined, tokenizer, eos_id)
         self._max_length, self._batch_size = max_length, batch_size
-        self._score = jax.jit(partial(sequence_scores, model))
+        self._score = jax.jit(partial(reward_model_scores, model))
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """The score of each; None for a text without tokens, or with too many.

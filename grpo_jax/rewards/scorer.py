@@ -1,4 +1,4 @@
-"""Scoring of completions: host-side rewards in worker processes, a reward model on the mesh."""
+"""Scorer of completions: host-side rewards in worker processes, a reward model on the mesh."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from grpo_jax.models import Pretrained, from_pretrained
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
-from grpo_jax.rewards.workers.pool import Fault, RewardPool
+from grpo_jax.rewards.workers.pool import RewardError, RewardPool
 from grpo_jax.sharding import param_shardings
 
 HELD_OUT = "held-out accuracy"
 
 
-class Scoring:
+class Scorer:
     """A context in which completions are scored: host-side rewards in a pool or here, a learned one on the mesh.
 
     Attributes:
@@ -57,7 +57,7 @@ class Scoring:
             )
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> Scoring:
+    def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -81,7 +81,7 @@ class Scoring:
             self.score([""], [""], **{name: [value] for name, value in columns.items()})
             score_with(HELD_OUT, self.held_out, [""], [""], {name: [value] for name, value in held_out_columns.items()})
 
-    def as_drawn(
+    def streaming_scorer(
         self,
         prompts: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
@@ -90,7 +90,7 @@ class Scoring:
         eos_ids: Sequence[int],
         max_completion_length: int,
     ) -> Callable[[int, Sequence[int]], None] | None:
-        """What a sampler's ``watch`` calls, so that a completion is scored while others are still being drawn.
+        """What a sampler's ``on_tokens`` calls, so that a completion is scored while others are still being drawn.
 
         None where nothing runs beside the sampler.
 
@@ -105,7 +105,7 @@ class Scoring:
             return None
         drawn: dict[int, list[int]] = {}
 
-        def watch(row: int, ids: Sequence[int]) -> None:
+        def on_tokens(row: int, ids: Sequence[int]) -> None:
             so_far = drawn.setdefault(row, [])
             so_far.extend(int(each) for each in ids)
             ended = bool(so_far) and so_far[-1] in eos_ids
@@ -114,12 +114,12 @@ class Scoring:
                 lengths = {"completion_length": len(so_far), "truncated": not ended}
                 pool.ahead(prompts[row], decode(drawn.pop(row)), own | lengths)
 
-        return watch
+        return on_tokens
 
-    def take_faults(self) -> list[Fault]:
+    def take_errors(self) -> list[RewardError]:
         """What could not be scored since the last call."""
         pools = [pool for pool in (self._pool, self._held_out_pool) if pool is not None]
-        return [fault for pool in pools for fault in pool.take_faults()]
+        return [fault for pool in pools for fault in pool.take_errors()]
 
 
 def check_reward_model(model: Pretrained, name: str) -> None:

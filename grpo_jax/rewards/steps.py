@@ -11,7 +11,7 @@ from operator import add, mul, sub, truediv
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
-from grpo_jax.rewards.compose import Graded
+from grpo_jax.rewards.compose import RewardOutput
 
 STEP = re.compile(r"[^;\n]+[;\n]?")
 TIMES, DIVIDED = "\u00d7", "\u00f7"
@@ -28,7 +28,7 @@ OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
 
 
 @per_sample(columns=())
-def equation_steps_reward(prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[Graded]:
+def equation_steps_reward(prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[RewardOutput]:
     """The share of a thought's equations that hold, and of each step that has one whether all of its equations do.
 
     A step ends with a line or with a semicolon; ``3+8=11;`` is one, ``So 48/2 = 24 clips.`` another. Looked at are
@@ -47,7 +47,7 @@ def equation_steps_reward(prompts: list[str], completions: list[str], **_columns
     return [_judge(completion) for completion in completions]
 
 
-def _judge(completion: str) -> Graded:
+def _judge(completion: str) -> RewardOutput:
     begin = completion.find("<think>") + len("<think>") if "<think>" in completion else 0
     end = completion.find("</think>", begin)
     steps = []
@@ -56,7 +56,7 @@ def _judge(completion: str) -> Graded:
         if verdict is not None:
             steps.append((step.end(), float(verdict)))
     share = sum(reward for _, reward in steps) / len(steps) if steps else 0.0
-    return Graded(share, {"judged": float(len(steps))}, steps=tuple(steps))
+    return RewardOutput(share, {"judged": float(len(steps))}, steps=tuple(steps))
 
 
 def _holds(step: str) -> bool | None:

@@ -5,9 +5,9 @@ with a small loop on the host: it leaves out the rows that have ended. Both are 
 """
 
 from grpo_jax.rollout.decode import sample_keys
-from grpo_jax.rollout.engine import StopFn, WatchFn
+from grpo_jax.rollout.engine import OnTokensFn, StopFn
 from grpo_jax.rollout.generate import generate
 from grpo_jax.rollout.host_batch import RolloutStats
 from grpo_jax.rollout.sampler import Sampler
 
-__all__ = ["RolloutStats", "Sampler", "StopFn", "WatchFn", "generate", "sample_keys"]
+__all__ = ["OnTokensFn", "RolloutStats", "Sampler", "StopFn", "generate", "sample_keys"]

@@ -13,17 +13,17 @@ from grpo_jax.types import Model, cache_columns
 
 STEPS = 8
 """Tokens a dispatch; they divide ``COLUMNS``."""
-LADDER = (1, 2, 4, 8, 16)
+BUCKET_DIVISORS = (1, 2, 4, 8, 16)
 """What a cohort's rows are divided by as they end."""
-PARKED_RUNG = 2
+DEFERRED_BUCKET = 2
 """Where a cohort waits for others: as many as its divisor make up a whole one again."""
-JOINED_RUNG = 2
+JOINED_BUCKET = 2
 """From here on a batch has its cache in one piece; a larger one in chunks. A parked batch has it in one."""
-assert JOINED_RUNG <= PARKED_RUNG
+assert JOINED_BUCKET <= DEFERRED_BUCKET
 MIN_ROWS = 8
 
 
-class Rung(NamedTuple):
+class Bucket(NamedTuple):
     """Rows and prompts of a batch size, and places for each prompt's rows; all for one device."""
 
     rows: int
@@ -31,10 +31,10 @@ class Rung(NamedTuple):
     group: int
 
 
-def make_ladder(prompts: int, rows: int, group: int) -> list[Rung]:
+def make_buckets(prompts: int, rows: int, group: int) -> list[Bucket]:
     """The batch sizes that a cohort of this size passes through, for one device."""
-    sizes = sorted({max(math.ceil(rows / part), min(rows, MIN_ROWS)) for part in LADDER}, reverse=True)
-    return [Rung(size, min(prompts, size), min(group, size)) for size in sizes]
+    sizes = sorted({max(math.ceil(rows / part), min(rows, MIN_ROWS)) for part in BUCKET_DIVISORS}, reverse=True)
+    return [Bucket(size, min(prompts, size), min(group, size)) for size in sizes]
 
 
 def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ def default_cache_bytes(devices: Sequence[Any]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Limits:
+class MemoryLimits:
     """What a set of prompts must keep to: checked before anything is compiled."""
 
     model: Model

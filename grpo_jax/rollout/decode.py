@@ -19,12 +19,12 @@ from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
 from grpo_jax.sampling import Sampling, adjust_logits, sample_token
 from grpo_jax.sharding import take_rows
-from grpo_jax.types import COLUMNS, Cache, Context, Model, Params, Prompts, pytree
+from grpo_jax.types import COLUMNS, Cache, Model, Params, PrefixCache, Prompts, pytree
 
 
 @pytree
 @dataclass(frozen=True)
-class Cohort:
+class DecodeBatch:
     """Rows of one age: what stays as it is while they draw.
 
     Attributes:
@@ -37,7 +37,7 @@ class Cohort:
         prompted: which tokens are in it; None where the sampling does not ask.
     """
 
-    prompt: Context
+    prompt: PrefixCache
     closed: tuple[Cache, ...]
     closed_starts: Int[Array, " chunks"]
     active_start: Int[Array, ""]
@@ -64,7 +64,7 @@ class State:
     drawn: Bool[Array, "B V"] | None
 
 
-def start_cohort(
+def prefill(
     model: Model,
     params: Params,
     prompts: Prompts,
@@ -74,7 +74,7 @@ def start_cohort(
     group_size: int,
     chunks: Sequence[int],
     cache_dtype: Any = None,
-) -> tuple[Cohort, State, list[Cache]]:
+) -> tuple[DecodeBatch, State, list[Cache]]:
     """Read the prompts, each once, for ``group_size`` rows each; a prompt's rows are adjacent.
 
     Gives the cohort, its state with the first chunk of the rows' own cache, and the other chunks.
@@ -94,7 +94,7 @@ def start_cohort(
     # As the trainer reads it: cut off from a completion of which nothing is there yet, so that both round alike.
     columns = jnp.pad(prompts.mask, ((0, 0), (0, COLUMNS)))
     cache = model.init_cache(N, P + COLUMNS, cache_dtype)
-    hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), columns, cache, 0, cuts=(P,))
+    hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), columns, cache, 0, block_bounds=(P,))
     cache = model.first_columns(cache, P)
     prompted = drawn = None
     if sampling.needs_prompted:
@@ -103,8 +103,8 @@ def start_cohort(
         prompted = jnp.repeat(prompted, group_size, axis=0)
     if sampling.needs_drawn:
         drawn = jnp.zeros((N * group_size, V), bool)
-    cohort = Cohort(
-        prompt=Context(cache, start=jnp.int32(-P), mask=prompts.mask),
+    cohort = DecodeBatch(
+        prompt=PrefixCache(cache, start=jnp.int32(-P), mask=prompts.mask),
         closed=(),
         closed_starts=jnp.zeros(0, jnp.int32),
         active_start=jnp.int32(0),
@@ -124,12 +124,12 @@ def start_cohort(
 def draw_token(
     model: Model,
     params: Params,
-    cohort: Cohort,
+    cohort: DecodeBatch,
     state: State,
     sampling: Sampling,
     *,
     eos_ids: tuple[int, ...],
-    turned: Any = None,
+    rope: Any = None,
 ) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
     """One token for every row: the state a token later, the tokens, and their log-probabilities as drawn.
 
@@ -140,17 +140,17 @@ def draw_token(
         state: before the token.
         sampling: how it is drawn.
         eos_ids: the ending tokens, which a minimum length rules out.
-        turned: ``model.turn`` of the token's positions, where it was computed before.
+        rope: ``model.rope`` of the token's positions, where it was computed before.
     """
     age, start = state.age, cohort.active_start
     logits = output_logits(state.hidden, model.head(params), logit_softcap=model.logit_softcap)
     logits = adjust_logits(logits, sampling, length=age, eos_ids=eos_ids, prompted=cohort.prompted, drawn=state.drawn)
     tokens, log_probs = sample_token(jax.vmap(jax.random.fold_in, (0, None))(cohort.keys, age), logits, sampling)
-    contexts = [replace(cohort.prompt, start=cohort.prompt.start - start)]
+    prefixes = [replace(cohort.prompt, start=cohort.prompt.start - start)]
     for i, chunk in enumerate(cohort.closed):
-        contexts.append(Context(chunk, start=cohort.closed_starts[i] - start))
-    positions = (cohort.lengths + age)[:, None] if turned is None else turned
-    hidden, active = model.apply(params, tokens[:, None], positions, None, state.active, age - start, contexts)
+        prefixes.append(PrefixCache(chunk, start=cohort.closed_starts[i] - start))
+    positions = (cohort.lengths + age)[:, None] if rope is None else rope
+    hidden, active = model.apply(params, tokens[:, None], positions, None, state.active, age - start, prefixes)
     drawn = None if state.drawn is None else state.drawn.at[jnp.arange(len(tokens)), tokens].set(True)
     return State(age + 1, active, hidden[:, 0], drawn), tokens, log_probs
 
@@ -158,7 +158,7 @@ def draw_token(
 def draw_tokens(
     model: Model,
     params: Params,
-    cohort: Cohort,
+    cohort: DecodeBatch,
     state: State,
     sampling: Sampling,
     *,
@@ -170,12 +170,12 @@ def draw_tokens(
     The active chunk must have room for them.
     """
     B = state.hidden.shape[0]
-    turned = model.turn(cohort.lengths[:, None] + state.age + jnp.arange(count)[None, :])
+    rope = model.rope(cohort.lengths[:, None] + state.age + jnp.arange(count)[None, :])
 
     def step(i, carry):
         state, ids, log_probs = carry
-        now = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), turned)
-        state, token, log_prob = draw_token(model, params, cohort, state, sampling, eos_ids=eos_ids, turned=now)
+        now = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), rope)
+        state, token, log_prob = draw_token(model, params, cohort, state, sampling, eos_ids=eos_ids, rope=now)
         return state, ids.at[i].set(token), log_probs.at[i].set(log_prob)
 
     nothing = jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32)
@@ -184,16 +184,16 @@ def draw_tokens(
 
 def take(
     model: Model,
-    cohort: Cohort,
+    cohort: DecodeBatch,
     state: State,
     chunks: Sequence[Cache],
     rows: Int[Array, "devices taken"],
     prompts: Int[Array, "devices prompts_taken"],
-    members: Int[Array, "devices places"],
+    gather: Int[Array, "devices places"],
     place: Int[Array, "devices taken"],
     *,
     joined: bool,
-) -> tuple[Cohort, State, list[Cache]]:
+) -> tuple[DecodeBatch, State, list[Cache]]:
     """Some of the rows and prompts alone; and their own keys and values, which are not put into the two.
 
     Args:
@@ -204,7 +204,7 @@ def take(
         joined: give them back as one chunk.
         rows: those that are taken.
         prompts: those that are taken.
-        members: see ``types.Context``; in terms of the new rows and prompts.
+        gather: see ``types.PrefixCache``; in terms of the new rows and prompts.
         place: likewise.
     """
 
@@ -215,10 +215,10 @@ def take(
         cohort.prompt,
         cache=some(cohort.prompt.cache, prompts),
         mask=some(cohort.prompt.mask, prompts),
-        members=members,
+        gather=gather,
         place=place,
     )
-    cohort = Cohort(
+    cohort = DecodeBatch(
         prompt,
         closed=(),
         closed_starts=jnp.zeros(0, jnp.int32),
@@ -233,18 +233,18 @@ def take(
 
 
 def join(
-    cohorts: Sequence[tuple[Cohort, State]],
-    members: Int[Array, "devices places"],
+    cohorts: Sequence[tuple[DecodeBatch, State]],
+    gather: Int[Array, "devices places"],
     place: Int[Array, "devices rows"],
-) -> tuple[Cohort, State]:
+) -> tuple[DecodeBatch, State]:
     """Cohorts of one age and shape as one, device by device.
 
     Args:
         cohorts: as ``take`` gives them.
-        members: see ``types.Context``; in terms of all rows and prompts.
+        gather: see ``types.PrefixCache``; in terms of all rows and prompts.
         place: likewise.
     """
-    devices = members.shape[0]
+    devices = gather.shape[0]
 
     def together(*parts):
         split = [x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for x in parts]
@@ -260,7 +260,7 @@ def join(
             cohort.prompt,
             cache=all_of(lambda cohort, _: cohort.prompt.cache),
             mask=all_of(lambda cohort, _: cohort.prompt.mask),
-            members=members,
+            gather=gather,
             place=place,
         ),
         keys=all_of(lambda cohort, _: cohort.keys),

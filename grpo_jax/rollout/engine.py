@@ -17,15 +17,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
-from grpo_jax.rollout.buckets import JOINED_RUNG, LADDER, PARKED_RUNG, STEPS, Rung, chunk_lengths, make_ladder
-from grpo_jax.rollout.decode import Cohort, State, draw_tokens, join, start_cohort, take
+from grpo_jax.rollout.buckets import (
+    BUCKET_DIVISORS,
+    DEFERRED_BUCKET,
+    JOINED_BUCKET,
+    STEPS,
+    Bucket,
+    chunk_lengths,
+    make_buckets,
+)
+from grpo_jax.rollout.decode import DecodeBatch, State, draw_tokens, join, prefill, take
 from grpo_jax.rollout.host_batch import Batch, RolloutStats
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, replicated
 from grpo_jax.types import Cache, Model, Params, Prompts
 
 StopFn = Callable[[Sequence[int], int], int | None]
-WatchFn = Callable[[int, Sequence[int]], None]
+OnTokensFn = Callable[[int, Sequence[int]], None]
 
 
 class Sent(NamedTuple):
@@ -55,9 +63,9 @@ class Running:
         unread: dispatches whose tokens the host has not looked at, the oldest first.
     """
 
-    cohort: Cohort
+    cohort: DecodeBatch
     state: State
-    ladder: list[Rung]
+    ladder: list[Bucket]
     rung: int
     age: int
     lengths: tuple[int, ...]
@@ -110,7 +118,7 @@ class Programs:
 
         @jax.jit
         def begin(params: Params, prompts: Prompts, key: Key[Array, ""]):
-            started = start_cohort(
+            started = prefill(
                 model,
                 params,
                 prompts,
@@ -123,7 +131,7 @@ class Programs:
             return self.laid_out(started)
 
         @partial(jax.jit, donate_argnums=2)
-        def advance(params: Params, cohort: Cohort, state: State):
+        def advance(params: Params, cohort: DecodeBatch, state: State):
             state, tokens, log_probs = draw_tokens(model, params, cohort, state, sampling, eos_ids=eos_ids, count=STEPS)
             return self.laid_out(state), tokens, log_probs
 
@@ -134,7 +142,7 @@ class Programs:
         self.join = jax.jit(lambda *args: self.laid_out(join(*args)))
 
     def laid_out(self, tree: Any) -> Any:
-        """Cohort and state with rows and prompts split over the mesh, and heads where they divide."""
+        """DecodeBatch and state with rows and prompts split over the mesh, and heads where they divide."""
         if self.mesh is None:
             return tree
         mesh = self.mesh
@@ -152,11 +160,11 @@ class Programs:
         return jax.device_put(np.array(numbers, np.int32), None if self.mesh is None else replicated(self.mesh))
 
 
-class Drawing:
+class GenerationLoop:
     """One call of the sampler: cohorts from their start to the end of their last row."""
 
-    def __init__(self, programs: Programs, params: Params, key: Key[Array, ""], watch: WatchFn | None = None):
-        self.programs, self.params, self.key, self.watch = programs, params, key, watch
+    def __init__(self, programs: Programs, params: Params, key: Key[Array, ""], on_tokens: OnTokensFn | None = None):
+        self.programs, self.params, self.key, self.on_tokens = programs, params, key, on_tokens
         self.stats = RolloutStats()
 
     def run(self, prompts: Iterable[tuple[Prompts, int]]) -> Iterator[tuple[Batch, int]]:
@@ -179,7 +187,7 @@ class Drawing:
             if running.living().any():
                 parked.append(running)
                 parking_age = running.age
-            if len(parked) == LADDER[PARKED_RUNG] or (current is None and len(parked) > 1):
+            if len(parked) == BUCKET_DIVISORS[DEFERRED_BUCKET] or (current is None and len(parked) > 1):
                 pool = self.pool(parked)
                 parked, parking_age = [], None
                 yield from self.drive(pool, -1)
@@ -197,7 +205,7 @@ class Drawing:
         return Running(
             cohort,
             state,
-            make_ladder(N // programs.devices, B // programs.devices, programs.group_size),
+            make_buckets(N // programs.devices, B // programs.devices, programs.group_size),
             rung=0,
             age=0,
             lengths=programs.chunk_lengths,
@@ -216,7 +224,7 @@ class Drawing:
             parking_age: the age at which it may be parked; None for any, -1 for none.
         """
         while running.living().any():
-            if running.rung == PARKED_RUNG < len(running.ladder) - 1 and parking_age in (None, running.age):
+            if running.rung == DEFERRED_BUCKET < len(running.ladder) - 1 and parking_age in (None, running.age):
                 while running.unread:
                     yield from self.read(running)
                 return
@@ -268,10 +276,10 @@ class Drawing:
             batch.truncated[rows] = ~ended & (age + count == programs.T)
             batch.living[rows] = ~ended & (age + count < programs.T)
             self.count(tokens=int(kept.sum()))
-            if self.watch is not None:
+            if self.on_tokens is not None:
                 first_row = batch.first_place * programs.group_size
                 for i, row in enumerate(rows):
-                    self.watch(int(first_row + row), drawn[i, : kept[i]].tolist())
+                    self.on_tokens(int(first_row + row), drawn[i, : kept[i]].tolist())
             yield from ((batch, n) for n in batch.newly_finished())
 
     def compact(self, running: Running) -> None:
@@ -281,7 +289,7 @@ class Drawing:
         while most and running.rung + 1 < len(running.ladder) and most <= running.ladder[running.rung + 1].rows:
             rows, indices = self.choose(running, running.ladder[running.rung + 1])
             running.rung += 1
-            joined = len(running.lengths) == 1 or running.rung >= JOINED_RUNG
+            joined = len(running.lengths) == 1 or running.rung >= JOINED_BUCKET
             opened = running.opened
             running.cohort, running.state, chunks = self.programs.take(
                 running.cohort, running.state, running.chunks(), *indices, joined=joined
@@ -291,7 +299,7 @@ class Drawing:
             self.hold(running, chunks, opened)
             running.batch_of, running.row_of, running.prompt_of = rows
 
-    def choose(self, running: Running, rung: Rung) -> tuple[tuple, tuple]:
+    def choose(self, running: Running, rung: Bucket) -> tuple[tuple, tuple]:
         """The rows and prompts that go to a rung, as the host's arrays and as the indices of ``take``."""
         devices = self.programs.devices
         living = running.living().reshape(devices, -1)
@@ -307,8 +315,8 @@ class Drawing:
             prompts[d, : len(present)] = present
         batch_of = np.where(kept, np.take_along_axis(old[0], rows, 1), -1)
         row_of = np.take_along_axis(old[1], rows, 1)
-        members, place = share(prompt_of, kept, rung)
-        return (batch_of.reshape(-1), row_of.reshape(-1), prompt_of.reshape(-1)), (rows, prompts, members, place)
+        gather, place = share(prompt_of, kept, rung)
+        return (batch_of.reshape(-1), row_of.reshape(-1), prompt_of.reshape(-1)), (rows, prompts, gather, place)
 
     def hold(self, running: Running, chunks: list[Cache], opened: int) -> None:
         """Have these chunks, of which the last opened one is written to."""
@@ -325,8 +333,8 @@ class Drawing:
     def pool(self, parked: list[Running]) -> Running:
         """One cohort of several that are left with a part of their rows at the same age."""
         first, devices = parked[0], self.programs.devices
-        parts = LADDER[PARKED_RUNG]
-        rung = first.ladder[PARKED_RUNG]
+        parts = BUCKET_DIVISORS[DEFERRED_BUCKET]
+        rung = first.ladder[DEFERRED_BUCKET]
         filled = [*parked, *[first] * (parts - len(parked))]
         batch_of, row_of, prompt_of = [], [], []
         batches: list[Batch] = []
@@ -337,10 +345,12 @@ class Drawing:
             prompt_of.append(part.prompt_of.reshape(devices, -1) + i * rung.prompts)
             batches += part.batches if i < len(parked) else []
         together = [np.concatenate(x, axis=1) for x in (batch_of, row_of, prompt_of)]
-        ladder = make_ladder(parts * rung.prompts, parts * rung.rows, rung.group)
-        members, place = share(together[2], together[0] >= 0, Rung(parts * rung.rows, parts * rung.prompts, rung.group))
+        ladder = make_buckets(parts * rung.prompts, parts * rung.rows, rung.group)
+        gather, place = share(
+            together[2], together[0] >= 0, Bucket(parts * rung.rows, parts * rung.prompts, rung.group)
+        )
         self.count(cohorts=1)
-        cohort, state = self.programs.join([(part.cohort, part.state) for part in filled], members, place)
+        cohort, state = self.programs.join([(part.cohort, part.state) for part in filled], gather, place)
         running = Running(
             cohort,
             state,
@@ -362,15 +372,15 @@ class Drawing:
         self.stats = replace(self.stats, **{name: getattr(self.stats, name) + value for name, value in more.items()})
 
 
-def share(prompt_of: np.ndarray, kept: np.ndarray, rung: Rung) -> tuple[np.ndarray, np.ndarray]:
-    """``members`` and ``place`` of ``types.Context``, for rows of prompts ``prompt_of`` (``[devices, rows]``)."""
-    members = np.zeros((len(prompt_of), rung.prompts * rung.group), np.int32)
+def share(prompt_of: np.ndarray, kept: np.ndarray, rung: Bucket) -> tuple[np.ndarray, np.ndarray]:
+    """``gather`` and ``place`` of ``types.PrefixCache``, for rows of prompts ``prompt_of`` (``[devices, rows]``)."""
+    gather = np.zeros((len(prompt_of), rung.prompts * rung.group), np.int32)
     place = np.zeros(prompt_of.shape, np.int32)
     for d in range(len(prompt_of)):
         number = np.zeros(rung.prompts, np.int32)
         for row in np.flatnonzero(kept[d]):
             prompt = prompt_of[d, row]
             place[d, row] = prompt * rung.group + number[prompt]
-            members[d, place[d, row]] = row
+            gather[d, place[d, row]] = row
             number[prompt] += 1
-    return members, place
+    return gather, place

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.rollout.checks import check_lengths, check_prompts
-from grpo_jax.rollout.decode import State, draw_token, start_cohort
+from grpo_jax.rollout.decode import State, draw_token, prefill
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Model, Params, Prompts, Rollout, cache_columns
 
@@ -63,7 +63,7 @@ def generate(
         log_probs: Float[Array, "B T"]
 
     columns = [cache_columns(T)]
-    cohort, state, _ = start_cohort(model, params, prompts, key, sampling, group_size=group_size, chunks=columns)
+    cohort, state, _ = prefill(model, params, prompts, key, sampling, group_size=group_size, chunks=columns)
 
     def going(drawn: Drawn):
         return (drawn.state.age < T) & ~drawn.ended.all()

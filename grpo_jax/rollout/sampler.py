@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
-from grpo_jax.rollout.buckets import Limits, default_cache_bytes
+from grpo_jax.rollout.buckets import MemoryLimits, default_cache_bytes
 from grpo_jax.rollout.checks import check_lengths, check_prompts
-from grpo_jax.rollout.engine import Drawing, Programs, StopFn, WatchFn
+from grpo_jax.rollout.engine import GenerationLoop, OnTokensFn, Programs, StopFn
 from grpo_jax.rollout.host_batch import RolloutStats, cut, in_parts, joined
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH
@@ -101,7 +101,7 @@ class Sampler:
 
         self._programs = programs
         devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
-        self.limits = Limits(
+        self.limits = MemoryLimits(
             model,
             group_size,
             max_completion_length,
@@ -112,7 +112,7 @@ class Sampler:
         )
 
     def __call__(
-        self, params: Params, prompts: Prompts, key: Key[Array, ""], *, watch: WatchFn | None = None
+        self, params: Params, prompts: Prompts, key: Key[Array, ""], *, on_tokens: OnTokensFn | None = None
     ) -> Rollout:
         """Draw a group of completions for each prompt.
 
@@ -120,7 +120,7 @@ class Sampler:
             params: the policy's.
             prompts: N of them.
             key: of this step; with a prompt's ``index`` and a sample's number it decides the sample's noise.
-            watch: called with the number of a completion and its new ids, as they are drawn.
+            on_tokens: called with the number of a completion and its new ids, as they are drawn.
 
         Raises:
             ValueError: before anything is compiled, as ``checks.check_prompts``, for a sample that does not fit, and
@@ -129,7 +129,7 @@ class Sampler:
         self.limits.check_rows(prompts.ids.shape[0])
         self._check_prompts(params, prompts)
         parts, at_once = self._plan(*prompts.ids.shape)
-        drawing = Drawing(self._programs(self.limits.group_size // parts), params, key, watch)
+        drawing = GenerationLoop(self._programs(self.limits.group_size // parts), params, key, on_tokens)
         batches = {batch.first_place: batch for batch, _ in drawing.run(cut([in_parts(prompts, parts)], at_once))}
         self.told(drawing)
         fields = joined([batches[place].drawn(slice(0, batches[place].num_prompts)) for place in sorted(batches)])
@@ -157,7 +157,7 @@ class Sampler:
         first = next(coming, None)
         length = 0 if first is None else first.ids.shape[1]
         parts, at_once = self._plan(num_prompts, length)
-        drawing = Drawing(self._programs(self.limits.group_size // parts), params, key)
+        drawing = GenerationLoop(self._programs(self.limits.group_size // parts), params, key)
         if first is None:
             self.told(drawing)
             return
@@ -185,7 +185,7 @@ class Sampler:
         of_part = replace(self.limits, group_size=self.limits.group_size // parts)
         return parts, of_part.prompts_at_once(num_prompts * parts, length)
 
-    def told(self, drawing: Drawing) -> None:
+    def told(self, drawing: GenerationLoop) -> None:
         """Say what was taken, to whoever asked for it."""
         if self.report is not None:
             self.report(drawing.stats)

@@ -49,13 +49,13 @@ HF_CONFIG: Mapping[str, Any] = {
     "eos_token_id": VOCABULARY.index("<eos>"),
     "dtype": "float32",
 }
-"""Of the default; ``Recipe.hf_config`` is that of any."""
+"""Of the default; ``ToyConfig.hf_config`` is that of any."""
 PROMPT_FORMAT: Mapping[str, str] = {"kind": "plain", "template": PLAIN}
 """The bare question, as the corpus has it."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ToyConfig:
     """How the base is made.
 
     Attributes:
@@ -109,8 +109,11 @@ class Recipe:
         return self.skill_steps + self.mixture_steps
 
 
-def make_base(
-    folder: Path | str, recipe: Recipe = Recipe(), *, report: Callable[[int, dict[str, float]], None] | None = None
+def make_toy_model(
+    folder: Path | str,
+    recipe: ToyConfig = ToyConfig(),
+    *,
+    report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
     """Train the base and save it as a Hugging Face folder.
 
@@ -142,7 +145,7 @@ def make_base(
     )
 
 
-def corpus(recipe: Recipe) -> Iterator[Batch]:
+def corpus(recipe: ToyConfig) -> Iterator[Batch]:
     """The batches the base learns from, in order; none of their sums is held out."""
     tokenizer = make_tokenizer()
     rng = np.random.default_rng([recipe.seed, 1])
@@ -164,7 +167,7 @@ def corpus(recipe: Recipe) -> Iterator[Batch]:
         yield encode(tokenizer, *zip(*pairs, strict=True))
 
 
-def solution(problem: Sum, worked_share: float, recipe: Recipe, rng: np.random.Generator) -> str:
+def solution(problem: Sum, worked_share: float, recipe: ToyConfig, rng: np.random.Generator) -> str:
     """What follows a sum in the corpus: its totals worked out, or a guess."""
     if rng.random() >= worked_share:
         return blurted(problem, rng)

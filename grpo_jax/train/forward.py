@@ -50,7 +50,7 @@ def completion_states(model: Model, params: Params, sequences: Sequences) -> Flo
     mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
     cache = model.init_cache(ids.shape[0], P + cache_columns(T))
     columns = jnp.pad(mask, ((0, 0), (0, cache_columns(T) - T)))
-    hidden, _ = model.apply(params, ids, positions(mask), columns, cache, 0, cuts=(P,))
+    hidden, _ = model.apply(params, ids, positions(mask), columns, cache, 0, block_bounds=(P,))
     return hidden[:, P - 1 : -1]
 
 
@@ -151,7 +151,7 @@ def pair_scores(model: Model, params: Params, pairs: Pairs) -> Float[Array, "B 2
     rows = as_rows(pairs)
     ids = jnp.concatenate([rows.prompt_ids, rows.completion_ids], axis=1)
     mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
-    return sequence_scores(model, params, ids, mask).reshape(-1, 2)
+    return reward_model_scores(model, params, ids, mask).reshape(-1, 2)
 
 
 def as_rows(pairs: Pairs) -> Rows:
@@ -165,7 +165,7 @@ def as_rows(pairs: Pairs) -> Rows:
     )
 
 
-def sequence_scores(
+def reward_model_scores(
     model: Model, params: Params, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
 ) -> Float[Array, " B"]:
     """A reward model's score of each sequence, in float32: its scalar head at the last attended token.

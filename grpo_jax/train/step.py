@@ -26,7 +26,7 @@ from grpo_jax.types import (
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
 
 
-def make_scorer(
+def make_log_prob_fn(
     log_probs: Callable[[Params, Rollout], tuple[Tokens, Tokens]], *, num_micro_batches: int = 1
 ) -> Callable[[Params, Rollout], Tokens]:
     """A jitted ``(params, rollout) -> log-probabilities`` for policies that are not being trained: old and reference.
@@ -110,7 +110,7 @@ def make_train_step(
 def split_rows(batch, parts: int):
     """Cut every array's rows into ``parts``, stacked: ``[B, ...] -> [parts, B / parts, ...]``.
 
-    Part i takes rows i, i + parts, ...: rows that lie sharded over devices are cut where they lie.
+    KVSegment i takes rows i, i + parts, ...: rows that lie sharded over devices are cut where they lie.
 
     Raises:
         ValueError: when ``parts`` does not divide the number of rows.

@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.code.program import extract_program, free_names, parsed
-from grpo_jax.rewards.code.sandbox import Ended, Limits, Sandbox, finish
+from grpo_jax.rewards.code.sandbox import Ended, Sandbox, SandboxLimits, finish
 from grpo_jax.rewards.code.test_cases import (
     PRELUDE,
     Test,
@@ -27,12 +27,12 @@ from grpo_jax.rewards.code.test_cases import (
     used_names,
     why_untestable,
 )
-from grpo_jax.rewards.compose import Graded
+from grpo_jax.rewards.compose import RewardOutput
 
 LONGEST_FEEDBACK = 2000
 DECIMAL = re.compile(r"[-+]?\d*\.\d*(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
-LIMITS = Limits()
+LIMITS = SandboxLimits()
 
 ALLOWED_ON_TESTS = ["call", "eq", "hash"]
 """What a program may do with the functions that a test hands it; anything more would let it look around in the test."""
@@ -63,10 +63,10 @@ def code_reward(
     tests: Sequence[Sequence[Test] | None],
     partial_credit: bool = False,
     tolerance: float | None = None,
-    limits: Limits = LIMITS,
+    limits: SandboxLimits = LIMITS,
     total_seconds: float = 20.0,
     **_columns: list[Any],
-) -> list[Graded]:
+) -> list[RewardOutput]:
     """1.0 where a completion's program passes every test, else 0.0, or the share of tests it passes.
 
     The program is what ``program.extract_program`` finds; without one the score is 0.0. It never sees what a test
@@ -78,7 +78,7 @@ def code_reward(
     the program: at types of its results, at its own ``__contains__``, or at a list that it changes after the call in
     which it was handed over.
 
-    Each entry is a ``Graded``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
+    Each entry is a ``RewardOutput``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
     and ``note`` is what the interpreter or the first failed test said.
 
     Args:
@@ -146,17 +146,17 @@ def _graded(
     partial_credit: bool,
     tolerance: float | None,
     total_seconds: float,
-) -> Graded:
+) -> RewardOutput:
     why = why_untestable(tests)
     if why is not None:
-        return Graded(None, note=why)
+        return RewardOutput(None, note=why)
     tests = [test for test in tests if not isinstance(test, str) or can_fail(test)]  # the others tell nothing
     texts = [test for test in tests if isinstance(test, str)]
     named = {test["fn_name"] for test in tests if not isinstance(test, str) and test.get("fn_name")}
     names = used_names(texts) if texts else named | ({"Solution"} if named else set())
     program = extract_program(completion, prompt=prompt, names=names, reads_input=reads_input(tests[0]))
     if program is None:
-        return Graded(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
+        return RewardOutput(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
     verdict = run_tests(
         with_typing(program),
         tests,
@@ -167,9 +167,9 @@ def _graded(
     )
     runnable = {"runnable": float(verdict.runnable)}
     if None in verdict.passed:
-        return Graded(None, runnable, verdict.feedback)
+        return RewardOutput(None, runnable, verdict.feedback)
     share = sum(map(bool, verdict.passed)) / verdict.tests
-    return Graded(share if partial_credit else float(share == 1), runnable, verdict.feedback)
+    return RewardOutput(share if partial_credit else float(share == 1), runnable, verdict.feedback)
 
 
 def with_typing(program: str) -> str:
@@ -287,7 +287,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _why(ended: Ended, limits: Limits) -> str:
+def _why(ended: Ended, limits: SandboxLimits) -> str:
     limit = {
         "time": f"took more than {limits.seconds:g} seconds of the processor, or {limits.wall_seconds:g} in all",
         "memory": f"took more than {limits.memory_bytes >> 20} MiB of memory",
@@ -303,5 +303,5 @@ def _inside(name: str) -> str:
 
 
 @cache
-def _sandbox(limits: Limits) -> Sandbox:
+def _sandbox(limits: SandboxLimits) -> Sandbox:
     return Sandbox(limits)

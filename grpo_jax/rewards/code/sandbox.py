@@ -38,7 +38,7 @@ class SandboxUnavailable(RuntimeError):  # noqa: N818 - the name says what is th
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What a program may use. What goes beyond fails in the program, or has all of it killed.
 
     Attributes:
@@ -135,7 +135,9 @@ class Sandbox:
             says what to do. Nothing is ever run outside.
     """
 
-    def __init__(self, limits: Limits = Limits(), *, packages: Sequence[str | Path] = (), python: str | None = None):
+    def __init__(
+        self, limits: SandboxLimits = SandboxLimits(), *, packages: Sequence[str | Path] = (), python: str | None = None
+    ):
         self.limits = limits
         self._packages = tuple(str(Path(folder).resolve()) for folder in packages)
         self._python = python or find_python()
@@ -196,7 +198,7 @@ class Sandbox:
 
 def finish(
     program: Program,
-    limits: Limits,
+    limits: SandboxLimits,
     *,
     beside: Sequence[Program] = (),
     beat: bool = False,
@@ -311,7 +313,7 @@ exec(compile(code, "program.py", "exec"), main.__dict__)
 """
 
 
-def _starter(limits: Limits, seconds: float, packages: Sequence[str], program: int) -> str:
+def _starter(limits: SandboxLimits, seconds: float, packages: Sequence[str], program: int) -> str:
     """What the interpreter runs first: it limits itself, then becomes the program in a file that is open for it."""
     bounds = {
         "RLIMIT_AS": limits.memory_bytes,

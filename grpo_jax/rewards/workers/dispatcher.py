@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import Any
 
 from grpo_jax.rewards.calling import is_per_sample
-from grpo_jax.rewards.compose import Graded, InvalidScoresError, RewardFn
-from grpo_jax.rewards.workers.jobs import Fault, Task, Worker
+from grpo_jax.rewards.compose import InvalidScoresError, RewardFn, RewardOutput
+from grpo_jax.rewards.workers.jobs import Job, RewardError, Worker
 from grpo_jax.rewards.workers.launch import death, processor_time, start
 from grpo_jax.rewards.workers.worker import receive, send
 
@@ -31,7 +31,7 @@ MOST_WAITING = 3.0
 """Deadlines that a worker may have waited for a processor, which count for nothing, before its own ends it."""
 SAMPLES_A_WORKER = 2000
 """Then a worker is replaced, so that what rewards keep does not add up."""
-KEPT_FAULTS = 1000
+KEPT_ERRORS = 1000
 STUCK_SECONDS = 10
 """A worker that stops in the middle of a message is taken for dead."""
 MOST_LINES = 20
@@ -42,7 +42,7 @@ class Dispatcher:
     """A thread with the workers of a ``RewardPool``; see there for its arguments and for how it treats them.
 
     Attributes:
-        faults: what could not be scored, the newest thousand.
+        errors: what could not be scored, the newest thousand.
         printed, num_printed: by reward, the last lines it printed and how many there were.
         replaced: how many workers were ended before the pool was closed.
         process: the one that has loaded the rewards and forks.
@@ -59,20 +59,20 @@ class Dispatcher:
     ):
         self._workers, self._deadline, self._batch_deadline = workers, deadline, batch_deadline
         self._functions = dict(rewards)
-        self.faults: deque[Fault] = deque(maxlen=KEPT_FAULTS)
+        self.errors: deque[RewardError] = deque(maxlen=KEPT_ERRORS)
         self.printed: dict[str, deque[str]] = {name: deque(maxlen=MOST_LINES) for name in rewards}
         self.num_printed = dict.fromkeys(rewards, 0)
         self.replaced = 0
-        self._outstanding: set[Future[list[Graded]]] = set()
+        self._outstanding: set[Future[list[RewardOutput]]] = set()
         self._patience = dict.fromkeys(rewards, FIRST_PATIENCE_SECONDS)
-        self._incoming: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._control, self.process = start(rewards, memory_bytes, deadline)
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
 
-    def submit(self, task: Task | None) -> None:
+    def submit(self, task: Job | None) -> None:
         """Have a task done, whose future gets the scores; None ends the thread.
 
         Raises:
@@ -83,7 +83,7 @@ class Dispatcher:
         self._incoming.put(task)
         self._wake.send(b"x")
 
-    def result(self, future: Future[list[Graded]]) -> list[Graded]:
+    def result(self, future: Future[list[RewardOutput]]) -> list[RewardOutput]:
         """The scores of a task that was submitted.
 
         Raises:
@@ -110,7 +110,7 @@ class Dispatcher:
     # What follows runs in the thread.
 
     def _run(self) -> None:
-        waiting: dict[str | None, deque[Task]] = {}
+        waiting: dict[str | None, deque[Job]] = {}
         active: list[Worker] = []
         reason: Exception = CancelledError("the pool was closed")
         with selectors.DefaultSelector() as selector:
@@ -131,7 +131,7 @@ class Dispatcher:
             os.close(worker.output)
 
     def _serve(
-        self, selector: selectors.BaseSelector, waiting: dict[str | None, deque[Task]], active: list[Worker]
+        self, selector: selectors.BaseSelector, waiting: dict[str | None, deque[Job]], active: list[Worker]
     ) -> bool:
         now = time.monotonic()  # before listening: what was answered by then is heard before a deadline is judged
         for key, _ in selector.select(self._until_due(active)):
@@ -168,7 +168,7 @@ class Dispatcher:
                 self._give(worker, tasks.popleft(), selector, active)
         return True
 
-    def _allowed(self, task: Task) -> float:
+    def _allowed(self, task: Job) -> float:
         """Seconds that a task may take."""
         if not task.is_batch:
             return self._deadline
@@ -220,7 +220,7 @@ class Dispatcher:
         active.append(worker)
         return worker
 
-    def _give(self, worker: Worker, task: Task, selector: selectors.BaseSelector, active: list[Worker]) -> None:
+    def _give(self, worker: Worker, task: Job, selector: selectors.BaseSelector, active: list[Worker]) -> None:
         worker.task, worker.name, worker.started = task, task.name, time.monotonic()
         worker.had_run, _ = processor_time(worker.pid)
         worker.due = worker.started + self._allowed(task)
@@ -252,7 +252,7 @@ class Dispatcher:
             if worker.straggling:
                 self._replace(worker, selector, active, None, "died")
 
-    def _settle(self, task: Task, said: Mapping[str, Any]) -> None:
+    def _settle(self, task: Job, said: Mapping[str, Any]) -> None:
         """Give a task its scores, or none where it failed as a whole."""
         if said.get("fault") == "wrong":
             self._outstanding.discard(task.future)
@@ -263,10 +263,10 @@ class Dispatcher:
             graded = [self._graded(task, row, each) for row, each in enumerate(said["scores"])]
             self._resolve(task, graded)
 
-    def _graded(self, task: Task, row: int, said: Mapping[str, Any]) -> Graded:
+    def _graded(self, task: Job, row: int, said: Mapping[str, Any]) -> RewardOutput:
         if "fault" in said:
             return self._failed(task, row, said["fault"], said["detail"])
-        return Graded(**{**said, "steps": tuple(map(tuple, said["steps"]))})
+        return RewardOutput(**{**said, "steps": tuple(map(tuple, said["steps"]))})
 
     def _replace(
         self, worker: Worker, selector: selectors.BaseSelector, active: list[Worker], why: str | None, kind: str
@@ -292,17 +292,17 @@ class Dispatcher:
             raise RuntimeError("the process that all workers are forks of has died")
         return json.loads(answer)
 
-    def _fail(self, task: Task, kind: str, detail: str) -> None:
+    def _fail(self, task: Job, kind: str, detail: str) -> None:
         """A task none of whose samples has a score; what it says stands beside the first of them."""
         if len(task.completions) > 1:
             detail = f"{detail.rstrip()}\n(the {len(task.completions)} completions of this batch have no score)"
         first = self._failed(task, 0, kind, detail)
         self._resolve(task, [first] * len(task.completions))
 
-    def _failed(self, task: Task, row: int, kind: str, detail: str) -> Graded:
-        self.faults.append(Fault(task.name, kind, detail, task.prompts[row], task.completions[row]))
-        return Graded(None, note=f"{kind}: {detail.strip().splitlines()[-1]}", failed=True)
+    def _failed(self, task: Job, row: int, kind: str, detail: str) -> RewardOutput:
+        self.errors.append(RewardError(task.name, kind, detail, task.prompts[row], task.completions[row]))
+        return RewardOutput(None, note=f"{kind}: {detail.strip().splitlines()[-1]}", failed=True)
 
-    def _resolve(self, task: Task, graded: list[Graded]) -> None:
+    def _resolve(self, task: Job, graded: list[RewardOutput]) -> None:
         self._outstanding.discard(task.future)
         task.future.set_result(graded)

@@ -6,11 +6,11 @@ import socket
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from grpo_jax.rewards.compose import Graded
+from grpo_jax.rewards.compose import RewardOutput
 
 
 @dataclass(frozen=True)
-class Fault:
+class RewardError:
     """A sample that a reward could not score; of a batch that failed as a whole, its first.
 
     Attributes:
@@ -28,7 +28,7 @@ class Fault:
 
 
 @dataclass
-class Task:
+class Job:
     """Samples to be scored by one reward in one call."""
 
     name: str
@@ -36,7 +36,7 @@ class Task:
     completions: list[str]
     body: bytes
     is_batch: bool
-    future: Future[list[Graded]]
+    future: Future[list[RewardOutput]]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Worker:
     output: int
     batch_reward: str | None = None
     done: int = 0
-    task: Task | None = None
+    task: Job | None = None
     name: str = ""
     started: float = 0.0
     had_run: float = 0.0

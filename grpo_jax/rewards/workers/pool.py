@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from grpo_jax.rewards.calling import arguments, is_async, is_per_sample
-from grpo_jax.rewards.compose import Graded, RewardFn
+from grpo_jax.rewards.compose import RewardFn, RewardOutput
 from grpo_jax.rewards.workers.dispatcher import MOST_LINES, Dispatcher
-from grpo_jax.rewards.workers.jobs import Fault, Task
+from grpo_jax.rewards.workers.jobs import Job, RewardError
 
 
 class RewardPool:
@@ -25,7 +25,7 @@ class RewardPool:
 
     A reward that is declared ``per_sample`` scores each sample alone, on any worker. A sample that takes too long,
     raises, returns NaN or no number, exhausts its memory or kills its process has no score and stands among
-    ``take_faults``; every other sample is scored as without a pool. Samples that hang do not hold up the others: a
+    ``take_errors``; every other sample is scored as without a pool. Samples that hang do not hold up the others: a
     worker that takes five times as long as is usual for its reward goes on at a low priority, up to 32 of them, and
     another takes its place. So a step waits about one deadline longer where samples sleep, and up to four where they
     compute without end and processors are scarce.
@@ -71,7 +71,7 @@ class RewardPool:
         self._functions = dict(rewards)
         self._sampled = [name for name, reward in rewards.items() if is_per_sample(reward) and not is_async(reward)]
         self._show = show
-        self._ahead: dict[bytes, list[Future[list[Graded]]]] = {}
+        self._ahead: dict[bytes, list[Future[list[RewardOutput]]]] = {}
         self._dispatcher = Dispatcher(rewards, memory_bytes=memory_bytes, **sizes)
 
     def __enter__(self) -> RewardPool:
@@ -93,7 +93,7 @@ class RewardPool:
         """Begin to score a sample with every reward of single samples, while others are still being drawn.
 
         A later call of the rewards with the same row takes these scores. What is asked ahead of that and never called
-        for is dropped with ``take_faults``.
+        for is dropped with ``take_errors``.
 
         Args:
             prompt, completion: the texts.
@@ -104,11 +104,11 @@ class RewardPool:
             self._ahead.setdefault(task.body, []).append(task.future)
             self._dispatcher.submit(task)
 
-    def take_faults(self) -> list[Fault]:
+    def take_errors(self) -> list[RewardError]:
         """What could not be scored since the last call, the newest thousand."""
-        faults = [self._dispatcher.faults.popleft() for _ in range(len(self._dispatcher.faults))]
+        errors = [self._dispatcher.errors.popleft() for _ in range(len(self._dispatcher.errors))]
         self._ahead.clear()
-        return faults
+        return errors
 
     def probe(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
         """Score one sample with every reward, so that one that cannot run is found before compute is spent.
@@ -119,13 +119,13 @@ class RewardPool:
         """
         for reward in self.rewards.values():
             reward([prompt], [completion], **{name: [value] for name, value in columns.items()})
-        for fault in self.take_faults():
+        for fault in self.take_errors():
             raise ValueError(
                 f"reward {fault.reward!r} cannot score a first example ({fault.kind}); the columns are {[*columns]}:\n"
                 f"{fault.detail}"
             )
 
-    def _score(self, name: str, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[Graded]:
+    def _score(self, name: str, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
         if not completions:
             return []
         if name in self._sampled:
@@ -142,7 +142,9 @@ class RewardPool:
         finally:
             self._show_printed()
 
-    def _begun(self, name: str, prompt: str, completion: str, columns: Mapping[str, list[Any]]) -> Future[list[Graded]]:
+    def _begun(
+        self, name: str, prompt: str, completion: str, columns: Mapping[str, list[Any]]
+    ) -> Future[list[RewardOutput]]:
         """The score of a sample to come: the one that was begun ahead, where there is one."""
         task = self._task(name, [prompt], [completion], columns)
         begun = self._ahead.get(task.body)
@@ -160,7 +162,7 @@ class RewardPool:
             if count > MOST_LINES:
                 self._show(f"{name}: ... {count - MOST_LINES} earlier lines are not shown")
 
-    def _task(self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Task:
+    def _task(self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Job:
         reward = self._functions[name]
         try:
             taken = set(arguments(reward, prompts, completions, columns)[1])
@@ -168,7 +170,7 @@ class RewardPool:
             raise ValueError(f"reward {name!r} {error}") from error
         own = {key: values for key, values in columns.items() if key in taken}
         body = pickle.dumps((name, prompts, completions, own))
-        return Task(name, prompts, completions, body, name not in self._sampled, Future())
+        return Job(name, prompts, completions, body, name not in self._sampled, Future())
 
 
 def default_workers() -> int:

@@ -21,7 +21,7 @@ from io import TextIOWrapper
 from typing import Any, cast
 
 from grpo_jax.rewards.calling import arguments, invoke, invoke_each, is_async, is_per_sample, warm_up
-from grpo_jax.rewards.compose import Graded, InvalidScoresError, as_graded
+from grpo_jax.rewards.compose import InvalidScoresError, RewardOutput, as_reward_outputs
 from grpo_jax.rewards.workers.processes import children, descendants
 
 LENGTH = struct.Struct("!I")
@@ -183,7 +183,7 @@ def scored(
     """The scores of a batch as JSON."""
     if not (is_async(reward) and is_per_sample(reward)):
         values = invoke(reward, arguments(reward, prompts, completions, columns))
-        return {"scores": [as_answer(graded) for graded in as_graded(values, completions)]}
+        return {"scores": [as_answer(graded) for graded in as_reward_outputs(values, completions)]}
     rows = [
         arguments(reward, [prompt], [completion], {name: [values[row]] for name, values in columns.items()})
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
@@ -199,7 +199,7 @@ def answer_of_one(values: Any, completion: str) -> dict[str, Any]:
     try:
         if isinstance(values, BaseException):
             raise values
-        return as_answer(as_graded(values, [completion])[0])
+        return as_answer(as_reward_outputs(values, [completion])[0])
     except Exception:
         return fault("raised")
 
@@ -209,7 +209,7 @@ def fault(kind: str) -> dict[str, Any]:
     return {"fault": kind, "detail": traceback.format_exc()}
 
 
-def as_answer(graded: Graded) -> dict[str, Any]:
+def as_answer(graded: RewardOutput) -> dict[str, Any]:
     """A score as JSON; NaN is a fault of the reward."""
     if graded.failed:
         return {"fault": "nan", "detail": "the reward returned NaN; None says that there is no score"}

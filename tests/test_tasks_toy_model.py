@@ -9,9 +9,16 @@ import pytest
 from grpo_jax.models import from_pretrained
 from grpo_jax.tasks.errands import Errand
 from grpo_jax.tasks.sums import make_tokenizer
-from grpo_jax.tasks.toy_model import HF_CONFIG, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, Recipe, corpus, make_base
+from grpo_jax.tasks.toy_model import (
+    HF_CONFIG,
+    MAX_COMPLETION_LENGTH,
+    MAX_PROMPT_LENGTH,
+    ToyConfig,
+    corpus,
+    make_toy_model,
+)
 
-QUICK = Recipe(skill_steps=4, mixture_steps=4, batch_size=64)
+QUICK = ToyConfig(skill_steps=4, mixture_steps=4, batch_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def test_the_longest_sum_fits():
     tokenizer = make_tokenizer()
     from grpo_jax.tasks.sums import Sum, worked
 
-    longest = Sum((9,) * Recipe().max_terms)
+    longest = Sum((9,) * ToyConfig().max_terms)
     assert len(tokenizer(longest.question)["input_ids"]) <= MAX_PROMPT_LENGTH
     assert len(tokenizer(worked(longest))["input_ids"]) + 1 <= MAX_COMPLETION_LENGTH
 
@@ -62,8 +69,8 @@ def test_the_longest_sum_fits():
 def test_the_base_follows_from_its_seed_and_is_reported(tmp_path):
     quick = replace(QUICK, skill_steps=2, mixture_steps=1, batch_size=8)
     reports = []
-    make_base(tmp_path / "one", quick, report=lambda step, metrics: reports.append((step, metrics["loss"])))
-    make_base(tmp_path / "two", quick)
+    make_toy_model(tmp_path / "one", quick, report=lambda step, metrics: reports.append((step, metrics["loss"])))
+    make_toy_model(tmp_path / "two", quick)
     one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     assert texts(next(corpus(quick))) != texts(next(corpus(replace(quick, seed=1))))
@@ -101,8 +108,8 @@ def test_the_share_of_errands_is_of_each_batch(share, count):
 
 @pytest.mark.slow
 def test_the_size_is_the_recipes_and_the_default_is_what_it_was(tmp_path):
-    assert Recipe().hf_config == HF_CONFIG
-    make_base(tmp_path / "small", replace(QUICK, skill_steps=1, mixture_steps=1, hidden_size=32, num_layers=1))
+    assert ToyConfig().hf_config == HF_CONFIG
+    make_toy_model(tmp_path / "small", replace(QUICK, skill_steps=1, mixture_steps=1, hidden_size=32, num_layers=1))
     loaded = from_pretrained(tmp_path / "small")
     assert (loaded.config.hidden_size, loaded.hf_config["intermediate_size"]) == (32, 64)
     assert loaded.hf_config["num_hidden_layers"] == 1
@@ -112,4 +119,4 @@ def test_the_size_is_the_recipes_and_the_default_is_what_it_was(tmp_path):
 @pytest.mark.parametrize("name", ["hidden_size", "num_layers"])
 def test_a_model_of_no_size_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-        Recipe(**{name: 0})
+        ToyConfig(**{name: 0})

@@ -9,9 +9,9 @@ import zlib
 
 import pytest
 
-from grpo_jax.rewards import code_tests
+from grpo_jax.rewards.code import test_formats
 from grpo_jax.rewards.code.reward import code_reward, run_tests, same_output
-from grpo_jax.rewards.code.sandbox import Limits, Sandbox
+from grpo_jax.rewards.code.sandbox import Sandbox, SandboxLimits
 from grpo_jax.rewards.code.test_cases import used_names, why_untestable
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -86,7 +86,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_the_tests_of_published_rows(name):
     row, expected = ROWS[name]
-    found = code_tests.tests_from_row(row)
+    found = test_formats.tests_from_row(row)
     for each in expected or ():
         if isinstance(each, dict):
             each.pop("testtype", None)
@@ -98,7 +98,7 @@ def test_the_tests_of_published_rows(name):
 def test_a_pickle_that_could_run_code_is_never_loaded(capsys):
     row = {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()}
     with pytest.raises(ValueError, match=r"private_test_cases is neither JSON nor .*it asks for builtins.print"):
-        code_tests.tests_from_row(row)
+        test_formats.tests_from_row(row)
     assert capsys.readouterr().out == ""
 
 
@@ -146,7 +146,7 @@ def test_what_tests_take_from_the_program(tests, names):
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return Sandbox(Limits(seconds=3.0, wall_seconds=20.0))
+    return Sandbox(SandboxLimits(seconds=3.0, wall_seconds=20.0))
 
 
 PYTEST = "def test_add():\n    assert add(3, 4) == 7\n\n\ndef test_more():\n    assert add(0, 1) == 1\n"
@@ -258,7 +258,7 @@ def test_the_end_of_a_program_is_not_an_error_that_a_test_may_catch(ending, sand
 
 @needs_bubblewrap
 def test_more_output_than_the_limit_is_right_where_it_is_expected(sandbox):
-    small = Sandbox(Limits(seconds=3.0, wall_seconds=20.0, output_bytes=10_000))
+    small = Sandbox(SandboxLimits(seconds=3.0, wall_seconds=20.0, output_bytes=10_000))
     test = {"input": "", "output": "x" * 50_000}
     assert run_tests("print('x' * 50_000)", [test], small).passed == (True,)
     assert run_tests("print('x' * 500_000)", [test], small).passed == (False,)

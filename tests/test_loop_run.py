@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop.compilation import count_compilations, processor, showing_compilations
+from grpo_jax.loop.compilation import count_compilations, processor, reporting_compilations
 from grpo_jax.loop.run import Run, Stopped
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.monitor.alarms import Fired
+from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.samples import Sample
-from grpo_jax.rewards.workers.pool import Fault
+from grpo_jax.rewards.workers.pool import RewardError
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Config:
 
 def open_run(folder, config=Config(), **options):
     console = Console(width=100, file=io.StringIO(), record=True)
-    return Run(folder, config, title="a test", may_change=["where"], plain=True, console=console, **options)
+    return Run(folder, config, title="a test", resumable_fields=["where"], plain=True, console=console, **options)
 
 
 def test_s6_another_configuration_is_refused_with_the_differences(tmp_path):
@@ -138,10 +138,10 @@ def test_all_samples_are_written_and_the_shown_ones_printed(tmp_path):
 def test_alarms_are_said_and_written_and_may_ask_for_a_checkpoint_or_a_stop(tmp_path):
     with open_run(tmp_path / "run") as run:
         assert not run.raise_alarms([])
-        assert not run.raise_alarms([Fired(1, "truncation", "warn", "too long")])
-        assert run.raise_alarms([Fired(2, "hacking", "checkpoint", "it pays")])
+        assert not run.raise_alarms([Alarm(1, "truncation", "warn", "too long")])
+        assert run.raise_alarms([Alarm(2, "hacking", "checkpoint", "it pays")])
         assert not run.stop_requested
-        assert run.raise_alarms([Fired(3, "hacking", "stop", "it pays")])
+        assert run.raise_alarms([Alarm(3, "hacking", "stop", "it pays")])
         assert run.stop_requested
         assert [row["level"] for row in read_jsonl(run.alarms_log.path)] == ["warn", "checkpoint", "stop"]
         assert "ALARM at step 2: hacking (checkpoint): it pays" in run.progress.console.export_text()
@@ -149,12 +149,16 @@ def test_alarms_are_said_and_written_and_may_ask_for_a_checkpoint_or_a_stop(tmp_
 
 def test_faults_are_written_and_the_first_is_said(tmp_path):
     with open_run(tmp_path / "run") as run:
-        run.log_faults(1, [])
-        run.log_faults(2, [Fault("math", "raised", "Traceback\nZeroDivisionError: by zero", "p", "the culprit")] * 3)
-        rows = read_jsonl(run.faults_log.path)
+        run.log_reward_errors(1, [])
+        run.log_reward_errors(
+            2, [RewardError("math", "raised", "Traceback\nZeroDivisionError: by zero", "p", "the culprit")] * 3
+        )
+        rows = read_jsonl(run.reward_errors_log.path)
         said = run.progress.console.export_text()
     assert [(row["step"], row["completion"]) for row in rows] == [(2, "the culprit")] * 3
-    assert "step 2: 3 scores are absent (faults.jsonl); the first: math raised: ZeroDivisionError: by zero" in said
+    assert (
+        "step 2: 3 scores are absent (reward_errors.jsonl); the first: math raised: ZeroDivisionError: by zero" in said
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -225,8 +229,8 @@ def test_compilations_are_counted():
 def test_programs_are_found_again_by_a_second_run_that_compiles_nothing(tmp_path):
     code = """
 import jax
-from grpo_jax.loop.compilation import count_compilations, keep_programs
-keep_programs()
+from grpo_jax.loop.compilation import count_compilations, enable_compilation_cache
+enable_compilation_cache()
 count = count_compilations()
 jax.jit(lambda x: x * 3 + 1)(jax.numpy.zeros(17))
 print(count())
@@ -288,7 +292,7 @@ def test_what_a_run_works_with_is_said_in_aligned_lines(tmp_path):
 
 def test_the_program_that_is_being_compiled_is_told():
     said = []
-    with showing_compilations(said.append):
+    with reporting_compilations(said.append):
         jax.jit(lambda x: jnp.sin(x) * 17.0 + x, static_argnums=())(jnp.arange(13.0))
     assert "<lambda>" in said
     assert said[-1] is None

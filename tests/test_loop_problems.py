@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings, PolicyLossSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.data.notes import DataNotes, prompt_key
 from grpo_jax.data.problems import reward_columns
 from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
@@ -32,27 +32,27 @@ def prompts(problems):
 
 
 def test_built_in_sums_are_held_out_whatever_the_seed():
-    held_out = [prompts(load_problem_sets(DataSettings(eval_problems=64), seed)[1]) for seed in (0, 1)]
+    held_out = [prompts(load_problem_sets(DataConfig(eval_size=64), seed)[1]) for seed in (0, 1)]
     assert held_out[0] == held_out[1]  # runs with different seeds are compared on the same problems
     for seed in (0, 1):
-        assert not prompts(load_problem_sets(DataSettings(), seed)[0]) & held_out[0]
+        assert not prompts(load_problem_sets(DataConfig(), seed)[0]) & held_out[0]
     assert len(held_out[0]) == 64
 
 
 def test_a_single_file_is_divided(tmp_path):
     path = write_problems(tmp_path / "train.jsonl", 50)
-    problems, held_out, reward, _ = load_problem_sets(DataSettings(dataset=path), 0)
+    problems, held_out, reward, _ = load_problem_sets(DataConfig(dataset=path), 0)
     assert (len(problems), len(held_out)) == (45, 5)
     assert not prompts(problems) & prompts(held_out)
-    assert prompts(load_problem_sets(DataSettings(dataset=path), 1)[1]) == prompts(held_out)
+    assert prompts(load_problem_sets(DataConfig(dataset=path), 1)[1]) == prompts(held_out)
     assert reward(["0+1="], ["<answer>1</answer>"], answer=["1"]) == [1.0]
-    assert len(load_problem_sets(DataSettings(dataset=path, eval_problems=2), 0)[1]) == 2
+    assert len(load_problem_sets(DataConfig(dataset=path, eval_size=2), 0)[1]) == 2
 
 
 def test_a_folder_has_its_splits_and_shared_problems_are_not_held_out(tmp_path):
     write_problems(tmp_path / "train.jsonl", 10)
     write_problems(tmp_path / "test.jsonl", 10, start=6)
-    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=str(tmp_path)), 0)
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=str(tmp_path)), 0)
     assert len(problems) == 10
     assert prompts(held_out) == {f"{i}+1=" for i in range(10, 16)}
 
@@ -60,7 +60,7 @@ def test_a_folder_has_its_splits_and_shared_problems_are_not_held_out(tmp_path):
 def test_held_out_problems_may_come_from_elsewhere(tmp_path):
     train = write_problems(tmp_path / "train.jsonl", 10)
     other = write_problems(tmp_path / "other.jsonl", 10, start=100)
-    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=train, eval_dataset=other), 0)
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=train, eval_dataset=other), 0)
     assert (len(problems), len(held_out)) == (10, 10)
 
 
@@ -68,14 +68,12 @@ def test_held_out_problems_may_come_from_elsewhere(tmp_path):
 def test_nothing_left_to_hold_out(tmp_path, count):
     path = write_problems(tmp_path / "train.jsonl", count)
     with pytest.raises(ValueError, match="name others with eval_dataset or eval_split"):
-        load_problem_sets(DataSettings(dataset=path), 0)
+        load_problem_sets(DataConfig(dataset=path), 0)
 
 
 def test_reasoning_gym_brings_its_own_reward():
     pytest.importorskip("reasoning_gym")
-    problems, held_out, reward, _ = load_problem_sets(
-        DataSettings(dataset="reasoning-gym:chain_sum", eval_problems=5), 0
-    )
+    problems, held_out, reward, _ = load_problem_sets(DataConfig(dataset="reasoning-gym:chain_sum", eval_size=5), 0)
     assert len(held_out) == 5
     assert not prompts(problems) & prompts(held_out)
     columns = {"entry": [held_out[0].columns["entry"]], "answer": [held_out[0].answer]}
@@ -84,31 +82,31 @@ def test_reasoning_gym_brings_its_own_reward():
 
 def test_templates():
     tokenizer = make_tokenizer()
-    problems, _, _, _ = load_problem_sets(DataSettings(), 0)
+    problems, _, _, _ = load_problem_sets(DataConfig(), 0)
     encode = {"pad_id": 0, "max_prompt_length": 20}
-    encoded = encode_problems(DataSettings(), problems[:1], tokenizer, rendering={"template": "1+{question}"}, **encode)
+    encoded = encode_problems(DataConfig(), problems[:1], tokenizer, rendering={"template": "1+{question}"}, **encode)
     assert encoded.texts == [f"1+{problems[0].prompt}"]
     with pytest.raises(ValueError, match="chat template"):
-        encode_problems(DataSettings(), problems[:1], tokenizer, rendering={"template": None}, **encode)
+        encode_problems(DataConfig(), problems[:1], tokenizer, rendering={"template": None}, **encode)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_problems": 0}, "eval_problems is 0"),
+        ({"eval_size": 0}, "eval_size is 0"),
         ({"chat_template": True, "template": "{question}"}, "both set"),
     ],
 )
 def test_settings_that_contradict(options, message):
     with pytest.raises(ValueError, match=message):
-        DataSettings(**options)
+        DataConfig(**options)
 
 
 def test_mesh_and_optimizer_are_built():
-    assert dict(MeshSettings(data=2, fsdp=2, tensor=2).build().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    _, schedule = OptimizerSettings(decay="linear").build(total_updates=3, default_learning_rate=0.5)
+    assert dict(MeshConfig(data=2, fsdp=2, tensor=2).build().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    _, schedule = OptimizerConfig(decay="linear").build(total_updates=3, default_learning_rate=0.5)
     assert float(schedule(3)) == 0.5  # a run shorter than the warm-up still reaches its peak
-    _, schedule = OptimizerSettings(learning_rate=0.25, decay="constant").build(
+    _, schedule = OptimizerConfig(learning_rate=0.25, decay="constant").build(
         total_updates=9, default_learning_rate=0.5
     )
     assert float(schedule(9)) == 0.25
@@ -118,11 +116,11 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
     pytest.importorskip("reasoning_gym")
     train = write_problems(tmp_path / "train.jsonl", 10)
     other = write_problems(tmp_path / "other.jsonl", 40, start=100)
-    held_out = load_problem_sets(DataSettings(dataset=train, eval_dataset=other, eval_problems=10), 0)[1]
+    held_out = load_problem_sets(DataConfig(dataset=train, eval_dataset=other, eval_size=10), 0)[1]
     first = {f"{i}+1=" for i in range(100, 110)}
     assert len(held_out) == 10
     assert {problem.prompt for problem in held_out} != first
-    settings = DataSettings(dataset=train, eval_dataset="reasoning-gym:chain_sum", eval_problems=5)
+    settings = DataConfig(dataset=train, eval_dataset="reasoning-gym:chain_sum", eval_size=5)
     _, held_out, reward, held_out_reward = load_problem_sets(settings, 0)
     texts = [f"<answer>{problem.answer}</answer>" for problem in held_out]
     assert held_out_reward([""] * 5, texts, **reward_columns(held_out)) == [1.0] * 5
@@ -132,18 +130,18 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DataSettings(template="no place"), "must hold {question}"),
-        (lambda: DataSettings(system_prompt="be brief", template="{question}"), "system_prompt needs chat_template"),
-        (lambda: DataSettings(partial_credit=True), "partial_credit scores programs"),
-        (lambda: DataSettings(dataset="a.jsonl", grader="math", partial_credit=True), "partial_credit scores programs"),
-        (lambda: OptimizerSettings(learning_rate=0.0), "learning_rate is 0.0"),
-        (lambda: OptimizerSettings(max_grad_norm=0.0), "max_grad_norm is 0.0"),
-        (lambda: OptimizerSettings(warmup_updates=-1), "warmup_updates is -1"),
-        (lambda: OptimizerSettings(b2=1.0), "b2 is 1.0"),
-        (lambda: PolicyLossSettings(importance_cap=0.0), "importance_cap is 0"),
-        (lambda: PolicyLossSettings(epsilon_low=-0.1), "epsilon_low is -0.1"),
-        (lambda: PolicyLossSettings(kl="k1", kl_coef=0.1), "knows nothing of the reference"),
-        (lambda: PolicyLossSettings(kl_correction=True), "kl_coef is 0"),
+        (lambda: DataConfig(template="no place"), "must hold {question}"),
+        (lambda: DataConfig(system_prompt="be brief", template="{question}"), "system_prompt needs chat_template"),
+        (lambda: DataConfig(partial_credit=True), "partial_credit scores programs"),
+        (lambda: DataConfig(dataset="a.jsonl", grader="math", partial_credit=True), "partial_credit scores programs"),
+        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate is 0.0"),
+        (lambda: OptimizerConfig(max_grad_norm=0.0), "max_grad_norm is 0.0"),
+        (lambda: OptimizerConfig(warmup_updates=-1), "warmup_updates is -1"),
+        (lambda: OptimizerConfig(b2=1.0), "b2 is 1.0"),
+        (lambda: PolicyLossConfig(importance_cap=0.0), "importance_cap is 0"),
+        (lambda: PolicyLossConfig(epsilon_low=-0.1), "epsilon_low is -0.1"),
+        (lambda: PolicyLossConfig(kl="k1", kl_coef=0.1), "knows nothing of the reference"),
+        (lambda: PolicyLossConfig(kl_correction=True), "kl_coef is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
@@ -156,7 +154,7 @@ def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
 
 def test_problems_with_tests_are_graded_by_running_programs(tmp_path):
     rows = [{"question": f"Write f({i}).", "tests": [f"assert f() == {i}"]} for i in range(20)]
-    settings = DataSettings(dataset=write_rows(tmp_path / "code.jsonl", rows), partial_credit=True, program_seconds=1.0)
+    settings = DataConfig(dataset=write_rows(tmp_path / "code.jsonl", rows), partial_credit=True, program_seconds=1.0)
     problems, _, reward, _ = load_problem_sets(settings, 0)
     assert problems[0].answer is None
     assert reward.func is code_reward
@@ -166,41 +164,41 @@ def test_problems_with_tests_are_graded_by_running_programs(tmp_path):
 
 def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
     sums = write_rows(tmp_path / "sums.jsonl", [{"question": f"{i}+1", "answer": i + 1} for i in range(20)])
-    assert load_problem_sets(DataSettings(dataset=sums), 0)[2] is math_reward
-    assert load_problem_sets(DataSettings(dataset=sums, grader="exact"), 0)[2] is answer_reward
+    assert load_problem_sets(DataConfig(dataset=sums), 0)[2] is math_reward
+    assert load_problem_sets(DataConfig(dataset=sums, grader="exact"), 0)[2] is answer_reward
     assert (
-        same_answers_of(DataSettings(dataset=sums))
-        is same_answers_of(DataSettings(dataset=sums, grader="math"))
+        same_answers_of(DataConfig(dataset=sums))
+        is same_answers_of(DataConfig(dataset=sums, grader="math"))
         is same_answers
     )
-    for by_text in (DataSettings(dataset=sums, grader="exact"), DataSettings(), DataSettings(dataset="errands")):
-        assert by_text.same is same_text
+    for by_text in (DataConfig(dataset=sums, grader="exact"), DataConfig(), DataConfig(dataset="errands")):
+        assert same_answers_of(by_text) is same_text
     with pytest.raises(ValueError, match=r"partial_credit scores programs by their tests; .*sums.jsonl has none"):
-        load_problem_sets(DataSettings(dataset=sums, partial_credit=True), 0)
+        load_problem_sets(DataConfig(dataset=sums, partial_credit=True), 0)
     with pytest.raises(ValueError, match=r"has no column tests, which the grader code needs; it has \[\]"):
-        load_problem_sets(DataSettings(dataset=sums, grader="code"), 0)
+        load_problem_sets(DataConfig(dataset=sums, grader="code"), 0)
     unread = write_rows(tmp_path / "bad.jsonl", [{"question": f"{i}", "answer": r"\\frac{1}{"} for i in range(20)])
     with pytest.raises(ValueError, match=r"the grader math cannot read 20, such as .*choose another grader"):
-        load_problem_sets(DataSettings(dataset=unread), 0)
+        load_problem_sets(DataConfig(dataset=unread), 0)
     malformed = write_rows(tmp_path / "tests.jsonl", [{"question": f"{i}", "tests": ["assert ("]} for i in range(20)])
     with pytest.raises(ValueError, match="the grader code cannot read 20"):
-        load_problem_sets(DataSettings(dataset=malformed), 0)
+        load_problem_sets(DataConfig(dataset=malformed), 0)
     bare = write_rows(tmp_path / "bare.jsonl", [{"question": f"{i}", "level": 1} for i in range(20)])
     with pytest.raises(KeyError, match="no column is known as an answer"):
-        load_problem_sets(DataSettings(dataset=bare), 0)
+        load_problem_sets(DataConfig(dataset=bare), 0)
 
 
 def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
     with pytest.raises(KeyError, match="Where a reward model judges, set grader to none"):
-        load_problem_sets(DataSettings(dataset=str(path)), 0)
-    problems, held_out, reward, held_out_reward = load_problem_sets(DataSettings(dataset=str(path), grader="none"), 0)
+        load_problem_sets(DataConfig(dataset=str(path)), 0)
+    problems, held_out, reward, held_out_reward = load_problem_sets(DataConfig(dataset=str(path), grader="none"), 0)
     assert {problem.answer for problem in problems + held_out} == {None}
     assert not prompts(problems) & prompts(held_out)
     assert reward(["a", "b"], ["c", "d"], answer=[None, None]) == held_out_reward(["a", "b"], ["c", "d"]) == [None] * 2
     with pytest.raises(ValueError, match="the built-in problems have answers"):
-        DataSettings(grader="none")
+        DataConfig(grader="none")
 
 
 # What the data are like ----------------------------------------------------------------------------------------------
@@ -209,12 +207,12 @@ def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
 def test_an_evaluation_is_of_every_row_of_a_file(tmp_path):
     path = write_problems(tmp_path / "a.jsonl", 361)
     notes = DataNotes()
-    problems, reward = load_evaluation_problems(DataSettings(dataset=path, eval_problems=None), notes)
+    problems, reward = load_evaluation_problems(DataConfig(dataset=path, eval_size=None), notes)
     assert len(problems) == 361
     assert reward is math_reward
     assert notes.lines() == [f"361 of 361 problems of {path} are for evaluation"]
     notes = DataNotes()
-    problems, _ = load_evaluation_problems(DataSettings(dataset=path, eval_problems=20), notes)
+    problems, _ = load_evaluation_problems(DataConfig(dataset=path, eval_size=20), notes)
     assert len(problems) == 20
     assert [problem.prompt for problem in problems] != [f"{n}+1=" for n in range(20)]  # a sample
     assert notes.lines() == [f"20 of 361 problems of {path} are for evaluation"]
@@ -223,10 +221,10 @@ def test_an_evaluation_is_of_every_row_of_a_file(tmp_path):
 def test_training_says_how_much_of_a_file_it_holds_out(tmp_path):
     path = write_problems(tmp_path / "a.jsonl", 361)
     notes = DataNotes()
-    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=path), 0, notes)
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=path), 0, notes)
     assert (len(problems), len(held_out)) == (325, 36)
     assert notes.lines() == [f"36 of 361 rows of {path} are held out for evaluation"]
-    assert len(load_problem_sets(DataSettings(dataset=path, eval_problems=None), 0)[1]) == 36
+    assert len(load_problem_sets(DataConfig(dataset=path, eval_size=None), 0)[1]) == 36
 
 
 def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
@@ -236,7 +234,7 @@ def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
     folder = str(tmp_path)
 
     def count(**changes):
-        return len(load_evaluation_problems(DataSettings(dataset=folder, eval_problems=None, **changes))[0])
+        return len(load_evaluation_problems(DataConfig(dataset=folder, eval_size=None, **changes))[0])
 
     assert count() == 12
     assert count(eval_split="validation") == 11
@@ -248,16 +246,16 @@ def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
 
 
 def test_built_in_problems_of_an_evaluation_are_those_held_out():
-    everything = load_problem_sets(DataSettings(), 0)[1]
-    assert load_evaluation_problems(DataSettings())[0] == everything
-    assert load_evaluation_problems(DataSettings(eval_problems=None))[0] == everything
-    errands = DataSettings(dataset="errands", eval_problems=5)
+    everything = load_problem_sets(DataConfig(), 0)[1]
+    assert load_evaluation_problems(DataConfig())[0] == everything
+    assert load_evaluation_problems(DataConfig(eval_size=None))[0] == everything
+    errands = DataConfig(dataset="errands", eval_size=5)
     assert load_evaluation_problems(errands)[0] == load_problem_sets(errands, 0)[1]
 
 
 def test_a_folder_with_one_split_is_divided(tmp_path):
     write_problems(tmp_path / "train.jsonl", 30)
-    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=str(tmp_path)), 0)
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=str(tmp_path)), 0)
     assert (len(problems), len(held_out)) == (27, 3)
 
 
@@ -266,9 +264,9 @@ def test_bad_rows_are_an_error_or_skipped_and_counted(tmp_path):
         tmp_path / "a.jsonl", [{"question": f"{n}+1=", "answer": None if n == 7 else n + 1} for n in range(361)]
     )
     with pytest.raises(ValueError, match=r"a\.jsonl:8, column 'answer'"):
-        load_problem_sets(DataSettings(dataset=path), 0)
+        load_problem_sets(DataConfig(dataset=path), 0)
     notes, said = DataNotes(), []
-    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=path, skip_bad_rows=True), 0, notes)
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=path, skip_bad_rows=True), 0, notes)
     assert len(problems) + len(held_out) == 360
     notes.report(said.append, tmp_path / "data.json")
     assert said[-2] == "1 rows skipped:"
@@ -289,7 +287,7 @@ def test_duplicates_and_contradictions_are_counted(tmp_path):
     rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(30)]
     rows += [{"question": " 1+1= ", "answer": 2}, {"question": "2+1=", "answer": 4}]
     notes = DataNotes()
-    load_problem_sets(DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0, notes)
+    load_problem_sets(DataConfig(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0, notes)
     assert notes.counts["duplicates"] == 2
     assert notes.counts["contradicting_duplicates"] == 1
     assert notes.lines()[0] == (
@@ -299,7 +297,7 @@ def test_duplicates_and_contradictions_are_counted(tmp_path):
 
 def test_duplicates_stay_on_one_side_of_the_division(tmp_path):
     rows = [{"question": text, "answer": n} for n in range(50) for text in (f"What is {n}?", f"WHAT  is {n}?\n")]
-    problems, held_out, _, _ = load_problem_sets(DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
     assert not {key_of(problem) for problem in problems} & {key_of(problem) for problem in held_out}
 
 
@@ -308,7 +306,7 @@ def test_leaks_between_training_and_held_out_rows_are_removed_and_said(tmp_path)
     test = [{"question": f"what  is {n}? ", "answer": n} for n in range(15, 30)]
     test += [{"question": [{"role": "user", "content": "What is 3?"}], "answer": 3}]
     notes = DataNotes()
-    settings = DataSettings(dataset=train, eval_dataset=write_rows(tmp_path / "test.jsonl", test))
+    settings = DataConfig(dataset=train, eval_dataset=write_rows(tmp_path / "test.jsonl", test))
     held_out = load_problem_sets(settings, 0, notes)[1]
     assert {problem.answer for problem in held_out} == {str(n) for n in range(20, 30)}
     assert notes.counts["leaks"] == 6
@@ -326,7 +324,7 @@ def test_conversations_are_told_apart_by_role_and_text():
 
 def test_each_of_several_answers_counts(tmp_path):
     rows = [{"question": f"{n}+1=", "answer": [str(n + 1), f"x={n}"] if n else "1"} for n in range(30)]
-    problems, _, reward, _ = load_problem_sets(DataSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
+    problems, _, reward, _ = load_problem_sets(DataConfig(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
     columns = reward_columns(problems)
     numbers = [int(str(problem.prompt).partition("+")[0]) for problem in problems]
     for right in ("{0}", "x={1}"):
@@ -338,7 +336,7 @@ def test_each_of_several_answers_counts(tmp_path):
 
 
 def test_a_constant_learning_rate_is_the_same_for_runs_of_any_length():
-    settings = OptimizerSettings(decay="constant", warmup_updates=4, learning_rate=1e-3)
+    settings = OptimizerConfig(decay="constant", warmup_updates=4, learning_rate=1e-3)
     rates = [
         [float(settings.build(total_updates=total, default_learning_rate=1.0)[1](step)) for step in range(12)]
         for total in (2, 4, 100)

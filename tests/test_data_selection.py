@@ -12,8 +12,8 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.data.selection import (
     FILTERS,
     Choice,
-    Collected,
-    SelectionSettings,
+    ProblemSamples,
+    SelectionConfig,
     balanced,
     check_some_left,
     choose,
@@ -21,12 +21,12 @@ from grpo_jax.data.selection import (
     reaches,
 )
 
-ALL = SelectionSettings(threshold=-1e6, per_problem=100)
+ALL = SelectionConfig(threshold=-1e6, per_problem=100)
 
 
 def collected(completions, total, place=0, truncated=None, **rewards):
     G = len(completions)
-    return Collected(
+    return ProblemSamples(
         place=place,
         problem=Problem("1+2=", "3"),
         prompt="1+2=",
@@ -62,7 +62,7 @@ def test_required_parts_must_be_there_and_reach_their_least():
     assert chosen(found, require=("language=0.9",)) == (1, 2)
     assert chosen(found, require=("format=1", "language=0.9")) == ()
     assert chosen(found, require=("absent=0",)) == ()
-    assert SelectionSettings(require=("format=1", "a=b=-2e-1")).minima == {"format": 1.0, "a=b": -0.2}
+    assert SelectionConfig(require=("format=1", "a=b=-2e-1")).minima == {"format": 1.0, "a=b": -0.2}
 
 
 def test_of_equal_texts_the_best_is_kept_and_white_space_tells_none_apart():
@@ -81,9 +81,9 @@ def test_the_cap_keeps_the_highest_totals_and_of_equal_ones_the_first():
 
 def test_problems_that_pass_too_often_are_left_out():
     found = collected([*"abcde"], [1.0, 1.0, 0.0, 0.0, None])
-    assert choose(found, SelectionSettings())[0].pass_rate == 0.5  # of those that have a score
+    assert choose(found, SelectionConfig())[0].pass_rate == 0.5  # of those that have a score
     assert chosen(found, threshold=1.0, max_pass_rate=0.5) == (0, 1)
-    choice, left = choose(found, SelectionSettings(max_pass_rate=0.49))
+    choice, left = choose(found, SelectionConfig(max_pass_rate=0.49))
     assert (choice.samples, left["distinct"], left["not_too_easy"]) == ((), 2, 0)
 
 
@@ -112,7 +112,7 @@ samples = st.lists(
 @given(samples, st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.3, 0.5, 1.0]), st.booleans())
 def test_whatever_is_drawn_all_that_is_kept_is_good_and_nothing_better_is_left_out(drawn, cap, least, most, with_form):
     texts, totals, truncated, form = map(list, zip(*drawn, strict=True))
-    settings = SelectionSettings(least, ("format=1",) if with_form else (), cap, most)
+    settings = SelectionConfig(least, ("format=1",) if with_form else (), cap, most)
     choice, left = choose(collected(texts, totals, truncated=truncated, format=form), settings)
     good = [
         n
@@ -202,7 +202,7 @@ def test_who_goes_without_is_drawn_from_the_seed():
 @pytest.mark.parametrize(
     ("emptied", "said"),
     [
-        ("scored", "faults.jsonl"),
+        ("scored", "reward_errors.jsonl"),
         ("complete", "max_completion_length"),
         ("right", "threshold = 1.0"),
         ("of_form", r"\['format=1'\]"),
@@ -212,8 +212,8 @@ def test_who_goes_without_is_drawn_from_the_seed():
 def test_nothing_left_is_an_error_that_names_the_filter(emptied, said):
     counts = {name: 0 if n >= FILTERS.index(emptied) else 5 for n, name in enumerate(FILTERS)}
     with pytest.raises(ValueError, match=f"nothing is selected: .*{said}.*'drawn': 5"):
-        check_some_left(counts, SelectionSettings(require=("format=1",)))
-    check_some_left(dict.fromkeys(FILTERS, 1), SelectionSettings())
+        check_some_left(counts, SelectionConfig(require=("format=1",)))
+    check_some_left(dict.fromkeys(FILTERS, 1), SelectionConfig())
 
 
 @pytest.mark.parametrize(
@@ -233,34 +233,34 @@ def test_nothing_left_is_an_error_that_names_the_filter(emptied, said):
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        SelectionSettings(**settings)
+        SelectionConfig(**settings)
 
 
 def test_what_is_required_must_be_scored():
-    settings = SelectionSettings(require=("format=1", "code/tests=1"))
+    settings = SelectionConfig(require=("format=1", "code/tests=1"))
     settings.check_parts(["format", "code"])
     with pytest.raises(
         ValueError, match=r"\['code/tests'\] are not scored; what is scored is \['accuracy', 'format'\]"
     ):
         settings.check_parts(["accuracy", "format"])
     with pytest.raises(ValueError, match="require: format=2 keeps nothing; the highest score of format is 1"):
-        SelectionSettings(require=("format=2",)).check_parts(["format"])
+        SelectionConfig(require=("format=2",)).check_parts(["format"])
 
 
 def test_pairs_are_of_a_right_and_a_wrong_completion_and_none_is_in_two():
     found = collected(["a", "b", "c", "d", "e"], [0.0, 1.0, 0.0, 1.0, 0.0])
-    right = SelectionSettings()
+    right = SelectionConfig()
     assert preferred(found, right, most=9) == [(1, 0), (3, 2)]
     assert preferred(found, right, most=1) == [(1, 0)]
-    assert preferred(found, SelectionSettings(threshold=0.0), most=9) == []
-    assert preferred(collected(["a", "b"], [0.4, 0.2]), SelectionSettings(threshold=0.3), most=9) == [(0, 1)]
+    assert preferred(found, SelectionConfig(threshold=0.0), most=9) == []
+    assert preferred(collected(["a", "b"], [0.4, 0.2]), SelectionConfig(threshold=0.3), most=9) == [(0, 1)]
     formed = collected(["a", "b", "c"], [1.0, 1.0, 1.0], format=[0.0, 1.0, None])
-    assert preferred(formed, SelectionSettings(require=("format=1",)), most=9) == [(1, 0)]
+    assert preferred(formed, SelectionConfig(require=("format=1",)), most=9) == [(1, 0)]
 
 
 def test_what_is_cut_off_blank_without_a_score_or_said_twice_is_in_no_pair():
     texts = ["right", "cut", "wrong", " ", "absent", "right", "wrong ", "cut too"]
     totals = [1.0, 1.0, 0.0, 0.0, None, 1.0, 0.0, 0.0]
     truncated = [False, True, False, False, False, False, False, True]
-    assert preferred(collected(texts, totals, truncated=truncated), SelectionSettings(), most=9) == [(0, 2)]
-    assert preferred(collected(["x", "x"], [1.0, 0.0]), SelectionSettings(), most=9) == []
+    assert preferred(collected(texts, totals, truncated=truncated), SelectionConfig(), most=9) == [(0, 2)]
+    assert preferred(collected(["x", "x"], [1.0, 0.0]), SelectionConfig(), most=9) == []

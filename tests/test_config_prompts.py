@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_jax.config.prompts import PromptSettings, as_flags, parse_template_kwargs, with_format
+from grpo_jax.config.prompts import PromptConfig, parse_template_kwargs, prompt_flags, with_format
 from grpo_jax.data.prompt_format import prompt_format_of, read_prompt_format
 from grpo_jax.data.prompts import R1_ZERO, render_prompts
-from grpo_jax.loop.rendering import rendering_of
+from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.models import from_pretrained
 from tests.test_data_turns import chatml
 
@@ -20,7 +20,7 @@ CHAT_RENDERING = {"template": None, "system_prompt": "Be kind.", "template_kwarg
 
 
 def rendering(prompt_format=None, of_chats="{{ messages[0].content }}", **settings):
-    return PromptSettings(**settings).rendering(prompt_format, chatml(of_chats), today=TODAY)
+    return PromptConfig(**settings).rendering(prompt_format, chatml(of_chats), today=TODAY)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_a_format_is_read_back_and_asked_for_by_flags(prompt_format):
     tokenizer = chatml(DATED)
     again = prompt_format_of(read_prompt_format(prompt_format), tokenizer)
     assert again == prompt_format
-    settings = with_format(PromptSettings(), prompt_format)
+    settings = with_format(PromptConfig(), prompt_format)
     found = settings.rendering(None, tokenizer, today=TODAY)
     assert prompt_format_of(found, tokenizer) == {
         **prompt_format,
         **({"date": TODAY} if "template" not in prompt_format else {}),
     }
-    flags = as_flags(prompt_format)
+    flags = prompt_flags(prompt_format)
     assert ("--chat-template" in flags) == (prompt_format["kind"] == "chat")
-    assert with_format(PromptSettings(template="{question}"), prompt_format) == PromptSettings(template="{question}")
+    assert with_format(PromptConfig(template="{question}"), prompt_format) == PromptConfig(template="{question}")
 
 
 @pytest.mark.parametrize(
@@ -116,23 +116,23 @@ def test_an_argument_that_the_chat_template_does_not_read_is_refused(small):
     policy = from_pretrained(small)
     policy.tokenizer.chat_template = "{% if enable_thinking %}{% endif %}{{ messages[0].content }}"
     policy = replace(policy, prompt_format=None)
-    settings = PromptSettings(chat_template=True, template_kwargs=("enable_thinking=False",))
-    assert rendering_of(settings, policy, say=str, today=TODAY)["template_kwargs"] == {"enable_thinking": False}
+    settings = PromptConfig(chat_template=True, template_kwargs=("enable_thinking=False",))
+    assert resolve_rendering(settings, policy, say=str, today=TODAY)["template_kwargs"] == {"enable_thinking": False}
     misspelt = replace(settings, template_kwargs=("enable_thnking=False",))
     with pytest.raises(ValueError, match="template_kwargs: the chat template reads no variable 'enable_thnking'"):
-        rendering_of(misspelt, policy, say=str, today=TODAY)
+        resolve_rendering(misspelt, policy, say=str, today=TODAY)
 
 
 def test_what_is_in_effect_is_said_with_what_the_model_was_trained_with(small):
     policy = from_pretrained(small)
     said = []
     for prompt_format, settings in (
-        (policy.prompt_format, PromptSettings()),
-        (None, PromptSettings()),
-        (policy.prompt_format, PromptSettings(template="1+{question}")),
-        (None, PromptSettings(chat_template=True)),
+        (policy.prompt_format, PromptConfig()),
+        (None, PromptConfig()),
+        (policy.prompt_format, PromptConfig(template="1+{question}")),
+        (None, PromptConfig(chat_template=True)),
     ):
-        rendering_of(settings, replace(policy, prompt_format=prompt_format), say=said.append, today=TODAY)
+        resolve_rendering(settings, replace(policy, prompt_format=prompt_format), say=said.append, today=TODAY)
     assert said[0] == "prompts: the plain template '{question}', as the model was trained"
     assert said[1].startswith("prompts: the plain template 'Below, a user")
     assert said[1].endswith(", the default: the model does not say how it was trained")

@@ -6,9 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from grpo_jax.data import sources
 from grpo_jax.data.problems import Problem, reward_columns
 from grpo_jax.rewards.math.answer import worked_answer
+from grpo_jax.tasks import dataset
 from grpo_jax.tasks.dataset import load_problems
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -286,12 +286,12 @@ def test_hub_out_of_reach():
 
 def test_library_accepts_the_calls_made_for_the_hub(tmp_path, monkeypatch):
     """The real ``datasets`` on a folder, which it resolves as it does a hub id."""
-    from grpo_jax.data import files
+    from grpo_jax.data import hub
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "test.jsonl", [ROWS[0], ROWS[0]])
-    rows = list(files._hub_rows(str(tmp_path / "data"), "test", None))
+    rows = list(hub._hub_rows(str(tmp_path / "data"), "test", None))
     assert rows[1] == (f"{tmp_path / 'data'} (default, test) row 2", ROWS[0])
 
 
@@ -314,7 +314,7 @@ def test_reward_columns_repeat_rows_and_fill_in_none():
      "\\boxed{3} #### 4", "#### x", "# 5", "#### 12,34", "a ##### 5", "5 ####  7", "#### +7", "text" * 30 + "#### 8"],
 )  # fmt: skip
 def test_the_short_way_to_worked_answers_gives_what_the_long_one_gives(text):
-    assert sources._worked_answer(text) == worked_answer(text)
+    assert dataset._worked_answer(text) == worked_answer(text)
 
 
 def test_half_of_a_surrogate_pair_is_refused_with_its_row(tmp_path):

@@ -14,14 +14,15 @@ import pytest
 from checkpoints import SMALL, random_params, tiny_tokenizer
 
 from grpo_jax import models
-from grpo_jax.config.model import ModelSettings, PolicySettings
-from grpo_jax.config.run import RunSettings, at_least
+from grpo_jax.config.model import ModelConfig, PolicyConfig
+from grpo_jax.config.run import RunConfig, require_at_least
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
 from grpo_jax.loop.export import save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, Stopped, run_experiment
-from grpo_jax.loop.stages import check_no_models, placed
+from grpo_jax.loop.setup import load_model
+from grpo_jax.loop.stages import check_no_models, stage_config
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
 from grpo_jax.sharding import make_mesh
 
@@ -29,7 +30,7 @@ LLAMA = {"model_type": "llama", **SMALL}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunSettings, ModelSettings):
+class Config(RunConfig, ModelConfig):
     run_dir: Path = Path("runs/nothing")
     rate: float = 0.1
     batch: int = 8
@@ -56,11 +57,11 @@ def policy(tmp_path_factory):
 
 def test_settings_that_are_too_small_are_refused_with_what_would_do():
     config = SimpleNamespace(steps=2, rate=0.5, limit=None)
-    at_least(config, steps=2, rate=0, limit=7)
+    require_at_least(config, steps=2, rate=0, limit=7)
     with pytest.raises(ValueError, match="steps is 2; it must be at least 3"):
-        at_least(config, rate=0, steps=3)
+        require_at_least(config, rate=0, steps=3)
     with pytest.raises(ValueError, match=r"rate is 0\.5; it must be at least 1"):
-        at_least(config, rate=1)
+        require_at_least(config, rate=1)
 
 
 def test_a_model_needs_a_position_for_every_token(policy):
@@ -181,7 +182,7 @@ def test_only_what_changes_no_number_may_change(config):
         raise Stopped
 
     def again(**change):
-        return run_experiment(replace(config, **change), stop, title="a test", may_change=("batch",))
+        return run_experiment(replace(config, **change), stop, title="a test", resumable_fields=("batch",))
 
     assert again() == 130
     assert again(batch=4, save_every=3, keep_checkpoints=1, attention="plain") == 130
@@ -205,19 +206,19 @@ def test_a_model_without_a_tokenizer_is_refused(config, tmp_path):
     save_pretrained(tmp_path / "bare", random_params(from_hf_config(LLAMA)), hf_config=LLAMA)
     mesh = make_mesh(devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="bare has no tokenizer"):
-        config.load(str(tmp_path / "bare"), mesh)
+        load_model(config, str(tmp_path / "bare"), mesh)
 
 
 def test_a_stage_is_placed_with_what_the_whole_says_for_all():
     whole = Config(seed=3, plain=True, dtype="bfloat16", base_dir=Path("made/before"), rate=0.5, save_every=7)
-    stage = placed(Config(rate=0.2, save_every=8), whole, Path("own"), None, keep_checkpoints=5)
+    stage = stage_config(Config(rate=0.2, save_every=8), whole, Path("own"), None, keep_checkpoints=5)
     assert (stage.run_dir, stage.seed, stage.plain, stage.dtype) == (Path("own"), 3, True, "bfloat16")
     assert (stage.base_dir, stage.rate, stage.save_every, stage.keep_checkpoints) == (Path("made/before"), 0.2, 7, 5)
-    assert placed(Config(), whole, Path("own"), "other").base_dir == Path("other")
-    assert placed(Config(), whole, Path("own"), None, seed=9).seed == 9
+    assert stage_config(Config(), whole, Path("own"), "other").base_dir == Path("other")
+    assert stage_config(Config(), whole, Path("own"), None, seed=9).seed == 9
     real = replace(whole, model="org/model", base_dir=None)
-    assert placed(Config(), real, Path("own"), None).model == "org/model"
-    next_one = placed(Config(), real, Path("own"), Path("first/model"))
+    assert stage_config(Config(), real, Path("own"), None).model == "org/model"
+    next_one = stage_config(Config(), real, Path("own"), Path("first/model"))
     assert (next_one.model, next_one.base_dir) == ("first/model", None)
 
 
@@ -234,7 +235,7 @@ def test_lengths_fit_the_positions_of_the_model_unless_both_are_set(tmp_path):
         folder.mkdir(exist_ok=True)
         named = {} if positions is None else {"max_position_embeddings": positions}
         (folder / "config.json").write_text(json.dumps(named))
-        settings = PolicySettings(model=str(folder), max_prompt_length=prompt, max_completion_length=completion)
+        settings = PolicyConfig(model=str(folder), max_prompt_length=prompt, max_completion_length=completion)
         return settings.prompt_length, settings.completion_length
 
     assert in_effect(None) == in_effect(1536) == in_effect(32768) == (512, 1024)
@@ -248,8 +249,8 @@ def test_lengths_fit_the_positions_of_the_model_unless_both_are_set(tmp_path):
     for lengths, total in (((257, 256), 513), ((600, None), 1624), ((None, 512), 1024)):
         with pytest.raises(ValueError, match=f"{sum_of} {total}, and the model has 512 positions; lower one of them"):
             in_effect(512, *lengths)
-    assert PolicySettings().prompt_length + PolicySettings().completion_length == 60
+    assert PolicyConfig().prompt_length + PolicyConfig().completion_length == 60
     with pytest.raises(ValueError, match="and the model has 128 positions"):
-        PolicySettings(max_completion_length=128)
-    unknown = PolicySettings(model=str(tmp_path / "made" / "later"))  # by an earlier stage
+        PolicyConfig(max_completion_length=128)
+    unknown = PolicyConfig(model=str(tmp_path / "made" / "later"))  # by an earlier stage
     assert (unknown.prompt_length, unknown.completion_length) == (512, 1024)

@@ -3,24 +3,24 @@
 import pytest
 
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.rollout.buckets import STEPS, Limits, Rung, chunk_lengths, default_cache_bytes, make_ladder
+from grpo_jax.rollout.buckets import STEPS, Bucket, MemoryLimits, chunk_lengths, default_cache_bytes, make_buckets
 from grpo_jax.types import cache_columns
 
 
 def test_a_ladder_halves_the_rows_and_keeps_at_least_eight():
-    assert make_ladder(32, 256, 8) == [
-        Rung(256, 32, 8),
-        Rung(128, 32, 8),
-        Rung(64, 32, 8),
-        Rung(32, 32, 8),
-        Rung(16, 16, 8),
+    assert make_buckets(32, 256, 8) == [
+        Bucket(256, 32, 8),
+        Bucket(128, 32, 8),
+        Bucket(64, 32, 8),
+        Bucket(32, 32, 8),
+        Bucket(16, 16, 8),
     ]
-    assert [rung.rows for rung in make_ladder(4, 36, 9)] == [36, 18, 9, 8]
-    assert make_ladder(1, 3, 3) == [Rung(3, 1, 3)]
+    assert [rung.rows for rung in make_buckets(4, 36, 9)] == [36, 18, 9, 8]
+    assert make_buckets(1, 3, 3) == [Bucket(3, 1, 3)]
 
 
 def test_a_prompts_places_never_exceed_the_rows():
-    assert make_ladder(1, 1024, 1024)[-1] == Rung(64, 1, 64)
+    assert make_buckets(1, 1024, 1024)[-1] == Bucket(64, 1, 64)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):
 
     def at_once(**limits):
         defaults = {"group_size": 8, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
-        return Limits(tiny[0], **defaults | limits).prompts_at_once(*prompts.ids.shape)
+        return MemoryLimits(tiny[0], **defaults | limits).prompts_at_once(*prompts.ids.shape)
 
     assert at_once() == 32
     assert at_once(cache_bytes=group) == 1
@@ -55,7 +55,7 @@ def test_a_group_that_does_not_fit_is_divided_into_the_fewest_equal_parts(tiny):
 
     def parts(**limits):
         defaults = {"group_size": 12, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
-        return Limits(tiny[0], **defaults | limits).parts_of_a_group(6)
+        return MemoryLimits(tiny[0], **defaults | limits).parts_of_a_group(6)
 
     assert parts() == 1
     assert [parts(cache_bytes=n * row + prompt) for n in (12, 11, 6, 5, 4, 3, 2, 1)] == [1, 2, 2, 3, 3, 4, 6, 12]

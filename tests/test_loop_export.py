@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 
 from experiments import r1_zero
-from grpo_jax import models, settings
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.run import MeshSettings
-from grpo_jax.config.training import OptimizerSettings
+from grpo_jax import models
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop.export import check_steps, exported, say_best
+from grpo_jax.loop import problems
+from grpo_jax.loop.export import check_steps, exported_params, report_best
 from grpo_jax.loop.run import Run
 from tests.runs import metrics_of
 
@@ -27,7 +28,7 @@ class Config:
 
 def open_run(folder, config=Config()):
     console = Console(width=200, file=io.StringIO(), record=True)
-    return Run(folder, config, title="a test", may_change=("num_steps", "export"), plain=True, console=console)
+    return Run(folder, config, title="a test", resumable_fields=("num_steps", "export"), plain=True, console=console)
 
 
 def said(run):
@@ -39,7 +40,7 @@ def state_of(step):
 
 
 def choose(run, export, steps=3):
-    params, step = exported(
+    params, step = exported_params(
         Config(export=export),
         run,
         state_of(steps),
@@ -88,15 +89,15 @@ def test_a_best_step_without_a_checkpoint_gives_way_to_the_best_that_has_one(tmp
 def test_a_best_step_before_the_last_is_said(tmp_path):
     rows = [{"step": 0, "eval/pass@1": 0.1}, {"step": 10, "eval/pass@1": 0.5}, {"step": 20, "eval/pass@1": 0.25}]
     with open_run(tmp_path / "run") as run:
-        say_best(run, rows[:2], 10)
-        say_best(run, [], 10)
+        report_best(run, rows[:2], 10)
+        report_best(run, [], 10)
         assert "best at" not in said(run)
-        say_best(run, rows, 20)
+        report_best(run, rows, 20)
         text = said(run)
         assert "held-out pass@1 was best at step 10 (0.5000), and is 0.2500 at the last one; model/ is that of" in text
         assert "--export best" in text
     with open_run(tmp_path / "other") as run:
-        say_best(run, rows, 10)
+        report_best(run, rows, 10)
         assert "--export best" not in said(run)
 
 
@@ -132,7 +133,7 @@ def test_a_run_is_finished_with_the_settings_of_its_summary(tmp_path):
 def config(small, tmp_path_factory):
     return r1_zero.Config(
         model=small,
-        data=DataSettings(template="{question}", eval_problems=6),
+        data=DataConfig(template="{question}", eval_size=6),
         run_dir=tmp_path_factory.mktemp("going_on") / "run",
         num_steps=2,
         num_prompts=2,
@@ -140,8 +141,8 @@ def config(small, tmp_path_factory):
         max_completion_length=6,
         eval_samples=2,
         eval_every=0,
-        optimizer=OptimizerSettings(learning_rate=1e-2, decay="constant", warmup_updates=3),
-        mesh=MeshSettings(data=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, decay="constant", warmup_updates=3),
+        mesh=MeshConfig(data=1),
         plain=True,
     )
 
@@ -150,7 +151,7 @@ def test_a_finished_run_that_is_given_more_steps_becomes_the_longer_run(config, 
     def pays_digits(prompts, completions, **columns):  # something that untrained models differ in
         return [float(sum(c.isdigit() for c in text) % 2) for text in completions]
 
-    monkeypatch.setattr(settings, "answer_reward", pays_digits)
+    monkeypatch.setattr(problems, "answer_reward", pays_digits)
     assert r1_zero.main(config) == 0
     first = json.loads((config.run_dir / "summary.json").read_text())
     longer = replace(config, num_steps=4)

@@ -8,7 +8,7 @@ from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.config.offline import DemonstrationSettings, PreferenceSettings, TextSettings
+from grpo_jax.config.offline import DemonstrationConfig, OfflineDataConfig, PreferenceConfig
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.prompts import R1_ZERO, encode_prompts
 from grpo_jax.loop.offline_data import (
@@ -48,16 +48,16 @@ def preference_rows(numbers):
 
 
 def load(settings, seed):
-    is_preferences = isinstance(settings, PreferenceSettings)
+    is_preferences = isinstance(settings, PreferenceConfig)
     return (load_preference_sets if is_preferences else load_demonstration_sets)(settings, seed)
 
 
 def encode(settings, *args, **kwargs):
-    is_preferences = isinstance(settings, PreferenceSettings)
+    is_preferences = isinstance(settings, PreferenceConfig)
     return (encode_preference_set if is_preferences else encode_demonstration_set)(settings, *args, **kwargs)
 
 
-BOTH = [(DemonstrationSettings, demonstration_rows), (PreferenceSettings, preference_rows)]
+BOTH = [(DemonstrationConfig, demonstration_rows), (PreferenceConfig, preference_rows)]
 
 
 def prompts(rows):
@@ -102,7 +102,7 @@ def test_a_single_file_is_divided_and_duplicates_of_a_prompt_stay_together(tmp_p
     assert (len(learnt), len(held_out)) == (72, 8)
     assert not prompts(learnt) & prompts(held_out)
     assert load(settings(dataset=path), 1) == (learnt, held_out)  # runs with other seeds are compared on the same rows
-    assert len(load(settings(dataset=path, eval_rows=3), 0)[1]) == 3
+    assert len(load(settings(dataset=path, eval_size=3), 0)[1]) == 3
 
 
 @pytest.mark.parametrize(("settings", "rows"), BOTH)
@@ -126,7 +126,7 @@ def test_held_out_rows_may_come_from_elsewhere(tmp_path, settings, rows):
     (tmp_path / "folder").mkdir()
     write_rows(tmp_path / "folder" / "test.jsonl", rows(range(15, 45)))
     for source in (other, str(tmp_path / "folder")):
-        learnt, held_out = load(settings(dataset=path, eval_dataset=source, eval_rows=10), 0)
+        learnt, held_out = load(settings(dataset=path, eval_dataset=source, eval_size=10), 0)
         assert len(learnt) == 20
         assert len(held_out) == 10
         assert prompts(held_out) < {f"{n}+1=" for n in range(20, 45)}
@@ -145,19 +145,19 @@ def test_conversations_with_the_same_messages_are_one_prompt(tmp_path):
         for n in range(30)
     ]
     with pytest.raises(ValueError, match="has 1 problems, too few"):
-        load(PreferenceSettings(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
+        load(PreferenceConfig(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0)
 
 
 def test_texts_without_a_prompt_are_told_apart_by_themselves(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": f"{n % 20}"} for n in range(60)])
-    learnt, held_out = load(DemonstrationSettings(dataset=path), 0)
+    learnt, held_out = load(DemonstrationConfig(dataset=path), 0)
     assert (len(learnt), len(held_out)) == (54, 6)
     assert not {row.completion for row in learnt} & {row.completion for row in held_out}
 
 
 def test_columns_can_be_named(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"q": f"{n}", "a": "1"} for n in range(20)])
-    learnt, held_out = load(DemonstrationSettings(dataset=path, prompt_column="q", completion_column="a"), 0)
+    learnt, held_out = load(DemonstrationConfig(dataset=path, prompt_column="q", completion_column="a"), 0)
     assert prompts(learnt) | prompts(held_out) == {f"{n}" for n in range(20)}
     assert {row.completion for row in learnt} == {"1"}
 
@@ -166,7 +166,7 @@ def test_columns_can_be_named(tmp_path):
 
 
 def test_worked_sums_are_the_default_of_demonstrations(policy):
-    settings = DemonstrationSettings(worked_sums=40, eval_rows=12)
+    settings = DemonstrationConfig(worked_sums=40, eval_size=12)
     learnt, held_out = load(settings, 0)
     assert (len(learnt), len(held_out)) == (40, 12)
     for rows, is_held_out in ((learnt, False), (held_out, True)):
@@ -185,7 +185,7 @@ def test_worked_sums_are_the_default_of_demonstrations(policy):
 
 
 def test_errands_are_the_default_of_preferences(policy):
-    settings = PreferenceSettings(errand_pairs=60, eval_rows=12)
+    settings = PreferenceConfig(errand_pairs=60, eval_size=12)
     learnt, held_out = load(settings, 0)
     assert (len(learnt), len(held_out)) == (60, 12)
     for rows, is_held_out in ((learnt, False), (held_out, True)):
@@ -213,10 +213,10 @@ def test_errands_are_the_default_of_preferences(policy):
 
 def test_the_template_in_effect():
     tokenizer, today = make_tokenizer(), "2026-11-27"
-    assert TextSettings().rendering({"kind": "plain", "template": PLAIN}, tokenizer, today=today) == BARE
-    assert TextSettings().rendering(None, tokenizer, today=today) == {"template": R1_ZERO}
-    own = TextSettings(template="1+{question}")
-    chat = TextSettings(chat_template=True, system_prompt="be brief")
+    assert OfflineDataConfig().rendering({"kind": "plain", "template": PLAIN}, tokenizer, today=today) == BARE
+    assert OfflineDataConfig().rendering(None, tokenizer, today=today) == {"template": R1_ZERO}
+    own = OfflineDataConfig(template="1+{question}")
+    chat = OfflineDataConfig(chat_template=True, system_prompt="be brief")
     for trained in (None, {"kind": "plain", "template": PLAIN}, {"kind": "chat"}):
         assert own.rendering(trained, tokenizer, today=today) == {"template": "1+{question}"}
         found = chat.rendering(trained, tokenizer, today=today)
@@ -228,7 +228,7 @@ def demonstrations(*completions):
 
 
 def test_the_template_of_the_settings_is_what_is_encoded(policy):
-    settings = DemonstrationSettings(template="2+{question}", learn_from="all")
+    settings = DemonstrationConfig(template="2+{question}", train_on="all")
     own = settings.rendering(policy.prompt_format, policy.tokenizer, today="2026-11-27")
     [example], _ = encode(settings, demonstrations("2"), policy, max_length=20, rendering=own)
     [prompt] = encode_prompts(["1+1="], policy.tokenizer, template="2+{question}")
@@ -238,12 +238,12 @@ def test_the_template_of_the_settings_is_what_is_encoded(policy):
         encode(settings, demonstrations("2"), policy, max_length=20, rendering={"template": None})
     pair = errand_preferences(np.random.default_rng(0), 1, held_out=False)
     limits = {"max_prompt_length": 20, "max_completion_length": 20}
-    pairs = encode(PreferenceSettings(), pair, policy, rendering={"template": "2{question}"}, **limits).padded([0])
+    pairs = encode(PreferenceConfig(), pair, policy, rendering={"template": "2{question}"}, **limits).padded([0])
     assert policy.tokenizer.decode(pairs.prompt_ids[0][pairs.prompt_mask[0]]) == f"2{pair[0].prompt}"
 
 
 def encode_long(policy, long, *completions, max_length=7):
-    settings = DemonstrationSettings(long=long)
+    settings = DemonstrationConfig(long=long)
     return encode(settings, demonstrations(*completions), policy, max_length=max_length, rendering=BARE)
 
 
@@ -265,7 +265,7 @@ def test_what_is_too_long_is_dropped_cut_or_an_error(policy):
 
 def test_a_demonstration_of_whose_completion_nothing_is_left_is_left_out(policy):
     rows = [*demonstrations("2"), Demonstration("1+1+1+1=", "4", "row 1")]
-    examples, dropped = encode(DemonstrationSettings(long="truncate"), rows, policy, max_length=8, rendering=BARE)
+    examples, dropped = encode(DemonstrationConfig(long="truncate"), rows, policy, max_length=8, rendering=BARE)
     assert (len(examples), dropped) == (1, 1)
 
 
@@ -278,7 +278,7 @@ def test_no_demonstration_fits(policy, long, max_length):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_rows": 0}, "eval_rows is 0; at least 1"),
+        ({"eval_size": 0}, "eval_size is 0; at least 1"),
         ({"chat_template": True, "template": "{question}"}, "both set"),
         ({"template": "no place"}, r"must hold \{question\}"),
         ({"system_prompt": "be brief", "template": "{question}"}, "system_prompt needs chat_template"),
@@ -289,7 +289,7 @@ def test_no_demonstration_fits(policy, long, max_length):
         ({"template_date": "yesterday"}, "template_date is 'yesterday'; it must be a date such as 2026-11-27"),
     ],
 )
-@pytest.mark.parametrize("settings", [DemonstrationSettings, PreferenceSettings])
+@pytest.mark.parametrize("settings", [DemonstrationConfig, PreferenceConfig])
 def test_settings_that_contradict(settings, options, message):
     with pytest.raises(ValueError, match=message):
         settings(**options)

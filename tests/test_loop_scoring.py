@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.config.rewards import RewardSettings
+from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.loop.scoring import open_scorer
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
 from grpo_jax.rewards.math.answer import answer_reward
@@ -38,7 +38,7 @@ def needs_a_reference(completions, reference):
 def opened(**settings):
     needs_pool = settings.pop("needs_pool", False)
     return open_scorer(
-        RewardSettings(**settings), answer_reward, answer_reward, max_completion_length=100, needs_pool=needs_pool
+        RewardConfig(**settings), answer_reward, answer_reward, max_completion_length=100, needs_pool=needs_pool
     )
 
 
@@ -48,21 +48,21 @@ def test_the_default_pays_right_answers_and_measures_the_format():
         scores = scoring.score([""] * 3, COMPLETIONS, **COLUMNS)
         assert scores.total.tolist() == [1, 1, 0]
         assert scores.parts["format"].tolist() == [1, 0, 1]
-        assert RewardSettings().part_names == [*scores.parts]
+        assert RewardConfig().part_names == [*scores.parts]
         assert scoring.weights == {"accuracy": 1.0}
         assert scoring.judge is None
         assert scoring.held_out is answer_reward
-        assert scoring.as_drawn([], {}, str, eos_ids=[], max_completion_length=1) is None
-        assert scoring.take_faults() == []
+        assert scoring.streaming_scorer([], {}, str, eos_ids=[], max_completion_length=1) is None
+        assert scoring.take_errors() == []
 
 
 def test_every_part_has_its_name_and_weight():
     settings = {"format_weight": 0.5, "target_language": "en", "language_weight": 0.25, "overlong_cache": 10}
-    settings |= {"repetition_weight": 0.1, "reward": ("tests.test_reward_settings:pays_nothing=3",)}
+    settings |= {"repetition_weight": 0.1, "reward": ("tests.test_loop_scoring:pays_nothing=3",)}
     with opened(**settings, reward_workers=0) as scoring:
         scores = scoring.score([""] * 3, COMPLETIONS, **COLUMNS)
         assert [*scores.parts] == ["accuracy", "format", "language", "overlong", "repetition", "pays_nothing"]
-        assert RewardSettings(**settings).part_names == [*scores.parts]
+        assert RewardConfig(**settings).part_names == [*scores.parts]
         assert scores.parts["overlong"].tolist() == [0, -0.5, -1]
         assert scores.parts["language"].tolist() == [1, 0, 1]
         np.testing.assert_allclose(scores.total, [1.75, 0.5, -0.25], atol=1e-6)
@@ -76,7 +76,7 @@ def test_gates_and_bounds():
 
 
 def test_who_judges():
-    own = "tests.test_reward_settings:pays_nothing"
+    own = "tests.test_loop_scoring:pays_nothing"
     with opened(judge=own, reward_workers=0) as scoring:
         assert scoring.judge == "judge"
         assert "judge" not in scoring.weights
@@ -102,7 +102,7 @@ def test_in_a_pool_what_is_drawn_is_scored_ahead_and_the_same():
     with opened(reward_workers=1) as scoring, opened() as here:
         scoring.probe({"answer": "5"}, {"answer": "5"})
         texts = dict(enumerate(COMPLETIONS))
-        watch = scoring.as_drawn(
+        watch = scoring.streaming_scorer(
             [""] * 3, {"answer": ["5"] * 3}, lambda ids: texts[ids[0]], eos_ids=[9], max_completion_length=4
         )
         watch(0, [0])
@@ -119,7 +119,7 @@ def test_in_a_pool_what_is_drawn_is_scored_ahead_and_the_same():
 
 
 def test_a_reward_that_cannot_run_is_found_before_anything_is_spent():
-    broken = ("tests.test_reward_settings:raises",)
+    broken = ("tests.test_loop_scoring:raises",)
     with opened(reward=broken, reward_workers=1) as scoring, pytest.raises(ValueError, match="ZeroDivisionError: no"):
         scoring.probe({"answer": "5"}, {"answer": "5"})
     with opened(reward=broken, reward_workers=0) as scoring, pytest.raises(ValueError, match="ZeroDivisionError: no"):
@@ -141,23 +141,23 @@ def test_a_reward_that_cannot_run_is_found_before_anything_is_spent():
 )
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message):
-        RewardSettings(**settings)
+        RewardConfig(**settings)
 
 
 def test_two_rewards_of_one_name():
-    assert "tests.test_reward_settings" in sys.modules
+    assert "tests.test_loop_scoring" in sys.modules
     with pytest.raises(ValueError, match="two rewards are named 'pays_nothing'"):
-        opened(reward=("tests.test_reward_settings:pays_nothing",) * 2)
+        opened(reward=("tests.test_loop_scoring:pays_nothing",) * 2)
     with pytest.raises(ValueError, match="two rewards are named 'judge'"):
-        opened(reward=("tests.test_reward_settings:judge=2",))
+        opened(reward=("tests.test_loop_scoring:judge=2",))
 
 
 def test_a_reward_of_ones_own_may_abstain_and_prints_what_it_likes():
-    own, shown = ("tests.test_reward_settings:of_sums_alone",), []
+    own, shown = ("tests.test_loop_scoring:of_sums_alone",), []
     columns = {**COLUMNS, "answer": ["5", "-", "5"]}
     for choice, totals in (("skip", [3, 0, 2]), ("absent", [3, np.nan, 2])):
         with open_scorer(
-            RewardSettings(reward=own, reward_abstain=choice, reward_workers=1),
+            RewardConfig(reward=own, reward_abstain=choice, reward_workers=1),
             answer_reward,
             answer_reward,
             max_completion_length=100,
@@ -171,7 +171,7 @@ def test_a_reward_of_ones_own_may_abstain_and_prints_what_it_likes():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_column_that_a_reward_needs_and_the_data_lack_is_found_at_the_start(workers):
-    own = ("tests.test_reward_settings:needs_a_reference",)
+    own = ("tests.test_loop_scoring:needs_a_reference",)
     with (
         opened(reward=own, reward_workers=workers) as scoring,
         pytest.raises(

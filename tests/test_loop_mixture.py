@@ -11,39 +11,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax import settings
-from grpo_jax.config.data import DataSettings
-from grpo_jax.config.mixture import Task, as_settings, read_tasks, shares
-from grpo_jax.config.rewards import RewardSettings
-from grpo_jax.config.run import MeshSettings
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.mixture import TaskConfig, as_settings, read_tasks, shares
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.problems import Problem
+from grpo_jax.loop import problems
 from grpo_jax.loop.held_out import mean_over_tasks
-from grpo_jax.loop.mixture import TASK, MixedScoring
+from grpo_jax.loop.mixture import TASK, MixtureScorer
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.task_runtime import OpenTask, asks_for_format, has_final_answers
-from grpo_jax.rewards.compose import Graded, weighted
+from grpo_jax.loop.task_runtime import TaskRuntime, asks_for_format, has_final_answers
+from grpo_jax.rewards.compose import RewardOutput, weighted
 from tests.runs import write_rows
 
 
 def read(tmp_path, tasks, data=None, rewards=None):
     path = tmp_path / "tasks.json"
     path.write_text(tasks if isinstance(tasks, str) else json.dumps(tasks))
-    return read_tasks(path, data or DataSettings(), rewards or RewardSettings())
+    return read_tasks(path, data or DataConfig(), rewards or RewardConfig())
 
 
 # What a file says ----------------------------------------------------------------------------------------------------
 
 
 def test_a_task_has_its_own_settings_and_the_runs_where_it_says_nothing(tmp_path):
-    data, rewards = DataSettings(eval_problems=7, template="Q: {question}"), RewardSettings(format_weight=0.5)
+    data, rewards = DataConfig(eval_size=7, template="Q: {question}"), RewardConfig(format_weight=0.5)
     given = {
         "sums": {"weight": 2},
         "errands": {"dataset": "errands", "template": None, "accuracy_weight": 0, "clip_reward": [-1, 1.5]},
         "own": {"reward": ["a:b", "c:d=2"], "reward_workers": 0, "gate_on_format": True, "grader": "exact"},
     }
     sums, errands, own = read(tmp_path, given, data, rewards)
-    assert sums == Task("sums", data, rewards, weight=2.0)
+    assert sums == TaskConfig("sums", data, rewards, weight=2.0)
     assert errands.data == replace(data, dataset="errands", template=None)
     assert errands.rewards == replace(rewards, accuracy_weight=0.0, clip_reward=(-1.0, 1.5))
     assert [type(each) for each in (sums.weight, errands.rewards.accuracy_weight)] == [float, float]
@@ -54,7 +54,7 @@ def test_a_task_has_its_own_settings_and_the_runs_where_it_says_nothing(tmp_path
 
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
-        read_tasks(tmp_path / "nowhere.json", DataSettings(), RewardSettings())
+        read_tasks(tmp_path / "nowhere.json", DataConfig(), RewardConfig())
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_a_weight_is_a_number_above_0(tmp_path, weight):
         ({"accuracy_weight": "1"}, "accuracy_weight is '1'; it must be float"),
         ({"accuracy_weight": True}, "accuracy_weight is True; it must be float"),
         ({"accuracy_weight": None}, "accuracy_weight is None; it must be float"),
-        ({"eval_problems": 2.0}, "eval_problems is 2.0; it must be int"),
-        ({"eval_problems": True}, "eval_problems is True; it must be int"),
+        ({"eval_size": 2.0}, "eval_size is 2.0; it must be int"),
+        ({"eval_size": True}, "eval_size is True; it must be int"),
         ({"chat_template": 1}, "chat_template is 1; it must be bool"),
         ({"reward": "module:function"}, "reward is 'module:function'; it must be list[str, ...]"),
         ({"reward": ["a:b", 5]}, "reward is ['a:b', 5]; it must be list[str, ...]"),
@@ -130,7 +130,7 @@ def test_what_changed_in_a_mixture_can_be_told(tmp_path):
 
 
 def tasks_of(weights):
-    return [Task(f"t{n}", DataSettings(), RewardSettings(), weight) for n, weight in enumerate(weights)]
+    return [TaskConfig(f"t{n}", DataConfig(), RewardConfig(), weight) for n, weight in enumerate(weights)]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def pays_level(prompts, completions, *, level, task, **columns):
     return [
         None
         if level is None
-        else Graded(level + len(text), {"level": float(level)}, f"of {name}", [(1, 0.5)][: len(text)])
+        else RewardOutput(level + len(text), {"level": float(level)}, f"of {name}", [(1, 0.5)][: len(text)])
         for text, level, name in zip(completions, level, task, strict=True)
     ]
 
@@ -189,10 +189,10 @@ def knows_no_level(prompts, completions, **columns):
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-    monkeypatch.setattr(settings, "GENERATED_PROBLEMS", 20)
+    monkeypatch.setattr(problems, "GENERATED_PROBLEMS", 20)
     rows = [{"question": f"{n}?", "answer": str(n), "level": n % 3, "task": f"kind {n % 2}"} for n in range(40)]
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    here = "tests.test_tasks"
+    here = "tests.test_loop_mixture"
     given = {
         "sums": {"format_weight": 0.5, "steps_weight": 0.25, "reward": [f"{here}:knows_no_level"], "reward_workers": 0},
         "file": {
@@ -203,11 +203,11 @@ def opened(tmp_path, monkeypatch):
             "reward_workers": 1,
         },
     }
-    mesh = MeshSettings(data=1).build()
-    with Run(tmp_path / "run", RewardSettings(), title="tasks", plain=True) as run:
+    mesh = MeshConfig(data=1).build()
+    with Run(tmp_path / "run", RewardConfig(), title="tasks", plain=True) as run:
         yield [
-            OpenTask(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
-            for task in read(tmp_path, given, DataSettings(template="{question}", eval_problems=4))
+            TaskRuntime(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
+            for task in read(tmp_path, given, DataConfig(template="{question}", eval_size=4))
         ]
 
 
@@ -229,7 +229,7 @@ def rows_of(name):
 
 
 def test_each_row_is_scored_as_its_task_does_by_itself(opened):
-    mixed = MixedScoring(opened)
+    mixed = MixtureScorer(opened)
     found = mixed.score([""] * 6, TEXTS, **COLUMNS)
     seen = dict.fromkeys(found.parts, 0)
     for task in opened:
@@ -263,13 +263,13 @@ def test_each_row_is_scored_as_its_task_does_by_itself(opened):
     # What is watched in one task is no part of what is watched in the other, which watches nothing.
     assert mixed.judge == "judge"
     np.testing.assert_array_equal(found.parts["judge"], [np.nan, 1, np.nan, 0, 0, np.nan])
-    assert MixedScoring(opened[:1]).judge is None
+    assert MixtureScorer(opened[:1]).judge is None
 
 
 def test_what_was_begun_while_others_were_drawn_is_found_again(opened):
-    mixed = MixedScoring(opened)
+    mixed = MixtureScorer(opened)
     at_hand = {name: values for name, values in COLUMNS.items() if name not in ("completion_length", "truncated")}
-    watch = mixed.as_drawn([""] * 6, at_hand, lambda ids: TEXTS[ids[0]], eos_ids=[99], max_completion_length=4)
+    watch = mixed.streaming_scorer([""] * 6, at_hand, lambda ids: TEXTS[ids[0]], eos_ids=[99], max_completion_length=4)
     assert watch is not None
     for row, length in enumerate(COLUMNS["completion_length"]):
         ended = not COLUMNS["truncated"][row]
@@ -282,9 +282,9 @@ def test_what_was_begun_while_others_were_drawn_is_found_again(opened):
     found = mixed.score([""] * 6, TEXTS, **COLUMNS)
     assert sum(map(len, pool._ahead.values())) == 0
     np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
-    assert mixed.take_faults() == []
+    assert mixed.take_errors() == []
     assert (
-        MixedScoring(opened[:1]).as_drawn(
+        MixtureScorer(opened[:1]).streaming_scorer(
             [""], {"answer": ["5"], "terms": [2], TASK: ["sums"]}, str, eos_ids=[99], max_completion_length=4
         )
         is None
@@ -293,7 +293,7 @@ def test_what_was_begun_while_others_were_drawn_is_found_again(opened):
 
 @given(st.permutations(range(6)))
 def test_scores_can_be_taken_at_some_rows(order):
-    entries = [Graded(float(n), {"n": n + 0.5}, f"note {n}", [(1, float(n))] * (n % 2)) for n in range(6)]
+    entries = [RewardOutput(float(n), {"n": n + 0.5}, f"note {n}", [(1, float(n))] * (n % 2)) for n in range(6)]
     scores = weighted({"a": lambda p, c, **_: entries}, {"a": 2.0})([""] * 6, ["text"] * 6)
     rows = np.array(order[:4])
     some = scores.at(rows)
@@ -328,28 +328,28 @@ def test_figures_of_tasks_and_their_mean():
 def test_no_accuracy_is_paid_for_where_nothing_is_right_or_wrong(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
-    task = Task(None, DataSettings(dataset=str(path), grader="none"), RewardSettings())
-    mesh = MeshSettings(data=1).build()
+    task = TaskConfig(None, DataConfig(dataset=str(path), grader="none"), RewardConfig())
+    mesh = MeshConfig(data=1).build()
     with (
-        Run(tmp_path / "run", RewardSettings(), title="tasks", plain=True) as run,
+        Run(tmp_path / "run", RewardConfig(), title="tasks", plain=True) as run,
         pytest.raises(ValueError, match="no accuracy to be paid for; set accuracy_weight to 0"),
     ):
-        OpenTask(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
+        TaskRuntime(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
 
 
 def test_what_figures_say_something_of_a_task():
     sums, errands = Problem("1+2=", "3"), Problem("say hi", "hi")
     code = Problem("add", None, {"tests": ["assert add(1, 2) == 3"]})
-    assert has_final_answers(DataSettings(), [sums])
-    assert not has_final_answers(DataSettings(dataset="errands"), [errands])
-    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [code])
-    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [replace(code, answer="1")])
-    assert not has_final_answers(DataSettings(dataset="x.jsonl", grader="none"), [sums])
-    assert not has_final_answers(DataSettings(dataset="x.jsonl"), [Problem("?", None)])
-    assert asks_for_format(DataSettings())
-    assert not asks_for_format(DataSettings(dataset="errands"))
-    assert asks_for_format(DataSettings(dataset="x.jsonl"))  # R1-Zero's template
-    assert not asks_for_format(DataSettings(dataset="x.jsonl", template="Q: {question}"))
-    assert not asks_for_format(DataSettings(dataset="x.jsonl", chat_template=True))
+    assert has_final_answers(DataConfig(), [sums])
+    assert not has_final_answers(DataConfig(dataset="errands"), [errands])
+    assert not has_final_answers(DataConfig(dataset="x.jsonl"), [code])
+    assert not has_final_answers(DataConfig(dataset="x.jsonl"), [replace(code, answer="1")])
+    assert not has_final_answers(DataConfig(dataset="x.jsonl", grader="none"), [sums])
+    assert not has_final_answers(DataConfig(dataset="x.jsonl"), [Problem("?", None)])
+    assert asks_for_format(DataConfig())
+    assert not asks_for_format(DataConfig(dataset="errands"))
+    assert asks_for_format(DataConfig(dataset="x.jsonl"))  # R1-Zero's template
+    assert not asks_for_format(DataConfig(dataset="x.jsonl", template="Q: {question}"))
+    assert not asks_for_format(DataConfig(dataset="x.jsonl", chat_template=True))
     asked = {"chat_template": True, "system_prompt": "Answer as <think></think><answer></answer>"}
-    assert asks_for_format(DataSettings(dataset="x.jsonl", **asked))
+    assert asks_for_format(DataConfig(dataset="x.jsonl", **asked))
