@@ -14,7 +14,7 @@ from grpo_jax.rewards.math.expression import parse
 from grpo_jax.rewards.math.forms import formulas
 from grpo_jax.rewards.math.latex import tidy
 from grpo_jax.rewards.math.reader import read_answer
-from grpo_jax.rewards.math.reward import math_reward, stands_in_question
+from grpo_jax.rewards.math.reward import math_reward, question_contains_answer
 
 ZEROS = "".join(f"(x-{i})(x+{i})" for i in range(16))
 HIDDEN = [
@@ -228,7 +228,7 @@ def test_a_form_of_other_answers_and_of_golds():
     ],
 )
 def test_whether_the_answer_stands_in_the_question(question, gold, stands):
-    assert stands_in_question(question, gold) == stands
+    assert question_contains_answer(question, gold) == stands
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from grpo_jax.data.prompts import encode_prompts
 from grpo_jax.rewards.code.test_cases import why_untestable
 from grpo_jax.rewards.math.answer import gold_answer
 from grpo_jax.rewards.math.reader import read_answer
-from grpo_jax.rewards.math.reward import math_reward, stands_in_question
+from grpo_jax.rewards.math.reward import math_reward, question_contains_answer
 from grpo_jax.rewards.thought import after_thought
 
 Grader = Literal["math", "exact", "code", "none"]
@@ -273,7 +273,7 @@ def _check_math(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
             score = math_reward([""], [boxed(answer)], answer=[answer])[0]
             if score != 1:
                 unequal.append(Example(where, f"{short(answer)} ({'scored wrong' if score == 0 else 'not graded'})"))
-            elif stands_in_question(text_of(problem), gold_answer(answer)):
+            elif question_contains_answer(text_of(problem), gold_answer(answer)):
                 copied.append(Example(where, f"{short(answer)} in: {short(problem.prompt)}"))
     rows = len(problems)
     return [

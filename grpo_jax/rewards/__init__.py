@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.math.answer import extract_answer as extract_answer
     from grpo_jax.rewards.math.compare import same_answer as same_answer
     from grpo_jax.rewards.math.reward import math_reward as math_reward
-    from grpo_jax.rewards.math.reward import stands_in_question as stands_in_question
+    from grpo_jax.rewards.math.reward import question_contains_answer as question_contains_answer
     from grpo_jax.rewards.repetition import repetition_reward as repetition_reward
     from grpo_jax.rewards.steps import equation_steps_reward as equation_steps_reward
     from grpo_jax.rewards.workers.pool import RewardError as RewardError
@@ -40,7 +40,8 @@ HOMES = {
     "language": ("language_reward",),
     "learned": ("LearnedReward",),
     "length": ("cosine_length_reward", "soft_overlong_reward"),
-    "math.compare": ("math_reward", "same_answer", "stands_in_question"),
+    "math.compare": ("same_answer",),
+    "math.reward": ("math_reward", "question_contains_answer"),
     "workers.pool": ("RewardError", "RewardPool"),
     "repetition": ("repetition_reward",),
     "code.sandbox": ("SandboxLimits", "Sandbox"),

@@ -1,4 +1,4 @@
-"""The reward for a right final answer in mathematics."""
+"""Binary reward for mathematical equivalence of the final answer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.math.answer import extract_answer, gold_answer
-from grpo_jax.rewards.math.compare import _same_within_limit, same_answer
+from grpo_jax.rewards.math.compare import same_answer
 from grpo_jax.rewards.math.forms import FORMS, formulas
 from grpo_jax.rewards.math.numbers import numeric_value
 from grpo_jax.rewards.math.reader import read_answer
 
 
 def load_parser() -> None:
-    """Import mpmath and compute an expression once, which fills its caches."""
+    """Import mpmath and compare two expressions, which fills its caches."""
     same_answer(r"\frac{x+1}{2}", r"\sqrt{2}+x^2")
 
 
@@ -26,21 +26,21 @@ def math_reward(
     form: str | None = None,
     **_columns: list[Any],
 ) -> list[float | None]:
-    """1.0 where a completion's final answer equals the gold answer as mathematics, else 0.0.
+    """1.0 if the completion's final answer is mathematically equal to the gold answer (``same_answer``), else 0.0.
 
-    None where the gold is None, cannot be read, is an identity, or does not have the form that is required.
+    None if the gold answer is None, cannot be read, is an identity or does not have the required form.
 
     Args:
-        prompts: the texts that the completions continue, which may have opened the thought; or an empty list.
-        completions: the final answer is what ``extract_answer`` finds; without one the score is 0.0.
-        answer: the gold answers, bare or as a solution that ``gold_answer`` reads; see ``same_answer`` for what is
-            equal.
-        form: of expressions, which form is required besides equality: ``expanded`` (a sum of distinct monomials),
-            ``factored`` (a product of irreducible polynomials) or ``as-written`` (the same text but for spacing and
-            spelling). For tasks where the question, copied, would equal its answer.
+        prompts: ``[B]`` prompts, or an empty list. A prompt that ends in an open thought affects the extraction.
+        completions: ``[B]`` completions; the final answer is ``extract_answer(completion, prompt)``. A completion
+            without one scores 0.0.
+        answer: ``[B]`` gold answers, bare or as solutions (``gold_answer``).
+        form: form that expressions must have besides being equal: ``expanded`` (a sum of distinct monomials),
+            ``factored`` (a product of irreducible polynomials) or ``as-written`` (the same text up to spacing and
+            spelling). For tasks such as "expand (x+1)(x+2)", where a copy of the question equals its answer.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: ``form`` is unknown.
     """
     if form is not None and form not in FORMS:
         raise ValueError(f"form is {form!r}, not one of {', '.join(FORMS)}")
@@ -48,23 +48,20 @@ def math_reward(
     return [_score(*row, form) for row in zip(prompts, completions, answer, strict=True)]
 
 
-def stands_in_question(question: str, gold: str) -> bool:
-    """Whether a formula of a question, or one side of it, equals the gold answer: copying it would score.
+def question_contains_answer(question: str, gold: str) -> bool:
+    """Whether a formula in the question, or one side of it, equals the gold answer, so that copying it would score.
 
-    Formulas are what mathematics delimiters enclose, and runs of formula characters in plain text. A gold answer that
-    cannot be read does not stand anywhere.
+    False if the gold answer cannot be read.
 
     Args:
-        question: the text of the problem.
-        gold: the final gold answer.
+        question: text of the problem. Formulas are read between mathematics delimiters; without any, they are the runs
+            of formula characters in the text.
+        gold: final gold answer, without a solution around it.
     """
     value = numeric_value(gold)
-    if value is not None:  # by far the most frequent kind, and a hundred times as fast
+    if value is not None:  # the most frequent kind, and a hundred times as fast
         return any(numeric_value(formula) == value for formula in formulas(question))
-    right = read_answer(gold)
-    if right is None:
-        return False
-    return any(given is not None and _same_within_limit(right, given) for given in map(read_answer, formulas(question)))
+    return read_answer(gold) is not None and any(same_answer(gold, formula) for formula in formulas(question))
 
 
 def _score(prompt: str, completion: str, gold: str | None, form: str | None) -> float | None:
