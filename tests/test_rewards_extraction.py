@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.rewards.math.answer import answer_reward, extract_answer, gold_answer, numeric_value, worked_answer
-from grpo_jax.rewards.math.boxes import box_of, final_box
-from grpo_jax.rewards.math.markup import plain
+from grpo_jax.rewards.math.boxes import final_box, single_box
+from grpo_jax.rewards.math.markup import strip_markup
 from grpo_jax.rewards.math.reward import math_reward
-from grpo_jax.rewards.math.sentences import sentences
+from grpo_jax.rewards.math.sentences import stated_answers
 
 # Ways to state 73.
 MARKDOWN = [
@@ -295,26 +295,26 @@ def test_worked_solutions():
 def test_boxes():
     text = r"a \boxed{1} b \boxed{2}, \boxed{3} c"
     assert final_box(text) == (text.index(r"\boxed{2}"), len(text) - 2, "2, 3")
-    assert box_of(text) is None
-    assert box_of(r"\boxed{2} and then \boxed{2}") is not None
+    assert single_box(text) is None
+    assert single_box(r"\boxed{2} and then \boxed{2}") is not None
     assert final_box(r"\boxed{2} and \boxed{2.0}")[2] == "2.0"
     assert final_box("none") is None
 
 
 def test_markup():
-    assert plain(" **73** apples ") == "73 apples"
-    assert plain("73**") == plain("** 73") == plain("`73`") == plain("73") == "73"
-    assert plain("2**3") == "2**3"
-    assert plain("a*b*c") == "a*b*c"
-    assert plain("x_1 + x_2") == "x_1 + x_2"
-    assert plain("5$") == "5"
-    assert plain("$5") == "$5"
-    assert plain("**" + "5" * 3000) == "**" + "5" * 3000
+    assert strip_markup(" **73** apples ") == "73 apples"
+    assert strip_markup("73**") == strip_markup("** 73") == strip_markup("`73`") == strip_markup("73") == "73"
+    assert strip_markup("2**3") == "2**3"
+    assert strip_markup("a*b*c") == "a*b*c"
+    assert strip_markup("x_1 + x_2") == "x_1 + x_2"
+    assert strip_markup("5$") == "5"
+    assert strip_markup("$5") == "$5"
+    assert strip_markup("**" + "5" * 3000) == "**" + "5" * 3000
 
 
 def test_sentences_are_found_with_their_places():
     text = "The answer is 5. Now: the answer is 6, because."
-    assert [(text[start:end], answer) for start, end, answer in sentences(text)] == [
+    assert [(text[start:end], answer) for start, end, answer in stated_answers(text)] == [
         ("answer is 5", "5"),
         ("answer is 6, because", "6"),
     ]

@@ -1,4 +1,4 @@
-"""A grader for questions that have several right answers."""
+"""Reward for questions with several right answers."""
 
 from __future__ import annotations
 
@@ -19,26 +19,24 @@ def any_answer_reward(
     grader: Callable[..., list[float | None]] = math_reward,
     **_columns: list[Any],
 ) -> list[float | None]:
-    """The best score that a completion gets for one of several right answers.
+    """The largest score of a completion over several gold answers; None if the grader gives None for all of them.
 
     Args:
-        prompts: passed on; may be empty.
-        completions: passed on.
-        answer: the first right answer of each.
-        other_answers: the others of each; None or empty where there are none.
-        grader: a per-sample reward that takes prompts, completions and ``answer``.
-
-    Returns:
-        For each completion the largest score; None where the grader abstains for every answer.
+        prompts: ``[B]`` prompts, or an empty list.
+        completions: ``[B]`` completions.
+        answer: ``[B]`` first gold answers.
+        other_answers: ``[B]`` further gold answers of each question; None or empty if there are none.
+        grader: per-sample reward of prompts, completions and ``answer``.
     """
     others = other_answers or [None] * len(answer)
     golds = [[first, *(more or [])] for first, more in zip(answer, others, strict=True)]
-    places = [place for place, each in enumerate(golds) for _ in each]
-    flat = grader(
-        [prompts[place] for place in places] if prompts else [],
-        [completions[place] for place in places],
-        answer=[gold for each in golds for gold in each],
+    indices = [index for index, row in enumerate(golds) for _ in row]
+    scores = iter(
+        grader(
+            [prompts[index] for index in indices] if prompts else [],
+            [completions[index] for index in indices],
+            answer=[gold for row in golds for gold in row],
+        )
     )
-    scores = iter(flat)
-    present = [[score for score in (next(scores) for _ in each) if score is not None] for each in golds]
-    return [max(each, default=None) for each in present]
+    present = [[score for score in (next(scores) for _ in row) if score is not None] for row in golds]
+    return [max(row, default=None) for row in present]

@@ -1,11 +1,12 @@
-r"""``\boxed{...}``, the way mathematics states a final answer."""
+r"""Answers in ``\boxed{...}``, and numbers stated beside other numbers."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-from grpo_jax.rewards.math.markup import plain
-from grpo_jax.rewards.math.numbers import numeric_value, unwrap
+from grpo_jax.rewards.math.markup import strip_markup
+from grpo_jax.rewards.math.numbers import numeric_value, strip_delimiters
 
 MACRO = r"(?:boxed|fbox|framebox)"
 BRACE = re.compile(
@@ -19,7 +20,7 @@ BRACE = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
-# What may stand between boxes that are a list: punctuation, mathematics delimiters, "x =" and these words.
+# Between the boxes of a list: punctuation, mathematics delimiters, "x =" and these words.
 LISTING = re.compile(
     r"""(?: (?<=\n)[ \t]*(?:\d{1,2}[.)] | [-*\u2022] | [a-hA-H][.)]) | \(?\b[a-hA-H]\)
           | \b(?:option|case|guess|attempt|answer)\s+(?:\d|[A-H])\b
@@ -32,7 +33,7 @@ LISTING = re.compile(
           )*+""",
     re.VERBOSE | re.IGNORECASE,
 )
-LONGEST_LISTING = 80
+MAX_LISTING = 80
 NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bno longer)\s+(?:equal\s+to\s+|be\s+)?[$\\(\[\s]*\Z", re.IGNORECASE)
 REJECTED = re.compile(
     r"[$\\)\]\s]*(?:(?:(?:is|was)\s+not|(?:is|was)n['\u2019]t|can\s?not\s+be|can['\u2019]t\s+be)"
@@ -51,44 +52,61 @@ CONDITION = re.compile(
     r"[\s$]*(?:if|when|for|in case)\b[^.\n]{1,60}?(?:[,;]|\band\b|\bor\b|\botherwise\b)[\s$]*(?:[a-zA-Z]\s?=)?[\s$]*",
     re.IGNORECASE,
 )
-"""What stands after the first of two boxes that hold under a condition each."""
+"""The text between two boxes that depend on conditions: "5 if n is even, 6 otherwise"."""
 
-Statement = tuple[int, int, str]
-"""From where to where an answer is stated, and what it is."""
+
+class Statement(NamedTuple):
+    """An answer and the span of the text that states it."""
+
+    start: int
+    end: int
+    answer: str
 
 
 def final_box(text: str) -> Statement | None:
-    r"""The last outermost ``\boxed{...}`` of a text, braces balanced; None where there is none.
+    r"""The last outermost ``\boxed{...}`` of a text; None if there is none.
 
-    ``\fbox`` and ``\framebox`` are boxes too, and so is ``\boxed 5`` without braces, up to the next blank or ``$``.
-    Boxes with only punctuation, "x =", a condition or words such as "and" and "or" between them are a list: its answer
-    is their contents, those that are equal once, with commas between them. A box that its sentence negates is left
-    out, as in "It is not \\boxed{5}" and "\\boxed{5} is wrong".
+    ``\fbox``, ``\framebox`` and ``\boxed 5`` without braces (up to the next space or ``$``) are boxes too. Boxes that
+    are separated by no more than punctuation, "x =", a condition or words such as "and" and "or" form a list, whose
+    answer is their distinct contents joined by commas. Negated boxes are left out: "It is not \\boxed{5}",
+    "\\boxed{5} is wrong".
     """
     run = _last_run(text, _boxes(text))
     if not run:
         return None
-    contents = {numeric_value(content) or unwrap(content): content for _, _, content in run}
-    return run[0][0], run[-1][1], ", ".join(contents.values())
+    contents = {numeric_value(box.answer) or strip_delimiters(box.answer): box.answer for box in run}
+    return Statement(run[0].start, run[-1].end, ", ".join(contents.values()))
 
 
-def box_of(text: str) -> Statement | None:
-    """The box of a text in which all boxes are one list, or have the same content; None otherwise."""
+def single_box(text: str) -> Statement | None:
+    """``final_box`` of a text whose boxes are one list or have the same content; None otherwise."""
     boxes = _boxes(text)
-    if not boxes or (len(_last_run(text, boxes)) < len(boxes) and len({content for _, _, content in boxes}) > 1):
+    if not boxes or (len(_last_run(text, boxes)) < len(boxes) and len({box.answer for box in boxes}) > 1):
         return None
     return final_box(text)
 
 
-def are_listed(text: str, end: int, start: int) -> bool:
-    """Whether there is only punctuation, or only words such as "or the answer is", between two places of a text."""
-    return start - end <= LONGEST_LISTING and LISTING.fullmatch(text, end, start) is not None
+def is_list_separator(text: str, end: int, start: int) -> bool:
+    """Whether ``text[end:start]`` separates items of a list: punctuation, or words such as "or the answer is".
+
+    Args:
+        text: text with two statements.
+        end: end of the first statement.
+        start: start of the second statement.
+    """
+    return start - end <= MAX_LISTING and LISTING.fullmatch(text, end, start) is not None
 
 
 def is_hedged(text: str, end: int, answer: str) -> bool:
-    """Whether another number stands beside a number that is stated up to ``end``, as in "5 or 6" or "5. Maybe 6."."""
+    """Whether a numeric answer is followed by another number, as in "5 or 6" or "5. Maybe 6.".
+
+    Args:
+        text: text that states the answer.
+        end: end of the statement in the text.
+        answer: the answer; False if it is not a number.
+    """
     value = numeric_value(answer)
-    listing = LISTING.match(text, end, end + LONGEST_LISTING) if value is not None else None
+    listing = LISTING.match(text, end, end + MAX_LISTING) if value is not None else None
     number = NUMBER.match(text, listing.end()) if listing is not None else None
     if listing is None or number is None or numeric_value(number[1].rstrip(".,")) in (None, value):
         return False
@@ -97,37 +115,36 @@ def is_hedged(text: str, end: int, answer: str) -> bool:
 
 def _boxes(text: str) -> list[Statement]:
     """The outermost boxes, in order."""
-    found: list[tuple[int, int, int, int]] = []
-    opened: list[tuple[int, int] | None] = []
+    spans: list[tuple[int, int, int, int]] = []  # start and end of the box, start and end of its content
+    stack: list[tuple[int, int] | None] = []  # open braces: the opening of a box, or None
     for brace in BRACE.finditer(text):
         if brace["box"]:
-            opened.append(brace.span())
+            stack.append(brace.span())
         elif brace["bare"]:
-            found.append((*brace.span(), *brace.span("bare")))
+            spans.append((*brace.span(), *brace.span("bare")))
         elif brace[0] == "{":
-            opened.append(None)
-        elif brace[0] == "}" and opened:
-            start = opened.pop()
-            if start is not None:
-                while found and found[-1][0] > start[0]:  # those within
-                    found.pop()
-                found.append((start[0], brace.end(), start[1], brace.start()))
+            stack.append(None)
+        elif brace[0] == "}" and stack:
+            opening = stack.pop()
+            if opening is not None:
+                while spans and spans[-1][0] > opening[0]:  # boxes inside this one
+                    spans.pop()
+                spans.append((opening[0], brace.end(), opening[1], brace.start()))
     return [
-        (start, end, _content(text[first:last]))
-        for start, end, first, last in found
+        Statement(start, end, strip_markup(text[first:last]))
+        for start, end, first, last in spans
         if not (NEGATED.search(text[max(start - 40, 0) : start]) or REJECTED.match(text[end : end + 40]))
     ]
 
 
-def _content(text: str) -> str:
-    return plain(text)
-
-
 def _last_run(text: str, boxes: list[Statement]) -> list[Statement]:
+    """The boxes of the list that ends with the last box."""
     first = len(boxes) - 1
     while first > 0:
-        end, start = boxes[first - 1][1], boxes[first][0]
-        if not (are_listed(text, end, start) or CONDITION.fullmatch(text, end, min(start, end + LONGEST_LISTING + 1))):
+        end, start = boxes[first - 1].end, boxes[first].start
+        if not (
+            is_list_separator(text, end, start) or CONDITION.fullmatch(text, end, min(start, end + MAX_LISTING + 1))
+        ):
             break
         first -= 1
     return boxes[max(first, 0) :]

@@ -1,11 +1,11 @@
-"""Numbers as answers write them, by their exact value."""
+"""Exact values of plainly written numbers."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-LONGEST_NUMBER = 100
+MAX_LENGTH = 100
 MATH = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 WRAPPERS = (*MATH, (r"\boxed{", "}"), *MATH)
 
@@ -29,16 +29,16 @@ NUMBER = re.compile(
 
 
 def numeric_value(text: str) -> Fraction | None:
-    r"""The exact value of a text that is one number and nothing else; None for anything else.
+    r"""The exact value of a text that is a single number; None for any other text.
 
-    A number is made of ASCII digits: an integer, with or without commas between thousands; a decimal, with or without
-    an exponent of up to three digits, so that neither 1e-400 nor 1e400 is rounded; ``a/b`` or ``\frac{a}{b}``. It may
-    have a sign; ``$`` before it or the word dollars after it; a percent sign, which divides by 100; a closing period;
-    and around it ``$...$``, ``\(...\)``, ``\[...\]`` or ``\boxed{...}``. A division by zero, a list, an equation, any
-    other unit (5 m is not 5 cm) and a text of more than 100 characters have no value.
+    A number consists of ASCII digits: an integer or decimal, optionally with commas between thousands and an exponent
+    of up to three digits (exact: neither 1e-400 nor 1e400 is rounded), ``a/b`` or ``\frac{a}{b}``. Optional are a sign;
+    ``$`` before it or "dollars" after it; a percent sign, which divides by 100; a final period; and around it
+    ``$...$``, ``\(...\)``, ``\[...\]`` or ``\boxed{...}``. None for a division by zero, a list, an equation, any other
+    unit (5 m is not 5 cm) and more than ``MAX_LENGTH`` characters.
     """
-    text = unwrap(text)
-    if len(text) > LONGEST_NUMBER:
+    text = strip_delimiters(text)
+    if len(text) > MAX_LENGTH:
         return None
     match = NUMBER.fullmatch(text)
     if match is None or (match["sign"] and match["inner_sign"]):
@@ -48,8 +48,8 @@ def numeric_value(text: str) -> Fraction | None:
     return -magnitude if is_negative and magnitude is not None else magnitude
 
 
-def unwrap(text: str) -> str:
-    """A text with runs of blanks made one space, and without a closing period and mathematics delimiters around it."""
+def strip_delimiters(text: str) -> str:
+    """The text with single spaces, without a final period and without mathematics delimiters around it."""
     text = " ".join(text.split()).removesuffix(".").rstrip()
     for opening, closing in WRAPPERS:
         if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
@@ -62,6 +62,6 @@ def _magnitude(match: re.Match[str]) -> Fraction | None:
         top, bottom = match["top"] or match["latex_top"], match["bottom"] or match["latex_bottom"]
         top, bottom = int(top.replace(",", "")), int(bottom.replace(",", ""))
         return Fraction(top, bottom) if bottom else None
-    whole, _, decimals = match["decimal"].replace(",", "").partition(".")
+    integer, _, decimals = match["decimal"].replace(",", "").partition(".")
     exponent = int(match["exponent"] or 0) - len(decimals) - (2 if match["percent"] else 0)
-    return int(whole + decimals) * Fraction(10) ** exponent
+    return int(integer + decimals) * Fraction(10) ** exponent

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from grpo_jax.rewards.math.evaluation import TooLargeError, work_limit
 from grpo_jax.rewards.math.expression import Node, parse, variables
-from grpo_jax.rewards.math.final_answer import NOTHING, Answer, as_node, is_constant_scalar, is_scalar
+from grpo_jax.rewards.math.final_answer import INVALID, Answer, as_node, is_constant_scalar, is_scalar
 from grpo_jax.rewards.math.intervals import INFINITY, MINUS_INFINITY, REALS, Piece, complement, intersection
 from grpo_jax.rewards.math.latex import balanced, split_top, tidy
 from grpo_jax.rewards.math.numerals import NUMBER_WORDS, exact_number, read_number, read_numeral, read_ratio
@@ -90,7 +90,7 @@ def _read(text: str) -> Answer | None:
     for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
         found = reader(text)
         if found is not None:
-            return found if found.kind != "nothing" else None
+            return found if found.kind != "invalid" else None
     return None
 
 
@@ -108,7 +108,7 @@ def _prose(text: str) -> Answer | None:
     if match := ALL_BUT.fullmatch(plain):
         points = "0" if match["nonzero"] else match["points"]
         pieces = as_points(_read(points)) if points else ()
-        return NOTHING if pieces is None else Answer("interval", complement(pieces))
+        return INVALID if pieces is None else Answer("interval", complement(pieces))
     if plain.lower() in NUMBER_WORDS:
         return Answer("number", Fraction(NUMBER_WORDS[plain.lower()]))
     return read_words(text)
@@ -164,13 +164,13 @@ def _collection(text: str) -> Answer | None:
     if len(parts) == 2:
         base, removed = (_pieces(_read(part)) if part else None for part in parts)
         rest = None if base is None or removed is None else intersection(base, complement(removed))
-        return NOTHING if rest is None else Answer("interval", rest)
+        return INVALID if rest is None else Answer("interval", rest)
     if (match := CASES.fullmatch(text)) and (r"{cases}" in text or "=" in text):
         return _cases([row.strip() for row in match[1].split(r"\\") if row.strip()])
     if match := MATRIX.fullmatch(text):
         return _matrix(match[3], match[1].strip())
     if r"\begin" in text:
-        return NOTHING
+        return INVALID
     if multiple := MULTIPLE.fullmatch(text):
         vector, factor = _read(multiple[2]), parse("-1" if multiple[1] == "-" else multiple[1])
         if vector is not None and vector.kind == "tuple" and factor is not None and all(map(is_scalar, vector.value)):
@@ -178,7 +178,7 @@ def _collection(text: str) -> Answer | None:
     point = re.fullmatch(r"([ABD-Z]) ?(\(.+\))", text)
     if point and _bracketed(point[2]) != (None, None) and len(split_top(point[2][1:-1], ",")) > 1:
         coordinates = _read(point[2])
-        return replace(coordinates, name=point[1]) if coordinates and coordinates.kind == "tuple" else NOTHING
+        return replace(coordinates, name=point[1]) if coordinates and coordinates.kind == "tuple" else INVALID
     opening, closing = _bracketed(text)
     if opening is None or closing is None:
         return None
@@ -190,7 +190,7 @@ def _collection(text: str) -> Answer | None:
     if opening == "(" and len(items) > 1 and re.search(r"\\pm|\\mp", inner):
         return None  # several tuples
     if len(items) == 1:
-        return None if opening == "(" and closing == ")" else NOTHING
+        return None if opening == "(" and closing == ")" else INVALID
     if len(items) == 2 and opening != r"\langle" and ((opening, closing) != ("(", ")") or r"\infty" in inner):
         low, high = (_scalar(item) for item in items)
         if low is not None and high is not None and is_constant_scalar(low) and is_constant_scalar(high):
@@ -200,7 +200,7 @@ def _collection(text: str) -> Answer | None:
             return Answer("tuple", (Answer("text", opening), low, high, Answer("text", closing)))
     if (opening, closing) in (("(", ")"), (r"\langle", r"\rangle")):
         return _several("tuple", items)
-    return NOTHING
+    return INVALID
 
 
 def _set(inner: str) -> Answer:
@@ -220,7 +220,7 @@ def _cases(rows: list[str]) -> Answer:
         condition = re.sub(r"\\text ?\{ ?(?:if|for|when) ?\}", "", row[-1]).strip()
         read = _read(row[0]), _read(condition)
         if len(row) != 2 or read[0] is None or read[1] is None:
-            return NOTHING
+            return INVALID
         items.append(Answer("tuple", read))
     return Answer("cases", tuple(items))
 
@@ -252,13 +252,13 @@ def _joined(parts: list[Answer | None]) -> Answer:
     """The union of sets or of intervals."""
     names = {part.name for part in parts if part is not None and part.name}
     if len(names) > 1 or any(part is None for part in parts):
-        return NOTHING
+        return INVALID
     name = names.pop() if names else None
     if all(part is not None and part.kind == "set" for part in parts):
         return Answer("set", tuple(each for part in parts if part is not None for each in part.value), name=name)
     pieces = [_pieces(part) for part in parts]
     if any(each is None for each in pieces):
-        return NOTHING
+        return INVALID
     return interval([piece for each in pieces if each is not None for piece in each], name)
 
 
@@ -306,7 +306,7 @@ def _several(kind: str, parts: list[str]) -> Answer:
     for part in parts:
         item = _read(part) if part else None
         if item is None:
-            return NOTHING
+            return INVALID
         items += (
             [replace(each, name=item.name) for each in item.value] if item.kind == "list" and r"\pm" in part else [item]
         )
@@ -324,7 +324,7 @@ def _several(kind: str, parts: list[str]) -> Answer:
         return solution
     is_named = len(set(known)) == 1 and (len(known) == len(names) or names[0] is not None)
     if known and (kind == "tuple" or not is_named):
-        return NOTHING
+        return INVALID
     return Answer(kind, bare, name=known[0] if known else None)
 
 
@@ -343,16 +343,16 @@ def _conjunction(items: list[Answer]) -> Answer:
     pieces, name, parts = (REALS,), items[0].name, []
     for item in items:
         if item.name != name and not (item.name is None and is_constant_scalar(item)):
-            return NOTHING
+            return INVALID
         part = item.value
         if item.name is None:  # another point that the first condition excludes
             excluded = complement(items[0].value)
             if len(excluded) != 1 or excluded[0].low != excluded[0].high:
-                return NOTHING
+                return INVALID
             part = complement((Piece(item, True, item, True),))
         both = intersection(pieces, part)
         if both is None:
-            return NOTHING
+            return INVALID
         pieces = both
         parts += part
     return Answer("interval", pieces, name=name) if pieces else interval(parts, name)
@@ -361,10 +361,10 @@ def _conjunction(items: list[Answer]) -> Answer:
 def _matrix(inner: str, factor: str) -> Answer:
     rows = [[_scalar(cell) for cell in split_top(row, "&")] for row in inner.split(r"\\") if row.strip()]
     if not rows or len({len(row) for row in rows}) != 1 or any(cell is None for row in rows for cell in row):
-        return NOTHING
+        return INVALID
     scale = parse(factor) if factor else None
     if factor and (scale is None or variables(scale) or not is_evaluable(scale)):
-        return NOTHING
+        return INVALID
     if scale is not None:
         rows = [[_product(scale, cell) for cell in row if cell is not None] for row in rows]
     return Answer("matrix", tuple(tuple(row) for row in rows))

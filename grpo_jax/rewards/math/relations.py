@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from grpo_jax.rewards.math.expression import Node, difference, parse, variables
-from grpo_jax.rewards.math.final_answer import NOTHING, Answer, as_node, is_constant_scalar, is_scalar
+from grpo_jax.rewards.math.final_answer import INVALID, Answer, as_node, is_constant_scalar, is_scalar
 from grpo_jax.rewards.math.intervals import INFINITY, MINUS_INFINITY, Piece, complement, union
 from grpo_jax.rewards.math.latex import split_top
 from grpo_jax.rewards.math.symbolic import agree, is_constant, is_evaluable, real_value
@@ -47,7 +47,7 @@ def read_relation(text: str, read: Reader) -> Answer | None:
     if not signs:
         return None
     if not all(sides):
-        return NOTHING
+        return INVALID
     if signs == [r"\approx"] and re.fullmatch(NAME, sides[0]):
         signs = ["="]
     if signs[-1] == r"\approx":
@@ -56,7 +56,7 @@ def read_relation(text: str, read: Reader) -> Answer | None:
         return _equation(sides[0], sides[1], read) if len(signs) == 1 else _chain(sides, read)
     is_long = len(signs) > 2 and not all(re.fullmatch(NAME, side) for side in sides)
     if is_long or {"=", r"\approx"} & set(signs) or (len(signs) > 1 and set(signs) & {r"\in", r"\ne"}):
-        return NOTHING
+        return INVALID
     if signs == [r"\in"]:
         value = read(sides[1])
         return named(sides[0], value and (as_interval(value) or value), {"interval", "set"})
@@ -66,23 +66,23 @@ def read_relation(text: str, read: Reader) -> Answer | None:
 def _rounded(exact: Answer | None, approximate: Answer | None, written: str) -> Answer:
     r"""``2\sqrt{3} \approx 3.464``: the exact value, where the other is it rounded or cut off."""
     if exact is None or approximate is None or exact.kind not in ("number", "expression"):
-        return NOTHING
+        return INVALID
     node = as_node(exact)
     if variables(node) or approximate.kind != "number" or approximate.unit not in (None, exact.unit):
-        return NOTHING
+        return INVALID
     decimal = re.match(r"-?\d[\d,]*(?:\.(\d+))?(?![\d./])", written)
     error = real_value(difference(node, as_node(approximate)))
     if decimal is None or error is None or approximate.value == 0:
-        return NOTHING
+        return INVALID
     units = float(error) * 10 ** len(decimal[1] or "") * (1 if approximate.value > 0 else -1)
     # Rounded or, with decimals, cut off.
-    return exact if abs(units) <= (0.5 if decimal[1] else 0.499) or (decimal[1] and 0 < units < 0.999) else NOTHING
+    return exact if abs(units) <= (0.5 if decimal[1] else 0.499) or (decimal[1] and 0 < units < 0.999) else INVALID
 
 
 def named(name: str, value: Answer | None, kinds: set[str]) -> Answer:
-    """The value of one of these kinds as the variable's; ``NOTHING`` for a name that is not a variable's."""
+    """The value of one of these kinds as the variable's; ``INVALID`` for a name that is not a variable's."""
     if value is None or value.kind not in kinds or not re.fullmatch(NAME, name) or value.name not in (None, name):
-        return NOTHING
+        return INVALID
     return replace(value, name=name.strip())
 
 
@@ -91,14 +91,14 @@ def _chain(sides: list[str], read: Reader) -> Answer:
     value = read(sides[-1])
     if value is not None and is_constant_scalar(value) and all(re.fullmatch(NAME, side) for side in sides[:-1]):
         names = [side.strip() for side in sides[:-1]]
-        return assigned(names, [value] * len(names)) if len(set(names)) == len(names) else NOTHING
+        return assigned(names, [value] * len(names)) if len(set(names)) == len(names) else INVALID
     nodes = [parse(side) for side in sides[1:]]
     last = _equation(sides[0], sides[-1], read)
     if last.name is None or last.kind not in ("number", "expression") or last.unit is not None:
-        return NOTHING
+        return INVALID
     known = [each for each in nodes if each is not None and not variables(each) and is_evaluable(each)]
     if len(known) < len(nodes) or not all(agree(known[-1], each) for each in known[:-1]):
-        return NOTHING
+        return INVALID
     return last
 
 
@@ -111,14 +111,14 @@ def _equation(left: str, right: str, read: Reader) -> Answer:
                 "list", tuple(Answer("equation", (None, name, each), parameter=argument) for each in value.value)
             )
         is_value = is_scalar(value) or (value is not None and value.kind == "cases")
-        return Answer("equation", (None, name, value), parameter=argument) if is_value else NOTHING
+        return Answer("equation", (None, name, value), parameter=argument) if is_value else INVALID
     for name, other in ((left, right), (right, left)):
         is_variable = re.fullmatch(NAME, name) is not None
         if (is_variable or QUANTITY.fullmatch(name)) and not (is_variable and _has_variable(other, name)):
             value = read(other)
             name = re.sub(r"\\text ?\{|[\s}{|]", "", name)
             if value is None or value.name is not None or value.kind in ("equation", "inequality", "text"):
-                return NOTHING
+                return INVALID
             if value.kind != "expression" or not variables(value.value):
                 return replace(value, name=name)
             if not is_variable:
@@ -130,7 +130,7 @@ def _equation(left: str, right: str, read: Reader) -> Answer:
     whole = None if nodes[0] is None or nodes[1] is None else difference(nodes[0], nodes[1])
     if re.fullmatch(r"[a-z](?: ?\+ ?[a-z])+", left) and is_constant_scalar(value := read(right)):
         return Answer("equation", (whole, left.replace(" ", ""), value))
-    return Answer("equation", (whole, None, None)) if _varies(whole) else NOTHING
+    return Answer("equation", (whole, None, None)) if _varies(whole) else INVALID
 
 
 def _has_variable(text: str, name: str) -> bool:
@@ -147,7 +147,7 @@ def _named_tuple(names: str, value: Answer | None) -> Answer:
     """``(x, y) = (2, 4)``, with as many values as names."""
     known = [name.strip() for name in names.strip("() ").split(",")]
     if value is None or value.kind != "tuple" or len(known) != len(value.value) or len(set(known)) < len(known):
-        return NOTHING
+        return INVALID
     return assigned(known, value.value)
 
 
@@ -162,7 +162,7 @@ def assigned(names: Sequence[str], values: Sequence[Answer]) -> Answer:
 def _inequality(sides: list[str], signs: list[str], read: Reader) -> Answer:
     if signs == [r"\ne"] and re.fullmatch(NAME, sides[0]):
         points = as_points(read(sides[1]))
-        return NOTHING if points is None else Answer("interval", complement(points), name=sides[0].strip())
+        return INVALID if points is None else Answer("interval", complement(points), name=sides[0].strip())
     named = [place for place, side in enumerate(sides) if re.fullmatch(NAME, side)]
     if len(named) == len(sides) > 2:
         return _ranking(sides, signs)
@@ -170,7 +170,7 @@ def _inequality(sides: list[str], signs: list[str], read: Reader) -> Answer:
     if len(named) == 1 and all(is_constant_scalar(end) for end in ends):
         first, second = ends[0], ends[-1]
         if first is None or second is None:
-            return NOTHING
+            return INVALID
         if len(signs) == 1:
             sign = signs[0] if named == [0] else FLIPPED[signs[0]]
             pieces = half_line(sign, first)
@@ -179,23 +179,23 @@ def _inequality(sides: list[str], signs: list[str], read: Reader) -> Answer:
         elif named == [1] and all(sign in (">", r"\ge") for sign in signs):
             pieces = [Piece(second, signs[1] == r"\ge", first, signs[0] == r"\ge")]
         else:
-            return NOTHING
+            return INVALID
         return interval(pieces, sides[named[0]].strip())
     if len(signs) != 1 or signs[0] == r"\ne":
-        return NOTHING
+        return INVALID
     absolute = _absolute(sides, signs[0]) or _absolute(sides[::-1], FLIPPED[signs[0]])
     if absolute is not None:
         return absolute
     greater, less = sides if signs[0] in (">", r"\ge") else sides[::-1]
     nodes = parse(greater), parse(less)
     whole = None if nodes[0] is None or nodes[1] is None else difference(nodes[0], nodes[1])
-    return Answer("inequality", (whole, signs[0] in (r"\le", r"\ge"))) if _varies(whole) else NOTHING
+    return Answer("inequality", (whole, signs[0] in (r"\le", r"\ge"))) if _varies(whole) else INVALID
 
 
 def _ranking(names: list[str], signs: list[str]) -> Answer:
     """``a < c < b``, also read from the other end."""
     if not (set(signs) <= {"<", r"\le"} or set(signs) <= {">", r"\ge"}):
-        return NOTHING
+        return INVALID
     if signs[0] in (">", r"\ge"):
         names, signs = names[::-1], [FLIPPED[sign] for sign in signs[::-1]]
     return Answer("tuple", tuple(Answer("text", text.strip()) for text in (*names, *signs)))
@@ -210,7 +210,7 @@ def half_line(sign: str, end: Answer) -> list[Piece]:
 def interval(pieces: list[Piece] | tuple[Piece, ...], name: str | None = None) -> Answer:
     """The union of pieces as an answer."""
     merged = union(list(pieces))
-    return NOTHING if merged is None else Answer("interval", merged, name=name)
+    return INVALID if merged is None else Answer("interval", merged, name=name)
 
 
 def as_points(points: Answer | None) -> tuple[Piece, ...] | None:
@@ -226,7 +226,7 @@ def as_interval(pair: Answer) -> Answer | None:
     if pair.kind != "tuple" or len(pair.value) != 2 or not all(is_constant_scalar(each) for each in pair.value):
         return None
     found = interval([Piece(pair.value[0], False, pair.value[1], False)], pair.name)
-    return None if found.kind == "nothing" else found
+    return None if found.kind == "invalid" else found
 
 
 def read_congruence(text: str, read: Reader) -> Answer | None:

@@ -1,4 +1,4 @@
-"""Which answers are the same, for a majority vote."""
+"""Equal answers as equal ids, for majority voting."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from grpo_jax.rewards.math.answer import canonical_answer, same_text
 def identify_answers(
     answers: Sequence[Sequence[str | None]], same: Callable[[str, str], bool] = same_text
 ) -> Int[Array, "N G"]:
-    """Answers as numbers for ``maj_at_k``: those of a row that are the same get the same number.
+    """Answer ids for ``maj_at_k``: equal answers within a row get equal ids.
 
-    Texts are the same where ``canonical_answer`` is. Two that differ are compared once by ``same``, unless both are
-    numbers; what is the same as a third is the same.
+    Answers with the same ``canonical_answer`` are equal. Other pairs are compared once with ``same``, unless both are
+    numbers; equality is closed transitively.
 
     Args:
-        answers: one row a problem, all of one length; None or a blank text is no answer and becomes -1.
-        same: whether two answers are the same by the grader's own rules, such as ``math.same_answers``.
+        answers: ``[N, G]`` answers, a row per problem; None or blank is no answer and gets -1.
+        same: the grader's equality of two answers, such as ``compare.same_answers``.
 
     Raises:
-        ValueError: rows of different lengths.
+        ValueError: rows differ in length.
     """
     lengths = sorted({len(row) for row in answers})
     if len(lengths) > 1:
@@ -37,9 +37,9 @@ def identify_answers(
 def _identify_row(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:
     keys = ["" if answer is None else canonical_answer(answer) for answer in answers]
     texts = {key: answer for key, answer in zip(keys, answers, strict=True) if answer is not None and key != ""}
-    number = {key: n for n, key in enumerate(texts)}
+    ids = {key: index for index, key in enumerate(texts)}
     for (a, text), (b, other) in combinations(texts.items(), 2):
-        if number[a] != number[b] and not (isinstance(a, Fraction) and isinstance(b, Fraction)) and same(text, other):
-            old, new = number[b], number[a]
-            number = {key: new if n == old else n for key, n in number.items()}
-    return [number.get(key, -1) for key in keys]
+        if ids[a] != ids[b] and not (isinstance(a, Fraction) and isinstance(b, Fraction)) and same(text, other):
+            merged, kept = ids[b], ids[a]
+            ids = {key: kept if id_ == merged else id_ for key, id_ in ids.items()}
+    return [ids.get(key, -1) for key in keys]
