@@ -29,8 +29,8 @@ from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
 from grpo_jax.data.layouts import kind_of
-from grpo_jax.data.notes import prompt_key
 from grpo_jax.data.preferences import load_preferences
+from grpo_jax.data.statistics import prompt_key
 from grpo_jax.jsonl import to_json
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.data_report import (

@@ -36,11 +36,11 @@ from grpo_jax.config.run import Export, RunConfig, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.iterator import padded_batches
-from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import EncodedPreferences, PairBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import of_template
+from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.checks import check_divides, check_finite, check_same_data
 from grpo_jax.loop.command import run_command
@@ -160,9 +160,9 @@ def train(config: Config, run: Run) -> None:
     check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
-    notes = DataNotes()
-    preferences, held_out = load_preference_sets(config.data, config.seed, notes)
-    notes.report(run.say, run.folder / "data.json")
+    stats = DataStatistics()
+    preferences, held_out = load_preference_sets(config.data, config.seed, stats)
+    stats.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
     judge = errand_reward if config.data.dataset is None else None
     judge = judge if config.judge is None else import_reward(config.judge)

@@ -29,9 +29,9 @@ from grpo_jax.config.offline import PreferenceConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.iterator import padded_batches
-from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
+from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.compilation import count_compilations
@@ -124,9 +124,9 @@ def train(config: Config, run: Run) -> None:
     check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
-    notes = DataNotes()
-    preferences, held_out = load_preference_sets(config.data, config.seed, notes)
-    notes.report(run.say, run.folder / "data.json")
+    stats = DataStatistics()
+    preferences, held_out = load_preference_sets(config.data, config.seed, stats)
+    stats.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
     start = start_model(config, run, seed=config.seed)
     scorer = with_stop_tokens(load_model(config, start, mesh, scalar_head=True), config.stop_tokens)

@@ -7,8 +7,8 @@ import pytest
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
-from grpo_jax.data.notes import DataNotes, prompt_key
 from grpo_jax.data.problems import reward_columns
+from grpo_jax.data.statistics import DataStatistics, prompt_key
 from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
 from grpo_jax.rewards.code.reward import code_reward
 from grpo_jax.rewards.math.answer import answer_reward, same_text
@@ -206,24 +206,24 @@ def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
 
 def test_an_evaluation_is_of_every_row_of_a_file(tmp_path):
     path = write_problems(tmp_path / "a.jsonl", 361)
-    notes = DataNotes()
-    problems, reward = load_evaluation_problems(DataConfig(dataset=path, eval_size=None), notes)
+    stats = DataStatistics()
+    problems, reward = load_evaluation_problems(DataConfig(dataset=path, eval_size=None), stats)
     assert len(problems) == 361
     assert reward is math_reward
-    assert notes.lines() == [f"361 of 361 problems of {path} are for evaluation"]
-    notes = DataNotes()
-    problems, _ = load_evaluation_problems(DataConfig(dataset=path, eval_size=20), notes)
+    assert stats.lines() == [f"361 of 361 problems of {path} are for evaluation"]
+    stats = DataStatistics()
+    problems, _ = load_evaluation_problems(DataConfig(dataset=path, eval_size=20), stats)
     assert len(problems) == 20
     assert [problem.prompt for problem in problems] != [f"{n}+1=" for n in range(20)]  # a sample
-    assert notes.lines() == [f"20 of 361 problems of {path} are for evaluation"]
+    assert stats.lines() == [f"20 of 361 problems of {path} are for evaluation"]
 
 
 def test_training_says_how_much_of_a_file_it_holds_out(tmp_path):
     path = write_problems(tmp_path / "a.jsonl", 361)
-    notes = DataNotes()
-    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=path), 0, notes)
+    stats = DataStatistics()
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=path), 0, stats)
     assert (len(problems), len(held_out)) == (325, 36)
-    assert notes.lines() == [f"36 of 361 rows of {path} are held out for evaluation"]
+    assert stats.lines() == [f"36 of 361 rows of {path} are held out for evaluation"]
     assert len(load_problem_sets(DataConfig(dataset=path, eval_size=None), 0)[1]) == 36
 
 
@@ -265,10 +265,10 @@ def test_bad_rows_are_an_error_or_skipped_and_counted(tmp_path):
     )
     with pytest.raises(ValueError, match=r"a\.jsonl:8, column 'answer'"):
         load_problem_sets(DataConfig(dataset=path), 0)
-    notes, said = DataNotes(), []
-    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=path, skip_bad_rows=True), 0, notes)
+    stats, said = DataStatistics(), []
+    problems, held_out, _, _ = load_problem_sets(DataConfig(dataset=path, skip_bad_rows=True), 0, stats)
     assert len(problems) + len(held_out) == 360
-    notes.report(said.append, tmp_path / "data.json")
+    stats.report(said.append, tmp_path / "data.json")
     assert said[-2] == "1 rows skipped:"
     assert "a.jsonl:8, column 'answer' must be text" in said[-1]
     written = json.loads((tmp_path / "data.json").read_text())
@@ -277,20 +277,20 @@ def test_bad_rows_are_an_error_or_skipped_and_counted(tmp_path):
 
 
 def test_many_reasons_are_cut(tmp_path):
-    notes = DataNotes(skipped=[f"row {n}: {'x' * 1000}" for n in range(500)])
-    assert len(notes.lines()) == 7
-    assert notes.lines()[-1] == "  and 495 more"
-    assert max(map(len, notes.lines())) < 310
+    stats = DataStatistics(skipped=[f"row {n}: {'x' * 1000}" for n in range(500)])
+    assert len(stats.lines()) == 7
+    assert stats.lines()[-1] == "  and 495 more"
+    assert max(map(len, stats.lines())) < 310
 
 
 def test_duplicates_and_contradictions_are_counted(tmp_path):
     rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(30)]
     rows += [{"question": " 1+1= ", "answer": 2}, {"question": "2+1=", "answer": 4}]
-    notes = DataNotes()
-    load_problem_sets(DataConfig(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0, notes)
-    assert notes.counts["duplicates"] == 2
-    assert notes.counts["contradicting_duplicates"] == 1
-    assert notes.lines()[0] == (
+    stats = DataStatistics()
+    load_problem_sets(DataConfig(dataset=write_rows(tmp_path / "a.jsonl", rows)), 0, stats)
+    assert stats.counts["duplicates"] == 2
+    assert stats.counts["contradicting_duplicates"] == 1
+    assert stats.lines()[0] == (
         "2 of 32 rows repeat the prompt of an earlier one (case and blanks aside), 1 of them with another answer"
     )
 
@@ -305,12 +305,12 @@ def test_leaks_between_training_and_held_out_rows_are_removed_and_said(tmp_path)
     train = write_rows(tmp_path / "train.jsonl", [{"question": f"What is {n}?", "answer": n} for n in range(20)])
     test = [{"question": f"what  is {n}? ", "answer": n} for n in range(15, 30)]
     test += [{"question": [{"role": "user", "content": "What is 3?"}], "answer": 3}]
-    notes = DataNotes()
+    stats = DataStatistics()
     settings = DataConfig(dataset=train, eval_dataset=write_rows(tmp_path / "test.jsonl", test))
-    held_out = load_problem_sets(settings, 0, notes)[1]
+    held_out = load_problem_sets(settings, 0, stats)[1]
     assert {problem.answer for problem in held_out} == {str(n) for n in range(20, 30)}
-    assert notes.counts["leaks"] == 6
-    assert notes.lines()[-1].startswith("6 of 16 held-out rows left out: their prompts are trained on")
+    assert stats.counts["leaks"] == 6
+    assert stats.lines()[-1].startswith("6 of 16 held-out rows left out: their prompts are trained on")
 
 
 def test_conversations_are_told_apart_by_role_and_text():

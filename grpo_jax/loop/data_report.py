@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.messages import Messages
-from grpo_jax.data.notes import prompt_key
 from grpo_jax.data.preferences import Preference
 from grpo_jax.data.problems import OTHER_ANSWERS, Problem
 from grpo_jax.data.prompts import encode_prompts
+from grpo_jax.data.statistics import prompt_key
 from grpo_jax.rewards.code.test_cases import why_untestable
 from grpo_jax.rewards.math.answer import gold_answer
 from grpo_jax.rewards.math.reader import read_answer

@@ -13,7 +13,7 @@ MOST_REASONS = 5
 
 
 @dataclass
-class DataNotes:
+class DataStatistics:
     """What loading a data set found; a loader fills it in.
 
     Attributes:
@@ -50,7 +50,7 @@ class DataNotes:
         found = {**self.counts, "skipped": len(self.skipped), "skipped_because": self.skipped[:100]}
         path.write_text(json.dumps({**found, "remarks": self.remarks}, indent=2, ensure_ascii=False) + "\n")
 
-    def note_duplicates(self, keys: Sequence[str], answers: Sequence[Any] | None = None) -> None:
+    def count_duplicates(self, keys: Sequence[str], answers: Sequence[Any] | None = None) -> None:
         """Count rows whose key an earlier row has, and those of them that have another answer than it.
 
         Args:
@@ -71,7 +71,7 @@ class DataNotes:
                 remark += f", {other} of them with another answer"
         self.remarks.append(remark)
 
-    def without_leaks(self, held_out: list[Item], keys: Iterable[str], trained_on: Iterable[str]) -> list[Item]:
+    def drop_leaks(self, held_out: list[Item], keys: Iterable[str], trained_on: Iterable[str]) -> list[Item]:
         """The held-out rows that are not trained on, the others counted.
 
         Args:
@@ -90,7 +90,7 @@ class DataNotes:
             )
         return kept
 
-    def note_division(self, rows: int, held_out: int, source: str) -> None:
+    def count_held_out(self, rows: int, held_out: int, source: str) -> None:
         """Count the rows of a source and how many of them are held out."""
         self.counts |= {"rows": rows, "held_out": held_out}
         self.remarks.append(f"{held_out} of {rows} rows of {source} are held out for evaluation")
