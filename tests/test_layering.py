@@ -25,8 +25,8 @@ PURE_UNITS = {"types", "masked", "log_probs", "sampling", "advantage", "loss"}
 UPSTAIRS = {"experiments", "notebooks", "tests"}
 
 # What arithmetic needs of the standard library; none of it reads, writes or prints.
-PURE = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
-ARRAYS = {"jax", "jaxtyping"}
+PURE = {"__future__", "collections", "dataclasses", "functools", "inspect", "itertools", "math", "typing"}
+ARRAYS = {"jax", "jaxtyping", "chex"}
 COMPUTE = ARRAYS | set(sys.stdlib_module_names) | {"numpy"}
 # Of jax itself: no placement, no compilation, no way out to the host.
 PLACED = {"jax.sharding", "jax.experimental", "jax.debug", "jax.jit", "jax.pmap", "jax.device_put", "jax.make_mesh"}

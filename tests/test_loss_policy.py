@@ -359,11 +359,15 @@ def test_shapes_that_do_not_fit_are_named():
     unchecked = inspect.unwrap(grpo_loss)  # by jaxtyping, as users call it
     x, mask = jnp.zeros((4, 3)), jnp.ones((4, 3), bool)
     for advantages in (jnp.zeros(3), jnp.zeros(1), jnp.float32(0), jnp.zeros((4, 1))):
-        with pytest.raises(ValueError, match=r"advantages has the shape .*; one for each sequence is \(4,\)"):
+        with pytest.raises(ValueError, match=r"advantages has the shape .*; one per sequence is \(4,\)"):
             unchecked(x, advantages, mask)
-    with pytest.raises(ValueError, match=r"mask has the shape \(4, 1\), and log_probs \(4, 3\)"):
+    with pytest.raises(AssertionError, match=r"has shape \(4, 1\) but expected \(4, 3\).*\[mask\]"):
         unchecked(x, jnp.zeros(4), mask[:, :1])
-    with pytest.raises(ValueError, match=r"old_log_probs has the shape \(4, 2\)"):
+    with pytest.raises(AssertionError, match=r"has type float32 but expected bool.*\[mask\]"):
+        unchecked(x, jnp.zeros(4), mask.astype(jnp.float32))
+    with pytest.raises(AssertionError, match=r"has rank 1 but expected 2.*\[log_probs\]"):
+        unchecked(x[0], jnp.zeros(4), mask)
+    with pytest.raises(AssertionError, match=r"has shape \(4, 2\) but expected \(4, 3\).*\[old_log_probs\]"):
         unchecked(x, jnp.zeros(4), mask, old_log_probs=x[:, :2])
 
 

@@ -1,30 +1,18 @@
-"""From log-probabilities, scores and values to a loss: of policies, of preferences, of what a critic predicts.
+"""Losses of policies, preferences, reward models and critics, from log-probabilities, scores and values.
 
-What stands at a masked position, NaN included, reaches neither a loss nor its gradient. Losses are ``Mean`` pairs:
-parts computed on micro-batches are merged by adding sums and counts. ``.value`` divides.
+Values at masked positions, NaN included, reach neither a loss nor its gradient. Losses are ``Mean`` pairs:
+micro-batches are merged by adding sums and counts, and ``.value`` divides.
 """
 
 from grpo_jax.loss.policy import (
-    cispo,
     cispo_loss,
-    clipped_surrogate,
-    constant_length,
     dapo_loss,
     dr_grpo_loss,
     grpo_loss,
     gspo_loss,
-    kl_k1,
-    kl_k2,
-    kl_k3,
     ppo_loss,
-    sapo,
     sapo_loss,
-    sequence_log_ratio,
-    sequence_mean,
     supervised_loss,
-    token_log_ratio,
-    token_mean,
-    truncated_importance,
 )
 from grpo_jax.loss.preference import (
     bradley_terry_loss,
@@ -34,6 +22,20 @@ from grpo_jax.loss.preference import (
     sigmoid_preference,
     simpo_loss,
     squared_preference,
+)
+from grpo_jax.loss.terms import (
+    cispo,
+    clipped_surrogate,
+    constant_length,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    sapo,
+    sequence_log_ratio,
+    sequence_mean,
+    token_log_ratio,
+    token_mean,
+    truncated_importance,
 )
 from grpo_jax.loss.value import value_loss
 
