@@ -51,7 +51,7 @@ from grpo_jax.config.offline import DemonstrationConfig, PreferenceConfig
 from grpo_jax.config.prompts import prompt_fields
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import RunConfig, require_at_least
-from grpo_jax.data.selection import SelectionConfig, preferred
+from grpo_jax.data.selection import SelectionConfig, preference_pairs
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
@@ -334,7 +334,7 @@ def write_pairs(folder: Path, selection: SelectionConfig, *, most: int, least: i
             "rejected": each.completions[rejected],
         }
         for each in read_samples(folder)
-        for chosen, rejected in preferred(each, selection, most=most)
+        for chosen, rejected in preference_pairs(each, selection, max_pairs=most)
     ]
     if len(rows) <= most + least:  # the pairs of a problem are held out
         raise ValueError(

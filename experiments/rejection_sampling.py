@@ -36,7 +36,7 @@ from grpo_jax.config.prompts import prompt_flags
 from grpo_jax.config.run import require_at_least
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
-from grpo_jax.data.selection import FILTERS, Choice, SelectionConfig, balanced, check_some_left, choose
+from grpo_jax.data.selection import FILTERS, Selection, SelectionConfig, balance_difficulty, check_some_left, select
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
 from grpo_jax.loop.command import run_command
@@ -110,13 +110,13 @@ def draw_and_select(config: Config, run: Run) -> None:
         load_demonstrations(str(path))
     mesh = config.mesh.build()
     num_problems = collect(config, run, mesh, asked="training", skip=config.skip_problems, most=config.problems_asked)
-    choices: list[Choice] = []
+    choices: list[Selection] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
     for collected in read_samples(run.folder):
-        choice, left = choose(collected, config.selection)
+        choice, left = select(collected, config.selection)
         choices.append(choice)
         counts.update(left)
-    selected = balanced(choices, buckets=config.selection.balance, seed=config.seed)
+    selected = balance_difficulty(choices, buckets=config.selection.balance, seed=config.seed)
     counts["balanced"] = num_selected(selected)
     check_some_left(counts, config.selection)
     provenance = read_provenance(run.folder)
@@ -152,7 +152,7 @@ def draw_and_select(config: Config, run: Run) -> None:
 
 
 def selected_rows(
-    folder: Path, selected: Sequence[Choice], provenance: Mapping[str, Any]
+    folder: Path, selected: Sequence[Selection], provenance: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """What is written of each completion that was selected, by place, the best first; and its length in tokens."""
     of_place = {choice.place: choice for choice in selected}
@@ -216,7 +216,7 @@ def take(files: Sequence[GeneralFile], share: float | None, num_selected: int, s
     return [taken[number] for number in range(len(files))]
 
 
-def told_by_pass_rate(choices: Sequence[Choice], selected: Sequence[Choice], parts: int) -> list[dict[str, Any]]:
+def told_by_pass_rate(choices: Sequence[Selection], selected: Sequence[Selection], parts: int) -> list[dict[str, Any]]:
     """Of each part of pass rates its problems, the completions that they have after the cap, and those selected."""
     return [
         {
@@ -229,7 +229,7 @@ def told_by_pass_rate(choices: Sequence[Choice], selected: Sequence[Choice], par
     ]
 
 
-def num_selected(choices: Sequence[Choice]) -> int:
+def num_selected(choices: Sequence[Selection]) -> int:
     return sum(len(choice.samples) for choice in choices)
 
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.selection import (
     FILTERS,
-    Choice,
     ProblemSamples,
+    Selection,
     SelectionConfig,
-    balanced,
+    balance_difficulty,
     check_some_left,
-    choose,
-    preferred,
+    preference_pairs,
     reaches,
+    select,
 )
 
 ALL = SelectionConfig(threshold=-1e6, per_problem=100)
@@ -39,14 +39,14 @@ def collected(completions, total, place=0, truncated=None, **rewards):
 
 
 def chosen(found, **settings):
-    return choose(found, replace(ALL, **settings))[0].samples
+    return select(found, replace(ALL, **settings))[0].samples
 
 
 def test_without_a_score_cut_off_or_blank_nothing_is_kept():
     found = collected(["a", "b", " \n", "d"], [None, 1.0, 1.0, 1.0], truncated=[False, True, False, False])
-    choice, left = choose(found, ALL)
-    assert choice == Choice(place=0, num_scored=3, num_passed=1, samples=(3,))
-    assert left == {"drawn": 4, "scored": 3, "complete": 1} | dict.fromkeys(FILTERS[3:-1], 1)
+    choice, left = select(found, ALL)
+    assert choice == Selection(place=0, num_scored=3, num_passed=1, samples=(3,))
+    assert left == {"sampled": 4, "scored": 3, "complete": 1} | dict.fromkeys(FILTERS[3:-1], 1)
 
 
 def test_the_least_total_is_reached_in_spite_of_rounding_and_no_further():
@@ -67,9 +67,9 @@ def test_required_parts_must_be_there_and_reach_their_least():
 
 def test_of_equal_texts_the_best_is_kept_and_white_space_tells_none_apart():
     found = collected(["a  b", "a b", "ab", "a\nb "], [1.0, 2.0, 1.0, 2.0])
-    choice, left = choose(found, ALL)
+    choice, left = select(found, ALL)
     assert choice.samples == (1, 2)
-    assert (left["of_form"], left["distinct"]) == (4, 2)
+    assert (left["required"], left["distinct"]) == (4, 2)
     assert choice.num_passed == 4  # how hard a problem is does not follow from how its solutions are worded
 
 
@@ -81,20 +81,22 @@ def test_the_cap_keeps_the_highest_totals_and_of_equal_ones_the_first():
 
 def test_problems_that_pass_too_often_are_left_out():
     found = collected([*"abcde"], [1.0, 1.0, 0.0, 0.0, None])
-    assert choose(found, SelectionConfig())[0].pass_rate == 0.5  # of those that have a score
+    assert select(found, SelectionConfig())[0].pass_rate == 0.5  # of those that have a score
     assert chosen(found, threshold=1.0, max_pass_rate=0.5) == (0, 1)
-    choice, left = choose(found, SelectionConfig(max_pass_rate=0.49))
-    assert (choice.samples, left["distinct"], left["not_too_easy"]) == ((), 2, 0)
+    choice, left = select(found, SelectionConfig(max_pass_rate=0.49))
+    assert (choice.samples, left["distinct"], left["below_max_pass_rate"]) == ((), 2, 0)
 
 
 @pytest.mark.parametrize(("passed", "bucket"), [(0, -1), (1, 0), (3, 0), (4, 1), (6, 1), (7, 2), (9, 2), (10, 3)])
 def test_buckets_are_of_equal_width_and_exact(passed, bucket):
     """Bounds are 2.5, 5, 7.5 of ten: with 0.3 as a float, ten buckets would put three of ten into the fourth."""
     bounds = [0, 2.5, 5, 7.5, 10]
-    assert Choice(0, 10, passed, ()).bucket(4) == next((n for n in range(4) if bounds[n] < passed <= bounds[n + 1]), -1)
+    assert Selection(0, 10, passed, ()).bucket(4) == next(
+        (n for n in range(4) if bounds[n] < passed <= bounds[n + 1]), -1
+    )
     if passed:
-        assert Choice(0, 10, passed, ()).bucket(10) == passed - 1
-    assert Choice(0, 0, 0, ()).bucket(4) == -1
+        assert Selection(0, 10, passed, ()).bucket(10) == passed - 1
+    assert Selection(0, 0, 0, ()).bucket(4) == -1
 
 
 samples = st.lists(
@@ -113,7 +115,7 @@ samples = st.lists(
 def test_whatever_is_drawn_all_that_is_kept_is_good_and_nothing_better_is_left_out(drawn, cap, least, most, with_form):
     texts, totals, truncated, form = map(list, zip(*drawn, strict=True))
     settings = SelectionConfig(least, ("format=1",) if with_form else (), cap, most)
-    choice, left = choose(collected(texts, totals, truncated=truncated, format=form), settings)
+    choice, left = select(collected(texts, totals, truncated=truncated, format=form), settings)
     good = [
         n
         for n, text in enumerate(texts)
@@ -137,7 +139,7 @@ def test_whatever_is_drawn_all_that_is_kept_is_good_and_nothing_better_is_left_o
         assert all(totals[n] <= min(worths) for n in missed)
 
 
-# Plain numbers: type checks of a Choice draw from random, which a strategy must not.
+# Plain numbers: type checks of a Selection draw from random, which a strategy must not.
 drawn_of_problems = st.lists(
     st.integers(1, 10).flatmap(lambda scored: st.tuples(st.just(scored), st.integers(0, scored), st.integers(1, 5))),
     max_size=12,
@@ -146,7 +148,7 @@ drawn_of_problems = st.lists(
 
 def as_choices(numbers):
     return [
-        Choice(n, scored, passed, tuple(range(min(passed, cap)))) for n, (scored, passed, cap) in enumerate(numbers)
+        Selection(n, scored, passed, tuple(range(min(passed, cap)))) for n, (scored, passed, cap) in enumerate(numbers)
     ]
 
 
@@ -160,7 +162,7 @@ def rows_by_bucket(found, buckets):
 @given(drawn_of_problems, st.integers(1, 6), st.integers(0, 2**32))
 def test_no_bucket_has_more_than_an_equal_share_and_no_other_loses_anything(numbers, buckets, seed):
     found = as_choices(numbers)[::-1]
-    before, kept = rows_by_bucket(found, buckets), balanced(found, buckets=buckets, seed=seed)
+    before, kept = rows_by_bucket(found, buckets), balance_difficulty(found, buckets=buckets, seed=seed)
     share = math.ceil(sum(before.values()) / max(len(before), 1))
     assert rows_by_bucket(kept, buckets) == {bucket: min(rows, share) for bucket, rows in before.items()}
     assert [each.place for each in kept] == sorted(each.place for each in kept)
@@ -169,13 +171,13 @@ def test_no_bucket_has_more_than_an_equal_share_and_no_other_loses_anything(numb
         whole = of_place[each.place]
         assert each == replace(whole, samples=whole.samples[: len(each.samples)])
         assert each.samples
-    assert kept == balanced(found[::-1], buckets=buckets, seed=seed)
+    assert kept == balance_difficulty(found[::-1], buckets=buckets, seed=seed)
 
 
 @given(drawn_of_problems, st.integers(2, 6))
 def test_within_a_bucket_no_problem_loses_two_before_another_loses_one(numbers, buckets):
     found = as_choices(numbers)
-    kept = {each.place: len(each.samples) for each in balanced(found, buckets=buckets, seed=0)}
+    kept = {each.place: len(each.samples) for each in balance_difficulty(found, buckets=buckets, seed=0)}
     for each in found:
         for other in found:
             if each.bucket(buckets) == other.bucket(buckets):
@@ -187,16 +189,16 @@ def test_within_a_bucket_no_problem_loses_two_before_another_loses_one(numbers, 
 def test_without_buckets_nothing_is_taken_away(numbers, buckets):
     found = as_choices(numbers)
     there = sorted((each for each in found if each.samples), key=lambda each: each.place)
-    assert balanced(found, buckets=buckets, seed=3) == there
+    assert balance_difficulty(found, buckets=buckets, seed=3) == there
 
 
 def test_who_goes_without_is_drawn_from_the_seed():
-    easy = [Choice(place, 4, 4, (0, 1)) for place in range(40)]
-    found = [*easy, Choice(40, 4, 1, (2,))]
-    one, same, other = (balanced(found, buckets=4, seed=seed) for seed in (0, 0, 1))
+    easy = [Selection(place, 4, 4, (0, 1)) for place in range(40)]
+    found = [*easy, Selection(40, 4, 1, (2,))]
+    one, same, other = (balance_difficulty(found, buckets=4, seed=seed) for seed in (0, 0, 1))
     assert one == same != other
     assert sum(len(each.samples) for each in one) == 42  # 41 of 81, and the hard one
-    assert balanced(found[:-1], buckets=4, seed=0) == easy
+    assert balance_difficulty(found[:-1], buckets=4, seed=0) == easy
 
 
 @pytest.mark.parametrize(
@@ -204,14 +206,14 @@ def test_who_goes_without_is_drawn_from_the_seed():
     [
         ("scored", "reward_errors.jsonl"),
         ("complete", "max_completion_length"),
-        ("right", "threshold = 1.0"),
-        ("of_form", r"\['format=1'\]"),
-        ("not_too_easy", "max_pass_rate = 1.0"),
+        ("correct", "threshold = 1.0"),
+        ("required", r"\['format=1'\]"),
+        ("below_max_pass_rate", "max_pass_rate = 1.0"),
     ],
 )
 def test_nothing_left_is_an_error_that_names_the_filter(emptied, said):
     counts = {name: 0 if n >= FILTERS.index(emptied) else 5 for n, name in enumerate(FILTERS)}
-    with pytest.raises(ValueError, match=f"nothing is selected: .*{said}.*'drawn': 5"):
+    with pytest.raises(ValueError, match=f"no completion is selected: .*{said}.*'sampled': 5"):
         check_some_left(counts, SelectionConfig(require=("format=1",)))
     check_some_left(dict.fromkeys(FILTERS, 1), SelectionConfig())
 
@@ -224,11 +226,11 @@ def test_nothing_left_is_an_error_that_names_the_filter(emptied, said):
         ({"max_pass_rate": 0.0}, "max_pass_rate is 0.0; it must be above 0"),
         ({"max_pass_rate": 1.5}, "max_pass_rate is 1.5"),
         ({"balance": -1}, "balance is -1"),
-        ({"require": ("format",)}, "'format' must be the name of a part and its least score, such as format=1"),
+        ({"require": ("format",)}, "'format' must be a reward's name and minimum score, such as format=1"),
         ({"require": ("format=high",)}, "'format=high' must be"),
         ({"require": ("=1",)}, "'=1' must be"),
         ({"require": ("format=nan",)}, "'format=nan' must be"),
-        ({"require": ("format=1", "format=0.5")}, "'format' is there twice"),
+        ({"require": ("format=1", "format=0.5")}, "'format' is given twice"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -240,7 +242,7 @@ def test_what_is_required_must_be_scored():
     settings = SelectionConfig(require=("format=1", "code/tests=1"))
     settings.check_parts(["format", "code"])
     with pytest.raises(
-        ValueError, match=r"\['code/tests'\] are not scored; what is scored is \['accuracy', 'format'\]"
+        ValueError, match=r"no rewards named \['code/tests'\]; the rewards are \['accuracy', 'format'\]"
     ):
         settings.check_parts(["accuracy", "format"])
     with pytest.raises(ValueError, match="require: format=2 keeps nothing; the highest score of format is 1"):
@@ -250,17 +252,17 @@ def test_what_is_required_must_be_scored():
 def test_pairs_are_of_a_right_and_a_wrong_completion_and_none_is_in_two():
     found = collected(["a", "b", "c", "d", "e"], [0.0, 1.0, 0.0, 1.0, 0.0])
     right = SelectionConfig()
-    assert preferred(found, right, most=9) == [(1, 0), (3, 2)]
-    assert preferred(found, right, most=1) == [(1, 0)]
-    assert preferred(found, SelectionConfig(threshold=0.0), most=9) == []
-    assert preferred(collected(["a", "b"], [0.4, 0.2]), SelectionConfig(threshold=0.3), most=9) == [(0, 1)]
+    assert preference_pairs(found, right, max_pairs=9) == [(1, 0), (3, 2)]
+    assert preference_pairs(found, right, max_pairs=1) == [(1, 0)]
+    assert preference_pairs(found, SelectionConfig(threshold=0.0), max_pairs=9) == []
+    assert preference_pairs(collected(["a", "b"], [0.4, 0.2]), SelectionConfig(threshold=0.3), max_pairs=9) == [(0, 1)]
     formed = collected(["a", "b", "c"], [1.0, 1.0, 1.0], format=[0.0, 1.0, None])
-    assert preferred(formed, SelectionConfig(require=("format=1",)), most=9) == [(1, 0)]
+    assert preference_pairs(formed, SelectionConfig(require=("format=1",)), max_pairs=9) == [(1, 0)]
 
 
 def test_what_is_cut_off_blank_without_a_score_or_said_twice_is_in_no_pair():
     texts = ["right", "cut", "wrong", " ", "absent", "right", "wrong ", "cut too"]
     totals = [1.0, 1.0, 0.0, 0.0, None, 1.0, 0.0, 0.0]
     truncated = [False, True, False, False, False, False, False, True]
-    assert preferred(collected(texts, totals, truncated=truncated), SelectionConfig(), most=9) == [(0, 2)]
-    assert preferred(collected(["x", "x"], [1.0, 0.0]), SelectionConfig(), most=9) == []
+    assert preference_pairs(collected(texts, totals, truncated=truncated), SelectionConfig(), max_pairs=9) == [(0, 2)]
+    assert preference_pairs(collected(["x", "x"], [1.0, 0.0]), SelectionConfig(), max_pairs=9) == []

@@ -15,7 +15,7 @@ from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.problems import Problem
-from grpo_jax.data.selection import FILTERS, Choice, ProblemSamples, SelectionConfig
+from grpo_jax.data.selection import FILTERS, ProblemSamples, Selection, SelectionConfig
 from grpo_jax.jsonl import JsonlLog, read_jsonl, write_atomically
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
@@ -183,12 +183,12 @@ def test_counts_add_up(finished):
     summary, collected = summary_of(finished), [*read_samples(finished.run_dir)]
     counts, rows = summary["counts"], drawn_rows(finished)
     assert list(counts) == [*FILTERS]
-    assert counts["drawn"] == len(collected) * SAMPLES == PROBLEMS * SAMPLES
+    assert counts["sampled"] == len(collected) * SAMPLES == PROBLEMS * SAMPLES
     assert counts["complete"] == sum(not cut for each in collected for cut in each.truncated)
     right = [
         (each.place, n) for each in collected for n, t in enumerate(answers(each)) if str(t) == each.problem.answer
     ]
-    assert counts["right"] == counts["of_form"] == len(right) > counts["distinct"]
+    assert counts["correct"] == counts["required"] == len(right) > counts["distinct"]
     assert counts["balanced"] == len(rows)
     told = summary["by_pass_rate"]
     assert [part["pass_rate"] for part in told][:2] == ["0", "0.00 to 0.25"]
@@ -272,7 +272,7 @@ def test_conversations_are_written_as_conversations(tmp_path):
         rewards={"accuracy": [0.0, 1.0]},
     )
     JsonlLog(tmp_path / "completions.jsonl").append(found.row(1))
-    selected = [Choice(3, 2, 1, (1,))]
+    selected = [Selection(3, 2, 1, (1,))]
     ((row, length),) = rejection_sampling.selected_rows(tmp_path, selected, {"model": "m"})
     assert length == 2
     (tmp_path / "dataset.jsonl").write_bytes(rejection_sampling.as_line(row))
@@ -283,7 +283,7 @@ def test_conversations_are_written_as_conversations(tmp_path):
 
 def test_nothing_selected_names_the_filter_and_may_be_mended_by_the_same_command(finished, drawn):
     never = replace(drawn, selection=SelectionConfig(require=("format=1",)))
-    with pytest.raises(ValueError, match=r"none has what is required, \['format=1'\]"):
+    with pytest.raises(ValueError, match=r"no completion reaches the minimum scores \['format=1'\]"):
         rejection_sampling.main(never)
     assert not (drawn.run_dir / "dataset.jsonl").exists()
     assert rejection_sampling.main(drawn) == 0

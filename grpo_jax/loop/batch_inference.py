@@ -114,7 +114,7 @@ def read_samples(folder: Path) -> Iterator[ProblemSamples]:
     """What ``collect`` wrote into a run's folder, a problem after the other."""
     with (folder / "completions.jsonl").open("rb") as lines:
         for line in lines:
-            yield ProblemSamples.of_row(json.loads(line))
+            yield ProblemSamples.from_row(json.loads(line))
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
