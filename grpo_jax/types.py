@@ -1,108 +1,86 @@
-"""The frozen pytrees that cross a border between modules, with a shape for every field."""
+"""The frozen pytrees that are passed between modules, with a shape for every field.
+
+They are chex dataclasses: pytree nodes that are rebuilt without their constructor, so that a tree of shardings, of
+``ShapeDtypeStruct`` or of stacked arrays has the same class. ``mappable_dataclass=False`` keeps positional arguments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-import jax
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-T = TypeVar("T")
-
-
-def pytree(cls: type[T]) -> type[T]:
-    """Make a frozen dataclass a pytree whose leaves are its fields.
-
-    JAX puts trees together again that hold anything: shapes, shardings, parts stacked along a new axis. That is done
-    without the constructor, so that annotations need to be true only where a tree is made.
-    """
-    names = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
-
-    def flatten_with_keys(tree):
-        return [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in names], None
-
-    def unflatten(_, leaves):
-        tree = object.__new__(cls)
-        for name, leaf in zip(names, leaves, strict=True):
-            object.__setattr__(tree, name, leaf)
-        return tree
-
-    def flatten(tree):
-        return [getattr(tree, name) for name in names], None
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
-
-
 Params = Any
-"""A tree of parameter arrays."""
+"""A pytree of parameter arrays."""
 
 Cache = Any
-"""A tree of the arrays in which a model keeps keys and values; every leaf has the batch as its first axis."""
+"""A KV cache: a pytree of arrays whose first axis is the batch."""
 
 COLUMNS = 64
 
 
 def cache_columns(max_completion_length: int) -> int:
-    """The length of a completion's cache, in sampler and trainer alike: a multiple of 64.
+    """Columns of a completion's KV cache, in sampler and trainer alike: ``max_completion_length`` rounded up to 64s.
 
-    Products of whole tiles round the same whatever else is computed with them; those of odd lengths do not on CPU.
+    On CPU, a matrix product over whole tiles rounds the same way whatever else is in the batch; one over an odd length
+    does not.
     """
     return -(-max_completion_length // COLUMNS) * COLUMNS
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class PrefixCache:
-    """Keys and values that a call's tokens attend to before their own: N entries, each shared by a group of rows.
+    """Prefix KV cache: keys and values before a call's own tokens, N entries that are each shared by a group of rows.
 
-    Without ``gather`` the rows of a group are adjacent: B = N * group. With it they stand anywhere, but on the device
-    of their entry: rows and entries are counted within each of the devices that they are split over.
+    Without gather indices, the rows of a group are adjacent: B = N * group. With them, rows are in any order, but on
+    the device that holds their entry; indices count within that device's shard.
 
     Attributes:
-        cache: N entries of C columns, as ``Model.apply`` gives them back.
-        start: the slot of the first column; below 0 for what comes before the call's own cache. Columns above a
-            token's slot are not attended to.
-        mask: False at columns that nobody may attend to, such as padding; None where there are none.
-        gather: for each entry in turn the rows that share it, as many places for each; any row in an empty place.
-        place: where each row stands in ``gather``.
+        cache: N entries of C columns, as returned by ``Model.apply``.
+        start: slot of the first column; negative for a prefix of the call's own cache. A token does not attend to slots
+            after its own.
+        mask: False at columns that no token may attend to, such as padding; None if there are none.
+        gather_index: for each entry in turn, the rows that share it. Every entry has the same number of places; an
+            unused place holds any row.
+        scatter_index: position of each row in ``gather_index``.
     """
 
     cache: Cache
     start: Int[Array, ""] | int
     mask: Bool[Array, "N C"] | None = None
-    gather: Int[Array, "devices places"] | None = None
-    place: Int[Array, "devices rows"] | None = None
+    gather_index: Int[Array, "devices places"] | None = None
+    scatter_index: Int[Array, "devices rows"] | None = None
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder as the pure functions see it: functions and numbers, no module and no state.
+    """A decoder as pure functions and numbers, without modules and state.
 
     Attributes:
         apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, prefixes, block_bounds) ->
-            (hidden [B, S, D], cache)``. Causal by slot: token ``i`` of the call stands in slot ``start + i`` and
-            attends to the slots up to its own: those of ``prefixes``, and those of the cache in which ``mask`` is True
-            (None: in all). A mask of integers numbers the sequences that are packed into a row, 0 for padding: a token
-            attends to its own number alone. Without a cache (``None``) the call's own S tokens are all there is: C = S,
-            ``start`` is 0, and their keys and values are the cache that comes back. With one, they are written into
-            its columns ``start .. start + S - 1``. Attention sums over the columns between ``block_bounds`` apart, as it does
-            over each context: so that two calls that divide the same columns alike round alike. ``hidden`` is what the
-            head multiplies (final norm applied). A query that may attend to nothing gives finite values.
-        rope: ``positions [B, S] -> tree`` of what ``apply`` needs of them, each leaf ``[B, S, ...]``; ``apply`` takes
-            it instead. Where tokens are drawn one by one, it is computed for several at a time.
-        head: ``params -> [V, D]``, the output embedding; ``[1, D]`` of a reward model.
-        init_cache: ``(batch, length, dtype) -> cache``, empty. ``dtype`` None is the model's own precision; a coarser
-            one rounds keys and values as they are written, and attention to the cache reads the rounded ones.
-        first_columns: ``(cache, length) -> cache`` without the columns after that.
-        join_columns: caches of the same rows -> one, their columns one after the other.
-        logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None for models without.
-        max_length: tokens of the longest sequence the model was made for; None where that is not known.
-        rope_switch_length: a call with longer sequences rotates all of its queries and keys by other frequencies
-            (longrope and dynamic scaling); None where frequencies do not depend on the length.
+            (hidden [B, S, D], cache)``. Token ``i`` of the call has slot ``start + i`` and attends to slots up to its
+            own: to those of ``prefixes``, and to those of the cache where ``mask`` is True (None: to all). An integer
+            mask holds segment ids of packed sequences, 0 for padding; tokens attend within their segment. Without a
+            cache (None), C = S, ``start`` is 0, and the call's keys and values are returned as the cache. With one,
+            they are written to columns ``start .. start + S - 1``. Attention sums over each prefix, and over each block
+            of columns between ``block_bounds``, separately: two calls with the same blocks round identically.
+            ``hidden`` is the input of the output embedding (final norm applied). A query that may attend to nothing
+            has a finite output.
+        rope: ``positions [B, S] -> tree`` of rotary cosines and sines, each leaf ``[B, S, ...]``, which ``apply``
+            accepts in place of positions. Decoding computes them for several steps at once.
+        head: ``params -> [V, D]``, the output embedding; ``[1, D]`` for a reward model.
+        init_cache: ``(batch, length, dtype) -> cache`` of zeros. ``dtype`` None is the model's compute dtype; a coarser
+            one rounds keys and values when they are written, and attention reads the rounded values.
+        first_columns: ``(cache, length) -> cache`` with the first ``length`` columns.
+        join_columns: caches of the same rows -> their concatenation along columns.
+        logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None without.
+        max_length: longest sequence that the model supports, in tokens; None if unknown.
+        rope_switch_length: a call with longer sequences uses other rotary frequencies for all of its tokens (longrope
+            and dynamic scaling); None if frequencies do not depend on the length.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -116,17 +94,16 @@ class Model:
     rope_switch_length: int | None = None
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Prompts:
-    """Prompts of one step, left-padded to one length.
+    """The prompts of one step, left-padded to one length.
 
     Attributes:
-        ids: token ids; what stands in padding is never looked at.
-        mask: True at real tokens, a run that ends in the last column.
-        index: a number for each prompt that its samples' noise is drawn from; distinct within a step.
-        part: which part of its group each is to be drawn for, where a prompt stands here once for each; None where all
-            are drawn for as a whole.
+        ids: token ids; values in padding are ignored.
+        mask: True at real tokens, which end in the last column.
+        index: a number for each prompt, distinct within a step, that seeds the noise of its samples.
+        part: which part of its group a row is sampled for, if groups are split to fit memory (a prompt is then repeated
+            for each part); None if groups are sampled whole.
     """
 
     ids: Int[Array, "N P"]
@@ -135,19 +112,18 @@ class Prompts:
     part: Int[Array, " N"] | None = None
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Rollout:
     """Prompts with a group of completions each. Rows of a group are adjacent: B = N * G.
 
     Attributes:
-        prompt_ids: the prompts, one row a completion, left-padded.
+        prompt_ids: the prompt of each completion, left-padded.
         prompt_mask: True at real prompt tokens.
-        completion_ids: what was sampled, verbatim; the pad id after the end.
-        completion_mask: True at sampled tokens, the ending one included.
-        rollout_log_probs: log-probability of each sampled token under the distribution it was drawn from
-            (temperature and filters included); 0 after the end.
-        truncated: True where no ending token was drawn within the limit.
+        completion_ids: sampled tokens, verbatim; the pad id after the end.
+        completion_mask: True at sampled tokens, the EOS token included.
+        rollout_log_probs: log-probability of each sampled token under the sampling distribution (temperature and
+            filters included); 0 after the end.
+        truncated: True if no EOS token was sampled within the limit.
     """
 
     prompt_ids: Int[Array, "B P"]
@@ -158,21 +134,20 @@ class Rollout:
     truncated: Bool[Array, " B"]
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Batch:
-    """What a policy update learns from; every field has the sequences as its first axis.
+    """The data of a policy update; the first axis of every field is the batch of sequences.
 
     Attributes:
         prompt_ids, prompt_mask, completion_ids, completion_mask: as in ``Rollout``.
-        loss_mask: True at the completion tokens that are learnt from (a subset of ``completion_mask``).
+        loss_mask: True at the completion tokens that the loss includes (a subset of ``completion_mask``).
         advantages: one for each sequence, or for each token.
-        rollout_log_probs: the sampler's own log-probabilities.
-        old_log_probs: the policy's at the start of the update; None where the update is its first, strictly on
-            policy, so that they are those of the update's own forward pass.
-        ref_log_probs: the reference policy's; None where there is no reference.
-        old_values: the critic's at the start of the update; None where there is no critic.
-        returns: what it is to predict.
+        rollout_log_probs: log-probabilities from the sampler.
+        old_log_probs: the policy's log-probabilities at the start of the update; None in strictly on-policy training,
+            where they equal those of the update's forward pass.
+        ref_log_probs: the reference policy's log-probabilities; None without a reference.
+        old_values: the critic's values at the start of the update; None without a critic.
+        returns: the critic's targets.
     """
 
     prompt_ids: Int[Array, "B P"]
@@ -188,36 +163,34 @@ class Batch:
     returns: Float[Array, "B T"] | None = None
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Packed:
-    """Sequences packed into rows, to be imitated.
+    """Sequences packed into rows, for supervised fine-tuning.
 
     Attributes:
-        token_ids: the sequences of a row one after the other, then padding.
-        segments: the number of each token's sequence in its row, from 1; 0 in padding.
-        positions: of each token in its sequence, from 0.
-        loss_mask: True at the tokens that are learnt from; never at the first of a sequence.
+        token_ids: the concatenated sequences of each row, then padding.
+        segment_ids: number of each token's sequence within its row, from 1; 0 in padding.
+        positions: position of each token in its sequence, from 0.
+        loss_mask: True at the tokens that the loss includes; never at the first token of a sequence.
     """
 
     token_ids: Int[Array, "B S"]
-    segments: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     loss_mask: Bool[Array, "B S"]
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Pairs:
-    """Prompts with two completions each, the chosen one before the rejected one.
+    """Preference pairs: a prompt with its chosen completion (index 0) and its rejected one (index 1).
 
     Attributes:
         prompt_ids: left-padded.
         prompt_mask: True at real prompt tokens.
         completion_ids: right-padded.
-        completion_mask: True at real completion tokens, the ending one included.
-        margins: by how much each chosen one is to win; None where that is not known.
-        ref_log_probs: the reference policy's, summed over each completion; None where there is no reference.
+        completion_mask: True at real completion tokens, the EOS token included.
+        margins: annotated margin by which the chosen completion is better; None if unknown.
+        ref_log_probs: the reference policy's log-probability of each completion; None without a reference.
     """
 
     prompt_ids: Int[Array, "B P"]
@@ -228,16 +201,15 @@ class Pairs:
     ref_log_probs: Float[Array, "B 2"] | None = None
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class TrainState:
-    """Everything a policy is, to the optimizer: what a train step takes and gives back.
+    """Parameters and optimizer state: the input and output of a train step.
 
     Attributes:
-        step: how many updates were applied.
-        params: the parameters, in the precision they are stored in.
+        step: number of updates applied.
+        params: the parameters, in their storage dtype.
         opt_state: the optimizer's state.
-        ref_params: the reference policy's parameters; None where there is no reference.
+        ref_params: the reference policy's parameters; None without a reference.
     """
 
     step: Int[Array, ""]
@@ -246,13 +218,12 @@ class TrainState:
     ref_params: Params | None = None
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Mean:
-    """A mean on its way to completion: a sum, and the count it will be divided by.
+    """A mean as a sum and a count.
 
-    Means over a global batch travel in this form, so that neither gradient accumulation nor sharding can change the
-    result: parts are merged by adding sums and counts, and divided once at the end.
+    Means over a global batch are merged by adding sums and counts, and divided once at the end, so that gradient
+    accumulation and sharding do not change the result.
     """
 
     sum: Float[Array, ""]
@@ -260,7 +231,7 @@ class Mean:
 
     @property
     def value(self) -> Float[Array, ""]:
-        """``sum / count``; 0 where ``count`` is 0."""
+        """``sum / count``; 0 if ``count`` is 0."""
         return jnp.where(self.count > 0, self.sum / jnp.where(self.count > 0, self.count, 1), 0)
 
     def reduce(self) -> Mean:
@@ -268,16 +239,15 @@ class Mean:
         return Mean(self.sum.sum(0), self.count.sum(0))
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class Max:
-    """A maximum on its way to completion; ``-inf`` is the maximum of nothing."""
+    """A maximum that can be merged; ``-inf`` is the maximum of nothing."""
 
     max: Float[Array, ""]
 
     @property
     def value(self) -> Float[Array, ""]:
-        """The maximum; 0 where there was nothing to take it of."""
+        """The maximum; 0 if it is ``-inf``."""
         return jnp.where(jnp.isneginf(self.max), 0, self.max)
 
     def reduce(self) -> Max:

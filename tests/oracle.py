@@ -99,11 +99,11 @@ def group_relative(rewards, *, group_size, scale="group", ddof=1, epsilon=1e-6):
     everyone = rewards[~np.isnan(rewards)]
     result = np.zeros(rewards.size)
     for start in range(0, rewards.size, group_size):
-        gather = [i for i in range(start, start + group_size) if not np.isnan(rewards[i])]
-        if gather:
-            group = rewards[gather]
+        present = [i for i in range(start, start + group_size) if not np.isnan(rewards[i])]
+        if present:
+            group = rewards[present]
             divisor = {"none": 1.0, "group": std(group, ddof) + epsilon, "batch": std(everyone, ddof) + epsilon}[scale]
-            result[gather] = (group - group.mean()) / divisor
+            result[present] = (group - group.mean()) / divisor
     return result
 
 
@@ -111,9 +111,9 @@ def rloo(rewards, *, group_size):
     rewards = np.asarray(rewards, np.float64)
     result = np.zeros(rewards.size)
     for start in range(0, rewards.size, group_size):
-        gather = [i for i in range(start, start + group_size) if not np.isnan(rewards[i])]
-        for i in gather:
-            others = [rewards[j] for j in gather if j != i]
+        present = [i for i in range(start, start + group_size) if not np.isnan(rewards[i])]
+        for i in present:
+            others = [rewards[j] for j in present if j != i]
             result[i] = rewards[i] - np.mean(others) if others else 0.0
     return result
 
@@ -189,10 +189,10 @@ def hybrid(rewards, values, mask, *, group_size, step_rewards=None, lam=1.0, eps
     advantages, returns = gae(of_tokens, values, learnt_from, lam=lam)
     of_group = group_relative(rewards, group_size=group_size, epsilon=epsilon)
     for start in range(0, rewards.size, group_size):
-        gather = range(start, start + group_size)
-        has_steps = step_rewards is not None and any(each != 0 for i in gather for each in step_rewards[i])
-        if len({rewards[i] for i in gather if not np.isnan(rewards[i])}) > 1 and not has_steps:
-            for i in gather:
+        group = range(start, start + group_size)
+        has_steps = step_rewards is not None and any(each != 0 for i in group for each in step_rewards[i])
+        if len({rewards[i] for i in group if not np.isnan(rewards[i])}) > 1 and not has_steps:
+            for i in group:
                 advantages[i] = [of_group[i] if counts else 0.0 for counts in learnt_from[i]]
     return advantages, returns
 

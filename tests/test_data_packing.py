@@ -30,7 +30,7 @@ def make_batches(lengths=LENGTHS, **options):
 
 def members(batch):
     """The examples of a batch as lists of token ids, read back by their segments."""
-    ids, segments = np.asarray(batch.token_ids), np.asarray(batch.segments)
+    ids, segments = np.asarray(batch.token_ids), np.asarray(batch.segment_ids)
     return [ids[row][segments[row] == n].tolist() for row in range(len(ids)) for n in range(1, segments[row].max() + 1)]
 
 
@@ -98,17 +98,17 @@ def test_without_packing_each_example_has_a_row_of_its_own():
     batches = make_batches(packing=False)
     assert len(batches) == 4
     for step in range(len(batches)):
-        assert np.asarray(batches[step].segments).max() == 1
+        assert np.asarray(batches[step].segment_ids).max() == 1
         assert (np.asarray(batches[step].token_ids)[:, 0] % 10).tolist()[:2] == [0, 0]
     packed = make_batches()
-    assert any(np.asarray(packed[step].segments).max() > 1 for step in range(len(packed)))
+    assert any(np.asarray(packed[step].segment_ids).max() > 1 for step in range(len(packed)))
 
 
 def test_the_last_batch_is_filled_up_with_empty_rows():
     batches = make_batches(packing=False)
     last = batches[len(batches) - 1]
     assert last.token_ids.shape == (NUM_SEQUENCES, LENGTH)
-    assert (np.asarray(last.segments) > 0).any(axis=1).tolist() == [True, True, False]
+    assert (np.asarray(last.segment_ids) > 0).any(axis=1).tolist() == [True, True, False]
     np.testing.assert_array_equal(last.token_ids[2], [EMPTY] * LENGTH)
     assert not np.asarray(last.loss_mask)[2].any()
     with pytest.raises(IndexError):
@@ -119,10 +119,10 @@ def test_sequences_of_a_row_are_numbered_from_one_and_their_positions_restart():
     rows = [[make_example(1, 3), make_example(2, 2)], [make_example(3, 6)]]
     packed = packed_rows(rows, num_sequences=3, length=6, pad_id=EMPTY)
     np.testing.assert_array_equal(packed.token_ids, [[10, 11, 12, 20, 21, 99], range(30, 36), [99] * 6])
-    np.testing.assert_array_equal(packed.segments, [[1, 1, 1, 2, 2, 0], [1] * 6, [0] * 6])
+    np.testing.assert_array_equal(packed.segment_ids, [[1, 1, 1, 2, 2, 0], [1] * 6, [0] * 6])
     np.testing.assert_array_equal(packed.positions, [[0, 1, 2, 0, 1, 0], range(6), [0] * 6])
     np.testing.assert_array_equal(packed.loss_mask, [[0, 1, 0, 0, 1, 0], [0, 1, 0, 1, 0, 1], [0] * 6])
-    assert {packed.token_ids.dtype, packed.segments.dtype, packed.positions.dtype} == {np.dtype("int32")}
+    assert {packed.token_ids.dtype, packed.segment_ids.dtype, packed.positions.dtype} == {np.dtype("int32")}
 
 
 def test_neither_first_tokens_nor_padding_are_learnt():
@@ -130,7 +130,7 @@ def test_neither_first_tokens_nor_padding_are_learnt():
     batches = PackedBatches(tokenized, num_sequences=NUM_SEQUENCES, length=LENGTH)
     for step in range(len(batches)):
         batch = batches[step]
-        inner = (np.asarray(batch.segments) > 0) & (np.asarray(batch.positions) > 0)
+        inner = (np.asarray(batch.segment_ids) > 0) & (np.asarray(batch.positions) > 0)
         np.testing.assert_array_equal(batch.loss_mask, inner)
     count = sum(int(batches[step].loss_mask.sum()) for step in range(len(batches)))
     assert count == sum(LENGTHS) - len(LENGTHS)
@@ -152,7 +152,7 @@ def test_the_digest_tells_examples_apart():
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_share_of_places_that_are_used(packing):
     batches = make_batches(packing=packing, num_epochs=2)
-    places = [np.asarray(batches[step].segments) > 0 for step in range(len(batches))]
+    places = [np.asarray(batches[step].segment_ids) > 0 for step in range(len(batches))]
     assert batches.used == pytest.approx(np.mean(places))
     assert make_batches([LENGTH] * NUM_SEQUENCES, packing=packing).used == 1
 

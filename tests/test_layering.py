@@ -1,10 +1,13 @@
 """Imports go down only: a file imports from layers below its own, and pure modules import nothing but jax."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import grpo_jax
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_jax"
@@ -116,8 +119,25 @@ def test_a_file_imports_only_lower_layers(path, module, is_package):
     assert violations(path.read_text(), module, is_package) == []
 
 
-def test_the_package_itself_imports_nothing():
-    assert imports_of(ast.parse((PACKAGE / "__init__.py").read_text()), "grpo_jax", is_package=True) == set()
+def test_the_package_itself_imports_nothing_but_the_standard_library():
+    imported = imports_of(ast.parse((PACKAGE / "__init__.py").read_text()), "grpo_jax", is_package=True)
+    assert {name.split(".")[0] for name in imported} <= set(sys.stdlib_module_names)
+
+
+def imported_by(code: str) -> set[str]:
+    """Top-level modules that are loaded after running some code in a fresh interpreter."""
+    probe = f"{code}\nimport sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_modules_are_listed_and_loaded_on_first_use():
+    assert "jax" not in imported_by("import grpo_jax")
+    for code in ("import grpo_jax.loss", "import grpo_jax; grpo_jax.loss.grpo_loss, grpo_jax.advantage.gae"):
+        assert not {"flax", "transformers", "optax"} & imported_by(code)
+    assert dir(grpo_jax) == sorted(FLOORS)
+    assert grpo_jax.masked is sys.modules["grpo_jax.masked"]
+    with pytest.raises(AttributeError, match="no module 'losses'; it has advantage, "):
+        grpo_jax.losses  # noqa: B018
 
 
 def test_every_unit_of_the_layers_exists():

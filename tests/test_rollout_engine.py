@@ -161,7 +161,7 @@ def test_where_every_token_ends_one_dispatch_is_enough(tiny):
 
 @pytest.mark.slow
 def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
-    """The ending token's embedding is rope up and down, so that lengths run from 1 to the limit."""
+    """The ending token's embedding is scaled up and down, so that lengths run from 1 to the limit."""
     model, params = tiny
     compiled = []
 

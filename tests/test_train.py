@@ -401,7 +401,7 @@ def test_the_supervised_loss_and_its_gradient_do_not_know_of_packing(tiny, packe
     _, params = tiny
     options = {"num_sequences": 9, "length": 12}
     [packed], [spread] = (PackedBatches(make_examples(), packing=packing, **options) for packing in (True, False))
-    assert np.asarray(packed.segments).max() > np.asarray(spread.segments).max() == 1
+    assert np.asarray(packed.segment_ids).max() > np.asarray(spread.segment_ids).max() == 1
     gradients, means = zip(*(packed_gradient(params, batch) for batch in (packed, spread)), strict=True)
     assert float(means[0].count) == float(means[1].count) == sum(sum(each.learnt) for each in make_examples())
     assert float(means[0].value) == pytest.approx(float(means[1].value), abs=1e-5)

@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         entries = []
         for i, layer in enumerate(self.layers):
             before = [
-                KVSegment(context.cache[i], columns, context.gather, context.place)
+                KVSegment(context.cache[i], columns, context.gather_index, context.scatter_index)
                 for context, columns in zip(prefixes, allowed_of_contexts[c.windows[i]], strict=True)
             ]
             view = AttentionInputs(rotations[c.ropes.index(c.ropes[i])], start, allowed[c.windows[i]], before, own_mask)

@@ -8,9 +8,10 @@ to: so attention reads about as many as there are, and none is copied for there 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -19,11 +20,10 @@ from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
 from grpo_jax.sampling import Sampling, adjust_logits, sample_token
 from grpo_jax.sharding import take_rows
-from grpo_jax.types import COLUMNS, Cache, Model, Params, PrefixCache, Prompts, pytree
+from grpo_jax.types import COLUMNS, Cache, Model, Params, PrefixCache, Prompts
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class DecodeBatch:
     """Rows of one age: what stays as it is while they draw.
 
@@ -46,8 +46,7 @@ class DecodeBatch:
     prompted: Bool[Array, "B V"] | None
 
 
-@pytree
-@dataclass(frozen=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class State:
     """The same rows: what each token changes.
 
@@ -215,8 +214,8 @@ def take(
         cohort.prompt,
         cache=some(cohort.prompt.cache, prompts),
         mask=some(cohort.prompt.mask, prompts),
-        gather=gather,
-        place=place,
+        gather_index=gather,
+        scatter_index=place,
     )
     cohort = DecodeBatch(
         prompt,
@@ -260,8 +259,8 @@ def join(
             cohort.prompt,
             cache=all_of(lambda cohort, _: cohort.prompt.cache),
             mask=all_of(lambda cohort, _: cohort.prompt.mask),
-            gather=gather,
-            place=place,
+            gather_index=gather,
+            scatter_index=place,
         ),
         keys=all_of(lambda cohort, _: cohort.keys),
         lengths=all_of(lambda cohort, _: cohort.lengths),

@@ -135,7 +135,7 @@ def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size
 
     What stands at the first token of a sequence and in padding is finite and means nothing.
     """
-    hidden, _ = model.apply(params, packed.token_ids, packed.positions, packed.segments)
+    hidden, _ = model.apply(params, packed.token_ids, packed.positions, packed.segment_ids)
     log_probs, _ = chunked_log_probs(
         hidden[:, :-1],
         model.head(params),
