@@ -365,7 +365,7 @@ def test_shapes_that_do_not_fit_are_named():
         unchecked(x, jnp.zeros(4), mask[:, :1])
     with pytest.raises(AssertionError, match=r"has type float32 but expected bool.*\[mask\]"):
         unchecked(x, jnp.zeros(4), mask.astype(jnp.float32))
-    with pytest.raises(AssertionError, match=r"has rank 1 but expected 2.*\[log_probs\]"):
+    with pytest.raises(AssertionError, match=r"has rank 1 .* but expected 2.*\[log_probs\]"):
         unchecked(x[0], jnp.zeros(4), mask)
     with pytest.raises(AssertionError, match=r"has shape \(4, 2\) but expected \(4, 3\).*\[old_log_probs\]"):
         unchecked(x, jnp.zeros(4), mask, old_log_probs=x[:, :2])
