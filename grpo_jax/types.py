@@ -1,18 +1,27 @@
-"""The frozen pytrees that are passed between modules, with a shape for every field.
-
-They are chex dataclasses: pytree nodes that are rebuilt without their constructor, so that a tree of shardings, of
-``ShapeDtypeStruct`` or of stacked arrays has the same class. ``mappable_dataclass=False`` keeps positional arguments.
-"""
+"""The frozen pytrees that are passed between modules, with a shape for every field."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
+    """A frozen ``chex.dataclass`` that is constructed with positional or keyword arguments.
+
+    JAX rebuilds it without the constructor, so that a tree of shardings, of ``ShapeDtypeStruct`` or of stacked arrays
+    has the same class. (A decorator of its own because pyright does not see through that of chex.)
+    """
+    return chex.dataclass(cls, frozen=True, mappable_dataclass=False)  # pyright: ignore[reportReturnType]
+
 
 Params = Any
 """A pytree of parameter arrays."""
@@ -32,7 +41,7 @@ def cache_columns(max_completion_length: int) -> int:
     return -(-max_completion_length // COLUMNS) * COLUMNS
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class PrefixCache:
     """Prefix KV cache: keys and values before a call's own tokens, N entries that are each shared by a group of rows.
 
@@ -94,7 +103,7 @@ class Model:
     rope_switch_length: int | None = None
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class Prompts:
     """The prompts of one step, left-padded to one length.
 
@@ -112,7 +121,7 @@ class Prompts:
     part: Int[Array, " N"] | None = None
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class Rollout:
     """Prompts with a group of completions each. Rows of a group are adjacent: B = N * G.
 
@@ -134,7 +143,7 @@ class Rollout:
     truncated: Bool[Array, " B"]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class Batch:
     """The data of a policy update; the first axis of every field is the batch of sequences.
 
@@ -163,7 +172,7 @@ class Batch:
     returns: Float[Array, "B T"] | None = None
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class Packed:
     """Sequences packed into rows, for supervised fine-tuning.
 
@@ -180,7 +189,7 @@ class Packed:
     loss_mask: Bool[Array, "B S"]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class Pairs:
     """Preference pairs: a prompt with its chosen completion (index 0) and its rejected one (index 1).
 
@@ -201,7 +210,7 @@ class Pairs:
     ref_log_probs: Float[Array, "B 2"] | None = None
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class TrainState:
     """Parameters and optimizer state: the input and output of a train step.
 
@@ -218,7 +227,7 @@ class TrainState:
     ref_params: Params | None = None
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class Mean:
     """A mean as a sum and a count.
 
@@ -239,7 +248,7 @@ class Mean:
         return Mean(self.sum.sum(0), self.count.sum(0))
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class Max:
     """A maximum that can be merged; ``-inf`` is the maximum of nothing."""
 

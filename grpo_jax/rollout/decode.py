@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -20,10 +19,10 @@ from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
 from grpo_jax.sampling import Sampling, adjust_logits, sample_token
 from grpo_jax.sharding import take_rows
-from grpo_jax.types import COLUMNS, Cache, Model, Params, PrefixCache, Prompts
+from grpo_jax.types import COLUMNS, Cache, Model, Params, PrefixCache, Prompts, pytree
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class DecodeBatch:
     """Rows of one age: what stays as it is while they draw.
 
@@ -46,7 +45,7 @@ class DecodeBatch:
     prompted: Bool[Array, "B V"] | None
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@pytree
 class State:
     """The same rows: what each token changes.
 
