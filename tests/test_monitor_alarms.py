@@ -121,7 +121,7 @@ def test_hacking_is_reward_up_and_judge_down():
 def test_levels():
     settings = AlarmConfig(checkpoint_at=("truncation",), stop_at=("hacking",))
     assert [settings.level(name) for name in ("kl_drift", "truncation", "hacking")] == ["warn", "checkpoint", "stop"]
-    with pytest.raises(ValueError, match=r"alarms.stop_at has \['nonsense'\]; there are \['absent_rewards'"):
+    with pytest.raises(ValueError, match=r"stop_at has unknown alarms \['nonsense'\]; choose from \['absent_rewards'"):
         AlarmConfig(stop_at=("nonsense",))
     with pytest.raises(ValueError, match="patience is 0"):
         AlarmConfig(patience=0)
@@ -161,7 +161,7 @@ def test_what_an_alarm_says():
     alarms.update({"step": 1, **HEALTHY})
     (found,) = alarms.update({"step": 2, **HEALTHY, "completions/clipped_ratio": 0.75})
     assert found.row() == {"step": 2, "alarm": "truncation", "level": "warn", "text": found.text}
-    assert found.text.startswith("75% of completions are cut off")
+    assert found.text.startswith("75% of completions are truncated")
     assert "\n" not in found.text
 
 
@@ -208,7 +208,7 @@ def test_a_held_out_fall_may_stop_a_run_and_is_not_told_twice_by_a_resumed_one()
     alarms = Alarms(settings)
     (alarm,) = [each for row in rows for each in alarms.update(row)]
     assert alarm.level == "stop"
-    assert "pass@1 went from 0.500 at step 0 to 0.100" in alarm.text
+    assert "pass@1 fell from 0.500 at step 0 to 0.100" in alarm.text
     later = {"step": 20, "eval/pass@1": 0.1}
     assert Alarms(settings, rows, {"held_out_fall"}).update(later) == []
     assert [each.name for each in Alarms(settings, rows).update(later)] == ["held_out_fall"]

@@ -14,17 +14,10 @@ import numpy as np
 from grpo_jax.data.problems import Problem
 from grpo_jax.jsonl import to_json
 
-FILTERS = [
-    "sampled",
-    "scored",
-    "complete",
-    "correct",
-    "required",
-    "distinct",
-    "below_max_pass_rate",
-    "capped",
-    "balanced",
-]
+FILTERS = (
+    *("sampled", "scored", "complete", "correct", "required"),
+    *("distinct", "below_max_pass_rate", "capped", "balanced"),
+)
 """Filters in the order in which they apply: ``select``, then ``balance_difficulty``. Counts are of what each leaves."""
 MAX_SCORE_ONE = ("accuracy", "format", "language")
 ROUNDING = 1e-6

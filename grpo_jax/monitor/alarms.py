@@ -1,7 +1,7 @@
-"""Alarms: what goes wrong in reinforcement learning, each with a plain threshold and one line that says what it means.
+"""Alarms for common failures of RL: reward hacking, entropy collapse, length explosion and others.
 
-A reward that rises is no sign of learning while nobody looks at what it pays for. An alarm reads the metrics of every
-step as ``metrics.jsonl`` has them, and fires when its condition begins to hold.
+A rising reward alone does not show learning: the policy may exploit the reward function. Each alarm compares the
+metrics in ``metrics.jsonl`` with one threshold, fires when its condition starts to hold, and explains the likely cause.
 """
 
 from __future__ import annotations
@@ -17,70 +17,71 @@ from grpo_jax.jsonl import Row
 HELD_OUT_FALL = "held_out_fall"
 Level = Literal["warn", "checkpoint", "stop"]
 WINDOW = 5
-"""Steps over which a course is looked at: means of so many are compared."""
-CLEAR = 3.0
-"""Standard errors by which two such means must differ."""
+"""Number of steps averaged before values are compared."""
+SIGNIFICANT = 3.0
+"""Standard errors by which two averages must differ to count as different."""
 
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """Thresholds of the alarms, and what happens when one fires. A threshold of None turns its alarm off."""
+    """Thresholds of the alarms and the actions when one fires. A threshold of None disables its alarm."""
 
     entropy_collapse: float | None = 0.05
-    """Entropy below this share of what it was at the start, though the problems are not solved."""
+    """Entropy, as a fraction of its initial value, below which the policy has collapsed (unless solved)."""
     length_explosion: float | None = 1.5
-    """Length this many times what it was ten steps ago, though no more problems are solved than then."""
+    """Growth factor of the mean length over ten steps without a gain in solved problems."""
     truncation: float | None = 0.5
-    """Share of completions that are cut off."""
+    """Fraction of completions that are truncated."""
     zero_variance: float | None = 0.9
-    """Share of groups in which all rewards are equal, though the problems are not solved."""
+    """Fraction of groups whose rewards are all equal (unless solved)."""
     kl_drift: float | None = 1.0
-    """KL to the reference, in nats a token."""
+    """KL to the reference policy, in nats per token."""
     clip_fraction: float | None = 0.3
-    """Share of tokens whose ratio is clipped."""
+    """Fraction of tokens whose probability ratio is clipped."""
     sampler_gap: float | None = 0.02
-    """Mean difference of sampler and trainer in a token's log-probability."""
+    """Mean absolute difference between the sampler's and the trainer's log-probability of a token, in nats."""
     absent_rewards: float | None = 0.1
-    """Share of completions that could not be scored."""
+    """Fraction of completions without a reward."""
     duplicates: float | None = 0.8
-    """Share of completions that equal another one of their group, though the problems are not solved."""
+    """Fraction of completions equal to another one of their group (unless solved)."""
     repetition: float | None = 0.15
-    """Share of n-grams that stood in their completion before, above that at the start."""
+    """Increase over the initial fraction of n-grams that repeat an earlier n-gram of their completion."""
     hacking: float | None = 0.02
-    """Fall of the judge from its best, while the reward has risen since; the judge is a reward not learnt from."""
+    """Drop of the judge (a reward that is not trained on) from its best value while the training reward has risen."""
     empty_thought: float | None = 0.3
-    """Share of completions with the asked-for format and nothing in their thought, above that at the start."""
+    """Increase over the initial fraction of completions with the right format and an empty thought."""
     answer_in_prompt: float | None = 0.2
-    """How much more often a completion's answer stands in its prompt than the gold answer does, above the start's."""
+    """Increase over the initial excess of answers found in their prompt, compared with gold answers found there."""
     constant_answer: float | None = 0.3
-    """Share of the most frequent answer above that of the most frequent gold answer, above the start's."""
+    """Increase over the initial excess of the most frequent answer, compared with the most frequent gold answer."""
     hard_coded: float | None = 0.2
-    """Share of programs that spell out what their tests expect."""
+    """Fraction of programs that hard-code the expected outputs of their tests."""
     language: float | None = 0.2
-    """Fall of the share of thoughts in the wanted language from that at the start."""
+    """Drop of the language reward (fraction of a thought in the target language) from its initial value."""
     held_out_fall: float | None = 0.02
-    """Fall of held-out pass@1 (or reward, where nothing is graded) from its best evaluation, of two standard errors or
-    more; to less than half of it, of one. It fires at the first evaluation that has fallen, of any task."""
+    """Drop of held-out pass@1 (or reward, without a grader) of any task from its best evaluation. The drop must also be
+    two standard errors, or one if pass@1 has more than halved."""
     patience: int = 3
-    """Steps in a row for which a condition must hold; evaluations have none."""
+    """Consecutive steps for which a condition must hold; does not apply to held_out_fall."""
     solved: float = 0.5
-    """Mean of the judge, or without one of accuracy, from which sameness and certainty are no faults."""
+    """Mean judge score (without a judge, accuracy) from which the problems count as solved, so that low entropy,
+    duplicates and groups with equal rewards are expected."""
     checkpoint_at: tuple[str, ...] = ()
-    """Alarms that have a checkpoint saved, of the step they fire at."""
+    """Alarms that save a checkpoint when they fire."""
     stop_at: tuple[str, ...] = ()
-    """Alarms that save and end the run; the same command goes on."""
+    """Alarms that save a checkpoint and stop the run; the same command resumes it."""
 
     def __post_init__(self):
         for name in ("checkpoint_at", "stop_at"):
             known = {*CONDITIONS, HELD_OUT_FALL}
             unknown = sorted(set(getattr(self, name)) - known)
             if unknown:
-                raise ValueError(f"alarms.{name} has {unknown}; there are {sorted(known)}")
+                raise ValueError(f"alarms.{name} has unknown alarms {unknown}; choose from {sorted(known)}")
         if self.patience < 1:
             raise ValueError(f"alarms.patience is {self.patience}; it must be at least 1")
 
     def level(self, name: str) -> Level:
-        """What happens when an alarm fires, beside the line in the log."""
+        """The action when an alarm fires, besides the log entry."""
         return "stop" if name in self.stop_at else "checkpoint" if name in self.checkpoint_at else "warn"
 
 
@@ -89,10 +90,10 @@ class Alarm:
     """An alarm that fired.
 
     Attributes:
-        step: at which.
-        name: the alarm's, a field of ``AlarmConfig``.
-        level: what is to happen.
-        text: what it saw, and what that usually means.
+        step: the step at which it fired.
+        name: the field of ``AlarmConfig``.
+        level: the action.
+        text: the measured values, the likely cause and possible remedies.
     """
 
     step: int
@@ -101,19 +102,19 @@ class Alarm:
     text: str
 
     def row(self) -> dict[str, Any]:
-        """As a line of ``alarms.jsonl``."""
+        """The alarm as a row of ``alarms.jsonl``."""
         return {"step": self.step, "alarm": self.name, "level": self.level, "text": self.text}
 
 
 class Alarms:
-    """Reads a run's metrics step by step; see ``AlarmConfig`` for what it looks for.
+    """The alarms of a run, updated with its metrics step by step.
 
     Args:
-        settings: thresholds and levels.
-        earlier: the rows of the steps before, of a run that is resumed: its alarms then fire as if it had never
-            stopped. Rows without a step's own metrics (evaluations) are passed over.
-        fired_before: names of the alarms that did fire in them. Another one whose condition has held for long, because
-            thresholds are other ones now, fires at the next step.
+        settings: thresholds and actions.
+        earlier: metrics rows of the steps and evaluations before a resume. The alarms then fire as in an uninterrupted
+            run.
+        fired_before: names of the alarms that fired in ``earlier``. Any other alarm whose condition already holds (the
+            thresholds may have changed) fires at the next step.
     """
 
     def __init__(self, settings: AlarmConfig, earlier: Sequence[Row] = (), fired_before: Collection[str] = frozenset()):
@@ -130,7 +131,7 @@ class Alarms:
         self._has_fallen &= HELD_OUT_FALL in fired_before
 
     def update(self, row: Row) -> list[Alarm]:
-        """Take in the metrics of a step, or of an evaluation; the alarms that fire at it."""
+        """Add the metrics of a step or of an evaluation and return the alarms that fire."""
         if any(name.startswith("eval/") for name in row):
             return self._evaluated(row)
         if "reward" not in row and "frac_reward_absent" not in row:
@@ -139,25 +140,25 @@ class Alarms:
         fired = []
         for name, condition in CONDITIONS.items():
             threshold = getattr(self._settings, name)
-            seen = None if threshold is None else condition(self._history, threshold, self._settings.solved)
-            self._held[name] = 0 if seen is None else self._held[name] + 1
+            text = None if threshold is None else condition(self._history, threshold, self._settings.solved)
+            self._held[name] = 0 if text is None else self._held[name] + 1
             was_on, self._is_on[name] = self._is_on[name], self._held[name] >= self._settings.patience
-            if seen is not None and self._is_on[name] and not was_on:
-                fired.append(Alarm(int(row["step"]), name, self._settings.level(name), seen))
+            if text is not None and self._is_on[name] and not was_on:
+                fired.append(Alarm(int(row["step"]), name, self._settings.level(name), text))
         return fired
 
     def _evaluated(self, row: Row) -> list[Alarm]:
         self._evaluations.append(row)
         threshold = self._settings.held_out_fall
-        seen = None if threshold is None else held_out_fall(self._evaluations, threshold)
-        before, self._has_fallen = self._has_fallen, seen is not None
-        if seen is None or before:
+        text = None if threshold is None else held_out_fall(self._evaluations, threshold)
+        had_fallen, self._has_fallen = self._has_fallen, text is not None
+        if text is None or had_fallen:
             return []
-        return [Alarm(int(row["step"]), HELD_OUT_FALL, self._settings.level(HELD_OUT_FALL), seen)]
+        return [Alarm(int(row["step"]), HELD_OUT_FALL, self._settings.level(HELD_OUT_FALL), text)]
 
 
 class History:
-    """The metrics of the steps so far."""
+    """The metrics of all steps so far."""
 
     def __init__(self):
         self.steps: list[int] = []
@@ -165,7 +166,7 @@ class History:
         self._starts: dict[str, float] = {}
 
     def add(self, row: Row) -> None:
-        """Take in a step's metrics."""
+        """Append the metrics of a step."""
         for key, value in row.items():
             if isinstance(value, (int, float)) and key not in self._values:
                 self._values[key] = [np.nan] * len(self.steps)
@@ -174,16 +175,16 @@ class History:
         self.steps.append(int(row["step"]))
 
     def last(self, key: str) -> float | None:
-        """The newest value; None where the newest step has none."""
+        """The value at the latest step; None if it has none."""
         value = self._values.get(key, [np.nan])[-1]
         return value if np.isfinite(value) else None
 
-    def course(self, key: str) -> np.ndarray:
-        """All values, NaN where there is none."""
+    def values(self, key: str) -> np.ndarray:
+        """``[steps]`` values, NaN where a step has none."""
         return np.array(self._values.get(key, [np.nan] * len(self.steps)))
 
     def start(self, key: str) -> float | None:
-        """The mean of the first steps that have a value."""
+        """The mean of the first ``WINDOW`` values; None without values."""
         if key in self._starts:
             return self._starts[key]
         first = [value for value in self._values.get(key, []) if np.isfinite(value)][:WINDOW]
@@ -192,48 +193,50 @@ class History:
         return float(np.mean(first)) if first else None
 
     @property
-    def truth(self) -> str:
-        """The metric that tells best how many problems are solved: the judge's, or else accuracy's."""
+    def success_metric(self) -> str:
+        """The most reliable measure of solved problems: ``judge`` if there is one, otherwise ``pass_rate``."""
         return "judge" if self.last("judge") is not None else "pass_rate"
 
     def is_solved(self, threshold: float) -> bool:
-        """Whether most problems are."""
-        value = self.last(self.truth)
+        """Whether the success metric is at least ``threshold``."""
+        value = self.last(self.success_metric)
         return value is not None and value >= threshold
 
 
 Condition = Callable[[History, float, float], str | None]
+"""``(history, threshold, solved) -> text``; None if the condition does not hold."""
 
 
 def entropy_collapse(history: History, threshold: float, solved: float) -> str | None:
-    """The policy has become certain of what is not right."""
+    """Entropy has collapsed before the problems are solved."""
     now, start = history.last("entropy"), history.start("entropy")
     if now is None or not start or now >= threshold * start or history.is_solved(solved):
         return None
     return (
-        f"entropy is {now:.4f}, {now / start:.1%} of the start's, and problems are not solved: the policy has stopped "
-        "exploring (less learning rate, a higher epsilon_high or temperature)"
+        f"entropy is {now:.4f}, {now / start:.1%} of its initial value, and the problems are not solved: the policy no "
+        "longer explores (lower the learning rate, raise epsilon_high or the temperature)"
     )
 
 
 def length_explosion(history: History, threshold: float, solved: float) -> str | None:
-    """Completions grow and nothing is gained."""
-    lengths, truth = history.course("completions/mean_length"), history.course(history.truth)
+    """Completions grow without a gain in solved problems."""
+    lengths, success = history.values("completions/mean_length"), history.values(history.success_metric)
     if len(lengths) < 3 * WINDOW:
         return None
     now, before = slice(-WINDOW, None), slice(-3 * WINDOW, -2 * WINDOW)
-    gained, _ = _change(truth[before], truth[now])
+    gained, _ = _change(success[before], success[now])
     if not lengths[now].mean() >= threshold * lengths[before].mean() or gained > 0.01:
         return None
     return (
         f"mean length went from {lengths[before].mean():.1f} to {lengths[now].mean():.1f} tokens in {2 * WINDOW} steps "
-        f"and {history.truth} did not rise: length is paid for, or never punished (soft overlong reward, token_mean)"
+        f"and {history.success_metric} did not rise: the reward favours length or does not penalize it (add a soft "
+        "overlong penalty, aggregate with token_mean)"
     )
 
 
 def hacking(history: History, threshold: float, solved: float) -> str | None:
-    """The reward rises, and what it stands for falls."""
-    judge, reward = history.course("judge"), history.course("reward")
+    """Reward hacking: the training reward rises while the judge falls."""
+    judge, reward = history.values("judge"), history.values("reward")
     if np.isfinite(judge).sum() < 2 * WINDOW:
         return None
     means = np.lib.stride_tricks.sliding_window_view(judge, WINDOW).mean(1)[: len(judge) - 2 * WINDOW + 1]
@@ -241,21 +244,27 @@ def hacking(history: History, threshold: float, solved: float) -> str | None:
     then, now = slice(best, best + WINDOW), slice(-WINDOW, None)
     fall, fall_error = _change(judge[now], judge[then])
     rise, rise_error = _change(reward[then], reward[now])
-    if not fall >= max(threshold, CLEAR * fall_error) or rise <= CLEAR * rise_error:
+    if not fall >= max(threshold, SIGNIFICANT * fall_error) or rise <= SIGNIFICANT * rise_error:
         return None
     return (
-        f"reward went from {reward[then].mean():.3f} to {reward[now].mean():.3f} since step "
-        f"{history.steps[best]} while the judge went from {judge[then].mean():.3f} to "
-        f"{judge[now].mean():.3f}: the policy has found something that pays and is not what is wanted; read the samples"
+        f"since step {history.steps[best]} the reward rose from {reward[then].mean():.3f} to {reward[now].mean():.3f} "
+        f"while the judge fell from {judge[then].mean():.3f} to {judge[now].mean():.3f}: reward hacking; read the "
+        "samples"
     )
 
 
 def held_out_fall(evaluations: Sequence[Row], threshold: float) -> str | None:
-    """Held-out problems are solved less often than at an earlier evaluation.
+    """A held-out metric is significantly below its best evaluation.
 
-    Standard errors are those over problems, of the two evaluations as if their problems were others: an upper bound, as
-    they are the same. The best of many evaluations is a little better than it should be, which the two standard errors
-    allow for.
+    The standard error of the difference treats the two evaluations as independent. They share their problems, so it is
+    an upper bound. The best of many evaluations is biased upwards, for which two standard errors leave room.
+
+    Args:
+        evaluations: metrics rows of all evaluations so far.
+        threshold: minimum drop.
+
+    Returns:
+        The text of the alarm for the first such metric; None if there is none.
     """
     now = evaluations[-1]
     for name, value in now.items():
@@ -269,15 +278,15 @@ def held_out_fall(evaluations: Sequence[Row], threshold: float) -> str | None:
         if fall >= threshold and (fall >= 2 * error or (halved and fall > error)):
             errors = f", {fall / error:.1f} standard errors" if error else ""
             return (
-                f"held-out {name.removeprefix('eval/')} went from {best[name]:.3f} at step {best['step']} to "
-                f"{value:.3f}{errors}: training makes the model worse at problems it does not see (less learning rate, "
-                "a KL, fewer steps; --export best exports the best model)"
+                f"held-out {name.removeprefix('eval/')} fell from {best[name]:.3f} at step {best['step']} to "
+                f"{value:.3f}{errors}: training no longer generalizes (lower the learning rate, add a KL penalty, "
+                "train for fewer steps; --export best exports the best checkpoint)"
             )
     return None
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """The difference of two means, and its standard error."""
+    """The difference ``mean(after) - mean(before)`` and its standard error."""
     error = np.sqrt((before.var(ddof=1) + after.var(ddof=1)) / len(before))
     return float(after.mean() - before.mean()), float(error)
 
@@ -308,67 +317,68 @@ CONDITIONS: dict[str, Condition] = {
     "length_explosion": length_explosion,
     "truncation": _above(
         "completions/clipped_ratio",
-        "{value:.0%} of completions are cut off: they cannot answer (a longer max_completion_length, mask_truncated)",
+        "{value:.0%} of completions are truncated before the answer (raise max_completion_length, set mask_truncated)",
     ),
     "zero_variance": _above(
         "frac_reward_zero_std",
-        "in {value:.0%} of groups all rewards are equal, and problems are not solved: nothing is learnt from them "
-        "(easier problems, larger groups)",
+        "{value:.0%} of groups have equal rewards and so no learning signal, and the problems are not solved (use "
+        "easier problems or larger groups)",
         unless_solved=True,
     ),
-    "kl_drift": _above("kl", "the policy is {value:.2f} nats a token from its reference (a higher kl_coef)"),
+    "kl_drift": _above("kl", "the KL to the reference is {value:.2f} nats per token (raise kl_coef)"),
     "clip_fraction": _above(
         "clip_ratio/region_mean",
-        "{value:.0%} of tokens are clipped: updates are too large, or too many from one rollout",
+        "{value:.0%} of tokens are clipped: the updates are too large, or there are too many per rollout",
     ),
     "sampler_gap": _above(
         "sampling/sampling_logp_difference/mean",
-        "sampler and trainer differ by {value:.3f} in a token's log-probability: samples are off policy "
-        "(importance_cap, a finer cache_dtype)",
+        "sampler and trainer differ by {value:.3f} nats per token: the samples are off-policy (set importance_cap, use "
+        "a more precise cache_dtype)",
     ),
     "absent_rewards": _above(
-        "frac_reward_absent", "{value:.0%} of completions have no reward: see reward_errors.jsonl for what failed"
+        "frac_reward_absent", "{value:.0%} of completions have no reward: reward_errors.jsonl has the errors"
     ),
     "duplicates": _above(
         "completions/duplicate_share",
-        "{value:.0%} of completions equal another of their group, and problems are not solved: the policy says one "
-        "thing",
+        "{value:.0%} of completions equal another one of their group, and the problems are not solved: the samples "
+        "have lost their diversity",
         unless_solved=True,
     ),
     "repetition": _above(
         "completions/repeated_share",
-        "{value:.0%} of n-grams repeat what their completion said before ({start:.0%} at the start): length or "
-        "mere wording is paid for",
+        "{value:.0%} of n-grams repeat an earlier one of their completion ({start:.0%} initially): the reward favours "
+        "length or certain words",
         beyond_start=True,
     ),
     "hacking": hacking,
     "empty_thought": _above(
         "completions/empty_thought_share",
-        "{value:.0%} of completions have the format and an empty thought ({start:.0%} at the start): form is paid for "
-        "without content",
+        "{value:.0%} of completions have the right format and an empty thought ({start:.0%} initially): the reward "
+        "favours format over content",
         beyond_start=True,
     ),
     "answer_in_prompt": _above(
         "completions/answer_in_prompt_excess",
-        "answers stand in their prompts {value:+.0%} more often than right ones do ({start:+.0%} at the start): they "
-        "are copied, not found",
+        "answers appear in their prompts {value:+.0%} more often than gold answers do ({start:+.0%} initially): the "
+        "policy copies them from the prompt",
         beyond_start=True,
     ),
     "constant_answer": _above(
         "completions/constant_answer_excess",
-        "one answer is given {value:+.0%} more often than any is right ({start:+.0%} at the start): it pays whatever "
-        "is asked",
+        "one answer is given {value:+.0%} more often than any gold answer occurs ({start:+.0%} initially): the policy "
+        "answers without regard to the problem",
         beyond_start=True,
     ),
     "hard_coded": _above(
         "completions/hard_coded_share",
-        "{value:.0%} of programs spell out what their tests expect: the tests are known, and answered by heart",
+        "{value:.0%} of programs hard-code the expected outputs of their tests",
     ),
     "language": _below_start(
         "rewards/language/mean",
-        "{value:.0%} of thoughts' words are of the wanted language ({start:.0%} at the start): it pays to switch",
+        "{value:.0%} of the words in thoughts are in the target language ({start:.0%} initially): the reward favours "
+        "switching languages",
     ),
 }
-"""Each alarm by the name of its threshold: of the history, the threshold and what counts as solved, what it sees."""
+"""Conditions by the name of their threshold in ``AlarmConfig``."""
 
 assert set(CONDITIONS) <= {field.name for field in fields(AlarmConfig)}
