@@ -15,7 +15,7 @@ with atheris.instrument_imports(include=["grpo_jax.rewards"]):
     from grpo_jax.rewards.code.reward import extract_program
     from grpo_jax.rewards.format import format_reward
     from grpo_jax.rewards.math.answer import canonical_answer, extract_answer, numeric_value
-    from grpo_jax.rewards.math.latex import tidy
+    from grpo_jax.rewards.math.latex import normalize
     from grpo_jax.rewards.math.reader import read_answer
     from grpo_jax.rewards.math.reward import math_reward
     from grpo_jax.rewards.repetition import repeated_share
@@ -36,7 +36,7 @@ def read_everything(data: bytes) -> None:
     extract_program(text)
     assert format_reward([""], [text])[0] in (0.0, 1.0)
     assert 0 <= repeated_share(text) < 1
-    tidy(text)
+    normalize(text)
     read_answer(text)
     score = math_reward([""], [rf"\boxed{{{text}}}"], answer=[GOLD])[0]
     assert score == 0.0 or "7919" in text, text

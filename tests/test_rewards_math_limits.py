@@ -12,7 +12,7 @@ from grpo_jax.rewards.math import evaluation, points, symbolic
 from grpo_jax.rewards.math.compare import same_answer
 from grpo_jax.rewards.math.expression import parse
 from grpo_jax.rewards.math.forms import formulas
-from grpo_jax.rewards.math.latex import tidy
+from grpo_jax.rewards.math.latex import normalize
 from grpo_jax.rewards.math.reader import read_answer
 from grpo_jax.rewards.math.reward import math_reward, question_contains_answer
 
@@ -155,7 +155,7 @@ def test_the_limit_is_the_same_in_other_threads():
 
 def test_what_takes_too_much_work_scores_nothing_and_is_logged(caplog, monkeypatch):
     assert same_answer(r"\sin x+\cos y", r"\cos y+\sin x")
-    monkeypatch.setattr(evaluation, "WORK", 30.0)
+    monkeypatch.setattr(evaluation, "WORK_LIMIT", 30.0)
     with caplog.at_level("INFO"):
         assert not same_answer(r"\sin x+\cos y", r"\cos y+\sin x")
     assert "takes too much work" in caplog.text
@@ -253,9 +253,9 @@ def test_whether_the_answer_stands_in_the_question(question, gold, stands):
 )
 def test_how_expressions_are_read(text, other):
     if other is None:
-        assert parse(tidy(text) or "") is None
+        assert parse(normalize(text) or "") is None
     else:
-        left, right = parse(tidy(text) or ""), parse(tidy(other) or "")
+        left, right = parse(normalize(text) or ""), parse(normalize(other) or "")
         assert left is not None
         assert right is not None
         assert symbolic.agree(left, right)

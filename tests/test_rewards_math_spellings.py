@@ -10,7 +10,7 @@ import pytest
 from grpo_jax.rewards.math.compare import same_answer
 from grpo_jax.rewards.math.reader import read_answer
 from grpo_jax.rewards.math.reward import math_reward
-from grpo_jax.rewards.math.units import read_counted, read_unit
+from grpo_jax.rewards.math.units import read_counted_noun, read_unit
 
 DATA = Path(__file__).parent / "data"
 GOLDS = (DATA / "math_golds.txt").read_text().splitlines()
@@ -104,7 +104,7 @@ def test_what_is_not_a_unit_of_measurement(text):
 
 @pytest.mark.parametrize("words", ["apples", "red marbles", "ways", "people", "students in class", "pounds of apples"])
 def test_nouns_are_counted(words):
-    assert read_counted(words, Fraction(5)) is not None
+    assert read_counted_noun(words, Fraction(5)) is not None
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_nouns_are_counted(words):
     ["million", "or more", "is wrong", "squared", "apple", "apples or pears", "thirds", "times", "if wrong", "s"],
 )
 def test_words_that_say_more_than_a_noun_are_not_counted(words):
-    assert read_counted(words, Fraction(5)) is None
+    assert read_counted_noun(words, Fraction(5)) is None

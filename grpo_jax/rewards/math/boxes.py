@@ -142,9 +142,8 @@ def _last_run(text: str, boxes: list[Statement]) -> list[Statement]:
     first = len(boxes) - 1
     while first > 0:
         end, start = boxes[first - 1].end, boxes[first].start
-        if not (
-            is_list_separator(text, end, start) or CONDITION.fullmatch(text, end, min(start, end + MAX_LISTING + 1))
-        ):
+        limit = min(start, end + MAX_LISTING + 1)
+        if not (is_list_separator(text, end, start) or CONDITION.fullmatch(text, end, limit)):
             break
         first -= 1
     return boxes[max(first, 0) :]

@@ -1,32 +1,35 @@
-"""Evaluation of expressions, exactly or to a number of digits, within a fixed amount of work."""
+"""Evaluation of expressions, exact or multiprecision, within a fixed amount of work."""
 
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import reduce
 from typing import Any
 
-from grpo_jax.rewards.math.expression import INVERSE, Node, variables
+from grpo_jax.rewards.math.expression import INVERSE_TRIGONOMETRIC, Node, variables
 
-GUARD = 20
-"""Digits beyond those asked for, which rounding may spoil."""
-LARGEST_BITS = 20_000
-WORK = 60_000.0
-"""Units of work for reading or comparing one answer, each about 10 microseconds: less than a second."""
-MOST_GAMMA_DIGITS = 500
-MOST_COUNTED = 3000
-"""Up to which factorials and binomials are worked out exactly."""
+GUARD_DIGITS = 20
+"""Digits of the working precision beyond the requested ones, for rounding errors."""
+MAX_BITS = 20_000
+"""Largest magnitude of log2 of a value."""
+WORK_LIMIT = 60_000.0
+"""Units of work for parsing or comparing one answer, about 10 microseconds each: less than a second."""
+MAX_GAMMA_DIGITS = 500
+MAX_EXACT_FACTORIAL = 3000
+"""Largest argument whose factorials and binomials are computed exactly."""
 
 
 class TooLargeError(ArithmeticError):
-    """Evaluation would take more work or digits than one answer is allowed."""
+    """The evaluation exceeds the work or digits allowed for one answer."""
 
 
 class _Local(threading.local):
-    left = WORK
+    remaining = WORK_LIMIT
 
     def __init__(self) -> None:
         from mpmath.ctx_mp import MPContext
@@ -39,41 +42,41 @@ _local = _Local()
 
 @contextmanager
 def work_limit() -> Iterator[None]:
-    """Allow the evaluations inside ``WORK``; beyond it they raise ``TooLargeError``, in any thread.
+    """Limit the evaluations inside, in this thread, to ``WORK_LIMIT`` in total; more raises ``TooLargeError``.
 
-    Work is counted, not timed: what is refused does not depend on the machine or its load.
+    Work is counted, not timed: the same answers are refused on any machine under any load.
     """
-    before, _local.left = _local.left, WORK
+    before, _local.remaining = _local.remaining, WORK_LIMIT
     try:
         yield
     finally:
-        _local.left = before
+        _local.remaining = before
 
 
 def _spend(units: float) -> None:
-    _local.left -= units
-    if _local.left < 0:
-        raise TooLargeError("the evaluation takes too much work")
+    _local.remaining -= units
+    if _local.remaining < 0:
+        raise TooLargeError(f"the evaluation takes more than {WORK_LIMIT:.0f} units of work")
 
 
-def evaluate(node: Node, at: Mapping[str, Fraction], digits: int, base: int | None = 10) -> Any | None:
-    """The value of an expression at a point; None where it is not defined.
+def evaluate(node: Node, point: Mapping[str, Fraction], digits: int, base: int | None = 10) -> Any | None:
+    """The value of an expression at a point; None where it is undefined.
 
     Args:
-        node: the expression.
-        at: the values of its variables.
-        digits: of the working precision; ``digits_needed`` says how many the values on the way take.
-        base: of logarithms without one; None for e.
+        node: expression.
+        point: value of each variable.
+        digits: decimal digits of the working precision; ``digits_needed`` bounds those of intermediate values.
+        base: base of ``log`` without an explicit base; None for e.
 
     Returns:
-        A Fraction where the value is worked out exactly, else a number of mpmath.
+        A Fraction if every step is exact, else an mpmath number.
 
     Raises:
-        TooLargeError: the work limit is reached.
+        TooLargeError: the work limit is exceeded.
     """
-    _local.mp.dps = digits + GUARD
+    _local.mp.dps = digits + GUARD_DIGITS
     try:
-        return _Evaluation(at, digits, base).value(node)
+        return _Evaluation(point, digits, base).value(node)
     except TooLargeError:
         raise
     except (ArithmeticError, ValueError):
@@ -81,46 +84,77 @@ def evaluate(node: Node, at: Mapping[str, Fraction], digits: int, base: int | No
 
 
 def is_zero(value: Any, digits: int) -> bool:
-    """Whether a value is zero, exactly or but for rounding."""
+    """Whether a value is zero up to rounding, ``10 ** -(digits - 10)``; exactly for a Fraction.
+
+    Args:
+        value: Fraction or mpmath number.
+        digits: decimal digits to which the value was computed.
+    """
     return value == 0 if isinstance(value, Fraction) else abs(value) < _local.mp.mpf(10) ** -(digits - 10)
 
 
 def quotient(x: Any, y: Any) -> Any:
-    """``x / y``, exact where both are."""
+    """``x / y``, exact if both are Fractions."""
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x / y
     return _inexact(x) / _inexact(y)
 
 
 def real_part(value: Any, places: int) -> Any | None:
-    """The real part of a value that is real to so many places; None for another."""
+    """The real part of a value whose imaginary part is at most ``10 ** -places`` of its magnitude; else None.
+
+    Args:
+        value: Fraction, mpmath number or None, which is returned.
+        places: decimal places.
+    """
     if value is None or isinstance(value, Fraction):
         return value
     return value.real if abs(value.imag) <= abs(value) * _local.mp.mpf(10) ** -places else None
 
 
 def close(x: Any, y: Any, places: int, digits: int) -> bool:
-    """Agreement to so many places; what is zero comes out as rounding, of which no place means anything."""
+    """Whether two values agree: ``|x - y| <= 10 ** -places * max(|x|, |y|)``; Fractions must be equal.
+
+    Two values that are both zero up to rounding, ``10 ** -(digits - 10)``, agree too: none of their digits is
+    significant. False if one of them is None.
+
+    Args:
+        x: Fraction, mpmath number or None.
+        y: as ``x``.
+        places: decimal places that must agree.
+        digits: decimal digits to which the values were computed.
+    """
     if x is None or y is None:
         return False
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     mp = _local.mp
-    mp.dps = digits + GUARD
+    mp.dps = digits + GUARD_DIGITS
     x, y = _inexact(x), _inexact(y)
     largest = max(abs(x), abs(y))
     return largest < mp.mpf(10) ** -(digits - 10) or abs(x - y) <= mp.mpf(10) ** -places * largest
 
 
 def digits_needed(node: Node, bits: float) -> int:
-    """Decimal digits that evaluation takes where variables have magnitudes of up to ``2 ** bits``."""
+    """Decimal digits needed to evaluate an expression at variables of magnitudes up to ``2 ** bits``.
+
+    Raises:
+        TooLargeError: a bound exceeds ``MAX_BITS``.
+    """
     return int(2 * size_bounds(node, bits)[1] * math.log10(2)) + 10
 
 
 def size_bounds(node: Node, bits: float) -> tuple[float, float]:
-    """Bounds of log2 of an expression's magnitude, and of the magnitudes and their inverses of all its parts.
+    """Upper bounds of ``log2 |value|`` of an expression, and of ``|log2 |value||`` over all its subexpressions.
 
-    Differences are taken to be no smaller than their terms: the digits allow for twice the bound.
+    Cancellation in sums is ignored: ``digits_needed`` allows for it by twice the bound.
+
+    Args:
+        node: expression.
+        bits: upper bound of ``|log2 |x||`` of every variable.
+
+    Raises:
+        TooLargeError: a bound exceeds ``MAX_BITS``.
     """
     name, parts = node[0], node[1:]
     if name == "number":
@@ -128,7 +162,7 @@ def size_bounds(node: Node, bits: float) -> tuple[float, float]:
         return top - bottom, max(top, bottom)
     if name in ("variable", "constant"):
         return (bits, bits) if name == "variable" else (1.7, 1.7)
-    tops, spans = zip(*(size_bounds(each, bits) for each in parts), strict=True)
+    tops, spans = zip(*(size_bounds(part, bits) for part in parts), strict=True)
     if name == "add":
         top = max(tops) + math.log2(len(parts))
         span = max(spans) + math.log2(len(parts))
@@ -147,29 +181,29 @@ def size_bounds(node: Node, bits: float) -> tuple[float, float]:
         top = span = 1.5 * 2 ** min(max(tops[0], 0.0), 64.0) + 1
     elif name in ("ln", "log"):
         top, span = math.log2(spans[0] + 4), 2.0
-    elif name in ("sin", "cos", *INVERSE):
+    elif name in ("sin", "cos", *INVERSE_TRIGONOMETRIC):
         top, span = 1.0, 2.0
     else:
         top = span = max(*tops, *spans)
     span = max(span, *spans, abs(top))
-    if span > LARGEST_BITS:
-        raise TooLargeError("the values are too large")
+    if span > MAX_BITS:
+        raise TooLargeError(f"a value may have more than {MAX_BITS} bits")
     return top, span
 
 
 class _Evaluation:
-    def __init__(self, at: Mapping[str, Fraction], digits: int, base: int | None) -> None:
-        self.at, self.digits, self.base, self.mp = at, digits, base, _local.mp
+    def __init__(self, point: Mapping[str, Fraction], digits: int, base: int | None) -> None:
+        self.point, self.digits, self.base, self.mp = point, digits, base, _local.mp
 
     def value(self, node: Node) -> Any:
         name, parts = node[0], node[1:]
         if name == "number":
             return parts[0]
         if name == "variable":
-            return self.at[parts[0]]
+            return self.point[parts[0]]
         if name == "constant":
             return {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.mpc(0, 1)}[parts[0]]
-        values = [self.value(each) for each in parts]
+        values = [self.value(part) for part in parts]
         for value in values:
             _check_magnitude(value)
         _spend(_cost(name, values, self.digits))
@@ -184,16 +218,13 @@ class _Evaluation:
         return self.function(name, self.mp.mpmathify(_inexact(values[0])))
 
     def arithmetic(self, name: str, values: list[Any]) -> Any:
-        if not all(isinstance(each, Fraction) for each in values):
-            values = [_inexact(each) for each in values]
+        if not all(isinstance(value, Fraction) for value in values):
+            values = [_inexact(value) for value in values]
         if name == "div":
             if self.is_zero(values[1]):
                 raise ZeroDivisionError
             return values[0] / values[1]
-        result = values[0]
-        for each in values[1:]:
-            result = result + each if name == "add" else result * each
-        return result
+        return reduce(operator.add if name == "add" else operator.mul, values)
 
     def is_zero(self, value: Any) -> bool:
         return is_zero(value, self.digits + 10)
@@ -213,27 +244,27 @@ class _Evaluation:
         if y == Fraction(1, 2):
             return self.mp.sqrt(x)
         if is_constant and y.denominator % 2 and x.imag == 0 and x.real < 0:
-            return (-1) ** y.numerator * self.mp.power(-x, _inexact(y))  # the real root, as of -8
+            return (-1) ** y.numerator * self.mp.power(-x, _inexact(y))  # the real root: (-8)^(1/3) is -2
         return self.mp.power(x, _inexact(y))
 
     def combinatorial(self, name: str, values: list[Any]) -> Any:
-        integers = [self.integer(each) for each in values]
+        integers = [self.integer(value) for value in values]
         if name in ("gcd", "lcm"):
             if None in integers:
-                raise ValueError(f"{name} of other than integers")
+                raise ValueError(f"{name} is defined for integers only")
             return Fraction(getattr(math, name)(*integers))
-        counts = [each for each in integers if each is not None and 0 <= each <= MOST_COUNTED]
+        counts = [count for count in integers if count is not None and 0 <= count <= MAX_EXACT_FACTORIAL]
         if len(counts) == len(integers):
             return Fraction(math.factorial(*counts) if name == "factorial" else math.comb(*counts))
-        if self.digits > MOST_GAMMA_DIGITS:
-            raise TooLargeError("a gamma function to many digits")
+        if self.digits > MAX_GAMMA_DIGITS:
+            raise TooLargeError(f"a gamma function to {self.digits} digits, more than {MAX_GAMMA_DIGITS}")
         gamma, n = self.mp.gamma, _inexact(values[0])
         if name == "factorial":
             return gamma(n + 1)
         return gamma(n + 1) / (gamma(_inexact(values[1]) + 1) * gamma(n - _inexact(values[1]) + 1))
 
     def integer(self, value: Any) -> int | None:
-        """The integer that a value is, exactly or but for rounding."""
+        """The value as an integer, up to rounding; None if it is not one."""
         if isinstance(value, Fraction):
             return value.numerator if value.denominator == 1 else None
         nearest = int(self.mp.nint(value.real))
@@ -242,9 +273,9 @@ class _Evaluation:
     def real(self, name: str, values: list[Any]) -> Any:
         if name == "abs":
             return abs(values[0])
-        if any(not isinstance(each, Fraction) and not self.is_zero(self.mp.mpf(each.imag)) for each in values):
-            raise ValueError(f"{name} of a complex number")
-        values = [each if isinstance(each, Fraction) else each.real for each in values]
+        if any(not isinstance(value, Fraction) and not self.is_zero(self.mp.mpf(value.imag)) for value in values):
+            raise ValueError(f"{name} is defined for real numbers only")
+        values = [value if isinstance(value, Fraction) else value.real for value in values]
         if name in ("min", "max"):
             return (min if name == "min" else max)(values, key=_inexact)
         integer = self.integer(values[0])
@@ -261,11 +292,11 @@ class _Evaluation:
 
 
 def _check_magnitude(value: Any) -> None:
-    """Refuse numbers far from 1: mpmath adds a huge and a tiny one digit by digit, which takes hours and gigabytes."""
+    """Refuse values of extreme magnitude: mpmath expands the sum of a huge and a tiny one, in hours and gigabytes."""
     for part in () if isinstance(value, Fraction) else (value.real, value.imag):
         _, mantissa, exponent, bits = part._mpf_
-        if mantissa and abs(exponent + bits) > 10 * LARGEST_BITS:
-            raise TooLargeError("a value is too large or too close to 0")
+        if mantissa and abs(exponent + bits) > 10 * MAX_BITS:
+            raise TooLargeError(f"a value is beyond 2 ** {10 * MAX_BITS} or its inverse")
 
 
 def _inexact(value: Any) -> Any:
@@ -274,13 +305,13 @@ def _inexact(value: Any) -> Any:
 
 
 def _cost(name: str, values: list[Any], digits: int) -> float:
-    """Units of work, of about 10 microseconds where Python is slow: measured, and rounded up."""
-    if all(isinstance(each, Fraction) for each in values):
-        bits = sum(each.numerator.bit_length() + each.denominator.bit_length() for each in values)
+    """Units of work of an operation: measured on a slow machine and rounded up."""
+    if all(isinstance(value, Fraction) for value in values):
+        bits = sum(value.numerator.bit_length() + value.denominator.bit_length() for value in values)
         if name in ("add", "mul", "div", "abs", "floor", "ceil", "min", "max"):
             return 0.5 + (bits / 5000) ** 2
-        counts = all(each.denominator == 1 and 0 <= each <= MOST_COUNTED for each in values)
-        if name in ("factorial", "binom") and counts:
+        is_exact = all(value.denominator == 1 and 0 <= value <= MAX_EXACT_FACTORIAL for value in values)
+        if name in ("factorial", "binom") and is_exact:
             return 1 + (int(values[0]) / 300) ** 1.6
         if name == "pow" and values[1].denominator == 1:
             return 1 + (min(bits * abs(values[1]), digits * 8) / 5000) ** 1.6

@@ -1,8 +1,7 @@
-"""A parser of mathematical expressions in LaTeX or plain text, in time linear in their length.
+"""Recursive-descent parser of mathematical expressions in LaTeX or plain text, in linear time.
 
-It reads what a final answer may consist of and rejects everything else. An expression is a nested tuple:
-``("number", Fraction)``, ``("variable", name)``, ``("constant", "pi" | "e" | "i")``, or an operation and its operands:
-``add``, ``mul``, ``div``, ``pow``, ``abs``, ``factorial``, ``binom`` or the name of a function.
+An expression is a nested tuple: ``("number", Fraction)``, ``("variable", name)``, ``("constant", "pi" | "e" | "i")`` or
+an operation and its operands: ``add``, ``mul``, ``div``, ``pow``, ``abs``, ``factorial``, ``binom`` or a function name.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ Node = tuple[Any, ...]
 
 TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|\\.|\S")
 TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc")
-INVERSE = ("arcsin", "arccos", "arctan")
-FUNCTIONS = (*TRIGONOMETRIC, *INVERSE, "sinh", "cosh", "tanh", "coth", "ln", "lg", "log", "exp")
-SEVERAL = ("min", "max", "gcd", "lcm")
+INVERSE_TRIGONOMETRIC = ("arcsin", "arccos", "arctan")
+FUNCTIONS = (*TRIGONOMETRIC, *INVERSE_TRIGONOMETRIC, "sinh", "cosh", "tanh", "coth", "ln", "lg", "log", "exp")
+VARIADIC = ("min", "max", "gcd", "lcm")
 CLOSING = {"(": ")", "[": "]", "{": "}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-DEEPEST = 60
-"""Levels of nesting: an honest answer has fewer than ten."""
+MAX_DEPTH = 60
+"""Maximum nesting; honest answers have fewer than ten levels."""
 HALF, MINUS_ONE = ("number", Fraction(1, 2)), ("number", Fraction(-1))
 DEGREE = ("div", ("constant", "pi"), ("number", Fraction(180)))
 
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Node | None:
-    r"""The expression that tidy LaTeX (see ``latex.tidy``) denotes; None for anything else.
+    r"""The expression of a text that ``latex.normalize`` returned; None if it is not an expression.
 
-    - A product may be written without a sign, except before a digit: ``x2`` may be a power or an index. ``/`` and
-      products bind equally, from the left.
+    - Products may be implicit, except before a digit: ``x2`` may be a power or an index. Products and ``/`` have equal
+      precedence and associate to the left.
     - ``2\frac{1}{2}`` is a mixed number. ``x^10`` is the tenth power.
-    - A function without brackets takes the factors that follow, up to the next sign or function.
-    - Letters are variables, one each, by case; ``e`` and ``i`` are the constants. Four letters in a row are a word and
-      rejected, as are calls of f, g and h and derivatives.
+    - The argument of a function without brackets extends to the next operator or function.
+    - Every letter is a variable, case-sensitive; ``e`` and ``i`` are the constants. Words (four letters in a row),
+      calls of f, g and h, and derivatives are rejected.
     """
     if re.search(r"[A-Za-z]{4}", re.sub(r"\\[a-zA-Z]+|_ ?\{ ?\w+ ?\}", "", text)):
         return None
@@ -51,31 +50,31 @@ def parse(text: str) -> Node | None:
 
 @lru_cache(maxsize=4096)
 def variables(node: Node) -> frozenset[str]:
-    """The names of the variables of an expression, by case."""
+    """The names of the variables of an expression."""
     if node[0] == "variable":
         return frozenset((node[1],))
-    return frozenset().union(*(variables(each) for each in node[1:] if isinstance(each, tuple)))
+    return frozenset().union(*(variables(part) for part in node[1:] if isinstance(part, tuple)))
 
 
 @lru_cache(maxsize=4096)
 def operations(node: Node) -> frozenset[str]:
-    """The names of the operations and functions of an expression."""
-    inner = frozenset().union(*(operations(each) for each in node[1:] if isinstance(each, tuple)))
+    """The operations, functions and kinds of leaves in an expression."""
+    inner = frozenset().union(*(operations(part) for part in node[1:] if isinstance(part, tuple)))
     return inner | {node[0]}
 
 
 def constants(node: Node) -> frozenset[str]:
-    """The names of the constants of an expression, such as ``pi``."""
+    """The names of the constants of an expression: ``pi``, ``e``, ``i``."""
     if node[0] == "constant":
         return frozenset((node[1],))
-    return frozenset().union(*(constants(each) for each in node[1:] if isinstance(each, tuple)))
+    return frozenset().union(*(constants(part) for part in node[1:] if isinstance(part, tuple)))
 
 
-def substitute(node: Node, part: Node, other: Node) -> Node:
-    """The expression with another one in the place of a part."""
-    if node == part:
-        return other
-    return (node[0], *(substitute(each, part, other) if isinstance(each, tuple) else each for each in node[1:]))
+def substitute(node: Node, old: Node, new: Node) -> Node:
+    """``node`` with every subexpression ``old`` replaced by ``new``."""
+    if node == old:
+        return new
+    return (node[0], *(substitute(part, old, new) if isinstance(part, tuple) else part for part in node[1:]))
 
 
 def difference(left: Node, right: Node) -> Node:
@@ -88,34 +87,34 @@ class _NotAnExpressionError(Exception):
 
 
 class _Parser:
-    """Recursive descent; every method takes its level of nesting and leaves ``place`` after what it read."""
+    """Every parsing method takes its level of nesting and advances ``position`` past what it has parsed."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
-        self.place = 0
+        self.position = 0
         self.bars = 0
 
     def at_end(self) -> bool:
-        return self.place == len(self.tokens)
+        return self.position == len(self.tokens)
 
     def peek(self) -> str:
-        return self.tokens[self.place] if self.place < len(self.tokens) else ""
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
 
     def take(self, *expected: str) -> str:
         token = self.peek()
         if not token or (expected and token not in expected):
             raise _NotAnExpressionError
-        self.place += 1
+        self.position += 1
         return token
 
-    def skip(self, token: str) -> bool:
+    def accept(self, token: str) -> bool:
         if self.peek() != token:
             return False
-        self.place += 1
+        self.position += 1
         return True
 
     def sum(self, depth: int) -> Node:
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise _NotAnExpressionError
         terms = [self.product(depth)]
         while self.peek() in ("+", "-"):
@@ -126,7 +125,7 @@ class _Parser:
 
     def product(self, depth: int) -> Node:
         if self.peek() in ("+", "-"):
-            if depth > DEEPEST:
+            if depth > MAX_DEPTH:
                 raise _NotAnExpressionError
             return _negative(self.product(depth + 1)) if self.take() == "-" else self.product(depth + 1)
         node = self.power(depth)
@@ -138,21 +137,21 @@ class _Parser:
             elif token in ("/", r"\div"):
                 self.take()
                 node = ("div", node, self.signed(depth))
-            elif self.starts_a_factor() or (token[:1].isdigit() and self.follows_a_factor()):
+            elif self.starts_factor() or (token[:1].isdigit() and self.continues_product()):
                 node = _times(node, self.power(depth))
             else:
                 return node
 
-    def follows_a_factor(self) -> bool:
-        r"""Whether a number may stand here as a factor: in ``\pi 2``, and a power as in ``n2^n``; not in ``x2``."""
-        before, after = self.tokens[self.place - 1], self.tokens[self.place + 1 : self.place + 2]
+    def continues_product(self) -> bool:
+        r"""Whether a number may be a factor here: in ``\pi 2``, and a power as in ``n2^n``; not in ``x2``."""
+        before, after = self.tokens[self.position - 1], self.tokens[self.position + 1 : self.position + 2]
         is_factor = before == ")" or (len(before) == 1 and before.isalpha())
         return before in (r"\pi", "!") or (after == ["^"] and is_factor)
 
     def signed(self, depth: int) -> Node:
-        return _negative(self.power(depth)) if self.skip("-") else self.power(depth)
+        return _negative(self.power(depth)) if self.accept("-") else self.power(depth)
 
-    def starts_a_factor(self) -> bool:
+    def starts_factor(self) -> bool:
         token = self.peek()
         if token == "|":
             return self.bars == 0
@@ -161,7 +160,7 @@ class _Parser:
 
     @staticmethod
     def is_function(token: str) -> bool:
-        return token[:1] == "\\" and token[1:] in (*FUNCTIONS, *SEVERAL)
+        return token[:1] == "\\" and token[1:] in (*FUNCTIONS, *VARIADIC)
 
     def power(self, depth: int) -> Node:
         node = self.atom(depth)
@@ -180,19 +179,19 @@ class _Parser:
 
     def is_degree(self) -> bool:
         for shape in ((r"\circ",), ("{", r"\circ", "}")):
-            if tuple(self.tokens[self.place : self.place + len(shape)]) == shape:
-                self.place += len(shape)
+            if tuple(self.tokens[self.position : self.position + len(shape)]) == shape:
+                self.position += len(shape)
                 return True
         return False
 
     def exponent(self, depth: int) -> Node:
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise _NotAnExpressionError
-        if self.skip("-"):
+        if self.accept("-"):
             return _negative(self.exponent(depth + 1))
-        self.skip("+")
+        self.accept("+")
         node = self.atom(depth)
-        return ("pow", node, self.exponent(depth + 1)) if self.skip("^") else node
+        return ("pow", node, self.exponent(depth + 1)) if self.accept("^") else node
 
     def atom(self, depth: int) -> Node:
         token = self.take()
@@ -217,9 +216,9 @@ class _Parser:
         if token == r"\sqrt":
             return self.root(depth)
         if self.is_function(token):
-            return self.several(token[1:], depth) if token[1:] in SEVERAL else self.call(token[1:], depth)
+            return self.variadic(token[1:], depth) if token[1:] in VARIADIC else self.call(token[1:], depth)
         if token in LETTERS or (len(token) == 1 and token.isascii() and token.isalpha()):
-            return self.letter(token)
+            return self.symbol(token)
         raise _NotAnExpressionError
 
     def number(self, token: str, depth: int) -> Node:
@@ -227,79 +226,80 @@ class _Parser:
         if self.peek() == "_" or self.peek()[:1].isdigit():
             raise _NotAnExpressionError
         if token.isdigit() and self.peek() == r"\frac":
-            start = self.place
+            start = self.position
             self.take()
             part = self.fraction(depth)
-            if all(each[0] == "number" and each[1].denominator == 1 for each in part[1:]) and part[1][1] < part[2][1]:
+            if all(term[0] == "number" and term[1].denominator == 1 for term in part[1:]) and part[1][1] < part[2][1]:
                 return ("number", value + part[1][1] / part[2][1])
-            self.place = start
+            self.position = start
         return ("number", value)
 
     def grouped(self, depth: int, closing: str) -> Node:
         bars, self.bars = self.bars, 0
         node = self.sum(depth + 1)
-        if closing == "}" and self.skip(r"\over"):
+        if closing == "}" and self.accept(r"\over"):
             node = ("div", node, self.sum(depth + 1))
-        elif closing == "}" and self.skip(r"\choose"):
+        elif closing == "}" and self.accept(r"\choose"):
             node = ("binom", node, self.sum(depth + 1))
         self.take(closing)
         self.bars = bars
         return node
 
     def argument(self, depth: int) -> Node:
-        r"""One operand of ``\frac``, ``\sqrt`` or ``\binom``: a group, a digit, a letter or a command."""
+        r"""Operand of ``\frac``, ``\sqrt`` or ``\binom``: a group, a digit, a letter or a command."""
         token = self.peek()
         if token == "{":
             self.take()
             return self.grouped(depth, "}")
         if token[:1].isdigit():
-            self.place += 1
+            self.position += 1
             if len(token) > 1:
-                self.place -= 1
-                self.tokens[self.place] = token[1:]
+                self.position -= 1
+                self.tokens[self.position] = token[1:]
             return ("number", Fraction(token[0]))
         return self.nested(depth)
 
     def nested(self, depth: int) -> Node:
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise _NotAnExpressionError
         return self.atom(depth + 1)
 
     def fraction(self, depth: int) -> Node:
-        start = self.place
+        start = self.position
         top = self.argument(depth)
-        bottom_at = self.place
+        middle = self.position
         bottom = self.argument(depth)
         if self.peek()[:1].isdigit():
             raise _NotAnExpressionError
-        over, under = ("".join(self.tokens[a:b]).strip("{}") for a, b in ((start, bottom_at), (bottom_at, self.place)))
+        spans = (start, middle), (middle, self.position)
+        over, under = ("".join(self.tokens[first:last]).strip("{}") for first, last in spans)
         if re.match(r"d(\^|\w?$)", over) and re.match(r"d\w", under):
             raise _NotAnExpressionError  # a derivative
         return ("div", top, bottom)
 
     def root(self, depth: int) -> Node:
         order = None
-        if self.skip("["):
+        if self.accept("["):
             order = self.grouped(depth, "]")
-        inner = self.grouped(depth, ")") if self.skip("(") else self.argument(depth)
+        inner = self.grouped(depth, ")") if self.accept("(") else self.argument(depth)
         return ("pow", inner, HALF if order is None else ("div", ("number", Fraction(1)), order))
 
-    def several(self, name: str, depth: int) -> Node:
+    def variadic(self, name: str, depth: int) -> Node:
         opening = self.take("(", "[", r"\{")
         items = [self.sum(depth + 1)]
-        while self.skip(","):
+        while self.accept(","):
             items.append(self.sum(depth + 1))
         self.take({"(": ")", "[": "]"}.get(opening, r"\}"))
         return (name, *items)
 
     def call(self, name: str, depth: int) -> Node:
         base = exponent = None
-        if name == "log" and self.skip("_"):
+        if name == "log" and self.accept("_"):
             base = self.argument(depth)
-        if self.skip("^"):
+        if self.accept("^"):
             exponent = self.exponent(depth + 1)
         if exponent == MINUS_ONE:
-            if f"arc{name}" not in INVERSE:
+            if f"arc{name}" not in INVERSE_TRIGONOMETRIC:
                 raise _NotAnExpressionError
             name, exponent = f"arc{name}", None
         inner = self.nested(depth) if self.peek() in ("(", "[", "{", "|") else self.factors(depth + 1)
@@ -312,27 +312,27 @@ class _Parser:
         return node if exponent is None else ("pow", node, exponent)
 
     def factors(self, depth: int) -> Node:
-        """The argument of a function without brackets."""
-        if depth > DEEPEST or not (self.starts_a_factor() or self.peek()[:1].isdigit()):
+        """Argument of a function without brackets."""
+        if depth > MAX_DEPTH or not (self.starts_factor() or self.peek()[:1].isdigit()):
             raise _NotAnExpressionError
         node = self.power(depth)
-        while self.starts_a_factor() and not self.is_function(self.peek()) and self.peek() not in ("(", "["):
+        while self.starts_factor() and not self.is_function(self.peek()) and self.peek() not in ("(", "["):
             node = _times(node, self.power(depth))
         return node
 
-    def letter(self, token: str) -> Node:
+    def symbol(self, token: str) -> Node:
         name = token
-        if self.skip("_"):
+        if self.accept("_"):
             name += "_" + self.subscript()
         if self.peek() in ("'", '"') or (token in "fghFGH" and self.peek() == "("):
             raise _NotAnExpressionError
         return ("constant", name) if name in ("e", "i") else ("variable", name)
 
     def subscript(self) -> str:
-        if not self.skip("{"):
+        if not self.accept("{"):
             return self.take().removeprefix("\\")
         parts = []
-        while not self.skip("}"):
+        while not self.accept("}"):
             token = self.take()
             if not re.fullmatch(r"\w+|[+\-]|\\[a-z]+", token):
                 raise _NotAnExpressionError

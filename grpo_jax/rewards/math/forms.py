@@ -1,4 +1,4 @@
-"""The form in which an expression is written, and the formulas that a question contains."""
+"""Forms of expressions (expanded, factored), and the formulas in a question."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from grpo_jax.rewards.math.expression import Node, variables
 from grpo_jax.rewards.math.final_answer import Answer
-from grpo_jax.rewards.math.latex import split_top, tidy
+from grpo_jax.rewards.math.latex import normalize, split_top_level
 from grpo_jax.rewards.math.reader import read_answer
 
 FORMS = ("expanded", "factored", "as-written")
-LARGEST_DEGREE = 12
+MAX_DEGREE = 12
 DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 PLAIN_FORMULA = re.compile(r"[0-9A-Za-z()+\-*/^.,=<> ]+")
 OPERATOR = re.compile(r"[+\-*/^=<>(]")
-MOST_FORMULAS = 40
+MAX_FORMULAS = 40
 
 
 def has_form(text: str, gold: str, form: str) -> bool:
-    """Whether an answer is written in a form; whatever is not an expression has every form but ``as-written``.
+    """Whether an answer is written in a form. Answers other than expressions have every form but ``as-written``.
 
     Args:
-        text: the answer.
-        gold: the gold answer, whose writing ``as-written`` requires.
+        text: answer to check.
+        gold: gold answer, whose spelling ``as-written`` requires.
         form: ``expanded``, ``factored`` or ``as-written``.
     """
     if form == "as-written":
@@ -37,17 +37,17 @@ def has_form(text: str, gold: str, form: str) -> bool:
 
 
 def formulas(question: str) -> list[str]:
-    """The formulas of a question and the sides of its relations, at most forty."""
+    """The distinct formulas in a question and the sides of their relations, at most ``MAX_FORMULAS``."""
     found = [next(group for group in match if group) for match in DELIMITED.findall(question)]
     if not found:
         words = re.sub(r"(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z(])", "\n", question)
         found = [match.strip(" .,") for match in PLAIN_FORMULA.findall(words) if OPERATOR.search(match)]
-    sides = [side for formula in found[:MOST_FORMULAS] for side in split_top(formula[:400], r"=|\\le|\\ge|<|>|,")]
-    return list(dict.fromkeys([*found[:MOST_FORMULAS], *sides]))[:MOST_FORMULAS]
+    sides = [side for formula in found[:MAX_FORMULAS] for side in split_top_level(formula[:400], r"=|\\le|\\ge|<|>|,")]
+    return list(dict.fromkeys([*found[:MAX_FORMULAS], *sides]))[:MAX_FORMULAS]
 
 
 def _spelling(text: str) -> str:
-    return re.sub(r"[\s{}]", "", tidy(text) or text)
+    return re.sub(r"[\s{}]", "", normalize(text) or text)
 
 
 def _expression(answer: Answer) -> Node | None:
@@ -57,20 +57,20 @@ def _expression(answer: Answer) -> Node | None:
 
 
 def _is_expanded(node: Node) -> bool:
-    """A sum of distinct monomials: no product or power of a sum, and like terms collected."""
+    """Whether an expression is a sum of distinct monomials: no product or power of a sum, like terms collected."""
     terms = node[1:] if node[0] == "add" else (node,)
     monomials = [_monomial(term) for term in terms]
     return None not in monomials and len(set(monomials)) == len(monomials)
 
 
 def _monomial(node: Node) -> frozenset[tuple[str, object]] | None:
-    """The powers of the variables in a product, without its coefficient; None for anything but a monomial."""
+    """The powers of the variables in a monomial; None if the expression is not a monomial."""
     powers: Counter[object] = Counter()
     for factor in _factors(node):
         if not variables(factor):
             continue
         base, exponent = (factor[1], factor[2]) if factor[0] == "pow" else (factor, ("number", 1))
-        if base[0] == "add" or any(part[0] == "add" for part in (exponent,)) or factor[0] in ("div", "mul"):
+        if "add" in (base[0], exponent[0]) or factor[0] in ("div", "mul"):
             return None
         powers[base] += exponent[1] if exponent[0] == "number" else 1
     return frozenset((str(base), power) for base, power in powers.items())
@@ -78,14 +78,14 @@ def _monomial(node: Node) -> frozenset[tuple[str, object]] | None:
 
 def _factors(node: Node) -> list[Node]:
     if node[0] == "mul":
-        return [factor for each in node[1:] for factor in _factors(each)]
+        return [factor for part in node[1:] for factor in _factors(part)]
     if node[0] == "div" and not variables(node[2]):
         return _factors(node[1])
     return [node]
 
 
 def _is_factored(node: Node) -> bool:
-    """A product of powers of irreducible polynomials, without a common number left in any of them."""
+    """Whether an expression is a product of powers of irreducible polynomials without common integer factors."""
     bases = [factor[1] if factor[0] == "pow" and factor[2][0] == "number" else factor for factor in _factors(node)]
     return all(not variables(base) or base[0] == "variable" or _is_irreducible(base) for base in bases)
 
@@ -93,18 +93,19 @@ def _is_factored(node: Node) -> bool:
 def _is_irreducible(node: Node) -> bool:
     import sympy
 
-    names = {name: sympy.Symbol(f"v{place}") for place, name in enumerate(sorted(variables(node)))}
+    names = {name: sympy.Symbol(f"v{index}") for index, name in enumerate(sorted(variables(node)))}
     try:
         polynomial = sympy.Poly(_sympy(node, names), *names.values(), domain="QQ")
     except (ValueError, sympy.PolynomialError):
         return False
-    if polynomial.total_degree() > LARGEST_DEGREE:
+    if polynomial.total_degree() > MAX_DEGREE:
         return False
     content, primitive = polynomial.primitive()
     return abs(content) == 1 or content.q != 1 if primitive.is_irreducible else False
 
 
 def _sympy(node: Node, names: dict[str, Any]) -> Any:
+    """A polynomial as a SymPy expression; ``ValueError`` for any other expression."""
     import sympy
 
     name, parts = node[0], node[1:]
@@ -112,15 +113,10 @@ def _sympy(node: Node, names: dict[str, Any]) -> Any:
         return sympy.Rational(parts[0].numerator, parts[0].denominator)
     if name == "variable":
         return names[parts[0]]
-    if (
-        name == "pow"
-        and parts[1][0] == "number"
-        and parts[1][1].denominator == 1
-        and 0 <= parts[1][1] <= LARGEST_DEGREE
-    ):
+    if name == "pow" and parts[1][0] == "number" and parts[1][1] in range(MAX_DEGREE + 1):
         return sympy.Pow(_sympy(parts[0], names), int(parts[1][1]))
     if name in ("add", "mul"):
-        values = [_sympy(each, names) for each in parts]
+        values = [_sympy(part, names) for part in parts]
         return sympy.Add(*values) if name == "add" else sympy.Mul(*values)
     if name == "div" and parts[1][0] == "number" and parts[1][1]:
         return _sympy(parts[0], names) / _sympy(parts[1], names)

@@ -1,4 +1,4 @@
-"""Unions of intervals of real numbers: sorted, disjoint pieces, so that equal sets have equal pieces."""
+"""Unions of real intervals, as sorted disjoint intervals: equal sets have equal intervals."""
 
 from __future__ import annotations
 
@@ -12,71 +12,77 @@ from grpo_jax.rewards.math.symbolic import agree, real_value
 
 
 @dataclass(frozen=True)
-class Piece:
-    """An interval: its ends (number, constant expression or infinity), and whether they are in it."""
+class Interval:
+    """A real interval; its ends are numbers, constant expressions or infinities."""
 
     low: Answer
-    has_low: bool
+    low_closed: bool
     high: Answer
-    has_high: bool
+    high_closed: bool
 
 
 MINUS_INFINITY, INFINITY = Answer("infinity", -1), Answer("infinity", 1)
-REALS = Piece(MINUS_INFINITY, False, INFINITY, False)
+REALS = Interval(MINUS_INFINITY, False, INFINITY, False)
 
 
-def union(pieces: list[Piece]) -> tuple[Piece, ...] | None:
-    """The union, as sorted pieces with gaps between them; None for a piece whose ends are not real or not in order."""
-    ordered = []
-    for piece in pieces:
-        sign = compare(piece.low, piece.high)
-        if sign is None or sign > 0 or (sign == 0 and not (piece.has_low and piece.has_high)):
+def union(intervals: list[Interval]) -> tuple[Interval, ...] | None:
+    """The union as sorted intervals with gaps between them; None if the ends of one are not real or not in order."""
+    for interval in intervals:
+        sign = compare(interval.low, interval.high)
+        if sign is None or sign > 0 or (sign == 0 and not (interval.low_closed and interval.high_closed)):
             return None
-        ordered.append(piece)
-    ordered.sort(key=cmp_to_key(lambda a, b: compare(a.low, b.low) or int(b.has_low) - int(a.has_low)))
-    merged: list[Piece] = []
-    for piece in ordered:
-        sign = compare(piece.low, merged[-1].high) if merged else 1
-        if not merged or (sign or 0) > 0 or (sign == 0 and not (piece.has_low or merged[-1].has_high)):
-            merged.append(piece)
+    by_low_end = cmp_to_key(lambda a, b: compare(a.low, b.low) or int(b.low_closed) - int(a.low_closed))
+    merged: list[Interval] = []
+    for interval in sorted(intervals, key=by_low_end):
+        sign = compare(interval.low, merged[-1].high) if merged else 1
+        if not merged or (sign or 0) > 0 or (sign == 0 and not (interval.low_closed or merged[-1].high_closed)):
+            merged.append(interval)
             continue
         last = merged[-1]
-        further = compare(piece.high, last.high) or 0
+        further = compare(interval.high, last.high) or 0
         if further > 0:
-            merged[-1] = Piece(last.low, last.has_low, piece.high, piece.has_high)
+            merged[-1] = Interval(last.low, last.low_closed, interval.high, interval.high_closed)
         elif further == 0:
-            merged[-1] = Piece(last.low, last.has_low, last.high, last.has_high or piece.has_high)
+            merged[-1] = Interval(last.low, last.low_closed, last.high, last.high_closed or interval.high_closed)
     return tuple(merged)
 
 
-def complement(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
-    """The real numbers that are in none of the pieces, which ``union`` has sorted."""
-    gaps, low, has_low = [], MINUS_INFINITY, False
-    for piece in pieces:
-        if piece.low != MINUS_INFINITY:
-            gap = Piece(low, has_low, piece.low, not piece.has_low)
-            if compare(low, piece.low) != 0 or (gap.has_low and gap.has_high):
+def complement(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    """The real numbers outside all intervals of a ``union``."""
+    gaps, low, low_closed = [], MINUS_INFINITY, False
+    for interval in intervals:
+        if interval.low != MINUS_INFINITY:
+            gap = Interval(low, low_closed, interval.low, not interval.low_closed)
+            if compare(low, interval.low) != 0 or (gap.low_closed and gap.high_closed):
                 gaps.append(gap)
-        low, has_low = piece.high, not piece.has_high
+        low, low_closed = interval.high, not interval.high_closed
     if low != INFINITY:
-        gaps.append(Piece(low, has_low, INFINITY, False))
+        gaps.append(Interval(low, low_closed, INFINITY, False))
     return tuple(gaps)
 
 
-def intersection(first: tuple[Piece, ...], second: tuple[Piece, ...]) -> tuple[Piece, ...] | None:
-    """The real numbers in both."""
+def intersection(first: tuple[Interval, ...], second: tuple[Interval, ...]) -> tuple[Interval, ...] | None:
+    """The intersection of two ``union`` results; None if their ends cannot be compared."""
     outside = union([*complement(first), *complement(second)])
     return None if outside is None else complement(outside)
 
 
 def compare(a: Answer, b: Answer) -> int | None:
-    """-1, 0 or 1 for a below, equal to or above b; None where one of them is not real."""
+    """-1, 0 or 1 for ``a < b``, ``a == b`` or ``a > b``; None if one of them is not real.
+
+    Args:
+        a: number, constant expression or infinity.
+        b: as ``a``.
+
+    Raises:
+        TooLargeError: the comparison exceeds the work limit.
+    """
     if "infinity" in (a.kind, b.kind):
-        left, right = (each.value if each.kind == "infinity" else 0 for each in (a, b))
+        left, right = (end.value if end.kind == "infinity" else 0 for end in (a, b))
         return (left > right) - (left < right)
     if a.kind == b.kind == "number":
         return (a.value > b.value) - (a.value < b.value)
-    values: list[Any] = [real_value(as_node(each)) for each in (a, b)]
+    values: list[Any] = [real_value(as_node(end)) for end in (a, b)]
     if None in values:
         return None
     if agree(as_node(a), as_node(b)):

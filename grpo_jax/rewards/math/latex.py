@@ -1,11 +1,11 @@
-"""Mathematics as text: the many ways to write one thing made one, and what could hide something refused."""
+"""Normalisation of LaTeX and plain-text mathematics; text that may not say what it displays is refused."""
 
 from __future__ import annotations
 
 import re
 
-LONGEST = 400
-PLAIN = {
+MAX_LENGTH = 400
+UNICODE = {
     "\u2212": "-",
     "\u2013": "-",
     "\u00d7": r"\times ",
@@ -119,7 +119,7 @@ SPELLINGS = {
     r"\varphi": r"\phi",
     r"\epsilon": r"\varepsilon",
 }
-BLANKS = {r"\,", r"\;", r"\:", r"\!", r"\ ", r"\quad", r"\qquad", r"\thinspace", r"\enspace"}
+SPACES = {r"\,", r"\;", r"\:", r"\!", r"\ ", r"\quad", r"\qquad", r"\thinspace", r"\enspace"}
 DROPPED = {
     r"\left",
     r"\right",
@@ -136,18 +136,20 @@ DROPPED |= {rf"\{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for sid
 GREEK = "alpha beta gamma delta varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
 GREEK += " Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
 UNIT_VECTORS = (r"\veci", r"\vecj", r"\veck")
-"""Our commands for the unit vectors, which are written in bold, with a hat or an arrow."""
+"""Internal commands for the unit vectors i, j and k, which are written bold, with a hat or an arrow."""
 LETTERS = {rf"\{name}" for name in GREEK.split()} | set(UNIT_VECTORS)
 FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln lg log exp sqrt frac binom min max"
 FUNCTIONS += " gcd lcm"
-KNOWN = LETTERS | {rf"\{name}" for name in FUNCTIONS.split()}
-KNOWN |= {r"\cdot", r"\times", r"\div", r"\pm", r"\mp", r"\pi", r"\infty", r"\le", r"\ge", r"\ne", r"\in", r"\cup"}
-KNOWN |= {r"\cap", r"\setminus", r"\emptyset", r"\{", r"\}", r"\\", r"\circ", r"\text", r"\mathbb", r"\overline"}
-KNOWN |= {r"\begin", r"\end", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil", r"\over", r"\choose", r"\bar", r"\dot"}
-KNOWN |= {r"\approx", r"\equiv", r"\pmod", r"\bmod", r"\mod", r"\parallel", r"\perp", r"\cong", r"\sim"}
-KNOWN |= {r"\forall", r"\prime", r"\ldots", r"\langle", r"\rangle", r"\angle", r"\triangle"}
+SYMBOLS = (
+    "cdot times div pm mp pi infty le ge ne in cup cap setminus emptyset circ text mathbb overline begin end lfloor"
+)
+SYMBOLS += (
+    " rfloor lceil rceil over choose bar dot approx equiv pmod bmod mod parallel perp cong sim forall prime ldots"
+)
+SYMBOLS += " langle rangle angle triangle"
+ALLOWED = LETTERS | {r"\{", r"\}", r"\\"} | {rf"\{name}" for name in f"{FUNCTIONS} {SYMBOLS}".split()}
 SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
-RAISED = str.maketrans(SUPERSCRIPTS, "0123456789-")
+SUPERSCRIPT_DIGITS = str.maketrans(SUPERSCRIPTS, "0123456789-")
 COLOURS = "red|blue|green|black|orange|purple|magenta|brown|teal|violet|cyan"
 COLOURED = re.compile(
     rf"\{{ ?\\color ?\{{(?:{COLOURS})\}} ?(?P<a>.+)\}}|\\(?:text)?color ?\{{(?:{COLOURS})\}} ?(?P<b>.+)"
@@ -168,25 +170,25 @@ UNIT_VECTOR = re.compile(
 )
 
 
-def tidy(text: str) -> str | None:
-    """Mathematics in one spelling: no delimiters, sizes or thin spaces, one name for each command.
+def normalize(text: str) -> str | None:
+    """Mathematics in canonical spelling: no delimiters, sizes or thin spaces, one name for every command.
 
-    None for what cannot be trusted to say what it shows: a command that is not known to be harmless (it might hide,
-    colour or define something), a comment, another script's digits and look-alikes, invisible characters, braces that
-    do not pair; and for more than 400 characters, or no text at all.
+    None for a text that may not say what it displays: unknown commands (they might hide, colour or define something),
+    comments, digits and look-alikes of other scripts, invisible characters, unbalanced braces. None also for an empty
+    text and for more than ``MAX_LENGTH`` characters.
     """
-    text = re.sub(r"(?<!\\)\\\Z", "", text.strip())  # of a blank "\\ " at the end
-    if len(text) > LONGEST:
+    text = re.sub(r"(?<!\\)\\\Z", "", text.strip())  # a space "\\ " at the end
+    if len(text) > MAX_LENGTH:
         return None
     text = re.sub("\u221a ?(\\d+(?:\\.\\d+)?|[a-z])", r"\\sqrt{\1}", text).replace("\u221a", r"\sqrt ")
-    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(RAISED)}}}", text)
-    text = "".join(PLAIN.get(character, character) for character in text)
+    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPT_DIGITS)}}}", text)
+    text = "".join(UNICODE.get(character, character) for character in text)
     if any(not (" " <= c <= "~" or c in "\n\t\u20ac\u00a3\u00a5\u20b9") for c in text):
         return None
-    text = _without_thousands_separators(text.replace("...", r"\ldots "))
+    text = _remove_thousands_separators(text.replace("...", r"\ldots "))
     if re.search(r"(?<!\\)%(?=[^\s.,;$)\\}])", text):
         return None  # a LaTeX comment
-    text = _joined(_unwrapped(text.replace("~", " ")))
+    text = _join_formulas(_unwrap(text.replace("~", " ")))
     if re.search(r"\\text\s*\{[^}]*\\(?![%$&_ ,;])", text):
         return None
     for _ in range(2):
@@ -209,72 +211,72 @@ def tidy(text: str) -> str | None:
     parts, end = [], 0
     for match in COMMAND.finditer(text):
         command = SPELLINGS.get(match[0], match[0])
-        if match[0] in BLANKS or command in DROPPED:
+        if match[0] in SPACES or command in DROPPED:
             command = " "
-        elif match[0] not in SPELLINGS and command not in KNOWN:
+        elif match[0] not in SPELLINGS and command not in ALLOWED:
             return None
         parts += [text[end : match.start()], command, " " if command[-1].isalpha() else ""]
         end = match.end()
-    text = _plain_operators(" ".join("".join([*parts, text[end:]]).split()))
+    text = _to_commands(" ".join("".join([*parts, text[end:]]).split()))
     text = re.sub(r"\\text \{", r"\\text{", text).rstrip(".,; ")
     text = re.sub(r"\\mathbb ([A-Z])", r"\\mathbb {\1}", text)
-    text = _unwrapped(text)
+    text = _unwrap(text)
     return text if text and balanced(text) else None
 
 
-def _joined(text: str) -> str:
-    """Sentences such as ``$x=1$ and $x=3$`` as one formula, words as texts; anything else as it is.
+def _join_formulas(text: str) -> str:
+    r"""``$x=1$ and $x=3$`` as one formula, with its words in ``\text``; any other text unchanged.
 
-    As in Markdown, no blank follows an opening ``$`` or precedes a closing one, so that prices are not taken for
+    As in Markdown, no space follows an opening ``$`` or precedes a closing one, so that prices are not taken for
     formulas.
     """
     pieces = FORMULA.split(text)
     outside = pieces[::2]
-    is_glued = any(not each.strip() for each in outside[1:-1]) or any(re.search(r"\d", each) for each in outside)
-    if len(pieces) == 1 or is_glued or any(re.search(r"(?<!\\)\$", each) for each in outside):
+    is_adjacent = not all(words.strip() for words in outside[1:-1])
+    if len(pieces) == 1 or is_adjacent or any(re.search(r"\d|(?<!\\)\$", words) for words in outside):
         return text
     pieces[::2] = [
-        rf"\text{{{each}}}" if re.fullmatch(r"[ ,]*[A-Za-z]{2}[A-Za-z ,]*", each) else each for each in outside
+        rf"\text{{{words}}}" if re.fullmatch(r"[ ,]*[A-Za-z]{2}[A-Za-z ,]*", words) else words for words in outside
     ]
     return "".join(pieces)
 
 
-def _without_thousands_separators(text: str) -> str:
-    r"""``1{,}234``, ``1,\!234`` and ``1\,234`` without what groups their digits; a decimal comma made a point."""
+def _remove_thousands_separators(text: str) -> str:
+    r"""``1234`` for ``1{,}234``, ``1,\!234`` and ``1\,234``; ``1.5`` for ``1{,}5``."""
     text = re.sub(r"(?<=\d)(?:\\!)? ?, ?\\! ?(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)\\[,; ] ?(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)\{,\} ?(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text)
     text = re.sub(r"(?<![a-z])\{ ?([:<>=]) ?\}", r"\1", text)
     grouped = r"(?<![\d,.])\d{1,3}(?:,\d{3})+"
-    for place in (rf"{grouped}(?= ?(?:\\pi|\\sqrt|[a-z]))", rf"(?<=[^\\]\{{){grouped}(?=\}})"):
-        text = re.sub(place, lambda match: match[0].replace(",", ""), text)
+    for pattern in (rf"{grouped}(?= ?(?:\\pi|\\sqrt|[a-z]))", rf"(?<=[^\\]\{{){grouped}(?=\}})"):
+        text = re.sub(pattern, lambda match: match[0].replace(",", ""), text)
     return text
 
 
-def _plain_operators(text: str) -> str:
-    r"""Plain text's names and signs as LaTeX has them, outside of ``\text``."""
+def _to_commands(text: str) -> str:
+    r"""Plain-text names and operators as LaTeX commands, outside of ``\text``."""
     pieces = re.split(r"(\\text ?\{[^{}]*\})", text)
-    for place in range(0, len(pieces), 2):
-        piece = PLAIN_NAMES.sub(lambda match: rf"\{match[1]} ", pieces[place])
+    for index in range(0, len(pieces), 2):
+        piece = PLAIN_NAMES.sub(lambda match: rf"\{match[1]} ", pieces[index])
         piece = piece.replace("**", "^").replace(">=", r"\ge ").replace("<=", r"\le ").replace("+/-", r"\pm ")
         piece = re.sub(r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty ", piece)
-        pieces[place] = re.sub(r"([)\]}]) ?(?:U|union) ?(?=[(\[{\\])", r"\1 \\cup ", piece)
+        pieces[index] = re.sub(r"([)\]}]) ?(?:U|union) ?(?=[(\[{\\])", r"\1 \\cup ", piece)
     return " ".join("".join(pieces).split())
 
 
-def _unwrapped(text: str) -> str:
-    r"""Without mathematics delimiters, ``\boxed`` and outer ``\text`` around the whole."""
+def _unwrap(text: str) -> str:
+    r"""The text without mathematics delimiters, ``\boxed`` and ``\text`` around all of it."""
     while True:
         before = text
         text = text.strip().removesuffix(".").strip()
         for opening, closing in DELIMITERS:
             inner = text[len(opening) : -len(closing)]
-            is_one = not any(each in inner.replace(r"\$", "") for each in (opening, closing))
-            if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening) and is_one:
+            is_single = not any(delimiter in inner.replace(r"\$", "") for delimiter in (opening, closing))
+            if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening) and is_single:
                 text = inner
-        if marked := re.fullmatch(r"(\*\*|\*|__|`)([^*`]+)\1", text):
-            text = marked[2]
+        if emphasized := re.fullmatch(r"(\*\*|\*|__|`)([^*`]+)\1", text):
+            text = emphasized[2]
         if (coloured := COLOURED.fullmatch(text)) and balanced(coloured["a"] or coloured["b"]):
             text = coloured["a"] or coloured["b"]
             text = text[1:-1] if text[0] == "{" and text[-1] == "}" and balanced(text[1:-1]) else text
@@ -289,7 +291,7 @@ def _unwrapped(text: str) -> str:
 
 
 def balanced(text: str) -> bool:
-    """Whether braces pair. Other brackets need not: half-open intervals."""
+    """Whether braces are balanced. Other brackets need not be, as in half-open intervals."""
     depth = 0
     for token in re.findall(r"\\.|[{}]", text):
         depth += (token == "{") - (token == "}")
@@ -298,10 +300,12 @@ def balanced(text: str) -> bool:
     return depth == 0
 
 
-def split_top(text: str, separator: str) -> list[str]:
-    """``text`` cut at a separator (a regular expression) wherever no bracket is open; parts are stripped.
+def split_top_level(text: str, separator: str) -> list[str]:
+    """Split a text at a separator outside of all brackets; parts are stripped.
 
-    A separator with a group keeps what the group matched, as ``re.split`` does.
+    Args:
+        text: text to split.
+        separator: regular expression. Text matched by its groups is returned between the parts, as by ``re.split``.
     """
     tokens = re.compile(
         rf"(?P<sep>{separator})|\\[{{}}]|\\begin ?\{{\w+\}}|\\end ?\{{\w+\}}|\\[lr]angle|\\.|.", re.DOTALL

@@ -1,4 +1,4 @@
-"""Numbers as they are written: fractions, repeating decimals, percentages, units, ratios and times of day."""
+"""Parsing of written numbers: fractions, repeating decimals, percentages, units, ratios and times of day."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from fractions import Fraction
 from grpo_jax.rewards.math.answer import numeric_value
 from grpo_jax.rewards.math.expression import parse
 from grpo_jax.rewards.math.final_answer import Answer
-from grpo_jax.rewards.math.latex import balanced, split_top
+from grpo_jax.rewards.math.latex import balanced, split_top_level
 from grpo_jax.rewards.math.symbolic import is_evaluable
-from grpo_jax.rewards.math.units import read_counted, read_unit
+from grpo_jax.rewards.math.units import read_counted_noun, read_unit
 
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 NUMBER_WORDS = {word: number for number, word in enumerate((WORDS + " seventeen eighteen nineteen twenty").split())}
@@ -36,17 +36,17 @@ SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10*
 SCALED = re.compile(r"(.*[\d}]) ?(?:\\text ?\{)? ?(thousand|million|billion|trillion)(?: ?\}|(?= |$))(.*)")
 TIME = re.compile(r"(\d{1,2})(?: ?: ?(\d{2}))? ?(?:\\text\{)? ?(?:([aApP])\.? ?[mM]\.?)? ?\}?")
 UNIT_TEXT = re.compile(
-    # Possessive: a run of letters can be divided in exponentially many ways.
+    # Possessive quantifiers: with others, a run of letters has exponentially many matches.
     r"(?:\\text\{[^{}]*\}|\\cdot|[A-Za-z]{2,}+\.?|(?<=[/ }(])[A-Za-z]|[ /()\-]|\^ ?\{ ?-?\d ?\}|\^ ?\d)++"
 )
 
 
 def read_number(text: str) -> Answer | None:
-    """A number that is written out, or an expression with a unit; None for anything else."""
+    """A number, or a constant expression with a unit; None for any other text (normalized LaTeX)."""
     text = PERCENT.sub("%", re.sub(r"\^ ?\{? ?\\circ ?\}? ?", r" degrees ", text)).strip()
     if match := DEGREES_MINUTES.fullmatch(text):
-        whole, minutes, seconds = (int(each or 0) for each in match.groups())
-        return Answer("number", whole + Fraction(60 * minutes + seconds, 3600), read_unit("degrees"))
+        degrees, minutes, seconds = (int(group or 0) for group in match.groups())
+        return Answer("number", degrees + Fraction(60 * minutes + seconds, 3600), read_unit("degrees"))
     text = re.sub(r"([\d.,]+) ?([\u20ac\u00a3\u00a5\u20b9])", r"\2\1", text)
     value = exact_number(text)
     if value is not None:
@@ -69,7 +69,7 @@ def read_number(text: str) -> Answer | None:
 
 
 def exact_number(text: str) -> Fraction | None:
-    """The value of a number: as ``numeric_value`` reads it, or written in one of LaTeX's ways."""
+    """The value of a number that ``numeric_value`` reads or that is written in LaTeX; None for any other text."""
     text = re.sub(r"^([+\-]) +", r"\1", text.strip())
     if re.fullmatch(r"[+\-]?\d{1,3}(?: \d{3})+(?:\.\d+)? ?%?", text):
         text = text.replace(" ", "")
@@ -100,9 +100,9 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def read_ratio(text: str) -> Answer | None:
-    """``3:4``, ``3 to 4`` or a time of day; None for anything else.
+    """A ratio (``3:4``, ``3 to 4``) or a time of day (``2:30 p.m.``); None for any other text.
 
-    A ratio equals its multiples. ``12:30`` may be either, and is only what it is. ``2:30 p.m.`` is a time.
+    The terms of a ratio sum to one, so that it equals its multiples. ``12:30``, which may be either, is a time.
     """
     match = TIME.fullmatch(text)
     if match and match[3]:
@@ -110,7 +110,7 @@ def read_ratio(text: str) -> Answer | None:
         if not 1 <= hour <= 12 or minute > 59:
             return None
         return Answer("time", (hour % 12 + (12 if match[3] in "pP" else 0), minute, True))
-    parts = split_top(text, r":|\\text\{ ?(?:to|:) ?\}| to ")
+    parts = split_top_level(text, r":|\\text\{ ?(?:to|:) ?\}| to ")
     if not 1 < len(parts) < 6:
         return None
     if match and match[2] and int(match[2]) < 60 and int(match[1]) < 24:
@@ -126,7 +126,7 @@ def read_ratio(text: str) -> Answer | None:
 
 
 def read_numeral(text: str) -> Answer | None:
-    """A numeral with its base, as ``1012_3``: a text, which only the same digits in the same base equal."""
+    """A numeral with its base, such as ``1012_3``, as a text: only the same digits in the same base are equal."""
     plain = re.sub(r"\\(?:text|overline) ?\{([^{}]*)\}", r"\1", text)
     match = re.fullmatch(
         r"\(? ?([0-9A-Fa-f ]*[0-9][0-9A-Fa-f ]*|[A-F]{2,}) ?\)?"
@@ -142,14 +142,14 @@ def read_numeral(text: str) -> Answer | None:
     return Answer("text", f"{digits} base {number}") if is_valid else None
 
 
-def _repeating(sign: str, whole: str, places: str, period: str) -> Fraction:
-    value = Fraction(int("0" + whole + places), 10 ** len(places))
-    value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(places))
+def _repeating(sign: str, integer: str, decimals: str, period: str) -> Fraction:
+    value = Fraction(int("0" + integer + decimals), 10 ** len(decimals))
+    value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(decimals))
     return -value if sign == "-" else value
 
 
 def _compound(text: str) -> Answer | None:
-    """``2 hours 30 minutes``, ``5 feet 3 inches``: the sum."""
+    """The sum ``2 hours 30 minutes`` or ``5 feet 3 inches``, in the first unit."""
     plain = re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text)
     parts = re.findall(r"([\d.]+) *([A-Za-z]+)(?: *,? *(?:and)? *)", plain)
     rebuilt = re.sub(r"[ ,]|and", "", plain)
@@ -157,17 +157,18 @@ def _compound(text: str) -> Answer | None:
         return None
     units = [read_unit(name) for _, name in parts]
     values = [numeric_value(number) for number, _ in parts]
-    known = [(value, unit) for value, unit in zip(values, units, strict=True) if value is not None and unit is not None]
-    if len(known) < len(parts) or len({unit[1] for _, unit in known}) > 1:
+    pairs = zip(values, units, strict=True)
+    quantities = [(value, unit) for value, unit in pairs if value is not None and unit is not None]
+    if len(quantities) < len(parts) or len({unit[1] for _, unit in quantities}) > 1:
         return None
-    scales = [unit[0] for _, unit in known]
+    scales = [unit[0] for _, unit in quantities]
     if scales != sorted(set(scales), reverse=True):
         return None
-    return Answer("number", sum(value * unit[0] for value, unit in known) / scales[0], known[0][1])
+    return Answer("number", sum(value * unit[0] for value, unit in quantities) / scales[0], quantities[0][1])
 
 
 def _measured(text: str) -> Answer | None:
-    """A number or a constant expression followed by a unit or by what is counted."""
+    """A number or a constant expression followed by a unit or a counted noun."""
     for match in re.finditer(
         r"(?<=[\d)}\]a-z%]) ?(?=\\text\{)|(?<=[\d)}]) ?(?<!\\)(?=[A-Za-z]{2})|(?<=[a-z]) (?=[A-Za-z]{2})", text
     ):
@@ -177,9 +178,9 @@ def _measured(text: str) -> Answer | None:
         words = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", rest).replace(" ^", "^").split()).strip(" .")
         words = re.sub(r" ?\^ ?\{? ?(-?\d) ?\}?", r"^{\1}", words)
         if "degrees" in words and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", number):
-            return None  # of the angle
+            return None  # the degrees belong to the argument of the function
         value = exact_number(number)
-        unit = read_unit(words) or read_counted(words, value)
+        unit = read_unit(words) or read_counted_noun(words, value)
         if unit is None:
             continue
         if value is not None:

@@ -1,4 +1,4 @@
-r"""Letters that an answer chooses freely: the integer of ``n\pi, n \in \mathbb{Z}``, the argument of ``f(x) = x``."""
+r"""Parameters, whose names are arbitrary: the integer of ``n\pi, n \in \mathbb{Z}``, the argument of ``f(x) = x``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PARAMETER = re.compile(
     rf"[,;]? ?\(? ?(?P<words>{WORDS})? ?(?P<name>[a-zA-Z])(?![A-Za-z'_^(])(?P<domain>{MEMBER}|{IS_A})? ?\)?"
 )
 SETS = {"integer": "Z", "natural number": "N", "whole number": "N", "constant": None}
-CHOSEN_FREELY = frozenset("klmn")
-"""Letters that are taken for an integer parameter where an answer does not say what they stand for."""
+INTEGER_LETTERS = frozenset("klmn")
+"""Letters that are taken for integer parameters if the answer does not declare them."""
 
 
 def split_parameter(text: str) -> tuple[str, str, str | None] | None:
-    r"""What an answer says for all values of a letter, the letter, and where its values are from, if that is said.
+    r"""The expression, parameter and domain of an answer that ends in the declaration of a parameter; else None.
 
-    ``k\pi, k \in \mathbb{Z}`` is ``k\pi`` for a k of ``Z``. None for a text that does not end so.
+    ``("k\pi", "k", "Z")`` for ``k\pi, k \in \mathbb{Z}``. The domain is None if it is not stated.
     """
     for start in START.finditer(text):
         main, rest = text[: start.start()].strip(" ,;"), text[start.start() :]
@@ -53,57 +53,67 @@ def _domain(match: re.Match[str]) -> str | None:
     return domain + sign.replace(" ", "") if domain else None
 
 
-def with_parameter_of(gold: Answer, given: Answer) -> Answer | None:
-    """The given answer with the gold's name for its parameter; None where it has that name for another thing.
+def rename_parameter(gold: Answer, answer: Answer) -> Answer | None:
+    """The answer with its parameter renamed to the gold's; None if it uses the gold's name for another variable.
 
-    Where the given one does not say what its parameter is, that is its only letter of k to n that the gold lacks. Where
-    the gold does not, that holds for multiples of pi alone: else its letter may be one of the problem.
+    An answer's undeclared parameter is its only letter of ``INTEGER_LETTERS`` that is not in the gold. A gold's
+    undeclared parameter is recognised in multiples of pi only: otherwise the letter may be a variable of the problem.
+
+    Args:
+        gold: gold answer.
+        answer: answer to rename.
     """
-    if gold.parameter is None and given.parameter is None:
-        return given
-    mine, theirs = _names(gold), _names(given)
-    name = gold.parameter or (_only(mine - theirs, given.parameter) if "pi" in _names(gold, constants) else None)
-    other = given.parameter or _only(theirs - mine, gold.parameter)
-    if name is None or other is None or name == other:
-        return given
-    if name in theirs:
-        return None if given.parameter else given
-    return _renamed(given, other, name)
+    if gold.parameter is None and answer.parameter is None:
+        return answer
+    gold_names, names = _names(gold), _names(answer)
+    new = gold.parameter
+    if new is None and "pi" in _names(gold, constants):
+        new = _single_integer_letter(gold_names - names, answer.parameter)
+    old = answer.parameter or _single_integer_letter(names - gold_names, gold.parameter)
+    if new is None or old is None or new == old:
+        return answer
+    if new in names:
+        return None if answer.parameter else answer
+    return _renamed(answer, old, new)
 
 
-def differ_in_domain(gold: Answer, given: Answer) -> bool:
-    """Whether the given answer says that its parameter has other values than the gold's.
+def differ_in_domain(gold: Answer, answer: Answer) -> bool:
+    """Whether the answer states another domain for its parameter than the gold.
 
-    Where the gold does not say it, they are real numbers or integers; of a function's argument, whatever is given.
+    A gold without a domain allows real numbers and integers, and for the argument of a function any domain.
+
+    Args:
+        gold: gold answer.
+        answer: answer to compare.
     """
-    if gold.domain is not None or given.domain is None:
-        return gold.domain is not None and given.domain is not None and gold.domain != given.domain
+    if gold.domain is not None or answer.domain is None:
+        return gold.domain is not None and answer.domain is not None and gold.domain != answer.domain
     is_function = gold.kind == "equation" and gold.value[0] is None
-    return not is_function and given.domain not in (("R",) if gold.kind in ("interval", "number") else ("R", "Z"))
+    return not is_function and answer.domain not in (("R",) if gold.kind in ("interval", "number") else ("R", "Z"))
 
 
-def _only(names: frozenset[str], parameter: str | None) -> str | None:
-    is_integer = len(names) == 1 and names <= CHOSEN_FREELY and parameter in CHOSEN_FREELY
+def _single_integer_letter(names: frozenset[str], parameter: str | None) -> str | None:
+    is_integer = len(names) == 1 and names <= INTEGER_LETTERS and parameter in INTEGER_LETTERS
     return next(iter(names)) if is_integer else None
 
 
-def _names(value: Any, of: Callable[[Node], frozenset[str]] = variables) -> frozenset[str]:
-    """The variables, or constants, in an answer or in a part of one."""
+def _names(value: Any, collect: Callable[[Node], frozenset[str]] = variables) -> frozenset[str]:
+    """The variables, or constants, of an answer or a part of one."""
     if isinstance(value, Answer):
-        return _names(value.value, of)
+        return _names(value.value, collect)
     if not isinstance(value, tuple):
         return frozenset()
     if value and isinstance(value[0], str):
-        return of(value)
-    return frozenset().union(*(_names(each, of) for each in value))
+        return collect(value)
+    return frozenset().union(*(_names(part, collect) for part in value))
 
 
-def _renamed(value: Any, name: str, other: str) -> Any:
+def _renamed(value: Any, old: str, new: str) -> Any:
     """An answer, or a part of one, with a variable renamed."""
     if isinstance(value, Answer):
-        return replace(value, value=_renamed(value.value, name, other))
+        return replace(value, value=_renamed(value.value, old, new))
     if not isinstance(value, tuple):
         return value
     if value and isinstance(value[0], str):
-        return substitute(value, ("variable", name), ("variable", other))
-    return tuple(_renamed(each, name, other) for each in value)
+        return substitute(value, ("variable", old), ("variable", new))
+    return tuple(_renamed(part, old, new) for part in value)

@@ -147,14 +147,7 @@ def stated_answers(text: str) -> list[Statement]:
             continue
         end = END.search(text, begin, following[0])
         if end is None and following[0] < len(text):
-            if strip_markup(text[begin : following[0]]).lower() not in (
-                "",
-                "the",
-                "our",
-                "that the",
-                "final",
-                "the final",
-            ):
+            if strip_markup(text[begin : following[0]]).lower() not in BEFORE_LABEL:
                 first_label = first_label or (start, begin)
             continue
         first_start, first_begin = first_label or (start, begin)

@@ -1,4 +1,4 @@
-"""Equality of expressions by their values."""
+"""Equality of expressions by numerical evaluation."""
 
 from __future__ import annotations
 
@@ -7,46 +7,49 @@ from typing import Any
 
 from grpo_jax.rewards.math.evaluation import TooLargeError, close, digits_needed, evaluate, is_zero, quotient, real_part
 from grpo_jax.rewards.math.expression import Node, operations, variables
-from grpo_jax.rewards.math.points import SMALL, points_for, sample_point
+from grpo_jax.rewards.math.points import SMALL_BITS, points_for, sample_point
 
 AGREEMENT = 150
-"""Decimal places to which constants must agree: more than any text of an answer's length can be made to."""
+"""Decimal places to which constants must agree: two different ones of an answer's length cannot be made to."""
 PLACES = 40
-"""Decimal places to which functions must agree at each point."""
+"""Decimal places to which functions must agree at every point."""
 BASES = (10, None)
-"""What the base of a logarithm without one may be; None is e."""
+"""Possible bases of a logarithm without an explicit base; None is e."""
 
 
 def is_evaluable(node: Node) -> bool:
-    """Whether an expression has a value, at some of the points for its variables, within the work allowed."""
+    """Whether an expression has a value, at one of two points if it has variables, within the work limit."""
     try:
         if not variables(node):
-            return evaluate(node, {}, digits_needed(node, SMALL) + PLACES) is not None
+            return evaluate(node, {}, digits_needed(node, SMALL_BITS) + PLACES) is not None
         points = points_for(variables(node), node)[:2]
-        return any(evaluate(node, at, digits + PLACES) is not None for at, _, digits in points)
+        return any(evaluate(node, point, digits + PLACES) is not None for point, _, digits in points)
     except TooLargeError:
         return False
 
 
 def real_value(node: Node) -> Any | None:
-    """The value of an expression without variables, where it is real: a Fraction or to 50 digits; else None.
+    """The real value of an expression without variables, a Fraction or an mpmath number; None if it is not real.
 
     Raises:
-        TooLargeError: the evaluation takes more work than the limit.
+        TooLargeError: the evaluation exceeds the work limit.
     """
-    return real_part(evaluate(node, {}, digits_needed(node, SMALL) + PLACES), PLACES)
+    return real_part(evaluate(node, {}, digits_needed(node, SMALL_BITS) + PLACES), PLACES)
 
 
 def agree(a: Node, b: Node) -> bool:
-    """Whether two expressions of the same variables have the same value wherever both are defined.
+    """Whether two expressions have the same value wherever both are defined.
 
-    Constants are compared exactly where they are rational, else to 150 decimal places. Functions are compared to 40
-    places at ``POINTS`` points: integers, small and large fractions of all signs and orders, whose digits come from a
-    secret of the process. ``a`` may be undefined at some of them; ``b`` must be defined where ``a`` is, except at
-    integers. A logarithm without a base has base 10 or e, the same in both.
+    Rational constants are compared exactly, others to ``AGREEMENT`` decimal places. Functions are compared to
+    ``PLACES`` places at ``points_for``, whose digits are secret. At least half of the points must be defined for both.
+
+    Args:
+        a: the reference; it may be undefined at some points.
+        b: expression of the same variables; it must be defined where ``a`` is, except at integers. Logarithms without
+            a base have base 10 or e, the same in both expressions.
 
     Raises:
-        TooLargeError: the comparison takes more work than the limit.
+        TooLargeError: the comparison exceeds the work limit.
     """
     if a == b:
         return True
@@ -60,12 +63,12 @@ def agree(a: Node, b: Node) -> bool:
 
 @lru_cache(maxsize=4096)
 def _sample(node: Node, names: frozenset[str]) -> Any | None:
-    """The value of an expression at one point; kept, because many answers to one problem are compared with each other.
+    """The value of an expression at one point; None if it is undefined or takes too much work.
 
-    None where it has none, or takes too much work.
+    Cached, because many answers to one problem are compared with each other.
     """
     try:
-        return evaluate(node, sample_point(names), digits_needed(node, SMALL) + 2 * PLACES)
+        return evaluate(node, sample_point(names), digits_needed(node, SMALL_BITS) + 2 * PLACES)
     except TooLargeError:
         return None
 
@@ -73,15 +76,15 @@ def _sample(node: Node, names: frozenset[str]) -> Any | None:
 def _agree(a: Node, b: Node, base: int | None) -> bool:
     names = variables(a) | variables(b)
     if not names:
-        size = digits_needed(a, SMALL) + digits_needed(b, SMALL)
+        size = digits_needed(a, SMALL_BITS) + digits_needed(b, SMALL_BITS)
         digits = size + AGREEMENT
         return close(evaluate(a, {}, digits, base), evaluate(b, {}, digits, base), size // 2 + AGREEMENT, digits)
     compared = 0
     points = points_for(names, a, b)
-    for at, is_integer, size in points:
+    for point, is_integer, size in points:
         digits = size + PLACES
-        x = evaluate(a, at, digits, base)
-        y = None if x is None else evaluate(b, at, digits, base)
+        x = evaluate(a, point, digits, base)
+        y = None if x is None else evaluate(b, point, digits, base)
         if x is None or (y is None and is_integer):
             continue
         if not close(x, y, size // 2 + PLACES, digits):
@@ -91,25 +94,29 @@ def _agree(a: Node, b: Node, base: int | None) -> bool:
 
 
 def constant_ratio(a: Node, b: Node) -> Any | None:
-    """The ratio of two expressions of the same variables, where it is one real number; None where it is not.
+    """The real number ``a / b``; None if the ratio is not constant, not real or ``b`` is zero.
+
+    Args:
+        a: expression.
+        b: expression; None is returned if its variables are not those of ``a``.
 
     Raises:
-        TooLargeError: the comparison takes more work than the limit.
+        TooLargeError: the comparison exceeds the work limit.
     """
     if variables(a) != variables(b):
         return None
     first, first_size, compared = None, 0, 0
     points = points_for(variables(a), a, b)
-    for at, _, size in points:
+    for point, _, size in points:
         digits = size + PLACES
-        x, y = evaluate(a, at, digits, 10), evaluate(b, at, digits, 10)
+        x, y = evaluate(a, point, digits, 10), evaluate(b, point, digits, 10)
         if x is None or y is None or (is_zero(x, digits) and is_zero(y, digits)):
             continue
         if is_zero(y, digits):
             return None
         ratio = quotient(x, y)
-        known = min(first_size, size)  # the first ratio has no more places than its own point gave it
-        if first is not None and not close(first, ratio, known // 2 + PLACES, known + PLACES):
+        common = min(first_size, size)  # each ratio is known to the digits of its own point
+        if first is not None and not close(first, ratio, common // 2 + PLACES, common + PLACES):
             return None
         if first is None:
             first, first_size = ratio, size
@@ -120,11 +127,12 @@ def constant_ratio(a: Node, b: Node) -> Any | None:
 
 
 def is_constant(node: Node) -> bool:
-    """Whether an expression has one value for all values of its variables, or none.
+    """Whether an expression has the same value wherever it is defined; True if it is defined nowhere.
 
     Raises:
-        TooLargeError: the comparison takes more work than the limit.
+        TooLargeError: the evaluation exceeds the work limit.
     """
-    values = [(evaluate(node, at, size + PLACES, 10), size) for at, _, size in points_for(variables(node), node, node)]
+    points = points_for(variables(node), node, node)
+    values = [(evaluate(node, point, size + PLACES, 10), size) for point, _, size in points]
     defined = [(value, size) for value, size in values if value is not None]
     return all(close(defined[0][0], value, PLACES, size + PLACES) for value, size in defined[1:])

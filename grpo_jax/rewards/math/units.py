@@ -1,4 +1,4 @@
-"""Units of measurement, and the nouns that are counted."""
+"""Units of measurement and counted nouns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METRIC: dict[str, tuple[str, Fraction | int, dict[str, int]]] = {
     "eV": ("kMG", Fraction(1602176634, 10**28), {LENGTH: 2, MASS: 1, TIME: -2}),
     "cal": ("k", Fraction(4184, 1000), {LENGTH: 2, MASS: 1, TIME: -2}),
 }
-OTHERS: dict[str, tuple[Fraction | int, dict[str, int]]] = {
+OTHER_UNITS: dict[str, tuple[Fraction | int, dict[str, int]]] = {
     "erg": (Fraction(1, 10**7), {LENGTH: 2, MASS: 1, TIME: -2}),
     "dyn": (Fraction(1, 10**5), {LENGTH: 1, MASS: 1, TIME: -2}),
     "atm": (101325, {LENGTH: -1, MASS: 1, TIME: -2}),
@@ -69,7 +69,7 @@ OTHERS: dict[str, tuple[Fraction | int, dict[str, int]]] = {
     "inr": (1, {"rupee": 1}),
     "unit": (1, {"unit": 1}),
 }
-NAMES = {
+UNIT_NAMES = {
     **{"inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "hectare": "ha"},
     **{"pound": "lb", "lbs": "lb", "ounce": "oz", "tonne": "t", "gallon": "gal", "quart": "qt", "pint": "pt"},
     **{"second": "s", "sec": "s", "minute": "min", "mins": "min", "hour": "h", "hr": "h", "hrs": "h", "yr": "year"},
@@ -87,7 +87,7 @@ PHRASES = {
     **{"degrees fahrenheit": "fahrenheit", "degrees f": "fahrenheit", "light years": "ly", "light-years": "ly"},
     **{"us dollars": "usd", "pounds sterling": "gbp", "degree": "deg", "cc": "cm^3", "sec": "s"},
 }
-REMARK = re.compile(r" (?:old|long|tall|wide|high|deep|away|left|remaining|each|(?:in )?total|altogether)$")
+TRAILING_REMARK = re.compile(r" (?:old|long|tall|wide|high|deep|away|left|remaining|each|(?:in )?total|altogether)$")
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 FACTOR = re.compile(
     r"(?:(square|sq|cubic|cu)\.? +)?([A-Za-z]+)\.?(?: ?\^ ?(?:\{ ?(-?\d) ?\}|(-?\d))|([23])| (squared|cubed))?"
@@ -99,25 +99,25 @@ SCALING = (
     "choose inverse reciprocal root log than between by into against k m bn mn x th st nd rd zero one two three four "
     "five six seven eight nine eleven twelve lakh crore"
 )
-SAYING_MORE_WORDS = (
+QUALIFYING = (
     "or and to not is was are were has have except without approximately about almost nearly at least most wrong "
     "incorrect false right correct but if when other maybe perhaps probably be can may rather no nor neither either"
 )
-SAYING_MORE = frozenset(SAYING_MORE_WORDS.split())
+QUALIFIERS = frozenset(QUALIFYING.split())
 SCALES = frozenset(SCALING.split())
-"""Words with which a number is another number; with those of ``SAYING_MORE`` it is no longer the answer."""
-IRREGULAR_PLURALS = "people men women children feet teeth geese mice fish sheep deer dice oxen cattle persons pence"
-PLURALS = frozenset(IRREGULAR_PLURALS.split())
+"""Words that change the value of a number. ``QUALIFIERS`` change the statement: "5 or more" is not 5."""
+IRREGULAR = "people men women children feet teeth geese mice fish sheep deer dice oxen cattle persons pence"
+IRREGULAR_PLURALS = frozenset(IRREGULAR.split())
 
 
 def read_unit(text: str) -> tuple[Fraction, Dimension] | None:
-    """The size of a unit in base units, and these; None for what is not a unit of measurement.
+    """The size of a unit in base units and its powers of the base units; None if it is not a unit of measurement.
 
     ``cm^2``, ``square feet``, ``km/h``, ``miles per hour``, ``kg m/s^2`` and ``cents`` are units; ``percent``,
-    ``dozen`` and ``million`` are not: they are scales, and a number without one is another number.
+    ``dozen`` and ``million`` are not: they are scales, which change the value.
     """
     text = " ".join(text.replace(r"\cdot", " ").replace(r"\text", "").split())
-    text = REMARK.sub("", text)
+    text = TRAILING_REMARK.sub("", text)
     text = PHRASES.get(text, PHRASES.get(text.lower(), text))
     text = re.sub(r"per (second|hour|minute) (?:per \1|squared)", r"/ \1^2", text)
     scale, powers, sign = Fraction(1), {}, 1
@@ -125,44 +125,47 @@ def read_unit(text: str) -> tuple[Fraction, Dimension] | None:
         if part.strip() in ("/", "per"):
             sign = -1
             continue
-        place, part = 0, part.strip("() ")
-        while place < len(part):
-            match = FACTOR.match(part, place)
-            known = _base(match[2]) if match else None
-            if match is None or known is None or (match[1] and (match[3] or match[4] or match[5] or match[6])):
+        position, part = 0, part.strip("() ")
+        while position < len(part):
+            match = FACTOR.match(part, position)
+            unit = _base_unit(match[2]) if match else None
+            if match is None or unit is None or (match[1] and (match[3] or match[4] or match[5] or match[6])):
                 return None
             exponent = int(match[3] or match[4] or match[5] or POWERS.get(match[1] or match[6] or "", 1)) * sign
-            scale *= Fraction(known[0]) ** exponent
-            for base, power in known[1].items():
+            scale *= Fraction(unit[0]) ** exponent
+            for base, power in unit[1].items():
                 powers[base] = powers.get(base, 0) + power * exponent
-            place = match.end() + (len(part[match.end() :]) - len(part[match.end() :].lstrip(" -")))
+            position = match.end() + (len(part[match.end() :]) - len(part[match.end() :].lstrip(" -")))
         if not part:
             return None
     return scale, tuple(sorted((base, power) for base, power in powers.items() if power))
 
 
-def read_counted(words: str, number: Fraction | None) -> tuple[Fraction, Dimension] | None:
-    """The unit that a counted noun is (``apples``, ``red marbles``, ``ways``); None where the words may say more.
+def read_counted_noun(words: str, number: Fraction | None) -> tuple[Fraction, Dimension] | None:
+    """A counted noun (``apples``, ``red marbles``, ``ways``) as a unit; None if the words may say anything else.
 
-    Words that scale, compare, negate or calculate (``million``, ``or more``, ``is wrong``, ``squared``) are not
-    counted, and nouns are in the plural unless there is at most one.
+    Words that scale, compare, negate or calculate (``million``, ``or more``, ``is wrong``, ``squared``) are refused.
+
+    Args:
+        words: text after the number.
+        number: the number, or None for an expression; a singular noun needs 1, -1 or a fraction.
     """
-    words = REMARK.sub("", words.strip(" .").replace("-", " "))
+    words = TRAILING_REMARK.sub("", words.strip(" .").replace("-", " "))
     if not re.fullmatch(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}| a){0,4}", words):
         return None
     written = words.lower().split()
     names = [singular(word) for word in written]
     is_number = any(re.fullmatch(r"\w+(?:teen|ty|teenth|tieth|illion|illionth)|basis", name) for name in names)
-    if is_number or SCALES & {*names, *written} or SAYING_MORE & {*written}:  # cans are counted, can is not
+    if is_number or SCALES & {*names, *written} or QUALIFIERS & {*written}:  # "cans" is a noun, "can" is not
         return None
-    is_plural = any(a != b or a in PLURALS for a, b in zip(words.lower().split(), names, strict=True))
+    is_plural = any(word != name or word in IRREGULAR_PLURALS for word, name in zip(written, names, strict=True))
     if not is_plural and (number is None or (number.denominator == 1 and abs(number) != 1)):
         return None
     return Fraction(1), ((f"counted {' '.join(names)}", 1),)
 
 
 def is_cents(unit: tuple[Fraction, Dimension] | None) -> bool:
-    """Whether a unit is a hundredth of a currency's own, so that its number means nothing without it."""
+    """Whether a unit is a hundredth of a currency: its numbers cannot be compared with those without a unit."""
     return unit is not None and unit[0] == Fraction(1, 100) and unit[1] in ((("dollar", 1),), (("pound sterling", 1),))
 
 
@@ -175,17 +178,16 @@ def singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) and len(word) > 2 else word
 
 
-def _base(name: str) -> tuple[Fraction | int, dict[str, int]] | None:
-    # Of short names each letter and its case counts: ms, Nm and Mg are not m, nm and mg.
-    for each in (name, singular(name), name.lower(), singular(name.lower())) if len(name) > 3 else (name,):
-        known = NAMES.get(each, each)
-        if known in OTHERS:
-            return OTHERS[known]
-        long = next((prefix for prefix in WORD_PREFIXES if known.startswith(prefix)), "")
-        if long:
-            known = WORD_PREFIXES[long] + NAMES.get(known[len(long) :], known[len(long) :])
+def _base_unit(name: str) -> tuple[Fraction | int, dict[str, int]] | None:
+    # Short names are matched exactly and by case: ms, Nm and Mg are not m, nm and mg.
+    for spelling in (name, singular(name), name.lower(), singular(name.lower())) if len(name) > 3 else (name,):
+        symbol = UNIT_NAMES.get(spelling, spelling)
+        if symbol in OTHER_UNITS:
+            return OTHER_UNITS[symbol]
+        if word := next((prefix for prefix in WORD_PREFIXES if symbol.startswith(prefix)), ""):
+            symbol = WORD_PREFIXES[word] + UNIT_NAMES.get(symbol[len(word) :], symbol[len(word) :])
         for base, (prefixes, scale, powers) in METRIC.items():
-            prefix = known.removesuffix(base)
-            if known.endswith(base) and (prefix == "" or (len(prefix) == 1 and prefix in prefixes)):
+            prefix = symbol.removesuffix(base)
+            if symbol.endswith(base) and (prefix == "" or (len(prefix) == 1 and prefix in prefixes)):
                 return Fraction(10) ** PREFIXES[prefix] * scale, powers
     return None

@@ -1,4 +1,4 @@
-"""Answers in words: letters of multiple choice, names, yes and no, dates."""
+"""Answers in words: multiple-choice letters, names, yes and no, dates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from grpo_jax.rewards.math.final_answer import Answer
 from grpo_jax.rewards.math.units import singular
 
-# Possessive, here and in LABEL: what ends in "nd" could be divided in exponentially many ways.
+# Possessive quantifiers, also in LABEL: with others, a text that ends in "nd" has exponentially many matches.
 WORD = re.compile(r"[A-Za-z]++\.?(?: (?:[A-Za-z]++|\d{1,4}+(?:st|nd|rd|th)?)\.?|['\-][A-Za-z]++)*+")
 SEVERAL_NAMES = re.compile(r"\w+(?: \w+)?(?:, \w+(?: \w+)?)*+,? (?:and|or) \w+(?: \w+)?")
 SHORT_WORDS = {"no", "yes", "up", "none", "even", "odd", "true", "false", "all"}
@@ -31,9 +31,12 @@ SYNONYMS = {
 
 
 def read_words(text: str) -> Answer | None:
-    """A letter of choice, initials, or words; None for what is not prose.
+    """A multiple-choice letter, initials or words; None for a text that is not prose.
 
-    One capital, also in brackets, is a letter of choice or a name. Several capitals are initials or points.
+    A single capital, also in brackets, is a multiple-choice letter or a name. Several capitals are initials or points.
+
+    Args:
+        text: normalized LaTeX.
     """
     plain = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).strip(" .").split())
     if match := re.fullmatch(r"\( ?([A-Z]) ?\)|([A-Z])", plain):
@@ -57,7 +60,7 @@ def read_words(text: str) -> Answer | None:
 
 
 def read_choice(text: str) -> tuple[str, str] | None:
-    r"""The letter and the rest of ``(B) 12``, ``\textbf{(B)}\ 12`` or ``B. 12``; None for anything else."""
+    r"""The letter and the content of ``(B) 12``, ``\textbf{(B)}\ 12`` or ``B. 12``; None for any other text."""
     match = CHOICE.fullmatch(text)
     if match is None:
         return None
@@ -65,15 +68,20 @@ def read_choice(text: str) -> tuple[str, str] | None:
     return letter, match["rest"] or match["words"]
 
 
-def same_text(gold: str, given: str) -> bool:
-    """Whether two texts are the same: single letters and initials by case, words without."""
-    if gold == given:
+def same_words(gold: str, answer: str) -> bool:
+    """Whether two texts are equal: single letters and initials case-sensitively, words without case or number.
+
+    Args:
+        gold: gold text; its length and case decide whether it is a word.
+        answer: text to compare.
+    """
+    if gold == answer:
         return True
     is_word = len(gold) > 2 and (not gold.isupper() or gold.lower() not in ("abc",))
-    if " " in gold and [*map(singular, gold.lower().split())] == [*map(singular, given.lower().split())]:
+    if " " in gold and [*map(singular, gold.lower().split())] == [*map(singular, answer.lower().split())]:
         return True
-    has_small = any(each.islower() for each in gold + given)
-    return gold.lower() == given.lower() and (gold.lower() in SHORT_WORDS or (is_word and has_small))
+    has_lower = any(letter.islower() for letter in gold + answer)
+    return gold.lower() == answer.lower() and (gold.lower() in SHORT_WORDS or (is_word and has_lower))
 
 
 def _is_prose(plain: str) -> bool:
@@ -82,7 +90,7 @@ def _is_prose(plain: str) -> bool:
 
 
 def _date(words: str) -> str | None:
-    """``March 5, 2020`` and ``5th March 2020`` in one spelling."""
+    """Canonical spelling of a date, the same for ``March 5, 2020`` and ``5th March 2020``; None for other words."""
     words = re.sub(r"(?<=\d)(?:st|nd|rd|th)(?![a-z])|[.,]", "", words.lower())
     parts = [part for part in words.split() if part != "of"]
     days = [part for part in parts if part in WEEKDAYS]
