@@ -33,7 +33,7 @@ from grpo_jax.config.data import DataConfig
 from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.selection import ProblemSamples
-from grpo_jax.evaluate import estimate, maj_at_k_of_each, paired_test, pass_at_k_of_each
+from grpo_jax.evaluate import estimate, maj_at_k_per_problem, paired_test, pass_at_k_per_problem
 from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.problems import same_answers_of
@@ -205,10 +205,10 @@ def per_problem(
     if graded.any():
         right = jnp.array([[score == 1 for score in row] for row in scores if None not in row])
         G = right.shape[1]
-        of_graded = {f"pass@{k}": pass_at_k_of_each(right, k) for k in ks if k <= G}
+        of_graded = {f"pass@{k}": pass_at_k_per_problem(right, k) for k in ks if k <= G}
         if has_answers:
             chosen = identify_answers([row for row, is_graded in zip(answers, graded, strict=True) if is_graded], same)
-            of_graded[f"maj@{G}"] = maj_at_k_of_each(chosen, right, G)
+            of_graded[f"maj@{G}"] = maj_at_k_per_problem(chosen, right, G)
         for name, values in of_graded.items():
             figures[name] = np.full(len(rows), np.nan)
             figures[name][graded] = np.asarray(values)

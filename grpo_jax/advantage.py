@@ -1,14 +1,17 @@
-"""From rewards (and values) to advantages.
+"""Advantages from rewards, and from values of a critic.
 
-Rewards come as ``[B]``, the ``group_size`` samples of a prompt adjacent (TRL: ``num_generations``). A NaN reward is
-absent: statistics are taken over those present, and the advantage of the absent one is 0. So that it does not count
-in a mean either, leave its tokens out of the loss's mask (``~isnan(rewards)``).
+Rewards are ``[B]``, with the ``group_size`` samples of a prompt adjacent (TRL: ``num_generations``). A NaN reward is
+missing: statistics are taken over the others, and its advantage is 0. To leave its completion out of the loss's mean as
+well, remove its tokens from the mask (``~isnan(rewards)``).
+
+Every function raises a TypeError for rewards that are not an array, and an AssertionError for rewards of another rank.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -16,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax.masked import is_last, masked_mean, masked_sum, masked_variance, whiten, zero_where_masked
 
 Scale = Literal["group", "batch", "none"]
-Scalar = Float[Array, ""]
+Scalar = float | Float[Array, ""]
 
 
 def group_relative(
@@ -24,19 +27,19 @@ def group_relative(
 ) -> Float[Array, " B"]:
     """``(reward - group mean) / (standard deviation + epsilon)``: the advantage of GRPO.
 
-    Equal rewards give exactly 0, whatever their value and number.
+    The advantage of equal rewards is exactly 0, for any value and group size.
 
     Args:
-        rewards: one for each completion; NaN where absent.
-        group_size: samples for each prompt.
-        scale: ``"group"``: the standard deviation is that of the group (GRPO, arXiv 2402.03300, section 4.1.2);
-            ``"batch"``: that of all rewards in the batch; ``"none"``: no division (Dr.GRPO, arXiv 2503.20783).
-        ddof: degrees of freedom taken off in the standard deviation: 1 for the sample's, 0 for the population's.
+        rewards: of each completion; NaN where missing.
+        group_size: samples per prompt.
+        scale: standard deviation to divide by: ``"group"``: of the group (GRPO, arXiv 2402.03300, section 4.1.2);
+            ``"batch"``: of all rewards in the batch; ``"none"``: no division (Dr.GRPO, arXiv 2503.20783).
+        ddof: degrees of freedom subtracted in the standard deviation: 1 for the sample's, 0 for the population's.
         epsilon: added to the standard deviation.
 
     Raises:
-        ValueError: at trace time, when group_size is below 2 or does not divide B, when scale is none of the three, or
-            ddof neither 0 nor 1.
+        ValueError: at trace time, when group_size is below 2 or does not divide B, for an unknown scale, or for a ddof
+            other than 0 and 1.
     """
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}; it is 1 (of a sample) or 0 (of a population)")
@@ -62,38 +65,40 @@ def gdpo(
     epsilon: float = 1e-6,
     require_all: bool = True,
 ) -> Float[Array, " B"]:
-    """``standardize(sum_k weights_k group_relative(parts_k))``: each reward normalised within its groups, then summed.
+    """``standardize(sum_k weights_k group_relative(parts_k))``: GDPO (arXiv 2601.05242, section 3).
 
-    Summed first and normalised then, as GRPO does, different combinations of rewards that have one sum get one
-    advantage, and a reward that varies much drowns one that varies little. The sum is standardized over the batch
-    (GDPO, arXiv 2601.05242, section 3).
+    Every reward is normalised within its groups before the weighted sum, which is then standardized over the batch.
+    GRPO normalises the sum instead: combinations of rewards with equal sums then have equal advantages, and a reward of
+    large variance dominates one of small variance.
 
     Args:
-        parts: K rewards for each completion, NaN where absent.
-        weights: what each normalised reward counts.
-        group_size: samples for each prompt.
+        parts: K rewards of each completion; NaN where missing.
+        weights: of the normalised rewards.
+        group_size: samples per prompt.
         epsilon: added to the standard deviations.
-        require_all: whether a completion that lacks one of the rewards is left out of all statistics, with an advantage
-            of 0. If not, it is compared in those that it has, and only one without any is left out.
+        require_all: whether a completion with a missing reward is left out of all statistics, with an advantage of 0.
+            If not, its other rewards are used, and only a completion without any reward is left out.
 
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
     """
-    absent = jnp.isnan(parts)
-    present = ~(absent.any(0) if require_all else absent.all(0))
-    whole = jnp.where(present[None, :], parts, jnp.nan)  # group_relative gives 0 where a part is absent
-    normalised = jax.vmap(lambda part: group_relative(part, group_size=group_size, epsilon=epsilon))(whole)
+    _check_rewards(parts, 2)
+    chex.assert_shape(weights, parts.shape[:1], custom_message="weights: one per reward")
+    missing = jnp.isnan(parts)
+    present = ~(missing.any(0) if require_all else missing.all(0))
+    kept = jnp.where(present[None, :], parts, jnp.nan)  # group_relative gives 0 where a part is missing
+    normalised = jax.vmap(lambda part: group_relative(part, group_size=group_size, epsilon=epsilon))(kept)
     return _standardize((weights[:, None] * normalised).sum(0), present, epsilon)
 
 
 def rloo(rewards: Float[Array, " B"], *, group_size: int) -> Float[Array, " B"]:
     """``reward - mean of the group's other rewards``: REINFORCE leave-one-out (arXiv 2402.14740).
 
-    A sample that is alone in being present has nothing to be compared with; its advantage is 0.
+    The advantage of a group's only reward that is not missing is 0.
 
     Args:
-        rewards: one for each completion; NaN where absent.
-        group_size: samples for each prompt.
+        rewards: of each completion; NaN where missing.
+        group_size: samples per prompt.
 
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
@@ -107,13 +112,14 @@ def rloo(rewards: Float[Array, " B"], *, group_size: int) -> Float[Array, " B"]:
 def reinforce_plus_plus(rewards: Float[Array, " B"], *, epsilon: float = 1e-6) -> Float[Array, " B"]:
     """``(reward - batch mean) / (batch standard deviation + epsilon)``: REINFORCE++ for whole sequences.
 
-    The paper (arXiv 2501.03262) standardizes over tokens after a KL penalty for each; here one reward stands for a
-    sequence, and the standard deviation is the sample's (ddof 1).
+    The paper (arXiv 2501.03262) standardizes over tokens, after a KL penalty per token; here over sequences with one
+    reward each, by the sample standard deviation (ddof 1).
 
     Args:
-        rewards: one for each completion; NaN where absent. A KL penalty belongs in them (``kl_penalized``).
+        rewards: of each completion, KL penalty included (``kl_penalized``); NaN where missing.
         epsilon: added to the standard deviation.
     """
+    _check_rewards(rewards)
     present = ~jnp.isnan(rewards)
     return _standardize(_above_smallest(rewards, present), present, epsilon)
 
@@ -121,11 +127,11 @@ def reinforce_plus_plus(rewards: Float[Array, " B"], *, epsilon: float = 1e-6) -
 def reinforce_plus_plus_baseline(
     rewards: Float[Array, " B"], *, group_size: int, epsilon: float = 1e-6
 ) -> Float[Array, " B"]:
-    """REINFORCE++ with the group's mean as baseline: ``reward - group mean``, then standardized over the batch.
+    """REINFORCE++ with a group baseline: ``reward - group mean``, standardized over the batch (arXiv 2501.03262).
 
     Args:
-        rewards: one for each completion; NaN where absent.
-        group_size: samples for each prompt.
+        rewards: of each completion; NaN where missing.
+        group_size: samples per prompt.
         epsilon: added to the standard deviation.
 
     Raises:
@@ -138,6 +144,10 @@ def reinforce_plus_plus_baseline(
 def dr_grpo(rewards: Float[Array, " B"], *, group_size: int) -> Float[Array, " B"]:
     """``reward - group mean``: GRPO without the division that favours easy and hard prompts (arXiv 2503.20783).
 
+    Args:
+        rewards: of each completion; NaN where missing.
+        group_size: samples per prompt.
+
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
     """
@@ -145,16 +155,17 @@ def dr_grpo(rewards: Float[Array, " B"], *, group_size: int) -> Float[Array, " B
 
 
 def kl_penalized(
-    rewards: Float[Array, " B"], kl: Float[Array, "B T"], mask: Bool[Array, "B T"], *, kl_coef: float
+    rewards: Float[Array, " B"], kl: Float[Array, "B T"], mask: Bool[Array, "B T"], *, kl_coef: Scalar
 ) -> Float[Array, " B"]:
-    """``reward - kl_coef * sum of the completion's KL``: the KL penalty in the reward instead of the loss.
+    """``reward - kl_coef * sum_t KL_t``: the KL penalty in the reward instead of the loss.
 
     Args:
-        rewards: one for each completion.
-        kl: an estimate for each token (``loss.kl_k1`` is unbiased); it must not carry a gradient.
-        mask: True at the completion's tokens.
-        kl_coef: nats to reward.
+        rewards: of each completion.
+        kl: estimate per token in nats, without gradient (``loss.kl_k1`` is unbiased).
+        mask: True at completion tokens.
+        kl_coef: reward per nat.
     """
+    _check_rewards(rewards)
     return rewards - kl_coef * masked_sum(kl, mask, 1)
 
 
@@ -163,19 +174,19 @@ def token_rewards(
     kl: Float[Array, "B T"] | None,
     mask: Bool[Array, "B T"],
     *,
-    kl_coef: float | Scalar = 0.0,
+    kl_coef: Scalar = 0.0,
 ) -> Float[Array, "B T"]:
-    """``-kl_coef KL_t`` at each token, and the completion's reward at its last one: the rewards of RLHF's PPO.
+    """``-kl_coef KL_t``, plus the completion's reward at its last token: the rewards of RLHF's PPO.
 
-    After InstructGPT (arXiv 2203.02155, eq. 2) as it is commonly built (arXiv 2403.17031).
+    After InstructGPT (arXiv 2203.02155, eq. 2) as commonly implemented (arXiv 2403.17031).
 
     Args:
-        rewards: one for each completion; NaN where absent, which leaves its penalties alone. An empty completion has
-            no token for its reward.
-        kl: an estimate for each token (``loss.kl_k1``), without gradient; None for no penalty.
-        mask: True at the completion's tokens.
-        kl_coef: nats to reward.
+        rewards: of each completion; where NaN, only the penalties remain. The reward of an empty completion is dropped.
+        kl: estimate per token in nats, without gradient (``loss.kl_k1``); None for no penalty.
+        mask: True at completion tokens.
+        kl_coef: reward per nat.
     """
+    _check_rewards(rewards)
     terminal = jnp.where(is_last(mask) & ~jnp.isnan(rewards)[:, None], rewards[:, None], 0)
     return terminal if kl is None else terminal - kl_coef * zero_where_masked(kl, mask)
 
@@ -188,30 +199,31 @@ def process_supervised(
     ddof: int = 1,
     epsilon: float = 1e-6,
 ) -> Float[Array, "B T"]:
-    """The sum of the normalised rewards of the steps that end at a token or after it: GRPO with process supervision.
+    """``A_t = sum of the normalised rewards of steps that end at t or later``: GRPO with process supervision.
 
-    Every step of the reasoning has a reward, which stands at its last token. Normalised is
-    ``(reward - mean) / (standard deviation + epsilon)``, over all steps of the group's completions (arXiv 2402.03300,
-    section 4.1.3).
+    Step rewards are normalised to ``(reward - mean) / (standard deviation + epsilon)`` over all steps of the group's
+    completions (arXiv 2402.03300, section 4.1.3).
 
     Args:
-        rewards: of steps, at their last tokens; NaN where absent, which leaves that step out.
-        is_step_end: True at the last token of a step; elsewhere ``rewards`` is not looked at. A completion's last step
-            may end with the answer, so that its reward is that of the outcome.
-        group_size: samples for each prompt.
-        ddof: degrees of freedom taken off in the standard deviation.
-        epsilon: added to it.
+        rewards: of reasoning steps, at their last tokens; a step whose reward is NaN is left out.
+        is_step_end: True at the last token of a step; ``rewards`` is ignored elsewhere. The last step may end with the
+            answer and have the outcome as its reward.
+        group_size: samples per prompt.
+        ddof: degrees of freedom subtracted in the standard deviation.
+        epsilon: added to the standard deviation.
 
     Returns:
-        An advantage for each token; 0 after the last step, so mask padding as ever.
+        Advantages per token; 0 after the last step.
 
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
     """
+    _check_rewards(rewards, 2)
+    chex.assert_shape(is_step_end, rewards.shape, custom_message="is_step_end")
     _check_groups(rewards.shape[0], group_size)
     present = is_step_end & ~jnp.isnan(rewards)
-    of_groups = (x.reshape(rewards.shape[0] // group_size, -1) for x in (rewards, present))
-    normalised = jax.vmap(lambda x, mask: _standardize(_above_smallest(x, mask), mask, epsilon, ddof))(*of_groups)
+    groups = (x.reshape(rewards.shape[0] // group_size, -1) for x in (rewards, present))
+    normalised = jax.vmap(lambda x, mask: _standardize(_above_smallest(x, mask), mask, epsilon, ddof))(*groups)
     return jnp.cumsum(normalised.reshape(rewards.shape)[:, ::-1], axis=1)[:, ::-1]
 
 
@@ -225,24 +237,23 @@ def hybrid(
     lam: float = 1.0,
     epsilon: float = 1e-6,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """The group's mean as baseline where the group carries signal, a critic's values where it does not.
+    """``group_relative`` where the rewards of a group differ, ``gae`` of a critic's values where they are all equal.
 
-    Where the samples of a prompt differ in reward, each token has the advantage of ``group_relative``. Where they are
-    all alike (all right, all wrong) that is 0 everywhere, and nothing is learnt from the prompt; here its tokens have
-    the advantage of ``gae`` instead: which of them made success likelier, by the critic's account. So do those of
-    prompts with rewards inside of their completions, which a mean over completions says nothing of.
+    A group of equal rewards (all right, all wrong) has a group-relative advantage of 0 and would not contribute to the
+    gradient; the critic still assigns credit to its tokens. ``gae`` is also used for groups with step rewards, which a
+    group mean over completions does not see.
 
     Args:
-        rewards: one for each completion; NaN where absent: its advantages are 0.
-        values: the critic's, at each token.
-        mask: True at the completion's tokens.
-        group_size: samples for each prompt.
-        step_rewards: rewards besides, at the tokens where steps end; 0 elsewhere.
-        lam: of ``gae``.
+        rewards: of each completion; its advantages are 0 where NaN.
+        values: the critic's, per token.
+        mask: True at completion tokens.
+        group_size: samples per prompt.
+        step_rewards: additional rewards at the tokens where steps end; 0 elsewhere.
+        lam: lambda of ``gae``.
         epsilon: added to the standard deviation of a group's rewards.
 
     Returns:
-        Advantages, and the returns that the critic learns from (of every completion that has a reward).
+        Advantages, and returns as the critic's targets; both 0 for completions without a reward.
 
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
@@ -250,27 +261,27 @@ def hybrid(
     present, centred = _centre(rewards, group_size)
     has_signal = jnp.repeat((centred != 0).any(1), group_size)
     mask = mask & present.reshape(-1)[:, None]
-    of_tokens = token_rewards(rewards, None, mask)
+    per_token = token_rewards(rewards, None, mask)
     if step_rewards is not None:
         has_steps = (step_rewards != 0).reshape(-1, group_size * mask.shape[1]).any(1)
         has_signal &= ~jnp.repeat(has_steps, group_size)
-        of_tokens += zero_where_masked(step_rewards, mask)
-    of_critic, returns = gae(of_tokens, values, mask, lam=lam)
-    of_group = group_relative(rewards, group_size=group_size, epsilon=epsilon)
-    return zero_where_masked(jnp.where(has_signal[:, None], of_group[:, None], of_critic), mask), returns
+        per_token += zero_where_masked(step_rewards, mask)
+    critic_advantages, returns = gae(per_token, values, mask, lam=lam)
+    group_advantages = group_relative(rewards, group_size=group_size, epsilon=epsilon)[:, None]
+    return zero_where_masked(jnp.where(has_signal[:, None], group_advantages, critic_advantages), mask), returns
 
 
 def adapted_kl_coef(kl_coef: Scalar, kl: Scalar, *, target: float, horizon: float, num_samples: int) -> Scalar:
-    """``kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) num_samples / horizon)``: the adaptive penalty of RLHF.
-
-    Args:
-        kl_coef: in effect until now.
-        kl: measured, in nats for each completion.
-        target: where it is to be.
-        horizon: samples over which the coefficient may change by a fifth.
-        num_samples: completions that ``kl`` was measured on.
+    """``kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) num_samples / horizon)``: the adaptive KL penalty of RLHF.
 
     After arXiv 1909.08593, section 2.2, whose constant is ``num_samples / horizon`` in its authors' code.
+
+    Args:
+        kl_coef: current coefficient.
+        kl: measured, in nats per completion.
+        target: of ``kl``, in nats per completion.
+        horizon: number of samples over which the coefficient changes by at most 20 %.
+        num_samples: completions that ``kl`` was measured on.
     """
     return kl_coef * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) * (num_samples / horizon))
 
@@ -285,19 +296,25 @@ def gae(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalized advantage estimation: ``A_t = r_t + gamma V_u - V_t + gamma lam A_u`` (arXiv 1506.02438, eq. 16).
 
-    ``u`` is the next unmasked position after ``t``; after the last there is none, and its value and advantage are 0.
-    Masked positions (padding, a tool's output between two spans) are stepped over: nothing leaks from them.
+    ``u`` is the next unmasked position after ``t``; beyond the last one, value and advantage are 0. Masked positions
+    (padding, tool output between two spans) are skipped, and their rewards and values ignored.
 
     Args:
-        rewards: at each token.
-        values: the critic's, at each token.
+        rewards: per token.
+        values: the critic's, per token.
         mask: True at the policy's own tokens.
-        gamma: discount for each token.
-        lam: the mixing of estimators; 0 is one-step, 1 is Monte Carlo.
+        gamma: discount per token.
+        lam: lambda; 0 for one-step, 1 for Monte Carlo estimates.
 
     Returns:
         Advantages, and returns (``advantages + values``); both 0 at masked positions.
+
+    Raises:
+        AssertionError: at trace time, for values or a mask whose shape is not that of rewards.
     """
+    _check_rewards(rewards, 2)
+    chex.assert_shape(values, rewards.shape, custom_message="values")
+    chex.assert_shape(mask, rewards.shape, custom_message="mask")
     rewards, values = zero_where_masked(rewards, mask), zero_where_masked(values, mask)
 
     def step(carry, column):
@@ -313,7 +330,12 @@ def gae(
 
 
 def whitened(advantages: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """Advantages with mean 0 and variance 1 over the unmasked tokens, as PPO uses them; 0 at masked ones."""
+    """Advantages with mean 0 and variance 1 over the unmasked tokens, as in PPO; 0 at masked ones.
+
+    Args:
+        advantages: per token.
+        mask: True at completion tokens.
+    """
     return whiten(advantages, mask)
 
 
@@ -328,22 +350,27 @@ def _divide(x, divisor):
 
 
 def _above_smallest(x, present, axis=None):
-    """``x`` less its smallest present entry, so that equal ones are exactly 0 before any rounding of a mean."""
+    """``x`` minus its smallest present entry, so that equal entries are exactly 0 before a mean is rounded."""
     smallest = jnp.min(jnp.where(present, x, jnp.inf), axis=axis, keepdims=axis is not None)
     return jnp.where(present, x - smallest, 0)
 
 
+def _check_rewards(rewards, rank: int = 1):
+    if not hasattr(rewards, "shape"):
+        raise TypeError(f"rewards is a {type(rewards).__name__}; pass an array, such as jnp.asarray(rewards)")
+    chex.assert_rank(rewards, rank, custom_message="rewards")
+
+
 def _check_groups(rows: int, group_size: int):
     if group_size < 2:
-        raise ValueError(
-            f"group_size is {group_size}; a statistic of the group needs at least 2 samples for each prompt"
-        )
+        raise ValueError(f"group_size is {group_size}; statistics of a group need at least 2 samples per prompt")
     if rows % group_size:
-        raise ValueError(f"{rows} rewards do not form groups of {group_size}")
+        raise ValueError(f"{rows} rewards do not form groups of {group_size}; pass group_size samples of every prompt")
 
 
 def _centre(rewards, group_size: int):
-    """Presence [N, G] and ``reward - group mean`` [N, G]; 0 where absent."""
+    """Presence [N, G] and ``reward - group mean`` [N, G]; 0 where missing."""
+    _check_rewards(rewards)
     _check_groups(rewards.shape[0], group_size)
     groups = rewards.reshape(-1, group_size)
     present = ~jnp.isnan(groups)

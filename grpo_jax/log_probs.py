@@ -1,57 +1,72 @@
-"""The one definition of logits, token log-probability and entropy.
+"""Logits, token log-probabilities and entropies: one definition for sampler and trainer.
 
-The sampler has its logits from here; its log-probability comes with the draw (``sampling.sample_token``), and the tests
-hold it to ``token_log_probs``.
+The sampler computes its logits with ``output_logits``; its log-probabilities are by-products of sampling
+(``sampling.sample_token``), and tests compare them with ``token_log_probs``.
 
-``token_log_probs`` and ``token_entropy`` work on logits. ``chunked_log_probs`` works on hidden states and never holds
-the logits of more than one chunk of tokens, forward or backward: at a vocabulary of 150,000 the logits of a training
-batch are the largest array of the whole step by far.
+``token_log_probs`` and ``token_entropy`` take logits. ``chunked_log_probs`` takes hidden states and never holds the
+logits of more than one chunk of tokens, forward or backward: with a vocabulary of 150,000 the logits of a training
+batch would be by far the largest array of the step.
 """
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+Scalar = float | Float[Array, ""]
 
 
 def output_logits(
     hidden: Float[Array, "*tokens D"], head: Float[Array, "V D"], *, logit_softcap: float | None = None
 ) -> Float[Array, "*tokens V"]:
-    """``hidden @ head.T``, accumulated and returned in float32; ``c * tanh(logits / c)`` of it with a soft cap ``c``.
+    """``x = hidden @ head.T``, accumulated and returned in float32; ``c * tanh(x / c)`` with a soft cap ``c``.
 
     Args:
         hidden: the decoder's last hidden states, final norm applied.
         head: the output embedding; cast to the dtype of ``hidden`` before the product.
-        logit_softcap: ``c``, or None for no cap (Gemma 2 has one).
+        logit_softcap: ``c`` (Gemma 2); None for no cap.
+
+    Raises:
+        AssertionError: at trace time, for a width of the hidden states that is not that of the head.
     """
+    chex.assert_shape(head, (None, hidden.shape[-1]), custom_message="head: [V, D] for hidden [..., D]")
     logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
 
 
 def token_log_probs(
-    logits: Float[Array, "*tokens V"], token_ids: Int[Array, "*tokens"], *, temperature: float = 1.0
+    logits: Float[Array, "*tokens V"], token_ids: Int[Array, "*tokens"], *, temperature: Scalar = 1.0
 ) -> Float[Array, "*tokens"]:
-    """``log softmax(logits / temperature)[token_ids]``, in float32 whatever the dtype of ``logits``.
+    """``log softmax(logits / temperature)[token_ids]``, in float32 for any dtype of ``logits``.
 
     Args:
-        logits: the logits that score each token: those computed from the tokens before it.
-        token_ids: the tokens scored.
-        temperature: that of the policy; the same for sampler, policy, old policy and reference.
+        logits: computed from the tokens before each of ``token_ids``.
+        token_ids: the tokens to score.
+        temperature: of the policy; the same for sampler, policy, old policy and reference. A number, or an array of
+            rank 0, which may be traced and is not checked.
 
     Raises:
-        ValueError: temperature not above 0.
+        AssertionError: at trace time, for token_ids that are not integers, one per row of logits.
+        ValueError: temperature is a number not above 0.
     """
+    chex.assert_shape(token_ids, logits.shape[:-1], custom_message="token_ids: one per row of logits")
+    chex.assert_type(token_ids, int, custom_message="token_ids")
     shifted = _scale_and_shift(logits, temperature)
     chosen = jnp.take_along_axis(shifted, token_ids[..., None], axis=-1)[..., 0]
     return chosen - jnp.log(jnp.exp(shifted).sum(-1))
 
 
-def token_entropy(logits: Float[Array, "*tokens V"], *, temperature: float = 1.0) -> Float[Array, "*tokens"]:
+def token_entropy(logits: Float[Array, "*tokens V"], *, temperature: Scalar = 1.0) -> Float[Array, "*tokens"]:
     """Entropy in nats of ``softmax(logits / temperature)``, in float32.
 
+    Args:
+        logits: of any float dtype.
+        temperature: as in ``token_log_probs``.
+
     Raises:
-        ValueError: temperature not above 0.
+        ValueError: temperature is a number not above 0.
     """
     shifted = _scale_and_shift(logits, temperature)
     log_normalizer = jnp.log(jnp.exp(shifted).sum(-1))
@@ -64,30 +79,33 @@ def chunked_log_probs(
     head: Float[Array, "V D"],
     token_ids: Int[Array, "B T"],
     *,
-    temperature: float = 1.0,
+    temperature: Scalar = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int = 1024,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability and entropy of each token, from hidden states, in chunks.
+    """Log-probability and entropy of each token from hidden states, one chunk of tokens at a time.
 
     The same numbers as ``token_log_probs`` and ``token_entropy`` of ``output_logits(hidden, head)``. Logits exist for
-    one chunk at a time; the backward pass computes them again, and accumulates the head's gradient in float32.
+    one chunk at a time; the backward pass recomputes them, and accumulates the head's gradient in float32.
 
     Args:
         hidden: ``hidden[:, t]`` is the state that predicts ``token_ids[:, t]``.
         head: the output embedding.
-        token_ids: the tokens scored.
+        token_ids: the tokens to score.
         temperature: as in ``token_log_probs``.
         logit_softcap: as in ``output_logits``.
-        chunk_size: about how many tokens a chunk holds. Chunks are cut along T, never across B, so that a batch
-            sharded over devices stays where it is; each holds at least one token of every sequence.
+        chunk_size: approximate number of tokens in a chunk. Chunks are cut along T, never across B, so that a batch
+            sharded over devices is not moved; a chunk has at least one token of every sequence.
 
     Returns:
         Log-probabilities and entropies, float32.
 
     Raises:
-        ValueError: temperature not above 0, or chunk_size below 1.
+        AssertionError: at trace time, for token_ids that are not [B, T] or a head that is not [V, D].
+        ValueError: temperature is a number not above 0, or chunk_size is below 1.
     """
+    chex.assert_rank(hidden, 3, custom_message="hidden")
+    chex.assert_shape(token_ids, hidden.shape[:2], custom_message="token_ids: one per hidden state")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it counts tokens, at least 1")
     B, T, _ = hidden.shape
@@ -114,9 +132,10 @@ def chunked_log_probs(
     return join(log_probs), join(entropy)
 
 
-def _scale_and_shift(logits, temperature: float):
-    if not temperature > 0:
+def _scale_and_shift(logits, temperature: Scalar):
+    chex.assert_shape(temperature, (), custom_message="temperature")
+    if not isinstance(temperature, jax.Array) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities are defined for a temperature above 0")
     scaled = logits.astype(jnp.float32) / temperature
-    # Relative to the largest, differences of large logits keep their digits.
+    # Relative to the largest logit, differences of large logits keep their digits.
     return scaled - jax.lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from grpo_jax.evaluate import estimate, maj_at_k, maj_at_k_of_each, paired_test, pass_at_k, pass_at_k_of_each
+from grpo_jax.evaluate import estimate, maj_at_k, maj_at_k_per_problem, paired_test, pass_at_k, pass_at_k_per_problem
 from grpo_jax.rewards.math.compare import same_answers
 from grpo_jax.rewards.math.vote import identify_answers
 
@@ -142,9 +142,9 @@ def test_rows_of_different_lengths():
 @pytest.mark.parametrize(("shape", "k"), [((2, 3), 4), ((2, 3), 0), ((2, 3), -1), ((0, 3), 1)])
 def test_k_is_checked_at_trace_time(shape, k):
     correct, ids = jax.ShapeDtypeStruct(shape, jnp.bool_), jax.ShapeDtypeStruct(shape, jnp.int32)
-    with pytest.raises(ValueError, match=f"k={k} must be from 1 to the 3 samples .* there are {shape[0]}"):
+    with pytest.raises(ValueError, match=f"k is {k} for {shape[0]} problems of 3 samples each; it must be from 1 to 3"):
         jax.eval_shape(lambda c: pass_at_k(c, k), correct)
-    with pytest.raises(ValueError, match=f"k={k} must be from 1 to the 3 samples"):
+    with pytest.raises(ValueError, match=f"k is {k} for {shape[0]} problems"):
         jax.eval_shape(lambda a, c: maj_at_k(a, c, k), ids, correct)
 
 
@@ -163,9 +163,9 @@ def test_the_figures_of_each_problem_are_those_of_that_problem_alone(key):
     answers = jnp.where(~correct & (answers == 0), 1, answers)
     for n in range(6):
         row = slice(n, n + 1)
-        np.testing.assert_allclose(pass_at_k_of_each(correct, 3)[n], pass_at_k(correct[row], 3), rtol=1e-6)
+        np.testing.assert_allclose(pass_at_k_per_problem(correct, 3)[n], pass_at_k(correct[row], 3), rtol=1e-6)
         share = brute_force_maj(np.asarray(answers[row]), np.asarray(correct[row]), 5)
-        np.testing.assert_allclose(maj_at_k_of_each(answers, correct, 5)[n], share, rtol=1e-6)
+        np.testing.assert_allclose(maj_at_k_per_problem(answers, correct, 5)[n], share, rtol=1e-6)
 
 
 # How sure a mean is --------------------------------------------------------------------------------------------------
@@ -304,9 +304,9 @@ def test_nothing_changed():
 @pytest.mark.parametrize("values", [[], [0.5, math.nan], [math.inf]])
 def test_figures_that_have_no_mean(values):
     values = np.array(values)
-    with pytest.raises(ValueError, match="needs finite figures of one problem or more"):
+    with pytest.raises(ValueError, match="needs a finite value for each of at least one problem"):
         estimate(values)
-    with pytest.raises(ValueError, match="needs finite figures"):
+    with pytest.raises(ValueError, match="needs a finite value"):
         paired_test(values, np.zeros(len(values)))
-    with pytest.raises(ValueError, match="needs finite figures"):
+    with pytest.raises(ValueError, match="needs a finite value"):
         paired_test(np.zeros(len(values)), values)
