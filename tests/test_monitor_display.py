@@ -6,15 +6,15 @@ from array import array
 import pytest
 
 from grpo_jax.monitor.display import (
-    FIGURES,
-    Figure,
+    DISPLAY_METRICS,
+    DisplayMetric,
     count,
     duration,
     number,
     one_decimal,
     percent,
     scientific,
-    select_figures,
+    select_metrics,
     small_percent,
     sparkline,
 )
@@ -65,7 +65,7 @@ def test_what_is_there_is_selected_in_order_and_once():
         "reward",
         "step",
     ]
-    labels = {figure.key: figure.label for figure in select_figures(FIGURES, keys)}
+    labels = {metric.key: metric.label for metric in select_metrics(DISPLAY_METRICS, keys)}
     assert labels == {
         "reward": "reward",
         "rewards/format/mean": "- format",
@@ -79,11 +79,11 @@ def test_what_is_there_is_selected_in_order_and_once():
 
 
 def test_a_star_fits_any_text_but_not_overlapping_ends():
-    figures = (Figure("a/*/a", "*"),)
-    assert [figure.label for figure in select_figures(figures, ["a/x/y/a", "a/a", "a/b", "a//a"])] == ["x/y", ""]
+    metrics = (DisplayMetric("a/*/a", "*"),)
+    assert [metric.label for metric in select_metrics(metrics, ["a/x/y/a", "a/a", "a/b", "a//a"])] == ["x/y", ""]
 
 
-def test_the_figures_the_view_promises():
+def test_the_metrics_the_view_promises():
     promised = {
         "reward",
         "pass_rate",
@@ -95,7 +95,7 @@ def test_the_figures_the_view_promises():
         "sampling/sampling_logp_difference/max",
         "tokens_per_second",
     }
-    assert promised <= {figure.key for figure in FIGURES if figure.main}
+    assert promised <= {metric.key for metric in DISPLAY_METRICS if metric.main}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from grpo_jax.monitor.display import Figure
+from grpo_jax.monitor.display import DisplayMetric
 from grpo_jax.monitor.progress import Progress
 
 METRICS = {
@@ -319,8 +319,8 @@ def test_long_runs_are_drawn_too(terminal):
 
 
 def test_figures_of_ones_own(plain):
-    own = (Figure("accuracy", "accuracy", main=True),)
-    with Progress("a run", console=plain.console, figures=own) as progress, progress.phase("RM", 1) as phase:
+    own = (DisplayMetric("accuracy", "accuracy", main=True),)
+    with Progress("a run", console=plain.console, metrics=own) as progress, progress.phase("RM", 1) as phase:
         phase.update(1, {"accuracy": 0.5, "reward": 1.0})
     assert "accuracy   0.5000" in plain.raw
     assert "reward" not in plain.raw

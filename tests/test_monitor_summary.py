@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_jax.monitor.display import best_evaluation, closing_line, ranking_figure
+from grpo_jax.monitor.display import best_evaluation, closing_line, ranking_metric
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_what_was_gained_and_where_everything_is(run_dir):
 
 def test_nothing_to_compare(run_dir):
     text = closing_line({}, {"reward": 1.0}, steps=1, seconds=1.0, run_dir=str(run_dir))
-    assert text.startswith("no figure was measured both before and after; 1 steps in 0:00:01\n")
+    assert text.startswith("no metric was measured both before and after; 1 steps in 0:00:01\n")
 
 
 def test_the_best_evaluation_is_ranked_by_the_first_figure_there_is():
@@ -35,10 +35,10 @@ def test_the_best_evaluation_is_ranked_by_the_first_figure_there_is():
         {"step": 4, "eval/pass@1": 0.5, "eval/loss": 2.0},
         {"step": 6, "eval/pass@1": None, "eval/loss": 0.5},
     ]
-    assert ranking_figure(rows) == "eval/pass@1"
+    assert ranking_metric(rows) == "eval/pass@1"
     assert best_evaluation(rows)["step"] == 4  # the latest of equal ones
     losses = [{name: value for name, value in row.items() if name != "eval/pass@1"} for row in rows]
-    assert ranking_figure(losses) == "eval/loss"
+    assert ranking_metric(losses) == "eval/loss"
     assert best_evaluation(losses)["step"] == 6  # less is better
     assert best_evaluation(rows[1:2]) is None
-    assert best_evaluation([]) is ranking_figure([]) is None
+    assert best_evaluation([]) is ranking_metric([]) is None

@@ -12,7 +12,7 @@ import jax
 from grpo_jax import models
 from grpo_jax.jsonl import Row
 from grpo_jax.loop.run import Run
-from grpo_jax.monitor.display import best_evaluation, number, ranking_figure
+from grpo_jax.monitor.display import best_evaluation, number, ranking_metric
 from grpo_jax.types import Params
 
 AnyState = TypeVar("AnyState")
@@ -31,7 +31,7 @@ def exported_params(
 
     Args:
         config: with ``export``, last or best.
-        run: its evaluations rank the steps, by the first figure of ``monitor.summary.RANKED_BY`` that it has.
+        run: its evaluations rank the steps, by the first figure of ``monitor.display.RANKED_BY`` that it has.
         state: of the last step; given up where another one is read from its checkpoint.
         steps: the number of the last step.
         params_of: from a state to the parameters that are exported.
@@ -77,7 +77,7 @@ def check_steps(run: Run, first: int, total: int, *, setting: str, decay: str) -
 
 def report_best(run: Run, evaluations: Sequence[Row], exported_step: int) -> None:
     """Say which step had the best held-out figure where it is not the last, and which one was exported."""
-    best, name = best_evaluation(evaluations), ranking_figure(evaluations)
+    best, name = best_evaluation(evaluations), ranking_metric(evaluations)
     if best is None or name is None or best["step"] == evaluations[-1]["step"]:
         return
     last = evaluations[-1].get(name)

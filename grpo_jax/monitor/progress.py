@@ -1,4 +1,4 @@
-"""The live view of a run: where it stands, what its figures are and how they got there."""
+"""The live view of a run: progress bars, metrics and their trends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_jax.jsonl import Row
-from grpo_jax.monitor.display import FIGURES, Figure, duration, select_figures, sparkline
+from grpo_jax.monitor.display import DISPLAY_METRICS, DisplayMetric, duration, select_metrics, sparkline
 from grpo_jax.monitor.samples import printable
 
 REFRESHES_PER_SECOND = 2
@@ -30,7 +30,7 @@ WIDTH_WITH_TWO_COLUMNS = 76
 
 
 class Phase:
-    """A stretch of the run with an end that can be counted towards; made by ``Progress.phase``."""
+    """A part of a run with a known number of steps; made by ``Progress.phase``."""
 
     def __init__(self, name: str, task: bars.Task, record: Callable[[Phase, int, Row], None]) -> None:
         self.name = name
@@ -40,30 +40,29 @@ class Phase:
         self._record = record
 
     def update(self, step: int, metrics: Row | None = None) -> None:
-        """Record that ``step`` steps of the phase are done, and the figures of the last one.
+        """Record the number of finished steps and the metrics of the last one.
 
         Args:
-            step: how many steps are done, those before a resume included.
-            metrics: names to numbers; text and None are passed over. Without them (a batch of an evaluation), only
-                the bar moves, and without a terminal nothing is printed.
+            step: number of finished steps, including those before a resume.
+            metrics: metrics by name; text and None are ignored. Without metrics (a batch of an evaluation), only the
+                bar moves, and plain output prints nothing.
         """
         self._record(self, step, metrics or {})
 
 
 class Progress:
-    """A context in which a run shows what it does: a live panel on a terminal, a line a step without one.
+    """Context manager that displays a run: a live panel on a terminal, otherwise one line for each step.
 
-    The panel is drawn by a thread of its own, at most twice a second, so an update costs the loop less than a
-    millisecond. When the context is left, by an error too, the panel stays as it stood, unless it is empty, and the
-    terminal is as before.
-    What is printed on ``console``, or with ``print``, appears above the panel.
+    A separate thread draws the panel at most twice a second, so that an update takes less than a millisecond. On exit,
+    also by an exception, the last panel remains unless it is empty, and the terminal is restored. Output to ``console``
+    or by ``print`` appears above the panel.
 
     Args:
-        title: what the run is called.
-        console: where to show it; a console of its own by default. ``Console(quiet=True)`` shows nothing.
-        plain: whether to print lines; by default, where ``console`` is not a terminal that can draw the panel.
-        figures: the figures to show of the metrics that are there.
-        clock: seconds that only grow.
+        title: title of the panel.
+        console: output console, a new one by default. ``Console(quiet=True)`` displays nothing.
+        plain: whether to print lines; by default, if ``console`` cannot draw the panel.
+        metrics: metrics to display.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -72,14 +71,14 @@ class Progress:
         *,
         console: Console | None = None,
         plain: bool | None = None,
-        figures: Sequence[Figure] = FIGURES,
+        metrics: Sequence[DisplayMetric] = DISPLAY_METRICS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console = console or Console()
         can_draw = self.console.is_terminal and not self.console.is_dumb_terminal
         self.plain = not (can_draw and self.console.encoding.startswith("utf")) if plain is None else plain
         self._title = title
-        self._figures = figures
+        self._metrics = metrics
         self._lock = threading.Lock()
         self._shown: Phase | None = None
         self._depth = 0
@@ -96,7 +95,7 @@ class Progress:
             console=self.console,
             expand=True,
             get_time=clock,
-            # Long enough for two of the slowest steps: less than two give no estimate.
+            # An estimate needs two steps within the period, and steps can be slow.
             speed_estimate_period=3600,
         )
         self._live = Live(
@@ -113,22 +112,22 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._live.transient = self._shown is None and not self._bars.tasks  # an empty panel says nothing
+        self._live.transient = self._shown is None and not self._bars.tasks  # remove an empty panel
         self.compiling(None)
         self._live.stop()
 
     @contextmanager
     def phase(self, name: str, total: int, *, start: int = 0, earlier: Sequence[Row] = ()) -> Iterator[Phase]:
-        """A part of the run with a bar of its own; one inside another (an evaluation) is shown below it.
+        """Context manager for a part of the run with its own progress bar; nested phases are shown below the outer one.
 
-        The figures on the screen are those of the phase that reported some last. An outermost phase ends with a line
-        that stays: whether it was done or stopped, after how long, and what its first figure went from and to.
+        The panel shows the metrics of the phase that reported last. An outermost phase ends with a permanent line:
+        done or stopped, the time, and the first and last value of its first metric.
 
         Args:
-            name: what is being done.
-            total: the steps it takes.
-            start: the steps a run that is resumed has behind it.
-            earlier: metrics of those steps and of the evaluation before the first; what figures "start" with.
+            name: label of the bar.
+            total: number of steps.
+            start: number of steps finished before a resume.
+            earlier: metrics rows of those steps and of the initial evaluation; the column "start" shows the first.
         """
         task = self._bars.add_task("  " * self._depth + name, total=total, completed=start)
         phase = Phase(name, self._bars.tasks[-1], self._record)
@@ -159,10 +158,9 @@ class Progress:
             self._print_line(self._line(phase, step, values))
 
     def compiling(self, name: str | None) -> None:
-        """Show that a program is being compiled; None when it is done.
+        """Display that a program is being compiled; None ends it.
 
-        The panel has a line for it. Without a terminal a line is printed where it takes over a second, for the first
-        such program of each outermost phase.
+        Plain output prints a line if it takes over a second, once for each outermost phase.
         """
         self._compiling = name
         if self._compile_timer is not None:
@@ -183,10 +181,10 @@ class Progress:
 
     def _line(self, phase: Phase, step: int, values: dict[str, float]) -> str:
         total = f"{phase.task.total:.0f}"
-        shown = [figure for figure in select_figures(self._figures, values) if figure.main]
-        # Evaluations are rare: behind the rest, they leave the columns of other lines in place.
-        shown.sort(key=lambda figure: figure.key.startswith("eval/"))
-        parts = [f"{figure.label} {figure.show(values[figure.key]):>8}" for figure in shown]
+        shown = [metric for metric in select_metrics(self._metrics, values) if metric.main]
+        # Evaluations are rare. At the end of the line they do not shift the columns of the others.
+        shown.sort(key=lambda metric: metric.key.startswith("eval/"))
+        parts = [f"{metric.label} {metric.show(values[metric.key]):>8}" for metric in shown]
         place = f"{phase.name} {step:>{len(total)}}/{total}"
         return "  ".join([place, f"left {duration(phase.task.time_remaining)}", *parts])
 
@@ -194,9 +192,9 @@ class Progress:
         task = phase.task
         resumed = f", resumed at {phase.start}" if phase.start else ""
         words = f"{phase.name}: {ending}, {task.completed:.0f} of {task.total:.0f} in {duration(task.elapsed)}{resumed}"
-        for figure in select_figures(self._figures, phase.history)[:1]:
-            values = phase.history[figure.key]
-            words += f", {figure.label} {figure.show(values[0])} -> {figure.show(values[-1])}"
+        for metric in select_metrics(self._metrics, phase.history)[:1]:
+            values = phase.history[metric.key]
+            words += f", {metric.label} {metric.show(values[0])} -> {metric.show(values[-1])}"
         return words
 
     def _panel(self) -> RenderableType:
@@ -219,8 +217,8 @@ class Progress:
             table.add_column("start", justify="right", style="dim", no_wrap=True, min_width=8)
             if trends:
                 table.add_column("", style="cyan", no_wrap=True, min_width=TREND_WIDTH)
-        figures = select_figures(self._figures, phase.history)
-        cells = [_cells(figure, phase.history[figure.key], trends) for figure in figures]
+        metrics = select_metrics(self._metrics, phase.history)
+        cells = [_cells(metric, phase.history[metric.key], trends) for metric in metrics]
         height = -(-len(cells) // blocks)
         for row in range(height):
             columns = [cells[place] for place in range(row, len(cells), height)]
@@ -229,7 +227,7 @@ class Progress:
 
 
 def _append(history: dict[str, array], metrics: Row) -> dict[str, float]:
-    """Add a row's numbers, which are returned, to the courses of its figures."""
+    """Append the numbers of a metrics row to the history and return them."""
     values = {
         key: float(value) for key, value in metrics.items() if key != "step" and not isinstance(value, str | None)
     }
@@ -238,8 +236,8 @@ def _append(history: dict[str, array], metrics: Row) -> dict[str, float]:
     return values
 
 
-def _cells(figure: Figure, values: array, trends: bool) -> list[Text]:
-    cells = [Text(figure.label), Text(figure.show(values[-1])), Text(figure.show(values[0]))]
+def _cells(metric: DisplayMetric, values: array, trends: bool) -> list[Text]:
+    cells = [Text(metric.label), Text(metric.show(values[-1])), Text(metric.show(values[0]))]
     if trends:
         cells.append(Text(sparkline(values[:: max(1, len(values) // TREND_VALUES)], TREND_WIDTH)))
     return cells
