@@ -1,4 +1,4 @@
-"""Logs that survive a kill: files with one JSON object a line."""
+"""Crash-safe JSON lines: logs that a killed process leaves readable."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 Row = Mapping[str, Any]
-"""What is logged at one step: names to numbers (or text), ``step`` among them."""
+"""A log row: values by name, including ``step``."""
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Replace the file at ``path`` by ``data``: whoever reads it, or a kill, sees the old or the new file, whole.
+    """Replace a file atomically: a reader or a crash sees the complete old file or the complete new one.
 
     Args:
         path: the file.
-        data: what it is to hold; in parts, of which one is in memory at a time, if that is much.
+        data: the new content, as a whole or in chunks (of which one is in memory at a time).
     """
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
@@ -32,10 +32,10 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """``value`` in JSON's own types: arrays as lists, array scalars as numbers, NaN and infinities as None.
+    """``value`` as JSON types: arrays as lists, array scalars as numbers, paths as text, NaN and infinities as None.
 
     Raises:
-        TypeError: for anything JSON has no word for; the message names its type.
+        TypeError: ``value`` has no JSON equivalent.
     """
     match value:
         case None | bool() | int() | str():
@@ -55,11 +55,11 @@ def to_json(value: Any) -> Any:
 
 
 STEP_FIRST = re.compile(rb'\{"step": (-?\d+)[,}].*(?<=\})\s*$', re.DOTALL)
-"""A row whose first key is its step, which need not be parsed to know it."""
+"""A row whose first key is its step, which can be read without parsing the row."""
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Remove what follows the last newline of a file; of the file itself only its end is read."""
+    """Remove what follows the last newline of a file. Reads the file from its end."""
     with path.open("r+b") as file:
         end = size = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -89,24 +89,24 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a torn last line (one that no newline ends) is left out.
+    """The rows of a JSON-lines file; an incomplete last line (without a newline) is ignored.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object; the message names the file and the line.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not a JSON object; the message names file and line.
     """
     lines = _whole_lines(Path(path).read_bytes()).split(b"\n")[:-1]
     return [_parse(Path(path), number, line) for number, line in enumerate(lines, 1)]
 
 
 class JsonlLog:
-    """A file with one JSON object a line, appended to as a run goes on.
+    """An append-only log with one JSON object per line.
 
-    Every ``append`` reaches the operating system before it returns, so a killed process loses at most the line it was
-    writing. What a kill tore is removed when the file is opened again. No file handle stays open in between.
+    ``append`` hands its rows to the operating system before it returns, so that a killed process loses at most the line
+    it was writing. Opening the log removes an incomplete last line. No file handle stays open between calls.
 
     Args:
-        path: the file; it and its folder are made where they do not exist.
+        path: the file, which is created with its folder if it does not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -116,33 +116,33 @@ class JsonlLog:
         _cut_torn_line(self.path)
 
     def append(self, *rows: Row) -> None:
-        """Add rows, all of them in one write.
+        """Append rows in one write.
 
         Args:
-            rows: mappings with an integer ``step``; numbers may be Python's, NumPy's or JAX's. NaN and infinities,
-                which JSON lacks, are written as null.
+            rows: mappings with an integer ``step``; numbers may be Python's, NumPy's or JAX's. NaN and infinities are
+                written as null.
 
         Raises:
             ValueError: a row has no integer ``step``; nothing is written.
-            TypeError: a value that JSON has no word for; nothing is written.
+            TypeError: a value has no JSON equivalent; nothing is written.
         """
         text = "".join(json.dumps(self._stepped(row), ensure_ascii=False) + "\n" for row in rows)
         with self.path.open("ab") as file:
-            # A lone surrogate has no UTF-8; its backslash form is JSON's own way to write it.
+            # A lone surrogate cannot be encoded as UTF-8; JSON writes it as a backslash escape.
             file.write(text.encode("utf-8", "backslashreplace"))
 
     def rewind(self, step: int) -> int:
-        """Drop the rows of steps after ``step``, so that a run resumed there continues its file as if never stopped.
+        """Remove the rows after ``step``, for a run that resumes from there.
 
-        The lines that stay keep their bytes, and the file is replaced in one move.
+        The file is replaced atomically, and the remaining lines are unchanged to the byte.
 
         Returns:
-            How many rows were dropped.
+            Number of removed rows.
 
         Raises:
-            ValueError: a line is not a JSON object with a ``step``; the message names the file and the line.
+            ValueError: a line is not a JSON object with a ``step``; the message names file and line.
         """
-        # Twice through the file, a line in memory at a time: completions of every step may be gigabytes.
+        # Two passes with one line in memory: the completions of all steps may take gigabytes.
         dropped = sum(self._step(number, line) > step for number, line in self._lines())
         if dropped:
             write_atomically(self.path, (line for number, line in self._lines() if self._step(number, line) <= step))

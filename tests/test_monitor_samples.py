@@ -107,7 +107,7 @@ def test_shorten(text, limit):
 
 
 def test_shorten_refuses_a_limit_that_shows_nothing():
-    with pytest.raises(ValueError, match="60 characters or more, not to 59"):
+    with pytest.raises(ValueError, match="limit is 59; it must be at least 60"):
         shorten("a", 59)
 
 

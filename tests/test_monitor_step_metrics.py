@@ -1,4 +1,4 @@
-"""The figures of a step's completions and rewards, against values computed by hand."""
+"""Metrics of a step's completions and rewards, against values computed by hand."""
 
 import math
 

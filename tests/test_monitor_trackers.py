@@ -67,7 +67,7 @@ def test_the_extras_exist():
 
 def test_unknown_trackers(tmp_path):
     with pytest.raises(
-        ValueError, match=r"unknown trackers \['mlflow'\]; there are \['tensorboard', 'trackio', 'wandb'\]"
+        ValueError, match=r"unknown trackers \['mlflow'\]; choose from \['tensorboard', 'trackio', 'wandb'\]"
     ):
         open_trackers(["mlflow"], tmp_path, {})
 

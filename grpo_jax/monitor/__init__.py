@@ -1,1 +1,1 @@
-"""What people see of a run: metrics on file, a live view, samples, curves, and what was gained."""
+"""Monitoring of a run: step metrics, live view, sample tables, plots, alarms and trackers."""

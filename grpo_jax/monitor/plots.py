@@ -1,4 +1,4 @@
-"""The curves of a run as one picture."""
+"""Plots of a run's metrics as one PNG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563eb", "#ea580c", "#059669", "#7c3aed", "#94a3b8"
 INK, FAINT = "#1e293b", "#e2e8f0"
-COLUMNS, MOST_PANELS = 3, 6
+COLUMNS, MAX_PANELS = 3, 6
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Curve:
     """A metric in a panel.
 
     Attributes:
-        key: its name; a ``*`` at the end stands for any text, and for the same text in the label.
-        label: what the legend calls it.
-        colour: its colour.
-        points: whether it was measured only now and then: no running mean, and a dot for each value.
+        key: name of the metric. A ``*`` at the end matches any text and stands for the same text in ``label``.
+        label: name in the legend.
+        colour: hexadecimal colour.
+        points: whether to draw a marker for each value instead of a running mean, for metrics of evaluations.
     """
 
     key: str
@@ -90,43 +90,42 @@ PANELS = (
     Panel("loss", (Curve("loss", "loss", BLUE),)),
     Panel("learning rate", (Curve("learning_rate", "rate", BLUE),)),
 )
-"""In order of importance: a picture shows the first six that have anything to show."""
+"""By priority: a picture shows the first six panels that have data."""
 
 
 def series(rows: Sequence[Row], key: str, *, positive: bool = False) -> Float[np.ndarray, "N 2"]:
-    """The (step, value) pairs of one metric, by step, where it is there and finite (and, if asked for, positive)."""
+    """``(step, value)`` pairs of the finite values of a metric, by step; with ``positive``, only positive values."""
     pairs = [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
     kept = sorted(pair for pair in pairs if math.isfinite(pair[1]) and not (positive and pair[1] <= 0))
     return np.asarray(kept, float).reshape(-1, 2)
 
 
 def running_mean(values: Float[np.ndarray, " N"], window: int) -> Float[np.ndarray, " N"]:
-    """The mean of the ``window`` (an odd number of) values around each, of fewer at the ends."""
+    """The centred moving average over ``window`` (odd) values, over fewer at the ends."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def plot_curves(rows: Sequence[Row], path: str | Path, *, title: str) -> None:
-    """Draw the curves of a run as a PNG that can be read at 900 pixels.
+    """Plot the metrics of a run as a PNG that is legible at 900 pixels width.
 
-    Panels: reward and pass rate with the held-out evaluations, completion length, entropy, KL, the gap between sampler
-    and trainer, the share of groups without variance. Where one has no data, the next in line (gradient norm, loss,
-    learning rate) takes its place. Every step is drawn faint, a running mean over a twentieth of the run bold.
+    Shows the first six of ``PANELS`` that have data: values of every step as thin lines, and bold a running mean over a
+    twentieth of the run.
 
     Args:
-        rows: metrics with their ``step``, as ``read_jsonl`` returns them.
-        path: where the picture goes; its folder must exist.
-        title: what stands above it.
+        rows: metrics rows with their ``step``.
+        path: output file; its folder must exist.
+        title: title of the picture.
 
     Raises:
-        ValueError: the rows have none of the metrics that are drawn; the message lists these.
+        ValueError: the rows have none of the plotted metrics; the message lists them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = {name for row in rows for name in row}
     panels = [replace(panel, curves=_present(panel.curves, names)) for panel in PANELS]
-    drawn = [panel for panel in panels if any(len(_points(rows, panel, curve)) for curve in panel.curves)][:MOST_PANELS]
+    drawn = [panel for panel in panels if any(len(_points(rows, panel, curve)) for curve in panel.curves)][:MAX_PANELS]
     if not drawn:
         raise ValueError(
             f"none of the {len(rows)} rows has a finite value to plot; one of these keys is needed: "
@@ -149,7 +148,7 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, title: str) -> None:
 
 
 def _present(curves: Sequence[Curve], names: Collection[str]) -> tuple[Curve, ...]:
-    """The curves of these metrics; one whose key ends in ``*`` is one curve for each that begins like it."""
+    """The curves whose metrics are in ``names``; a ``*`` becomes one curve for every match."""
     found = []
     for curve in curves:
         start = curve.key.removesuffix("*")

@@ -1,4 +1,4 @@
-"""Sample completions: tables in the terminal, rows in the log, and the choice of which are shown."""
+"""Sample completions: terminal tables, log rows, and the choice of which samples to show."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LINE_BREAKS = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and what it was worth.
+    """A completion with its scores.
 
     Attributes:
-        prompt: the prompt's text.
-        completion: the completion's text.
-        rewards: each part of the reward by its name; None or NaN where a part is absent.
-        reward: their weighted sum; None where nothing is rewarded.
-        advantage: what it was learnt from with; None where it was not.
-        answer: the gold answer, where there is one.
-        note: what rewards had to say of it, such as an interpreter's message.
-        why: why it was chosen to be read.
+        prompt: text of the prompt.
+        completion: text of the completion.
+        rewards: scores by reward name; None or NaN where absent.
+        reward: total reward (weighted sum); None where absent.
+        advantage: advantage in the update; None if the sample was not in it.
+        answer: gold answer; None if unknown.
+        note: message of the rewards, such as an interpreter's error.
+        why: reason for showing the sample.
     """
 
     prompt: str
@@ -41,24 +41,23 @@ class Sample:
     why: str = ""
 
     def row(self, step: int) -> dict[str, Any]:
-        """The sample as a line of ``completions.jsonl``; a part of the reward stands under ``rewards/<name>``."""
-        parts = {f"rewards/{name}": value for name, value in self.rewards.items()}
+        """The sample as a row of ``completions.jsonl``, with scores as ``rewards/<name>``."""
+        scores = {f"rewards/{name}": value for name, value in self.rewards.items()}
         text = {"prompt": self.prompt, "completion": self.completion, "answer": self.answer}
-        text |= {name: said for name, said in (("note", self.note), ("why", self.why)) if said}
-        row = {"step": step, **text, "reward": self.reward, **parts, "advantage": self.advantage}
+        text |= {name: value for name, value in (("note", self.note), ("why", self.why)) if value}
+        row = {"step": step, **text, "reward": self.reward, **scores, "advantage": self.advantage}
         return {name: value for name, value in row.items() if value is not None or name not in ("reward", "advantage")}
 
 
 def can_show(character: str, encoding: str) -> bool:
-    """Whether a character prints as itself: neither a control nor an invisible one, and part of the encoding."""
+    """Whether a character is printable (not a control or invisible character) and in the encoding."""
     return character.isprintable() and character.encode(encoding, "ignore") != b""
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    r"""``text`` with every character that would not print as itself as an escape: ``\n``, ``\x1b``, ``\u202e``.
+    r"""``text`` with unprintable characters escaped, such as ``\n``, ``\x1b`` and ``\u202e``.
 
-    Control characters, terminal sequences and marks that reorder text lose their effect, and an output with this
-    encoding takes the result without an error.
+    Disarms control characters, terminal sequences and bidirectional marks. The result can be encoded in ``encoding``.
     """
     return "".join(
         character if can_show(character, encoding) else character.encode("unicode_escape").decode()
@@ -67,13 +66,13 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """``text`` where it has at most ``limit`` characters; else its beginning and end, and between them its length.
+    """``text``, shortened in the middle to ``limit`` characters, with a note of its full length there.
 
     Raises:
-        ValueError: ``limit`` is below 60, where little but that note would be left.
+        ValueError: ``limit`` is below 60, which leaves little room besides the note.
     """
     if limit < 60:
-        raise ValueError(f"a text is shortened to 60 characters or more, not to {limit}")
+        raise ValueError(f"limit is {limit}; it must be at least 60 characters")
     if len(text) <= limit:
         return text
     note = f" ... [{len(text):,} characters] ... "
@@ -85,17 +84,17 @@ def shorten(text: str, limit: int) -> str:
 def print_samples(
     samples: Sequence[Sample], step: int, console: Console, *, plain: bool | None = None, limit: int = 600
 ) -> None:
-    """Print completions with their rewards: a table on a terminal, a few plain lines for each without one.
+    """Print completions with their rewards: a table on a terminal, otherwise a few lines for each sample.
 
-    The texts are untrusted. Neither markup nor control sequences in them are interpreted; what would not print as
-    itself is shown as an escape, except that a table breaks lines where the text does, at the first twenty places.
+    The texts are untrusted: markup and control sequences are not interpreted, and unprintable characters are escaped.
+    A table keeps the first twenty line breaks of a text.
 
     Args:
-        samples: what to print; nothing is printed for none.
-        step: the step they were drawn at.
-        console: where to print.
-        plain: whether to print plain lines; by default, where ``console`` is no terminal.
-        limit: how many characters of a text are shown, at least 60; of a longer one, beginning and end.
+        samples: the samples; without any, nothing is printed.
+        step: training step, for the title.
+        console: output console.
+        plain: whether to print plain lines; by default, if ``console`` is not a terminal.
+        limit: maximum characters of a text, at least 60; longer texts are shortened in the middle.
     """
     if not samples:
         return
@@ -104,8 +103,8 @@ def print_samples(
         return
     lines = [f"samples at step {step}"]
     for place, sample in enumerate(samples, 1):
-        figures = "  ".join(f"{name} {value}" for name, value in _figures(sample, console.encoding))
-        lines.append(f"  [{place}] {figures}".rstrip() + (f"  ({sample.why})" if sample.why else ""))
+        scores = "  ".join(f"{name} {value}" for name, value in _scores(sample, console.encoding))
+        lines.append(f"  [{place}] {scores}".rstrip() + (f"  ({sample.why})" if sample.why else ""))
         lines.append(f"      prompt: {printable(shorten(sample.prompt, limit), console.encoding)}")
         lines.append(f"      completion: {printable(shorten(sample.completion, limit), console.encoding)}")
         if sample.answer is not None:
@@ -115,7 +114,7 @@ def print_samples(
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
-def _figures(sample: Sample, encoding: str) -> list[tuple[str, str]]:
+def _scores(sample: Sample, encoding: str) -> list[tuple[str, str]]:
     parts = [(printable(name, encoding), _value(value)) for name, value in sample.rewards.items()]
     reward = [] if sample.reward is None else [("reward", _value(sample.reward))]
     advantage = [] if sample.advantage is None else [("advantage", f"{sample.advantage:+.2f}")]
@@ -130,24 +129,24 @@ def _table(samples: Sequence[Sample], step: int, encoding: str, limit: int) -> T
     table = Table(title=f"samples at step {step}", box=box.ROUNDED, expand=True, show_lines=True, border_style="dim")
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=5, overflow="fold")
-    has_figures = any(_figures(sample, encoding) for sample in samples)
-    if has_figures:
+    has_scores = any(_scores(sample, encoding) for sample in samples)
+    if has_scores:
         table.add_column("reward")
     for sample in samples:
-        figures = Table.grid(padding=(0, 1))
-        figures.add_column(style="dim")
-        figures.add_column(justify="right")
-        for name, value in _figures(sample, encoding):
-            figures.add_row(Text(name), Text(value, style=_colour(sample.advantage) if name == "advantage" else ""))
-        asked = _text(sample.prompt, encoding, limit)
+        scores = Table.grid(padding=(0, 1))
+        scores.add_column(style="dim")
+        scores.add_column(justify="right")
+        for name, value in _scores(sample, encoding):
+            scores.add_row(Text(name), Text(value, style=_colour(sample.advantage) if name == "advantage" else ""))
+        prompt = _text(sample.prompt, encoding, limit)
         if sample.answer is not None:
-            asked.append("\nanswer ", style="dim").append_text(_text(sample.answer, encoding, limit))
+            prompt.append("\nanswer ", style="dim").append_text(_text(sample.answer, encoding, limit))
         if sample.why:
-            asked.append(f"\n{sample.why}", style="dim italic")
-        said = _text(sample.completion, encoding, limit)
+            prompt.append(f"\n{sample.why}", style="dim italic")
+        completion = _text(sample.completion, encoding, limit)
         if sample.note:
-            said.append("\nnote ", style="dim").append_text(_text(sample.note, encoding, limit))
-        table.add_row(asked, said, *([figures] if has_figures else []))
+            completion.append("\nnote ", style="dim").append_text(_text(sample.note, encoding, limit))
+        table.add_row(prompt, completion, *([scores] if has_scores else []))
     return table
 
 
@@ -170,38 +169,37 @@ def _text(text: str, encoding: str, limit: int) -> Text:
 
 
 def spot_checks(samples: Sequence[Sample], *, group_size: int, seed: int) -> list[Sample]:
-    """Up to four samples of a step, each with why it was chosen: what is to be found is found at the edges.
+    """Up to four samples of a step to read, mostly outliers, where errors of a reward show; ``why`` has the reason.
 
-    - the highest reward above the mean of its group: what paid where its siblings did not;
-    - the largest disagreement between two parts of the reward, each against its own course over the step: what
-      satisfies one and not the other;
+    - the highest reward above the mean of its group;
+    - the largest disagreement between two rewards, each standardized over the step;
     - the lowest reward below the mean of its group;
-    - one at random, so that the rest is seen too.
+    - one at random.
 
-    Samples without a reward are chosen only at random, and nothing is chosen twice.
+    Samples without a reward are chosen only at random, and no sample is chosen twice.
 
     Args:
-        samples: those of a group adjacent.
-        group_size: samples for each prompt.
-        seed: of the random one.
+        samples: samples of the step; those of a group are adjacent.
+        group_size: samples per prompt.
+        seed: seed of the random choice.
     """
     rewards = np.array([sample.reward for sample in samples], float)
     groups = rewards.reshape(-1, group_size)
     present = ~np.isnan(groups)
     means = np.where(present, groups, 0).sum(1) / np.maximum(present.sum(1), 1)
-    jump = rewards - np.repeat(means, group_size)
+    centred = rewards - np.repeat(means, group_size)
     chosen: dict[int, str] = {}
 
-    def choose(surprise: np.ndarray, why: str) -> None:
-        surprise = np.where(np.isnan(surprise), -np.inf, surprise)
-        surprise[list(chosen)] = -np.inf
-        place = int(surprise.argmax())
-        if surprise[place] > 0:
+    def choose(score: np.ndarray, why: str) -> None:
+        score = np.where(np.isnan(score), -np.inf, score)
+        score[list(chosen)] = -np.inf
+        place = int(score.argmax())
+        if score[place] > 0:
             chosen[place] = why
 
-    choose(jump, "highest reward above its group")
+    choose(centred, "highest reward above its group")
     choose(np.where(np.isnan(rewards), np.nan, disagreement(samples)), "largest disagreement between parts")
-    choose(-jump, "lowest reward below its group")
+    choose(-centred, "lowest reward below its group")
     rest = [place for place in range(len(samples)) if place not in chosen]
     if rest:
         chosen[rest[np.random.default_rng(seed).integers(len(rest))]] = "at random"
@@ -209,7 +207,7 @@ def spot_checks(samples: Sequence[Sample], *, group_size: int, seed: int) -> lis
 
 
 def disagreement(samples: Sequence[Sample]) -> np.ndarray:
-    """For each sample the largest difference between two of its parts, each standardized over the samples."""
+    """``[samples]`` largest difference between two rewards of a sample, each standardized over the samples."""
     names = [*dict.fromkeys(name for sample in samples for name in sample.rewards)]
     values = [[np.nan if (x := sample.rewards.get(name)) is None else x for name in names] for sample in samples]
     parts = np.array(values, float).reshape(len(samples), -1)

@@ -1,4 +1,4 @@
-"""The figures of one step's completions and rewards, under TRL's names."""
+"""Metrics of one step's completions and rewards, under TRL's names."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import numpy as np
 
 
 def completion_metrics(lengths: np.ndarray, truncated: np.ndarray) -> dict[str, float]:
-    """Lengths in tokens (the ending one included) and the share of completions that were cut off.
+    """Statistics of completion lengths, and the fraction of truncated completions.
 
     Args:
-        lengths: ``[B]`` int.
+        lengths: ``[B]`` int, in tokens, the ending token included.
         truncated: ``[B]`` bool.
 
     Returns:
-        ``completions/...``; those of terminated completions only where there are any.
+        ``completions/mean_length``, ``min_length``, ``max_length``, ``clipped_ratio`` (fraction truncated) and, unless
+        all are truncated, ``mean_terminated_length``.
     """
     metrics = {
         "completions/mean_length": float(lengths.mean()),
@@ -29,18 +30,18 @@ def completion_metrics(lengths: np.ndarray, truncated: np.ndarray) -> dict[str, 
 
 
 def reward_metrics(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_size: int) -> dict[str, float]:
-    """Mean rewards, how they spread within groups, and how many groups carry no signal. NaN is an absent reward.
+    """Means and standard deviations of rewards, and the fraction of groups without a learning signal.
 
     Args:
-        total: ``[B]``, what is learnt from; rows of a group adjacent.
-        parts: the same shape, each part by its name.
-        group_size: samples for each prompt.
+        total: ``[B]`` total rewards, NaN where absent; the rows of a group are adjacent.
+        parts: ``[B]`` scores of each reward by name, NaN where absent.
+        group_size: samples per prompt.
 
     Returns:
-        ``reward``; ``reward_std``, the mean over groups of the standard deviation within one (ddof 1, as TRL's);
-        ``frac_reward_zero_std``, the share of groups in which all rewards are equal, where a group has more than one;
-        ``frac_reward_absent``; and for
-        each part ``rewards/<name>/mean`` and ``/std``. What nothing is present for is left out.
+        ``reward``; ``reward_std``, the mean over groups of the standard deviation within a group (ddof 1, as in TRL);
+        ``frac_reward_zero_std``, the fraction of groups whose rewards are all equal (for ``group_size`` above 1);
+        ``frac_reward_absent``; and for each part ``rewards/<name>/mean`` and ``/std``. A metric without any value is
+        left out.
     """
     present = ~np.isnan(total)
     metrics = {"frac_reward_absent": float(1 - present.mean())}
@@ -61,7 +62,7 @@ def reward_metrics(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_
 
 
 def _sample_std(rows: np.ndarray) -> np.ndarray:
-    """The deviation of each row (ddof 1) over what is present; 0 for a row with a single value."""
+    """The standard deviation of each row (ddof 1) without NaN; 0 for a single value."""
     counts = (~np.isnan(rows)).sum(1)
     centred = rows - np.nanmean(rows, axis=1, keepdims=True)
     return np.sqrt(np.nansum(centred**2, axis=1) / np.maximum(counts - 1, 1))

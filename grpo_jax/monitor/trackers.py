@@ -1,4 +1,4 @@
-"""Trackers that metrics can be sent to besides the files of a run; their packages are optional and imported late."""
+"""Experiment trackers: TensorBoard, Weights & Biases, trackio. Their packages are optional and imported when used."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from grpo_jax.jsonl import Row, to_json, write_atomically
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where metrics can go besides the files of the run."""
+    """An experiment tracker."""
 
     def log(self, metrics: Row, step: int) -> None:
-        """Record the numbers among ``metrics`` at ``step``."""
+        """Log the numbers among ``metrics`` at ``step``."""
         ...
 
     def close(self) -> None:
-        """Send what is left and end the record."""
+        """Flush and close the tracker."""
         ...
 
 
@@ -32,10 +32,10 @@ def _numbers(metrics: Row) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Scalars in ``run_dir/tensorboard``, written with tensorboardX.
+    """TensorBoard scalars in ``run_dir/tensorboard``, written with tensorboardX.
 
-    TensorBoard allows no ``@`` in a name: ``eval/pass@1`` is ``eval/pass_at_1`` there.
-    On a resume, TensorBoard discards what an earlier process wrote for steps from ``first_step`` on.
+    Names cannot contain ``@``: ``eval/pass@1`` becomes ``eval/pass_at_1``. On resume, TensorBoard discards values that
+    an earlier process wrote for steps from ``first_step`` on.
     """
 
     def __init__(self, package: ModuleType, run_dir: Path, config: Row, first_step: int) -> None:
@@ -45,20 +45,20 @@ class TensorBoard:
         self._writer.add_text("config", f"    {settings}", first_step)
 
     def log(self, metrics: Row, step: int) -> None:
-        """Record the numbers among ``metrics`` at ``step``."""
+        """Log the numbers among ``metrics`` at ``step``."""
         for name, value in _numbers(metrics).items():
             self._writer.add_scalar(name.replace("@", "_at_"), value, step)
 
     def close(self) -> None:
-        """Send what is left and end the record."""
+        """Flush and close the tracker."""
         self._writer.close()
 
 
 class WandB:
-    """A run on Weights & Biases; a resumed run continues it.
+    """A Weights & Biases run, continued on resume.
 
-    The project is that of the environment variable ``WANDB_PROJECT``, else ``grpo_jax``. Curves are drawn over
-    ``step``; the steps a resumed run repeats are drawn twice.
+    The project is the environment variable ``WANDB_PROJECT``, by default ``grpo_jax``. The x axis is ``step``; steps
+    repeated after a resume are logged twice.
     """
 
     def __init__(self, package: ModuleType, run_dir: Path, config: Row, first_step: int) -> None:
@@ -70,28 +70,28 @@ class WandB:
             config=to_json(config),
             resume="allow",
         )
-        # W&B's own step only ever grows, and would drop what a resumed run repeats.
+        # W&B's own step must increase, so that it would drop steps repeated after a resume.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Row, step: int) -> None:
-        """Record the numbers among ``metrics`` at ``step``."""
+        """Log the numbers among ``metrics`` at ``step``."""
         self._run.log({**_numbers(metrics), "step": step})
 
     def close(self) -> None:
-        """Send what is left and end the record."""
+        """Flush and close the tracker."""
         self._run.finish()
 
 
 class Trackio:
-    """A run in trackio's local dashboard; a resumed run continues it, and draws the steps it repeats twice.
+    """A run in trackio's local dashboard, continued on resume; steps repeated after a resume are logged twice.
 
-    The project is that of the environment variable ``TRACKIO_PROJECT``, else ``grpo_jax``.
+    The project is the environment variable ``TRACKIO_PROJECT``, by default ``grpo_jax``.
     """
 
     def __init__(self, package: ModuleType, run_dir: Path, config: Row, first_step: int) -> None:
         self._run = package.init(
             project=os.environ.get("TRACKIO_PROJECT", "grpo_jax"),
-            # trackio knows a run by its name alone, and two run folders may share theirs.
+            # trackio identifies a run by its name, and two run folders may have the same name.
             name=f"{run_dir.resolve().name}-{_tracker_id(run_dir)[:6]}",
             config=to_json(config),
             resume="allow",
@@ -99,11 +99,11 @@ class Trackio:
         )
 
     def log(self, metrics: Row, step: int) -> None:
-        """Record the numbers among ``metrics`` at ``step``."""
+        """Log the numbers among ``metrics`` at ``step``."""
         self._run.log(_numbers(metrics), step=step)
 
     def close(self) -> None:
-        """Send what is left and end the record."""
+        """Flush and close the tracker."""
         self._run.finish()
 
 
@@ -122,22 +122,22 @@ TRACKERS = {
 
 
 def open_trackers(names: Sequence[str], run_dir: str | Path, config: Row, *, first_step: int = 0) -> list[Tracker]:
-    """Open the trackers of these names, before anything is spent on a run that could not be tracked.
+    """Open trackers. If one cannot be opened, none stays open.
 
     Args:
-        names: of ``tensorboard``, ``wandb``, ``trackio``.
-        run_dir: the folder of the run; what the trackers keep goes here.
-        config: the settings of the run, recorded with it.
-        first_step: the first step that will be logged; above 0 the run is a resumed one.
+        names: any of ``tensorboard``, ``wandb`` and ``trackio``.
+        run_dir: folder of the run, which also receives the trackers' files.
+        config: settings of the run, logged with it.
+        first_step: first step that will be logged; above 0 for a resumed run.
 
     Raises:
-        ValueError: a name is not among those.
-        ImportError: a tracker's package is not installed; the message says how to install it.
-        Exception: what a tracker itself raises as it opens. In every case no tracker stays open.
+        ValueError: an unknown name.
+        ImportError: the package of a tracker is not installed; the message says how to install it.
+        Exception: any error of a tracker when it opens.
     """
     unknown = sorted(set(names) - set(TRACKERS))
     if unknown:
-        raise ValueError(f"unknown trackers {unknown}; there are {sorted(TRACKERS)}")
+        raise ValueError(f"unknown trackers {unknown}; choose from {sorted(TRACKERS)}")
     packages = {name: _import(TRACKERS[name][0], extra=name) for name in names}
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     opened: list[Tracker] = []
