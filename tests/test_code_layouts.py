@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.rewards.code import test_formats
+from grpo_jax.rewards.code.reward import code_reward
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 DATA = Path(__file__).parent / "data" / "code_problems.jsonl"
@@ -110,7 +111,7 @@ def check(problem, layout):
     tests = test_formats.tests_from_row(layout(problem))
     assert tests is not None
     completions = [f"```python\n{problem['solutions'][kind]}```" for kind in ("right", "wrong")]
-    graded = code.code_reward(["", ""], completions, tests=[tests, tests], total_seconds=60.0)
+    graded = code_reward(["", ""], completions, tests=[tests, tests], total_seconds=60.0)
     said = (problem["name"], layout.__name__, graded)
     assert graded[0].score == 1.0, said
     assert graded[1].score == float(problem["wrong_pass_share"] == 1), said
@@ -180,7 +181,7 @@ def test_what_the_prompt_of_humaneval_gives_is_there(prompt, name, test, right, 
     tests = test_formats.tests_from_row({"task_id": "x/0", "prompt": prompt, "entry_point": name, "test": test})
     alone = prompt[prompt.index(f"def {name}") :]
     programs = [prompt + right, alone + wrong, prompt + wrong]
-    graded = code.code_reward([prompt] * 3, [f"```python\n{each}```" for each in programs], tests=[tests] * 3)
+    graded = code_reward([prompt] * 3, [f"```python\n{each}```" for each in programs], tests=[tests] * 3)
     assert [each.score for each in graded] == [1.0, 0.0, 0.0], graded
 
 
@@ -188,4 +189,4 @@ def test_a_program_cannot_replace_what_the_prompt_gives():
     prompt, name, test, _, wrong = HUMANEVAL[0]
     tests = test_formats.tests_from_row({"prompt": prompt, "entry_point": name, "test": test})
     program = "def poly(xs, x):\n    return 0.0\n\n\n" + prompt[prompt.index("def root") :] + wrong
-    assert code.code_reward([prompt], [f"```python\n{program}```"], tests=[tests])[0].score == 0.0
+    assert code_reward([prompt], [f"```python\n{program}```"], tests=[tests])[0].score == 0.0
