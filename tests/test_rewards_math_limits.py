@@ -213,7 +213,7 @@ def test_a_form_of_other_answers_and_of_golds():
 
 
 @pytest.mark.parametrize(
-    ("question", "gold", "stands"),
+    ("question", "gold", "contains"),
     [
         ("Expand $(x+2)(x+5)$.", "x^2+7x+10", True),
         ("Factor $x^2+7x+10$.", "(x+2)(x+5)", True),
@@ -227,8 +227,8 @@ def test_a_form_of_other_answers_and_of_golds():
         ("Expand $(x+2)(x+5)$.", r"\foo", False),
     ],
 )
-def test_whether_the_answer_stands_in_the_question(question, gold, stands):
-    assert question_contains_answer(question, gold) == stands
+def test_question_contains_answer(question, gold, contains):
+    assert question_contains_answer(question, gold) == contains
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def _is_labelled_point(gold: Answer, answer: Answer) -> bool:
 
 
 def _same_part(gold: Answer, answer: Answer) -> bool:
-    """Equality of parts of answers, where a set with one element does not equal that element."""
+    """Whether two parts of answers are equal; a set with one element does not equal that element here."""
     return (gold.kind == "set") == (answer.kind == "set") and _same(gold, answer)
 
 

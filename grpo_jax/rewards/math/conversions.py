@@ -69,12 +69,9 @@ def _as_tuple(answer: Answer) -> Answer:
 
 def _as_unit_vectors(answer: Answer) -> Answer:
     """A vector in two or three dimensions as a sum of multiples of i, j and k."""
-    scalars = ("number", "expression")
-    if (
-        answer.kind != "tuple"
-        or len(answer.value) not in (2, 3)
-        or any(part.kind not in scalars for part in answer.value)
-    ):
+    if answer.kind != "tuple" or len(answer.value) not in (2, 3):
+        return answer
+    if any(part.kind not in ("number", "expression") for part in answer.value):
         return answer
     parts = [("mul", as_node(part), ("variable", name)) for part, name in zip(answer.value, UNIT_VECTORS, strict=False)]
     terms = [part for part in parts if part[1] != ("number", 0)]  # zero components are not written
@@ -178,5 +175,5 @@ def _monomial_unit(node: Node) -> tuple[Fraction | None, str]:
     pairs = [_monomial_unit(part) for part in parts]
     if any(number is None for number, _ in pairs) or (name == "div" and pairs[1][0] != 1):
         return None, ""
-    coefficient = math.prod((number or 0 for number, _ in pairs), start=Fraction(1))
+    coefficient = Fraction(math.prod(number or 0 for number, _ in pairs))
     return coefficient, ("/" if name == "div" else " ").join(letters for _, letters in pairs if letters)

@@ -38,12 +38,13 @@ def has_form(text: str, gold: str, form: str) -> bool:
 
 def formulas(question: str) -> list[str]:
     """The distinct formulas in a question and the sides of their relations, at most ``MAX_FORMULAS``."""
-    found = [next(group for group in match if group) for match in DELIMITED.findall(question)]
-    if not found:
+    matches = [next(group for group in match if group) for match in DELIMITED.findall(question)]
+    if not matches:
         words = re.sub(r"(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z(])", "\n", question)
-        found = [match.strip(" .,") for match in PLAIN_FORMULA.findall(words) if OPERATOR.search(match)]
-    sides = [side for formula in found[:MAX_FORMULAS] for side in split_top_level(formula[:400], r"=|\\le|\\ge|<|>|,")]
-    return list(dict.fromkeys([*found[:MAX_FORMULAS], *sides]))[:MAX_FORMULAS]
+        matches = [match.strip(" .,") for match in PLAIN_FORMULA.findall(words) if OPERATOR.search(match)]
+    matches = matches[:MAX_FORMULAS]
+    sides = [side for formula in matches for side in split_top_level(formula[:400], r"=|\\le|\\ge|<|>|,")]
+    return list(dict.fromkeys([*matches, *sides]))[:MAX_FORMULAS]
 
 
 def _spelling(text: str) -> str:

@@ -31,9 +31,9 @@ def union(intervals: list[Interval]) -> tuple[Interval, ...] | None:
         sign = compare(interval.low, interval.high)
         if sign is None or sign > 0 or (sign == 0 and not (interval.low_closed and interval.high_closed)):
             return None
-    by_low_end = cmp_to_key(lambda a, b: compare(a.low, b.low) or int(b.low_closed) - int(a.low_closed))
+    ordered = sorted(intervals, key=cmp_to_key(lambda a, b: compare(a.low, b.low) or b.low_closed - a.low_closed))
     merged: list[Interval] = []
-    for interval in sorted(intervals, key=by_low_end):
+    for interval in ordered:
         sign = compare(interval.low, merged[-1].high) if merged else 1
         if not merged or (sign or 0) > 0 or (sign == 0 and not (interval.low_closed or merged[-1].high_closed)):
             merged.append(interval)

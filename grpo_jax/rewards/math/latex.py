@@ -140,13 +140,9 @@ UNIT_VECTORS = (r"\veci", r"\vecj", r"\veck")
 LETTERS = {rf"\{name}" for name in GREEK.split()} | set(UNIT_VECTORS)
 FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln lg log exp sqrt frac binom min max"
 FUNCTIONS += " gcd lcm"
-SYMBOLS = (
-    "cdot times div pm mp pi infty le ge ne in cup cap setminus emptyset circ text mathbb overline begin end lfloor"
-)
-SYMBOLS += (
-    " rfloor lceil rceil over choose bar dot approx equiv pmod bmod mod parallel perp cong sim forall prime ldots"
-)
-SYMBOLS += " langle rangle angle triangle"
+SYMBOLS = "cdot times div pm mp pi infty le ge ne in cup cap setminus emptyset circ text mathbb overline begin end"
+SYMBOLS += " lfloor rfloor lceil rceil over choose bar dot approx equiv pmod bmod mod parallel perp cong sim forall"
+SYMBOLS += " prime ldots langle rangle angle triangle"
 ALLOWED = LETTERS | {r"\{", r"\}", r"\\"} | {rf"\{name}" for name in f"{FUNCTIONS} {SYMBOLS}".split()}
 SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
 SUPERSCRIPT_DIGITS = str.maketrans(SUPERSCRIPTS, "0123456789-")
@@ -184,19 +180,20 @@ def normalize(text: str) -> str | None:
     text = re.sub(f"[{SUPERSCRIPTS}]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPT_DIGITS)}}}", text)
     text = "".join(UNICODE.get(character, character) for character in text)
     if any(not (" " <= c <= "~" or c in "\n\t\u20ac\u00a3\u00a5\u20b9") for c in text):
-        return None
+        return None  # another script or an invisible character
     text = _remove_thousands_separators(text.replace("...", r"\ldots "))
     if re.search(r"(?<!\\)%(?=[^\s.,;$)\\}])", text):
         return None  # a LaTeX comment
     text = _join_formulas(_unwrap(text.replace("~", " ")))
     if re.search(r"\\text\s*\{[^}]*\\(?![%$&_ ,;])", text):
-        return None
-    for _ in range(2):
+        return None  # a command inside \text
+    for _ in range(2):  # exponents of units: \text{m^{2}/s^{2}}
         text = re.sub(r"(\\(?:text|mathrm|mbox) ?\{[^{}]*\^) ?\{ ?(-?\d) ?\}", r"\1\2", text)
     text = re.sub(r"\\not ?=|\\not ?\\eq(?![a-z])", r"\\ne ", text)
     text = re.sub(rf"\\operatorname\*? ?\{{ ?({FUNCTIONS.replace(' ', '|')}) ?\}}", r"\\\1 ", text)
     text = re.sub(r"\\(?:mathrm|text) ?\{(lcm|gcd|arc(?:sin|cos|tan)|sin|cos|tan|ln|log|exp)\}", r"\\\1 ", text)
     text = re.sub("\\\\text ?\\{ ?(\\\\?[$%:.\u20ac\u00a3\u00a5\u20b9]) ?\\}", r"\1", text)
+    # Row distances in matrices; {1}/{2}; binomials written C_5^3; x = \boxed{5}.
     text = re.sub(r"\\\\ ?\[ ?-?[\d.]+ ?(?:pt|em|ex|mm|cm) ?\]", r"\\\\", text)
     text = re.sub(r"\{ ?(-?\d+) ?\} ?/ ?\{ ?(\d+) ?\}", r"\1/\2", text)
     if (choose := CHOOSE.fullmatch(text)) and int(choose[3] or choose[4]) <= int(choose[1] or choose[2]):

@@ -1,4 +1,4 @@
-"""Final answers as mathematics: their kind, value, unit and name. What is ambiguous or unknown is not read."""
+"""Parser of final answers into ``Answer``. Ambiguous or unknown text is refused."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ MULTIPLE = re.compile(
     r"(-|-? ?(?:\d+|[a-dk-nr-t]|\\(?:lambda|mu) ?|\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})) ?(\(.+\)|\\langle.+\\rangle)"
 )
 ANSWER_WORDS = (
-    "the so thus therefore hence our final correct required total expected answer answers value result solution "
-    "solutions probability area volume length perimeter distance sum product number cost price speed time measure "
-    "minimum maximum"
+    "the|so|thus|therefore|hence|our|final|correct|required|total|expected|answer|answers|value|result|solution|"
+    "solutions|probability|area|volume|length|perimeter|distance|sum|product|number|cost|price|speed|time|measure|"
+    "minimum|maximum"
 )
 ANSWER_PREFIX = re.compile(
-    rf"(?:\\text ?\{{ ?)?(?:(?:{ANSWER_WORDS.replace(' ', '|')}),? )*(?:{ANSWER_WORDS.replace(' ', '|')}) ?(?:is|are|equals|=|:):?"
+    rf"(?:\\text ?\{{ ?)?(?:(?:{ANSWER_WORDS}),? )*(?:{ANSWER_WORDS}) ?(?:is|are|equals|=|:):?"
     r" ?(?:\} ?|(?=[\d\\(\-]))",
     re.IGNORECASE,
 )
-"""A value after words that say what it is. Any other words might say that it is something else: half of the answer."""
+"""Words that introduce the answer. Other words might introduce another value, such as "half of the answer is"."""
 SET_BUILDER = re.compile(rf"({NAME}) ?(?:\\in ?{REAL_SET.pattern})? ?(?:\||:|\\text ?\{{ ?such that ?\}}) ?(.+)")
 NUMBER_SET = re.compile(r"\\mathbb ?\{ ?([NZQC]) ?\}(?: ?\^ ?\{? ?([+\-*]) ?\}?)?")
 REALS_EXCEPT = re.compile(
@@ -62,17 +62,16 @@ REALS_EXCEPT = re.compile(
 
 @lru_cache(maxsize=4096)
 def read_answer(text: str) -> Answer | None:
-    """Read a final answer; None for what cannot be read without doubt, or takes more than the work allowed.
+    """Parse a final answer; None if it is ambiguous, unknown or exceeds the work limit.
 
-    Args:
-        text: LaTeX or plain text of at most 400 characters, without the sentence around it.
+    ``text`` is LaTeX or plain text of at most ``latex.MAX_LENGTH`` characters, without the sentence around it.
     """
-    tidied = normalize(text)
-    if tidied is None:
+    normalized = normalize(text)
+    if normalized is None:
         return None
     try:
         with work_limit():
-            return _read(tidied)
+            return _read(normalized)
     except (TooLargeError, RecursionError):
         return None
 
@@ -88,52 +87,53 @@ def _read(text: str) -> Answer | None:
         return _read(text[prefix.end() :].strip())
     readers = (read_numeral, _choice, read_number, read_ratio, _prose, _with_parameter, _congruence)
     for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
-        found = reader(text)
-        if found is not None:
-            return found if found.kind != "invalid" else None
+        answer = reader(text)
+        if answer is not None:
+            return answer if answer.kind != "invalid" else None
     return None
 
 
 def _choice(text: str) -> Answer | None:
     choice = read_choice(text)
-    rest = choice and _read(choice[1].strip())
-    if choice is None or rest is None or rest.letter or (rest.kind == "text" and len(rest.value) == 1):
+    content = choice and _read(choice[1].strip())
+    if choice is None or content is None or content.letter or (content.kind == "text" and len(content.value) == 1):
         return None
-    says_more = set(re.findall(r"[a-z]+", choice[1].lower())) & QUALIFIERS
-    return None if says_more else replace(rest, letter=choice[0])
+    is_qualified = QUALIFIERS & set(re.findall(r"[a-z]+", choice[1].lower()))
+    return None if is_qualified else replace(content, letter=choice[0])
 
 
 def _prose(text: str) -> Answer | None:
     plain = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).split())
     if match := REALS_EXCEPT.fullmatch(plain):
         points = "0" if match["nonzero"] else match["points"]
-        pieces = as_points(_read(points)) if points else ()
-        return INVALID if pieces is None else Answer("interval", complement(pieces))
+        excluded = as_points(_read(points)) if points else ()
+        return INVALID if excluded is None else Answer("interval", complement(excluded))
     if plain.lower() in NUMBER_WORDS:
         return Answer("number", Fraction(NUMBER_WORDS[plain.lower()]))
     return read_words(text)
 
 
 def _with_parameter(text: str) -> Answer | None:
-    r"""``\frac{\pi}{4}+k\pi, k \in \mathbb{Z}``."""
-    found = split_parameter(text)
-    answer = found and _read(found[0])
-    if found is None or answer is None:
+    r"""An answer that declares its parameter: ``\frac{\pi}{4}+k\pi, k \in \mathbb{Z}``."""
+    parts = split_parameter(text)
+    answer = parts and _read(parts[0])
+    if parts is None or answer is None:
         return None
-    # Of two letters, the argument of a function and a constant, the argument may be with_name otherwise.
-    return replace(answer, parameter=answer.parameter or found[1], domain=found[2] or answer.domain)
+    # With two parameters, the argument of a function and a constant, the argument is the one that may be renamed.
+    return replace(answer, parameter=answer.parameter or parts[1], domain=parts[2] or answer.domain)
 
 
 def _alternatives(text: str) -> Answer | None:
-    """Intervals, or values of one thing, joined by "or"."""
+    """Intervals or values joined by "or"."""
     parts = split_top_level(text, OR)
     if len(parts) == 1:
         return None
-    read = [_read(part) if part else None for part in parts]
-    if all(each is not None and each.kind == "interval" for each in read):
-        return _union(read)
-    if all(each is not None and each.kind == "text" and len(each.value) > 1 for each in read):
-        return Answer("text", " or ".join(sorted(each.value for each in read if each is not None)))
+    answers = [_read(part) if part else None for part in parts]
+    known = [answer for answer in answers if answer is not None]
+    if len(known) == len(answers) and all(answer.kind == "interval" for answer in known):
+        return _union(answers)
+    if len(known) == len(answers) and all(answer.kind == "text" and len(answer.value) > 1 for answer in known):
+        return Answer("text", " or ".join(sorted(answer.value for answer in known)))
     return _read_items("list", parts)
 
 
@@ -165,8 +165,8 @@ def _collection(text: str) -> Answer | None:
     )
     if len(parts) == 2:
         base, removed = (_as_intervals(_read(part)) if part else None for part in parts)
-        rest = None if base is None or removed is None else intersection(base, complement(removed))
-        return INVALID if rest is None else Answer("interval", rest)
+        remaining = None if base is None or removed is None else intersection(base, complement(removed))
+        return INVALID if remaining is None else Answer("interval", remaining)
     if (match := CASES.fullmatch(text)) and (r"{cases}" in text or "=" in text):
         return _cases([row.strip() for row in match[1].split(r"\\") if row.strip()])
     if match := MATRIX.fullmatch(text):
@@ -176,7 +176,7 @@ def _collection(text: str) -> Answer | None:
     if multiple := MULTIPLE.fullmatch(text):
         vector, factor = _read(multiple[2]), parse("-1" if multiple[1] == "-" else multiple[1])
         if vector is not None and vector.kind == "tuple" and factor is not None and all(map(is_scalar, vector.value)):
-            return Answer("tuple", tuple(_product(factor, each) for each in vector.value))
+            return Answer("tuple", tuple(_product(factor, entry) for entry in vector.value))
     point = re.fullmatch(r"([ABD-Z]) ?(\(.+\))", text)
     if point and _outer_brackets(point[2]) != (None, None) and len(split_top_level(point[2][1:-1], ",")) > 1:
         coordinates = _read(point[2])
@@ -196,9 +196,10 @@ def _collection(text: str) -> Answer | None:
     if len(items) == 2 and opening != r"\langle" and ((opening, closing) != ("(", ")") or r"\infty" in inner):
         low, high = (_scalar(item) for item in items)
         if low is not None and high is not None and is_constant_scalar(low) and is_constant_scalar(high):
-            finite = low.kind != "infinity", high.kind != "infinity"
-            return interval_answer([Interval(low, opening == "[" and finite[0], high, closing == "]" and finite[1])])
-        if low is not None and high is not None and opening != r"\{":
+            low_closed = opening == "[" and low.kind != "infinity"
+            high_closed = closing == "]" and high.kind != "infinity"
+            return interval_answer([Interval(low, low_closed, high, high_closed)])
+        if low is not None and high is not None:
             return Answer("tuple", (Answer("text", opening), low, high, Answer("text", closing)))
     if (opening, closing) in (("(", ")"), (r"\langle", r"\rangle")):
         return _read_items("tuple", items)
@@ -213,22 +214,22 @@ def _set(inner: str) -> Answer:
 
 
 def _cases(rows: list[str]) -> Answer:
-    """Values by their conditions, or a system of equations."""
+    """A function defined by cases, or a system of equations."""
     cells = [[cell.strip(" ,") for cell in split_top_level(row, "&")] for row in rows]
     if all(len(row) == 1 for row in cells) or all("=" in row[-1] and "=" not in row[0] for row in cells):
         return _read_items("list", ["".join(row) for row in cells])
     items = []
     for row in cells:
         condition = re.sub(r"\\text ?\{ ?(?:if|for|when) ?\}", "", row[-1]).strip()
-        read = _read(row[0]), _read(condition)
-        if len(row) != 2 or read[0] is None or read[1] is None:
+        pair = _read(row[0]), _read(condition)
+        if len(row) != 2 or None in pair:
             return INVALID
-        items.append(Answer("tuple", read))
+        items.append(Answer("tuple", pair))
     return Answer("cases", tuple(items))
 
 
 def _ungrouped(text: str) -> str | None:
-    """The inside of brackets that only group."""
+    """The content of brackets around the text that only group; None if there are none."""
     inner = text[1:-1].strip()
     if text[0] == "{" and text[-1] == "}" and balanced(inner) and not re.search(r"\\over(?![a-z])|\\choose", inner):
         return inner
@@ -236,12 +237,12 @@ def _ungrouped(text: str) -> str | None:
         return None
     if re.fullmatch(r"\\begin ?\{(matrix|array)\}.*\\end ?\{\1\}", inner):
         return inner
-    alone = len(split_top_level(inner, ",|;")) == 1 and not re.search(RELATION, inner)
-    return inner if text[0] == "(" and alone and not re.fullmatch(r"[A-Z]", inner) else None
+    is_single = len(split_top_level(inner, ",|;")) == 1 and not re.search(RELATION, inner)
+    return inner if text[0] == "(" and is_single and not re.fullmatch(r"[A-Z]", inner) else None
 
 
 def _as_intervals(part: Answer | None) -> tuple[Interval, ...] | None:
-    """The pieces of an interval_answer, of an open interval_answer that looks like a pair, or of a set of points."""
+    """The intervals of an interval, of a pair that may be an open interval, or of a set of points; else None."""
     part = part and (as_interval(part) or part)
     if part is None:
         return None
@@ -251,23 +252,23 @@ def _as_intervals(part: Answer | None) -> tuple[Interval, ...] | None:
 
 
 def _union(parts: list[Answer | None]) -> Answer:
-    """The union of sets or of intervals."""
+    """The union of sets or of intervals; ``INVALID`` if a part is neither."""
     names = {part.name for part in parts if part is not None and part.name}
     if len(names) > 1 or any(part is None for part in parts):
         return INVALID
     name = names.pop() if names else None
     if all(part is not None and part.kind == "set" for part in parts):
-        return Answer("set", tuple(each for part in parts if part is not None for each in part.value), name=name)
-    pieces = [_as_intervals(part) for part in parts]
-    if any(each is None for each in pieces):
+        return Answer("set", tuple(item for part in parts if part is not None for item in part.value), name=name)
+    unions = [_as_intervals(part) for part in parts]
+    if None in unions:
         return INVALID
-    return interval_answer([piece for each in pieces if each is not None for piece in each], name)
+    return interval_answer([interval for union in unions for interval in union or ()], name)
 
 
 def _outer_brackets(text: str) -> tuple[str, str] | tuple[None, None]:
-    """The brackets that hold the whole text, if one pair does."""
-    opening = next((each for each in (r"\{", r"\langle", "(", "[") if text.startswith(each)), None)
-    closing = next((each for each in (r"\}", r"\rangle", ")", "]") if text.endswith(each)), None)
+    """The pair of brackets around the whole text; ``(None, None)`` if there is none."""
+    opening = next((bracket for bracket in (r"\{", r"\langle", "(", "[") if text.startswith(bracket)), None)
+    closing = next((bracket for bracket in (r"\}", r"\rangle", ")", "]") if text.endswith(bracket)), None)
     curly = [opening == r"\{", opening == r"\langle"]
     if opening is None or closing is None or curly != [closing == r"\}", closing == r"\rangle"]:
         return None, None
@@ -284,54 +285,52 @@ def _elements(inner: str) -> list[str]:
 
 
 def _list(text: str) -> Answer | None:
+    r"""A list of answers, or the values of an expression with ``\pm``."""
     parts = _elements(text)
     if len(parts) > 1:
         return _read_items("list", parts)
     signs = re.findall(r"\\pm|\\mp", text)
     if not signs or len(signs) > 2:
         return None
-    choices = list(itertools.product("+-", repeat=2)) if signs == [r"\pm", r"\pm"] else None
-    if choices is None:
-        choices = [
-            ["+" if sign == r"\pm" else "-" for sign in signs],
-            ["-" if sign == r"\pm" else "+" for sign in signs],
-        ]
+    upper = ["+" if sign == r"\pm" else "-" for sign in signs]
+    lower = ["-" if sign == r"\pm" else "+" for sign in signs]
+    choices = itertools.product("+-", repeat=2) if signs == [r"\pm", r"\pm"] else (upper, lower)
     cases = []
     for choice in choices:
-        left = iter(choice)
-        cases.append(re.sub(r"\\pm|\\mp", lambda _, left=left: next(left), text).removeprefix("+").strip())
+        remaining = iter(choice)
+        cases.append(re.sub(r"\\pm|\\mp", lambda _, signs=remaining: next(signs), text).removeprefix("+").strip())
     return _read_items("list", cases)
 
 
 def _read_items(kind: str, parts: list[str]) -> Answer:
+    """A set, list or tuple of the parsed parts, whose names are checked; ``INVALID`` if a part cannot be parsed."""
     items: list[Answer] = []
     for part in parts:
         item = _read(part) if part else None
         if item is None:
             return INVALID
-        items += (
-            [replace(each, name=item.name) for each in item.value] if item.kind == "list" and r"\pm" in part else [item]
-        )
+        is_pair = item.kind == "list" and r"\pm" in part  # the values of an expression with \pm
+        items += [replace(value, name=item.name) for value in item.value] if is_pair else [item]
     if items and all(item.kind == "tuple" and re.fullmatch("[A-Z]", item.name or "") for item in items):
-        return Answer(kind, tuple(items))  # points by their labels
+        return Answer(kind, tuple(items))  # labelled points
     names = [item.name for item in items]
-    known = [name for name in names if name is not None]
+    given_names = [name for name in names if name is not None]
     if kind != "tuple" and names and names[0] and all(item.kind == "interval" for item in items if item.name):
         return _conjunction(items)
     bare = tuple(replace(item, name=None) for item in items)
-    if kind == "list" and len(set(known)) == len(names) > 1 and all(is_constant_scalar(item) for item in bare):
-        stems = {name.partition("_")[0] for name in known}
-        return Answer("list", bare) if len(stems) == 1 else named_values(known, bare)
+    if kind == "list" and len(set(given_names)) == len(names) > 1 and all(is_constant_scalar(item) for item in bare):
+        stems = {name.partition("_")[0] for name in given_names}
+        return Answer("list", bare) if len(stems) == 1 else named_values(given_names, bare)
     if kind == "list" and (solution := _solution(items)) is not None:
         return solution
-    is_named = len(set(known)) == 1 and (len(known) == len(names) or names[0] is not None)
-    if known and (kind == "tuple" or not is_named):
+    is_named = len(set(given_names)) == 1 and (len(given_names) == len(names) or names[0] is not None)
+    if given_names and (kind == "tuple" or not is_named):
         return INVALID
-    return Answer(kind, bare, name=known[0] if known else None)
+    return Answer(kind, bare, name=given_names[0] if given_names else None)
 
 
 def _solution(items: list[Answer]) -> Answer | None:
-    """``x = 2+3t, y = 1-2t``: values by name, where none of them has another's name in it; None for anything else."""
+    """The tuple of values of ``x = 2+3t, y = 1-2t``; None if a value contains one of the names."""
     names = [item.value[1] if item.kind == "equation" else item.name for item in items]
     values = [item.value[2] if item.kind == "equation" else replace(item, name=None) for item in items]
     if None in names or len(set(names)) < len(names) or len(names) < 2 or not all(map(is_scalar, values)):
@@ -341,8 +340,8 @@ def _solution(items: list[Answer]) -> Answer | None:
 
 
 def _conjunction(items: list[Answer]) -> Answer:
-    r"""``x > 1, x \ne 3`` or ``x \ne 1, 3``: all conditions on one variable hold, or one of them where all cannot."""
-    pieces, name, parts = (REALS,), items[0].name, []
+    r"""The intersection of conditions, ``x > 1, x \ne 3`` or ``x \ne 1, 3``; their union if it is empty."""
+    common, name, parts = (REALS,), items[0].name, []
     for item in items:
         if item.name != name and not (item.name is None and is_constant_scalar(item)):
             return INVALID
@@ -352,12 +351,11 @@ def _conjunction(items: list[Answer]) -> Answer:
             if len(excluded) != 1 or excluded[0].low != excluded[0].high:
                 return INVALID
             part = complement((Interval(item, True, item, True),))
-        both = intersection(pieces, part)
-        if both is None:
+        common = intersection(common, part)
+        if common is None:
             return INVALID
-        pieces = both
         parts += part
-    return Answer("interval", pieces, name=name) if pieces else interval_answer(parts, name)
+    return Answer("interval", common, name=name) if common else interval_answer(parts, name)
 
 
 def _matrix(inner: str, factor: str) -> Answer:

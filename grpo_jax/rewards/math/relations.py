@@ -34,11 +34,14 @@ Parser = Callable[[str], Answer | None]
 
 
 def read_relation(text: str, parse_side: Parser) -> Answer | None:
-    """An equation, an inequality or a membership; None for a text without a relation, or with several.
+    """Parse an equation, an inequality or a membership.
 
     Args:
-        text: normalize LaTeX.
-        parse_side: the reader of its sides.
+        text: normalized LaTeX.
+        parse_side: parser of the sides of the relation.
+
+    Returns:
+        The answer; ``INVALID`` for an invalid relation; None for a text without a relation or with a list of them.
     """
     if len(split_top_level(text, ",|;")) > 1 or re.search(AND, text):
         return None
@@ -64,7 +67,7 @@ def read_relation(text: str, parse_side: Parser) -> Answer | None:
 
 
 def _rounded(exact: Answer | None, approximate: Answer | None, approximate_text: str) -> Answer:
-    r"""The exact value of ``2\sqrt{3} \approx 3.464``, if the other value is it rounded or truncated."""
+    r"""The exact value of ``2\sqrt{3} \approx 3.464``; ``INVALID`` unless the decimal is it rounded or truncated."""
     if exact is None or approximate is None or exact.kind not in ("number", "expression"):
         return INVALID
     node = as_node(exact)
@@ -74,9 +77,9 @@ def _rounded(exact: Answer | None, approximate: Answer | None, approximate_text:
     error = real_value(difference(node, as_node(approximate)))
     if decimal is None or error is None or approximate.value == 0:
         return INVALID
-    last_digits = float(error) * 10 ** len(decimal[1] or "") * (1 if approximate.value > 0 else -1)
-    is_rounded = abs(last_digits) <= (0.5 if decimal[1] else 0.499)
-    is_truncated = decimal[1] and 0 < last_digits < 0.999
+    error_in_last_digit = float(error) * 10 ** len(decimal[1] or "") * (1 if approximate.value > 0 else -1)
+    is_rounded = abs(error_in_last_digit) <= (0.5 if decimal[1] else 0.499)
+    is_truncated = decimal[1] and 0 < error_in_last_digit < 0.999
     return exact if is_rounded or is_truncated else INVALID
 
 
@@ -218,7 +221,7 @@ def _ranking(names: list[str], signs: list[str]) -> Answer:
 
 
 def half_line(sign: str, end: Answer) -> list[Interval]:
-    r"""The intervals of the real numbers in a relation to ``end``.
+    r"""The real numbers x with ``x < end`` and the like, as one interval, or two for ``\ne``.
 
     Args:
         sign: ``<``, ``>``, ``\le``, ``\ge`` or ``\ne``.
@@ -229,7 +232,7 @@ def half_line(sign: str, end: Answer) -> list[Interval]:
 
 
 def interval_answer(intervals: list[Interval], name: str | None = None) -> Answer:
-    """The union of intervals as an answer; ``INVALID`` if an interval is.
+    """The union of intervals as an answer; ``INVALID`` if the ends of one are not real or not in order.
 
     Args:
         intervals: intervals in any order.
@@ -244,14 +247,12 @@ def as_points(points: Answer | None) -> tuple[Interval, ...] | None:
     if points is None:
         return None
     values = points.value if points.kind in ("set", "list") else (points,)
-    return (
-        union([Interval(each, True, each, True) for each in values]) if all(map(is_constant_scalar, values)) else None
-    )
+    return union([Interval(x, True, x, True) for x in values]) if all(map(is_constant_scalar, values)) else None
 
 
 def as_interval(pair: Answer) -> Answer | None:
     """A pair such as ``(0, 1)`` as an open interval; None if it cannot be one."""
-    if pair.kind != "tuple" or len(pair.value) != 2 or not all(is_constant_scalar(each) for each in pair.value):
+    if pair.kind != "tuple" or len(pair.value) != 2 or not all(map(is_constant_scalar, pair.value)):
         return None
     answer = interval_answer([Interval(pair.value[0], False, pair.value[1], False)], pair.name)
     return None if answer.kind == "invalid" else answer

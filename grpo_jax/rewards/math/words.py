@@ -48,9 +48,9 @@ def read_words(text: str) -> Answer | None:
     plain = re.sub(r"^there (?:is|are) (?=no )", "", plain, flags=re.IGNORECASE)
     if plain.lower() in ("no solution", "no solutions", "empty set", "the empty set"):
         return Answer("set", ())
-    known = _date(plain) or SYNONYMS.get(plain.lower())
-    if known or re.fullmatch(r"[A-Z]{2,}", plain):
-        return Answer("text", known or plain)
+    canonical = _date(plain) or SYNONYMS.get(plain.lower())
+    if canonical or re.fullmatch(r"[A-Z]{2,}", plain):
+        return Answer("text", canonical or plain)
     if SEVERAL_NAMES.fullmatch(plain):
         return None  # a list
     if not WORD.fullmatch(plain) or not (r"\text" in text or plain.lower() in SHORT_WORDS or _is_prose(plain)):
