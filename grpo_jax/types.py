@@ -171,6 +171,40 @@ class Batch:
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
 
+    @classmethod
+    def from_rollout(
+        cls,
+        rollout: Rollout,
+        advantages: Float[Array, " B"] | Float[Array, "B T"],
+        *,
+        loss_mask: Bool[Array, "B T"] | None = None,
+        old_log_probs: Float[Array, "B T"] | None = None,
+        ref_log_probs: Float[Array, "B T"] | None = None,
+        old_values: Float[Array, "B T"] | None = None,
+        returns: Float[Array, "B T"] | None = None,
+    ) -> Batch:
+        """The batch of all sequences of a rollout.
+
+        Args:
+            rollout: prompts, completions and the sampler's log-probabilities.
+            advantages: one for each sequence, or for each token.
+            loss_mask: True at the completion tokens that the loss includes; None for all of them.
+            old_log_probs, ref_log_probs, old_values, returns: as the attributes.
+        """
+        return cls(
+            prompt_ids=rollout.prompt_ids,
+            prompt_mask=rollout.prompt_mask,
+            completion_ids=rollout.completion_ids,
+            completion_mask=rollout.completion_mask,
+            loss_mask=rollout.completion_mask if loss_mask is None else loss_mask,
+            advantages=advantages,
+            rollout_log_probs=rollout.rollout_log_probs,
+            old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
+            old_values=old_values,
+            returns=returns,
+        )
+
 
 @pytree
 class Packed:
