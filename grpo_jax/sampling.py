@@ -1,10 +1,12 @@
-"""From logits to the distribution that is sampled, and from there to a token."""
+"""The sampling distribution, from the policy's logits, and sampling from it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
@@ -12,22 +14,32 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 BLOCK = 64
 
 
+def check_key(key: Any) -> None:
+    """Check that a random key has a key type.
+
+    Raises:
+        TypeError: at trace time, for an old-style key of ``jax.random.PRNGKey``, or for something else.
+    """
+    if not jnp.issubdtype(getattr(key, "dtype", jnp.int32), jax.dtypes.prng_key):
+        kind = f"an array of {key.dtype}" if isinstance(key, jax.Array) else f"a {type(key).__name__}"
+        raise TypeError(f"key is {kind}; pass jax.random.key(seed), or wrap_key_data of an old-style PRNGKey")
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; hashable, so that it can be a static argument of a jitted function.
+    """Settings of the sampling distribution; hashable, so that they can be a static argument of a jitted function.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: only the k likeliest tokens are kept; None keeps all. Ties with the k-th are kept.
-        top_p: only the smallest set of likeliest tokens with at least this probability is kept; 1 keeps all.
-            Ties with the last of them are kept.
-        min_p: only tokens at least this fraction as likely as the likeliest are kept; 0 keeps all.
-        repetition_penalty: logits of tokens that are in the prompt or were drawn are divided by it where they are above
-            0 and multiplied by it elsewhere (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1
-            leaves them alone.
-        presence_penalty: subtracted from the logits of tokens that were drawn.
-        logit_bias: pairs of a token and what is added to its logit; ``-inf`` rules it out.
-        min_length: tokens before which no ending token is drawn.
+        temperature: divisor of the logits; 0 is greedy.
+        top_k: keeps the k most likely tokens, and ties with the k-th; None keeps all.
+        top_p: keeps the smallest set of most likely tokens with at least this probability, and ties with its last;
+            1 keeps all.
+        min_p: keeps tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repetition_penalty: divides the positive logits, and multiplies the others, of tokens in the prompt or in the
+            completion so far (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1 for none.
+        presence_penalty: subtracted from the logits of tokens in the completion so far.
+        logit_bias: pairs of a token and the bias added to its logit; ``-inf`` excludes it.
+        min_length: EOS tokens are excluded before this many tokens.
 
     Raises:
         ValueError: a field out of its range.
@@ -61,25 +73,26 @@ class Sampling:
                     f"logit_bias has {bias} for token {token}; tokens start at 0, biases are finite or -inf"
                 )
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
-            raise ValueError(f"logit_bias names a token twice: {self.logit_bias}")
+            raise ValueError(f"logit_bias has a token twice: {self.logit_bias}")
         if self.min_length < 0:
             raise ValueError(f"min_length is {self.min_length}; it must be at least 0")
 
     @property
-    def needs_drawn(self) -> bool:
-        """Whether it matters which tokens a row has drawn."""
+    def needs_completion_tokens(self) -> bool:
+        """Whether the logits depend on the tokens of the completion so far."""
         return self.presence_penalty != 0 or self.repetition_penalty != 1
 
     @property
-    def needs_prompted(self) -> bool:
-        """Whether it matters which tokens are in a row's prompt."""
+    def needs_prompt_tokens(self) -> bool:
+        """Whether the logits depend on the tokens of the prompt."""
         return self.repetition_penalty != 1
 
     @property
     def alters_policy(self) -> bool:
-        """Whether the distribution drawn from is not the policy's own at this temperature."""
+        """Whether the sampling distribution differs from the policy at this temperature."""
         filtered = self.top_k is not None or self.top_p < 1 or self.min_p > 0
-        return self.temperature == 0 or filtered or self.needs_drawn or bool(self.logit_bias) or self.min_length > 0
+        adjusted = self.needs_completion_tokens or bool(self.logit_bias) or self.min_length > 0
+        return self.temperature == 0 or filtered or adjusted
 
 
 def adjust_logits(
@@ -88,50 +101,61 @@ def adjust_logits(
     *,
     length: int | Int[Array, ""] = 0,
     eos_ids: tuple[int, ...] = (),
-    prompted: Bool[Array, "B V"] | None = None,
-    drawn: Bool[Array, "B V"] | None = None,
+    in_prompt: Bool[Array, "B V"] | None = None,
+    in_completion: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
-    """Penalties, bias and minimum length, in this order; float32.
+    """Logits with penalties, bias and minimum length applied, in this order; float32.
 
     Args:
-        logits: the policy's.
-        sampling: which of them.
-        length: tokens that each row has drawn.
-        eos_ids: the ending tokens.
-        prompted: which tokens are in the prompt; None for none.
-        drawn: which tokens were drawn; None for none.
+        logits: the policy's logits.
+        sampling: the penalties, biases and minimum length; its filters are not applied.
+        length: tokens of each completion so far.
+        eos_ids: the EOS tokens.
+        in_prompt: True at the tokens of each row's prompt; None for none.
+        in_completion: True at the tokens of each row's completion so far; None for none.
 
     Raises:
         ValueError: at trace time, for a biased token outside the vocabulary.
+        AssertionError: at trace time, for masks of another shape than ``logits``.
     """
+    chex.assert_rank(logits, 2)
+    chex.assert_equal_shape([logits, *(mask for mask in (in_prompt, in_completion) if mask is not None)])
     logits = logits.astype(jnp.float32)
     V = logits.shape[-1]
     if sampling.repetition_penalty != 1:
         seen = jnp.zeros(logits.shape, bool)
-        for tokens in (prompted, drawn):
-            seen = seen if tokens is None else seen | tokens
+        for mask in (in_prompt, in_completion):
+            seen = seen if mask is None else seen | mask
         penalized = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = jnp.where(seen, penalized, logits)
-    if sampling.presence_penalty != 0 and drawn is not None:
-        logits = logits - sampling.presence_penalty * drawn.astype(jnp.float32)
+    if sampling.presence_penalty != 0 and in_completion is not None:
+        logits = logits - sampling.presence_penalty * in_completion.astype(jnp.float32)
     if sampling.logit_bias:
         outside = [token for token, _ in sampling.logit_bias if token >= V]
         if outside:
-            raise ValueError(f"logit_bias names tokens {outside}; the vocabulary has {V}")
+            raise ValueError(f"logit_bias has tokens {outside}; the vocabulary has {V}")
         tokens, biases = zip(*sampling.logit_bias, strict=True)
         logits = logits.at[:, jnp.array(tokens)].add(jnp.array(biases, jnp.float32)[None, :])
     if sampling.min_length > 0 and eos_ids:
-        ends = (jnp.arange(V)[:, None] == jnp.array(eos_ids)[None, :]).any(1)
-        logits = jnp.where(ends[None, :] & (length < sampling.min_length), -jnp.inf, logits)
+        is_eos = (jnp.arange(V)[:, None] == jnp.array(eos_ids)[None, :]).any(1)
+        logits = jnp.where(is_eos[None, :] & (length < sampling.min_length), -jnp.inf, logits)
     return logits
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits of the distribution that is drawn from: divided by the temperature, removed tokens at ``-inf``; float32.
+    """Logits of the sampling distribution: ``logits / temperature``, with removed tokens at ``-inf``; float32.
 
-    The order is temperature, top-k, top-p, min-p, each acting on what the one before it kept. Temperature 0 keeps the
-    likeliest token (the first of equals) alone.
+    Filters are applied in the order top-k, top-p, min-p, each to the tokens that the one before kept. Temperature 0
+    keeps only the most likely token (the first of equals).
+
+    Args:
+        logits: as returned by ``adjust_logits``.
+        sampling: temperature and filters; its penalties are not applied.
+
+    Raises:
+        AssertionError: at trace time, for logits that are not of rank 2.
     """
+    chex.assert_rank(logits, 2)
     logits = logits.astype(jnp.float32)
     if sampling.temperature == 0:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
@@ -151,46 +175,50 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 def sample_token(
     keys: Key[Array, " B"], logits: Float[Array, "B V"], sampling: Sampling
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draw one token for each row by inverting the cumulative distribution, first over blocks of tokens, then inside.
+    """Sample a token for each row by inverting the cumulative distribution, first over blocks of tokens, then within.
 
-    Two uniform numbers a row, whatever the vocabulary; the normalizer comes with them. What a row draws depends on its
-    own key and logits alone, not on the batch around it.
+    This takes two uniform numbers for each row, whatever the vocabulary, and yields the normalizer. A row's token
+    depends on its own key and logits only.
 
     Args:
-        keys: one for each row.
-        logits: as ``adjust_logits`` gives them; unscaled.
+        keys: a random key for each row.
+        logits: as returned by ``adjust_logits``.
         sampling: temperature and filters.
 
     Returns:
-        Tokens, and their log-probabilities under the distribution they were drawn from (0 for a greedy choice).
+        Tokens, int32, and their log-probabilities under the sampling distribution, float32 (0 for greedy).
+
+    Raises:
+        AssertionError: at trace time, for another number of keys than rows.
     """
+    chex.assert_equal_shape_prefix([keys, logits], 1)
     B, V = logits.shape
     logits = filter_logits(logits, sampling)
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     padded = jnp.pad(shifted, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf).reshape(B, -1, BLOCK)
     masses = jnp.exp(padded).sum(-1)
-    numbers = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _invert(masses, numbers[:, 0])
+    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block = _invert(masses, uniforms[:, 0])
     inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    token = _invert(jnp.exp(inside), numbers[:, 1])
+    token = _invert(jnp.exp(inside), uniforms[:, 1])
     chosen = jnp.take_along_axis(inside, token[:, None], axis=1)[:, 0]
     return block * BLOCK + token, chosen - jnp.log(masses.sum(-1))
 
 
-def _invert(masses: Float[Array, "B M"], numbers: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The first place whose cumulative mass is above the number's share of all mass; never one without mass."""
-    # A parallel sum need not grow monotonically in its last digit: a place without mass is never above it.
+def _invert(masses: Float[Array, "B M"], uniforms: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first index whose cumulative mass exceeds ``uniform * total``; never an index without mass."""
+    # A parallel cumulative sum is not monotonic in its last bit, so that indices without mass are excluded explicitly.
     cumulative = jnp.where(masses > 0, jnp.cumsum(masses, axis=-1), 0)
     total = jnp.max(cumulative, axis=-1)
     # Strictly below the total, so that the first sum above the threshold exists.
-    threshold = jnp.minimum(numbers * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    threshold = jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
     return jnp.argmax(cumulative > threshold[:, None], axis=-1).astype(jnp.int32)
 
 
 def _keep_largest(logits: Float[Array, "B V"], weights: Array, needed: Array) -> Float[Array, "B V"]:
-    """The fewest largest logits with at least the needed weight, ties with the least of them included; else ``-inf``.
+    """The fewest largest logits with at least the needed weight, and ties with the least of them; else ``-inf``.
 
-    Found by halving the range of float32, bit by bit: 32 sums, exact, and no sort.
+    The least kept logit is found by bisection over the bits of float32: 32 exact sums and no sort.
     """
     order = _ordered_bits(logits)
 
@@ -204,6 +232,6 @@ def _keep_largest(logits: Float[Array, "B V"], weights: Array, needed: Array) ->
 
 
 def _ordered_bits(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Whole numbers in the order of the floats, equal where these are."""
+    """Unsigned integers in the order of the floats, equal where these are equal."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))

@@ -7,7 +7,7 @@ from grpo_jax.rollout.buckets import STEPS, Bucket, MemoryLimits, chunk_lengths,
 from grpo_jax.types import cache_columns
 
 
-def test_a_ladder_halves_the_rows_and_keeps_at_least_eight():
+def test_buckets_halve_the_rows_and_keeps_at_least_eight():
     assert make_buckets(32, 256, 8) == [
         Bucket(256, 32, 8),
         Bucket(128, 32, 8),
@@ -15,7 +15,7 @@ def test_a_ladder_halves_the_rows_and_keeps_at_least_eight():
         Bucket(32, 32, 8),
         Bucket(16, 16, 8),
     ]
-    assert [rung.rows for rung in make_buckets(4, 36, 9)] == [36, 18, 9, 8]
+    assert [bucket.rows for bucket in make_buckets(4, 36, 9)] == [36, 18, 9, 8]
     assert make_buckets(1, 3, 3) == [Bucket(3, 1, 3)]
 
 
@@ -39,7 +39,7 @@ def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):
 
     def at_once(**limits):
         defaults = {"group_size": 8, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
-        return MemoryLimits(tiny[0], **defaults | limits).prompts_at_once(*prompts.ids.shape)
+        return MemoryLimits(tiny[0], **defaults | limits).prompts_per_batch(*prompts.ids.shape)
 
     assert at_once() == 32
     assert at_once(cache_bytes=group) == 1
@@ -55,22 +55,22 @@ def test_a_group_that_does_not_fit_is_divided_into_the_fewest_equal_parts(tiny):
 
     def parts(**limits):
         defaults = {"group_size": 12, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
-        return MemoryLimits(tiny[0], **defaults | limits).parts_of_a_group(6)
+        return MemoryLimits(tiny[0], **defaults | limits).num_group_parts(6)
 
     assert parts() == 1
     assert [parts(cache_bytes=n * row + prompt) for n in (12, 11, 6, 5, 4, 3, 2, 1)] == [1, 2, 2, 3, 3, 4, 6, 12]
     assert parts(cache_bytes=2 * (6 * row + prompt), devices=2) == 2
     assert parts(cache_bytes=2 * (6 * row + prompt) - 1, devices=2) == 3
     assert [parts(max_rows=n, devices=4) for n in (48, 47, 4)] == [1, 2, 12]
-    with pytest.raises(ValueError, match=r"a sample of 6 \+ 48 tokens takes .* cache_bytes allows more"):
+    with pytest.raises(ValueError, match=r"a sample of 6 \+ 48 tokens takes .* increase cache_bytes"):
         parts(cache_bytes=row + prompt - 1)
-    with pytest.raises(ValueError, match="max_rows is 3; there must be a row for each of 4 devices"):
+    with pytest.raises(ValueError, match="max_rows is 3; it must be at least 1 for each of 4 devices"):
         parts(max_rows=3, devices=4)
 
 
 def test_the_cache_takes_a_fifth_of_the_memory_of_devices_that_tell_theirs():
-    def devices(*stats):
-        return [type("Device", (), {"memory_stats": lambda self, told=told: told})() for told in stats]
+    def devices(*all_stats):
+        return [type("Device", (), {"memory_stats": lambda self, stats=stats: stats})() for stats in all_stats]
 
     assert default_cache_bytes(devices({"bytes_limit": 1000}, {"bytes_limit": 500})) == 300
     assert default_cache_bytes(devices({"bytes_limit": 1000}, None)) is None

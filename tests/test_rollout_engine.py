@@ -60,24 +60,24 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "cohorts"),
+    ("schedule", "batches"),
     [
         ({}, 1),
-        pytest.param({"max_rows": 64}, 5, marks=pytest.mark.slow),  # four sets, and the pool of what was left of them
+        pytest.param({"max_rows": 64}, 5, marks=pytest.mark.slow),  # four sets, and the merge of what was left of them
         ({"ahead": 2, "max_rows": 64}, 5),
-        ({"max_rows": 8}, 32),  # too small to be parked
+        ({"max_rows": 8}, 32),  # too small to be deferred
         ({"max_rows": 5}, 64),  # of each group a half, and then the other
         # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token; three rows fit, so parts of two.
         ({"cache_bytes": 256 * (3 * 128 + 6)}, 128),
     ],
     ids=["one", "sets", "ahead", "small", "halves", "quarters"],
 )
-def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, cohorts):
+def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, batches):
     model, params = tiny
     stats = []
     sampler = Sampler(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
     same(sampler(params, random_prompts(), jax.random.key(KEY)), expected[Sampling()])
-    assert stats[0].cohorts == cohorts
+    assert stats[0].batches == batches
     assert stats[0].tokens == int(expected[Sampling()].completion_mask.sum())
 
 
@@ -113,7 +113,7 @@ def test_t14_pools_on_devices_do_not_change_what_is_drawn(tiny, expected):
     model = build_model(from_hf_config(TINY), mesh=mesh)
     sampler = Sampler(model, Sampling(), **OPTIONS, mesh=mesh, max_rows=128, report=stats.append)
     same(sampler(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY)), expected[Sampling()])
-    assert stats[0].cohorts == 3  # two sets, and the pool of what was left of them
+    assert stats[0].batches == 3  # two sets, and the merge of what was left of them
 
 
 SIZES = [(1, 1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((64, 2, 3), (65, 1, 2))), (73, 8, 1)]
@@ -247,7 +247,7 @@ def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
     assert sorted(order) == list(range(30))
     assert order != sorted(order)
     assert order == places()
-    assert stats[0].cohorts == 5
+    assert stats[0].batches == 5
 
 
 def test_a_stream_puts_the_parts_of_a_group_together(tiny, expected):
@@ -271,7 +271,7 @@ def test_streams_of_one_sampler_do_not_disturb_one_another(tiny, expected):
             same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
     kept = int(expected[Sampling()].completion_mask.sum())
     assert [each.tokens for each in stats] == [kept, kept]
-    assert [each.cohorts for each in stats] == [5, 3]
+    assert [each.batches for each in stats] == [5, 3]
 
 
 def test_a_stream_refuses_prompts_of_another_length_and_sets_of_none(tiny):
@@ -345,7 +345,7 @@ def test_refuses_what_cannot_be_drawn(tiny, options, message):
     ("options", "message"),
     [
         ({"max_completion_length": 125}, r"prompt \d+ has 6 tokens.*the model's 128 positions.*at most 122"),
-        ({"max_rows": 0}, "max_rows is 0; there must be a row for each of 1 devices"),
+        ({"max_rows": 0}, "max_rows is 0; it must be at least 1 for each of 1 devices"),
         # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token.
         ({"cache_bytes": 34_000}, r"a sample of 6 \+ 100 tokens takes 0.0 MiB .* 0.0 MiB are allowed"),
     ],

@@ -287,28 +287,31 @@ def test_a_million_draws_over_many_blocks_follow_the_exact_distribution(knobs):
 # Penalties -----------------------------------------------------------------------------------------------------------
 
 
-def adjusted(logits, prompted=(), drawn=(), **knobs):
-    """One row of adjusted logits, where some tokens are in the prompt and some were drawn."""
-    seen = [jnp.zeros((1, len(logits)), bool).at[0, jnp.array(tokens, int)].set(True) for tokens in (prompted, drawn)]
+def adjusted(logits, in_prompt=(), in_completion=(), **knobs):
+    """One row of adjusted logits, where some tokens are in the prompt and some in the completion."""
+    seen = [
+        jnp.zeros((1, len(logits)), bool).at[0, jnp.array(tokens, int)].set(True)
+        for tokens in (in_prompt, in_completion)
+    ]
     options = {name: knobs.pop(name) for name in ("length", "eos_ids") if name in knobs}
     return adjust_logits(
-        jnp.array([logits], jnp.float32), Sampling(**knobs), prompted=seen[0], drawn=seen[1], **options
+        jnp.array([logits], jnp.float32), Sampling(**knobs), in_prompt=seen[0], in_completion=seen[1], **options
     )[0].tolist()
 
 
 def test_a_repetition_penalty_divides_what_is_above_0_and_multiplies_what_is_below():
-    found = adjusted([2.0, -2.0, 2.0, -2.0, 0.0], prompted=[0], drawn=[1, 4], repetition_penalty=2.0)
+    found = adjusted([2.0, -2.0, 2.0, -2.0, 0.0], in_prompt=[0], in_completion=[1, 4], repetition_penalty=2.0)
     assert found == [1.0, -4.0, 2.0, -2.0, 0.0]
 
 
 def test_a_presence_penalty_is_subtracted_from_what_was_drawn_alone():
-    assert adjusted([1.0, 1.0, 1.0], prompted=[0], drawn=[1], presence_penalty=0.75) == [1.0, 0.25, 1.0]
-    assert adjusted([1.0, 1.0], drawn=[1], presence_penalty=-0.5) == [1.0, 1.5]
+    assert adjusted([1.0, 1.0, 1.0], in_prompt=[0], in_completion=[1], presence_penalty=0.75) == [1.0, 0.25, 1.0]
+    assert adjusted([1.0, 1.0], in_completion=[1], presence_penalty=-0.5) == [1.0, 1.5]
 
 
 def test_a_bias_is_added_and_may_rule_a_token_out():
     assert adjusted([1.0, 1.0, 1.0], logit_bias=((2, -3.0), (0, -math.inf))) == [-math.inf, 1.0, -2.0]
-    with pytest.raises(ValueError, match=r"logit_bias names tokens \[3, 9\]; the vocabulary has 3"):
+    with pytest.raises(ValueError, match=r"logit_bias has tokens \[3, 9\]; the vocabulary has 3"):
         adjusted([1.0, 1.0, 1.0], logit_bias=((3, 1.0), (0, 1.0), (9, 1.0)))
 
 
@@ -321,7 +324,7 @@ def test_no_ending_token_is_drawn_before_the_minimum_length():
 def test_penalties_come_before_the_bias_and_this_before_the_minimum_length():
     found = adjusted(
         [4.0, 4.0],
-        drawn=[0, 1],
+        in_completion=[0, 1],
         repetition_penalty=2.0,
         presence_penalty=1.0,
         logit_bias=((0, 3.0), (1, 3.0)),
@@ -391,7 +394,7 @@ def test_a_setting_out_of_its_range_is_refused_by_name_value_and_range(knob, val
         (((-1, 0.0),), "0.0 for token -1; tokens start at 0"),
         (((1, float("inf")),), "inf for token 1; tokens start at 0, biases are finite or -inf"),
         (((1, float("nan")),), "nan for token 1"),
-        (((1, 0.0), (1, 2.0)), "names a token twice"),
+        (((1, 0.0), (1, 2.0)), "has a token twice"),
     ],
 )
 def test_a_bias_that_means_nothing_is_refused(bias, message):

@@ -1,7 +1,8 @@
-"""From prompts to completions.
+"""Sampling of completions from prompts.
 
-``generate`` is one pure function, to be jitted from outside. A ``Sampler`` draws the same samples several times faster,
-with a small loop on the host: it leaves out the rows that have ended. Both are made of the pure functions in ``steps``.
+``generate`` is one pure function, to be jitted by the caller. ``Sampler`` returns the same samples several times faster
+by means of a loop on the host, which removes finished rows from the batch. Both are built from the pure functions in
+``decode``.
 """
 
 from grpo_jax.rollout.decode import sample_keys

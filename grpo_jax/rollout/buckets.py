@@ -1,4 +1,4 @@
-"""Batch sizes and cache lengths: from short lists, so that few programs are compiled, and within what is allowed."""
+"""Batch-size buckets, cache chunks and memory limits. Few shapes, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import jax
 from grpo_jax.types import Model, cache_columns
 
 STEPS = 8
-"""Tokens a dispatch; they divide ``COLUMNS``."""
+"""Decode steps per dispatch; divides ``COLUMNS``."""
 BUCKET_DIVISORS = (1, 2, 4, 8, 16)
-"""What a cohort's rows are divided by as they end."""
+"""The initial rows of a batch divided by these are the batch sizes it is compacted to as rows finish."""
 DEFERRED_BUCKET = 2
-"""Where a cohort waits for others: as many as its divisor make up a whole one again."""
-JOINED_BUCKET = 2
-"""From here on a batch has its cache in one piece; a larger one in chunks. A parked batch has it in one."""
-assert JOINED_BUCKET <= DEFERRED_BUCKET
+"""Bucket at which a batch is deferred; as many deferred batches as its divisor are merged into one of full size."""
+SINGLE_CHUNK_BUCKET = 2
+"""First bucket whose KV cache is a single chunk, which deferred batches need for their merge."""
+assert SINGLE_CHUNK_BUCKET <= DEFERRED_BUCKET
 MIN_ROWS = 8
 
 
 class Bucket(NamedTuple):
-    """Rows and prompts of a batch size, and places for each prompt's rows; all for one device."""
+    """A batch size on each device: rows, prompts, and places for the rows of each prompt."""
 
     rows: int
     prompts: int
@@ -32,16 +32,22 @@ class Bucket(NamedTuple):
 
 
 def make_buckets(prompts: int, rows: int, group: int) -> list[Bucket]:
-    """The batch sizes that a cohort of this size passes through, for one device."""
-    sizes = sorted({max(math.ceil(rows / part), min(rows, MIN_ROWS)) for part in BUCKET_DIVISORS}, reverse=True)
+    """The batch-size buckets of one device, the largest first.
+
+    Args:
+        prompts: prompts of the initial batch on a device.
+        rows: rows of the initial batch on a device.
+        group: rows of each prompt.
+    """
+    sizes = sorted({max(math.ceil(rows / divisor), min(rows, MIN_ROWS)) for divisor in BUCKET_DIVISORS}, reverse=True)
     return [Bucket(size, min(prompts, size), min(group, size)) for size in sizes]
 
 
 def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
-    """Columns of the chunks that the cache of a large batch is cut into: a quarter of a completion, then the rest.
+    """Columns of the KV cache chunks of a large batch: about a quarter of the completion length, then the rest.
 
-    Attention does not read the second until the first is full, and most rows of a long-tailed batch have ended by then.
-    More chunks would be more programs.
+    Attention does not read the second chunk until the first is full, and most rows of a long-tailed batch have finished
+    by then. More chunks would need more programs.
     """
     columns = cache_columns(max_completion_length)
     first = cache_columns(math.ceil(columns / 4))
@@ -49,18 +55,18 @@ def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
 
 
 def default_cache_bytes(devices: Sequence[Any]) -> int | None:
-    """What keys and values may take where nothing else is said: a fifth of the memory of devices that tell theirs.
+    """A fifth of the memory of all devices; None where devices do not report theirs (CPU).
 
-    Of one set of prompts, that is; with what is beside it (see ``Sampler``) it may come to about half by reckoning, and
-    the rest is the parameters' and the training's.
+    The limit applies to one batch of prompts. With copies during compaction and deferred batches, the KV cache may take
+    up to about half of the memory; the rest is left to parameters and training.
     """
-    told = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
-    return sum(told) // 5 if all(told) else None
+    sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return sum(sizes) // 5 if all(sizes) else None
 
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What a set of prompts must keep to: checked before anything is compiled."""
+    """Splits prompts and groups to fit limits on rows and on bytes of the KV cache, before anything is compiled."""
 
     model: Model
     group_size: int
@@ -70,11 +76,11 @@ class MemoryLimits:
     cache_bytes: int | None
     cache_dtype: Any = None
 
-    def check_rows(self, num_prompts: int) -> None:
-        """Refuse so many prompts if their completions do not divide over the mesh.
+    def check_divisible(self, num_prompts: int) -> None:
+        """Check that the completions of ``num_prompts`` prompts divide over the mesh.
 
         Raises:
-            ValueError: it names how many prompts more would.
+            ValueError: they do not; the message says how many prompts more would.
         """
         if num_prompts * self.group_size % self.devices:
             raise ValueError(
@@ -82,21 +88,21 @@ class MemoryLimits:
                 f"devices; {-num_prompts % self.devices} prompts more would"
             )
 
-    def parts_of_a_group(self, prompt_length: int) -> int:
-        """Into how many equal parts a group is divided so that one of them fits; the fewest.
+    def num_group_parts(self, prompt_length: int) -> int:
+        """The smallest number of equal parts of a group of which one fits the limits.
 
         Raises:
-            ValueError: not even a single sample fits.
+            ValueError: a single sample does not fit.
         """
         row, prompt, allowed = self._sizes(prompt_length)
         if row + prompt > allowed:
             raise ValueError(
                 f"a sample of {prompt_length} + {self.max_completion_length} tokens takes {mib(row + prompt)} of keys "
-                f"and values, and {mib(allowed)} are allowed for each of {self.devices} parts of the batch; "
-                "cache_bytes allows more, and cache_dtype takes less"
+                f"and values, and {mib(allowed)} are allowed for each of {self.devices} parts of the batch; increase "
+                "cache_bytes, or use a coarser cache_dtype"
             )
         if self.max_rows is not None and self.max_rows < self.devices:
-            raise ValueError(f"max_rows is {self.max_rows}; there must be a row for each of {self.devices} devices")
+            raise ValueError(f"max_rows is {self.max_rows}; it must be at least 1 for each of {self.devices} devices")
         most = self.group_size if self.max_rows is None else self.max_rows // self.devices
         if allowed < math.inf:
             most = min(most, int((allowed - prompt) // row))
@@ -106,11 +112,11 @@ class MemoryLimits:
             if self.group_size % parts == 0 and self.group_size // parts <= most
         )
 
-    def prompts_at_once(self, num_prompts: int, prompt_length: int) -> int:
-        """How many of so many prompts are drawn for together, each with a group that fits.
+    def prompts_per_batch(self, num_prompts: int, prompt_length: int) -> int:
+        """Prompts of one batch, at most ``num_prompts``, such that their groups fit; a multiple of the devices.
 
         Raises:
-            ValueError: fewer than one prompt.
+            ValueError: ``num_prompts`` is below 1.
         """
         N, G = num_prompts, self.group_size
         if N < 1:
@@ -122,7 +128,7 @@ class MemoryLimits:
         return max(self.devices, most // self.devices * self.devices)
 
     def _sizes(self, prompt_length: int) -> tuple[int, int, float]:
-        """Bytes that a row and a prompt take, and those that are allowed on a device."""
+        """Bytes of a row's cache, of a prompt's cache, and allowed on each device."""
         allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
         return self._bytes(cache_columns(self.max_completion_length)), self._bytes(prompt_length), allowed
 
@@ -132,5 +138,5 @@ class MemoryLimits:
 
 
 def mib(size: int | float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes formatted in MiB."""
     return f"{size / 2**20:.1f} MiB"

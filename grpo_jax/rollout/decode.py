@@ -1,8 +1,8 @@
-"""The pure functions of decoding: prefill, one token for every row, and gathering rows into smaller batches.
+"""The pure functions of decoding: prefill, a decode step, and gathering rows into smaller batches.
 
-Rows of a decode batch have one age: each has as many tokens as every other. Prompts are read once for their whole group
-and their keys and values are held once for it. A row's own keys and values lie in chunks, the last of which is written
-to: so attention reads about as many as there are, and none is copied for there to be more.
+All rows of a decode batch are at the same step. Each prompt is prefilled once, and its prefix KV cache is shared by its
+group. A row's own KV cache is a list of chunks, of which the last is written to: attention reads about as many columns
+as are in use, and opening a chunk copies nothing.
 """
 
 from __future__ import annotations
@@ -11,55 +11,56 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
-from grpo_jax.sampling import Sampling, adjust_logits, sample_token
+from grpo_jax.sampling import Sampling, adjust_logits, check_key, sample_token
 from grpo_jax.sharding import take_rows
 from grpo_jax.types import COLUMNS, Cache, Model, Params, PrefixCache, Prompts, pytree
 
 
 @pytree
 class DecodeBatch:
-    """Rows of one age: what stays as it is while they draw.
+    """The part of a batch that decode steps only read.
 
     Attributes:
-        prompt: keys and values of the prompts, with how rows share them.
-        closed: chunks of own keys and values that are full.
-        closed_starts: the slot of the first column of each.
-        active_start: the slot of the first column of the chunk that is written to.
-        keys: one for each row; its noise at each age follows from it.
-        lengths: real tokens of each row's prompt.
-        prompted: which tokens are in it; None where the sampling does not ask.
+        prompt: prefix KV cache of the prompts.
+        full_chunks: the chunks of the rows' own KV cache that are full.
+        full_chunk_starts: slot of the first column of each full chunk.
+        active_start: slot of the first column of the active chunk.
+        keys: a random key for each row, from which the key of each step is derived.
+        prompt_lengths: real tokens of each row's prompt.
+        in_prompt: True at the tokens of each row's prompt; None if the sampling has no repetition penalty.
     """
 
     prompt: PrefixCache
-    closed: tuple[Cache, ...]
-    closed_starts: Int[Array, " chunks"]
+    full_chunks: tuple[Cache, ...]
+    full_chunk_starts: Int[Array, " chunks"]
     active_start: Int[Array, ""]
     keys: Key[Array, " B"]
-    lengths: Int[Array, " B"]
-    prompted: Bool[Array, "B V"] | None
+    prompt_lengths: Int[Array, " B"]
+    in_prompt: Bool[Array, "B V"] | None
 
 
 @pytree
-class State:
-    """The same rows: what each token changes.
+class DecodeState:
+    """The part of a batch that every decode step updates.
 
     Attributes:
-        age: tokens that each row has drawn; the slot of the next one.
-        active: the chunk of own keys and values that is written to.
-        hidden: the state that the next token is drawn from.
-        drawn: which tokens each row has drawn; None where the sampling does not ask.
+        step: tokens sampled for each row, which is the slot of the next one.
+        active_chunk: the chunk of the rows' own KV cache that is written to.
+        hidden: last hidden state of each row, of which the next token is sampled.
+        in_completion: True at the tokens sampled for each row; None if the sampling has no penalties.
     """
 
-    age: Int[Array, ""]
-    active: Cache
+    step: Int[Array, ""]
+    active_chunk: Cache
     hidden: Float[Array, "B D"]
-    drawn: Bool[Array, "B V"] | None
+    in_completion: Bool[Array, "B V"] | None
 
 
 def prefill(
@@ -72,222 +73,267 @@ def prefill(
     group_size: int,
     chunks: Sequence[int],
     cache_dtype: Any = None,
-) -> tuple[DecodeBatch, State, list[Cache]]:
-    """Read the prompts, each once, for ``group_size`` rows each; a prompt's rows are adjacent.
-
-    Gives the cohort, its state with the first chunk of the rows' own cache, and the other chunks.
+) -> tuple[DecodeBatch, DecodeState, list[Cache]]:
+    """Compute the prompts' KV cache, once for ``group_size`` rows; the rows of a prompt are adjacent.
 
     Args:
-        model: see ``types.Model``.
-        params: its parameters.
+        model: the policy's model.
+        params: parameters of ``model``.
         prompts: N prompts, left-padded to P.
-        key: of this step.
-        sampling: what will be drawn with.
-        group_size: G.
-        chunks: columns of each chunk of the rows' own cache.
-        cache_dtype: see ``Model.init_cache``.
+        key: random key of this step.
+        sampling: decides which masks over the vocabulary are kept.
+        group_size: G, rows of each prompt.
+        chunks: columns of each chunk of the rows' own KV cache.
+        cache_dtype: dtype of keys and values; None for the model's compute dtype.
+
+    Returns:
+        The batch, its state with the first chunk, and the other chunks, empty.
+
+    Raises:
+        AssertionError: at trace time, for fields of ``prompts`` whose shapes do not match.
+        TypeError: at trace time, as ``sampling.check_key``.
     """
+    check_key(key)
+    chex.assert_equal_shape([prompts.ids, prompts.mask])
     N, P = prompts.ids.shape
+    chex.assert_shape([x for x in (prompts.index, prompts.part) if x is not None], (N,))
     V = jax.eval_shape(model.head, params).shape[0]
-    # As the trainer reads it: cut off from a completion of which nothing is there yet, so that both round alike.
+    # With a block of empty columns, as in the trainer's call on prompt and completion, so that both round identically.
     columns = jnp.pad(prompts.mask, ((0, 0), (0, COLUMNS)))
     cache = model.init_cache(N, P + COLUMNS, cache_dtype)
     hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), columns, cache, 0, block_bounds=(P,))
     cache = model.first_columns(cache, P)
-    prompted = drawn = None
-    if sampling.needs_prompted:
+    in_prompt = in_completion = None
+    if sampling.needs_prompt_tokens:
         real = jnp.where(prompts.mask, prompts.ids, V)
-        prompted = jnp.zeros((N, V), bool).at[jnp.arange(N)[:, None], real].set(True, mode="drop")
-        prompted = jnp.repeat(prompted, group_size, axis=0)
-    if sampling.needs_drawn:
-        drawn = jnp.zeros((N * group_size, V), bool)
-    cohort = DecodeBatch(
+        in_prompt = jnp.zeros((N, V), bool).at[jnp.arange(N)[:, None], real].set(True, mode="drop")
+        in_prompt = jnp.repeat(in_prompt, group_size, axis=0)
+    if sampling.needs_completion_tokens:
+        in_completion = jnp.zeros((N * group_size, V), bool)
+    batch = DecodeBatch(
         prompt=PrefixCache(cache, start=jnp.int32(-P), mask=prompts.mask),
-        closed=(),
-        closed_starts=jnp.zeros(0, jnp.int32),
+        full_chunks=(),
+        full_chunk_starts=jnp.zeros(0, jnp.int32),
         active_start=jnp.int32(0),
         keys=sample_keys(key, prompts.index, group_size, prompts.part),
-        lengths=jnp.repeat(prompts.mask.sum(1, dtype=jnp.int32), group_size),
-        prompted=prompted,
+        prompt_lengths=jnp.repeat(prompts.mask.sum(1, dtype=jnp.int32), group_size),
+        in_prompt=in_prompt,
     )
-    state = State(
-        age=jnp.int32(0),
-        active=model.init_cache(N * group_size, chunks[0], cache_dtype),
+    state = DecodeState(
+        step=jnp.int32(0),
+        active_chunk=model.init_cache(N * group_size, chunks[0], cache_dtype),
         hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
-        drawn=drawn,
+        in_completion=in_completion,
     )
-    return cohort, state, [model.init_cache(N * group_size, length, cache_dtype) for length in chunks[1:]]
+    return batch, state, [model.init_cache(N * group_size, length, cache_dtype) for length in chunks[1:]]
 
 
-def draw_token(
+def decode_step(
     model: Model,
     params: Params,
-    cohort: DecodeBatch,
-    state: State,
+    batch: DecodeBatch,
+    state: DecodeState,
     sampling: Sampling,
     *,
     eos_ids: tuple[int, ...],
     rope: Any = None,
-) -> tuple[State, Int[Array, " B"], Float[Array, " B"]]:
-    """One token for every row: the state a token later, the tokens, and their log-probabilities as drawn.
+) -> tuple[DecodeState, Int[Array, " B"], Float[Array, " B"]]:
+    """Sample one token for every row.
 
     Args:
-        model: see ``types.Model``.
-        params: its parameters.
-        cohort: the rows.
-        state: before the token.
-        sampling: how it is drawn.
-        eos_ids: the ending tokens, which a minimum length rules out.
-        rope: ``model.rope`` of the token's positions, where it was computed before.
+        model: the policy's model.
+        params: parameters of ``model``.
+        batch: B rows.
+        state: the state of ``batch``; its active chunk has a free column.
+        sampling: temperature, filters and penalties.
+        eos_ids: the EOS tokens, which a minimum length masks.
+        rope: ``model.rope`` of the tokens' positions; None to compute it.
+
+    Returns:
+        The next state, the tokens, and their log-probabilities under the sampling distribution.
+
+    Raises:
+        AssertionError: at trace time, for a batch and a state with different numbers of rows.
     """
-    age, start = state.age, cohort.active_start
+    chex.assert_equal_shape_prefix([batch.keys, batch.prompt_lengths, state.hidden], 1)
+    step, start = state.step, batch.active_start
     logits = output_logits(state.hidden, model.head(params), logit_softcap=model.logit_softcap)
-    logits = adjust_logits(logits, sampling, length=age, eos_ids=eos_ids, prompted=cohort.prompted, drawn=state.drawn)
-    tokens, log_probs = sample_token(jax.vmap(jax.random.fold_in, (0, None))(cohort.keys, age), logits, sampling)
-    prefixes = [replace(cohort.prompt, start=cohort.prompt.start - start)]
-    for i, chunk in enumerate(cohort.closed):
-        prefixes.append(PrefixCache(chunk, start=cohort.closed_starts[i] - start))
-    positions = (cohort.lengths + age)[:, None] if rope is None else rope
-    hidden, active = model.apply(params, tokens[:, None], positions, None, state.active, age - start, prefixes)
-    drawn = None if state.drawn is None else state.drawn.at[jnp.arange(len(tokens)), tokens].set(True)
-    return State(age + 1, active, hidden[:, 0], drawn), tokens, log_probs
+    logits = adjust_logits(
+        logits,
+        sampling,
+        length=step,
+        eos_ids=eos_ids,
+        in_prompt=batch.in_prompt,
+        in_completion=state.in_completion,
+    )
+    tokens, log_probs = sample_token(jax.vmap(jax.random.fold_in, (0, None))(batch.keys, step), logits, sampling)
+    prefixes = [replace(batch.prompt, start=batch.prompt.start - start)]
+    for i, chunk in enumerate(batch.full_chunks):
+        prefixes.append(PrefixCache(chunk, start=batch.full_chunk_starts[i] - start))
+    positions = (batch.prompt_lengths + step)[:, None] if rope is None else rope
+    hidden, chunk = model.apply(params, tokens[:, None], positions, None, state.active_chunk, step - start, prefixes)
+    in_completion = state.in_completion
+    if in_completion is not None:
+        in_completion = in_completion.at[jnp.arange(len(tokens)), tokens].set(True)
+    return DecodeState(step + 1, chunk, hidden[:, 0], in_completion), tokens, log_probs
 
 
-def draw_tokens(
+def decode_steps(
     model: Model,
     params: Params,
-    cohort: DecodeBatch,
-    state: State,
+    batch: DecodeBatch,
+    state: DecodeState,
     sampling: Sampling,
     *,
     eos_ids: tuple[int, ...],
     count: int,
-) -> tuple[State, Int[Array, "{count} B"], Float[Array, "{count} B"]]:
-    """``count`` tokens for every row, whether it has ended or not; the number is fixed so that no device waits.
+) -> tuple[DecodeState, Int[Array, "{count} B"], Float[Array, "{count} B"]]:
+    """Sample ``count`` tokens for every row, finished or not: a fixed number, so that no device waits for another.
 
-    The active chunk must have room for them.
+    Args:
+        model: the policy's model.
+        params: parameters of ``model``.
+        batch: B rows.
+        state: the state of ``batch``; its active chunk has ``count`` free columns.
+        sampling: temperature, filters and penalties.
+        eos_ids: the EOS tokens, which a minimum length masks.
+        count: decode steps.
+
+    Returns:
+        The state after the last step, the tokens, and their log-probabilities under the sampling distribution.
     """
     B = state.hidden.shape[0]
-    rope = model.rope(cohort.lengths[:, None] + state.age + jnp.arange(count)[None, :])
+    rope = model.rope(batch.prompt_lengths[:, None] + state.step + jnp.arange(count)[None, :])
 
-    def step(i, carry):
+    def body(i, carry):
         state, ids, log_probs = carry
-        now = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), rope)
-        state, token, log_prob = draw_token(model, params, cohort, state, sampling, eos_ids=eos_ids, rope=now)
+        rope_i = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), rope)
+        state, token, log_prob = decode_step(model, params, batch, state, sampling, eos_ids=eos_ids, rope=rope_i)
         return state, ids.at[i].set(token), log_probs.at[i].set(log_prob)
 
-    nothing = jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32)
-    return jax.lax.fori_loop(0, count, step, (state, *nothing))
+    start = state, jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32)
+    return jax.lax.fori_loop(0, count, body, start)
 
 
-def take(
+def gather_rows(
     model: Model,
-    cohort: DecodeBatch,
-    state: State,
+    batch: DecodeBatch,
+    state: DecodeState,
     chunks: Sequence[Cache],
-    rows: Int[Array, "devices taken"],
-    prompts: Int[Array, "devices prompts_taken"],
-    gather: Int[Array, "devices places"],
-    place: Int[Array, "devices taken"],
+    rows: Int[Array, "devices rows"],
+    prompts: Int[Array, "devices prompts"],
+    gather_index: Int[Array, "devices places"],
+    scatter_index: Int[Array, "devices rows"],
     *,
-    joined: bool,
-) -> tuple[DecodeBatch, State, list[Cache]]:
-    """Some of the rows and prompts alone; and their own keys and values, which are not put into the two.
+    join_chunks: bool,
+) -> tuple[DecodeBatch, DecodeState, list[Cache]]:
+    """A smaller batch of some of the rows and prompts. All indices count within a device's shard.
 
     Args:
-        model: see ``types.Model``.
-        cohort: of rows and prompts split evenly over ``devices``; all indices count within a device's part.
-        state: of the same rows.
-        chunks: all of the rows' own keys and values, in order; may be longer than what was written.
-        joined: give them back as one chunk.
-        rows: those that are taken.
-        prompts: those that are taken.
-        gather: see ``types.PrefixCache``; in terms of the new rows and prompts.
-        place: likewise.
-    """
+        model: the policy's model.
+        batch: rows and prompts, sharded evenly over ``devices``.
+        state: the state of ``batch``.
+        chunks: all chunks of the rows' own KV cache, in order, empty ones included.
+        rows: the rows to gather.
+        prompts: the prompts to gather.
+        gather_index: as in ``types.PrefixCache``, in terms of the gathered rows and prompts.
+        scatter_index: as in ``types.PrefixCache``.
+        join_chunks: concatenate the chunks into one.
 
-    def some(tree, index):
+    Returns:
+        The batch and its state, both without chunks, and the gathered chunks.
+
+    Raises:
+        AssertionError: at trace time, for indices of different numbers of devices or rows.
+    """
+    chex.assert_equal_shape([rows, scatter_index])
+    chex.assert_equal_shape_prefix([rows, prompts, gather_index], 1)
+
+    def take(tree, index):
         return jax.tree.map(lambda x: take_rows(x, index), tree)
 
-    prompt = replace(
-        cohort.prompt,
-        cache=some(cohort.prompt.cache, prompts),
-        mask=some(cohort.prompt.mask, prompts),
-        gather_index=gather,
-        scatter_index=place,
-    )
-    cohort = DecodeBatch(
-        prompt,
-        closed=(),
-        closed_starts=jnp.zeros(0, jnp.int32),
+    batch = DecodeBatch(
+        prompt=PrefixCache(
+            take(batch.prompt.cache, prompts),
+            batch.prompt.start,
+            take(batch.prompt.mask, prompts),
+            gather_index=gather_index,
+            scatter_index=scatter_index,
+        ),
+        full_chunks=(),
+        full_chunk_starts=jnp.zeros(0, jnp.int32),
         active_start=jnp.int32(0),
-        keys=some(cohort.keys, rows),
-        lengths=some(cohort.lengths, rows),
-        prompted=some(cohort.prompted, rows),
+        keys=take(batch.keys, rows),
+        prompt_lengths=take(batch.prompt_lengths, rows),
+        in_prompt=take(batch.in_prompt, rows),
     )
-    taken = [some(chunk, rows) for chunk in chunks]
-    state = State(state.age, None, some(state.hidden, rows), some(state.drawn, rows))
-    return cohort, state, [model.join_columns(taken)] if joined else taken
+    state = DecodeState(state.step, None, take(state.hidden, rows), take(state.in_completion, rows))
+    gathered = [take(chunk, rows) for chunk in chunks]
+    return batch, state, [model.join_columns(gathered)] if join_chunks else gathered
 
 
-def join(
-    cohorts: Sequence[tuple[DecodeBatch, State]],
-    gather: Int[Array, "devices places"],
-    place: Int[Array, "devices rows"],
-) -> tuple[DecodeBatch, State]:
-    """Cohorts of one age and shape as one, device by device.
+def merge(
+    batches: Sequence[tuple[DecodeBatch, DecodeState]],
+    gather_index: Int[Array, "devices places"],
+    scatter_index: Int[Array, "devices rows"],
+) -> tuple[DecodeBatch, DecodeState]:
+    """One batch of several at the same step and of the same shape, concatenated on each device.
 
     Args:
-        cohorts: as ``take`` gives them.
-        gather: see ``types.PrefixCache``; in terms of all rows and prompts.
-        place: likewise.
+        batches: batches with their states, as returned by ``gather_rows``, with one chunk.
+        gather_index: as in ``types.PrefixCache``, in terms of the rows and prompts of all batches.
+        scatter_index: as in ``types.PrefixCache``.
+
+    Raises:
+        AssertionError: at trace time, for batches of different shapes or dtypes.
     """
-    devices = gather.shape[0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*batches)
+    devices = gather_index.shape[0]
 
-    def together(*parts):
-        split = [x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for x in parts]
-        return jnp.concatenate(split, axis=1).reshape(-1, *parts[0].shape[1:])
+    def concatenate(*parts):
+        sharded = [x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for x in parts]
+        return jnp.concatenate(sharded, axis=1).reshape(-1, *parts[0].shape[1:])
 
-    def all_of(read):
-        return jax.tree.map(together, *(read(*each) for each in cohorts))
+    def merged(read):
+        return jax.tree.map(concatenate, *(read(batch, state) for batch, state in batches))
 
-    cohort, state = cohorts[0]
-    cohort = replace(
-        cohort,
-        prompt=replace(
-            cohort.prompt,
-            cache=all_of(lambda cohort, _: cohort.prompt.cache),
-            mask=all_of(lambda cohort, _: cohort.prompt.mask),
-            gather_index=gather,
-            scatter_index=place,
+    batch, state = batches[0]
+    batch = replace(
+        batch,
+        prompt=PrefixCache(
+            merged(lambda batch, _: batch.prompt.cache),
+            batch.prompt.start,
+            merged(lambda batch, _: batch.prompt.mask),
+            gather_index=gather_index,
+            scatter_index=scatter_index,
         ),
-        keys=all_of(lambda cohort, _: cohort.keys),
-        lengths=all_of(lambda cohort, _: cohort.lengths),
-        prompted=all_of(lambda cohort, _: cohort.prompted),
+        keys=merged(lambda batch, _: batch.keys),
+        prompt_lengths=merged(lambda batch, _: batch.prompt_lengths),
+        in_prompt=merged(lambda batch, _: batch.in_prompt),
     )
-    state = State(
-        state.age,
-        active=all_of(lambda _, state: state.active),
-        hidden=all_of(lambda _, state: state.hidden),
-        drawn=all_of(lambda _, state: state.drawn),
+    state = DecodeState(
+        state.step,
+        active_chunk=merged(lambda _, state: state.active_chunk),
+        hidden=merged(lambda _, state: state.hidden),
+        in_completion=merged(lambda _, state: state.in_completion),
     )
-    return cohort, state
+    return batch, state
 
 
 def sample_keys(
     key: Key[Array, ""], index: Int[Array, " N"], group_size: int, part: Int[Array, " N"] | None = None
 ) -> Key[Array, " B"]:
-    """A key for each sample, from the step's key, its prompt's index and its number in the group alone.
+    """A random key for each sample: a function of the step's key, the prompt's index and the number in the group.
 
     Args:
-        key: of the step.
-        index: of each prompt.
-        group_size: samples of each, or of each part.
-        part: which part of its group; see ``Prompts``.
+        key: random key of the step.
+        index: index of each prompt.
+        group_size: samples of each row of ``index``: of its group, or of its part of a group.
+        part: which part of the group each row is, as in ``Prompts``; None for whole groups.
     """
     prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    each_sample = jax.vmap(jax.random.fold_in, (None, 0))
+    fold_in_numbers = jax.vmap(jax.random.fold_in, (None, 0))
     numbers = jnp.arange(group_size)
     if part is None:
-        return jax.vmap(each_sample, (0, None))(prompt_keys, numbers).reshape(-1)
-    return jax.vmap(each_sample)(prompt_keys, part[:, None] * group_size + numbers[None]).reshape(-1)
+        return jax.vmap(fold_in_numbers, (0, None))(prompt_keys, numbers).reshape(-1)
+    return jax.vmap(fold_in_numbers)(prompt_keys, part[:, None] * group_size + numbers[None]).reshape(-1)

@@ -1,7 +1,7 @@
-"""The loop on the host: which rows are computed, for how long, and with how large a cache.
+"""The generation loop on the host: which rows are decoded, in which batch, with how large a KV cache.
 
-Rows of one age are advanced some tokens at a time. Between two dispatches the host looks at what was drawn; once few
-enough rows live they are gathered into a smaller batch. What is drawn does not depend on any of this.
+The rows of a batch are advanced some decode steps at a time. Between two dispatches the host reads the sampled tokens;
+once few enough rows are unfinished they are gathered into a smaller batch. None of this changes the samples.
 """
 
 from __future__ import annotations
@@ -20,82 +20,85 @@ from jaxtyping import Array, Key
 from grpo_jax.rollout.buckets import (
     BUCKET_DIVISORS,
     DEFERRED_BUCKET,
-    JOINED_BUCKET,
+    SINGLE_CHUNK_BUCKET,
     STEPS,
     Bucket,
     chunk_lengths,
     make_buckets,
 )
-from grpo_jax.rollout.decode import DecodeBatch, State, draw_tokens, join, prefill, take
-from grpo_jax.rollout.host_batch import Batch, RolloutStats
+from grpo_jax.rollout.decode import DecodeBatch, DecodeState, decode_steps, gather_rows, merge, prefill
+from grpo_jax.rollout.host_batch import HostBatch, RolloutStats
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, replicated
 from grpo_jax.types import Cache, Model, Params, Prompts
 
 StopFn = Callable[[Sequence[int], int], int | None]
+"""``(ids, num_seen) -> length``: where a completion ends, or None; the first ``num_seen`` ids were checked before."""
 OnTokensFn = Callable[[int, Sequence[int]], None]
+"""Streaming callback ``(row, ids)``: the new tokens of a row of the rollout."""
 
 
-class Sent(NamedTuple):
-    """A dispatch that the host has not looked at yet."""
+class Dispatch(NamedTuple):
+    """The results of some decode steps that the host has not read yet, and the rows they are of."""
 
     tokens: Array
     log_probs: Array
-    age: int
-    batch_of: np.ndarray
-    row_of: np.ndarray
+    step: int
+    host_index: np.ndarray
+    host_row: np.ndarray
 
 
 @dataclass
-class Running:
-    """A cohort on the device, and what the host knows of it.
+class RunningBatch:
+    """A decode batch on the devices, and its bookkeeping on the host.
 
     Attributes:
-        cohort, state: as of the last dispatch.
-        ladder: batch sizes it may have.
-        rung: the one it has.
-        age: tokens dispatched.
-        lengths: columns of the chunks of its cache.
-        waiting: those that hold nothing yet.
-        batch_of: for each row the batch it belongs to, in ``batches``; -1 for a row that only fills the shape.
-        row_of: its row there.
-        prompt_of: its prompt, counted within its device.
-        unread: dispatches whose tokens the host has not looked at, the oldest first.
+        batch, state: after the last dispatch.
+        buckets: the batch sizes it is compacted to.
+        bucket: index of its present size.
+        step: decode steps dispatched.
+        chunk_lengths: columns of the chunks of its KV cache.
+        empty_chunks: the chunks that are not written to yet.
+        host_batches: the completions that its rows belong to.
+        host_index: for each row, an index into ``host_batches``; -1 for a row that only fills the shape.
+        host_row: for each row, its row there.
+        prompt_index: for each row, its prompt, counted within a device.
+        pending: dispatches that the host has not read, the oldest first.
     """
 
-    cohort: DecodeBatch
-    state: State
-    ladder: list[Bucket]
-    rung: int
-    age: int
-    lengths: tuple[int, ...]
-    waiting: list[Cache]
-    batches: list[Batch]
-    batch_of: np.ndarray
-    row_of: np.ndarray
-    prompt_of: np.ndarray
-    unread: list[Sent] = field(default_factory=list)
+    batch: DecodeBatch
+    state: DecodeState
+    buckets: list[Bucket]
+    bucket: int
+    step: int
+    chunk_lengths: tuple[int, ...]
+    empty_chunks: list[Cache]
+    host_batches: list[HostBatch]
+    host_index: np.ndarray
+    host_row: np.ndarray
+    prompt_index: np.ndarray
+    pending: list[Dispatch] = field(default_factory=list)
 
     @property
-    def opened(self) -> int:
-        """How many of the chunks are written to, or were."""
-        return len(self.lengths) - len(self.waiting)
+    def num_opened(self) -> int:
+        """Number of chunks that are full or active."""
+        return len(self.chunk_lengths) - len(self.empty_chunks)
 
     def chunks(self) -> list[Cache]:
-        """The rows' own keys and values in order."""
-        return [*self.cohort.closed, self.state.active, *self.waiting]
+        """All chunks of the rows' own KV cache, in order."""
+        return [*self.batch.full_chunks, self.state.active_chunk, *self.empty_chunks]
 
-    def living(self) -> np.ndarray:
-        """Which rows have not ended, as far as was looked."""
-        result = np.zeros(len(self.batch_of), bool)
-        for number, batch in enumerate(self.batches):
-            mine = self.batch_of == number
-            result[mine] = batch.living[self.row_of[mine]]
+    def unfinished(self) -> np.ndarray:
+        """True at the rows that are unfinished according to the dispatches read so far."""
+        result = np.zeros(len(self.host_index), bool)
+        for number, host_batch in enumerate(self.host_batches):
+            rows = self.host_index == number
+            result[rows] = host_batch.unfinished[self.host_row[rows]]
         return result
 
 
-class Programs:
-    """The compiled functions of a sampler, and what they were made for."""
+class CompiledSteps:
+    """The jitted functions of a sampler, with the settings they were compiled for; arguments as in ``Sampler``."""
 
     def __init__(
         self,
@@ -117,8 +120,8 @@ class Programs:
         self.chunk_lengths = chunk_lengths(max_completion_length)
 
         @jax.jit
-        def begin(params: Params, prompts: Prompts, key: Key[Array, ""]):
-            started = prefill(
+        def compiled_prefill(params: Params, prompts: Prompts, key: Key[Array, ""]):
+            results = prefill(
                 model,
                 params,
                 prompts,
@@ -128,259 +131,278 @@ class Programs:
                 chunks=self.chunk_lengths,
                 cache_dtype=cache_dtype,
             )
-            return self.laid_out(started)
+            return self.constrain(results)
 
         @partial(jax.jit, donate_argnums=2)
-        def advance(params: Params, cohort: DecodeBatch, state: State):
-            state, tokens, log_probs = draw_tokens(model, params, cohort, state, sampling, eos_ids=eos_ids, count=STEPS)
-            return self.laid_out(state), tokens, log_probs
+        def compiled_decode(params: Params, batch: DecodeBatch, state: DecodeState):
+            state, tokens, log_probs = decode_steps(model, params, batch, state, sampling, eos_ids=eos_ids, count=STEPS)
+            return self.constrain(state), tokens, log_probs
 
-        self.begin, self.advance = begin, advance
-        self.take = jax.jit(
-            lambda *args, joined: self.laid_out(take(model, *args, joined=joined)), static_argnames="joined"
+        self.prefill, self.decode = compiled_prefill, compiled_decode
+        self.gather_rows = jax.jit(
+            lambda *args, join_chunks: self.constrain(gather_rows(model, *args, join_chunks=join_chunks)),
+            static_argnames="join_chunks",
         )
-        self.join = jax.jit(lambda *args: self.laid_out(join(*args)))
+        self.merge = jax.jit(lambda *args: self.constrain(merge(*args)))
 
-    def laid_out(self, tree: Any) -> Any:
-        """DecodeBatch and state with rows and prompts split over the mesh, and heads where they divide."""
+    def constrain(self, tree: Any) -> Any:
+        """Batch and state with rows and prompts sharded over the mesh, and heads if they divide."""
         if self.mesh is None:
             return tree
         mesh = self.mesh
 
-        def place(x):
-            if x.ndim == 0 or (x.ndim == 1 and x.shape[0] < self.devices):  # the age; the starts of chunks
+        def with_sharding(x):
+            if x.ndim == 0 or (x.ndim == 1 and x.shape[0] < self.devices):  # the step; the starts of chunks
                 return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
             heads = x.ndim > 2 and x.shape[1] % mesh.shape["tensor"] == 0
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*BATCH, "tensor") if heads else BATCH))
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(with_sharding, tree)
 
-    def everywhere(self, numbers: int | list[int]) -> Array:
-        """Numbers of the host on every device."""
+    def replicate(self, numbers: int | list[int]) -> Array:
+        """Numbers of the host, on every device."""
         return jax.device_put(np.array(numbers, np.int32), None if self.mesh is None else replicated(self.mesh))
 
 
 class GenerationLoop:
-    """One call of the sampler: cohorts from their start to the end of their last row."""
+    """One call of the sampler: batches of prompts from prefill to the end of their last row."""
 
-    def __init__(self, programs: Programs, params: Params, key: Key[Array, ""], on_tokens: OnTokensFn | None = None):
-        self.programs, self.params, self.key, self.on_tokens = programs, params, key, on_tokens
+    def __init__(self, steps: CompiledSteps, params: Params, key: Key[Array, ""], on_tokens: OnTokensFn | None = None):
+        self.steps, self.params, self.key, self.on_tokens = steps, params, key, on_tokens
         self.stats = RolloutStats()
 
-    def run(self, prompts: Iterable[tuple[Prompts, int]]) -> Iterator[tuple[Batch, int]]:
-        """Draw for one set of prompts after the other; what is left of several is pooled. Gives each prompt that ends.
+    def run(self, prompts: Iterable[tuple[Prompts, int]]) -> Iterator[tuple[HostBatch, int]]:
+        """Sample for one batch of prompts after the other; small remainders of several are merged into one batch.
 
         Args:
-            prompts: sets of one shape, each with how many of its prompts are to be drawn for.
-        """
-        parked: list[Running] = []
-        parking_age = None
-        first_place = 0
-        coming = iter(prompts)
-        current = next(coming, None)
-        while current is not None:
-            running = self.launch(*current, first_place)
-            first_place += current[1]
-            current = next(coming, None)
-            may_park = current is not None or bool(parked)
-            yield from self.drive(running, parking_age if may_park else -1)
-            if running.living().any():
-                parked.append(running)
-                parking_age = running.age
-            if len(parked) == BUCKET_DIVISORS[DEFERRED_BUCKET] or (current is None and len(parked) > 1):
-                pool = self.pool(parked)
-                parked, parking_age = [], None
-                yield from self.drive(pool, -1)
-        for running in parked:
-            yield from self.drive(running, -1)
+            prompts: batches of one shape, each with the number of its prompts that are real.
 
-    def launch(self, prompts: Prompts, num_prompts: int, first_place: int) -> Running:
-        """Read a set of prompts."""
-        programs, N = self.programs, prompts.ids.shape[0]
-        B = N * programs.group_size
-        self.count(cohorts=1)
-        # Always laid out alike: what lies elsewhere would be another program.
-        placed = jax.device_put(prompts, None if programs.mesh is None else NamedSharding(programs.mesh, BATCH))
-        cohort, state, waiting = programs.begin(self.params, placed, self.key)
-        return Running(
-            cohort,
+        Yields:
+            Each prompt as soon as its samples are finished: its batch, and its number there.
+        """
+        deferred: list[RunningBatch] = []
+        deferred_step = None
+        first_prompt = 0
+        remaining = iter(prompts)
+        current = next(remaining, None)
+        while current is not None:
+            running = self.prefill(*current, first_prompt)
+            first_prompt += current[1]
+            current = next(remaining, None)
+            can_defer = current is not None or bool(deferred)
+            yield from self.decode(running, deferred_step if can_defer else -1)
+            if running.unfinished().any():
+                deferred.append(running)
+                deferred_step = running.step
+            if len(deferred) == BUCKET_DIVISORS[DEFERRED_BUCKET] or (current is None and len(deferred) > 1):
+                merged = self.merge(deferred)
+                deferred, deferred_step = [], None
+                yield from self.decode(merged, -1)
+        for running in deferred:
+            yield from self.decode(running, -1)
+
+    def prefill(self, prompts: Prompts, num_prompts: int, first_prompt: int) -> RunningBatch:
+        """Start a batch of prompts, of which the first ``num_prompts`` are real."""
+        steps, N = self.steps, prompts.ids.shape[0]
+        B = N * steps.group_size
+        self.add_stats(batches=1)
+        # Always in one layout: prompts in another would need another program.
+        placed = jax.device_put(prompts, None if steps.mesh is None else NamedSharding(steps.mesh, BATCH))
+        batch, state, empty_chunks = steps.prefill(self.params, placed, self.key)
+        return RunningBatch(
+            batch,
             state,
-            make_buckets(N // programs.devices, B // programs.devices, programs.group_size),
-            rung=0,
-            age=0,
-            lengths=programs.chunk_lengths,
-            waiting=waiting,
-            batches=[Batch.of(prompts, first_place, num_prompts, programs.group_size, programs.T, programs.pad_id)],
-            batch_of=np.where(np.arange(B) < num_prompts * programs.group_size, 0, -1),
-            row_of=np.arange(B),
-            prompt_of=np.arange(B) // programs.group_size % (N // programs.devices),
+            make_buckets(N // steps.devices, B // steps.devices, steps.group_size),
+            bucket=0,
+            step=0,
+            chunk_lengths=steps.chunk_lengths,
+            empty_chunks=empty_chunks,
+            host_batches=[HostBatch.empty(prompts, first_prompt, num_prompts, steps.group_size, steps.T, steps.pad_id)],
+            host_index=np.where(np.arange(B) < num_prompts * steps.group_size, 0, -1),
+            host_row=np.arange(B),
+            prompt_index=np.arange(B) // steps.group_size % (N // steps.devices),
         )
 
-    def drive(self, running: Running, parking_age: int | None) -> Iterator[tuple[Batch, int]]:
-        """Advance a cohort until all its rows have ended, or until it is small enough to be parked.
+    def decode(self, running: RunningBatch, deferred_step: int | None) -> Iterator[tuple[HostBatch, int]]:
+        """Advance a batch until all its rows are finished, or until it is small enough to be deferred.
 
         Args:
-            running: the cohort.
-            parking_age: the age at which it may be parked; None for any, -1 for none.
+            running: the batch.
+            deferred_step: the step at which it may be deferred; None for any, -1 for none.
         """
-        while running.living().any():
-            if running.rung == DEFERRED_BUCKET < len(running.ladder) - 1 and parking_age in (None, running.age):
-                while running.unread:
+        while running.unfinished().any():
+            if running.bucket == DEFERRED_BUCKET < len(running.buckets) - 1 and deferred_step in (None, running.step):
+                while running.pending:
                     yield from self.read(running)
                 return
-            if running.age < self.programs.T:
+            if running.step < self.steps.T:
                 self.dispatch(running)
-            if len(running.unread) > self.programs.ahead or running.age >= self.programs.T:
+            if len(running.pending) > self.steps.ahead or running.step >= self.steps.T:
                 yield from self.read(running)
-                if running.age < self.programs.T:
+                if running.step < self.steps.T:
                     self.compact(running)
 
-    def dispatch(self, running: Running) -> None:
-        """Draw the next tokens of all rows."""
-        if running.age == sum(running.lengths[: running.opened]):
-            self.hold(running, running.chunks(), running.opened + 1)
-        running.state, tokens, log_probs = self.programs.advance(self.params, running.cohort, running.state)
-        running.unread.append(Sent(tokens, log_probs, running.age, running.batch_of, running.row_of))
-        running.age += STEPS
-        caches = (running.cohort.prompt.cache, running.chunks())
+    def dispatch(self, running: RunningBatch) -> None:
+        """Launch the next decode steps of all rows."""
+        if running.step == sum(running.chunk_lengths[: running.num_opened]):
+            self.set_chunks(running, running.chunks(), running.num_opened + 1)
+        running.state, tokens, log_probs = self.steps.decode(self.params, running.batch, running.state)
+        running.pending.append(Dispatch(tokens, log_probs, running.step, running.host_index, running.host_row))
+        running.step += STEPS
+        caches = (running.batch.prompt.cache, running.chunks())
         size = sum(x.nbytes for x in jax.tree.leaves(caches))
-        self.count(dispatches=1, row_steps=len(running.batch_of) * STEPS)
+        self.add_stats(dispatches=1, row_steps=len(running.host_index) * STEPS)
         self.stats = replace(self.stats, cache_bytes=max(self.stats.cache_bytes, size))
 
-    def read(self, running: Running) -> Iterator[tuple[Batch, int]]:
-        """Look at the oldest dispatch that was not looked at: keep what was drawn before each row's end.
+    def read(self, running: RunningBatch) -> Iterator[tuple[HostBatch, int]]:
+        """Read the oldest pending dispatch: keep each row's tokens up to its end.
 
-        Gives the prompts all of whose samples have ended with it.
+        Yields:
+            The prompts whose samples are all finished by it.
         """
-        tokens, log_probs, age, batch_of, row_of = running.unread.pop(0)
-        programs = self.programs
-        count = min(STEPS, programs.T - age)
+        tokens, log_probs, step, host_index, host_row = running.pending.pop(0)
+        steps = self.steps
+        count = min(STEPS, steps.T - step)
         tokens, log_probs = np.asarray(tokens).T[:, :count], np.asarray(log_probs).T[:, :count]
-        for number, batch in enumerate(running.batches):
-            mine = np.flatnonzero(batch_of == number)
-            mine = mine[batch.living[row_of[mine]]]
-            rows, drawn = row_of[mine], tokens[mine]
-            ends = np.isin(drawn, programs.eos_ids)
-            ended = np.any(ends, axis=1)
-            kept = np.where(ended, ends.argmax(1) + 1, count)
-            if programs.stop is not None:
+        for number, host in enumerate(running.host_batches):
+            device_rows = np.flatnonzero(host_index == number)
+            device_rows = device_rows[host.unfinished[host_row[device_rows]]]
+            rows, sampled = host_row[device_rows], tokens[device_rows]
+            is_eos = np.isin(sampled, steps.eos_ids)
+            ended = np.any(is_eos, axis=1)
+            kept = np.where(ended, is_eos.argmax(1) + 1, count)
+            if steps.stop is not None:
                 for i, row in enumerate(rows):
-                    sequence = [*batch.ids[row, :age].tolist(), *drawn[i, : kept[i]].tolist()]
-                    length = programs.stop(sequence, age)
+                    sequence = [*host.ids[row, :step].tolist(), *sampled[i, : kept[i]].tolist()]
+                    length = steps.stop(sequence, step)
                     if length is not None:
-                        kept[i], ended[i] = length - age, True
-            within = np.arange(count)[None] < kept[:, None]
-            batch.ids[rows, age : age + count] = np.where(within, drawn, programs.pad_id)
-            batch.log_probs[rows, age : age + count] = np.where(within, log_probs[mine], 0)
-            batch.lengths[rows] = age + kept
-            batch.truncated[rows] = ~ended & (age + count == programs.T)
-            batch.living[rows] = ~ended & (age + count < programs.T)
-            self.count(tokens=int(kept.sum()))
+                        kept[i], ended[i] = length - step, True
+            is_kept = np.arange(count)[None] < kept[:, None]
+            host.ids[rows, step : step + count] = np.where(is_kept, sampled, steps.pad_id)
+            host.log_probs[rows, step : step + count] = np.where(is_kept, log_probs[device_rows], 0)
+            host.lengths[rows] = step + kept
+            host.truncated[rows] = ~ended & (step + count == steps.T)
+            host.unfinished[rows] = ~ended & (step + count < steps.T)
+            self.add_stats(tokens=int(kept.sum()))
             if self.on_tokens is not None:
-                first_row = batch.first_place * programs.group_size
+                first_row = host.first_prompt * steps.group_size
                 for i, row in enumerate(rows):
-                    self.on_tokens(int(first_row + row), drawn[i, : kept[i]].tolist())
-            yield from ((batch, n) for n in batch.newly_finished())
+                    self.on_tokens(int(first_row + row), sampled[i, : kept[i]].tolist())
+            yield from ((host, n) for n in host.newly_finished())
 
-    def compact(self, running: Running) -> None:
-        """Gather the living rows into the smallest batch that holds them."""
-        living = running.living().reshape(self.programs.devices, -1)
-        most = living.sum(1).max()
-        while most and running.rung + 1 < len(running.ladder) and most <= running.ladder[running.rung + 1].rows:
-            rows, indices = self.choose(running, running.ladder[running.rung + 1])
-            running.rung += 1
-            joined = len(running.lengths) == 1 or running.rung >= JOINED_BUCKET
-            opened = running.opened
-            running.cohort, running.state, chunks = self.programs.take(
-                running.cohort, running.state, running.chunks(), *indices, joined=joined
+    def compact(self, running: RunningBatch) -> None:
+        """Gather the unfinished rows into the smallest bucket that holds them."""
+        unfinished = running.unfinished().reshape(self.steps.devices, -1)
+        most = unfinished.sum(1).max()
+        while most and running.bucket + 1 < len(running.buckets) and most <= running.buckets[running.bucket + 1].rows:
+            bookkeeping, indices = self.select_rows(running, running.buckets[running.bucket + 1])
+            running.bucket += 1
+            join_chunks = len(running.chunk_lengths) == 1 or running.bucket >= SINGLE_CHUNK_BUCKET
+            num_opened = running.num_opened
+            running.batch, running.state, chunks = self.steps.gather_rows(
+                running.batch, running.state, running.chunks(), *indices, join_chunks=join_chunks
             )
-            if joined:
-                running.lengths, opened = (sum(running.lengths),), 1
-            self.hold(running, chunks, opened)
-            running.batch_of, running.row_of, running.prompt_of = rows
+            if join_chunks:
+                running.chunk_lengths, num_opened = (sum(running.chunk_lengths),), 1
+            self.set_chunks(running, chunks, num_opened)
+            running.host_index, running.host_row, running.prompt_index = bookkeeping
 
-    def choose(self, running: Running, rung: Bucket) -> tuple[tuple, tuple]:
-        """The rows and prompts that go to a rung, as the host's arrays and as the indices of ``take``."""
-        devices = self.programs.devices
-        living = running.living().reshape(devices, -1)
-        old = [x.reshape(devices, -1) for x in (running.batch_of, running.row_of, running.prompt_of)]
-        rows = np.zeros((devices, rung.rows), np.int32)
-        prompts = np.zeros((devices, rung.prompts), np.int32)
-        prompt_of = np.zeros((devices, rung.rows), np.int32)
-        kept = np.zeros((devices, rung.rows), bool)
+    def select_rows(self, running: RunningBatch, bucket: Bucket) -> tuple[tuple, tuple]:
+        """The unfinished rows and their prompts in a smaller bucket.
+
+        Returns:
+            The batch's ``host_index``, ``host_row`` and ``prompt_index``; and the indices of ``decode.gather_rows``.
+        """
+        devices = self.steps.devices
+        unfinished = running.unfinished().reshape(devices, -1)
+        old_host_index, old_host_row, old_prompt_index = (
+            x.reshape(devices, -1) for x in (running.host_index, running.host_row, running.prompt_index)
+        )
+        rows = np.zeros((devices, bucket.rows), np.int32)
+        prompts = np.zeros((devices, bucket.prompts), np.int32)
+        prompt_index = np.zeros((devices, bucket.rows), np.int32)
+        is_real = np.zeros((devices, bucket.rows), bool)
         for d in range(devices):
-            chosen = np.flatnonzero(living[d])
-            rows[d, : len(chosen)], kept[d, : len(chosen)] = chosen, True
-            present, prompt_of[d, : len(chosen)] = np.unique(old[2][d, chosen], return_inverse=True)
+            selected = np.flatnonzero(unfinished[d])
+            rows[d, : len(selected)], is_real[d, : len(selected)] = selected, True
+            present, prompt_index[d, : len(selected)] = np.unique(old_prompt_index[d, selected], return_inverse=True)
             prompts[d, : len(present)] = present
-        batch_of = np.where(kept, np.take_along_axis(old[0], rows, 1), -1)
-        row_of = np.take_along_axis(old[1], rows, 1)
-        gather, place = share(prompt_of, kept, rung)
-        return (batch_of.reshape(-1), row_of.reshape(-1), prompt_of.reshape(-1)), (rows, prompts, gather, place)
+        host_index = np.where(is_real, np.take_along_axis(old_host_index, rows, 1), -1)
+        host_row = np.take_along_axis(old_host_row, rows, 1)
+        prefix_indices = share_prefixes(prompt_index, is_real, bucket)
+        bookkeeping = (host_index.reshape(-1), host_row.reshape(-1), prompt_index.reshape(-1))
+        return bookkeeping, (rows, prompts, *prefix_indices)
 
-    def hold(self, running: Running, chunks: list[Cache], opened: int) -> None:
-        """Have these chunks, of which the last opened one is written to."""
-        starts = [sum(running.lengths[:i]) for i in range(opened)]
-        running.cohort = replace(
-            running.cohort,
-            closed=tuple(chunks[: opened - 1]),
-            closed_starts=self.programs.everywhere(starts[:-1]),
-            active_start=self.programs.everywhere(starts[-1]),
+    def set_chunks(self, running: RunningBatch, chunks: list[Cache], num_opened: int) -> None:
+        """Give a batch its chunks; the last of the first ``num_opened`` is the active one."""
+        starts = [sum(running.chunk_lengths[:i]) for i in range(num_opened)]
+        running.batch = replace(
+            running.batch,
+            full_chunks=tuple(chunks[: num_opened - 1]),
+            full_chunk_starts=self.steps.replicate(starts[:-1]),
+            active_start=self.steps.replicate(starts[-1]),
         )
-        running.state = replace(running.state, active=chunks[opened - 1])
-        running.waiting = chunks[opened:]
+        running.state = replace(running.state, active_chunk=chunks[num_opened - 1])
+        running.empty_chunks = chunks[num_opened:]
 
-    def pool(self, parked: list[Running]) -> Running:
-        """One cohort of several that are left with a part of their rows at the same age."""
-        first, devices = parked[0], self.programs.devices
-        parts = BUCKET_DIVISORS[DEFERRED_BUCKET]
-        rung = first.ladder[DEFERRED_BUCKET]
-        filled = [*parked, *[first] * (parts - len(parked))]
-        batch_of, row_of, prompt_of = [], [], []
-        batches: list[Batch] = []
-        for i, part in enumerate(filled):
-            real = part.batch_of if i < len(parked) else np.full_like(part.batch_of, -1)
-            batch_of.append(np.where(real >= 0, real + len(batches), -1).reshape(devices, -1))
-            row_of.append(part.row_of.reshape(devices, -1))
-            prompt_of.append(part.prompt_of.reshape(devices, -1) + i * rung.prompts)
-            batches += part.batches if i < len(parked) else []
-        together = [np.concatenate(x, axis=1) for x in (batch_of, row_of, prompt_of)]
-        ladder = make_buckets(parts * rung.prompts, parts * rung.rows, rung.group)
-        gather, place = share(
-            together[2], together[0] >= 0, Bucket(parts * rung.rows, parts * rung.prompts, rung.group)
+    def merge(self, deferred: list[RunningBatch]) -> RunningBatch:
+        """One batch of several deferred at the same step; copies of the first one fill the shape."""
+        first, devices = deferred[0], self.steps.devices
+        count = BUCKET_DIVISORS[DEFERRED_BUCKET]
+        part = first.buckets[DEFERRED_BUCKET]
+        bucket = Bucket(count * part.rows, count * part.prompts, part.group)
+        filled = [*deferred, *[first] * (count - len(deferred))]
+        bookkeeping = []
+        host_batches: list[HostBatch] = []
+        for i, running in enumerate(filled):
+            is_filler = i >= len(deferred)
+            host_index = np.where((running.host_index < 0) | is_filler, -1, running.host_index + len(host_batches))
+            bookkeeping.append((host_index, running.host_row, running.prompt_index + i * part.prompts))
+            host_batches += [] if is_filler else running.host_batches
+        host_index, host_row, prompt_index = (
+            np.concatenate([x.reshape(devices, -1) for x in parts], axis=1) for parts in zip(*bookkeeping, strict=True)
         )
-        self.count(cohorts=1)
-        cohort, state = self.programs.join([(part.cohort, part.state) for part in filled], gather, place)
-        running = Running(
-            cohort,
+        self.add_stats(batches=1)
+        batch, state = self.steps.merge(
+            [(running.batch, running.state) for running in filled],
+            *share_prefixes(prompt_index, host_index >= 0, bucket),
+        )
+        merged = RunningBatch(
+            batch,
             state,
-            ladder,
-            rung=0,
-            age=first.age,
-            lengths=first.lengths,
-            waiting=[],
-            batches=batches,
-            batch_of=together[0].reshape(-1),
-            row_of=together[1].reshape(-1),
-            prompt_of=together[2].reshape(-1),
+            make_buckets(bucket.prompts, bucket.rows, bucket.group),
+            bucket=0,
+            step=first.step,
+            chunk_lengths=first.chunk_lengths,
+            empty_chunks=[],
+            host_batches=host_batches,
+            host_index=host_index.reshape(-1),
+            host_row=host_row.reshape(-1),
+            prompt_index=prompt_index.reshape(-1),
         )
-        self.compact(running)
-        return running
+        self.compact(merged)
+        return merged
 
-    def count(self, **more: int) -> None:
-        """Add to the figures."""
-        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + value for name, value in more.items()})
+    def add_stats(self, **counts: int) -> None:
+        """Add counts to the statistics."""
+        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + n for name, n in counts.items()})
 
 
-def share(prompt_of: np.ndarray, kept: np.ndarray, rung: Bucket) -> tuple[np.ndarray, np.ndarray]:
-    """``gather`` and ``place`` of ``types.PrefixCache``, for rows of prompts ``prompt_of`` (``[devices, rows]``)."""
-    gather = np.zeros((len(prompt_of), rung.prompts * rung.group), np.int32)
-    place = np.zeros(prompt_of.shape, np.int32)
-    for d in range(len(prompt_of)):
-        number = np.zeros(rung.prompts, np.int32)
-        for row in np.flatnonzero(kept[d]):
-            prompt = prompt_of[d, row]
-            place[d, row] = prompt * rung.group + number[prompt]
-            gather[d, place[d, row]] = row
-            number[prompt] += 1
-    return gather, place
+def share_prefixes(prompt_index: np.ndarray, is_real: np.ndarray, bucket: Bucket) -> tuple[np.ndarray, np.ndarray]:
+    """``gather_index`` and ``scatter_index`` of ``types.PrefixCache``.
+
+    Args:
+        prompt_index: ``[devices, rows]``, the prompt of each row.
+        is_real: ``[devices, rows]``, False at rows that only fill the shape.
+        bucket: sizes on each device.
+    """
+    gather_index = np.zeros((len(prompt_index), bucket.prompts * bucket.group), np.int32)
+    scatter_index = np.zeros(prompt_index.shape, np.int32)
+    for d in range(len(prompt_index)):
+        num_rows = np.zeros(bucket.prompts, np.int32)
+        for row in np.flatnonzero(is_real[d]):
+            prompt = prompt_index[d, row]
+            scatter_index[d, row] = prompt * bucket.group + num_rows[prompt]
+            gather_index[d, scatter_index[d, row]] = row
+            num_rows[prompt] += 1
+    return gather_index, scatter_index

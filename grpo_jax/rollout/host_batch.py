@@ -1,4 +1,4 @@
-"""What the host knows of completions that are being drawn."""
+"""The sampled tokens of a batch of prompts, on the host."""
 
 from __future__ import annotations
 
@@ -17,70 +17,84 @@ Rows = TypeVar("Rows", Prompts, Rollout)
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What drawing a set of completions took.
+    """The work done for a rollout.
 
     Attributes:
-        tokens: drawn and kept.
-        row_steps: rows times steps that were computed for them.
-        dispatches: of ``STEPS`` steps each.
-        cohorts: sets of prompts that were read together, and pools of what was left of them.
-        cache_bytes: the most that the keys and values of one cohort took in a dispatch.
+        tokens: sampled tokens that were kept.
+        row_steps: decode steps times rows of the batch, summed over dispatches.
+        dispatches: calls on the device of ``STEPS`` decode steps each.
+        batches: batches that were prefilled, and batches merged from deferred ones.
+        cache_bytes: the largest KV cache of a batch at a dispatch.
     """
 
     tokens: int = 0
     row_steps: int = 0
     dispatches: int = 0
-    cohorts: int = 0
+    batches: int = 0
     cache_bytes: int = 0
 
     @property
     def useful(self) -> float:
-        """The share of row-steps that drew a token that was kept."""
+        """The fraction of row-steps whose token was kept."""
         return self.tokens / max(self.row_steps, 1)
 
 
 @dataclass
-class Batch:
-    """What has been drawn for the prompts that were read together."""
+class HostBatch:
+    """The completions of prompts that were prefilled together; B = prompts * group_size rows.
+
+    Attributes:
+        prompts: the prompts; those after the first ``num_prompts`` only fill the shape.
+        first_prompt: number of the first prompt in the call's stream of prompts.
+        num_prompts: prompts to sample for.
+        group_size: rows of each prompt.
+        ids: sampled tokens ``[B, T]``, the pad id elsewhere.
+        log_probs: their log-probabilities ``[B, T]``, 0 elsewhere.
+        lengths: tokens of each row.
+        unfinished: True at rows that go on.
+        truncated: True at rows that reached T without an EOS token.
+        is_yielded: True at prompts that ``newly_finished`` has returned.
+    """
 
     prompts: Prompts
-    first_place: int
+    first_prompt: int
     num_prompts: int
     group_size: int
     ids: np.ndarray
     log_probs: np.ndarray
     lengths: np.ndarray
-    living: np.ndarray
+    unfinished: np.ndarray
     truncated: np.ndarray
-    handed_on: np.ndarray
+    is_yielded: np.ndarray
 
     @staticmethod
-    def of(prompts: Prompts, first_place: int, num_prompts: int, group_size: int, length: int, pad_id: int) -> Batch:
-        """Nothing drawn yet; prompts after the first ``num_prompts`` only fill the shape and are not drawn for."""
+    def empty(
+        prompts: Prompts, first_prompt: int, num_prompts: int, group_size: int, max_length: int, pad_id: int
+    ) -> HostBatch:
+        """A batch without sampled tokens; ``max_length`` is T."""
         B = prompts.ids.shape[0] * group_size
-        return Batch(
+        return HostBatch(
             prompts,
-            first_place,
+            first_prompt,
             num_prompts,
             group_size,
-            ids=np.full((B, length), pad_id, np.int32),
-            log_probs=np.zeros((B, length), np.float32),
+            ids=np.full((B, max_length), pad_id, np.int32),
+            log_probs=np.zeros((B, max_length), np.float32),
             lengths=np.zeros(B, np.int32),
-            living=np.arange(B) < num_prompts * group_size,
+            unfinished=np.arange(B) < num_prompts * group_size,
             truncated=np.zeros(B, bool),
-            handed_on=np.zeros(num_prompts, bool),
+            is_yielded=np.zeros(num_prompts, bool),
         )
 
     def newly_finished(self) -> list[int]:
-        """The prompts all of whose samples have ended since this was last asked."""
-        living = self.living.reshape(-1, self.group_size)[: self.num_prompts]
-        done = ~np.any(living, axis=1)
-        new = np.flatnonzero(done & ~self.handed_on)
-        self.handed_on[new] = True
+        """The prompts whose samples have all finished since the last call."""
+        unfinished = self.unfinished.reshape(-1, self.group_size)[: self.num_prompts]
+        new = np.flatnonzero(~unfinished.any(axis=1) & ~self.is_yielded)
+        self.is_yielded[new] = True
         return new.tolist()
 
-    def drawn(self, prompts: slice) -> dict[str, np.ndarray]:
-        """The fields of the ``Rollout`` of some of the prompts."""
+    def rollout_fields(self, prompts: slice) -> dict[str, np.ndarray]:
+        """The fields of the ``Rollout`` of a slice of the prompts."""
         rows = slice(prompts.start * self.group_size, prompts.stop * self.group_size)
         return {
             "prompt_ids": np.repeat(np.asarray(self.prompts.ids)[prompts], self.group_size, axis=0),
@@ -92,43 +106,46 @@ class Batch:
         }
 
 
-def cut(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, int]]:
-    """Prompts in sets of ``size``, the last filled up with some of its own; and how many of each set are real."""
+def batched(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, int]]:
+    """Prompts regrouped into batches of ``size``, each with the number of its prompts that are real.
+
+    The last batch is filled up by repeating its prompts.
+    """
     waiting: list[Prompts] = []
-    for each in prompts:
-        if not waiting and each.ids.shape[0] == size:
-            yield each, size
+    for more in prompts:
+        if not waiting and more.ids.shape[0] == size:
+            yield more, size
             continue
-        waiting.append(each)
-        together = concatenated(waiting)
-        while together.ids.shape[0] >= size:
-            yield some_prompts(together, np.arange(size)), size
-            together = some_prompts(together, np.arange(size, together.ids.shape[0]))
-        waiting = [together] if together.ids.shape[0] else []
+        waiting.append(more)
+        joined = concatenated(waiting)
+        while joined.ids.shape[0] >= size:
+            yield select_prompts(joined, np.arange(size)), size
+            joined = select_prompts(joined, np.arange(size, joined.ids.shape[0]))
+        waiting = [joined] if joined.ids.shape[0] else []
     for rest in waiting:
-        real = rest.ids.shape[0]
-        yield some_prompts(rest, np.arange(size) % real), real
+        num_real = rest.ids.shape[0]
+        yield select_prompts(rest, np.arange(size) % num_real), num_real
 
 
-def in_parts(prompts: Prompts, parts: int) -> Prompts:
-    """Each prompt once for each part of its group, one after the other; as it is where a group is drawn as a whole."""
-    if parts == 1:
+def split_groups(prompts: Prompts, num_parts: int) -> Prompts:
+    """Every prompt repeated ``num_parts`` times, once for each part of its group; unchanged for one part."""
+    if num_parts == 1:
         return prompts
     N = prompts.ids.shape[0]
-    ids, mask, index = (jnp.repeat(x, parts, axis=0) for x in (prompts.ids, prompts.mask, prompts.index))
-    return Prompts(ids, mask, index, part=jnp.tile(jnp.arange(parts, dtype=jnp.int32), N))
+    ids, mask, index = (jnp.repeat(x, num_parts, axis=0) for x in (prompts.ids, prompts.mask, prompts.index))
+    return Prompts(ids, mask, index, part=jnp.tile(jnp.arange(num_parts, dtype=jnp.int32), N))
 
 
-def joined(drawn: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The fields of a ``Rollout`` of several, one after the other."""
-    return {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
+def concatenated_fields(rollouts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The fields of several rollouts, concatenated along rows."""
+    return {name: np.concatenate([fields[name] for fields in rollouts]) for name in rollouts[0]}
 
 
 def concatenated(parts: Sequence[Rows]) -> Rows:
-    """Prompts or rollouts of one length, the rows of one after those of the other."""
+    """Prompts or rollouts of one length, concatenated along rows."""
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def some_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
-    """Those at some places."""
+def select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
+    """The prompts at some positions."""
     return jax.tree.map(lambda x: np.asarray(x)[index], prompts)
