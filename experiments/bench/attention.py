@@ -24,7 +24,7 @@ import numpy as np
 
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import from_hf_config
-from grpo_jax.models.attention import KVSegment, allowed_slots, attend
+from grpo_jax.models.attention import KVSegment, attention_mask, attend
 from grpo_jax.models.kernels import choose_kernel
 
 
@@ -100,7 +100,7 @@ def plain(queries, keys, values, mask):
     B, S, _, E = queries.shape
     part = KVSegment(
         {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)},
-        allowed_slots(mask, jnp.arange(S), 0, S, None),
+        attention_mask(mask, jnp.arange(S), 0, S, None),
     )
     grouped = queries.reshape(B, S, keys.shape[2], -1, E).transpose(0, 2, 3, 1, 4)
     return attend(grouped, [part], None).transpose(0, 3, 1, 2, 4).reshape(queries.shape)
