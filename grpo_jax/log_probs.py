@@ -132,7 +132,7 @@ def chunked_log_probs(
     return join(log_probs), join(entropy)
 
 
-def _scale_and_shift(logits, temperature: Scalar):
+def _scale_and_shift(logits, temperature):
     chex.assert_shape(temperature, (), custom_message="temperature")
     if not isinstance(temperature, jax.Array) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities are defined for a temperature above 0")

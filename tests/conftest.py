@@ -37,6 +37,12 @@ def key():
     return jax.random.key(0)
 
 
+@pytest.fixture(params=[jax.jit, lambda function: function], ids=["jitted", "eager"])
+def variant(request):
+    """A function as it is and compiled, as ``chex.variants`` for pytest."""
+    return request.param
+
+
 TINY = {
     "model_type": "qwen3",
     "vocab_size": 32,

@@ -1,6 +1,7 @@
 import inspect
 from functools import partial
 
+import chex
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
@@ -484,8 +485,7 @@ def test_hybrid_with_steps_that_are_worth_nothing_is_hybrid_without():
     values = np.where(np.isnan(values), f32(0), values)
     without = jit_hybrid(rewards, values, mask, group_size=4)
     nothing = jit_hybrid(rewards, values, mask, group_size=4, step_rewards=np.zeros(mask.shape, np.float32))
-    for one, other in zip(without, nothing, strict=True):
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(nothing, without)
 
 
 def test_a_sample_at_the_mean_of_a_group_that_differs_has_no_advantage_whatever_the_critic_says():
@@ -583,3 +583,53 @@ def test_gdpo_of_one_reward_has_the_order_of_the_groups_advantage():
 def test_gdpo_needs_groups():
     with pytest.raises(ValueError, match="do not form groups of 3"):
         gdpo(jnp.array([[1.0, 0, 1, 1]]), jnp.array([1.0]), group_size=3)
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+x_of_tokens, ones = jnp.zeros((8, T)), jnp.ones((8, T), bool)
+of_rewards = {
+    "group_relative": partial(inspect.unwrap(group_relative), group_size=4),
+    "rloo": partial(inspect.unwrap(rloo), group_size=4),
+    "reinforce_plus_plus": inspect.unwrap(reinforce_plus_plus),
+    "reinforce_plus_plus_baseline": partial(inspect.unwrap(reinforce_plus_plus_baseline), group_size=4),
+    "kl_penalized": lambda rewards: inspect.unwrap(kl_penalized)(rewards, x_of_tokens, ones, kl_coef=0.1),
+    "token_rewards": lambda rewards: inspect.unwrap(token_rewards)(rewards, None, ones),
+    "hybrid": lambda rewards: inspect.unwrap(hybrid)(rewards, x_of_tokens, ones, group_size=4),
+    "gdpo": lambda rewards: inspect.unwrap(gdpo)(rewards, jnp.ones(1), group_size=4),
+    "gae": lambda rewards: inspect.unwrap(gae)(rewards, x_of_tokens, ones),
+    "process_supervised": lambda rewards: inspect.unwrap(process_supervised)(rewards, ones, group_size=4),
+}  # as users call them: without the tests' check of annotations
+
+
+@pytest.mark.parametrize("name", of_rewards)
+def test_rewards_that_are_a_list_or_of_another_rank_are_refused_with_what_to_pass(name):
+    f = of_rewards[name]
+    with pytest.raises(TypeError, match=r"rewards is a list; pass an array, such as jnp\.asarray\(rewards\)"):
+        f([1.0, 0.0] * 4)
+    with pytest.raises(AssertionError, match=r"has rank 3 .* but expected [12]\. \[rewards\]"):
+        jax.eval_shape(f, jnp.zeros((8, 1, 1)))
+
+
+def test_shapes_that_do_not_fit_are_refused_at_trace_time_and_named():
+    for f, arrays, name in [
+        (inspect.unwrap(gae), (x_of_tokens, x_of_tokens[:, 1:], ones), "values"),
+        (inspect.unwrap(gae), (x_of_tokens, x_of_tokens, ones[:, 1:]), "mask"),
+        (partial(inspect.unwrap(process_supervised), group_size=4), (x_of_tokens, ones[:, 0]), "is_step_end"),
+        (partial(inspect.unwrap(gdpo), group_size=4), (jnp.zeros((2, 8)), jnp.ones(3)), "weights: one per reward"),
+    ]:
+        with pytest.raises(AssertionError, match=rf"\[{name}\]"):
+            jax.eval_shape(f, *arrays)
+
+
+def test_the_kl_coefficient_of_the_reward_may_be_traced():
+    chex.clear_trace_counter()
+    rewards, kl, _, mask = sequences_of(3, rows=8)
+
+    def both(kl_coef):
+        arrays = (jnp.asarray(rewards), jnp.asarray(kl), jnp.asarray(mask))
+        return kl_penalized(*arrays, kl_coef=kl_coef), token_rewards(*arrays, kl_coef=kl_coef)
+
+    traced = jax.jit(chex.assert_max_traces(both, n=1))
+    for kl_coef in (0.3, 0.0):
+        chex.assert_trees_all_close(traced(f32(kl_coef)), both(kl_coef), rtol=1e-6, atol=1e-6)

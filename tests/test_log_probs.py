@@ -1,5 +1,7 @@
+import inspect
 from functools import partial
 
+import chex
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
@@ -201,10 +203,8 @@ def test_chunked_equals_unchunked_in_values_and_gradients(chunk_size, knobs):
     chunked = weighted(partial(chunked_log_probs, chunk_size=chunk_size, **knobs), ids, w1, w2)
     plain = weighted(partial(plain_log_probs, **knobs), ids, w1, w2)
     ((_, values), grads), ((_, plain_values), plain_grads) = chunked(hidden, head), plain(hidden, head)
-    for ours, theirs in zip((*values, *grads), (*plain_values, *plain_grads), strict=True):
-        assert ours.shape == theirs.shape
-        assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    chex.assert_type([*values, *grads], jnp.float32)
+    chex.assert_trees_all_close((values, grads), (plain_values, plain_grads), rtol=1e-5, atol=1e-5, strict=True)
 
 
 def test_chunked_equals_unchunked_in_bfloat16():
@@ -212,12 +212,10 @@ def test_chunked_equals_unchunked_in_bfloat16():
     chunked = weighted(partial(chunked_log_probs, chunk_size=2 * B), ids, w1, w2)
     plain = weighted(plain_log_probs, ids, w1, w2)
     ((_, values), grads), ((_, plain_values), plain_grads) = chunked(hidden, head), plain(hidden, head)
-    for ours, theirs in zip(values, plain_values, strict=True):
-        assert ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(grads, plain_grads, strict=True):
-        assert ours.dtype == theirs.dtype == jnp.bfloat16
-        np.testing.assert_allclose(f32(ours), f32(theirs), rtol=2e-2, atol=2e-2)
+    chex.assert_type([*values, *grads], [jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16])
+    chex.assert_trees_all_close(values, plain_values, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal_dtypes(grads, plain_grads)
+    chex.assert_trees_all_close(*jax.tree.map(f32, (grads, plain_grads)), rtol=2e-2, atol=2e-2)
 
 
 def test_the_gradient_of_the_head_is_accumulated_in_float32():
@@ -299,8 +297,7 @@ def test_a_batch_sharded_over_eight_devices_stays_where_it_is_and_scores_the_sam
 
     sharded_hidden, sharded_head = put(hidden), jax.device_put(head, everywhere)
     (_, sharded_values), sharded_grads = weighted(score, put(ids), put(w1), put(w2))(sharded_hidden, sharded_head)
-    for ours, theirs in zip((*values, *grads), (*sharded_values, *sharded_grads), strict=True):
-        np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close((sharded_values, sharded_grads), (values, grads), rtol=1e-5, atol=1e-6)
     assert sharded_grads[0].sharding.is_equivalent_to(rows, 3)
 
     program = str(jax.jit(score).lower(sharded_hidden, sharded_head, put(ids)).compile().as_text())
@@ -309,7 +306,42 @@ def test_a_batch_sharded_over_eight_devices_stays_where_it_is_and_scores_the_sam
         assert movement not in program
 
 
-# Errors --------------------------------------------------------------------------------------------------------------
+# Errors and traced settings ------------------------------------------------------------------------------------------
+
+
+def test_a_traced_temperature_gives_the_static_result_in_one_trace():
+    chex.clear_trace_counter()
+    hidden, head, ids, *_ = problem()
+
+    def every(hidden, head, ids, temperature):
+        logits = output_logits(hidden, head)
+        plain = token_log_probs(logits, ids, temperature=temperature), token_entropy(logits, temperature=temperature)
+        return plain, chunked_log_probs(hidden, head, ids, temperature=temperature, chunk_size=2 * B)
+
+    traced = jax.jit(chex.assert_max_traces(every, n=1))
+    for temperature in (0.7, 1.0, 2.0):
+        static = jax.jit(partial(every, temperature=temperature))(hidden, head, ids)
+        chex.assert_trees_all_close(traced(hidden, head, ids, f32(temperature)), static, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_and_types_that_do_not_fit_are_refused_at_trace_time_and_named():
+    hidden, head, ids, *_ = problem()
+    logits = np.zeros((B, T, V), np.float32)
+
+    def trace(f, *arrays, **options):
+        jax.eval_shape(lambda *x: inspect.unwrap(f)(*x, **options), *arrays)  # without the tests' check of annotations
+
+    for f, arrays, name in [
+        (token_log_probs, (logits, ids[0]), "token_ids: one per row of logits"),
+        (token_log_probs, (logits, f32(ids)), "token_ids"),
+        (output_logits, (hidden, head.T), "head: .*"),
+        (chunked_log_probs, (hidden, head, ids[:, 1:]), "token_ids: one per hidden state"),
+        (chunked_log_probs, (hidden[0], head, ids), "hidden"),
+    ]:
+        with pytest.raises(AssertionError, match=rf"\[{name}"):
+            trace(f, *arrays)
+    with pytest.raises(AssertionError, match=r"\[temperature\]"):
+        trace(token_entropy, logits, temperature=jnp.ones(V))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

@@ -1,6 +1,7 @@
 import inspect
 from functools import partial
 
+import chex
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
@@ -24,6 +25,7 @@ from grpo_jax.loss import (
     kl_k1,
     kl_k2,
     kl_k3,
+    ppo_loss,
     sapo,
     sapo_loss,
     sequence_log_ratio,
@@ -153,7 +155,7 @@ def test_l5_values_and_gradients_agree_with_the_oracle_whatever_stands_at_masked
     batch = batch_of(seed, junk)
     value, grad, metrics = run(loss, batch)
     close(value, oracle_loss(batch, **knobs))
-    assert all(np.isfinite(list(metrics.values())))
+    chex.assert_tree_all_finite((value, grad, metrics))
     np.testing.assert_array_equal(grad[~batch["mask"]], 0)
     surrogate = knobs.get("surrogate", oracle.clipped)
     bounds = surrogate.keywords if isinstance(surrogate, partial) else {}
@@ -177,8 +179,7 @@ def test_on_policy_without_old_log_probs_agrees_with_the_oracle(name):
 def test_advantages_may_differ_from_token_to_token():
     batch = batch_of(3)
     spread = np.where(batch["mask"], batch["advantages"][:, None], f32(np.nan))
-    for a, b in zip(run(grpo_loss, batch)[:2], run(grpo_loss, {**batch, "advantages": spread})[:2], strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(run(grpo_loss, batch), run(grpo_loss, {**batch, "advantages": spread}))
     varied = f32(np.random.default_rng(0).normal(size=(B, T)))
     close(run(grpo_loss, {**batch, "advantages": varied})[0], oracle_loss({**batch, "advantages": varied}))
 
@@ -234,11 +235,7 @@ def test_l2_micro_batches_give_the_loss_the_gradients_and_the_metrics_of_the_who
     batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
     whole = micro_batched(batch, 1)
     for parts in (2, 4):
-        for name, (value, grad, metrics) in micro_batched(batch, parts).items():
-            close(value, whole[name][0], rtol=1e-6, atol=1e-6)
-            close(grad, whole[name][1], rtol=1e-6, atol=1e-7)
-            assert metrics.keys() == whole[name][2].keys()
-            close(list(metrics.values()), list(whole[name][2].values()), rtol=1e-6, atol=1e-6)
+        chex.assert_trees_all_close(micro_batched(batch, parts), whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["grpo_kl", "everything", "dr_grpo", "gspo"])
@@ -393,9 +390,8 @@ def test_a_log_ratio_beyond_the_exponential_of_float32_leaves_loss_and_gradient_
     batch = batch_of(0, unmasked=True)
     batch["old_log_probs"] = batch["log_probs"] - f32(100)
     batch["advantages"] = np.full(B, advantage, np.float32)
-    value, grad, _ = run(compositions[name][0], batch)
-    assert np.isfinite(value)
-    assert np.isfinite(grad).all()
+    value, grad, metrics = run(compositions[name][0], batch)
+    chex.assert_tree_all_finite((value, grad, metrics))
     if name != "cispo" or advantage == 0:
         np.testing.assert_array_equal(grad, 0)
 
@@ -406,13 +402,9 @@ def test_a_log_ratio_beyond_the_exponential_of_float32_leaves_loss_and_gradient_
 def test_l8_first_on_policy_pass_without_kl():
     batch = batch_of(1, unmasked=True)
     batch["advantages"] = np.asarray(advantages_of_4(f32([1, 0, 0, 1])))
-    first = {k: v for k, v in batch.items() if k != "old_log_probs"}
-    (value, grad, metrics), repeated = (
-        run(grpo_loss, first),
-        run(grpo_loss, {**batch, "old_log_probs": batch["log_probs"]}),
-    )
-    assert repeated[0] == value
-    np.testing.assert_array_equal(repeated[1], grad)
+    value, grad, metrics = run(grpo_loss, {k: v for k, v in batch.items() if k != "old_log_probs"})
+    repeated = run(grpo_loss, {**batch, "old_log_probs": batch["log_probs"]})
+    chex.assert_trees_all_equal(repeated[:2], (value, grad))
     close(value, 0, atol=1e-6)
     assert np.linalg.norm(grad) > 0.1
     assert metrics["clip_ratio/region_mean"] == 0
@@ -474,8 +466,7 @@ FAR = f32([-1e6, -1e4, -1000, -90, -89, -21, 21, 90, 1000, 1e4])
 def test_k3_is_finite_and_keeps_its_direction_however_far_apart_the_policies_are():
     zeros = np.zeros_like(FAR)
     values, slopes = estimators(FAR, zeros)[2], gradients(FAR, zeros)[2]
-    assert np.isfinite(values).all()
-    assert np.isfinite(slopes).all()
+    chex.assert_tree_all_finite((values, slopes))
     assert (np.diff(values[:6]) < 0).all()  # further from the reference is never better
     assert (np.sign(slopes) == np.sign(FAR)).all()
     near = f32([-19.9, -10, 0, 10])
@@ -491,10 +482,7 @@ def test_losses_and_gradients_are_finite_however_far_apart_the_policies_are(name
         for moved in ([each] for each in others) if gap < 0 else [others]:
             batch = batch_of(1)
             batch |= {each: batch["log_probs"] - f32(gap) for each in moved}
-            value, grad, metrics = run(loss, batch)
-            assert np.isfinite(value)
-            assert np.isfinite(grad).all()
-            assert np.isfinite(list(metrics.values())).all()
+            chex.assert_tree_all_finite(run(loss, batch))
 
 
 def test_l12_k1_and_k2():
@@ -585,8 +573,7 @@ def test_metrics_are_left_out_with_what_they_are_made_of_and_given_without_a_coe
     value, grad, metrics = run(grpo_loss, full)
     assert metrics.keys() > clips | {"kl", "entropy"}
     bare = {k: full[k] for k in ("log_probs", "advantages", "mask", "old_log_probs")}
-    assert run(grpo_loss, bare)[0] == value  # what is only logged changes nothing
-    np.testing.assert_array_equal(run(grpo_loss, bare)[1], grad)
+    chex.assert_trees_all_equal(run(grpo_loss, bare)[:2], (value, grad))  # what is only logged changes nothing
 
 
 def test_the_gradient_flows_through_log_probs_and_entropy_alone():
@@ -602,6 +589,78 @@ def test_the_gradient_flows_through_log_probs_and_entropy_alone():
     grads = jax.jit(jax.grad(loss, argnums=tuple(range(len(arrays)))))(*arrays)
     moved = {n for n, g in zip([n for n in names if n != "mask"], grads, strict=True) if np.abs(g).max() > 0}
     assert moved == {"log_probs", "entropy"}
+
+
+# Coefficients and options --------------------------------------------------------------------------------------------
+
+
+def loss_and_grad(batch, **options):
+    fields = {k: v for k, v in batch.items() if k not in ("log_probs", "advantages", "mask")}
+
+    def value(log_probs):
+        pair, metrics = grpo_loss(log_probs, batch["advantages"], batch["mask"], **fields, **options)
+        return pair.value, metrics
+
+    return jax.value_and_grad(value, has_aux=True)(batch["log_probs"])
+
+
+def test_traced_coefficients_give_the_static_result_in_one_trace():
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def traced(batch, kl_coef, entropy_coef):
+        return loss_and_grad(batch, kl_coef=kl_coef, entropy_coef=entropy_coef, kl_correction=True)
+
+    batch = batch_of(2)
+    for kl_coef, entropy_coef in [(0.3, 0.1), (0.05, 0.0), (0.0, 1.0)]:
+        static = partial(loss_and_grad, kl_coef=kl_coef, entropy_coef=entropy_coef, kl_correction=True)
+        ours = traced(batch, f32(kl_coef), f32(entropy_coef))
+        chex.assert_trees_all_close(ours, jax.jit(static)(batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_python_zero_leaves_its_term_out_of_the_program_and_an_array_does_not():
+    batch = batch_of(2)
+
+    def size(**options):
+        return len(jax.make_jaxpr(partial(loss_and_grad, **options))(batch).eqns)
+
+    assert size() == size(kl_coef=0.0, entropy_coef=0.0) < size(kl_coef=jnp.float32(0)) < size(kl_coef=0.1) + 2
+    x, mask = jnp.zeros((2, 3)), jnp.ones((2, 3), bool)
+    grpo_loss(x, x, mask, kl_coef=0.0)
+    with pytest.raises(ValueError, match="kl_coef is an array, which needs ref_log_probs; pass ref_log_probs"):
+        jax.eval_shape(lambda kl_coef: grpo_loss(x, x, mask, kl_coef=kl_coef), jnp.float32(0))
+    with pytest.raises(AssertionError, match=r"has shape \(2,\) but expected \(\).*\[entropy_coef\]"):
+        inspect.unwrap(grpo_loss)(x, x, mask, entropy=x, entropy_coef=jnp.zeros(2))
+
+
+named = {
+    "ppo": (ppo_loss, {"aggregate": token_mean}),
+    "dapo": (dapo_loss, {"epsilon_high": 0.28, "aggregate": token_mean}),
+    "dr_grpo": (
+        partial(dr_grpo_loss, max_completion_length=8),
+        {"aggregate": partial(constant_length, length=8)},
+    ),
+    "gspo": (gspo_loss, {"log_ratio": sequence_log_ratio, "epsilon_low": 3e-4, "epsilon_high": 4e-4}),
+    "cispo": (cispo_loss, {"surrogate": cispo, "epsilon_low": 1.0, "epsilon_high": 4.0, "aggregate": token_mean}),
+    "sapo": (partial(sapo_loss, temperature_negative=2.0), {"surrogate": partial(sapo, temperature_negative=2.0)}),
+}
+
+
+@pytest.mark.parametrize("name", named)
+def test_a_named_loss_is_grpo_loss_with_parts_replaced(name, variant):
+    loss, parts = named[name]
+    batch, options = batch_of(5), {"kl": kl_k2, "kl_coef": 0.1, "entropy_coef": 0.2, "importance_cap": 1.5}
+    ours, expected = (variant(partial(f, **options)) for f in (loss, partial(grpo_loss, **parts)))
+    batch = jax.tree.map(jnp.asarray, batch)
+    chex.assert_trees_all_equal(ours(**batch), expected(**batch))
+    assert loss is not grpo_loss
+    shown = inspect.signature(loss).parameters
+    fixed = {"log_ratio", "surrogate", "aggregate"}
+    assert inspect.signature(grpo_loss).parameters.keys() - fixed <= shown.keys()  # what command lines read
+    assert not fixed & shown.keys()
+    with pytest.raises(TypeError, match="multiple values for keyword argument"):
+        loss(**batch, **dict.fromkeys(parts.keys() & fixed))
 
 
 # Correction of the sampler -------------------------------------------------------------------------------------------

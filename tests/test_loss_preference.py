@@ -1,6 +1,7 @@
 import inspect
 from functools import partial
 
+import chex
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
@@ -115,10 +116,7 @@ def close(actual, expected, rtol=1e-5, atol=1e-5):
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rtol, atol=atol)
 
 
-def same_metrics(actual, expected, rtol=1e-5, atol=1e-5):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(actual[name], value, rtol=rtol, atol=atol, err_msg=name)
+same_metrics = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
 # Every composition against the oracle --------------------------------------------------------------------------------
@@ -153,10 +151,7 @@ def test_junk_at_masked_positions_changes_no_bit_of_loss_gradient_or_metrics(nam
     value, grad, metrics = run(loss, batch_of(name, 5, junk=0.0))
     assert not batch_of(name, 5)["mask"].all()
     for junk in JUNK:
-        bad = run(loss, batch_of(name, 5, junk=junk))
-        assert bad[0] == value
-        np.testing.assert_array_equal(bad[1], grad)
-        assert bad[2] == metrics
+        chex.assert_trees_all_equal(run(loss, batch_of(name, 5, junk=junk)), (value, grad, metrics))
 
 
 @pytest.mark.parametrize("name", compositions)
@@ -303,8 +298,7 @@ def test_objectives_are_finite_far_from_0_and_so_are_their_gradients():
     margin = f32([-1e8, -1e4, 0, 1e4, 1e8])
     for name, slopes in jax.jit(jax.jacobian(objectives))(margin).items():
         slope = np.diagonal(slopes)
-        assert np.isfinite(objectives(margin)[name]).all()
-        assert np.isfinite(slope).all()
+        chex.assert_tree_all_finite((objectives(margin)[name], slope))
         if "of" not in name and name != "squared":
             close(slope[[0, 1, 3, 4]], [-0.1, -0.1, 0, 0])  # as wrong as can be, the pull is beta; right, it is nothing
 

@@ -1,6 +1,7 @@
 import inspect
 from functools import partial
 
+import chex
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,7 @@ def close(actual, expected, rtol=1e-5, atol=1e-5):
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rtol, atol=atol)
 
 
-def same_metrics(actual, expected, rtol=1e-5, atol=1e-5):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(actual[name], value, rtol=rtol, atol=atol, err_msg=name)
+same_metrics = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
 def near_a_kink(batch, epsilon):
@@ -114,10 +112,7 @@ def test_junk_at_masked_positions_changes_no_bit_of_loss_gradient_or_metrics(eps
     value, grad, metrics = run(batch_of(5, junk=0.0), epsilon)
     assert 0 < batch_of(5)["mask"].sum() < 12
     for junk in JUNK:
-        bad = run(batch_of(5, junk=junk), epsilon)
-        assert bad[0] == value
-        np.testing.assert_array_equal(bad[1], grad)
-        assert bad[2] == metrics
+        chex.assert_trees_all_equal(run(batch_of(5, junk=junk), epsilon), (value, grad, metrics))
 
 
 @pytest.mark.parametrize("epsilon", EPSILONS)
@@ -176,9 +171,7 @@ def test_the_larger_of_both_sides_counts_and_a_value_that_has_moved_far_enough_i
 
 def test_without_epsilon_old_values_are_not_needed_and_change_nothing():
     batch = batch_of(3)
-    with_them, without = run(batch, None), run({k: v for k, v in batch.items() if k != "old_values"}, None)
-    assert with_them[0] == without[0]
-    np.testing.assert_array_equal(with_them[1], without[1])
+    chex.assert_trees_all_equal(run(batch, None), run({k: v for k, v in batch.items() if k != "old_values"}, None))
 
 
 def test_on_the_first_pass_the_error_is_the_advantage_and_nothing_is_clipped():

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from experiments.r1_zero import Config
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from experiments import r1_zero
-from experiments.r1_zero import Config
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
@@ -32,7 +32,7 @@ from grpo_jax.rewards.compose import RewardOutput, Scores
 from grpo_jax.sharding import replicated
 from grpo_jax.tasks.sums import TAGS
 from grpo_jax.train import completion_log_probs, completion_states, init_state, make_train_step
-from grpo_jax.train.critic import Features, states_in_parts
+from grpo_jax.train.critic import CriticBatch, micro_batched_states
 from grpo_jax.types import Rollout
 from tests.runs import kill_in_second_save, metrics_of, steps_of
 
@@ -495,7 +495,7 @@ def test_where_every_group_differs_hybrid_is_group_relative_bit_for_bit(stepwise
         config.policy.build(log_probs, max_completion_length=10, sampler_alters_policy=False), optimizer
     )
     critic, after = r1_zero.light_critic(config, collector, mesh), {}
-    hidden, values = critic.read(critic.start, stepwise.params, drawn.rollout)
+    hidden, values = critic.states_and_values(critic.initial_state, stepwise.params, drawn.rollout)
     np.testing.assert_array_equal(values, 0)  # before it has learnt
     for name in ("group_relative", "hybrid"):
         own = replace(config, advantage=name)
@@ -505,7 +505,7 @@ def test_where_every_group_differs_hybrid_is_group_relative_bit_for_bit(stepwise
         batch = r1_zero.make_train_batch(own, drawn.rollout, scores, collector, None, None, values + 5)
         if batch.returns is not None:
             assert batch.advantages.shape == batch.completion_ids.shape
-            critic.learn(critic.start, Features(hidden, batch.returns, batch.loss_mask))
+            critic.update(critic.initial_state, CriticBatch(hidden, batch.returns, batch.loss_mask))
         after[name], _ = train_step(state, replace(batch, returns=None))
     plain, hybrid = (jax.tree.leaves(after[name].params) for name in after)
     for one, other, before in zip(plain, hybrid, jax.tree.leaves(stepwise.params), strict=True):
@@ -519,15 +519,15 @@ def test_the_head_learns_what_its_states_are_worth(stepwise):
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_updates=1, decay="constant")
     config = replace(stepwise.config, critic_optimizer=optimizer, critic_epochs=30, num_minibatches=2)
     critic = r1_zero.light_critic(config, collector, collector.mesh)
-    states, values = critic.read(critic.start, stepwise.params, rollout)
+    states, values = critic.states_and_values(critic.initial_state, stepwise.params, rollout)
     mask = np.asarray(rollout.completion_mask)
     returns = np.where(mask, np.arange(mask.shape[1])[None] / 5 + (np.asarray(rollout.completion_ids) % 2), 0)
-    features = Features(states, jnp.asarray(returns, jnp.float32), rollout.completion_mask)
+    features = CriticBatch(states, jnp.asarray(returns, jnp.float32), rollout.completion_mask)
     first = np.square(returns[mask]).mean() / 2  # every value is 0
-    state, metrics = critic.learn(critic.start, features)
+    state, metrics = critic.update(critic.initial_state, features)
     assert metrics["value/loss"] < 0.7 * first
     assert int(state.step) == 30
-    _, values = critic.read(state, stepwise.params, rollout)
+    _, values = critic.states_and_values(state, stepwise.params, rollout)
     assert np.square(np.asarray(values) - returns)[mask].mean() / 2 < 0.7 * first
 
 
@@ -535,7 +535,7 @@ def test_states_read_in_parts_are_those_of_the_whole(stepwise):
     drawn, _ = stepwise.scored(1)
     model = stepwise.collector.policy.model
     whole = jax.jit(partial(completion_states, model))(stepwise.params, drawn.rollout)
-    parts = jax.jit(partial(states_in_parts, model, num_micro_batches=4))(stepwise.params, drawn.rollout)
+    parts = jax.jit(partial(micro_batched_states, model, num_micro_batches=4))(stepwise.params, drawn.rollout)
     mask = np.asarray(drawn.rollout.completion_mask)
     np.testing.assert_allclose(np.asarray(parts)[mask], np.asarray(whole)[mask], atol=1e-5)
     assert np.abs(np.asarray(whole)[:4] - np.asarray(whole)[4:8])[mask[:4] & mask[4:8]].max() > 1e-2

@@ -1,7 +1,9 @@
 """Train steps: exact under accumulation and sharding, and doing what their docstrings say."""
 
+import inspect
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,11 @@ from conftest import TINY
 from grpo_jax.data.conversations import Example
 from grpo_jax.data.packing import PackedBatches, packed_rows
 from grpo_jax.loss import grpo_loss, supervised_loss, token_mean
-from grpo_jax.masked import positions
+from grpo_jax.masked import mean_pair, positions
 from grpo_jax.models import build_model, from_hf_config
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.sharding import make_mesh, param_shardings, replicated, shard_rows
 from grpo_jax.train import (
-    as_rows,
     completion_log_probs,
     completion_values,
     init_state,
@@ -34,8 +35,9 @@ from grpo_jax.train import (
     split_rows,
     with_fresh_reference,
 )
-from grpo_jax.train.forward import Rows
-from grpo_jax.types import Batch, Pairs
+from grpo_jax.train.critic import CriticBatch, MLPCritic, init_mlp, micro_batched_states, mlp_values
+from grpo_jax.train.forward import Rows, as_rows, completion_states
+from grpo_jax.types import Batch, Pairs, Rollout
 
 B, P, T = 16, 5, 7
 
@@ -102,7 +104,7 @@ def test_l2_micro_batches_give_the_update_of_the_whole(tiny, whole, parts):
     state, history = stepped(tiny, parts=parts)
     for name, value in whole[1][0].items():
         assert history[0][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.params, whole[0].params)
+    chex.assert_trees_all_close(state.params, whole[0].params, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
@@ -111,7 +113,7 @@ def test_l2_devices_give_the_update_of_one(tiny, whole, sizes):
     state, history = stepped(tiny, mesh=mesh, parts=2)
     for name, value in whole[1][0].items():
         assert history[0][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), state.params, whole[0].params)
+    chex.assert_trees_all_close(state.params, whole[0].params, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -171,7 +173,7 @@ def test_old_log_probs_left_out_are_those_of_the_pass_itself(tiny, whole):
     old = make_log_prob_fn(partial(completion_log_probs, model))(params, make_batch())
     state, history = stepped(tiny, batch=Batch(**{**vars(make_batch()), "old_log_probs": old}))
     assert history[0]["loss"] == pytest.approx(whole[1][0]["loss"], abs=1e-6)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state.params, whole[0].params)
+    chex.assert_trees_all_close(state.params, whole[0].params, atol=1e-5)
 
 
 def test_l3_more_padding_changes_nothing(tiny, whole):
@@ -182,7 +184,7 @@ def test_l3_more_padding_changes_nothing(tiny, whole):
     }
     state, history = stepped(tiny, batch=Batch(**{**vars(batch), **wider}))
     assert history[0]["loss"] == pytest.approx(whole[1][0]["loss"], abs=1e-6)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), state.params, whole[0].params)
+    chex.assert_trees_all_close(state.params, whole[0].params, atol=1e-6)
 
 
 def test_l4_a_batch_without_anything_to_learn_from_changes_nothing(tiny):
@@ -192,7 +194,7 @@ def test_l4_a_batch_without_anything_to_learn_from_changes_nothing(tiny):
     state, history = stepped(tiny, batch=empty)
     assert history[0]["loss"] == 0
     assert history[0]["grad_norm"] == 0
-    jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_get(params))
+    chex.assert_trees_all_equal(state.params, jax.device_get(params))
 
 
 def test_the_state_is_donated_and_counted(tiny):
@@ -226,6 +228,7 @@ def test_no_reference_is_held_unless_asked_for(tiny):
     optimizer = optax.sgd(0.1)
     assert start(params, optimizer).ref_params is None
     state = start(params, optimizer, with_reference=True)
+    chex.assert_trees_all_equal(state.ref_params, state.params)
     buffers = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
     assert not buffers & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.ref_params)}
 
@@ -239,9 +242,9 @@ def test_the_reference_stays_until_it_is_refreshed(tiny):
     for _ in range(2):
         batch = make_batch()
         state, _ = step(state, Batch(**{**vars(batch), "ref_log_probs": scorer(state.ref_params, batch)}))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.ref_params), jax.device_get(params))
+    chex.assert_trees_all_equal(jax.device_get(state.ref_params), jax.device_get(params))
     fresh = with_fresh_reference(state)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(fresh.ref_params), jax.device_get(state.params))
+    chex.assert_trees_all_equal(jax.device_get(fresh.ref_params), jax.device_get(state.params))
     step(fresh, Batch(**{**vars(batch), "ref_log_probs": scorer(fresh.ref_params, batch)}))  # donates without a clash
 
 
@@ -269,6 +272,51 @@ def test_scorer_gives_the_same_in_parts(tiny, parts):
     np.testing.assert_allclose(scored, expected, atol=1e-5)
 
 
+def test_a_batch_of_a_rollout_has_all_of_its_completion_tokens_unless_a_mask_is_given():
+    fields = vars(make_batch())
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "rollout_log_probs")
+    rollout = Rollout(**{name: fields[name] for name in names}, truncated=jnp.zeros(B, bool))
+    batch = Batch.from_rollout(rollout, fields["advantages"])
+    chex.assert_trees_all_equal(batch, Batch(**fields))
+    extra = {"old_log_probs": rollout.rollout_log_probs, "ref_log_probs": 2 * rollout.rollout_log_probs}
+    extra |= {"old_values": jnp.ones((B, T)), "returns": jnp.zeros((B, T)), "loss_mask": jnp.zeros((B, T), bool)}
+    chex.assert_trees_all_equal(
+        Batch.from_rollout(rollout, fields["advantages"], **extra), Batch(**{**fields, **extra})
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda params, batch: (params * batch).mean(), "loss_fn returned an array; it must return"),
+        (lambda params, batch: mean_pair(params * batch, batch > 0), "loss_fn returned a Mean; it must return"),
+        (lambda params, batch: ((params * batch).mean(), {}), "loss_fn returned an array and a dict"),
+        (lambda params, batch: (mean_pair(params * batch, batch > 0), {"x": params}), "an array as the metric 'x'"),
+    ],
+)
+def test_a_loss_that_is_not_a_mean_with_metrics_is_refused_with_what_to_return(loss_fn, message):
+    state = init_state(jnp.ones(()), optax.sgd(0.1), with_reference=False, replicated=replicated(make_mesh(data=1)))
+    with pytest.raises(
+        TypeError, match=rf"{message}.*\(loss, metrics\): a Mean\(sum, count\), such as loss\.token_mean"
+    ):
+        make_train_step(loss_fn, optax.sgd(0.1))(state, jnp.ones(4))
+
+
+def test_a_train_step_is_traced_once_for_batches_of_one_shape():
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def loss_fn(params, batch):
+        return mean_pair(params * batch, batch > 0), {}
+
+    step = make_train_step(loss_fn, optax.sgd(0.1), num_micro_batches=2)
+    state = init_state(jnp.ones(()), optax.sgd(0.1), with_reference=False, replicated=replicated(make_mesh(data=1)))
+    for _ in range(3):
+        state, _ = step(state, jnp.arange(4.0))
+    assert float(state.params) == pytest.approx(1 - 3 * 0.1 * 2)
+    assert int(state.step) == 3
+
+
 def test_split_rows_takes_every_row_once_and_names_what_does_not_divide():
     parts = split_rows(jnp.arange(12)[:, None], 3)
     assert parts[:, :, 0].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
@@ -285,9 +333,17 @@ def test_minibatches_are_a_permutation_that_follows_from_the_key():
     assert sorted(drawn) == sorted(np.asarray(batch.advantages))
     assert not np.array_equal(drawn, batch.advantages)
     again = shuffled_minibatches(batch, jax.random.key(0), 4)
-    jax.tree.map(np.testing.assert_array_equal, parts, again)
+    chex.assert_trees_all_equal(parts, again)
     with pytest.raises(ValueError, match="does not divide into 3"):
         shuffled_minibatches(batch, jax.random.key(0), 3)
+
+
+@pytest.mark.parametrize("make_key", [jax.random.PRNGKey, int])
+def test_an_old_style_key_is_refused_with_what_to_pass(make_key):
+    for f in (partial(shuffled_minibatches, make_batch(), num_minibatches=2), partial(init_mlp, hidden_size=4)):
+        unchecked = partial(inspect.unwrap(f.func), *f.args, **f.keywords)  # by jaxtyping, as users call it
+        with pytest.raises(TypeError, match=r"key is an? .*(uint32|int); pass jax\.random\.key\(seed\)"):
+            unchecked(key=make_key(0))
 
 
 def test_schedule_rises_stays_or_falls():
@@ -403,10 +459,10 @@ def test_the_supervised_loss_and_its_gradient_do_not_know_of_packing(tiny, packe
     [packed], [spread] = (PackedBatches(make_examples(), packing=packing, **options) for packing in (True, False))
     assert np.asarray(packed.segment_ids).max() > np.asarray(spread.segment_ids).max() == 1
     gradients, means = zip(*(packed_gradient(params, batch) for batch in (packed, spread)), strict=True)
-    assert float(means[0].count) == float(means[1].count) == sum(sum(each.learnt) for each in make_examples())
+    assert float(means[0].count) == float(means[1].count) == sum(sum(each.loss_mask) for each in make_examples())
     assert float(means[0].value) == pytest.approx(float(means[1].value), abs=1e-5)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients[0])) > 0.1
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), *gradients)
+    chex.assert_trees_all_close(*gradients, atol=2e-5)
 
 
 def test_what_stands_in_padding_and_in_other_sequences_is_not_looked_at(tiny, packed_program):
@@ -516,3 +572,43 @@ def test_a_value_is_read_from_the_state_before_its_token(scoring):
     known = real[:, n + 1] & (np.asarray(batch.completion_ids)[:, n] != 11)
     assert known.any()
     assert (after[known, n + 1] != values[known, n + 1]).all()
+
+
+# An MLP as critic ----------------------------------------------------------------------------------------------------
+
+
+def test_an_mlp_critic_learns_the_returns_of_its_states_and_leaves_the_policy_alone(tiny):
+    model, params = tiny
+    batch = make_batch()
+    optimizer = make_optimizer(make_schedule(1e-2, warmup_steps=1, total_steps=40, decay="constant"))
+    options = {"num_micro_batches": 2, "num_epochs": 40, "seed": 0, "mesh": make_mesh(data=1)}
+    critic = MLPCritic(model, TINY["hidden_size"], optimizer=optimizer, **options)
+    hidden, values = critic.states_and_values(critic.initial_state, params, batch)
+    np.testing.assert_array_equal(values, 0)
+    mask = batch.completion_mask
+    returns = jnp.where(
+        mask, jnp.arange(T, dtype=jnp.float32)[None] / 5 + (batch.completion_ids % 2).astype(jnp.float32), 0
+    )
+    state, metrics = critic.update(critic.initial_state, CriticBatch(hidden, returns, mask))
+    assert metrics.keys() == {"value/mean", "value/error", "value/loss", "value/grad_norm"}
+    assert int(state.step) == 40
+    _, values = critic.states_and_values(state, params, batch)
+    assert jnp.square(values - returns)[mask].mean() < 0.7 * jnp.square(returns)[mask].mean()
+
+
+def test_states_in_micro_batches_are_those_of_the_whole_batch(tiny):
+    model, params = tiny
+    batch = make_batch()
+    expected = quick_jit(partial(completion_states, model))(params, batch)
+    ours = quick_jit(partial(micro_batched_states, model, num_micro_batches=4))(params, batch)
+    mask = np.asarray(batch.completion_mask)
+    np.testing.assert_allclose(np.asarray(ours)[mask], np.asarray(expected)[mask], atol=1e-5)
+    assert np.abs(np.asarray(expected)[:4] - np.asarray(expected)[4:8])[mask[:4] & mask[4:8]].max() > 1e-2
+
+
+def test_mlp_values_of_initial_weights_are_0_and_of_bfloat16_states_float32(key):
+    states = jnp.ones((2, 3, 4), jnp.bfloat16)
+    values = mlp_values(init_mlp(key, 4), states)
+    chex.assert_shape(values, (2, 3))
+    chex.assert_type(values, jnp.float32)
+    np.testing.assert_array_equal(values, 0)

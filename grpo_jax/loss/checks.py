@@ -27,12 +27,12 @@ def check_shapes(shape: tuple[int, ...], **arrays: Any) -> None:
             chex.assert_shape(x, shape, custom_message=name)
 
 
-def is_zero(coefficient: Scalar) -> bool:
+def is_zero(coefficient: Any) -> bool:
     """Whether a coefficient is a Python 0, whose term is left out; an array never is, whatever its value."""
     return not isinstance(coefficient, jax.Array) and coefficient == 0
 
 
-def require(name: str, coefficient: Scalar | None, **arrays: Any) -> None:
+def require(name: str, coefficient: Any, **arrays: Any) -> None:
     """Check that a term's arrays are given if its coefficient turns it on.
 
     Args:

@@ -1,4 +1,4 @@
-"""From a loss to a train step: forward passes, gradient accumulation, optimizer."""
+"""Forward passes, train steps with gradient accumulation, optimizers and schedules."""
 
 from grpo_jax.train.forward import completion_log_probs as completion_log_probs
 from grpo_jax.train.forward import completion_states as completion_states

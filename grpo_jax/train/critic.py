@@ -1,8 +1,7 @@
-"""A critic without a model of its own: a small head that reads a value from the policy's hidden states."""
+"""A critic without a model of its own: a small MLP on the policy's hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,39 +12,40 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key
 
 from grpo_jax.loss import value_loss
+from grpo_jax.sampling import check_key
 from grpo_jax.sharding import replicated
-from grpo_jax.train.forward import completion_states
+from grpo_jax.train.forward import Sequences, completion_states
 from grpo_jax.train.step import init_state, make_train_step, split_rows
-from grpo_jax.types import Model, Params, Rollout, TrainState
+from grpo_jax.types import Mean, Metrics, Model, Params, TrainState
 
 WIDTH = 128
 
 
-class Features(NamedTuple):
-    """What a light critic learns from: hidden states, what they were worth, and which tokens count."""
+class CriticBatch(NamedTuple):
+    """Training data of an ``MLPCritic``: hidden states, their target values, and True at the tokens to train on."""
 
     states: Float[Array, "B T D"]
     returns: Float[Array, "B T"]
     mask: Bool[Array, "B T"]
 
 
-class LightCritic:
-    """Two small layers on the policy's last hidden states, whose gradient ends there: the policy does not learn for it.
+class MLPCritic:
+    """A two-layer MLP that predicts values from the policy's last hidden states, without a gradient into the policy.
 
-    Hidden states are computed once a step, for all completions, and the head learns from them in a few passes of
-    ``128 (D + 1)`` multiplications a token. It holds them meanwhile: rows x tokens x D numbers.
+    Hidden states are computed once per step for all completions and kept for several passes of training, which cost
+    ``128 (D + 1)`` multiplications per token each; they take B * T * D numbers of memory.
 
     Args:
-        model: the policy's pure functions.
-        hidden_size: D, the width of its hidden states.
+        model: the policy's decoder.
+        hidden_size: D, the width of the policy's hidden states.
         optimizer: any optax transformation.
-        num_micro_batches: parts that a step's completions are read in.
-        num_epochs: passes over each step's completions.
-        seed: of its weights.
-        mesh: that they are kept whole on.
+        num_micro_batches: equal parts of the completions that are computed in turn, to save memory.
+        num_epochs: passes over the completions of each step.
+        seed: of the initial weights.
+        mesh: devices that the weights are replicated over.
 
     Attributes:
-        start: its state before any update.
+        initial_state: the state before any update.
     """
 
     def __init__(
@@ -60,29 +60,46 @@ class LightCritic:
         mesh: Mesh,
     ):
         self.num_epochs = num_epochs
-        on_mesh = replicated(mesh)
-        params = jax.device_put(value_head(jax.random.key(seed), hidden_size), on_mesh)
-        self.start: TrainState = init_state(params, optimizer, with_reference=False, replicated=on_mesh)
-        self._states = jax.jit(partial(states_in_parts, model, num_micro_batches=num_micro_batches))
-        self._values = jax.jit(values_of)
-        self._step: Callable = make_train_step(head_loss, optimizer, num_micro_batches=num_micro_batches)
+        params = jax.device_put(init_mlp(jax.random.key(seed), hidden_size), replicated(mesh))
+        self.initial_state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
+        self._states = jax.jit(partial(micro_batched_states, model, num_micro_batches=num_micro_batches))
+        self._values = jax.jit(mlp_values)
+        self._train_step = make_train_step(mlp_loss, optimizer, num_micro_batches=num_micro_batches)
 
-    def read(self, critic: TrainState, params: Params, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
-        """Hidden states ``[B, T, D]`` of a policy's completions, and values ``[B, T]``."""
-        states = self._states(params, rollout)
-        return states, self._values(critic.params, states)
+    def states_and_values(
+        self, state: TrainState, policy_params: Params, sequences: Sequences
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"]]:
+        """Hidden states before the completion tokens, and their values.
 
-    def learn(self, critic: TrainState, features: Features) -> tuple[TrainState, dict[str, float]]:
-        """The state after some passes over a step's completions, and the metrics of the last one as ``value/...``."""
+        Args:
+            state: the critic's.
+            policy_params: parameters of the policy.
+            sequences: B prompts with completions.
+        """
+        hidden = self._states(policy_params, sequences)
+        return hidden, self._values(state.params, hidden)
+
+    def update(self, state: TrainState, batch: CriticBatch) -> tuple[TrainState, dict[str, float]]:
+        """The state after ``num_epochs`` passes over a batch, and the metrics of the last pass as ``value/...``.
+
+        Args:
+            state: the critic's; donated.
+            batch: hidden states and returns of a step's completions.
+        """
         metrics = {}
         for _ in range(self.num_epochs):
-            critic, metrics = self._step(critic, features)
-        named = {name.removeprefix("value/"): float(value) for name, value in metrics.items()}
-        return critic, {f"value/{name}": value for name, value in named.items()}
+            state, metrics = self._train_step(state, batch)
+        return state, {f"value/{name.removeprefix('value/')}": float(value) for name, value in metrics.items()}
 
 
-def value_head(key: Key[Array, ""], hidden_size: int) -> Params:
-    """Weights of the head; those of the last layer are 0, so that every value is 0 at first."""
+def init_mlp(key: Key[Array, ""], hidden_size: int) -> Params:
+    """Initial weights; those of the last layer are 0, so that every value is 0.
+
+    Args:
+        key: random key.
+        hidden_size: D, the width of the input.
+    """
+    check_key(key)
     scale = hidden_size**-0.5
     return {
         "in": scale * jax.random.normal(key, (hidden_size, WIDTH), jnp.float32),
@@ -91,17 +108,36 @@ def value_head(key: Key[Array, ""], hidden_size: int) -> Params:
     }
 
 
-def values_of(params: Params, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
-    """The value that the head reads from each hidden state."""
+def mlp_values(params: Params, states: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """``gelu(states W + b) v``, the value at each hidden state.
+
+    Args:
+        params: as ``init_mlp`` makes them.
+        states: hidden states, cast to float32.
+    """
     return jax.nn.gelu(states.astype(jnp.float32) @ params["in"] + params["bias"][None, None]) @ params["out"]
 
 
-def head_loss(params: Params, features: Features):
-    """The squared distance of values from returns, over the tokens that count."""
-    return value_loss(values_of(params, features.states), features.returns, features.mask)
+def mlp_loss(params: Params, batch: CriticBatch) -> tuple[Mean, Metrics]:
+    """``loss.value_loss`` of the MLP's values.
+
+    Args:
+        params: as ``init_mlp`` makes them.
+        batch: hidden states and their targets.
+    """
+    return value_loss(mlp_values(params, batch.states), batch.returns, batch.mask)
 
 
-def states_in_parts(model: Model, params: Params, rollout: Rollout, *, num_micro_batches: int) -> jax.Array:
-    """Hidden states ``[B, T, D]`` from which each of the completions' tokens was predicted, a part after the other."""
-    parts = jax.lax.map(partial(completion_states, model, params), split_rows(rollout, num_micro_batches))
-    return jnp.swapaxes(parts, 0, 1).reshape(*rollout.completion_ids.shape, -1)
+def micro_batched_states(
+    model: Model, params: Params, sequences: Sequences, *, num_micro_batches: int
+) -> Float[Array, "B T D"]:
+    """``completion_states``, computed in equal parts of the batch one after the other.
+
+    Args:
+        model: the policy's decoder.
+        params: the policy's parameters.
+        sequences: B prompts with completions.
+        num_micro_batches: number of parts; divides B.
+    """
+    parts = jax.lax.map(partial(completion_states, model, params), split_rows(sequences, num_micro_batches))
+    return jnp.swapaxes(parts, 0, 1).reshape(*sequences.completion_ids.shape, -1)

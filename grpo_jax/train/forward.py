@@ -10,21 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.log_probs import chunked_log_probs
 from grpo_jax.masked import last_unmasked, positions
-from grpo_jax.types import (
-    Batch,
-    Model,
-    Packed,
-    Pairs,
-    Params,
-    Rollout,
-    cache_columns,
-)
+from grpo_jax.types import Batch, Model, Packed, Pairs, Params, Rollout, cache_columns
 
 Tokens = Float[Array, "B T"]
+Scalar = float | Float[Array, ""]
 
 
 class Rows(NamedTuple):
-    """Prompts and completions, one of each a row."""
+    """A prompt and a completion per row."""
 
     prompt_ids: Int[Array, "B P"]
     prompt_mask: Bool[Array, "B P"]
@@ -36,16 +29,16 @@ Sequences = Rollout | Batch | Rows
 
 
 def completion_states(model: Model, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
-    """The hidden state before each completion token: what it is drawn from, and what a critic values.
+    """The hidden state before each completion token, from which the token is predicted and a critic reads its value.
 
     Args:
-        model: see ``types.Model``.
-        params: its parameters.
+        model: the policy's decoder.
+        params: the policy's parameters.
         sequences: prompts and completions.
     """
     P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
-    # Cut between prompt and completion, and with a cache of the sampler's length: sums over keys then run over the same
-    # ones in the same order, and round alike. The last token predicts nothing; it stays in for the same reason.
+    # Attention is split between prompt and completion, over a cache of the sampler's length: sums over keys then have
+    # the same terms in the same order, and round identically. The last token, which predicts nothing, is kept for it.
     ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
     mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
     cache = model.init_cache(ids.shape[0], P + cache_columns(T))
@@ -59,17 +52,20 @@ def completion_log_probs(
     params: Params,
     sequences: Sequences,
     *,
-    temperature: float = 1.0,
+    temperature: Scalar = 1.0,
     chunk_size: int = 1024,
 ) -> tuple[Tokens, Tokens]:
     """Log-probability and entropy (nats) of each completion token given the tokens before it.
 
     Args:
-        model: see ``types.Model``.
-        params: its parameters.
-        sequences: prompts and completions; values at masked positions are finite and mean nothing.
-        temperature: that of the policy, as in sampling.
-        chunk_size: see ``log_probs.chunked_log_probs``.
+        model: the policy's decoder.
+        params: the policy's parameters.
+        sequences: prompts and completions.
+        temperature: of the policy, as in sampling.
+        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
+
+    Returns:
+        Log-probabilities and entropies, float32; finite but meaningless at masked positions.
     """
     return chunked_log_probs(
         completion_states(model, params, sequences),
@@ -82,12 +78,23 @@ def completion_log_probs(
 
 
 def completion_values(model: Model, params: Params, sequences: Sequences) -> Tokens:
-    """A critic's value of the state before each completion token, in float32, by its scalar head."""
+    """A critic's value of the state before each completion token, float32.
+
+    Args:
+        model: a decoder with a scalar head.
+        params: the critic's parameters.
+        sequences: prompts and completions.
+    """
     return read_scalars(completion_states(model, params, sequences), model.head(params))[..., 0]
 
 
 def with_value_head(params: Params, hidden_size: int) -> Params:
-    """A policy's parameters with a head of zeros beside them that reads a value from its hidden states."""
+    """``{"policy": params, "value": ...}`` with a linear value head of zeros, for ``policy_and_values``.
+
+    Args:
+        params: the policy's parameters.
+        hidden_size: D, the width of the policy's hidden states.
+    """
     return {"policy": params, "value": {"kernel": jnp.zeros((hidden_size, 1), jnp.float32)}}
 
 
@@ -96,19 +103,19 @@ def policy_and_values(
     params: Params,
     sequences: Sequences,
     *,
-    temperature: float = 1.0,
+    temperature: Scalar = 1.0,
     chunk_size: int = 1024,
     shares_trunk: bool = True,
 ) -> tuple[Tokens, Tokens, Tokens]:
-    """Log-probabilities, entropies and values in one pass, of parameters that ``with_value_head`` made.
+    """Log-probabilities, entropies and values of completion tokens in one forward pass.
 
     Args:
-        model: see ``types.Model``.
-        params: a policy's and its value head's.
+        model: the policy's decoder.
+        params: policy and value head, as ``with_value_head`` makes them.
         sequences: prompts and completions.
-        temperature: that of the policy.
-        chunk_size: see ``log_probs.chunked_log_probs``.
-        shares_trunk: whether the values' gradient reaches the policy; if not, it ends at the head.
+        temperature: of the policy, as in sampling.
+        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
+        shares_trunk: whether the gradient of the values flows into the policy; if not, it stops at the head.
     """
     states = completion_states(model, params["policy"], sequences)
     log_probs, entropy = chunked_log_probs(
@@ -124,7 +131,14 @@ def policy_and_values(
 
 
 def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: int = 1024) -> Float[Array, "B 2 T"]:
-    """Log-probability of each token of both completions of each pair."""
+    """Log-probability of each token of both completions of each pair.
+
+    Args:
+        model: the policy's decoder.
+        params: the policy's parameters.
+        pairs: B prompts with two completions each.
+        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
+    """
     _, _, T = pairs.completion_ids.shape
     log_probs, _ = completion_log_probs(model, params, as_rows(pairs), chunk_size=chunk_size)
     return log_probs.reshape(-1, 2, T)
@@ -133,7 +147,13 @@ def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: in
 def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size: int = 1024) -> Tokens:
     """Log-probability of each token given those before it in its own sequence; 0 in the first column.
 
-    What stands at the first token of a sequence and in padding is finite and means nothing.
+    Finite but meaningless at the first token of a sequence and in padding.
+
+    Args:
+        model: the policy's decoder.
+        params: the policy's parameters.
+        packed: rows of packed sequences.
+        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
     """
     hidden, _ = model.apply(params, packed.token_ids, packed.positions, packed.segment_ids)
     log_probs, _ = chunked_log_probs(
@@ -147,7 +167,13 @@ def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size
 
 
 def pair_scores(model: Model, params: Params, pairs: Pairs) -> Float[Array, "B 2"]:
-    """A reward model's scores of both completions of each pair."""
+    """A reward model's scores of both completions of each pair.
+
+    Args:
+        model: a decoder with a scalar head.
+        params: the reward model's parameters.
+        pairs: B prompts with two completions each.
+    """
     rows = as_rows(pairs)
     ids = jnp.concatenate([rows.prompt_ids, rows.completion_ids], axis=1)
     mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
@@ -155,7 +181,7 @@ def pair_scores(model: Model, params: Params, pairs: Pairs) -> Float[Array, "B 2
 
 
 def as_rows(pairs: Pairs) -> Rows:
-    """Each completion of a pair in a row of its own, with its prompt before it."""
+    """Rows [2 B] of the completions, chosen and rejected in turn, each with its prompt."""
     T = pairs.completion_ids.shape[2]
     return Rows(
         jnp.repeat(pairs.prompt_ids, 2, axis=0),
@@ -168,18 +194,23 @@ def as_rows(pairs: Pairs) -> Rows:
 def reward_model_scores(
     model: Model, params: Params, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
 ) -> Float[Array, " B"]:
-    """A reward model's score of each sequence, in float32: its scalar head at the last attended token.
+    """A reward model's score of each sequence, float32: the output of its scalar head at the last real token.
 
     Args:
-        model: one with a scalar head.
-        params: its parameters.
-        token_ids: whole sequences, padded on either side; what stands in padding is never looked at.
-        mask: True at real tokens; a row without any scores 0.
+        model: a decoder with a scalar head.
+        params: the reward model's parameters.
+        token_ids: whole sequences, padded on either side; token ids in padding are ignored.
+        mask: True at real tokens; the score of a row without any is 0.
     """
     hidden, _ = model.apply(params, token_ids, positions(mask), mask)
     return last_unmasked(read_scalars(hidden, model.head(params))[..., 0], mask)
 
 
 def read_scalars(hidden: Float[Array, "B S D"], head: Float[Array, "N D"]) -> Float[Array, "B S N"]:
-    """What scalar heads make of hidden states, in float32."""
+    """Outputs of N scalar heads at each hidden state, float32.
+
+    Args:
+        hidden: final norm applied.
+        head: weights of the heads.
+    """
     return hidden.astype(jnp.float32) @ head.T.astype(jnp.float32)

@@ -1,8 +1,8 @@
-"""From a loss function to a jitted train step: state in, state out."""
+"""Jitted train steps ``(state, batch) -> (state, metrics)`` from loss functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -13,65 +13,65 @@ from jax.core import Tracer
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Key
 
+from grpo_jax.sampling import check_key
 from grpo_jax.train.forward import Tokens
-from grpo_jax.types import (
-    Batch,
-    Mean,
-    Metrics,
-    Params,
-    Rollout,
-    TrainState,
-)
+from grpo_jax.types import Batch, Max, Mean, Metrics, Params, Rollout, TrainState
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
+"""``(params, batch) -> (loss, metrics)``."""
 
 
 def make_log_prob_fn(
     log_probs: Callable[[Params, Rollout], tuple[Tokens, Tokens]], *, num_micro_batches: int = 1
 ) -> Callable[[Params, Rollout], Tokens]:
-    """A jitted ``(params, rollout) -> log-probabilities`` for policies that are not being trained: old and reference.
+    """A jitted ``(params, rollout) -> log-probabilities [B, T]`` of frozen policies: old and reference.
 
     Args:
-        log_probs: ``(params, sequences) -> (log-probabilities, entropy)``, such as ``completion_log_probs`` of a model.
-        num_micro_batches: parts that are computed one after the other, to save memory.
+        log_probs: ``(params, rollout) -> (log-probabilities, entropy)``, such as a ``partial`` of
+            ``completion_log_probs``.
+        num_micro_batches: equal parts of the batch that are computed in turn, to save memory.
 
     Raises:
         ValueError: at trace time, when num_micro_batches does not divide the batch.
     """
 
-    def score(params, rollout):
+    @jax.jit
+    def frozen_log_probs(params, rollout):
         parts = split_rows(rollout, num_micro_batches)
-        scores = jax.lax.map(lambda part: log_probs(params, part)[0], parts)
-        return jnp.swapaxes(scores, 0, 1).reshape(rollout.completion_ids.shape)
+        stacked = jax.lax.map(lambda part: log_probs(params, part)[0], parts)
+        return jnp.swapaxes(stacked, 0, 1).reshape(rollout.completion_ids.shape)
 
-    return jax.jit(score)
+    return frozen_log_probs
 
 
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, *, num_micro_batches: int = 1
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """A jitted ``(state, batch) -> (state, metrics)`` that applies one update; the state passed in is donated.
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
 
-    The new state lies on its devices as the old one did. Inside another jitted function it is that function's part.
+    The new state has the shardings of the old one. Called inside another jitted function, the step is traced into it.
 
-    The batch is computed in ``num_micro_batches`` parts. Sums and counts are added over the parts and divided at the
-    end, so the update is that of the whole batch, whatever the number of parts, and however long the sequences in each.
+    Gradients are accumulated over ``num_micro_batches`` parts of the batch. Sums and counts are added over the parts
+    and divided at the end, so the update does not depend on the number of parts or the lengths of their sequences.
 
     Args:
-        loss_fn: ``(params, batch) -> (loss, metrics)``, both in the form of ``masked`` that is merged by adding.
-            ``batch`` may be any tree of arrays with the sequences first.
+        loss_fn: ``(params, batch) -> (loss, metrics)`` with the loss as a ``Mean`` and metrics as a dict of ``Mean`` or
+            ``Max``. ``batch`` may be any pytree of arrays whose first axis is the batch.
         optimizer: any optax transformation.
         num_micro_batches: more parts take less memory and more time.
 
     Returns:
-        The step. Its metrics are scalars: those of ``loss_fn``, ``loss`` and ``grad_norm`` (before any clipping).
+        The step. Its metrics are scalars: those of ``loss_fn``, ``loss`` and ``grad_norm`` (before clipping).
 
     Raises:
+        TypeError: at trace time, when loss_fn returns something else, such as a scalar.
         ValueError: at trace time, when num_micro_batches does not divide the batch.
     """
 
     def loss_sum(params, batch):
-        loss, metrics = loss_fn(params, batch)
+        output = loss_fn(params, batch)
+        _check_loss_output(output)
+        loss, metrics = output
         return loss.sum, {**metrics, "loss": loss}
 
     def micro_step(params, grads, batch):
@@ -95,7 +95,7 @@ def make_train_step(
 
     @cache
     def jitted(treedef, shardings):
-        # Without this the compiler may lay parameters out anew, and every later program would be another one.
+        # Otherwise the compiler may choose other shardings, for which every later program would be compiled again.
         return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(treedef, shardings), None))
 
     def train_step(state: TrainState, batch):
@@ -108,9 +108,13 @@ def make_train_step(
 
 
 def split_rows(batch, parts: int):
-    """Cut every array's rows into ``parts``, stacked: ``[B, ...] -> [parts, B / parts, ...]``.
+    """Split the first axis of every array: ``[B, ...] -> [parts, B / parts, ...]``.
 
-    KVSegment i takes rows i, i + parts, ...: rows that lie sharded over devices are cut where they lie.
+    Part i has rows i, i + parts, ..., so that rows that are sharded over devices are not moved.
+
+    Args:
+        batch: any pytree of arrays whose first axis is the batch.
+        parts: number of parts.
 
     Raises:
         ValueError: when ``parts`` does not divide the number of rows.
@@ -125,11 +129,18 @@ def split_rows(batch, parts: int):
 
 
 def shuffled_minibatches(batch: Batch, key: Key[Array, ""], num_minibatches: int) -> list[Batch]:
-    """Cut a batch into minibatches of rows drawn without replacement; one minibatch is the batch as it is.
+    """Minibatches of randomly permuted rows; a single minibatch is the batch itself, in its order.
+
+    Args:
+        batch: the sequences of a step.
+        key: random key of the permutation.
+        num_minibatches: number of equal parts.
 
     Raises:
+        TypeError: the key is an old-style ``jax.random.PRNGKey``.
         ValueError: when ``num_minibatches`` does not divide the number of rows.
     """
+    check_key(key)
     if num_minibatches == 1:
         return [batch]
     order = jax.random.permutation(key, batch.advantages.shape[0])
@@ -140,13 +151,13 @@ def shuffled_minibatches(batch: Batch, key: Key[Array, ""], num_minibatches: int
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, *, with_reference: bool, replicated: Sharding
 ) -> TrainState:
-    """A fresh state around ``params`` as they lie on their devices; the optimizer's moments lie as their parameters.
+    """The state before the first update; optimizer moments have the shardings of their parameters.
 
     Args:
-        params: taken over: the first train step donates them.
-        optimizer: the one that the train step uses.
-        with_reference: whether a copy of the parameters is held as the reference policy.
-        replicated: where the state's scalars lie.
+        params: on their devices; the first train step donates them.
+        optimizer: of the train step.
+        with_reference: whether to keep a copy of the parameters as the reference policy.
+        replicated: sharding of the state's scalars.
     """
     moments = optax.tree.map_params(
         optimizer,
@@ -164,5 +175,20 @@ def init_state(
 
 
 def with_fresh_reference(state: TrainState) -> TrainState:
-    """The state with a copy of its own parameters as the reference policy."""
+    """The state with a copy of its current parameters as the reference policy (reference refresh)."""
     return TrainState(state.step, state.params, state.opt_state, jax.tree.map(jnp.copy, state.params))
+
+
+def _check_loss_output(output: Any) -> None:
+    def kind(x):
+        return "an array" if isinstance(x, jax.Array) else f"a {type(x).__name__}"
+
+    wanted = "(loss, metrics): a Mean(sum, count), such as loss.token_mean(x, mask), and a dict of Mean or Max"
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise TypeError(f"loss_fn returned {kind(output)}; it must return {wanted}")
+    loss, metrics = output
+    if not isinstance(loss, Mean) or not isinstance(metrics, Mapping):
+        raise TypeError(f"loss_fn returned {kind(loss)} and {kind(metrics)}; it must return {wanted}")
+    for name, metric in metrics.items():
+        if not isinstance(metric, Mean | Max):
+            raise TypeError(f"loss_fn returned {kind(metric)} as the metric {name!r}; it must return {wanted}")
