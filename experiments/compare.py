@@ -27,38 +27,42 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import dpo
-import evaluate
 import jax.numpy as jnp
 import numpy as np
-import ppo
-import r1_zero
-import rejection_sampling
-import sft
 import tyro
-from bench import memory as bench_memory
-from dpo import Config as DPOConfig
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ppo import Config as PPOConfig
-from r1_zero import Config as GRPOConfig
-from sft import Config as SFTConfig
 
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.dpo import DPOConfig
+from grpo_jax.config.evaluation import EvaluationConfig
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.mixture import check_known
-from grpo_jax.config.model import PolicyConfig
+from grpo_jax.config.model import TOY_POLICY, PolicyConfig
 from grpo_jax.config.offline import DemonstrationConfig, PreferenceConfig
+from grpo_jax.config.ppo import PPOConfig
+from grpo_jax.config.presets import preset
 from grpo_jax.config.prompts import prompt_fields
+from grpo_jax.config.rejection_sampling import RejectionSamplingConfig
 from grpo_jax.config.rewards import RewardConfig
-from grpo_jax.config.run import RunConfig, require_at_least
+from grpo_jax.config.run import PipelineConfig, Preset, RunConfig, require_at_least
+from grpo_jax.config.sft import ROW_LENGTH, SFTConfig
 from grpo_jax.data.selection import SelectionConfig, preference_pairs
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
-from grpo_jax.loop.stages import Stage, check_no_models, run_stages, stage_config
+from grpo_jax.loop.setup import TOY_FOLDER
+from grpo_jax.loop.stages import Stage, check_no_models, load_scripts, run_stages, stage_config
+from grpo_jax.tasks.generated import SUMS
+from grpo_jax.tasks.toy_model import TOY
 
+DATASET = "dataset.jsonl"
+dpo, evaluate, grpo, ppo, rejection_sampling, sft = load_scripts(
+    Path(__file__).parent, "dpo", "evaluate", "grpo", "ppo", "rejection_sampling", "sft"
+)
+(bench_memory,) = load_scripts(Path(__file__).parent / "bench", "memory")
 ONLINE = ("grpo", "rloo", "ppo")
 """What learns in steps."""
 IN_ROUNDS = ("dpo", "sft")
@@ -79,8 +83,8 @@ TRAILING = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, PolicyConfig):
-    """What is compared. What it says of data, rewards, samples, models and devices holds for all methods."""
+class Config(PipelineConfig, PolicyConfig):
+    """The comparison. Its data, rewards, samples, models and devices hold for all methods."""
 
     run_dir: Path = Path("runs/compare")
     """The comparison's own folder, with one for each seed, method and round."""
@@ -119,9 +123,9 @@ class Config(RunConfig, PolicyConfig):
     """DPO on right completions against wrong ones, with a little imitation of the right ones."""
     sft: SFTConfig = SFTConfig(data=DemonstrationConfig(eval_size=1), num_epochs=4, eval_every=0, num_eval_prompts=0)
     """SFT on right completions: rejection sampling."""
-    drawing: rejection_sampling.Config = rejection_sampling.Config()
+    drawing: RejectionSamplingConfig = RejectionSamplingConfig()
     """How a round draws, and what of it is imitated, or preferred to the rest. It asks problems in their order."""
-    evaluation: evaluate.Config = evaluate.Config(k=(1,))
+    evaluation: EvaluationConfig = EvaluationConfig(k=(1,))
     """How the base and each round's model are measured."""
 
     memory_report: Path | None = None
@@ -186,7 +190,7 @@ class Config(RunConfig, PolicyConfig):
     @property
     def origin(self) -> Path | str:
         """The model that all methods start from."""
-        return self.model or self.base_dir or self.run_dir / BASE / "base"
+        return self.run_dir / BASE / TOY_FOLDER if self.model == TOY else self.model or ""
 
     def folder(self, method: str, number: int, part: str) -> Path:
         """Where a part of a round lies."""
@@ -216,7 +220,7 @@ class Config(RunConfig, PolicyConfig):
         """The model that a round starts from."""
         return self.origin if number == 1 else self.folder(method, number - 1, "learnt") / "model"
 
-    def drawn(self, method: str, number: int) -> rejection_sampling.Config:
+    def drawn(self, method: str, number: int) -> RejectionSamplingConfig:
         """The run that draws in a round: of problems that no round before had."""
         num_problems = self.num_prompts * self.steps_of_a_round
         return self.stage_config(
@@ -236,27 +240,56 @@ class Config(RunConfig, PolicyConfig):
         stage = getattr(self, method)
         drawn = self.folder(method, number, "drawn")
         asked = prompt_fields(self.data)
-        dataset = drawn / (PAIRS if method == "dpo" else rejection_sampling.DATASET)
+        dataset = drawn / (PAIRS if method == "dpo" else DATASET)
         changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **asked)}
         if method == "sft":
             longest = self.prompt_length + self.completion_length
-            changes["max_length"] = stage.max_length or max(
-                longest, min(2048 if self.model else 128, self.positions or 2048)
-            )
-        if self.model is not None and stage.num_micro_batches == 1:  # in memory at once is what GRPO has there
+            changes["max_length"] = stage.max_length or max(longest, min(ROW_LENGTH, self.positions or ROW_LENGTH))
+        if (
+            self.grpo.num_micro_batches is None and stage.num_micro_batches == 1
+        ):  # in memory at once is what GRPO has there
             rows = stage.num_pairs if method == "dpo" else stage.num_sequences
             parts = self.in_steps("grpo").micro_batches_of(rows) * (2 if method == "dpo" else 1)
             changes["num_micro_batches"] = min(parts, rows)
         return self.stage_config(stage, self.folder(method, number, "learnt"), self.before(method, number), **changes)
 
-    def measured(self, folder: Path, start: Path | str | None) -> evaluate.Config:
+    def measured(self, folder: Path, start: Path | str | None) -> EvaluationConfig:
         """The run that measures a model."""
         return self.stage_config(
             self.evaluation, folder, start, data=self.data, rewards=self.rewards, num_samples=self.eval_samples
         )
 
 
-SCRIPTS = {"grpo": r1_zero, "rloo": r1_zero, "ppo": ppo, "dpo": dpo, "sft": sft}
+def toy() -> Config:
+    """The toy preset."""
+    grpo = replace(preset("grpo"), num_epochs=2, num_minibatches=2)
+    return Config(
+        **TOY_POLICY,
+        data=DataConfig(dataset=SUMS),
+        grpo=grpo,
+        rloo=replace(grpo, advantage="rloo"),
+        ppo=replace(preset("ppo"), data=DataConfig(dataset=SUMS), rewards=RewardConfig(), kl_reward_coef=0.0),
+        dpo=replace(
+            preset("dpo"),
+            data=PreferenceConfig(eval_size=1),
+            num_epochs=4,
+            sft_coef=0.2,
+            eval_every=0,
+            num_eval_prompts=0,
+            judge=None,
+        ),
+        sft=replace(
+            preset("sft"), data=DemonstrationConfig(eval_size=1), num_epochs=4, eval_every=0, num_eval_prompts=0
+        ),
+        drawing=replace(preset("rejection_sampling"), max_problems=None),
+        evaluation=replace(preset("evaluate"), k=(1,)),
+    )
+
+
+PRESETS: dict[str, Preset[Config]] = {
+    "toy": Preset(toy, "all methods on sums with a toy model; minutes on one CPU", hardware="one CPU core"),
+}
+SCRIPTS = {"grpo": grpo, "rloo": grpo, "ppo": ppo, "dpo": dpo, "sft": sft}
 
 
 def main(config: Config) -> int:
@@ -288,7 +321,7 @@ def learn(config: Config) -> list[Stage]:
     """All methods with one seed, in order."""
     base = config.run_dir / BASE
     stages = [Stage(evaluate, config.measured(base, None))]
-    made_here = [] if config.model or config.base_dir else [base]
+    made_here = [base] if config.model == TOY else []
     for method in config.methods:
         if method in ONLINE:
             stages.append(Stage(SCRIPTS[method], config.in_steps(method), made_here))
@@ -479,7 +512,7 @@ def memory_of_steps(config: Config, report: Callable[[int], None]) -> dict[str, 
         num_micro_batches=grpo.micro_batches,
         max_prompt_length=config.prompt_length,
         max_completion_length=config.completion_length,
-        remat=config.model is not None if config.remat is None else config.remat,
+        remat=config.remat,
         dtype="float32" if config.compute_dtype == jnp.float32 else "bfloat16",
     )
     found: dict[str, dict[str, Any]] = {}
@@ -584,4 +617,4 @@ def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Pa
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(Config, main, presets=PRESETS, description=__doc__))

@@ -21,72 +21,76 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import evaluate
-import rejection_sampling
-import sft
 import tyro
 
 from grpo_jax.config.batch_inference import BatchInferenceConfig
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.evaluation import EvaluationConfig
+from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.presets import preset
 from grpo_jax.config.prompts import prompt_fields, with_format
-from grpo_jax.config.run import require_at_least
+from grpo_jax.config.rejection_sampling import RejectionSamplingConfig
+from grpo_jax.config.run import PipelineConfig, Preset, require_at_least
+from grpo_jax.config.sft import SFTConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.run import Run
-from grpo_jax.loop.stages import Stage, run_stages
-from grpo_jax.tasks.toy_model import ToyConfig
+from grpo_jax.loop.setup import TOY_FOLDER
+from grpo_jax.loop.stages import Stage, load_scripts, run_stages
+from grpo_jax.tasks.generated import SUMS
+from grpo_jax.tasks.toy_model import TOY, ToyConfig
+
+DATASET = "dataset.jsonl"
+evaluate, rejection_sampling, sft = load_scripts(Path(__file__).parent, "evaluate", "rejection_sampling", "sft")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BatchInferenceConfig):
-    """What a run is. Fields are checked before anything is computed."""
+class Config(BatchInferenceConfig, PipelineConfig):
+    """Distillation of a teacher into a student."""
 
     run_dir: Path = Path("runs/distill")
-    """The distillation's own folder, with one for each stage."""
+    """Folder of the pipeline, with a run folder for each stage."""
     model: Annotated[str | None, tyro.conf.arg(name="teacher")] = None
-    """Hugging Face id or local folder of the teacher. Default: a small base, taught here by sft.py first."""
+    """Hugging Face id or local folder of the teacher; 'toy' trains one with sft.py first."""
     student: str | None = None
-    """The same of the student. Default: a smaller base, made here."""
-    base: ToyConfig = ToyConfig()
-    """How the embedded teacher's base is made; the seed is the run's."""
-    base_dir: Path | None = None
-    """Folder of an embedded teacher that was made before."""
-    student_base: ToyConfig = ToyConfig(hidden_size=64)
-    """How the embedded student is made; the seed is the run's."""
+    """Hugging Face id or local folder of the student; 'toy' trains a smaller toy model."""
+    student_toy: ToyConfig = ToyConfig(hidden_size=64)
+    """The toy student."""
     student_stop_tokens: tuple[str, ...] = ()
-    """As stop_tokens, of the student."""
+    """stop_tokens of the student."""
 
     num_samples: int = 2
-    """The teacher's completions of each problem."""
+    """Completions per problem, of the teacher."""
     max_problems: int | None = None
-    """Problems that the teacher is asked, the first ones. Default: all with a teacher that is named, 2048 without."""
+    """Number of problems to sample for. Default: all."""
     selection: Annotated[SelectionConfig, tyro.conf.arg(name="")] = SelectionConfig()
-    """Which of its completions are taught."""
+    """Filters on the teacher's completions."""
     demonstrations: tuple[Path, ...] = ()
-    """JSONL files of other demonstrations that are taught as well."""
+    """JSONL files of further demonstrations."""
     general_share: float | None = None
-    """Share of the rows that come from those files. Default: all of theirs are taken."""
+    """Share of rows that come from those files. Default: all of their rows are added."""
 
     num_epochs: int = 4
-    """How often the student visits each demonstration."""
+    """Passes over the demonstrations."""
     num_sequences: int = 16
-    """Rows of an update."""
+    """Rows per update."""
     max_length: int | None = None
-    """Tokens of a row, and of the longest demonstration. Default: 2048 with --student, 128 without; less where
-    the student has fewer positions."""
+    """Tokens per row, and of the longest demonstration. Default: 2048, or less where the student has fewer
+    positions."""
     num_micro_batches: int = 1
-    """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How gradients become updates. Default learning rate: 1e-5 with --student, 1e-3 without."""
+    """Gradient accumulation: parts of each update. Results do not depend on it."""
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
+    """Optimizer."""
     eval_samples: int = 4
-    """Completions of each held-out problem that teacher and student are measured by."""
+    """Completions per held-out problem, of teacher and student."""
 
     def __post_init__(self):
         BatchInferenceConfig.__post_init__(self)
-        if (self.model is None) != (self.student is None):
-            raise ValueError("name a teacher and a student, or neither: an embedded one knows its own sums only")
+        if (self.model == TOY) != (self.student == TOY):
+            raise ValueError("teacher and student are both toy models or neither: they know the toy tasks only")
         require_at_least(self, eval_samples=1, max_problems=1)
         _ = self.sampled, self.taught  # settings of a later stage are checked now
 
@@ -102,46 +106,47 @@ class Config(BatchInferenceConfig):
         return {name: getattr(self, name) for name in (*names, *drawn)}
 
     @property
-    def teacher_dir(self) -> Path | None:
-        """Where an embedded teacher lies."""
-        return None if self.model else self.base_dir or self.folder("teacher") / "model"
+    def teacher(self) -> str | None:
+        """The teacher's folder or id."""
+        return str(self.folder("teacher") / "model") if self.model == TOY else self.model
 
     @property
-    def teacher_taught(self) -> sft.Config:
-        """How an embedded teacher is made."""
-        return sft.Config(**self.shared, run_dir=self.folder("teacher"), base=self.base, eval_every=0)
+    def student_start(self) -> str | None:
+        """The student's folder or id, before it is trained."""
+        return str(self.folder(BEFORE) / TOY_FOLDER) if self.student == TOY else self.student
 
     @property
-    def sampled(self) -> rejection_sampling.Config:
-        """How the teacher's completions are drawn and selected."""
-        return rejection_sampling.Config(
+    def teacher_taught(self) -> SFTConfig:
+        """How a toy teacher is trained."""
+        return replace(preset("sft"), **self.shared, run_dir=self.folder("teacher"), toy=self.toy, eval_every=0)
+
+    @property
+    def sampled(self) -> RejectionSamplingConfig:
+        """Sampling and selection of the teacher's completions."""
+        return RejectionSamplingConfig(
             **self.shared,
             run_dir=self.folder("samples"),
-            model=self.model,
-            base_dir=self.teacher_dir,
+            model=self.teacher,
             stop_tokens=self.stop_tokens,
             data=self.data,
             rewards=self.rewards,
             num_samples=self.num_samples,
             num_prompts=self.num_prompts,
-            max_problems=self.max_problems or (None if self.model else 2048),
+            max_problems=self.max_problems,
             selection=self.selection,
             demonstrations=self.demonstrations,
             general_share=self.general_share,
         )
 
     @property
-    def taught(self) -> sft.Config:
-        """How the student learns. Its pass@1 is measured apart: what it is taught is of problems the teacher solves."""
-        return sft.Config(
+    def taught(self) -> SFTConfig:
+        """SFT of the student. Its held-out rows are problems that the teacher solves: pass@1 is measured apart."""
+        return SFTConfig(
             **self.shared,
             run_dir=self.folder("student"),
-            model=self.student,
-            base_dir=None if self.student else self.folder("student_before") / "base",
+            model=self.student_start,
             stop_tokens=self.student_stop_tokens,
-            data=DemonstrationConfig(
-                dataset=str(self.folder("samples") / rejection_sampling.DATASET), **prompt_fields(self.data)
-            ),
+            data=DemonstrationConfig(dataset=str(self.folder("samples") / DATASET), **prompt_fields(self.data)),
             num_epochs=self.num_epochs,
             num_sequences=self.num_sequences,
             max_length=self.max_length,
@@ -151,9 +156,9 @@ class Config(BatchInferenceConfig):
             num_eval_prompts=0,
         )
 
-    def measured(self, stage: str, model: str | None, **start: Any) -> evaluate.Config:
-        """How a model is measured; the student in the end against what it was."""
-        return evaluate.Config(
+    def measured(self, stage: str, model: str | None, **start: Any) -> EvaluationConfig:
+        """Evaluation of a model; of the trained student against the untrained one."""
+        return EvaluationConfig(
             **self.shared,
             run_dir=self.folder(stage),
             model=model,
@@ -171,38 +176,53 @@ TEACHER, BEFORE, AFTER = STAGES = ("teacher_eval", "student_before", "student_af
 """The measurements."""
 
 
+PRESETS: dict[str, Preset[Config]] = {
+    "toy": Preset(
+        lambda: Config(
+            **TOY_POLICY,
+            data=DataConfig(dataset=SUMS),
+            student=TOY,
+            max_problems=2048,
+            max_length=128,
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+        ),
+        "a toy model after SFT teaches one of two thirds of its width; minutes on one CPU",
+        paper="the distilled models of DeepSeek-R1 (arXiv 2501.12948, section 2.4) in the small",
+        hardware="one CPU core",
+    ),
+}
+
+
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
     return run_stages(config, stages, conclude, title="distillation")
 
 
 def stages(config: Config) -> list[Stage]:
-    """What runs, in order.
+    """The stages in order.
 
-    The first measurements find out whether models, problems and templates go together before the teacher is sampled.
+    The first evaluations find out whether models, problems and templates fit before the teacher is sampled.
     """
-    student_start = {} if config.student else {"base": config.student_base}
     taught = config.folder("student") / "model"
-    after = {"base_dir": taught} if config.student is None else {}
-    teacher = [config.folder("teacher")] if config.model is None and config.base_dir is None else []
+    teacher = [config.folder("teacher")] if config.model == TOY else []
     samples, student = config.folder("samples"), config.folder("student")
-    alike = asked_alike(config)
+    alike = with_teacher_format(config)
     return [
         *(Stage(sft, config.teacher_taught) for _ in teacher),
-        Stage(evaluate, config.measured(TEACHER, config.model, base_dir=config.teacher_dir), teacher),
-        Stage(evaluate, alike.measured(BEFORE, config.student, **student_start)),
+        Stage(evaluate, config.measured(TEACHER, config.teacher), teacher),
+        Stage(evaluate, alike.measured(BEFORE, config.student, toy=config.student_toy)),
         Stage(rejection_sampling, alike.sampled, teacher),
         Stage(sft, alike.taught, [samples, config.folder(BEFORE)]),
-        Stage(evaluate, alike.measured(AFTER, str(taught) if config.student else None, **after), [student]),
+        Stage(evaluate, alike.measured(AFTER, str(taught)), [student]),
     ]
 
 
-def asked_alike(config: Config) -> Config:
-    """The same with the format of the teacher's prompts, which is the student's too unless settings say another."""
-    if config.model is None or not (config.folder(TEACHER) / PROVENANCE).exists():  # not measured yet
+def with_teacher_format(config: Config) -> Config:
+    """``config`` with the teacher's prompt format for the student too, unless its settings name another."""
+    if config.model == TOY or not (config.folder(TEACHER) / PROVENANCE).exists():  # not measured yet
         return config
-    asked = read_provenance(config.folder(TEACHER))["prompt_format"]
-    return replace(config, data=with_format(config.data, asked))
+    prompt_format = read_provenance(config.folder(TEACHER))["prompt_format"]
+    return replace(config, data=with_format(config.data, prompt_format))
 
 
 def conclude(config: Config, run: Run) -> None:
@@ -234,4 +254,4 @@ def conclude(config: Config, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(Config, main, presets=PRESETS, description=__doc__))

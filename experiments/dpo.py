@@ -18,28 +18,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 
-from grpo_jax.config.model import PolicyConfig
-from grpo_jax.config.offline import PreferenceConfig
-from grpo_jax.config.run import Export, RunConfig, require_at_least
-from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.config.dpo import PRESETS, DPOConfig
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.preferences import EncodedPreferences, PairBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
-from grpo_jax.data.prompts import of_template
+from grpo_jax.data.prompts import template_columns
 from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.checks import check_divides, check_finite, check_same_data
@@ -50,113 +45,27 @@ from grpo_jax.loop.offline_data import encode_preference_set, load_preference_se
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, start_model
-from grpo_jax.loss import dpo_loss, hinge_preference, sigmoid_preference, squared_preference
+from grpo_jax.loss import dpo_loss
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import RewardFn, as_reward_outputs
 from grpo_jax.rewards.plugin import import_reward
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
-from grpo_jax.tasks.errands import errand_reward
-from grpo_jax.tasks.toy_model import ToyConfig
 from grpo_jax.train import init_state, make_train_step, pair_log_probs
 from grpo_jax.types import Pairs, Params
 
-OBJECTIVES = {"sigmoid": sigmoid_preference, "hinge": hinge_preference, "ipo": squared_preference}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, PolicyConfig):
-    """What a run is. Fields are checked before anything is computed."""
-
-    data: Annotated[PreferenceConfig, tyro.conf.arg(name="")] = PreferenceConfig()
-    """What is preferred to what."""
-    run_dir: Path = Path("runs/dpo")
-    """The run's own folder: logs, checkpoints, curves, the trained model."""
-    base: ToyConfig = ToyConfig(errand_share=0.5)
-    """How the embedded base is made; the seed is the run's."""
-    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """What a pair's margin costs: DPO's own, SLiC's or IPO's."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference."""
-    label_smoothing: float = 0.0
-    """Share of pairs that are taken to be labelled the wrong way round; of sigmoid."""
-    target_margin: float = 0.0
-    """By how much the chosen completion is to win, after beta (SimPO's gamma); of sigmoid."""
-    per_token: bool | None = None
-    """Divide log-probabilities by the number of tokens. Default: with ipo."""
-    reference_free: bool = False
-    """Hold the policy to no reference."""
-    sft_coef: float = 0.0
-    """Weight of the likelihood of the chosen completions beside it."""
-    num_epochs: int = 1
-    """How often each pair is visited. A finished run that is given more goes on; where the learning rate decays, it is
-    from there on that of the new number."""
-    num_pairs: int = 32
-    """Pairs of an update."""
-    num_micro_batches: int = 1
-    """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How gradients become updates. Default learning rate: 5e-7 with --model, 3e-4 without."""
-    judge: str | None = None
-    """module:function, a reward that grades the completions drawn for held-out prompts. Default: the quality of replies
-    to the built-in errands, none with a dataset."""
-    eval_every: int = 20
-    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
-    export: Export = "last"
-    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
-    given the other one."""
-    num_eval_prompts: int = 64
-    """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
-    eval_samples: int = 4
-    """Completions for each of them."""
-
-    def __post_init__(self):
-        RunConfig.__post_init__(self)
-        PolicyConfig.__post_init__(self)
-        require_at_least(
-            self, num_epochs=1, num_pairs=1, num_micro_batches=1, eval_every=0, num_eval_prompts=0, eval_samples=1
-        )
-        require_at_least(self, sft_coef=0)
-        if not self.beta > 0:
-            raise ValueError(f"beta is {self.beta}; it must be above 0")
-        if self.loss != "sigmoid" and (self.label_smoothing or self.target_margin):
-            raise ValueError(f"label_smoothing and target_margin belong to the loss sigmoid, not to {self.loss}")
-        sigmoid_preference(jnp.zeros(1), label_smoothing=self.label_smoothing)  # a share out of range is found here
-        if self.num_pairs % self.num_micro_batches:
-            raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
-        if self.model is None and self.data.chat_template:
-            raise ValueError("the embedded base has no chat template; name a model, or leave chat_template out")
-
-    @property
-    def by_token(self) -> bool:
-        """Whether log-probabilities are divided by the number of tokens."""
-        return self.loss == "ipo" if self.per_token is None else self.per_token
-
-    @property
-    def objective(self):
-        """The function of a pair's margin in effect."""
-        if self.loss != "sigmoid":
-            return OBJECTIVES[self.loss]
-        return partial(sigmoid_preference, label_smoothing=self.label_smoothing, target_margin=self.target_margin)
-
-
-RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every")
-EXTENDABLE_FIELDS = ("num_epochs", "export")
-
-
-def main(config: Config) -> int:
+def main(config: DPOConfig) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(
-        config, train, title="DPO", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
-    )
+    return run_experiment(config, train, title="DPO")
 
 
-def check(config: Config) -> None:
+def check(config: DPOConfig) -> None:
     """Find what the devices cannot divide, before anything is computed."""
     check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
 
 
-def train(config: Config, run: Run) -> None:
+def train(config: DPOConfig, run: Run) -> None:
     check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
@@ -164,8 +73,7 @@ def train(config: Config, run: Run) -> None:
     preferences, held_out = load_preference_sets(config.data, config.seed, stats)
     stats.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
-    judge = errand_reward if config.data.dataset is None else None
-    judge = judge if config.judge is None else import_reward(config.judge)
+    judge = None if config.judge is None else import_reward(config.judge)
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
     rendering = resolve_rendering(config.data, policy, say=run.say, today=run.begun)
@@ -183,7 +91,7 @@ def train(config: Config, run: Run) -> None:
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
     asked = held_out_pairs.preferences[: config.num_eval_prompts]
     prompts = EncodedProblems(
-        [Problem(each.prompt, None, {"chosen": each.chosen, **of_template(each.columns)}) for each in asked],
+        [Problem(each.prompt, None, {"chosen": each.chosen, **template_columns(each.columns)}) for each in asked],
         policy.tokenizer,
         max_prompt_length=config.prompt_length,
         pad_id=policy.pad_id,
@@ -214,7 +122,7 @@ def train(config: Config, run: Run) -> None:
         )
 
     optimizer, schedule = config.optimizer.build(
-        total_updates=len(batches), default_learning_rate=5e-7 if config.model else 3e-4
+        total_updates=len(batches),
     )
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
@@ -222,10 +130,10 @@ def train(config: Config, run: Run) -> None:
     run.describe(
         {
             **model_facts(config, start, policy, mesh),
-            "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
+            "data": f"{config.data.dataset}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
             "lengths": f"{config.prompt_length} + {config.completion_length} tokens; {config.num_pairs} pairs a step",
             "loss": f"{config.loss}, beta {config.beta:g}, {config.num_epochs} epochs",
-            "updates": f"{len(batches)} in all; " + config.optimizer.described(5e-7 if config.model else 3e-4),
+            "updates": f"{len(batches)} in all; " + config.optimizer.description,
         }
     )
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
@@ -307,7 +215,7 @@ def train(config: Config, run: Run) -> None:
 
 
 def sums_of_pairs(
-    config: Config,
+    config: DPOConfig,
     run: Run,
     mesh: Mesh,
     sums: Callable,
@@ -355,4 +263,4 @@ def judged(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(DPOConfig, main, presets=PRESETS, description=__doc__))

@@ -20,16 +20,13 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from grpo_jax.config.batch_inference import BatchInferenceConfig
-from grpo_jax.config.data import DataConfig
+from grpo_jax.config.evaluation import PRESETS, EvaluationConfig
 from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.selection import ProblemSamples
@@ -54,52 +51,20 @@ Key = tuple[str, str | None, int]
 """What tells a problem: its prompt before any template, its answer, and which of those that are the same it is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(BatchInferenceConfig):
-    """What an evaluation is. Fields are checked before anything is computed."""
-
-    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig(eval_size=None)
-    """What is asked."""
-    held_out: bool = False
-    """Ask only the problems that training on this dataset would hold out."""
-    run_dir: Path = Path("runs/evaluate")
-    """The run's own folder: completions, report."""
-    against: Path | None = None
-    """Run folder of another evaluation of the same problems: what changed since it is told, with a paired test."""
-    k: tuple[int, ...] = ()
-    """For pass@k. Default: the powers of two up to num_samples."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
-        if wrong:
-            raise ValueError(f"k is {wrong[0]}; pass@k of num_samples = {self.num_samples} has k from 1 to that")
-        if self.against is not None and self.against.resolve() == self.run_dir.resolve():
-            raise ValueError(f"against is {self.against}, which is this run's own folder; name that of another one")
-
-    @property
-    def ks(self) -> list[int]:
-        """The k of pass@k in effect; 1 is always among them."""
-        powers = [2**n for n in range(self.num_samples.bit_length())]
-        return sorted({1, *(self.k or powers)})
-
-
-RESUMABLE_FIELDS = ("against", "k", "cache_bytes")
-EXTENDABLE_FIELDS = ()
 OTHER_SETTINGS_OF_NO_FIGURE = ("against", "k", "cache_bytes", "num_prompts")
 
 
-def main(config: Config) -> int:
+def main(config: EvaluationConfig) -> int:
     """Evaluate, or go on; the exit status is 0 when the report is there and 130 when the run was asked to stop."""
-    return run_experiment(config, evaluate, title="Evaluation", resumable_fields=RESUMABLE_FIELDS, again=True)
+    return run_experiment(config, evaluate, title="Evaluation", again=True)
 
 
-def check(config: Config) -> None:
+def check(config: EvaluationConfig) -> None:
     """Find a mesh that cannot be built, before anything is computed."""
     config.mesh.build()
 
 
-def evaluate(config: Config, run: Run) -> None:
+def evaluate(config: EvaluationConfig, run: Run) -> None:
     report = read_report(run.folder) if run.is_finished else None
     if report is None or differences(report["config"], run.settings, LAYOUT_FIELDS):
         report = make_report(config, run, report)
@@ -125,7 +90,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> dict[str, Any]:
+def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Draw completions unless a report was made of them before; tell what they are worth and write it down."""
     against = None if config.against is None else read_report(config.against)
     others = [] if config.against is None else keys_of(each.problem for each in read_samples(config.against))
@@ -162,7 +127,7 @@ def make_report(config: Config, run: Run, before: Mapping[str, Any] | None) -> d
     return read_report(run.folder)
 
 
-def meaningful(config: Config, folder: Path, figures: PerProblem) -> PerProblem:
+def meaningful(config: EvaluationConfig, folder: Path, figures: PerProblem) -> PerProblem:
     """The figures that say something of these problems.
 
     Without answers that completions end in there is no majority vote; where nothing is graded, no accuracy and no share
@@ -329,4 +294,4 @@ def interval(name: str, each: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(EvaluationConfig, main, presets=PRESETS, description=__doc__))

@@ -16,24 +16,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reward_model
-import tyro
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
-from grpo_jax.config.data import DataConfig
-from grpo_jax.config.online import EXTENDABLE_FIELDS, RESUMABLE_FIELDS, OnlineConfig
-from grpo_jax.config.rewards import RewardConfig
-from grpo_jax.config.run import require_at_least
-from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.config.ppo import PRESETS, PPOConfig
+from grpo_jax.config.presets import preset
 from grpo_jax.loop.checks import check_divides, check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
@@ -41,13 +36,13 @@ from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import load_model
+from grpo_jax.loop.setup import TOY_FOLDER, load_model
+from grpo_jax.loop.stages import load_scripts
 from grpo_jax.masked import masked_mean, masked_sum
 from grpo_jax.models import Pretrained
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.tasks.errands import ERRANDS
-from grpo_jax.tasks.toy_model import ToyConfig
+from grpo_jax.tasks.toy_model import TOY
 from grpo_jax.train import (
     completion_log_probs,
     completion_values,
@@ -61,122 +56,23 @@ from grpo_jax.train import (
 from grpo_jax.types import Batch, Mean, Params, Rollout, TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(OnlineConfig):
-    """What a run is. Fields are checked before anything is computed."""
-
-    data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig(dataset=ERRANDS)
-    """What is asked. Default: errands of the embedded base."""
-    run_dir: Path = Path("runs/ppo")
-    """The run's own folder: logs, checkpoints, curves, the trained model."""
-    base: ToyConfig = ToyConfig(errand_share=0.5)
-    """How the embedded base is made; the seed is the run's."""
-    num_prompts: int = 128
-    """Prompts a step."""
-    group_size: int = 1
-    """Samples for each prompt."""
-    rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig(accuracy_weight=0.0)
-    """What is paid for. Default: the score of a reward model that is learnt here first."""
-
-    critic: Literal["model", "head"] = "model"
-    """A model of its own, which starts from the reward model where there is one; or a head on the actor's trunk."""
-    critic_warmup_steps: int = 2
-    """Steps at the start in which the critic alone learns."""
-    value_coef: float = 0.1
-    """Weight of the critic's loss beside the actor's, where they share a trunk."""
-    value_epsilon: float | None = 0.2
-    """How far a value may move from what it was; None for no clip."""
-    gamma: float = 1.0
-    """Discount for each token."""
-    lam: float = 0.95
-    """Mixing of generalized advantage estimation."""
-    whiten: bool = True
-    """Scale advantages to mean 0 and variance 1 over the tokens of a step."""
-    kl_reward_coef: float = 0.05
-    """Weight in the reward of each token's KL to the reference."""
-    kl_target: float | None = None
-    """Nats a completion that the weight is adapted to keep; None for a fixed weight."""
-    kl_horizon: float = 10_000.0
-    """Completions over which the weight may change by a fifth."""
-
-    policy: Annotated[PolicyLossConfig, tyro.conf.arg(name="")] = PolicyLossConfig(loss="ppo")
-    """What the actor minimizes."""
-    num_epochs: int = 2
-    """Passes over each step's completions."""
-    num_minibatches: int = 2
-    """Updates a pass."""
-    num_micro_batches: int | None = None
-    """Parts each update is computed in, to save memory; the result is the same. Default: parts of at most 16,384
-    tokens with --model, one without."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How the actor's gradients become updates."""
-    critic_optimizer: OptimizerConfig = OptimizerConfig()
-    """How the critic's do, where it is a model of its own."""
-
-    def __post_init__(self):
-        OnlineConfig.__post_init__(self)
-        require_at_least(
-            self, num_epochs=1, num_minibatches=1, num_micro_batches=1, critic_warmup_steps=0, kl_reward_coef=0
-        )
-        require_at_least(self, value_coef=0)
-        rows, micro_batches = self.num_prompts * self.group_size, self.num_micro_batches or 1
-        if rows % (self.num_minibatches * micro_batches):
-            raise ValueError(
-                f"num_prompts x group_size = {self.num_prompts} x {self.group_size} = {rows} completions do not divide "
-                f"into num_minibatches x num_micro_batches = {self.num_minibatches} x {micro_batches} parts"
-            )
-        for name in ("value_epsilon", "kl_target", "kl_horizon"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
-        if self.policy.kl_coef:
-            raise ValueError("kl_coef is set: here the KL is in the reward (kl_reward_coef), not in the loss as well")
-        if self.kl_target is not None and not self.kl_reward_coef:
-            raise ValueError("kl_target is set, but kl_reward_coef, which would be adapted, is 0")
-        if self.model is not None and not self.pays_for_something:
-            raise ValueError("nothing is paid for; name a reward_model, or give a reward a weight above 0")
-
-    @property
-    def pays_for_something(self) -> bool:
-        """Whether a reward has a weight without a reward model that is learnt here."""
-        weights = (self.rewards.accuracy_weight, self.rewards.format_weight, self.rewards.language_weight)
-        return any(weights) or bool(self.rewards.reward or self.rewards.reward_model)
-
-    @property
-    def micro_batches(self) -> int:
-        """The parts of an update in effect."""
-        if self.num_micro_batches is not None or self.model is None:
-            return self.num_micro_batches or 1
-        return self.micro_batches_of(self.num_prompts * self.group_size // self.num_minibatches)
-
-
-def main(config: Config) -> int:
+def main(config: PPOConfig) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
     check(config)
-    if not config.pays_for_something:
+    if not config.has_reward:
         folder = config.run_dir.with_name(f"{config.run_dir.name}_reward_model")
-        before = reward_model.Config(
-            run_dir=folder,
-            base=config.base,
-            base_dir=config.base_dir,
-            seed=config.seed,
-            mesh=config.mesh,
-            plain=config.plain,
-        )
-        status = reward_model.main(before)
+        shared = {name: getattr(config, name) for name in ("model", "toy", "seed", "mesh", "plain")}
+        (reward_model,) = load_scripts(Path(__file__).parent, "reward_model")
+        status = reward_model.main(replace(preset("reward_model"), run_dir=folder, **shared))
         if status:
             return status
         rewards = replace(config.rewards, reward_model=str(folder / "model"))
-        config = replace(config, rewards=rewards, base_dir=config.base_dir or folder / "base")
-    return run_experiment(
-        config, train, title="PPO", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
-    )
+        model = str(folder / TOY_FOLDER) if config.model == TOY else config.model
+        config = replace(config, rewards=rewards, model=model)
+    return run_experiment(config, train, title="PPO")
 
 
-def check(config: Config) -> None:
+def check(config: PPOConfig) -> None:
     """Find what the devices cannot divide, before anything is computed."""
     mesh = config.mesh.build()
     rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
@@ -184,7 +80,7 @@ def check(config: Config) -> None:
     check_divides(rows, mesh, "the completions of a micro-batch")
 
 
-def train(config: Config, run: Run) -> None:
+def train(config: PPOConfig, run: Run) -> None:
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
     learner = (OwnCritic if config.critic == "model" else SharedTrunk)(config, collector, mesh)
@@ -192,7 +88,7 @@ def train(config: Config, run: Run) -> None:
         {
             "loss": f"{config.policy.loss}, critic {config.critic}, KL coefficient {config.kl_reward_coef:g}",
             "updates": f"{learner.updates_per_step} a step, {config.micro_batches} micro-batches each; "
-            + config.optimizer.described(1e-6 if config.model else 3e-4),
+            + config.optimizer.description,
         }
     )
     first, states, position = run.resume(learner.states)
@@ -202,11 +98,11 @@ def train(config: Config, run: Run) -> None:
     collector.evaluate_if_due(first, learner.actor(states))
     with run.progress.phase("PPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
-            drawn = collector.draw(step, learner.actor(states))
+            experience = collector.sample(step, learner.actor(states))
             # Sent off before the host scores: the devices work on it meanwhile.
-            old, ref, values = learner.before(states, drawn.rollout)
-            scores = collector.score(drawn)
-            batch, kl, token_kl = learner.batch(drawn, scores, old, ref, values, kl_coef)
+            old, ref, values = learner.before(states, experience.rollout)
+            scores = collector.score(experience)
+            batch, kl, token_kl = learner.batch(experience, scores, old, ref, values, kl_coef)
 
             updates = []
             for epoch in range(config.num_epochs):
@@ -228,13 +124,13 @@ def train(config: Config, run: Run) -> None:
                         jnp.float32(kl),
                         target=config.kl_target,
                         horizon=config.kl_horizon,
-                        num_samples=len(drawn.completions),
+                        num_samples=len(experience.completions),
                     )
                 )
             per_completion = np.asarray(masked_sum(batch.advantages, batch.loss_mask, 1))
-            wants_checkpoint = collector.log_step(drawn, scores, metrics, per_completion)
+            wants_checkpoint = collector.log_step(experience, scores, metrics, per_completion)
             if collector.save_is_due(step, wants_checkpoint):
-                run.save(step, states, {**collector.position, "kl_coef": kl_coef})
+                run.save(step, states, {**collector.state_dict(), "kl_coef": kl_coef})
             run.stop_if_requested()
             metrics |= collector.evaluate_if_due(step, learner.actor(states))
             phase.update(step, metrics)
@@ -265,11 +161,10 @@ class Learner:
     _log_probs: Callable
     _values: Callable
 
-    def __init__(self, config: Config, collector: Collector, mesh: Mesh, *, num_steps: int):
+    def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh, *, num_steps: int):
         self.config, self.model, self.mesh = config, collector.policy.model, mesh
         self.optimizer, self.schedule = config.optimizer.build(
             total_updates=max(num_steps, 1) * self.updates_per_step,
-            default_learning_rate=1e-6 if config.model else 3e-4,
         )
         self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
 
@@ -293,7 +188,7 @@ class Learner:
         )
 
     def actor(self, states: dict[str, TrainState]) -> Params:
-        """What completions are drawn from."""
+        """What completions are experience from."""
         return states["actor"].params
 
     def critic(self, states: dict[str, TrainState]) -> Params:
@@ -311,7 +206,7 @@ class Learner:
 
     def batch(
         self,
-        drawn: Experience,
+        experience: Experience,
         scores: Scores,
         old: jax.Array,
         ref: jax.Array | None,
@@ -319,7 +214,7 @@ class Learner:
         kl_coef: float,
     ) -> tuple[Batch, float, float]:
         """What is learnt from, and the KL to the reference in nats a completion and a token."""
-        rollout, rewards = drawn.rollout, jnp.asarray(scores.total)
+        rollout, rewards = experience.rollout, jnp.asarray(scores.total)
         mask = rollout.completion_mask & ~jnp.isnan(rewards)[:, None]
         advantages, returns, *kl = self.advantages(rewards, old, ref, values, mask, jnp.float32(kl_coef))
         batch = Batch(
@@ -340,7 +235,7 @@ class Learner:
 class OwnCritic(Learner):
     """A critic that is a model of its own: from the reward model, or else from the actor's own start."""
 
-    def __init__(self, config: Config, collector: Collector, mesh: Mesh):
+    def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh):
         # The actor's optimizer rests while the critic learns alone.
         super().__init__(config, collector, mesh, num_steps=config.num_steps - config.critic_warmup_steps)
         start = config.rewards.reward_model or collector.start
@@ -348,7 +243,6 @@ class OwnCritic(Learner):
         check_same_tokens(critic, collector.policy)
         critic_optimizer, _ = config.critic_optimizer.build(
             total_updates=config.num_steps * self.updates_per_step,
-            default_learning_rate=1e-5 if config.model else 1e-3,
         )
         log_probs = partial(completion_log_probs, self.model, temperature=config.sampling.temperature)
         values = partial(completion_values, critic.model)
@@ -393,7 +287,7 @@ class OwnCritic(Learner):
 class SharedTrunk(Learner):
     """A critic that is a head on the actor's trunk: both learn in one pass, the value's loss beside the policy's."""
 
-    def __init__(self, config: Config, collector: Collector, mesh: Mesh):
+    def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh):
         super().__init__(config, collector, mesh, num_steps=config.num_steps)
         outputs = partial(policy_and_values, self.model, temperature=config.sampling.temperature)
 
@@ -465,4 +359,4 @@ def check_same_tokens(critic: Pretrained, policy: Pretrained) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(PPOConfig, main, presets=PRESETS, description=__doc__))

@@ -25,23 +25,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import evaluate
 import numpy as np
-import r1_zero
-import rejection_sampling
-import reward_model
-import sft
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from grpo_jax.config.data import DataConfig
-from grpo_jax.config.model import ModelConfig
+from grpo_jax.config.evaluation import EvaluationConfig
+from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.config.model import TOY_MODEL, ModelConfig
 from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.presets import preset
 from grpo_jax.config.prompts import with_format
+from grpo_jax.config.rejection_sampling import RejectionSamplingConfig
+from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.rewards import RewardConfig
-from grpo_jax.config.run import RunConfig
+from grpo_jax.config.run import PipelineConfig, Preset, RunConfig
+from grpo_jax.config.sft import SFTConfig
 from grpo_jax.config.training import PolicyLossConfig
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.selection import SelectionConfig
@@ -51,12 +52,18 @@ from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline_data import load_demonstration_sets, load_preference_sets
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
-from grpo_jax.loop.stages import Stage, check_no_models, run_stages, stage_config
+from grpo_jax.loop.setup import TOY_FOLDER
+from grpo_jax.loop.stages import Stage, check_no_models, load_scripts, run_stages, stage_config
 from grpo_jax.tasks.errands import ERRANDS, careless_reply, sample_errands
-from grpo_jax.tasks.toy_model import ToyConfig
+from grpo_jax.tasks.generated import SUMS
+from grpo_jax.tasks.toy_model import TOY, ToyConfig
 
-EMBEDDED_LANGUAGE = "zh"
-"""What the embedded base is to think in: it knows Arabic digits, which are of no language, and Chinese ones."""
+evaluate, grpo, rejection_sampling, reward_model, sft = load_scripts(
+    Path(__file__).parent, "evaluate", "grpo", "rejection_sampling", "reward_model", "sft"
+)
+TOY_LANGUAGE = "zh"
+"""The language that the toy model should think in: it knows Chinese digits, and Arabic ones, which have no language."""
+TOY_GENERAL = "toy"
 CARELESS_REPLIES = 256
 REASONING, GENERAL = "reasoning", "general"
 STAGES = ("cold_start", "zero", "reasoning", "rejection", "second_sft", "preferences", "final", "evaluation")
@@ -73,73 +80,62 @@ FIGURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, ModelConfig):
-    """What the chain is. What it says of data, models, folders, seeds and devices holds for all stages."""
+class Config(PipelineConfig, ModelConfig):
+    """The pipeline. Its data, models, folders, seeds and devices hold for all stages."""
 
     run_dir: Path = Path("runs/r1")
-    """The chain's own folder, with one for each stage."""
-    base: ToyConfig = ToyConfig(skill_steps=700, errand_share=0.25, chinese_share=0.5)
-    """How the embedded base is made; the seed is the run's."""
+    """Folder of the pipeline, with a run folder for each stage."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
-    """What is reasoned about. Default: built-in sums."""
-    target_language: str | None = None
-    """Language that thoughts are to be in. Default: en with --model, zh without."""
-    general: Path | None = None
-    """JSONL file of demonstrations beside reasoning, for the second SFT. Default: careless replies to errands."""
-    general_data: DataConfig = DataConfig(dataset=ERRANDS)
-    """Prompts beside reasoning, for the final RL. Default: errands."""
+    """Reasoning problems."""
+    target_language: str = "en"
+    """Language of thoughts, such as en or zh."""
+    general: str | None = None
+    """JSONL file of demonstrations beside reasoning, for the second SFT; 'toy' writes careless replies to errands."""
+    general_data: DataConfig = DataConfig()
+    """Prompts beside reasoning, for the final RL."""
     general_reward_model: str | None = None
-    """Hugging Face id or folder of the reward model that judges replies to them. Default: one is learnt here."""
+    """Hugging Face id or folder of the reward model for them. Default: trained on the preferences."""
 
-    cold_start: sft.Config = sft.Config(
-        data=DemonstrationConfig(worked_sums=128, in_chinese=True), num_epochs=4, eval_every=0
+    cold_start: SFTConfig = SFTConfig(eval_every=0)
+    """SFT of the base model on a few long thoughts."""
+    zero: GRPOConfig = GRPOConfig(rewards=RewardConfig(format_weight=0.2), eval_every=0)
+    """R1-Zero for comparison: RL straight from the base model."""
+    reasoning: GRPOConfig = GRPOConfig(
+        rewards=RewardConfig(format_weight=0.2, language_weight=0.5, target_language="en"), num_steps=40, eval_every=0
     )
-    """SFT of the base on a few long thoughts. Default: 128 sums that are worked out."""
-    zero: r1_zero.Config = r1_zero.Config(rewards=RewardConfig(format_weight=0.2), eval_every=0)
-    """RL straight from the base, to compare with."""
-    reasoning: r1_zero.Config = r1_zero.Config(
-        rewards=RewardConfig(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
-        num_steps=40,
-        eval_every=0,
-    )
-    """RL from the cold start: accuracy, format and language."""
-    rejection: rejection_sampling.Config = rejection_sampling.Config(
+    """RL from the cold start, on accuracy, format and language."""
+    rejection: RejectionSamplingConfig = RejectionSamplingConfig(
         selection=SelectionConfig(require=("accuracy=1", "format=1", "language=0.95")),
-        rewards=RewardConfig(target_language=EMBEDDED_LANGUAGE),
-        max_problems=1024,
+        rewards=RewardConfig(target_language="en"),
     )
-    """What the reasoning model's completions are chosen by."""
-    second_sft: sft.Config = sft.Config(num_epochs=3, eval_every=0)
-    """SFT of the base on those, and on general demonstrations."""
-    preferences: reward_model.Config = reward_model.Config(eval_every=0)
-    """How the reward model is learnt, from the SFT model."""
-    final: r1_zero.Config = r1_zero.Config(
-        rewards=RewardConfig(format_weight=0.2, language_weight=0.5, target_language=EMBEDDED_LANGUAGE),
+    """Rejection sampling from the reasoning model."""
+    second_sft: SFTConfig = SFTConfig(num_epochs=3, eval_every=0)
+    """SFT of the base model on the selected completions and on general demonstrations."""
+    preferences: RewardModelConfig = RewardModelConfig(eval_every=0)
+    """Training of the reward model, from the SFT model."""
+    final: GRPOConfig = GRPOConfig(
+        rewards=RewardConfig(format_weight=0.2, language_weight=0.5, target_language="en"),
         policy=PolicyLossConfig(kl_coef=0.05),
         num_steps=40,
         eval_every=0,
     )
     """RL on both: rules for reasoning, and the reward model for the rest."""
-    evaluation: evaluate.Config = evaluate.Config()
-    """How each stage's model is measured."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation of each stage's model."""
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
         check_no_models(self, STAGES)
-        if self.model is not None:
-            missing = {
-                "dataset (what is reasoned about)": self.data.dataset,
-                "cold_start.dataset (long thoughts)": self.cold_start.data.dataset,
-                "general (demonstrations)": self.general,
-                "preferences.dataset, or general_reward_model": self.preferences.data.dataset
-                or self.general_reward_model,
-                "general_data.dataset (prompts)": self.general_data.dataset != ERRANDS,
-            }
-            if not all(missing.values()):
-                raise ValueError(
-                    f"with --model the chain needs data of its own: {', '.join(n for n in missing if not missing[n])}"
-                )
-        if self.general is not None and not self.general.is_file():
+        missing = {
+            "dataset (reasoning problems)": self.data.dataset,
+            "cold_start.dataset (long thoughts)": self.cold_start.data.dataset,
+            "general (demonstrations)": self.general,
+            "preferences.dataset, or general_reward_model": self.preferences.data.dataset or self.general_reward_model,
+            "general_data.dataset (prompts)": self.general_data.dataset,
+        }
+        if self.model is not None and not all(missing.values()):
+            raise ValueError(f"the pipeline needs more data: {', '.join(n for n in missing if not missing[n])}")
+        if self.general not in (None, TOY_GENERAL) and not Path(str(self.general)).is_file():
             raise ValueError(f"general: there is no file {self.general}")
         self.stage_config(
             self.reasoning, "reasoning", "cold_start", **self.reasoned(self.reasoning)
@@ -156,24 +152,62 @@ class Config(RunConfig, ModelConfig):
     def model_of(self, stage: str) -> Path | str:
         """The folder of the model that came out of a stage; of ``base``, what the chain starts from."""
         if stage == "base":
-            return self.model or self.base_dir or self.folder("cold_start") / "base"
+            return self.folder("cold_start") / TOY_FOLDER if self.model == TOY else self.model or ""
         return self.folder(stage) / "model"
 
     def made_in(self, stage: str) -> list[Path]:
         """The run folder that the model of a stage comes from; none if it is named."""
         if stage == "base":
-            return [] if self.model or self.base_dir else [self.folder("cold_start")]
+            return [self.folder("cold_start")] if self.model == TOY else []
         return [self.folder(stage)]
 
     def reasoned(self, stage: Any) -> dict[str, Any]:
-        """What a stage is told of what is reasoned about, and of the language of thoughts."""
-        language = self.target_language or ("en" if self.model else EMBEDDED_LANGUAGE)
-        return {"data": self.data, "rewards": replace(stage.rewards, target_language=language)}
+        """The reasoning problems and the language of thoughts, for a stage."""
+        return {"data": self.data, "rewards": replace(stage.rewards, target_language=self.target_language)}
 
     @property
     def judge(self) -> str:
         """The reward model of replies beside reasoning."""
         return self.general_reward_model or str(self.folder("reward_model") / "model")
+
+
+def toy() -> Config:
+    """The toy preset."""
+    grpo, sft, language = preset("grpo"), preset("sft"), TOY_LANGUAGE
+    rewards = RewardConfig(format_weight=0.2, language_weight=0.5, target_language=language)
+    return Config(
+        **TOY_MODEL,
+        toy=ToyConfig(skill_steps=700, errand_share=0.25, chinese_share=0.5),
+        data=DataConfig(dataset=SUMS),
+        target_language=language,
+        general=TOY_GENERAL,
+        general_data=DataConfig(dataset=ERRANDS),
+        cold_start=replace(
+            sft, data=DemonstrationConfig(dataset="sums-chinese", num_generated=128), num_epochs=4, eval_every=0
+        ),
+        zero=replace(grpo, rewards=RewardConfig(format_weight=0.2), eval_every=0),
+        reasoning=replace(grpo, rewards=rewards, num_steps=40, eval_every=0),
+        rejection=replace(
+            preset("rejection_sampling"),
+            selection=SelectionConfig(require=("accuracy=1", "format=1", "language=0.95")),
+            rewards=RewardConfig(target_language=language),
+            max_problems=1024,
+        ),
+        second_sft=replace(sft, num_epochs=3, eval_every=0),
+        preferences=replace(preset("reward_model"), eval_every=0),
+        final=replace(grpo, rewards=rewards, policy=PolicyLossConfig(kl_coef=0.05), num_steps=40, eval_every=0),
+        evaluation=preset("evaluate"),
+    )
+
+
+PRESETS: dict[str, Preset[Config]] = {
+    "toy": Preset(
+        toy,
+        "the whole chain with a toy model that knows sums in two languages and errands; minutes on one CPU",
+        paper="DeepSeek-R1 (arXiv 2501.12948, section 2.3) in the small",
+        hardware="one CPU core",
+    ),
+}
 
 
 def main(config: Config) -> int:
@@ -184,9 +218,10 @@ def main(config: Config) -> int:
 def chain(config: Config) -> list[Stage]:
     """All stages, in order."""
     stage_config, folder = config.stage_config, config.folder
-    general = config.general or config.run_dir / "general.jsonl"
+    is_toy = config.general == TOY_GENERAL
+    general = config.run_dir / "general.jsonl" if is_toy else Path(str(config.general))
     tasks = write_tasks(config)
-    if config.general is None:
+    if is_toy:
         write_careless_replies(general, config.seed)
 
     def reasoned(stage: Any, name: str, start: str, **changes: Any) -> Any:
@@ -196,8 +231,8 @@ def chain(config: Config) -> list[Stage]:
     judge = [] if config.general_reward_model else [folder("reward_model")]
     return [
         Stage(sft, stage_config(config.cold_start, "cold_start", None)),
-        Stage(r1_zero, reasoned(config.zero, "r1_zero", "base"), config.made_in("base")),
-        Stage(r1_zero, reasoned(config.reasoning, "reasoning", "cold_start"), config.made_in("cold_start")),
+        Stage(grpo, reasoned(config.zero, "r1_zero", "base"), config.made_in("base")),
+        Stage(grpo, reasoned(config.reasoning, "reasoning", "cold_start"), config.made_in("cold_start")),
         Stage(rejection_sampling, drawn, config.made_in("reasoning")),
         Stage(
             sft,
@@ -208,7 +243,7 @@ def chain(config: Config) -> list[Stage]:
             Stage(reward_model, stage_config(config.preferences, "reward_model", "sft"), config.made_in("sft"))
             for _ in judge
         ),
-        Stage(r1_zero, reasoned(config.final, "final", "sft", tasks=tasks), [*config.made_in("sft"), *judge]),
+        Stage(grpo, reasoned(config.final, "final", "sft", tasks=tasks), [*config.made_in("sft"), *judge]),
         *(evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
     ]
 
@@ -222,7 +257,7 @@ def check_data(config: Config) -> None:
     for data in (config.data, config.general_data):
         load_problem_sets(data, config.seed)
     load_demonstration_sets(config.cold_start.data, config.seed)
-    if config.general is not None:
+    if config.general != TOY_GENERAL:
         load_demonstrations(str(config.general))
     if config.general_reward_model is None:
         load_preference_sets(config.preferences.data, config.seed)
@@ -232,7 +267,7 @@ def demonstrated(config: Config) -> DemonstrationConfig:
     """The data of the second SFT, with the format of prompts that its completions were drawn with."""
     folder = config.folder("rejection_sampling")
     data = replace(config.second_sft.data, dataset=str(folder / "dataset.jsonl"))
-    if config.model is None or not (folder / PROVENANCE).exists():  # not drawn yet
+    if config.model == TOY or not (folder / PROVENANCE).exists():  # not drawn yet
         return data
     return with_format(data, read_provenance(folder)["prompt_format"])
 
@@ -332,4 +367,4 @@ def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Pat
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(Config, main, presets=PRESETS, description=__doc__))

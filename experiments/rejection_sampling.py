@@ -24,19 +24,16 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
-from grpo_jax.config.batch_inference import BatchInferenceConfig
 from grpo_jax.config.prompts import prompt_flags
-from grpo_jax.config.run import require_at_least
+from grpo_jax.config.rejection_sampling import PRESETS, RejectionSamplingConfig
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
-from grpo_jax.data.selection import FILTERS, Selection, SelectionConfig, balance_difficulty, check_some_left, select
+from grpo_jax.data.selection import FILTERS, Selection, balance_difficulty, check_some_left, select
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
 from grpo_jax.loop.command import run_command
@@ -47,69 +44,21 @@ PARTS_TOLD = 4
 """Parts of equal width that pass rates are told in where none are balanced."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(BatchInferenceConfig):
-    """What a run is. Fields are checked before anything is computed."""
-
-    run_dir: Path = Path("runs/rejection_sampling")
-    """The run's own folder: all completions, those that were selected, and the account."""
-    skip_problems: int = 0
-    """Problems that are passed over, the first ones: for a part of a data set after another."""
-    max_problems: int | None = None
-    """Problems that are asked, the first ones of the others. Default: all with --model, 256 without."""
-    selection: Annotated[SelectionConfig, tyro.conf.arg(name="")] = SelectionConfig()
-    """What is kept."""
-    demonstrations: tuple[Path, ...] = ()
-    """JSONL files of other demonstrations that are added as they are, such as general conversations."""
-    general_share: float | None = None
-    """Share of the rows that come from those files, drawn from the seed. Default: all of theirs are taken."""
-
-    def __post_init__(self):
-        BatchInferenceConfig.__post_init__(self)
-        require_at_least(self, skip_problems=0, max_problems=1)
-        self.selection.check_parts(self.rewards.part_names)
-        for path in self.demonstrations:
-            if path.suffix != ".jsonl":
-                raise ValueError(f"demonstrations: {path} must be a .jsonl file; its rows are taken over as they are")
-        if self.general_share is not None and not (self.demonstrations and 0 < self.general_share < 1):
-            raise ValueError(
-                f"general_share is {self.general_share}; it is a share above 0 and below 1 of rows from demonstrations"
-            )
-
-    @property
-    def problems_asked(self) -> int | None:
-        """The number of problems in effect; None for all."""
-        return self.max_problems or (None if self.model else 256)
-
-
-OF_SELECTION = ("selection", "demonstrations", "general_share")
-"""What may change before a run is finished: nothing of it was used until then."""
-RESUMABLE_FIELDS = ("cache_bytes",)
-EXTENDABLE_FIELDS = ()
-
-
-def resumable_fields(config: Config) -> tuple[str, ...]:
-    """The settings that may differ from those that the folder's run was begun with."""
-    return RESUMABLE_FIELDS if (config.run_dir / "summary.json").exists() else (*RESUMABLE_FIELDS, *OF_SELECTION)
-
-
-def main(config: Config) -> int:
+def main(config: RejectionSamplingConfig) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(
-        config, draw_and_select, title="rejection sampling", resumable_fields=resumable_fields(config)
-    )
+    return run_experiment(config, draw_and_select, title="rejection sampling")
 
 
-def check(config: Config) -> None:
+def check(config: RejectionSamplingConfig) -> None:
     """Find a mesh that cannot be built, before anything is computed."""
     config.mesh.build()
 
 
-def draw_and_select(config: Config, run: Run) -> None:
+def draw_and_select(config: RejectionSamplingConfig, run: Run) -> None:
     for path in config.demonstrations:  # what cannot be read is found before anything is drawn
         load_demonstrations(str(path))
     mesh = config.mesh.build()
-    num_problems = collect(config, run, mesh, asked="training", skip=config.skip_problems, most=config.problems_asked)
+    num_problems = collect(config, run, mesh, asked="training", skip=config.skip_problems, most=config.max_problems)
     choices: list[Selection] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
     for collected in read_samples(run.folder):
@@ -266,4 +215,4 @@ def as_line(row: Mapping[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(RejectionSamplingConfig, main, presets=PRESETS, description=__doc__))

@@ -15,17 +15,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import r1_zero
 
+from grpo_jax.config.presets import preset
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.stages import load_scripts
 from grpo_jax.monitor.plots import series
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.language import language_reward
@@ -97,12 +98,14 @@ class Hole:
     """
 
     reward: Callable[..., Sequence[float]]
-    base: ToyConfig = ToyConfig()
+    toy: ToyConfig = ToyConfig()
     judge: Callable[..., Sequence[float]] | None = None
     target_language: str | None = None
     num_steps: int = 60
 
 
+(grpo,) = load_scripts(Path(__file__).parent, "grpo")
+TOY = preset("grpo")
 HOLES = {
     "length": Hole(pays_length),
     "repetition": Hole(pays_steps),
@@ -136,9 +139,10 @@ def main(config: Config) -> int:
     for name in config.holes:
         hole, folder = HOLES[name], config.run_dir / name
         module = Path(__file__).stem
-        status = r1_zero.main(
-            r1_zero.Config(
-                base=hole.base,
+        status = grpo.main(
+            replace(
+                TOY,
+                toy=hole.toy,
                 run_dir=folder,
                 seed=config.seed,
                 num_steps=config.num_steps or hole.num_steps,

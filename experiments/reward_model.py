@@ -14,20 +14,16 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, fitting_lengths
-from grpo_jax.config.offline import PreferenceConfig
-from grpo_jax.config.run import Export, RunConfig, require_at_least
-from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.config.model import PROMPT_AND_COMPLETION
+from grpo_jax.config.reward_model import PRESETS, RewardModelConfig
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
@@ -42,85 +38,23 @@ from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, model_facts, start_model, with_stop_tokens
 from grpo_jax.loss import bradley_terry_loss
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.tasks.toy_model import ToyConfig
 from grpo_jax.train import init_state, make_train_step, pair_scores
 from grpo_jax.types import Pairs, Params
 
 CALIBRATION_BINS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, ModelConfig):
-    """What a run is. Fields are checked before anything is computed."""
-
-    data: Annotated[PreferenceConfig, tyro.conf.arg(name="")] = PreferenceConfig()
-    """What is preferred to what."""
-    run_dir: Path = Path("runs/reward_model")
-    """The run's own folder: logs, checkpoints, curves, the trained model."""
-    base: ToyConfig = ToyConfig(errand_share=0.5)
-    """How the embedded base is made; the seed is the run's."""
-    num_epochs: int = 1
-    """How often each pair is visited. A finished run that is given more goes on; where the learning rate decays, it is
-    from there on that of the new number."""
-    num_pairs: int = 32
-    """Pairs of an update."""
-    max_prompt_length: int | None = None
-    """In tokens; longer ones are left out. Default: 512 with --model, 12 without; less where the model has too few
-    positions."""
-    max_completion_length: int | None = None
-    """In tokens; longer ones are left out. Default: 1024 with --model, 48 without; less where the model has too few
-    positions."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a reply besides those the model names, such as '<|im_end|>'."""
-    centring: float = 0.01
-    """Weight of the square of a pair's sum of scores, which keeps them around 0."""
-    use_margins: bool = True
-    """Where every pair has a margin, ask for it."""
-    num_micro_batches: int = 1
-    """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
-    eval_every: int = 20
-    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
-    export: Export = "last"
-    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
-    given the other one."""
-
-    def __post_init__(self):
-        RunConfig.__post_init__(self)
-        require_at_least(self, num_epochs=1, num_pairs=1, max_prompt_length=1, max_completion_length=1)
-        require_at_least(self, num_micro_batches=1, eval_every=0, centring=0)
-        self.check_positions(sum(self.lengths), PROMPT_AND_COMPLETION)
-        if self.num_pairs % self.num_micro_batches:
-            raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
-        if self.model is None and (self.data.dataset or self.data.template or self.data.chat_template):
-            raise ValueError(
-                "the embedded base knows its own errands only; with a dataset or template, name a model too"
-            )
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """The lengths of prompt and completion in effect."""
-        return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)
-
-
-RESUMABLE_FIELDS = ("num_micro_batches", "eval_every")
-EXTENDABLE_FIELDS = ("num_epochs", "export")
-
-
-def main(config: Config) -> int:
+def main(config: RewardModelConfig) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(
-        config, train, title="reward model", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
-    )
+    return run_experiment(config, train, title="reward model")
 
 
-def check(config: Config) -> None:
+def check(config: RewardModelConfig) -> None:
     """Find what the devices cannot divide, before anything is computed."""
     check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
 
 
-def train(config: Config, run: Run) -> None:
+def train(config: RewardModelConfig, run: Run) -> None:
     check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
@@ -150,17 +84,17 @@ def train(config: Config, run: Run) -> None:
         return bradley_terry_loss(pair_scores(scorer.model, params, batch), margins=margins, centring=config.centring)
 
     optimizer, schedule = config.optimizer.build(
-        total_updates=len(batches), default_learning_rate=1e-5 if config.model else 1e-3
+        total_updates=len(batches),
     )
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     score = jax.jit(partial(pair_scores, scorer.model))
     run.describe(
         {
             **model_facts(config, start, scorer, mesh),
-            "data": f"{config.data.dataset or 'built-in errands'}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
+            "data": f"{config.data.dataset}: {len(pairs)} pairs, {len(held_out_pairs)} held out",
             "lengths": f"{config.lengths[0]} + {config.lengths[1]} tokens, {config.num_pairs} pairs an update",
             "loss": f"Bradley-Terry, centring {config.centring:g}, {config.num_epochs} epochs",
-            "updates": f"{len(batches)} in all; " + config.optimizer.described(1e-5 if config.model else 1e-3),
+            "updates": f"{len(batches)} in all; " + config.optimizer.description,
         }
     )
     state = init_state(scorer.params, optimizer, with_reference=False, replicated=replicated(mesh))
@@ -252,4 +186,4 @@ def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(RewardModelConfig, main, presets=PRESETS, description=__doc__))

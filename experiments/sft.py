@@ -16,27 +16,22 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from grpo_jax import models
-from grpo_jax.config.model import PolicyConfig
-from grpo_jax.config.offline import DemonstrationConfig
-from grpo_jax.config.run import Export, RunConfig, require_at_least
-from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.config.sft import PRESETS, SFTConfig
 from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
-from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.packing import PackedBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
-from grpo_jax.data.prompts import Rendering, of_template
+from grpo_jax.data.prompts import Rendering, template_columns
+from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.compilation import count_compilations
@@ -53,81 +48,23 @@ from grpo_jax.train import init_state, make_train_step, packed_log_probs
 from grpo_jax.types import Packed, Params
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, PolicyConfig):
-    """What a run is. Fields are checked before anything is computed."""
-
-    data: Annotated[DemonstrationConfig, tyro.conf.arg(name="")] = DemonstrationConfig()
-    """What is imitated."""
-    run_dir: Path = Path("runs/sft")
-    """The run's own folder: logs, checkpoints, curves, the trained model."""
-    num_epochs: int = 4
-    """How often each demonstration is visited. A finished run that is given more goes on; where the learning rate
-    decays, it is from there on that of the new number."""
-    num_sequences: int = 16
-    """Rows of an update."""
-    max_length: int | None = None
-    """Tokens of a row, and of the longest demonstration. Default: 2048 with --model, 128 without; less where the model
-    has fewer positions."""
-    packing: bool = True
-    """Let demonstrations share a row."""
-    num_micro_batches: int = 1
-    """Parts each update is computed in, to save memory; the result is the same."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """How gradients become updates. Default learning rate: 1e-5 with --model, 1e-3 without."""
-    eval_every: int = 20
-    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
-    export: Export = "last"
-    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
-    given the other one."""
-    num_eval_prompts: int = 64
-    """Held-out prompts that completions are drawn for at an evaluation; 0 for none."""
-    eval_samples: int = 4
-    """Completions for each of them."""
-
-    def __post_init__(self):
-        RunConfig.__post_init__(self)
-        PolicyConfig.__post_init__(self)
-        require_at_least(self, num_epochs=1, num_sequences=1, max_length=2, num_micro_batches=1)
-        require_at_least(self, eval_every=0, num_eval_prompts=0, eval_samples=1)
-        if self.num_sequences % self.num_micro_batches:
-            raise ValueError(
-                f"num_sequences = {self.num_sequences} do not divide into {self.num_micro_batches} micro-batches"
-            )
-        self.check_positions(self.row_length, "max_length")
-        if self.model is None and self.data.chat_template:
-            raise ValueError("the embedded base has no chat template; name a model, or leave chat_template out")
-
-    @property
-    def row_length(self) -> int:
-        """The tokens of a row in effect."""
-        usual = 2048 if self.model else 128
-        return self.max_length or min(usual, self.positions or usual)
-
-
-RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every")
-EXTENDABLE_FIELDS = ("num_epochs", "export")
-
-
-def main(config: Config) -> int:
+def main(config: SFTConfig) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(
-        config, train, title="SFT", resumable_fields=RESUMABLE_FIELDS, extendable_fields=EXTENDABLE_FIELDS
-    )
+    return run_experiment(config, train, title="SFT")
 
 
-def check(config: Config) -> None:
+def check(config: SFTConfig) -> None:
     """Find what the devices cannot divide, before anything is computed."""
     check_divides(config.num_sequences // config.num_micro_batches, config.mesh.build(), "the rows of a micro-batch")
 
 
-def train(config: Config, run: Run) -> None:
+def train(config: SFTConfig, run: Run) -> None:
     check(config)
     compilations = count_compilations()
     mesh = config.mesh.build()
-    notes = DataNotes()
-    demonstrations, held_out = load_demonstration_sets(config.data, config.seed, notes)
-    notes.report(run.say, run.folder / "data.json")
+    stats = DataStatistics()
+    demonstrations, held_out = load_demonstration_sets(config.data, config.seed, stats)
+    stats.report(run.say, run.folder / "data.json")
     run.stop_if_requested()
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
@@ -141,7 +78,7 @@ def train(config: Config, run: Run) -> None:
         return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
 
     optimizer, schedule = config.optimizer.build(
-        total_updates=len(batches), default_learning_rate=1e-5 if config.model else 1e-3
+        total_updates=len(batches),
     )
     train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
     held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
@@ -150,11 +87,10 @@ def train(config: Config, run: Run) -> None:
     run.describe(
         {
             **model_facts(config, start, policy, mesh),
-            "data": f"{config.data.dataset or 'built-in sums'}: {len(demonstrations)} demonstrations, "
-            f"{len(held_out)} held out",
+            "data": f"{config.data.dataset}: {len(demonstrations)} demonstrations, {len(held_out)} held out",
             "lengths": f"{config.row_length} tokens a row, {config.num_sequences} rows an update",
             "loss": f"on {config.data.train_on}, {config.num_epochs} epochs",
-            "updates": f"{len(batches)} in all; " + config.optimizer.described(1e-5 if config.model else 1e-3),
+            "updates": f"{len(batches)} in all; " + config.optimizer.description,
         }
     )
     state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
@@ -190,7 +126,7 @@ def train(config: Config, run: Run) -> None:
     def evaluation_is_due(step: int) -> bool:
         return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
 
-    run.say(f"{len(batches)} updates; {batches.used:.0%} of the places in a row hold a token")
+    run.say(f"{len(batches)} updates; {batches.packing_efficiency:.0%} of the places in a row hold a token")
     if evaluation_is_due(first) and not run.has_row(first, "eval/loss"):
         evaluated(first)
     with run.progress.phase("SFT", len(batches), start=first, earlier=run.rows()) as phase:
@@ -201,7 +137,7 @@ def train(config: Config, run: Run) -> None:
             metrics = {name: float(value) for name, value in update.items()}
             check_finite(metrics, step, run)
             seconds = time.monotonic() - started
-            tokens = int(np.asarray(batch.segments > 0).sum())
+            tokens = int(np.asarray(batch.segment_ids > 0).sum())
             num_tokens += tokens
             metrics |= {
                 "epoch": config.num_epochs * step / len(batches),
@@ -240,7 +176,7 @@ def train(config: Config, run: Run) -> None:
 
 
 def pack(
-    config: Config,
+    config: SFTConfig,
     run: Run,
     demonstrations: list[Demonstration],
     policy: models.Pretrained,
@@ -264,7 +200,7 @@ def pack(
 
 
 def held_out_prompts(
-    config: Config, held_out: list[Demonstration], policy: models.Pretrained, rendering: Rendering
+    config: SFTConfig, held_out: list[Demonstration], policy: models.Pretrained, rendering: Rendering
 ) -> EncodedProblems:
     """The prompts that completions are drawn for, each with the completion that was demonstrated."""
     asked = [each for each in held_out if each.prompt][: config.num_eval_prompts]
@@ -272,7 +208,7 @@ def held_out_prompts(
         Problem(
             each.prompt,
             as_text(each.columns.get("answer")),
-            {"demonstrated": each.completion, **of_template(each.columns)},
+            {"demonstrated": each.completion, **template_columns(each.columns)},
         )
         for each in asked
     ]
@@ -311,4 +247,4 @@ def as_samples(prompts: EncodedProblems, completions: list[str], samples: int) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(Config, main, description=__doc__))
+    sys.exit(run_command(SFTConfig, main, presets=PRESETS, description=__doc__))

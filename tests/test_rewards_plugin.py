@@ -17,9 +17,9 @@ def test_a_reward_of_a_package_and_one_in_the_working_directory(tmp_path, monkey
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("polite", "a reward is named module:function"),
-        (":polite", "a reward is named module:function"),
-        ("module:", "a reward is named module:function"),
+        ("polite", "reward is 'polite'; it must be module:function"),
+        (":polite", "reward is ':polite'; it must be module:function"),
+        ("module:", "reward is 'module:'; it must be module:function"),
         ("no_such_module_at_all:f", "there is no module 'no_such_module_at_all' on Python's path or in /"),
         ("grpo_jax.nothing:f", "there is no module 'grpo_jax.nothing'"),
         ("grpo_jax.rewards.format:nothing", "has no function 'nothing'; it has .*'format_reward'"),

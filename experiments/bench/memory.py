@@ -175,7 +175,7 @@ def step_memory(config: Config, method: str) -> dict[str, Memory]:
     build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=config.remat)
     model, critic_model = build(decoder), build(scoring)
     weights, scored = param_shapes(decoder), param_shapes(scoring)
-    optimizer, _ = OptimizerConfig().build(total_updates=100, default_learning_rate=1e-6)
+    optimizer, _ = OptimizerConfig().build(total_updates=100)
     make_step = partial(make_train_step, optimizer=optimizer, num_micro_batches=config.num_micro_batches)
     actor = state_of(weights, optimizer)
     critic = state_of(scored, optimizer)
@@ -310,7 +310,7 @@ def packed(config: Config) -> Packed:
     shape = config.rows * config.num_micro_batches, config.max_prompt_length + config.max_completion_length
     return Packed(
         token_ids=jnp.zeros(shape, jnp.int32),
-        segments=jnp.ones(shape, jnp.int32),
+        segment_ids=jnp.ones(shape, jnp.int32),
         positions=jnp.zeros(shape, jnp.int32),
         loss_mask=jnp.ones(shape, bool),
     )

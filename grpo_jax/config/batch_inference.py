@@ -16,16 +16,16 @@ from grpo_jax.config.run import RunConfig, require_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class BatchInferenceConfig(RunConfig, PolicyConfig):
-    """What is asked, drawn and scored."""
+    """Problems to sample completions for, and the rewards that score them."""
 
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
-    """What is asked."""
+    """Problems."""
     rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig()
-    """How completions are scored."""
+    """Rewards."""
     num_samples: int = 16
-    """Completions of each problem."""
+    """Completions per problem."""
     num_prompts: int = 64
-    """Problems drawn for at once."""
+    """Problems sampled at once."""
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
@@ -34,6 +34,6 @@ class BatchInferenceConfig(RunConfig, PolicyConfig):
         check_known(self.model, [self.data])
         if self.sampling.temperature == 0 and self.num_samples > 1:
             raise ValueError(
-                f"sampling.temperature is 0, so that {self.num_samples} samples of a problem are all the same; set "
-                "num_samples to 1"
+                f"sampling.temperature is 0, so all {self.num_samples} completions of a problem would be identical; "
+                "set num_samples to 1"
             )

@@ -7,55 +7,51 @@ from typing import Literal
 
 from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.data.prompts import Overlong
-from grpo_jax.tasks.errands import ERRANDS
-from grpo_jax.tasks.splits import (
-    DEFAULT_HELD_OUT,
-)
+from grpo_jax.tasks.generated import TASKS
+from grpo_jax.tasks.splits import DEFAULT_HELD_OUT
 
 
 @dataclass(frozen=True)
 class DataConfig(PromptConfig):
-    """Problems to train on, problems held out, and how they become prompts."""
+    """Training and held-out problems, and how they become prompts."""
 
     dataset: str | None = None
-    """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, or reasoning-gym:TASK.
-    Default: built-in sums."""
+    """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, reasoning-gym:TASK, or a
+    toy task: sums or errands."""
     subset: str | None = None
-    """Configuration of a hub dataset or folder, where it has several."""
+    """Configuration of a hub dataset or folder that has several."""
     split: str | None = None
-    """Split to train on; by default 'train' where there are splits."""
+    """Training split. Default: 'train' where there are splits."""
     eval_dataset: str | None = None
-    """Where held-out problems come from. Default: the dataset's own split, or a tenth of it where it has one split, or
-    the built-in sums that are held out."""
+    """Source of held-out problems. Default: another split of the dataset, or a tenth of it where it has one split."""
     eval_split: str | None = None
-    """Their split; by default 'test' where there are splits, or else 'validation'."""
+    """Held-out split. Default: 'test' or else 'validation' where there are splits."""
     eval_size: int | None = DEFAULT_HELD_OUT
-    """How many of them at most; None for all."""
+    """Largest number of held-out problems; None for all."""
     prompt_column: str | None = None
-    """Column with the question, or a path such as extra_info.question; found by itself where it has a usual name."""
+    """Column of the question, or a path such as extra_info.question. Default: found by its usual names."""
     answer_column: str | None = None
-    """Column with the gold answer, or a path such as reward_model.ground_truth; likewise."""
+    """Column of the gold answer, or a path such as reward_model.ground_truth. Default: found by its usual names."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be read, and count them; otherwise the first one is an error."""
+    """Leave out and count rows that cannot be read. By default the first such row is an error."""
     grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
-    """What tells a right answer: exact (numbers by value, other texts as they stand), math (mathematics that is equal),
-    code (programs, by the column tests). auto: code where there are tests, math elsewhere, exact for the built-in sums;
-    a task of reasoning-gym brings its own. none: nothing is right or wrong, and a reward model or rewards of your own
-    judge; prompts need no answers then."""
+    """Accuracy reward. exact: numbers by value, other answers as text; math: mathematical equality; code: programs are
+    run against the column tests. auto: code where there are tests, math otherwise; reasoning-gym and toy tasks bring
+    their own. none: no accuracy, for a reward model or rewards of your own."""
     partial_credit: bool = False
-    """Score programs by the share of tests they pass."""
+    """Score a program by the share of tests that it passes."""
     program_seconds: float = 4.0
-    """Processor time that a program may take for a test."""
+    """CPU seconds that a program may use for one test."""
     overlong_prompts: Overlong = "drop"
-    """What happens to prompts that are too long: left out and counted, cut to their last tokens, or an error."""
+    """Prompts that are too long: drop (and count), truncate (to their last tokens), or error."""
 
     def __post_init__(self):
         PromptConfig.__post_init__(self)
         if not self.program_seconds > 0:
             raise ValueError(f"program_seconds is {self.program_seconds}; it must be above 0")
-        if self.grader == "none" and (self.dataset is None or self.dataset == ERRANDS):
-            raise ValueError("grader is none, and the built-in problems have answers; name a dataset")
-        if self.partial_credit and (self.dataset is None or self.grader not in ("auto", "code")):
+        if self.grader == "none" and self.dataset in TASKS:
+            raise ValueError(f"grader is none, but the problems of {self.dataset} have answers; name another dataset")
+        if self.partial_credit and (self.dataset in TASKS or self.grader not in ("auto", "code")):
             raise ValueError("partial_credit scores programs by their tests; these problems have none")
         if self.eval_size is not None and self.eval_size < 1:
-            raise ValueError(f"eval_size is {self.eval_size}; at least 1 is held out")
+            raise ValueError(f"eval_size is {self.eval_size}; it must be at least 1")

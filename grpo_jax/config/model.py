@@ -3,55 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from grpo_jax import models
 from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.positions import num_positions
 from grpo_jax.sampling import Sampling
-from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, ToyConfig
+from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
 
 PROMPT_AND_COMPLETION = "max_prompt_length + max_completion_length"
+PROMPT_LENGTH, COMPLETION_LENGTH = 512, 1024
+TOY_MODEL: dict[str, Any] = {"model": TOY, "dtype": "float32", "remat": False}
+TOY_LENGTHS: dict[str, Any] = {
+    "max_prompt_length": MAX_PROMPT_LENGTH,
+    "max_completion_length": MAX_COMPLETION_LENGTH,
+}
+TOY_POLICY = TOY_MODEL | TOY_LENGTHS
+"""Fields that the toy presets of all scripts share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model that is trained, and how it is computed."""
+    """The model, its precision and its devices."""
 
     model: str | None = None
-    """Hugging Face id or local folder of the model to start from. Default: a small base, trained here first."""
-    base: ToyConfig = ToyConfig()
-    """How that small one is made; the seed is the run's."""
-    base_dir: Path | None = None
-    """Folder of such a base that was made before, to start from instead."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the computation; weights and optimizer stay in float32. Default: bfloat16 with --model on a GPU or
-    TPU, float32 otherwise."""
-    remat: bool | None = None
-    """Compute blocks again in the backward pass instead of keeping their activations. Default: with --model."""
+    """Hugging Face id or local folder of the model to start from; 'toy' trains the toy model first."""
+    toy: ToyConfig = ToyConfig()
+    """The toy model, where model is 'toy'. Its seed is the run's."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the computation; parameters and optimizer state are float32. auto: bfloat16 on a GPU or TPU, float32
+    on a CPU."""
+    remat: bool = True
+    """Recompute activations of each block in the backward pass instead of storing them (gradient checkpointing)."""
     attention: AttentionName = "auto"
-    """What computes the attention of whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU,
-    where they fit the model; else the plain path."""
+    """Attention kernel for whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU, where they
+    support the model; otherwise plain."""
     rope_length: int | None = None
-    """For models with longrope or dynamic rope scaling: tokens of the longest sequence of the run, by which rotary
-    frequencies are chosen for all of its sequences. Needed where they could pass the original length."""
+    """For longrope and dynamic rope scaling: the longest sequence of the run in tokens, which selects one set of rotary
+    frequencies. Required where sequences could exceed the original length."""
     mesh: MeshConfig = MeshConfig()
-    """How the devices are used."""
+    """Device mesh."""
 
     @property
     def positions(self) -> int | None:
-        """The tokens that the model to start from has positions for; None where that is unlimited or not known yet."""
-        if self.model is not None:
-            return models.num_positions(self.model)
-        made_before = None if self.base_dir is None else models.num_positions(self.base_dir)
-        return made_before or self.base.hf_config["max_position_embeddings"]
+        """Positions of the model in tokens; None if unlimited or unknown."""
+        if self.model == TOY:
+            return self.toy.hf_config["max_position_embeddings"]
+        return None if self.model is None else num_positions(self.model)
 
     def check_positions(self, length: int, name: str) -> None:
         """Check, before any weights are loaded, that the model has a position for every token.
+
+        Args:
+            length: in tokens.
+            name: the setting that gives the length.
 
         Raises:
             ValueError: it does not.
@@ -60,29 +68,29 @@ class ModelConfig:
 
     @property
     def compute_dtype(self):
-        """The precision in effect."""
-        fast = self.model is not None and jax.default_backend() != "cpu"
-        return jnp.dtype(self.dtype or ("bfloat16" if fast else "float32")).type
+        """The dtype in effect."""
+        automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return jnp.dtype(automatic if self.dtype == "auto" else self.dtype).type
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig(ModelConfig):
-    """A model that completions are drawn from."""
+    """The policy: a model to sample from."""
 
     max_prompt_length: int | None = None
-    """In tokens. Default: 512 with --model, 12 without; less where the model has too few positions."""
+    """Longest prompt in tokens. Default: 512, or less where the model has fewer positions."""
     max_completion_length: int | None = None
-    """In tokens. Default: 1024 with --model, 48 without; less where the model has too few positions."""
+    """Longest completion in tokens. Default: 1024, or less where the model has fewer positions."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion besides those the model names, such as '<|im_end|>'."""
+    """Tokens that end a completion, besides the model's own, such as '<|im_end|>'."""
     sampling: Sampling = Sampling()
-    """How completions are drawn; the temperature is the policy's in every log-probability too."""
+    """Sampling parameters. The temperature also applies to every log-probability of the policy."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Precision of keys and values in sampling; a coarser one lets more samples fit, and puts a gap between sampler and
-    trainer that --importance-cap makes up for. Default: that of the computation."""
+    """Precision of the KV cache; coarser saves memory and opens a gap between sampler and trainer, which
+    --importance-cap corrects. Default: the precision of the computation."""
     cache_bytes: int | None = None
-    """What keys and values of prompts drawn for at once may take, over all devices; more prompts are drawn for one set
-    after the other. Default: a fifth of the memory of a GPU or TPU, no limit on a CPU."""
+    """Memory limit of the KV cache in bytes, over all devices; prompts that do not fit wait. Default: a fifth of the
+    device memory on a GPU or TPU, no limit on a CPU."""
 
     def __post_init__(self):
         require_at_least(self, max_prompt_length=1, max_completion_length=1, cache_bytes=1)
@@ -100,20 +108,20 @@ class PolicyConfig(ModelConfig):
 
 
 def fitting_lengths(config: ModelConfig, prompt: int | None, completion: int | None) -> tuple[int, int]:
-    """The lengths of prompt and completion in effect, in tokens.
+    """The prompt and completion lengths in effect, in tokens.
 
-    Those that are not set are 512 and 1024 with a named model, and 12 and 48 with the embedded base. Where the model
-    has fewer positions than that, what is not set gets the positions that are left, a third of them for the prompt.
+    Lengths that are not set are 512 and 1024. If the model has fewer positions than that, lengths that are not set
+    share the remaining positions, a third of them for the prompt.
 
     Args:
-        config: names the model.
-        prompt, completion: what is set; None for the default.
+        config: the model.
+        prompt: ``max_prompt_length``; None for the default.
+        completion: ``max_completion_length``; None for the default.
     """
-    usual = (512, 1024) if config.model else (MAX_PROMPT_LENGTH, MAX_COMPLETION_LENGTH)
-    wanted = prompt or usual[0], completion or usual[1]
+    wanted = prompt or PROMPT_LENGTH, completion or COMPLETION_LENGTH
     positions = config.positions if prompt is None or completion is None else None
     if positions is None or sum(wanted) <= positions or (prompt or completion or 1) >= positions:
-        return wanted  # what leaves no position for the other is refused by its own value
+        return wanted  # a length that leaves no position for the other is refused by its own value
     if prompt is not None:
         return prompt, positions - prompt
     if completion is not None:
@@ -125,9 +133,9 @@ def check_positions(length: int, positions: int | None, name: str) -> None:
     """Check that there is a position for every token.
 
     Args:
-        length: tokens.
-        positions: of the model; None for any number.
-        name: of the setting, or of the sum of settings, that gives the length.
+        length: in tokens.
+        positions: of the model; None if unlimited.
+        name: the setting, or the sum of settings, that gives the length.
 
     Raises:
         ValueError: there are too few.

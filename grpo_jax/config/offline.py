@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from grpo_jax.config.prompts import PromptConfig
-from grpo_jax.data.conversations import (
-    Demonstration,
-    TrainOn,
-)
-from grpo_jax.data.preferences import Preference
-
-Read = TypeVar("Read", Demonstration, Preference)
+from grpo_jax.data.conversations import TrainOn
 
 
 @dataclass(frozen=True)
 class OfflineDataConfig(PromptConfig):
-    """Where texts come from, which are held out, and how they are put before the model."""
+    """Training and held-out texts, and how their prompts are rendered."""
 
     dataset: str | None = None
-    """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), or a folder of them."""
+    """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, or a toy data set (sums
+    or sums-chinese for demonstrations, errands for preferences)."""
     split: str | None = None
-    """Split that is trained on; by default 'train' where there are splits."""
+    """Training split. Default: 'train' where there are splits."""
     subset: str | None = None
-    """Subset of a folder or of a data set on the hub."""
+    """Configuration of a hub dataset or folder that has several."""
     eval_dataset: str | None = None
-    """Where held-out rows come from. Default: a tenth of the data set."""
+    """Source of held-out rows. Default: a tenth of the dataset."""
     eval_split: str | None = None
-    """Their split; by default 'test' where another data set is named that has splits."""
+    """Held-out split. Default: 'test' where another dataset is named that has splits."""
     eval_size: int = 256
-    """How many of them at most."""
+    """Largest number of held-out rows."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be read, and count them; otherwise the first one is an error."""
+    """Leave out and count rows that cannot be read. By default the first such row is an error."""
+    num_generated: int = 2048
+    """Training rows to generate of a toy data set."""
 
     def __post_init__(self):
         PromptConfig.__post_init__(self)
         if self.eval_size < 1:
-            raise ValueError(f"eval_size is {self.eval_size}; at least 1 is held out")
+            raise ValueError(f"eval_size is {self.eval_size}; it must be at least 1")
+        if self.num_generated < 1:
+            raise ValueError(f"num_generated is {self.num_generated}; it must be at least 1")
 
 
 @dataclass(frozen=True)
 class DemonstrationConfig(OfflineDataConfig):
-    """What is imitated. Default: worked sums of the embedded base."""
+    """Demonstrations for SFT."""
 
     prompt_column: str | None = None
-    """Column with the prompt, instead of 'prompt'."""
+    """Column of the prompt, instead of 'prompt'."""
     completion_column: str | None = None
-    """Column with the completion, instead of 'completion'; alone, a text without a prompt."""
+    """Column of the completion, instead of 'completion'; without a prompt column, of texts."""
     train_on: TrainOn = "completion"
-    """What is learnt: the last turn, every turn of the assistant, or every token."""
+    """Tokens in the loss: completion (the last turn), assistant (every assistant turn), or all."""
     long: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a demonstration that is too long: left out and counted, cut at its end, or an error."""
-    worked_sums: int = 256
-    """Of the default, how many there are."""
-    in_chinese: bool = False
-    """Of the default, whether thoughts are in Chinese digits."""
+    """Demonstrations that are too long: drop (and count), truncate, or error."""
 
 
 @dataclass(frozen=True)
 class PreferenceConfig(OfflineDataConfig):
-    """What is preferred to what. Default: replies to errands of the embedded base."""
-
-    errand_pairs: int = 2048
-    """Of the default, how many pairs there are."""
+    """Pairs of a chosen and a rejected completion, for DPO and reward models."""

@@ -20,44 +20,51 @@ MICRO_BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig(RunConfig, PolicyConfig):
-    """What is asked, drawn, paid for, watched and evaluated."""
+    """Problems, rewards, batch sizes and evaluation of online RL."""
 
+    RESUMABLE_FIELDS = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
+    EXTENDABLE_FIELDS = ("num_steps", "export")
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
-    """What is asked."""
+    """Problems."""
     num_steps: int = 60
-    """Rollouts with the updates that follow each. A finished run that is given more goes on; where the learning rate
-    decays, it is from there on that of the new number."""
+    """Steps; each samples a batch and updates the policy on it. A finished run continues when this is raised; with a
+    decaying learning rate, later steps follow the new schedule."""
     num_prompts: int = 32
-    """Prompts a step."""
+    """Prompts per step."""
     group_size: int = 16
-    """Samples for each prompt."""
+    """Completions per prompt. (TRL: num_generations.)"""
     rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig()
-    """What is paid for."""
+    """Rewards."""
     tasks: Path | None = None
-    """File with a mixture of tasks, each with a weight and with settings of its own in place of those above; see
-    ``tasks.read_tasks``. Default: one task."""
+    """JSON file with a mixture of tasks, each with a weight and with data and reward settings that replace those of the
+    command line. Default: one task."""
     alarms: AlarmConfig = AlarmConfig()
-    """What is watched for."""
+    """Alarms."""
     eval_every: int = 10
-    """Steps between evaluations; there is one before the first and one after the last. 0 for these two alone."""
-    eval_samples: int | None = None
-    """Samples for each held-out problem, from which pass@1 and the majority vote are taken. Default: 4 with --model,
-    16 without."""
+    """Steps between evaluations, besides those before the first and after the last step; 0 for these two alone."""
+    eval_samples: int = 4
+    """Completions per held-out problem, for pass@1 and the majority vote."""
     samples_every: int = 10
-    """Steps between tables of sample completions; there is one after the last step. completions.jsonl has all."""
+    """Steps between tables of sample completions in the terminal; completions.jsonl has all."""
+    num_micro_batches: int | None = None
+    """Gradient accumulation: parts of each update (TRL: gradient_accumulation_steps). Results do not depend on it.
+    Default: as few as keep a part within 16,384 tokens per device."""
     export: Export = "last"
-    """Which model becomes model/: that of the last step, or that of the best held-out evaluation. A finished run can be
-    given the other one."""
+    """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
+    run."""
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
         PolicyConfig.__post_init__(self)
         require_at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
+        require_at_least(self, num_micro_batches=1)
         mixture = self.mixture
         check_known(self.model, [task.data for task in mixture])
         shares(mixture, self.num_prompts)
         if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature is 0: greedy samples of a group are all alike and teach nothing")
+            raise ValueError(
+                "sampling.temperature is 0: greedy completions of a group are identical and give no signal"
+            )
 
     @property
     def mixture(self) -> list[TaskConfig]:
@@ -66,21 +73,16 @@ class OnlineConfig(RunConfig, PolicyConfig):
             return [TaskConfig(None, self.data, self.rewards)]
         return read_tasks(self.tasks, self.data, self.rewards)
 
-    @property
-    def num_eval_samples(self) -> int:
-        """The samples of an evaluation in effect."""
-        return self.eval_samples or (4 if self.model else 16)
-
     def micro_batches_of(self, rows: int) -> int:
-        """The fewest equal parts of an update of so many rows that have few enough tokens each."""
+        """The smallest number of equal micro-batches that keeps each within ``MICRO_BATCH_TOKENS`` per device.
+
+        Args:
+            rows: sequences of an update.
+        """
+        if self.num_micro_batches is not None:
+            return self.num_micro_batches
         parts = self.mesh.build().shape
         devices = parts["data"] * parts["fsdp"]
         most = max(devices, devices * MICRO_BATCH_TOKENS // (self.prompt_length + self.completion_length))
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
         return min(fitting, default=1)
-
-
-RESUMABLE_FIELDS = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
-"""Settings that a resumed run may have other values of, besides those of every experiment."""
-EXTENDABLE_FIELDS = ("num_steps", "export")
-"""Settings with other values of which a finished run goes on."""

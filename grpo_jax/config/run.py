@@ -1,48 +1,110 @@
-"""Settings of every run: folder, seed, checkpoints, trackers, devices."""
+"""Settings of every run: folder, seed, checkpoints, trackers, devices; and named presets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from jax.sharding import Mesh
 
 from grpo_jax.sharding import make_mesh
 
+AnyConfig = TypeVar("AnyConfig")
 LAYOUT_FIELDS = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints")
-"""Settings that a resumed run may have other values of in every experiment: they change no number beyond rounding."""
+"""Fields of every run that may change on resume: they affect results by rounding at most."""
 
 Export = Literal["last", "best"]
-"""Which of a run's models is exported: that of its last step, or that of its best held-out evaluation."""
+"""The checkpoint that is exported: the last step, or the step with the best held-out evaluation."""
+
+
+@dataclass(frozen=True)
+class Preset(Generic[AnyConfig]):
+    """A named, complete configuration.
+
+    Attributes:
+        config: makes the settings: a preset that is not used is not checked.
+        summary: one line for ``--help``.
+        paper: what it reproduces.
+        hardware: what it is meant to run on.
+        memory: device memory; says how it was obtained.
+        cost: wall time; says how it was obtained.
+        score: the expected result; says whether it was measured here or is published.
+    """
+
+    config: Callable[[], AnyConfig]
+    summary: str
+    paper: str = ""
+    hardware: str = ""
+    memory: str = ""
+    cost: str = ""
+    score: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lies and what it leaves."""
+    """The run folder, checkpoints and logs.
+
+    Attributes:
+        RESUMABLE_FIELDS: fields that may change on resume, besides ``LAYOUT_FIELDS``: they do not change results.
+        EXTENDABLE_FIELDS: fields with which a finished run continues when they change.
+        COMMON_FLAGS: the flags that ``--help`` explains.
+    """
+
+    RESUMABLE_FIELDS: ClassVar[tuple[str, ...]] = ()
+    EXTENDABLE_FIELDS: ClassVar[tuple[str, ...]] = ()
+    COMMON_FLAGS: ClassVar[str] = ""
 
     run_dir: Path
-    """The run's own folder: logs, checkpoints, curves, the trained model."""
+    """Folder of the run: logs, checkpoints, curves, the trained model."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of data order, initialization and sampling."""
     save_every: int = 10
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """How many of the newest stay."""
+    """Number of newest checkpoints to keep."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics go besides the run's folder."""
+    """Experiment trackers to log to, besides the run folder."""
     plain: bool = False
-    """Print plain lines even on a terminal."""
+    """Print plain lines instead of the live view."""
 
     def __post_init__(self):
         require_at_least(self, seed=0, save_every=1, keep_checkpoints=1)
 
+    @property
+    def resumable_fields(self) -> tuple[str, ...]:
+        """All fields that may change on resume."""
+        return (*LAYOUT_FIELDS, *self.RESUMABLE_FIELDS, *self.extendable_fields)
+
+    @property
+    def extendable_fields(self) -> tuple[str, ...]:
+        """Fields with which a finished run continues when they change."""
+        return self.EXTENDABLE_FIELDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(RunConfig):
+    """A pipeline of several runs."""
+
+    dry_run: bool = False
+    """Check all stages and print their commands, without running them."""
+
+    @property
+    def extendable_fields(self) -> tuple[str, ...]:
+        """All fields: stages that a change does not affect stay."""
+        return tuple(field.name for field in fields(self) if field.name not in LAYOUT_FIELDS)
+
 
 def require_at_least(config: Any, **least: int) -> None:
-    """Check that settings are not too small; those that are None are not looked at.
+    """Check lower bounds of fields; fields that are None are skipped.
+
+    Args:
+        config: any object with these attributes.
+        least: the smallest allowed value of each field.
 
     Raises:
-        ValueError: one is; it says which, and what would do.
+        ValueError: a value is below its bound.
     """
     for name, smallest in least.items():
         value = getattr(config, name)
@@ -52,15 +114,19 @@ def require_at_least(config: Any, **least: int) -> None:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are used."""
+    """Device mesh. The batch is split over data x fsdp."""
 
     data: int = -1
-    """Copies of the model that share the batch; -1 takes the devices that the other axes leave."""
+    """Data-parallel replicas; -1 uses all devices that the other axes leave."""
     fsdp: int = 1
-    """Devices that parameters, optimizer state and batch are split over."""
+    """Devices that parameters and optimizer state are sharded over."""
     tensor: int = 1
-    """Devices that heads and hidden units are split over."""
+    """Devices that attention heads and hidden units are sharded over."""
 
     def build(self) -> Mesh:
-        """The mesh; see ``sharding.make_mesh`` for what it raises."""
+        """The mesh.
+
+        Raises:
+            ValueError: the axes do not fit the number of devices.
+        """
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 from jaxtyping import Array, Float
 
 from grpo_jax import loss
-from grpo_jax.train import LossFn, make_optimizer, make_schedule
+from grpo_jax.config.functions import accepted, call_with, find_function, parse_call
+from grpo_jax.train.optimizer import adamw, make_schedule
+from grpo_jax.train.step import LossFn
 from grpo_jax.types import Batch, Mean, Metrics, Params
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
     "grpo": loss.grpo_loss,
     "ppo": loss.ppo_loss,
     "dapo": loss.dapo_loss,
@@ -23,84 +24,92 @@ LOSSES = {
     "cispo": loss.cispo_loss,
     "sapo": loss.sapo_loss,
 }
-KL = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
+KL: dict[str, Callable] = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw}
 LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW behind clipping by the global norm."""
+    """Optimizer, learning-rate schedule and gradient clipping."""
 
-    learning_rate: float | None = None
-    """Peak. Default: 1e-6 with --model, 2.5e-4 for the embedded base."""
+    optimizer: str = "adamw"
+    """adamw, or module:function of your own with (learning_rate, ...) -> optax.GradientTransformation. Arguments in
+    parentheses: 'adamw(b2=0.95)', 'optax:adafactor', 'optax.contrib:muon'."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
     warmup_updates: int = 5
-    """Updates over which the learning rate rises."""
+    """Updates of linear warm-up."""
     decay: Literal["constant", "linear", "cosine"] = "linear"
-    """What it does after that: stay, or fall to 0 at the end of the run."""
+    """Learning rate after the warm-up: constant, or falling to 0 at the end of the run."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it."""
+    """Clip gradients to this global norm."""
     weight_decay: float = 0.0
-    """Decoupled, on matrices only."""
-    b1: float = 0.9
-    """Decay of the first moment."""
-    b2: float = 0.999
-    """Decay of the second moment."""
+    """Decoupled weight decay; of adamw on matrices only."""
 
     def __post_init__(self):
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be above 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("warmup_updates", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        known = accepted(find_function(self.optimizer, "optimizer", OPTIMIZERS))
+        if self.weight_decay and known is not None and "weight_decay" not in known:
+            raise ValueError(f"weight_decay is set, but {self.optimizer} has no weight_decay; set it to 0")
 
-    def described(self, default_learning_rate: float) -> str:
-        """The settings in effect in a few words, for a run's first lines."""
-        rate = default_learning_rate if self.learning_rate is None else self.learning_rate
-        return f"AdamW, learning rate {rate:g}, {self.decay} after {self.warmup_updates} updates of warm-up"
+    @property
+    def description(self) -> str:
+        """The settings in a few words."""
+        return (
+            f"{self.optimizer}, learning rate {self.learning_rate:g}, {self.decay} after {self.warmup_updates} updates "
+            "of warm-up"
+        )
 
-    def build(
-        self, *, total_updates: int, default_learning_rate: float
-    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The optimizer, and its learning rate by update; see ``train.make_schedule`` for what it raises.
+    def build(self, *, total_updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The optimizer and its schedule ``update number -> learning rate``.
 
-        A constant learning rate is the same function of the update for every ``total_updates``, warm-up included. In
-        one that decays, a warm-up that would be longer than the run is as long as it.
+        A constant schedule does not depend on ``total_updates``. With decay, a warm-up longer than the run is cut to
+        the length of the run.
+
+        Args:
+            total_updates: of the run.
+
+        Raises:
+            ValueError: as ``train.make_schedule``.
         """
         is_constant = self.decay == "constant"
         schedule = make_schedule(
-            default_learning_rate if self.learning_rate is None else self.learning_rate,
+            self.learning_rate,
             warmup_steps=self.warmup_updates if is_constant else min(self.warmup_updates, total_updates),
             total_steps=max(self.warmup_updates, total_updates) if is_constant else total_updates,
             decay=self.decay,
         )
-        return make_optimizer(
-            schedule, max_grad_norm=self.max_grad_norm, weight_decay=self.weight_decay, b1=self.b1, b2=self.b2
-        ), schedule
+        make = find_function(self.optimizer, "optimizer", OPTIMIZERS)
+        given: dict[str, Any] = {"weight_decay": self.weight_decay} if self.weight_decay else {}
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), call_with(make, schedule, **given)), schedule
 
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """A named policy loss, and what is added to it."""
+    """Policy loss with KL penalty and entropy bonus."""
 
-    loss: Literal[tuple(LOSSES)] = "grpo"  # pyright: ignore[reportInvalidTypeForm]
-    """The policy loss."""
+    loss: str = "grpo"
+    """grpo, ppo, dapo, dr_grpo, gspo, cispo, sapo, or module:function of your own with the arguments of loss.grpo_loss
+    that it needs. Arguments in parentheses: 'sapo(temperature_positive=0.8)', 'my_losses:dual_clip(c=3.0)'."""
     epsilon_low: float | None = None
-    """How far the ratio counts below 1; by default the loss's own."""
+    """Lower clip range. Default: the loss's own."""
     epsilon_high: float | None = None
-    """How far above 1; by default the loss's own."""
+    """Upper clip range. Default: the loss's own."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus."""
+    """Coefficient of the entropy bonus."""
     importance_cap: float | None = None
-    """Cap of the weights that correct for a sampler that is not quite the policy; None for no correction."""
+    """Cap of the truncated importance weights that correct for the gap between sampler and policy. Default: no
+    correction."""
     kl_coef: float = 0.0
-    """Weight in the loss of the KL to the reference policy. (TRL: beta.)"""
-    kl: Literal[tuple(KL)] = "k3"  # pyright: ignore[reportInvalidTypeForm]
-    """Estimator of the KL in the loss."""
+    """Coefficient of the KL to the reference policy in the loss. (TRL: beta.)"""
+    kl: str = "k3"
+    """KL estimator in the loss: k1, k2, k3 or module:function(log_probs, ref_log_probs)."""
     kl_correction: bool = False
     """Weight the KL in the loss by the importance ratio, which makes its gradient that of the KL."""
 
@@ -113,33 +122,50 @@ class PolicyLossConfig:
             raise ValueError(f"importance_cap is {self.importance_cap}; it bounds a weight and must be above 0")
         if self.kl == "k1" and self.kl_coef and not self.kl_correction:
             raise ValueError(
-                "kl is k1 and kl_coef is not 0: as a loss, k1's gradient knows nothing of the reference; use k2 or k3, "
-                "set kl_correction, or put it in the reward with kl_reward_coef"
+                "kl is k1 and kl_coef is not 0: as a loss, k1's gradient does not depend on the reference; use k2 or "
+                "k3, set kl_correction, or put the KL in the reward with kl_reward_coef"
             )
         if self.kl_correction and not self.kl_coef:
             raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
+        find_function(self.kl, "kl", KL)
+        known = accepted(find_function(self.loss, "loss", LOSSES))
+        for name in ("epsilon_low", "epsilon_high", "entropy_coef", "importance_cap", "kl_coef", "kl_correction"):
+            if getattr(self, name) and known is not None and name not in known:
+                raise ValueError(f"{name} is set, but the loss {self.loss} has no argument {name}; leave it out")
+
+    @property
+    def name(self) -> str:
+        """The name of the loss, without its arguments."""
+        return parse_call(self.loss, "loss")[0]
 
     def build(self, log_probs: LogProbs, *, max_completion_length: int, sampler_alters_policy: bool) -> LossFn:
-        """The loss of a batch, as ``train.make_train_step`` takes it.
+        """The loss ``(params, batch) -> (loss, metrics)`` for ``train.make_train_step``.
 
         Args:
             log_probs: ``(params, batch) -> (log-probabilities, entropy)``, such as ``train.completion_log_probs`` of a
                 model.
-            max_completion_length: what Dr.GRPO divides by.
-            sampler_alters_policy: whether what is drawn from is not the policy itself, such as where tokens are
-                removed. The sampler's log-probabilities then differ from the policy's by design, and are compared only
-                where importance_cap corrects for it.
+            max_completion_length: T, the constant that Dr.GRPO divides by.
+            sampler_alters_policy: whether the sampler draws from a modified distribution, such as top-p. Its
+                log-probabilities then differ from the policy's by design, and are compared only where importance_cap
+                corrects for it.
         """
-        policy_loss = LOSSES[self.loss]
-        if self.loss == "dr_grpo":
-            policy_loss = partial(policy_loss, max_completion_length=max_completion_length)
+        policy_loss = find_function(self.loss, "loss", LOSSES)
         epsilons = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
-        policy_loss = partial(policy_loss, **{name: value for name, value in epsilons.items() if value is not None})
+        settings = {
+            **{name: value for name, value in epsilons.items() if value is not None},
+            "kl": find_function(self.kl, "kl", KL),
+            "kl_coef": self.kl_coef,
+            "kl_correction": self.kl_correction,
+            "entropy_coef": self.entropy_coef,
+            "importance_cap": self.importance_cap,
+            "max_completion_length": max_completion_length,
+        }
         compare = self.importance_cap is not None or not sampler_alters_policy
 
         def loss_fn(params: Params, batch: Batch) -> tuple[Mean, Metrics]:
             new_log_probs, entropy = log_probs(params, batch)
-            return policy_loss(
+            return call_with(
+                policy_loss,
                 new_log_probs,
                 batch.advantages,
                 batch.loss_mask,
@@ -147,11 +173,7 @@ class PolicyLossConfig:
                 ref_log_probs=batch.ref_log_probs,
                 rollout_log_probs=batch.rollout_log_probs if compare else None,
                 entropy=entropy,
-                kl=KL[self.kl],
-                kl_coef=self.kl_coef,
-                kl_correction=self.kl_correction,
-                entropy_coef=self.entropy_coef,
-                importance_cap=self.importance_cap,
+                **settings,
             )
 
         return loss_fn

@@ -102,7 +102,7 @@ def collect(
                 phase.update(places.index(block[0]) + len(drawn))
                 run.stop_if_requested()
             collected = scored(problems, {place: drawn[place] for place in block}, decode, task)
-            run.log_reward_errors(number, task.scoring.take_errors())
+            run.log_reward_errors(number, task.scorer.take_errors())
             # First what is taken back if the block is not whole: a kill between the two loses no figure.
             run.log({"step": number, "num_problems": len(collected), "step_time": time.monotonic() - started})
             run.completions_log.append(*(each.row(number) for each in collected))
@@ -180,7 +180,7 @@ def scored(
     columns = reward_columns([problems.problems[place] for place in drawn], group_size=group_size)
     columns |= {"completion_length": [*chain(*lengths)], "truncated": [*chain(*truncated)]}
     prompts = [problems.texts[place] for place in drawn for _ in range(group_size)]
-    scores = task.scoring.score(prompts, [*chain(*texts)], **columns)
+    scores = task.scorer.score(prompts, [*chain(*texts)], **columns)
 
     def of(values: np.ndarray, group: int) -> list[float | None]:
         return to_json(values.reshape(-1, group_size)[group])

@@ -10,18 +10,23 @@ import os
 import re
 import sys
 import traceback
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import jax
 import tyro
+
+from grpo_jax.config.files import read_settings_file, with_settings
+from grpo_jax.config.run import Preset
+from grpo_jax.loop.flags import flags_of, in_flags, short_help
+from grpo_jax.tasks.toy_model import TOY
 
 DEBUG, DEBUG_VARIABLE = "--debug", "GRPO_JAX_DEBUG"
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130
 """Exit statuses: settings, data, files or results that a user can change; any other exception; Ctrl-C."""
 MOST_CHARACTERS = 4000
-MOST_FLAGS = 3
 AnyConfig = TypeVar("AnyConfig")
 
 
@@ -30,18 +35,23 @@ def run_command(
     main: Callable[[AnyConfig], int | None],
     *,
     description: str | None,
+    presets: Mapping[str, Preset[AnyConfig]] = MappingProxyType({}),
     args: Sequence[str] | None = None,
 ) -> int:
     """Parse a command line, run an experiment, and report an error as one message on stderr.
 
-    In a message, names of settings become the flags that set them: ``num_prompts`` becomes ``--num-prompts``. With
-    ``--debug`` among the arguments, or ``GRPO_JAX_DEBUG=1`` in the environment, the traceback comes first. Exceptions
-    that are not a user's mistake always come with their traceback.
+    The first argument may be the name of a preset, which the flags override. Without one, the preset ``toy`` is used
+    unless ``--model`` or ``--config`` is given: then flags that are not given have the defaults of ``config_type``.
+    ``--config FILE`` reads settings from a YAML or JSON file, such as ``config.json`` of a run; flags override it.
+    ``--help`` explains the flags in ``config_type.COMMON_FLAGS``, ``--help-all`` all. With ``--debug``, or
+    ``GRPO_JAX_DEBUG=1`` in the environment, an error comes with its traceback; errors that are not a user's mistake
+    always do. In messages, names of settings become flags: ``num_prompts`` becomes ``--num-prompts``.
 
     Args:
         config_type: a dataclass whose fields become flags.
         main: runs the experiment and returns its exit status; None counts as 0.
         description: the text at the head of ``--help``.
+        presets: configurations by name.
         args: the arguments after the program's name; by default those of the process.
 
     Returns:
@@ -50,14 +60,19 @@ def run_command(
 
     Raises:
         SystemExit: with status 2 for an unknown flag or a value that cannot be parsed, after tyro's own message; with
-            status 0 after ``--help``.
+            status 0 after help.
     """
     given = list(sys.argv[1:] if args is None else args)
     debug = DEBUG in given or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
-    given = [each for each in given if each != DEBUG]
-    about = f"{(description or '').rstrip()}\n\n{DEBUG} shows the traceback of an error."
+    given = [arg for arg in given if arg != DEBUG]
+    common = getattr(config_type, "COMMON_FLAGS", "").split()
+    if common and ("-h" in given or "--help" in given):
+        print(short_help(config_type, description or "", presets, common, given[:1]))
+        return 0
+    given = ["--help" if arg == "--help-all" else arg for arg in given]
     try:
-        config = _parse(config_type, given, about)
+        default, flags = starting_point(config_type, presets, given)
+        config = _parse(config_type, flags, description or "", default)
         check_numbers(config)
         return main(config) or 0
     except KeyboardInterrupt:
@@ -76,6 +91,43 @@ def run_command(
         return MISTAKE if is_mistake else BUG
 
 
+def starting_point(
+    config_type: type[AnyConfig], presets: Mapping[str, Preset[AnyConfig]], args: Sequence[str]
+) -> tuple[AnyConfig | None, list[str]]:
+    """The configuration that flags override, and the flags: of a preset, a file, or None for the defaults.
+
+    Args:
+        config_type: a dataclass.
+        presets: configurations by name.
+        args: of the command.
+
+    Raises:
+        FileNotFoundError: the file of ``--config`` does not exist.
+        ValueError: there is no such preset, or the file has an unknown setting or a wrong value.
+    """
+    flags = list(args)
+    file, name = None, None
+    for number, arg in enumerate(flags):
+        if arg == "--config" or arg.startswith("--config="):
+            if arg == "--config" and number + 1 == len(flags):
+                raise ValueError("--config needs the name of a file")
+            file = Path(arg.partition("=")[2] or flags[number + 1])
+            del flags[number : number + (2 if arg == "--config" else 1)]
+            break
+    if presets and flags and not flags[0].startswith("-"):
+        name = flags.pop(0)
+    settings = {} if file is None else read_settings_file(file)
+    name = name or settings.pop("preset", None)
+    if name is None and file is None and not any(re.match(r"--model(=|$)", flag) for flag in flags):
+        name = TOY if TOY in presets else None
+    if name is not None and name not in presets:
+        raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(presets)}")
+    default = None if name is None else presets[name].config()
+    if file is not None:
+        default = with_settings(config_type() if default is None else default, settings, str(file))
+    return default, flags
+
+
 def check_numbers(config: Any, name: str = "") -> None:
     """Check that no setting is NaN, which no comparison with a bound finds.
 
@@ -89,13 +141,15 @@ def check_numbers(config: Any, name: str = "") -> None:
             check_numbers(getattr(config, field.name), field.name)
 
 
-def _parse(config_type: type[AnyConfig], args: Sequence[str], description: str) -> AnyConfig:
+def _parse(config_type: type[AnyConfig], args: Sequence[str], description: str, default: AnyConfig | None) -> AnyConfig:
     """The configuration; errors of ``__post_init__`` are raised, all others end the process as tyro does."""
     said = io.StringIO()
     try:
         # tyro prints some errors of __post_init__ in a box, with names that are not flags, and raises the others.
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_type, args=args, description=description)
+            if default is None:
+                return tyro.cli(config_type, args=args, description=description)
+            return tyro.cli(config_type, args=args, description=description, default=default)
     except SystemExit as ended:
         cause = ended.__context__
         while cause is not None and not (isinstance(cause, ValueError) and _checked_class(cause)):
@@ -138,90 +192,3 @@ def _text_of(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return text if _is_mistake(error) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """A flag of a command.
-
-    Attributes:
-        flag: as it is typed, such as ``--optimizer.learning-rate``.
-        path: the names of the fields that lead to the setting, such as ``("optimizer", "learning_rate")``.
-        owner: the dataclass that the last of them belongs to.
-    """
-
-    flag: str
-    path: tuple[str, ...]
-    owner: type
-
-    @property
-    def names(self) -> set[str]:
-        """What messages may call the setting: its field alone, its path with dots, its flag without dashes."""
-        return {self.path[-1], ".".join(self.path), self.flag.removeprefix("--").replace("-", "_")}
-
-
-def flags_of(config_type: type) -> list[Flag]:
-    """The flags that tyro makes of a dataclass with nested ones."""
-    return [*_flags(config_type, "", ())]
-
-
-def _flags(owner: type, prefix: str, path: tuple[str, ...]) -> Iterator[Flag]:
-    hints = get_type_hints(owner, include_extras=True)
-    for field in dataclasses.fields(owner):
-        hint, name = hints[field.name], field.name
-        if get_origin(hint) is Annotated:
-            hint, *marks = get_args(hint)
-            named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
-            name = named[0] if named else name
-        options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        inner = next((each for each in options if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
-        own = (*path, field.name)
-        if inner is None:
-            yield Flag(f"--{prefix}{name}".replace("_", "-"), own, owner)
-        else:
-            yield from _flags(inner, f"{prefix}{name}." if name else prefix, own)
-
-
-def in_flags(text: str, flags: Sequence[Flag], *, typed: Sequence[str] = (), owner: type | None = None) -> str:
-    """A message with flags in the place of names of settings.
-
-    Names with an underscore or a dot are replaced wherever they stand by themselves, outside quotes and paths. Names of
-    one word are replaced where a message begins with them and says what they are or must be.
-
-    Args:
-        text: the message.
-        flags: those of the command.
-        typed: the arguments of the command. Where several flags set fields of one name, those among the arguments are
-            meant, or else those with the fewest dots.
-        owner: the dataclass whose fields the message is about, if that is known.
-    """
-    of_name: dict[str, list[Flag]] = {}
-    for flag in flags:
-        for name in flag.names:
-            of_name.setdefault(name, []).append(flag)
-    given = {each.partition("=")[0].replace("_", "-").replace("--no-", "--") for each in typed}
-
-    def flag_of(name: str) -> str:
-        found = of_name[name]
-        for narrower in (
-            [flag for flag in found if owner is not None and issubclass(owner, flag.owner)],
-            [flag for flag in found if any(flag.flag == each or _without_no(flag.flag, each) for each in given)],
-        ):
-            found = narrower or found
-        fewest = min(flag.flag.count(".") for flag in found)
-        meant = dict.fromkeys(flag.flag for flag in found if flag.flag.count(".") == fewest or flag.flag in given)
-        return " or ".join([*meant][:MOST_FLAGS])
-
-    several = sorted((name for name in of_name if "_" in name or "." in name), key=len, reverse=True)
-    if several:
-        alone = rf"(?<![\w./\\'\"`-])({'|'.join(map(re.escape, several))})(?![\w/\\'\"`(]|\.\w|-\w)(= )?"
-        text = re.sub(alone, lambda found: flag_of(found[1]) + (" " if found[2] else ""), text)
-    first = re.match(r"([a-z]\w*)(?=(:| is| are| has| holds| needs| must|=))", text)
-    if first is not None and first[1] in of_name:
-        text = flag_of(first[1]) + text[first.end() :]
-    return text
-
-
-def _without_no(flag: str, given: str) -> bool:
-    """Whether an argument is the negation of a flag, as in ``--data.no-packing``."""
-    return given.replace(".no-", ".") == flag

@@ -1,8 +1,7 @@
-"""What a step of online RL has sampled and scored."""
+"""The completions of a step of online RL."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,33 +9,31 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.data.problems import Problem
-from grpo_jax.monitor.samples import Sample
-from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.host_batch import concatenated
 from grpo_jax.types import Rollout
 
 
 @dataclass
 class Experience:
-    """What was drawn in a step, and what is known of it; B completions.
+    """The B completions of a step, in groups of one prompt each.
 
     Attributes:
-        step: which.
-        problems: what was asked, one for each group.
-        tasks: the task of each group.
-        texts: the prompt of each completion.
-        columns: of its problem, and what its reward wants to know of itself.
-        rollout: what was drawn.
-        completions: the same as text.
-        lengths: in tokens.
-        started: when the step began, by ``time.monotonic``.
-        times: what parts of it took, and the bytes that were moved.
+        step: the number of the step.
+        problems: one per group.
+        tasks: the name of each group's task; None if there is one task.
+        prompts: ``[B]``, the text of each completion's prompt.
+        columns: ``[B]`` each, columns of the problem and facts of the completion, for rewards.
+        rollout: the tokens.
+        completions: ``[B]``, the texts.
+        lengths: ``[B]``, in tokens.
+        started: ``time.monotonic()`` at the start of the step.
+        times: seconds of its phases, and bytes resharded.
     """
 
     step: int
     problems: list[Problem]
     tasks: list[str | None]
-    texts: list[str]
+    prompts: list[str]
     columns: dict[str, list[Any]]
     rollout: Rollout
     completions: list[str]
@@ -44,54 +41,54 @@ class Experience:
     started: float
     times: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def group_size(self) -> int:
+        """Completions per prompt."""
+        return len(self.completions) // len(self.problems)
+
 
 def has_reward_variance(total: np.ndarray, group_size: int) -> np.ndarray:
-    """``[groups]``, whether the rewards of a group that are present are not all the same."""
+    """``[groups]`` bool, whether the rewards of a group are not all equal; absent rewards are ignored.
+
+    Args:
+        total: ``[B]``, NaN where absent.
+        group_size: G.
+    """
     groups = total.reshape(-1, group_size)
     present = ~np.isnan(groups)
     return np.where(present, groups, -np.inf).max(1) > np.where(present, groups, np.inf).min(1)
 
 
-def joined(rounds: Sequence[Experience]) -> Experience:
-    """What was drawn in several attempts at a step, as one."""
-    if len(rounds) == 1:
-        return rounds[0]
-    times = {name: sum(each.times[name] for each in rounds) for name in ("rollout_time", "reshard_time")}
-    lengths = np.concatenate([each.lengths for each in rounds])
-    names = dict.fromkeys(name for each in rounds for name in each.columns)
+def concatenate(attempts: Sequence[Experience]) -> Experience:
+    """The completions of several sampling attempts of one step.
+
+    Args:
+        attempts: of one step, in order.
+    """
+    if len(attempts) == 1:
+        return attempts[0]
+    summed = ("rollout_time", "reshard_time", "scoring_time")
+    times = {name: sum(attempt.times.get(name, 0.0) for attempt in attempts) for name in summed}
+    lengths = np.concatenate([attempt.lengths for attempt in attempts])
+    names = dict.fromkeys(name for attempt in attempts for name in attempt.columns)
     return Experience(
-        step=rounds[0].step,
-        problems=[problem for each in rounds for problem in each.problems],
-        tasks=[task for each in rounds for task in each.tasks],
-        texts=[text for each in rounds for text in each.texts],
+        step=attempts[0].step,
+        problems=[problem for attempt in attempts for problem in attempt.problems],
+        tasks=[task for attempt in attempts for task in attempt.tasks],
+        prompts=[prompt for attempt in attempts for prompt in attempt.prompts],
         columns={
-            name: [value for each in rounds for value in each.columns.get(name, [None] * len(each.completions))]
+            name: [
+                value for attempt in attempts for value in attempt.columns.get(name, [None] * len(attempt.completions))
+            ]
             for name in names
         },
-        rollout=concatenated([each.rollout for each in rounds]),
-        completions=[text for each in rounds for text in each.completions],
+        rollout=concatenated([attempt.rollout for attempt in attempts]),
+        completions=[text for attempt in attempts for text in attempt.completions],
         lengths=lengths,
-        started=rounds[0].started,
+        started=attempts[0].started,
         times={
             **times,
             "rollout_tokens_per_second": float(lengths.sum() / times["rollout_time"]),
-            "reshard_bytes": rounds[0].times["reshard_bytes"],
+            "reshard_bytes": attempts[0].times["reshard_bytes"],
         },
     )
-
-
-def as_samples(drawn: Experience, scores: Scores, advantages: np.ndarray) -> list[Sample]:
-    """A step's completions with what they were worth."""
-    group_size = len(drawn.completions) // len(drawn.problems)
-    return [
-        Sample(
-            prompt=drawn.texts[i],
-            completion=drawn.completions[i],
-            rewards={name: float(part[i]) for name, part in scores.parts.items() if not math.isnan(part[i])},
-            reward=float(scores.total[i]),
-            advantage=None if math.isnan(advantages[i]) else float(advantages[i]),
-            answer=drawn.problems[i // group_size].answer,
-            note=scores.notes[i],
-        )
-        for i in range(len(drawn.completions))
-    ]

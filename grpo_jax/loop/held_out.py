@@ -1,8 +1,8 @@
-"""Grading completions of held-out problems."""
+"""Evaluation on held-out problems: pass@1, majority vote, rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +10,62 @@ import numpy as np
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.problems import reward_columns
 from grpo_jax.evaluate import STDERR, maj_at_k, pass_at_k, standard_error
+from grpo_jax.loop.run import Run
+from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with
 from grpo_jax.rewards.math.answer import extract_answer, same_text
 from grpo_jax.rewards.math.vote import identify_answers
-from grpo_jax.types import Rollout
+from grpo_jax.types import Prompts, Rollout
+
+
+def evaluate_tasks(
+    tasks: Sequence[TaskRuntime],
+    stream: Callable[[Iterable[Prompts]], Iterable[tuple[int, Rollout]]],
+    decode: Callable[[Rollout], list[str]],
+    run: Run,
+    *,
+    group_size: int,
+) -> dict[str, float]:
+    """Evaluate on the held-out problems of all tasks.
+
+    Args:
+        tasks: of the run; one without a name, or those of a mixture.
+        stream: ``prompts -> (place, completions), ...``, such as ``Sampler.stream`` with its other arguments bound.
+        decode: ``completions -> texts``.
+        run: shows the progress and may be asked to stop.
+        group_size: completions per problem.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    with run.progress.phase("evaluation", sum(len(task.held_out) for task in tasks)) as phase:
+        done, found = 0, {}
+        for task in tasks:
+
+            def report(so_far: int, before: int = done) -> None:
+                phase.update(before + so_far)
+                run.stop_if_requested()
+
+            samples = stream([task.held_out.padded(range(len(task.held_out)))])
+            if task.is_graded:
+                metrics = held_out(
+                    task.held_out,
+                    samples,
+                    decode,
+                    task.scorer.held_out,
+                    group_size=group_size,
+                    same=task.same,
+                    report=report,
+                )
+                if not task.has_final_answers:
+                    metrics = {name: value for name, value in metrics.items() if "/maj@" not in name}
+            else:
+                metrics = held_out_rewards(
+                    task.held_out, samples, decode, task.scorer.score, group_size=group_size, report=report
+                )
+            found[task.name] = metrics
+            done += len(task.held_out)
+    return found[None] if None in found else mean_over_tasks(found)
 
 
 def held_out(

@@ -16,22 +16,20 @@ TASK = "mixture/task"
 
 
 class MixtureScorer:
-    """The scoring of several tasks as one: each row is scored as its task does.
+    """The scorers of several tasks as one: each row is scored by the scorer of its task.
 
     Args:
         tasks: those of the mixture.
 
     Attributes:
-        weights: what each part counts, as ``task/part``.
-        judge: the name of the part that holds what is watched in each task; None where nothing is.
+        weights: of each reward, by ``task/reward``.
+        judge: name of the part with each task's judge; None without one.
     """
 
     def __init__(self, tasks: Sequence[TaskRuntime]):
         self._tasks = {task.name: task for task in tasks}
-        self.weights = {
-            f"{task.name}/{name}": weight for task in tasks for name, weight in task.scoring.weights.items()
-        }
-        self.judge = "judge" if any(task.scoring.judge for task in tasks) else None
+        self.weights = {f"{task.name}/{name}": weight for task in tasks for name, weight in task.scorer.weights.items()}
+        self.judge = "judge" if any(task.scorer.judge for task in tasks) else None
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
         """As ``Scorer.score``, with the column ``task``; ``counted`` has the parts of each task apart, 0 elsewhere."""
@@ -41,11 +39,11 @@ class MixtureScorer:
         counted = {name: np.zeros(B, np.float32) for name in self.weights}
         steps: list[tuple[tuple[int, float], ...]] = [()] * B
         for task, rows in self._rows(columns[TASK]):
-            own = task.scoring.score(
+            own = task.scorer.score(
                 [prompts[row] for row in rows], [completions[row] for row in rows], **_taken(columns, rows, task)
             )
             total[rows], outcome[rows] = own.total, own.outcome
-            named = own.parts if task.scoring.judge is None else {**own.parts, "judge": own.parts[task.scoring.judge]}
+            named = own.parts if task.scorer.judge is None else {**own.parts, "judge": own.parts[task.scorer.judge]}
             for name, values in named.items():
                 parts.setdefault(name, np.full(B, np.nan, np.float32))[rows] = values
             for name, values in own.counted.items():
@@ -66,7 +64,7 @@ class MixtureScorer:
         """See ``Scorer.streaming_scorer``."""
         watches: dict[int, tuple[Callable[[int, Sequence[int]], None], int]] = {}
         for task, rows in self._rows(columns[TASK]):
-            watch = task.scoring.streaming_scorer(
+            watch = task.scorer.streaming_scorer(
                 [prompts[row] for row in rows],
                 _taken(columns, rows, task),
                 decode,
@@ -87,7 +85,7 @@ class MixtureScorer:
 
     def take_errors(self) -> list[RewardError]:
         """What could not be scored since the last call."""
-        return [fault for task in self._tasks.values() for fault in task.scoring.take_errors()]
+        return [fault for task in self._tasks.values() for fault in task.scorer.take_errors()]
 
     def _rows(self, names: Sequence[str]) -> list[tuple[TaskRuntime, list[int]]]:
         rows = {name: [row for row, each in enumerate(names) if each == name] for name in dict.fromkeys(names)}

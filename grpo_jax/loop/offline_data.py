@@ -15,52 +15,53 @@ from grpo_jax.data.conversations import (
     encode_demonstrations,
     load_demonstrations,
 )
-from grpo_jax.data.notes import DataNotes, prompt_key
 from grpo_jax.data.preferences import EncodedPreferences, Preference, load_preferences
 from grpo_jax.data.prompts import Rendering
+from grpo_jax.data.statistics import DataStatistics, prompt_key
+from grpo_jax.loop.problems import dataset_of
 from grpo_jax.models import Pretrained
-from grpo_jax.tasks.demonstrations import errand_preferences, worked_sums
+from grpo_jax.tasks.generated import DEMONSTRATIONS, PREFERENCES
 from grpo_jax.tasks.splits import HELD_OUT_SEED, default_split, hold_out
 
 Read = TypeVar("Read", Demonstration, Preference)
 
 
 def _load_split(
-    data: OfflineDataConfig, load: Callable[..., list[Read]], notes: DataNotes
+    data: OfflineDataConfig, load: Callable[..., list[Read]], stats: DataStatistics
 ) -> tuple[list[Read], list[Read]]:
     """Rows to train on and rows held out, none of which has the prompt of one that is trained on."""
-    assert data.dataset is not None
-    load = partial(load, subset=data.subset, skipped=notes.skipped if data.skip_bad_rows else None)
-    rows = load(data.dataset, split=data.split)
-    notes.note_duplicates([*map(_whole_of, rows)])
+    dataset = dataset_of(data)
+    load = partial(load, subset=data.subset, skipped=stats.skipped if data.skip_bad_rows else None)
+    rows = load(dataset, split=data.split)
+    stats.count_duplicates([*map(_whole_of, rows)])
     if data.eval_dataset is None and data.eval_split is None:
-        trained_on, held_out = hold_out(rows, data.eval_size, key=_prompt_of, source=data.dataset)
-        notes.note_division(len(rows), len(held_out), data.dataset)
+        trained_on, held_out = hold_out(rows, data.eval_size, key=_prompt_of, source=dataset)
+        stats.count_held_out(len(rows), len(held_out), dataset)
         return trained_on, held_out
-    source = data.eval_dataset or data.dataset
+    source = data.eval_dataset or dataset
     held_out = load(source, split=data.eval_split or default_split(source, data.subset))
     order = np.random.default_rng(HELD_OUT_SEED).permutation(len(held_out))
     held_out = [held_out[n] for n in order]
-    held_out = notes.without_leaks(held_out, map(_prompt_of, held_out), map(_prompt_of, rows))
+    held_out = stats.drop_leaks(held_out, map(_prompt_of, held_out), map(_prompt_of, rows))
     if not held_out:
         raise ValueError(f"every held-out row of {source} is also trained on; name others with eval_dataset")
     return rows, held_out[: data.eval_size]
 
 
 def load_demonstration_sets(
-    data: DemonstrationConfig, seed: int, notes: DataNotes | None = None
+    data: DemonstrationConfig, seed: int, stats: DataStatistics | None = None
 ) -> tuple[list[Demonstration], list[Demonstration]]:
     """Demonstrations to train on, and some held out; see ``conversations.load_demonstrations`` for errors.
 
     Args:
-        seed: of the embedded default's sums.
-        notes: filled in with skipped rows, duplicates, leaks and the held-out share.
+        seed: of generated demonstrations.
+        stats: filled in with skipped rows, duplicates, leaks and the held-out share.
     """
-    if data.dataset is None:
-        demonstrated = partial(worked_sums, in_chinese=data.in_chinese)
+    if data.dataset is not None and data.dataset in DEMONSTRATIONS:
+        generate = DEMONSTRATIONS[data.dataset]
         return (
-            demonstrated(np.random.default_rng(seed), data.worked_sums, held_out=False),
-            demonstrated(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
+            generate(np.random.default_rng(seed), data.num_generated, held_out=False),
+            generate(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
         )
 
     def load(source: str, **where: Any) -> list[Demonstration]:
@@ -68,7 +69,7 @@ def load_demonstration_sets(
             source, prompt_column=data.prompt_column, completion_column=data.completion_column, **where
         )
 
-    return _load_split(data, load, DataNotes() if notes is None else notes)
+    return _load_split(data, load, DataStatistics() if stats is None else stats)
 
 
 def encode_demonstration_set(
@@ -93,8 +94,8 @@ def encode_demonstration_set(
     )
     fitting = [each for each in examples if len(each.token_ids) <= max_length]
     if data.long == "truncate":
-        cut = [Example(ids[:max_length], learnt[:max_length], start) for ids, learnt, start in examples]
-        fitting = [each for each in cut if any(each.learnt)]
+        cut = [Example(ids[:max_length], loss_mask[:max_length], start) for ids, loss_mask, start in examples]
+        fitting = [each for each in cut if any(each.loss_mask)]
     too_long = len(examples) - len(fitting)
     if not fitting or (too_long and data.long == "error"):
         raise ValueError(
@@ -106,20 +107,21 @@ def encode_demonstration_set(
 
 
 def load_preference_sets(
-    data: PreferenceConfig, seed: int, notes: DataNotes | None = None
+    data: PreferenceConfig, seed: int, stats: DataStatistics | None = None
 ) -> tuple[list[Preference], list[Preference]]:
     """Preferences to train on, and some held out; see ``preferences.load_preferences`` for errors.
 
     Args:
-        seed: of the embedded default's errands.
-        notes: filled in with skipped rows, duplicates, leaks and the held-out share.
+        seed: of generated preferences.
+        stats: filled in with skipped rows, duplicates, leaks and the held-out share.
     """
-    if data.dataset is None:
+    if data.dataset is not None and data.dataset in PREFERENCES:
+        generate = PREFERENCES[data.dataset]
         return (
-            errand_preferences(np.random.default_rng(seed), data.errand_pairs, held_out=False),
-            errand_preferences(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
+            generate(np.random.default_rng(seed), data.num_generated, held_out=False),
+            generate(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
         )
-    return _load_split(data, load_preferences, DataNotes() if notes is None else notes)
+    return _load_split(data, load_preferences, DataStatistics() if stats is None else stats)
 
 
 def encode_preference_set(

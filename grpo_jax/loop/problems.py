@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.offline import OfflineDataConfig
 from grpo_jax.data.encoded import EncodedProblems
-from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.problems import OTHER_ANSWERS, Problem
 from grpo_jax.data.prompts import Rendering
+from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.rewards.code.reward import code_reward
 from grpo_jax.rewards.code.sandbox import SandboxLimits
 from grpo_jax.rewards.compose import RewardFn
@@ -21,7 +22,7 @@ from grpo_jax.rewards.math.any_answer import any_answer_reward
 from grpo_jax.rewards.math.compare import same_answers
 from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.tasks.dataset import load_problems
-from grpo_jax.tasks.errands import ERRANDS, MOST_ERRANDS, errand_problems, errand_reward, sample_errands
+from grpo_jax.tasks.generated import TASKS
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_problems
 from grpo_jax.tasks.splits import (
     DEFAULT_HELD_OUT,
@@ -35,55 +36,59 @@ from grpo_jax.tasks.splits import (
     key_of,
     ungraded,
 )
-from grpo_jax.tasks.sums import sample_sums, sum_problems
-from grpo_jax.tasks.toy_model import ToyConfig
 
 GRADERS: dict[str, RewardFn] = {"exact": answer_reward, "math": math_reward}
 
 
 def same_answers_of(data: DataConfig) -> Callable[[str, str], bool]:
-    """Whether two answers are the same for a majority vote: as the grader compares them."""
-    is_text = data.dataset in (None, ERRANDS) or data.dataset.startswith(REASONING_GYM)
-    return same_text if is_text or data.grader not in ("auto", "math") else same_answers
+    """The equality of two answers in a majority vote, which is that of the grader."""
+    is_text = is_generated(dataset_of(data)) or data.grader not in ("auto", "math")
+    return same_text if is_text else same_answers
+
+
+def dataset_of(data: DataConfig | OfflineDataConfig) -> str:
+    """The dataset.
+
+    Raises:
+        ValueError: none is named.
+    """
+    if data.dataset is None:
+        raise ValueError("dataset: no dataset is named; pass --dataset, or choose a preset that has one")
+    return data.dataset
 
 
 def load_problem_sets(
-    data: DataConfig, seed: int, notes: DataNotes | None = None
+    data: DataConfig, seed: int, stats: DataStatistics | None = None
 ) -> tuple[list[Problem], list[Problem], RewardFn, RewardFn]:
-    """Problems to train on, problems held out, and the reward that tells a right answer, for each of the two.
+    """Training problems, held-out problems, and the accuracy reward of each of the two.
 
-    No held-out problem has the prompt of one that is trained on, case and blanks aside.
+    No held-out problem has the prompt of a training problem, ignoring case and white space.
 
     Args:
+        data: names the sources and the grader.
         seed: of generated problems.
-        notes: filled in with skipped rows, duplicates, leaks and the held-out share.
+        stats: filled in with skipped rows, duplicates, leaks and the held-out share.
 
     Raises:
-        ValueError: no problem is left to hold out; and as ``load_problems`` and ``reasoning_gym_problems``.
+        ValueError: no dataset is named, no problem is left to hold out; and as ``load_problems`` and
+            ``reasoning_gym_problems``.
     """
-    notes = DataNotes() if notes is None else notes
-    if data.dataset is None:
-        problems, reward = (
-            _sums(data, np.random.default_rng(seed), GENERATED_PROBLEMS, held_out=False),
-            answer_reward,
-        )
-    else:
-        problems, reward = _read(data, data.dataset, data.split, GENERATED_PROBLEMS, seed, notes)
-        if not is_generated(data.dataset):
-            notes.note_duplicates([*map(key_of, problems)], [problem.answer for problem in problems])
-    source, split = data.eval_dataset or data.dataset, data.eval_split
-    if source is not None and split is None:
-        split = default_split(source, data.subset, but=data.split or "train" if source == data.dataset else None)
-    if source is None:
-        held_out, held_out_reward = _held_out_sums(data), reward
-    elif source == data.dataset and split is None:
+    stats = DataStatistics() if stats is None else stats
+    dataset = dataset_of(data)
+    problems, reward = _read(data, dataset, data.split, GENERATED_PROBLEMS, seed, stats)
+    if not is_generated(dataset):
+        stats.count_duplicates([*map(key_of, problems)], [problem.answer for problem in problems])
+    source, split = data.eval_dataset or dataset, data.eval_split
+    if split is None:
+        split = default_split(source, data.subset, but=data.split or "train" if source == dataset else None)
+    if source == dataset and split is None:
         rows = len(problems)
         problems, held_out = hold_out(problems, data.eval_size, key=key_of, source=source)
         held_out_reward = reward
-        notes.note_division(rows, len(held_out), source)
+        stats.count_held_out(rows, len(held_out), source)
     else:
-        held_out, held_out_reward = _sample(data, source, split, notes)
-        held_out = notes.without_leaks(held_out, map(key_of, held_out), map(key_of, problems))
+        held_out, held_out_reward = _sample(data, source, split, stats)
+        held_out = stats.drop_leaks(held_out, map(key_of, held_out), map(key_of, problems))
     if not held_out:
         raise ValueError(
             f"every held-out problem of {source} is also trained on; name others with eval_dataset or eval_split"
@@ -91,38 +96,36 @@ def load_problem_sets(
     return problems, held_out[: data.eval_size], reward, held_out_reward
 
 
-def load_evaluation_problems(data: DataConfig, notes: DataNotes | None = None) -> tuple[list[Problem], RewardFn]:
+def load_evaluation_problems(data: DataConfig, stats: DataStatistics | None = None) -> tuple[list[Problem], RewardFn]:
     """The problems of an evaluation and their reward: those of the source of held-out problems, nothing left out.
 
     A data set with one split or file is evaluated on all of it, up to ``eval_size``; one with several on its
     ``eval_split``, or else ``split``, or else the one that training would hold out.
 
     Args:
-        notes: filled in with skipped rows, duplicates and how many of the problems are evaluated.
+        stats: filled in with skipped rows, duplicates and how many of the problems are evaluated.
 
     Raises:
         ValueError: as ``load``.
     """
-    notes = DataNotes() if notes is None else notes
-    source = data.eval_dataset or data.dataset
-    if source is None:
-        return _held_out_sums(data), answer_reward
+    stats = DataStatistics() if stats is None else stats
+    source = data.eval_dataset or dataset_of(data)
     named = data.eval_split or (data.split if source == data.dataset else None)
-    problems, reward = _sample(data, source, named or default_split(source, data.subset), notes)
+    problems, reward = _sample(data, source, named or default_split(source, data.subset), stats)
     if not is_generated(source):
-        notes.note_duplicates([*map(key_of, problems)], [problem.answer for problem in problems])
+        stats.count_duplicates([*map(key_of, problems)], [problem.answer for problem in problems])
     return problems[: data.eval_size], reward
 
 
-def _sample(data: DataConfig, source: str, split: str | None, notes: DataNotes) -> tuple[list[Problem], RewardFn]:
+def _sample(data: DataConfig, source: str, split: str | None, stats: DataStatistics) -> tuple[list[Problem], RewardFn]:
     """The problems of a split, shuffled where a part of them is taken: many are sorted by subject or level."""
     generated = 2 * (data.eval_size or DEFAULT_HELD_OUT)
-    problems, reward = _read(data, source, split, generated, HELD_OUT_SEED, notes)
+    problems, reward = _read(data, source, split, generated, HELD_OUT_SEED, stats)
     evaluated = min(len(problems), data.eval_size or len(problems))
     if not is_generated(source):
         where = source if split is None else f"{source} ({split})"
-        notes.counts |= {"evaluation_rows": len(problems), "evaluated": evaluated}
-        notes.remarks.append(f"{evaluated} of {len(problems)} problems of {where} are for evaluation")
+        stats.counts |= {"evaluation_rows": len(problems), "evaluated": evaluated}
+        stats.remarks.append(f"{evaluated} of {len(problems)} problems of {where} are for evaluation")
     if evaluated == len(problems):
         return problems, reward
     order = np.random.default_rng(HELD_OUT_SEED).permutation(len(problems))
@@ -151,32 +154,17 @@ def encode_problems(
     )
 
 
-def _held_out_sums(data: DataConfig) -> list[Problem]:
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    return _sums(data, rng, data.eval_size or DEFAULT_HELD_OUT, held_out=True)
-
-
-def _sums(data: DataConfig, rng: np.random.Generator, count: int, *, held_out: bool) -> list[Problem]:
-    recipe = ToyConfig()
-    return sum_problems(
-        sample_sums(rng, count, min_terms=recipe.min_terms, max_terms=recipe.max_terms, held_out=held_out)
-    )
-
-
-def _errands(data: DataConfig, rng: np.random.Generator, *, held_out: bool) -> list[Problem]:
-    count = (data.eval_size or DEFAULT_HELD_OUT) if held_out else MOST_ERRANDS
-    return errand_problems(sample_errands(rng, count, held_out=held_out))
-
-
 def _read(
-    data: DataConfig, source: str, split: str | None, size: int, seed: int, notes: DataNotes
+    data: DataConfig, source: str, split: str | None, size: int, seed: int, stats: DataStatistics
 ) -> tuple[list[Problem], RewardFn]:
-    if data.partial_credit and (source.startswith(REASONING_GYM) or source == ERRANDS):
+    if data.partial_credit and is_generated(source):
         raise ValueError(f"partial_credit scores programs by their tests; {source} has none")
     if source.startswith(REASONING_GYM):
         return reasoning_gym_problems(source.removeprefix(REASONING_GYM), size=size, seed=seed)
-    if source == ERRANDS:
-        return _errands(data, np.random.default_rng(seed), held_out=split == "test"), errand_reward
+    if source in TASKS:
+        task, held_out = TASKS[source], split == "test"
+        count = (data.eval_size or DEFAULT_HELD_OUT) if held_out else task.num_problems
+        return task.sample(np.random.default_rng(seed), count, held_out), task.reward
     try:
         problems = load_problems(
             source,
@@ -185,7 +173,7 @@ def _read(
             prompt_column=data.prompt_column,
             answer_column=data.answer_column,
             require_answer=data.grader not in ("none", "code"),
-            skipped=notes.skipped if data.skip_bad_rows else None,
+            skipped=stats.skipped if data.skip_bad_rows else None,
         )
     except KeyError as error:
         if "answer" not in str(error):

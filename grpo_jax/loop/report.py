@@ -1,18 +1,130 @@
-"""The metrics of a step."""
+"""Metrics and sample completions of a step."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
+from grpo_jax.config.online import OnlineConfig
+from grpo_jax.loop.experience import Experience
+from grpo_jax.loop.mixture import MixtureScorer
+from grpo_jax.loop.task_runtime import TaskRuntime
+from grpo_jax.monitor.samples import Sample
+from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics
+from grpo_jax.rewards.compose import Scores
+from grpo_jax.rewards.diagnostics import text_metrics
+from grpo_jax.rewards.scorer import Scorer
+
 
 def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
-    """A step's metrics: over its updates, the largest of what is a maximum and the mean of the rest."""
+    """Metrics of a step from those of its updates: the maximum of ``.../max``, the mean of the others.
+
+    Args:
+        updates: metrics of each update.
+    """
     values = {name: [float(update[name]) for update in updates] for name in updates[0]}
     return {
         # NumPy's maximum of NaN is NaN; Python's depends on the order.
-        name: float(np.max(each)) if name.endswith("/max") else sum(each) / len(each)
-        for name, each in values.items()
+        name: float(np.max(series)) if name.endswith("/max") else sum(series) / len(series)
+        for name, series in values.items()
     }
+
+
+def step_metrics(
+    config: OnlineConfig,
+    tasks: Sequence[TaskRuntime],
+    scorer: Scorer | MixtureScorer,
+    experience: Experience,
+    scores: Scores,
+) -> dict[str, float]:
+    """Metrics of a step's rewards, completions and times.
+
+    Args:
+        config: of the run.
+        tasks: of the run.
+        scorer: of the run.
+        experience: the step's completions.
+        scores: their rewards.
+
+    Returns:
+        ``reward...``, ``rewards/...``, ``completions/...``, ``tasks/<task>/...`` of a mixture, and seconds:
+        ``rollout_time``, ``scoring_time``, ``reshard_time``, ``step_time`` and the rest, ``update_time``.
+    """
+    metrics = reward_metrics(scores.total, scores.parts, group_size=config.group_size)
+    if config.tasks is not None:
+        metrics |= task_metrics(tasks, experience, scores)
+    metrics |= completion_metrics(experience.lengths, np.asarray(experience.rollout.truncated))
+    metrics |= text_metrics(
+        experience.prompts,
+        experience.completions,
+        group_size=config.group_size,
+        answers=final_answers(tasks, experience),
+        tests=experience.columns.get("tests", ()),
+    )
+    if not any(name.rpartition("/")[2] == "format" for name in scores.parts):
+        del metrics["completions/empty_thought_share"]  # it is about completions of that form
+    for name, part in (("judge", scorer.judge), ("pass_rate", "accuracy")):
+        if f"rewards/{part}/mean" in metrics:
+            metrics[name] = metrics[f"rewards/{part}/mean"]
+    seconds = time.monotonic() - experience.started
+    phases = sum(experience.times.get(name, 0.0) for name in ("rollout_time", "scoring_time", "reshard_time"))
+    return metrics | experience.times | {"update_time": max(seconds - phases, 0.0), "step_time": seconds}
+
+
+def task_metrics(tasks: Sequence[TaskRuntime], experience: Experience, scores: Scores) -> dict[str, float]:
+    """The reward metrics of each task of a mixture.
+
+    Args:
+        tasks: of the mixture.
+        experience: the step's completions.
+        scores: their rewards.
+    """
+    metrics = {}
+    task_of_row = np.repeat(np.array(experience.tasks), experience.group_size)
+    for task in tasks:
+        rows = task_of_row == task.name
+        parts = {name: values[rows] for name, values in scores.parts.items()}
+        own = reward_metrics(scores.total[rows], parts, group_size=experience.group_size)
+        metrics |= {f"tasks/{task.name}/{name}": value for name, value in own.items()}
+    return metrics
+
+
+def final_answers(tasks: Sequence[TaskRuntime], experience: Experience) -> list[str | None]:
+    """``[B]``, the gold answer of each completion that should end in an answer; None for others.
+
+    Args:
+        tasks: of the run.
+        experience: the step's completions.
+    """
+    has_answers = {task.name: task.has_final_answers for task in tasks}
+    task_of_row = [name for name in experience.tasks for _ in range(experience.group_size)]
+    return [
+        answer if has_answers[name] else None
+        for answer, name in zip(experience.columns["answer"], task_of_row, strict=True)
+    ]
+
+
+def to_samples(experience: Experience, scores: Scores, advantages: np.ndarray) -> list[Sample]:
+    """A step's completions with their rewards and advantages, for logs.
+
+    Args:
+        experience: the completions.
+        scores: their rewards.
+        advantages: ``[B]``, NaN where not trained on.
+    """
+    return [
+        Sample(
+            prompt=experience.prompts[i],
+            completion=experience.completions[i],
+            rewards={name: float(part[i]) for name, part in scores.parts.items() if not math.isnan(part[i])},
+            reward=float(scores.total[i]),
+            advantage=None if math.isnan(advantages[i]) else float(advantages[i]),
+            answer=experience.problems[i // experience.group_size].answer,
+            note=scores.notes[i],
+        )
+        for i in range(len(experience.completions))
+    ]

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.jsonl import JsonlLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
 from grpo_jax.loop.run_folder import BEGUN, claim_folder, device_summary, package_versions
@@ -42,8 +41,8 @@ class Stopped(Exception):  # noqa: N818 - no error
 class Run:
     """A context in which an experiment runs, in a folder of its own.
 
-    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``, ``reward_errors.jsonl`` (what
-    could not be scored), ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering it a second
+    The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``,
+    ``reward_errors.jsonl``, ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering it a second
     time with the same configuration goes on where the first stopped. SIGTERM and Ctrl-C ask the loop to stop after its
     step (``stop_requested``); a second Ctrl-C interrupts.
 
@@ -51,8 +50,7 @@ class Run:
         folder: created if need be.
         config: the experiment's configuration, a dataclass.
         title: what the live view is called.
-        resumable_fields: names of top-level fields of ``config`` that do not change what is computed, so that a run may be
-            resumed with other values (where it is displayed, the mesh it is laid out on).
+        resumable_fields: top-level fields of ``config`` that may change on resume: they do not change results.
         trackers: of ``tensorboard``, ``wandb``, ``trackio``; where metrics go besides the folder.
         keep_checkpoints: how many of the newest stay.
         plain: print plain lines instead of the live view; by default where there is no terminal.
@@ -282,22 +280,18 @@ def run_experiment(
     train: Callable[[AnyConfig, Run], None],
     *,
     title: str,
-    resumable_fields: Sequence[str] = (),
-    extendable_fields: Sequence[str] = (),
     again: bool = False,
 ) -> int:
-    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop.
+    """Run or resume an experiment; the exit status is 0 when it is finished and 130 when it was asked to stop.
 
     Args:
         config: a dataclass with the fields of ``RunConfig`` and ``ModelConfig``.
         train: the experiment's loop.
-        title: what the live view is called.
-        resumable_fields: settings that a resumed run may have other values of, besides ``LAYOUT_FIELDS``.
-        extendable_fields: settings besides, with other values of which a finished run goes on, such as ``num_steps``.
-        again: whether ``train`` is called for a run that is finished too.
+        title: of the live view.
+        again: whether ``train`` is called for a finished run too.
     """
     enable_compilation_cache()
-    # What is called float32 is computed in float32, on a GPU or TPU too.
+    # On a GPU or TPU the default precision of float32 products is lower than float32.
     exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()
     with (
         exact,
@@ -305,14 +299,14 @@ def run_experiment(
             config.run_dir,
             config,
             title=title,
-            resumable_fields=(*LAYOUT_FIELDS, *resumable_fields, *extendable_fields),
+            resumable_fields=config.resumable_fields,
             trackers=config.trackers,
             keep_checkpoints=config.keep_checkpoints,
             plain=config.plain or None,
         ) as run,
     ):
         try:
-            if run.is_finished_with(extendable_fields) and not again:
+            if run.is_finished_with(config.extendable_fields) and not again:
                 run.say(f"this run is finished; everything is in {run.folder}")
             else:
                 train(config, run)

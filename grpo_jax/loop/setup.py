@@ -18,17 +18,28 @@ from grpo_jax.loop.run_folder import device_summary
 from grpo_jax.models.tokenizers import stop_ids
 from grpo_jax.rollout import Sampler
 from grpo_jax.sharding import param_shardings
-from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
+from grpo_jax.tasks.toy_model import TOY, ToyConfig, make_toy_model
+
+TOY_FOLDER = "toy_model"
+"""The folder of the toy model within a run's folder."""
 
 
 def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
     """Folder or Hugging Face id of the model that a run starts from.
 
     The toy model is trained first, unless it is in the run's folder already.
+
+    Args:
+        config: names the model.
+        run: its folder.
+        seed: of the toy model.
+
+    Raises:
+        ValueError: no model is named.
     """
-    if config.model is not None or config.base_dir is not None:
-        return config.model or str(config.base_dir)
-    return train_toy_model(run, replace(config.base, seed=seed))
+    if config.model is None:
+        raise ValueError("model: no model is named; pass --model, or choose a preset that has one")
+    return train_toy_model(run, replace(config.toy, seed=seed)) if config.model == TOY else config.model
 
 
 def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False) -> models.Pretrained:
@@ -46,7 +57,7 @@ def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_h
     loaded = models.from_pretrained(
         name_or_folder,
         dtype=config.compute_dtype,
-        remat=config.model is not None if config.remat is None else config.remat,
+        remat=config.remat,
         attention=config.attention,
         mesh=mesh,
         shardings=partial(param_shardings, mesh=mesh),
@@ -125,10 +136,10 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
 
 
 def train_toy_model(run: Run, recipe: ToyConfig) -> str:
-    """The folder of the embedded default's base, which is trained unless it lies in the run's folder already."""
-    folder = run.folder / "base"
+    """Folder of the toy model within the run's folder, where it is trained unless it exists."""
+    folder = run.folder / TOY_FOLDER
     if not folder.exists():
-        with run.progress.phase("base model", recipe.steps) as phase:
+        with run.progress.phase("toy model", recipe.steps) as phase:
 
             def report(step: int, row: dict[str, float]) -> None:
                 phase.update(step, row if step % 50 == 0 else None)

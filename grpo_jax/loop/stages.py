@@ -1,34 +1,59 @@
-"""Commands of several stages, each a run of its own in a folder of the command's."""
+"""Pipelines of several stages, each a run of a script in a folder of its own."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from grpo_jax import models
-from grpo_jax.config.run import LAYOUT_FIELDS
-from grpo_jax.jsonl import to_json
+from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.run import AnyConfig, Run, run_experiment
 from grpo_jax.loop.run_folder import claim_folder, differences, has_results, read_settings
 from grpo_jax.loop.setup import checked_model, with_stop_tokens
 from grpo_jax.rewards.scorer import check_reward_model
+from grpo_jax.tasks.toy_model import TOY
 
 SHARED_FIELDS = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
-"""Settings that a command of several stages has for all of them."""
+"""Fields that a pipeline sets for all of its stages."""
+
+
+def load_scripts(folder: Path, *names: str) -> list[ModuleType]:
+    """The modules of scripts in a folder, by file name without suffix.
+
+    Args:
+        folder: of the scripts.
+        names: of the scripts.
+    """
+    found = []
+    for name in names:
+        module = sys.modules.get(name)
+        path = folder / f"{name}.py"
+        if module is None or Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        found.append(module)
+    return found
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of a command of several.
+    """One run of a pipeline.
 
     Attributes:
-        script: the module of its experiment, with ``main``, ``check``, ``RESUMABLE_FIELDS`` and ``EXTENDABLE_FIELDS``.
+        script: the module of the script, with ``main`` and ``check``.
         config: its settings.
         needs: run folders of the stages whose results it starts from.
-        before: called before it runs, for files that it reads.
+        before: called before it runs, to write files that it reads.
     """
 
     script: Any
@@ -37,65 +62,76 @@ class Stage:
     before: Callable[[], None] = lambda: None
 
     def run(self) -> int:
-        """Run it, or go on; the exit status of its script."""
+        """Run or resume the stage; the exit status of its script."""
         self.before()
         return self.script.main(self.config)
 
+    def command(self, folder: Path) -> str:
+        """The command that runs the stage alone; writes its settings to a file for ``--config``.
+
+        Args:
+            folder: for the file.
+        """
+        name = "_".join(self.config.run_dir.relative_to(folder).parts) if self._is_inside(folder) else "first"
+        path = folder / "stages" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(to_json(asdict(self.config)), indent=2).encode() + b"\n")
+        return shlex.join(["python", self.script.__file__, "--config", str(path)])
+
+    def _is_inside(self, folder: Path) -> bool:
+        return self.config.run_dir.is_relative_to(folder)
+
     @property
     def has_results(self) -> bool:
-        """Whether anything was computed in its folder."""
+        """Whether its folder has results."""
         return (self.config.run_dir / "config.json").is_file() and has_results(self.config.run_dir)
 
     def changes(self) -> list[str]:
-        """The settings that are not those of the results in its folder, as ``differences`` has them."""
+        """Settings that differ from those of the results in its folder, as ``differences`` gives them."""
         if not self.has_results:
             return []
         now = to_json(asdict(self.config))
         before = read_settings(self.config.run_dir / "config.json")
-        own = (
-            self.script.resumable_fields(self.config)
-            if hasattr(self.script, "resumable_fields")
-            else self.script.RESUMABLE_FIELDS
-        )
-        return differences(before, now, (*LAYOUT_FIELDS, *own, *self.script.EXTENDABLE_FIELDS))
+        return differences(before, now, self.config.resumable_fields)
 
     @property
     def is_finished(self) -> bool:
-        """Whether it was finished with the settings that it has now."""
+        """Whether it was finished with its present settings."""
         path = self.config.run_dir / "summary.json"
         if not path.is_file():
             return False
         before, now = json.loads(path.read_text()).get("config", {}), to_json(asdict(self.config))
-        return all(before.get(name, now.get(name)) == now.get(name) for name in self.script.EXTENDABLE_FIELDS)
+        return all(before.get(name, now.get(name)) == now.get(name) for name in self.config.extendable_fields)
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Check all stages before the first is run.
+    """Check all stages before the first one runs.
 
-    Stages that have run stay where their settings are the same; those that come after may have any.
+    Stages with results must have the settings that they were run with. Stages after a stage that will run must have no
+    results.
 
     Args:
         stages: in the order in which they run.
 
     Raises:
-        FileNotFoundError: a model is not there.
-        ValueError: a model cannot be loaded, or lacks one of its stop tokens; a stage was run with other settings, or
-            was made from one that is to be run (again); the message lists the folders to remove. And whatever the
-            check of a stage's script raises.
+        FileNotFoundError: a model does not exist.
+        ValueError: a model cannot be loaded or lacks a stop token; or a stage with results has other settings, or
+            depends on a stage that will run again. The message lists the folders to remove. Also whatever the check of
+            a stage's script raises.
     """
     for stage in stages:
         stage.script.check(stage.config)
     check_models(stages)
     redone: set[Path] = set()
-    told, remove = [], []
+    reasons, remove = [], []
     for stage in stages:
         folder = stage.config.run_dir
         changes = stage.changes()
-        sources = [each for each in stage.needs if each in redone]
+        sources = [path for path in stage.needs if path in redone]
         if changes:
-            told += [f"{folder} holds a run with another configuration:", *(f"  {each}" for each in changes)]
+            reasons += [f"{folder} holds a run with another configuration:", *(f"  {change}" for change in changes)]
         elif stage.has_results and sources:
-            told.append(f"{folder} was made from {sources[0]}, which is to be run again")
+            reasons.append(f"{folder} was made from {sources[0]}, which is to be run again")
         if changes or (stage.has_results and sources):
             remove.append(str(folder))
         if changes or sources or not stage.is_finished:
@@ -104,41 +140,43 @@ def check_stages(stages: Sequence[Stage]) -> None:
         raise ValueError(
             "\n  ".join(
                 [
-                    "stages that have run would be others with these settings. Restore the settings, choose another "
+                    "stages that have run would differ with these settings. Restore the settings, choose another "
                     "run_dir, or remove what is to be made again:",
                     f"rm -r {' '.join(remove)}",
-                    *told,
+                    *reasons,
                 ]
             )
         )
 
 
 def check_models(stages: Sequence[Stage]) -> None:
-    """Check the models that stages load and no stage makes, by all of their files but the values of weights.
+    """Check the models that stages load and that no stage makes, without reading the values of their weights.
+
+    Args:
+        stages: of the pipeline.
 
     Raises:
-        FileNotFoundError: one is not there.
-        ValueError: one cannot be loaded, or lacks a stop token.
+        FileNotFoundError: a model does not exist.
+        ValueError: a model cannot be loaded, or lacks a stop token.
     """
     made = [stage.config.run_dir.resolve() for stage in stages]
 
     def is_made(name: str | Path) -> bool:
-        return any(Path(name).resolve().is_relative_to(folder) for folder in made)
+        return name == TOY or any(Path(name).resolve().is_relative_to(folder) for folder in made)
 
     policies: dict[tuple[str, tuple[str, ...], int | None], None] = {}
-    judges: dict[str, None] = {}
+    reward_models: dict[str, None] = {}
     for config in (stage.config for stage in stages):
-        base_dir = getattr(config, "base_dir", None)  # where it is not there, it is made
-        name = getattr(config, "model", None) or (base_dir if base_dir and base_dir.is_dir() else None)
+        name = getattr(config, "model", None)
         if name is not None and not is_made(name):
             policies[str(name), tuple(getattr(config, "stop_tokens", ())), getattr(config, "rope_length", None)] = None
-        judge = getattr(getattr(config, "rewards", None), "reward_model", None)
-        if judge is not None and not is_made(judge):
-            judges[judge] = None
+        reward_model = getattr(getattr(config, "rewards", None), "reward_model", None)
+        if reward_model is not None and not is_made(reward_model):
+            reward_models[reward_model] = None
     for name, stop_tokens, rope_length in policies:
         described = checked_model(models.describe_pretrained(name, rope_length=rope_length), name)
         with_stop_tokens(described, stop_tokens)
-    for name in judges:
+    for name in reward_models:
         check_reward_model(models.describe_pretrained(name), name)
 
 
@@ -151,59 +189,60 @@ def run_stages(
     check: Callable[[AnyConfig], None] | None = None,
     again: bool = False,
 ) -> int:
-    """Check all stages, run them, or go on, and then what puts them together.
+    """Check all stages, run or resume them, and conclude.
 
-    The command may be given again with other settings: stages that these do not touch stay, and one that has run with
-    others is refused by ``check_stages``.
+    The pipeline may be run again with other settings: stages that they do not affect stay, and a stage that has run
+    with others is refused by ``check_stages``.
 
     Args:
-        config: as ``run_experiment`` takes it.
+        config: as for ``run_experiment``; with ``dry_run``, the commands of the stages are printed instead.
         stages: the stages of a configuration, in order; it may write files that they read to the run's folder.
-        conclude: the loop of this run itself.
-        title: what the live view is called.
+        conclude: called with the run of the pipeline itself once all stages are finished.
+        title: of the live view.
         check: called before anything else, once the folder is claimed; it may raise.
-        again: whether ``conclude`` is called for a run that is finished too.
+        again: whether ``conclude`` is called for a finished pipeline too.
     """
-    own = [field.name for field in fields(config) if field.name not in LAYOUT_FIELDS]
-    with claim_folder(config.run_dir, to_json(asdict(config)), (*LAYOUT_FIELDS, *own)):
+    with claim_folder(config.run_dir, to_json(asdict(config)), config.resumable_fields):
         if check is not None:
             check(config)
         plan = stages(config)
         check_stages(plan)
+        if config.dry_run:
+            print("\n".join(stage.command(config.run_dir) for stage in plan))
+            return 0
         # Planned anew before each: what one found out, such as the prompts' format, may be a setting of a later one.
         status = next((status for number in range(len(plan)) if (status := stages(config)[number].run())), 0)
-    return status or run_experiment(config, conclude, title=title, extendable_fields=own, again=again)
+    return status or run_experiment(config, conclude, title=title, again=again)
 
 
 def stage_config(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
-    """The settings of a stage of several, in a folder of its own, with what the whole says for all of them.
-
-    That is seed, precision, devices, checkpoints and trackers.
+    """``stage`` with its own run folder and the pipeline's ``SHARED_FIELDS``.
 
     Args:
         stage: a dataclass with the fields of ``RunConfig`` and ``ModelConfig``.
-        whole: another one.
-        folder: the stage's own.
-        start: the model that it starts from; None for what the whole starts from.
-        changes: what else is set.
+        whole: the settings of the pipeline.
+        folder: the stage's run folder.
+        start: the model that it starts from; None for the pipeline's own.
+        changes: further fields.
 
     Raises:
-        ValueError: the settings do not go together.
+        ValueError: the settings are inconsistent.
     """
-    common = {each: getattr(whole, each) for each in SHARED_FIELDS}
-    begins = {"model": whole.model, "base": whole.base, "base_dir": whole.base_dir}
-    if start is not None:
-        begins = {"model": str(start)} if whole.model else {"base_dir": Path(start)}
-    return replace(stage, **{"run_dir": folder, **common, **begins, **changes})
+    shared = {name: getattr(whole, name) for name in SHARED_FIELDS}
+    model = whole.model if start is None else str(start)
+    return replace(stage, **{"run_dir": folder, **shared, "model": model, "toy": whole.toy, **changes})
 
 
 def check_no_models(whole: Any, names: Sequence[str]) -> None:
-    """Check that stages name no model of their own where the whole says it for each.
+    """Check that stages do not name a model: the pipeline does.
+
+    Args:
+        whole: the settings of the pipeline.
+        names: fields with the settings of a stage.
 
     Raises:
-        ValueError: one does; it says which.
+        ValueError: one does.
     """
     for name in names:
-        stage = getattr(whole, name)
-        if stage.model is not None or stage.base_dir is not None:
-            raise ValueError(f"{name} names a model; the command does that for each stage")
+        if getattr(whole, name).model not in (None, TOY):
+            raise ValueError(f"{name} names a model; the pipeline sets it for each stage")

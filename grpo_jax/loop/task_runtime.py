@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.mixture import TaskConfig
 from grpo_jax.data.encoded import EncodedProblems
-from grpo_jax.data.notes import DataNotes
 from grpo_jax.data.problems import Problem, reward_columns
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import R1_ZERO
+from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.data.turns import check_turn_end
 from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
 from grpo_jax.loop.rendering import resolve_rendering
@@ -21,7 +21,7 @@ from grpo_jax.loop.run import Run
 from grpo_jax.loop.scoring import open_scorer
 from grpo_jax.models import Pretrained
 from grpo_jax.rewards.scorer import Scorer
-from grpo_jax.tasks.errands import ERRANDS
+from grpo_jax.tasks.generated import TASKS
 
 Asked = Literal["training", "held_out", "evaluation"]
 """Problems of a task that completions are sampled for."""
@@ -30,9 +30,10 @@ OF_COMPLETIONS = ("completion_length", "truncated")
 
 
 def asks_for_format(data: DataConfig) -> bool:
-    """Whether prompts ask for a thought and an answer between tags; the built-in sums are answered so without."""
-    if data.dataset in (None, ERRANDS):
-        return data.dataset is None
+    """Whether completions should have the form ``<think>...</think><answer>...</answer>``: the prompt asks for it."""
+    task = TASKS.get(data.dataset or "")
+    if task is not None:
+        return task.asks_for_format
     asked = data.system_prompt if data.chat_template else data.template or R1_ZERO
     return asked is not None and "<answer>" in asked
 
@@ -41,7 +42,9 @@ def has_final_answers(data: DataConfig, problems: Sequence[Problem]) -> bool:
     """Whether completions of these problems end in an answer that votes can be counted by, rather than being one."""
     is_code = data.grader == "code" or (data.grader == "auto" and any("tests" in each.columns for each in problems))
     answered = any(each.answer is not None for each in problems)
-    return answered and not is_code and data.grader != "none" and data.dataset != ERRANDS
+    task = TASKS.get(data.dataset or "")
+    is_voted = task is None or task.has_final_answers
+    return answered and not is_code and data.grader != "none" and is_voted
 
 
 class TaskRuntime:
@@ -50,7 +53,7 @@ class TaskRuntime:
     Attributes:
         name: of the task.
         problems, held_out: lists of problems, until ``encode`` made prompts of them.
-        scoring: what scores completions; left with the run.
+        scorer: scores completions; closed with the run.
         is_graded: whether anything tells a right completion.
         has_final_answers: whether its completions end in an answer, so that there is a majority vote.
         same: whether two answers are the same for a majority vote.
@@ -65,7 +68,7 @@ class TaskRuntime:
         dtype: the precision a reward model computes in.
         measured: parts of the reward that are measured in any case; without it, the format is where it is asked for
             or paid for.
-        asked: the problems whose completions ``scoring.score`` will get: those to train on, those held out from them,
+        asked: the problems whose completions ``scorer.score`` will get: those to train on, those held out from them,
             or those of ``DataConfig.load_for_evaluation``, which are then ``problems`` and ``held_out`` alike.
 
     Raises:
@@ -93,23 +96,23 @@ class TaskRuntime:
         self.same = same_answers_of(task.data)
         if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
             raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
-        notes = DataNotes()
+        stats = DataStatistics()
         if asked == "evaluation":
-            self._problems, accuracy = load_evaluation_problems(task.data, notes)
+            self._problems, accuracy = load_evaluation_problems(task.data, stats)
             self._held_out, held_out_accuracy = self._problems, accuracy
         else:
-            self._problems, self._held_out, accuracy, held_out_accuracy = load_problem_sets(task.data, seed, notes)
-        notes.report(run.say, run.folder / ("data.json" if task.name is None else f"data-{task.name}.json"))
+            self._problems, self._held_out, accuracy, held_out_accuracy = load_problem_sets(task.data, seed, stats)
+        stats.report(run.say, run.folder / ("data.json" if task.name is None else f"data-{task.name}.json"))
         run.stop_if_requested()
         self.has_final_answers = has_final_answers(task.data, self._problems)
         self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
-        self.scoring: Scorer = run.enter(
+        self.scorer: Scorer = run.enter(
             open_scorer(
                 task.rewards,
                 accuracy if asked == "training" else held_out_accuracy,
                 held_out_accuracy,
                 max_completion_length=max_completion_length,
-                needs_pool=task.data.dataset not in (None, ERRANDS),
+                needs_pool=task.data.dataset not in TASKS,
                 mesh=mesh,
                 dtype=dtype,
                 today=run.begun,
@@ -118,7 +121,7 @@ class TaskRuntime:
             )
         )
         scored = self._problems if asked == "training" else self._held_out
-        self.scoring.probe(_first_row(scored), _first_row(self._held_out))
+        self.scorer.probe(_first_row(scored), _first_row(self._held_out))
 
     def encode(self, policy: Pretrained, *, max_prompt_length: int, first: int = 0, first_held_out: int = 0) -> None:
         """Make prompts of the problems.
@@ -159,7 +162,7 @@ class TaskRuntime:
 
     def facts(self) -> dict[str, str]:
         """Rows, columns and rewards, for a run's first lines; call it after ``encode``."""
-        data, weights = self._task.data, self.scoring.weights
+        data, weights = self._task.data, self.scorer.weights
         dropped = self.problems.dropped + self.held_out.dropped
         left_out = f"; {dropped} left out, with prompts that are too long" if dropped else ""
         first = self.problems.problems[0]
@@ -167,7 +170,7 @@ class TaskRuntime:
         answer = "none" if first.answer is None else data.answer_column or "the one found by its name"
         others = sorted(first.columns)
         return {
-            "data": f"{data.dataset or 'built-in sums'}: {len(self.problems)} problems to train on, "
+            "data": f"{data.dataset}: {len(self.problems)} problems to train on, "
             f"{len(self.held_out)} held out{left_out}",
             "columns": f"prompt: {prompt}; answer: {answer}; for rewards: {', '.join(others) or 'no others'}",
             "rewards": ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),

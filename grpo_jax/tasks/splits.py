@@ -8,12 +8,12 @@ from typing import TypeVar
 import numpy as np
 
 from grpo_jax.data.files import split_names
-from grpo_jax.data.notes import prompt_key
 from grpo_jax.data.problems import Problem
+from grpo_jax.data.statistics import prompt_key
 from grpo_jax.rewards.code.test_cases import why_untestable
 from grpo_jax.rewards.math.answer import gold_answer
 from grpo_jax.rewards.math.reader import read_answer
-from grpo_jax.tasks.errands import ERRANDS
+from grpo_jax.tasks.generated import TASKS
 
 REASONING_GYM = "reasoning-gym:"
 GENERATED_PROBLEMS = 4096
@@ -28,13 +28,13 @@ def ungraded(prompts: list[str], completions: list[str], **_columns: object) -> 
 
 
 def key_of(problem: Problem) -> str:
-    """The key that tells problems apart; see ``notes.prompt_key``."""
+    """The key that tells problems apart; see ``statistics.prompt_key``."""
     return prompt_key(problem.prompt)
 
 
 def is_generated(source: str) -> bool:
     """Whether a data source is generated rather than read."""
-    return source.startswith(REASONING_GYM) or source == ERRANDS
+    return source.startswith(REASONING_GYM) or source in TASKS
 
 
 def default_split(source: str, subset: str | None, but: str | None = None) -> str | None:

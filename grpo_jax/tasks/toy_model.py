@@ -25,6 +25,8 @@ from grpo_jax.tasks.sums import PLAIN, VOCABULARY, Sum, blurted, make_tokenizer,
 from grpo_jax.train import completion_log_probs, init_state, make_optimizer, make_schedule, make_train_step
 from grpo_jax.types import Batch, Params
 
+TOY = "toy"
+"""The name of the toy model as a model source."""
 MAX_PROMPT_LENGTH = 12
 MAX_COMPLETION_LENGTH = 48
 

@@ -41,12 +41,28 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
 ) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm.
+    """AdamW after gradient clipping by the global norm.
 
     Args:
-        schedule: from update number to learning rate.
-        max_grad_norm: gradients whose global norm is larger are scaled down to it.
-        weight_decay: decoupled, on matrices only: norms and biases are not pulled to 0.
+        schedule: update number -> learning rate.
+        max_grad_norm: gradients with a larger global norm are scaled down to it.
+        weight_decay: see ``adamw``.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm), adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    )
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with weight decay on matrices only.
+
+    Args:
+        learning_rate: a number, or update number -> learning rate.
+        weight_decay: decoupled; norms, biases and other vectors are not decayed.
         b1: decay of the first moment.
         b2: decay of the second moment.
     """
@@ -57,7 +73,4 @@ def make_optimizer(
 
         return jax.tree.map_with_path(is_matrix, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
-    )
+    return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)

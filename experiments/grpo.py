@@ -1,0 +1,146 @@
+"""GRPO and its relatives without a critic (Dr.GRPO, RLOO, DAPO, REINFORCE++), with rule-based or learned rewards.
+
+R1-Zero (DeepSeek-AI, arXiv 2501.12948, section 2.2) is this, started from a base model. The toy preset does it in
+minutes on one CPU: a toy model that can work sums out but mostly guesses learns by reward alone to work them out.
+
+    python experiments/grpo.py
+    python experiments/grpo.py r1-zero-gsm8k
+    python experiments/grpo.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --run-dir runs/gsm8k
+    python experiments/grpo.py --model path/to/folder --dataset path/to/train.jsonl --mesh.fsdp 8 --loss dapo
+
+The same command resumes a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config.grpo import PRESETS, GRPOConfig
+from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.checks import check_divides, check_finite
+from grpo_jax.loop.collector import Collector
+from grpo_jax.loop.command import run_command
+from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs, per_completion, select_rows
+from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.report import over_updates
+from grpo_jax.loop.run import Run, run_experiment
+from grpo_jax.sharding import replicated, shard_rows
+from grpo_jax.train import (
+    completion_log_probs,
+    init_state,
+    make_log_prob_fn,
+    make_train_step,
+    shuffled_minibatches,
+    with_fresh_reference,
+)
+
+
+def main(config: GRPOConfig) -> int:
+    """Run or resume; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    return run_experiment(config, train, title="GRPO")
+
+
+def check(config: GRPOConfig) -> None:
+    """Check that batches divide over the devices."""
+    mesh = config.mesh.build()
+    rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
+    check_divides(config.num_prompts, mesh, "num_prompts")
+    check_divides(rows, mesh, "the completions of a micro-batch")
+
+
+def train(config: GRPOConfig, run: Run) -> None:
+    check(config)
+    mesh = config.mesh.build()
+    collector = Collector(config, run, mesh)
+    log_probs = partial(completion_log_probs, collector.policy.model, temperature=config.sampling.temperature)
+    log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
+    optimizer, schedule = config.optimizer.build(total_updates=config.num_steps * config.updates_per_step)
+    policy_loss = config.policy.build(
+        log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
+    )
+    train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
+    run.describe(
+        {
+            "loss": f"{config.policy.loss}, advantages {config.advantage}, "
+            f"KL coefficient {config.policy.kl_coef or config.kl_reward_coef:g}",
+            "updates": f"{config.updates_per_step} a step, {config.micro_batches} micro-batches each; "
+            + config.optimizer.description,
+        }
+    )
+    state = init_state(
+        collector.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
+    )
+    first, state, saved = run.resume(state)
+    check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
+    collector.restore(saved)
+    collector.evaluate_if_due(first, state.params)
+    with run.progress.phase("GRPO", config.num_steps, start=first, earlier=run.rows()) as phase:
+        for step in range(first + 1, config.num_steps + 1):
+            if config.max_draws == 1:
+                experience, scores = collector.sample(step, state.params), None
+                rollout, rows = experience.rollout, slice(None)
+            else:
+                experience, scores, rows = collector.sample_dynamically(step, state.params, most=config.max_draws)
+                rollout = select_rows(experience.rollout, rows, mesh)
+            # Dispatched before the host scores: the devices compute meanwhile.
+            old, ref = old_and_ref_log_probs(config, rollout, log_prob_fn, state)
+            scores = collector.score(experience) if scores is None else scores
+            batch = make_train_batch(
+                config,
+                rollout,
+                scores.at(rows),
+                reward_weights=collector.scorer.weights,
+                tokenizer=collector.policy.tokenizer,
+                mesh=mesh,
+                old_log_probs=old,
+                ref_log_probs=ref,
+            )
+
+            updates = []
+            for epoch in range(config.num_epochs):
+                key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
+                for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
+                    state, update = train_step(state, shard_rows(minibatch, mesh))
+                    updates.append(update)
+            if config.ref_refresh_every and step % config.ref_refresh_every == 0:
+                state = with_fresh_reference(state)
+
+            metrics = over_updates(updates)
+            check_finite(metrics, step, run)
+            metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
+            advantages = np.full(len(experience.completions), np.nan, np.float32)
+            advantages[rows] = per_completion(batch)
+            wants_checkpoint = collector.log_step(experience, scores, metrics, advantages)
+            if collector.save_is_due(step, wants_checkpoint):
+                run.save(step, state, collector.state_dict())
+            run.stop_if_requested()
+            metrics |= collector.evaluate_if_due(step, state.params)
+            phase.update(step, metrics)
+    gap = "sampling/sampling_logp_difference/max"
+    gaps = [row[gap] for row in read_jsonl(run.metrics_log.path) if gap in row]
+    params, step = exported_params(
+        config,
+        run,
+        state,
+        steps=config.num_steps,
+        params_of=lambda state: state.params,
+        start=collector.reload,
+    )
+    save_trained(
+        run,
+        params,
+        collector.policy,
+        steps=config.num_steps,
+        summary={"max_sampler_trainer_gap": max(gaps, default=None), "seed": config.seed},
+        prompt_format=collector.prompt_format,
+        exported_step=step,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(GRPOConfig, main, presets=PRESETS, description=__doc__))

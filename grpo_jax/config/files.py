@@ -1,0 +1,100 @@
+"""Settings from YAML or JSON files, applied to a configuration with their types checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+AnyConfig = TypeVar("AnyConfig")
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a mapping with string keys, or names a key twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            if twice:
+                raise ValueError(f"{path}: {twice} occur twice in one mapping")
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 reads 1e-6 as a string: its floats have a dot.
+    number = re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        read = yaml.load(path.read_text(), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+    if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):
+        raise ValueError(f"{path} must be a mapping of settings")
+    return read
+
+
+def with_settings(config: AnyConfig, settings: Mapping[str, Any], where: str) -> AnyConfig:
+    """``config`` with the settings of a mapping, nested as ``config.json`` of a run has them.
+
+    Args:
+        config: a dataclass, perhaps with nested ones.
+        settings: values by field name; those that are missing stay as they are.
+        where: the source, for errors.
+
+    Raises:
+        ValueError: a setting is unknown or has a value of the wrong type; and as the dataclass raises.
+    """
+    assert dataclasses.is_dataclass(config)
+    assert not isinstance(config, type)
+    hints = get_type_hints(type(config), include_extras=True)
+    unknown = [name for name in settings if name not in hints]
+    if unknown:
+        raise ValueError(f"{where}: {unknown[0]!r} is not a setting; the settings are {', '.join(sorted(hints))}")
+    changes = {}
+    for name, value in settings.items():
+        inner = getattr(config, name)
+        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            changes[name] = with_settings(inner, value, f"{where}, {name}")
+        else:
+            changes[name] = typed(name, value, hints[name], where)
+    try:
+        return replace(config, **changes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def typed(name: str, value: Any, annotation: Any, where: str) -> Any:
+    """A JSON value as its field holds it: lists as tuples, strings as paths, whole numbers as floats.
+
+    Args:
+        name: of the field.
+        value: from a file.
+        annotation: the type of the field.
+        where: the source, for errors.
+
+    Raises:
+        ValueError: the value does not have the type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    try:
+        return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except ValidationError:
+        wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        wanted = re.sub(r"typing\.|pathlib\.", "", wanted).replace("tuple[", "list[")
+        raise ValueError(f"{where}: {name} is {value!r}; it must be {wanted}") from None

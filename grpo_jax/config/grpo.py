@@ -1,0 +1,258 @@
+"""Settings and presets of GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from jaxtyping import Array, Bool, Float
+
+from grpo_jax import advantage
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.functions import accepted, find_function
+from grpo_jax.config.model import TOY_POLICY
+from grpo_jax.config.online import OnlineConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import Preset, require_at_least
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.tasks.generated import SUMS
+
+
+def gdpo(
+    reward_parts: Float[Array, "K B"], reward_weights: Float[Array, " K"], *, group_size: int, epsilon: float = 1e-6
+) -> Float[Array, " B"]:
+    """``advantage.gdpo`` of the rewards that are present.
+
+    Args:
+        reward_parts: the rewards before they are summed.
+        reward_weights: their weights.
+        group_size: G.
+        epsilon: added to standard deviations.
+    """
+    return advantage.gdpo(reward_parts, reward_weights, group_size=group_size, epsilon=epsilon, require_all=False)
+
+
+def process_supervised(
+    step_rewards: Float[Array, "B T"],
+    is_step_end: Bool[Array, "B T"],
+    *,
+    group_size: int,
+    ddof: int = 1,
+    epsilon: float = 1e-6,
+) -> Float[Array, "B T"]:
+    """``advantage.process_supervised``, with its arguments named as the loop provides them.
+
+    Args:
+        step_rewards: the reward of each reasoning step at its last token.
+        is_step_end: True there.
+        group_size: G.
+        ddof: degrees of freedom taken off in standard deviations.
+        epsilon: added to standard deviations.
+    """
+    return advantage.process_supervised(step_rewards, is_step_end, group_size=group_size, ddof=ddof, epsilon=epsilon)
+
+
+ADVANTAGES: dict[str, Callable] = {
+    "group_relative": advantage.group_relative,
+    "dr_grpo": advantage.dr_grpo,
+    "rloo": advantage.rloo,
+    "reinforce_plus_plus": advantage.reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": advantage.reinforce_plus_plus_baseline,
+    "gdpo": gdpo,
+    "process_supervised": process_supervised,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(OnlineConfig):
+    """GRPO and its relatives without a critic."""
+
+    COMMON_FLAGS = (
+        "--model --dataset --run-dir --seed --loss --advantage --learning-rate --num-steps --num-prompts "
+        "--group-size --max-prompt-length --max-completion-length --sampling.temperature --kl-coef --format-weight "
+        "--reward --reward-model --eval-every --mesh.fsdp --trackers"
+    )
+
+    run_dir: Path = Path("runs/grpo")
+    """Folder of the run: logs, checkpoints, curves, the trained model."""
+    advantage: str = "group_relative"
+    """group_relative, dr_grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, gdpo (normalizes each reward
+    separately), process_supervised (rewards of reasoning steps), or module:function of your own, called with those of
+    rewards, group_size, reward_parts, reward_weights, step_rewards and is_step_end that it takes."""
+    policy: Annotated[PolicyLossConfig, tyro.conf.arg(name="")] = PolicyLossConfig()
+    """Policy loss."""
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
+    """Optimizer."""
+    kl_reward_coef: float = 0.0
+    """Coefficient of the KL to the reference policy in the reward, instead of kl_coef. With both at 0 no reference is
+    kept."""
+    ref_refresh_every: int | None = None
+    """Steps between reference refreshes, which set the reference to the current policy. Default: never."""
+    num_epochs: int = 1
+    """Passes over each step's completions."""
+    num_minibatches: int = 1
+    """Updates per pass."""
+    max_draws: int = 1
+    """Dynamic sampling (DAPO): sample further prompts, at most this many times per step, until num_prompts groups have
+    non-constant rewards. 1: off."""
+    mask_truncated: bool = False
+    """Leave truncated completions out of the loss."""
+
+    def __post_init__(self):
+        OnlineConfig.__post_init__(self)
+        require_at_least(self, num_epochs=1, num_minibatches=1, ref_refresh_every=1, kl_reward_coef=0, max_draws=1)
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 completions per prompt")
+        check_divisible(self)
+        if self.policy.kl_coef and self.kl_reward_coef:
+            raise ValueError(
+                f"kl_coef is {self.policy.kl_coef} and kl_reward_coef is {self.kl_reward_coef}: the KL belongs in the "
+                "loss or in the reward, not in both; set one of them to 0"
+            )
+        inputs = self.advantage_inputs
+        clips = any(task.rewards.clip_reward for task in self.mixture)
+        if "rewards" not in inputs and (self.kl_reward_coef or clips):
+            raise ValueError(f"the advantage {self.advantage} has no sum of rewards for kl_reward_coef or clip_reward")
+        if "step_rewards" in inputs and not any(
+            task.rewards.steps_weight or task.rewards.reward for task in self.mixture
+        ):
+            raise ValueError(
+                f"the advantage {self.advantage} needs rewards of reasoning steps: set steps_weight, or name a reward "
+                "of your own"
+            )
+        if self.ref_refresh_every is not None and not self.has_reference:
+            raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
+
+    @property
+    def advantage_inputs(self) -> list[str]:
+        """Names of the inputs that the advantage function takes."""
+        known = accepted(find_function(self.advantage, "advantage", ADVANTAGES))
+        return ["rewards", "group_size"] if known is None else known
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is kept."""
+        return bool(self.policy.kl_coef or self.kl_reward_coef)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates per step."""
+        return self.num_epochs * self.num_minibatches
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per update."""
+        return self.micro_batches_of(self.num_prompts * self.group_size // self.num_minibatches)
+
+
+def check_divisible(config: OnlineConfig) -> None:
+    """Check that a step's completions divide into minibatches and micro-batches.
+
+    Args:
+        config: with ``num_minibatches``.
+
+    Raises:
+        ValueError: they do not.
+    """
+    rows, micro_batches = config.num_prompts * config.group_size, config.num_micro_batches or 1
+    num_minibatches: int = getattr(config, "num_minibatches")  # noqa: B009 - a field of both subclasses
+    if rows % (num_minibatches * micro_batches):
+        raise ValueError(
+            f"num_prompts x group_size = {config.num_prompts} x {config.group_size} = {rows} completions do not divide "
+            f"into num_minibatches x num_micro_batches = {num_minibatches} x {micro_batches} parts"
+        )
+
+
+GSM8K = DataConfig(dataset="openai/gsm8k", subset="main")
+DAPO_MATH = DataConfig(
+    dataset="BytedTsinghua-SIA/DAPO-Math-17k", eval_dataset="BytedTsinghua-SIA/AIME-2024", eval_size=None
+)
+PRESETS: dict[str, Preset[GRPOConfig]] = {
+    "toy": Preset(
+        lambda: GRPOConfig(
+            **TOY_POLICY,
+            data=DataConfig(dataset=SUMS),
+            optimizer=OptimizerConfig(learning_rate=2.5e-4),
+            eval_samples=16,
+            num_micro_batches=1,
+        ),
+        "sums of several numbers with a toy model that is trained first; minutes on one CPU",
+        paper="R1-Zero in the small (DeepSeek-AI, arXiv 2501.12948, section 2.2)",
+        hardware="one CPU core",
+        memory="1 GiB of host memory",
+        cost="2 to 3 minutes (measured)",
+        score="held-out pass@1 from .09-.10 to .87-.92, maj@16 from .21 to .96-.98 (measured, several machines)",
+    ),
+    "r1-zero-gsm8k": Preset(
+        lambda: GRPOConfig(
+            model="Qwen/Qwen2.5-0.5B",
+            data=GSM8K,
+            rewards=RewardConfig(format_weight=0.2),
+            num_prompts=64,
+            group_size=8,
+            num_steps=200,
+            optimizer=OptimizerConfig(decay="constant"),
+        ),
+        "R1-Zero on grade-school mathematics from a 0.5B base model",
+        paper="DeepSeek-R1-Zero (arXiv 2501.12948, section 2.2) at a small size",
+        hardware="one GPU or TPU chip with 16 GiB or more",
+        score="not measured here; the base model is published with 41.6 % (4-shot; Qwen2.5 report, arXiv 2412.15115)",
+    ),
+    "dr-grpo": Preset(
+        lambda: GRPOConfig(
+            model="Qwen/Qwen2.5-Math-1.5B",
+            data=GSM8K,
+            advantage="dr_grpo",
+            policy=PolicyLossConfig(loss="dr_grpo"),
+            num_prompts=128,
+            group_size=8,
+            num_steps=200,
+            optimizer=OptimizerConfig(decay="constant"),
+        ),
+        "Dr.GRPO: no division by length or standard deviation",
+        paper="Understanding R1-Zero-like training (arXiv 2503.20783)",
+        hardware="one accelerator with 40 GiB or more, or several with --mesh.fsdp",
+        score="not measured here",
+    ),
+    "dapo-math": Preset(
+        lambda: GRPOConfig(
+            model="Qwen/Qwen2.5-32B",
+            data=DAPO_MATH,
+            max_prompt_length=2048,
+            max_completion_length=20480,
+            policy=PolicyLossConfig(loss="dapo"),
+            rewards=RewardConfig(overlong_cache=4096),
+            num_prompts=512,
+            group_size=16,
+            num_minibatches=16,
+            max_draws=3,
+            num_steps=300,
+            eval_samples=32,
+            optimizer=OptimizerConfig(decay="constant", warmup_updates=20, weight_decay=0.1),
+        ),
+        "DAPO on competition mathematics from a 32B base model; needs --mesh",
+        paper="DAPO (arXiv 2503.14476)",
+        hardware="a pod: the paper used 128 H20 GPUs; runs on several hosts are not supported yet",
+        score="50 % on AIME 2024 (avg@32) as published; not measured here",
+    ),
+    "rloo": Preset(
+        lambda: GRPOConfig(
+            model="Qwen/Qwen2.5-0.5B",
+            data=GSM8K,
+            advantage="rloo",
+            policy=PolicyLossConfig(loss="ppo"),
+            kl_reward_coef=0.01,
+            num_prompts=128,
+            group_size=4,
+            num_steps=200,
+            optimizer=OptimizerConfig(decay="constant"),
+        ),
+        "RLOO: leave-one-out baseline, KL in the reward",
+        paper="Back to Basics (arXiv 2402.14740)",
+        hardware="one GPU or TPU chip with 24 GiB or more",
+        score="not measured here",
+    ),
+}
