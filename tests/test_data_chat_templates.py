@@ -30,9 +30,9 @@ def tokenizers(tmp_path_factory):
 
 def rendered(template, messages=(USER,), *, today="2026-11-27", **variables):
     chats = [Chat([*messages], None, variables, True)]
-    return render_chats(make_tokenizer(template), chats, today=today, refusal=lambda n, of: f"{of} refuses prompt {n}")[
-        0
-    ]
+    return render_chats(
+        make_tokenizer(template), chats, today=today, error_prefix=lambda n, of: f"{of} rejects prompt {n}"
+    )[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -115,7 +115,7 @@ NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% e
         ("{{ 'a' * 10 ** 10 }}", "it takes more than 2 GiB of memory"),
         ("{{ '{:>9999999999}'.format(1) }}", "it takes more than 2 GiB of memory"),
         ("{{ 'a' * 10 ** 7 * 2 }}", "it writes 20,000,000 characters; the limit is 16,777,216"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it is nested too deeply, or calls itself without end"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it is nested too deeply, or recurses without end"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "it is nested too deeply"),
         ("{{ messages + 1 }}", "TypeError: can only concatenate list"),
         ("{{ messages[7].content + 'x' }}", "has no element 7"),
@@ -130,7 +130,7 @@ def test_a_template_that_fails_or_never_ends_is_one_error(monkeypatch, template,
     if "seconds" in reason:
         monkeypatch.setattr(chat_templates, "CPU_SECONDS", 0.2)
     started = time.monotonic()
-    with pytest.raises(ValueError, match=rf"^the chat template refuses prompt 0: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"^the chat template rejects prompt 0: .*{reason}"):
         rendered(template)
     assert time.monotonic() - started < 20
     assert rendered("{{ messages[0].content }}") == USER["content"]  # and the next one is rendered
@@ -139,7 +139,7 @@ def test_a_template_that_fails_or_never_ends_is_one_error(monkeypatch, template,
 def test_the_error_names_template_and_prompt(tokenizers):
     tokenizer = make_tokenizer("{{ raise_exception('too long') if messages[0].content == 'long' }}ok")
     tokenizer.name_or_path = "some/model"
-    with pytest.raises(ValueError, match=r"^the chat template of some/model refuses prompt 300: too long"):
+    with pytest.raises(ValueError, match=r"^the chat template of some/model rejects prompt 300: too long"):
         render_prompts(["short"] * 300 + ["long"] + ["short"] * 300, tokenizer)
 
 
@@ -165,7 +165,7 @@ def test_a_conversation_that_ends_the_renderer_is_found(monkeypatch):
     chats = [{"messages": "good"}, {"messages": "fine"}, {"messages": "bad"}, {"messages": "good"}]
     assert renderer.render("{{ messages }}", "2026-11-27", chats) == (
         ["good", "fine"],
-        "it takes more time or memory than it may",
+        "it exceeds the limit of time or memory",
     )
     renderer.close()
 
@@ -181,8 +181,8 @@ def test_what_a_template_writes_does_not_depend_on_the_day_or_on_chance():
 
 
 def test_requests_are_bounded_and_stay_in_order(monkeypatch):
-    monkeypatch.setattr(chat_templates, "CHATS_OF_A_REQUEST", 3)
-    monkeypatch.setattr(chat_templates, "CHARACTERS_OF_A_REQUEST", 20)
+    monkeypatch.setattr(chat_templates, "MAX_CHATS", 3)
+    monkeypatch.setattr(chat_templates, "MAX_CHARACTERS", 20)
     texts = [f"{n}" * (1 + 7 * (n % 4)) for n in range(30)]
     assert render_prompts(texts, make_tokenizer("{{ messages[0].content }}")) == texts
 

@@ -63,7 +63,7 @@ def assistant(text):
 def marked(example):
     """The example's text with the learnt words in capitals."""
     words = [WORDS[i] for i in example.token_ids]
-    return " ".join(word.upper() if learnt else word for word, learnt in zip(words, example.learnt, strict=True))
+    return " ".join(word.upper() if learnt else word for word, learnt in zip(words, example.loss_mask, strict=True))
 
 
 def encode(prompt, completion, tokenizer, *, where="row 7", **options):
@@ -79,9 +79,11 @@ THOUGHTFUL = [user("one"), assistant("<think> two </think> three"), user("four")
 
 def test_t13_a_template_that_rewrites_earlier_turns_cannot_mark_them_and_says_so():
     tokenizer = make_tokenizer(FORGETFUL)
-    with pytest.raises(ValueError, match=r"^row 7: the chat template writes message 1 otherwise .* cannot be marked"):
+    with pytest.raises(
+        ValueError, match=r"^row 7: the chat template renders message 1 differently .* cannot be marked"
+    ):
         encode(THOUGHTFUL, "one", tokenizer, train_on="assistant")
-    with pytest.raises(ValueError, match="message 1 otherwise"):  # counted as in the data, without the system message
+    with pytest.raises(ValueError, match="message 1 differently"):  # counted as in the data, without the system message
         encode(THOUGHTFUL, "one", tokenizer, train_on="assistant", system_prompt="A")
 
 
@@ -107,7 +109,7 @@ def test_t13_the_last_turn_alone_is_learnt_with_such_a_template():
 
 def test_t13_every_turn_of_the_assistant_and_nothing_else_is_learnt_up_to_its_ending_token():
     example = encode(THOUGHTFUL, "one two", make_tokenizer(CHAT), train_on="assistant", system_prompt="A")
-    learnt = [WORDS[i] for i, marks in zip(example.token_ids, example.learnt, strict=True) if marks]
+    learnt = [WORDS[i] for i, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
     assert learnt == ["<think>", "two", "</think>", "three", "</s>", "one", "two", "</s>"]
     assert marked(example).endswith("user : four </s> END assistant : ONE TWO </S> END")
     assert example.token_ids == ids_of(
@@ -122,7 +124,7 @@ def test_t13_an_earlier_message_of_weight_0_is_context_alone():
     weighted = [question, {**reply, "weight": 0}, *rest]
     example = encode(weighted, "one two", make_tokenizer(CHAT), train_on="assistant")
     assert example.token_ids == encode(THOUGHTFUL, "one two", make_tokenizer(CHAT)).token_ids
-    assert [WORDS[i] for i, marks in zip(example.token_ids, example.learnt, strict=True) if marks] == [
+    assert [WORDS[i] for i, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks] == [
         "one",
         "two",
         "</s>",
@@ -133,12 +135,12 @@ def test_t13_all_marks_everything_but_the_first_token():
     for template, plain in ((CHAT, None), (None, "Q {question} A")):
         prompt = "one" if plain else THOUGHTFUL
         example = encode(prompt, "two three", make_tokenizer(template), template=plain, train_on="all")
-        assert example.learnt == [False] + [True] * (len(example.token_ids) - 1)
+        assert example.loss_mask == [False] + [True] * (len(example.token_ids) - 1)
 
 
 def test_t13_a_template_that_opens_a_turn_otherwise_than_it_writes_it():
     opens_otherwise = CHAT.replace("'assistant : '", "'assistant : <think> '")
-    with pytest.raises(ValueError, match="row 7: the chat template does not write the prompt as it opens a generation"):
+    with pytest.raises(ValueError, match="row 7: the chat template renders the prompt differently"):
         encode("one", "two", make_tokenizer(opens_otherwise))
     assert marked(encode("one", "<think> two", make_tokenizer(opens_otherwise))).endswith(
         "assistant : <think> TWO </S> END"
@@ -147,7 +149,7 @@ def test_t13_a_template_that_opens_a_turn_otherwise_than_it_writes_it():
 
 def test_t13_a_template_that_leaves_out_the_turn():
     silent = CHAT.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'assistant' %}")
-    with pytest.raises(ValueError, match="row 7: the chat template does not write the prompt"):
+    with pytest.raises(ValueError, match="row 7: the chat template renders the prompt differently"):
         encode("one", "two", make_tokenizer(silent))
 
 
@@ -165,7 +167,7 @@ def test_what_is_learnt_of_a_conversation_is_what_the_assistant_said(contents):
     tokenizer = make_tokenizer(CHAT)
     for train_on, said in (("assistant", contents[1::2]), ("completion", contents[-1:])):
         example = encode(messages[:-1], contents[-1], tokenizer, train_on=train_on)
-        learnt = [i for i, marks in zip(example.token_ids, example.learnt, strict=True) if marks]
+        learnt = [i for i, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
         assert learnt == [i for text in said for i in ids_of(f"{text} </s>")]
         assert example.token_ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
@@ -192,7 +194,7 @@ def test_a_plain_prompt_is_what_the_sampler_is_given_and_the_ending_token_is_lea
     example = encode("one", "two three", tokenizer, template=template)
     [expected] = encode_prompts(["one"], tokenizer, template=template)
     assert example.token_ids == expected + ids_of("two three </s>")
-    assert example.learnt == [False] * len(expected) + [True] * 3
+    assert example.loss_mask == [False] * len(expected) + [True] * 3
     assert example.prompt_length == len(expected)
 
 
@@ -227,7 +229,7 @@ def test_any_of_several_ending_tokens_ends_a_turn():
 def test_a_text_alone_goes_into_no_template(template):
     example = encode("", "one two", make_tokenizer(CHAT, adds_bos=False), template=template)
     assert example.token_ids == ids_of("one two </s>")
-    assert example.learnt == [False, True, True]
+    assert example.loss_mask == [False, True, True]
     assert example.prompt_length == 0
 
 
@@ -248,10 +250,10 @@ def test_demonstrations_of_both_kinds_stay_apart_and_in_order():
 @pytest.mark.parametrize(
     ("prompt", "completion", "chat_template", "options", "message"),
     [
-        ("one", "two", None, {}, r"has no chat template: .* any text that holds \{question\}"),
-        ("one", "two", CHAT, {"template": "Q"}, r"must hold \{question\}"),
+        ("one", "two", None, {}, r"has no chat template: .* any text with \{question\}"),
+        ("one", "two", CHAT, {"template": "Q"}, r"must contain \{question\}"),
         (THOUGHTFUL, "two", CHAT, {"template": "{question}"}, "prompt 0 is a conversation"),
-        ("one", "two", "{{ raise_exception('no thanks') }}", {}, "row 7: the chat template refuses .*: no thanks"),
+        ("one", "two", "{{ raise_exception('no thanks') }}", {}, "row 7: the chat template rejects .*: no thanks"),
     ],
 )
 def test_what_cannot_be_encoded(prompt, completion, chat_template, options, message):
@@ -332,14 +334,24 @@ def test_a_folder_has_splits_and_parquet_is_read(tmp_path):
             KeyError,
             r"a\.jsonl:2 has no column 'completion'.*\['question', 'answer'\]",
         ),
-        ({"prompt": "q", "answer": "a"}, {}, KeyError, r"a\.jsonl:2 has no column 'completion'.*completion_column="),
+        ({"prompt": "q", "answer": "a"}, {}, KeyError, r"a\.jsonl:2 has no column 'completion'.*completion_column"),
         ({"prompt": "q", "completion": "a"}, {"completion_column": "c"}, KeyError, r"a\.jsonl:2 has no column 'c'"),
         ({"prompt": "q", "completion": "a"}, {"prompt_column": "p"}, KeyError, r"a\.jsonl:2 has no column 'p'"),
         ({"messages": [assistant("a")]}, {}, ValueError, r"a\.jsonl:2, column 'messages': .*at least two messages"),
         ({"messages": "hi"}, {}, ValueError, r"a\.jsonl:2, column 'messages': .*at least two messages"),
         ({"messages": [user("q"), {"role": "assistant"}]}, {}, ValueError, r"a\.jsonl:2, .*role and content"),
-        ({"messages": [assistant("q"), user("a")]}, {}, ValueError, r"a\.jsonl:2: the last message is the user's"),
-        ({"prompt": "q", "completion": [user("a")]}, {}, ValueError, r"a\.jsonl:2: the last message is the user's"),
+        (
+            {"messages": [assistant("q"), user("a")]},
+            {},
+            ValueError,
+            r"a\.jsonl:2: the last message has the role 'user'",
+        ),
+        (
+            {"prompt": "q", "completion": [user("a")]},
+            {},
+            ValueError,
+            r"a\.jsonl:2: the last message has the role 'user'",
+        ),
         ({"messages": [user("q"), {**assistant("a"), "weight": 0}]}, {}, ValueError, "last message has weight 0"),
         (
             {"messages": [user("q"), {**assistant("a"), "weight": 0.5}]},
@@ -379,14 +391,14 @@ def test_t13_a_chat_template_that_writes_no_ending_token_is_refused():
 def test_a_text_alone_begins_as_the_tokenizer_begins_it():
     (example,) = encode_demonstrations([Demonstration("", "one two", "")], make_tokenizer(), eos_ids=[EOS])
     assert example.token_ids == ids_of("<s> one two </s>")
-    assert example.learnt == [False, True, True, True]
+    assert example.loss_mask == [False, True, True, True]
 
 
 def test_a_system_prompt_has_no_place_in_a_plain_template():
-    with pytest.raises(ValueError, match="row 7: a plain template leaves no place for system_prompt"):
+    with pytest.raises(ValueError, match="row 7: system_prompt cannot be used with a plain template"):
         encode("one", "two", make_tokenizer(), template="{question}", system_prompt="A")
 
 
 def test_a_text_of_one_token_teaches_nothing():
-    with pytest.raises(ValueError, match="row 7 has nothing to learn from"):
+    with pytest.raises(ValueError, match="row 7 has only one token"):
         encode("", "</s>", make_tokenizer(adds_bos=False))

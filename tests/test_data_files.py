@@ -149,9 +149,9 @@ def test_subsets_of_a_folder(tmp_path):
     for subset, n in (("main", 1), ("socratic", 2)):
         write(tmp_path / subset / "train-00000-of-00001.jsonl", f'{{"n": {n}}}\n')
     assert [row["n"] for row in rows_of(tmp_path, None, "socratic")] == [2]
-    with pytest.raises(ValueError, match=r"the split train could be several: \['main/train.*subset="):
+    with pytest.raises(ValueError, match=r"several files could be the split train: \['main/train.*subset"):
         rows_of(tmp_path)
-    with pytest.raises(ValueError, match=r"subset='other' was asked for, but .* has \['main', 'socratic'\]"):
+    with pytest.raises(ValueError, match=r"subset='other' is set, but .* has \['main', 'socratic'\]"):
         rows_of(tmp_path, None, "other")
     configs = "".join(
         f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
@@ -175,13 +175,13 @@ def test_a_folder_of_the_hubs_cache(tmp_path):
 def test_a_split_in_two_formats_is_refused(tmp_path):
     write(tmp_path / "train.jsonl", LINES)
     write_parquet(tmp_path / "train.parquet", ROWS)
-    with pytest.raises(ValueError, match=r"could be several: \['train\.jsonl', 'train\.parquet'\]; name one"):
+    with pytest.raises(ValueError, match=r"could be the split train: \['train\.jsonl', 'train\.parquet'\]; name one"):
         rows_of(tmp_path)
 
 
 def test_a_folder_without_data(tmp_path):
     write(tmp_path / "a.txt", "x")
-    with pytest.raises(FileNotFoundError, match=r"holds no data file .*but \['a\.txt'\]"):
+    with pytest.raises(FileNotFoundError, match=r"has no data file .*only \['a\.txt'\]"):
         rows_of(tmp_path)
 
 
@@ -192,18 +192,18 @@ def test_a_folder_without_data(tmp_path):
         ("a.json", '{"data": [1], "rows": []}\n{"a"', r"a\.json:2 is not JSON"),
         ("a.json", '"text"', "it is a str"),
         ("a.json", "{\n}", r"it is an object with \[\]"),
-        ("a.json", "[1]", r"row 1 must be a JSON object, and is a int"),
-        ("a.jsonl", "[{}]\n", "is a list; name a file that is one array .json"),
+        ("a.json", "[1]", r"row 1 must be a JSON object; it is a int"),
+        ("a.jsonl", "[{}]\n", "is a list; rename a file with one array to .json"),
         ("a.csv", "a,a\n1,2\n", r"columns \['a'\] more than once"),
-        ("a.csv", "a,b\n1\n", r"a\.csv:2 has 1 fields, and the header has 2"),
+        ("a.csv", "a,b\n1\n", r"a\.csv:2 has 1 fields; the header has 2"),
         ("a.csv", 'a,b\n1,2\n"1,2\n', r"a\.csv:3 is not CSV"),
         ("a.csv", b"a,b\n1,\xff\n", "is not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode() * 50, mtime=0)[:-20], "damaged or cut off"),
-        ("a.jsonl.gz", LINES, "damaged or cut off"),
-        ("a.jsonl.xz", LINES, "damaged or cut off"),
-        ("a.jsonl.zst", LINES, "damaged or cut off"),
-        ("a.parquet", "no", "is not a parquet file"),
-        ("a.arrow", "no", "is not an Arrow file"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 50, mtime=0)[:-20], "damaged or truncated"),
+        ("a.jsonl.gz", LINES, "damaged or truncated"),
+        ("a.jsonl.xz", LINES, "damaged or truncated"),
+        ("a.jsonl.zst", LINES, "damaged or truncated"),
+        ("a.parquet", "no", "is not a readable parquet file"),
+        ("a.arrow", "no", "is not a readable Arrow file"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl:1 is not JSON"),
     ],
 )

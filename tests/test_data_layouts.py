@@ -169,7 +169,7 @@ def test_a_number_that_is_also_another_choice_is_refused(tmp_path):
         (problem,) = load_problems(write(tmp_path / "a.jsonl", {"question": "q", "choices": choices, "answer": given}))
         return problem.answer
 
-    with pytest.raises(ValueError, match="both the text of choice A and the number of choice B; give the letter"):
+    with pytest.raises(ValueError, match="both the text of choice A and the number of choice B; use the letter"):
         answer(["1", "2", "3"], "1")
     assert answer(["1", "2", "3"], "3") == "C"
     assert answer(["0", "1"], "1") == answer(["1", "2", "3"], 1) == "B"
@@ -263,15 +263,23 @@ def test_other_columns_of_a_demonstration_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("row", "error", "message"),
     [
-        ({"question": "q", "answer": "7"}, KeyError, "no column 'completion'.*name others with prompt_column="),
+        ({"question": "q", "answer": "7"}, KeyError, "no column 'completion'.*set prompt_column"),
         ({"a": 1, "b": 2}, KeyError, r"no column 'prompt'.*\['a', 'b'\]"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, KeyError, "is a preference.*dpo.py.*completion_column="),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, KeyError, "is a preference.*dpo.py.*completion_column"),
         ({"prompt": "q", "completion": "a", "label": False}, KeyError, "unpaired preferences"),
-        ({"conversations": [turn("human", "hi"), turn("human", "you?")]}, ValueError, "the last message is the user's"),
-        ({"conversations": [turn("human", "hi"), {"value": "yo"}]}, ValueError, "column 'conversations': it must hold"),
+        (
+            {"conversations": [turn("human", "hi"), turn("human", "you?")]},
+            ValueError,
+            "the last message has the role 'user'",
+        ),
+        ({"conversations": [turn("human", "hi"), {"value": "yo"}]}, ValueError, "column 'conversations': it must have"),
         ({"conversations": [turn("human", "hi"), turn("gpt", None)]}, ValueError, r"a\.jsonl:1"),
-        ({"conversations": "hi"}, ValueError, "column 'conversations': it must hold"),
-        ({"instruction": "q", "output": "a", "history": ["hi"]}, ValueError, "column 'history': it must hold pairs"),
+        ({"conversations": "hi"}, ValueError, "column 'conversations': it must have"),
+        (
+            {"instruction": "q", "output": "a", "history": ["hi"]},
+            ValueError,
+            "column 'history': it must be a list of pairs",
+        ),
     ],
 )
 def test_demonstrations_that_are_refused(tmp_path, row, error, message):
@@ -381,21 +389,21 @@ def test_scores_of_ultrafeedback_stay_columns(tmp_path):
         (
             {"instruction": "q", "completions": [{"response": "a"}]},
             KeyError,
-            "rated completions has to be made into pairs",
+            "convert a list of rated completions to pairs",
         ),
         ({"prompt": "q", "response_1": "a", "response_2": "b"}, KeyError, r"no column 'chosen'.*'response_1'"),
-        ({"chosen": "a", "rejected": "b"}, KeyError, "no column is known as their prompt"),
-        ({"chosen": HH + " a", "rejected": HH + " a"}, ValueError, "are the same"),
+        ({"chosen": "a", "rejected": "b"}, KeyError, "are texts without a prompt"),
+        ({"chosen": HH + " a", "rejected": HH + " a"}, ValueError, "are equal"),
         ({"chosen": HH + " a", "rejected": HH}, ValueError, "column 'rejected' must be text that is not blank"),
         (
             {"chosen": HH + " a", "rejected": "\n\nHuman: x\n\nAssistant: b"},
             ValueError,
-            "differ before their last turn",
+            "differ before the last turn",
         ),
         (
             {"prompt": "other", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
             ValueError,
-            "column 'chosen': it is a whole conversation that does not begin with the prompt",
+            "column 'chosen': the conversation does not begin with the row's prompt",
         ),
     ],
 )
@@ -444,7 +452,7 @@ def test_overlong_texts_are_refused_before_they_are_tokens(tmp_path, monkeypatch
     good = json.loads(json.dumps(row).replace("@", "good"))
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(row).replace("@", "x" * 2000) + "\n")
-    with pytest.raises(ValueError, match=rf"a\.jsonl:2, column '{name}' has 2,0\d\d characters; at most 1,000"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2, column '{name}' has 2,0\d\d characters; the maximum is 1,000"):
         load(str(path))
     skipped: list[str] = []
     assert len(load(str(path), skipped=skipped)) == 1

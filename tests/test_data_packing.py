@@ -153,15 +153,15 @@ def test_the_digest_tells_examples_apart():
 def test_the_share_of_places_that_are_used(packing):
     batches = make_batches(packing=packing, num_epochs=2)
     places = [np.asarray(batches[step].segment_ids) > 0 for step in range(len(batches))]
-    assert batches.used == pytest.approx(np.mean(places))
-    assert make_batches([LENGTH] * NUM_SEQUENCES, packing=packing).used == 1
+    assert batches.packing_efficiency == pytest.approx(np.mean(places))
+    assert make_batches([LENGTH] * NUM_SEQUENCES, packing=packing).packing_efficiency == 1
 
 
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ([], {}, "there are no examples to learn from"),
-        ([3, 9], {}, "the longest example has 9 tokens, and a row 8"),
+        ([], {}, "there are no examples to train on"),
+        ([3, 9], {}, "the longest example has 9 tokens; the length of a row is 8"),
         ([3], {"num_sequences": 0}, "num_sequences is 0; it must be at least 1"),
         ([3], {"length": 0}, "length is 0"),
         ([3], {"num_epochs": 0}, "num_epochs is 0"),

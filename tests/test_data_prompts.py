@@ -103,22 +103,24 @@ def test_no_prompts():
 
 def test_no_chat_template_names_the_option_for_a_plain_one():
     for call in (render_prompts, encode_prompts):
-        with pytest.raises(ValueError, match=r"has no chat template: .* pass a plain one, such as template=.*R1_ZERO"):
+        with pytest.raises(
+            ValueError, match=r"has no chat template: .* pass a plain template, such as template=.*R1_ZERO"
+        ):
             call([], make_tokenizer())
 
 
 def test_template_that_refuses_a_prompt():
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}ok"
-    with pytest.raises(ValueError, match="the chat template refuses prompt 1: no system role"):
+    with pytest.raises(ValueError, match="the chat template rejects prompt 1: no system role"):
         render_prompts(["two", [{"role": "system", "content": "A"}]], make_tokenizer(template))
 
 
 def test_plain_template_errors():
-    with pytest.raises(ValueError, match=r"must hold \{question\} where the prompt goes"):
+    with pytest.raises(ValueError, match=r"must contain \{question\}, the place of the prompt"):
         render_prompts(["two"], None, template="Q {prompt}")
     with pytest.raises(ValueError, match="prompt 1 is a conversation"):
         render_prompts(["two", [{"role": "user", "content": "two"}]], None, template="{question}")
-    with pytest.raises(ValueError, match="no place for system_prompt"):
+    with pytest.raises(ValueError, match="system_prompt cannot be used with a plain template"):
         render_prompts(["two"], None, template="{question}", system_prompt="A")
 
 
@@ -140,12 +142,12 @@ def test_overlong_errors():
     with pytest.raises(ValueError, match=r"2 of 2 prompts are longer than max_prompt_length=1"):
         fit_prompts([[1, 2], [1, 2]], max_prompt_length=1)
     with pytest.raises(
-        ValueError, match=r"overlong_prompts must be one of \('drop', 'truncate', 'error'\), and is 'cut'"
+        ValueError, match=r"overlong_prompts is 'cut'; it must be one of \('drop', 'truncate', 'error'\)"
     ):
         fit_prompts(TOKENS, max_prompt_length=3, overlong_prompts="cut")
-    with pytest.raises(ValueError, match="max_prompt_length must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="max_prompt_length is 0; it must be at least 1"):
         fit_prompts(TOKENS, max_prompt_length=0, overlong_prompts="truncate")
-    with pytest.raises(ValueError, match=r"prompts without a token, of 3, stand at the positions \[1\]"):
+    with pytest.raises(ValueError, match=r"1 of 3 prompts have no tokens, at the positions \[1\]"):
         fit_prompts([[1], [], [2]], max_prompt_length=3)
 
 
@@ -169,13 +171,13 @@ def test_padding_keeps_every_token(token_ids, length):
 
 @pytest.mark.parametrize("token_ids", [[], [[1], []], [[1], [1, 2, 3]]])
 def test_padding_refuses_lengths(token_ids):
-    with pytest.raises(ValueError, match="between 1 and max_prompt_length=2 tokens"):
+    with pytest.raises(ValueError, match="of 1 to max_prompt_length=2 tokens"):
         pad_prompts(token_ids, max_prompt_length=2, pad_id=0, index=range(len(token_ids)))
 
 
 @pytest.mark.parametrize("index", [[1], [1, 1], [1, 2, 3]])
 def test_padding_refuses_an_index_that_does_not_tell_prompts_apart(index):
-    with pytest.raises(ValueError, match="one number a prompt, all different: 2 prompts"):
+    with pytest.raises(ValueError, match="a distinct number for each of 2 prompts"):
         pad_prompts([[1], [2]], max_prompt_length=2, pad_id=0, index=index)
 
 

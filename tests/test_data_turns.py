@@ -48,7 +48,7 @@ def test_a_prompt_that_ends_with_the_assistants_words_is_continued_in_every_fami
     assert text == tokenizer.apply_chat_template(prompt, tokenize=False, continue_final_message=True)
     [example] = encode_demonstrations([Demonstration(prompt, " 2.", "row")], tokenizer, eos_ids=eos_of(tokenizer, name))
     assert example.token_ids[: example.prompt_length] == encode_prompts([prompt], tokenizer)[0]
-    learnt = [token for token, marks in zip(example.token_ids, example.learnt, strict=True) if marks]
+    learnt = [token for token, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
     assert decode_following(tokenizer, [learnt])[0].rstrip(" ") == " 2." + learnt_end(tokenizer, name)
 
 
@@ -80,7 +80,7 @@ def test_an_opened_thought_is_continued_where_templates_write_thoughts_of_their_
 
 def test_a_template_that_leaves_the_last_message_out_cannot_continue_it():
     tokenizer = chatml("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(ValueError, match=r"prompt 1: the chat template does not write the last message .* continued"):
+    with pytest.raises(ValueError, match=r"prompt 1: the chat template changes the last message.* continued"):
         render_prompts(["Hi", started("x")], tokenizer)
 
 
@@ -99,7 +99,7 @@ def test_what_is_learnt_follows_the_prompt_that_the_sampler_is_given(tokenizers,
     demonstration = Demonstration(prompt, completion, "row")
     [example] = encode_demonstrations([demonstration], tokenizer, eos_ids=eos_of(tokenizer, name))
     assert example.token_ids[: example.prompt_length] == encode_prompts([prompt], tokenizer)[0]
-    learnt = [token for token, marks in zip(example.token_ids, example.learnt, strict=True) if marks]
+    learnt = [token for token, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
     [text] = decode_following(tokenizer, [learnt])
     assert text.strip(" ").endswith(completion + learnt_end(tokenizer, name))
     around = turn_borders(tokenizer, prompt, {})
@@ -124,7 +124,7 @@ def test_thoughts_that_the_prompt_opens_are_learnt_as_the_sampler_draws_them(tok
 
     learnt = "I\n</think>\n\nHi" + family("deepseek_r1_qwen").turn_end
     assert encoded("I\n</think>\n\nHi") == encoded("<think>\nI\n</think>\n\nHi") == learnt
-    with pytest.raises(ValueError, match="row 3: the chat template does not write the prompt as it opens a generation"):
+    with pytest.raises(ValueError, match="row 3: the chat template renders the prompt differently"):
         encoded("Hi")  # it would be learnt as a thought without an end
 
 
@@ -152,7 +152,7 @@ def test_a_completion_that_is_a_picture_is_refused(tmp_path):
 
 
 def test_a_turn_that_ends_where_the_model_does_not_stop_is_refused():
-    with pytest.raises(ValueError, match=r"ending tokens \[0\] \(<\|endoftext\|>\).*give --stop-tokens '<\|im_end\|>'"):
+    with pytest.raises(ValueError, match=r"ending tokens \[0\] \(<\|endoftext\|>\).*pass --stop-tokens '<\|im_end\|>'"):
         check_turn_end(chatml(), [ENDOFTEXT], "Hi", {})
     with pytest.raises(ValueError, match=r"row 1: .*--stop-tokens '<\|im_end\|>'"):
         encode_demonstrations([Demonstration("Hi", "Ho", "row 1")], chatml(), eos_ids=[ENDOFTEXT])
@@ -170,12 +170,12 @@ def test_a_turn_that_ends_where_the_model_does_not_stop_is_refused():
 )
 def test_where_the_end_of_a_turn_cannot_be_told_nothing_is_refused(template, caplog):
     check_turn_end(chatml(template), [ENDOFTEXT], "Hi", {})
-    assert ("is not checked" in caplog.text) == (template != CHATML.replace("<|im_end|>", ""))
+    assert ("cannot check that the model stops" in caplog.text) == (template != CHATML.replace("<|im_end|>", ""))
 
 
 def test_a_prompt_that_ends_with_tool_calls_is_refused():
     calls = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    with pytest.raises(ValueError, match="prompt 0: it ends with the assistant's tool calls"):
+    with pytest.raises(ValueError, match="prompt 0: it ends with tool calls of the assistant"):
         check_turn_end(chatml(), [IM_END], [USER, calls], {})
 
 

@@ -151,7 +151,7 @@ def test_a_template_whose_turns_the_model_does_not_end_is_refused(script, base, 
         "evaluate": (partial(evaluate.Config, num_samples=1), evaluate.main),
         "rejection_sampling": (partial(rejection_sampling.Config, num_samples=1), rejection_sampling.main),
     }[script]
-    with pytest.raises(ValueError, match=r"after the assistant's turn.*give --stop-tokens '<\|im_end\|>'"):
+    with pytest.raises(ValueError, match=r"after the assistant's turn.*pass --stop-tokens '<\|im_end\|>'"):
         main(config(**common))
 
 

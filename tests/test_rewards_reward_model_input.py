@@ -145,7 +145,7 @@ def test_a_completion_that_cannot_be_read_is_left_out_alone(model):
     thought, answer = read(["?"] * 2, ["hm</think>2", "2"], asked)
     assert thought
     assert answer == []  # this template opens a thought, which the completion never ends
-    with pytest.raises(ValueError, match="does not write the prompt as it opens a generation"):
+    with pytest.raises(ValueError, match="renders the prompt differently"):
         read(["?"] * 2, ["2", "3"], asked)
     cut_off, answer = read(["?"] * 2, ["hm</think>2", "3"], {**asked, "truncated": [True, False]})
     assert cut_off

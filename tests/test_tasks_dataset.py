@@ -166,7 +166,7 @@ GOOD = b'{"question": "q", "answer": "a"}\n'
         (b"\n", ValueError, r"a\.jsonl:2 is an empty line"),
         (b"{", ValueError, r"a\.jsonl:2 is not JSON"),
         (b'"\xff"', ValueError, r"a\.jsonl:2 is not JSON"),
-        (b"[1]", ValueError, r"a\.jsonl:2 must be a JSON object, and is a list"),
+        (b"[1]", ValueError, r"a\.jsonl:2 must be a JSON object; it is a list"),
         (b"{}", KeyError, r"a\.jsonl:2 has no column 'question'"),
         (b'{"question": "q"}', KeyError, r"a\.jsonl:2 has no column 'answer'; it has \['question'\]"),
         (b'{"question": " ", "answer": "a"}', ValueError, r"a\.jsonl:2, column 'question' must be text"),
@@ -207,7 +207,7 @@ def test_empty_file(tmp_path):
 
 def test_parquet_errors(tmp_path):
     (tmp_path / "a.parquet").write_text("no")
-    with pytest.raises(ValueError, match=r"a\.parquet is not a parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file"):
         load_problems(str(tmp_path / "a.parquet"))
     rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
@@ -229,9 +229,9 @@ def test_splits_and_subsets_of_local_sources(tmp_path):
     assert load_problems(str(tmp_path), split="test") == load_problems(path)
     with pytest.raises(FileNotFoundError, match=r"has no split 'train'; it has \['test'\]"):
         load_problems(str(tmp_path))
-    with pytest.raises(ValueError, match=r"split='test' was asked for, but .* is a single file"):
+    with pytest.raises(ValueError, match=r"split='test' is set, but .* is a single file"):
         load_problems(path, split="test")
-    with pytest.raises(ValueError, match=r"subset='main' was asked for, but .* is a single file"):
+    with pytest.raises(ValueError, match=r"subset='main' is set, but .* is a single file"):
         load_problems(path, subset="main")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[0]]), tmp_path / "train.parquet")
     assert load_problems(str(tmp_path)) == [load_problems(path)[0]]
@@ -270,7 +270,7 @@ def test_hub_default_subset_is_taken(hub, monkeypatch):
 
 def test_hub_subset_must_be_chosen_where_none_is_default(hub, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: ["algebra", "geometry"])
-    with pytest.raises(ValueError, match=r"no default subset; choose one: .*\['algebra', 'geometry'\]"):
+    with pytest.raises(ValueError, match=r"no default subset; set subset to one of \['algebra', 'geometry'\]"):
         load_problems("some/maths")
 
 
@@ -280,7 +280,7 @@ def test_hub_rows_are_named(hub):
 
 
 def test_hub_out_of_reach():
-    with pytest.raises(FileNotFoundError, match=r"'no/where' is neither a file or folder .* nor a data set"):
+    with pytest.raises(FileNotFoundError, match=r"'no/where' is neither a file or folder .* nor an accessible data set"):
         load_problems("no/where")
 
 
@@ -320,7 +320,7 @@ def test_the_short_way_to_worked_answers_gives_what_the_long_one_gives(text):
 def test_half_of_a_surrogate_pair_is_refused_with_its_row(tmp_path):
     bad = {"question": "2+2?", "answer": "4", "hints": [{"text": "a\ud83d"}]}
     path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], bad])
-    with pytest.raises(ValueError, match=r"a\.jsonl:2, column 'hints': its character 1 is half of a surrogate pair"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2, column 'hints': character 1 is a lone surrogate"):
         load_problems(path)
     skipped: list[str] = []
     assert len(load_problems(path, skipped=skipped)) == 1

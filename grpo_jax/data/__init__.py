@@ -1,1 +1,1 @@
-"""Problems: where they come from, how they become prompts, and in which order they are visited."""
+"""Data sets: reading, layouts, chat templates, tokenization, packing, and the order of batches."""

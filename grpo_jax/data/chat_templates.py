@@ -1,4 +1,4 @@
-"""Chat templates rendered in a process of their own, within limits of time and memory."""
+"""Chat templates, rendered in a separate process with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from typing import Any, NamedTuple
 from grpo_jax.data.messages import Messages, plain_data
 from grpo_jax.data.template_worker import LENGTH
 
-CHATS_OF_A_REQUEST = 256
-CHARACTERS_OF_A_REQUEST = 1 << 22
+MAX_CHATS = 256
+MAX_CHARACTERS = 1 << 22
+"""Limits of one request to the worker."""
 CPU_SECONDS = 5.0
-"""Processor time for one conversation."""
+"""Limit of CPU time for one conversation."""
 WALL_SECONDS = 600.0
-"""Time for one request on a machine that does something else; processor time is limited in the worker."""
+"""Limit of wall-clock time for one request, generous for a busy machine; the worker limits CPU time."""
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now", "tokenize")
-"""Variables of a template that are not arguments of the user's."""
+"""Variables of a template that users cannot set."""
 
 
 class Chat(NamedTuple):
-    """A conversation to be rendered.
+    """A conversation to render.
 
     Attributes:
-        messages: as ``messages.checked_messages`` gives them.
+        messages: messages, normalized by ``messages.checked_messages``.
         tools: JSON schemas, or None.
         variables: further arguments of the template, such as ``enable_thinking``.
-        opens_turn: whether the opening of the assistant's turn follows.
+        opens_turn: whether to add the generation prompt (the opening of the assistant's turn).
     """
 
     messages: Messages
@@ -46,22 +47,23 @@ class Chat(NamedTuple):
 
 
 def render_chats(
-    tokenizer: Any, chats: Sequence[Chat], *, today: str | None = None, refusal: Callable[[int, str], str]
+    tokenizer: Any, chats: Sequence[Chat], *, today: str | None = None, error_prefix: Callable[[int, str], str]
 ) -> list[str]:
-    """The text of each conversation by the tokenizer's chat template, as ``apply_chat_template`` writes it.
+    """Render conversations with the tokenizer's chat template, with the result of ``apply_chat_template``.
 
-    Rendering happens in another process, with 5 seconds of processor time for a conversation and 2 GiB of memory. It
-    depends on the arguments alone: ``strftime_now`` gives ``today``, and random filters are seeded.
+    Templates come from checkpoints and are not trusted: they run in another process, limited to 5 seconds of CPU time
+    for a conversation and 2 GiB of memory. The text depends on the arguments alone: ``strftime_now`` returns ``today``,
+    and random filters are seeded.
 
     Args:
         tokenizer: a transformers tokenizer.
         chats: the conversations.
-        today: the date for ``strftime_now``, such as "2026-11-27"; None is the current date.
-        refusal: from the number of a conversation and the template's name to the words before the reason in an error.
+        today: date for ``strftime_now``, such as "2026-11-27"; None is the current date.
+        error_prefix: ``(index, template) -> text``, the beginning of the error message for a conversation.
 
     Raises:
-        ValueError: the tokenizer has no chat template; the template refuses a conversation, fails on it, or exceeds a
-            limit. The error names template and conversation.
+        ValueError: the tokenizer has no chat template, or the template rejects a conversation, fails, or exceeds a
+            limit.
     """
     if not chats:
         return []
@@ -72,12 +74,12 @@ def render_chats(
     sources = [tokenizer.get_chat_template(None, chat.tools) for chat in chats]
     for first, last in _requests(sources, chats):
         variables = [special | _variables(chat) for chat in chats[first:last]]
-        found, error = _renderer().render(sources[first], today, variables)
-        texts += found
+        rendered, error = _renderer().render(sources[first], today, variables)
+        texts += rendered
         if error is not None:
             path = getattr(tokenizer, "name_or_path", "")
-            of = f" of {path}" if path else ""
-            raise ValueError(f"{refusal(len(texts), f'the chat template{of}')}: {error}")
+            template = f"the chat template of {path}" if path else "the chat template"
+            raise ValueError(f"{error_prefix(len(texts), template)}: {error}")
     return texts
 
 
@@ -89,8 +91,8 @@ def check_has_template(tokenizer: Any) -> None:
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template: for a base model pass a plain one, such as "
-            "template=grpo_jax.data.prompts.R1_ZERO or any text that holds {question}"
+            "the tokenizer has no chat template: for a base model pass a plain template, such as "
+            "template=grpo_jax.data.prompts.R1_ZERO or any text with {question}"
         )
 
 
@@ -100,19 +102,19 @@ def uses_date(tokenizer: Any) -> bool:
 
 
 def _variables(chat: Chat) -> dict[str, Any]:
-    of_chat = {"messages": chat.messages, "tools": chat.tools, **chat.variables}
-    # As in apply_chat_template, where documents are always defined.
-    return {"documents": None, **plain_data(of_chat), "add_generation_prompt": chat.opens_turn}
+    variables = {"messages": chat.messages, "tools": chat.tools, **chat.variables}
+    # apply_chat_template always defines documents.
+    return {"documents": None, **plain_data(variables), "add_generation_prompt": chat.opens_turn}
 
 
 def _requests(sources: Sequence[str], chats: Sequence[Chat]) -> Iterator[tuple[int, int]]:
-    """Ranges of conversations with the same template, of a bounded number and size."""
+    """Split the conversations into ranges with one template, limited in number and characters."""
     first = 0
     for _, same in groupby(sources):
         end = first + len(list(same))
         while first < end:
             last, size = first, 0
-            while last < min(end, first + CHATS_OF_A_REQUEST) and (last == first or size < CHARACTERS_OF_A_REQUEST):
+            while last < min(end, first + MAX_CHATS) and (last == first or size < MAX_CHARACTERS):
                 size += sum(len(message["content"]) for message in chats[last].messages)
                 last += 1
             yield first, last
@@ -120,23 +122,27 @@ def _requests(sources: Sequence[str], chats: Sequence[Chat]) -> Iterator[tuple[i
 
 
 class Renderer:
-    """The process that renders, started when it is first needed and again after one that had to be ended."""
+    """The rendering process. It is started on first use, and restarted after a request that it did not survive."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, source: str, today: str, chats: list[dict[str, Any]]) -> tuple[list[str], str | None]:
-        """The texts up to the first conversation with an error, and that error."""
+        """Render conversations with the template ``source``.
+
+        Returns:
+            The texts before the first error, and that error or None.
+        """
         with self._lock:
             answer = self._ask((source, today, CPU_SECONDS, chats))
             if answer is not None:
                 return answer["texts"], answer["error"]
             texts: list[str] = []
-            for chat in chats:  # one of them ended the process: which is found out one by one
+            for chat in chats:  # one at a time, to find the one that ended the process
                 answer = self._ask((source, today, CPU_SECONDS, [chat]))
                 if answer is None:
-                    return texts, "it takes more time or memory than it may"
+                    return texts, "it exceeds the limit of time or memory"
                 texts += answer["texts"]
                 if answer["error"] is not None:
                     return texts, answer["error"]
@@ -154,7 +160,7 @@ class Renderer:
             self._process = None
 
     def _ask(self, request: tuple[str, str, float, list[dict[str, Any]]]) -> dict[str, Any] | None:
-        """The answer to a request; None where the process ended without one."""
+        """The answer to a request; None if the process ended or timed out without one."""
         if self._process is None:
             command = [sys.executable, "-P", "-m", "grpo_jax.data.template_worker"]
             path = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -164,7 +170,7 @@ class Renderer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-                start_new_session=True,  # Ctrl-C is for the run
+                start_new_session=True,  # not interrupted by Ctrl-C
             )
             if self._ask(("", "", 0.0, [])) is None:
                 raise RuntimeError(f"the process that renders chat templates could not be started: {' '.join(command)}")
@@ -200,7 +206,7 @@ _renderers: dict[int, Renderer] = {}
 
 
 def _renderer() -> Renderer:
-    """That of this process: a fork does not share the pipes of its parent."""
+    """The renderer of this process. Forks need their own: they must not share the parent's pipes."""
     if os.getpid() not in _renderers:
         _renderers.clear()
         _renderers[os.getpid()] = Renderer()

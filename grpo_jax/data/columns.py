@@ -1,4 +1,4 @@
-"""Columns of a row, found by their usual names."""
+"""Columns of a row by their usual names, and their values."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ ANSWER_COLUMNS = (
 COMPLETION_COLUMNS = ("completion", "response", "output", "generated_solution", "solution")
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 MAX_CHARACTERS = 1_000_000
-"""The longest prompt or completion, in characters; no model here takes as many tokens."""
+"""Maximum characters of a prompt or completion, far more than the context of any supported model."""
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
 
 
 def listed(columns: Iterable[str], most: int = 30) -> str:
-    """Names of columns as text, the first ``most`` of them."""
+    """The first ``most`` column names as text, and how many more there are."""
     names = [*columns]
     return f"{names[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def find_column(row: Mapping[str, Any], name: str) -> str | None:
-    """How a row spells a column: as it is, in another case, or as a path through objects and lists such as ``a.b.0``.
+    """Find a column by name in any case, or a path through objects and lists such as ``a.b.0``.
+
+    Args:
+        row: the row.
+        name: name or path.
 
     Returns:
-        The name that ``column`` takes; None where the row has no such column.
+        The name as ``column`` takes it; None if the row has no such column.
     """
     if name in row:
         return name
-    same = [each for each in row if isinstance(each, str) and each.lower() == name.lower()]
-    if same:
-        return same[0]
+    matches = [each for each in row if isinstance(each, str) and each.lower() == name.lower()]
+    if matches:
+        return matches[0]
     if "." in name:
         try:
             column(row, name)
@@ -56,7 +60,7 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     """The value of a column, or of a path through objects and lists such as ``reward_model.ground_truth``.
 
     Raises:
-        KeyError: there is no such column or path.
+        KeyError: the row has no such column or path.
     """
     if name in row:
         return row[name]
@@ -74,27 +78,33 @@ def column(row: Mapping[str, Any], name: str) -> Any:
 
 
 def required_column(row: Mapping[str, Any], name: str, where: str, option: str) -> Any:
-    """As ``column``, in any case.
+    """The value of a column by name in any case, or by path.
+
+    Args:
+        row: the row.
+        name: name or path.
+        where: source location, for the error.
+        option: the option that names the column, for the error.
 
     Raises:
-        KeyError: there is no such column; the error lists those of the row, or the fields where the path ends.
+        KeyError: the row has no such column; the message lists its columns, or the fields where the path ends.
     """
     found = find_column(row, name)
     if found is not None:
         return column(row, found)
     parent, _, _ = name.rpartition(".")
-    inside = column(row, parent) if parent and find_column(row, parent) == parent else None
-    fields = f"{parent!r} has the fields {listed(inside)}" if isinstance(inside, Mapping) else f"it has {listed(row)}"
+    nested = column(row, parent) if parent and find_column(row, parent) == parent else None
+    fields = f"{parent!r} has the fields {listed(nested)}" if isinstance(nested, Mapping) else f"it has {listed(row)}"
     raise KeyError(f"{where} has no column {name!r}; {fields}; name one of these with {option}")
 
 
 def without(row: Mapping[str, Any], *names: str | None) -> Row:
-    """The columns of a row but for those named; of a path, the column that it begins with stays."""
+    """The row without these columns. Paths are ignored: the column with the nested field stays."""
     return {name: value for name, value in row.items() if name not in names}
 
 
 def text_length(value: Any) -> int:
-    """The characters of a text, or of the messages of a conversation."""
+    """Number of characters of a text or of all texts in a nested value, such as messages."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
@@ -103,16 +113,16 @@ def text_length(value: Any) -> int:
 
 
 def check_length(value: Any, where: str) -> None:
-    """Check that a text is short enough to be split into tokens.
+    """Check that a text has at most ``MAX_CHARACTERS``, before it is tokenized.
 
     Raises:
-        ValueError: it has more than ``MAX_CHARACTERS``.
+        ValueError: it is longer.
     """
     length = text_length(value)
     if length > MAX_CHARACTERS:
         raise ValueError(
-            f"{where} has {length:,} characters; at most {MAX_CHARACTERS:,} are read, more than any model here takes. "
-            "Shorten it, or leave such rows out with --skip-bad-rows"
+            f"{where} has {length:,} characters; the maximum is {MAX_CHARACTERS:,}. Shorten it, or skip such rows with "
+            "--skip-bad-rows"
         )
 
 
@@ -120,10 +130,10 @@ def check_length(value: Any, where: str) -> None:
 
 
 def prompt_column_of(row: Row, where: str) -> str:
-    """The column with the prompt: the only one of the usual three, or the first of those less usual.
+    """The column of the prompt: the only one of ``PROMPT_COLUMNS``, or else the first of ``OTHER_PROMPT_COLUMNS``.
 
     Raises:
-        KeyError: there is none, or several could be it; the error lists the columns.
+        KeyError: the row has none of them, or several of ``PROMPT_COLUMNS``; the message lists its columns.
     """
     usual = [found for name in PROMPT_COLUMNS if (found := find_column(row, name))]
     if len(usual) == 1:
@@ -133,26 +143,31 @@ def prompt_column_of(row: Row, where: str) -> str:
     if candidates and not usual:
         return candidates[0]
     problem = f"several columns could be the prompt: {candidates}" if candidates else "no column is known as a prompt"
-    raise KeyError(f"{where}: {problem}; name it with prompt_column= one of {listed(row)}")
+    raise KeyError(f"{where}: {problem}; set prompt_column to one of {listed(row)}")
 
 
 def answer_column_of(row: Row, where: str, *, required: bool) -> str | None:
-    """The column with the gold answer, the first of ``ANSWER_COLUMNS`` that a row has; None where it has none.
+    """The column of the gold answer, the first of ``ANSWER_COLUMNS`` in the row; None without one.
+
+    Args:
+        row: the row.
+        where: source location, for the error.
+        required: whether a missing column is an error.
 
     Raises:
-        KeyError: there is none although it is required; the error lists the columns.
+        KeyError: the column is missing and ``required``; the message lists the row's columns.
     """
     found = next((found for name in ANSWER_COLUMNS if (found := find_column(row, name))), None)
     if required and found is None:
         raise KeyError(
-            f"{where}: no column is known as an answer; name it with answer_column= one of {listed(row)} (a path such "
-            "as reward_model.ground_truth names a field), or pass require_answer=False for problems without one"
+            f"{where}: no column is known as an answer; set answer_column to one of {listed(row)} (or to a path such "
+            "as reward_model.ground_truth), or require_answer=False for problems without an answer"
         )
     return found
 
 
 def _parsed(text: str) -> Any:
-    """A value from its JSON, or from Python's way to write it; None from anything else."""
+    """Parse a JSON or Python literal; None if ``text`` is neither."""
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)

@@ -1,4 +1,4 @@
-"""Demonstrations: conversations and completions to token ids, with a mark on each token that is learnt from."""
+"""Demonstrations for SFT: loading, and tokenization with a loss mask."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from grpo_jax.data.messages import Messages, checked_messages, is_message
 from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
 from grpo_jax.data.prompts import Rendering, encode_prompts
 from grpo_jax.data.tokens import encode_following, encode_texts
-from grpo_jax.data.turns import Demonstration, Piece, TrainOn, no_end, turns, whole_texts
+from grpo_jax.data.turns import Demonstration, Piece, TrainOn, missing_end, render_demonstrations, split_turns
 
 
 class Example(NamedTuple):
-    """A demonstration as tokens.
+    """A tokenized demonstration.
 
     Attributes:
-        token_ids: all of them.
-        learnt: for each, whether it is learnt from; the first never is, as nothing predicts it.
-        prompt_length: how many stand before the last turn.
+        token_ids: the whole demonstration.
+        loss_mask: whether the loss includes each token; False for the first, which no token predicts.
+        prompt_length: number of tokens before the last turn.
     """
 
     token_ids: list[int]
-    learnt: list[bool]
+    loss_mask: list[bool]
     prompt_length: int
 
 
@@ -39,24 +39,23 @@ def load_demonstrations(
     completion_column: str | None = None,
     skipped: list[str] | None = None,
 ) -> list[Demonstration]:
-    """The demonstrations of a file, folder or data set, in any layout of ``docs/data.md``.
+    """Load demonstrations from a file, a folder or the hub, in any layout of ``docs/data.md``.
 
     A row has ``messages`` (a conversation that ends with the assistant's turn), or ``prompt`` and ``completion`` (texts
-    or messages), or ``text`` alone; ``layouts.as_demonstration`` brings other layouts into one of these forms. Other
-    columns hold the prompt and the completion where they are named.
+    or messages), or only ``text``. ``layouts.as_demonstration`` converts other layouts.
 
     Args:
-        source: as of ``sources.load_problems``.
-        split: likewise.
-        subset: likewise.
-        prompt_column: instead of ``prompt``.
-        completion_column: instead of ``completion``; with it alone, the completion is a text without a prompt.
-        skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
+        source: path of a file or folder, or id of a data set on the hub.
+        split: split of a folder or data set, by default "train".
+        subset: configuration of a folder or data set.
+        prompt_column: column of the prompt, by default found by its usual names.
+        completion_column: column of the completion, likewise. Given alone, the completion is a text without a prompt.
+        skipped: if given, unreadable rows are skipped and the reasons appended to it.
 
     Raises:
-        KeyError: a row has none of these forms; the error lists its columns.
-        ValueError: a row is empty, malformed or overlong, or its conversation does not end with the assistant's turn.
-        FileNotFoundError: no such file, folder, split or data set.
+        KeyError: a row has an unknown layout; the message lists its columns.
+        ValueError: a row is empty, malformed or too long, or its conversation does not end with the assistant's turn.
+        FileNotFoundError: the file, folder, split or data set does not exist.
     """
 
     def parse(row: Row, where: str) -> Demonstration:
@@ -76,56 +75,59 @@ def encode_demonstrations(
     train_on: TrainOn = "completion",
     **rendering: Unpack[Rendering],
 ) -> list[Example]:
-    """The tokens of each demonstration.
+    """Tokenize demonstrations, with a loss mask.
 
-    A prompt is encoded as the sampler would be given it, and what follows is encoded by itself and comes after: so what
-    is learnt is what will be drawn. With a plain template the model's ending token comes last. With a chat template a
-    turn is what the template writes after the opening that it writes for a generation, and it is learnt from up to its
-    ending token. A prompt that ends with the assistant's message is continued by the completion.
+    Prompt and completion are encoded separately and concatenated, so that the training tokens are those of a rollout:
+    the prompt as the sampler gets it, then the completion. After a plain template, the first of ``eos_ids`` is
+    appended. With a chat template, a turn is the text after the generation prompt, and the loss includes it up to its
+    ending token. A completion after a prompt that ends with an assistant message continues that message.
 
     Args:
-        demonstrations: what is to be imitated.
-        tokenizer: a transformers tokenizer; its chat template is used if ``template`` is None, but for a text alone.
-        eos_ids: the tokens that end a turn; the first of them ends a completion after a plain template.
-        train_on: "completion" for the last turn, "assistant" for every turn of the assistant, "all" for every token.
-        rendering: as in ``prompts.Rendering``. Columns ``tools`` and ``chat_template_kwargs`` go to a chat template.
+        demonstrations: demonstrations to tokenize.
+        tokenizer: a transformers tokenizer. Its chat template is used if ``template`` is None, except for
+            demonstrations without a prompt.
+        eos_ids: ids of the tokens that end a turn.
+        train_on: tokens that the loss includes: "completion" (the last turn), "assistant" (all assistant turns) or
+            "all".
+        rendering: fields of ``prompts.Rendering``. A chat template also gets the columns ``tools`` and
+            ``chat_template_kwargs``.
 
     Raises:
-        ValueError: the chat template writes an earlier turn otherwise once others follow, so that no span of the text
-            is that turn ("assistant"), or writes a prompt otherwise than for a generation; a conversation is to go into
-            a plain template; the chat template writes no ending token; the tokenizer has no token for something. The
-            error says which demonstration.
+        ValueError: the chat template renders a turn differently within the conversation than on its own (so that its
+            tokens cannot be marked) or writes no ending token; a plain template is used with a conversation; the
+            tokenizer cannot encode a text. The message names the demonstration.
     """
     examples = []
     plain = rendering.get("template") is not None
     pieces = [[Piece(each.completion, True)] for each in demonstrations]
     chats = [] if plain else [n for n, each in enumerate(demonstrations) if each.prompt]
-    for n, found in zip(chats, turns([demonstrations[n] for n in chats], tokenizer, train_on, rendering), strict=True):
-        pieces[n] = found
-    befores = _encoded_before(demonstrations, tokenizer, rendering, plain=plain)
-    encoded = iter(_encoded_pieces(demonstrations, pieces, befores, tokenizer))
-    for demonstration, parts, before in zip(demonstrations, pieces, befores, strict=True):
-        ids, learnt, start = list(before), [train_on == "all"] * len(before), len(before)
+    chat_pieces = split_turns([demonstrations[n] for n in chats], tokenizer, train_on, rendering)
+    for n, parts in zip(chats, chat_pieces, strict=True):
+        pieces[n] = parts
+    prefixes = _encode_prefixes(demonstrations, tokenizer, rendering, plain=plain)
+    encoded = iter(_encode_pieces(demonstrations, pieces, prefixes, tokenizer))
+    for demonstration, parts, prefix in zip(demonstrations, pieces, prefixes, strict=True):
+        ids, loss_mask, start = list(prefix), [train_on == "all"] * len(prefix), len(prefix)
         for part in parts:
             piece = next(encoded)
             ended = next((n + 1 for n, token in enumerate(piece) if token in eos_ids), None)
             if part.is_turn and ended is None:
                 if not plain and demonstration.prompt:
-                    raise ValueError(f"{demonstration.where}: {no_end(tokenizer, piece, eos_ids)}")
+                    raise ValueError(f"{demonstration.where}: {missing_end(tokenizer, piece, eos_ids)}")
                 piece = [*piece, eos_ids[0]]
             start = len(ids) if part.is_turn else start
             ids += piece
-            learnt += [train_on == "all" or (part.is_turn and n < (ended or len(piece))) for n in range(len(piece))]
-        learnt[0] = False
-        if not any(learnt):
-            raise ValueError(f"{demonstration.where} has nothing to learn from: nothing predicts its only token")
-        examples.append(Example(ids, learnt, start))
+            loss_mask += [train_on == "all" or (part.is_turn and n < (ended or len(piece))) for n in range(len(piece))]
+        loss_mask[0] = False
+        if not any(loss_mask):
+            raise ValueError(f"{demonstration.where} has only one token, which cannot be predicted; drop the row")
+        examples.append(Example(ids, loss_mask, start))
     return examples
 
 
-def until_end(example: Example) -> list[int]:
-    """The tokens of the last turn through its ending one; a chat template may write others after it."""
-    last = max(n for n, learnt in enumerate(example.learnt) if learnt)
+def completion_ids(example: Example) -> list[int]:
+    """The tokens of the last turn, through its ending token; a chat template may write more after it."""
+    last = max(n for n, is_trained in enumerate(example.loss_mask) if is_trained)
     return example.token_ids[example.prompt_length : last + 1]
 
 
@@ -139,29 +141,30 @@ def encode_replies(
     rows: Sequence[Row],
     **rendering: Unpack[Rendering],
 ) -> list[list[int]]:
-    """The tokens of prompts with completions, as ``encode_demonstrations`` gives them through the ending token.
+    """Tokenize prompts with completions, as ``encode_demonstrations`` does, through the ending token.
 
     Args:
-        prompts: questions or messages.
-        completions: the assistant's replies.
+        prompts: texts or messages.
+        completions: replies of the assistant.
         tokenizer: a transformers tokenizer.
-        eos_ids: as in ``encode_demonstrations``.
-        ended: whether each completion ended by itself; one that was cut off gets no ending token.
-        rows: columns of each prompt's row.
-        rendering: as in ``prompts.Rendering``.
+        eos_ids: ids of the tokens that end a turn.
+        ended: False for truncated completions, which get no ending token.
+        rows: the columns of each prompt's row.
+        rendering: fields of ``prompts.Rendering``.
 
     Raises:
         ValueError: as ``encode_demonstrations``.
     """
     token_ids: list[list[int]] = [[] for _ in prompts]
-    whole = [n for n, is_whole in enumerate(ended) if is_whole]
-    demonstrations = [Demonstration(prompts[n], completions[n], f"completion {n}", rows[n]) for n in whole]
+    complete = [n for n, has_ended in enumerate(ended) if has_ended]
+    demonstrations = [Demonstration(prompts[n], completions[n], f"completion {n}", rows[n]) for n in complete]
     examples = encode_demonstrations(demonstrations, tokenizer, eos_ids=eos_ids, **rendering)
-    for n, example in zip(whole, examples, strict=True):
-        token_ids[n] = example.token_ids[: example.prompt_length] + until_end(example)
-    cut = [n for n, is_whole in enumerate(ended) if not is_whole]
-    before = encode_prompts([prompts[n] for n in cut], tokenizer, rows=[rows[n] for n in cut], **rendering)
-    for n, ids, after in zip(cut, before, encode_following([completions[n] for n in cut], tokenizer), strict=True):
+    for n, example in zip(complete, examples, strict=True):
+        token_ids[n] = example.token_ids[: example.prompt_length] + completion_ids(example)
+    cut = [n for n, has_ended in enumerate(ended) if not has_ended]
+    prompt_ids = encode_prompts([prompts[n] for n in cut], tokenizer, rows=[rows[n] for n in cut], **rendering)
+    following = encode_following([completions[n] for n in cut], tokenizer)
+    for n, ids, after in zip(cut, prompt_ids, following, strict=True):
         token_ids[n] = ids + after
     return token_ids
 
@@ -174,33 +177,33 @@ def encode_whole_chats(
     rows: Sequence[Row],
     **rendering: Unpack[Rendering],
 ) -> list[list[int]]:
-    """The tokens of everything that the chat template writes of prompts with completions.
+    """Tokenize prompts with completions as whole chats, including what the chat template writes after the completion.
 
     Args:
-        prompts: questions or messages.
-        completions: the assistant's replies.
+        prompts: texts or messages.
+        completions: replies of the assistant.
         tokenizer: a transformers tokenizer.
-        rows: columns of each prompt's row.
-        rendering: as in ``prompts.Rendering``.
+        rows: the columns of each prompt's row.
+        rendering: fields of ``prompts.Rendering``.
 
     Raises:
-        ValueError: the chat template refuses a conversation, or the tokenizer has no token for something.
+        ValueError: the chat template rejects a conversation, or the tokenizer cannot encode a text.
     """
     demonstrations = [
         Demonstration(prompt, completion, f"completion {n}", row)
         for n, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True))
     ]
-    return encode_texts(whole_texts(demonstrations, tokenizer, rendering), tokenizer)
+    return encode_texts(render_demonstrations(demonstrations, tokenizer, rendering), tokenizer)
 
 
-def _encoded_pieces(
-    demonstrations: Sequence[Demonstration], pieces: list[list[Piece]], befores: list[list[int]], tokenizer: Any
+def _encode_pieces(
+    demonstrations: Sequence[Demonstration], pieces: list[list[Piece]], prefixes: list[list[int]], tokenizer: Any
 ) -> list[list[int]]:
-    """The tokens of all pieces: those that begin a sequence as the tokenizer begins one, others as what follows."""
+    """The tokens of all pieces, encoded as the beginning of a sequence or as text that follows other text."""
     texts = [piece.text for parts in pieces for piece in parts]
     begins = [
-        m == 0 and not (before and demonstration.prompt)
-        for demonstration, before, parts in zip(demonstrations, befores, pieces, strict=True)
+        m == 0 and not (prefix and demonstration.prompt)
+        for demonstration, prefix, parts in zip(demonstrations, prefixes, pieces, strict=True)
         for m in range(len(parts))
     ]
     try:
@@ -217,23 +220,23 @@ def _encoded_pieces(
     return [next(first if is_first else following) for is_first in begins]
 
 
-def _encoded_before(
+def _encode_prefixes(
     demonstrations: Sequence[Demonstration], tokenizer: Any, rendering: Rendering, *, plain: bool
 ) -> list[list[int]]:
-    """What stands before each completion: a prompt in a plain template; the beginning token, of a text alone."""
+    """The tokens before the pieces: the prompt of a plain template; the beginning token of a text without a prompt."""
     encoded: list[list[int]] = [[] for _ in demonstrations]
-    asked = [n for n, each in enumerate(demonstrations) if each.prompt and plain]
-    prompts = [demonstrations[n].prompt for n in asked]
+    with_prompt = [n for n, each in enumerate(demonstrations) if each.prompt and plain]
+    prompts = [demonstrations[n].prompt for n in with_prompt]
     try:
-        found = encode_prompts(prompts, tokenizer, **rendering) if asked else []
+        prompt_ids = encode_prompts(prompts, tokenizer, **rendering) if with_prompt else []
     except ValueError:
-        for n in asked:
+        for n in with_prompt:
             try:
                 encode_prompts([demonstrations[n].prompt], tokenizer, **rendering)
             except ValueError as error:
                 raise ValueError(f"{demonstrations[n].where}: {error}") from error
         raise
-    for n, ids in zip(asked, found, strict=True):
+    for n, ids in zip(with_prompt, prompt_ids, strict=True):
         encoded[n] = ids
     for n, demonstration in enumerate(demonstrations):
         if not demonstration.prompt:
@@ -258,8 +261,8 @@ def _demonstration(row: Row, where: str, prompt_column: str | None, completion_c
     completion = as_messages(completion) or completion
     prompt: str | Messages = ""
     if prompt_column is not None:
-        given = required_column(row, prompt_column, where, "prompt_column=")
-        prompt = checked_prompt(as_messages(given) or given, f"{where}, column {prompt_column!r}")
+        value = required_column(row, prompt_column, where, "prompt_column=")
+        prompt = checked_prompt(as_messages(value) or value, f"{where}, column {prompt_column!r}")
     for name, value in ((prompt_column, prompt), (completion_column, completion)):
         check_length(value, f"{where}, column {name!r}")
     others = without(row, prompt_column, completion_column)
@@ -271,14 +274,14 @@ def _demonstration(row: Row, where: str, prompt_column: str | None, completion_c
 
 def _conversation(messages: Messages, where: str, columns: Row) -> Demonstration:
     if len(messages) < 2:
-        raise ValueError(f"{where}: a conversation must hold at least two messages with role and content")
+        raise ValueError(f"{where}: a conversation must have at least two messages with role and content")
     *before, last = checked_messages(messages, where)
     if last["role"] != "assistant":
-        raise ValueError(f"{where}: the last message is the {last['role']}'s; it must be the assistant's")
+        raise ValueError(f"{where}: the last message has the role {last['role']!r}; it must be the assistant's")
     if last.get("weight", 1) == 0:
         raise ValueError(
-            f"{where}: the last message has weight 0, so that it is not to be trained on; let the conversation end "
-            "with one that is, or leave out the row"
+            f"{where}: the last message has weight 0, which excludes it from training; end the conversation with a "
+            "message to train on, or drop the row"
         )
     reply = {name: value for name, value in last.items() if name not in ("role", "content", "weight")}
     completion = last["content"] if reply.get("tool_calls") else checked_text(last["content"], f"{where}, last message")

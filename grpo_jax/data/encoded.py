@@ -1,4 +1,4 @@
-"""Between problems and arrays: prompts encoded once and padded as needed, completions decoded as they were sampled."""
+"""Problems to padded prompt arrays, and sampled completions to text."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from grpo_jax.types import Prompts, Rollout
 
 
 class EncodedProblems:
-    """Problems whose prompts are rendered and encoded, those that do not fit left out or cut by choice.
+    """Problems with tokenized prompts.
 
     Attributes:
-        problems: those that are left.
-        texts: what each one's prompt became.
-        dropped: how many were left out as too long.
+        problems: the problems, without dropped ones.
+        texts: the rendered prompt of each.
+        dropped: number of problems dropped as too long.
 
     Args:
-        problems: what is asked.
+        problems: problems to tokenize.
         tokenizer: a transformers tokenizer.
         max_prompt_length: in tokens.
-        pad_id: what stands in the padding.
-        overlong_prompts: see ``prompts.fit_prompts``.
-        first_index: what the noise of prompts is counted from; where those of several sets are drawn for together, no
-            two have the same.
-        rendering: as in ``prompts.Rendering``; columns ``tools`` and ``chat_template_kwargs`` go to a chat template.
+        pad_id: token id of padding.
+        overlong_prompts: "drop", "truncate" or "error", as in ``prompts.fit_prompts``.
+        first_index: index of the first prompt for sampling noise, so that several sets sampled together can have
+            disjoint indices.
+        rendering: fields of ``prompts.Rendering``. A chat template also gets the columns ``tools`` and
+            ``chat_template_kwargs``.
 
     Raises:
-        ValueError: as ``render_prompts`` and ``fit_prompts``; and for a prompt without tokens (the error names it).
+        ValueError: as ``render_prompts`` and ``fit_prompts``; a prompt has no tokens.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class EncodedProblems:
         return len(self.problems)
 
     def padded(self, positions: Sequence[int] | np.ndarray | range) -> Prompts:
-        """The prompts at these positions of ``problems``, left-padded; each one's noise is drawn from its position."""
+        """The prompts at ``positions`` of ``problems``, left-padded. A prompt's position decides its sampling noise."""
         return pad_prompts(
             [self._token_ids[i] for i in positions],
             max_prompt_length=self._max_prompt_length,
@@ -78,12 +79,14 @@ class EncodedProblems:
 
 
 def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int]) -> list[str]:
-    """The text of each completion as it follows its prompt: all its tokens but the ending one, special ones included.
+    """The text of each completion, as the continuation of its prompt.
+
+    Includes special tokens, except an ending token at the end.
 
     Args:
         tokenizer: a transformers tokenizer.
-        rollout: what was sampled.
-        eos_ids: the ending tokens.
+        rollout: sampled completions.
+        eos_ids: ids of the ending tokens.
     """
     lengths = np.asarray(rollout.completion_mask).sum(1)
     rows = [ids[:length].tolist() for ids, length in zip(np.asarray(rollout.completion_ids), lengths, strict=True)]
@@ -91,31 +94,31 @@ def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int])
 
 
 def decode_one(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
-    """The same for the ids of a single completion."""
+    """As ``decode_completions``, for the token ids of one completion."""
     return decode_following(tokenizer, [_without_end(ids, eos_ids)])[0]
 
 
 def last_tokens(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """The token in which each of some places of a completion's text comes to its end.
+    """Map character offsets in a completion's text to token positions.
 
     Args:
         tokenizer: a transformers tokenizer.
-        ids: the completion's tokens.
-        ends: how many characters of the text stand before and at each place, from 1 up.
+        ids: token ids of the completion.
+        ends: lengths of prefixes of the text in characters, at least 1.
 
     Returns:
-        A position in ``ids`` for each: that of the token with the last byte of the last character. The last position
-        where the text is shorter than that.
+        For each prefix, the position in ``ids`` of the token with its last byte; the last position if the text is
+        shorter than the prefix.
     """
 
     @cache
     def text(count: int) -> str:
         return decode_following(tokenizer, [ids[:count]])[0]
 
-    # Compared by what it says, not by its length: a character of which only some bytes are there is decoded as another.
+    # Texts are compared, not lengths: incomplete bytes of a character are decoded as another character.
     whole, counts = text(len(ids)) if ends else "", range(1, len(ids) + 1)
-    found = [bisect_left(counts, True, key=lambda count, end=end: text(count)[:end] == whole[:end]) for end in ends]
-    return [min(place, len(ids) - 1) for place in found]
+    tokens = [bisect_left(counts, True, key=lambda count, end=end: text(count)[:end] == whole[:end]) for end in ends]
+    return [min(token, len(ids) - 1) for token in tokens]
 
 
 def _without_end(ids: Sequence[int], eos_ids: Sequence[int]) -> Sequence[int]:

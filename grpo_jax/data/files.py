@@ -1,4 +1,4 @@
-"""Rows from local files, folders and the Hugging Face hub."""
+"""Read the rows of local files, folders and data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SPLIT_WORDS = {
 def read_rows(
     source: str, split: str | None = None, subset: str | None = None, *, skipped: list[str] | None = None
 ) -> Rows:
-    """The rows of a source, each after its place in words, such as ``data.jsonl:3``.
+    """Read the rows of a data source, as pairs ``(where, row)`` with a location such as ``data.jsonl:3``.
 
     Args:
         source: a file in one of ``FORMATS``, compressed or not; a folder of them, in the layout of the hub or with one
-            file or folder for each split; a data set that was written by ``save_to_disk``; or the id of a data set on
-            the hub. A source that exists locally comes first.
-        split: the split of a folder or of a data set on the hub, by default "train".
-        subset: the configuration of a folder or of a data set on the hub.
-        skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
+            file or folder for each split; a data set written by ``save_to_disk``; or the id of a data set on the hub.
+            Local paths take precedence.
+        split: split of a folder or data set, by default "train".
+        subset: configuration of a folder or data set.
+        skipped: if given, unreadable rows are skipped and the reasons appended to it.
 
     Raises:
         FileNotFoundError: the file, folder, split or data set does not exist.
-        ValueError: the format is unknown, a file or row is damaged, or a split or subset is named for a single file.
+        ValueError: the format is unknown, a file or row is damaged, or a split or subset is given for a single file.
     """
 
     def refuse(message: str) -> None:
@@ -49,24 +49,28 @@ def read_rows(
     for name, value in (("subset", subset), ("split", split)):
         if value is not None:
             raise ValueError(
-                f"{name}={value!r} was asked for, but {source} is a single file: name the file of that {name} alone, "
-                "or a folder with its splits"
+                f"{name}={value!r} is set, but {source} is a single file: name the file of that {name}, or a folder "
+                "with its splits"
             )
     return _file_rows(path, refuse)
 
 
 def is_file(source: str) -> bool:
-    """Whether a source is a single file, by what exists or else by its name."""
+    """Whether ``source`` is an existing file, or else has the name of one and is not a folder."""
     return Path(source).is_file() or (not Path(source).is_dir() and _format(Path(source)) is not None)
 
 
 def split_names(source: str, subset: str | None = None) -> list[str]:
     """The splits of a folder or of a data set on the hub; none for a single file.
 
-    A data set on the hub that cannot be asked for them is taken to have "train" and "test".
+    If the hub does not list the splits, "train" and "test" are assumed.
+
+    Args:
+        source: path of a file or folder, or id of a data set on the hub.
+        subset: configuration of the folder or data set.
 
     Raises:
-        FileNotFoundError: the folder holds no data.
+        FileNotFoundError: the folder contains no data.
         ValueError: as ``read_rows``.
     """
     path = Path(source)
@@ -78,7 +82,7 @@ def split_names(source: str, subset: str | None = None) -> list[str]:
         try:
             return [str(name) for name in datasets.get_dataset_split_names(source, _hub_subset(source, subset))]
         except (FileNotFoundError, ConnectionError, ValueError):
-            return ["train", "test"]  # what is not there is found when it is read
+            return ["train", "test"]  # reading a missing split is an error
     if (path / "dataset_dict.json").is_file():
         return json.loads((path / "dataset_dict.json").read_text())["splits"]
     return [] if (path / "state.json").is_file() else [*_split_files(path, subset)]
@@ -97,26 +101,25 @@ def _folder_rows(folder: Path, split: str, subset: str | None, refuse: Refuse) -
 
 
 def _saved_rows(folder: Path, split: str, subset: str | None) -> Rows:
-    """Rows of a data set that ``save_to_disk`` wrote."""
+    """The rows of a data set written by ``save_to_disk``."""
     import datasets
 
     if subset is not None:
-        raise ValueError(f"subset={subset!r} was asked for, but {folder} was written by save_to_disk and has none")
+        raise ValueError(f"subset={subset!r} is set, but {folder} was written by save_to_disk, without subsets")
     dataset = datasets.load_from_disk(folder)
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise FileNotFoundError(f"{folder} has no split {split!r}; it has {_cut([*map(str, dataset)])}")
         dataset = dataset[split]
     elif split != "train":
-        raise FileNotFoundError(f"{folder} was written by save_to_disk with one split; leave split out")
+        raise FileNotFoundError(f"{folder} was written by save_to_disk with a single split; do not set split")
     return _dataset_rows(dataset, f"{folder} ({split})" if split != "train" else str(folder))
 
 
 def _split_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
     """The files of each split of a folder.
 
-    Files named after a split in the folder itself come first; otherwise the folder is read as ``datasets`` would: by
-    the configurations in its README.md, or by the names of files and folders.
+    Found by the configurations in its README.md, as ``datasets`` does, or else by the names of files and folders.
     """
     snapshot = folder / "snapshots"
     if snapshot.is_dir() and (folder / "refs" / "main").is_file():  # the cache of the hub
@@ -125,13 +128,13 @@ def _split_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
     if subset is not None and subset not in configurations:
         if not (folder / subset).is_dir():
             here = sorted(configurations or (each.name for each in folder.iterdir() if each.is_dir()))
-            raise ValueError(f"subset={subset!r} was asked for, but {folder} has {_cut(here) if here else 'none'}")
+            raise ValueError(f"subset={subset!r} is set, but {folder} has {_cut(here) if here else 'no subsets'}")
         return _split_files(folder / subset, None)
     if configurations:
         names = [*configurations]
         chosen = subset or (names[0] if len(names) == 1 else next((n for n in ("default", "main") if n in names), None))
         if chosen is None:
-            raise ValueError(f"{folder} has several subsets; choose one: subset= one of {_cut(names)}")
+            raise ValueError(f"{folder} has several subsets; set subset to one of {_cut(names)}")
         return configurations[chosen]
     files = sorted(
         path
@@ -141,33 +144,33 @@ def _split_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
     files = [path for path in files if path.name not in ("dataset_infos.json", "dataset_info.json", "state.json")]
     if not files:
         present = sorted(path.name for path in folder.iterdir())
-        raise FileNotFoundError(f"{folder} holds no data file ({', '.join(FORMATS)}), but {_cut(present)}")
+        raise FileNotFoundError(f"{folder} has no data file ({', '.join(FORMATS)}), only {_cut(present)}")
     return _by_split(folder, files)
 
 
 def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    splits: dict[str, list[Path]] = {}
     for path in files:
         parts = path.relative_to(folder).parts
         split = next((name for name in (_split_of(part) for part in reversed(parts)) if name), None)
         if split is not None:
-            found.setdefault(split, []).append(path)
-    found = found or {"train": files}
-    for split, paths in found.items():
-        own = [path for path in paths if path.parent == folder and _bare(path).stem == split]
-        paths = own or paths
-        # A shard's name twice, or a split in two formats, are two versions of the same rows or two subsets.
+            splits.setdefault(split, []).append(path)
+    splits = splits or {"train": files}
+    for split, paths in splits.items():
+        # A file named after the split in the folder itself takes precedence.
+        paths = [path for path in paths if path.parent == folder and _bare(path).stem == split] or paths
+        # Files of equal names, or in two formats, are two versions of the same rows or two subsets.
         clashing = [path for path in paths if sum(path.name == other.name for other in paths) > 1]
         if len({_bare(path).suffix for path in paths}) > 1:
             clashing = paths
         if clashing:
             names = _cut([str(path.relative_to(folder)) for path in clashing])
             raise ValueError(
-                f"{folder}: the split {split} could be several: {names}; name one of these files, or a subset= that is "
-                "the folder of one"
+                f"{folder}: several files could be the split {split}: {names}; name one of them, or set subset to the "
+                "folder of one"
             )
-        found[split] = paths
-    return found
+        splits[split] = paths
+    return splits
 
 
 def _split_of(name: str) -> str | None:
@@ -176,7 +179,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _configurations(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """The files of each split of each configuration that a data set's README.md lists."""
+    """The files of each split of each configuration in a data set's README.md."""
     card = folder / "README.md"
     match = re.match(r"---\s*\n(.*?\n)---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
     if match is None:
@@ -184,13 +187,13 @@ def _configurations(folder: Path) -> dict[str, dict[str, list[Path]]]:
     import yaml
 
     try:
-        listed = (yaml.safe_load(match[1]) or {}).get("configs") or []
+        configurations = (yaml.safe_load(match[1]) or {}).get("configs") or []
         return {
             each.get("config_name", "default"): {
                 split: [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
                 for split, patterns in _patterns(each["data_files"])
             }
-            for each in listed
+            for each in configurations
             if "data_files" in each
         }
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
@@ -198,7 +201,7 @@ def _configurations(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
 
 def _patterns(data_files: Any) -> Iterator[tuple[str, list[str]]]:
-    """Splits and their patterns, as a card gives them: a pattern, a list, or a list with a split and path each."""
+    """Splits with their file patterns, from a pattern, a list of them, or a list of objects with split and path."""
     if isinstance(data_files, str) or all(isinstance(each, str) for each in data_files):
         data_files = [{"split": "train", "path": data_files}]
     for each in data_files:

@@ -1,4 +1,4 @@
-"""Rows of a file in one of the formats that data sets come in."""
+"""Read the rows of one file: JSON, JSON lines, CSV, parquet or arrow, compressed or not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Refuse = Callable[[str], None]
 MAX_LINE_BYTES = 256 * 2**20
 """The longest line of a JSON-lines file, in bytes."""
 WRAPPERS = ("data", "rows", "examples", "instances", "train")
-"""Names of the array of rows in a JSON file that is one object."""
+"""Names of the array of rows in a JSON file that contains one object."""
 
 
 # Single files ---------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def _jsonl_rows(path: Path, refuse: Refuse) -> Rows:
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE_BYTES)
-                refuse(f"{where} is longer than {MAX_LINE_BYTES:,} bytes, the longest line that is read")
+                refuse(f"{where} is longer than {MAX_LINE_BYTES:,} bytes, the maximum of a line")
                 continue
             try:
                 row = json.loads(line)
@@ -43,12 +43,12 @@ def _jsonl_rows(path: Path, refuse: Refuse) -> Rows:
             if isinstance(row, dict):
                 yield where, row
             else:
-                hint = "; name a file that is one array .json" if isinstance(row, list) and number == 1 else ""
-                refuse(f"{where} must be a JSON object, and is a {type(row).__name__}{hint}")
+                hint = "; rename a file with one array to .json" if isinstance(row, list) and number == 1 else ""
+                refuse(f"{where} must be a JSON object; it is a {type(row).__name__}{hint}")
 
 
 def _json_rows(path: Path, refuse: Refuse) -> Rows:
-    """Rows of a file that is an array of objects, an object around one such array, or JSON lines."""
+    """The rows of a file with an array of objects, an object with one such array, or JSON lines."""
     with _opened(path) as file:
         first = file.readline(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf")
         while first and not first.strip():
@@ -63,31 +63,32 @@ def _json_rows(path: Path, refuse: Refuse) -> Rows:
         return
     with _opened(path) as file:
         try:
-            whole = json.load(file)
+            content = json.load(file)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is neither a JSON array nor JSON lines: {error!s:.200}") from error
-    rows = whole if isinstance(whole, list) else _only_array(whole)
+    rows = content if isinstance(content, list) else _only_array(content)
     if rows is None:
-        has = f"an object with {_cut([*whole])}" if isinstance(whole, dict) else f"a {type(whole).__name__}"
+        kind = f"an object with {_cut([*content])}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(
-            f"{path} must hold an array of objects, an object with one such array, or an object on each line; it is "
-            f"{has}"
+            f"{path} must contain an array of objects, an object with one such array, or an object on each line; it is "
+            f"{kind}"
         )
     for number, each in enumerate(rows, 1):
         if isinstance(each, dict):
             yield f"{path} row {number}", each
         else:
-            refuse(f"{path} row {number} must be a JSON object, and is a {type(each).__name__}")
+            refuse(f"{path} row {number} must be a JSON object; it is a {type(each).__name__}")
 
 
-def _only_array(whole: Any) -> list[Any] | None:
-    """The rows of an object that is a wrapper around them, such as ``{"version": 1, "data": [...]}``."""
-    arrays = [whole[name] for name in WRAPPERS if isinstance(whole.get(name), list)] if isinstance(whole, dict) else []
+def _only_array(content: Any) -> list[Any] | None:
+    """The array of rows in an object such as ``{"version": 1, "data": [...]}``; None unless there is exactly one."""
+    is_object = isinstance(content, dict)
+    arrays = [content[name] for name in WRAPPERS if isinstance(content.get(name), list)] if is_object else []
     return arrays[0] if len(arrays) == 1 else None
 
 
 def _table_rows(path: Path, refuse: Refuse) -> Rows:
-    """Rows of a CSV or TSV file with a header; every value is text."""
+    """The rows of a CSV or TSV file with a header; all values are text."""
     csv.field_size_limit(2**31 - 1)
     start = 1
     with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
@@ -95,9 +96,9 @@ def _table_rows(path: Path, refuse: Refuse) -> Rows:
             first = text.readline()
             delimiter = "\t" if _bare(path).suffix == ".tsv" else ";" if ";" in first and "," not in first else ","
             header = next(csv.reader([first], delimiter=delimiter), [])
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise ValueError(f"{path}: the header has the columns {_cut(twice)} more than once")
+            repeated = sorted({name for name in header if header.count(name) > 1})
+            if repeated:
+                raise ValueError(f"{path}: the header has the columns {_cut(repeated)} more than once")
             reader = csv.reader(text, delimiter=delimiter, strict=True)
             start = 2
             for values in reader:
@@ -105,7 +106,7 @@ def _table_rows(path: Path, refuse: Refuse) -> Rows:
                 if len(values) == len(header):
                     yield where, dict(zip(header, values, strict=True))
                 elif values:
-                    refuse(f"{where} has {len(values)} fields, and the header has {len(header)}")
+                    refuse(f"{where} has {len(values)} fields; the header has {len(header)}")
         except csv.Error as error:
             raise ValueError(f"{path}:{start} is not CSV: {error}") from error
         except UnicodeDecodeError as error:
@@ -124,7 +125,7 @@ def _parquet_rows(path: Path, _refuse: Refuse) -> Rows:
                     number += 1
                     yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a parquet file that can be read: {error!s:.200}") from error
+        raise ValueError(f"{path} is not a readable parquet file: {error!s:.200}") from error
 
 
 def _arrow_rows(path: Path, _refuse: Refuse) -> Rows:
@@ -134,7 +135,7 @@ def _arrow_rows(path: Path, _refuse: Refuse) -> Rows:
     try:
         dataset = datasets.Dataset.from_file(str(path))
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not an Arrow file that can be read: {error!s:.200}") from error
+        raise ValueError(f"{path} is not a readable Arrow file: {error!s:.200}") from error
     yield from _dataset_rows(dataset, str(path))
 
 
@@ -177,7 +178,7 @@ def _opened(path: Path) -> Any:
 def _zstd(path: Path) -> Any:
     import pyarrow
 
-    # PythonFile's own read is not buffered, and readline needs a buffer.
+    # readline needs a buffer, and PythonFile.read has none.
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # pyright: ignore[reportArgumentType]
 
 
@@ -187,19 +188,19 @@ def _file_rows(path: Path, refuse: Refuse) -> Rows:
     read = _format(path)
     if read is None:
         raise ValueError(
-            f"{path} ends in {''.join(path.suffixes[-2:])!r}; files that can be read end in one of {[*FORMATS]}, and "
-            f"those that are text also with one of {[*COMPRESSIONS]} after it"
+            f"{path} has the unknown suffix {''.join(path.suffixes[-2:])!r}; known are {[*FORMATS]}, for text formats "
+            f"optionally followed by one of {[*COMPRESSIONS]}"
         )
-    return _whole(read(path, refuse), path)
+    return _checked(read(path, refuse), path)
 
 
 def _cut(names: list[str], most: int = 20) -> str:
-    """A list of names as text, the first ``most`` of them."""
+    """The first ``most`` names as text, and how many more there are."""
     return f"{names[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _whole(rows: Rows, path: Path) -> Rows:
+def _checked(rows: Rows, path: Path) -> Rows:
     try:
         yield from rows
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut off: {error!s:.200}") from error
+        raise ValueError(f"{path} is damaged or truncated: {error!s:.200}") from error

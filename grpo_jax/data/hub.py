@@ -1,4 +1,4 @@
-"""Rows of data sets on the Hugging Face hub."""
+"""Read the rows of data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 
 from grpo_jax.data.formats import Rows, _cut, _dataset_rows
 
-# The hub --------------------------------------------------------------------------------------------------------------
-
 
 @contextmanager
 def _hub_errors(source: str) -> Iterator[None]:
@@ -17,7 +15,7 @@ def _hub_errors(source: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{source!r} is neither a file or folder in {Path.cwd()} nor a data set that the hub would give: "
+            f"{source!r} is neither a file or folder in {Path.cwd()} nor an accessible data set on the hub: "
             f"{error!s:.500}"
         ) from error
 
@@ -39,5 +37,5 @@ def _hub_subset(source: str, subset: str | None) -> str:
         return subset
     names = datasets.get_dataset_config_names(source)
     if "main" not in names:
-        raise ValueError(f"{source} has no default subset; choose one: subset= one of {_cut(names)}")
+        raise ValueError(f"{source} has no default subset; set subset to one of {_cut(names)}")
     return "main"

@@ -1,4 +1,4 @@
-"""Batches of problems in a deterministic, resumable order."""
+"""The order of training data: shuffled by epoch, deterministic and resumable."""
 
 from __future__ import annotations
 
@@ -6,37 +6,48 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from grpo_jax.data.problems import Problem
 
 
-class ProblemIterator:
-    """An endless iterator over batches ``(index, problems)``; the batches follow from ``seed`` and the step alone.
-
-    An epoch visits every problem once, in an order of its own, but for the ``len(problems) % num_prompts`` at its end,
-    which do not fill a batch: so no batch holds a problem twice. ``index`` are the positions in ``problems``, int32 of
-    shape ``[num_prompts]``: the same problem has the same index in every epoch.
+def epoch_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of ``range(count)`` for one epoch, from ``(seed, epoch)`` alone.
 
     Args:
-        problems: what is visited.
-        num_prompts: problems a batch.
+        count: number of examples.
+        seed: seed of all epochs.
+        epoch: number of the epoch, from 0.
+    """
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+class ProblemIterator:
+    """An infinite iterator over batches ``(index, problems)``; a batch depends on ``seed`` and its step alone.
+
+    Every epoch is a new permutation of the problems, without the last ``len(problems) % num_prompts``, which do not
+    fill a batch. No batch contains a problem twice. ``index`` is ``[num_prompts]`` int32, the positions in
+    ``problems``.
+
+    Args:
+        problems: the problems.
+        num_prompts: problems per batch.
         seed: from 0 to 2**32 - 1.
 
     Raises:
-        ValueError: ``num_prompts`` is less than 1 or more than there are problems; a seed outside its range.
+        ValueError: ``num_prompts`` is below 1 or above the number of problems; the seed is out of range.
     """
 
     def __init__(self, problems: Sequence[Problem], *, num_prompts: int, seed: int):
+        import grain  # most of a second
+
         if not 1 <= num_prompts <= len(problems):
             raise ValueError(
-                f"num_prompts={num_prompts} problems a batch cannot be drawn from {len(problems)} problems: "
-                f"choose from 1 to {len(problems)}"
+                f"num_prompts is {num_prompts}; with {len(problems)} problems it must be from 1 to {len(problems)}"
             )
         self._problems = problems
         self._identity = {"seed": seed, "num_prompts": num_prompts, "problems": _digest(problems)}
-        # Batching before repeating keeps a batch within one epoch. No threads: the rows are in memory already.
+        # Batching before repeating keeps a batch within one epoch. No threads: the rows are in memory.
         order = grain.MapDataset.range(len(problems)).shuffle(seed=seed).batch(num_prompts, drop_remainder=True)
         in_this_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._indices = iter(order.repeat(None).to_iter_dataset(in_this_thread))
@@ -49,14 +60,14 @@ class ProblemIterator:
         return index, [self._problems[i] for i in index]
 
     def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands, as a small dictionary that JSON can hold."""
+        """The position in the order and the identity of the data, as JSON types."""
         return {**self._identity, "position": self._indices.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where ``get_state`` was called.
+        """Continue from where ``get_state`` was called.
 
         Raises:
-            ValueError: the state was taken with another seed, another ``num_prompts`` or other problems.
+            ValueError: the state is from an iterator with another seed, ``num_prompts`` or other problems.
         """
         different = {
             name: {"state": state.get(name), "iterator": value}
@@ -76,7 +87,15 @@ def _digest(problems: Sequence[Problem]) -> str:
 
 
 def padded_batches(count: int, size: int) -> Iterator[tuple[list[int], int]]:
-    """The positions from 0 to ``count`` in batches of one size, the last filled up; and how many of each are real."""
+    """Batches of the positions ``0 .. count - 1`` in order, padded to one size with the last position.
+
+    Args:
+        count: number of positions.
+        size: batch size.
+
+    Yields:
+        ``size`` positions, and how many of them are not padding.
+    """
     for first in range(0, count, size):
         positions = list(range(first, min(first + size, count)))
         yield positions + [positions[-1]] * (size - len(positions)), len(positions)

@@ -1,6 +1,6 @@
-"""The layouts in which published data sets write prompts, conversations, choices and preferences.
+"""Conversion of the row layouts of published data sets: prompts, conversations, multiple choice, preferences.
 
-Pure functions of a row; ``docs/data.md`` lists the layouts.
+All functions are pure functions of a row. ``docs/data.md`` lists the layouts.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ ROLES = {
     "function": "tool",
     "tool": "tool",
 }
-"""Roles of messages by what ShareGPT's descendants call them."""
+"""Message roles by their names in ShareGPT and derived data sets."""
 WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
-"""How a conversation begins that is kept as text, such as in CSV files."""
+"""The beginning of a conversation stored as JSON text, as in CSV files."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant|System):[ \t]?")
 HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
@@ -54,13 +54,13 @@ HH_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
 def as_messages(value: Any) -> list[Row] | None:
-    """A conversation as messages with role and content, from ``role``/``content`` or ShareGPT's ``from``/``value``.
+    """Messages with ``role`` and ``content``, from these fields or ShareGPT's ``from`` and ``value``.
 
     Args:
-        value: a list of messages, one message, or their JSON.
+        value: a list of messages, a single message, or JSON text of either.
 
     Returns:
-        The messages; None where ``value`` is not a conversation. Other fields of a message stay unless they are null.
+        The messages, with their other fields unless null; None if ``value`` is not a conversation.
     """
     if isinstance(value, str) and WRITTEN_MESSAGES.match(value):
         value = _parsed(value)
@@ -85,7 +85,7 @@ def as_messages(value: Any) -> list[Row] | None:
 
 
 def hh_messages(text: Any) -> list[Row] | None:
-    """A dialogue as messages, from the text of HH-RLHF: turns that begin with ``Human:`` and ``Assistant:``."""
+    """Messages from a text in HH-RLHF's layout, with turns that begin with ``Human:`` and ``Assistant:``; or None."""
     if not isinstance(text, str) or not HH_TURN.match(text.lstrip()):
         return None
     _, *parts = HH_TURN.split(text.lstrip())
@@ -94,7 +94,7 @@ def hh_messages(text: Any) -> list[Row] | None:
 
 
 def with_system(messages: list[Row], row: Mapping[str, Any]) -> list[Row]:
-    """Messages after the text of the row's column ``system``, unless they begin with a system message."""
+    """The messages, preceded by the column ``system`` of the row unless they begin with a system message."""
     system = row.get("system")
     has_system = messages[0]["role"] in ("system", "developer")
     if has_system or not isinstance(system, str) or not system.strip():
@@ -103,18 +103,23 @@ def with_system(messages: list[Row], row: Mapping[str, Any]) -> list[Row]:
 
 
 def with_system_before(prompt: Any, row: Mapping[str, Any]) -> Any:
-    """As ``with_system`` for a prompt that may be a text; it stays a text where there is nothing to add."""
+    """As ``with_system``, for a prompt that is a text or messages; a text stays a text without a system prompt."""
     if not isinstance(row.get("system"), str) or not row["system"].strip() or not prompt:
         return prompt
     return with_system([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, row)
 
 
 def prompt_of(row: Row, name: str, where: str) -> Any:
-    """The prompt of a row: text, or messages up to the reply.
+    """The prompt of a row, as text or messages.
 
-    Alpaca's ``input`` follows its ``instruction``; a programming problem is followed by the code to start from, or by
-    MBPP's tests, without which the function's name is unknown; a dialogue loses the assistant's reply at its end; a
-    question with ``choices`` is followed by them with letters, and follows its ``passage`` or ``context``.
+    Combines the prompt's column with others: Alpaca's ``instruction`` with ``input``, a question with its ``passage``
+    or ``context`` and its ``choices``, a programming problem with its starter code or with MBPP's tests (which have the
+    function's name). An assistant message at the end of a conversation is removed.
+
+    Args:
+        row: the row.
+        name: column of the prompt.
+        where: source location, for errors.
 
     Raises:
         KeyError: the row has no such column.
@@ -140,7 +145,7 @@ def prompt_of(row: Row, name: str, where: str) -> Any:
             text if re.match(rf"\(?{letter}[).:]", text) else f"{letter}. {text}"
             for letter, text in zip(letters, texts, strict=True)
         ]
-        # Not again where the question holds them already.
+        # Unless the question already contains them.
         return prompt if all(text in prompt for text in texts) else "\n".join([prompt.rstrip(), *lines])
     starter = row.get("starter_code")
     if isinstance(starter, str) and starter.strip() and starter.strip() not in prompt:
@@ -152,34 +157,39 @@ def prompt_of(row: Row, name: str, where: str) -> Any:
 
 
 def with_input(row: Mapping[str, Any], instruction: str) -> str:
-    """An instruction with the input (Alpaca) or context (Dolly) that it is about."""
+    """The instruction, followed by the column ``input`` (Alpaca) or ``context`` (Dolly)."""
     added = next((row[name] for name in ("input", "context") if isinstance(row.get(name), str)), "")
     return f"{instruction.rstrip()}\n\n{added.strip()}" if added.strip() else instruction
 
 
-def with_history(asked: str, history: Any, where: str) -> str | list[Row]:
-    """A question after the earlier turns of its row, pairs of an instruction and a reply.
+def with_history(prompt: str, history: Any, where: str) -> str | list[Row]:
+    """The prompt after the earlier turns of its conversation, as messages; a text without earlier turns.
+
+    Args:
+        prompt: the last user turn.
+        history: pairs of an instruction and a reply.
+        where: source location, for the error.
 
     Raises:
-        ValueError: the history is something else.
+        ValueError: the history has another layout.
     """
     if not history:
-        return asked
+        return prompt
     if not isinstance(history, list) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(each, str) for each in pair)
         for pair in history
     ):
-        raise ValueError(f"{where}, column 'history': it must hold pairs of texts; it is {history!r:.200}")
-    roles = [
+        raise ValueError(f"{where}, column 'history': it must be a list of pairs of texts; it is {history!r:.200}")
+    messages = [
         {"role": role, "content": text}
         for pair in history
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    return [*roles, {"role": "user", "content": asked}]
+    return [*messages, {"role": "user", "content": prompt}]
 
 
 def choices_of(row: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
-    """The letters and texts of a multiple-choice question, from a list or from ARC's object; None for other rows."""
+    """The letters and texts of the choices, from a list or ARC's object; None if the row is not multiple choice."""
     if "choices" not in row and "options" not in row:
         return None
     value = row.get("choices") or row.get("options")
@@ -196,10 +206,15 @@ def choices_of(row: Mapping[str, Any]) -> tuple[list[str], list[str]] | None:
 
 
 def choice_answer(row: Mapping[str, Any], answer: Any, where: str) -> Any:
-    """The letter of the right choice where the answer of a multiple-choice question is a number or the choice's text.
+    """The answer as a letter if the row is multiple choice, otherwise unchanged.
+
+    Args:
+        row: the row.
+        answer: the letter, the text of a choice, or its number from 0.
+        where: source location, for the error.
 
     Raises:
-        ValueError: it is none of the choices.
+        ValueError: the answer is not one of the choices, or ambiguous.
     """
     choices = choices_of(row)
     if choices is None:
@@ -212,15 +227,15 @@ def choice_answer(row: Mapping[str, Any], answer: Any, where: str) -> Any:
         if answer.strip().isdigit() and int(answer) != place and int(answer) < len(letters):
             raise ValueError(
                 f"{where} is {answer!r}, which is both the text of choice {letters[place]} and the number of choice "
-                f"{letters[int(answer)]}; give the letter"
+                f"{letters[int(answer)]}; use the letter"
             )
         return letters[place]
     number = int(answer) if isinstance(answer, str) and answer.strip().isdigit() else answer
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(letters):
         return letters[number]
     raise ValueError(
-        f"{where} is the answer to a question with {len(letters)} choices and must be one of {letters}, the text of a "
-        f"choice or its number from 0; it is {answer!r:.200}"
+        f"{where} must be one of {letters}, the text of one of the {len(letters)} choices, or its number from 0; it is "
+        f"{answer!r:.200}"
     )
 
 
@@ -228,10 +243,15 @@ def choice_answer(row: Mapping[str, Any], answer: Any, where: str) -> Any:
 
 
 def as_demonstration(row: Row, where: str) -> Row:
-    """A row with ``messages``, with ``prompt`` and ``completion``, or with ``text``, and its other columns.
+    """Convert a row to ``messages``, to ``prompt`` and ``completion``, or to ``text``, plus its other columns.
+
+    Args:
+        row: the row.
+        where: source location, for errors.
 
     Raises:
-        KeyError: it is in none of the known layouts; the error lists its columns.
+        KeyError: the layout is unknown; the message lists the row's columns.
+        ValueError: a conversation has fewer than two messages or is malformed.
     """
     for name in CONVERSATION_COLUMNS:
         messages = as_messages(row.get(name))
@@ -239,18 +259,18 @@ def as_demonstration(row: Row, where: str) -> Row:
             return {"messages": with_system(messages, row), **without(row, name, "messages", "system")}
         if row.get(name) is not None:
             raise ValueError(
-                f"{where}, column {name!r}: it must hold at least two messages with role and content, or with from and "
+                f"{where}, column {name!r}: it must have at least two messages with role and content, or with from and "
                 f"value; it is {row[name]!r:.200}"
             )
     if "chosen" in row and "rejected" in row:
         raise KeyError(
-            f"{where} is a preference (chosen, rejected), which dpo.py and reward_model.py train on; to imitate one of "
-            f"the two, name it with completion_column=; the row has {listed(row)}"
+            f"{where} is a preference (chosen, rejected), the input of dpo.py and reward_model.py; to train on "
+            f"one of the two completions, set completion_column to it; the row has {listed(row)}"
         )
     if isinstance(row.get("label"), bool) and "completion" in row:
         raise KeyError(
-            f"{where} has a completion with a label, true or false (unpaired preferences); keep those that are to be "
-            "imitated, and name prompt_column= and completion_column="
+            f"{where} has a completion with a boolean label (unpaired preferences); keep the rows to imitate, and set "
+            "prompt_column and completion_column"
         )
     if "text" in row and not any(name in row for name in COMPLETION_COLUMNS):
         return row
@@ -261,27 +281,31 @@ def as_demonstration(row: Row, where: str) -> Row:
         missing = "completion" if prompt is not None else "prompt"
         raise KeyError(
             f"{where} has no column {missing!r}; a demonstration has messages or conversations, or text, or a prompt "
-            f"({', '.join(prompts)}) with a completion ({', '.join(COMPLETION_COLUMNS)}), and this one has "
-            f"{listed(row)}; name others with prompt_column= and completion_column="
+            f"({', '.join(prompts)}) with a completion ({', '.join(COMPLETION_COLUMNS)}), and this row has "
+            f"{listed(row)}; set prompt_column and completion_column to other names"
         )
-    asked = row[prompt]
-    if prompt == "instruction" and isinstance(asked, str):
-        asked = with_history(with_input(row, asked), row.get("history"), where)
-    asked, replied = (as_messages(each) or each for each in (asked, row[completion]))
+    question = row[prompt]
+    if prompt == "instruction" and isinstance(question, str):
+        question = with_history(with_input(row, question), row.get("history"), where)
+    question, reply = (as_messages(each) or each for each in (question, row[completion]))
     with_instruction = ("input", "context", "history") if prompt == "instruction" else ()
     rest = without(row, prompt, completion, "system", *with_instruction)
-    return {**rest, "prompt": with_system_before(asked, row), "completion": replied}
+    return {**rest, "prompt": with_system_before(question, row), "completion": reply}
 
 
 # Preferences ----------------------------------------------------------------------------------------------------------
 
 
 def as_preference(row: Row, where: str) -> Row:
-    """A row with ``chosen``, ``rejected`` and perhaps ``prompt``, as TRL has them, and its other columns.
+    """Convert a row to TRL's ``chosen``, ``rejected`` and optional ``prompt``, plus its other columns.
+
+    Args:
+        row: the row.
+        where: source location, for errors.
 
     Raises:
-        KeyError: it is in none of the known layouts; the error lists its columns.
-        ValueError: its parts contradict each other.
+        KeyError: the layout is unknown; the message lists the row's columns.
+        ValueError: a conversation does not begin with the row's prompt.
     """
     chosen, rejected = (
         next(
@@ -297,25 +321,25 @@ def as_preference(row: Row, where: str) -> Row:
     sides = [_side(row[name]) for name in (chosen, rejected)]
     names = (*PROMPT_COLUMNS, "instruction", "query", "input", *CONVERSATION_COLUMNS)
     prompt = next((found for name in names if (found := find_column(row, name))), None)
-    # Beside whole conversations, messages is a copy of the chosen one.
+    # Next to complete conversations, the column messages is a copy of the chosen one.
     whole = all(isinstance(each, list) and len(each) > 1 for each in sides)
     if whole and prompt in CONVERSATION_COLUMNS:
         prompt = None
-    asked = None if prompt is None else as_messages(row[prompt]) or row[prompt]
+    question = None if prompt is None else as_messages(row[prompt]) or row[prompt]
     rest = without(row, chosen, rejected, prompt, "system", *(("input", "context") if prompt == "instruction" else ()))
-    if prompt == "instruction" and isinstance(asked, str):
-        asked = with_input(row, asked)
-    if whole and asked is not None:
-        _check_begins_with(sides, asked, where)
-        single = isinstance(asked, str) and all(len(each) == 2 for each in sides)
-        asked, sides = (asked, [each[-1:] for each in sides]) if single else (None, sides)
-    asked = with_system_before(asked, row)
-    if asked is None and all(isinstance(each, str) for each in sides):
+    if prompt == "instruction" and isinstance(question, str):
+        question = with_input(row, question)
+    if whole and question is not None:
+        _check_begins_with(sides, question, where)
+        single = isinstance(question, str) and all(len(each) == 2 for each in sides)
+        question, sides = (question, [each[-1:] for each in sides]) if single else (None, sides)
+    question = with_system_before(question, row)
+    if question is None and all(isinstance(each, str) for each in sides):
         raise KeyError(
-            f"{where}: chosen and rejected are texts, and no column is known as their prompt; a dialogue has turns "
-            f"that begin with 'Human:' and 'Assistant:'; the row has {listed(row)}"
+            f"{where}: chosen and rejected are texts without a prompt: no column is known as a prompt, and they are "
+            f"not dialogues with 'Human:' and 'Assistant:'; the row has {listed(row)}"
         )
-    return {**rest, **({} if asked is None else {"prompt": asked}), "chosen": sides[0], "rejected": sides[1]}
+    return {**rest, **({} if question is None else {"prompt": question}), "chosen": sides[0], "rejected": sides[1]}
 
 
 def _side(value: Any) -> Any:
@@ -323,7 +347,7 @@ def _side(value: Any) -> Any:
 
 
 def _check_begins_with(sides: list[list[Row]], prompt: Any, where: str) -> None:
-    """Check that whole conversations begin with what a row gives as their prompt."""
+    """Check that both conversations begin with the row's prompt."""
     for name, messages in zip(("chosen", "rejected"), sides, strict=True):
         before = [each for each in messages[:-1] if each["role"] not in ("system", "developer")]
         if isinstance(prompt, str):
@@ -331,24 +355,22 @@ def _check_begins_with(sides: list[list[Row]], prompt: Any, where: str) -> None:
         else:
             fits = messages[:-1] == prompt or before == prompt
         if not fits:
-            raise ValueError(
-                f"{where}, column {name!r}: it is a whole conversation that does not begin with the prompt"
-            )
+            raise ValueError(f"{where}, column {name!r}: the conversation does not begin with the row's prompt")
 
 
 def _other_preference(row: Row) -> str:
-    """What a row without chosen and rejected seems to be, and what would do."""
+    """The likely layout of a row without chosen and rejected, and what is expected, for an error message."""
     if isinstance(row.get("label"), (bool, int)) and "completion" in row:
-        kind = "a completion with a label is an unpaired preference (KTO), which no script here trains on; "
+        kind = "a completion with a label is an unpaired preference (KTO), which is not supported; "
     elif isinstance(row.get("completions"), list):
-        kind = "a list of rated completions has to be made into pairs first; "
+        kind = "convert a list of rated completions to pairs first; "
     else:
         kind = ""
     return f"{kind}a preference has prompt, chosen and rejected, and this row has {listed(row)}"
 
 
 def kind_of(row: Mapping[str, Any]) -> Literal["problems", "demonstrations", "preferences"]:
-    """The use of a row by its columns: a pair of completions, a question with answer or tests, or a demonstration."""
+    """The kind of a row by its columns; without any known column, "problems"."""
     if all(find_column(row, name) or f"{name}_response" in row for name in ("chosen", "rejected")):
         return "preferences"
     answers = [name for name in ANSWER_COLUMNS if name not in COMPLETION_COLUMNS]

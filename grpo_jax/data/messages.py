@@ -1,4 +1,4 @@
-"""Chat messages as data sets have them, and as chat templates take them."""
+"""Validation and normalization of chat messages and tools."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 Messages = list[dict[str, Any]]
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names that a message's reasoning goes by; templates read the first."""
+"""Names of a message's reasoning field; templates read the first."""
 
 
 def is_message(message: Any) -> bool:
-    """Whether something has a text as role, and as content a text, parts, or null beside tool calls."""
+    """Whether ``message`` has a text ``role`` and as ``content`` a text, a list of parts, or null with tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
@@ -22,14 +22,14 @@ def is_message(message: Any) -> bool:
 
 
 def content_text(content: Any, where: str) -> str:
-    """The content of a message as text: parts of type text are joined, null is empty.
+    """The content of a message as text.
 
     Args:
-        content: a text, null, or a list of parts such as ``{"type": "text", "text": "What is 1+1?"}``.
-        where: the message's place, for the error.
+        content: a text, null (the empty text), or a list of parts to join, such as ``{"type": "text", "text": "Hi"}``.
+        where: source location, for the error.
 
     Raises:
-        ValueError: a part is not text; says of which type it is.
+        ValueError: a part is not text; the message names its type.
     """
     if content is None:
         return ""
@@ -44,18 +44,22 @@ def content_text(content: Any, where: str) -> str:
             )
         if part["type"] != "text" or not isinstance(part.get("text"), str):
             raise ValueError(
-                f"{where}: part {number} of the content has the type {part['type']!r}; only text can be read here"
+                f"{where}: part {number} of the content has the type {part['type']!r}; only text is supported"
             )
         texts.append(part["text"])
     return "".join(texts)
 
 
 def checked_messages(messages: Sequence[Any], where: str) -> Messages:
-    """Messages as chat templates take them: content as text, keys without a value left out, all others kept.
+    """Messages in the form that chat templates expect: content as text, fields with null removed.
+
+    Args:
+        messages: messages of a data set.
+        where: source location, for errors.
 
     Raises:
-        ValueError: no messages; one lacks a role or content, has parts that are not text, or has a
-            ``weight`` that is neither 0 (context alone) nor 1; says which.
+        ValueError: there are no messages, or one has no role or content, has parts other than text, or a ``weight``
+            other than 0 (context only) and 1; the message names it.
     """
     if not messages:
         raise ValueError(f"{where}: a conversation must have at least one message")
@@ -78,26 +82,30 @@ def checked_messages(messages: Sequence[Any], where: str) -> Messages:
 
 
 def checked_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
-    """The tools of a row: JSON schemas as a list, or the same as JSON text; None where there are none.
+    """The tools of a row as a list of JSON schemas; None without tools.
+
+    Args:
+        tools: a list of JSON schemas, or JSON text of one.
+        where: source location, for errors.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: ``tools`` is neither.
     """
-    found = tools
+    schemas = tools
     if isinstance(tools, str):
         try:
-            found = json.loads(tools)
+            schemas = json.loads(tools)
         except ValueError as error:
             raise ValueError(f"{where}, column 'tools': it is not JSON ({error})") from error
-    if not found:
+    if not schemas:
         return None
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    if not isinstance(schemas, list) or not all(isinstance(tool, dict) for tool in schemas):
         raise ValueError(f"{where}, column 'tools': it must be a list of JSON schemas; it is {tools!r:.200}")
-    return found
+    return schemas
 
 
 def plain_data(value: Any) -> Any:
-    """The same as JSON types alone, so that a template can call no method of anything else."""
+    """``value`` as JSON types only, so that an untrusted template cannot call methods of other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):

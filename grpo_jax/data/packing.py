@@ -1,4 +1,4 @@
-"""Examples of different lengths, packed into rows of one length."""
+"""Sequence packing: examples of different lengths in rows of one length."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.data.conversations import Example
+from grpo_jax.data.iterator import epoch_order
 from grpo_jax.types import Packed
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which examples share a row: each goes where it leaves the least room, or else opens a new row (best fit).
+    """Best-fit bin packing: every example goes into the fullest row that has room for it, or into a new row.
 
     Args:
-        lengths: of the examples, in the order in which they are placed.
-        capacity: of a row.
+        lengths: lengths of the examples in tokens, in the order in which they are placed.
+        capacity: length of a row in tokens.
+
+    Returns:
+        The examples in each row, as indices into ``lengths``.
 
     Raises:
-        ValueError: an example is longer than a row, or has no length.
+        ValueError: a length is not from 1 to ``capacity``.
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (what is free, row), in order
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for example, length in enumerate(lengths):
         if not 0 < length <= capacity:
-            raise ValueError(f"example {example} has {length} tokens, and a row from 1 to {capacity}")
+            raise ValueError(f"example {example} has {length} tokens; it must have from 1 to {capacity}")
         place = bisect_left(room, (length, -1))
         if place == len(room):
             rows.append([example])
@@ -42,21 +46,21 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedBatches:
-    """The batches of a whole training, by number: ``batches[step]`` follows from the seed and the step alone.
+    """The sequence of all training batches; ``batches[step]`` depends on the seed and the step alone.
 
-    Each epoch visits every example once, in an order of its own. An epoch's last batch is filled up with empty rows.
+    Every epoch is a new permutation of the examples. Its last batch is padded with empty rows.
 
     Args:
-        examples: at most ``length`` tokens each.
-        num_sequences: rows of a batch.
-        length: tokens of a row.
-        num_epochs: how often each example is visited.
-        seed: of the orders.
+        examples: examples of at most ``length`` tokens.
+        num_sequences: rows per batch.
+        length: tokens per row.
+        num_epochs: number of epochs.
+        seed: seed of the permutations.
         packing: whether examples share rows.
-        pad_id: what stands in empty places.
+        pad_id: token id of padding.
 
     Raises:
-        ValueError: no examples, or one that is too long; a count below 1.
+        ValueError: there are no examples, one is too long, or a count is below 1.
     """
 
     def __init__(
@@ -74,17 +78,17 @@ class PackedBatches:
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not examples:
-            raise ValueError("there are no examples to learn from")
+            raise ValueError("there are no examples to train on")
         self._examples, self._length, self._num_sequences, self._pad_id = examples, length, num_sequences, pad_id
         self._batches: list[list[list[int]]] = []
-        lengths = np.array([len(each.token_ids) for each in examples])
+        lengths = np.array([len(example.token_ids) for example in examples])
         if lengths.max() > length:
-            raise ValueError(f"the longest example has {lengths.max()} tokens, and a row {length}")
+            raise ValueError(f"the longest example has {lengths.max()} tokens; the length of a row is {length}")
         for epoch in range(num_epochs):
-            order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+            order = epoch_order(len(examples), seed=seed, epoch=epoch)
             placed = pack(lengths[order].tolist(), length) if packing else [[n] for n in range(len(examples))]
             rows = [[int(order[n]) for n in row] for row in placed]
-            # Rows that are opened last are the emptiest; they are not to come last.
+            # The rows opened last are the emptiest: without a shuffle they would be the last batches of every epoch.
             rows = [rows[n] for n in np.random.default_rng([seed, epoch, 1]).permutation(len(rows))]
             self._batches += [rows[n : n + num_sequences] for n in range(0, len(rows), num_sequences)]
 
@@ -101,26 +105,33 @@ class PackedBatches:
 
     @property
     def digest(self) -> str:
-        """What tells these examples from others."""
+        """A hash of the examples, to check that a resumed run has the same data."""
         return hashlib.sha256(repr(self._examples).encode()).hexdigest()[:16]
 
     @property
-    def used(self) -> float:
-        """The share of places that hold a token."""
+    def packing_efficiency(self) -> float:
+        """Fraction of token positions that are not padding."""
         tokens = sum(len(self._examples[n].token_ids) for batch in self._batches for row in batch for n in row)
         return tokens / (len(self._batches) * self._num_sequences * self._length)
 
 
 def packed_rows(rows: Sequence[Sequence[Example]], *, num_sequences: int, length: int, pad_id: int) -> Packed:
-    """Examples as arrays, those of a row one after the other; rows that are lacking are empty."""
+    """Arrays of packed examples.
+
+    Args:
+        rows: the examples of each row, at most ``num_sequences`` rows; missing rows are empty.
+        num_sequences: rows of the arrays.
+        length: columns of the arrays.
+        pad_id: token id of padding.
+    """
     shape = (num_sequences, length)
-    ids, learnt = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+    ids, loss_mask = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for r, row in enumerate(rows):
         start = 0
         for number, example in enumerate(row, 1):
             end = start + len(example.token_ids)
-            ids[r, start:end], learnt[r, start:end] = example.token_ids, example.learnt
+            ids[r, start:end], loss_mask[r, start:end] = example.token_ids, example.loss_mask
             segments[r, start:end], positions[r, start:end] = number, np.arange(end - start)
             start = end
-    return Packed(jnp.asarray(ids), jnp.asarray(segments), jnp.asarray(positions), jnp.asarray(learnt))
+    return Packed(jnp.asarray(ids), jnp.asarray(segments), jnp.asarray(positions), jnp.asarray(loss_mask))

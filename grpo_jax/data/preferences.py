@@ -1,4 +1,4 @@
-"""Preferences: a prompt with two completions, of which the first was liked better."""
+"""Preference pairs: a prompt with a chosen and a rejected completion."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.data.columns import check_length, without
-from grpo_jax.data.conversations import Demonstration, encode_demonstrations, until_end
+from grpo_jax.data.conversations import Demonstration, completion_ids, encode_demonstrations
 from grpo_jax.data.files import read_rows
 from grpo_jax.data.formats import Row
+from grpo_jax.data.iterator import epoch_order
 from grpo_jax.data.layouts import as_preference
 from grpo_jax.data.messages import Messages, checked_messages, content_text, is_message
 from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
@@ -23,15 +24,15 @@ from grpo_jax.types import Pairs
 
 @dataclass(frozen=True)
 class Preference:
-    """Two completions of a prompt.
+    """A prompt with a chosen and a rejected completion.
 
     Attributes:
-        prompt: the question as text, or messages.
-        chosen: the completion that was liked better.
-        rejected: the other one.
-        margin: by how much, on a scale of the data set's own; None where it does not say.
-        where: the place it was read from, in words.
-        columns: every other column of its row.
+        prompt: text, or messages.
+        chosen: the preferred completion.
+        rejected: the other completion.
+        where: source location for error messages, such as ``data.jsonl:3``.
+        margin: annotated margin of the preference, in the data set's own units; None if unknown.
+        columns: the other columns of the row.
     """
 
     prompt: str | Messages
@@ -45,23 +46,23 @@ class Preference:
 def load_preferences(
     source: str, *, split: str | None = None, subset: str | None = None, skipped: list[str] | None = None
 ) -> list[Preference]:
-    """The preferences of a file, folder or data set, in any layout of ``docs/data.md``.
+    """Load preferences from a file, a folder or the hub, in any layout of ``docs/data.md``.
 
-    A row has ``prompt``, ``chosen`` and ``rejected``: texts, or messages of which the two last hold the assistant's
-    turn alone. Without a ``prompt`` the two are whole conversations that differ in the last turn. A column ``margin``
-    says by how much the chosen one is better. ``layouts.as_preference`` brings other layouts into these forms.
+    A row has ``prompt``, ``chosen`` and ``rejected`` as texts or messages (``chosen`` and ``rejected`` then contain one
+    assistant message each), or only ``chosen`` and ``rejected``, as conversations that differ in the last turn. An
+    optional column ``margin`` has the preference margin. ``layouts.as_preference`` converts other layouts.
 
     Args:
-        source: as of ``sources.load_problems``.
-        split: likewise.
-        subset: likewise.
-        skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
+        source: path of a file or folder, or id of a data set on the hub.
+        split: split of a folder or data set, by default "train".
+        subset: configuration of a folder or data set.
+        skipped: if given, unreadable rows are skipped and the reasons appended to it.
 
     Raises:
-        KeyError: a row lacks a column; the error lists those it has.
-        ValueError: a row is empty or malformed: its conversations differ before the last turn, the two completions are
-            the same, the margin is no number.
-        FileNotFoundError: no such file, folder, split or data set.
+        KeyError: a row lacks a column; the message lists its columns.
+        ValueError: a row is empty or malformed (its conversations differ before the last turn, its completions are
+            equal, its margin is not a number).
+        FileNotFoundError: the file, folder, split or data set does not exist.
     """
     preferences = parsed_rows(read_rows(source, split, subset, skipped=skipped), _preference, skipped)
     if not preferences:
@@ -70,23 +71,23 @@ def load_preferences(
 
 
 class EncodedPreferences:
-    """Preferences as tokens, those that do not fit left out.
+    """Tokenized preferences, without those that are too long.
 
     Attributes:
-        preferences: those that are left.
-        dropped: how many were left out as too long.
+        preferences: the remaining preferences.
+        dropped: number of preferences that were too long.
 
     Args:
-        preferences: pairs of completions.
+        preferences: preferences to tokenize.
         tokenizer: a transformers tokenizer.
-        eos_ids: the tokens that end a completion.
-        pad_id: what stands in padding.
+        eos_ids: ids of the tokens that end a completion.
+        pad_id: token id of padding.
         max_prompt_length: in tokens.
-        max_completion_length: in tokens, the ending one included.
-        rendering: as in ``prompts.Rendering``.
+        max_completion_length: in tokens, the ending token included.
+        rendering: fields of ``prompts.Rendering``.
 
     Raises:
-        ValueError: as ``encode_demonstrations``; and where no pair fits.
+        ValueError: as ``encode_demonstrations``; no pair fits.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class EncodedPreferences:
         self._completions: list[tuple[list[int], list[int]]] = []
         for preference, *pair in zip(preferences, *sides, strict=True):
             prompt = pair[0].token_ids[: pair[0].prompt_length]
-            completions = until_end(pair[0]), until_end(pair[1])
+            completions = completion_ids(pair[0]), completion_ids(pair[1])
             if len(prompt) <= max_prompt_length and max(map(len, completions)) <= max_completion_length:
                 self.preferences.append(preference)
                 self._prompts.append(prompt)
@@ -135,16 +136,16 @@ class EncodedPreferences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """``[pairs, 2]``, the tokens of each completion."""
-        return np.array([[len(each) for each in pair] for pair in self._completions], np.float32)
+        """``[pairs, 2]`` completion lengths in tokens."""
+        return np.array([[*map(len, pair)] for pair in self._completions], np.float32)
 
     @property
     def digest(self) -> str:
-        """What tells these pairs from others."""
+        """A hash of the pairs, to check that a resumed run has the same data."""
         return hashlib.sha256(repr((self._prompts, self._completions, self._margins)).encode()).hexdigest()[:16]
 
     def padded(self, positions: Sequence[int] | np.ndarray | range) -> Pairs:
-        """The pairs at these positions of ``preferences``; margins are there where every preference has one."""
+        """The pairs at ``positions`` of ``preferences``, padded; margins are None unless every preference has one."""
         max_prompt_length, max_completion_length = self._limits
         prompts = pad_prompts(
             [self._prompts[i] for i in positions],
@@ -163,48 +164,45 @@ class EncodedPreferences:
 
 
 class PairBatches:
-    """The batches of a whole training, by number: ``batches[step]`` follows from the seed and the step alone.
+    """The sequence of all training batches; ``batches[step]`` depends on the seed and the step alone.
 
-    Each epoch visits every pair once, in an order of its own, but for those at its end that do not fill a batch.
+    Every epoch is a new permutation of the pairs, without the last ones that do not fill a batch.
 
     Args:
-        pairs: what is visited.
-        num_pairs: of a batch.
-        num_epochs: how often each is visited.
-        seed: of the orders.
+        pairs: tokenized preferences.
+        num_pairs: pairs per batch.
+        num_epochs: number of epochs.
+        seed: seed of the permutations.
 
     Raises:
-        ValueError: fewer pairs than a batch has, or a count below 1.
+        ValueError: there are fewer pairs than ``num_pairs``, or a count is below 1.
     """
 
     def __init__(self, pairs: EncodedPreferences, *, num_pairs: int, num_epochs: int = 1, seed: int = 0):
         if num_epochs < 1 or not 1 <= num_pairs <= len(pairs):
             raise ValueError(
-                f"num_pairs = {num_pairs} cannot be drawn from {len(pairs)} pairs in {num_epochs} epochs: choose from "
-                f"1 to {len(pairs)}, and at least one epoch"
+                f"num_pairs is {num_pairs} and num_epochs {num_epochs}; with {len(pairs)} pairs num_pairs must be from "
+                f"1 to {len(pairs)}, and num_epochs at least 1"
             )
-        self._pairs, self._num_pairs = pairs, num_pairs
-        self._orders = [np.random.default_rng([seed, epoch]).permutation(len(pairs)) for epoch in range(num_epochs)]
+        self._pairs = pairs
+        orders = [epoch_order(len(pairs), seed=seed, epoch=epoch) for epoch in range(num_epochs)]
+        full = len(pairs) - len(pairs) % num_pairs
+        self._positions = np.concatenate([order[:full] for order in orders]).reshape(-1, num_pairs)
 
     def __len__(self) -> int:
-        return len(self._orders) * self._an_epoch
+        return len(self._positions)
 
     def __getitem__(self, step: int) -> Pairs:
         return self._pairs.padded(self.positions(step))
 
     def positions(self, step: int) -> np.ndarray:
-        """Which pairs a batch holds."""
-        epoch, place = divmod(step, self._an_epoch)
-        return self._orders[epoch][place * self._num_pairs : (place + 1) * self._num_pairs]
+        """``[num_pairs]`` positions of a batch's pairs in ``pairs.preferences``."""
+        return self._positions[step]
 
     @property
     def digest(self) -> str:
-        """What tells these pairs from others."""
+        """The hash of the pairs."""
         return self._pairs.digest
-
-    @property
-    def _an_epoch(self) -> int:
-        return len(self._pairs) // self._num_pairs
 
 
 def _preference(row: Row, where: str) -> Preference:
@@ -220,11 +218,11 @@ def _preference(row: Row, where: str) -> Preference:
     else:
         prompt, texts = _split_conversations(chosen, rejected, where)
     if texts[0] == texts[1]:
-        raise ValueError(f"{where}: the chosen completion and the rejected one are the same, {texts[0]!r:.200}")
+        raise ValueError(f"{where}: the chosen and the rejected completion are equal: {texts[0]!r:.200}")
     margin = row.get("margin")
     is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool) and np.isfinite(margin)
     if margin is not None and not is_number:
-        raise ValueError(f"{where}, column 'margin': it must be a number, and is {margin!r:.200}")
+        raise ValueError(f"{where}, column 'margin': it must be a number; it is {margin!r:.200}")
     others = without(row, "prompt", "chosen", "rejected", "margin")
     return Preference(prompt, texts[0], texts[1], where, None if margin is None else float(margin), others)
 
@@ -232,7 +230,7 @@ def _preference(row: Row, where: str) -> Preference:
 def _reply(reply: Any, where: str) -> str:
     if isinstance(reply, list):
         if len(reply) != 1 or not is_message(reply[0]) or reply[0]["role"] != "assistant":
-            raise ValueError(f"{where} must be a text, or one message of the assistant; it is {reply!r:.200}")
+            raise ValueError(f"{where} must be text or a single assistant message; it is {reply!r:.200}")
         reply = content_text(reply[0].get("content"), where)
     return checked_text(reply, where)
 
@@ -240,13 +238,13 @@ def _reply(reply: Any, where: str) -> str:
 def _split_conversations(chosen: Any, rejected: Any, where: str) -> tuple[Messages, list[str]]:
     for name, each in (("chosen", chosen), ("rejected", rejected)):
         if not (isinstance(each, list) and len(each) > 1 and all(is_message(message) for message in each)):
-            raise ValueError(f"{where}, column {name!r}: without a column prompt it must hold a whole conversation")
+            raise ValueError(f"{where}, column {name!r}: without a column 'prompt' it must be a conversation")
         if each[-1]["role"] != "assistant":
             raise ValueError(
-                f"{where}, column {name!r}: the last message is the {each[-1]['role']}'s, not the assistant's"
+                f"{where}, column {name!r}: the last message has the role {each[-1]['role']!r}, not assistant"
             )
     if chosen[:-1] != rejected[:-1]:
-        raise ValueError(f"{where}: the two conversations differ before their last turn")
+        raise ValueError(f"{where}: the two conversations differ before the last turn")
     ends = (
         (name, content_text(each[-1].get("content"), where))
         for name, each in (("chosen", chosen), ("rejected", rejected))

@@ -1,4 +1,4 @@
-"""Problems and their columns, as tasks and rewards exchange them."""
+"""Problems, their columns for rewards, and the parsing of rows with errors collected."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from grpo_jax.data.formats import Row, Rows
 from grpo_jax.data.messages import Messages, checked_messages, is_message
 
 OTHER_ANSWERS = "other_answers"
-"""The column with the right answers after the first, where a row has several."""
+"""The column with further gold answers, for a row with several."""
 PROMPT = "problem_prompt"
-"""The column with which rewards get a problem's own prompt, before any template."""
+"""The reward argument with the problem's prompt before any template."""
 REWARD_ARGUMENTS = ("prompts", "completions", PROMPT)
 Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what is asked, what is right, and what else a reward may want to know.
+    """A problem of a task.
 
     Attributes:
-        prompt: the question as text, or a conversation as messages with "role" and "content".
-        answer: the gold answer; None where the source has none.
-        columns: every other column of the row.
+        prompt: text, or a conversation as messages with "role" and "content".
+        answer: the gold answer; None without one.
+        columns: the other columns of the row, for rewards.
     """
 
     prompt: str | Messages
@@ -33,10 +33,15 @@ class Problem:
 
 
 def reward_columns(problems: Sequence[Problem], *, group_size: int = 1) -> dict[str, list[Any]]:
-    """The columns of ``problems`` as rewards take them, ``answer`` first, each row ``group_size`` times in a row.
+    """The keyword arguments of rewards: columns of ``problems``, each value repeated ``group_size`` times.
 
-    ``problem_prompt`` is the problem's own prompt, a text or messages, before any template. A row without a column that
-    another row has gets None there.
+    Args:
+        problems: problems with G samples each.
+        group_size: G.
+
+    Returns:
+        ``[len(problems) * G]`` values of each column: ``answer``, the problems' other columns (None where a problem
+        lacks one), and ``problem_prompt``, the prompts before any template.
     """
     names = dict.fromkeys(["answer", *(name for problem in problems for name in problem.columns), PROMPT])
     rows = [
@@ -48,16 +53,16 @@ def reward_columns(problems: Sequence[Problem], *, group_size: int = 1) -> dict[
 
 
 def parsed_rows(rows: Rows, parse: Callable[[Row, str], Parsed], skipped: list[str] | None) -> list[Parsed]:
-    """What ``parse`` makes of each row.
+    """Parse rows.
 
     Args:
-        rows: as of ``files.read_rows``.
-        parse: takes a row and its place.
-        skipped: where given, rows that ``parse`` refuses are left out and the reasons are appended to it.
+        rows: pairs ``(where, row)``, as from ``files.read_rows``.
+        parse: ``(row, where) -> parsed``; raises KeyError or ValueError for a bad row.
+        skipped: if given, bad rows are skipped and the reasons appended to it.
 
     Raises:
-        ValueError: every row is refused; a text has half of a surrogate pair; and what ``parse`` raises, a KeyError or
-            ValueError.
+        ValueError: all rows are bad, or, without ``skipped``, one has a text with a lone surrogate.
+        KeyError, ValueError: from ``parse``, without ``skipped``.
     """
     parsed: list[Parsed] = []
     for where, row in rows:
@@ -74,45 +79,53 @@ def parsed_rows(rows: Rows, parse: Callable[[Row, str], Parsed], skipped: list[s
 
 
 def _check_characters(row: Row, where: str) -> None:
-    """Check that all texts can be encoded, which half of a surrogate pair, as JSON can write it, cannot."""
+    """Check that all texts of a row can be encoded: JSON can contain lone surrogates, which UTF-8 cannot."""
     for name, value in row.items():
-        waiting = [value]
-        while waiting:
-            each = waiting.pop()
-            if isinstance(each, str):
+        pending = [value]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, str):
                 try:
-                    each.encode()
+                    item.encode()
                 except UnicodeEncodeError as error:
                     raise ValueError(
-                        f"{where}, column {name!r}: its character {error.start} is half of a surrogate pair "
-                        f"({each[error.start]!a}), which no tokenizer can encode"
+                        f"{where}, column {name!r}: character {error.start} is a lone surrogate "
+                        f"({item[error.start]!a}), which no tokenizer can encode"
                     ) from error
-            elif isinstance(each, dict):
-                waiting += each.values()
-            elif isinstance(each, (list, tuple)):
-                waiting += each
+            elif isinstance(item, dict):
+                pending += item.values()
+            elif isinstance(item, (list, tuple)):
+                pending += item
 
 
 def checked_prompt(prompt: Any, where: str) -> str | Messages:
-    """A question or a conversation, if it is one: its messages with their content as text.
+    """Validate a prompt; messages are normalized by ``checked_messages``.
+
+    Args:
+        prompt: text or messages.
+        where: source location, for the error.
 
     Raises:
-        ValueError: it is neither, or a message has content that is not text; says what stands at that place.
+        ValueError: the prompt is blank or malformed.
     """
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
         return checked_messages(prompt, where)
     raise ValueError(
-        f"{where} must be text that is not blank, or messages with a text as role and as content; it is {prompt!r:.200}"
+        f"{where} must be text that is not blank, or messages with text as role and content; it is {prompt!r:.200}"
     )
 
 
 def checked_text(text: Any, where: str) -> str:
-    """A text, if it is one and not blank.
+    """Validate a text.
+
+    Args:
+        text: the value of a column.
+        where: source location, for the error.
 
     Raises:
-        ValueError: it is not; says what stands at that place.
+        ValueError: it is blank or not text.
     """
     if isinstance(text, str) and text.strip():
         return text

@@ -1,4 +1,4 @@
-"""The prompt format that a model was trained with: prompt_format.json."""
+"""``prompt_format.json``: the prompt format that a model was trained with."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ NAME = "prompt_format.json"
 
 
 def read_prompt_format(prompt_format: Mapping[str, Any]) -> Rendering:
-    """The arguments of ``prompts.render_prompts`` for a model that was trained on prompts of this format.
+    """The arguments of ``prompts.render_prompts`` that reproduce a prompt format.
 
     Raises:
-        ValueError: it is malformed; says how.
+        ValueError: the format is malformed.
     """
     kind, template = prompt_format.get("kind"), prompt_format.get("template")
     if kind == "plain":
         if not isinstance(template, str) or "{question}" not in template:
-            raise ValueError(f"{NAME}: template must be a text with {{question}}; it is {template!r:.200}")
+            raise ValueError(f"{NAME}: template must be text with {{question}}; it is {template!r:.200}")
         return {"template": template}
     if kind != "chat":
         raise ValueError(f"{NAME}: kind must be 'chat' or 'plain'; it is {kind!r:.200}")
     system_prompt, today = prompt_format.get("system_prompt"), prompt_format.get("date")
     if system_prompt is not None and not isinstance(system_prompt, str):
-        raise ValueError(f"{NAME}: system_prompt must be a text; it is {system_prompt!r:.200}")
+        raise ValueError(f"{NAME}: system_prompt must be text; it is {system_prompt!r:.200}")
     if today is not None:
         check_date(today, f"{NAME}: date")
     variables = checked_variables(prompt_format.get("template_kwargs") or {}, f"{NAME}: template_kwargs")
@@ -36,23 +36,25 @@ def read_prompt_format(prompt_format: Mapping[str, Any]) -> Rendering:
 
 
 def prompt_format_of(rendering: Rendering, tokenizer: Any) -> dict[str, Any]:
-    """The format of prompts that were rendered with these arguments, as JSON.
+    """The inverse of ``read_prompt_format``, as JSON types.
 
-    The date is kept where the chat template writes one.
+    Args:
+        rendering: arguments of ``prompts.render_prompts``.
+        tokenizer: a transformers tokenizer. The date is included if its chat template uses one.
     """
     template = rendering.get("template")
     if template is not None:
         return {"kind": "plain", "template": template}
-    found = {
+    fields = {
         "system_prompt": rendering.get("system_prompt"),
         "template_kwargs": plain_data(rendering.get("template_kwargs") or {}),
         "date": rendering.get("date") if uses_date(tokenizer) else None,
     }
-    return {"kind": "chat", **{name: value for name, value in found.items() if value}}
+    return {"kind": "chat", **{name: value for name, value in fields.items() if value}}
 
 
 def check_date(text: Any, where: str) -> None:
-    """Check that something is a date such as "2026-11-27".
+    """Check that ``text`` is an ISO date such as "2026-11-27".
 
     Raises:
         ValueError: it is not.
@@ -64,7 +66,7 @@ def check_date(text: Any, where: str) -> None:
 
 
 def described(prompt_format: Mapping[str, Any]) -> str:
-    """A prompt format in words."""
+    """A one-line description of a prompt format."""
     if prompt_format["kind"] == "plain":
         return f"the plain template {prompt_format['template']!r:.80}"
     rest = [f"{name} {prompt_format[name]!r:.80}" for name in prompt_format if name != "kind"]

@@ -1,4 +1,4 @@
-"""Prompts: a question or a conversation to text, to token ids, to left-padded arrays."""
+"""Prompts: rendering by a plain or chat template, tokenization, truncation, left padding."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ R1_ZERO = (
     "between <answer> and </answer>: <think> working </think> <answer> result </answer>.\n\n"
     "User: {question}\n\nAssistant:"
 )
-"""A plain template for base models, in the style of R1-Zero."""
+"""A plain template for base models, in the style of DeepSeek-R1-Zero."""
 
 MARK = "@@last message@@"
-"""Stands for the content of a message to find out where a template writes it."""
+"""Placeholder for a message's content, to find where a template writes it."""
 
 
 class Rendering(TypedDict, total=False):
-    """How prompts become text.
+    """Arguments for rendering prompts.
 
     Attributes:
-        template: a text in which ``{question}`` stands for the prompt, such as ``R1_ZERO``; None for the tokenizer's
-            chat template.
-        system_prompt: a system message put before each conversation that does not begin with one; chat only.
+        template: plain template with ``{question}`` in place of the prompt, such as ``R1_ZERO``; None uses the
+            tokenizer's chat template.
+        system_prompt: system message for conversations that do not begin with one; chat template only.
         template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
-        date: the date that ``strftime_now`` gives to a chat template, such as "2026-11-27"; None is today.
+        date: date for ``strftime_now`` in a chat template, such as "2026-11-27"; None is the current date.
     """
 
     template: str | None
@@ -44,14 +44,14 @@ class Rendering(TypedDict, total=False):
 
 
 Overlong = Literal["drop", "truncate", "error"]
-"""What ``fit_prompts`` can do to a prompt that is too long, for the configuration of an experiment."""
+"""Handling of prompts that are too long, by ``fit_prompts``."""
 
 
 class Conversation(NamedTuple):
-    """A prompt as a chat template takes it.
+    """A prompt for a chat template.
 
     Attributes:
-        messages: as ``messages.checked_messages`` gives them.
+        messages: messages, normalized by ``messages.checked_messages``.
         tools: JSON schemas, or None.
         variables: further arguments of the template.
     """
@@ -62,15 +62,15 @@ class Conversation(NamedTuple):
 
     @property
     def is_continued(self) -> bool:
-        """Whether the last message is the assistant's, so that the completion continues it."""
+        """Whether the last message is from the assistant, so that the completion continues it."""
         return self.messages[-1]["role"] == "assistant"
 
     def chat(self, messages: Messages, *, opens_turn: bool = False) -> Chat:
-        """Other messages with the same tools and arguments."""
+        """Other messages, with the tools and arguments of this conversation."""
         return Chat(messages, self.tools, self.variables, opens_turn)
 
     def chats(self) -> list[Chat]:
-        """What has to be rendered for ``prompt_text``."""
+        """The chats to render for ``prompt_text``."""
         if not self.is_continued:
             return [self.chat(self.messages, opens_turn=True)]
         *before, last = self.messages
@@ -78,7 +78,11 @@ class Conversation(NamedTuple):
         return [marked, self.chat(before, opens_turn=True)] if before else [marked]
 
     def prompt_text(self, texts: Sequence[str], where: str) -> str:
-        """The text of the prompt, from those of ``chats``: the last message is continued if it is the assistant's.
+        """The text of the prompt; it ends within the last message if the completion continues that.
+
+        Args:
+            texts: the rendered ``chats``.
+            where: source location, for the error.
 
         Raises:
             ValueError: the template does not write the content of the last message exactly once.
@@ -88,21 +92,25 @@ class Conversation(NamedTuple):
         content = self.messages[-1]["content"]
         head, _ = around_mark(texts[0], where)
         opening = texts[1] if len(texts) > 1 else head
-        # A template that opens thoughts by itself, for a message that brings its own opening.
+        # The template opens a thought, and the message may begin with the same opening tag.
         added = head[len(opening) :].split() if head.startswith(opening) else []
         return (opening if added and content.lstrip().startswith(added[0]) else head) + content
 
 
 def around_mark(text: str, where: str) -> tuple[str, str]:
-    """What a chat template writes before and after the content of the message that ``MARK`` stands for.
+    """The text before and after ``MARK``.
+
+    Args:
+        text: a rendered chat whose last message has the content ``MARK``.
+        where: source location, for the error.
 
     Raises:
-        ValueError: it does not write it exactly once.
+        ValueError: ``text`` does not contain ``MARK`` exactly once.
     """
     if text.count(MARK) != 1:
         raise ValueError(
-            f"{where}: the chat template does not write the last message as it is given, so that it cannot be "
-            "continued; end the prompt with another message, or use another template"
+            f"{where}: the chat template changes the last message, so that it cannot be continued; end the prompt with "
+            "another message, or use another template"
         )
     head, _, tail = text.partition(MARK)
     return head, tail
@@ -116,46 +124,50 @@ def conversation_of(
     template_kwargs: Mapping[str, Any] | None = None,
     row: Mapping[str, Any] | None = None,
 ) -> Conversation:
-    """A prompt as a conversation; a question is a conversation of one user message.
+    """A prompt as a conversation; a text becomes one user message.
 
     Args:
-        prompt: a question, or messages.
-        where: its place, for errors.
-        system_prompt: put before it unless it begins with a system message; empty for none.
+        prompt: text or messages.
+        where: source location, for errors.
+        system_prompt: system message, unless the prompt begins with one; None or empty for none.
         template_kwargs: further arguments of the chat template.
-        row: columns of its row: ``tools``, and ``chat_template_kwargs``, which come before ``template_kwargs``.
+        row: the columns of the prompt's row. ``tools`` and ``chat_template_kwargs`` are used; the latter override
+            ``template_kwargs``.
 
     Raises:
-        ValueError: a message, the tools or the arguments are malformed; the last message has tool calls.
+        ValueError: a message, the tools or the arguments are malformed, or the last message has tool calls.
     """
     row = row or {}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else checked_messages(prompt, where)
     if messages[-1]["role"] == "assistant" and messages[-1].get("tool_calls"):
-        raise ValueError(
-            f"{where}: it ends with the assistant's tool calls, after which the tools reply; add what they do"
-        )
+        raise ValueError(f"{where}: it ends with tool calls of the assistant; add the tools' replies")
     if system_prompt and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    own = row.get("chat_template_kwargs") or {}
-    if isinstance(own, str):
+    row_kwargs = row.get("chat_template_kwargs") or {}
+    if isinstance(row_kwargs, str):
         try:
-            own = json.loads(own)
+            row_kwargs = json.loads(row_kwargs)
         except ValueError as error:
             raise ValueError(f"{where}, column 'chat_template_kwargs': it is not JSON ({error})") from error
-    variables = {**(template_kwargs or {}), **checked_variables(own, f"{where}, column 'chat_template_kwargs'")}
+    row_kwargs = checked_variables(row_kwargs, f"{where}, column 'chat_template_kwargs'")
+    variables = {**(template_kwargs or {}), **row_kwargs}
     return Conversation(messages, checked_tools(row.get("tools"), where), variables)
 
 
-def of_template(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Those columns of a row that a chat template takes."""
+def template_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that a chat template uses: ``tools`` and ``chat_template_kwargs``."""
     return {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
 
 
 def checked_variables(variables: Any, where: str) -> dict[str, Any]:
-    """Arguments of a chat template, those that are null left out.
+    """Validate further arguments of a chat template; null values are removed.
+
+    Args:
+        variables: values by name.
+        where: source location, for errors.
 
     Raises:
-        ValueError: they are not an object, or one is not the user's to set.
+        ValueError: ``variables`` is not a mapping with text keys, or sets a reserved name.
     """
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise ValueError(f"{where}: it must be an object of names and values; it is {variables!r:.200}")
@@ -175,20 +187,21 @@ def render_prompts(
     date: str | None = None,
     rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """The text each prompt becomes before it is split into tokens.
+    """Render prompts with a plain or chat template.
 
     Args:
-        prompts: questions, or conversations as lists of messages; a question is a conversation of one user message. A
-            conversation that ends with the assistant's message is continued; after any other, the assistant's turn is
-            opened.
-        tokenizer: a transformers tokenizer; its chat template is used if ``template`` is None.
-        template, system_prompt, template_kwargs, date: as in ``Rendering``; other braces of ``template`` stay.
-        rows: the columns of each prompt's row, of which a chat template takes ``tools`` and ``chat_template_kwargs``.
+        prompts: texts, or conversations as lists of messages. For a chat template, a text is one user message. The
+            rendered text ends with the opening of the assistant's turn, or within a last message from the assistant.
+        tokenizer: a transformers tokenizer.
+        template: plain template with ``{question}`` in place of the prompt (other braces are kept); None uses the
+            tokenizer's chat template.
+        system_prompt, template_kwargs, date: arguments for a chat template, as in ``Rendering``.
+        rows: the columns of each prompt's row. A chat template uses ``tools`` and ``chat_template_kwargs``.
 
     Raises:
-        ValueError: the tokenizer has no chat template and ``template`` is None; the chat template refuses a prompt
-            (the error says which) or exceeds its limits; ``template`` lacks ``{question}``, or is used with a
-            conversation, a system prompt or arguments.
+        ValueError: the tokenizer has no chat template and ``template`` is None; the chat template rejects a prompt or
+            exceeds its limits; ``template`` has no ``{question}``, or is used with a conversation, a system prompt or
+            template arguments.
     """
     if template is None:
         check_has_template(tokenizer)
@@ -204,18 +217,18 @@ def render_prompts(
         ]
         return render_conversations(conversations, tokenizer, [f"prompt {n}" for n in range(len(prompts))], date=date)
     if "{question}" not in template:
-        raise ValueError(f"a plain template must hold {{question}} where the prompt goes; it is {template!r}")
+        raise ValueError(f"a plain template must contain {{question}}, the place of the prompt; it is {template!r}")
     if system_prompt:
-        raise ValueError("a plain template leaves no place for system_prompt: write its text into the template")
+        raise ValueError("system_prompt cannot be used with a plain template: include its text in the template")
     if template_kwargs:
         raise ValueError(
-            f"template_kwargs {dict(template_kwargs)} are for a chat template, and template is a plain one"
+            f"template_kwargs {dict(template_kwargs)} cannot be used with a plain template, only with a chat template"
         )
     questions: list[str] = []
     for position, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(
-                f"prompt {position} is a conversation, and a plain template takes text: use a chat template"
+                f"prompt {position} is a conversation, and a plain template requires text: use a chat template"
             )
         questions.append(template.replace("{question}", prompt))
     return questions
@@ -224,14 +237,24 @@ def render_prompts(
 def render_conversations(
     conversations: Sequence[Conversation], tokenizer: Any, names: Sequence[str], *, date: str | None = None
 ) -> list[str]:
-    """The text of each conversation as a prompt; ``names`` are what errors call them."""
+    """Render conversations as prompts with the chat template.
+
+    Args:
+        conversations: the conversations.
+        tokenizer: a transformers tokenizer with a chat template.
+        names: the name of each conversation in errors.
+        date: date for ``strftime_now``; None is the current date.
+
+    Raises:
+        ValueError: the chat template rejects a conversation or exceeds its limits.
+    """
     chats, owners = [], []
     for n, conversation in enumerate(conversations):
         parts = conversation.chats()
         chats += parts
         owners += [n] * len(parts)
     rendered = render_chats(
-        tokenizer, chats, today=date, refusal=lambda place, template: f"{template} refuses {names[owners[place]]}"
+        tokenizer, chats, today=date, error_prefix=lambda place, template: f"{template} rejects {names[owners[place]]}"
     )
     texts = iter(rendered)
     counts = np.bincount(owners, minlength=len(conversations)) if owners else []
@@ -249,24 +272,36 @@ def encode_prompts(
     rows: Sequence[Mapping[str, Any]] | None = None,
     **rendering: Any,
 ) -> list[list[int]]:
-    """The token ids of each prompt, from the text that ``render_prompts`` makes of it with the same arguments.
+    """Render and tokenize prompts.
 
-    A chat template writes its own special tokens, and what it renders is encoded without adding any, as
-    ``tokenizer.apply_chat_template(..., tokenize=True)`` does. To a plain template the beginning-of-sequence token is
-    added where the tokenizer adds one and the text does not begin with it, and nothing is added at the end.
+    A chat template writes its own special tokens: none are added, as in ``tokenizer.apply_chat_template``. After a
+    plain template, a beginning-of-sequence token is added if the tokenizer adds one and the text does not begin with
+    it; no ending token is added.
+
+    Args:
+        prompts: texts, or conversations as lists of messages.
+        tokenizer: a transformers tokenizer.
+        template: plain template; None uses the tokenizer's chat template.
+        rows: the columns of each prompt's row.
+        rendering: other arguments of ``render_prompts``.
 
     Raises:
-        ValueError: as ``render_prompts``; and for a prompt that the tokenizer has no tokens for.
+        ValueError: as ``render_prompts``; the tokenizer cannot encode a prompt.
     """
     texts = render_prompts(prompts, tokenizer, template=template, rows=rows, **rendering)
     return encode_rendered(texts, tokenizer, plain=template is not None)
 
 
 def encode_rendered(texts: Sequence[str], tokenizer: Any, *, plain: bool) -> list[list[int]]:
-    """The token ids of rendered prompts; ``plain`` for those of a plain template, which may lack the beginning token.
+    """Tokenize rendered prompts.
+
+    Args:
+        texts: rendered prompts.
+        tokenizer: a transformers tokenizer.
+        plain: whether the template was plain, so that a beginning-of-sequence token may be missing.
 
     Raises:
-        ValueError: the tokenizer has no tokens for one.
+        ValueError: the tokenizer cannot encode a prompt.
     """
     if not texts:
         return []
@@ -284,27 +319,28 @@ def encode_rendered(texts: Sequence[str], tokenizer: Any, *, plain: bool) -> lis
 def fit_prompts(
     token_ids: Sequence[list[int]], *, max_prompt_length: int, overlong_prompts: str = "drop"
 ) -> tuple[list[int], list[list[int]]]:
-    """The prompts that fit into ``max_prompt_length`` tokens, as positions in ``token_ids`` and their ids.
+    """Drop or truncate prompts of more than ``max_prompt_length`` tokens.
 
     Args:
-        token_ids: one list of ids a prompt.
+        token_ids: token ids of each prompt.
         max_prompt_length: in tokens.
-        overlong_prompts: what happens to a longer prompt. "drop" leaves it out: ``len(token_ids) - len(positions)``
-            were dropped. "truncate" keeps its last ``max_prompt_length`` tokens, and so loses what begins the sequence.
-            "error" raises.
+        overlong_prompts: "drop" removes longer prompts, "truncate" keeps their last ``max_prompt_length`` tokens (the
+            beginning-of-sequence token is lost), "error" raises.
+
+    Returns:
+        The positions of the remaining prompts in ``token_ids``, and their token ids.
 
     Raises:
-        ValueError: a prompt without tokens; ``max_prompt_length`` less than 1; another word for ``overlong_prompts``;
-            it is "error" and prompts are longer, or "drop" and no prompt is left (the error says how many are how
-            long).
+        ValueError: a prompt has no tokens; ``max_prompt_length`` is below 1; ``overlong_prompts`` is unknown, is
+            "error" and a prompt is longer, or is "drop" and no prompt is left.
     """
     if overlong_prompts not in get_args(Overlong):
-        raise ValueError(f"overlong_prompts must be one of {get_args(Overlong)}, and is {overlong_prompts!r}")
+        raise ValueError(f"overlong_prompts is {overlong_prompts!r}; it must be one of {get_args(Overlong)}")
     if max_prompt_length < 1:
-        raise ValueError(f"max_prompt_length must be at least 1, and is {max_prompt_length}")
+        raise ValueError(f"max_prompt_length is {max_prompt_length}; it must be at least 1")
     empty = [position for position, ids in enumerate(token_ids) if not ids]
     if empty:
-        raise ValueError(f"prompts without a token, of {len(token_ids)}, stand at the positions {empty[:10]}")
+        raise ValueError(f"{len(empty)} of {len(token_ids)} prompts have no tokens, at the positions {empty[:10]}")
     if overlong_prompts == "truncate":
         return list(range(len(token_ids))), [ids[-max_prompt_length:] for ids in token_ids]
     positions = [position for position, ids in enumerate(token_ids) if len(ids) <= max_prompt_length]
@@ -321,26 +357,26 @@ def fit_prompts(
 def pad_prompts(
     token_ids: Sequence[list[int]], *, max_prompt_length: int, pad_id: int, index: Sequence[int] | np.ndarray
 ) -> Prompts:
-    """Prompts padded on the left to ``max_prompt_length``; the mask comes from lengths, so a real pad id stays True.
+    """Left-pad prompts to ``max_prompt_length``. The mask is computed from lengths: a prompt may contain ``pad_id``.
 
     Args:
-        token_ids: one list of ids a prompt.
-        max_prompt_length: in tokens; every batch has this many columns.
-        pad_id: what stands in the padding.
-        index: the number of each prompt that its samples' noise is drawn from.
+        token_ids: token ids of each prompt.
+        max_prompt_length: number of columns.
+        pad_id: token id of padding.
+        index: a distinct number for each prompt, from which its sampling noise is derived.
 
     Raises:
-        ValueError: no prompts; a prompt without tokens or longer than ``max_prompt_length``; an index for more or fewer
-            prompts, or the same one twice.
+        ValueError: there are no prompts, a prompt is empty or too long, or ``index`` has another length or repeats a
+            number.
     """
     lengths = np.array([len(ids) for ids in token_ids], dtype=np.int32)
     if not len(lengths) or lengths.min() == 0 or lengths.max() > max_prompt_length:
         raise ValueError(
-            f"prompts must have between 1 and max_prompt_length={max_prompt_length} tokens (fit_prompts sees to the "
-            f"upper limit), and there must be at least one; their lengths are {lengths.tolist()}"
+            f"there must be prompts, of 1 to max_prompt_length={max_prompt_length} tokens (fit_prompts drops longer "
+            f"ones); the lengths are {lengths.tolist()}"
         )
     if len(index) != len(lengths) or len(set(map(int, index))) != len(lengths):
-        raise ValueError(f"index must have one number a prompt, all different: {len(lengths)} prompts, index {index}")
+        raise ValueError(f"index must have a distinct number for each of {len(lengths)} prompts; it is {index}")
     mask = np.arange(max_prompt_length) >= max_prompt_length - lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int32)
     ids[mask] = np.concatenate(token_ids)

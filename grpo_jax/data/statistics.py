@@ -1,4 +1,4 @@
-"""Facts about a data set that its user should know: rows that were skipped, duplicates, leaks, the held-out share."""
+"""Statistics of a loaded data set: skipped rows, duplicates, leaks between splits, held-out rows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-MOST_REASONS = 5
+MAX_REASONS = 5
 
 
 @dataclass
 class DataStatistics:
-    """What loading a data set found; a loader fills it in.
+    """Statistics that a loader collects.
 
     Attributes:
-        skipped: the reason for each row that was left out.
-        counts: numbers by name, such as ``rows``, ``held_out`` and ``duplicates``.
-        remarks: sentences about them.
+        skipped: the reason for each skipped row.
+        counts: row counts by name, such as ``rows``, ``held_out`` and ``duplicates``.
+        remarks: the counts as sentences.
     """
 
     skipped: list[str] = field(default_factory=list)
@@ -27,57 +27,58 @@ class DataStatistics:
     remarks: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The remarks, and how many rows were skipped with the first reasons."""
+        """The remarks, then the number of skipped rows with the first reasons."""
         if not self.skipped:
             return [*self.remarks]
-        rest = len(self.skipped) - MOST_REASONS
+        rest = len(self.skipped) - MAX_REASONS
         return [
             *self.remarks,
             f"{len(self.skipped)} rows skipped:",
-            *(f"  {reason:.300}" for reason in self.skipped[:MOST_REASONS]),
+            *(f"  {reason:.300}" for reason in self.skipped[:MAX_REASONS]),
             *([f"  and {rest} more"] if rest > 0 else []),
         ]
 
     def report(self, say: Callable[[str], None], path: Path) -> None:
-        """Say the lines, and write everything to a JSON file.
+        """Print the lines and write all statistics to a JSON file.
 
         Args:
-            say: takes a line.
-            path: of the file; its folder exists.
+            say: prints a line.
+            path: path of the JSON file; its folder must exist.
         """
         for line in self.lines():
             say(line)
-        found = {**self.counts, "skipped": len(self.skipped), "skipped_because": self.skipped[:100]}
-        path.write_text(json.dumps({**found, "remarks": self.remarks}, indent=2, ensure_ascii=False) + "\n")
+        skipped = {"skipped": len(self.skipped), "skipped_because": self.skipped[:100]}
+        row = {**self.counts, **skipped, "remarks": self.remarks}
+        path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n")
 
     def count_duplicates(self, keys: Sequence[str], answers: Sequence[Any] | None = None) -> None:
-        """Count rows whose key an earlier row has, and those of them that have another answer than it.
+        """Count rows with the key of an earlier row, and those among them with a different answer.
 
         Args:
-            keys: of the rows, such as ``prompt_key`` of their prompts, or of everything in them.
-            answers: of the rows, where two answers to one question are a mistake; the keys are then of prompts alone.
+            keys: a key for each row: with ``answers`` the ``prompt_key`` of its prompt, otherwise of the whole row.
+            answers: the answer of each row; None does not compare answers.
         """
         first: dict[str, int] = {}
         repeated = [n for n, key in enumerate(keys) if first.setdefault(key, n) != n]
         if not repeated:
             return
         self.counts["duplicates"] = len(repeated)
-        what = "an earlier row" if answers is None else "the prompt of an earlier one"
-        remark = f"{len(repeated)} of {len(keys)} rows repeat {what} (case and blanks aside)"
+        original = "an earlier row" if answers is None else "the prompt of an earlier one"
+        remark = f"{len(repeated)} of {len(keys)} rows repeat {original} (ignoring case and white space)"
         if answers is not None:
             other = sum(answers[n] != answers[first[keys[n]]] for n in repeated)
             if other:
                 self.counts["contradicting_duplicates"] = other
-                remark += f", {other} of them with another answer"
+                remark += f", {other} of them with a different answer"
         self.remarks.append(remark)
 
     def drop_leaks(self, held_out: list[Item], keys: Iterable[str], trained_on: Iterable[str]) -> list[Item]:
-        """The held-out rows that are not trained on, the others counted.
+        """The held-out rows whose key is not among the training rows; counts the others.
 
         Args:
-            held_out: rows.
-            keys: of each of them.
-            trained_on: keys of the rows that are trained on.
+            held_out: held-out rows.
+            keys: the key of each held-out row.
+            trained_on: the keys of the training rows.
         """
         known = set(trained_on)
         kept = [row for row, key in zip(held_out, keys, strict=True) if key not in known]
@@ -85,21 +86,27 @@ class DataStatistics:
         if leaks:
             self.counts["leaks"] = leaks
             self.remarks.append(
-                f"{leaks} of {len(held_out)} held-out rows left out: their prompts are trained on (case and blanks "
-                "aside)"
+                f"{leaks} of {len(held_out)} held-out rows dropped: their prompts are in the training rows (ignoring "
+                "case and white space)"
             )
         return kept
 
     def count_held_out(self, rows: int, held_out: int, source: str) -> None:
-        """Count the rows of a source and how many of them are held out."""
+        """Record the held-out split.
+
+        Args:
+            rows: number of all rows.
+            held_out: number of held-out rows.
+            source: name of the data source.
+        """
         self.counts |= {"rows": rows, "held_out": held_out}
         self.remarks.append(f"{held_out} of {rows} rows of {source} are held out for evaluation")
 
 
 def prompt_key(prompt: str | Sequence[dict[str, Any]]) -> str:
-    """A text that is the same for prompts that differ in case and blanks only.
+    """A key that is equal for prompts that differ only in case and white space.
 
-    A conversation of one user message has the key of its text.
+    A conversation of one user message has the key of that message's text.
     """
     if isinstance(prompt, str):
         return " ".join(prompt.casefold().split())

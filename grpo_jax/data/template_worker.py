@@ -1,7 +1,7 @@
-"""The process that renders chat templates, started by ``chat_templates``: templates of checkpoints are not trusted.
+"""The process that renders chat templates, which are untrusted code from checkpoints; started by ``chat_templates``.
 
-Run as ``python -m grpo_jax.data.template_worker``. It imports jinja2 alone. Messages on stdin and stdout are a length
-and a body: a pickled request from the parent, a JSON answer to it.
+Run as ``python -m grpo_jax.data.template_worker``. It imports only jinja2. Requests on stdin are pickled, answers on
+stdout are JSON, and each is preceded by its length.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ import jinja2.utils
 
 LENGTH = struct.Struct("!Q")
 KILL_AFTER = 5
-"""Further seconds after which a conversation that could not be interrupted ends the process."""
+"""Seconds after the time limit at which the process is killed if the timer could not interrupt rendering."""
 MEMORY_BYTES = 2 << 30
 MAX_CHARACTERS = 1 << 24
-"""Length of the longest text."""
+"""Maximum characters of a rendered text."""
 
 
 class OutOfTime(BaseException):
-    """Rendering took too long; no ``Exception``, so that no filter catches it."""
+    """Rendering took too long. Not an ``Exception``, so that no filter catches it."""
 
 
 class GenerationBlocks(jinja2.ext.Extension):
-    """The tag ``{% generation %}``, which marks what the assistant writes; the text is the same without it."""
+    """The tag ``{% generation %}``, which marks assistant text and does not change what is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """The block's body in a scope of its own."""
+        """Parse the block as its body in a new scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without private attributes, which could lead out of the sandbox."""
+    """Jinja's namespace without private attributes, which could be used to escape the sandbox."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if str(name).startswith("_"):
@@ -60,7 +60,7 @@ class Namespace(jinja2.utils.Namespace):
 
 
 def make_namespace(*args: Any, **kwargs: Any) -> Namespace:
-    """A namespace with these attributes."""
+    """A ``Namespace`` with these attributes."""
     namespace = Namespace()
     for name, value in dict(*args, **kwargs).items():
         namespace[name] = value
@@ -68,7 +68,7 @@ def make_namespace(*args: Any, **kwargs: Any) -> Namespace:
 
 
 def raise_exception(message: str) -> None:
-    """Refuse a conversation, as templates do.
+    """The function with which templates reject a conversation.
 
     Raises:
         TemplateError: always.
@@ -77,14 +77,14 @@ def raise_exception(message: str) -> None:
 
 
 def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON without the escapes for HTML that jinja2 adds."""
+    """The filter ``tojson``, without the HTML escapes of jinja2's own."""
     allowed = {name: options[name] for name in ("indent", "separators", "sort_keys") if name in options}
     return json.dumps(value, ensure_ascii=ensure_ascii, **allowed)
 
 
 @lru_cache(maxsize=8)
 def compiled(source: str) -> jinja2.Template:
-    """A chat template as transformers compiles it."""
+    """Compile a chat template as transformers does."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, jinja2.ext.loopcontrols]
     )
@@ -94,7 +94,13 @@ def compiled(source: str) -> jinja2.Template:
 
 
 def render(source: str, variables: dict[str, Any], today: str) -> str:
-    """The text of one conversation; the same for the same arguments, whatever the template calls."""
+    """Render one conversation, deterministically.
+
+    Args:
+        source: the chat template.
+        variables: variables of the template.
+        today: date for ``strftime_now``.
+    """
     now = datetime.combine(date.fromisoformat(today), datetime.min.time())
     random.seed(0)
     text = compiled(source).render(**{"strftime_now": now.strftime, **variables})
@@ -104,7 +110,17 @@ def render(source: str, variables: dict[str, Any], today: str) -> str:
 
 
 def limited(source: str, variables: dict[str, Any], today: str, seconds: float) -> dict[str, str]:
-    """The text of one conversation, or why there is none."""
+    """Render one conversation within limits.
+
+    Args:
+        source: the chat template.
+        variables: variables of the template.
+        today: date for ``strftime_now``.
+        seconds: limit of CPU time.
+
+    Returns:
+        ``{"text": ...}`` or ``{"error": ...}``.
+    """
     used = time.process_time()
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + KILL_AFTER, hard))
@@ -123,13 +139,13 @@ def limited(source: str, variables: dict[str, Any], today: str, seconds: float) 
     except jinja2.TemplateError as error:
         return {"error": str(error.message or type(error).__name__)}
     except RecursionError:
-        return {"error": "it is nested too deeply, or calls itself without end"}
+        return {"error": "it is nested too deeply, or recurses without end"}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def out_of_time(number: int, frame: Any) -> None:
-    """The handler of the timer.
+    """Signal handler of the timer.
 
     Raises:
         OutOfTime: always.
@@ -138,7 +154,7 @@ def out_of_time(number: int, frame: Any) -> None:
 
 
 def read(stream: BinaryIO) -> bytes | None:
-    """Read a message; None where the other side is gone."""
+    """Read a message; None if the stream has ended."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
@@ -147,7 +163,7 @@ def read(stream: BinaryIO) -> bytes | None:
 
 
 def main() -> None:
-    """Render what is asked for until stdin ends: all texts of a request, or those before the first error."""
+    """Answer requests until stdin ends, with all texts of a request or those before the first error."""
     signal.signal(signal.SIGPROF, out_of_time)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -159,10 +175,10 @@ def main() -> None:
         texts: list[str] = []
         error = None
         for variables in chats:
-            found = limited(source, variables, today, seconds)
-            if (error := found.get("error")) is not None:
+            result = limited(source, variables, today, seconds)
+            if (error := result.get("error")) is not None:
                 break
-            texts.append(found["text"])
+            texts.append(result["text"])
         answer = json.dumps({"texts": texts, "error": error and error[:2000]}).encode()
         sys.stdout.buffer.write(LENGTH.pack(len(answer)) + answer)
         sys.stdout.buffer.flush()

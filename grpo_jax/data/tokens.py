@@ -1,7 +1,7 @@
-"""Text to tokens and back where other text comes before it.
+"""Tokenization of text that continues other text, and its inverse.
 
-Tokenizers in the style of SentencePiece write a blank before the first word of whatever they encode, and leave it out
-of whatever they decode. A completion does not begin a text: here it is encoded and decoded as what follows one.
+Tokenizers in the style of SentencePiece add a blank before the first word when they encode, and remove it when they
+decode. A completion continues its prompt, so that neither should happen.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 ANCHORS = ("\n", ".", "0", "a", ":")
-"""Texts that a completion is encoded behind; the first whose last token stays apart from it is taken."""
+"""Texts to encode a completion after. The first whose tokens do not merge with the completion's is used."""
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The token ids of each text, none added.
+    """Tokenize texts without adding special tokens.
+
+    Args:
+        texts: the texts.
+        tokenizer: a transformers tokenizer.
 
     Raises:
-        ValueError: the tokenizer has no tokens for a text; says for which.
+        ValueError: the tokenizer cannot encode a text; the message names it.
     """
     if not texts:
         return []
@@ -30,9 +34,13 @@ def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def encode_following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The token ids of each text as what follows another one: they decode to the text itself wherever they can.
+    """Tokenize texts that continue other text, so that they decode to themselves wherever possible.
 
-    White space at the very end, behind a special token, is what the tokenizer makes of it: so it is in prompts, too.
+    White space after a special token at the very end is encoded as the tokenizer does it, as in prompts.
+
+    Args:
+        texts: the texts.
+        tokenizer: a transformers tokenizer.
 
     Raises:
         ValueError: as ``encode_texts``.
@@ -46,7 +54,7 @@ def encode_following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         token_ids = _without_added_blank(texts, token_ids, tokenizer)
     if not added or not (adds_blanks or any(token.lstrip or token.rstrip for token in added)):
         return token_ids
-    # Around a special token inside a text, blanks are added or lost as well.
+    # Tokenizers also add or remove blanks around special tokens within a text.
     known = tokenizer.added_tokens_encoder
     special = "(" + "|".join(map(re.escape, sorted(known, key=len, reverse=True))) + ")"
     within = [n for n, text in enumerate(texts) if re.search(special, text)]
@@ -59,8 +67,8 @@ def encode_following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
         parts = [part for part in re.split(special, head) if part]
         words = [part for part in parts if part not in known]
         encoded = encode_texts(words, tokenizer)
-        found = iter(_without_added_blank(words, encoded, tokenizer) if adds_blanks else encoded)
-        ids = [i for part in parts for i in ([known[part]] if part in known else next(found))]
+        word_ids = iter(_without_added_blank(words, encoded, tokenizer) if adds_blanks else encoded)
+        ids = [i for part in parts for i in ([known[part]] if part in known else next(word_ids))]
         ids += encode_texts([tail], tokenizer)[0]
         if decode_following(tokenizer, [ids])[0].rstrip() == text.rstrip():
             token_ids[n] = ids
@@ -68,23 +76,23 @@ def encode_following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _adds_blanks(texts: Sequence[str], tokenizer: Any) -> bool:
-    """Whether the tokenizer writes a blank before the first word."""
+    """Whether the tokenizer adds a blank before the first word."""
     probes = [*ANCHORS[1:], *(text.lstrip() for text in texts if text.strip())]
     probe = next((each for each in probes if _can_encode(tokenizer, each)), None)
     return probe is not None and decode_following(tokenizer, encode_texts([probe], tokenizer))[0].startswith(" ")
 
 
 def _without_added_blank(texts: Sequence[str], token_ids: list[list[int]], tokenizer: Any) -> list[list[int]]:
-    """The ids of the same texts behind an anchor, for those that have a blank too many without one."""
+    """Replace the ids of texts that decode with an extra blank by their ids after an anchor text."""
     chosen, decoded = list(token_ids), decode_following(tokenizer, token_ids)
     wrong = [n for n, text in enumerate(texts) if _blanks(decoded[n]) == _blanks(text) + 1]
     for anchor in ANCHORS:
         if not wrong or not _can_encode(tokenizer, anchor):
             continue
         before, *anchored = encode_texts([anchor, *(anchor + texts[n] for n in wrong)], tokenizer)
-        found = [ids[len(before) :] if ids[: len(before)] == before else [] for ids in anchored]
+        candidates = [ids[len(before) :] if ids[: len(before)] == before else [] for ids in anchored]
         left = []
-        for n, ids, text in zip(wrong, found, decode_following(tokenizer, found), strict=True):
+        for n, ids, text in zip(wrong, candidates, decode_following(tokenizer, candidates), strict=True):
             if text == decoded[n][1:]:
                 chosen[n] = ids
             else:
@@ -94,14 +102,14 @@ def _without_added_blank(texts: Sequence[str], token_ids: list[list[int]], token
 
 
 def decode_following(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each row of token ids as what follows another text, special tokens included.
+    """Decode token ids as the continuation of other text, special tokens included.
 
     Args:
         tokenizer: a transformers tokenizer.
-        rows: token ids.
+        rows: token ids of each text.
     """
     if not rows:
-        return []  # of none, batch_decode of older versions makes one
+        return []  # batch_decode of older versions returns one text for no rows
     anchor, length = _special_token(tokenizer)
     texts = tokenizer.batch_decode(
         [[*anchor, *row] for row in rows], skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -110,8 +118,8 @@ def decode_following(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]
 
 
 def _special_token(tokenizer: Any) -> tuple[list[int], int]:
-    """A token that stays apart from what follows it in decoding, as ids; and the length of its text."""
-    # Without a decoder, tokens are joined by blanks that are in none of them.
+    """Ids that do not merge with following tokens in decoding, and the length of their text."""
+    # Without a decoder, tokens are joined by blanks that belong to none of them.
     if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None) is not None:
         for token_id in tokenizer.all_special_ids:
             if text := tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False):

@@ -1,4 +1,4 @@
-"""The turns of a conversation as a chat template writes them, and where they end."""
+"""The turns of a conversation within the text of a chat template, and the tokens that end them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from grpo_jax.data.tokens import encode_texts
 LOGGER = logging.getLogger(__name__)
 Row = dict[str, Any]
 TrainOn = Literal["completion", "assistant", "all"]
-"""What of a demonstration is learnt: its last turn, every turn of the assistant, or every token."""
+"""Tokens that the SFT loss includes: the last turn, all assistant turns, or all tokens."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What is to be imitated.
+    """A prompt with a completion to imitate.
 
     Attributes:
-        prompt: the question as text, or the messages before the completion; "" where there is only a text.
+        prompt: text, or the messages before the completion; "" for a text without a prompt.
         completion: the reply as text.
-        where: the place it was read from, in words.
-        columns: every other column of its row.
-        reply: what the completion's message has besides its content, such as ``tool_calls``; for a chat template.
+        where: source location for error messages, such as ``data.jsonl:3``.
+        columns: the other columns of the row.
+        reply: other fields of the completion's message, such as ``tool_calls``, for the chat template.
     """
 
     prompt: str | Messages
@@ -39,7 +39,7 @@ class Demonstration:
 
 
 class Piece(NamedTuple):
-    """A part of a demonstration's text, and whether it is a turn that is learnt."""
+    """A part of a demonstration's text; ``is_turn`` for a turn that the loss includes."""
 
     text: str
     is_turn: bool
@@ -55,10 +55,23 @@ def _conversation_of(demonstration: Demonstration, rendering: Rendering) -> Conv
     )
 
 
-def turns(
+def split_turns(
     demonstrations: Sequence[Demonstration], tokenizer: Any, train_on: TrainOn, rendering: Rendering
 ) -> list[list[Piece]]:
-    """The text of each demonstration in pieces, by the chat template; all conversations are rendered together."""
+    """Render demonstrations with the chat template and split the texts at the turns to train on.
+
+    Args:
+        demonstrations: demonstrations with a prompt.
+        tokenizer: a transformers tokenizer with a chat template.
+        train_on: with "assistant", earlier assistant turns are pieces of their own.
+        rendering: fields of ``prompts.Rendering``.
+
+    Returns:
+        The pieces of each demonstration; concatenated, they are its rendered text.
+
+    Raises:
+        ValueError: the chat template rejects a conversation, or renders a turn differently within it than on its own.
+    """
     conversations = [_conversation_of(each, rendering) for each in demonstrations]
     chats: list[Chat] = []
     owners: list[int] = []
@@ -71,32 +84,33 @@ def turns(
         chats += needed
         owners += [n] * len(needed)
         counts.append(len(needed))
+    # All at once: each call is a round trip to another process.
     texts = iter(
         render_chats(
             tokenizer,
             chats,
             today=rendering.get("date"),
-            refusal=lambda n, template: f"{demonstrations[owners[n]].where}: {template} refuses the conversation",
+            error_prefix=lambda n, template: f"{demonstrations[owners[n]].where}: {template} rejects the conversation",
         )
     )
-    found = []
+    split = []
     for demonstration, conversation, count in zip(demonstrations, conversations, counts, strict=True):
-        of_this = [next(texts) for _ in range(count)]
-        given = len(conversation.chats())
-        prompt, whole = conversation.prompt_text(of_this[:given], demonstration.where), of_this[given]
+        rendered = [next(texts) for _ in range(count)]
+        num_prompt = len(conversation.chats())
+        prompt, whole = conversation.prompt_text(rendered[:num_prompt], demonstration.where), rendered[num_prompt]
         if conversation.is_continued:
-            whole = prompt + demonstration.completion + around_mark(of_this[0], demonstration.where)[1]
+            whole = prompt + demonstration.completion + around_mark(rendered[0], demonstration.where)[1]
         elif not whole.startswith(prompt) and not demonstration.reply:
             whole = _composed(prompt, demonstration, tokenizer, rendering) or whole
-        found.append(_pieces(demonstration, conversation, (prompt, whole), of_this[given + 1 :], train_on))
-    return found
+        split.append(_pieces(demonstration, conversation, (prompt, whole), rendered[num_prompt + 1 :], train_on))
+    return split
 
 
 def _composed(prompt: str, demonstration: Demonstration, tokenizer: Any, rendering: Rendering) -> str | None:
-    """The conversation of a template that opens a thought for a generation, and leaves thoughts out of what it writes.
+    """The text for a template whose generation prompt opens a thought and which strips thoughts from messages.
 
-    The completion follows the prompt as the sampler would have drawn it: without the tag that the prompt opens, which
-    it must close. None where that is not the case.
+    Appends the completion to the prompt as the sampler would generate it: without the tag that the prompt opens. None
+    unless the prompt opens a tag that the completion closes.
     """
     around = turn_borders(tokenizer, demonstration.prompt, demonstration.columns, **rendering)
     if around is None or not prompt.startswith(around[0]):
@@ -105,24 +119,33 @@ def _composed(prompt: str, demonstration: Demonstration, tokenizer: Any, renderi
     tag = re.match(r"\s*<(\w+)>", opened)
     if tag is None or f"</{tag[1]}>" not in completion:
         return None
-    if completion.lstrip().startswith(f"<{tag[1]}>"):  # opened twice otherwise
+    if completion.lstrip().startswith(f"<{tag[1]}>"):  # the prompt has opened it
         completion = completion.lstrip().removeprefix(opened) if completion.lstrip().startswith(opened) else ""
     return prompt + completion + around[1] if completion else None
 
 
-def whole_texts(demonstrations: Sequence[Demonstration], tokenizer: Any, rendering: Rendering) -> list[str]:
-    """The text of each demonstration by the chat template, what it writes after the completion included."""
+def render_demonstrations(demonstrations: Sequence[Demonstration], tokenizer: Any, rendering: Rendering) -> list[str]:
+    """Render demonstrations with the chat template, including what it writes after the completion.
+
+    Args:
+        demonstrations: demonstrations with a prompt.
+        tokenizer: a transformers tokenizer with a chat template.
+        rendering: fields of ``prompts.Rendering``.
+
+    Raises:
+        ValueError: the chat template rejects a conversation.
+    """
     conversations = [_conversation_of(each, rendering) for each in demonstrations]
     return render_chats(
         tokenizer,
         [each.chat(_whole(each, demonstrations[n])) for n, each in enumerate(conversations)],
         today=rendering.get("date"),
-        refusal=lambda n, template: f"{demonstrations[n].where}: {template} refuses the conversation",
+        error_prefix=lambda n, template: f"{demonstrations[n].where}: {template} rejects the conversation",
     )
 
 
 def _whole(conversation: Conversation, demonstration: Demonstration) -> Messages:
-    """The conversation with its completion."""
+    """The messages of the conversation, completion included."""
     if conversation.is_continued:
         *before, last = conversation.messages
         return [*before, {**last, "content": last["content"] + demonstration.completion}]
@@ -131,9 +154,10 @@ def _whole(conversation: Conversation, demonstration: Demonstration) -> Messages
 
 
 def _earlier_turns(conversation: Conversation, train_on: TrainOn) -> list[int]:
-    """Messages of the assistant before the completion that are trained on.
+    """Indices of the earlier assistant messages to train on.
 
-    One that is continued is not, nor one with a ``weight`` of 0, as data sets mark replies that are context alone.
+    Excludes the message that the completion continues, and messages with ``weight`` 0, the usual mark of replies that
+    are context only.
     """
     if train_on != "assistant":
         return []
@@ -148,14 +172,14 @@ def _pieces(
     rest: list[str],
     train_on: TrainOn,
 ) -> list[Piece]:
-    """The text in pieces, and of each whether it is a turn that is learnt.
+    """Split the rendered text of a demonstration at its turns.
 
     Args:
-        demonstration: what the text is of.
+        demonstration: the demonstration.
         conversation: its prompt.
-        last: the text before the completion, and all of it.
-        rest: the same of each earlier turn.
-        train_on: which turns are learnt.
+        last: rendered prompt, and rendered demonstration.
+        rest: for each earlier turn in order, the text before it and the text through it.
+        train_on: with "assistant", earlier turns are split off too.
     """
     where, whole = demonstration.where, last[1]
     turns = [*_earlier_turns(conversation, train_on), len(conversation.messages)]
@@ -165,12 +189,12 @@ def _pieces(
     for turn, (opening, through) in zip(turns, spans, strict=True):
         if not (whole.startswith(opening) and whole.startswith(through) and written <= len(opening) < len(through)):
             raise ValueError(
-                f"{where}: the chat template writes message {turn - offset} otherwise in the whole "
-                "conversation than as a turn of its own, so its tokens cannot be marked; learn from the completion "
-                "alone, or use a template that leaves earlier turns as they are"
+                f"{where}: the chat template renders message {turn - offset} differently within the conversation than "
+                "on its own, so its tokens cannot be marked; train on the completion alone, or use a template that "
+                "keeps earlier turns as they are"
                 if turn != turns[-1] or len(turns) > 1
-                else f"{where}: the chat template does not write the prompt as it opens a generation, so "
-                "the completion's tokens cannot be marked; use another template"
+                else f"{where}: the chat template renders the prompt differently within the conversation than before a "
+                "generation, so the completion's tokens cannot be marked; use another template"
             )
         pieces += [Piece(whole[written : len(opening)], False), Piece(whole[len(opening) : len(through)], True)]
         written = len(through)
@@ -180,62 +204,71 @@ def _pieces(
 def check_turn_end(
     tokenizer: Any, eos_ids: Sequence[int], prompt: str | Messages, row: Row, **rendering: Unpack[Rendering]
 ) -> None:
-    """Check that a model stops at what the chat template writes after the assistant's turn.
+    """Check that the model stops at the token with which the chat template ends an assistant turn.
 
-    A template that writes no special token there passes, and so does, with a warning, one that cannot write such a
+    Passes a template that writes no special token there and, with a warning, one that cannot render such a
     conversation.
 
     Args:
         tokenizer: a transformers tokenizer.
-        eos_ids: the tokens at which the model stops.
+        eos_ids: ids of the tokens at which the model stops.
         prompt: any prompt of the data.
         row: the columns of its row.
-        rendering: as in ``prompts.Rendering``.
+        rendering: fields of ``prompts.Rendering``.
 
     Raises:
-        ValueError: the turn ends with a special token that is not one of ``eos_ids``; names it.
+        ValueError: the turn ends with a special token that is not in ``eos_ids``; the message names it.
     """
     around = turn_borders(tokenizer, prompt, row, **rendering)
     if around is None:
         if rendering.get("template") is None:
             LOGGER.warning(
-                "whether the model stops where the chat template ends a turn is not checked: the template refuses a "
-                "conversation with a reply, or does not write the reply as it is"
+                "cannot check that the model stops where the chat template ends a turn: the template rejects a "
+                "conversation with a reply, or changes the reply"
             )
         return
     ids = encode_texts([around[1]], tokenizer)[0]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
     if any(token in special for token in ids) and not any(token in eos_ids for token in ids):
-        raise ValueError(no_end(tokenizer, ids, eos_ids))
+        raise ValueError(missing_end(tokenizer, ids, eos_ids))
 
 
 def turn_borders(
     tokenizer: Any, prompt: str | Messages, row: Row, **rendering: Unpack[Rendering]
 ) -> tuple[str, str] | None:
-    """What the chat template writes before and after a reply to a prompt; None where that cannot be found out."""
+    """The text that the chat template writes before and after a reply; None if it cannot be determined.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: text or messages.
+        row: the columns of the prompt's row.
+        rendering: fields of ``prompts.Rendering``; a plain template gives None.
+    """
     if rendering.get("template") is not None:
         return None
     conversation = _conversation_of(Demonstration(prompt, "", "prompt 0", row), rendering)
     before = conversation.messages[:-1] if conversation.is_continued else conversation.messages
     try:
         marked = conversation.chat([*before, {"role": "assistant", "content": MARK}])
-        [text] = render_chats(tokenizer, [marked], today=rendering.get("date"), refusal=lambda _, template: template)
+        [text] = render_chats(
+            tokenizer, [marked], today=rendering.get("date"), error_prefix=lambda _, template: template
+        )
         return around_mark(text, "prompt 0")
     except ValueError:
         return None
 
 
-def no_end(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
-    """Why a turn of these tokens has no end that a model stops at, and what to do."""
+def missing_end(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
+    """The error message for a turn whose tokens ``ids`` contain none of ``eos_ids``."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
     last = next((token for token in reversed(ids) if token in special), None)
     names = ", ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in eos_ids)
     remedy = (
-        "name what it writes as a stop token (--stop-tokens)"
+        "name the token that it writes with --stop-tokens"
         if last is None
-        else f"give --stop-tokens '{tokenizer.convert_ids_to_tokens(last)}'"
+        else f"pass --stop-tokens '{tokenizer.convert_ids_to_tokens(last)}'"
     )
     return (
         f"the chat template writes none of the ending tokens {list(eos_ids)} ({names}) after the assistant's turn, "
-        f"so that the model would not learn to stop, and completions would be cut off; {remedy}"
+        f"so that the model would not learn to stop, and completions would be truncated; {remedy}"
     )
