@@ -280,7 +280,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         ({"mesh": MeshConfig(data=8)}, "pairs of a micro-batch: 12 do not divide over mesh data x fsdp = 8"),
         ({"judge": "no_such_module:f"}, "no module 'no_such_module'"),
         ({"judge": "errand_reward"}, "named module:function"),
-        ({"num_pairs": LEARNT + 1}, f"cannot be drawn from {LEARNT} pairs"),
+        ({"num_pairs": LEARNT + 1}, f"with {LEARNT} pairs num_pairs must be from 1"),
         ({"max_prompt_length": 2}, "none of 36 pairs fits"),
         ({"model": "no/such/folder"}, "no/such/folder"),
     ],

@@ -233,7 +233,7 @@ def test_the_template_of_the_settings_is_what_is_encoded(policy):
     [example], _ = encode(settings, demonstrations("2"), policy, max_length=20, rendering=own)
     [prompt] = encode_prompts(["1+1="], policy.tokenizer, template="2+{question}")
     assert example.token_ids == [*prompt, *policy.tokenizer("2")["input_ids"], policy.eos_ids[0]]
-    assert example.learnt == [False] + [True] * 7
+    assert example.loss_mask == [False] + [True] * 7
     with pytest.raises(ValueError, match="has no chat template"):
         encode(settings, demonstrations("2"), policy, max_length=20, rendering={"template": None})
     pair = errand_preferences(np.random.default_rng(0), 1, held_out=False)
@@ -253,11 +253,11 @@ def test_what_is_too_long_is_dropped_cut_or_an_error(policy):
     assert [len(each.token_ids) for each in kept] == [6, 7]
     assert dropped == 1
     cut, dropped = encode_long(policy, "truncate", short, long, exact)
-    assert [len(each.token_ids) for each in cut] == [len(each.learnt) for each in cut] == [6, 7, 7]
+    assert [len(each.token_ids) for each in cut] == [len(each.loss_mask) for each in cut] == [6, 7, 7]
     assert dropped == 0
     assert cut[1].token_ids[-1] != policy.eos_ids[0]  # cut at its end
     assert cut[2].token_ids[-1] == policy.eos_ids[0]
-    assert cut[1].learnt == [False] * 4 + [True] * 3
+    assert cut[1].loss_mask == [False] * 4 + [True] * 3
     assert encode_long(policy, "error", short, exact)[1] == 0
     with pytest.raises(ValueError, match=r"1 of 3 demonstrations do not fit into max_length = 7 .* longest has 8"):
         encode_long(policy, "error", short, long, exact)

@@ -291,7 +291,8 @@ def test_duplicates_and_contradictions_are_counted(tmp_path):
     assert stats.counts["duplicates"] == 2
     assert stats.counts["contradicting_duplicates"] == 1
     assert stats.lines()[0] == (
-        "2 of 32 rows repeat the prompt of an earlier one (case and blanks aside), 1 of them with another answer"
+        "2 of 32 rows repeat the prompt of an earlier one (ignoring case and white space), 1 of them with a different "
+        "answer"
     )
 
 
@@ -310,7 +311,7 @@ def test_leaks_between_training_and_held_out_rows_are_removed_and_said(tmp_path)
     held_out = load_problem_sets(settings, 0, stats)[1]
     assert {problem.answer for problem in held_out} == {str(n) for n in range(20, 30)}
     assert stats.counts["leaks"] == 6
-    assert stats.lines()[-1].startswith("6 of 16 held-out rows left out: their prompts are trained on")
+    assert stats.lines()[-1].startswith("6 of 16 held-out rows dropped: their prompts are in the training rows")
 
 
 def test_conversations_are_told_apart_by_role_and_text():

@@ -220,7 +220,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load_problems(str(tmp_path / "none.jsonl"))
     for name in ("a.txt", "a.parquet.gz", "a.gz"):
         (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=rf"ends in '.*{name[1:]}'; .*\.jsonl.*\.parquet.*\.gz"):
+        with pytest.raises(ValueError, match=rf"has the unknown suffix '.*{name[1:]}'; .*\.jsonl.*\.parquet.*\.gz"):
             load_problems(str(tmp_path / name))
 
 
