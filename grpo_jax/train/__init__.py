@@ -1,5 +1,7 @@
 """Forward passes, train steps with gradient accumulation, optimizers and schedules."""
 
+from grpo_jax.train.critic import CriticBatch as CriticBatch
+from grpo_jax.train.critic import MLPCritic as MLPCritic
 from grpo_jax.train.forward import completion_log_probs as completion_log_probs
 from grpo_jax.train.forward import completion_states as completion_states
 from grpo_jax.train.forward import completion_values as completion_values
@@ -9,6 +11,7 @@ from grpo_jax.train.forward import pair_scores as pair_scores
 from grpo_jax.train.forward import policy_and_values as policy_and_values
 from grpo_jax.train.forward import reward_model_scores as reward_model_scores
 from grpo_jax.train.forward import with_value_head as with_value_head
+from grpo_jax.train.optimizer import adamw as adamw
 from grpo_jax.train.optimizer import make_optimizer as make_optimizer
 from grpo_jax.train.optimizer import make_schedule as make_schedule
 from grpo_jax.train.step import LossFn as LossFn

@@ -13,10 +13,16 @@ VECTORS = ("scale", "bias")
 def make_schedule(
     learning_rate: float, *, warmup_steps: int, total_steps: int, decay: Literal["constant", "linear", "cosine"]
 ) -> optax.Schedule:
-    """Rise linearly from 0 over ``warmup_steps`` updates, then stay, or fall to 0 at ``total_steps``.
+    """Linear warm-up, then a constant learning rate or decay to 0 at ``total_steps``.
+
+    Args:
+        learning_rate: peak.
+        warmup_steps: updates of warm-up; update ``i`` of them has ``(i + 1) / (warmup_steps + 1)`` of the peak.
+        total_steps: updates of the run.
+        decay: of the learning rate after the warm-up.
 
     Raises:
-        ValueError: a learning rate that is not above 0, or a warm-up that is longer than the run.
+        ValueError: learning_rate is not above 0, or the warm-up is longer than the run.
     """
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
@@ -28,7 +34,7 @@ def make_schedule(
         "linear": optax.linear_schedule(learning_rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(learning_rate, rest),
     }
-    # The first update has learning_rate / (warmup_steps + 1): one at 0 would be a step wasted.
+    # Starts at learning_rate / (warmup_steps + 1): an update at 0 would be wasted.
     warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     return optax.join_schedules([warmup, after[decay]], [warmup_steps])
 
