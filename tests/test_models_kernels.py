@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.models import build_model, from_hf_config, init_params, kernels, transformer
-from grpo_jax.models.attention import KVSegment, allowed_slots, attend
+from grpo_jax.models.attention import KVSegment, attend, attention_mask
 from grpo_jax.models.kernels import choose_kernel, cudnn_attention, hardware, resolve_attention, splash_attention
 from grpo_jax.rollout import Sampler
 from grpo_jax.sampling import Sampling
@@ -31,7 +31,7 @@ KERNELS = {
 
 def plain(queries, keys, values, mask, *, window, softcap):
     rows, length, _, width = queries.shape
-    allowed = allowed_slots(mask, jnp.arange(length), 0, length, window)
+    allowed = attention_mask(mask, jnp.arange(length), 0, length, window)
     part = KVSegment({"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}, allowed)
     grouped = queries.reshape(rows, length, keys.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
     return attend(grouped, [part], softcap).transpose(0, 3, 1, 2, 4).reshape(queries.shape)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from checkpoints import quick_jit
 
-from grpo_jax.models.attention import KVSegment, allowed_slots, attend
+from grpo_jax.models.attention import KVSegment, attend, attention_mask
 from grpo_jax.models.config import Rope
-from grpo_jax.models.kv_cache import quantized, written
+from grpo_jax.models.kv_cache import quantize, write
 from grpo_jax.models.layers import Embedding, Norm
 from grpo_jax.models.rope import rope_frequencies, rotate, rotation
 
@@ -73,17 +73,17 @@ def test_scores_of_rotated_vectors_depend_on_their_distance_alone():
 
 def test_slots_that_may_be_attended_to():
     mask = jnp.array([[False, True, True, True, True]])
-    found = allowed_slots(mask, jnp.array([2, 3]), 0, 5, None)[0]
+    found = attention_mask(mask, jnp.array([2, 3]), 0, 5, None)[0]
     np.testing.assert_array_equal(found, [[False, True, True, False, False], [False, True, True, True, False]])
-    found = allowed_slots(mask, jnp.array([3, 4]), 0, 5, 2)[0]
+    found = attention_mask(mask, jnp.array([3, 4]), 0, 5, 2)[0]
     np.testing.assert_array_equal(found, [[False, False, True, True, False], [False, False, False, True, True]])
 
 
 def test_slots_before_the_calls_own_and_after_it():
     now = jnp.array([1])
-    assert allowed_slots(None, now, -3, 3, None).tolist() == [[[True, True, True]]]
-    assert allowed_slots(None, now, -3, 3, 3).tolist() == [[[False, False, True]]]  # slot -1 is two before slot 1
-    assert allowed_slots(None, now, jnp.int32(2**30), 3, None).tolist() == [[[False, False, False]]]
+    assert attention_mask(None, now, -3, 3, None).tolist() == [[[True, True, True]]]
+    assert attention_mask(None, now, -3, 3, 3).tolist() == [[[False, False, True]]]  # slot -1 is two before slot 1
+    assert attention_mask(None, now, jnp.int32(2**30), 3, None).tolist() == [[[False, False, False]]]
 
 
 def part(keys, values, allowed, *sharing):
@@ -172,8 +172,8 @@ def test_keys_are_shared_by_adjacent_rows_or_by_those_named():
     keys, values = (jnp.asarray(rng.normal(size=(2, 2, 5, 8)), jnp.float32) for _ in range(2))
     allowed = jnp.asarray(rng.random((2, 1, 5)) < 0.7).at[:, :, 0].set(True)
 
-    def shared(queries, gather=None, place=None):
-        return attend(queries, [part(keys, values, allowed, gather, place)], None)
+    def shared(queries, gather_index=None, scatter_index=None):
+        return attend(queries, [part(keys, values, allowed, gather_index, scatter_index)], None)
 
     adjacent = quick_jit(shared)(queries)
     each = [np.repeat(np.asarray(x), 3, axis=0) for x in (keys, values, allowed)]
@@ -213,7 +213,7 @@ def test_int8_is_off_by_at_most_half_a_step():
         np.random.default_rng(0).normal(size=(2, 3, 16, 64)) * 10.0 ** np.linspace(-6, 6, 64)[None, None, None]
     )
     x = x.astype(jnp.float32).at[0, 0, :, 0].set(0)
-    whole, scales = quantized(x, axis=2)
+    whole, scales = quantize(x, axis=2)
     assert whole.dtype == jnp.int8
     assert scales.shape == (2, 3, 64)
     error = np.abs(np.asarray(whole, np.float64) * np.asarray(scales)[:, :, None] - np.asarray(x))
@@ -230,11 +230,11 @@ def test_attention_to_int8_is_attention_to_what_it_stands_for():
         "keys": jnp.asarray(rng.normal(size=(2, 3, 16, 64)), jnp.float32),
         "values": jnp.asarray(rng.normal(size=(2, 3, 64, 16)), jnp.float32),
     }
-    (keys, key_scales), (values, value_scales) = quantized(own["keys"], axis=2), quantized(own["values"], axis=3)
+    (keys, key_scales), (values, value_scales) = quantize(own["keys"], axis=2), quantize(own["values"], axis=3)
     empty = {name: jnp.zeros_like(x) for name, x in own.items()} | {"keys": jnp.zeros_like(keys)}
     empty |= {"values": jnp.zeros_like(values)}
     empty |= {"key_scales": jnp.zeros_like(key_scales), "value_scales": jnp.zeros_like(value_scales)}
-    entry = written(empty, own, 0)
+    entry = write(empty, own, 0)
     stands_for = {
         "keys": keys.astype(jnp.float32) * key_scales[:, :, None, :],
         "values": values.astype(jnp.float32) * value_scales[:, :, :, None],

@@ -84,5 +84,5 @@ def test_a_coarser_cache_fits_more(tiny):
 
     assert row_bytes("float32") == row_bytes(None) == 2 * row_bytes("bfloat16")
     assert row_bytes("int8") == row_bytes("float32") / 4 + 2 * 2 * 2 * 64 * 4  # two scales a head and token
-    with pytest.raises(ValueError, match="a cache is float32, bfloat16, int8, not float16"):
+    with pytest.raises(ValueError, match="cache_dtype must be one of float32, bfloat16, int8, not float16"):
         tiny[0].init_cache(1, 64, "float16")

@@ -332,8 +332,8 @@ def test_a_coarser_cache_rounds_alike_in_every_schedule(tiny):
         ({"group_size": 0}, "group_size is 0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"eos_ids": ()}, "eos_ids is empty"),
-        ({"cache_dtype": "float16"}, "a cache is float32, bfloat16, int8, not float16"),
-        ({"cache_dtype": "float8"}, "a cache is float32, bfloat16, int8, not float8"),
+        ({"cache_dtype": "float16"}, "cache_dtype must be one of float32, bfloat16, int8, not float16"),
+        ({"cache_dtype": "float8"}, "cache_dtype must be one of float32, bfloat16, int8, not float8"),
     ],
 )
 def test_refuses_what_cannot_be_drawn(tiny, options, message):

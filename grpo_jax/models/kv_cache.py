@@ -1,4 +1,4 @@
-"""Keys and values of a layer: empty, written to, cut and joined by columns."""
+"""The KV cache of a layer: initialization, writes, and slices and concatenation along columns."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.config import DecoderConfig
 
 CacheEntry = dict[str, Array]
-"""A layer's ``keys [B, K, E, C]`` and ``values [B, K, C, E]``; in int8 with the ``key_scales`` and ``value_scales``
-``[B, K, C]`` that they are multiplied by."""
+"""A layer's ``keys [B, K, E, C]`` and ``values [B, K, C, E]``; in int8 with ``key_scales`` and ``value_scales``
+``[B, K, C]``, their factors."""
 COLUMN_AXES = {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2}
 
 
-def empty_entry(config: DecoderConfig, batch: int, columns: int, dtype: Any) -> CacheEntry:
-    """The cache of a layer."""
+def init_entry(config: DecoderConfig, batch: int, columns: int, dtype: Any) -> CacheEntry:
+    """The cache of a layer, filled with zeros.
+
+    Args:
+        config: of the decoder.
+        batch: B.
+        columns: C.
+        dtype: of keys and values.
+    """
     K, E = config.num_kv_heads, config.head_dim
     entry = {"keys": jnp.zeros((batch, K, E, columns), dtype), "values": jnp.zeros((batch, K, columns, E), dtype)}
     if dtype == jnp.int8:
@@ -26,34 +33,40 @@ def empty_entry(config: DecoderConfig, batch: int, columns: int, dtype: Any) -> 
     return entry
 
 
-def written(entry: CacheEntry, own: CacheEntry, start: int | Int[Array, ""]) -> CacheEntry:
-    """The entry with a call's own keys and values in it, from column ``start`` on, in the entry's precision."""
+def write(entry: CacheEntry, new: CacheEntry, start: int | Int[Array, ""]) -> CacheEntry:
+    """The cache with new columns.
+
+    Args:
+        entry: the cache; its dtype is kept.
+        new: keys and values of a call's tokens, in floating point.
+        start: the column of the first token.
+    """
     if "key_scales" in entry:
-        keys, key_scales = quantized(own["keys"], axis=2)
-        values, value_scales = quantized(own["values"], axis=3)
-        own = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+        keys, key_scales = quantize(new["keys"], axis=2)
+        values, value_scales = quantize(new["values"], axis=3)
+        new = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
     return {
         name: jax.lax.dynamic_update_slice_in_dim(
-            entry[name], new.astype(entry[name].dtype), start, axis=COLUMN_AXES[name]
+            entry[name], x.astype(entry[name].dtype), start, axis=COLUMN_AXES[name]
         )
-        for name, new in own.items()
+        for name, x in new.items()
     }
 
 
-def quantized(x: Float[Array, "B K _ _"], axis: int) -> tuple[Int[Array, "B K _ _"], Float[Array, "B K _"]]:
-    """``x`` as int8 and what that is multiplied by: ``axis`` has one scale, by which its largest entry is 127."""
+def quantize(x: Float[Array, "B K _ _"], axis: int) -> tuple[Int[Array, "B K _ _"], Float[Array, "B K _"]]:
+    """``x`` as int8 times a scale for each vector along ``axis``, whose largest entry becomes 127."""
     x = x.astype(jnp.float32)
     scales = jnp.max(jnp.abs(x), axis, keepdims=True) / 127
-    # Of a vector of zeros any multiple is right; the scale must only not be divided by.
+    # A vector of zeros has scale 0, which must not be divided by.
     whole = jnp.round(x / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
     return whole, jnp.squeeze(scales, axis)
 
 
-def some_columns(entry: CacheEntry, first: int, last: int) -> CacheEntry:
-    """Columns from ``first`` to before ``last``."""
-    return {name: jax.lax.slice_in_dim(x, first, last, axis=COLUMN_AXES[name]) for name, x in entry.items()}
+def slice_columns(entry: CacheEntry, start: int, end: int) -> CacheEntry:
+    """The columns ``start`` to ``end - 1``."""
+    return {name: jax.lax.slice_in_dim(x, start, end, axis=COLUMN_AXES[name]) for name, x in entry.items()}
 
 
-def joined_columns(entries: Sequence[CacheEntry]) -> CacheEntry:
-    """Entries of the same rows, their columns one after the other."""
+def concatenate_columns(entries: Sequence[CacheEntry]) -> CacheEntry:
+    """Caches of the same rows, concatenated along columns."""
     return {name: jnp.concatenate([entry[name] for entry in entries], COLUMN_AXES[name]) for name in entries[0]}

@@ -1,7 +1,7 @@
 """The modules of a decoder: embedding, norms, attention, MLP and block.
 
-Shapes: B sequences, S tokens of the call, C columns that can be attended to, D the width of the residual stream,
-H query heads in K groups of G (H = K * G), each of size E.
+Shapes: B sequences, S tokens of the call, C columns of keys, D the width of the residual stream, H query heads in K
+groups of G (H = K * G), each of size E.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attend
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.kernels import Kernel
-from grpo_jax.models.kv_cache import CacheEntry, some_columns, written
+from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
 from grpo_jax.models.rope import rotate
 from grpo_jax.sharding import constrain
 
 
 class Embedding(nn.Module):
-    """A table with a row for each token."""
+    """An embedding table with a row for each token."""
 
     vocab_size: int
     hidden_size: int
@@ -36,18 +36,18 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.zeros, shape, self.param_dtype)
 
     def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """The rows of the tokens; an id outside the vocabulary gets the nearest row, so that padding may hold any."""
-        # Whole rows of the table, or the result would be split as they are and have to be laid out anew.
+        """The rows of the tokens. Ids outside the vocabulary are clipped to it, so that padding may hold any id."""
+        # Gathered over fsdp, or the result would be sharded like the rows and have to be resharded.
         table = constrain(self.embedding, self.mesh, P("tensor"))
         return jnp.take(table, token_ids, axis=0, mode="clip")
 
     def table(self) -> Float[Array, "V D"]:
-        """The whole table."""
+        """The table itself."""
         return self.embedding
 
 
 class ScalarHead(nn.Module):
-    """The weights that make one number of a position's hidden state."""
+    """The weights of a scalar output for each position, as of reward models and critics."""
 
     hidden_size: int
     param_dtype: Any
@@ -57,7 +57,7 @@ class ScalarHead(nn.Module):
         self.kernel = self.param("kernel", nn.initializers.zeros, (self.hidden_size, 1), self.param_dtype)
 
     def weights(self) -> Float[Array, "D 1"]:
-        """All of them."""
+        """The weights themselves."""
         return self.kernel
 
 
@@ -73,9 +73,9 @@ class Norm(nn.Module):
         """Normalize; the result has the dtype of ``x``."""
         scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
         scale = scale.astype(jnp.float32) + self.offset
-        # One axis for all tokens, no mean and no rsqrt: so that a token comes out of the sampler's call on one token
-        # with the same bits as out of the trainer's call on all (a mean is fused with the epsilon in one and not in the
-        # other, and a vector's rsqrt is not a scalar's).
+        # One axis for all tokens, no mean and no rsqrt: so that the sampler's call on one token and the trainer's call
+        # on all tokens give the same bits. XLA fuses a mean with the epsilon in one of them and not in the other, and
+        # computes the rsqrt of a vector differently from that of a scalar.
         D = x.shape[-1]
         tokens = x.astype(jnp.float32).reshape(-1, D)
         sizes = jnp.sqrt(D / (jnp.sum(tokens**2, axis=-1, keepdims=True) + D * self.epsilon))
@@ -83,14 +83,14 @@ class Norm(nn.Module):
 
 
 class Layer(nn.Module):
-    """What the layers with a config share: how they make norms and linear maps."""
+    """Base class of the modules with a config: constructors of norms and linear maps."""
 
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
 
     def norm(self, name: str) -> Norm:
-        """A norm as the config wants it."""
+        """A norm with the config's settings."""
         return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, name=name)
 
     def linear(self, name: str, features: int | tuple[int, ...], *, axis: Any = -1, bias: bool) -> nn.DenseGeneral:
@@ -99,15 +99,21 @@ class Layer(nn.Module):
 
 
 class Attention(Layer):
-    """Causal attention with grouped heads and rotary positions to prefixes, a cache, and the call's own tokens."""
+    """Causal grouped-query attention with rotary positions, to prefixes, a cache, and the call's own tokens."""
 
     kernel: Kernel | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], view: AttentionInputs, entry: CacheEntry | None
+        self, x: Float[Array, "B S D"], inputs: AttentionInputs, entry: CacheEntry | None
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
-        """Attend; gives back the cache entry with the call's keys and values written in, or these alone."""
+        """The output, and the cache with the call's keys and values written to it.
+
+        Args:
+            x: the normalized residual stream.
+            inputs: rotation, masks and prefixes.
+            entry: the layer's cache; None returns the call's own keys and values as the cache.
+        """
         c = self.config
         B, S, D = x.shape
         tokens = x.reshape(-1, D)
@@ -118,21 +124,21 @@ class Attention(Layer):
         )
         if c.qk_norm:
             queries, keys = self.norm("q_norm")(queries), self.norm("k_norm")(keys)
-        queries = (rotate(queries, view.rotation) * c.query_scale).astype(self.dtype)
-        keys = rotate(keys, view.rotation).astype(self.dtype)
-        # With its columns last, a chunk of keys is read in order by the product of a few queries with all of them.
-        own = {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}
-        entry = own if entry is None else written(entry, own, view.start)
-        if self.kernel is not None and view.own_mask is not None:
-            out = self.kernel(queries, keys, values, view.own_mask, softcap=c.attention_softcap)
+        queries = (rotate(queries, inputs.rotation) * c.query_scale).astype(self.dtype)
+        keys = rotate(keys, inputs.rotation).astype(self.dtype)
+        # With columns last, the product of a few queries with all keys reads the keys in memory order.
+        new = {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}
+        entry = new if entry is None else write(entry, new, inputs.start)
+        if self.kernel is not None and inputs.kernel_mask is not None:
+            out = self.kernel(queries, keys, values, inputs.kernel_mask, softcap=c.attention_softcap)
         else:
             queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-            parts, first = [], 0
-            for allowed in view.allowed:
-                last = first + allowed.shape[2]
-                parts.append(KVSegment(some_columns(entry, first, last), allowed))
-                first = last
-            out = attend(queries, [*view.prefixes, *parts], c.attention_softcap).astype(self.dtype)
+            segments, start = [*inputs.prefixes], 0
+            for mask in inputs.masks:
+                end = start + mask.shape[2]
+                segments.append(KVSegment(slice_columns(entry, start, end), mask))
+                start = end
+            out = attend(queries, segments, c.attention_softcap).astype(self.dtype)
             out = out.transpose(0, 3, 1, 2, 4)
         out = out.reshape(-1, c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
@@ -144,9 +150,9 @@ class MLP(Layer):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Apply the three maps."""
+        """Apply the MLP."""
         c = self.config
-        # With one axis for all tokens: on CPU the gradient of a product with two takes almost twice as long.
+        # One axis for all tokens: on CPU the gradient of a product with two axes takes almost twice as long.
         tokens = x.reshape(-1, c.hidden_size)
         gate = self.linear("gate", c.intermediate_size, bias=c.mlp_bias)(tokens)
         up = self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens)
@@ -155,17 +161,17 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """Attention and MLP, each normalized at its start (and end, with ``post_norms``) and added to the residual."""
+    """Attention and MLP, each with a norm before it (and after it, with ``post_norms``), added to the residual."""
 
     kernel: Kernel | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], view: AttentionInputs, entry: CacheEntry | None
+        self, x: Float[Array, "B S D"], inputs: AttentionInputs, entry: CacheEntry | None
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Apply the block; arguments as in ``Attention``."""
         attention = Attention(self.config, self.dtype, self.param_dtype, self.kernel, name="attention")
-        out, entry = attention(self.norm("attention_norm")(x), view, entry)
+        out, entry = attention(self.norm("attention_norm")(x), inputs, entry)
         if self.config.post_norms:
             out = self.norm("post_attention_norm")(out)
         x = x + out
