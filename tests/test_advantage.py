@@ -472,7 +472,7 @@ def test_hybrid_with_rewards_of_steps_agrees_with_the_oracle(seed, knobs, junk):
     group_size, lam, epsilon = knobs
     rng = np.random.default_rng(seed)
     steps = np.where(mask & (rng.random(mask.shape) < 0.4), f32(rng.choice([1.0, 0.25, -2.0], mask.shape)), f32(0))
-    steps[:group_size] *= f32(seed % 2)  # a group without any, which may differ in what the whole is worth
+    steps[:group_size] *= f32(seed % 2)  # a group without any, whose rewards may differ
     ours = jit_hybrid(rewards, values, mask, group_size=group_size, step_rewards=steps, lam=lam, epsilon=epsilon)
     expected = oracle.hybrid(rewards, values, mask, group_size=group_size, step_rewards=steps, lam=lam, epsilon=epsilon)
     for actual, twin in zip(ours, expected, strict=True):
@@ -560,24 +560,24 @@ def gdpo_oracle(parts, weights, group_size, require_all):
 )
 def test_gdpo_against_float64(parts, weights):
     for require_all, left_out in ((True, np.isnan(parts).any(0)), (False, np.isnan(parts).all(0))):
-        found = jit_gdpo(jnp.asarray(parts), f32(weights), group_size=4, require_all=require_all)
-        close(found, gdpo_oracle(parts, weights, 4, require_all), atol=2e-5)
-        assert (np.asarray(found)[left_out] == 0).all()
+        ours = jit_gdpo(jnp.asarray(parts), f32(weights), group_size=4, require_all=require_all)
+        close(ours, gdpo_oracle(parts, weights, 4, require_all), atol=2e-5)
+        assert (np.asarray(ours)[left_out] == 0).all()
 
 
 def test_gdpo_tells_apart_what_a_sum_does_not():
-    """Two ways to a sum of 1; the rarer part is worth more."""
+    """Two ways to a sum of 1; the rarer part has the larger weight."""
     parts = jnp.array([[1.0, 0, 1, 1], [0, 1, 0, 0]])
     summed = group_relative(parts.sum(0), group_size=4)
     assert np.asarray(summed).tolist() == [0] * 4
-    found = np.asarray(jit_gdpo(parts, jnp.array([1.0, 2.0]), group_size=4))
-    assert found[1] > 0 > found[0] == found[2] == found[3]
+    ours = np.asarray(jit_gdpo(parts, jnp.array([1.0, 2.0]), group_size=4))
+    assert ours[1] > 0 > ours[0] == ours[2] == ours[3]
 
 
 def test_gdpo_of_one_reward_has_the_order_of_the_groups_advantage():
     rewards = jnp.array([0.0, 1, 1, 1, 0, 0, 0, 1])
-    found, usual = jit_gdpo(rewards[None], jnp.array([1.0]), group_size=4), group_relative(rewards, group_size=4)
-    assert np.corrcoef(found, usual)[0, 1] > 0.99
+    ours, usual = jit_gdpo(rewards[None], jnp.array([1.0]), group_size=4), group_relative(rewards, group_size=4)
+    assert np.corrcoef(ours, usual)[0, 1] > 0.99
 
 
 def test_gdpo_needs_groups():
