@@ -89,7 +89,7 @@ def test_no_program_and_tests_that_cannot_be_run():
     assert "at least one test" in graded[1].note
     handed = code_reward([""], completions[1:2], tests=[["class Mine: pass\nassert add(Mine(), 1)"]])
     assert handed[0].score is None  # the test's fault
-    assert "what cannot travel: an object of type Mine" in handed[0].note
+    assert "an argument that cannot be sent: an object of type Mine" in handed[0].note
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_the_program_of_a_completion(text, program):
         (None, "at least one test"),
         ("assert x", "at least one test"),
         (["assert ("], "test 1 is not Python"),
-        ([{"input": "1"}], "test 1 must be Python text or have input and output"),
+        ([{"input": "1"}], "test 1 must be Python text or a dict with input and output"),
         ([{"input": "1", "output": 1}], "input and output must be text"),
-        ([{"fn_name": "f", "input": "1", "output": 1}], "its input must be a list"),
-        (["assert f(1)", {"input": "1", "output": "1"}], "they must be of one way"),
+        ([{"fn_name": "f", "input": "1", "output": 1}], "input must be a list of arguments"),
+        (["assert f(1)", {"input": "1", "output": "1"}], "all of a problem must do the same"),
     ],
 )
 def test_malformed_tests(tests, message):
@@ -237,7 +237,7 @@ def test_packages_can_be_shown():
         (Path(folder) / "mine.py").write_text("x = 42")
         assert Sandbox(LIMITS, packages=[folder]).run("import mine; print(mine.x)").stdout == b"42\n"
     assert Sandbox(LIMITS).run("import mine").returncode == 1
-    with pytest.raises(SandboxUnavailable, match=f"no program could be run with .* and {folder}: .*{folder}"):
+    with pytest.raises(SandboxUnavailable, match=f"no program can be run with .* and {folder}: .*{folder}"):
         Sandbox(LIMITS, packages=[folder])
 
 
@@ -366,7 +366,7 @@ def available_bytes():
 
 @needs_bubblewrap
 def test_an_interpreter_that_is_not_there_is_refused():
-    with pytest.raises(SandboxUnavailable, match="no program could be run with /usr/no/python3"):
+    with pytest.raises(SandboxUnavailable, match="no program can be run with /usr/no/python3"):
         Sandbox(LIMITS, python="/usr/no/python3")
 
 

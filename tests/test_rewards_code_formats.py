@@ -97,7 +97,7 @@ def test_the_tests_of_published_rows(name):
 
 def test_a_pickle_that_could_run_code_is_never_loaded(capsys):
     row = {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()}
-    with pytest.raises(ValueError, match=r"private_test_cases is neither JSON nor .*it asks for builtins.print"):
+    with pytest.raises(ValueError, match=r"private_test_cases is neither JSON nor .*the pickle refers to builtins.print"):
         test_formats.tests_from_row(row)
     assert capsys.readouterr().out == ""
 
@@ -112,7 +112,7 @@ def test_a_pickle_that_could_run_code_is_never_loaded(capsys):
         (["assert 1 + 1 == 2"], "no test can fail"),
         (["x = 2\nassert x + 1 == 3"], "no test uses a name of the program"),
         (["from pytest import raises\nassert add(1, 2) == 3"], "test 1 imports pytest"),
-        ([{"input": "1", "output": "2", "testtype": "functional"}], "names no function"),
+        ([{"input": "1", "output": "2", "testtype": "functional"}], "functional but has no fn_name"),
         (None, "at least one test"),
     ],
 )
@@ -167,6 +167,49 @@ DEFINING = {
     "pytest, imported": f"from solution import add\n\n\n{PYTEST}",
     "pytest, called": PYTEST + "\n\ntest_add()\n",
 }
+
+
+VERSION = """
+import functools
+@functools.total_ordering
+class Version:
+  def __init__(self, n): self.n = n
+  def __eq__(self, other): return self.n == other.n
+  def __lt__(self, other): return self.n < other.n
+  def __truediv__(self, k): return Version(self.n / k)
+  def __setitem__(self, k, v): self.n = v
+"""
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert Version(1) < Version(2) <= Version(2) and Version(3) > Version(2) >= Version(2)",
+        "assert [v.n for v in sorted([Version(3), Version(1)])] == [1, 3]",
+        "assert isinstance(Version(1), Version) and not isinstance(1, Version)",
+        "assert Version(4) / 2 == Version(2)",
+        "v = Version(4)\nv['n'] = 5\nassert v.n == 5",
+        "assert Version(n=1).n == 1",
+    ],
+)
+def test_objects_of_a_program(test, sandbox):
+    assert run_tests(VERSION, [test], sandbox).passed == (True,)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("name", ["target", "operation", "args", "kwargs", "function", "connection"])
+def test_arguments_may_have_any_name(name, sandbox):
+    program = f"def f(x, {name}):\n  x.append({name})\n  return x\n"
+    verdict = run_tests(program, [f"x = [1]\nassert f(x, {name}=2) == [1, 2] == x"], sandbox)
+    assert verdict.passed == (True,), verdict
+
+
+@needs_bubblewrap
+def test_a_program_that_ended_in_a_failed_test_runs_again_for_the_next(sandbox):
+    program = "import os\ndef f(x):\n  if x == 1: os._exit(0)\n  return x\n"
+    test = "try:\n    r = f(1)\nexcept BaseException:\n    r = None\nassert r == 5"
+    assert run_tests(program, [test, "assert f(2) == 2"], sandbox).passed == (False, True)
 
 
 @needs_bubblewrap
@@ -303,7 +346,7 @@ def test_names_of_typing_need_no_import(sandbox):
 @needs_bubblewrap
 def test_the_tolerance_of_the_reward():
     for tolerance in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"tolerance is .*; it must be a number of at least 0"):
+        with pytest.raises(ValueError, match=r"tolerance is .*; it must be a finite number of at least 0"):
             code_reward([], [], tests=[], tolerance=tolerance)
     completions = ["```python\nprint(1 / 2)\n```"] * 2
     tests = [[{"input": "", "output": "0.500000\n"}]] * 2

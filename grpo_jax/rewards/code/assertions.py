@@ -1,4 +1,4 @@
-"""Whether a test of a program can fail: whether it reaches an assertion that is not true whatever the program does."""
+"""Static check that a test can fail: that it reaches an assertion whose truth depends on the program."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Definition = Function | ast.ClassDef
 
 
 def can_fail(tree: ast.Module) -> bool:
-    """Whether a test asserts or raises anywhere in what is run.
+    """Whether code of a test that is run asserts or raises.
 
-    Not in a function that nothing calls, in the branch of a condition that is never true, or after a ``return``; nor
-    is something asserted that is true in every case, such as ``f(1) or True`` or ``1 == 1``.
+    Functions that nothing calls, branches whose condition is constant and code after a ``return`` are not run.
+    Assertions that are always true, such as ``f(1) or True`` or ``1 == 1``, do not count.
     """
     for node in run_nodes(tree):
         match node:
@@ -33,7 +33,7 @@ def can_fail(tree: ast.Module) -> bool:
 
 
 def run_nodes(tree: ast.Module) -> Iterator[ast.AST]:
-    """What is run of a test: its statements, what the judge calls of its definitions, and what those refer to."""
+    """The nodes of a test that can be run: statements, definitions that the test runner calls, and what these use."""
     defined: dict[str, list[Definition]] = defaultdict(list)
     used: set[str] = set()
     blocks = [tree.body]
@@ -60,14 +60,14 @@ def _is_collected(node: Definition) -> bool:
 
 
 def _run(definition: Definition) -> list[list[ast.stmt]]:
-    """The blocks that run when a definition is used: a function's own, or those of all methods of a class."""
+    """The blocks that run when a definition is used: the body of a function, or of every method of a class."""
     if isinstance(definition, ast.ClassDef):
         return [each.body for each in definition.body if isinstance(each, Function)]
     return [definition.body]
 
 
 def _reached(block: Sequence[ast.stmt]) -> Iterator[ast.AST]:
-    """The parts of a block that can be run; of functions defined in it only their names."""
+    """The nodes of a block that can be run, without the bodies of functions that it defines."""
     for statement in block:
         if isinstance(statement, Definition):
             yield statement
@@ -103,7 +103,7 @@ def _branches(statement: ast.AST) -> list[Sequence[ast.stmt]]:
 
 
 def _ends(statement: ast.stmt) -> bool:
-    """Whether nothing of a block is run after this statement of it."""
+    """Whether the statements that follow this one in its block are never run."""
     if isinstance(statement, (ast.Return, ast.Raise, ast.Break, ast.Continue)):
         return True
     if not isinstance(statement, ast.If):
@@ -114,7 +114,7 @@ def _ends(statement: ast.stmt) -> bool:
 
 
 def _truth(expression: ast.expr) -> bool | None:
-    """What an expression is whatever the values of names in it; None where it depends on them."""
+    """The truth value of an expression if it does not depend on the values of names; None if it does."""
     match expression:
         case ast.Constant(value=value):
             return bool(value)
@@ -132,5 +132,5 @@ def _truth(expression: ast.expr) -> bool | None:
 
 
 def _is_fixed(expression: ast.expr) -> bool:
-    """Whether an expression has no names, so that no program changes its value."""
+    """Whether an expression contains no names, so that its value does not depend on the program."""
     return not any(isinstance(node, ast.Name) for node in ast.walk(expression))

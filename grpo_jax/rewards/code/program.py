@@ -1,4 +1,4 @@
-"""The program of a completion: which of its fenced blocks are Python, and which of those belong together."""
+"""Extraction of a completion's Python program from its fenced blocks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FENCE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0\b|\bfileinput\b")
-MOST_CLOSINGS = 8
-"""Fences within a program that are tried as its end, as of an example in a docstring."""
-LONGEST_PROGRAM = 200_000
+MAX_CLOSING_FENCES = 8
+"""Fences that are tried as the end of a block, whose docstrings may contain fences too."""
+MAX_PROGRAM_LENGTH = 200_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Block:
 
     Attributes:
         language: its info string, such as ``python``; "" for none.
-        text: what stands between its fences.
+        text: the lines between its fences.
     """
 
     language: str
@@ -53,12 +53,12 @@ class Block:
 
     @cached_property
     def defines(self) -> frozenset[str]:
-        """The names that it binds at the top level."""
+        """The names that it binds at module level."""
         return frozenset(bound_names(self.tree)) if self.tree else frozenset()
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """The names that it uses and neither binds nor gets from Python."""
+        """The names that it uses, does not bind, and that are not builtins."""
         return free_names(self.tree) if self.tree else frozenset()
 
 
@@ -67,22 +67,22 @@ def extract_program(
 ) -> str | None:
     """The program of a completion; None if there is none.
 
-    Nothing in an unfinished thought, or before the end of a finished one, is looked at. Of the rest the program is the
-    last fenced block of Python that defines one of ``names`` (or reads its input, where it should), or else the last
-    one; with those other blocks that define what it uses and does not define, imports and helpers. Blocks of no named
-    language count where none says Python, blocks of another language never. Without a fence it is what stands in the
-    last ``<answer>...</answer>``, or else the whole text, alone or after a prompt that it goes on with, where that is
-    Python and defines or reads what it should.
+    Only the text after the thought is searched; a completion whose thought is unfinished has no program. The program is
+    the last fenced Python block that defines one of ``names`` (with ``reads_input``, that reads input), or else the
+    last Python block, preceded by the other blocks that define names it needs, such as imports and helpers. Blocks
+    without a language are used if no block is marked as Python; blocks of other languages never are. Without fences the
+    program is the content of the last ``<answer>...</answer>``, or else the whole text, with or without the prompt
+    before it, if that parses as Python and defines one of ``names`` (or reads input).
 
-    A fence is three or more backticks or tildes that begin a line, as in Markdown: indented, in a list, or opened by
-    the end of the prompt as well. The last may be left open. A fence within a program, as in a docstring, does not end
-    it if what stands before is not yet Python.
+    A fence is three or more backticks or tildes at the start of a line, as in Markdown: also indented, in a list item,
+    or opened at the end of the prompt. The last block may be unclosed. A fence inside a program, as in a docstring,
+    does not close the block if the text before it does not parse.
 
     Args:
-        completion: the text.
+        completion: the sampled text.
         prompt: the text that it continues.
-        names: the functions and classes that tests use.
-        reads_input: whether tests give it input to read.
+        names: functions and classes that the tests use.
+        reads_input: whether the tests run the program as a script that reads standard input.
     """
     completion = completion.replace("\ufeff", "")  # a byte order mark, which Python takes only from files
     text = after_thought(prompt, completion)
@@ -102,7 +102,7 @@ def extract_program(
 
 
 def open_fence(prompt: str) -> str:
-    """What a prompt ends in from an opening fence on that it does not close; "" where it ends in none."""
+    """The end of a prompt from its unclosed opening fence; "" if it has none."""
     lines = prompt.replace("\r\n", "\n").split("\n")
     begin = None
     mark = ""
@@ -134,7 +134,7 @@ def fenced_blocks(text: str) -> list[Block]:
             continue  # code within a line
         closings = (n for n in range(place, len(fences)) if _closes(fences[n][1], fence["mark"]))
         block, end = None, None
-        for n in islice(closings, MOST_CLOSINGS):
+        for n in islice(closings, MAX_CLOSING_FENCES):
             longer = _block(lines[begin + 1 : fences[n][0]], fence)
             if block is None or longer.tree is not None:
                 block, end = longer, n
@@ -146,7 +146,7 @@ def fenced_blocks(text: str) -> list[Block]:
 
 
 def _split_closing(line: str) -> list[str]:
-    """A line, in two where a fence closes a block at the end of a line of code."""
+    """A line, split in two if it is code followed by a closing fence."""
     stripped = line.rstrip(" \t")
     code = stripped.rstrip("`")
     is_late = len(stripped) - len(code) >= 3 and "`" not in code and code.strip(" \t>") != ""
@@ -160,7 +160,13 @@ def _block(lines: list[str], fence: re.Match[str]) -> Block:
 
 
 def assembled(blocks: Sequence[Block], names: Collection[str], reads_input: bool) -> str:
-    """The last block that tests can use, after those that define what it needs."""
+    """The program: the last block that tests can use, preceded by the blocks that define names it needs.
+
+    Args:
+        blocks: Python blocks in order, at least one.
+        names: functions and classes that the tests use.
+        reads_input: whether the tests run the program on an input.
+    """
     usable = [block for block in blocks if not (names or reads_input) or _is_usable(block, names, reads_input)]
     last = usable[-1] if usable else blocks[-1]
     place = next(n for n in reversed(range(len(blocks))) if blocks[n] is last)
@@ -173,15 +179,15 @@ def assembled(blocks: Sequence[Block], names: Collection[str], reads_input: bool
 
 
 def _is_usable(block: Block, names: Collection[str], reads_input: bool) -> bool:
-    """Whether a block defines one of the names or, where there are none, reads input as it should."""
+    """Whether a block defines one of the names or, if there are no names, reads input when it should."""
     if names:
         return bool(block.defines & set(names))
     return reads_input and READS_INPUT.search(block.text) is not None
 
 
 def parsed(program: str) -> ast.Module | None:
-    """The syntax tree of a program; None if it is not Python, or longer than 200,000 characters."""
-    if len(program) > LONGEST_PROGRAM:
+    """The syntax tree of a program; None if it is not Python or is longer than 200,000 characters."""
+    if len(program) > MAX_PROGRAM_LENGTH:
         return None
     try:
         return ast.parse(program)
@@ -190,7 +196,7 @@ def parsed(program: str) -> ast.Module | None:
 
 
 def bound_names(tree: ast.AST) -> set[str]:
-    """The names that the statements of a module bind, those in its branches and loops included."""
+    """The names that a module binds at module level, including in branches and loops."""
     names: set[str] = set()
     waiting = list(ast.iter_child_nodes(tree))
     while waiting:
@@ -210,7 +216,7 @@ def bound_names(tree: ast.AST) -> set[str]:
 
 
 def free_names(tree: ast.AST) -> frozenset[str]:
-    """The names that a program uses anywhere and binds nowhere, but for Python's own."""
+    """The names that a program uses anywhere and binds nowhere, without builtins."""
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     for node in ast.walk(tree):
@@ -227,15 +233,14 @@ def free_names(tree: ast.AST) -> frozenset[str]:
 
 
 def _closes(fence: re.Match[str], mark: str) -> bool:
-    info = fence["info"]  # prose may follow on the line of a closing fence, behind a blank
+    info = fence["info"]  # prose may follow a closing fence on its line, after a space
     ends = not info.strip() or (info[0] in " \t" and PYTHON.match(info.strip()) is None)
     return fence["mark"][0] == mark[0] and len(fence["mark"]) >= len(mark) and ends and not fence["before"]
 
 
 def _unindented(line: str, indent: str) -> str:
-    """A line without the indentation of its fence, or without as much of it as it has."""
+    """A line without the indentation of its fence, as far as the line has it."""
     if ">" in indent:
-        line = re.sub(r"^[ \t]*>[ \t]?", "", line)
-        return line
+        return re.sub(r"^[ \t]*>[ \t]?", "", line)
     blank = len(line) - len(line.lstrip(" \t"))
     return line[min(blank, len(indent)) :]

@@ -1,4 +1,4 @@
-"""Whether a program does what its tests ask: model-written Python, run in sandboxes."""
+"""Grading of model-written Python programs by their tests, in sandboxes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.code.program import extract_program, free_names, parsed
-from grpo_jax.rewards.code.sandbox import Ended, Sandbox, SandboxLimits, finish
+from grpo_jax.rewards.code.sandbox import RunResult, Sandbox, SandboxLimits, finish
 from grpo_jax.rewards.code.test_cases import (
     PRELUDE,
     Test,
@@ -29,24 +29,25 @@ from grpo_jax.rewards.code.test_cases import (
 )
 from grpo_jax.rewards.compose import RewardOutput
 
-LONGEST_FEEDBACK = 2000
+MAX_FEEDBACK = 2000
+"""Characters of a verdict's feedback."""
 DECIMAL = re.compile(r"[-+]?\d*\.\d*(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 LIMITS = SandboxLimits()
 
 ALLOWED_ON_TESTS = ["call", "eq", "hash"]
-"""What a program may do with the functions that a test hands it; anything more would let it look around in the test."""
+"""Operations that a program may request on functions that a test passes to it; others would let it inspect the test."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the tests say of a program.
+    """Results of a program's tests.
 
     Attributes:
-        passed: whether it passed each test that was run, in order; None where a test is itself at fault.
-        tests: how many there are.
-        runnable: whether it loaded, and ran in every test that was run without an error of its own or a limit reached.
-        feedback: what the first test it failed has to say: the interpreter's message, or what came and what should.
+        passed: for each test that was run, in order, whether the program passed it; None if the test itself is invalid.
+        tests: the number of tests, including those that were not run.
+        runnable: whether the program loaded and no test that was run ended in an error of the program or at a limit.
+        feedback: the message of the first test that did not pass: the interpreter's, or the actual and expected output.
     """
 
     passed: tuple[bool | None, ...]
@@ -67,40 +68,39 @@ def code_reward(
     total_seconds: float = 20.0,
     **_columns: list[Any],
 ) -> list[RewardOutput]:
-    """1.0 where a completion's program passes every test, else 0.0, or the share of tests it passes.
+    """1.0 where a completion's program passes every test, else 0.0; with ``partial_credit`` the share of tests passed.
 
-    The program is what ``program.extract_program`` finds; without one the score is 0.0. It never sees what a test
-    expects: what it writes is compared outside its sandbox, and asserts run in a sandbox of their own and call it from
-    there, receiving plain values. So it can neither read the answer from memory, nor return something equal to
-    everything, nor end the test with a success, nor redefine what Python brings. Names that a test does not bind come
-    from Python, from the usual imports or, where those have none, from the program. Objects of its own classes are
-    compared, and their methods answer, by its own code, if the test asks for that. What a test cannot do is look into
-    the program: at types of its results, at its own ``__contains__``, or at a list that it changes after the call in
-    which it was handed over.
+    The program is extracted by ``program.extract_program``; a completion without one scores 0.0. The program never sees
+    the expected results: its output is compared outside of its sandbox, and assertions run in a second sandbox that
+    calls the program and receives plain values. So a program cannot read the answer from memory, return an object that
+    is equal to everything, end a test early as passed, or redefine Python's builtins for the test. A name that a test
+    does not bind comes from Python, from the usual imports (``test_cases.PRELUDE``), or else from the program. Methods
+    and comparisons of the program's own classes run the program's code where the test uses them. A test cannot inspect
+    the types of the program's results, use a ``__contains__`` of the program, or see changes that the program makes to
+    a list after the call that passed it.
 
-    Each entry is a ``RewardOutput``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or wrong,
-    and ``note`` is what the interpreter or the first failed test said.
+    Each entry is a ``RewardOutput``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or
+    wrong, and ``note`` is the message of the interpreter or of the first test that did not pass.
 
     Args:
-        prompts: looked at only where a completion goes on within a fence or a thought that its prompt opened.
-        completions: the texts.
-        tests: for each its tests; see ``code_tests.Test``. The score is None where they are missing, malformed or at
-            fault themselves: where none asserts anything, or one imports what sandboxes lack, uses a name that it
-            does not define, or fails before it uses the program. That is never the completion's merit. Of several,
-            those that assert nothing are left out.
-        partial_credit: whether the score is the share of tests passed. If not, the first failure ends the work.
-        tolerance: how far a number with a decimal point in the output of a program may be from the expected one,
-            absolutely or relatively. None compares outputs as text.
-        limits: of each test; one that takes too long ends the work, and the tests after it count as failed.
-        total_seconds: of wall time for all tests of a program; less than the deadline of a pool around this, so that a
-            slow program is wrong and not absent.
+        prompts: used only to continue a fenced block or a thought that the prompt has opened.
+        completions: ``[B]`` texts.
+        tests: ``[B]`` lists of tests (``test_cases.Test``). The score is None if they are missing, malformed or invalid
+            whatever the program is: none asserts anything, one imports a module that sandboxes lack, uses an undefined
+            name, or fails before it uses the program. Tests that assert nothing are ignored beside others that do.
+        partial_credit: whether the score is the share of tests passed. If not, the first failure ends the grading.
+        tolerance: the absolute or relative difference within which a number equals an expected output with a decimal
+            point. None compares outputs as text.
+        limits: of each test; a test that exceeds them ends the grading, and the tests after it count as failed.
+        total_seconds: wall time for all tests of a program. Keep it below the deadline of a surrounding ``RewardPool``,
+            so that a slow program scores 0.0 instead of having no score.
 
     Raises:
-        ValueError: a tolerance below 0.
-        SandboxUnavailable: where there is no sandbox, nothing is run.
+        ValueError: ``tolerance`` is negative or not finite.
+        SandboxUnavailable: bubblewrap cannot be used here; nothing is run.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance is {tolerance}; it must be a number of at least 0")
+        raise ValueError(f"tolerance is {tolerance}; it must be a finite number of at least 0")
     sandbox = _sandbox(limits)
     grade = partial(
         _graded, sandbox=sandbox, partial_credit=partial_credit, tolerance=tolerance, total_seconds=total_seconds
@@ -121,20 +121,20 @@ def run_tests(
 
     Args:
         program: Python source.
-        tests: as ``check_tests`` gives them.
-        sandbox: where to; its limits are those of one test.
-        stop_at_failure: whether the first failed test is the last that is run.
-        tolerance: as of ``code_reward``.
-        total_seconds: of wall time for all of them; those that are not run by then count as failed.
+        tests: assertions and calls, or inputs with outputs (``test_cases.Test``).
+        sandbox: its limits apply to each test.
+        stop_at_failure: whether to stop after the first test that fails.
+        tolerance: numeric tolerance for outputs, as in ``code_reward``.
+        total_seconds: wall time for all tests; those that are not run by then count as failed.
 
     Raises:
-        ValueError: as ``check_tests``.
+        ValueError: ``tests`` is malformed (``check_tests``).
     """
     tests = check_tests(tests)
     run = partial(_run_with_input, tolerance=tolerance) if reads_input(tests[0]) else _run_with_calls
     until = time.monotonic() + total_seconds
     passed, runnable, feedback = run(program, tests, sandbox, stop_at_failure, until)
-    return Verdict(tuple(passed), len(tests), runnable, feedback[-LONGEST_FEEDBACK:])
+    return Verdict(tuple(passed), len(tests), runnable, feedback[-MAX_FEEDBACK:])
 
 
 def _graded(
@@ -147,16 +147,18 @@ def _graded(
     tolerance: float | None,
     total_seconds: float,
 ) -> RewardOutput:
-    why = why_untestable(tests)
-    if why is not None:
-        return RewardOutput(None, note=why)
-    tests = [test for test in tests if not isinstance(test, str) or can_fail(test)]  # the others tell nothing
+    reason = why_untestable(tests)
+    if reason is not None:
+        return RewardOutput(None, note=reason)
+    tests = [test for test in tests if not isinstance(test, str) or can_fail(test)]
     texts = [test for test in tests if isinstance(test, str)]
     named = {test["fn_name"] for test in tests if not isinstance(test, str) and test.get("fn_name")}
     names = used_names(texts) if texts else named | ({"Solution"} if named else set())
     program = extract_program(completion, prompt=prompt, names=names, reads_input=reads_input(tests[0]))
     if program is None:
-        return RewardOutput(0.0, {"runnable": 0.0}, "no program: neither a fenced block of Python nor an <answer>")
+        return RewardOutput(
+            0.0, {"runnable": 0.0}, "no program: the completion has neither a fenced block of Python nor an <answer>"
+        )
     verdict = run_tests(
         with_typing(program),
         tests,
@@ -173,7 +175,7 @@ def _graded(
 
 
 def with_typing(program: str) -> str:
-    """A program that uses names of ``typing`` without importing them, as starter code does, with that import."""
+    """The program with an import of the names of ``typing`` that it uses without importing, as LeetCode's code does."""
     tree = parsed(program)
     names = sorted(free_names(tree) & set(PRELUDE["typing"])) if tree else []
     if not names or "from __future__" in program:
@@ -192,28 +194,35 @@ def _run_with_input(
     passed: list[bool | None] = []
     runnable, feedback = True, ""
     for number, test in enumerate(tests, 1):
-        room = 2 * len(test["output"].encode()) + sandbox.limits.output_bytes
-        ended = sandbox.run(program, stdin=test["input"], until=until, output_bytes=room)
-        ran = ended.status == "ended" and ended.returncode == 0
-        output = ended.stdout.decode("utf-8", "replace")
+        output_bytes = 2 * len(test["output"].encode()) + sandbox.limits.output_bytes
+        result = sandbox.run(program, stdin=test["input"], until=until, output_bytes=output_bytes)
+        ran = result.status == "ended" and result.returncode == 0
+        output = result.stdout.decode("utf-8", "replace")
         passed.append(ran and same_output(output, test["output"], tolerance))
         runnable = runnable and ran
         if not passed[-1]:
-            said = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _why(ended, sandbox.limits)
-            feedback = feedback or f"test {number}: {said}"
-            if stop_at_failure or ended.status != "ended":
+            error = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _error(result, sandbox.limits)
+            feedback = feedback or f"test {number}: {error}"
+            if stop_at_failure or result.status != "ended":
                 break
     return passed, runnable, feedback
 
 
 def same_output(output: str, expected: str, tolerance: float | None) -> bool:
-    """Whether lines are the same but for blanks at their ends, and numbers within the tolerance, if there is one."""
-    lines, wanted = _lines(output), _lines(expected)
-    if tolerance is None or lines == wanted:
-        return lines == wanted
-    return len(lines) == len(wanted) and all(
-        len(mine) == len(theirs) and all(map(partial(_near, tolerance=tolerance), mine, theirs))
-        for mine, theirs in zip(map(str.split, lines), map(str.split, wanted), strict=True)
+    """Whether two outputs are equal up to whitespace at line ends, empty lines at the end, and a tolerance for numbers.
+
+    Args:
+        output: the program's output.
+        expected: the output to compare with.
+        tolerance: the absolute or relative difference that a number may have from an expected one that is written with
+            a decimal point; None compares text only.
+    """
+    lines, expected_lines = _lines(output), _lines(expected)
+    if tolerance is None or lines == expected_lines:
+        return lines == expected_lines
+    return len(lines) == len(expected_lines) and all(
+        len(words) == len(expected_words) and all(map(partial(_near, tolerance=tolerance), words, expected_words))
+        for words, expected_words in zip(map(str.split, lines), map(str.split, expected_lines), strict=True)
     )
 
 
@@ -233,16 +242,16 @@ def _run_with_calls(
     tests = prepared(tests)
     while len(passed) < len(tests):
         # A program that ended in the middle of a test is started again for the next one.
-        verdicts, ended, said = _session(program, tests[len(passed) :], sandbox, stop_at_failure, until)
+        verdicts, result, stderr = _session(program, tests[len(passed) :], sandbox, stop_at_failure, until)
         for verdict in verdicts:
             passed.append(verdict["passed"])
             runnable = runnable and verdict["ran"]
             if not verdict["passed"] and not feedback:
-                feedback = f"test {len(passed)}: {verdict['error']}" + (f"\n{said}" if not verdict["ran"] else "")
-        if len(passed) < len(tests) and (ended.status != "ended" or not verdicts):
+                feedback = f"test {len(passed)}: {verdict['error']}" + (f"\n{stderr}" if not verdict["ran"] else "")
+        if len(passed) < len(tests) and (result.status != "ended" or not verdicts):
             passed.append(False)
             runnable = False
-            feedback = feedback or f"test {len(passed)}: {_why(ended, sandbox.limits)}"
+            feedback = feedback or f"test {len(passed)}: {_error(result, sandbox.limits)}"
             break
         if None in passed or not verdicts[-1]["loaded"] or (stop_at_failure and False in passed):
             break
@@ -251,50 +260,54 @@ def _run_with_calls(
 
 def _session(
     program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
-) -> tuple[list[dict[str, Any]], Ended, str]:
-    """Load the program in one sandbox and have a judge in another call it, until one of them ends."""
-    to_program, to_judge = os.pipe(), os.pipe()
+) -> tuple[list[dict[str, Any]], RunResult, str]:
+    """Run tests in one sandbox that call the program in another, until either of them ends.
+
+    Returns:
+        The verdicts (``inside/test_runner.py``), how the sandbox of the tests ended, and the program's stderr.
+    """
+    to_program, to_tests = os.pipe(), os.pipe()
     with ExitStack() as started:
         try:
-            served, asked = (to_program[0], to_judge[1]), (to_judge[0], to_program[1])
-            serving = f"import sys\nserve_program(sys.stdin.read(), Link(*{served}, OPERATIONS))\n"
-            judging = (
-                f"import sys\njudge(json.load(sys.stdin), Link(*{asked}, {ALLOWED_ON_TESTS}), {stop_at_failure})\n"
-            )
-            candidate = started.enter_context(
+            program_fds, test_fds = (to_program[0], to_tests[1]), (to_tests[0], to_program[1])
+            serve = f"serve_program(sys.stdin.read(), Connection(*{program_fds}, OPERATIONS))\n"
+            connection = f"Connection(*{test_fds}, {ALLOWED_ON_TESTS})"
+            run = f"run_tests(json.load(sys.stdin), {connection}, {stop_at_failure})\n"
+            served = started.enter_context(
                 sandbox.start(
-                    _inside("link") + _inside("program") + serving,
+                    _inside("rpc") + _inside("program") + serve,
                     stdin=program,
-                    pass_fds=served,
+                    pass_fds=program_fds,
                     seconds=sandbox.limits.seconds * len(tests),
                 )
             )
-            judge = started.enter_context(
+            runner = started.enter_context(
                 sandbox.start(
-                    _inside("link") + _inside("judge") + judging, stdin=json.dumps(list(tests)), pass_fds=asked
+                    _inside("rpc") + _inside("test_runner") + run, stdin=json.dumps(list(tests)), pass_fds=test_fds
                 )
             )
         finally:
-            for end in (*to_program, *to_judge):
-                os.close(end)
-        ended = finish(judge, sandbox.limits, beside=[candidate], beat=True, until=until)
-        said = bytes([*candidate.output.values()][1]).decode("utf-8", "replace")
-    return [json.loads(line) for line in ended.stdout.split(b"\n")[:-1]], ended, said
+            for descriptor in (*to_program, *to_tests):
+                os.close(descriptor)
+        result = finish(runner, sandbox.limits, beside=[served], extend_by_line=True, until=until)
+        stderr = bytes([*served.output.values()][1]).decode("utf-8", "replace")
+    return [json.loads(line) for line in result.stdout.split(b"\n")[:-1]], result, stderr
 
 
 def _lines(text: str) -> list[str]:
-    """What counts of an output: its lines without blanks at their ends, and without empty ones at the end of all."""
+    """The lines of an output, without whitespace at their ends and without empty lines at the end of the output."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _why(ended: Ended, limits: SandboxLimits) -> str:
-    limit = {
-        "time": f"took more than {limits.seconds:g} seconds of the processor, or {limits.wall_seconds:g} in all",
+def _error(result: RunResult, limits: SandboxLimits) -> str:
+    """Why a program failed: the limit that it exceeded or its exit status, and its stderr."""
+    exceeded = {
+        "time": f"took more than {limits.seconds:g} seconds of processor time, or {limits.wall_seconds:g} of wall time",
         "memory": f"took more than {limits.memory_bytes >> 20} MiB of memory",
         "output": f"wrote more than {limits.output_bytes >> 10} KiB",
     }
-    said = ended.stderr.decode("utf-8", "replace").strip()
-    return limit.get(ended.status, f"exit status {ended.returncode}") + (f"\n{said}" if said else "")
+    stderr = result.stderr.decode("utf-8", "replace").strip()
+    return exceeded.get(result.status, f"exit status {result.returncode}") + (f"\n{stderr}" if stderr else "")
 
 
 @cache

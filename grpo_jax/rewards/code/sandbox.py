@@ -1,4 +1,4 @@
-"""Python programs that nobody trusts, run in bubblewrap: a fresh, empty, cut-off system for each."""
+"""Untrusted Python programs in bubblewrap: each runs in its own namespaces, without network or files of the host."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from grpo_jax.rewards.code.system_calls import system_call_filter
 from grpo_jax.rewards.workers.processes import children, memory_of
 
 INSTALL = (
-    "programs are run in bubblewrap and never without it. Install it (Debian, Ubuntu: apt-get install bubblewrap; "
-    "Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap) on a Linux that lets users make namespaces"
+    "programs are run only in bubblewrap. Install it (Debian, Ubuntu: apt-get install bubblewrap; "
+    "Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap) on a Linux that allows users to create namespaces"
 )
 NOBODY = 65534
 FIRST_LOOK_SECONDS = 0.1
-"""Before it nothing is looked at from outside: most programs have ended, and limits of each process always hold."""
+"""Time until memory is first measured from outside: most programs end earlier, and limits per process always hold."""
 LOOK_SECONDS = 0.05
 REAPING_SECONDS = 2.0
 
 Status = Literal["ended", "time", "memory", "output"]
 
 
-class SandboxUnavailable(RuntimeError):  # noqa: N818 - the name says what is the matter
-    """There is no sandbox here, so nothing is run."""
+class SandboxUnavailable(RuntimeError):  # noqa: N818 - named after the state it reports
+    """Sandboxes cannot be used on this machine; nothing is run without one."""
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What a program may use. What goes beyond fails in the program, or has all of it killed.
+    """Resource limits of a program. Exceeding one raises an error in the program or kills it.
 
     Attributes:
-        seconds: of processor time, for each process; rounded up to whole ones.
-        wall_seconds: of wall time. More, so that a busy machine does not make a good program late.
-        memory_bytes: address space of each process; and of all of them together resident memory with what the kernel
-            keeps for their sockets and files.
-        processes: how many there are at once, threads counted.
-        file_bytes: what ``/tmp`` holds, and so what any file does.
-        output_bytes: what it may write to stdout and stderr together.
+        seconds: processor time of each process; rounded up to whole seconds.
+        wall_seconds: wall time; larger than ``seconds``, so that a program is not killed because the machine is busy.
+        memory_bytes: address space of each process, and resident memory of all processes together, including kernel
+            memory for their sockets and files.
+        processes: processes and threads at any time.
+        file_bytes: size of ``/tmp``, the only writable folder.
+        output_bytes: bytes written to stdout and stderr together.
 
     Raises:
-        ValueError: one of them is not above 0.
+        ValueError: a limit is not above 0.
     """
 
     seconds: float = 4.0
@@ -68,13 +68,13 @@ class SandboxLimits:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a program ended.
+class RunResult:
+    """The outcome of a program.
 
     Attributes:
-        status: ``ended`` by itself, or killed for its ``time``, ``memory`` or ``output``.
-        returncode: its exit status, 128 + n after signal n; None where it was killed for a limit.
-        stdout, stderr: what it wrote.
+        status: ``ended`` by itself, or killed because it exceeded ``time``, ``memory`` or ``output``.
+        returncode: its exit status, 128 + n after signal n; None if it was killed for a limit.
+        stdout, stderr: its output.
     """
 
     status: Status
@@ -84,7 +84,7 @@ class Ended:
 
 
 class Program:
-    """A program in a sandbox: a context that leaves nothing of it behind. Made by ``Sandbox.start``."""
+    """A running program; a context manager that kills it and all its processes. Created by ``Sandbox.start``."""
 
     def __init__(self, process: subprocess.Popen[Any]):
         self.process = process
@@ -100,8 +100,8 @@ class Program:
             stream.close()
 
     def kill(self) -> None:
-        """End it and all that it started."""
-        # Its first process takes the others with it, and is then still bwrap's to reap: no zombie is left to init.
+        """Kill the program and every process that it started."""
+        # Killing the sandbox's first process kills the others, and bwrap reaps it: no zombie is left to init.
         deadline = time.monotonic() + REAPING_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
             for child in children(self.process.pid):
@@ -114,25 +114,25 @@ class Program:
 
 
 class Sandbox:
-    """Runs Python source in bubblewrap: namespaces of its own of every kind, no environment, no privileges to gain.
+    """Runs Python source in bubblewrap: all namespaces unshared, empty environment, no new privileges.
 
-    A program sees a read-only ``/usr`` and Python's standard library, a private ``/tmp`` that is gone afterwards, and
-    its own processes; no network, no home, none of the machine's settings and only harmless devices. System calls that
-    it has no use for (files in memory, kernel keys, tracing of processes, io_uring, bpf, sockets other than AF_UNIX's)
-    fail. Its hash seed is fixed,
-    so that the same program does the same thing. What it started ends with it, and all of it with this process.
+    A program sees a read-only ``/usr`` with Python's standard library, a private ``/tmp`` that is deleted afterwards,
+    and its own processes; no network, no home, nothing of the host's ``/etc`` but the linker's cache, and only harmless
+    devices. System calls that programs do not need (memfd, kernel keys, ptrace, io_uring, bpf, sockets of families
+    other than AF_UNIX) fail. The hash seed is fixed, so that runs are reproducible. Processes that a program started
+    end with it, and the program ends with this process.
 
-    Run as root, programs are started as nobody: the kernel does not count root's processes.
+    If this process is root, programs run as nobody, because the kernel does not limit the number of root's processes.
 
     Args:
-        limits: what a program may use.
+        limits: resource limits of each program.
         packages: folders of packages that programs may import besides the standard library.
-        python: path of the interpreter; by default this one or, where a sandbox cannot reach it, ``/usr/bin/python3``.
+        python: path of the interpreter. Default: the running one, or ``/usr/bin/python3`` if a sandbox cannot read it.
 
     Raises:
-        SandboxUnavailable: bubblewrap is missing or may not make namespaces here, the processor is neither x86-64 nor
-            ARM64, the interpreter or a folder of packages cannot be reached, as nobody if this process is root's; it
-            says what to do. Nothing is ever run outside.
+        SandboxUnavailable: bubblewrap is missing or cannot create namespaces, the processor is neither x86-64 nor
+            ARM64, or the interpreter or a package folder cannot be read (as nobody, if this process is root). The
+            message says what to do. Nothing is ever run without a sandbox.
     """
 
     def __init__(
@@ -147,16 +147,18 @@ class Sandbox:
             raise SandboxUnavailable(str(error)) from error
         if (python is not None or packages) and (why := refusal(self._python, self._packages)):
             shown = "".join(f" and {folder}" for folder in self._packages)
-            raise SandboxUnavailable(f"no program could be run with {self._python}{shown}: {why}")
+            raise SandboxUnavailable(f"no program can be run with {self._python}{shown}: {why}")
 
-    def run(self, source: str, *, stdin: str = "", until: float = math.inf, output_bytes: int | None = None) -> Ended:
-        """Run a program as ``__main__`` until it ends or reaches a limit.
+    def run(
+        self, source: str, *, stdin: str = "", until: float = math.inf, output_bytes: int | None = None
+    ) -> RunResult:
+        """Run a program as ``__main__`` until it ends or exceeds a limit.
 
         Args:
-            source: Python. A syntax error is an exit status of 1 with the message on stderr, as usual.
-            stdin: what it can read.
-            until: when it is killed at the latest, by ``time.monotonic``.
-            output_bytes: what it may write, instead of the limits' own.
+            source: Python. A syntax error gives exit status 1 and a message on stderr, as usual.
+            stdin: standard input.
+            until: the time of ``time.monotonic`` at which the program is killed.
+            output_bytes: replaces ``limits.output_bytes``.
         """
         limits = self.limits if output_bytes is None else replace(self.limits, output_bytes=output_bytes)
         with self.start(source, stdin=stdin) as program:
@@ -165,30 +167,28 @@ class Sandbox:
     def start(
         self, source: str, *, stdin: str = "", pass_fds: Sequence[int] = (), seconds: float | None = None
     ) -> Program:
-        """Start a program and return at once; ``finish`` waits for it.
+        """Start a program without waiting for it; ``finish`` waits.
 
         Args:
             source: Python.
-            stdin: what it can read.
-            pass_fds: descriptors of this process that it is given under the same numbers.
-            seconds: of processor time, instead of the limits' own.
+            stdin: standard input.
+            pass_fds: file descriptors that the program inherits.
+            seconds: processor time; replaces ``limits.seconds``.
         """
-        program, given, rules = files = [os.memfd_create(name) for name in ("program", "stdin", "rules")]
+        program, standard_input, rules = files = [os.memfd_create(name) for name in ("program", "stdin", "rules")]
         try:
             _fill(program, source.encode("utf-8", "replace"))
-            _fill(given, stdin.encode("utf-8", "replace"))
+            _fill(standard_input, stdin.encode("utf-8", "replace"))
             _fill(rules, self._rules)
             starter = _starter(self.limits, seconds or self.limits.seconds, self._packages, program)
+            command = bubblewrap(self._python, self._packages, self.limits.file_bytes)
+            command += ["--seccomp", str(rules), *AS_FIRST_PROCESS, self._python, "-sSB", "-c", starter]
             process = subprocess.Popen(
-                [
-                    *bubblewrap(self._python, self._packages, self.limits.file_bytes),
-                    *("--seccomp", str(rules), *AS_FIRST_PROCESS, self._python, "-sSB", "-c", starter),
-                ],
-                stdin=given,
+                stdin=standard_input,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(program, rules, *pass_fds),
-                **other_user(),
+                **as_nobody(command),
             )
         finally:
             for file in files:
@@ -201,17 +201,17 @@ def finish(
     limits: SandboxLimits,
     *,
     beside: Sequence[Program] = (),
-    beat: bool = False,
+    extend_by_line: bool = False,
     until: float = math.inf,
-) -> Ended:
-    """Wait until a program ends, or kill it for what it uses.
+) -> RunResult:
+    """Wait until a program ends, or kill it when it exceeds a limit.
 
     Args:
-        program: the one that is waited for.
-        limits: of wall time, of output, and of the memory of all its processes.
-        beside: others whose output and memory are held to the same limits, and for whose sake it may be killed.
-        beat: whether every line on its stdout gives it ``limits.wall_seconds`` anew.
-        until: when it is killed at the latest, by ``time.monotonic``.
+        program: the program to wait for.
+        limits: those on wall time, output, and the memory of all processes are enforced here.
+        beside: other programs under the same limits on output and memory; ``program`` is killed when one exceeds them.
+        extend_by_line: whether each line on the program's stdout restarts ``limits.wall_seconds``.
+        until: the time of ``time.monotonic`` at which the program is killed.
     """
     programs = [program, *beside]
     started = time.monotonic()
@@ -234,7 +234,7 @@ def finish(
                 if any(key.fileobj == exited for key, _ in ready):
                     break
                 now = time.monotonic()
-                if beat and (seen := next(iter(program.output.values())).count(b"\n")) > lines:
+                if extend_by_line and (seen := next(iter(program.output.values())).count(b"\n")) > lines:
                     lines, deadline = seen, min(now + limits.wall_seconds, until)
                 if now >= look:
                     look = now + LOOK_SECONDS
@@ -255,11 +255,11 @@ def finish(
     if returncode == 128 + signal.SIGXCPU:
         status = "time"
     stdout, stderr = (bytes(kept[: limits.output_bytes]) for kept in program.output.values())
-    return Ended(status, returncode if status == "ended" else None, stdout, stderr)
+    return RunResult(status, returncode if status == "ended" else None, stdout, stderr)
 
 
 def _read(key: selectors.SelectorKey, most: int) -> bool:
-    """Take what has been written, up to a limit; False at its end."""
+    """Append what a stream holds to its buffer, up to ``most`` bytes in all; False at the end of the stream."""
     while len(key.data) < most:
         try:
             part = os.read(key.fd, 65536)
@@ -272,7 +272,16 @@ def _read(key: selectors.SelectorKey, most: int) -> bool:
 
 
 def bubblewrap(python: str, packages: Sequence[str], file_bytes: int) -> list[str]:
-    """The command that makes a sandbox, up to the program that is run in it."""
+    """The bwrap command line without the command that it runs.
+
+    Args:
+        python: path of the interpreter.
+        packages: folders that are mounted read-only.
+        file_bytes: size of ``/tmp``.
+
+    Raises:
+        SandboxUnavailable: bwrap is not on the PATH.
+    """
     found = shutil.which("bwrap")
     if found is None:
         raise SandboxUnavailable(f"bubblewrap (bwrap) is not on the PATH: {INSTALL}")
@@ -296,7 +305,7 @@ def bubblewrap(python: str, packages: Sequence[str], file_bytes: int) -> list[st
 
 
 AS_FIRST_PROCESS = ("--as-pid-1", "--", "/bin/sh", "-c", '"$@"; exit $?', "sh")
-"""A shell as the sandbox's first process: with it all others end, and the program is an ordinary one."""
+"""A shell is the sandbox's first process: its end kills all others, and the program itself is an ordinary process."""
 
 STARTER = """\
 import builtins, linecache, os, resource, sys
@@ -314,7 +323,14 @@ exec(compile(code, "program.py", "exec"), main.__dict__)
 
 
 def _starter(limits: SandboxLimits, seconds: float, packages: Sequence[str], program: int) -> str:
-    """What the interpreter runs first: it limits itself, then becomes the program in a file that is open for it."""
+    """The code that the interpreter runs first: it sets its limits, then executes the program from an open file.
+
+    Args:
+        limits: limits per process.
+        seconds: processor time.
+        packages: folders to append to ``sys.path``.
+        program: descriptor of the file that holds the program.
+    """
     bounds = {
         "RLIMIT_AS": limits.memory_bytes,
         "RLIMIT_NPROC": limits.processes,
@@ -332,17 +348,39 @@ def _fill(file: int, content: bytes) -> None:
     os.lseek(file, 0, os.SEEK_SET)
 
 
-def other_user() -> dict[str, Any]:
-    """As whom a sandbox is started: nobody, where this process is root's."""
-    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+def as_nobody(command: Sequence[str]) -> dict[str, Any]:
+    """Arguments of ``Popen`` that start a command, as nobody without supplementary groups if this process is root.
+
+    setpriv changes the user where it can: ``Popen(user=...)`` rules out vfork, and fork copies the page tables of this
+    process, which took 100 ms with 4 GB of memory.
+
+    Args:
+        command: the program and its arguments.
+    """
+    if os.geteuid() != 0:
+        return {"args": [*command]}
+    if setpriv := _setpriv():
+        return {"args": [*setpriv, *command]}
+    return {"args": [*command], "user": NOBODY, "group": NOBODY, "extra_groups": []}
+
+
+@cache
+def _setpriv() -> tuple[str, ...]:
+    """The setpriv command that starts another command as nobody; empty if setpriv is missing or cannot do that."""
+    setpriv = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--")
+    try:  # BusyBox's setpriv lacks these options
+        subprocess.run([*setpriv, "true"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    return setpriv
 
 
 @cache
 def find_python() -> str:
-    """The interpreter of sandboxes: this one's, if they can reach it, or that of the system.
+    """The path of an interpreter that works in a sandbox: the running one, or else ``/usr/bin/python3``.
 
     Raises:
-        SandboxUnavailable: with neither can anything be run; says why.
+        SandboxUnavailable: neither works; the message gives the reasons.
     """
     reasons = []
     candidates = [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "/usr/bin/python3"]
@@ -351,15 +389,15 @@ def find_python() -> str:
         if why is None:
             return python
         reasons.append(f"with {python}: {why}")
-    raise SandboxUnavailable(f"no program could be run in a sandbox; {INSTALL}. {'. '.join(reasons)}")
+    raise SandboxUnavailable(f"no program can be run in a sandbox; {INSTALL}. {'. '.join(reasons)}")
 
 
 def refusal(python: str, packages: Sequence[str] = ()) -> str | None:
-    """Why no program can be run with an interpreter and packages; None where it can."""
+    """The reason why no program can be run with an interpreter and packages; None if one can."""
     source = f"import os\nfor folder in {list(packages)!r}: os.listdir(folder)\nprint('ready')"
     command = [*bubblewrap(python, packages, 1 << 20), *AS_FIRST_PROCESS, python, "-sSB", "-c", source]
     try:
-        tried = subprocess.run(command, capture_output=True, text=True, timeout=30, **other_user())
+        tried = subprocess.run(capture_output=True, text=True, timeout=30, **as_nobody(command))
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return None if tried.stdout == "ready\n" else tried.stderr.strip() or f"exit status {tried.returncode}"

@@ -1,4 +1,4 @@
-"""The seccomp filter of sandboxes: system calls that a program has no use for fail."""
+"""The seccomp filter of sandboxes: system calls that programs do not need fail."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import platform
 import struct
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""The column of the tables below, and the kernel's number of the architecture."""
+"""By machine: its column in the tables below, and the kernel's constant for the architecture (AUDIT_ARCH)."""
 
-# Name: its number on x86-64 and on ARM64, from the kernel's own tables; None where there is no such call.
+# The numbers of each call on x86-64 and on ARM64, from the kernel's tables; None where the call does not exist.
 FORBIDDEN_CALLS: dict[str, tuple[int | None, int | None]] = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
@@ -44,7 +44,7 @@ FORBIDDEN_CALLS: dict[str, tuple[int | None, int | None]] = {
     "open_by_handle_at": (304, 265),
     "quotactl": (179, 60),
     "syslog": (103, 116),
-    # What the kernel keeps for these is bounded by no limit of the program's own.
+    # No limit of the program bounds the kernel memory of these.
     "shmget": (29, 194),
     "msgget": (68, 186),
     "semget": (64, 190),
@@ -58,7 +58,7 @@ FORBIDDEN_CALLS: dict[str, tuple[int | None, int | None]] = {
 }
 SOCKET_CALLS = {"socket": (41, 198), "socketpair": (53, 199)}
 UNIX_FAMILY = 1
-# The call, its argument that is looked at, and the values of it that fail: larger buffers of sockets and pipes.
+# By call: its numbers, the index of an argument, and its values that fail because they enlarge buffers.
 FORBIDDEN_ARGUMENTS = {
     "setsockopt": ((54, 208), 2, (7, 8, 32, 33)),  # SO_SNDBUF, SO_RCVBUF and what forces them
     "fcntl": ((72, 25), 1, (1031,)),  # F_SETPIPE_SZ
@@ -67,23 +67,23 @@ OTHER_ABI = 0x40000000
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, NOT_PERMITTED, NO_SUCH_FAMILY, KILL = 0x7FFF0000, 0x00050001, 0x00050061, 0x80000000
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
-"""Where these lie in what the kernel hands to a filter; an argument takes eight bytes, the low half first."""
+"""Offsets in ``struct seccomp_data``; an argument takes eight bytes, the low half first."""
 
 
 def system_call_filter() -> bytes:
-    """A seccomp program, in the form that bubblewrap takes.
+    """The seccomp filter as BPF bytecode, for ``bwrap --seccomp``.
 
-    The calls in ``FORBIDDEN_CALLS`` and those of other ABIs fail with EPERM, and so do larger socket buffers and pipes.
-    Sockets of any family but AF_UNIX fail with EAFNOSUPPORT. Every other call goes on.
+    The calls in ``FORBIDDEN_CALLS`` and those of other ABIs fail with EPERM, as do larger buffers of sockets and pipes.
+    Sockets of any family but AF_UNIX fail with EAFNOSUPPORT. All other calls are allowed.
 
     Raises:
-        OSError: on a processor whose calls are not listed here.
+        OSError: the processor is neither x86-64 nor ARM64.
     """
     machine = platform.machine()
     if machine not in MACHINES:
-        raise OSError(f"sandboxes know the system calls of {sorted(MACHINES)}; this machine is {machine}")
+        raise OSError(f"sandboxes support the processors {sorted(MACHINES)}; this machine is {machine}")
     column, architecture = MACHINES[machine]
-    # (operation, value, label where it holds, label where it does not); a label of None is the next step.
+    # (operation, value, label if true, label if false); None is the next step.
     steps: list[tuple[int, int, str | None, str | None]] = [
         (LOAD, ARCHITECTURE, None, None),
         (EQUAL, architecture, None, "kill"),
@@ -110,10 +110,10 @@ def system_call_filter() -> bytes:
         labels[name] = len(steps)
         steps.append((RETURN, result, None, None))
 
-    def jump(label: str | None, place: int) -> int:
-        return 0 if label is None else labels[label] - place - 1
+    def jump(label: str | None, step: int) -> int:
+        return 0 if label is None else labels[label] - step - 1
 
     return b"".join(
-        struct.pack("HBBI", operation, jump(holds, place), jump(fails, place), value)
-        for place, (operation, value, holds, fails) in enumerate(steps)
+        struct.pack("HBBI", operation, jump(if_true, step), jump(if_false, step), value)
+        for step, (operation, value, if_true, if_false) in enumerate(steps)
     )

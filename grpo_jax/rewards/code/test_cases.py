@@ -1,4 +1,4 @@
-"""Tests of programs: assertions, inputs with outputs, and calls."""
+"""Tests of programs: assertions, inputs with outputs, and function calls; validation, and analysis of their names."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from grpo_jax.rewards.code.program import bound_names, free_names
 Test = str | dict[str, Any]
 """One of three kinds:
 
-- ``{"input": "3\\n4\\n", "output": "7\\n"}``: what the program reads, and what it must write;
-- ``{"fn_name": "add", "input": [3, 4], "output": 7}``: a function of it, its arguments, and what it must return;
-- ``"assert add(3, 4) == 7"``: Python that may use every name of the program and raises unless all is well. It is run
-  as pytest, unittest and HumanEval would: functions and classes of tests and a ``check(candidate)`` that it only
-  defines are called.
+- ``{"input": "3\\n4\\n", "output": "7\\n"}``: the program's standard input and its expected output;
+- ``{"fn_name": "add", "input": [3, 4], "output": 7}``: a function, its arguments and the expected result;
+- ``"assert add(3, 4) == 7"``: Python that may use every name of the program and raises if the program is wrong. Test
+  functions and classes that it defines are run as by pytest and unittest, and ``check(candidate)`` as by HumanEval.
 """
 PRELUDE = {
     "bisect": ("bisect_left", "bisect_right", "insort"),
@@ -54,19 +53,19 @@ PRELUDE = {
     "operator": ("attrgetter", "itemgetter"),
     "typing": ("Any", "Callable", "Dict", "Iterable", "List", "Optional", "Set", "Tuple", "Union"),
 }
-"""Names that tests use without importing them, because their data sets run programs with these imports before them."""
+"""Names that tests use without importing them, because their data sets prepend these imports to every program."""
 FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names}
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
 MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
 PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission", "main")
-"""What tests call the module of the program that they import."""
+"""Module names under which tests import the program."""
 
 
 def check_tests(tests: Any) -> list[Test]:
-    """The tests, if they can be run.
+    """The tests, validated.
 
     Raises:
-        ValueError: they are not a list with at least one test, all of one kind; says what is wrong and where.
+        ValueError: they are not a non-empty list, a test is malformed, or some read input and others call the program.
     """
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise ValueError(f"tests must be a list with at least one test, not {tests!r:.200}")
@@ -75,106 +74,112 @@ def check_tests(tests: Any) -> list[Test]:
             if _tree(test) is None:
                 raise ValueError(f"test {number} is not Python: {test!r:.200}")
         elif not isinstance(test, dict) or "input" not in test or "output" not in test:
-            raise ValueError(f"test {number} must be Python text or have input and output; it is {test!r:.200}")
+            raise ValueError(f"test {number} must be Python text or a dict with input and output; it is {test!r:.200}")
         elif test.get("fn_name"):
             if not isinstance(test["input"], list):
-                raise ValueError(f"test {number} calls a function and its input must be a list: {test!r:.200}")
+                raise ValueError(
+                    f"test {number} has a fn_name, so its input must be a list of arguments: {test!r:.200}"
+                )
         elif test.get("testtype") == "functional":
-            raise ValueError(f"test {number} is functional and names no function (fn_name): {test!r:.200}")
+            raise ValueError(f"test {number} is functional but has no fn_name: {test!r:.200}")
         elif not isinstance(test["input"], str) or not isinstance(test["output"], str):
             raise ValueError(f"test {number} has no fn_name, so input and output must be text: {test!r:.200}")
     if len({reads_input(test) for test in tests}) > 1:
-        raise ValueError("some tests call the program and others give it input; they must be of one way")
+        raise ValueError("some tests call the program and others give it input; all of a problem must do the same")
     return list(tests)
 
 
 def reads_input(test: Test) -> bool:
-    """Whether a test gives the program input to read, instead of calling it."""
+    """Whether a test runs the program as a script on an input, instead of calling it."""
     return not isinstance(test, str) and not test.get("fn_name")
 
 
 def why_untestable(tests: Any) -> str | None:
-    """Why tests tell nothing of a program: malformed, unable to fail, in need of what sandboxes lack; None if not."""
+    """The reason why tests cannot grade any program; None if they can.
+
+    They are malformed, cannot fail, do not use the program, or import modules that sandboxes do not have.
+    """
     try:
-        checked = check_tests(tests)
+        texts = [test for test in check_tests(tests) if isinstance(test, str)]
     except ValueError as error:
         return str(error)
-    texts = [test for test in checked if isinstance(test, str)]
     for number, test in enumerate(texts, 1):
         if missing := missing_modules(test):
-            return f"test {number} imports {missing[0]}, which programs' sandboxes do not have: {test!r:.200}"
+            return f"test {number} imports {missing[0]}, which is not installed in sandboxes: {test!r:.200}"
     if texts and not any(map(can_fail, texts)):
-        return f"no test can fail: none asserts anything that depends on the program: {texts[0]!r:.200}"
+        return f"no test can fail, since none asserts anything that depends on the program: {texts[0]!r:.200}"
     if texts and not used_names(texts):
         return f"no test uses a name of the program: {texts[0]!r:.200}"
     return None
 
 
 def can_fail(test: str) -> bool:
-    """Whether some program fails a test, as far as its text tells: see ``assertions.can_fail``."""
+    """Whether the text of a test contains an assertion that can fail (``assertions.can_fail``)."""
     tree = _tree(test)
     return tree is not None and assertions.can_fail(tree)
 
 
 def missing_modules(test: str) -> list[str]:
-    """The modules that a test imports and that are not of the standard library, which is all that sandboxes have."""
+    """The modules outside of the standard library that a test imports, or uses under their usual aliases."""
     tree = _tree(test)
-    named = []
+    imported = []
     for node in ast.walk(tree) if tree else ():
         match node:
             case ast.Import(names=aliases):
-                named += [alias.name for alias in aliases]
+                imported += [alias.name for alias in aliases]
             case ast.ImportFrom(module=str(module), level=0):
-                named.append(module)
-    top = {name.partition(".")[0] for name in named}
-    top |= {ALIASES[name] for name in (free_names(tree) if tree else ()) if name in ALIASES}
-    return sorted(top - sys.stdlib_module_names)
+                imported.append(module)
+    modules = {name.partition(".")[0] for name in imported}
+    modules |= {ALIASES[name] for name in (free_names(tree) if tree else ()) if name in ALIASES}
+    return sorted(modules - sys.stdlib_module_names)
 
 
 def used_names(tests: Sequence[str]) -> frozenset[str]:
-    """The names that tests take from the program.
+    """The names of the program that tests use.
 
-    Those are the names they use and neither bind nor get from Python, its modules or the usual imports. Where that
-    leaves none, as in ``assert sum(10, 15) == 6``, it is the outermost function they all call.
+    These are the names that tests use without binding them and that neither Python, its modules nor the usual imports
+    provide. If there are none, as in ``assert sum(10, 15) == 6``, the outermost function that all tests call.
     """
     trees = [tree for test in tests if (tree := _tree(test)) is not None]
     names = frozenset().union(*map(free_names, trees))
-    given = names - FROM_PRELUDE.keys() - ALIASES.keys() - sys.stdlib_module_names
-    if given:
-        return frozenset(given)
-    called = [_called(tree) for tree in trees]
-    common = [name for name in called[0] if all(name in each for each in called)] if called else []
+    of_program = names - FROM_PRELUDE.keys() - ALIASES.keys() - sys.stdlib_module_names
+    if of_program:
+        return frozenset(of_program)
+    calls = [_called(tree) for tree in trees]
+    common = [name for name in calls[0] if all(name in called for called in calls)] if calls else []
     return frozenset(common[:1])
 
 
 def prepared(tests: Sequence[Test]) -> list[dict[str, Any]]:
-    """Tests as the judge in its sandbox takes them: texts with the names they get from the program and from Python.
+    """Tests in the form that ``inside/test_runner.py`` takes.
 
-    Calls that would run what a test defines and then exit, such as ``unittest.main()``, are taken out: the judge runs
-    those tests itself.
+    The text of an assertion comes with ``names`` (those of the program), ``imports`` (name -> its module of Python,
+    None for a module itself), ``called`` (functions that it calls and does not define) and ``run`` (functions that it
+    calls at the top level). Calls such as ``unittest.main()``, which run tests and exit, are removed: the test runner
+    runs those tests itself.
     """
-    given = used_names([test for test in tests if isinstance(test, str)])
-    return [_prepared(test, given) if isinstance(test, str) else dict(test) for test in tests]
+    of_program = used_names([test for test in tests if isinstance(test, str)])
+    return [_prepared(test, of_program) if isinstance(test, str) else dict(test) for test in tests]
 
 
-def _prepared(test: str, given: frozenset[str]) -> dict[str, Any]:
+def _prepared(test: str, of_program: frozenset[str]) -> dict[str, Any]:
     tree = _tree(test)
     assert tree is not None
-    used = free_names(tree)
-    modules = dict.fromkeys(used & sys.stdlib_module_names)
-    of_modules = {name: FROM_PRELUDE[name] for name in used & FROM_PRELUDE.keys()}
-    kept = _MainCalls().visit(deepcopy(tree))
+    used, called = free_names(tree), _called(tree)
+    imports: dict[str, str | None] = dict.fromkeys(used & sys.stdlib_module_names)
+    imports |= {name: FROM_PRELUDE[name] for name in used & FROM_PRELUDE.keys()}
+    kept = _RemoveMainCalls().visit(deepcopy(tree))
     is_changed = ast.dump(kept) != ast.dump(ast.parse(test))
     return {
         "text": ast.unparse(kept) if is_changed else test,
-        "lent": {name: module for name, module in {**modules, **of_modules}.items() if name not in given},
-        "names": sorted(given & ({*used} | {*_called(tree)})),
-        "called": _called(tree),
-        "run": sorted(_run_at_the_top(kept)),
+        "imports": {name: module for name, module in imports.items() if name not in of_program},
+        "names": sorted(of_program & {*used, *called}),
+        "called": called,
+        "run": sorted(_run_at_top_level(kept)),
     }
 
 
-class _MainCalls(ast.NodeTransformer):
+class _RemoveMainCalls(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         is_main = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in MAIN_CALLS
         return ast.copy_location(ast.Pass(), node) if is_main else node
@@ -186,10 +191,10 @@ class _MainCalls(ast.NodeTransformer):
         return node
 
 
-def _run_at_the_top(tree: ast.Module) -> set[str]:
-    """The functions that a test calls itself, outside of what it defines."""
+def _run_at_top_level(tree: ast.Module) -> set[str]:
+    """The functions that a test calls outside of its own functions and classes."""
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return {name for each in tree.body if not isinstance(each, definitions) for name in _names_called(each)}
+    return {name for node in tree.body if not isinstance(node, definitions) for name in _names_called(node)}
 
 
 def _names_called(tree: ast.AST) -> list[str]:
@@ -198,14 +203,14 @@ def _names_called(tree: ast.AST) -> list[str]:
 
 
 def _called(tree: ast.Module) -> list[str]:
-    """The names that are called and not bound by the tests themselves, outermost first."""
+    """The functions that a test calls and does not bind, outermost first."""
     bound = bound_names(tree)
     return [name for name in dict.fromkeys(_names_called(tree)) if name not in bound]
 
 
 @lru_cache(maxsize=256)
 def _tree(test: str) -> ast.Module | None:
-    """The syntax of a test, without imports of the program by the name that data sets give it; None if not Python."""
+    """The syntax tree of a test without its imports of the program; None if it is not Python."""
     try:
         with warnings.catch_warnings(action="ignore"):
             compile(test, "test.py", "exec")
@@ -217,7 +222,7 @@ def _tree(test: str) -> ast.Module | None:
 
 
 def _imports_program(statement: ast.stmt) -> bool:
-    """Whether a statement is like ``from solution import add``: the judge has the program's names without it."""
+    """Whether a statement is like ``from solution import add``, which the test runner does not need."""
     return (
         isinstance(statement, ast.ImportFrom)
         and statement.module in PROGRAM_MODULES

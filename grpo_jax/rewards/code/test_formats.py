@@ -1,4 +1,4 @@
-"""Tests of programs as published data sets write them."""
+"""Tests of programs in the formats of published data sets."""
 
 from __future__ import annotations
 
@@ -12,29 +12,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.rewards.code.program import bound_names
-from grpo_jax.rewards.code.test_cases import Test, _is_test, _run_at_the_top, _tree
+from grpo_jax.rewards.code.test_cases import Test, _is_test, _run_at_top_level, _tree
 
-MOST_BYTES = 1 << 28
-"""Of the packed cases of one row, unpacked."""
-
-
-# Rows of published data sets -----------------------------------------------------------------------------------------
+MAX_UNPACKED_BYTES = 1 << 28
+"""Size of the test cases of one row after decompression."""
 
 
 def tests_from_row(row: Mapping[str, Any]) -> list[Test] | None:
-    """The tests of a row of a published data set, in the forms of ``Test``; None for a row without any.
+    """The tests of a row of a published data set, as ``Test``; None for a row without tests.
 
-    Known are ``tests`` as they are; HumanEval (``test``, ``entry_point``); MBPP (``test_list``, ``test_setup_code`` or
-    ``test_imports``, and ``challenge_test_list``); APPS, TACO and PRIME (``input_output``, also within
-    ``verification_info`` or ``reward_model``); LiveCodeBench (``public_test_cases``, ``private_test_cases``,
+    Supported columns: ``tests`` in the forms of ``Test``; HumanEval (``test``, ``entry_point``); MBPP (``test_list``,
+    ``test_setup_code`` or ``test_imports``, and ``challenge_test_list``); APPS, TACO and PRIME (``input_output``, also
+    within ``verification_info`` or ``reward_model``); LiveCodeBench (``public_test_cases``, ``private_test_cases``,
     ``metadata``); CodeContests (``public_tests``, ``private_tests``, ``generated_tests``); ``test_cases`` and
     ``verification_info`` of OpenR1; and ``ground_truth`` of verl's rows, as JSON of any of these.
 
     Args:
-        row: columns by name; texts of JSON are parsed.
+        row: columns by name; JSON text is parsed.
 
     Raises:
-        ValueError: the tests are there and cannot be read, such as pickled ones; says why.
+        ValueError: the row has tests that cannot be read, such as pickled objects.
     """
     for layout in (_plain, _human_eval, _mbpp, _live_code_bench, _code_contests, _input_output, _nested):
         tests = layout(row)
@@ -60,17 +57,17 @@ def _human_eval(row: Mapping[str, Any]) -> list[Test] | None:
     if not isinstance(test, str) or not test.strip():
         return None
     tree = _tree(test)
-    has_check = tree is not None and "check" in bound_names(tree) - _run_at_the_top(tree)
+    has_check = tree is not None and "check" in bound_names(tree) - _run_at_top_level(tree)
     if has_check and isinstance(entry, str):
-        return [f"{_given_by(row.get('prompt'), entry)}{test}\n\ncheck({entry})\n"]
+        return [f"{_helpers(row.get('prompt'), entry)}{test}\n\ncheck({entry})\n"]
     return [test]
 
 
-def _given_by(prompt: Any, entry: str) -> str:
-    """Imports and helper functions that a prompt gives; tests use these, and not the ones of the program."""
+def _helpers(prompt: Any, entry: str) -> str:
+    """The imports and helper functions of a prompt; tests use these, so that a program cannot replace them."""
     tree = _tree(prompt) if isinstance(prompt, str) else None
-    kept = [each for each in tree.body if getattr(each, "name", None) != entry] if tree else []
-    return "".join(f"{ast.unparse(each)}\n" for each in kept)
+    kept = [node for node in tree.body if getattr(node, "name", None) != entry] if tree else []
+    return "".join(f"{ast.unparse(node)}\n" for node in kept)
 
 
 def _mbpp(row: Mapping[str, Any]) -> list[Test] | None:
@@ -117,7 +114,7 @@ def _input_output(row: Mapping[str, Any]) -> list[Test] | None:
     pairs = zip(value["inputs"], value["outputs"], strict=True)
     if not name:
         return [{"input": _text(given), "output": _text(wanted)} for given, wanted in pairs] or None
-    # APPS wraps what a function returns into a list of one: then all outputs are such lists.
+    # APPS wraps each result of a function in a list of length 1.
     is_wrapped = all(isinstance(wanted, list) and len(wanted) == 1 for wanted in value["outputs"])
     return [
         {"fn_name": name, "input": given, "output": wanted[0] if is_wrapped else wanted} for given, wanted in pairs
@@ -151,7 +148,7 @@ def _test(case: Any, name: Any = None) -> Test:
 
 
 def _functional(case: Mapping[str, Any], name: str | None) -> Test:
-    """A case of LiveCodeBench that calls a function: one argument a line, each as JSON."""
+    """A functional test case of LiveCodeBench: each line of its input is an argument as JSON."""
     if not name:
         return dict(case)
     given = [json.loads(line) for line in str(case["input"]).split("\n") if line.strip()]
@@ -159,23 +156,23 @@ def _functional(case: Mapping[str, Any], name: str | None) -> Test:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of texts, numbers, lists and dicts, which run no code."""
+    """Reads pickles of text, numbers, lists and dicts, which cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(f"it asks for {module}.{name}")
+        raise ValueError(f"the pickle refers to {module}.{name}")
 
 
 def _unpacked(text: str, column: str) -> list[Any]:
-    """Cases as LiveCodeBench packs them: JSON, pickled as a text, compressed, in base 64."""
+    """Test cases as LiveCodeBench packs them: JSON text, pickled, compressed, in base 64."""
     try:
-        packed = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), MOST_BYTES)
+        packed = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), MAX_UNPACKED_BYTES)
         return json.loads(_PlainUnpickler(io.BytesIO(packed)).load())
     except (ValueError, TypeError, EOFError, zlib.error, pickle.UnpicklingError) as error:
-        raise ValueError(f"{column} is neither JSON nor a packed text of JSON ({error}): {text!r:.80}") from error
+        raise ValueError(f"{column} is neither JSON nor packed JSON ({error}): {text!r:.80}") from error
 
 
 def _parsed(value: Any) -> Any:
-    """A text of JSON as what it says; everything else as it is."""
+    """JSON text parsed; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)

@@ -1,1 +1,1 @@
-"""What runs inside sandboxes, as source text: the package imports nothing of it, and it needs Python 3.8 alone."""
+"""Scripts that run inside sandboxes. They are sent as source text, never imported, and need only Python 3.8."""

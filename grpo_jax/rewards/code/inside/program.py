@@ -1,17 +1,17 @@
-"""The side of the program that is judged: it runs, says what names it has, and does what it is asked."""
+"""The program's sandbox: runs the program, sends what it defines, and serves requests for it."""
 
 import sys
 import traceback
 
 
-def serve_program(source, link):
-    # Not as __main__: what a program would do as a script, such as to read its input, is not asked of it here.
+def serve_program(source, connection):
+    # Not as __main__, so that a program does not do what it would as a script, such as reading its input.
     main = sys.modules["__main__"] = sys.modules["solution"] = type(sys)("solution")
     try:
         exec(compile(source, "solution.py", "exec"), main.__dict__)
     except BaseException as error:
         traceback.print_exc()
-        link.send(as_raised(error))
+        connection.send(describe_exception(error))
         return
     names = {}
     for name, value in list(main.__dict__.items()):
@@ -21,13 +21,13 @@ def serve_program(source, link):
             names[name] = {"exception": [kind.__name__ for kind in value.__mro__]}
         elif not isinstance(value, type(sys)):
             try:
-                names[name] = {"value": link.encode(value)}
+                names[name] = {"value": connection.encode(value)}
             except BaseException:
                 traceback.print_exc()
-    link.send({"names": names})
+    connection.send({"names": names})
     while True:
         try:
-            request = link.receive()
-        except Gone:
+            request = connection.receive()
+        except ConnectionLost:
             return
-        link.serve(request)
+        connection.serve(request)

@@ -1,0 +1,395 @@
+"""Remote procedure calls between two sandboxes that do not trust each other: the tests' and the program's.
+
+A message is a line of JSON. Plain values (numbers, text, containers, dates) are copied; any other object stays where it
+is, and the other side gets a ``RemoteObject`` that forwards what is done with it.
+"""
+
+import builtins
+import json
+import operator
+import os
+from collections.abc import Iterator
+from datetime import date, datetime
+from decimal import Decimal
+from fractions import Fraction
+from types import CoroutineType, SimpleNamespace
+
+MAX_MESSAGE_BYTES = 8 << 20
+MAX_JSON_INT = 1 << 62
+USER_MODULES = ("__main__", "solution")
+"""The modules in which tests and programs define their classes."""
+
+COMPARISONS = ("lt", "le", "gt", "ge")
+ARITHMETIC = ("add", "sub", "mul", "truediv", "matmul")
+FORWARDED = ("next", "iter", "len", "str", "repr", "bool", "hash", "abs", "neg", "getitem", "setitem")
+
+
+def _reflected(operation):
+    return lambda target, other: operation(other, target)
+
+
+OPERATIONS = {
+    "call": lambda function, args, kwargs: function(*args, **kwargs),
+    "run": lambda coroutine: __import__("asyncio").run(coroutine),
+    "getattr": getattr,
+    "setattr": setattr,
+    "isinstance": lambda target, value: isinstance(value, target),
+    **{name: getattr(builtins, name, None) or getattr(operator, name) for name in FORWARDED},
+    **{name: getattr(operator, name) for name in ("eq", *COMPARISONS, *ARITHMETIC)},
+}
+OPERATIONS.update({name + "_reflected": _reflected(OPERATIONS[name]) for name in ARITHMETIC})
+EXITS = ("SystemExit", "KeyboardInterrupt", "GeneratorExit")
+"""Exceptions by which a program ends itself; a test cannot catch them."""
+
+TYPES = {name: value for name, value in vars(builtins).items() if isinstance(value, type)}
+TYPES["NoneType"] = type(None)
+CONTAINERS = {kind.__name__: kind for kind in (list, tuple, frozenset, set)}
+COPIED = {
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+    "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "range": (range, lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
+    "slice": (slice, lambda value: [value.start, value.stop, value.step], lambda parts: slice(*parts)),
+    "Fraction": (Fraction, str, Fraction),
+    "Decimal": (Decimal, str, Decimal),
+    "datetime": (datetime, datetime.isoformat, datetime.fromisoformat),  # before date, its base class
+    "date": (date, date.isoformat, date.fromisoformat),
+}
+"""By kind: the type, the function that turns a value into JSON, and its inverse."""
+
+
+class ConnectionLost(BaseException):
+    """The other side has ended, or sent something that is not a message.
+
+    It is not an Exception, so that a test that catches those does not take the end of the program for an error that the
+    program raised.
+    """
+
+
+class CannotSend(Exception):
+    """A value can be neither copied nor referred to; ``from_test`` if its class is defined by a test."""
+
+    from_test = False
+
+
+class Connection:
+    """One end of the connection. While it waits for a reply it serves requests of the other side.
+
+    Args:
+        reading, writing: file descriptors.
+        allowed: the names of ``OPERATIONS`` that the other side may request. With ``getattr`` among them any object is
+            sent by reference, without it only functions are.
+    """
+
+    def __init__(self, reading, writing, allowed):
+        self.reader = os.fdopen(reading, "rb")
+        self.writing = writing
+        self.allowed = allowed
+        self.shares_objects = "getattr" in allowed
+        self.objects = {}  # own objects by the id under which the other side refers to them
+        self.remotes = {}  # objects of the other side by their id there
+        self.exceptions = {}  # local classes for the other side's exception classes, by name
+        self.lost = None  # why the connection is lost
+
+    def send(self, message):
+        data = json.dumps(message).encode() + b"\n"
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise CannotSend("a value of %d bytes; the limit is %d" % (len(data), MAX_MESSAGE_BYTES))
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self.writing, view) :]
+        except OSError as error:
+            raise self.connection_lost("the program has ended") from error
+
+    def receive(self):
+        line = self.reader.readline(MAX_MESSAGE_BYTES + 1)
+        try:
+            message = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise self.connection_lost(
+                "the program sent something that is not a message" if line else "the program has ended"
+            )
+        return message
+
+    def connection_lost(self, reason):
+        """The exception to raise; the reason stays noted if a test catches it."""
+        self.lost = reason
+        return ConnectionLost(reason)
+
+    def request(self, operation, target, *args):
+        """The result of an operation on an object of the other side.
+
+        Lists, dicts and sets among the arguments are then changed as the operation changed their copies.
+        """
+        self.send({"operation": operation, "target": target, "args": [self.encode(value) for value in args]})
+        reply = self.receive()
+        while "operation" in reply:
+            self.serve(reply)
+            reply = self.receive()
+        if "raised" in reply:
+            self.reraise(reply, operation)
+        if operation == "call":
+            args = args[0]
+        for value, changed in zip(args, reply.get("args", [])):
+            update(value, self.decode(changed))
+        return self.decode(reply.get("value"))
+
+    def reraise(self, reply, operation):
+        name = reply["raised"][0]
+        if name in EXITS:
+            raise self.connection_lost("the program ended itself: {}".format(name))
+        if name == "StopIteration" and operation != "next":  # raised as such, it would silently end a loop of the test
+            raise exception_class(["RuntimeError"], {})("the program raised StopIteration")
+        error = exception_class(reply["raised"], self.exceptions)(reply["text"])
+        error.original = self.decode(reply["exception"])
+        raise error
+
+    def serve(self, request):
+        """Carry out an operation that the other side requests, and reply."""
+        try:
+            operation = request["operation"]
+            if operation not in self.allowed:
+                raise AttributeError("the operation {} is not allowed".format(operation))
+            args = [self.decode(value) for value in request["args"]]
+            value = OPERATIONS[operation](self.objects[request["target"]], *args)
+            if operation == "call":
+                args = args[0]
+            changed = [self.encode(value) if isinstance(value, (list, dict, set)) else None for value in args]
+            self.send({"value": self.encode(value), "args": changed})
+        except ConnectionLost:
+            raise
+        except BaseException as error:
+            exception = {"object": self.reference(error)} if self.shares_objects else None
+            self.send({**describe_exception(error), "exception": exception})
+
+    def encode(self, value):
+        """JSON for a value: ``{kind: content}``, and JSON's own values as they are."""
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            value = int(value)
+            return value if -MAX_JSON_INT < value < MAX_JSON_INT else {"int": hex(value)}
+        if isinstance(value, float):
+            return float(value)
+        if isinstance(value, str):
+            return str.__str__(value)
+        for name, kind in CONTAINERS.items():
+            if isinstance(value, kind):
+                return self.with_reference(value, {name: [self.encode(item) for item in kind.__iter__(value)]})
+        if isinstance(value, dict):
+            pairs = [[self.encode(key), self.encode(item)] for key, item in dict.items(value)]
+            return self.with_reference(value, {"dict": pairs})
+        for name, (kind, to_json, _) in COPIED.items():
+            if isinstance(value, kind):
+                return {name: to_json(value)}
+        if isinstance(value, RemoteObject):
+            return {"own": object.__getattribute__(value, "_rpc_id")}
+        if isinstance(value, CoroutineType):
+            return {"coroutine": self.reference(value)}
+        if isinstance(value, type) and TYPES.get(value.__name__) is value:
+            return {"type": value.__name__}
+        if self.shares_objects:
+            return {"object": self.reference(value)}
+        if isinstance(value, Iterator):
+            return {"iterator": [self.encode(item) for item in value]}
+        if callable(value):
+            name, doc = getattr(value, "__name__", ""), getattr(value, "__doc__", None)
+            return {"function": [self.reference(value), name, doc, parameters(value)]}
+        error = CannotSend("an object of type {}; plain values and functions can be".format(type(value).__name__))
+        error.from_test = type(value).__module__ in USER_MODULES
+        raise error
+
+    def with_reference(self, value, copy):
+        """The copy of a container, and a reference where its class, which may have methods, is the program's own."""
+        is_shared = self.shares_objects and type(value).__module__ in USER_MODULES
+        return {"container": [self.reference(value), copy]} if is_shared else copy
+
+    def reference(self, value):
+        self.objects[id(value)] = value  # keeps it alive, so that its id is not used again
+        return id(value)
+
+    def decode(self, data):
+        """The value that ``encode`` of the other side gave as JSON."""
+        if not isinstance(data, dict):
+            return data
+        ((kind, content),) = data.items()
+        if kind == "int":
+            return int(content, 16)
+        if kind in CONTAINERS:
+            return CONTAINERS[kind](self.decode(item) for item in content)
+        if kind == "dict":
+            return {self.decode(key): self.decode(item) for key, item in content}
+        if kind in COPIED:
+            return COPIED[kind][2](content)
+        if kind == "own":
+            return self.objects[content]
+        if kind == "coroutine":
+            return self.awaited(content)
+        if kind == "type":
+            return TYPES[content]
+        if kind == "iterator":
+            return iter([self.decode(item) for item in content])
+        if kind == "object":
+            return self.remote(content)
+        remote = self.remote(content[0])
+        if kind == "container":
+            object.__setattr__(remote, "_rpc_plain", self.decode(content[1]))
+        elif kind == "function":
+            set_metadata(remote, *content[1:])
+        return remote
+
+    def remote(self, reference):
+        """The one ``RemoteObject`` for a reference, so that ``is`` holds."""
+        return self.remotes.setdefault(reference, RemoteObject(self, reference))
+
+    async def awaited(self, reference):
+        """The result of a coroutine of the other side; it runs there."""
+        return self.request("run", reference)
+
+
+class RaisedByProgram(Exception):
+    """Base of the classes that stand for the program's exceptions; attributes are those of the original."""
+
+    original = None
+
+    def __getattr__(self, name):
+        if self.original is None or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+
+def exception_class(names, known):
+    """The local class for an exception of the other side.
+
+    It derives from the first of ``names`` (the exception's class and its bases) that is known or built in.
+    """
+    for name in names:
+        base = known.get(name) or getattr(builtins, name, None)
+        if isinstance(base, type) and issubclass(base, Exception):
+            break
+    else:
+        base = RuntimeError  # SystemExit and its like must not end this side
+    return base if issubclass(base, RaisedByProgram) else type(names[0], (RaisedByProgram, base), {})
+
+
+def describe_exception(error):
+    try:
+        text = str(error)[:2000]
+    except BaseException:
+        text = ""
+    return {"raised": [kind.__name__ for kind in type(error).__mro__], "text": text}
+
+
+def parameters(function):
+    """The names and kinds of a function's parameters, for programs that inspect it; None if it has no signature."""
+    import inspect  # here, because it takes long to load
+
+    try:
+        return [[each.name, int(each.kind)] for each in inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        return None
+
+
+def set_metadata(remote, name, doc, names_and_kinds):
+    """Give a remote function the name, docstring and signature that it has on the other side."""
+    import inspect
+
+    object.__setattr__(remote, "__name__", name)
+    object.__setattr__(remote, "__doc__", doc)
+    if names_and_kinds is not None:
+        signature = [inspect.Parameter(each, inspect._ParameterKind(kind)) for each, kind in names_and_kinds]
+        object.__setattr__(remote, "__signature__", inspect.Signature(signature))
+        object.__setattr__(remote, "__code__", SimpleNamespace(co_argcount=len(signature)))
+
+
+def update(value, changed):
+    """Change a list, dict or set in place to what it became on the other side."""
+    if isinstance(value, list) and isinstance(changed, list):
+        if value != changed:
+            value[:] = changed
+    elif isinstance(value, (dict, set)) and type(value) is type(changed) and value != changed:
+        value.clear()
+        value.update(changed)
+
+
+class RemoteObject:
+    """An object of the other side, which computes whatever is done with it and may lie.
+
+    So it equals a plain value only if it is a container that was sent with an equal copy, and its order is defined only
+    between two remote objects. The result of arithmetic with a plain value, which may be the expected answer, must be
+    a remote object; so must everything computed from that result ("tainted"). Anything else is believed: ``str(x)``
+    and ``len(x)`` are computed without knowledge of the expected answer, and by ``x.method(answer)`` or ``x == y`` for
+    two remote objects the test itself leaves the decision to the program.
+    """
+
+    def __init__(self, connection, reference, tainted=False):
+        object.__setattr__(self, "_rpc_connection", connection)
+        object.__setattr__(self, "_rpc_id", reference)
+        object.__setattr__(self, "_rpc_tainted", tainted)
+        object.__setattr__(self, "_rpc_plain", None)
+
+    def _rpc_request(self, operation, *args):
+        value = self._rpc_connection.request(operation, self._rpc_id, *args)
+        return as_tainted(value) if self._rpc_tainted else value
+
+    def __call__(self, /, *args, **kwargs):
+        return self._rpc_request("call", args, kwargs)
+
+    def __getattr__(self, name):
+        return self._rpc_request("getattr", name)
+
+    def __setattr__(self, name, value):
+        self._rpc_connection.request("setattr", self._rpc_id, name, value)
+
+    def __eq__(self, other):
+        if self is other:
+            return True
+        if isinstance(other, RemoteObject):
+            return self._rpc_connection.request("eq", self._rpc_id, other) is True
+        return self._rpc_plain is not None and self._rpc_plain == other
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __instancecheck__(self, value):
+        return (
+            isinstance(value, RemoteObject) and self._rpc_connection.request("isinstance", self._rpc_id, value) is True
+        )
+
+
+def as_tainted(value):
+    if not isinstance(value, RemoteObject):
+        raise TypeError("an object of the program and a plain value gave a plain value, which could be the answer")
+    return RemoteObject(value._rpc_connection, value._rpc_id, tainted=True)
+
+
+def _forwarded(operation):
+    return lambda self, *args: self._rpc_request(operation, *args)
+
+
+def _comparison(operation):
+    def compare(self, other):
+        is_remote = isinstance(other, RemoteObject)
+        return self._rpc_connection.request(operation, self._rpc_id, other) if is_remote else NotImplemented
+
+    return compare
+
+
+def _arithmetic(operation):
+    def compute(self, other):
+        value = self._rpc_connection.request(operation, self._rpc_id, other)
+        return value if isinstance(other, RemoteObject) else as_tainted(value)
+
+    return compute
+
+
+for _name in FORWARDED:
+    setattr(RemoteObject, "__{}__".format(_name), _forwarded(_name))
+for _name in COMPARISONS:
+    setattr(RemoteObject, "__{}__".format(_name), _comparison(_name))
+for _name in ARITHMETIC:
+    setattr(RemoteObject, "__{}__".format(_name), _arithmetic(_name))
+    setattr(RemoteObject, "__r{}__".format(_name), _arithmetic(_name + "_reflected"))
