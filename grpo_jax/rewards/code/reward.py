@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.code.program import extract_program, free_names, parsed
-from grpo_jax.rewards.code.sandbox import RunResult, Sandbox, SandboxLimits, finish
+from grpo_jax.rewards.code.sandbox import Outcome, Sandbox, SandboxLimits, finish
 from grpo_jax.rewards.code.test_cases import (
     PRELUDE,
     Test,
@@ -260,7 +260,7 @@ def _run_with_calls(
 
 def _session(
     program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
-) -> tuple[list[dict[str, Any]], RunResult, str]:
+) -> tuple[list[dict[str, Any]], Outcome, str]:
     """Run tests in one sandbox that call the program in another, until either of them ends.
 
     Returns:
@@ -299,7 +299,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _error(result: RunResult, limits: SandboxLimits) -> str:
+def _error(result: Outcome, limits: SandboxLimits) -> str:
     """Why a program failed: the limit that it exceeded or its exit status, and its stderr."""
     exceeded = {
         "time": f"took more than {limits.seconds:g} seconds of processor time, or {limits.wall_seconds:g} of wall time",

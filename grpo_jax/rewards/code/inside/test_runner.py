@@ -92,15 +92,8 @@ class Placeholder:
     def use(self, *_args, **_kwargs):
         raise ProgramUsed
 
-    for method in {*dir(0), *dir([])} - {*dir(object)} | {
-        "__getattribute__",
-        "__eq__",
-        "__ne__",
-        "__hash__",
-        "__str__",
-    }:
-        locals()[method] = use
-    for method in ("__repr__", "__call__", "__enter__", "__aenter__", "__next__", "__await__", "__matmul__"):
+    used = "getattribute eq ne hash str repr call enter aenter next await matmul"
+    for method in {*dir(0), *dir([])} - {*dir(object)} | {f"__{name}__" for name in used.split()}:
         locals()[method] = use
 
 
