@@ -64,7 +64,7 @@ def test_other_answers_stay_as_they_are(tmp_path, text):
 
 def test_an_empty_box_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "so \\boxed{}"}])
-    with pytest.raises(ValueError, match=r"a\.jsonl:1, column 'answer': nothing is in the last box"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1, column 'answer': the last box is empty"):
         load_problems(path)
 
 
@@ -188,7 +188,7 @@ GOOD = b'{"question": "q", "answer": "a"}\n'
         (
             b'{"question": "q", "answer": "5 #### "}',
             ValueError,
-            r"a\.jsonl:2, column 'answer': nothing follows the last",
+            r"a\.jsonl:2, column 'answer': no text follows the last",
         ),
     ],
 )
@@ -280,7 +280,7 @@ def test_hub_rows_are_named(hub):
 
 
 def test_hub_out_of_reach():
-    with pytest.raises(FileNotFoundError, match=r"'no/where' is neither a file or folder .* nor an accessible data set"):
+    with pytest.raises(FileNotFoundError, match=r"'no/where' is neither a file .* nor an accessible data set"):
         load_problems("no/where")
 
 

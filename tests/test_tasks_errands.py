@@ -74,7 +74,7 @@ def test_errands_are_different_and_there_is_a_limit(held_out, most):
     assert len(set(errands)) == len(errands) == most
     assert np.mean([each.is_harmful for each in errands]) == pytest.approx(1 / 3, abs=0.1)
     assert {len(each.digits) for each in errands} == {3, 4}
-    with pytest.raises(ValueError, match=f"{most + 1} errands are asked for; with held_out={held_out} .* up to {most}"):
+    with pytest.raises(ValueError, match=f"count is {most + 1}; with held_out={held_out} .* at most {most}"):
         sample_errands(rng(), most + 1, held_out=held_out)
 
 

@@ -53,15 +53,15 @@ def test_answer_on_which_the_verifier_raises_scores_zero(installed):
 
 
 def test_unknown_task_lists_close_ones(installed):
-    with pytest.raises(ValueError, match=r"has no task 'chain_sums'; close to it: \['chain_sum'"):
+    with pytest.raises(ValueError, match=r"has no task 'chain_sums'; similar names: \['chain_sum'"):
         reasoning_gym_problems("chain_sums", size=1, seed=0)
-    with pytest.raises(ValueError, match=r"has no task '@@@'; close to it: \['ab'.*'chain_sum'"):
+    with pytest.raises(ValueError, match=r"has no task '@@@'; similar names: \['ab'.*'chain_sum'"):
         reasoning_gym_problems("@@@", size=1, seed=0)
 
 
 @pytest.mark.parametrize("config", [{"no_such_setting": 1}, {"min_terms": -1}])
 def test_settings_the_task_refuses(installed, config):
-    with pytest.raises(ValueError, match="the task 'chain_sum' refuses its settings"):
+    with pytest.raises(ValueError, match="the task 'chain_sum' rejects the settings"):
         reasoning_gym_problems("chain_sum", size=1, seed=0, **config)
 
 

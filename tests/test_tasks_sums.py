@@ -106,7 +106,9 @@ def test_number_of_terms_is_uniform():
 def test_all_there_are_can_be_had_and_no_more():
     train, held_out = (sample(0, count, min_terms=2, max_terms=2, held_out=h) for h, count in SIZES.items())
     assert len({*train, *held_out}) == 100
-    with pytest.raises(ValueError, match=f"no {SIZES[True] + 1} different sums of 2 to 2 .* only about {SIZES[True]}"):
+    with pytest.raises(
+        ValueError, match=f"only about {SIZES[True]} different sums of 2 to 2 "
+    ):
         sample(0, SIZES[True] + 1, min_terms=2, max_terms=2, held_out=True)
 
 
@@ -116,7 +118,7 @@ SIZES = {False: 100 - HELD_OUT_PAIRS, True: HELD_OUT_PAIRS}
 
 @pytest.mark.parametrize(("low", "high"), [(1, 3), (4, 3)])
 def test_terms_out_of_range(low, high):
-    with pytest.raises(ValueError, match=f"from 2 terms up: min_terms={low}, max_terms={high}"):
+    with pytest.raises(ValueError, match=f"min_terms={low} and max_terms={high} must satisfy"):
         sample(0, 1, min_terms=low, max_terms=high, held_out=False)
 
 

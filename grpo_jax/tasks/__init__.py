@@ -1,1 +1,1 @@
-"""Problems with their grader: data sets, generated tasks, and the toy task with its toy model."""
+"""Tasks, that is problems with a grader: data sets, generated tasks, and the toy tasks with their toy model."""

@@ -1,4 +1,4 @@
-"""Problems from a local file, a folder or the Hugging Face hub: one row, one problem."""
+"""Load problems from a local file, a folder or the Hugging Face hub, one problem per row."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEST_COLUMNS = (
     *("test", "test_list", "challenge_test_list", "test_cases", "input_output", "verification_info"),
     *("public_test_cases", "private_test_cases", "public_tests", "private_tests", "generated_tests"),
 )
-"""Columns that ``tests`` takes the place of."""
+"""Columns that the column ``tests`` replaces."""
 WITH_TESTS = frozenset({*TEST_COLUMNS, "tests", "reward_model", "ground_truth", "extra_info"})
-"""Columns that may hold tests."""
+"""Columns that may contain tests."""
 NUMBER_AT_END = re.compile(r"####[ ]?([-+]?\d[\d,]*(?:\.\d+)?)\s*\Z")
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
@@ -36,37 +36,36 @@ def load_problems(
     require_answer: bool = True,
     skipped: list[str] | None = None,
 ) -> list[Problem]:
-    r"""The problems of a file, of a folder of files, or of a data set on the hub, in any layout of ``docs/data.md``.
+    r"""Load problems from a file, a folder or the hub, in any layout of ``docs/data.md``.
 
-    GSM8K and MATH work as they are: where an answer is a worked solution with ``\boxed{...}`` or, without one, with
-    ``#### ...`` at its end, the gold answer is what stands there (without its commas, if it is a number with
-    thousands), and the whole text is kept as the column ``solution`` unless the row has one of its own.
+    If an answer is a worked solution, as in MATH and GSM8K, the gold answer is the content of its last ``\boxed{...}``
+    or else the text after ``####``, without thousands separators. The solution is kept as the column ``solution``
+    unless the row has one.
 
     Args:
-        source: a file, a folder, or the id of a data set on the hub, such as ``openai/gsm8k``; see
-            ``files.read_rows``. What exists locally comes first.
-        split: the split of a folder or of a data set on the hub, by default "train".
-        subset: the configuration of a folder or of a data set on the hub. By default its own default, or else "main".
-        prompt_column: the column with the question or the messages, or a path such as ``extra_info.question``. By
-            default the only one present of ``question``, ``prompt`` and ``problem``, or the first one present of
-            ``layouts.OTHER_PROMPT_COLUMNS``.
-        answer_column: the column with the gold answer, or a path such as ``reward_model.ground_truth``: text, a number
-            or a truth value, which become text, or a list of answers each of which is right. By default the first one
-            present of ``layouts.ANSWER_COLUMNS``.
-        require_answer: whether a row needs an answer, unless it has tests of a program; if not, answers that are
-            missing or null are None.
-        skipped: where given, rows that cannot be read are left out and the reasons are appended to it.
+        source: path of a file or folder, or id of a data set on the hub, such as ``openai/gsm8k``. Local paths take
+            precedence.
+        split: split of a folder or data set, by default "train".
+        subset: configuration of a folder or data set, by default its own default or else "main".
+        prompt_column: column of the prompt (text or messages), or a path such as ``extra_info.question``. By default
+            the only one present of ``question``, ``prompt`` and ``problem``, or else the first of
+            ``columns.OTHER_PROMPT_COLUMNS``.
+        answer_column: column of the gold answer, or a path such as ``reward_model.ground_truth``: text, a number, a
+            boolean, or a list of these of which each is correct. By default the first of ``columns.ANSWER_COLUMNS``.
+        require_answer: whether a missing or null answer is an error (otherwise it is None). Rows with program tests
+            never need one.
+        skipped: if given, unreadable rows are skipped and the reasons appended to it.
 
     Returns:
-        The problems in the order of the source. Columns named ``prompts``, ``completions`` or ``problem_prompt`` are
-        left out of ``columns``: rewards get these from the rollout. Of several right answers, those after the first are
-        in the column ``other_answers``. Tests of a program are in the column ``tests``.
+        The problems in the order of the source. ``columns`` has further gold answers as ``other_answers`` and program
+        tests as ``tests``, and lacks ``prompts``, ``completions`` and ``problem_prompt``, which rewards get from the
+        rollout.
 
     Raises:
-        FileNotFoundError: no such file, folder, split or data set.
-        KeyError: a column is missing, or cannot be told; the error lists those present.
-        ValueError: another kind of file; a split or subset of something that has none; a source without rows; an
-            empty, malformed or overlong row. The error names file and line, or row counted from 1.
+        FileNotFoundError: the file, folder, split or data set does not exist.
+        KeyError: a column is missing or ambiguous; the message lists the row's columns.
+        ValueError: the format is unknown; the source has no such split or subset, or no rows; a row is empty,
+            malformed or too long.
     """
     placed = load_placed_problems(
         source,
@@ -90,7 +89,7 @@ def load_placed_problems(
     require_answer: bool = True,
     skipped: list[str] | None = None,
 ) -> list[tuple[str, Problem]]:
-    """The problems as ``load_problems`` gives them, each after its place, such as ``data.jsonl:3``."""
+    """As ``load_problems``, as pairs ``(where, problem)`` with a location such as ``data.jsonl:3``."""
     columns: tuple[str, str | None] | None = None
 
     def parse(row: Row, where: str) -> tuple[str, Problem]:
@@ -125,14 +124,14 @@ def _problem(row: Row, where: str, prompt_column: str, answer_column: str | None
             return Problem(prompt, None, rest)
         return Problem(prompt, *_gold(row, answer, f"{where}, column {answer_column!r}", rest))
     except (KeyError, ValueError) as error:
-        # A program is judged by its tests; its row may hold anything as a solution.
+        # Programs are graded by their tests; the answer column of such a row may contain anything.
         if tests is None and (require_answer or not isinstance(error, KeyError)):
             raise
         return Problem(prompt, None, rest)
 
 
 def _gold(row: Row, answer: Any, place: str, rest: Row) -> tuple[str, Row]:
-    """The gold answer, and the other columns with what else the answer's column holds."""
+    """The gold answer, and the other columns with further answers and the worked solution."""
     answer = choice_answer(row, answer, place)
     check_length(answer, place)
     if isinstance(answer, list) and answer:
@@ -140,19 +139,19 @@ def _gold(row: Row, answer: Any, place: str, rest: Row) -> tuple[str, Row]:
         rest = {**rest, **({OTHER_ANSWERS: others} if others else {})}
     else:
         text = _checked_answer(answer, place)
-    found = _worked_answer(text)
-    if found is None:
+    gold = _worked_answer(text)
+    if gold is None:
         return text, rest
-    if THOUSANDS.fullmatch(found):
-        found = found.replace(",", "")
-    if not found:
-        empty = "nothing is in the last box" if "boxed" in text else f"nothing follows the last {GSM8K_MARK}"
+    if THOUSANDS.fullmatch(gold):
+        gold = gold.replace(",", "")
+    if not gold:
+        empty = "the last box is empty" if "boxed" in text else f"no text follows the last {GSM8K_MARK}"
         raise ValueError(f"{place}: {empty}")
-    return found, {"solution": text, **rest}
+    return gold, {"solution": text, **rest}
 
 
 def _worked_answer(text: str) -> str | None:
-    """As ``worked_answer``; the usual ends of texts are recognised without reading them whole, which is slow."""
+    """As ``worked_answer``, which is slow: texts without an answer mark, or with a number at the end, skip it."""
     if "box" not in text:
         if GSM8K_MARK not in text:
             return None
@@ -163,12 +162,12 @@ def _worked_answer(text: str) -> str | None:
 
 
 def _tests(row: Row, where: str) -> list[Test] | None:
-    """The tests of a row's program.
+    """The tests of a row's program; None without tests.
 
     Raises:
-        ValueError: they are there and cannot be read.
+        ValueError: the tests cannot be read.
     """
-    if WITH_TESTS.isdisjoint(row):  # most rows, and asking is slower than reading them
+    if WITH_TESTS.isdisjoint(row):  # fast path for most rows
         return None
     try:
         return tests_from_row(row)

@@ -1,4 +1,4 @@
-"""The toy tasks by name: problems, demonstrations and preferences that are generated instead of read."""
+"""The toy tasks by name: generated problems, demonstrations and preferences."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SUMS = "sums"
 
 @dataclass(frozen=True)
 class GeneratedTask:
-    """A toy task with its grader. The grader is quick and cannot fail, so it needs no process of its own.
+    """A toy task with its grader, which is fast and never fails, so that it runs in the training process.
 
     Attributes:
-        sample: ``(rng, count, held_out) -> problems``; held-out problems are never among the others.
+        sample: ``(rng, count, held_out) -> problems``; held-out problems and others are disjoint.
         reward: the accuracy reward.
-        num_problems: problems to train on.
-        asks_for_format: whether completions should have the form ``<think>...</think><answer>...</answer>``.
-        has_final_answers: whether a completion ends in an answer that can be counted in a majority vote.
+        num_problems: number of training problems.
+        asks_for_format: whether to reward the format ``<think>...</think><answer>...</answer>``.
+        has_final_answers: whether completions have a final answer, for majority votes.
     """
 
     sample: Callable[[np.random.Generator, int, bool], list[Problem]]

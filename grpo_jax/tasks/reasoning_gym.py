@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym: generated tasks that bring their own verifiers."""
+"""Tasks of reasoning-gym: generated problems with their verifiers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from grpo_jax.rewards.math.answer import extract_answer
 def reasoning_gym_problems(
     name: str, *, size: int, seed: int, **config: Any
 ) -> tuple[list[Problem], Callable[..., list[float]]]:
-    """``size`` problems of the task ``name``, and the reward that asks the task's own verifier.
+    """Generate problems of a reasoning-gym task, with a reward that calls the task's verifier.
 
-    Each problem has the generated entry as the column ``entry``; its answer is the entry's, None where that has none.
-    The reward calls ``score_answer(answer, entry)`` on what ``extract_answer`` finds in a completion. A completion
-    without an answer scores 0, and so does an answer on which the verifier raises: some take only what they can parse.
+    The reward is ``score_answer(answer, entry)`` for the answer that ``extract_answer`` finds in a completion. It is 0
+    without an answer, and if the verifier raises: some do for answers that they cannot parse.
 
     Args:
-        name: such as ``chain_sum``.
-        size: how many problems.
-        seed: the problems follow from it and ``config`` alone.
-        config: the task's own settings.
+        name: name of the task, such as ``chain_sum``.
+        size: number of problems.
+        seed: seed of the problems.
+        config: settings of the task.
+
+    Returns:
+        The problems, with the generated entry as the column ``entry``, and the reward.
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: no such task (the error lists names that are close); the task refuses ``config``.
+        ValueError: the task is unknown (the message lists similar names) or rejects ``config``.
     """
     try:
         import reasoning_gym
@@ -37,11 +39,11 @@ def reasoning_gym_problems(
         raise ImportError('reasoning-gym is not installed: pip install "grpo_jax[tasks]"') from error
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=5) or sorted(DATASETS)
-        raise ValueError(f"reasoning-gym has no task {name!r}; close to it: {close}")
+        raise ValueError(f"reasoning-gym has no task {name!r}; similar names: {close}")
     try:
         dataset = reasoning_gym.create_dataset(name, size=size, seed=seed, **config)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"the task {name!r} refuses its settings {config}: {error}") from error
+        raise ValueError(f"the task {name!r} rejects the settings {config}: {error}") from error
 
     def score(prompt: str, completion: str, entry: dict[str, Any]) -> float:
         answer = extract_answer(completion, prompt)

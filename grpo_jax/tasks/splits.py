@@ -1,4 +1,4 @@
-"""Held-out splits of data sources, and whether a grader can read their gold answers."""
+"""Held-out splits of data sources, and the check that a grader can read their gold answers."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ Row = TypeVar("Row")
 
 
 def ungraded(prompts: list[str], completions: list[str], **_columns: object) -> list[None]:
-    """The reward of completions that nothing tells right from wrong: absent."""
+    """The accuracy reward of prompts without a grader: always absent."""
     return [None] * len(completions)
 
 
 def key_of(problem: Problem) -> str:
-    """The key that tells problems apart; see ``statistics.prompt_key``."""
+    """The ``prompt_key`` of a problem: equal for prompts that differ only in case and white space."""
     return prompt_key(problem.prompt)
 
 
 def is_generated(source: str) -> bool:
-    """Whether a data source is generated rather than read."""
+    """Whether a data source is a toy task or a reasoning-gym task instead of a data set."""
     return source.startswith(REASONING_GYM) or source in TASKS
 
 
 def default_split(source: str, subset: str | None, but: str | None = None) -> str | None:
-    """The split of a source for evaluation, "test" or else "validation"; None where it has neither.
+    """The evaluation split of a source: "test", or else "validation"; None if it has neither.
 
     Args:
-        source: a file, a folder, a data set on the hub, or one that is generated.
-        subset: of a folder or of a data set on the hub.
-        but: a split that is used otherwise.
+        source: path of a file or folder, id of a data set on the hub, or name of a generated task.
+        subset: configuration of a folder or data set.
+        but: a split to exclude, such as the training split.
     """
     names = ["test"] if is_generated(source) else [name for name in split_names(source, subset) if name != but]
     return next((name for name in ("test", "validation") if name in names), None)
@@ -52,41 +52,44 @@ def default_split(source: str, subset: str | None, but: str | None = None) -> st
 def hold_out(
     rows: list[Row], most: int | None, *, key: Callable[[Row], str], source: str
 ) -> tuple[list[Row], list[Row]]:
-    """Divide rows into those that are trained on and a tenth that is held out; always the same one.
-
-    Rows with one key stay together.
+    """Split rows into training rows and held-out rows, a fixed random tenth of the distinct keys.
 
     Args:
-        rows: all of them.
-        most: rows that are held out at most; None for no other limit.
-        key: what tells rows apart, such as their prompt.
-        source: where they come from, for the error.
+        rows: all rows.
+        most: maximum number of held-out rows; None for no maximum.
+        key: maps a row to its key, such as its prompt. Rows with equal keys are in the same split.
+        source: name of the source, for the error.
+
+    Returns:
+        The training rows and the held-out rows.
 
     Raises:
-        ValueError: fewer than ten keys.
+        ValueError: there are fewer than ten distinct keys.
     """
-    key_of_row = [*map(key, rows)]
-    keys = list(dict.fromkeys(key_of_row))
+    row_keys = [*map(key, rows)]
+    keys = list(dict.fromkeys(row_keys))
     if len(keys) < 10:
         raise ValueError(
-            f"{source} has {len(keys)} problems, too few to hold a tenth of them out; name others with "
-            "eval_dataset or eval_split"
+            f"{source} has {len(keys)} problems, too few to hold out a tenth; set eval_dataset or eval_split"
         )
     order = np.random.default_rng(HELD_OUT_SEED).permutation(len(keys))
     count = len(keys) // 10 if most is None else min(most, len(keys) // 10)
     chosen = {keys[n] for n in order[:count]}
-    kept: list[Row] = []
-    held_out: list[Row] = []
-    for row, of_row in zip(rows, key_of_row, strict=True):
-        (held_out if of_row in chosen else kept).append(row)
-    return kept, held_out[:most]
+    training = [row for row, row_key in zip(rows, row_keys, strict=True) if row_key not in chosen]
+    held_out = [row for row, row_key in zip(rows, row_keys, strict=True) if row_key in chosen]
+    return training, held_out[:most]
 
 
 def check_gold(problems: list[Problem], grader: str, source: str) -> None:
-    """See whether what is right can be read, of the first hundred problems: of others no completion gets a score.
+    """Check that the grader can read the gold answers (or tests) of the first 100 problems.
+
+    Args:
+        problems: the problems.
+        grader: "math", "code" or "exact".
+        source: name of the source, for the error.
 
     Raises:
-        ValueError: of more than half of them it cannot; with an example.
+        ValueError: more than half of them are unreadable; the message has an example.
     """
     first = problems[:100]
     if grader == "code":
@@ -98,6 +101,6 @@ def check_gold(problems: list[Problem], grader: str, source: str) -> None:
         unread = [problem.answer for problem in first if not (problem.answer or "").strip()]
     if 2 * len(unread) > len(first):
         raise ValueError(
-            f"of the first {len(first)} problems of {source} the grader {grader} cannot read {len(unread)}, such as "
-            f"{unread[0]!r:.200}; choose another grader or answer_column"
+            f"the grader {grader} cannot read {len(unread)} of the first {len(first)} answers or tests of {source}, "
+            f"such as {unread[0]!r:.200}; choose another grader or answer_column"
         )

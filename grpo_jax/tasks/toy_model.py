@@ -1,8 +1,8 @@
-"""The embedded default: a small base model, trained here in a minute, that R1-Zero's story can be told with.
+"""The toy model: a small base model, trained here in a minute, on which RL reproduces R1-Zero.
 
-It is what R1-Zero's base was: able to do the task when it thinks step by step, and mostly blurting an answer instead.
-The first part of its corpus is mostly worked sums, which teach the skill; the second is mostly guesses, which hide it.
-What is saved is a Hugging Face folder like any other, its own tokenizer included.
+Like R1-Zero's base model, it can solve the task if it thinks step by step, but mostly answers with a guess. The first
+part of its corpus is mostly worked sums, which teach the skill; the second part is mostly guesses, which hide it. It is
+saved as an ordinary Hugging Face folder with its own tokenizer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from grpo_jax.train import completion_log_probs, init_state, make_optimizer, mak
 from grpo_jax.types import Batch, Params
 
 TOY = "toy"
-"""The name of the toy model as a model source."""
+"""Name of the toy model as a model source."""
 MAX_PROMPT_LENGTH = 12
 MAX_COMPLETION_LENGTH = 48
 
@@ -51,29 +51,28 @@ HF_CONFIG: Mapping[str, Any] = {
     "eos_token_id": VOCABULARY.index("<eos>"),
     "dtype": "float32",
 }
-"""Of the default; ``ToyConfig.hf_config`` is that of any."""
+"""``config.json`` of the default toy model; ``ToyConfig.hf_config`` is that of a given configuration."""
 PROMPT_FORMAT: Mapping[str, str] = {"kind": "plain", "template": PLAIN}
-"""The bare question, as the corpus has it."""
+"""The question without a template, as in the corpus."""
 
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """How the base is made.
+    """Configuration of the toy model and its training.
 
     Attributes:
-        seed: of its weights and its corpus.
-        min_terms, max_terms: terms of a sum.
-        batch_size: sums an update.
-        skill_steps: updates of the first part.
-        skill_share: share of worked sums in it.
-        mixture_steps: updates of the second part.
-        worked_share: share of worked sums in that; about how often the base will think.
-        chinese_share: share of the worked sums whose thought is in Chinese digits.
-        errand_share: share of the corpus that is errands, a task beside the sums: with good replies in the first part,
-            ``skill_share`` of them, and with careless ones in the second.
-        learning_rate: peak; it falls linearly to 0.
-        hidden_size: width of the model; its feed-forward layers are twice as wide.
-        num_layers: of the model.
+        seed: seed of the weights and the corpus.
+        min_terms, max_terms: number of terms of a sum.
+        batch_size: examples per update.
+        skill_steps: updates on the first part of the corpus.
+        skill_share: fraction of worked sums (and of best replies to errands) in the first part; the rest are guesses.
+        mixture_steps: updates on the second part.
+        worked_share: fraction of worked sums in the second part, and roughly how often the model will think.
+        chinese_share: fraction of the worked sums whose thoughts have Chinese digits.
+        errand_share: fraction of errands in the corpus. Their replies in the second part are careless ones.
+        learning_rate: peak learning rate, with linear decay to 0.
+        hidden_size: width of the model; feed-forward layers are twice as wide.
+        num_layers: number of layers.
     """
 
     seed: int = 0
@@ -97,7 +96,7 @@ class ToyConfig:
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """What becomes ``config.json``."""
+        """The ``config.json`` of the model."""
         return {
             **HF_CONFIG,
             "hidden_size": self.hidden_size,
@@ -107,27 +106,27 @@ class ToyConfig:
 
     @property
     def steps(self) -> int:
-        """Updates in all."""
+        """Total number of updates."""
         return self.skill_steps + self.mixture_steps
 
 
 def make_toy_model(
     folder: Path | str,
-    recipe: ToyConfig = ToyConfig(),
+    toy: ToyConfig = ToyConfig(),
     *,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Train the base and save it as a Hugging Face folder.
+    """Train a toy model and save it as a Hugging Face folder.
 
     Args:
-        folder: where to; replaced when complete.
-        recipe: how.
-        report: called after each update with the number of updates done and the metrics.
+        folder: output folder, replaced when training is complete.
+        toy: configuration of model and training.
+        report: called after each update with the number of finished updates and the metrics.
     """
-    config = from_hf_config(recipe.hf_config)
+    config = from_hf_config(toy.hf_config)
     model = build_model(config)
     optimizer = make_optimizer(
-        make_schedule(recipe.learning_rate, warmup_steps=recipe.steps // 20, total_steps=recipe.steps, decay="linear")
+        make_schedule(toy.learning_rate, warmup_steps=toy.steps // 20, total_steps=toy.steps, decay="linear")
     )
 
     def loss_fn(params: Params, batch: Batch):
@@ -136,48 +135,61 @@ def make_toy_model(
 
     train_step = make_train_step(loss_fn, optimizer)
     mesh = make_mesh(devices=jax.devices()[:1])
-    params = jax.device_put(init_params(config, jax.random.key(recipe.seed)), replicated(mesh))
+    params = jax.device_put(init_params(config, jax.random.key(toy.seed)), replicated(mesh))
     state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
-    for step, batch in enumerate(corpus(recipe), 1):
+    for step, batch in enumerate(corpus(toy), 1):
         state, metrics = train_step(state, batch)
         if report is not None:
             report(step, {name: float(value) for name, value in metrics.items()})
     save_pretrained(
-        folder, state.params, hf_config=recipe.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
+        folder, state.params, hf_config=toy.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
     )
 
 
-def corpus(recipe: ToyConfig) -> Iterator[Batch]:
-    """The batches the base learns from, in order; none of their sums is held out."""
+def corpus(toy: ToyConfig) -> Iterator[Batch]:
+    """The training batches in order, without held-out sums or errands."""
     tokenizer = make_tokenizer()
-    rng = np.random.default_rng([recipe.seed, 1])
-    num_errands = round(recipe.errand_share * recipe.batch_size)
-    for step in range(recipe.steps):
+    rng = np.random.default_rng([toy.seed, 1])
+    num_errands = round(toy.errand_share * toy.batch_size)
+    for step in range(toy.steps):
         sums = sample_sums(
             rng,
-            recipe.batch_size - num_errands,
-            min_terms=recipe.min_terms,
-            max_terms=recipe.max_terms,
+            toy.batch_size - num_errands,
+            min_terms=toy.min_terms,
+            max_terms=toy.max_terms,
             held_out=False,
         )
-        teaches_skill = step < recipe.skill_steps
-        share = recipe.skill_share if teaches_skill else recipe.worked_share
-        pairs = [(each.question, solution(each, share, recipe, rng)) for each in sums]
+        teaches_skill = step < toy.skill_steps
+        share = toy.skill_share if teaches_skill else toy.worked_share
+        pairs = [(each.question, solution(each, share, toy, rng)) for each in sums]
         for errand in sample_errands(rng, num_errands, held_out=False):
-            is_good = teaches_skill and rng.random() < recipe.skill_share
+            is_good = teaches_skill and rng.random() < toy.skill_share
             pairs.append((errand.question, errand.best_reply if is_good else careless_reply(errand, rng)))
         yield encode(tokenizer, *zip(*pairs, strict=True))
 
 
-def solution(problem: Sum, worked_share: float, recipe: ToyConfig, rng: np.random.Generator) -> str:
-    """What follows a sum in the corpus: its totals worked out, or a guess."""
+def solution(problem: Sum, worked_share: float, toy: ToyConfig, rng: np.random.Generator) -> str:
+    """The completion of a sum in the corpus: a worked solution, or a guess.
+
+    Args:
+        problem: the sum.
+        worked_share: probability of a worked solution.
+        toy: configuration, for ``chinese_share``.
+        rng: source of randomness.
+    """
     if rng.random() >= worked_share:
         return blurted(problem, rng)
-    return worked(problem, in_chinese=recipe.chinese_share > 0 and rng.random() < recipe.chinese_share)
+    return worked(problem, in_chinese=toy.chinese_share > 0 and rng.random() < toy.chinese_share)
 
 
 def encode(tokenizer, questions: Sequence[str], replies: Sequence[str]) -> Batch:
-    """Questions with their replies as a batch whose completions are learnt from."""
+    """A batch for supervised training on the replies.
+
+    Args:
+        tokenizer: the toy tokenizer.
+        questions: prompts.
+        replies: completions, without the ending token.
+    """
     prompts = pad_prompts(
         tokenizer(list(questions))["input_ids"],
         max_prompt_length=MAX_PROMPT_LENGTH,
@@ -186,8 +198,8 @@ def encode(tokenizer, questions: Sequence[str], replies: Sequence[str]) -> Batch
     )
     token_ids = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(replies))["input_ids"]]
     ids = np.full((len(questions), MAX_COMPLETION_LENGTH), tokenizer.pad_token_id, dtype=np.int32)
-    for row, each in zip(ids, token_ids, strict=True):
-        row[: len(each)] = each
+    for row, reply in zip(ids, token_ids, strict=True):
+        row[: len(reply)] = reply
     mask = jnp.asarray(np.arange(MAX_COMPLETION_LENGTH) < np.array([len(each) for each in token_ids])[:, None])
     zeros = jnp.zeros(ids.shape, jnp.float32)
     return Batch(
