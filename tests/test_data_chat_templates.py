@@ -1,4 +1,4 @@
-"""Chat templates rendered elsewhere: the same text as in transformers, within limits, the same on any day."""
+"""Chat templates: the same text as from transformers, limits of time and memory, and determinism."""
 
 import os
 import signal

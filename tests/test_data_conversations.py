@@ -1,4 +1,4 @@
-"""Demonstrations: what a row holds, what of it is tokens, and which of these are learnt from."""
+"""Demonstrations: loading rows, tokenization, and the loss mask."""
 
 import json
 
@@ -61,9 +61,9 @@ def assistant(text):
 
 
 def marked(example):
-    """The example's text with the learnt words in capitals."""
+    """The example's text with the words of the loss mask in capitals."""
     words = [WORDS[i] for i in example.token_ids]
-    return " ".join(word.upper() if learnt else word for word, learnt in zip(words, example.loss_mask, strict=True))
+    return " ".join(word.upper() if trained else word for word, trained in zip(words, example.loss_mask, strict=True))
 
 
 def encode(prompt, completion, tokenizer, *, where="row 7", **options):
@@ -74,7 +74,7 @@ def encode(prompt, completion, tokenizer, *, where="row 7", **options):
 THOUGHTFUL = [user("one"), assistant("<think> two </think> three"), user("four")]
 
 
-# What is learnt ------------------------------------------------------------------------------------------------------
+# The loss mask ------------------------------------------------------------------------------------------------------
 
 
 def test_t13_a_template_that_rewrites_earlier_turns_cannot_mark_them_and_says_so():
@@ -109,8 +109,8 @@ def test_t13_the_last_turn_alone_is_learnt_with_such_a_template():
 
 def test_t13_every_turn_of_the_assistant_and_nothing_else_is_learnt_up_to_its_ending_token():
     example = encode(THOUGHTFUL, "one two", make_tokenizer(CHAT), train_on="assistant", system_prompt="A")
-    learnt = [WORDS[i] for i, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
-    assert learnt == ["<think>", "two", "</think>", "three", "</s>", "one", "two", "</s>"]
+    trained = [WORDS[i] for i, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
+    assert trained == ["<think>", "two", "</think>", "three", "</s>", "one", "two", "</s>"]
     assert marked(example).endswith("user : four </s> END assistant : ONE TWO </S> END")
     assert example.token_ids == ids_of(
         "<s> system : A </s> END user : one </s> END assistant : <think> two </think> three </s> END "
@@ -167,8 +167,8 @@ def test_what_is_learnt_of_a_conversation_is_what_the_assistant_said(contents):
     tokenizer = make_tokenizer(CHAT)
     for train_on, said in (("assistant", contents[1::2]), ("completion", contents[-1:])):
         example = encode(messages[:-1], contents[-1], tokenizer, train_on=train_on)
-        learnt = [i for i, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
-        assert learnt == [i for text in said for i in ids_of(f"{text} </s>")]
+        trained = [i for i, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
+        assert trained == [i for text in said for i in ids_of(f"{text} </s>")]
         assert example.token_ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
@@ -380,7 +380,7 @@ def test_a_source_without_rows(tmp_path):
 
 
 def test_t13_a_chat_template_that_writes_no_ending_token_is_refused():
-    """Nothing would ever be learnt to end a turn."""
+    """The model would never learn to end a turn."""
     endless = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}" + (
         "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
     )

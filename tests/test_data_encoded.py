@@ -1,4 +1,4 @@
-"""Prompts encoded once, completions decoded as sampled, and the held-out loop over them."""
+"""Encoded problems, decoded completions, and the held-out loop over them."""
 
 import jax.numpy as jnp
 import numpy as np

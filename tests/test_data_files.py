@@ -1,4 +1,4 @@
-"""Rows of files in every format, of folders in every layout, and what is said of those that are damaged."""
+"""Files of every format, folders of every layout, and errors for damaged ones."""
 
 import bz2
 import gzip

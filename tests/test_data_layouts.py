@@ -1,4 +1,4 @@
-"""Rows in the layouts of published data sets, as problems, demonstrations and preferences; others refused by name."""
+"""Row layouts of published data sets as problems, demonstrations and preferences; unknown layouts are errors."""
 
 import json
 

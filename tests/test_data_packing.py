@@ -1,4 +1,4 @@
-"""Packing: every example once, whole, and apart from the others of its row."""
+"""Packing: every example once, complete, and separated from the others of its row."""
 
 import numpy as np
 import pytest

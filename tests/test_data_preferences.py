@@ -1,4 +1,4 @@
-"""Preferences: what a row holds, two completions of one prompt as tokens, and which pairs make a batch."""
+"""Preferences: loading rows, tokenization, and the order of batches."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What becomes a demonstration: every filter by itself, in order, and shares of difficulties under any data."""
+"""Selection of samples: every filter, their order, and balanced difficulty for random data."""
 
 import math
 from collections import Counter

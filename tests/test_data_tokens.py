@@ -1,4 +1,4 @@
-"""Completions encoded and decoded as what follows a prompt, with tokenizers of many families."""
+"""Completions encoded and decoded as continuations of a prompt, with tokenizers of many families."""
 
 import tempfile
 from functools import cache

@@ -1,4 +1,4 @@
-"""Turns of chat templates: prompts that are continued, replies of every family, ends that a model must stop at."""
+"""Turns of chat templates: continued prompts, replies of every family, and the tokens that end turns."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -48,8 +48,8 @@ def test_a_prompt_that_ends_with_the_assistants_words_is_continued_in_every_fami
     assert text == tokenizer.apply_chat_template(prompt, tokenize=False, continue_final_message=True)
     [example] = encode_demonstrations([Demonstration(prompt, " 2.", "row")], tokenizer, eos_ids=eos_of(tokenizer, name))
     assert example.token_ids[: example.prompt_length] == encode_prompts([prompt], tokenizer)[0]
-    learnt = [token for token, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
-    assert decode_following(tokenizer, [learnt])[0].rstrip(" ") == " 2." + learnt_end(tokenizer, name)
+    trained = [token for token, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
+    assert decode_following(tokenizer, [trained])[0].rstrip(" ") == " 2." + learnt_end(tokenizer, name)
 
 
 def eos_of(tokenizer, name):
@@ -99,8 +99,8 @@ def test_what_is_learnt_follows_the_prompt_that_the_sampler_is_given(tokenizers,
     demonstration = Demonstration(prompt, completion, "row")
     [example] = encode_demonstrations([demonstration], tokenizer, eos_ids=eos_of(tokenizer, name))
     assert example.token_ids[: example.prompt_length] == encode_prompts([prompt], tokenizer)[0]
-    learnt = [token for token, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
-    [text] = decode_following(tokenizer, [learnt])
+    trained = [token for token, marks in zip(example.token_ids, example.loss_mask, strict=True) if marks]
+    [text] = decode_following(tokenizer, [trained])
     assert text.strip(" ").endswith(completion + learnt_end(tokenizer, name))
     around = turn_borders(tokenizer, prompt, {})
     assert around is not None

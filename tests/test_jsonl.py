@@ -1,4 +1,4 @@
-"""The JSON-lines log: what is written, what a kill leaves, and what a resume drops."""
+"""The JSON-lines log: rows, incomplete lines after a crash, and the rewind on resume."""
 
 import json
 import math

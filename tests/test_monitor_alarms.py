@@ -1,4 +1,4 @@
-"""Each alarm on courses made by hand: it fires where it should, once, and not where it should not."""
+"""Alarms on synthetic metrics: each fires once when its condition holds, and not otherwise."""
 
 import math
 import time
@@ -30,7 +30,7 @@ HEALTHY = {
     "sampling/sampling_logp_difference/mean": 1e-6,
     "rewards/language/mean": 0.9,
 }
-# What each alarm is about, as a change of the newest steps.
+# A change of the latest metrics that triggers each alarm.
 ILLS = {
     "entropy_collapse": {"entropy": 0.01},
     "truncation": {"completions/clipped_ratio": 0.6},
@@ -50,7 +50,7 @@ ILLS = {
 
 
 def fired(changes, settings=DEFAULT, start=1):
-    """The alarms of a course: (step, name) of each, in order."""
+    """The alarms of a run: (step, name) of each, in order."""
     alarms = Alarms(settings)
     found = []
     for step, change in enumerate(changes, start):
@@ -171,11 +171,11 @@ def test_the_metrics_have_the_names_that_alarms_read():
     assert repeated_share("a a a a a a") > 0.5
 
 
-def of_evaluations(*figures, settings=DEFAULT, name="eval/pass@1"):
-    """The alarms of evaluations with these figures and, where it is a pair, their standard errors."""
+def of_evaluations(*values, settings=DEFAULT, name="eval/pass@1"):
+    """The alarms of evaluations with these values; a pair has the standard error."""
     alarms, found = Alarms(settings), []
-    for step, figure in enumerate(figures):
-        value, error = figure if isinstance(figure, tuple) else (figure, None)
+    for step, value in enumerate(values):
+        value, error = value if isinstance(value, tuple) else (value, None)
         errors = {} if error is None else {f"{name}_stderr": error}
         found += alarms.update({"step": 10 * step, name: value, **errors})
     return [(each.step, each.name) for each in found]
@@ -184,7 +184,7 @@ def of_evaluations(*figures, settings=DEFAULT, name="eval/pass@1"):
 FALLEN = [(10, "held_out_fall")]
 
 
-def test_held_out_figures_that_fall_are_an_alarm():
+def test_held_out_metrics_that_fall_are_an_alarm():
     assert of_evaluations(0.188, 0.062) == FALLEN
     assert of_evaluations((0.188, 0.02), (0.062, 0.015)) == FALLEN
     assert of_evaluations((0.1, 0.02), (0.5, 0.02), (0.6, 0.02), (0.4, 0.02), (0.4, 0.02)) == [(30, "held_out_fall")]
@@ -192,7 +192,7 @@ def test_held_out_figures_that_fall_are_an_alarm():
     assert of_evaluations((0.9, 0.01), (0.5, 0.01), name="eval/chats/reward") == FALLEN
 
 
-def test_noise_and_gains_of_held_out_figures_are_none():
+def test_noise_and_gains_of_held_out_metrics_are_none():
     assert of_evaluations((0.5, 0.03), (0.43, 0.03)) == []  # 1.6 standard errors
     assert of_evaluations((0.5, 0.001), (0.49, 0.001)) == []  # less than the threshold
     assert of_evaluations((0.0625, 0.0625), (0.0, 0.0)) == []  # one right answer of sixteen, and then none

@@ -1,4 +1,4 @@
-"""How numbers are written, which are picked, and trends in one line."""
+"""Formats of numbers, the choice of displayed metrics, and sparklines."""
 
 import math
 from array import array

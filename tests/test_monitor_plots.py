@@ -1,4 +1,4 @@
-"""The picture of the curves."""
+"""Plots of a run's metrics."""
 
 import math
 

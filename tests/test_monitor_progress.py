@@ -113,7 +113,7 @@ def test_plain_lines_a_step(plain, clock):
     )
 
 
-def test_a_plain_line_has_the_main_figures_and_is_not_wrapped(plain, clock):
+def test_a_plain_line_has_the_main_metrics_and_is_not_wrapped(plain, clock):
     with Progress("a run", console=plain.console, clock=clock) as progress, progress.phase("GRPO", 300) as phase:
         phase.update(1, METRICS)
     (line,) = [line for line in plain.raw.splitlines() if line.startswith("GRPO   1/300")]
@@ -143,7 +143,7 @@ def test_steps_of_many_minutes_get_an_estimate(plain, clock):
     assert "left 3:20:00" in plain.raw
 
 
-def test_updates_without_figures_print_no_line(plain):
+def test_updates_without_metrics_print_no_line(plain):
     with Progress("a run", console=plain.console) as progress, progress.phase("evaluating", 3) as phase:
         phase.update(1)
         phase.update(2, {})
@@ -238,7 +238,7 @@ def test_the_panel_fits_the_terminal(width, height, clock):
     assert ("▁" in text) == (width >= 108)
 
 
-def test_figures_stay_while_a_phase_without_any_runs_and_after_the_end(terminal):
+def test_metrics_stay_while_a_phase_without_any_runs_and_after_the_end(terminal):
     with Progress("a run", console=terminal.console) as progress:
         with progress.phase("GRPO", 2) as phase:
             phase.update(2, {"reward": 0.75})
@@ -270,7 +270,7 @@ def test_what_is_printed_appears_above_the_panel(terminal):
         assert [i < panel for i, line in enumerate(lines) if line.strip() == said] == [True]
 
 
-def test_figures_start_anew_in_a_phase(terminal):
+def test_metrics_start_anew_in_a_phase(terminal):
     with Progress("a run", console=terminal.console) as progress:
         with progress.phase("training the base model", 1) as phase:
             phase.update(1, {"loss": 2.0, "grad_norm": 1.0})
@@ -318,7 +318,7 @@ def test_long_runs_are_drawn_too(terminal):
     assert re.search(r"reward +2999\.0 +0\.0000 +▁▂▂▃▃▄▄▅▅▆▆▇▇█", "\n".join(last_panel(terminal)))
 
 
-def test_figures_of_ones_own(plain):
+def test_custom_metrics(plain):
     own = (DisplayMetric("accuracy", "accuracy", main=True),)
     with Progress("a run", console=plain.console, metrics=own) as progress, progress.phase("RM", 1) as phase:
         phase.update(1, {"accuracy": 0.5, "reward": 1.0})
@@ -326,7 +326,7 @@ def test_figures_of_ones_own(plain):
     assert "reward" not in plain.raw
 
 
-def test_figures_of_a_resumed_phase_start_with_the_runs_own_beginning(terminal, plain):
+def test_metrics_of_a_resumed_phase_start_with_the_runs_own_beginning(terminal, plain):
     earlier = [{"step": 0, "eval/pass@1": 0.1}, {"step": 1, "reward": 0.2, "note": "text", "kl": None}]
     with (
         Progress("a run", console=terminal.console) as progress,

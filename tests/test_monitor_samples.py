@@ -1,4 +1,4 @@
-"""Sample tables: untrusted text cannot act on the terminal, and says what it said."""
+"""Sample tables: untrusted text is escaped and otherwise shown as it is."""
 
 import io
 import math

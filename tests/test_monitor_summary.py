@@ -1,4 +1,4 @@
-"""The closing line."""
+"""The closing line and the best evaluation."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_nothing_to_compare(run_dir):
     assert text.startswith("no metric was measured both before and after; 1 steps in 0:00:01\n")
 
 
-def test_the_best_evaluation_is_ranked_by_the_first_figure_there_is():
+def test_the_best_evaluation_is_ranked_by_the_first_metric_present():
     rows = [
         {"step": 0, "eval/pass@1": 0.2, "eval/loss": 1.0},
         {"step": 1, "reward": 5.0},

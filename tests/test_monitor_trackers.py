@@ -1,4 +1,4 @@
-"""The optional trackers: what they are sent, and what happens without their packages."""
+"""Optional trackers: what they receive, and errors without their packages."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""Errands: what a reply is worth, what people say they prefer, and what is held out."""
+"""Errands: quality of replies, noisy preferences, and the held-out split."""
 
 import re
 from itertools import permutations

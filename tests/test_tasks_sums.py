@@ -106,9 +106,7 @@ def test_number_of_terms_is_uniform():
 def test_all_there_are_can_be_had_and_no_more():
     train, held_out = (sample(0, count, min_terms=2, max_terms=2, held_out=h) for h, count in SIZES.items())
     assert len({*train, *held_out}) == 100
-    with pytest.raises(
-        ValueError, match=f"only about {SIZES[True]} different sums of 2 to 2 "
-    ):
+    with pytest.raises(ValueError, match=f"only about {SIZES[True]} different sums of 2 to 2 "):
         sample(0, SIZES[True] + 1, min_terms=2, max_terms=2, held_out=True)
 
 

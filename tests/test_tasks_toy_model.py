@@ -1,4 +1,4 @@
-"""The embedded base: a Hugging Face folder like any other, whose corpus is what it says."""
+"""The toy model: a loadable Hugging Face folder, and the composition of its corpus."""
 
 from dataclasses import replace
 

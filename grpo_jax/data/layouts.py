@@ -322,14 +322,14 @@ def as_preference(row: Row, where: str) -> Row:
     names = (*PROMPT_COLUMNS, "instruction", "query", "input", *CONVERSATION_COLUMNS)
     prompt = next((found for name in names if (found := find_column(row, name))), None)
     # Next to complete conversations, the column messages is a copy of the chosen one.
-    whole = all(isinstance(each, list) and len(each) > 1 for each in sides)
-    if whole and prompt in CONVERSATION_COLUMNS:
+    are_conversations = all(isinstance(each, list) and len(each) > 1 for each in sides)
+    if are_conversations and prompt in CONVERSATION_COLUMNS:
         prompt = None
     question = None if prompt is None else as_messages(row[prompt]) or row[prompt]
     rest = without(row, chosen, rejected, prompt, "system", *(("input", "context") if prompt == "instruction" else ()))
     if prompt == "instruction" and isinstance(question, str):
         question = with_input(row, question)
-    if whole and question is not None:
+    if are_conversations and question is not None:
         _check_begins_with(sides, question, where)
         single = isinstance(question, str) and all(len(each) == 2 for each in sides)
         question, sides = (question, [each[-1:] for each in sides]) if single else (None, sides)

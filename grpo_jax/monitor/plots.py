@@ -125,22 +125,22 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, title: str) -> None:
 
     names = {name for row in rows for name in row}
     panels = [replace(panel, curves=_present(panel.curves, names)) for panel in PANELS]
-    drawn = [panel for panel in panels if any(len(_points(rows, panel, curve)) for curve in panel.curves)][:MAX_PANELS]
-    if not drawn:
+    shown = [panel for panel in panels if any(len(_points(rows, panel, curve)) for curve in panel.curves)][:MAX_PANELS]
+    if not shown:
         raise ValueError(
             f"none of the {len(rows)} rows has a finite value to plot; one of these keys is needed: "
             f"{[curve.key for panel in PANELS for curve in panel.curves]}"
         )
-    columns = min(COLUMNS, len(drawn))
-    lines = -(-len(drawn) // columns)
+    columns = min(COLUMNS, len(shown))
+    lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4 * columns, 3 * lines + 0.5), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, parse_math=False)
-    for place, panel in enumerate(drawn, 1):
+    for place, panel in enumerate(shown, 1):
         axes = figure.add_subplot(lines, columns, place)
         _draw(axes, panel, rows)
-        if place > len(drawn) - columns:
+        if place > len(shown) - columns:
             axes.set_xlabel("step", fontsize=10, color=INK)
     picture = io.BytesIO()
     canvas.print_png(picture)
@@ -149,13 +149,13 @@ def plot_curves(rows: Sequence[Row], path: str | Path, *, title: str) -> None:
 
 def _present(curves: Sequence[Curve], names: Collection[str]) -> tuple[Curve, ...]:
     """The curves whose metrics are in ``names``; a ``*`` becomes one curve for every match."""
-    found = []
+    matches = []
     for curve in curves:
         start = curve.key.removesuffix("*")
         named = [name for name in names if name == curve.key or (start != curve.key and name.startswith(start))]
         for name in sorted(named):
-            found.append(replace(curve, key=name, label=curve.label.replace("*", name.removeprefix(start))))
-    return tuple(found)
+            matches.append(replace(curve, key=name, label=curve.label.replace("*", name.removeprefix(start))))
+    return tuple(matches)
 
 
 def _points(rows: Sequence[Row], panel: Panel, curve: Curve) -> Float[np.ndarray, "N 2"]:
