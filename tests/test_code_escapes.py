@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.rewards.code.reward import run_tests
-from grpo_jax.rewards.code.sandbox import Sandbox, SandboxLimits, other_user
+from grpo_jax.rewards.code.sandbox import Sandbox, SandboxLimits, as_nobody
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 ESCAPES = [
@@ -44,7 +44,7 @@ class Outside:
         self.unix, self.abstract = str(self.folder / "socket"), f"canary{secrets.token_hex(4)}"
         self.servers += [self.listen(socket.AF_UNIX, path) for path in (self.unix, "\0" + self.abstract)]
         os.chmod(self.unix, 0o777)
-        self.victim = subprocess.Popen(["sleep", "600"], **other_user())
+        self.victim = subprocess.Popen(**as_nobody(["sleep", "600"]))
 
     def listen(self, family, address, kind=socket.SOCK_STREAM):
         server = socket.socket(family, kind)

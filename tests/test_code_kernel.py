@@ -1,5 +1,6 @@
 """What a program in a sandbox may ask of the kernel, and how much the kernel keeps for it."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import time
 
 import pytest
 
-from grpo_jax.rewards.code.sandbox import Sandbox, SandboxLimits
+from grpo_jax.rewards.code import sandbox as sandbox_module
+from grpo_jax.rewards.code.sandbox import NOBODY, Sandbox, SandboxLimits, as_nobody
 from grpo_jax.rewards.code.system_calls import FORBIDDEN_CALLS, MACHINES
 from grpo_jax.rewards.workers.processes import descendants, kernel_bytes
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as another user")
 LIMITS = SandboxLimits(seconds=2.0, wall_seconds=8.0, memory_bytes=160 << 20)
 ROOM = 160 << 20
 """Of kernel memory that grows between two looks, and by what else runs on the machine."""
@@ -21,6 +24,56 @@ ROOM = 160 << 20
 @pytest.fixture(scope="module")
 def sandbox():
     return Sandbox(LIMITS)
+
+
+@pytest.fixture
+def groups_of_this_process():
+    before = os.getgroups()
+    os.setgroups([4, 27])
+    yield
+    os.setgroups(before)
+
+
+@needs_root
+@needs_bubblewrap
+@pytest.mark.parametrize("changed_by", ["setpriv", "Popen"])
+def test_programs_of_root_run_as_nobody_without_supplementary_groups(
+    changed_by, sandbox, groups_of_this_process, monkeypatch
+):
+    if changed_by == "Popen":
+        monkeypatch.setattr(sandbox_module, "_setpriv", tuple)
+    elif shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed")
+    with sandbox.start("import os, time\nprint(os.getgroups(), flush=True)\ntime.sleep(60)\n") as program:
+        assert program.process.stdout.readline() == b"[]\n"
+        processes = list(descendants(program.process.pid))
+        assert len(processes) >= 3  # bwrap, the shell and the program
+        for pid in processes:
+            with open(f"/proc/{pid}/status") as file:
+                status = dict(line.rstrip().split(":", 1) for line in file)
+            assert status["Uid"].split() == status["Gid"].split() == [str(NOBODY)] * 4
+            assert status["Groups"].split() == []
+            assert pid != program.process.pid or int(status["CapPrm"], 16) == 0
+
+
+@needs_root
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+def test_popen_changes_the_user_only_where_setpriv_cannot(tmp_path, monkeypatch):
+    """Given a user, ``Popen`` forks: the time of a start then grows with the memory of this process."""
+    by_popen = {"args": ["true"], "user": NOBODY, "group": NOBODY, "extra_groups": []}
+    try:
+        assert as_nobody(["true"]).keys() == {"args"}
+        sandbox_module._setpriv.cache_clear()
+        path = os.environ["PATH"]
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert as_nobody(["true"]) == by_popen
+        sandbox_module._setpriv.cache_clear()
+        monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
+        (tmp_path / "setpriv").write_text("#!/bin/sh\necho unrecognized option >&2\nexit 1\n")
+        (tmp_path / "setpriv").chmod(0o755)
+        assert as_nobody(["true"]) == by_popen
+    finally:
+        sandbox_module._setpriv.cache_clear()
 
 
 @needs_bubblewrap
