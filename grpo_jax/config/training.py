@@ -57,6 +57,7 @@ class OptimizerConfig:
         known = accepted(find_function(self.optimizer, "optimizer", OPTIMIZERS))
         if self.weight_decay and known is not None and "weight_decay" not in known:
             raise ValueError(f"weight_decay is set, but {self.optimizer} has no weight_decay; set it to 0")
+        self.build(total_updates=1)  # checks the optimizer's arguments
 
     @property
     def description(self) -> str:

@@ -71,7 +71,13 @@ def adamw(
         weight_decay: decoupled; norms, biases and other vectors are not decayed.
         b1: decay of the first moment.
         b2: decay of the second moment.
+
+    Raises:
+        ValueError: ``b1`` or ``b2`` is not in [0, 1).
     """
+    for name, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
 
     def decayed(params):
         def is_matrix(path, x):  # by name too: the bias of several heads has two axes
