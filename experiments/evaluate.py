@@ -244,7 +244,7 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
     config, samples = report["config"], report["num_samples"]
     run.say(
         f"{report['provenance']['model']}: {report['num_problems']} problems of "
-        f"{config['data']['eval_dataset'] or config['data']['dataset'] or 'the built-in sums'}, {samples} "
+        f"{config['data']['eval_dataset'] or config['data']['dataset']}, {samples} "
         f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
     )
     rows = [
