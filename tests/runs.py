@@ -8,7 +8,7 @@ from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.run import Run
 
 TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
-TIMING += ("reshard_time", "reshard_bytes")
+TIMING += ("scoring_time", "update_time", "reshard_time", "reshard_bytes")
 
 
 def write_rows(path, rows):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from experiments import r1_zero
+from experiments import grpo
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.jsonl import read_jsonl
@@ -131,9 +132,9 @@ def test_a_run_is_finished_with_the_settings_of_its_summary(tmp_path):
 
 @pytest.fixture(scope="module")
 def config(small, tmp_path_factory):
-    return r1_zero.Config(
+    return GRPOConfig(
         model=small,
-        data=DataConfig(template="{question}", eval_size=6),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=6),
         run_dir=tmp_path_factory.mktemp("going_on") / "run",
         num_steps=2,
         num_prompts=2,
@@ -151,14 +152,15 @@ def test_a_finished_run_that_is_given_more_steps_becomes_the_longer_run(config, 
     def pays_digits(prompts, completions, **columns):  # something that untrained models differ in
         return [float(sum(c.isdigit() for c in text) % 2) for text in completions]
 
-    monkeypatch.setattr(problems, "answer_reward", pays_digits)
-    assert r1_zero.main(config) == 0
+    sums = replace(problems.TASKS["sums"], reward=pays_digits)
+    monkeypatch.setattr(problems, "TASKS", {**problems.TASKS, "sums": sums})
+    assert grpo.main(config) == 0
     first = json.loads((config.run_dir / "summary.json").read_text())
     longer = replace(config, num_steps=4)
-    assert r1_zero.main(longer) == 0
+    assert grpo.main(longer) == 0
     assert "num_steps was 2 and is 4: goes on from step 2 to 4" in capsys.readouterr().out
     whole = replace(longer, run_dir=config.run_dir.with_name("whole"))
-    assert r1_zero.main(whole) == 0
+    assert grpo.main(whole) == 0
     weights = [(each.run_dir / "model/model.safetensors").read_bytes() for each in (longer, whole)]
     assert weights[0] == weights[1]
     rows = [[row for row in metrics_of(each) if "loss" in row or row["step"] in (0, 4)] for each in (longer, whole)]
@@ -172,12 +174,12 @@ def test_a_finished_run_that_is_given_more_steps_becomes_the_longer_run(config, 
     assert [row["step"] for row in completions] == [step for step in (1, 2, 3, 4) for _ in range(2 * 4)]
 
     with pytest.raises(ValueError, match=r"num_steps asks for 3 steps, and .* has taken 4"):
-        r1_zero.main(replace(config, num_steps=3))
-    assert r1_zero.main(longer) == 0
+        grpo.main(replace(config, num_steps=3))
+    assert grpo.main(longer) == 0
     assert "this run is finished" in capsys.readouterr().out
     ranked = [row for row in read_jsonl(config.run_dir / "metrics.jsonl") if "eval/pass@1" in row]
     best = max(ranked, key=lambda row: (row["eval/pass@1"], row["step"]))["step"]
-    assert r1_zero.main(replace(longer, export="best")) == 0
+    assert grpo.main(replace(longer, export="best")) == 0
     summary = json.loads((config.run_dir / "summary.json").read_text())
     assert (summary["exported_step"], summary["best_step"], summary["steps"]) == (best, best, 4)
     assert models.from_pretrained(config.run_dir / "model").tokenizer is not None

@@ -1,6 +1,7 @@
 """What is learnt from where nothing is drawn: divided, rendered and cut as the settings say."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -162,11 +163,11 @@ def test_columns_can_be_named(tmp_path):
     assert {row.completion for row in learnt} == {"1"}
 
 
-# The embedded default ------------------------------------------------------------------------------------------------
+# Toy data sets -------------------------------------------------------------------------------------------------------
 
 
-def test_worked_sums_are_the_default_of_demonstrations(policy):
-    settings = DemonstrationConfig(worked_sums=40, eval_size=12)
+def test_demonstrations_of_sums(policy):
+    settings = DemonstrationConfig(dataset="sums", num_generated=40, eval_size=12)
     learnt, held_out = load(settings, 0)
     assert (len(learnt), len(held_out)) == (40, 12)
     for rows, is_held_out in ((learnt, False), (held_out, True)):
@@ -184,8 +185,8 @@ def test_worked_sums_are_the_default_of_demonstrations(policy):
     assert worked_sums(np.random.default_rng(0), 40, held_out=False) == learnt
 
 
-def test_errands_are_the_default_of_preferences(policy):
-    settings = PreferenceConfig(errand_pairs=60, eval_size=12)
+def test_preferences_of_errands(policy):
+    settings = PreferenceConfig(dataset="errands", num_generated=60, eval_size=12)
     learnt, held_out = load(settings, 0)
     assert (len(learnt), len(held_out)) == (60, 12)
     for rows, is_held_out in ((learnt, False), (held_out, True)):
@@ -206,6 +207,28 @@ def test_errands_are_the_default_of_preferences(policy):
     assert policy.tokenizer.decode(batch.completion_ids[0, 1][batch.completion_mask[0, 1]]) == (
         f"{learnt[0].rejected}<eos>"
     )
+
+
+def test_demonstrations_of_sums_in_chinese():
+    learnt, held_out = load(DemonstrationConfig(dataset="sums-chinese", num_generated=40, eval_size=12), 0)
+    assert (len(learnt), len(held_out)) == (40, 12)
+    thoughts = [row.completion.partition("</think>")[0] for row in learnt + held_out]
+    assert not any(re.search("[0-9]", thought) for thought in thoughts)
+    arabic, _ = load(DemonstrationConfig(dataset="sums", num_generated=40), 0)
+    assert [row.columns for row in learnt] == [row.columns for row in arabic]  # of the same sums
+
+
+@pytest.mark.parametrize("settings", [DemonstrationConfig, PreferenceConfig])
+def test_no_dataset_is_the_default(settings):
+    with pytest.raises(ValueError, match="dataset: no dataset is named; pass --dataset, or choose a preset"):
+        load(settings(), 0)
+
+
+def test_a_toy_data_set_of_the_other_kind_is_a_file_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for settings, name in ((DemonstrationConfig, "errands"), (PreferenceConfig, "sums")):
+        with pytest.raises((ValueError, OSError), match=name):
+            load(settings(dataset=name), 0)
 
 
 # Rendering and length ------------------------------------------------------------------------------------------------
@@ -278,7 +301,8 @@ def test_no_demonstration_fits(policy, long, max_length):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_size": 0}, "eval_size is 0; at least 1"),
+        ({"eval_size": 0}, "eval_size is 0; it must be at least 1"),
+        ({"num_generated": 0}, "num_generated is 0; it must be at least 1"),
         ({"chat_template": True, "template": "{question}"}, "both set"),
         ({"template": "no place"}, r"must hold \{question\}"),
         ({"system_prompt": "be brief", "template": "{question}"}, "system_prompt needs chat_template"),

@@ -31,11 +31,11 @@ def prompts(problems):
     return {problem.prompt for problem in problems}
 
 
-def test_built_in_sums_are_held_out_whatever_the_seed():
-    held_out = [prompts(load_problem_sets(DataConfig(eval_size=64), seed)[1]) for seed in (0, 1)]
+def test_sums_are_held_out_whatever_the_seed():
+    held_out = [prompts(load_problem_sets(DataConfig(dataset="sums", eval_size=64), seed)[1]) for seed in (0, 1)]
     assert held_out[0] == held_out[1]  # runs with different seeds are compared on the same problems
     for seed in (0, 1):
-        assert not prompts(load_problem_sets(DataConfig(), seed)[0]) & held_out[0]
+        assert not prompts(load_problem_sets(DataConfig(dataset="sums"), seed)[0]) & held_out[0]
     assert len(held_out[0]) == 64
 
 
@@ -67,7 +67,7 @@ def test_held_out_problems_may_come_from_elsewhere(tmp_path):
 @pytest.mark.parametrize("count", [3, 9])
 def test_nothing_left_to_hold_out(tmp_path, count):
     path = write_problems(tmp_path / "train.jsonl", count)
-    with pytest.raises(ValueError, match="name others with eval_dataset or eval_split"):
+    with pytest.raises(ValueError, match="set eval_dataset or eval_split"):
         load_problem_sets(DataConfig(dataset=path), 0)
 
 
@@ -82,7 +82,7 @@ def test_reasoning_gym_brings_its_own_reward():
 
 def test_templates():
     tokenizer = make_tokenizer()
-    problems, _, _, _ = load_problem_sets(DataConfig(), 0)
+    problems, _, _, _ = load_problem_sets(DataConfig(dataset="sums"), 0)
     encode = {"pad_id": 0, "max_prompt_length": 20}
     encoded = encode_problems(DataConfig(), problems[:1], tokenizer, rendering={"template": "1+{question}"}, **encode)
     assert encoded.texts == [f"1+{problems[0].prompt}"]
@@ -104,11 +104,9 @@ def test_settings_that_contradict(options, message):
 
 def test_mesh_and_optimizer_are_built():
     assert dict(MeshConfig(data=2, fsdp=2, tensor=2).build().shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    _, schedule = OptimizerConfig(decay="linear").build(total_updates=3, default_learning_rate=0.5)
+    _, schedule = OptimizerConfig(learning_rate=0.5, decay="linear").build(total_updates=3)
     assert float(schedule(3)) == 0.5  # a run shorter than the warm-up still reaches its peak
-    _, schedule = OptimizerConfig(learning_rate=0.25, decay="constant").build(
-        total_updates=9, default_learning_rate=0.5
-    )
+    _, schedule = OptimizerConfig(learning_rate=0.25, decay="constant").build(total_updates=9)
     assert float(schedule(9)) == 0.25
 
 
@@ -132,21 +130,29 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
     [
         (lambda: DataConfig(template="no place"), "must hold {question}"),
         (lambda: DataConfig(system_prompt="be brief", template="{question}"), "system_prompt needs chat_template"),
-        (lambda: DataConfig(partial_credit=True), "partial_credit scores programs"),
+        (lambda: DataConfig(dataset="sums", partial_credit=True), "partial_credit scores programs"),
         (lambda: DataConfig(dataset="a.jsonl", grader="math", partial_credit=True), "partial_credit scores programs"),
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate is 0.0"),
         (lambda: OptimizerConfig(max_grad_norm=0.0), "max_grad_norm is 0.0"),
         (lambda: OptimizerConfig(warmup_updates=-1), "warmup_updates is -1"),
-        (lambda: OptimizerConfig(b2=1.0), "b2 is 1.0"),
+        (lambda: OptimizerConfig(optimizer="adamw(b2=1.0)"), r"b2 is 1\.0; it must be at least 0 and below 1"),
+        (lambda: OptimizerConfig(optimizer="adamw(b3=1.0)"), "optimizer: adamw has no argument 'b3'; it has .*b2"),
+        (lambda: OptimizerConfig(optimizer="adam"), "optimizer is 'adam'; it must be one of adamw, or module:function"),
         (lambda: PolicyLossConfig(importance_cap=0.0), "importance_cap is 0"),
         (lambda: PolicyLossConfig(epsilon_low=-0.1), "epsilon_low is -0.1"),
-        (lambda: PolicyLossConfig(kl="k1", kl_coef=0.1), "knows nothing of the reference"),
+        (lambda: PolicyLossConfig(kl="k1", kl_coef=0.1), "gradient does not depend on the reference"),
         (lambda: PolicyLossConfig(kl_correction=True), "kl_coef is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused_when_they_are_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("load", [lambda data: load_problem_sets(data, 0), load_evaluation_problems])
+def test_no_dataset_is_the_default(load):
+    with pytest.raises(ValueError, match="dataset: no dataset is named; pass --dataset, or choose a preset"):
+        load(DataConfig())
 
 
 # What tells a right answer -------------------------------------------------------------------------------------------
@@ -171,14 +177,18 @@ def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
         is same_answers_of(DataConfig(dataset=sums, grader="math"))
         is same_answers
     )
-    for by_text in (DataConfig(dataset=sums, grader="exact"), DataConfig(), DataConfig(dataset="errands")):
+    for by_text in (
+        DataConfig(dataset=sums, grader="exact"),
+        DataConfig(dataset="sums"),
+        DataConfig(dataset="errands"),
+    ):
         assert same_answers_of(by_text) is same_text
     with pytest.raises(ValueError, match=r"partial_credit scores programs by their tests; .*sums.jsonl has none"):
         load_problem_sets(DataConfig(dataset=sums, partial_credit=True), 0)
     with pytest.raises(ValueError, match=r"has no column tests, which the grader code needs; it has \[\]"):
         load_problem_sets(DataConfig(dataset=sums, grader="code"), 0)
     unread = write_rows(tmp_path / "bad.jsonl", [{"question": f"{i}", "answer": r"\\frac{1}{"} for i in range(20)])
-    with pytest.raises(ValueError, match=r"the grader math cannot read 20, such as .*choose another grader"):
+    with pytest.raises(ValueError, match=r"the grader math cannot read 20 of .*, such as .*choose another grader"):
         load_problem_sets(DataConfig(dataset=unread), 0)
     malformed = write_rows(tmp_path / "tests.jsonl", [{"question": f"{i}", "tests": ["assert ("]} for i in range(20)])
     with pytest.raises(ValueError, match="the grader code cannot read 20"):
@@ -197,8 +207,8 @@ def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
     assert {problem.answer for problem in problems + held_out} == {None}
     assert not prompts(problems) & prompts(held_out)
     assert reward(["a", "b"], ["c", "d"], answer=[None, None]) == held_out_reward(["a", "b"], ["c", "d"]) == [None] * 2
-    with pytest.raises(ValueError, match="the built-in problems have answers"):
-        DataConfig(grader="none")
+    with pytest.raises(ValueError, match="grader is none, but the problems of sums have answers"):
+        DataConfig(dataset="sums", grader="none")
 
 
 # What the data are like ----------------------------------------------------------------------------------------------
@@ -245,10 +255,10 @@ def test_an_evaluation_is_of_the_split_that_is_held_out_or_named(tmp_path):
     assert count() == 30
 
 
-def test_built_in_problems_of_an_evaluation_are_those_held_out():
-    everything = load_problem_sets(DataConfig(), 0)[1]
-    assert load_evaluation_problems(DataConfig())[0] == everything
-    assert load_evaluation_problems(DataConfig(eval_size=None))[0] == everything
+def test_toy_problems_of_an_evaluation_are_those_held_out():
+    everything = load_problem_sets(DataConfig(dataset="sums"), 0)[1]
+    assert load_evaluation_problems(DataConfig(dataset="sums"))[0] == everything
+    assert load_evaluation_problems(DataConfig(dataset="sums", eval_size=None))[0] == everything
     errands = DataConfig(dataset="errands", eval_size=5)
     assert load_evaluation_problems(errands)[0] == load_problem_sets(errands, 0)[1]
 
@@ -338,10 +348,7 @@ def test_each_of_several_answers_counts(tmp_path):
 
 def test_a_constant_learning_rate_is_the_same_for_runs_of_any_length():
     settings = OptimizerConfig(decay="constant", warmup_updates=4, learning_rate=1e-3)
-    rates = [
-        [float(settings.build(total_updates=total, default_learning_rate=1.0)[1](step)) for step in range(12)]
-        for total in (2, 4, 100)
-    ]
+    rates = [[float(settings.build(total_updates=total)[1](step)) for step in range(12)] for total in (2, 4, 100)]
     assert rates[0] == rates[1] == rates[2]
     assert rates[0][0] < rates[0][3] < rates[0][4] == rates[0][-1] == pytest.approx(1e-3)
-    assert settings.described(1.0) == "AdamW, learning rate 0.001, constant after 4 updates of warm-up"
+    assert settings.description == "adamw, learning rate 0.001, constant after 4 updates of warm-up"

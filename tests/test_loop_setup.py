@@ -17,23 +17,28 @@ from grpo_jax import models
 from grpo_jax.config.model import ModelConfig, PolicyConfig
 from grpo_jax.config.run import RunConfig, require_at_least
 from grpo_jax.data.iterator import padded_batches
+from grpo_jax.loop import setup
 from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
 from grpo_jax.loop.export import save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, Stopped, run_experiment
-from grpo_jax.loop.setup import load_model
+from grpo_jax.loop.setup import load_model, start_model
 from grpo_jax.loop.stages import check_no_models, stage_config
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
 from grpo_jax.sharding import make_mesh
+from grpo_jax.tasks.toy_model import ToyConfig
 
 LLAMA = {"model_type": "llama", **SMALL}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig, ModelConfig):
+    RESUMABLE_FIELDS = ("batch",)
+    EXTENDABLE_FIELDS = ("num_steps",)
     run_dir: Path = Path("runs/nothing")
     rate: float = 0.1
     batch: int = 8
+    num_steps: int = 1
 
 
 @pytest.fixture
@@ -182,10 +187,11 @@ def test_only_what_changes_no_number_may_change(config):
         raise Stopped
 
     def again(**change):
-        return run_experiment(replace(config, **change), stop, title="a test", resumable_fields=("batch",))
+        return run_experiment(replace(config, **change), stop, title="a test")
 
     assert again() == 130
     assert again(batch=4, save_every=3, keep_checkpoints=1, attention="plain") == 130
+    assert again(num_steps=2) == 130
     for change in ({"rate": 0.2}, {"seed": 1}, {"dtype": "bfloat16"}):
         with pytest.raises(ValueError, match="another configuration"):
             again(**change)
@@ -210,23 +216,37 @@ def test_a_model_without_a_tokenizer_is_refused(config, tmp_path):
 
 
 def test_a_stage_is_placed_with_what_the_whole_says_for_all():
-    whole = Config(seed=3, plain=True, dtype="bfloat16", base_dir=Path("made/before"), rate=0.5, save_every=7)
+    toy = ToyConfig(hidden_size=64)
+    whole = Config(seed=3, plain=True, dtype="bfloat16", model="made/before", toy=toy, rate=0.5, save_every=7)
     stage = stage_config(Config(rate=0.2, save_every=8), whole, Path("own"), None, keep_checkpoints=5)
     assert (stage.run_dir, stage.seed, stage.plain, stage.dtype) == (Path("own"), 3, True, "bfloat16")
-    assert (stage.base_dir, stage.rate, stage.save_every, stage.keep_checkpoints) == (Path("made/before"), 0.2, 7, 5)
-    assert stage_config(Config(), whole, Path("own"), "other").base_dir == Path("other")
+    assert (stage.model, stage.toy, stage.rate) == ("made/before", toy, 0.2)
+    assert (stage.save_every, stage.keep_checkpoints) == (7, 5)
+    assert stage_config(Config(model="toy"), whole, Path("own"), "other").model == "other"
     assert stage_config(Config(), whole, Path("own"), None, seed=9).seed == 9
-    real = replace(whole, model="org/model", base_dir=None)
-    assert stage_config(Config(), real, Path("own"), None).model == "org/model"
-    next_one = stage_config(Config(), real, Path("own"), Path("first/model"))
-    assert (next_one.model, next_one.base_dir) == ("first/model", None)
+    toy_whole = replace(whole, model="toy")
+    assert stage_config(Config(), toy_whole, Path("own"), None).model == "toy"
+    assert stage_config(Config(), toy_whole, Path("own"), Path("first/model")).model == "first/model"
 
 
 def test_stages_name_no_model_of_their_own():
-    check_no_models(SimpleNamespace(first=Config()), ["first"])
-    for named in (Config(model="org/model"), Config(base_dir=Path("base"))):
-        with pytest.raises(ValueError, match="second names a model"):
-            check_no_models(SimpleNamespace(first=Config(), second=named), ["first", "second"])
+    check_no_models(SimpleNamespace(first=Config(), second=Config(model="toy")), ["first", "second"])
+    named = SimpleNamespace(first=Config(), second=Config(model="org/model"))
+    with pytest.raises(ValueError, match="second names a model"):
+        check_no_models(named, ["first", "second"])
+
+
+def test_a_run_starts_from_the_model_that_is_named(config, run, monkeypatch):
+    made = []
+    monkeypatch.setattr(setup, "make_toy_model", lambda folder, toy, report: (made.append(toy), folder.mkdir()))
+    assert start_model(replace(config, model="org/model"), run, seed=3) == "org/model"
+    assert not made
+    toy = replace(config, model="toy", toy=ToyConfig(hidden_size=64))
+    for _ in range(2):  # the second time it is there
+        assert start_model(toy, run, seed=3) == str(run.folder / "toy_model")
+    assert made == [ToyConfig(hidden_size=64, seed=3)]
+    with pytest.raises(ValueError, match="model: no model is named; pass --model, or choose a preset"):
+        start_model(config, run, seed=3)
 
 
 def test_lengths_fit_the_positions_of_the_model_unless_both_are_set(tmp_path):
@@ -249,8 +269,12 @@ def test_lengths_fit_the_positions_of_the_model_unless_both_are_set(tmp_path):
     for lengths, total in (((257, 256), 513), ((600, None), 1624), ((None, 512), 1024)):
         with pytest.raises(ValueError, match=f"{sum_of} {total}, and the model has 512 positions; lower one of them"):
             in_effect(512, *lengths)
-    assert PolicyConfig().prompt_length + PolicyConfig().completion_length == 60
+    toy = PolicyConfig(model="toy")
+    assert toy.prompt_length + toy.completion_length == toy.positions == 128
+    assert (toy.prompt_length, toy.completion_length) == (42, 86)
     with pytest.raises(ValueError, match="and the model has 128 positions"):
-        PolicyConfig(max_completion_length=128)
+        PolicyConfig(model="toy", max_completion_length=128)
+    none = PolicyConfig()
+    assert (none.prompt_length, none.completion_length, none.positions) == (512, 1024, None)
     unknown = PolicyConfig(model=str(tmp_path / "made" / "later"))  # by an earlier stage
     assert (unknown.prompt_length, unknown.completion_length) == (512, 1024)

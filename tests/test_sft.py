@@ -12,10 +12,11 @@ import torch
 import transformers
 
 from experiments import sft
-from experiments.sft import Config
 from grpo_jax import models
 from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.presets import preset
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.sft import SFTConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.problems import Problem
@@ -37,7 +38,7 @@ def rows_of_sums():
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    config = Config(
+    config = SFTConfig(
         model=small,
         data=DemonstrationConfig(dataset=write_rows(folder / "sums.jsonl", rows_of_sums()), template="{question}"),
         run_dir=folder / "run",
@@ -238,7 +239,7 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"save_every": 0}, "save_every is 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0"),
-        ({"model": None, "data": DemonstrationConfig(chat_template=True)}, "the embedded base has no chat template"),
+        ({"model": "toy", "data": DemonstrationConfig(chat_template=True)}, "the toy model has no chat template"),
         ({"max_length": 256}, "max_length is 256, and the model has 128 positions"),
         ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
@@ -252,7 +253,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
     ("change", "message"),
     [
         ({"mesh": MeshConfig(data=8), "num_sequences": 4}, "rows of a micro-batch: 4 do not divide over mesh"),
-        ({"stop_tokens": ("<|im_end|>",)}, r"\['<\|im_end\|>'\] are no tokens of"),
+        ({"stop_tokens": ("<|im_end|>",)}, r"\['<\|im_end\|>'\] are not tokens of"),
         ({"max_length": 8}, "36 of 36 demonstrations do not fit into max_length = 8 tokens"),
         ({"model": "no/such/folder"}, "no/such/folder"),
     ],
@@ -274,7 +275,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(brief, 
     assert not (brief.run_dir / "model").exists()
 
 
-def test_defaults_follow_the_model():
-    assert (Config().row_length, Config(model="some/model").row_length) == (128, 2048)
-    assert Config(max_length=7).row_length == 7
-    assert Config(sampling=Sampling(temperature=0.5)).sampling.temperature == 0.5
+def test_settings_have_one_default_and_the_toy_is_a_preset():
+    assert (SFTConfig().row_length, SFTConfig(model="some/model").row_length) == (2048, 2048)
+    assert SFTConfig(model="toy").row_length == 128  # its positions
+    assert SFTConfig(max_length=7).row_length == 7
+    assert SFTConfig(sampling=Sampling(temperature=0.5)).sampling.temperature == 0.5
+    assert (SFTConfig().model, SFTConfig().data.dataset, SFTConfig().optimizer.learning_rate) == (None, None, 1e-5)
+    toy = preset("sft")
+    assert (toy.model, toy.data.dataset, toy.data.num_generated) == ("toy", "sums", 256)
+    assert (toy.prompt_length, toy.completion_length, toy.row_length) == (12, 48, 128)
+    assert (toy.optimizer.learning_rate, toy.remat, toy.compute_dtype) == (1e-3, False, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model: no model is named; pass --model"),
+        ({"data": DemonstrationConfig()}, "dataset: no dataset is named; pass --dataset"),
+    ],
+)
+def test_a_model_and_a_dataset_must_be_named(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        sft.main(replace(config, **change))
+
+
+@pytest.mark.parametrize("dataset", ["sums", "sums-chinese"])
+def test_a_toy_data_set_and_an_optimizer_by_name(brief, dataset):
+    data = DemonstrationConfig(dataset=dataset, num_generated=LEARNT, eval_size=HELD_OUT)
+    optimizer = replace(brief.optimizer, optimizer="optax:sgd(momentum=0.5)")
+    assert sft.main(replace(brief, data=data, optimizer=optimizer)) == 0
+    assert [row["step"] for row in steps_of(brief)] == [1]
