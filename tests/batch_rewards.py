@@ -22,7 +22,7 @@ def misbehaving(prompts, completions):
         case "text":
             return ["good"] * len(completions)
         case "raise":
-            raise ConnectionError("the judge does not answer")
+            raise ConnectionError("the server does not answer")
         case "die":
             os._exit(1)
         case "hang":
@@ -38,13 +38,13 @@ def chatty(completions, **kwargs):
     return [0.0] * len(completions)
 
 
-async def judge(prompts, completions, answer, **kwargs):
+async def exact_match(prompts, completions, answer, **kwargs):
     await asyncio.sleep(0.01)
     return [float(completion == each) for completion, each in zip(completions, answer, strict=True)]
 
 
 @per_sample
-async def ask(prompts, completions):
+async def delayed_length(prompts, completions):
     (completion,) = completions
     if completion == "raise":
         raise KeyError("no such thing")

@@ -14,7 +14,7 @@ from grpo_jax.rewards.calling import arguments, invoke, is_async, is_per_sample,
 from grpo_jax.rewards.compose import RewardOutput, score_with, weighted
 from grpo_jax.rewards.workers.pool import RewardPool
 from tests import batch_rewards
-from tests.batch_rewards import ask, batch_size, chatty, judge, misbehaving
+from tests.batch_rewards import batch_size, chatty, delayed_length, exact_match, misbehaving
 
 P, C, ANSWER, LEVEL = ["p"], ["c"], ["5"], [3]
 COLUMNS = {"answer": ANSWER, "level": LEVEL}
@@ -136,13 +136,13 @@ def test_a_declaration_is_seen_through_partial():
     call = arguments(partial(declared, scale=2.0), P, C, {**COLUMNS, "scale": [9]})
     assert call == ([], {"prompts": P, "completions": C, "answer": ANSWER})
     assert not is_per_sample(lambda completions: [])
-    assert is_async(partial(judge, answer=1))
+    assert is_async(partial(exact_match, answer=1))
     assert not is_async(batch_size)
 
 
 def test_an_async_reward_is_awaited_also_inside_a_running_loop():
     expected = [RewardOutput(1.0), RewardOutput(0.0)]
-    call = partial(score_with, "judge", judge, P * 2, ["5", "6"], {"answer": ["5", "5"]})
+    call = partial(score_with, "exact", exact_match, P * 2, ["5", "6"], {"answer": ["5", "5"]})
     assert call() == expected
 
     async def as_in_a_notebook():
@@ -191,7 +191,7 @@ def printed():
 
 @pytest.fixture(scope="module")
 def pool(printed):
-    functions = {"size": batch_size, "bad": misbehaving, "chatty": chatty, "judge": judge, "ask": ask}
+    functions = {"size": batch_size, "bad": misbehaving, "chatty": chatty, "exact": exact_match, "delayed": delayed_length}
     with RewardPool(functions, workers=2, deadline=0.8, batch_deadline=1.5, show=printed.append) as pool:
         yield pool
 
@@ -203,7 +203,7 @@ def scores(pool, name, completions, **columns):
 def test_a_batch_reward_is_called_once_with_the_batch_in_a_process_that_is_kept(pool):
     assert scores(pool, "size", ["a", "b", "c"]) == [3.1] * 3
     assert scores(pool, "size", ["a", "b"], level=[1, 2]) == [2.2] * 2
-    pool.ahead("", "a", {})  # not a batch
+    pool.score_ahead("", "a", {})  # not a batch
     assert scores(pool, "size", ["a"]) == [1.3]
     assert scores(pool, "size", []) == []
     assert batch_rewards.CALLS == []  # of this process
@@ -212,9 +212,9 @@ def test_a_batch_reward_is_called_once_with_the_batch_in_a_process_that_is_kept(
 @pytest.mark.parametrize(("what", "kind"), [("raise", "raised"), ("die", "died"), ("hang", "deadline")])
 def test_a_batch_that_fails_has_no_score_and_the_next_one_has(pool, what, kind):
     assert scores(pool, "bad", [what, "x", "y"]) == [None] * 3
-    (fault,) = pool.take_errors()
-    assert (fault.reward, fault.kind, fault.completion) == ("bad", kind, what)
-    assert "the 3 completions of this batch have no score" in fault.detail
+    (error,) = pool.take_errors()
+    assert (error.reward, error.kind, error.completion) == ("bad", kind, what)
+    assert "the 3 completions of this batch have no score" in error.detail
     assert scores(pool, "bad", ["fine", "x"]) == [2.0, 2.0]
 
 
@@ -245,16 +245,16 @@ def test_what_a_reward_prints_is_shown_behind_its_name(pool, printed):
 
 
 def test_async_rewards_in_a_pool(pool):
-    assert scores(pool, "judge", ["5", "6"], answer=["5", "5"]) == [1.0, 0.0]
+    assert scores(pool, "exact", ["5", "6"], answer=["5", "5"]) == [1.0, 0.0]
     started = time.monotonic()
-    assert scores(pool, "ask", ["hang", "abc", "raise", *["ab"] * 20]) == [None, 3.0, None, *[2.0] * 20]
+    assert scores(pool, "delayed", ["hang", "abc", "raise", *["ab"] * 20]) == [None, 3.0, None, *[2.0] * 20]
     assert time.monotonic() - started < 5  # one after the other, they would take 7
-    faults = sorted((fault.kind, fault.completion) for fault in pool.take_errors())
-    assert faults == [("deadline", "hang"), ("raised", "raise")]
+    errors = sorted((error.kind, error.completion) for error in pool.take_errors())
+    assert errors == [("deadline", "hang"), ("raised", "raise")]
 
 
 def test_a_missing_column_is_an_error_before_anything_is_sent(pool):
-    with pytest.raises(ValueError, match=r"reward 'judge' needs the column 'answer'; the columns are \['level'\]"):
+    with pytest.raises(ValueError, match=r"reward 'exact' needs the column 'answer'; the columns are \['level'\]"):
         pool.probe("", "", {"level": 1})
 
 

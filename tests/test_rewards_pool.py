@@ -151,8 +151,8 @@ def test_r4_scores_are_those_without_a_pool_and_from_any_thread():
 
 def test_what_was_begun_ahead_is_taken_and_not_scored_again(pool):
     with RewardPool({"answer": column}, workers=1) as small:
-        small.ahead("p", "c", {"answer": "7"})
-        small.ahead("p", "other", {"answer": "8"})
+        small.score_ahead("p", "c", {"answer": "7"})
+        small.score_ahead("p", "other", {"answer": "8"})
         assert len(small._ahead) == 2
         assert [each.score for each in small.rewards["answer"](["p", "p"], ["c", "c"], answer=["7", "7"])] == [7.0, 7.0]
         assert sum(map(len, small._ahead.values())) == 1
@@ -184,11 +184,11 @@ class FailsOnArrival:
 @pytest.mark.parametrize(
     ("rewards", "settings", "message"),
     [
-        ({}, {}, "there must be rewards"),
+        ({}, {}, "rewards is empty"),
         ({"a": faulty}, {"workers": 0}, "workers is 0"),
         ({"a": faulty}, {"deadline": 0.0}, "deadline is 0.0"),
-        ({"a": CannotBeTaken()}, {}, "cannot be taken to another process: TypeError: stays here"),
-        ({"a": FailsOnArrival()}, {}, r"could not be loaded in a process of their own:(?s:.)*no such library"),
+        ({"a": CannotBeTaken()}, {}, "cannot be pickled for worker processes: TypeError: stays here"),
+        ({"a": FailsOnArrival()}, {}, r"cannot be loaded in a worker process:(?s:.)*no such library"),
     ],
 )
 def test_what_cannot_work_is_refused(rewards, settings, message):
@@ -245,7 +245,7 @@ def test_what_was_started_by_workers_that_died_is_gone_too():
     before = len(descendants_of_pool())
     with RewardPool({"faulty": faulty}, workers=2, deadline=5.0) as pool:
         assert scores(pool, ["start and die", "ok"] * 10) == [None, 2.0] * 10
-        assert {fault.detail for fault in pool.take_errors()} == {"its process was killed by signal 36"}
+        assert {error.detail for error in pool.take_errors()} == {"its process was killed by signal 36"}
     wait_until(lambda: len(descendants_of_pool()) == before)
 
 
@@ -280,7 +280,7 @@ def test_ten_thousand_samples_with_faults_of_every_kind():
             part = completions[first : first + 500]
             expected = [None if each in FAULTS else float(len(each)) for each in part]
             assert scores(pool, part) == expected
-            assert sorted(fault.completion for fault in pool.take_errors()) == sorted(
+            assert sorted(error.completion for error in pool.take_errors()) == sorted(
                 each for each in part if each in FAULTS
             )
             if first == 1000:

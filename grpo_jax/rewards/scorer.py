@@ -112,7 +112,7 @@ class Scorer:
             if ended or len(so_far) >= max_completion_length:
                 own = {name: values[row] for name, values in columns.items()}
                 lengths = {"completion_length": len(so_far), "truncated": not ended}
-                pool.ahead(prompts[row], decode(drawn.pop(row)), own | lengths)
+                pool.score_ahead(prompts[row], decode(drawn.pop(row)), own | lengths)
 
         return on_tokens
 

@@ -1,4 +1,4 @@
-"""The thread that hands samples and batches to worker processes, and ends those that take too long."""
+"""The thread that assigns samples and batches to worker processes and kills those that exceed their deadline."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from grpo_jax.rewards.workers.jobs import Job, RewardError, Worker
 from grpo_jax.rewards.workers.launch import death, processor_time, start
 from grpo_jax.rewards.workers.worker import receive, send
 
-FIRST_PATIENCE_SECONDS = 0.5
-LEAST_PATIENCE_SECONDS = 0.25
-USUAL_TIMES = 5.0
-"""A worker that takes this many times what the reward usually takes is a straggler: another takes its place."""
-MOST_STRAGGLERS = 32
-MOST_WAITING = 3.0
-"""Deadlines that a worker may have waited for a processor, which count for nothing, before its own ends it."""
-SAMPLES_A_WORKER = 2000
-"""Then a worker is replaced, so that what rewards keep does not add up."""
-KEPT_ERRORS = 1000
+INITIAL_SLOW_SECONDS = 0.5
+MIN_SLOW_SECONDS = 0.25
+SLOW_FACTOR = 5.0
+"""A worker that takes this many times as long as usual for its reward is a straggler: another takes its place."""
+MAX_STRAGGLERS = 32
+MAX_WAITING = 3.0
+"""Upper bound, in deadlines, of the time that a worker waits for a processor and that is added to its deadline."""
+MAX_JOBS_PER_WORKER = 2000
+"""A worker is replaced after this many samples, which bounds memory leaks of rewards."""
+MAX_ERRORS = 1000
 STUCK_SECONDS = 10
-"""A worker that stops in the middle of a message is taken for dead."""
-MOST_LINES = 20
-"""Printed lines of one reward that are shown for each call; the rest are counted."""
+"""A worker that pauses for this long within a message counts as dead."""
+MAX_LINES = 20
+"""Printed lines of one reward that are kept for each call; the others are counted."""
 
 
 class Dispatcher:
-    """A thread with the workers of a ``RewardPool``; see there for its arguments and for how it treats them.
+    """The thread that manages the workers of a ``RewardPool``, whose arguments it shares.
 
     Attributes:
-        errors: what could not be scored, the newest thousand.
-        printed, num_printed: by reward, the last lines it printed and how many there were.
-        replaced: how many workers were ended before the pool was closed.
-        process: the one that has loaded the rewards and forks.
+        errors: samples that could not be scored, at most the newest thousand.
+        printed, num_printed: by reward, the last lines that it printed and the number of all.
+        replaced: number of workers that were killed or died.
+        process: the process that has loaded the rewards and forks workers.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Dispatcher:
     ):
         self._workers, self._deadline, self._batch_deadline = workers, deadline, batch_deadline
         self._functions = dict(rewards)
-        self.errors: deque[RewardError] = deque(maxlen=KEPT_ERRORS)
-        self.printed: dict[str, deque[str]] = {name: deque(maxlen=MOST_LINES) for name in rewards}
+        self.errors: deque[RewardError] = deque(maxlen=MAX_ERRORS)
+        self.printed: dict[str, deque[str]] = {name: deque(maxlen=MAX_LINES) for name in rewards}
         self.num_printed = dict.fromkeys(rewards, 0)
         self.replaced = 0
         self._outstanding: set[Future[list[RewardOutput]]] = set()
-        self._patience = dict.fromkeys(rewards, FIRST_PATIENCE_SECONDS)
+        self._slow_after = dict.fromkeys(rewards, INITIAL_SLOW_SECONDS)
         self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._control, self.process = start(rewards, memory_bytes, deadline)
         self._woken, self._wake = socket.socketpair()
@@ -72,23 +72,23 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
 
-    def submit(self, task: Job | None) -> None:
-        """Have a task done, whose future gets the scores; None ends the thread.
+    def submit(self, job: Job | None) -> None:
+        """Queue a job, whose future receives the scores; None ends the thread.
 
         Raises:
             RuntimeError: the thread has ended.
         """
         if not self._thread.is_alive():
-            raise RuntimeError("this pool is closed, or its thread has died: make another one")
-        self._incoming.put(task)
+            raise RuntimeError("this pool is closed, or its thread has died; create a new RewardPool")
+        self._incoming.put(job)
         self._wake.send(b"x")
 
     def result(self, future: Future[list[RewardOutput]]) -> list[RewardOutput]:
-        """The scores of a task that was submitted.
+        """Wait for the scores of a submitted job.
 
         Raises:
             RuntimeError: the thread died.
-            InvalidScoresError: a batch reward returned something other than a score for each completion.
+            InvalidScoresError: a batch reward returned something other than one score for each completion.
         """
         while True:
             try:
@@ -98,16 +98,16 @@ class Dispatcher:
                     raise RuntimeError("the pool has died") from None
 
     def close(self) -> None:
-        """End all workers; tasks that are not done are cancelled."""
+        """End all workers and cancel the jobs that are not done."""
         if self._thread.is_alive():
             self.submit(None)
             self._thread.join()
         self._control.close()
         self.process.wait()
-        for each in (self._woken, self._wake):
-            each.close()
+        self._woken.close()
+        self._wake.close()
 
-    # What follows runs in the thread.
+    # The methods below run in the thread.
 
     def _run(self) -> None:
         waiting: dict[str | None, deque[Job]] = {}
@@ -121,9 +121,9 @@ class Dispatcher:
             except Exception as error:
                 reason = RuntimeError(f"the pool has died: {type(error).__name__}: {error}")
         while not self._incoming.empty():
-            task = self._incoming.get()
-            if task is not None:
-                self._outstanding.add(task.future)
+            job = self._incoming.get()
+            if job is not None:
+                self._outstanding.add(job.future)
         for future in self._outstanding:
             future.set_exception(reason)
         for worker in active:
@@ -133,176 +133,185 @@ class Dispatcher:
     def _serve(
         self, selector: selectors.BaseSelector, waiting: dict[str | None, deque[Job]], active: list[Worker]
     ) -> bool:
-        now = time.monotonic()  # before listening: what was answered by then is heard before a deadline is judged
+        """Handle what has arrived, then deadlines, then assign jobs; False if the thread is to end."""
+        now = time.monotonic()  # before select, so that replies that arrived by then are read before deadlines apply
         for key, _ in selector.select(self._until_due(active)):
             if key.fileobj is self._woken:
                 self._woken.recv(65536)
                 while not self._incoming.empty():
-                    task = self._incoming.get()
-                    if task is None:
+                    job = self._incoming.get()
+                    if job is None:
                         return False
-                    self._outstanding.add(task.future)
-                    waiting.setdefault(task.name if task.is_batch else None, deque()).append(task)
+                    self._outstanding.add(job.future)
+                    waiting.setdefault(job.reward if job.is_batch else None, deque()).append(job)
             elif key.data not in active:
-                continue  # replaced since
+                continue  # replaced in this round
             elif key.fileobj == key.data.output:
                 self._read_output(key.data)
             else:
-                self._hear(key.data, selector, active)
-        for worker, task in [(worker, worker.task) for worker in active if worker.task is not None]:
+                self._receive_reply(key.data, selector, active)
+        for worker, job in [(worker, worker.job) for worker in active if worker.job is not None]:
             if now >= worker.due:
-                has_run, could_run = processor_time(worker.pid)
-                waited = now - worker.started - (has_run - worker.had_run) if could_run else 0.0
-                allowed = self._allowed(task)
-                worker.due = worker.started + allowed + min(waited, MOST_WAITING * allowed)
+                cpu_seconds, is_runnable = processor_time(worker.pid)
+                used = cpu_seconds - worker.cpu_seconds_before
+                waited = now - worker.started - used if is_runnable else 0.0
+                allowed = self._allowed(job)
+                worker.due = worker.started + allowed + min(waited, MAX_WAITING * allowed)
             if now >= worker.due:
-                why = f"it took more than {self._allowed(task):g} seconds"
-                self._replace(worker, selector, active, why, "deadline")
-            elif not task.is_batch and now - worker.started >= self._patience[task.name] and not worker.straggling:
-                stragglers = sum(each.straggling for each in active)
-                if stragglers < MOST_STRAGGLERS:
-                    worker.straggling = True
-                    self._ask(ask="slow", pid=worker.pid)
-        for batch_reward, tasks in waiting.items():
-            while tasks and (worker := self._free(selector, active, batch_reward)):
-                self._give(worker, tasks.popleft(), selector, active)
+                detail = f"it took more than {self._allowed(job):g} seconds"
+                self._replace(worker, selector, active, "deadline", detail)
+            elif (
+                not (job.is_batch or worker.is_straggler)
+                and now - worker.started >= self._slow_after[job.reward]
+                and sum(each.is_straggler for each in active) < MAX_STRAGGLERS
+            ):
+                worker.is_straggler = True
+                self._request("lower_priority", pid=worker.pid)
+        for batch_reward, jobs in waiting.items():
+            while jobs and (worker := self._free(selector, active, batch_reward)):
+                self._assign(worker, jobs.popleft(), selector, active)
         return True
 
-    def _allowed(self, task: Job) -> float:
-        """Seconds that a task may take."""
-        if not task.is_batch:
+    def _allowed(self, job: Job) -> float:
+        """The deadline of a job in seconds."""
+        if not job.is_batch:
             return self._deadline
-        # Samples that are awaited together have their own deadline, and are given time to say so.
-        return self._batch_deadline + (self._deadline if is_per_sample(self._functions[task.name]) else 0.0)
+        # Samples that are awaited together have their own deadlines, which the worker then has time to report.
+        return self._batch_deadline + (self._deadline if is_per_sample(self._functions[job.reward]) else 0.0)
 
     def _read_output(self, worker: Worker) -> None:
         with suppress(BlockingIOError):
             while text := os.read(worker.output, 1 << 16):
                 *lines, rest = (worker.unfinished_line + text).split(b"\n")
                 worker.unfinished_line = rest[-1000:]
-                self.num_printed[worker.name] += len(lines)
-                self.printed[worker.name].extend(line.decode(errors="replace")[:1000] for line in lines)
+                self.num_printed[worker.reward] += len(lines)
+                self.printed[worker.reward].extend(line.decode(errors="replace")[:1000] for line in lines)
 
     def _until_due(self, active: list[Worker]) -> float | None:
-        """Seconds until something is due though nobody speaks."""
-        is_full = sum(worker.straggling for worker in active) >= MOST_STRAGGLERS
+        """Seconds until the next deadline, or until a worker becomes a straggler; None if no worker has a job."""
+        is_full = sum(worker.is_straggler for worker in active) >= MAX_STRAGGLERS
         due = [
             min(
                 worker.due,
                 math.inf
-                if worker.straggling or is_full or task.is_batch
-                else worker.started + self._patience[task.name],
+                if worker.is_straggler or is_full or job.is_batch
+                else worker.started + self._slow_after[job.reward],
             )
             for worker in active
-            if (task := worker.task) is not None
+            if (job := worker.job) is not None
         ]
         return max(min(due) - time.monotonic(), 0.001) if due else None
 
     def _free(self, selector: selectors.BaseSelector, active: list[Worker], batch_reward: str | None) -> Worker | None:
-        """A worker for a batch of this reward, or for a sample of any other; a new one if more may run."""
-        own = [worker for worker in active if worker.batch_reward == batch_reward]
-        for worker in own:
-            if worker.task is None:
+        """An idle worker for batches of a reward (None: for single samples), forked if there may be more; else None."""
+        workers = [worker for worker in active if worker.batch_reward == batch_reward]
+        for worker in workers:
+            if worker.job is None:
                 return worker
-        if sum(not worker.straggling for worker in own) >= (self._workers if batch_reward is None else 1):
+        if sum(not worker.is_straggler for worker in workers) >= (self._workers if batch_reward is None else 1):
             return None
-        ours, theirs = socket.socketpair()
-        output, printed = os.pipe()
-        send(self._control, json.dumps({"ask": "fork"}).encode())
-        socket.send_fds(self._control, [b"x"], [theirs.fileno(), printed])
-        theirs.close()
-        os.close(printed)
+        connection, remote_end = socket.socketpair()
+        output, stdout = os.pipe()
+        send(self._control, json.dumps({"operation": "fork"}).encode())
+        socket.send_fds(self._control, [b"x"], [remote_end.fileno(), stdout])
+        remote_end.close()
+        os.close(stdout)
         os.set_blocking(output, False)
-        ours.settimeout(STUCK_SECONDS)
-        worker = Worker(self._answer()["pid"], ours, output, batch_reward)
-        for each in (output, ours):
-            selector.register(each, selectors.EVENT_READ, worker)
+        connection.settimeout(STUCK_SECONDS)
+        worker = Worker(self._receive()["pid"], connection, output, batch_reward)
+        for source in (output, connection):
+            selector.register(source, selectors.EVENT_READ, worker)
         active.append(worker)
         return worker
 
-    def _give(self, worker: Worker, task: Job, selector: selectors.BaseSelector, active: list[Worker]) -> None:
-        worker.task, worker.name, worker.started = task, task.name, time.monotonic()
-        worker.had_run, _ = processor_time(worker.pid)
-        worker.due = worker.started + self._allowed(task)
+    def _assign(self, worker: Worker, job: Job, selector: selectors.BaseSelector, active: list[Worker]) -> None:
+        worker.job, worker.reward, worker.started = job, job.reward, time.monotonic()
+        worker.cpu_seconds_before, _ = processor_time(worker.pid)
+        worker.due = worker.started + self._allowed(job)
         try:
-            send(worker.connection, task.body)
+            send(worker.connection, job.body)
         except OSError:
-            self._replace(worker, selector, active, None, "died")
+            self._replace(worker, selector, active)
 
-    def _hear(self, worker: Worker, selector: selectors.BaseSelector, active: list[Worker]) -> None:
-        answer = receive(worker.connection)
-        if answer is None:
-            self._replace(worker, selector, active, None, "died")
+    def _receive_reply(self, worker: Worker, selector: selectors.BaseSelector, active: list[Worker]) -> None:
+        message = receive(worker.connection)
+        if message is None:
+            self._replace(worker, selector, active)
             return
         self._read_output(worker)
-        task, worker.task = worker.task, None
-        worker.done += 1
-        if task is not None and not task.is_batch and not worker.straggling:
-            usual = USUAL_TIMES * (time.monotonic() - worker.started)
-            self._patience[task.name] = max(0.95 * self._patience[task.name] + 0.05 * usual, LEAST_PATIENCE_SECONDS)
-        said = json.loads(answer)
-        if task is not None:
-            self._settle(task, said)
-        is_spent = worker.batch_reward is None and worker.done >= SAMPLES_A_WORKER
-        if said.get("fault") == "memory" or is_spent:
-            self._replace(worker, selector, active, None, "died")
-        elif worker.straggling:
-            # Its priority can be raised again by root alone; otherwise a new fork takes its place.
-            worker.straggling = not self._ask(ask="usual", pid=worker.pid)["done"]
-            if worker.straggling:
-                self._replace(worker, selector, active, None, "died")
+        job, worker.job = worker.job, None
+        worker.jobs_done += 1
+        if job is not None and not job.is_batch and not worker.is_straggler:
+            slow = SLOW_FACTOR * (time.monotonic() - worker.started)
+            self._slow_after[job.reward] = max(0.95 * self._slow_after[job.reward] + 0.05 * slow, MIN_SLOW_SECONDS)
+        reply = json.loads(message)
+        if job is not None:
+            self._finish(job, reply)
+        is_old = worker.batch_reward is None and worker.jobs_done >= MAX_JOBS_PER_WORKER
+        if reply.get("error") == "memory" or is_old:
+            self._replace(worker, selector, active)
+        elif worker.is_straggler:
+            # Only root can raise a priority again; otherwise a new fork takes the worker's place.
+            worker.is_straggler = not self._request("restore_priority", pid=worker.pid)["restored"]
+            if worker.is_straggler:
+                self._replace(worker, selector, active)
 
-    def _settle(self, task: Job, said: Mapping[str, Any]) -> None:
-        """Give a task its scores, or none where it failed as a whole."""
-        if said.get("fault") == "wrong":
-            self._outstanding.discard(task.future)
-            task.future.set_exception(InvalidScoresError(f"reward {task.name!r} {said['detail']}"))
-        elif "fault" in said:
-            self._fail(task, said["fault"], said["detail"])
+    def _finish(self, job: Job, reply: Mapping[str, Any]) -> None:
+        """Resolve a job's future with its scores or with the error of the whole batch."""
+        if reply.get("error") == "invalid":
+            self._outstanding.discard(job.future)
+            job.future.set_exception(InvalidScoresError(f"reward {job.reward!r} {reply['detail']}"))
+        elif "error" in reply:
+            self._fail(job, reply["error"], reply["detail"])
         else:
-            graded = [self._graded(task, row, each) for row, each in enumerate(said["scores"])]
-            self._resolve(task, graded)
+            self._resolve(job, [self._output(job, row, each) for row, each in enumerate(reply["scores"])])
 
-    def _graded(self, task: Job, row: int, said: Mapping[str, Any]) -> RewardOutput:
-        if "fault" in said:
-            return self._failed(task, row, said["fault"], said["detail"])
-        return RewardOutput(**{**said, "steps": tuple(map(tuple, said["steps"]))})
+    def _output(self, job: Job, row: int, reply: Mapping[str, Any]) -> RewardOutput:
+        if "error" in reply:
+            return self._error_output(job, row, reply["error"], reply["detail"])
+        return RewardOutput(**{**reply, "steps": tuple(map(tuple, reply["steps"]))})
 
     def _replace(
-        self, worker: Worker, selector: selectors.BaseSelector, active: list[Worker], why: str | None, kind: str
+        self,
+        worker: Worker,
+        selector: selectors.BaseSelector,
+        active: list[Worker],
+        kind: str = "died",
+        detail: str | None = None,
     ) -> None:
+        """Kill a worker; its job, if it has one, fails. The detail defaults to how the process died."""
         self.replaced += 1
         self._read_output(worker)
-        for each in (worker.connection, worker.output):
-            selector.unregister(each)
+        for source in (worker.connection, worker.output):
+            selector.unregister(source)
         worker.connection.close()
         os.close(worker.output)
         active.remove(worker)
-        status = self._ask(ask="end", pid=worker.pid)["status"]
-        if worker.task is not None:
-            self._fail(worker.task, kind, why or death(status))
+        status = self._request("end", pid=worker.pid)["status"]
+        if worker.job is not None:
+            self._fail(worker.job, kind, detail or death(status))
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        send(self._control, json.dumps(request).encode())
-        return {} if request["ask"] == "slow" else self._answer()
+    def _request(self, operation: str, *, pid: int) -> dict[str, Any]:
+        send(self._control, json.dumps({"operation": operation, "pid": pid}).encode())
+        return {} if operation == "lower_priority" else self._receive()
 
-    def _answer(self) -> dict[str, Any]:
-        answer = receive(self._control)
-        if answer is None:
-            raise RuntimeError("the process that all workers are forks of has died")
-        return json.loads(answer)
+    def _receive(self) -> dict[str, Any]:
+        message = receive(self._control)
+        if message is None:
+            raise RuntimeError("the process that forks the workers has died")
+        return json.loads(message)
 
-    def _fail(self, task: Job, kind: str, detail: str) -> None:
-        """A task none of whose samples has a score; what it says stands beside the first of them."""
-        if len(task.completions) > 1:
-            detail = f"{detail.rstrip()}\n(the {len(task.completions)} completions of this batch have no score)"
-        first = self._failed(task, 0, kind, detail)
-        self._resolve(task, [first] * len(task.completions))
+    def _fail(self, job: Job, kind: str, detail: str) -> None:
+        """Resolve a job without scores; the error is logged with its first sample."""
+        if len(job.completions) > 1:
+            detail = f"{detail.rstrip()}\n(the {len(job.completions)} completions of this batch have no score)"
+        first = self._error_output(job, 0, kind, detail)
+        self._resolve(job, [first] * len(job.completions))
 
-    def _failed(self, task: Job, row: int, kind: str, detail: str) -> RewardOutput:
-        self.errors.append(RewardError(task.name, kind, detail, task.prompts[row], task.completions[row]))
+    def _error_output(self, job: Job, row: int, kind: str, detail: str) -> RewardOutput:
+        self.errors.append(RewardError(job.reward, kind, detail, job.prompts[row], job.completions[row]))
         return RewardOutput(None, note=f"{kind}: {detail.strip().splitlines()[-1]}", failed=True)
 
-    def _resolve(self, task: Job, graded: list[RewardOutput]) -> None:
-        self._outstanding.discard(task.future)
-        task.future.set_result(graded)
+    def _resolve(self, job: Job, outputs: list[RewardOutput]) -> None:
+        self._outstanding.discard(job.future)
+        job.future.set_result(outputs)

@@ -1,4 +1,4 @@
-"""The process that has loaded the rewards and forks workers: its start and its death."""
+"""Start of the process that loads the rewards and forks workers; state and death of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_SECONDS = 120
 
 
 def processor_time(pid: int) -> tuple[float, bool]:
-    """Seconds for which a process has run, and whether it would now; (0, no) where the system does not tell."""
+    """The processor seconds of a process and whether it is runnable; (0, False) where ``/proc`` does not say."""
     try:
         ran = int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[0]) / 1e9
         state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
@@ -34,35 +34,43 @@ def processor_time(pid: int) -> tuple[float, bool]:
 def start(
     rewards: Mapping[str, RewardFn], memory_bytes: int, deadline: float
 ) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """The process that has loaded the rewards and forks, and the connection to it.
+    """Start the process that loads the rewards and forks workers.
+
+    Args:
+        rewards: by name; pickled by ``cloudpickle``.
+        memory_bytes: address space of a worker.
+        deadline: seconds for a sample of an async reward.
+
+    Returns:
+        The control connection to the process, and the process.
 
     Raises:
-        ValueError: it could not load them.
+        ValueError: a reward cannot be pickled, or cannot be loaded there.
     """
     try:
         packed = cloudpickle.dumps(dict(rewards))
     except Exception as error:
-        raise ValueError(f"a reward cannot be taken to another process: {type(error).__name__}: {error}") from error
-    control, theirs = socket.socketpair()
+        raise ValueError(f"a reward cannot be pickled for worker processes: {type(error).__name__}: {error}") from error
+    control, remote_end = socket.socketpair()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_jax.rewards.workers.worker", str(theirs.fileno())],
-        pass_fds=(theirs.fileno(),),
+        [sys.executable, "-m", "grpo_jax.rewards.workers.worker", str(remote_end.fileno())],
+        pass_fds=(remote_end.fileno(),),
         stdin=subprocess.DEVNULL,
         env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        start_new_session=True,  # Ctrl-C is for the run, which then ends this in order
+        start_new_session=True,  # so that Ctrl-C reaches only the run, which closes the pool
     )
-    theirs.close()
+    remote_end.close()
     control.settimeout(START_SECONDS)
-    with suppress(OSError):  # it then says nothing
+    with suppress(OSError):  # then no reply is received either
         setup = {"path": sys.path, "rewards": packed, "memory_bytes": memory_bytes, "deadline": deadline}
         send(control, pickle.dumps(setup))
-    said = json.loads(receive(control) or b'{"error": "its process died, or took two minutes"}')
-    if "error" in said:
+    reply = json.loads(receive(control) or b'{"error": "the process died, or took more than two minutes"}')
+    if "error" in reply:
         control.close()
         process.kill()
         process.wait()
-        raise ValueError(f"the rewards {[*rewards]} could not be loaded in a process of their own:\n{said['error']}")
+        raise ValueError(f"the rewards {[*rewards]} cannot be loaded in a worker process:\n{reply['error']}")
     control.settimeout(None)
     return control, process
 
@@ -70,7 +78,7 @@ def start(
 def death(status: int) -> str:
     """How a process died, from its wait status."""
     if status < 0:
-        return "its process is gone"
+        return "its process has ended"
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         known = -code in [each.value for each in signal.Signals]

@@ -1,4 +1,4 @@
-"""Rewards computed in processes of their own: a sample that hangs, dies or eats memory costs its own score alone."""
+"""Rewards in worker processes: a sample that hangs, crashes or exhausts memory loses only its own score."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from typing import Any
 
 from grpo_jax.rewards.calling import arguments, is_async, is_per_sample
 from grpo_jax.rewards.compose import RewardFn, RewardOutput
-from grpo_jax.rewards.workers.dispatcher import MOST_LINES, Dispatcher
+from grpo_jax.rewards.workers.dispatcher import MAX_LINES, Dispatcher
 from grpo_jax.rewards.workers.jobs import Job, RewardError
 
 
 class RewardPool:
-    """A context in which rewards run in other processes, each sample under a deadline and a memory cap of its own.
+    """A context manager that runs rewards in worker processes, each sample with a deadline and a memory limit.
 
-    ``rewards[name]`` is the reward of that name as a function of the same form, to be passed on to ``weighted``.
-    Workers are forks of one process that has loaded the rewards, so a new one costs milliseconds. They import no jax
-    and share nothing with this process. All of them end when this process does. What they print is shown after each
-    call, behind the reward's name.
+    ``rewards[name]`` is a function of the same form as the original reward, to be passed to ``weighted``. Workers are
+    forks of one process that has loaded the rewards, so a new one costs milliseconds. They do not import jax and share
+    nothing with this process, and they end when it ends. Lines that they print are shown after each call, prefixed with
+    the reward's name.
 
-    A reward that is declared ``per_sample`` scores each sample alone, on any worker. A sample that takes too long,
-    raises, returns NaN or no number, exhausts its memory or kills its process has no score and stands among
-    ``take_errors``; every other sample is scored as without a pool. Samples that hang do not hold up the others: a
-    worker that takes five times as long as is usual for its reward goes on at a low priority, up to 32 of them, and
-    another takes its place. So a step waits about one deadline longer where samples sleep, and up to four where they
-    compute without end and processors are scarce.
+    A reward that is declared ``per_sample`` scores each sample separately, on any worker. A sample that exceeds its
+    deadline, raises, returns NaN or something other than a number, exhausts its memory or kills its process has no
+    score and is listed by ``take_errors``; all other samples are scored as without a pool. Samples that hang do not
+    delay the others: a worker that takes five times as long as usual for its reward continues at low priority (at most
+    32 of them) and another takes its place. So hanging samples lengthen a step by about one deadline if they sleep, and
+    by up to four if they compute and processors are scarce.
 
-    Any other reward is called once with the whole batch, in a process of its own that is kept from call to call, caches
-    and connections included. Where the call fails, the whole batch has no score of this reward. Samples of an ``async``
-    reward that is declared ``per_sample`` are awaited together there, each under its own deadline.
+    Any other reward is called once with the whole batch, in its own process, which is kept between calls with its
+    caches and connections. If that call fails, the whole batch has no score from this reward. Samples of an ``async``
+    reward that is declared ``per_sample`` are awaited together there, each with its own deadline.
 
     Args:
-        rewards: by name; functions that ``cloudpickle`` can take: of a module, or of a notebook.
-        workers: how many score samples at once; by default one more than there are processors, so that none of these is
-            idle while a sample waits for something.
-        deadline: seconds for one sample and one reward. On Linux one that could run but waits for a processor is given
-            the time it waited, up to three deadlines, so that a busy machine loses no honest score.
+        rewards: by name; functions that ``cloudpickle`` can pickle, from a module or a notebook.
+        workers: number of samples scored at once. Default: the number of processors plus one, so that none is idle
+            while a sample waits.
+        deadline: seconds for one sample and one reward. On Linux, time in which a runnable sample waits for a processor
+            is added, up to three deadlines, so that a busy machine does not lose scores.
         batch_deadline: seconds for one call of a reward with a whole batch.
-        memory_bytes: address space of a worker, what it inherits (some 100 MiB, and what the rewards load) included.
-        show: called with each line that a reward prints, at most 20 of them for each call and reward.
+        memory_bytes: address space of a worker, including what it inherits (about 100 MiB plus the loaded rewards).
+        show: called with each line that a reward prints, at most 20 lines for each call and reward.
 
     Raises:
-        ValueError: no rewards, or a number that is not above 0; a reward cannot be taken to another process or loaded
-            there. When called: a reward of batches returned another number of scores, or something else than scores.
+        ValueError: ``rewards`` is empty, a number is not above 0, or a reward cannot be pickled or loaded. When called:
+            a batch reward returned something other than one score for each completion.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RewardPool:
         self.workers = default_workers() if workers is None else workers
         self.deadline, self.batch_deadline = deadline, batch_deadline
         if not rewards:
-            raise ValueError("there must be rewards to run")
+            raise ValueError("rewards is empty; a pool needs at least one reward")
         sizes = {"workers": self.workers, "deadline": deadline, "batch_deadline": batch_deadline}
         for name, value in {**sizes, "memory_bytes": memory_bytes}.items():
             if not value > 0:
@@ -81,48 +81,52 @@ class RewardPool:
         self.close()
 
     def close(self) -> None:
-        """End all workers; what was not scored by then is cancelled."""
+        """End all workers and cancel the jobs that are not done."""
         self._dispatcher.close()
 
     @property
     def replaced(self) -> int:
-        """How many workers were ended and replaced so far."""
+        """The number of workers that were killed or died so far."""
         return self._dispatcher.replaced
 
-    def ahead(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
-        """Begin to score a sample with every reward of single samples, while others are still being drawn.
+    def score_ahead(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
+        """Start to score a sample with every ``per_sample`` reward while other completions are still being sampled.
 
-        A later call of the rewards with the same row takes these scores. What is asked ahead of that and never called
-        for is dropped with ``take_errors``.
+        A later call of the rewards with the same row returns these scores. Scores that are not used by then are dropped
+        by ``take_errors``.
 
         Args:
             prompt, completion: the texts.
-            columns: the row's own values, not lists.
+            columns: the row's values by column, not lists.
         """
         for name in self._sampled:
-            task = self._task(name, [prompt], [completion], {key: [value] for key, value in columns.items()})
-            self._ahead.setdefault(task.body, []).append(task.future)
-            self._dispatcher.submit(task)
+            job = self._job(name, [prompt], [completion], {key: [value] for key, value in columns.items()})
+            self._ahead.setdefault(job.body, []).append(job.future)
+            self._dispatcher.submit(job)
 
     def take_errors(self) -> list[RewardError]:
-        """What could not be scored since the last call, the newest thousand."""
+        """The errors since the last call, at most the newest thousand."""
         errors = [self._dispatcher.errors.popleft() for _ in range(len(self._dispatcher.errors))]
         self._ahead.clear()
         return errors
 
     def probe(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
-        """Score one sample with every reward, so that one that cannot run is found before compute is spent.
+        """Score one sample with every reward, to find rewards that cannot run before compute is spent.
+
+        Args:
+            prompt, completion: the texts.
+            columns: the row's values by column, not lists.
 
         Raises:
-            ValueError: one needs a column that is not there, raised, died or returned something other than a score;
-                with its traceback.
+            ValueError: a reward needs a missing column, raised, died or returned something other than a score. The
+                message has the traceback.
         """
         for reward in self.rewards.values():
             reward([prompt], [completion], **{name: [value] for name, value in columns.items()})
-        for fault in self.take_errors():
+        for error in self.take_errors():
             raise ValueError(
-                f"reward {fault.reward!r} cannot score a first example ({fault.kind}); the columns are {[*columns]}:\n"
-                f"{fault.detail}"
+                f"reward {error.reward!r} cannot score a first example ({error.kind}); the columns are {[*columns]}:\n"
+                f"{error.detail}"
             )
 
     def _score(self, name: str, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
@@ -130,28 +134,27 @@ class RewardPool:
             return []
         if name in self._sampled:
             futures = [
-                self._begun(name, prompt, completion, {key: [values[row]] for key, values in columns.items()})
+                self._future(name, prompt, completion, {key: [values[row]] for key, values in columns.items()})
                 for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
             ]
         else:
-            task = self._task(name, prompts, completions, columns)
-            self._dispatcher.submit(task)
-            futures = [task.future]
+            job = self._job(name, prompts, completions, columns)
+            self._dispatcher.submit(job)
+            futures = [job.future]
         try:
-            return [each for future in futures for each in self._dispatcher.result(future)]
+            return [output for future in futures for output in self._dispatcher.result(future)]
         finally:
             self._show_printed()
 
-    def _begun(
+    def _future(
         self, name: str, prompt: str, completion: str, columns: Mapping[str, list[Any]]
     ) -> Future[list[RewardOutput]]:
-        """The score of a sample to come: the one that was begun ahead, where there is one."""
-        task = self._task(name, [prompt], [completion], columns)
-        begun = self._ahead.get(task.body)
-        if begun:
-            return begun.pop()
-        self._dispatcher.submit(task)
-        return task.future
+        """The future of a sample's score: that of ``score_ahead`` if there is one."""
+        job = self._job(name, [prompt], [completion], columns)
+        if futures := self._ahead.get(job.body):
+            return futures.pop()
+        self._dispatcher.submit(job)
+        return job.future
 
     def _show_printed(self) -> None:
         dispatcher = self._dispatcher
@@ -159,20 +162,19 @@ class RewardPool:
             count, dispatcher.num_printed[name] = dispatcher.num_printed[name], 0
             for _ in range(len(lines)):
                 self._show(f"{name}: {lines.popleft()}")
-            if count > MOST_LINES:
-                self._show(f"{name}: ... {count - MOST_LINES} earlier lines are not shown")
+            if count > MAX_LINES:
+                self._show(f"{name}: ... {count - MAX_LINES} earlier lines are not shown")
 
-    def _task(self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Job:
+    def _job(self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> Job:
         reward = self._functions[name]
         try:
-            taken = set(arguments(reward, prompts, completions, columns)[1])
+            names = arguments(reward, prompts, completions, columns)[1].keys()
         except ValueError as error:
             raise ValueError(f"reward {name!r} {error}") from error
-        own = {key: values for key, values in columns.items() if key in taken}
-        body = pickle.dumps((name, prompts, completions, own))
+        body = pickle.dumps((name, prompts, completions, {key: columns[key] for key in columns if key in names}))
         return Job(name, prompts, completions, body, name not in self._sampled, Future())
 
 
 def default_workers() -> int:
-    """How many workers a pool has unless it is told."""
+    """The default number of workers: the number of processors plus one."""
     return (os.cpu_count() or 1) + 1

@@ -1,4 +1,4 @@
-"""Processes seen from outside, by ``/proc``: what descends from one, and the memory it takes."""
+"""Descendants and memory of processes, from ``/proc``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import cache
 from pathlib import Path
 
 INODE_BYTES = 2048
-"""A bound on what the kernel keeps for an empty file: its inode, its directory entry and a name of any length."""
+"""Upper bound on the kernel memory of an empty file: inode, directory entry and a name of any length."""
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
+    """The process ids of a process and of all its descendants."""
     yield pid
     for child in children(pid):
         yield from descendants(child)
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process started or was left with; none for one that is gone."""
+    """The process ids of a process's children, including orphans that it adopted; none if it has ended."""
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
@@ -29,17 +29,17 @@ def children(pid: int) -> list[int]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that a sandbox takes, by its first process: of all that descend from it, and of the kernel on their behalf.
+    """Bytes of memory that a sandbox uses, given its first process.
 
-    Resident memory, and bounds on what its sockets and the files in its ``/tmp`` take. What has ended meanwhile counts
-    nothing.
+    The resident memory of its processes, and upper bounds on the kernel memory of its sockets and of the files in its
+    ``/tmp``. Processes that end meanwhile count 0.
     """
     processes = list(descendants(pid))
     return sum(map(resident_bytes, processes)) + kernel_bytes(processes)
 
 
 def resident_bytes(pid: int) -> int:
-    """The resident memory of one process; 0 for one that is gone."""
+    """The resident memory of one process; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
@@ -47,9 +47,12 @@ def resident_bytes(pid: int) -> int:
 
 
 def kernel_bytes(processes: list[int]) -> int:
-    """A bound on what the kernel keeps for the sockets and the ``/tmp`` of processes that share one sandbox.
+    """Upper bound on the kernel memory of a sandbox: of its sockets and its ``/tmp``.
 
-    Read off the first that is inside, in a network namespace of its own; 0 before there is one.
+    It is read from a process that is inside, with its own network namespace; 0 before there is one.
+
+    Args:
+        processes: the process ids of a sandbox, parents first.
     """
     for pid in reversed(processes):
         with suppress(OSError, ValueError, IndexError):
@@ -58,7 +61,7 @@ def kernel_bytes(processes: list[int]) -> int:
             with Path(f"/proc/{pid}/net/sockstat").open() as lines:
                 sockets = int(next(lines).split()[2])
             folder = f"/proc/{pid}/root/tmp"
-            if os.stat(folder).st_dev == os.stat("/tmp").st_dev:  # the machine's own: the sandbox is still being made
+            if os.stat(folder).st_dev == os.stat("/tmp").st_dev:  # the host's: the sandbox is not set up yet
                 continue
             files = os.statvfs(folder)
             used = (files.f_blocks - files.f_bfree) * files.f_frsize
@@ -74,7 +77,7 @@ def own_network() -> str:
 
 @cache
 def socket_bytes() -> int:
-    """What may wait in the buffer of one socket, where nobody can enlarge it."""
+    """Size of a socket's send buffer, which programs in a sandbox cannot enlarge."""
     try:
         return int(Path("/proc/sys/net/core/wmem_default").read_text())
     except (OSError, ValueError):
