@@ -4,16 +4,8 @@ Values at masked positions, NaN included, reach neither a loss nor its gradient.
 micro-batches are merged by adding sums and counts, and ``.value`` divides.
 """
 
-from grpo_jax.loss.policy import (
-    cispo_loss,
-    dapo_loss,
-    dr_grpo_loss,
-    grpo_loss,
-    gspo_loss,
-    ppo_loss,
-    sapo_loss,
-    supervised_loss,
-)
+from grpo_jax.loss.named import cispo_loss, dapo_loss, dr_grpo_loss, gspo_loss, ppo_loss, sapo_loss
+from grpo_jax.loss.policy import grpo_loss, supervised_loss
 from grpo_jax.loss.preference import (
     bradley_terry_loss,
     dpo_loss,
