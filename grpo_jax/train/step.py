@@ -153,6 +153,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first update; optimizer moments have the shardings of their parameters.
 
+    Moments of another shape than their parameter, such as Adafactor's rows and columns, are replicated.
+
     Args:
         params: on their devices; the first train step donates them.
         optimizer: of the train step.
@@ -161,9 +163,9 @@ def init_state(
     """
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, param: param.sharding if moment.shape == param.shape else replicated,
         jax.eval_shape(optimizer.init, params),
-        jax.tree.map(lambda x: x.sharding, params),
+        params,
         transform_non_params=lambda _: replicated,
     )
     return TrainState(

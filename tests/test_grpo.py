@@ -5,36 +5,35 @@ import math
 import os
 import signal
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import r1_zero
-from experiments.r1_zero import Config
-from grpo_jax import models
+from experiments import grpo
+from grpo_jax import masked, models
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.grpo import ADVANTAGES, PRESETS, GRPOConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import LOSSES, OptimizerConfig, PolicyLossConfig
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import collector, scoring
+from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs
 from grpo_jax.loop.setup import as_policy
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_model import HF_CONFIG
-from grpo_jax.types import Rollout
+from grpo_jax.types import Rollout, TrainState
 from tests.runs import metrics_of
 
 
 @pytest.fixture
 def config(base, tmp_path):
-    return Config(
+    return GRPOConfig(
         model=base,
-        data=DataConfig(template="{question}", eval_size=10),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=10),
         run_dir=tmp_path / "run",
         num_steps=4,
         num_prompts=8,
@@ -56,10 +55,10 @@ def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypat
     """With a reference, two inner epochs of two minibatches, and Adam's moments: all of it has to come back."""
     config = replace(config, group_size=16, policy=PolicyLossConfig(kl_coef=0.05), ref_refresh_every=3)
     config = replace(config, num_epochs=2, num_minibatches=2, num_micro_batches=2)
-    r1_zero.main(config)
+    grpo.main(config)
 
     broken = replace(config, run_dir=config.run_dir.with_name("broken"))
-    sum_up = r1_zero.over_updates
+    sum_up = grpo.over_updates
     calls = []
 
     def killed_in_the_third_step(updates):
@@ -69,10 +68,10 @@ def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypat
         return sum_up(updates)
 
     with monkeypatch.context() as patch:
-        patch.setattr(r1_zero, "over_updates", killed_in_the_third_step)
+        patch.setattr(grpo, "over_updates", killed_in_the_third_step)
         with pytest.raises(KeyboardInterrupt):
-            r1_zero.main(broken)
-    r1_zero.main(broken)
+            grpo.main(broken)
+    grpo.main(broken)
 
     assert metrics_of(broken) == metrics_of(config)
     for name in ("completions.jsonl", "model/model.safetensors"):
@@ -101,20 +100,20 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
         return asking
 
     with monkeypatch.context() as patch:
-        module, name = (collector, "decode_completions") if moment == "evaluation" else (r1_zero, "over_updates")
+        module, name = (collector, "decode_completions") if moment == "evaluation" else (grpo, "over_updates")
         patch.setattr(module, name, ask(getattr(module, name), 1))
-        assert r1_zero.main(config) == 130
+        assert grpo.main(config) == 130
     assert not (config.run_dir / "summary.json").exists()
-    assert r1_zero.main(config) == 0
+    assert grpo.main(config) == 0
     assert metrics_of(config) == metrics_of(finished)
 
 
 @pytest.mark.slow
 def test_l2_eight_devices_give_the_losses_of_one(config):
     config = replace(config, num_steps=5, group_size=16)
-    r1_zero.main(config)
+    grpo.main(config)
     eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    r1_zero.main(eight)
+    grpo.main(eight)
     one, many = metrics_of(config), metrics_of(eight)
     assert max(row.get("reward_std", 0) for row in one) > 0  # losses that are not 0 for want of a signal
     assert len(one) == len(many) == 9
@@ -127,9 +126,9 @@ def test_l2_eight_devices_give_the_losses_of_one(config):
 
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
-    config = Config(
+    config = GRPOConfig(
         model=base,
-        data=DataConfig(template="{question}", eval_size=10),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=10),
         run_dir=tmp_path_factory.mktemp("finished") / "run",
         num_steps=2,
         num_prompts=8,
@@ -141,7 +140,7 @@ def finished(base, tmp_path_factory):
         mesh=MeshConfig(data=1),
         plain=True,
     )
-    r1_zero.main(config)
+    grpo.main(config)
     return config
 
 
@@ -188,7 +187,7 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
 
 def test_a_finished_run_is_not_run_again(finished, capsys):
     before = (finished.run_dir / "metrics.jsonl").read_bytes()
-    assert r1_zero.main(finished) == 0
+    assert grpo.main(finished) == 0
     assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
     assert "this run is finished" in capsys.readouterr().out
 
@@ -201,7 +200,7 @@ def test_a_model_of_ones_own_gets_small_micro_batches(config):
     assert replace(large, mesh=MeshConfig(data=8)).micro_batches == 8
     assert replace(large, num_micro_batches=2).micro_batches == 2
     assert config.micro_batches == 1
-    assert Config().micro_batches == 1
+    assert PRESETS["toy"].config().micro_batches == 1
 
 
 def test_stop_tokens_end_completions_and_must_be_known(finished):
@@ -209,7 +208,7 @@ def test_stop_tokens_end_completions_and_must_be_known(finished):
     assert as_policy(finished, policy).eos_ids == policy.eos_ids
     stopped = as_policy(replace(finished, stop_tokens=("</answer>", "<eos>")), policy)
     assert stopped.eos_ids == (1, 5)
-    with pytest.raises(ValueError, match=r"stop_tokens: \['<\|im_end\|>'\] are no tokens of"):
+    with pytest.raises(ValueError, match=r"stop_tokens: \['<\|im_end\|>'\] are not tokens of"):
         as_policy(replace(finished, stop_tokens=("</answer>", "<|im_end|>")), policy)
     with pytest.raises(ValueError, match="is 140, and the model has 128 positions"):
         as_policy(replace(finished, max_completion_length=128), policy)
@@ -217,7 +216,7 @@ def test_stop_tokens_end_completions_and_must_be_known(finished):
 
 def test_s6_another_configuration_in_the_same_folder(finished):
     with pytest.raises(ValueError, match=r"another configuration(.|\n)*group_size: 4 -> 8"):
-        r1_zero.main(replace(finished, group_size=8))
+        grpo.main(replace(finished, group_size=8))
 
 
 def test_s7_varying_lengths_compile_nothing_new(finished):
@@ -245,7 +244,9 @@ def test_s7_varying_lengths_compile_nothing_new(finished):
         ({"ref_refresh_every": 5}, "there is no reference"),
         ({"ref_refresh_every": 0, "policy": PolicyLossConfig(kl_coef=0.1)}, "ref_refresh_every is 0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
-        ({"model": None}, "name a model too"),
+        ({"model": "toy"}, "without a template; with another dataset or a template, name a model"),
+        ({"advantage": "nonsense"}, "advantage is 'nonsense'; it must be one of group_relative, dr_grpo"),
+        ({"advantage": "group_relative(gamma=1)"}, "group_relative has no argument 'gamma'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):
@@ -262,13 +263,13 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
         ({"rewards": RewardConfig(accuracy_weight=0.0)}, "weights must be finite and not all 0"),
         ({"rewards": RewardConfig(reward=("no_such_module:f",))}, "no module 'no_such_module'"),
         ({"model": "no/such/folder"}, "no/such/folder"),
-        ({"data": DataConfig(chat_template=True)}, "chat template"),
+        ({"data": DataConfig(dataset="sums", chat_template=True)}, "chat template"),
         ({"max_prompt_length": 4}, "longer than max_prompt_length=4"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_step(config, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        r1_zero.main(replace(config, **change))
+        grpo.main(replace(config, **change))
     assert not read_jsonl(config.run_dir / "metrics.jsonl")
 
 
@@ -279,14 +280,14 @@ def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monk
     monkeypatch.setattr(scoring, "format_reward", broken)
     monkeypatch.setattr(models, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="reward 'format' raised ZeroDivisionError"):
-        r1_zero.main(config)
+        grpo.main(config)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
-    sum_up = r1_zero.over_updates
-    monkeypatch.setattr(r1_zero, "over_updates", lambda updates: sum_up(updates) | {"loss": math.nan})
+    sum_up = grpo.over_updates
+    monkeypatch.setattr(grpo, "over_updates", lambda updates: sum_up(updates) | {"loss": math.nan})
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
-        r1_zero.main(config)
+        grpo.main(config)
     assert [row["step"] for row in metrics_of(config)] == [0]
 
 
@@ -303,14 +304,23 @@ def make_rollout():
 
 
 def learn(config, rewards, policy=0.0, reference=0.0):
-    state = type("State", (), {"params": policy, "ref_params": reference})
+    state = TrainState(step=jnp.int32(0), params=policy, opt_state=None, ref_params=reference)
     rollout = make_rollout()
     scorer = lambda params, rollout: jnp.full(rollout.completion_ids.shape, params)  # noqa: E731
     total = np.asarray(rewards, np.float32)
     scores = Scores(total, {}, {"accuracy": total}, [""] * len(total), total, [()] * len(total))
-    old, ref = r1_zero.old_and_ref_log_probs(config, rollout, scorer, state)
-    collector = SimpleNamespace(scoring=SimpleNamespace(weights={"accuracy": 1.0}), mesh=config.mesh.build())
-    return r1_zero.make_train_batch(config, rollout, scores, collector, old, ref), rollout
+    old, ref = old_and_ref_log_probs(config, rollout, scorer, state)
+    batch = make_train_batch(
+        config,
+        rollout,
+        scores,
+        reward_weights={"accuracy": 1.0},
+        tokenizer=None,
+        mesh=config.mesh.build(),
+        old_log_probs=old,
+        ref_log_probs=ref,
+    )
+    return batch, rollout
 
 
 def test_a5_an_absent_reward_drops_out_of_the_loss(config):
@@ -342,7 +352,7 @@ def test_kl_in_the_reward(config):
     assert away.ref_log_probs is not None
 
 
-@pytest.mark.parametrize("name", [*r1_zero.ADVANTAGES, r1_zero.GDPO])
+@pytest.mark.parametrize("name", [*(set(ADVANTAGES) - {"process_supervised"}), "group_relative(scale='none')"])
 def test_every_named_advantage(config, name):
     batch, _ = learn(replace(config, advantage=name), [1, 0, 0, 0, 0, 0, 1, 1])
     assert batch.advantages[0] > 0 > batch.advantages[1]
@@ -384,17 +394,64 @@ def test_truncating_filters_leave_the_gap_out_unless_it_is_corrected_for(config)
 @pytest.mark.slow
 def test_a_coarser_cache_trains_with_a_gap_that_is_corrected_for(config):
     policy = PolicyLossConfig(importance_cap=2.0)
-    r1_zero.main(replace(config, num_steps=1, group_size=16, cache_dtype="int8", policy=policy, eval_every=0))
+    grpo.main(replace(config, num_steps=1, group_size=16, cache_dtype="int8", policy=policy, eval_every=0))
     (step,) = (row for row in metrics_of(config) if "loss" in row)
     assert 1e-4 < step["sampling/sampling_logp_difference/max"] < 1
     assert step["grad_norm"] > 0
 
 
-def test_defaults_follow_the_model():
-    default = Config()
-    assert (default.prompt_length, default.completion_length) == (12, 48)
-    real = Config(model="Qwen/Qwen2.5-0.5B")
+def test_defaults_are_those_of_real_models_and_presets_are_complete():
+    real = GRPOConfig(model="Qwen/Qwen2.5-0.5B")
     assert (real.prompt_length, real.completion_length) == (512, 1024)
     assert real.compute_dtype == jnp.float32  # on a CPU
-    assert Config(max_completion_length=7).completion_length == 7
-    assert partial(Config, dtype="bfloat16")().compute_dtype == jnp.bfloat16
+    toy = PRESETS["toy"].config()
+    assert (toy.model, toy.data.dataset, toy.dtype, toy.remat) == ("toy", "sums", "float32", False)
+    assert (toy.prompt_length, toy.completion_length, toy.micro_batches, toy.eval_samples) == (12, 48, 1, 16)
+    assert replace(toy, max_completion_length=7).completion_length == 7
+    assert replace(toy, dtype="bfloat16").compute_dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("change", [{"model": None}, {"data": DataConfig()}])
+def test_a_run_needs_a_model_and_a_dataset(config, change):
+    with pytest.raises(ValueError, match=r"no (model|dataset) is named; pass --"):
+        grpo.main(replace(config, **change))
+
+
+def dual_clip(log_probs, advantages, mask, *, old_log_probs, c: float = 3.0):
+    """A policy loss of a user's own: no KL, no entropy, one parameter."""
+    ratio = jnp.exp(log_probs - (jax.lax.stop_gradient(log_probs) if old_log_probs is None else old_log_probs))
+    weighted = ratio * advantages[:, None]
+    return masked.mean_pair(
+        -jnp.where(advantages[:, None] < 0, jnp.maximum(weighted, c * advantages[:, None]), weighted), mask
+    ), {}
+
+
+def first_of_group(rewards, *, group_size: int, scale: float = 1.0):
+    """An advantage of a user's own."""
+    return scale * (rewards - jnp.repeat(rewards[::group_size], group_size))
+
+
+def test_losses_advantages_and_optimizers_of_ones_own(config):
+    own = replace(
+        config,
+        policy=PolicyLossConfig(loss="tests.test_grpo:dual_clip(c=2.0)"),
+        advantage="tests.test_grpo:first_of_group(scale=0.5)",
+        optimizer=OptimizerConfig(optimizer="optax:adafactor", learning_rate=1e-3),
+        num_steps=1,
+        eval_every=0,
+    )
+    batch, rollout = learn(own, [1, 0, 0, 0, 0, 0, 1, 1])
+    np.testing.assert_allclose(batch.advantages, [0, -0.5, -0.5, -0.5, 0, 0, 0.5, 0.5])
+    loss_fn = own.policy.build(lambda p, b: (p, p * 0), max_completion_length=10, sampler_alters_policy=False)
+    loss, metrics = loss_fn(jnp.full(rollout.completion_ids.shape, -0.7), batch)
+    assert np.isfinite(loss.value)
+    assert metrics == {}
+    assert grpo.main(own) == 0
+    with pytest.raises(ValueError, match=r"kl_coef is set, but the loss tests\.test_grpo:dual_clip has no argument"):
+        PolicyLossConfig(loss="tests.test_grpo:dual_clip", kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"loss: tests\.test_grpo:dual_clip has no argument 'b'"):
+        PolicyLossConfig(loss="tests.test_grpo:dual_clip(b=1)")
+    with pytest.raises(ValueError, match="loss is 'nonsense'; it must be one of grpo, ppo"):
+        PolicyLossConfig(loss="nonsense")
+    with pytest.raises(ValueError, match="weight_decay is set, but optax:sgd has no weight_decay"):
+        OptimizerConfig(optimizer="optax:sgd", weight_decay=0.1)

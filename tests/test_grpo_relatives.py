@@ -1,23 +1,22 @@
 """GRPO's relatives in the loop: mixtures of tasks, dynamic sampling, process supervision, a critic where it helps."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from experiments.r1_zero import Config
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from experiments import r1_zero
+from experiments import grpo, hybrid
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig
@@ -25,6 +24,7 @@ from grpo_jax.data.encoded import last_tokens
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import held_out as held_out_module
 from grpo_jax.loop.collector import Collector
+from grpo_jax.loop.estimators import make_train_batch, per_completion, rewards_of_steps, select_rows
 from grpo_jax.loop.experience import has_reward_variance
 from grpo_jax.loop.run import Run
 from grpo_jax.monitor.step_metrics import reward_metrics
@@ -36,7 +36,7 @@ from grpo_jax.train.critic import CriticBatch, micro_batched_states
 from grpo_jax.types import Rollout
 from tests.runs import kill_in_second_save, metrics_of, steps_of
 
-HERE = "tests.test_r1_zero_relatives"
+HERE = "tests.test_grpo_relatives"
 GROUP, PROMPTS = 4, 4
 
 
@@ -57,9 +57,9 @@ def pays_marks(prompts, completions, **columns):
 @pytest.fixture(scope="module")
 def config(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("relatives")
-    return Config(
+    return GRPOConfig(
         model=small,
-        data=DataConfig(template="{question}", eval_size=4),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=4),
         run_dir=folder / "run",
         num_steps=3,
         num_prompts=PROMPTS,
@@ -88,9 +88,26 @@ def with_mixture(config, folder, **changes):
     return replace(config, run_dir=folder / "run", tasks=folder / "tasks.json")
 
 
+def as_hybrid(config, **changes):
+    return hybrid.HybridConfig(**{each.name: getattr(config, each.name) for each in fields(config)}, **changes)
+
+
 def with_steps(config):
     rewards = replace(config.rewards, reward=(*config.rewards.reward, f"{HERE}:pays_marks=0.5"))
     return replace(config, rewards=rewards)
+
+
+def train_batch(config, rollout, scores, collector, old=None, ref=None):
+    return make_train_batch(
+        config,
+        rollout,
+        scores,
+        reward_weights=collector.scorer.weights,
+        tokenizer=collector.policy.tokenizer,
+        mesh=collector.mesh,
+        old_log_probs=old,
+        ref_log_probs=ref,
+    )
 
 
 def is_errand(prompt):
@@ -102,10 +119,9 @@ def is_errand(prompt):
 
 @pytest.fixture(scope="module")
 def mixed(config, tmp_path_factory):
-    """A mixture with all that a checkpoint may have to hold: several iterators, further draws, a critic."""
-    config = with_mixture(config, tmp_path_factory.mktemp("mixed"))
-    config = replace(config, advantage="hybrid", max_draws=3, critic_epochs=2)
-    assert r1_zero.main(config) == 0
+    """A mixture with several iterators and further draws."""
+    config = replace(with_mixture(config, tmp_path_factory.mktemp("mixed")), max_draws=3)
+    assert grpo.main(config) == 0
     return config
 
 
@@ -117,36 +133,39 @@ def assert_same_runs(config, other):
 
 @pytest.mark.slow
 def test_a_mixture_killed_and_resumed_is_the_unbroken_run_and_refuses_other_tasks(config, mixed, tmp_path, monkeypatch):
-    broken = replace(with_mixture(config, tmp_path / "broken"), advantage="hybrid", max_draws=3, critic_epochs=2)
-    kill_in_second_save(r1_zero.main, broken, monkeypatch)
+    broken = replace(with_mixture(config, tmp_path / "broken"), max_draws=3)
+    kill_in_second_save(grpo.main, broken, monkeypatch)
     assert [row["step"] for row in steps_of(broken)] == [1, 2]  # of which the second is to be taken back
     as_begun = broken.tasks.read_text()
     with_mixture(config, tmp_path / "broken", partial_credit=False, eval_size=2)
     with pytest.raises(ValueError, match=r"tasks\.json does not hold the tasks .*\n.*errands\.data\.eval_size: 3 -> 2"):
-        r1_zero.main(broken)
+        grpo.main(broken)
     broken.tasks.write_text(json.dumps(dict(reversed(json.loads(as_begun).items()))))
     with pytest.raises(ValueError, match=r"order: \['sums', 'errands'\] -> \['errands', 'sums'\]"):
-        r1_zero.main(broken)
+        grpo.main(broken)
     broken.tasks.write_text(as_begun)
-    assert r1_zero.main(broken) == 0
+    assert grpo.main(broken) == 0
     assert_same_runs(mixed, broken)
     steps = steps_of(mixed)
     assert len(steps) == 3
     assert max(row["draws"] for row in steps) > 1
-    assert all(row["grad_norm"] > 0 and row["value/grad_norm"] > 0 for row in steps)
+    assert all(row["grad_norm"] > 0 for row in steps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["process_supervised", "max_draws"])
+@pytest.mark.parametrize("which", ["process_supervised", "max_draws", "hybrid"])
 def test_each_relative_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, tmp_path, monkeypatch, which):
     by_steps = replace(with_steps(config), advantage="process_supervised")
-    config = {"process_supervised": by_steps, "max_draws": replace(config, max_draws=3)}[which]
+    with_critic = as_hybrid(with_steps(config), critic_epochs=2)
+    config = {"process_supervised": by_steps, "max_draws": replace(config, max_draws=3), "hybrid": with_critic}[which]
+    main = hybrid.main if which == "hybrid" else grpo.main
     whole, broken = (replace(config, run_dir=tmp_path / name) for name in ("whole", "broken"))
-    assert r1_zero.main(whole) == 0
-    kill_in_second_save(r1_zero.main, broken, monkeypatch)
-    assert r1_zero.main(broken) == 0
+    assert main(whole) == 0
+    kill_in_second_save(main, broken, monkeypatch)
+    assert main(broken) == 0
     assert_same_runs(whole, broken)
     assert all(row["grad_norm"] > 0 for row in steps_of(whole))
+    assert which != "hybrid" or all(row["value/grad_norm"] > 0 for row in steps_of(whole))
 
 
 @pytest.mark.slow
@@ -200,7 +219,7 @@ class Loop:
     def __init__(self, config, run):
         self.config, self.collector = config, Collector(config, run, config.mesh.build())
         self.params = self.collector.take_params()
-        self.start = self.collector.position
+        self.start = self.collector.state_dict()
         self.at_start()
 
     def at_start(self):
@@ -208,7 +227,7 @@ class Loop:
         return self.collector
 
     def scored(self, step):
-        drawn = self.at_start().draw(step, self.params)
+        drawn = self.at_start().sample(step, self.params)
         return drawn, self.collector.score(drawn)
 
 
@@ -220,7 +239,7 @@ def loop(config, tmp_path_factory):
 
 
 def test_prompts_of_two_tasks_never_share_their_noise(loop):
-    sums, errands = loop.collector._tasks
+    sums, errands = loop.collector.tasks
     for first, second in ((sums.problems, errands.problems), (sums.held_out, errands.held_out)):
         own, others = (np.asarray(each.padded(range(len(each))).index) for each in (first, second))
         assert len({*own.tolist(), *others.tolist()}) == len(first) + len(second)
@@ -268,7 +287,7 @@ def test_further_draws_leave_the_first_as_it_was_and_end_when_enough_is_found(lo
     attempts = further.times["draws"]
     assert len(further.completions) == attempts * count
     assert 1 < attempts <= 4
-    assert further.texts[count : 2 * count] != drawn.texts
+    assert further.prompts[count : 2 * count] != drawn.prompts
     differs = has_reward_variance(scored.total, GROUP)
     groups = rows.reshape(-1, GROUP)[:, 0] // GROUP
     np.testing.assert_array_equal(rows, (groups[:, None] * GROUP + np.arange(GROUP)).reshape(-1))
@@ -277,16 +296,16 @@ def test_further_draws_leave_the_first_as_it_was_and_end_when_enough_is_found(lo
     assert set(enough) <= set(groups)
     assert len(groups) == PROMPTS
     assert list(groups) == sorted(groups)
-    assert collector.position["num_tokens"] == int(
+    assert collector.state_dict()["num_tokens"] == int(
         further.lengths.sum() + np.asarray(further.rollout.prompt_mask).sum()
     )
 
 
 def test_prompts_that_come_again_in_a_further_draw_have_other_noise(loop):
-    first, again = loop.at_start().draw(1, loop.params), loop.at_start().draw(1, loop.params, attempt=1)
-    assert again.texts == first.texts
+    first, again = loop.at_start().sample(1, loop.params), loop.at_start().sample(1, loop.params, attempt=1)
+    assert again.prompts == first.prompts
     assert again.completions != first.completions
-    assert loop.at_start().draw(1, loop.params, attempt=1).completions == again.completions
+    assert loop.at_start().sample(1, loop.params, attempt=1).completions == again.completions
 
 
 def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(loop, monkeypatch):
@@ -295,7 +314,7 @@ def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(l
     def alike(drawn):
         scores = score(drawn)
         total = np.repeat(np.arange(len(scores.total) // GROUP, dtype=np.float32), GROUP)
-        total[:2] = [0, 1] if not drawn.texts[0].startswith("never") else total[:2]
+        total[:2] = [0, 1] if not drawn.prompts[0].startswith("never") else total[:2]
         return replace(scores, total=total)
 
     monkeypatch.setattr(collector, "score", alike)
@@ -304,8 +323,8 @@ def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(l
     assert drawn.times["frac_groups_with_reward_variance"] == 0.25  # the first of each draw
     assert sorted({*(rows // GROUP).tolist()}) == [0, 1, 2, 4]
     config = replace(loop.config, max_draws=2)
-    rollout = r1_zero.rows_of(drawn.rollout, rows, collector.mesh)
-    batch = r1_zero.make_train_batch(config, rollout, scores.at(rows), collector, None, None)
+    rollout = select_rows(drawn.rollout, rows, collector.mesh)
+    batch = train_batch(config, rollout, scores.at(rows), collector)
     learnt = np.asarray(batch.loss_mask).any(1)
     np.testing.assert_array_equal(learnt.reshape(-1, GROUP).all(1), [True, False, False, True])
     np.testing.assert_array_equal(learnt.reshape(-1, GROUP).any(1), [True, False, False, True])
@@ -401,9 +420,8 @@ def test_rewards_of_steps_stand_at_their_last_tokens(byte_level, seed):
         jnp.zeros((4, T)), jnp.zeros(4, bool),
     )  # fmt: skip
     scores = Scores(outcome, {}, {}, [""] * 4, outcome, steps)
-    collector = SimpleNamespace(policy=SimpleNamespace(tokenizer=byte_level))
     for with_outcome, wanted in expected.items():
-        found = r1_zero.rewards_of_steps(rollout, scores, collector, with_outcome=with_outcome)
+        found = rewards_of_steps(rollout, scores, byte_level, with_outcome=with_outcome)
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -441,16 +459,16 @@ def test_process_supervision_in_the_loop_is_the_function_by_hand(stepwise):
     drawn, scores = stepwise.scored(1)
     assert sum(map(len, scores.steps)) > 10
     config = replace(stepwise.config, advantage="process_supervised")
-    batch = r1_zero.make_train_batch(config, drawn.rollout, scores, stepwise.collector, None, None)
+    batch = train_batch(config, drawn.rollout, scores, stepwise.collector)
     rewards = steps_by_hand(drawn, True)
     expected = oracle.process_supervised(rewards, ~np.isnan(rewards), group_size=GROUP)
     np.testing.assert_allclose(batch.advantages, expected, atol=1e-4)
     np.testing.assert_array_equal(batch.loss_mask, drawn.rollout.completion_mask)
     sums = np.where(np.asarray(batch.loss_mask), expected, 0).sum(1)
-    np.testing.assert_allclose(r1_zero.per_completion(batch), sums, atol=1e-4)
+    np.testing.assert_allclose(per_completion(batch), sums, atol=1e-4)
     # A completion without a reward has none of steps either.
     absent = replace(scores, total=np.where(np.arange(16) == 3, np.nan, scores.total).astype(np.float32))
-    without = r1_zero.make_train_batch(config, drawn.rollout, absent, stepwise.collector, None, None)
+    without = train_batch(config, drawn.rollout, absent, stepwise.collector)
     rewards[3] = np.nan
     expected = oracle.process_supervised(rewards, ~np.isnan(rewards), group_size=GROUP)
     np.testing.assert_allclose(without.advantages, expected, atol=1e-4)
@@ -462,22 +480,15 @@ def test_process_supervision_in_the_loop_is_the_function_by_hand(stepwise):
 
 def test_hybrid_in_the_loop_is_the_function_by_hand(stepwise):
     drawn, scores = stepwise.scored(1)
-    config = replace(stepwise.config, advantage="hybrid")
-    shape = drawn.rollout.completion_ids.shape
-    values = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    batch = r1_zero.make_train_batch(config, drawn.rollout, scores, stepwise.collector, None, None, values)
+    config = as_hybrid(stepwise.config)
+    values = jnp.asarray(np.random.default_rng(0).normal(size=drawn.rollout.completion_ids.shape), jnp.float32)
+    batch = train_batch(config, drawn.rollout, scores, stepwise.collector)
+    tokenizer = stepwise.collector.policy.tokenizer
+    batch = hybrid.with_hybrid_advantages(config, batch, drawn.rollout, scores, values, tokenizer)
     mask = np.asarray(drawn.rollout.completion_mask)
     fifths = np.array(pays_fifths([], drawn.completions))
     steps = np.nan_to_num(steps_by_hand(drawn, False))
     advantages, returns = oracle.hybrid(fifths, values, mask, group_size=GROUP, step_rewards=steps)
-    np.testing.assert_allclose(batch.advantages, advantages, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(batch.returns), returns, atol=1e-5)
-    # A penalty for each token of the KL to the reference is part of what the whole is worth.
-    old, ref = jnp.full(shape, -0.5), jnp.full(shape, -0.7)
-    config = replace(config, kl_reward_coef=0.5)
-    batch = r1_zero.make_train_batch(config, drawn.rollout, scores, stepwise.collector, old, ref, values)
-    penalized = fifths - 0.5 * 0.2 * drawn.lengths
-    advantages, returns = oracle.hybrid(penalized, values, mask, group_size=GROUP, step_rewards=steps)
     np.testing.assert_allclose(batch.advantages, advantages, atol=1e-5)
     np.testing.assert_allclose(np.asarray(batch.returns), returns, atol=1e-5)
 
@@ -489,26 +500,27 @@ def test_where_every_group_differs_hybrid_is_group_relative_bit_for_bit(stepwise
     drawn, scores = stepwise.scored(1)
     total = np.random.default_rng(0).permutation(PROMPTS * GROUP).astype(np.float32)
     scores = replace(scores, total=total, outcome=total, steps=[()] * len(total))
-    optimizer, _ = config.optimizer.build(total_updates=10, default_learning_rate=1e-3)
+    optimizer, _ = config.optimizer.build(total_updates=10)
     log_probs = partial(completion_log_probs, collector.policy.model, temperature=1.0)
     train_step = make_train_step(
         config.policy.build(log_probs, max_completion_length=10, sampler_alters_policy=False), optimizer
     )
-    critic, after = r1_zero.light_critic(config, collector, mesh), {}
+    critic, after = hybrid.make_critic(as_hybrid(config), collector, mesh), {}
     hidden, values = critic.states_and_values(critic.initial_state, stepwise.params, drawn.rollout)
     np.testing.assert_array_equal(values, 0)  # before it has learnt
     for name in ("group_relative", "hybrid"):
-        own = replace(config, advantage=name)
         state = init_state(
             jax.tree.map(jnp.copy, stepwise.params), optimizer, with_reference=False, replicated=replicated(mesh)
         )
-        batch = r1_zero.make_train_batch(own, drawn.rollout, scores, collector, None, None, values + 5)
-        if batch.returns is not None:
+        batch = train_batch(config, drawn.rollout, scores, collector)
+        if name == "hybrid":
+            own, tokenizer = as_hybrid(config), collector.policy.tokenizer
+            batch = hybrid.with_hybrid_advantages(own, batch, drawn.rollout, scores, values + 5, tokenizer)
             assert batch.advantages.shape == batch.completion_ids.shape
             critic.update(critic.initial_state, CriticBatch(hidden, batch.returns, batch.loss_mask))
         after[name], _ = train_step(state, replace(batch, returns=None))
-    plain, hybrid = (jax.tree.leaves(after[name].params) for name in after)
-    for one, other, before in zip(plain, hybrid, jax.tree.leaves(stepwise.params), strict=True):
+    plain, with_critic = (jax.tree.leaves(after[name].params) for name in after)
+    for one, other, before in zip(plain, with_critic, jax.tree.leaves(stepwise.params), strict=True):
         np.testing.assert_array_equal(one, other)
         assert (np.asarray(one) != np.asarray(before)).any()
 
@@ -517,8 +529,8 @@ def test_the_head_learns_what_its_states_are_worth(stepwise):
     drawn, _ = stepwise.scored(1)
     collector, rollout = stepwise.collector, drawn.rollout
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_updates=1, decay="constant")
-    config = replace(stepwise.config, critic_optimizer=optimizer, critic_epochs=30, num_minibatches=2)
-    critic = r1_zero.light_critic(config, collector, collector.mesh)
+    config = as_hybrid(stepwise.config, critic_optimizer=optimizer, critic_epochs=30)
+    critic = hybrid.make_critic(config, collector, collector.mesh)
     states, values = critic.states_and_values(critic.initial_state, stepwise.params, rollout)
     mask = np.asarray(rollout.completion_mask)
     returns = np.where(mask, np.arange(mask.shape[1])[None] / 5 + (np.asarray(rollout.completion_ids) % 2), 0)
@@ -548,9 +560,11 @@ def test_states_read_in_parts_are_those_of_the_whole(stepwise):
     ("change", "message"),
     [
         ({"max_draws": 0}, "max_draws is 0; it must be at least 1"),
-        ({"critic_epochs": 0}, "critic_epochs is 0"),
-        ({"advantage": "process_supervised", "rewards": RewardConfig()}, "needs rewards of steps: set steps_weight"),
-        ({"advantage": "process_supervised", "kl_reward_coef": 0.1}, "which kl_reward_coef would change"),
+        (
+            {"advantage": "process_supervised", "rewards": RewardConfig()},
+            "needs rewards of reasoning steps: set steps_weight",
+        ),
+        ({"advantage": "process_supervised", "kl_reward_coef": 0.1}, "has no sum of rewards for kl_reward_coef"),
         ({"advantage": "gdpo", "rewards": RewardConfig(clip_reward=(0.0, 1.0))}, "gdpo has no sum of rewards"),
     ],
 )
@@ -566,5 +580,5 @@ def test_a_mixture_that_cannot_work_is_refused_when_it_is_read(config, tmp_path)
         replace(with_mixture(config, tmp_path, clip_reward=[0, 1]), advantage="gdpo")
     with pytest.raises(ValueError, match=r"num_prompts = 1 there would be none of \['errands'\]"):
         replace(with_mixture(config, tmp_path), num_prompts=1)
-    with pytest.raises(ValueError, match="name a model too"):
-        replace(with_mixture(config, tmp_path, dataset="some.jsonl"), model=None)
+    with pytest.raises(ValueError, match="the toy model knows the tasks sums and errands only"):
+        replace(with_mixture(config, tmp_path, dataset="some.jsonl"), model="toy")
