@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,9 +11,10 @@ import pytest
 import transformers
 
 from experiments import dpo
-from experiments.dpo import Config
 from grpo_jax import models
+from grpo_jax.config.dpo import DPOConfig
 from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.presets import preset
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems
@@ -41,7 +41,7 @@ def rows_of_errands():
 def finished(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dpo")
     dataset = write_rows(folder / "errands.jsonl", rows_of_errands())
-    config = Config(
+    config = DPOConfig(
         model=small,
         data=PreferenceConfig(dataset=dataset, template="{question}"),
         run_dir=folder / "run",
@@ -265,7 +265,7 @@ def test_the_trained_model_is_a_hugging_face_folder(finished):
         ({"loss": "hinge", "target_margin": 1.0}, "belong to the loss sigmoid, not to hinge"),
         ({"seed": -1}, "seed is -1"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
-        ({"model": None, "data": PreferenceConfig(chat_template=True)}, "the embedded base has no chat template"),
+        ({"model": "toy", "data": PreferenceConfig(chat_template=True)}, "the toy model has no chat template"),
         ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
 )
@@ -279,7 +279,9 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
     [
         ({"mesh": MeshConfig(data=8)}, "pairs of a micro-batch: 12 do not divide over mesh data x fsdp = 8"),
         ({"judge": "no_such_module:f"}, "no module 'no_such_module'"),
-        ({"judge": "errand_reward"}, "named module:function"),
+        ({"judge": "errand_reward"}, "must be module:function"),
+        ({"model": None}, "model: no model is named; pass --model"),
+        ({"data": PreferenceConfig()}, "dataset: no dataset is named; pass --dataset"),
         ({"num_pairs": LEARNT + 1}, f"with {LEARNT} pairs num_pairs must be from 1"),
         ({"max_prompt_length": 2}, "none of 36 pairs fits"),
         ({"model": "no/such/folder"}, "no/such/folder"),
@@ -319,17 +321,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config,
     assert [row["step"] for row in metrics_of(config)] == [0]
 
 
-def test_defaults_follow_the_model():
-    assert (Config().prompt_length, Config().completion_length) == (12, 48)
-    assert Config(model="some/model").completion_length == 1024
-    assert Config().base.errand_share == 0.5
+def test_settings_have_one_default_and_the_toy_is_a_preset():
+    config = DPOConfig()
+    assert (config.prompt_length, config.completion_length) == (512, 1024)
+    assert (config.model, config.data.dataset, config.judge, config.optimizer.learning_rate) == (None, None, None, 5e-7)
+    toy = preset("dpo")
+    assert (toy.prompt_length, toy.completion_length) == (12, 48)
+    assert (toy.model, toy.data.dataset, toy.judge, toy.optimizer.learning_rate) == ("toy", "errands", JUDGE, 3e-4)
+    assert toy.toy.errand_share == 0.5
 
 
 @pytest.mark.slow
-def test_a_data_set_can_be_learnt_from_a_base_that_was_made_before(config, small):
-    again = replace(config, model=None, base_dir=Path(small), judge=None, num_epochs=1, eval_every=0)
-    again = replace(again, data=replace(again.data, template=None))  # the base's own, which is the bare question
+def test_errands_can_be_learnt_from_a_folder_in_its_own_format_without_a_judge(config):
+    data = PreferenceConfig(dataset="errands", num_generated=LEARNT, eval_size=HELD_OUT)  # the bare question
+    again = replace(config, data=data, judge=None, num_epochs=1, eval_every=0)
     assert dpo.main(again) == 0
     rows = read_jsonl(again.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
-    assert not any("eval/judge" in row for row in rows)  # errands' own judge is of the built-in ones alone
+    assert not any("eval/judge" in row for row in rows)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from experiments import rejection_sampling
-from experiments.rejection_sampling import Config
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.presets import preset
+from grpo_jax.config.rejection_sampling import RejectionSamplingConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.conversations import load_demonstrations
@@ -32,9 +33,9 @@ GENERAL = [
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rejection")
-    config = Config(
+    config = RejectionSamplingConfig(
         model=base,
-        data=DataConfig(template="{question}", eval_size=10),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=10),
         rewards=RewardConfig(reward_workers=0),
         run_dir=folder / "run",
         num_samples=SAMPLES,
@@ -302,7 +303,8 @@ def test_demonstrations_that_cannot_be_read_are_found_before_anything_is_drawn(c
     ("change", "message"),
     [
         ({"max_problems": 0}, "max_problems is 0"),
-        ({"selection": SelectionConfig(require=("language=1",))}, r"\['language'\] are not scored"),
+        ({"model": "toy"}, "the toy model knows the tasks sums and errands only, without a template"),
+        ({"selection": SelectionConfig(require=("language=1",))}, r"no rewards named \['language'\]"),
         ({"general_share": 0.0}, "general_share is 0.0"),
         ({"general_share": 1.0}, "general_share is 1.0"),
         ({"demonstrations": ()}, "general_share is 0.2; it is a share .* of rows from demonstrations"),
@@ -318,7 +320,6 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 
 def test_the_command_that_teaches_has_the_form_of_the_prompts(finished):
     path = finished.run_dir / "dataset.jsonl"
-    embedded = replace(finished, model=None, data=DataConfig(), demonstrations=(), general_share=None)
     plain = {"kind": "plain", "template": "{question}"}
     assert rejection_sampling.teaching(path, plain, ()).endswith(f"--dataset {path} --template '{{question}}'")
     chat = {"kind": "chat", "system_prompt": "Be brief.", "template_kwargs": {"thinks": False}, "date": "2026-11-27"}
@@ -326,5 +327,29 @@ def test_the_command_that_teaches_has_the_form_of_the_prompts(finished):
         "--stop-tokens '<end>' --chat-template --system-prompt 'Be brief.' --template-date 2026-11-27 "
         """--template-kwargs '{"thinks": false}'"""
     )
-    assert (embedded.problems_asked, Config().problems_asked) == (PROBLEMS, 256)
-    assert Config(model="some/model").problems_asked is None
+
+
+def test_settings_have_one_default_and_the_toy_is_a_preset():
+    config, toy = RejectionSamplingConfig(), preset("rejection_sampling")
+    assert (config.model, config.data.dataset, config.max_problems) == (None, None, None)
+    assert (toy.model, toy.data.dataset, toy.max_problems) == ("toy", "sums", 256)
+    assert (toy.prompt_length, toy.completion_length) == (12, 48)
+
+
+def test_filters_may_change_until_the_run_is_finished(finished, config):
+    assert "cache_bytes" in finished.resumable_fields
+    for name in ("selection", "demonstrations", "general_share"):
+        assert name in config.resumable_fields
+        assert name not in finished.resumable_fields
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model: no model is named; pass --model"),
+        ({"data": DataConfig()}, "dataset: no dataset is named; pass --dataset"),
+    ],
+)
+def test_a_model_and_a_dataset_must_be_named(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        rejection_sampling.main(replace(config, **change))

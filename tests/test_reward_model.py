@@ -12,9 +12,11 @@ import torch
 import transformers
 
 from experiments import reward_model
-from experiments.reward_model import Config, accuracy_and_calibration
+from experiments.reward_model import accuracy_and_calibration
 from grpo_jax import models
 from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.presets import preset
+from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.jsonl import read_jsonl
@@ -37,7 +39,7 @@ def rows_of_errands():
 def finished(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward_model")
     dataset = write_rows(folder / "errands.jsonl", rows_of_errands())
-    config = Config(
+    config = RewardModelConfig(
         model=small,
         data=PreferenceConfig(dataset=dataset, template="{question}"),
         run_dir=folder / "run",
@@ -247,7 +249,9 @@ def test_accuracy_and_calibration_are_those_computed_by_hand(margins, accuracy, 
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"eval_every": -1}, "eval_every is -1"),
         ({"save_every": 0}, "save_every is 0"),
-        ({"model": None}, "the embedded base knows its own errands only"),
+        ({"model": "toy"}, "the toy model knows the data set errands only"),
+        ({"model": "toy", "data": PreferenceConfig(dataset="errands", template="{question}")}, "without a template"),
+        ({"model": "toy", "data": PreferenceConfig(dataset="errands", chat_template=True)}, "without a template"),
         ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
 )
@@ -263,6 +267,8 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         ({"num_pairs": LEARNT + 1}, f"with {LEARNT} pairs num_pairs must be from 1"),
         ({"max_prompt_length": 2}, "none of 36 pairs fits"),
         ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"model": None}, "model: no model is named; pass --model"),
+        ({"data": PreferenceConfig()}, "dataset: no dataset is named; pass --dataset"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_step(config, change, message):
@@ -271,6 +277,11 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, change, messag
     assert not read_jsonl(config.run_dir / "metrics.jsonl")
 
 
-def test_defaults_follow_the_model():
-    assert (Config().lengths, Config(model="some/model").lengths) == ((12, 48), (512, 1024))
-    assert Config(max_completion_length=7).lengths == (12, 7)
+def test_settings_have_one_default_and_the_toy_is_a_preset():
+    config = RewardModelConfig()
+    assert config.lengths == RewardModelConfig(model="some/model").lengths == (512, 1024)
+    assert RewardModelConfig(max_completion_length=7).lengths == (512, 7)
+    assert (config.model, config.data.dataset, config.optimizer.learning_rate) == (None, None, 1e-5)
+    toy = preset("reward_model")
+    assert (toy.lengths, toy.model, toy.data.dataset, toy.toy.errand_share) == ((12, 48), "toy", "errands", 0.5)
+    assert toy.optimizer.learning_rate == 1e-3
