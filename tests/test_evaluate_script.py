@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from experiments import evaluate
-from experiments.evaluate import Config, keys_of, per_problem, read_report
+from experiments.evaluate import keys_of, per_problem, read_report
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.evaluation import EvaluationConfig
+from grpo_jax.config.presets import preset
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.problems import Problem
@@ -31,9 +33,9 @@ PROBLEMS, SAMPLES = 24, 4
 
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
-    config = Config(
+    config = EvaluationConfig(
         model=base,
-        data=DataConfig(template="{question}", eval_size=PROBLEMS),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=PROBLEMS),
         rewards=RewardConfig(target_language="en"),
         run_dir=tmp_path_factory.mktemp("evaluate") / "run",
         num_samples=SAMPLES,
@@ -168,7 +170,7 @@ def test_run_again_it_prints_the_same_report_and_draws_nothing(copy, nothing_is_
     figures = read_report(copy.run_dir)["figures"]
     assert all(name in first for name in figures if name != "ungraded")
     assert f"{figures['pass@1']['mean']:.4f}  [{figures['pass@1']['low']:.4f}, " in first
-    assert f"{PROBLEMS} problems of the built-in sums, {SAMPLES} samples each, temperature 1" in first
+    assert f"{PROBLEMS} problems of sums, {SAMPLES} samples each, temperature 1" in first
 
 
 def test_other_k_of_the_same_completions(copy, nothing_is_drawn):
@@ -271,7 +273,7 @@ def test_greedy(finished, tmp_path):
         ({"k": (1, 5)}, "k is 5; pass@k of num_samples = 4 has k from 1 to that"),
         ({"k": (0,)}, "k is 0"),
         ({"num_samples": 0}, "num_samples is 0"),
-        ({"sampling": Sampling(temperature=0.0)}, "4 samples of a problem are all the same"),
+        ({"sampling": Sampling(temperature=0.0)}, "all 4 completions of a problem would be identical"),
         ({"run_dir": Path("runs/x"), "against": Path("runs/../runs/x")}, "this run's own folder"),
     ],
 )
@@ -280,11 +282,27 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         replace(finished, **change)
 
 
-def test_defaults():
-    assert Config().num_samples == 16
-    assert Config().ks == [1, 2, 4, 8, 16]
-    assert Config(num_samples=12).ks == [1, 2, 4, 8]
-    assert Config(k=(16, 3)).ks == [1, 3, 16]
+def test_settings_have_one_default_and_the_toy_is_a_preset():
+    config = EvaluationConfig()
+    assert (config.num_samples, config.ks, config.data.eval_size) == (16, [1, 2, 4, 8, 16], None)
+    assert EvaluationConfig(num_samples=12).ks == [1, 2, 4, 8]
+    assert EvaluationConfig(k=(16, 3)).ks == [1, 3, 16]
+    assert (config.model, config.data.dataset) == (None, None)
+    toy = preset("evaluate")
+    assert (toy.model, toy.data.dataset, toy.data.eval_size) == ("toy", "sums", None)
+    assert (toy.prompt_length, toy.completion_length) == (12, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model: no model is named; pass --model"),
+        ({"data": DataConfig()}, "dataset: no dataset is named; pass --dataset"),
+    ],
+)
+def test_a_model_and_a_dataset_must_be_named(finished, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(replace(finished, run_dir=tmp_path / "run", **change))
 
 
 # Problems that are odd -----------------------------------------------------------------------------------------------
