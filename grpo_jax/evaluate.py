@@ -233,4 +233,6 @@ def _check_values(values: Float[np.ndarray, " N"]) -> int:
 def _check_k(samples: Int[Array, "N G"] | Bool[Array, "N G"], k: int) -> None:
     N, G = samples.shape
     if N == 0 or not 1 <= k <= G:
-        raise ValueError(f"k is {k} for {N} problems of {G} samples each; it must be from 1 to {G}, for at least 1 problem")
+        raise ValueError(
+            f"k is {k} for {N} problems of {G} samples each; it must be from 1 to {G}, for at least 1 problem"
+        )
