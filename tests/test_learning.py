@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import GUESSING
 
-from experiments import r1_zero
+from experiments import grpo
+from grpo_jax.config.presets import preset
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("default") / "run"
-    r1_zero.main(r1_zero.Config(run_dir=folder, mesh=MeshConfig(data=1), plain=True))
+    grpo.main(replace(preset("grpo"), run_dir=folder, mesh=MeshConfig(data=1), plain=True))
     return folder
 
 
@@ -56,10 +58,10 @@ def test_s1_kill_9_and_the_same_command_again(tmp_path):
     def start(run):
         options = "--num-steps 8 --num-prompts 4 --group-size 4 --max-prompt-length 12 --max-completion-length 10"
         options += " --eval-size 4 --eval-samples 4 --save-every 2 --num-epochs 2 --kl-coef 0.01 --plain"
-        command = [sys.executable, "experiments/r1_zero.py", "--model", str(tmp_path / "base"), "--run-dir", str(run)]
+        command = [sys.executable, "experiments/grpo.py", "--model", str(tmp_path / "base"), "--run-dir", str(run)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
         return subprocess.Popen(
-            [*command, "--template", "{question}", *options.split()],
+            [*command, "--dataset", "sums", "--template", "{question}", *options.split()],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.DEVNULL,

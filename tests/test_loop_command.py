@@ -2,16 +2,24 @@
 
 import dataclasses
 import importlib
+import json
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import jax
 import pytest
 import tyro
 
-from grpo_jax.loop.command import BUG, INTERRUPTED, MISTAKE, flags_of, in_flags, run_command
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.functions import parse_call
+from grpo_jax.config.grpo import PRESETS as GRPO_PRESETS
+from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.jsonl import to_json
+from grpo_jax.loop.command import BUG, INTERRUPTED, MISTAKE, run_command
+from grpo_jax.loop.flags import flags_of, in_flags
 
 SCRIPTS = sorted(
     path.stem
@@ -177,18 +185,18 @@ def test_names_become_flags_where_they_are_names():
 @pytest.mark.parametrize(
     ("name", "flag"),
     [
-        ("r1_zero", "--kl-coef"),
-        ("r1_zero", "--sampling.temperature"),
-        ("r1_zero", "--accuracy-weight"),
+        ("grpo", "--kl-coef"),
+        ("grpo", "--sampling.temperature"),
+        ("grpo", "--accuracy-weight"),
         ("dpo", "--sft-coef"),
         ("reward_model", "--centring"),
-        ("sft", "--optimizer.weight-decay"),
+        ("sft", "--weight-decay"),
     ],
 )
 def test_a_setting_that_is_nan_is_named_before_anything_runs(name, flag, capsys, tmp_path):
     script = importlib.import_module(f"experiments.{name}")
     given = [flag, "nan", "--run-dir", str(tmp_path / "run")]
-    assert run_command(script.Config, script.main, description=script.__doc__, args=given) == MISTAKE
+    assert run_script(script, given) == MISTAKE
     said = capsys.readouterr().err
     assert flag in said
     assert "nan" in said
@@ -198,19 +206,137 @@ def test_a_setting_that_is_nan_is_named_before_anything_runs(name, flag, capsys,
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_has_its_flags_and_refuses_others(name, capsys):
     script = importlib.import_module(f"experiments.{name}")
-    flags = [each.flag for each in flags_of(script.Config)]
+    flags = [flag.flag for flag in flags_of(config_type(script))]
     needed = ["data.jsonl"] if name == "check_data" else []
     with pytest.raises(SystemExit) as ended:
-        run_command(script.Config, script.main, description=script.__doc__, args=[*needed, "--no-such-flag"])
+        run_script(script, [*needed, "--no-such-flag"])
     assert ended.value.code == MISTAKE
     assert "--no-such-flag" in capsys.readouterr().err
     required = [
         field
-        for field in dataclasses.fields(script.Config)
+        for field in dataclasses.fields(config_type(script))
         if field.default is field.default_factory is dataclasses.MISSING
     ]
     needed = [part for field in required for part in (f"--{field.name}", "x")]
     for flag, value in (("--num-prompts", "0"), ("--seed", "-1"), ("--save-every", "0"), ("--num-pairs", "0")):
-        if flag in flags and name != "sample" and not name.startswith(("bench", "reward_hacking")):
-            assert run_command(script.Config, script.main, description=None, args=[*needed, flag, value]) == MISTAKE
+        if flag in flags and name not in ("sample", "reward_hacking"):
+            assert run_script(script, [*needed, flag, value]) == MISTAKE
             assert f"error: {flag} is {value}; it must be at least" in capsys.readouterr().err
+
+
+# Presets, files and help ---------------------------------------------------------------------------------------------
+
+
+def config_type(script):
+    return get_type_hints(script.main)["config"]
+
+
+def run_script(script, args, main=None):
+    presets = getattr(script, "PRESETS", {})
+    kind = config_type(script)
+    return run_command(kind, main or script.main, description=script.__doc__, presets=presets, args=args)
+
+
+def parsed(name, *args):
+    """The configuration that a script's command line stands for."""
+    seen = []
+    script = importlib.import_module(f"experiments.{name}")
+    assert run_script(script, list(args), main=lambda config: seen.append(config)) == 0
+    return seen[0]
+
+
+def test_a_preset_is_overridden_by_flags_and_toy_is_the_one_without_a_model():
+    toy = parsed("grpo")
+    assert toy == parsed("grpo", "toy") == GRPO_PRESETS["toy"].config()
+    assert parsed("grpo", "--num-steps", "3") == replace(toy, num_steps=3)
+    named = parsed("grpo", "--model", "some/folder", "--dataset", "x.jsonl")
+    assert named == GRPOConfig(model="some/folder", data=DataConfig(dataset="x.jsonl"))
+    assert parsed("grpo", "toy", "--model=some/folder").max_completion_length == 48
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are(capsys):
+    script = importlib.import_module("experiments.grpo")
+    assert run_script(script, ["dapo", "--num-steps", "3"]) == MISTAKE
+    assert "there is no preset 'dapo'; the presets are toy, r1-zero-gsm8k" in capsys.readouterr().err
+
+
+def test_a_file_holds_what_config_json_holds_and_flags_win(tmp_path):
+    toy = GRPO_PRESETS["toy"].config()
+    whole = tmp_path / "config.json"
+    whole.write_text(json.dumps(to_json(dataclasses.asdict(toy))))
+    assert parsed("grpo", "--config", str(whole)) == toy
+    part = tmp_path / "part.yaml"
+    part.write_text("preset: toy\noptimizer:\n  learning_rate: 1e-3\ndata: {eval_size: 7}\nmesh: {data: 1}\n")
+    found = parsed("grpo", f"--config={part}", "--eval-size", "8")
+    assert (found.optimizer.learning_rate, found.data.eval_size, found.mesh.data) == (1e-3, 8, 1)
+    assert replace(found, optimizer=toy.optimizer, data=toy.data, mesh=toy.mesh) == toy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_stepz: 3", "'num_stepz' is not a setting"),
+        ("num_steps: many", "num_steps is 'many'; it must be int"),
+        ("num_steps: true", "num_steps is True; it must be int"),
+        ("data: {eval_size: 0}", "--eval-size is 0; it must be at least 1"),
+        ("num_steps: 3\nnum_steps: 4", "['num_steps'] occur twice"),
+        ("preset: none", "there is no preset 'none'"),
+        ("- 3", "must be a mapping of settings"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_with_the_setting(tmp_path, capsys, text, message):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    assert run_script(importlib.import_module("experiments.grpo"), ["--config", str(path)]) == MISTAKE
+    said = capsys.readouterr().err
+    assert message.replace("num_steps is", "--num-steps is") in said or message in said
+    assert "settings.yaml" in said or "preset" in said
+
+
+def test_help_is_two_screens_and_names_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    script = importlib.import_module("experiments.grpo")
+    assert run_script(script, ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 110
+    assert max(map(len, text.splitlines())) <= 120
+    for flag in flags_of(GRPOConfig):
+        assert re.search(rf"{flag.flag}(\s|$)", text), flag.flag
+    for name, preset in GRPO_PRESETS.items():
+        assert name in text
+        assert preset.summary in text
+    assert run_script(script, ["toy", "--help"]) == 0
+    toy = capsys.readouterr().out
+    assert "2 to 3 minutes" in toy
+    assert "[0.00025]" in toy
+    with pytest.raises(SystemExit) as ended:
+        run_script(script, ["--help-all"])
+    assert ended.value.code == 0
+    assert "--sampling.top-p" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_common_flags_exist(name, capsys):
+    script = importlib.import_module(f"experiments.{name}")
+    kind = config_type(script)
+    common = getattr(kind, "COMMON_FLAGS", "").split()
+    assert set(common) <= {flag.flag for flag in flags_of(kind)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("grpo", ("grpo", {})),
+        ("grpo()", ("grpo", {})),
+        ("sapo(a=1.5, b='x, y')", ("sapo", {"a": 1.5, "b": "x, y"})),
+        ("my.module:f(scale=-2e-3, on=True)", ("my.module:f", {"scale": -2e-3, "on": True})),
+    ],
+)
+def test_calls_in_settings(text, expected):
+    assert parse_call(text, "loss") == expected
+
+
+@pytest.mark.parametrize("text", ["", "f(1)", "f(a=g())", "f(a=1", "f(**{})", "a b", "f(a=x)", "__import__('os')"])
+def test_what_is_no_call_is_refused(text):
+    with pytest.raises(ValueError, match=r"^loss is .*; (it must be a name|its arguments are keywords)"):
+        parse_call(text, "loss")

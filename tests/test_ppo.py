@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import ppo
-from experiments.ppo import Config
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
@@ -33,9 +33,9 @@ def scorer(tmp_path_factory):
 
 @pytest.fixture
 def config(base, scorer, tmp_path):
-    return Config(
+    return PPOConfig(
         model=base,
-        data=DataConfig(template="{question}", eval_size=10),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=10),
         run_dir=tmp_path / "run",
         num_steps=4,
         num_prompts=16,
@@ -143,9 +143,9 @@ def test_rewards_of_tokens_are_the_score_at_the_end_and_the_kl_before():
         ({"value_epsilon": 0.0}, "value_epsilon is 0.0; it must be above 0"),
         ({"gamma": 1.5}, "gamma is 1.5; it must be from 0 to 1"),
         ({"lam": -0.1}, "lam is -0.1; it must be from 0 to 1"),
-        ({"policy": PolicyLossConfig(loss="ppo", kl_coef=0.1)}, "kl_coef is set: here the KL is in the reward"),
+        ({"policy": PolicyLossConfig(loss="ppo", kl_coef=0.1)}, "kl_coef is set, but PPO has the KL in the reward"),
         ({"kl_reward_coef": 0.0}, "kl_target is set, but kl_reward_coef"),
-        ({"rewards": RewardConfig(accuracy_weight=0.0)}, "nothing is paid for; name a reward_model"),
+        ({"rewards": RewardConfig(accuracy_weight=0.0)}, "no reward has a weight; name a reward_model"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):
