@@ -1,7 +1,7 @@
-"""Whole-state save and restore.
+"""Saving and restoring of a run's state.
 
-A checkpoint is one tree of arrays and one small JSON object (where the data iterator stands). It is written beside its
-final name and renamed when complete, so that a kill at any moment leaves the one before it in place.
+A checkpoint is a pytree of arrays and a small JSON object (the state of the data iterator). It is written under a
+temporary name and renamed when complete, so that a kill at any moment leaves the previous checkpoint intact.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ import jax
 import orbax.checkpoint as ocp
 
 
+def _abstract(tree: Any) -> Any:
+    """The shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
     Args:
-        folder: created if need be.
-        keep: how many of the newest stay; older ones are deleted unless ``save`` protects them.
+        folder: created if it does not exist.
+        keep: number of newest checkpoints to keep; older ones are deleted unless ``save`` protects them.
 
     Raises:
-        ValueError: keep below 1.
+        ValueError: ``keep`` is below 1.
     """
 
     def __init__(self, folder: Path | str, *, keep: int = 2):
         if keep < 1:
-            raise ValueError(f"keep is {keep}; a run that can be resumed keeps at least 1 checkpoint")
+            raise ValueError(f"keep is {keep}; it must be at least 1, or the run could not be resumed")
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._manager = ocp.CheckpointManager(
@@ -38,20 +43,20 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """The steps of which there is a complete checkpoint, in order."""
+        """The steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, position: dict, *, protected: Collection[int] = ()) -> None:
         """Write a checkpoint, wait until it is complete, and delete those that are not kept.
 
         Args:
-            step: how many steps of the run are done.
-            state: a tree of arrays.
-            position: whatever else the run needs to go on, as JSON.
-            protected: steps whose checkpoints stay besides the newest, such as that of the best evaluation.
+            step: number of completed steps.
+            state: a pytree of arrays.
+            position: other state that the run needs to resume, as JSON.
+            protected: steps to keep besides the newest, such as that of the best evaluation.
 
         Raises:
-            OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+            OSError: the disk is full or the folder is not writable; earlier checkpoints are unchanged.
         """
         try:
             self._manager.save(
@@ -69,12 +74,16 @@ class Checkpoints:
                 self._manager.delete(old)
 
     def read(self, step: int, like: Any) -> Any:
-        """The state of one step's checkpoint, laid out as ``like``, which is only read for shapes and shardings.
+        """The state in the checkpoint of a step.
+
+        Args:
+            step: of the checkpoint.
+            like: a tree of arrays with the shapes, dtypes and shardings to restore into; its values are not used.
 
         Raises:
             RuntimeError: there is no checkpoint of this step, or it cannot be read.
         """
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        template = _abstract(like)
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
             return self._manager.restore(step, args=args)["state"]
@@ -82,21 +91,21 @@ class Checkpoints:
             raise RuntimeError(f"the checkpoint {self.folder / str(step)} cannot be read: {error!s:.200}") from error
 
     def restore(self, like: Any) -> tuple[int, Any, dict] | None:
-        """The newest complete checkpoint, laid out as ``like``; None where there is no checkpoint at all.
+        """The newest readable checkpoint; None if there are no checkpoints.
 
-        A damaged one is named in a warning and set aside (``damaged-<step>``), and the one before it is taken.
+        A damaged checkpoint is reported in a warning and renamed to ``damaged-<step>``, and the one before it is tried.
 
         Args:
             like: a tree of arrays with the shapes, dtypes and shardings to restore into; its values are not used.
 
         Returns:
-            Step, state and position, as given to ``save``.
+            Step, state and position, as passed to ``save``.
 
         Raises:
-            RuntimeError: there are checkpoints, and none of them can be read.
+            RuntimeError: there are checkpoints, and none can be read.
         """
         steps = self.steps()[::-1]
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        template = _abstract(like)
         failures = []
         for step in steps:
             try:
@@ -113,19 +122,19 @@ class Checkpoints:
                 warnings.warn(f"damaged checkpoint, not used: {failures[-1]}", stacklevel=2)
         if failures:
             raise RuntimeError(
-                "no checkpoint can be read; remove the folder to start from the beginning:\n  " + "\n  ".join(failures)
+                "no checkpoint can be read; remove the folder to start again:\n  " + "\n  ".join(failures)
             )
         return None
 
     def require_space(self, state: Any) -> None:
-        """Check, before any compute is spent, that the checkpoints of this state will fit on the disk.
+        """Check that the checkpoints of a state will fit on the disk, before the run starts.
 
         Args:
             state: the tree that will be saved, or its shapes.
 
         Raises:
-            OSError: less is free than the checkpoints that are kept, that of the best evaluation and the one being
-                written take.
+            OSError: less space is free than needed for the checkpoints that are kept, that of the best evaluation and
+                the one being written.
         """
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         needed = size * (self._keep + 2 - len(self.steps()))
@@ -143,5 +152,5 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Release what the folder's manager holds."""
+        """Close the checkpoint manager."""
         self._manager.close()

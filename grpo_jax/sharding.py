@@ -1,7 +1,7 @@
-"""The device mesh, and where each array lies on it.
+"""The device mesh and the shardings of parameters and batches.
 
-Three axes: ``data`` (whole copies of the model, each with its part of the batch), ``fsdp`` (parameters and optimizer
-state split, gathered as they are used; the batch is split here too) and ``tensor`` (heads and hidden units split).
+Three axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
+are sharded and gathered when used; the batch is sharded here too) and ``tensor`` (heads and hidden units are sharded).
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ PARAM_RULES = (
     (r"(score|value)/kernel$", P("fsdp", None)),
     (r"/scale$", P()),
 )
-"""Parameter path -> how its dimensions lie on the mesh; the first pattern found in the path holds."""
+"""Patterns of parameter paths and the sharding of their dimensions; the first match applies."""
 
 ROLLOUT_RULES = tuple(
     (pattern, P(*(None if axes == "fsdp" else axes for axes in spec))) for pattern, spec in PARAM_RULES
 )
-"""The same for sampling: whole over ``data`` and ``fsdp``, so that nothing is gathered for each token."""
+"""The rules for sampling: replicated over ``data`` and ``fsdp``, so that no decode step gathers parameters."""
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of ``data x fsdp x tensor`` devices.
 
     Args:
-        data: its size; -1 takes all devices that the other axes leave.
-        fsdp: its size.
-        tensor: its size.
-        devices: those to use; by default all there are, or the first ``data * fsdp * tensor``.
+        data: size of the axis; -1 for all devices that the other axes leave.
+        fsdp: size of the axis.
+        tensor: size of the axis.
+        devices: devices to use, of which the first ``data * fsdp * tensor`` are taken; by default all.
 
     Raises:
-        ValueError: when the sizes do not fit the number of devices.
+        ValueError: the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
         raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: sizes are at least 1 (data may be -1: the rest)"
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: sizes must be at least 1 (data may be -1: all others)"
         )
     if data == -1:
         data = len(devices) // (fsdp * tensor)
         if data * fsdp * tensor != len(devices):
             raise ValueError(
-                f"mesh fsdp={fsdp} x tensor={tensor} does not divide the {len(devices)} devices there are; "
+                f"mesh fsdp={fsdp} x tensor={tensor} does not divide the {len(devices)} devices; "
                 f"their product must be one of {divisors(len(devices))}"
             )
     size = data * fsdp * tensor
@@ -71,7 +71,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
         raise ValueError(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} takes {size} devices; there are {len(devices)}"
         )
-    # Auto: the compiler propagates shardings from the arrays passed in, so mathematics never names a mesh.
+    # Auto: the compiler propagates shardings from the arguments, so that the mathematics does not name a mesh.
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
@@ -80,12 +80,12 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
 
     Args:
         shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
-        mesh: from ``make_mesh``.
-        rules: pattern -> spec; see ``PARAM_RULES``.
+        mesh: a mesh of ``make_mesh``.
+        rules: pairs of a regular expression on the path and a spec; the first match applies.
 
     Raises:
-        ValueError: one that lists every parameter without a rule, and every dimension that its mesh axes do not divide,
-            with the axis sizes that would do.
+        ValueError: parameters without a rule, or dimensions that their mesh axes do not divide; one error lists all,
+            with the axis sizes that would divide.
     """
     problems = []
 
@@ -111,26 +111,26 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
 
 
 def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
-    """A function ``params -> params`` in another layout and precision, as one jitted step.
+    """A jitted function ``params -> params`` that changes sharding and dtype.
 
-    Parameters that lie so already are given back as they are, without a copy. The new ones are the caller's: dropped
-    before the next are made, they are in memory once.
+    Parameters that have both already are returned without a copy. The function keeps no reference to its results: if
+    the caller drops them before the next call, memory holds one copy.
 
     Args:
-        shardings: a tree of shardings like the parameters'.
-        dtype: of the matrices; norms' scales are computed with in the precision they are stored in.
+        shardings: a sharding for each parameter.
+        dtype: of the matrices; vectors, such as the scales of norms, keep theirs.
     """
 
-    def precision(x: Array) -> Any:
+    def target_dtype(x: Array) -> Any:
         return dtype if x.ndim > 1 else x.dtype
 
     @partial(jax.jit, out_shardings=shardings)
     def move(params: Params) -> Params:
-        return jax.tree.map(lambda x: x.astype(precision(x)), params)
+        return jax.tree.map(lambda x: x.astype(target_dtype(x)), params)
 
     def reshard(params: Params) -> Params:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
-        if all(x.dtype == precision(x) and x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs):
+        if all(x.dtype == target_dtype(x) and x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs):
             return params
         return move(params)
 
@@ -138,20 +138,20 @@ def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
 
 
 def bytes_on_devices(tree: Any) -> int:
-    """What the arrays of a tree take on all devices together."""
+    """Bytes of a tree's arrays, summed over this process's devices."""
     return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def shard_rows(tree, mesh: Mesh):
-    """Lay every array's rows out over the mesh's ``data`` and ``fsdp`` axes.
+    """A tree of arrays with their rows sharded over the mesh's ``data`` and ``fsdp`` axes.
 
     Raises:
-        ValueError: when the rows do not divide.
+        ValueError: the rows do not divide.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for x in jax.tree.leaves(tree):
@@ -161,10 +161,15 @@ def shard_rows(tree, mesh: Mesh):
 
 
 def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:
-    """The same values, laid out over a mesh at this point of a jitted function.
+    """The same values with a sharding constraint, inside a jitted function.
 
-    The compiler lays activations out by itself from the parameters' layout and the batch's, and does not always choose
-    the batch's. Without a mesh, and where a dimension does not divide, the choice stays with it.
+    The compiler derives the sharding of activations from those of parameters and batch, and does not always choose that
+    of the batch. Without a mesh, or if a dimension does not divide, there is no constraint.
+
+    Args:
+        x: an activation.
+        mesh: a mesh of ``make_mesh``, or None.
+        spec: mesh axes of the leading dimensions.
     """
     if mesh is None:
         return x
@@ -175,11 +180,11 @@ def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:
 
 
 def take_rows(x: Array, rows: Int[Array, "devices taken"]) -> Array:
-    """Rows gathered within each device's part, so that none has to travel: ``[devices * taken, ...]``.
+    """Rows gathered within each device's shard, without communication: ``[devices * taken, ...]``.
 
     Args:
-        x: rows first, in as many equal parts as ``rows`` has.
-        rows: for each part the rows of it that are taken, counted from its first.
+        x: an array whose first axis is sharded evenly over ``devices``.
+        rows: for each device, indices into its shard.
     """
     parts = x.reshape(rows.shape[0], x.shape[0] // rows.shape[0], *x.shape[1:])
     taken = jax.vmap(lambda part, index: part.at[index].get(mode="promise_in_bounds"))(parts, rows)
@@ -187,5 +192,5 @@ def take_rows(x: Array, rows: Int[Array, "devices taken"]) -> Array:
 
 
 def divisors(n: int) -> list[int]:
-    """The whole numbers that divide ``n``, in order."""
+    """The divisors of ``n`` in ascending order."""
     return [d for d in range(1, n + 1) if n % d == 0]

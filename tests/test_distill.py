@@ -3,12 +3,13 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import jax
 import pytest
 
 from experiments import distill
-from experiments.distill import STAGES, Config
+from experiments.distill import BEFORE, STAGES, Config
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.rewards import RewardConfig
@@ -17,11 +18,12 @@ from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import read_jsonl, to_json
 from grpo_jax.loop.batch_inference import read_samples
+from grpo_jax.loop.command import run_command
 from grpo_jax.loop.stages import check_stages
 from grpo_jax.models import from_hf_config, from_pretrained, init_params, save_pretrained
 from grpo_jax.tasks import sums
 from grpo_jax.tasks.toy_model import ToyConfig
-from tests.runs import kill_in_second_save
+from tests.runs import kill_in_second_save, parsed_commands
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def finished(base, other_tongue, tmp_path_factory):
         model=base,
         student=other_tongue,
         run_dir=tmp_path_factory.mktemp("distill") / "run",
-        data=DataConfig(template="{question}", eval_size=12),
+        data=DataConfig(dataset="sums", template="{question}", eval_size=12),
         rewards=RewardConfig(reward_workers=0),
         max_problems=64,
         num_samples=8,
@@ -70,6 +72,10 @@ def finished(base, other_tongue, tmp_path_factory):
         assert distill.main(config) == 0
     assert drawn.stat().st_mtime_ns == written  # a finished stage is not begun again
     return config
+
+
+def toy(folder, **changes):
+    return replace(distill.PRESETS["toy"].config(), run_dir=folder / "run", **changes)
 
 
 def summary_of(folder):
@@ -144,35 +150,76 @@ def test_the_student_is_asked_as_the_teacher_was(tmp_path):
     (tmp_path / "teacher_eval").mkdir()
     asked = {"kind": "chat", "system_prompt": "Think.", "template_kwargs": {"enable_thinking": True}}
     (tmp_path / "teacher_eval/provenance.json").write_text(json.dumps({"prompt_format": asked}))
-    alike = distill.asked_alike(config)
+    alike = distill.with_teacher_format(config)
     for data in (alike.taught.data, alike.measured("student_before", "s").data):
         assert (data.chat_template, data.system_prompt) == (True, "Think.")
         assert data.template_variables == {"enable_thinking": True}
     own = replace(config, data=replace(config.data, template="{question}"))
-    assert distill.asked_alike(own) == own
+    assert distill.with_teacher_format(own) == own
 
 
-def test_stages_of_embedded_models_begin_where_others_end():
-    config = Config()
-    assert config.teacher_taught.run_dir / "model" == config.sampled.base_dir == config.teacher_dir
-    assert config.taught.base_dir == config.folder("student_before") / "base"
+def test_stages_of_toy_models_begin_where_others_end(tmp_path):
+    config = toy(tmp_path, toy=ToyConfig(skill_steps=7), student_toy=ToyConfig(hidden_size=32))
+    assert (config.teacher_taught.model, config.teacher_taught.toy) == ("toy", config.toy)
+    assert str(config.teacher_taught.run_dir / "model") == config.sampled.model == config.teacher
+    before = distill.stages(config)[2].config
+    assert (before.run_dir, before.model, before.toy) == (config.folder(BEFORE), "toy", config.student_toy)
+    assert config.taught.model == config.student_start == str(config.folder(BEFORE) / "toy_model")
     assert config.taught.data.dataset == str(config.sampled.run_dir / "dataset.jsonl")
-    made_before = replace(config, base_dir=config.folder("mine"))
-    assert made_before.sampled.base_dir == config.folder("mine")
-    assert not config.taught.data.says_template  # the base says how it was trained
+    assert not config.taught.data.says_template  # the model says how it was trained
+    made_before = replace(config, model="mine", student="other")
+    assert (made_before.sampled.model, made_before.taught.model) == ("mine", "other")
+    assert [stage.config.run_dir.name for stage in distill.stages(config)] == ["teacher", *stages_of(made_before)]
+
+
+def stages_of(config):
+    return [stage.config.run_dir.name for stage in distill.stages(config)]
+
+
+def test_a_dry_run_prints_a_command_for_each_stage_and_runs_none(tmp_path, capsys, monkeypatch):
+    for script in (distill.sft, distill.evaluate, distill.rejection_sampling):
+        monkeypatch.setattr(script, "main", lambda config: pytest.fail("a stage was run"))
+    args = ["--run-dir", str(tmp_path / "run"), "--plain", "--mesh.data", "1", "--dry-run"]
+    assert run_command(Config, distill.main, description="", presets=distill.PRESETS, args=args) == 0
+    parsed = parsed_commands(capsys.readouterr().out)
+    plan = distill.stages(toy(tmp_path, plain=True, mesh=MeshConfig(data=1)))
+    assert parsed == [(Path(stage.script.__file__).stem, stage.config) for stage in plan]
+    assert [name for name, _ in parsed] == ["sft", "evaluate", "evaluate", "rejection_sampling", "sft", "evaluate"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": None}, "only one of teacher and student is named; name both"),
+        ({"model": None}, "only one of teacher and student is named; name both"),
+        ({"student": "org/student"}, "teacher and student are both toy models or neither"),
+        ({"data": DataConfig(dataset="org/problems")}, "the toy model knows the tasks sums and errands only"),
+        ({"data": DataConfig(dataset="sums", template="{question}")}, "without a template"),
+    ],
+)
+def test_teacher_and_student_are_both_named_and_both_toys_or_neither(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        toy(tmp_path, **change)
+
+
+def test_no_model_is_the_default(tmp_path):
+    with pytest.raises(ValueError, match="no model is named"):
+        distill.main(Config(run_dir=tmp_path / "run", data=DataConfig(dataset="sums"), mesh=MeshConfig(data=1)))
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": None}, "name a teacher and a student, or neither"),
-        ({"model": None, "data": DataConfig()}, "name a teacher and a student, or neither"),
+        ({"student": None}, "only one of teacher and student is named; name both"),
+        ({"model": None, "data": DataConfig()}, "only one of teacher and student is named; name both"),
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"max_problems": -1}, "max_problems is -1"),
         ({"max_problems": 0}, "max_problems is 0"),
-        ({"selection": SelectionConfig(require=("language=1",))}, r"\['language'\] are not scored"),
+        ({"selection": SelectionConfig(require=("language=1",))}, r"no rewards named \['language'\]"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, change, message):
@@ -187,7 +234,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
         ("cut off", "model.safetensors is damaged"),
         ("no tokenizer", "student has no tokenizer"),
         ("reward model", "student is a reward model: its head gives a score and no tokens"),
-        ("stop token", r"\['<stop>'\] are no tokens"),
+        ("stop token", r"\['<stop>'\] are not tokens"),
     ],
 )
 def test_models_of_later_stages_are_looked_at_before_the_first_is_run(other_tongue, tmp_path, fault, message):
@@ -209,7 +256,7 @@ def test_models_of_later_stages_are_looked_at_before_the_first_is_run(other_tong
         student=str(student),
         run_dir=tmp_path / "run",
         student_stop_tokens=("<stop>",) if fault == "stop token" else (),
-        data=DataConfig(template="{question}"),
+        data=DataConfig(dataset="sums", template="{question}"),
         mesh=MeshConfig(data=1),
     )
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -218,12 +265,12 @@ def test_models_of_later_stages_are_looked_at_before_the_first_is_run(other_tong
 
 def test_what_a_later_stage_cannot_do_is_refused_when_the_settings_are_made(tmp_path):
     with pytest.raises(ValueError, match="max_length is 256, and the model has 128 positions; lower it"):
-        Config(run_dir=tmp_path / "run", max_length=256)
+        toy(tmp_path, max_length=256)
     with pytest.raises(ValueError, match=r"the rows of a micro-batch: 3 do not divide over mesh"):
-        distill.main(Config(run_dir=tmp_path / "run", num_sequences=3, mesh=MeshConfig(data=2), plain=True))
+        distill.main(toy(tmp_path, num_sequences=3, mesh=MeshConfig(data=2), plain=True))
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
     # Nothing was run, and so nothing stands against the corrected command.
-    plan = distill.stages(Config(run_dir=tmp_path / "run", num_sequences=4, mesh=MeshConfig(data=2)))
+    plan = distill.stages(toy(tmp_path, num_sequences=4, mesh=MeshConfig(data=2)))
     check_stages(plan)
 
 
@@ -235,7 +282,7 @@ def test_a_correction_of_a_stage_to_come_leaves_those_that_were_run(tmp_path):
         (folder / "config.json").write_text(json.dumps(settings))
         (folder / "summary.json").write_text(json.dumps({"config": settings}))
 
-    config = Config(run_dir=tmp_path / "run", mesh=MeshConfig(data=1))
+    config = toy(tmp_path, mesh=MeshConfig(data=1))
     plan = distill.stages(config)
     for stage in plan[:4]:  # up to the samples
         has_run(stage)

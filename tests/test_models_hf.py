@@ -103,16 +103,16 @@ def test_a_pad_id_is_settled(folder, of_tokenizer, of_generation, of_config, wan
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, original):
-    with pytest.raises(FileNotFoundError, match=r"has no config.json and so is no checkpoint; it has nothing"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json and so is not a checkpoint; it has nothing"):
         from_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"it has \['notes.txt'\]"):
         from_pretrained(tmp_path)
     with pytest.raises(NotADirectoryError, match=r"model\.safetensors is a file; give the folder"):
         from_pretrained(original / "model.safetensors")
-    with pytest.raises(FileNotFoundError, match="there is no folder /no/such/place, and it is no hub id"):
+    with pytest.raises(FileNotFoundError, match="there is no folder /no/such/place, and it is not a hub id"):
         from_pretrained("/no/such/place")
-    with pytest.raises(ValueError, match="revision='main' is for hub ids"):
+    with pytest.raises(ValueError, match="revision='main' applies to hub ids"):
         from_pretrained(original, revision="main")
 
 
@@ -128,7 +128,7 @@ def test_a_repository_of_pickled_weights_is_refused_with_the_way_to_convert_them
         path.unlink()
     monkeypatch.setattr(hf, "snapshot_download", lambda name, **_: str(folder))
     monkeypatch.setattr(hf, "list_repo_files", lambda name, revision: ["config.json", "pytorch_model.bin"])
-    with pytest.raises(FileNotFoundError, match=r"owner/name has pickled weights \(pytorch_model.bin\).*Convert them"):
+    with pytest.raises(FileNotFoundError, match=r"owner/name has pickled weights \(pytorch_model.bin\).*convert them"):
         from_pretrained("owner/name")
 
 

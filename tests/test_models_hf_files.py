@@ -109,7 +109,7 @@ def test_an_index_that_leaves_its_folder_is_refused(folder, name):
     weight_map = split(folder)
     shutil.copy(folder / "model-00001-of-00002.safetensors", folder.parent / "x.safetensors")
     write_index(folder, weight_map | {"model.norm.weight": name})
-    with pytest.raises(ValueError, match="names files outside of its folder, or no files"):
+    with pytest.raises(ValueError, match="lists files outside its folder, or entries that are not"):
         from_pretrained(folder)
 
 
@@ -177,7 +177,7 @@ def test_other_formats_are_named(folder, files, message):
 
 def test_an_adapter_is_named_with_the_way_to_merge_it(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
-    with pytest.raises(ValueError, match=r"LoRA adapter .* beside whole weights; remove"):
+    with pytest.raises(ValueError, match=r"LoRA adapter .* beside full weights; remove"):
         from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     (folder / "config.json").unlink()
@@ -191,11 +191,11 @@ def test_an_adapter_is_named_with_the_way_to_merge_it(folder):
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        ("model.language_model.", "'model.language_model.', that of the language model inside a multimodal one"),
-        ("language_model.model.", "inside a multimodal one"),
-        ("module.model.", "'module.' stands before each name, as a wrapper"),
-        ("_orig_mod.model.", "'_orig_mod.' stands before each name"),
-        ("transformer.h.", "named otherwise than its config.json calls for"),
+        ("model.language_model.", "'model.language_model.', that of the language model in a multimodal one"),
+        ("language_model.model.", "in a multimodal one"),
+        ("module.model.", "the prefix 'module.' of a wrapper"),
+        ("_orig_mod.model.", "the prefix '_orig_mod.' of a wrapper"),
+        ("transformer.h.", "the tensor names in .* are not those of the model_type"),
     ],
 )
 def test_another_prefix_is_named(folder, prefix, message):
@@ -238,7 +238,7 @@ def test_weights_that_are_not_finite_are_counted_by_tensor(folder, param_dtype):
     norm, up = np.ones(32, np.float32), np.ones((48, 32), np.float32)
     norm[3], up[5, 6], up[7, 8] = np.nan, np.inf, -np.inf
     change(folder, {"model.norm.weight": norm, "model.layers.1.mlp.up_proj.weight": up})
-    with pytest.raises(ValueError, match=r"2 of .* tensors .* hold NaN or infinity") as error:
+    with pytest.raises(ValueError, match=r"2 of .* tensors .* have NaN or infinity") as error:
         from_pretrained(folder, param_dtype=param_dtype)
     name = np.dtype(param_dtype).name
     assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == [

@@ -151,7 +151,7 @@ def test_an_index_that_names_absent_files_is_refused_with_their_names(tmp_path):
     write_checkpoint(tmp_path, "llama2", max_shard_size="20KB")
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {gone.name}, which its model.safetensors.index.json names"):
+    with pytest.raises(FileNotFoundError, match=f"lacks {gone.name}, which its model.safetensors.index.json lists"):
         from_pretrained(tmp_path)
 
 

@@ -228,10 +228,16 @@ def test_the_kernel_of_a_name(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "config", "dtype", "tensor", "message"),
     [
-        ("cudnn", QWEN, jnp.float32, 1, "'cudnn' computes in bfloat16, not float32; 'plain' computes every model"),
+        (
+            "cudnn",
+            QWEN,
+            jnp.float32,
+            1,
+            "'cudnn' computes in bfloat16, not float32; use 'plain', which supports",
+        ),
         ("cudnn", CAPPED, jnp.bfloat16, 1, "no soft cap"),
         ("cudnn", replace(QWEN, head_dim=20), jnp.bfloat16, 1, "multiple of 8 up to 128, not 20"),
-        ("splash", QWEN, jnp.bfloat16, 4, "cannot split 2 heads of keys over tensor = 4"),
+        ("splash", QWEN, jnp.bfloat16, 4, "cannot shard 2 KV heads over tensor = 4"),
     ],
 )
 def test_a_kernel_that_does_not_fit_is_refused(name, config, dtype, tensor, message):
@@ -240,5 +246,5 @@ def test_a_kernel_that_does_not_fit_is_refused(name, config, dtype, tensor, mess
 
 
 def test_a_model_is_not_built_with_a_kernel_that_does_not_run_here():
-    with pytest.raises(ValueError, match=r"'cudnn' does not run here: .* 'plain' would"):
+    with pytest.raises(ValueError, match=r"'cudnn' does not run here: .* use 'plain'"):
         build_model(QWEN, attention="cudnn")

@@ -239,7 +239,7 @@ def test_settings_without_a_tokenizer_are_refused(folders, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text('{"eos_token": "</s>"}')
-        with pytest.raises(FileNotFoundError, match=rf"has {name} but no tokenizer\.json, and so no tokenizer"):
+        with pytest.raises(FileNotFoundError, match=rf"has {name} but no tokenizer\.json; copy that file"):
             read_tokenizer(folder)
 
 
@@ -361,7 +361,7 @@ def test_stop_tokens_are_single_tokens_with_a_row(folders):
     assert stop_ids(newline, ["\n"], len(newline)) == newline("\n").input_ids
     for token in ("<|eot_id|>", "two words", "", "猫"):
         with pytest.raises(
-            ValueError, match=r"stop_tokens: \[.*\] are no tokens of .* each of --stop-tokens must be one"
+            ValueError, match=r"stop_tokens: \[.*\] are not tokens of .* --stop-tokens must be single"
         ):
             stop_ids(tokenizer, ["</s>", token], rows)
     with pytest.raises(

@@ -135,7 +135,7 @@ def test_sampler_and_trainer_agree_beyond_the_original_length(case, checkpoint):
 
 
 def test_a_rope_length_is_refused_where_nothing_depends_on_it(checkpoint):
-    with pytest.raises(ValueError, match="rope_length=64 is for longrope and dynamic"):
+    with pytest.raises(ValueError, match="rope_length=64 applies to longrope and dynamic"):
         from_pretrained(checkpoint("llama3")[0], rope_length=64)
 
 

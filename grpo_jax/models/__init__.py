@@ -1,4 +1,4 @@
-"""The decoder, and its way from and to Hugging Face checkpoints. The only place that imports flax."""
+"""The decoder, and loading and saving of Hugging Face checkpoints. The only package that imports flax."""
 
 from grpo_jax.models.config import DecoderConfig as DecoderConfig
 from grpo_jax.models.hf import Pretrained as Pretrained

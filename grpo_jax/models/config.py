@@ -1,4 +1,4 @@
-"""What a decoder is made of."""
+"""Sizes and switches of the decoder."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies ``theta ** (-2 i / head_dim)``, scaled.
+    """Rotary position embeddings (RoPE): frequencies ``theta ** (-2 i / head_dim)`` and their scaling.
 
     Attributes:
-        theta: the base.
-        kind: ``default`` leaves the frequencies alone; ``linear`` divides them by ``factor``; ``llama3`` divides the
-            low ones by ``factor``, leaves the high ones alone and blends in between, by wavelength; ``yarn`` does so
-            by the number of turns over the original length (https://arxiv.org/abs/2309.00071). Two kinds depend on the
-            length of the sequence, which is the largest position of the call plus 1, as in transformers: beyond the
-            original length ``dynamic`` (NTK) raises the base, and ``longrope`` divides by ``long_factor`` instead of
+        theta: base of the frequencies.
+        kind: ``default`` does not scale; ``linear`` divides all frequencies by ``factor``; ``llama3`` divides the low
+            ones by ``factor``, keeps the high ones and interpolates in between, by wavelength; ``yarn`` does so by the
+            number of turns over the original length (https://arxiv.org/abs/2309.00071). Two kinds depend on the length
+            of the sequence, which is the largest position of the call plus 1, as in transformers: beyond the original
+            length ``dynamic`` (NTK) raises the base, and ``longrope`` divides by ``long_factor`` instead of
             ``short_factor`` (https://arxiv.org/abs/2402.13753).
-        factor: how much longer sequences may become.
-        low_freq_factor, high_freq_factor: waves longer than ``original_max_positions / low_freq_factor`` are low,
-            those shorter than ``original_max_positions / high_freq_factor`` high (``llama3`` only).
-        original_max_positions: the length that was trained on before scaling, in tokens.
-        attention_factor: multiplies cosines and sines, so attention scores by its square (``yarn``, ``longrope``).
+        factor: ratio of the longest sequence to the original length.
+        low_freq_factor, high_freq_factor: wavelengths above ``original_max_positions / low_freq_factor`` are low
+            frequencies, those below ``original_max_positions / high_freq_factor`` high ones (``llama3`` only).
+        original_max_positions: longest sequence in training before scaling, in tokens.
+        attention_factor: factor of cosines and sines; attention scores are multiplied by its square (``yarn``,
+            ``longrope``).
         beta_fast, beta_slow: frequencies of more than ``beta_fast`` turns over the original length are high, those of
-            fewer than ``beta_slow`` low (``yarn`` only).
-        truncate: whether the limits between them are rounded to whole components (``yarn`` only).
+            fewer than ``beta_slow`` turns low (``yarn`` only).
+        truncate: whether the bounds between high and low are rounded to whole components (``yarn`` only).
         short_factor, long_factor: a divisor for each pair of components (``longrope`` only).
     """
 
@@ -53,32 +54,32 @@ class Rope:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a sequence longer than ``original_max_positions`` is rotated by other frequencies."""
+        """Whether sequences longer than ``original_max_positions`` have other frequencies."""
         return self.kind == "dynamic" or (self.kind == "longrope" and self.short_factor != self.long_factor)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The one decoder's sizes and switches; two models with equal configs have the same parameter tree.
+    """Sizes and switches of the decoder; two models with equal configs have the same parameter tree.
 
     Attributes:
         vocab_size, hidden_size, intermediate_size: rows of the embedding, width of the residual stream and of the MLP.
         num_layers, num_heads, num_kv_heads, head_dim: ``num_heads / num_kv_heads`` query heads share a key head.
-        max_position_embeddings: the longest sequence the model was made for, in tokens; nothing here enforces it.
-        windows: for each layer how many slots back a query sees, its own included; None sees all.
-        ropes: for each layer its rotary frequencies.
-        query_scale: what queries are multiplied by before they meet the keys.
+        max_position_embeddings: longest sequence that the model supports, in tokens; not enforced here.
+        windows: sliding window of each layer, in slots, the query's own included; None for full attention.
+        ropes: rotary frequencies of each layer.
+        query_scale: factor of the queries.
         activation: of the gated MLP, a key of ``ACTIVATIONS``.
         qkv_bias, output_bias, mlp_bias: whether these projections add a bias.
         qk_norm: whether queries and keys are normalized over ``head_dim``.
-        post_norms: whether attention and MLP are normalized at their end as well, before the residual is added.
+        post_norms: whether the outputs of attention and MLP are normalized too, before the residual is added.
         norm_epsilon: added to the mean square in every norm.
-        norm_offset: what is added to a norm's stored scale (1 in Gemma).
-        embedding_scale: what embeddings are multiplied by, rounded to the computing precision first.
+        norm_offset: added to a norm's stored scale (1 in Gemma).
+        embedding_scale: factor of the embeddings, rounded to the compute dtype.
         attention_softcap, logit_softcap: ``c`` in ``c * tanh(x / c)`` on attention scores and output logits; or None.
         tie_word_embeddings: whether the output embedding is the input embedding.
         initializer_range: standard deviation of new weights.
-        scalar_head: whether the decoder ends in one number for each position, as reward models do, instead of logits.
+        scalar_head: whether the output is a scalar for each position, as in reward models, instead of logits.
     """
 
     vocab_size: int
@@ -109,24 +110,29 @@ class DecoderConfig:
 
     @property
     def rope_switch_length(self) -> int | None:
-        """The longest sequence before rotary frequencies change with the length; None where they never do."""
+        """The longest sequence with unchanged rotary frequencies, in tokens; None if they are fixed."""
         lengths = [rope.original_max_positions for rope in self.ropes if rope.depends_on_length]
         return int(min(lengths)) if lengths else None
 
 
 def with_rope_length(config: DecoderConfig, length: int) -> DecoderConfig:
-    """The decoder with the rotary frequencies of sequences of ``length`` tokens for sequences of any length.
+    """The decoder with rotary frequencies fixed to those of sequences of ``length`` tokens.
 
-    Sampler and trainer then agree whatever the lengths of their sequences are. ``length`` becomes
-    ``max_position_embeddings`` too.
+    Sampler and trainer then use the same frequencies whatever the lengths of their sequences.
+
+    Args:
+        config: with frequencies that depend on the length.
+        length: in tokens; becomes ``max_position_embeddings`` too.
 
     Raises:
-        ValueError: if no frequencies depend on the length, or ``length`` is not positive.
+        ValueError: frequencies do not depend on the length, or ``length`` is below 1.
     """
     if config.rope_switch_length is None:
-        raise ValueError(f"rope_length={length} is for longrope and dynamic rope scaling, which this model has not")
+        raise ValueError(
+            f"rope_length={length} applies to longrope and dynamic rope scaling, and this model has neither"
+        )
     if length < 1:
-        raise ValueError(f"rope_length must be positive, not {length}")
+        raise ValueError(f"rope_length must be at least 1, not {length}")
     ropes = tuple(_fixed(rope, length, config.head_dim) for rope in config.ropes)
     return replace(config, ropes=ropes, max_position_embeddings=length)
 

@@ -1,4 +1,4 @@
-"""Models from and to Hugging Face checkpoints: folder or hub id in, folder out."""
+"""Loading and saving of models as Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -35,33 +35,30 @@ from grpo_jax.types import Model, Params
 
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
 NO_SUBFOLDERS = ["*/*"]
-# Anything that could belong to a tokenizer; which files do, and suffice, read_tokenizer decides.
+# File names that may belong to a tokenizer; read_tokenizer decides whether they do and suffice.
 TOKENIZER_NAME = re.compile(r"token|vocab|merges|spiece|sentencepiece|tekken|bpe", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# More than any published decoder has; such a config is compared with the weights before anything is made of it.
+# More than any published decoder has; such a config is compared with the weights before a model is built from it.
 MANY_LAYERS = 1000
 PARAM_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model from a checkpoint, and what came with it.
+    """A model and the other contents of its checkpoint.
 
     Attributes:
-        model: its pure functions.
-        params: its parameters.
-        config: what the decoder is made of.
-        hf_config: its ``config.json``, as it was read.
-        generation_config: its ``generation_config.json``, as it was read; None if there is none.
-        tokenizer: a transformers tokenizer, as ``tokenizers.read_tokenizer`` reads it; None if the checkpoint has
-            none.
-        eos_ids: every token id that ends a sequence: those of ``generation_config``, of ``hf_config`` and the
-            tokenizer's; ids outside the vocabulary are passed over.
-        pad_id: what padding is filled with: the tokenizer's pad id, else that of ``generation_config`` or
-            ``hf_config``, else the first of ``eos_ids``; ids outside the vocabulary are passed over. It may be an
-            EOS id: nothing derives a mask from it.
-        prompt_format: its ``prompt_format.json``, as it was read: how the prompts that it was trained on were made;
-            None if there is none.
+        model: the decoder's pure functions.
+        params: parameters of ``model``.
+        config: sizes and switches of the decoder.
+        hf_config: contents of ``config.json``.
+        generation_config: contents of ``generation_config.json``; None if there is none.
+        tokenizer: a transformers tokenizer, as returned by ``tokenizers.read_tokenizer``; None if there is none.
+        eos_ids: token ids that end a sequence: those of ``generation_config``, of ``hf_config`` and of the tokenizer;
+            ids outside the vocabulary are ignored.
+        pad_id: the tokenizer's pad id, else that of ``generation_config`` or ``hf_config``, else the first of
+            ``eos_ids``; ids outside the vocabulary are ignored. It may be an EOS id: no mask is derived from it.
+        prompt_format: contents of ``prompt_format.json``, the prompt format of training; None if there is none.
     """
 
     model: Model
@@ -90,33 +87,32 @@ def from_pretrained(
 ) -> Pretrained:
     """Load a model from a local folder or the Hugging Face hub.
 
-    Weights are read from safetensors tensor by tensor, straight onto their devices: of each only the shards that are
-    local, so that host memory holds one tensor's local part at a time. No code from a checkpoint is ever run.
+    Weights are read from safetensors one tensor at a time onto their devices, and only the local shards of each: host
+    memory holds the local part of one tensor. No code from a checkpoint is run.
 
     Args:
         name_or_folder: a folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
-        dtype: the precision of computation, float32 or bfloat16; see ``build_model``.
-        param_dtype: the precision parameters are stored in (float32, bfloat16 or float16), whatever the checkpoint's
-            is; None means float32, which an optimizer's small steps need.
-        remat: see ``build_model``.
-        attention: see ``build_model``.
-        mesh: see ``build_model``.
+        dtype: compute dtype, float32 or bfloat16.
+        param_dtype: dtype of the parameters (float32, bfloat16 or float16), whatever that of the checkpoint; None for
+            float32, which the small steps of an optimizer need.
+        remat: whether to recompute each block in the backward pass, as in ``build_model``.
+        attention: the attention kernel of training and prefill, as in ``kernels.choose_kernel``.
+        mesh: mesh that activations are sharded over, as in ``build_model``.
         shardings: from the parameters' tree of ``ShapeDtypeStruct`` to a tree of ``jax.sharding.Sharding``; None puts
             everything on the first local device.
-        scalar_head: make a reward model or a critic of it: in the place of its output embedding it gets a scalar head,
-            which is 0 everywhere unless the checkpoint has one.
-        revision: branch, tag or commit on the hub; None is its main branch.
-        rope_length: for longrope and dynamic rope scaling, tokens of the longest sequence that will be computed, by
-            which frequencies are chosen for sequences of every length (see ``with_rope_length``); None chooses them
-            for each call by its largest position, as transformers does.
+        scalar_head: replace the output embedding by a scalar head, for a reward model or a critic; its weights are 0
+            unless the checkpoint has one.
+        revision: branch, tag or commit on the hub; None for its main branch.
+        rope_length: for longrope and dynamic rope scaling, the longest sequence of the run in tokens, which fixes the
+            frequencies for sequences of every length; None selects them for each call by its largest position, as
+            transformers does.
 
     Raises:
-        FileNotFoundError: if there is no such folder or repository, or it lacks config or safetensors weights, or
-            has files of a tokenizer without ``tokenizer.json``.
-        NotADirectoryError: if a file was named.
-        ValueError: for a config that is not supported (see ``from_hf_config``), a tokenizer with a vocabulary that has
-            more ids than the embedding has rows, tensors that do not fit it (one error
-            lists all), files that are damaged, and a checkpoint without an EOS id.
+        FileNotFoundError: no such folder or repository; no config or safetensors weights; or files of a tokenizer
+            without ``tokenizer.json``.
+        NotADirectoryError: the path of a file.
+        ValueError: a config that is not supported (as ``from_hf_config``); a vocabulary with more ids than the
+            embedding has rows; tensors that do not fit the config (one error lists all); a damaged file; or no EOS id.
     """
     param_dtype = jnp.float32 if param_dtype is None else param_dtype
     if param_dtype not in PARAM_DTYPES:
@@ -133,19 +129,19 @@ def from_pretrained(
 def describe_pretrained(
     name_or_folder: str | Path, *, scalar_head: bool = False, rope_length: int | None = None
 ) -> Pretrained:
-    """What ``from_pretrained`` would give, with a ``ShapeDtypeStruct`` for each parameter: no weights are read.
+    """The result of ``from_pretrained`` with a ``ShapeDtypeStruct`` for each parameter, without reading weights.
 
-    For finding out early what is wrong with a checkpoint that is needed late.
+    Errors of a checkpoint that is needed late in a run are raised early.
 
     Args:
-        name_or_folder: as of ``from_pretrained``.
-        scalar_head: as of ``from_pretrained``.
-        rope_length: as of ``from_pretrained``.
+        name_or_folder: a folder, or a hub id.
+        scalar_head: as in ``from_pretrained``.
+        rope_length: as in ``from_pretrained``.
 
     Raises:
         FileNotFoundError: as ``from_pretrained``.
         NotADirectoryError: as ``from_pretrained``.
-        ValueError: as ``from_pretrained``, but for values of weights.
+        ValueError: as ``from_pretrained``, except for values of weights.
     """
     folder = _find_folder(name_or_folder, None)
     stored, described = _described(folder, scalar_head, rope_length, jnp.float32, {})
@@ -156,19 +152,19 @@ def describe_pretrained(
 def _described(
     folder: Path, scalar_head: bool, rope_length: int | None, param_dtype: Any, building: Mapping[str, Any]
 ) -> tuple[DecoderConfig, Pretrained]:
-    """The decoder that is stored, and the one that is wanted with all but its weights."""
-    stored_config = read_json(config_file(folder))
-    family_of(stored_config)
-    num_layers = stored_config.get("num_hidden_layers")
+    """The config of the stored decoder, and the loaded model without weights, whose head may differ."""
+    file_config = read_json(config_file(folder))
+    family_of(file_config)
+    num_layers = file_config.get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers > MANY_LAYERS:
         check_num_layers(folder, read_headers(weight_files(folder)), num_layers)
-    hf_config = with_scalar_head(stored_config) if scalar_head else stored_config
-    stored, config = from_hf_config(stored_config), from_hf_config(hf_config)
+    hf_config = with_scalar_head(file_config) if scalar_head else file_config
+    stored, config = from_hf_config(file_config), from_hf_config(hf_config)
     if rope_length is not None:
         stored, config = with_rope_length(stored, rope_length), with_rope_length(config, rope_length)
     generation_config = _read_optional(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder, config.vocab_size)
-    eos_ids = _settle_eos_ids(generation_config or {}, hf_config, tokenizer, config.vocab_size)
+    eos_ids = _find_eos_ids(generation_config or {}, hf_config, tokenizer, config.vocab_size)
     return stored, Pretrained(
         build_model(config, **building),
         param_shapes(config, param_dtype),
@@ -177,7 +173,7 @@ def _described(
         generation_config,
         tokenizer,
         eos_ids,
-        _settle_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size),
+        _find_pad_id(generation_config or {}, hf_config, tokenizer, eos_ids, config.vocab_size),
         _read_optional(folder / "prompt_format.json"),
     )
 
@@ -185,27 +181,34 @@ def _described(
 def with_new_head(
     params: Params, config: DecoderConfig, *, param_dtype: Any, shardings: Callable[[Any], Any] | None
 ) -> Params:
-    """A decoder's parameters with a scalar head of zeros in the place of its output embedding."""
+    """A decoder's parameters with its output embedding replaced by a scalar head of zeros.
+
+    Args:
+        params: of the decoder with an output embedding.
+        config: of the decoder with a scalar head.
+        param_dtype: dtype of the head.
+        shardings: as in ``from_pretrained``.
+    """
     shapes = param_shapes(config, param_dtype)
     head = jnp.zeros(shapes["score"]["kernel"].shape, param_dtype)
     placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if shardings is not None:
         placement = shardings(shapes)["score"]["kernel"]
-    rest = {name: value for name, value in params.items() if name != "lm_head"}
-    return {**rest, "score": {"kernel": jax.device_put(head, placement)}}
+    others = {name: value for name, value in params.items() if name != "lm_head"}
+    return {**others, "score": {"kernel": jax.device_put(head, placement)}}
 
 
 def weights_digest(name_or_folder: str | Path) -> str:
-    """A digest of a checkpoint's weights, for saying which ones something came from: folder or hub id.
+    """A digest that identifies a checkpoint's weights, from a folder or hub id.
 
     Raises:
-        FileNotFoundError: it has no safetensors.
+        FileNotFoundError: the checkpoint has no safetensors.
     """
     folder = _find_folder(name_or_folder, None)
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+        raise FileNotFoundError(f"{folder} has no *.safetensors")
     for path in files:
         with path.open("rb") as file:
             while part := file.read(1 << 24):
@@ -217,16 +220,16 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for hub ids, and {folder} is a local folder")
+            raise ValueError(f"revision={revision!r} applies to hub ids, and {folder} is a local folder")
         return folder
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file; give the folder of the checkpoint, or a hub id")
     if folder.is_symlink():
         raise FileNotFoundError(f"{folder} is a symbolic link to {folder.readlink()}, which does not exist")
     if not HUB_ID.fullmatch(str(name_or_folder)):
-        raise FileNotFoundError(f"there is no folder {folder}, and it is no hub id (those look like owner/name)")
+        raise FileNotFoundError(f"there is no folder {folder}, and it is not a hub id (owner/name)")
     try:
-        fetched = snapshot_download(
+        downloaded = snapshot_download(
             str(name_or_folder), revision=revision, allow_patterns=HUB_FILES, ignore_patterns=NO_SUBFOLDERS
         )
     except (OSError, ValueError) as error:
@@ -234,9 +237,9 @@ def _find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"there is no folder {folder}, and {str(name_or_folder)!r}{at} could not be fetched from the hub: {error}"
         ) from error
-    if not any(Path(fetched).glob("*.safetensors")):
+    if not any(Path(downloaded).glob("*.safetensors")):
         refuse_other_formats(str(name_or_folder), list_repo_files(str(name_or_folder), revision=revision))
-    return Path(fetched)
+    return Path(downloaded)
 
 
 def _read_optional(path: Path) -> dict[str, Any] | None:
@@ -246,31 +249,31 @@ def _read_optional(path: Path) -> dict[str, Any] | None:
 def _read_tokenizer(folder: Path, num_rows: int) -> Any | None:
     if not any(TOKENIZER_NAME.search(path.name) for path in folder.iterdir()):
         return None
-    # Imported late, because with it comes torch wherever that is installed, which takes seconds.
+    # Imported late, because it imports torch if that is installed, which takes seconds.
     from grpo_jax.models.tokenizers import read_tokenizer
 
     return read_tokenizer(folder, num_rows)
 
 
-def _settle_eos_ids(
+def _find_eos_ids(
     generation_config: Mapping[str, Any], hf_config: Mapping[str, Any], tokenizer: Any | None, vocab_size: int
 ) -> tuple[int, ...]:
-    # All of them: fine-tunes often name the end of a turn in one place and the end of a text in another.
-    named = [
+    # All of them: fine-tunes often name the end of a turn in one file and the end of a text in another.
+    candidates = [
         *_ids_in(generation_config, "eos_token_id", "generation_config.json"),
         *_ids_in(hf_config, "eos_token_id", "config.json"),
         *([] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]),
     ]
-    eos_ids = tuple(dict.fromkeys(eos_id for eos_id in named if 0 <= eos_id < vocab_size))
+    eos_ids = tuple(dict.fromkeys(eos_id for eos_id in candidates if 0 <= eos_id < vocab_size))
     if not eos_ids:
         raise ValueError(
             f"no EOS id within the vocabulary of {vocab_size}: generation_config.json, config.json and the tokenizer "
-            f"name {named or 'none'}; set eos_token_id in generation_config.json"
+            f"name {candidates or 'none'}; set eos_token_id in generation_config.json"
         )
     return eos_ids
 
 
-def _settle_pad_id(
+def _find_pad_id(
     generation_config: Mapping[str, Any],
     hf_config: Mapping[str, Any],
     tokenizer: Any | None,
@@ -289,7 +292,7 @@ def _settle_pad_id(
 def _ids_in(config: Mapping[str, Any], field: str, file: str) -> list[int]:
     value = config.get(field)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(each) is int for each in ids):
+    if not all(type(token_id) is int for token_id in ids):
         raise ValueError(f"{field} in {file} must be a token id or a list of ids, and is {value!r}")
     return ids
 
@@ -306,29 +309,29 @@ def save_pretrained(
     max_shard_bytes: int = 4_000_000_000,
     dtype: Any = None,
 ) -> None:
-    """Write a checkpoint that transformers, any server and ``from_pretrained`` load.
+    """Write a checkpoint that transformers, inference servers and ``from_pretrained`` load.
 
-    Everything is written into a hidden folder beside it that is then renamed: a write that fails or is killed leaves
-    no ``folder`` behind, and the next one clears up after it. On several processes, all call this together and the
-    first one writes; ``folder`` must be on storage they share if others are to read it.
+    It is written into a hidden folder beside ``folder`` that is then renamed: a write that fails or is killed leaves no
+    ``folder``, and the next one removes its remains. On several processes, all call this together and the first one
+    writes; others can read ``folder`` only on shared storage.
 
     Args:
-        folder: does not exist yet, or is empty.
-        params: the parameters; on any devices, one file's worth is in host memory at a time.
-        hf_config: becomes ``config.json``; only its dtype is updated, and ``architectures`` added if missing.
-        tokenizer: written along if given, its chat template included; one that ``from_pretrained`` gave and that is
-            as it was is written as the files it came from, byte for byte.
+        folder: does not exist, or is empty.
+        params: the parameters, on any devices; one file's tensors are in host memory at a time.
+        hf_config: becomes ``config.json``, with its dtype updated and ``architectures`` added if missing.
+        tokenizer: written with its chat template if given. An unchanged tokenizer of ``from_pretrained`` is written as
+            its original files, byte for byte.
         generation_config: becomes ``generation_config.json`` if given.
         prompt_format: becomes ``prompt_format.json`` if given.
-        eos_ids: the token ids that end a sequence: ``eos_token_id`` of both ``config.json`` and
-            ``generation_config.json``, a list where there are several. None leaves both as they are given.
-        max_shard_bytes: the most a weight file holds; with more than one there is an index.
-        dtype: of the weights (float32, bfloat16 or float16); None keeps the parameters' own.
+        eos_ids: token ids that end a sequence, which become ``eos_token_id`` of ``config.json`` and
+            ``generation_config.json``, a list if there are several; None leaves both unchanged.
+        max_shard_bytes: size limit of a weight file; several files get an index.
+        dtype: of the weights (float32, bfloat16 or float16); None keeps the dtype of ``params``.
 
     Raises:
-        FileExistsError: if ``folder`` exists and is not empty.
-        ValueError: if the parameters do not fit ``hf_config`` (one error lists all that do not); for an ``eos_ids``
-            that is empty or beyond the vocabulary.
+        FileExistsError: ``folder`` exists and is not empty.
+        ValueError: the parameters do not fit ``hf_config`` (one error lists all that do not); ``eos_ids`` is empty or
+            has an id outside the vocabulary; or ``dtype`` is another.
     """
     folder = Path(folder).expanduser()
     if dtype is not None and dtype not in PARAM_DTYPES:
@@ -368,9 +371,9 @@ def _with_eos_ids(
     vocab_size: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     if not eos_ids or not all(0 <= eos_id < vocab_size for eos_id in eos_ids):
-        raise ValueError(f"eos_ids must name at least one id from 0 to {vocab_size - 1}, and are {list(eos_ids)}")
+        raise ValueError(f"eos_ids must have at least one id, all from 0 to {vocab_size - 1}, and are {list(eos_ids)}")
     named = {"eos_token_id": int(eos_ids[0]) if len(eos_ids) == 1 else [int(eos_id) for eos_id in eos_ids]}
-    if generation_config is None:  # what transformers takes from config.json where there is none
+    if generation_config is None:  # as transformers derives it from config.json
         names = ("bos_token_id", "pad_token_id")
         generation_config = {name: hf_config[name] for name in names if hf_config.get(name) is not None}
     return {**hf_config, **named}, {**generation_config, **named}
@@ -389,8 +392,8 @@ def _wait_for_all(stage: str) -> None:
 
 def _exported_config(hf_config: Mapping[str, Any], params: Params, dtype: Any) -> dict[str, Any]:
     name = np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name
-    spelled = [field for field in ("torch_dtype", "dtype") if field in hf_config] or ["dtype"]
-    return {"architectures": [family_of(hf_config).architecture], **hf_config, **dict.fromkeys(spelled, name)}
+    fields = [field for field in ("torch_dtype", "dtype") if field in hf_config] or ["dtype"]
+    return {"architectures": [family_of(hf_config).architecture], **hf_config, **dict.fromkeys(fields, name)}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

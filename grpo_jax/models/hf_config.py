@@ -1,4 +1,4 @@
-"""A Hugging Face ``config.json`` as a ``DecoderConfig``, with every field accounted for."""
+"""A Hugging Face ``config.json`` as a ``DecoderConfig``; fields that are not implemented are errors."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ GEMMA = {name: default for name, default in COMMON.items() if name != "hidden_ac
 
 @dataclass(frozen=True)
 class Family:
-    """How one ``model_type`` is read.
+    """How the config of one ``model_type`` is read.
 
     Attributes:
-        architecture: the class that transformers loads it with.
-        fields: what it reads from its config, with the value that a missing field has in transformers.
-        is_sliding: ``(fields, layer) -> bool`` where no ``layer_types`` are given.
-        traits: what the family fixes, whatever its config says.
-        same_as: fields that old configs carry in vain; each must equal the field that is read in its place.
-        theta: the base of the rotary frequencies where the config gives none.
-        local_theta: the same for sliding layers; None if they have no base of their own.
+        architecture: its class in transformers.
+        fields: the config fields it reads, with their default in transformers.
+        is_sliding: ``(fields, layer) -> bool``, used if the config has no ``layer_types``.
+        traits: settings that the family fixes, independent of the config.
+        same_as: unused fields of old configs; each must equal the field that is read in its place.
+        theta: default base of the rotary frequencies.
+        local_theta: default base for sliding layers; None if they have the same.
     """
 
     architecture: str
@@ -115,7 +115,7 @@ FAMILIES = {
         traits=GEMMA_TRAITS,
         same_as={"sliding_window_size": "sliding_window", "hidden_act": "hidden_activation"},
     ),
-    # No attn_logit_softcapping: transformers reads one here and never applies it, so a value is an error.
+    # No attn_logit_softcapping: transformers reads it here and does not apply it, so a value is an error.
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         GEMMA | {"final_logit_softcapping": None, "rope_local_base_freq": None, "sliding_window_pattern": 6},
@@ -132,7 +132,7 @@ def family_of(hf_config: Fields) -> Family:
     """The family of a config, by its ``model_type``.
 
     Raises:
-        ValueError: if there is none, or one that is not supported; the message says what it is instead.
+        ValueError: no ``model_type``, or one that is not supported; the message describes it.
     """
     model_type = hf_config.get("model_type")
     supported = f"supported are {', '.join(sorted(FAMILIES))}"
@@ -154,23 +154,22 @@ def family_of(hf_config: Fields) -> Family:
         )
     if "auto_map" in hf_config:
         raise ValueError(
-            f"model_type {model_type!r} comes with code of its own (auto_map), which is never run; {supported}"
+            f"model_type {model_type!r} needs code from the checkpoint (auto_map), which is never run; {supported}"
         )
     raise ValueError(f"model_type {model_type!r:.200} in config.json is not supported; {supported}")
 
 
 def from_hf_config(hf_config: Fields) -> DecoderConfig:
-    """Read a ``config.json``, old hub spelling and transformers 5 alike.
+    """The decoder's config from a ``config.json``, in the format of transformers 5 or of earlier versions.
 
-    Every field is used, known to change nothing, or an error. Fields that are left out mean what they mean in
-    transformers.
+    Every field is used, known to have no effect, or an error. Missing fields have their default in transformers.
 
     Args:
         hf_config: the parsed file.
 
     Raises:
-        ValueError: for a family, a field or a value that is not supported, a field that is missing, and for two
-            spellings of one thing that contradict each other; the message names it.
+        ValueError: a family, a field or a value that is not supported; a missing field; or two fields that contradict
+            each other. The message names it.
     """
     family = family_of(hf_config)
     fields = _read_fields(hf_config, family)
@@ -224,9 +223,9 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
 
 
 def with_scalar_head(hf_config: Fields) -> dict[str, Any]:
-    """The configuration of the same model as a reward model: transformers' classifier of sequences with one label.
+    """The ``config.json`` of the same model with a scalar head: transformers' sequence classifier with one label.
 
-    One that has a scalar head already is given back as it is.
+    A config that has a scalar head already is returned unchanged.
     """
     if _has_scalar_head(hf_config):
         return dict(hf_config)
@@ -237,21 +236,21 @@ def with_scalar_head(hf_config: Fields) -> dict[str, Any]:
 
 
 def _has_scalar_head(hf_config: Fields) -> bool:
-    """Whether the model is a reward model: a classifier of sequences with one label."""
+    """Whether the model is a sequence classifier with one label, as reward models are."""
     architectures = hf_config.get("architectures")
-    named = [str(name) for name in architectures] if isinstance(architectures, list) else []
-    if not any(name.endswith("ForSequenceClassification") for name in named):
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
         return False
     labels = hf_config.get("num_labels") or len(hf_config.get("id2label") or (0, 1))
     if labels != 1:
         raise ValueError(
-            f"config.json is of a classifier with {labels} labels; a reward model has one (num_labels or id2label)"
+            f"config.json is that of a classifier with {labels} labels; a reward model has one (num_labels or id2label)"
         )
     return True
 
 
 def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
-    """The family's fields with their defaults filled in, after every other field was found harmless."""
+    """The family's fields with defaults filled in; raises if another field may have an effect."""
     for name in ("quantization_config", "quantization", "compression_config"):
         if hf_config.get(name):
             method = hf_config[name].get("quant_method") if isinstance(hf_config[name], Mapping) else None
@@ -267,14 +266,14 @@ def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
         name: value
         for name, value in hf_config.items()
         if name not in family.fields
-        and not _says_nothing(name, value, hf_config)
+        and not _has_no_effect(name, value, hf_config)
         and not (name in family.same_as and value == fields[family.same_as[name]])
     }
     if unknown:
         raise ValueError(
             f"config.json of model_type {hf_config['model_type']!r} has fields whose meaning is not implemented: "
             + cut(f"{name}={value!r:.200}" for name, value in unknown.items())
-            + "; remove those that do not change what the model computes"
+            + "; remove those without an effect on the model's outputs"
         )
     for name, default in family.fields.items():
         wanted = int if default is REQUIRED else type(default)
@@ -293,17 +292,17 @@ def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
         if fields[name] is not None and not (type(fields[name]) is int and fields[name] > 0):
             raise ValueError(f"{name} in config.json must be a positive integer, not {fields[name]!r:.200}")
     if fields["num_hidden_layers"] > MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers in config.json is {fields['num_hidden_layers']:,}, which no model has")
+        raise ValueError(f"num_hidden_layers in config.json is {fields['num_hidden_layers']:,}, above {MAX_LAYERS:,}")
     return fields
 
 
-def _says_nothing(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
-    """Whether a field that the family does not read leaves the computation as it is.
+def _has_no_effect(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
+    """Whether a field that the family does not read leaves the computation unchanged.
 
     Args:
-        name: the field's.
-        value: its own.
-        hf_config: all fields.
+        name: of the field.
+        value: of the field.
+        hf_config: all fields of the config.
     """
     if value is None or name in HARMLESS:
         return True
@@ -312,7 +311,7 @@ def _says_nothing(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
     if name in HARMLESS_AT:
         off = HARMLESS_AT[name]
         return value == off and isinstance(value, bool) == isinstance(off, bool)
-    # Of windows that are switched off, the sizes are often left in.
+    # Sizes of windows that are switched off are often left in the config.
     if name in ("sliding_window", "max_window_layers", "sliding_window_size"):
         return hf_config.get("use_sliding_window") is False
     if name == "layer_types":
@@ -322,7 +321,7 @@ def _says_nothing(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
 
 
 def _layer_types(fields: Fields, family: Family) -> tuple[str, ...]:
-    """The kind of each layer: the config's list where there is one, else the family's rule."""
+    """The kind of attention of each layer: ``layer_types`` of the config, else the family's rule."""
     num_layers = fields["num_hidden_layers"]
     kinds = fields.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):

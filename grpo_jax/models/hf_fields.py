@@ -1,4 +1,4 @@
-"""Fields of a Hugging Face ``config.json`` that say nothing about what a decoder computes, and checks of values."""
+"""Fields of a Hugging Face ``config.json`` without an effect on the decoder's outputs, and checks of field values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
-# Other names that transformers has for an activation.
+# Aliases of activations in transformers.
 ACTIVATION_NAMES = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"
 )
 
-# How completions are generated where nothing else is said; this package has settings for it, and reads no others.
+# Defaults of generation, which this package takes from its own settings.
 OF_GENERATION = (
     {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time", "stop_strings"}
     | {"do_sample", "num_beams", "num_beam_groups", "temperature", "top_k", "top_p", "min_p", "typical_p"}
@@ -24,7 +24,7 @@ OF_GENERATION = (
     | {"output_scores", "output_logits", "return_dict_in_generate", "decoder_start_token_id", "penalty_alpha"}
     | {"use_cache", "cache_implementation", "num_logits_to_keep"}
 )
-# Dropout is never applied here; transformers applies it in training alone.
+# Dropout is never applied here; transformers applies it in training only.
 DROPOUT = {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout"} | {
     "embed_dropout",
     "embedding_dropout",
@@ -46,7 +46,7 @@ METADATA = (
     | {"finetuning_task", "task_specific_params", "license", "language", "tags", "_from_model_config"}
     | {"id2label", "label2id", "num_labels", "problem_type", "is_llama_config", "model_max_length"}
 )
-# Where and how it is computed, up to rounding.
+# Settings of execution, which change outputs by rounding only.
 EXECUTION = (
     {"dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset"}
     | {"_attn_implementation_internal", "_flash_attn_2_enabled", "use_flash_attention", "use_flash_attention_2"}
@@ -56,7 +56,7 @@ EXECUTION = (
 )
 HARMLESS = METADATA | EXECUTION | OF_TOKENS | OF_GENERATION | DROPOUT
 
-# Switches that are harmless at the value that leaves them off.
+# Switches without an effect at the value that turns them off.
 HARMLESS_AT: dict[str, Any] = (
     dict.fromkeys(("use_mrope", "rope_interleaved", "use_bidirectional_attention", "is_decoder"), False)
     | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "torchscript"), False)
@@ -71,7 +71,7 @@ HARMLESS_AT: dict[str, Any] = (
     | dict.fromkeys(("scale_emb", "scale_depth", "mup_multiplier"), 1.0)
     | {"pruned_heads": {}, "is_causal": True, "scale_attn_weights": True, "mlp_only_layers": []}
 )
-# Switches that a family has always on, whatever a config says.
+# Switches that are always on in a family.
 ALWAYS_ON = {"qwen2": ("qkv_bias", "use_qkv_bias"), "qwen3": ("use_qk_norm", "qk_norm"), "gemma3_text": ("qk_norm",)}
 
 
@@ -79,7 +79,7 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
     """The value as a float.
 
     Raises:
-        ValueError: it is not a finite number above 0, or from 0 on with ``zero``.
+        ValueError: it is not a finite number above 0, or at least 0 with ``zero``.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and math.isfinite(value) and (value > 0 or (zero and value == 0))):

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint: which hold the weights, and why a folder is not one that can be loaded."""
+"""The files of a Hugging Face checkpoint, and errors for folders that are not supported checkpoints."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ OTHER_FORMATS = (".gguf", ".ggml", ".msgpack", ".h5", ".onnx", ".npz")
 
 
 def cut(items: Iterable[str], most: int = 10, *, separator: str = ", ") -> str:
-    """The first ``most`` of the items in one text, and how many more there are."""
+    """The first ``most`` items joined by ``separator``, and the number of the others."""
     items = list(items)
-    rest = [f"... and {len(items) - most:,} more"] if len(items) > most else []
-    return separator.join([*items[:most], *rest])
+    others = [f"... and {len(items) - most:,} more"] if len(items) > most else []
+    return separator.join([*items[:most], *others])
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        FileNotFoundError: for a symbolic link to nothing.
-        ValueError: if it holds something else, or is a Git LFS pointer; the message names the file.
+        FileNotFoundError: a dangling symbolic link.
+        ValueError: no JSON object, or a Git LFS pointer; the message names the file.
     """
     check_file(path)
     try:
@@ -40,11 +40,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path) -> None:
-    """Check that a file is really there, not a link to nothing or a placeholder.
+    """Check that a file is neither a dangling symbolic link nor a Git LFS pointer.
 
     Raises:
-        FileNotFoundError: for a symbolic link whose target does not exist.
-        ValueError: for a Git LFS pointer.
+        FileNotFoundError: a dangling symbolic link.
+        ValueError: a Git LFS pointer.
     """
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(
@@ -62,20 +62,20 @@ def config_file(folder: Path) -> Path:
     """The ``config.json`` of a checkpoint.
 
     Raises:
-        FileNotFoundError: if there is none, or only a link to nothing; the message says what the folder is instead.
-        ValueError: if the folder has a LoRA adapter beside whole weights.
+        FileNotFoundError: it does not exist; the message describes the folder.
+        ValueError: the folder has a LoRA adapter beside full weights.
     """
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file():
         _refuse_adapter(folder)
     if not path.is_file() and not path.is_symlink():
-        names = sorted(each.name for each in folder.iterdir())
+        names = sorted(item.name for item in folder.iterdir())
         refuse_other_formats(folder, names)
         raise FileNotFoundError(
-            f"{folder} has no config.json and so is no checkpoint; it has {_shown(names)}"
+            f"{folder} has no config.json and so is not a checkpoint; it has {_listed(names)}"
             + (
                 "; give one of its subfolders?"
-                if any((each / "config.json").is_file() for each in folder.iterdir())
+                if any((item / "config.json").is_file() for item in folder.iterdir())
                 else ""
             )
         )
@@ -86,12 +86,12 @@ def _refuse_adapter(folder: Path) -> None:
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     merge = (
         "peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder) writes "
-        "the whole model"
+        "the full model"
     )
     if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise ValueError(
-            f"{folder} has a LoRA adapter (adapter_config.json, base model {base!r}) beside whole weights; remove the "
-            f"adapter's files to load the weights alone, or merge it: {merge}"
+            f"{folder} has a LoRA adapter (adapter_config.json, base model {base!r}) beside full weights; remove the "
+            f"adapter's files to load the weights only, or merge it: {merge}"
         )
     raise FileNotFoundError(
         f"{folder} has only a LoRA adapter (adapter_config.json), not the weights of its base model {base!r}: {merge}"
@@ -99,14 +99,13 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: ``model.safetensors``, else the shards that its index names.
+    """The safetensors files of a checkpoint: ``model.safetensors``, else the shards in its index.
 
-    This is the order of transformers; where both are there and differ, a warning is logged.
+    transformers uses the same order; if both exist and differ, a warning is logged.
 
     Raises:
-        FileNotFoundError: if there are none, or only weights in another format, or if the index names files that are
-            not there.
-        ValueError: for a Git LFS pointer, and for an index that names no files or files outside the folder.
+        FileNotFoundError: no weights, weights in another format only, or missing shards.
+        ValueError: a Git LFS pointer, or an index with no files or with files outside the folder.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.is_file() or single.is_symlink():
@@ -127,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{folder} lacks {cut(missing)}, which its {INDEX_FILE} names; download the checkpoint again"
+                f"{folder} lacks {cut(missing)}, which its {INDEX_FILE} lists; download the checkpoint again"
             )
         return files
     names = sorted(path.name for path in folder.iterdir())
@@ -135,21 +134,21 @@ def weight_files(folder: Path) -> list[Path]:
     shards = [name for name in names if name.startswith("model-") and name.endswith(".safetensors")]
     if shards:
         raise FileNotFoundError(f"{folder} has {cut(shards, 3)} but no {INDEX_FILE} that lists them; fetch it too")
-    raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it has {_shown(names)}")
+    raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; it has {_listed(names)}")
 
 
 def _names_in_index(index: Path) -> list[str]:
-    """The file names in an index, sorted, each of a file in the index's folder."""
+    """The files that an index lists, sorted; all of them inside its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map, which says in which file each tensor is")
-    odd = sorted({str(name) for name in weight_map.values() if not _is_inside(name)})
-    if odd:
-        raise ValueError(f"{index} names files outside of its folder, or no files: {cut(odd)}")
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    outside = sorted({str(name) for name in weight_map.values() if not _is_inside(name)})
+    if outside:
+        raise ValueError(f"{index} lists files outside its folder, or entries that are not file names: {cut(outside)}")
     others = sorted({name for name in weight_map.values() if not name.endswith(".safetensors")})
     if others:
         refuse_pickled(index, others)
-        raise ValueError(f"{index} names files that are not *.safetensors: {cut(others)}")
+        raise ValueError(f"{index} lists files that are not *.safetensors: {cut(others)}")
     return sorted(set(weight_map.values()))
 
 
@@ -161,10 +160,14 @@ def _is_inside(name: Any) -> bool:
 
 
 def refuse_other_formats(where: Path | str, names: Sequence[str]) -> None:
-    """Raise if any of the files holds weights in a format other than safetensors.
+    """Raise if some files have weights in a format other than safetensors, or in another layout.
+
+    Args:
+        where: folder or repository, for the message.
+        names: its files.
 
     Raises:
-        FileNotFoundError: some do; the error names them and says how to convert them.
+        FileNotFoundError: some do; the message says how to convert them.
     """
     refuse_pickled(where, names)
     gguf = [name for name in names if name.lower().endswith((".gguf", ".ggml"))]
@@ -178,28 +181,32 @@ def refuse_other_formats(where: Path | str, names: Sequence[str]) -> None:
         raise FileNotFoundError(
             f"{where} has weights that are not in safetensors ({cut(others, 3)}); use the model's checkpoint that is"
         )
-    named = [n for n in names if n.endswith(".safetensors") and not n.startswith("model")]
-    if named:
+    misnamed = [name for name in names if name.endswith(".safetensors") and not name.startswith("model")]
+    if misnamed:
         raise FileNotFoundError(
-            f"{where} has {cut(named, 3)}, which is not in transformers' layout (model.safetensors, or shards with "
+            f"{where} has {cut(misnamed, 3)}, which is not in transformers' layout (model.safetensors, or shards with "
             f"{INDEX_FILE}); use the checkpoint in that layout, or convert it with transformers"
         )
 
 
 def refuse_pickled(where: Path | str, names: Iterable[str]) -> None:
-    """Raise if any of the files is pickled weights.
+    """Raise if some files are pickled weights.
+
+    Args:
+        where: folder or index, for the message.
+        names: its files.
 
     Raises:
-        FileNotFoundError: some are; the error names them and says how to convert them.
+        FileNotFoundError: some are; the message says how to convert them.
     """
     pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled:
         raise FileNotFoundError(
             f"{where} has pickled weights ({cut(pickled)}), which can run code when they are read and are "
-            "refused. Convert them where you trust them: transformers.AutoModelForCausalLM.from_pretrained(folder)"
+            "refused. If you trust them, convert them: transformers.AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder) writes safetensors"
         )
 
 
-def _shown(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return f"[{cut(map(repr, names))}]" if names else "nothing"

@@ -1,4 +1,4 @@
-"""The table from Hugging Face tensor names to parameters: pattern, path, layout."""
+"""The table from parameters to Hugging Face tensors: path, tensor name, layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.transformer import param_shapes
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-TABLE_SUFFIX = "embed_tokens.weight"
+EMBEDDING_SUFFIX = "embed_tokens.weight"
 TOP_MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "score": "score"}
 BLOCK_MODULES = {
     "attention/q": "self_attn.q_proj",
@@ -34,7 +34,8 @@ BLOCK_MODULES_WITH_POST_NORMS = BLOCK_MODULES | {
 }
 
 
-# How a parameter is stored: its axes in this order, and the place of the heads' axis that is merged with the next one.
+# The layout of a stored tensor: the order of the parameter's axes, and the index in that order of a heads axis that is
+# merged with the next one.
 HEADS_OUT, HEADS_IN, LINEAR, HEADS_BIAS = ((1, 2, 0), 0), ((2, 0, 1), 1), ((1, 0), None), ((0, 1), 0)
 LAYOUTS = {
     **{f"attention/{name}/kernel": HEADS_OUT for name in "qkv"},
@@ -47,13 +48,13 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter's place in a Hugging Face checkpoint.
+    """The tensor of a parameter in a Hugging Face checkpoint.
 
     Attributes:
-        name: the stored tensor's.
-        shape: the parameter's.
-        axes: which axis of the parameter comes first, second, ... in storage.
-        merged: the place, in that order, of an axis of heads that is stored as one with the axis after it; or None.
+        name: of the stored tensor.
+        shape: of the parameter.
+        axes: the parameter's axes in the order of the stored tensor.
+        merged: index in ``axes`` of a heads axis that is merged with the next one in the stored tensor; or None.
     """
 
     name: str
@@ -71,12 +72,12 @@ class Entry:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """A nested dict as one dict, keys joined by slashes."""
+    """A nested dict as a flat one, with keys joined by slashes."""
     return flatten_dict(tree, sep="/")
 
 
 def key_table(config: DecoderConfig) -> dict[str, Entry]:
-    """For each parameter, by its path such as ``layers_0/attention/q/kernel``, where a checkpoint has it."""
+    """The stored tensor of each parameter, by the parameter's path such as ``layers_0/attention/q/kernel``."""
     block_modules = BLOCK_MODULES_WITH_POST_NORMS if config.post_norms else BLOCK_MODULES
     table = {}
     for path, leaf in _flatten(param_shapes(config)).items():

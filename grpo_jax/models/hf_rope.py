@@ -1,4 +1,4 @@
-"""The rotary frequencies that a Hugging Face ``config.json`` describes, in either of its spellings."""
+"""Rotary frequencies from a Hugging Face ``config.json``, in the format of transformers 4 or 5."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo_jax.models.hf_fields import LAYER_TYPES, check_number, check_object
 
 Fields = Mapping[str, Any]
 
-# What each kind must have besides its base, and what it may have.
+# Required and optional fields of each kind, besides the base.
 ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -25,17 +25,17 @@ WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
 
 def read_ropes(fields: Fields, theta: float, local_theta: float | None, head_dim: int) -> dict[str, Rope]:
-    """The rotary frequencies of each kind of layer, from either spelling.
+    """The rotary frequencies of each layer type, from ``rope_scaling`` or ``rope_parameters``.
 
     Args:
-        fields: of the config, defaults filled in.
-        theta: the base where the config gives none.
-        local_theta: the same for sliding layers; None if they have no base of their own.
+        fields: of the config, with defaults filled in.
+        theta: default base.
+        local_theta: default base for sliding layers; None if they have the same frequencies.
         head_dim: components of a head.
 
     Raises:
-        ValueError: for a kind that is not implemented, a value that is missing, impossible or given twice, and a field
-            that the kind does not read.
+        ValueError: a kind that is not implemented; a value that is missing, invalid or contradicted by another; or a
+            field that the kind does not read.
     """
     scaling, new = fields["rope_scaling"] or {}, fields["rope_parameters"] or {}
     old: dict[str, Any] = {"rope_theta": fields["rope_theta"], **scaling}
@@ -47,11 +47,11 @@ def read_ropes(fields: Fields, theta: float, local_theta: float | None, head_dim
     if scaling.get("type", "default") != "default" and "rope_type" not in scaling:
         raise ValueError(
             f"rope_scaling in config.json names its kind as type={scaling['type']!r}, which transformers does not read "
-            "in this family (it would scale nothing); write rope_type instead, or remove rope_scaling"
+            "in this family (it would have no effect); use rope_type instead, or remove rope_scaling"
         )
-    # transformers 5.0 puts these two beside the kinds of layers, where they say nothing.
-    says_nothing = {"rope_type": "default", "rope_theta": None}
-    unknown = sorted(n for n in set(new) - set(LAYER_TYPES) if n not in says_nothing or new[n] != says_nothing[n])
+    # transformers 5.0 writes these two beside the layer types, without an effect.
+    unused = {"rope_type": "default", "rope_theta": None}
+    unknown = sorted(name for name in set(new) - set(LAYER_TYPES) if name not in unused or new[name] != unused[name])
     if unknown:
         raise ValueError(f"rope_parameters has {unknown}; expected are {' and '.join(LAYER_TYPES)}")
     for kind in LAYER_TYPES:
@@ -65,7 +65,7 @@ def read_ropes(fields: Fields, theta: float, local_theta: float | None, head_dim
 
 
 def _read_rope(old: Fields, new: Fields, where: str, theta: float, sizes: Fields) -> Rope:
-    """One set of rotary frequencies; ``old`` and ``new`` are the two spellings, of which either may be empty."""
+    """One ``Rope`` from fields of transformers 4 (``old``) and 5 (``new``), either of which may be empty."""
     merged: dict[str, Any] = {}
     for parameters in (old, new):
         for name, value in parameters.items():
@@ -84,7 +84,7 @@ def _read_rope(old: Fields, new: Fields, where: str, theta: float, sizes: Fields
         raise ValueError(f"partial_rotary_factor is not implemented ({where})")
     base = check_number(f"rope_theta ({where})", merged.pop("rope_theta", theta))
     original = _original_length(kind, merged, where, sizes)
-    _drop_what_is_not_read(kind, merged, where)
+    _drop_unused(kind, merged, where)
     required, optional = ROPE_FIELDS[kind]
     missing, unknown = sorted(required - set(merged)), sorted(set(merged) - required - optional)
     if missing or unknown:
@@ -117,7 +117,7 @@ def _read_rope(old: Fields, new: Fields, where: str, theta: float, sizes: Fields
 
 
 def _original_length(kind: str, merged: dict[str, Any], where: str, sizes: Fields) -> float:
-    """The length before scaling; taken out of the parameters."""
+    """The length before scaling; removes its field from ``merged``."""
     longest, beside = sizes["max_position_embeddings"], sizes["original_max_position_embeddings"]
     inside = merged.pop("original_max_position_embeddings", None)
     given = [value for value in (inside, beside) if value is not None]
@@ -132,12 +132,12 @@ def _original_length(kind: str, merged: dict[str, Any], where: str, sizes: Field
     if kind == "dynamic" and inside is not None and inside != longest:
         raise ValueError(
             f"rope scaling 'dynamic' ({where}) begins beyond max_position_embeddings={longest}, as in transformers, "
-            f"and does not read original_max_position_embeddings={inside!r}; make them equal"
+            f"and does not read original_max_position_embeddings={inside!r}; set both to the same value"
         )
     return float(longest)
 
 
-def _drop_what_is_not_read(kind: str, merged: dict[str, Any], where: str) -> None:
+def _drop_unused(kind: str, merged: dict[str, Any], where: str) -> None:
     if kind == "default" and merged.get("factor") == 1:
         del merged["factor"]
     merged.pop("finetuned", None)
@@ -178,6 +178,6 @@ def _read_yarn(
 
 def _pairs(name: str, values: Any, count: int) -> tuple[float, ...]:
     if not isinstance(values, list) or len(values) != count:
-        found = f"{len(values)} entries" if isinstance(values, list) else f"{values!r:.200}"
-        raise ValueError(f"{name} in config.json must be a list of {count} (head_dim / 2) numbers, not {found}")
+        given = f"{len(values)} entries" if isinstance(values, list) else f"{values!r:.200}"
+        raise ValueError(f"{name} in config.json must be a list of {count} (head_dim / 2) numbers, not {given}")
     return tuple(check_number(f"{name}[{i}]", value) for i, value in enumerate(values))

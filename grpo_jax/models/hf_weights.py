@@ -1,4 +1,4 @@
-"""Weights from and to safetensors files, read lazily shard by shard."""
+"""Loading and saving of weights in safetensors files, shard by shard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
-from grpo_jax.models.hf_keys import LAYER, TABLE_SUFFIX, Entry, _flatten, key_table
+from grpo_jax.models.hf_keys import EMBEDDING_SUFFIX, LAYER, Entry, _flatten, key_table
 from grpo_jax.models.transformer import param_shapes
 from grpo_jax.types import Params
 
@@ -29,19 +29,19 @@ QUANTIZED = re.compile(
     r"\.(weight_scale(_inv)?|weight_packed|weight_zero_point|qweight|qzeros|g_idx|SCB|scales|absmax|quant_map)$|"
     r"\.weight\.(absmax|quant_map|quant_state\..*)$"
 )
-HEADER_SIZE_BYTES = 8  # a safetensors file begins with the size of its JSON header, little-endian
+HEADER_SIZE_BYTES = 8  # size of the JSON header at the start of a safetensors file, little-endian
 NUMPY_DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16}
 COMPARED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file's header describes it.
+    """A tensor as described in the header of its file.
 
     Attributes:
-        file: where it is.
+        file: the safetensors file.
         shape: of the stored tensor.
-        dtype: as safetensors spells it, such as ``BF16``.
+        dtype: in the notation of safetensors, such as ``BF16``.
         offset: of its first byte in the file.
     """
 
@@ -51,27 +51,27 @@ class Stored:
     offset: int
 
     def mapped(self) -> np.ndarray:
-        """The tensor as read-only pages of the file, which take memory as they are read and until they are dropped."""
+        """The tensor as a read-only memory map of the file."""
         return np.asarray(np.memmap(self.file, NUMPY_DTYPES[self.dtype], "r", self.offset, self.shape))
 
 
 def load_params(
     folder: Path, config: DecoderConfig, *, param_dtype: Any, shardings: Callable[[Any], Any] | None
 ) -> Params:
-    """Read a checkpoint's weights straight onto their devices, one tensor at a time and of it only the local shards.
+    """Read a checkpoint's weights onto their devices, one tensor at a time and only its local shards.
 
     Args:
-        folder: has the safetensors files.
-        config: what the decoder is made of.
-        param_dtype: what the parameters are stored in, whatever the files hold.
+        folder: the checkpoint.
+        config: sizes and switches of the decoder.
+        param_dtype: dtype of the parameters, whatever that of the files.
         shardings: from the tree of ``ShapeDtypeStruct`` to a tree of ``jax.sharding.Sharding``; None puts everything
             on the first local device.
 
     Raises:
-        FileNotFoundError: see ``weight_files``.
-        ValueError: one for all tensors that are missing, surplus, of another shape or of a dtype other than float32,
-            bfloat16 and float16; one for all that hold NaN or infinity, in the file or in ``param_dtype``; for an
-            ``lm_head.weight`` other than the embedding that it is tied to; and for a file that is damaged.
+        FileNotFoundError: as ``weight_files``.
+        ValueError: tensors that are missing, surplus, of another shape or of a dtype other than float32, bfloat16 and
+            float16 (one error lists all); tensors with NaN or infinity, in the file or in ``param_dtype`` (one error);
+            an ``lm_head.weight`` that differs from the embedding it is tied to; or a damaged file.
     """
     table, names, stored = check_weights(folder, config)
     if config.tie_word_embeddings and not config.scalar_head:
@@ -84,7 +84,7 @@ def load_params(
         placement = _flatten(shardings(shapes))
     params: dict[str, Any] = dict.fromkeys(table)
     not_finite: dict[str, str] = {}
-    # The largest of a file first, so that little is held beside them.
+    # The largest tensors of a file first, while few others are in memory.
     for path in sorted(table, key=lambda path: (str(stored[names[path]].file), -math.prod(table[path].shape))):
         tensor = stored[names[path]].mapped()
         params[path], problem = _load(tensor, table[path], placement[path], np.dtype(param_dtype))
@@ -93,8 +93,8 @@ def load_params(
     if not_finite:
         listed = cut([not_finite[path] for path in table if path in not_finite], separator="\n  ")
         raise ValueError(
-            f"{len(not_finite)} of {len(table)} tensors in {folder} hold NaN or infinity, so the model computes "
-            f"nothing; use an earlier checkpoint:\n  {listed}"
+            f"{len(not_finite)} of {len(table)} tensors in {folder} have NaN or infinity; use an earlier checkpoint:\n"
+            f"  {listed}"
         )
     return unflatten_dict(params, sep="/")
 
@@ -102,12 +102,16 @@ def load_params(
 def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry], dict[str, str], dict[str, Stored]]:
     """Check by the headers of a checkpoint's files that it has the weights of a decoder, and no others.
 
+    Args:
+        folder: the checkpoint.
+        config: sizes and switches of the decoder.
+
     Returns:
-        the place of each parameter, by its path; the name of its tensor; and each tensor by its name.
+        The entry of each parameter by its path; the name of its tensor by its path; and the tensors by name.
 
     Raises:
-        FileNotFoundError: see ``weight_files``.
-        ValueError: as ``load_params``, but for the values of weights.
+        FileNotFoundError: as ``weight_files``.
+        ValueError: as ``load_params``, except for the values of weights.
     """
     stored = read_headers(weight_files(folder))
     check_num_layers(folder, stored, config.num_layers)
@@ -118,17 +122,19 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry]
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
-    """What each tensor is, by its name.
+    """The tensors in safetensors files, by name.
 
     Raises:
-        ValueError: for a damaged file, and for a tensor that two files have.
+        ValueError: a damaged file, or a tensor in two files.
     """
     stored: dict[str, Stored] = {}
     for file in files:
         try:
             safe_open(file, framework="np")  # checks that the header and the file's size agree
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch or export it again") from error
+            raise ValueError(
+                f"{file} is damaged or not a safetensors file ({error}); download or export it again"
+            ) from error
         with file.open("rb") as opened:
             header_size = int.from_bytes(opened.read(HEADER_SIZE_BYTES), "little")
             header = json.loads(opened.read(header_size))
@@ -142,22 +148,27 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def _stored_name(entry: Entry, stored: Mapping[str, Stored]) -> str:
-    """The tensor's name; what a model without a head writes has no ``model.`` before it."""
-    return entry.name.removeprefix("model.") if TABLE_SUFFIX in stored else entry.name
+    """The name of the stored tensor; models that were saved without a head have no ``model.`` prefix."""
+    return entry.name.removeprefix("model.") if EMBEDDING_SUFFIX in stored else entry.name
 
 
 def check_num_layers(folder: Path, stored: Iterable[str], num_layers: Any) -> None:
-    """Compare the number of layers with those that the weights have.
+    """Compare the number of layers of a config with that of the weights.
+
+    Args:
+        folder: the checkpoint, for the message.
+        stored: names of the stored tensors.
+        num_layers: ``num_hidden_layers`` of the config.
 
     Raises:
-        ValueError: if it is greater than theirs, or theirs are complete and it is smaller.
+        ValueError: it is greater, or it is smaller and the weights have no gaps.
     """
     layers = {int(match[1]) for name in stored if (match := LAYER.search(name))}
     count = max(layers, default=-1) + 1
     if layers and (num_layers > count or (num_layers < count == len(layers))):
         raise ValueError(
             f"num_hidden_layers in {folder / 'config.json'} is {num_layers:,}, but the weights beside it have "
-            f"{count:,} layers; they belong to another config, or are not complete"
+            f"{count:,} layers; they belong to another config, or are incomplete"
         )
 
 
@@ -172,7 +183,7 @@ def _check_tensors(
         )
     if not any(name in stored for name in expected if LAYER.search(name)):
         raise ValueError(
-            f"the weights in {folder} are named otherwise than its config.json calls for: {_naming(stored)}"
+            f"the tensor names in {folder} are not those of the model_type in its config.json: {_naming(stored)}"
         )
     problems = [f"missing: {name} {entry.stored_shape}" for name, entry in expected.items() if name not in stored]
     for name, tensor in sorted(stored.items()):
@@ -190,19 +201,19 @@ def _check_tensors(
 
 
 def _naming(stored: Mapping[str, Stored]) -> str:
-    """How tensors are named instead, and what would do."""
-    tables = [name for name in stored if name.endswith(TABLE_SUFFIX)]
-    prefix = tables[0].removesuffix(TABLE_SUFFIX) if tables else ""
+    """A description of unexpected tensor names, and how to convert them."""
+    tables = [name for name in stored if name.endswith(EMBEDDING_SUFFIX)]
+    prefix = tables[0].removesuffix(EMBEDDING_SUFFIX) if tables else ""
     if "language_model." in prefix:
         return (
-            f"their prefix is {prefix!r}, that of the language model inside a multimodal one; load that with "
-            "transformers and save its text model alone"
+            f"their prefix is {prefix!r}, that of the language model in a multimodal one; load that with transformers "
+            "and save only its text model"
         )
     if prefix.endswith("model.") and prefix != "model.":
         wrapper = prefix.removesuffix("model.")
         return (
-            f"{wrapper!r} stands before each name, as a wrapper for training or compiling (DDP, FSDP, DeepSpeed, "
-            "torch.compile, PEFT) puts it there; save the model inside the wrapper, by its save_pretrained"
+            f"they have the prefix {wrapper!r} of a wrapper for training or compiling (DDP, FSDP, DeepSpeed, "
+            "torch.compile, PEFT); save the wrapped model with its save_pretrained"
         )
     return f"they are {cut(sorted(stored), 3)}; convert them to the names that transformers writes for this model_type"
 
@@ -219,43 +230,43 @@ def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str) -> 
         equal = all(np.array_equal(heads[part], tables[part].astype(heads.dtype)) for part in parts)
     if not equal:
         raise ValueError(
-            f"tie_word_embeddings in {folder / 'config.json'} is true (where it is missing, by the family's default), "
+            f"tie_word_embeddings in {folder / 'config.json'} is true (or missing, and true by default), "
             f"but the weights have an lm_head.weight that differs from {table}: set it to false to use that head, or "
             "delete lm_head.weight from the weights to use the embedding"
         )
 
 
 def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.dtype) -> tuple[jax.Array, str | None]:
-    """A parameter on its devices, and how many of its local values are not finite, if any."""
+    """A parameter on its devices, and a description of its local values that are not finite, if any."""
     read, counts = {}, []
 
     def local_slice(index: Any) -> np.ndarray:
         ranges = tuple(range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=True))
         if ranges not in read:
             part = read_slice(tensor, entry, ranges)
-            with np.errstate(over="ignore"):  # found below
-                # Contiguous arrays may become device arrays as they are, which must not change with the file.
+            with np.errstate(over="ignore"):  # checked below
+                # A contiguous array may become a device array without a copy, which must not change with the file.
                 read[ranges] = part.astype(dtype, copy=part.flags.c_contiguous)
             if not (is_finite(part) and (has_range_of(dtype, part.dtype) or is_finite(read[ranges]))):
                 counts.append(np.count_nonzero(~np.isfinite(read[ranges].astype(np.float32))))
         return read[ranges]
 
     array = jax.make_array_from_callback(entry.shape, sharding, local_slice, dtype)
-    # Transfers run behind; without waiting, the host would hold many tensors.
+    # Transfers are asynchronous; without waiting, the host would hold many tensors.
     array.block_until_ready()
     return array, f"{sum(counts):,} of {array.size:,} in {dtype.name}" if counts else None
 
 
 def has_range_of(dtype: np.dtype, other: np.dtype) -> bool:
-    """Whether every finite number of another floating-point type is finite in this one."""
+    """Whether every finite number of ``other`` is finite in ``dtype``; both floating point."""
     return float(jnp.finfo(dtype).max) >= float(jnp.finfo(other).max)
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Whether no entry is NaN or infinite; of a floating-point array of 2 or 4 bytes, without a temporary copy."""
+    """Whether no entry of a floating-point array of 2 or 4 bytes is NaN or infinite; without a temporary copy."""
     if x.size == 0:
         return True
-    # Read as integers, finite numbers come before infinity and NaN, the negative ones after all positive ones.
+    # As unsigned integers, finite numbers sort before infinity and NaN, and negative numbers after positive ones.
     unsigned, signed = np.dtype(f"u{x.dtype.itemsize}"), np.dtype(f"i{x.dtype.itemsize}")
     positive, negative = (np.asarray(value, x.dtype).view(unsigned) for value in (np.inf, -np.inf))
     bits = x.view(unsigned)
@@ -263,45 +274,45 @@ def is_finite(x: np.ndarray) -> bool:
 
 
 def read_slice(tensor: Any, entry: Entry, ranges: tuple[range, ...]) -> np.ndarray:
-    """KVSegment of a parameter, reading no other part of the stored tensor.
+    """A slice of a parameter, read without the rest of the stored tensor.
 
     Args:
-        tensor: the stored one, or anything whose slices are its NumPy arrays.
-        entry: the parameter's place.
-        ranges: of each of the parameter's axes, contiguous.
+        tensor: the stored tensor, or any object whose slices are NumPy arrays.
+        entry: of the parameter.
+        ranges: a contiguous range of each axis of the parameter.
 
     Returns:
-        the part, with the parameter's axes, in the stored dtype; where it can be, a view of the tensor.
+        The slice, with the parameter's axes, in the stored dtype; a view of the tensor if possible.
     """
-    stored = [ranges[axis] for axis in entry.axes]
-    place = entry.merged
-    if place is None:
+    stored = [ranges[i] for i in entry.axes]
+    axis = entry.merged
+    if axis is None:
         part = tensor[tuple(slice(r.start, r.stop) for r in stored)]
     else:
-        heads, within = stored[place : place + 2]
-        size = entry.shape[entry.axes[place + 1]]
+        heads, within = stored[axis : axis + 2]
+        size = entry.shape[entry.axes[axis + 1]]
         if len(within) == size:
             runs = [slice(heads.start * size, heads.stop * size)]
         else:
             runs = [slice(head * size + within.start, head * size + within.stop) for head in heads]
-        before, after = (tuple(slice(r.start, r.stop) for r in rs) for rs in (stored[:place], stored[place + 2 :]))
+        before, after = (tuple(slice(r.start, r.stop) for r in rs) for rs in (stored[:axis], stored[axis + 2 :]))
         parts = [tensor[(*before, run, *after)] for run in runs]
-        part = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=place)
+        part = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
     return part.reshape([len(r) for r in stored]).transpose(np.argsort(entry.axes))
 
 
 def save_params(folder: Path, params: Params, config: DecoderConfig, *, dtype: Any, max_shard_bytes: int) -> None:
-    """Write parameters as safetensors, with an index if they take more than one file.
+    """Write parameters as safetensors, with an index if there are several files.
 
-    One file's tensors are in host memory at a time. Parameters may be spread over several processes: then all call
-    this together, and the first one writes.
+    One file's tensors are in host memory at a time. With parameters sharded over several processes, all call this
+    together and the first one writes.
 
     Args:
-        folder: exists.
-        params: the tree of ``config``.
-        config: what the decoder is made of.
-        dtype: to write; None writes each parameter as it is.
-        max_shard_bytes: the most a file holds, unless one tensor alone is larger.
+        folder: an existing folder.
+        params: the parameters of ``config``.
+        config: sizes and switches of the decoder.
+        dtype: of the stored tensors; None keeps the dtype of each parameter.
+        max_shard_bytes: size limit of a file, unless a single tensor is larger.
     """
     flat = _flatten(params)
     by_name = {entry.name: (flat[path], entry) for path, entry in key_table(config).items()}
@@ -315,7 +326,7 @@ def save_params(folder: Path, params: Params, config: DecoderConfig, *, dtype: A
         tensors = {name: _export(*by_name[name], dtype) for name in names}
         if jax.process_index() == 0:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # safetensors writes them for the owner alone
+            (folder / file).chmod(0o644)  # safetensors makes them readable by the owner only
     if plan.is_sharded and jax.process_index() == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
@@ -323,7 +334,7 @@ def save_params(folder: Path, params: Params, config: DecoderConfig, *, dtype: A
 
 def _export(param: jax.Array, entry: Entry, dtype: Any) -> np.ndarray:
     if param.is_fully_addressable:
-        # Of a copy, because an array keeps what the host once read of it for as long as it lives.
+        # Of a copy, because an array caches its host value for as long as it lives.
         on_host = np.asarray(jnp.array(param, copy=True))
     else:
         on_host = multihost_utils.process_allgather(param, tiled=True)
@@ -332,10 +343,10 @@ def _export(param: jax.Array, entry: Entry, dtype: Any) -> np.ndarray:
 
 
 def check_params(params: Params, config: DecoderConfig) -> None:
-    """Check that a tree of parameters is one of ``config``.
+    """Check that a tree of parameters has the paths, shapes and dtypes of ``config``.
 
     Raises:
-        ValueError: one for all parameters that are missing, surplus, of another shape or not floating point.
+        ValueError: parameters that are missing, surplus, of another shape or of another dtype; one error lists all.
     """
     expected = {path: leaf.shape for path, leaf in _flatten(param_shapes(config)).items()}
     given = _flatten(params)

@@ -1,7 +1,6 @@
-"""Causal attention of a call's tokens to each other by a fused kernel, which never forms the scores in memory.
+"""Fused attention kernels for a call's tokens among themselves, which do not materialize the scores.
 
-What a kernel computes is what ``layers.attend`` computes, up to rounding. Training and the reading of prompts go
-through it; tokens drawn one by one do not.
+They compute ``attention.attend`` up to rounding, in training and prefill; decode steps do not use them.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from grpo_jax.sharding import BATCH
 AttentionName = Literal["auto", "plain", "cudnn", "splash"]
 Kernel = Callable[..., Float[Array, "B S H E"]]
 """``(queries [B, S, H, E] already scaled, keys and values [B, S, K, E], mask [B, S], window=, softcap=)``. A token
-attends to the unmasked ones up to itself, less than ``window`` before it; what a masked one gets is finite and means
-nothing. A mask of integers numbers packed sequences, 0 for padding: a token attends to its own number alone."""
+attends to unmasked tokens up to itself and less than ``window`` before it; the output of a masked one is finite and
+meaningless. An integer mask holds segment ids, 0 for padding: tokens attend within their segment."""
 
 LANES = 128
 LARGEST_BLOCK = 512
 
 
 def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> Kernel | None:
-    """The kernel of that name; None for the plain path.
+    """The attention kernel of a name; None for the plain path.
 
     Args:
-        name: ``auto`` takes what the platform has for this model in bfloat16. In float32 it is the plain path, by which
-            sampler and trainer agree to the last bits.
-        config: of the model.
-        dtype: of the computation.
-        mesh: of the parameters; None for one device.
+        name: ``auto`` selects the platform's kernel if it supports the model in bfloat16. In float32 it is the plain
+            path, with which sampler and trainer agree to the last bits.
+        config: sizes and switches of the decoder.
+        dtype: compute dtype.
+        mesh: mesh of the parameters; None for one device.
 
     Raises:
-        ValueError: for a kernel that cannot compute this model; it says why.
+        ValueError: the kernel does not support this model or this hardware; the message gives the reason.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     chosen = resolve_attention(name, config, dtype, hardware(device), 1 if mesh is None else mesh.shape["tensor"])
@@ -51,45 +50,52 @@ def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: 
 
 
 def hardware(device: Any) -> str:
-    """``tpu``, ``cuda`` for NVIDIA's GPUs from Ampere on (which cuDNN's attention needs), or ``other``."""
+    """``tpu``, ``cuda`` for NVIDIA GPUs from Ampere on (which cuDNN attention requires), or ``other``."""
     if device.platform == "tpu":
         return "tpu"
-    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # a ROCm device tells a name
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # a name on ROCm
     return "cuda" if device.platform == "gpu" and generation.isdigit() and int(generation) >= 8 else "other"
 
 
 def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, kind: str, tensor: int) -> AttentionName:
-    """What ``auto`` stands for on a kind of hardware, heads split over ``tensor`` devices; other names are themselves.
+    """The name of the kernel that ``auto`` selects; other names are checked and returned.
+
+    Args:
+        name: of a kernel, or ``auto``.
+        config: sizes and switches of the decoder.
+        dtype: compute dtype.
+        kind: hardware, as returned by ``hardware``.
+        tensor: devices that heads are sharded over.
 
     Raises:
-        ValueError: see ``choose_kernel``.
+        ValueError: as ``choose_kernel``.
     """
     fastest: AttentionName = "cudnn" if kind == "cuda" else "splash" if kind == "tpu" else "plain"
     if name == "auto":
-        fits = dtype == jnp.bfloat16 and obstacle(fastest, config, dtype, tensor) is None
+        fits = dtype == jnp.bfloat16 and unsupported(fastest, config, dtype, tensor) is None
         return fastest if fits else "plain"
     if name not in ("plain", fastest):
         raise ValueError(
-            f"attention {name!r} does not run here: cuDNN's runs on NVIDIA's GPUs from Ampere on, splash attention on "
-            f"TPUs; {fastest!r} would, and 'auto' takes what fits"
+            f"attention {name!r} does not run here: 'cudnn' runs on NVIDIA GPUs from Ampere on, 'splash' on TPUs; use "
+            f"{fastest!r}, or 'auto' to select by hardware and model"
         )
-    problem = obstacle(name, config, dtype, tensor)
+    problem = unsupported(name, config, dtype, tensor)
     if problem is not None:
-        raise ValueError(f"attention {name!r} {problem}; 'plain' computes every model, 'auto' takes what fits")
+        raise ValueError(f"attention {name!r} {problem}; use 'plain', which supports every model, or 'auto'")
     return name
 
 
-def obstacle(name: AttentionName, config: DecoderConfig, dtype: Any, tensor: int) -> str | None:
-    """Why this kernel cannot compute this model, if it cannot."""
+def unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor: int) -> str | None:
+    """The reason why a kernel does not support a model; None if it does."""
     if name == "cudnn":
         if dtype != jnp.bfloat16:
             return f"computes in bfloat16, not {jnp.dtype(dtype).name}"
         if config.attention_softcap is not None:
-            return "has no soft cap, and this model has one"
+            return "has no soft cap, which this model needs"
         if config.head_dim % 8 or config.head_dim > 128:
-            return f"takes heads of a multiple of 8 up to 128, not {config.head_dim}"
+            return f"needs a head_dim that is a multiple of 8 up to 128, not {config.head_dim}"
     if name == "splash" and config.num_kv_heads % tensor:
-        return f"cannot split {config.num_kv_heads} heads of keys over tensor = {tensor} devices"
+        return f"cannot shard {config.num_kv_heads} KV heads over tensor = {tensor} devices"
     return None
 
 
@@ -103,19 +109,19 @@ def cudnn_attention(
     softcap: None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B S H E"]:
-    """By cuDNN, on GPUs. It knows padding on the right alone: so real tokens go first, and back to their places.
+    """Attention by cuDNN, on GPUs. It supports padding on the right only: real tokens are moved first, and back after.
 
-    With a window, distances are those between real tokens: the slots', as long as padding does not stand between them.
-    Of packed sequences it is told who may attend to whom, which is an array of ``[B, S, S]``.
+    With a window, distances are counted in real tokens: the same as in slots unless padding is between them. Packed
+    sequences take a mask of ``[B, S, S]``.
 
     Args:
         queries: scaled.
-        keys: each head serves ``H / K`` query heads that follow each other.
+        keys: each head serves ``H / K`` adjacent query heads.
         values: likewise.
-        mask: False at columns that nobody may attend to, or the numbers of packed sequences.
-        window: None sees all.
-        softcap: there is none.
-        implementation: "xla" does the same on any platform, for tests.
+        mask: False at columns that no token may attend to, or segment ids, 0 for padding.
+        window: sliding window; None for full attention.
+        softcap: not supported.
+        implementation: "xla" computes the same on any platform, for tests.
     """
     attention = partial(
         jax.nn.dot_product_attention,
@@ -129,15 +135,15 @@ def cudnn_attention(
             return attention(queries, keys, values, mask=(mask[:, :, None] == mask[:, None, :])[:, None])
     order = jnp.argsort(~mask, axis=1, stable=True)
     lengths = jnp.maximum(mask.sum(1, dtype=jnp.int32), 1)
-    queries, keys, values = (permuted(x, order) for x in (queries, keys, values))
+    queries, keys, values = (permute(x, order) for x in (queries, keys, values))
     with jax.numpy_dtype_promotion("standard"):
-        # Padding behind a window's reach would have nothing to attend to, were it not for the queries' lengths.
+        # With query lengths, because padding beyond the window's reach would attend to nothing and be NaN.
         out = attention(queries, keys, values, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    return permuted(out, jnp.argsort(order, axis=1))
+    return permute(out, jnp.argsort(order, axis=1))
 
 
-def permuted(x: Float[Array, "B S N E"], order: Int[Array, "B S"]) -> Float[Array, "B S N E"]:
-    """Each row's tokens in an order of its own."""
+def permute(x: Float[Array, "B S N E"], order: Int[Array, "B S"]) -> Float[Array, "B S N E"]:
+    """The tokens of each row in the order of ``order``."""
 
     def row(x, order):
         return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
@@ -156,18 +162,18 @@ def splash_attention(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B S H E"]:
-    """By JAX's splash attention, on TPUs.
+    """Attention by JAX's splash attention kernel, on TPUs.
 
     Args:
         queries: scaled.
-        keys: each head serves ``H / K`` query heads that follow each other.
+        keys: each head serves ``H / K`` adjacent query heads.
         values: likewise.
-        mask: False at columns that nobody may attend to, or the numbers of packed sequences.
-        window: None sees all.
-        softcap: ``c`` in ``c * tanh(score / c)``; None for none.
-        mesh: sequences are split over ``data`` and ``fsdp``, heads over ``tensor``; each must divide. None for arrays
+        mask: False at columns that no token may attend to, or segment ids, 0 for padding.
+        window: sliding window; None for full attention.
+        softcap: ``c`` in ``c * tanh(score / c)``; None without.
+        mesh: sequences are sharded over ``data`` and ``fsdp``, heads over ``tensor``; they must divide. None for arrays
             on one device.
-        interpret: run the kernel's operations one by one, on any platform: for tests.
+        interpret: interpret the kernel on any platform, for tests.
     """
     on_device = partial(splash_on_device, window=window, softcap=softcap, interpret=interpret)
     if mesh is None:
@@ -184,7 +190,7 @@ def splash_attention(
 
 
 def splash_on_device(queries, keys, values, mask, *, window: int | None, softcap: float | None, interpret: bool):
-    """``splash_attention`` of what lies on one device."""
+    """``splash_attention`` on one device's shard."""
     S, H = queries.shape[1:3]
     blocks = -(-S // LARGEST_BLOCK)
     block = -(-S // (blocks * LANES)) * LANES
@@ -207,8 +213,8 @@ def splash_on_device(queries, keys, values, mask, *, window: int | None, softcap
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
-    # Real tokens attend to those of their own sequence and masked ones to masked ones, at least to themselves: a row
-    # that may attend to nothing would be divided by zero.
+    # Masked tokens are a segment of their own and attend at least to themselves: a row that attends to nothing would be
+    # divided by zero.
     segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, length - S)))
     out: Array = jax.vmap(kernel)(padded(queries), padded(keys), padded(values), splash.SegmentIds(segments, segments))  # pyright: ignore[reportAssignmentType]
     return out[:, :, :S].transpose(0, 2, 1, 3)

@@ -1,4 +1,4 @@
-"""How many positions a checkpoint has, read without its weights."""
+"""The number of positions of a checkpoint, read without its weights."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from grpo_jax.models.hf_files import read_json
 
 
 def num_positions(name_or_folder: str | Path) -> int | None:
-    """The tokens that a model has positions for, as ``max_position_embeddings`` in its ``config.json`` says.
+    """``max_position_embeddings`` in the ``config.json`` of a checkpoint, in tokens.
 
     Args:
         name_or_folder: a folder, or a hub id.
 
     Returns:
-        None where the configuration names none, or cannot be read (yet): loading the model says why.
+        None if the configuration has no such field or cannot be read; ``from_pretrained`` raises with the reason.
     """
     folder = Path(name_or_folder).expanduser()
     path = folder / "config.json" if folder.exists() else _fetched(str(name_or_folder))
     try:
-        found = None if path is None else read_json(path).get("max_position_embeddings")
+        value = None if path is None else read_json(path).get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, int) and found > 0 else None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 @cache
 def _fetched(name: str) -> Path | None:
-    """The configuration of a model on the hub; looked for once, whether it is there or not."""
+    """The configuration of a model on the hub, or None; cached in both cases."""
     try:
         return Path(hf_hub_download(name, "config.json"))
     except (OSError, ValueError):

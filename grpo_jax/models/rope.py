@@ -12,14 +12,14 @@ Rotation = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]
 
 
 def rope_frequencies(rope: Rope, head_dim: int, length: Float[Array, ""] | None = None) -> np.ndarray | Array:
-    """Radians per position for each pair of components, float32 ``[head_dim / 2]``; see ``Rope``.
+    """Radians per position for each pair of components, float32 ``[head_dim / 2]``.
 
-    Computed in float32 throughout, as the models' own code does: at position 100,000 a rounding shows.
+    Computed in float32 throughout, as in the models' reference code: at position 100,000 rounding is visible.
 
     Args:
-        rope: their kind.
+        rope: base and scaling of the frequencies.
         head_dim: components of a head.
-        length: tokens of the sequence, float32, for the kinds that depend on it; None is the original length.
+        length: tokens of the sequence, float32, for scalings that depend on it; None for the original length.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     periods = np.float32(rope.theta) ** exponents
@@ -44,14 +44,14 @@ def rope_frequencies(rope: Rope, head_dim: int, length: Float[Array, ""] | None 
 
 
 def _kept_by_llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
-    """How much of each frequency is left unscaled, from 0 to 1."""
+    """The fraction of each frequency that is left unscaled, from 0 to 1, by wavelength."""
     waves_per_length = np.float32(rope.original_max_positions / (2 * np.pi)) * frequencies
     kept = (waves_per_length - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return np.clip(kept, 0, 1).astype(np.float32)
 
 
 def _kept_by_yarn(rope: Rope, head_dim: int) -> np.ndarray:
-    """How much of each frequency is left unscaled, from 0 to 1."""
+    """The fraction of each frequency that is left unscaled, from 0 to 1, by turns over the original length."""
     first, last = (
         head_dim * np.log(rope.original_max_positions / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))
         for turns in (rope.beta_fast, rope.beta_slow)
@@ -64,7 +64,7 @@ def _kept_by_yarn(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotation:
-    """Cosine and sine of the angle at each position, float32, with an axis for the heads."""
+    """Cosine and sine of the angle at each position, times ``attention_factor``; float32, with a heads axis."""
     length = (jnp.max(positions) + 1).astype(jnp.float32) if rope.depends_on_length else None
     angles = (
         positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(rope, head_dim, length)[None, None, None]
@@ -75,7 +75,7 @@ def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotatio
 
 
 def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S N E"]:
-    """Turn the pairs ``(x[i], x[i + E/2])`` by their angles, in float32."""
+    """Rotate the pairs ``(x[i], x[i + E/2])`` by their angles, in float32."""
     cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
