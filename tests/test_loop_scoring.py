@@ -129,14 +129,14 @@ def test_a_reward_that_cannot_run_is_found_before_anything_is_spent():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reward": ("a:b=much",)}, "a reward's weight is a number"),
+        ({"reward": ("a:b=much",)}, "the weight of a reward must be a number"),
         ({"reward_workers": -1}, "reward_workers is -1; it must be at least 0"),
         ({"overlong_cache": 0}, "overlong_cache is 0"),
         ({"reward_deadline": 0.0}, "reward_deadline is 0.0"),
         ({"reward_batch_deadline": -1.0}, "reward_batch_deadline is -1.0"),
         ({"language_weight": 1.0}, "language_weight is set, but no target_language"),
         ({"target_language": "klingon"}, "klingon"),
-        ({"format_pattern": "("}, "is no regular expression"),
+        ({"format_pattern": "("}, "is not a regular expression"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):

@@ -9,7 +9,7 @@ from grpo_jax import rewards
 
 
 def test_every_reward_is_there_by_one_import():
-    for names in rewards.HOMES.values():
+    for names in rewards.EXPORTS.values():
         for name in names:
             assert name in dir(rewards)
             assert getattr(rewards, name) is not None
@@ -21,7 +21,7 @@ def test_every_reward_is_there_by_one_import():
 def test_processes_that_score_import_no_jax():
     script = (
         "import sys; import grpo_jax.rewards.workers.worker; from grpo_jax import rewards;"
-        "[getattr(rewards, name) for home in rewards.HOMES if home != 'learned' for name in rewards.HOMES[home]];"
+        "[getattr(rewards, name) for home in rewards.EXPORTS if home != 'learned' for name in rewards.EXPORTS[home]];"
         "assert rewards.math_reward([''], ['5'], answer=['x+1']) == [0.0];"
         "assert not {'jax', 'flax', 'torch', 'transformers'} & set(sys.modules)"
     )

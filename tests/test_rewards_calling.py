@@ -87,7 +87,7 @@ def test_a_reward_that_cannot_be_called_is_named_with_the_columns_there_are(rewa
 
 BUILTIN = {
     name: getattr(rewards, name)
-    for names in rewards.HOMES.values()
+    for names in rewards.EXPORTS.values()
     for name in names
     if name.endswith("_reward") and callable(getattr(rewards, name))
 }
@@ -221,7 +221,7 @@ def test_a_batch_that_fails_has_no_score_and_the_next_one_has(pool, what, kind):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("short", "reward 'bad' must return one entry a completion: 3, not 1"),
+        ("short", "reward 'bad' must return one entry for each completion: 3, not 1"),
         ("text", "reward 'bad' returned 'good'; an entry must be None or a number"),
     ],
 )

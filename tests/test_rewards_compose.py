@@ -94,7 +94,7 @@ def test_column_that_is_missing():
 
 @pytest.mark.parametrize(("values", "count"), [([], 0), ([1.0], 1), ([1.0, 2.0, 3.0], 3)])
 def test_wrong_count(values, count):
-    with pytest.raises(ValueError, match=f"reward 'mine' must return one entry a completion: 2, not {count}"):
+    with pytest.raises(ValueError, match=f"reward 'mine' must return one entry for each completion: 2, not {count}"):
         score(values, 2)
 
 
@@ -112,7 +112,7 @@ def test_not_a_number_that_float32_can_hold(value):
 
 def test_columns_of_other_lengths():
     compose = weighted({"form": format_reward}, {"form": 1.0})
-    with pytest.raises(ValueError, match=r"one entry a completion: .*'completions': 2.*'answer': 1"):
+    with pytest.raises(ValueError, match=r"must have the same length: .*'completions': 2.*'answer': 1"):
         compose(["p", "p"], ["c", "c"], answer=["5"])
     with pytest.raises(ValueError, match=r"'prompts': 1, 'completions': 2"):
         compose(["p"], ["c", "c"])
@@ -122,7 +122,7 @@ def test_columns_of_other_lengths():
     ("rewards", "weights"), [({}, {}), ({"a": format_reward}, {"b": 1.0}), ({"a": format_reward}, {"a": 1.0, "b": 1.0})]
 )
 def test_names_must_agree(rewards, weights):
-    with pytest.raises(ValueError, match="one weight for each: rewards"):
+    with pytest.raises(ValueError, match="one entry for each reward: rewards"):
         weighted(rewards, weights)
 
 
@@ -150,14 +150,14 @@ def test_a_gate_counts_a_part_only_where_another_one_holds():
 
 @pytest.mark.parametrize("gates", [{"a": "b"}, {"b": "a"}, {"a": "a"}])
 def test_a_gate_is_of_two_rewards(gates):
-    with pytest.raises(ValueError, match=r"the gate .* must be of two of the rewards \['a'\]"):
+    with pytest.raises(ValueError, match=r"the gate .* must name two of the rewards \['a'\]"):
         weighted({"a": format_reward}, {"a": 1.0}, gates=gates)
 
 
 def test_totals_are_clipped():
     compose = weighted({"a": lambda p, c, **_: [-3.0, 0.5, 3.0, None]}, {"a": 1.0}, clip=(-1.0, 1.0))
     np.testing.assert_array_equal(compose(["p"] * 4, ["c"] * 4).total, [-1, 0.5, 1, np.nan])
-    with pytest.raises(ValueError, match="clip must be the least and the greatest"):
+    with pytest.raises(ValueError, match="clip must be .lower bound, upper bound"):
         weighted({"a": format_reward}, {"a": 1.0}, clip=(1.0, 1.0))
 
 
@@ -234,13 +234,13 @@ def test_ends_of_steps_of_any_kind(end):
     "step", [(0, 1.0), (15, 1.0), (-1, 1.0), (True, 1.0), (1.0, 1.0), (1, None), (1, float("nan")), (1,), 1, "ab", None]
 )
 def test_what_is_no_step_names_the_reward(step):
-    with pytest.raises(ValueError, match=r"reward 'mine' returned .* as a step; one is .* 'the completion'"):
+    with pytest.raises(ValueError, match=r"reward 'mine' returned .* as a step; a step must be .* 'the completion'"):
         score([graded_with([(1, 1.0), step])])
 
 
 @pytest.mark.parametrize("steps", [None, 3, "ab", {1: 0.5}])
 def test_steps_that_are_no_list_name_the_reward(steps):
-    with pytest.raises(ValueError, match=r"reward 'mine' returned .* as steps; they are a list.* 'the completion'"):
+    with pytest.raises(ValueError, match=r"reward 'mine' returned .* as steps; they must be a list.* 'the completion'"):
         score([graded_with(steps)])
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.monitor.samples import Sample, disagreement, spot_checks
-from grpo_jax.rewards.diagnostics import duplicate_share, hard_coded, has_empty_thought, stands_in, text_metrics
+from grpo_jax.rewards.diagnostics import duplicate_share, hard_coded, has_empty_thought, occurs_in, text_metrics
 from grpo_jax.tasks.sums import Sum, worked
 
 
@@ -49,8 +49,8 @@ def test_empty_thoughts_are_those_with_the_format_and_nothing_in_it():
         ("+", "1 + 1", False),
     ],
 )
-def test_an_answer_that_stands_in_its_prompt(answer, prompt, expected):
-    assert stands_in(answer, prompt) == expected
+def test_an_answer_that_occurs_in_its_prompt(answer, prompt, expected):
+    assert occurs_in(answer, prompt) == expected
 
 
 def test_answers_taken_from_prompts_and_given_to_everything_are_seen_against_what_is_right():

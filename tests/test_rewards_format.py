@@ -105,5 +105,5 @@ def test_a_pattern_of_ones_own_holds_for_the_whole_completion(completion, score)
 
 
 def test_what_is_no_pattern():
-    with pytest.raises(ValueError, match=r"the pattern '\(' is no regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"the pattern '\(' is not a regular expression: missing \)"):
         pattern_reward([""], [""], pattern="(")

@@ -124,9 +124,9 @@ def test_a_score_that_is_not_finite_is_an_error(tiny_reward):
 
 
 def test_what_is_no_reward_model_is_refused(tiny_reward, tiny):
-    with pytest.raises(ValueError, match="gives 32 numbers for each position"):
+    with pytest.raises(ValueError, match="head has 32 outputs"):
         LearnedReward(*tiny, tiny_tokenizer(), max_length=4)
-    with pytest.raises(ValueError, match="does not divide over the mesh"):
+    with pytest.raises(ValueError, match="must be divisible by data x fsdp of the mesh"):
         LearnedReward(
             *tiny_reward,
             tiny_tokenizer(),

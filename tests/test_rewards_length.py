@@ -28,7 +28,7 @@ def test_soft_overlong_falls_and_is_bounded(length, cache):
 
 @pytest.mark.parametrize("cache", [0, -1, 101])
 def test_a_cache_that_does_not_fit(cache):
-    with pytest.raises(ValueError, match=f"cache is {cache}; it must be from 1 to max_length = 100"):
+    with pytest.raises(ValueError, match=f"cache is {cache}; it must be between 1 and max_length = 100"):
         overlong(50, cache=cache)
 
 

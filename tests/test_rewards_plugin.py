@@ -47,5 +47,5 @@ def test_weights(text, expected):
 
 @pytest.mark.parametrize("text", ["a:b=", "a:b=much", "a:b=inf", "a:b=nan"])
 def test_what_is_no_weight(text):
-    with pytest.raises(ValueError, match="a reward's weight is a number"):
+    with pytest.raises(ValueError, match="the weight of a reward must be a number"):
         read_weighted(text)

@@ -211,7 +211,7 @@ class Collector:
             attempts.append(self.sample(step, params, attempt=len(attempts)))
             scores.append(self.score(attempts[-1]))
             varied += int(has_reward_variance(scores[-1].total, config.group_size).sum())
-        experience, merged = concatenate(attempts), Scores.joined(scores)
+        experience, merged = concatenate(attempts), Scores.concatenate(scores)
         varies = has_reward_variance(merged.total, config.group_size)
         groups = np.sort(np.argsort(~varies, kind="stable")[: config.num_prompts])
         rows = groups[:, None] * config.group_size + np.arange(config.group_size)

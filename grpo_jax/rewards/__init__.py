@@ -1,6 +1,6 @@
-"""Rewards: pure functions from prompts and completions to scores, what composes them, and the pool they may run in.
+"""Rewards: functions from prompts and completions to scores, their weighted sum, and worker processes to run them in.
 
-Each is imported when it is first used: processes that score need no jax, and a reward without mathematics no mpmath.
+Names are imported on first use, so that worker processes do not import jax and rewards import only what they need.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from grpo_jax.rewards.workers.pool import RewardError as RewardError
     from grpo_jax.rewards.workers.pool import RewardPool as RewardPool
 
-HOMES = {
+EXPORTS = {
     "math.answer": ("answer_reward", "extract_answer"),
     "calling": ("per_sample",),
     "code.reward": ("code_reward",),
@@ -47,15 +47,15 @@ HOMES = {
     "code.sandbox": ("SandboxLimits", "Sandbox"),
     "steps": ("equation_steps_reward",),
 }
-"""What is exported, by the module it lives in."""
+"""Exported names by module."""
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in HOMES.items():
+    for module, names in EXPORTS.items():
         if name in names:
             return getattr(import_module(f"grpo_jax.rewards.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *(name for names in HOMES.values() for name in names)})
+    return sorted({*globals(), *(name for names in EXPORTS.values() for name in names)})

@@ -1,4 +1,4 @@
-"""How a reward function is called: with a batch or a sample, with which columns, and awaited if it is async."""
+"""Calls of reward functions: by batch or by sample, with the columns of their signature, awaited if they are async."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ def per_sample(
     *, columns: Sequence[str] | None = None, warm_up: Callable[[], Any] | None = None
 ) -> Callable[[Function], Function]: ...
 def per_sample(function=None, *, columns=None, warm_up=None):
-    """Declare that a reward scores every completion by itself, whatever else is in the batch.
+    """Decorator: the reward's score of a completion does not depend on the rest of the batch.
 
-    A ``RewardPool`` then scores each sample on its own, on any worker, under a deadline of its own, and begins while
-    other completions are still being sampled. Without the declaration a reward is called with the whole batch.
+    A ``RewardPool`` then scores each sample separately, on any worker and with its own deadline, and starts while other
+    completions are still being sampled. Without the decorator a reward is called with the whole batch.
 
     Args:
         function: the reward; it takes lists of any length, as every reward does.
-        columns: the columns of the data set that it reads, where its other parameters are settings; "*" among them
-            stands for those that go into ``**kwargs``. By default every parameter besides ``prompts`` and
-            ``completions`` names a column.
-        warm_up: called once in the process that workers are forked from, so that none of them pays for it again.
+        columns: the parameters that are columns of the data set; all others are settings. "*" stands for the columns
+            that go into ``**kwargs``. Default: every parameter but ``prompts`` and ``completions`` is a column.
+        warm_up: called once in the process from which workers are forked, to load what all of them need.
     """
 
     def declare(function):
@@ -43,12 +42,12 @@ def per_sample(function=None, *, columns=None, warm_up=None):
 
 
 def is_per_sample(reward: Callable[..., Any]) -> bool:
-    """Whether a reward, or what it is a ``partial`` of, is declared ``per_sample``."""
+    """Whether a reward, or the function inside of its ``partial``, is declared ``per_sample``."""
     return bool(_declared(reward, "per_sample"))
 
 
 def is_async(reward: Callable[..., Any]) -> bool:
-    """Whether calling a reward gives a coroutine."""
+    """Whether a reward is a coroutine function."""
     function = _innermost(reward)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
@@ -66,44 +65,43 @@ def arguments(
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
 ) -> Arguments:
-    """The arguments that a reward's signature takes of a batch.
+    """The positional and keyword arguments with which to call a reward, selected by its signature.
 
-    ``f(completions, **kwargs)`` and ``f(prompts, completions, ...)`` get these two by name, in any order; a function
-    with other names for them gets prompts and completions as its first two arguments. A column goes to the
-    parameter of its name, or into ``**kwargs``. It never replaces a setting: an argument bound by ``partial``, or a
-    parameter that ``per_sample(columns=...)`` leaves out.
+    Parameters called ``prompts`` and ``completions`` are passed by name, in any order; a function with other names for
+    them gets both as its first two arguments. A column is passed to the parameter of the same name, or into
+    ``**kwargs``. It never replaces a setting: an argument bound by ``partial``, or a parameter that is not listed in
+    ``per_sample(columns=...)``.
 
     Args:
         reward: the function.
         prompts, completions: ``[B]``.
-        columns: of the data set, ``[B]`` each.
+        columns: columns of the data set by name, ``[B]`` each.
 
     Raises:
-        ValueError: the reward has a parameter without a default that no column is named after, or takes no
-            completions. The message goes on after the reward's name.
+        ValueError: a parameter without a default has no column, or the reward does not take completions. The message
+            is to be prefixed with the reward's name.
     """
     parameters = _parameters(reward)
-    names = {name for name, each in parameters.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
-    positional = [
-        each for each in parameters.values() if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    ]
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    kinds = [parameter.kind for parameter in parameters.values()]
+    names = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    positional = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
     settings, declared = _bound(reward), _declared(reward, "columns")
     args: list[Any] = []
-    given: dict[str, Any] = {"prompts": prompts, "completions": completions}
-    free = [each.name for each in positional if each.name not in settings]
-    is_variadic = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    available: dict[str, Any] = {"prompts": prompts, "completions": completions}
+    free = [name for name in positional if name not in settings]
+    is_variadic = inspect.Parameter.VAR_POSITIONAL in kinds
     if "completions" in names:
         has_other_names = free[1:2] == ["completions"] and free[0] != "prompts" and free[0] not in columns
     else:
         has_other_names = len(free) > 1 or (is_variadic and not free)
     if has_other_names:
-        args, given = [prompts, completions], {}
+        args, available = [prompts, completions], {}
         names -= set(free[:2])
     elif "completions" not in names and not takes_any:
         raise ValueError(
-            "has no parameter called completions; a reward is a function of completions, or of prompts and "
-            f"completions, and this one takes {[*parameters]}"
+            "has no parameter called completions; a reward takes completions, or prompts and completions, and this one "
+            f"takes {[*parameters]}"
         )
     for name, values in columns.items():
         if declared is None or ("*" in declared and name not in names):
@@ -111,8 +109,8 @@ def arguments(
         else:
             wanted = name in declared
         if wanted and name not in settings and name not in ("prompts", "completions"):
-            given[name] = values
-    kwargs = {name: values for name, values in given.items() if takes_any or name in names}
+            available[name] = values
+    kwargs = {name: values for name, values in available.items() if takes_any or name in names}
     missing = [
         name
         for name in names - kwargs.keys() - settings
@@ -124,17 +122,27 @@ def arguments(
 
 
 def invoke(reward: Callable[..., Any], call: Arguments) -> Any:
-    """What a reward returns of a batch; a coroutine is run to its end, also inside a running event loop."""
+    """The result of a reward; a coroutine is awaited, also inside of a running event loop.
+
+    Args:
+        reward: the function.
+        call: its positional and keyword arguments, from ``arguments``.
+    """
     args, kwargs = call
     values = reward(*args, **kwargs)
     return _awaited(values) if inspect.isawaitable(values) else values
 
 
 def invoke_each(reward: Callable[..., Any], calls: Sequence[Arguments], *, seconds: float) -> list[Any]:
-    """What an async reward returns of several batches, awaited together, each for at most ``seconds``.
+    """The results of several calls of an async reward, awaited together.
+
+    Args:
+        reward: the coroutine function.
+        calls: the arguments of each call, from ``arguments``.
+        seconds: timeout of each call.
 
     Returns:
-        For each batch its values, or the exception it raised (``TimeoutError`` after ``seconds``).
+        For each call its result, or the exception that it raised (``TimeoutError`` after ``seconds``).
     """
 
     async def run_all() -> list[Any]:
@@ -152,7 +160,7 @@ def _awaited(awaitable: Any) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(wait())
-    with ThreadPoolExecutor(1) as other_thread:  # as in a notebook, whose loop runs already
+    with ThreadPoolExecutor(1) as other_thread:  # in a notebook the event loop is already running
         return other_thread.submit(asyncio.run, wait()).result()
 
 
@@ -167,7 +175,7 @@ def _declared(reward: Callable[..., Any], name: str) -> Any:
 
 
 def _bound(reward: Callable[..., Any]) -> set[str]:
-    """The names that a ``partial`` has bound."""
+    """The keyword arguments bound by ``partial``."""
     names: set[str] = set()
     while isinstance(reward, partial):
         names |= reward.keywords.keys()
@@ -178,6 +186,6 @@ def _bound(reward: Callable[..., Any]) -> set[str]:
 def _parameters(reward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(reward).parameters
-    except (TypeError, ValueError):  # of a builtin that tells none
+    except (TypeError, ValueError):  # a builtin without a signature
         any_kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         return {str(kind): inspect.Parameter(f"_{int(kind)}", kind) for kind in any_kinds}

@@ -1,4 +1,4 @@
-"""Several rewards made into one, every part kept in sight."""
+"""Weighted sum of several rewards, with the score of each reward kept."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """A score with what else there is to know of it.
+    """The score of a completion, with details.
 
     Attributes:
-        score: the reward, or None where there is none.
-        details: further figures by name, which are logged beside the reward and never learnt from.
-        note: what a person should read beside the completion, such as an interpreter's message.
-        steps: of a reward that judges the steps of a completion one by one: after how many characters each ends, and
-            what it is worth. ``score`` is then what the whole is worth by them, such as their mean.
-        failed: whether there is no score because the reward could not be computed; otherwise None is abstention.
+        score: the reward; None if it abstains or failed.
+        details: further numbers by name, which are logged beside the reward and not trained on.
+        note: text to read beside the completion, such as an interpreter's message.
+        steps: for process supervision, (end, reward) of each step of the completion, where ``end`` is the number of
+            characters after which the step ends. ``score`` then aggregates the steps, for instance as their mean.
+        failed: whether ``score`` is None because the reward could not be computed, instead of abstaining.
     """
 
     score: float | None
@@ -36,29 +36,29 @@ class RewardOutput:
 
 
 RewardFn = Callable[..., Any]
-"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | RewardOutput]``, plain or async.
+"""``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | RewardOutput]``; may be async.
 
-Called once with the whole batch, or sample by sample where it is declared ``calling.per_sample``, with those arguments
-that its signature takes: ``f(completions, **kwargs)`` will do. Prompts and completions are texts; a column has one
-entry for each completion. The result has one too: a number, a ``RewardOutput``, or None where the reward abstains. NaN is a
-reward that failed.
+Called once with the whole batch, or sample by sample if it is declared ``calling.per_sample``, with the arguments that
+its signature takes: ``f(completions, **kwargs)`` suffices. Prompts and completions are texts. Columns and the result
+have one entry for each completion; an entry of the result is a number, a ``RewardOutput``, or None if the reward
+abstains. NaN means that the reward failed.
 """
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of some completions; NaN where absent.
+    """Rewards of a batch of completions; NaN marks a missing score.
 
     Attributes:
-        total: float32 ``[B]``.
-        parts: float32 ``[B]`` by the name of the reward, before gates and weights; and as ``name/detail`` what a
-            reward said besides (``RewardOutput.details``).
-        counted: float32 ``[B]`` by name, the parts that have a weight, after gates and before weights; NaN where the
-            total is absent or the reward abstains.
-        notes: for each completion what rewards had to say, after their names.
-        outcome: float32 ``[B]``, as ``total`` without the rewards that judged steps of this completion, for process
-            supervision; absent where these are all.
-        steps: for each completion the ends of its steps in characters, and the weighted reward of each, in order.
+        total: float32 ``[B]``, the weighted sum.
+        parts: float32 ``[B]`` by name of the reward, before gates and weights; ``RewardOutput.details`` are under
+            ``name/detail``.
+        counted: float32 ``[B]`` by name, the parts with a nonzero weight after gates and before weights; NaN where the
+            total is missing or the reward abstains.
+        notes: ``[B]`` texts, the notes of all rewards, each prefixed with the reward's name.
+        outcome: float32 ``[B]``, ``total`` without the rewards that scored steps of the completion, for process
+            supervision; NaN if no others are left.
+        steps: ``[B]`` tuples of (end in characters, weighted reward) of each step, in order.
     """
 
     total: np.ndarray
@@ -69,37 +69,33 @@ class Scores:
     steps: list[tuple[tuple[int, float], ...]]
 
     @classmethod
-    def joined(cls, scores: Sequence[Scores]) -> Scores:
-        """Several of them as one, row after row; NaN where a part was not scored."""
+    def concatenate(cls, scores: Sequence[Scores]) -> Scores:
+        """Concatenate along the batch axis; parts that are missing in some of ``scores`` are NaN there."""
 
-        def of(name: str) -> dict[str, np.ndarray]:
-            names = dict.fromkeys(part for each in scores for part in getattr(each, name))
-            return {
-                part: np.concatenate(
-                    [getattr(each, name).get(part, np.full_like(each.total, np.nan)) for each in scores]
-                )
-                for part in names
-            }
+        def concatenated(field: str) -> dict[str, np.ndarray]:
+            parts = [(getattr(each, field), np.full_like(each.total, np.nan)) for each in scores]
+            names = dict.fromkeys(name for by_name, _ in parts for name in by_name)
+            return {name: np.concatenate([by_name.get(name, nan) for by_name, nan in parts]) for name in names}
 
         return cls(
             total=np.concatenate([each.total for each in scores]),
-            parts=of("parts"),
-            counted=of("counted"),
+            parts=concatenated("parts"),
+            counted=concatenated("counted"),
             notes=[note for each in scores for note in each.notes],
             outcome=np.concatenate([each.outcome for each in scores]),
             steps=[steps for each in scores for steps in each.steps],
         )
 
     def at(self, rows: np.ndarray | slice) -> Scores:
-        """Those of some rows."""
-        places = np.arange(len(self.total))[rows]
+        """The scores of a selection of rows."""
+        indices = np.arange(len(self.total))[rows]
         return Scores(
             total=self.total[rows],
             parts={name: part[rows] for name, part in self.parts.items()},
             counted={name: part[rows] for name, part in self.counted.items()},
-            notes=[self.notes[place] for place in places],
+            notes=[self.notes[i] for i in indices],
             outcome=self.outcome[rows],
-            steps=[self.steps[place] for place in places],
+            steps=[self.steps[i] for i in indices],
         )
 
 
@@ -113,45 +109,43 @@ def weighted(
 ) -> Callable[..., Scores]:
     """A function ``(prompts, completions, **columns) -> Scores`` with ``total = clip(sum_i weights[i] * parts[i])``.
 
-    A total is absent where a part with a weight is: a sum that leaves a part out would be compared with sums that have
-    it. Rewards in ``may_abstain`` are left out of the sum where they return None, as in TRL; where all abstain the
-    total is absent, and where one failed too. A part with weight 0 is only recorded and never touches the total.
+    A total is NaN where a part with a nonzero weight is missing, because sums of different parts cannot be compared.
+    Rewards in ``may_abstain`` are left out of the sum where they return None, as in TRL; the total is still NaN where
+    all of them abstain or one failed. A part with weight 0 is only recorded.
 
-    To normalise each reward within its groups before they are summed, give ``Scores.counted`` to ``advantage.gdpo``.
-
-    Score one example before compute is spent, so that a reward that cannot run is found at once.
+    To normalise each reward within its groups before the sum, pass ``Scores.counted`` to ``advantage.gdpo``.
 
     Args:
         rewards: by name.
-        weights: one for each.
-        gates: ``{"accuracy": "format"}`` counts accuracy as 0 where format is below 1. Where the gate is absent, so is
-            the total.
-        clip: the least and the greatest total.
-        may_abstain: names of rewards without which a total is still one.
+        weights: by name, one for each reward.
+        gates: ``{"accuracy": "format"}`` counts accuracy as 0 where format is below 1. Where the gate is missing, the
+            total is NaN.
+        clip: lower and upper bound of the total.
+        may_abstain: names of rewards that may be left out of the sum.
 
     Raises:
-        ValueError: no rewards; names that differ between ``rewards`` and ``weights``; a weight that is not finite, or
-            all of them 0; a gate that names no reward or its own; bounds out of order. And when called: columns of
-            different lengths; a reward that raises (the cause is chained), returns something other than one entry a
-            completion, or an entry that is no number or not finite in float32. Each names the reward.
+        ValueError: ``rewards`` is empty; its names differ from those of ``weights``; a weight is not finite, or all are
+            0; a gate names an unknown reward or itself; ``clip`` is out of order. When called: columns have different
+            lengths; a reward raises (the cause is chained), does not return one entry for each completion, or returns
+            an entry that is not a number or not finite in float32. The message names the reward.
     """
     if not rewards or set(rewards) != set(weights):
-        raise ValueError(f"there must be rewards, and one weight for each: rewards {[*rewards]}, weights {[*weights]}")
+        raise ValueError(f"weights must have one entry for each reward: rewards {[*rewards]}, weights {[*weights]}")
     if not all(math.isfinite(weight) for weight in weights.values()) or not any(weights.values()):
         raise ValueError(f"weights must be finite and not all 0: {dict(weights)}")
     gates = gates or {}
     for name, gate in gates.items():
         if name not in rewards or gate not in rewards or name == gate:
-            raise ValueError(f"the gate {name}={gate} must be of two of the rewards {[*rewards]}")
+            raise ValueError(f"the gate {name}={gate} must name two of the rewards {[*rewards]}")
     if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"clip must be the least and the greatest total, in order; it is {clip}")
+        raise ValueError(f"clip must be (lower bound, upper bound) of the total, in order; it is {clip}")
     if not set(may_abstain) <= set(rewards):
         raise ValueError(f"may_abstain has {sorted(set(may_abstain) - set(rewards))}; the rewards are {[*rewards]}")
 
     def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> Scores:
         lengths = {name: len(c) for name, c in {"prompts": prompts, "completions": completions, **columns}.items()}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"prompts, completions and columns must have one entry a completion: {lengths}")
+            raise ValueError(f"prompts, completions and columns must have the same length: {lengths}")
         graded = {name: score_with(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
         parts = {name: _array(entry.score for entry in entries) for name, entries in graded.items()}
         counted = {name: _gated(parts, name, gates) for name, weight in weights.items() if weight}
@@ -168,10 +162,10 @@ def weighted(
         for name, entries in graded.items():
             for detail in dict.fromkeys(key for entry in entries for key in entry.details):
                 parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
-        judged = {name: np.array([bool(entry.steps) for entry in graded[name]], bool) for name in counted}
-        of_whole = [np.where(judged[name], 0, part) for name, part in summed.items()]
-        by_steps_alone = nothing | np.logical_and.reduce([judged[name] | abstains[name] for name in counted])
-        outcome = np.where(by_steps_alone, np.nan, sum(of_whole, np.zeros(len(completions))))
+        has_steps = {name: np.array([bool(entry.steps) for entry in graded[name]], bool) for name in counted}
+        outcomes = [np.where(has_steps[name], 0, part) for name, part in summed.items()]
+        only_steps = nothing | np.logical_and.reduce([has_steps[name] | abstains[name] for name in counted])
+        outcome = np.where(only_steps, np.nan, sum(outcomes, np.zeros(len(completions))))
         if clip is not None:
             total, outcome = np.clip(total, *clip), np.clip(outcome, *clip)
         steps = _steps({name: graded[name] for name in counted}, weights, len(completions))
@@ -184,19 +178,19 @@ def weighted(
 def _steps(
     graded: Mapping[str, list[RewardOutput]], weights: Mapping[str, float], count: int
 ) -> list[tuple[tuple[int, float], ...]]:
-    """The steps of each completion by where they end; what several rewards say of one step is added up."""
-    found = []
+    """The steps of each completion, ordered by end; the weighted rewards of several functions for a step are summed."""
+    steps = []
     for row in range(count):
-        worth: dict[int, float] = {}
+        rewards: dict[int, float] = {}
         for name, entries in graded.items():
             for end, reward in entries[row].steps:
-                worth[end] = worth.get(end, 0.0) + weights[name] * reward
-        found.append(tuple(sorted(worth.items())))
-    return found
+                rewards[end] = rewards.get(end, 0.0) + weights[name] * reward
+        steps.append(tuple(sorted(rewards.items())))
+    return steps
 
 
 def _gated(parts: Mapping[str, np.ndarray], name: str, gates: Mapping[str, str]) -> np.ndarray:
-    """A part, 0 where its gate is not open; absent where the part or the gate is."""
+    """A part, 0 where its gate is below 1 and NaN where the part or the gate is NaN."""
     if name not in gates:
         return parts[name]
     gate = parts[gates[name]]
@@ -208,16 +202,20 @@ class InvalidScoresError(ValueError):
 
 
 def as_reward_outputs(values: Any, completions: Sequence[str]) -> list[RewardOutput]:
-    """What a reward returned of some completions, each entry as a ``RewardOutput``.
+    """The values that a reward returned, validated, each as a ``RewardOutput``.
+
+    Args:
+        values: the return value of the reward.
+        completions: the texts that it scored.
 
     Raises:
-        InvalidScoresError: it is not a list with one entry a completion, each None, NaN, a number that float32 holds or
-            a ``RewardOutput`` of such. The message goes on after the reward's name.
+        InvalidScoresError: ``values`` is not a list with one entry for each completion, each None, NaN, a number that
+            float32 can represent, or a ``RewardOutput`` of these. The message is to be prefixed with the reward's name.
     """
     if not isinstance(values, (list, tuple, np.ndarray)):
         raise InvalidScoresError(f"must return a list, and returned {type(values).__name__}")
     if len(values) != len(completions):
-        raise InvalidScoresError(f"must return one entry a completion: {len(completions)}, not {len(values)}")
+        raise InvalidScoresError(f"must return one entry for each completion: {len(completions)}, not {len(values)}")
     return [_graded(value, completion) for value, completion in zip(values, completions, strict=True)]
 
 
@@ -230,7 +228,7 @@ def _graded(value: Any, completion: str) -> RewardOutput:
     present = {name: detail for name, detail in details.items() if detail is not None}
     if not isinstance(value.steps, (list, tuple)):
         raise InvalidScoresError(
-            f"returned {value.steps!r:.200} as steps; they are a list. The completion: {completion!r:.200}"
+            f"returned {value.steps!r:.200} as steps; they must be a list. The completion: {completion!r:.200}"
         )
     steps = tuple(_step(step, completion) for step in value.steps)
     return RewardOutput(None if is_nan else score, present, str(value.note), steps, is_nan or bool(value.failed))
@@ -239,11 +237,11 @@ def _graded(value: Any, completion: str) -> RewardOutput:
 def _step(step: Any, completion: str) -> tuple[int, float]:
     match step:
         case (int() | np.integer() as end, reward) if not isinstance(end, bool) and 1 <= end <= len(completion):
-            worth = _number(reward, completion)
-            if worth is not None and not math.isnan(worth):
-                return int(end), worth
+            number = _number(reward, completion)
+            if number is not None and not math.isnan(number):
+                return int(end), number
     raise InvalidScoresError(
-        f"returned {step!r:.200} as a step; one is (how many characters it ends after, a number). "
+        f"returned {step!r:.200} as a step; a step must be (end in characters, reward). "
         f"The completion: {completion!r:.200}"
     )
 
@@ -262,17 +260,17 @@ def _number(value: Any, completion: str) -> float | None:
 def score_with(
     name: str, reward: RewardFn, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
 ) -> list[RewardOutput]:
-    """What a reward says of a batch, called with the arguments that it takes.
+    """The outputs of a reward for a batch, called with the arguments of its signature.
 
     Args:
-        name: of the reward, for errors.
-        reward: see ``RewardFn``.
-        prompts, completions: ``[B]``.
-        columns: ``[B]`` each.
+        name: the reward's name, for errors.
+        reward: the function, of the form ``RewardFn``.
+        prompts, completions: ``[B]`` texts.
+        columns: ``[B]`` values each.
 
     Raises:
-        ValueError: a column is missing, the reward raises (the cause is chained), or returns something other than one
-            score for each completion.
+        ValueError: a column is missing, the reward raises (the cause is chained), or it returns something other than
+            one score for each completion.
     """
     try:
         call = arguments(reward, prompts, completions, columns)

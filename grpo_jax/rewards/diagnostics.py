@@ -1,4 +1,4 @@
-"""What completions look like beside their rewards: the shares that give a gamed reward away."""
+"""Statistics of completions that reveal reward hacking."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def text_metrics(
     answers: Sequence[str | None] = (),
     tests: Sequence[Any] = (),
 ) -> dict[str, float]:
-    """Shares of a step's completions, by what they say and not by what they were paid.
+    """Shares of a step's completions by their text, independent of their rewards.
 
     Args:
         prompts, completions: ``[B]`` texts, those of a group adjacent.
-        group_size: samples for each prompt.
-        answers: gold answers, where there are any.
-        tests: tests of programs as ``code_reward`` takes them, where there are any.
+        group_size: completions for each prompt.
+        answers: ``[B]`` gold answers, or none.
+        tests: ``[B]`` tests of programs as ``code_reward`` takes them, or none.
 
     Returns:
-        ``completions/duplicate_share``: of those that equal another one of their group;
-        ``completions/repeated_share``: the mean of ``repeated_share``;
-        ``completions/empty_thought_share``: of those with the asked-for format and nothing to read between the tags of
-        the thought (fewer than two words);
-        with ``answers``, ``completions/answer_in_prompt_excess``: how much more often a completion's answer stands in
-        its prompt than the gold answer does, and ``completions/constant_answer_excess``: by how much the share of the
-        most frequent answer exceeds that of the most frequent gold;
-        with ``tests``, ``completions/hard_coded_share``: of programs that spell out what their tests expect.
+        ``completions/duplicate_share``: completions that equal another one of their group;
+        ``completions/repeated_share``: mean of ``repeated_share``;
+        ``completions/empty_thought_share``: completions in the format of ``format_reward`` whose thought has fewer than
+        two words;
+        with ``answers``, ``completions/answer_in_prompt_excess``: the share of completions whose answer occurs in the
+        prompt minus the share whose gold answer does, and ``completions/constant_answer_excess``: the share of the most
+        frequent answer minus the share of the most frequent gold answer;
+        with ``tests``, ``completions/hard_coded_share``: programs that contain the outputs that their tests expect.
     """
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
     metrics = {
@@ -56,17 +56,17 @@ def text_metrics(
         for prompt, completion, gold in zip(prompts, completions, answers, strict=False)
         if gold
     ]
-    answered = [(prompt, given, gold) for prompt, given, gold in pairs if given]
+    answered = [(prompt, answer, gold) for prompt, answer, gold in pairs if answer]
     if answered:
-        in_prompt = [stands_in(given, prompt) - stands_in(gold, prompt) for prompt, given, gold in answered]
+        in_prompt = [occurs_in(answer, prompt) - occurs_in(gold, prompt) for prompt, answer, gold in answered]
         metrics["completions/answer_in_prompt_excess"] = float(np.mean(in_prompt))
-        given = Counter(str(canonical_answer(each)) for _, each, _ in answered).most_common(1)[0][1]
-        gold = Counter(str(canonical_answer(each)) for _, _, each in pairs).most_common(1)[0][1]
-        metrics["completions/constant_answer_excess"] = given / len(answered) - gold / len(pairs)
+        most_answers = Counter(str(canonical_answer(answer)) for _, answer, _ in answered).most_common(1)[0][1]
+        most_golds = Counter(str(canonical_answer(gold)) for _, _, gold in pairs).most_common(1)[0][1]
+        metrics["completions/constant_answer_excess"] = most_answers / len(answered) - most_golds / len(pairs)
     programs = [(extract_program(text), each) for text, each in zip(completions, tests, strict=False) if each]
-    written = [hard_coded(program, each) for program, each in programs if program is not None]
-    if written:
-        metrics["completions/hard_coded_share"] = float(np.mean(written))
+    are_hard_coded = [hard_coded(program, each) for program, each in programs if program is not None]
+    if are_hard_coded:
+        metrics["completions/hard_coded_share"] = float(np.mean(are_hard_coded))
     return metrics
 
 
@@ -77,7 +77,7 @@ def duplicate_share(group: Sequence[str]) -> float:
 
 
 def has_empty_thought(prompts: Sequence[str], completions: Sequence[str]) -> list[bool]:
-    """Whether each completion has the format of ``format_reward`` and fewer than two words of thought."""
+    """For each completion whether it has the format of ``format_reward`` and a thought of fewer than two words."""
     formatted = format_reward(list(prompts), list(completions))
     thoughts = [completion.partition("</think>")[0].removeprefix("<think>") for completion in completions]
     return [
@@ -85,23 +85,27 @@ def has_empty_thought(prompts: Sequence[str], completions: Sequence[str]) -> lis
     ]
 
 
-def stands_in(answer: str, prompt: str) -> bool:
-    """Whether an answer is one of the words or numbers of a prompt, or several of them in a row."""
-    asked = [token.lower() for token in TOKEN.findall(NUMBER_BEFORE_SIGN.sub(" ", prompt))]
-    wanted = [token.lower() for token in TOKEN.findall(answer)]
-    return bool(wanted) and any(asked[i : i + len(wanted)] == wanted for i in range(len(asked) - len(wanted) + 1))
+def occurs_in(answer: str, prompt: str) -> bool:
+    """Whether the words and numbers of an answer occur consecutively in a prompt."""
+    tokens = [token.lower() for token in TOKEN.findall(NUMBER_BEFORE_SIGN.sub(" ", prompt))]
+    sought = [token.lower() for token in TOKEN.findall(answer)]
+    return bool(sought) and any(tokens[i : i + len(sought)] == sought for i in range(len(tokens) - len(sought) + 1))
 
 
 def hard_coded(program: str, tests: Any) -> bool:
-    """Whether a program spells out, as constants, at least half of the outputs that its tests expect, and two of them.
+    """Whether a program contains at least two, and at least half, of the outputs that its tests expect as constants.
 
-    Of an assertion what is compared with ``==`` counts. Outputs that any program may hold (a single character, small
-    numbers, True, None) do not.
+    The expected output of an assertion is the right side of ``==``. Outputs of one character are ignored, because any
+    program may contain them.
+
+    Args:
+        program: Python source.
+        tests: the tests, as ``code_reward`` takes them.
     """
-    outputs = {each for test in tests or () for each in _expected(test) if len(each) > 1}
+    outputs = {output for test in tests or () for output in _expected(test) if len(output) > 1}
     constants = _constants(program)
-    found = sum(output in constants for output in outputs)
-    return found >= 2 and 2 * found >= len(outputs)
+    count = sum(output in constants for output in outputs)
+    return count >= 2 and 2 * count >= len(outputs)
 
 
 def _expected(test: Any) -> list[str]:
@@ -112,8 +116,8 @@ def _expected(test: Any) -> list[str]:
 
 
 def _constants(program: str) -> set[str]:
-    wanted = (ast.Constant, ast.List, ast.Tuple, ast.UnaryOp)
-    return {_plain(value) for node in _nodes(program) if isinstance(node, wanted) for value in _literal(node)}
+    kinds = (ast.Constant, ast.List, ast.Tuple, ast.UnaryOp)
+    return {_plain(value) for node in _nodes(program) if isinstance(node, kinds) for value in _literal(node)}
 
 
 def _is_equality(node: Any) -> bool:
@@ -128,7 +132,7 @@ def _nodes(source: str) -> list[Any]:
 
 
 def _literal(node: Any) -> list[Any]:
-    """The value that is written out there; none where it is not one."""
+    """The value of a literal, in a list; an empty list if the node is not a literal."""
     try:
         return [ast.literal_eval(node)]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):

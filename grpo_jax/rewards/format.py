@@ -1,4 +1,4 @@
-"""Whether a completion has the asked-for form, whatever it says."""
+"""Rewards for the format of a completion."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
 
 @per_sample(columns=())
 def format_reward(prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[float]:
-    """1.0 where a completion is one ``<think>...</think>``, then one ``<answer>...</answer>``, and nothing else.
+    """1.0 if a completion is ``<think>...</think>`` followed by ``<answer>...</answer>`` and nothing else, else 0.0.
 
-    Blanks and line breaks around the two blocks do not matter, and neither does what stands inside them, be it nothing
-    or several lines, as long as it is no other such tag: blocks that are repeated, nested, out of order or not closed
-    give 0.0. Takes time linear in the length.
+    Whitespace around the blocks is ignored. A block may be empty or have several lines, but must not contain any of the
+    four tags: repeated, nested, unordered or unclosed blocks give 0.0. Takes time linear in the length.
 
     Args:
-        prompts: one that has opened the thought with ``<think>`` (``thought.opened_by``) has opened the first block for
-            its completion, which then must not.
+        prompts: texts; if a prompt has opened the thought with ``<think>`` (``thought.opened_by``), its completion must
+            not open it again.
         completions: the texts.
     """
     pairs = zip(prompts, completions, strict=True)
@@ -32,17 +31,17 @@ def format_reward(prompts: list[str], completions: list[str], **_columns: list[A
 
 @per_sample(columns=())
 def pattern_reward(prompts: list[str], completions: list[str], *, pattern: str, **_columns: list[Any]) -> list[float]:
-    """1.0 where the whole completion, without blanks around it, matches a regular expression; else 0.0.
+    """1.0 if the whole completion, without whitespace around it, matches a regular expression, else 0.0.
 
-    Some patterns take time exponential in the length: run yours in a ``RewardPool``, which has a deadline.
+    Some patterns take exponential time; a ``RewardPool`` gives them a deadline.
 
     Args:
-        prompts: not looked at.
+        prompts: ignored.
         completions: the texts.
         pattern: in Python's syntax; ``.`` matches line breaks too.
 
     Raises:
-        ValueError: it is no regular expression.
+        ValueError: ``pattern`` is not a regular expression.
     """
     compiled = _compiled(pattern)
     return [float(compiled.fullmatch(completion.strip()) is not None) for completion in completions]
@@ -53,7 +52,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
 
 
 def _is_well_formed(completion: str, opened: bool) -> bool:

@@ -1,4 +1,4 @@
-"""A reward that was learnt: a reward model, read from a checkpoint and asked in batches on the mesh."""
+"""Reward function that runs a reward model in batches on the mesh."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from grpo_jax.types import Model, Params
 
 SHORTEST = 64
 Encode = Callable[[list[str], list[str], Mapping[str, list[Any]]], list[list[int]]]
-"""``(prompts, completions, columns) -> token ids``, what a reward model reads of each; empty for nothing."""
+"""``(prompts, completions, columns) -> token_ids``, the reward model's input for each completion; empty if none."""
 
 
-def joined(
+def encode_text(
     tokenizer: Any, eos_id: int | None, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
 ) -> list[list[int]]:
-    """The tokens of each prompt and completion as one text, and the ending token."""
+    """Tokens of each prompt and completion as one text, followed by ``eos_id``.
+
+    Args:
+        tokenizer: a transformers tokenizer; no special tokens are added.
+        eos_id: appended unless the column ``truncated`` is true; None appends nothing.
+        prompts, completions: ``[B]`` texts.
+        columns: by name; ``truncated`` is optional.
+    """
     if not completions:
         return []
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -34,27 +41,27 @@ def joined(
 
 
 class LearnedReward:
-    """A reward function that gives the score of a reward model; see ``RewardFn`` for its form.
+    """A reward function (``RewardFn``) that returns the score of a reward model.
 
-    It runs where the model's parameters lie, so it belongs into no ``RewardPool``. Sequences are padded to a power of
-    two of tokens and scored in batches of one size: few programs are compiled, and a score does not depend on which
-    other completions it was computed with, beyond rounding.
+    It runs on the devices that hold the model's parameters, so it cannot run in a ``RewardPool``. Sequences are padded
+    to a power of two and scored in batches of fixed size, so that few programs are compiled. Up to rounding, a score
+    does not depend on the other completions of its batch.
 
     Args:
-        model: one with a scalar head, as ``models.from_pretrained`` gives for a classifier with one label.
-        params: its parameters.
-        tokenizer: its own, a transformers tokenizer; it need not be the policy's.
-        max_length: tokens of the longest sequence that is scored. Of a longer one there is no score (None): cut, it
-            would be the score of something else.
+        model: a model with a scalar head, as ``models.from_pretrained`` returns for a classifier with one label.
+        params: parameters of the model.
+        tokenizer: the reward model's transformers tokenizer, which may differ from the policy's.
+        max_length: length in tokens of the longest sequence that is scored. Longer ones have no score (None), because
+            the score of a truncated sequence is that of a different text.
         batch_size: sequences scored at once.
-        encode: from prompts, completions and columns to the tokens that the model reads. Default: those of prompt and
-            completion as one text, without special tokens.
-        eos_id: with that default, the ending token, which is read after it but where the column ``truncated`` says that
-            the completion never ended; None for none.
-        mesh: that batches are split over.
+        encode: maps prompts, completions and columns to token ids. Default: prompt and completion as one text, without
+            special tokens.
+        eos_id: for the default ``encode``, the token to append to completions that are not ``truncated`` (a column);
+            None appends nothing.
+        mesh: the mesh over which batches are sharded.
 
     Raises:
-        ValueError: the model's head is not a scalar one; batch_size does not divide over the mesh.
+        ValueError: the model's head is not scalar, or ``batch_size`` is not divisible by the mesh's data axes.
     """
 
     def __init__(
@@ -71,16 +78,20 @@ class LearnedReward:
     ):
         outputs = jax.eval_shape(model.head, params).shape[0]
         if outputs != 1:
-            raise ValueError(f"the model gives {outputs} numbers for each position; a reward model gives one")
+            raise ValueError(f"the model's head has {outputs} outputs; that of a reward model has one")
         if mesh is not None and batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
-            raise ValueError(f"batch_size {batch_size} does not divide over the mesh {dict(mesh.shape)}")
+            raise ValueError(f"batch_size {batch_size} must be divisible by data x fsdp of the mesh {dict(mesh.shape)}")
         self._params, self._mesh = params, mesh
-        self._encode = encode or partial(joined, tokenizer, eos_id)
+        self._encode = encode or partial(encode_text, tokenizer, eos_id)
         self._max_length, self._batch_size = max_length, batch_size
         self._score = jax.jit(partial(reward_model_scores, model))
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
-        """The score of each; None for a text without tokens, or with too many.
+        """The score of each completion; None if its sequence is empty or longer than ``max_length``.
+
+        Args:
+            prompts, completions: ``[B]`` texts.
+            columns: ``[B]`` values each, for ``encode``.
 
         Raises:
             FloatingPointError: a score is NaN or infinite.
@@ -89,13 +100,13 @@ class LearnedReward:
             return []
         token_ids = self._encode(prompts, completions, columns)
         scores: list[float | None] = [None] * len(completions)
-        # Like lengths together, so that short ones are not padded to the longest.
+        # Sorted by length, so that short sequences are not padded to the longest.
         order = [i for i in np.argsort([len(ids) for ids in token_ids]) if 0 < len(token_ids[i]) <= self._max_length]
         for first in range(0, len(order), self._batch_size):
             rows = order[first : first + self._batch_size]
             batch = self._batch([token_ids[row] for row in rows])
             if not np.isfinite(batch).all():
-                raise FloatingPointError("the reward model gave a score that is not finite")
+                raise FloatingPointError("the reward model returned a score that is not finite")
             for row, score in zip(rows, batch, strict=True):
                 scores[row] = float(score)
         return scores
@@ -105,8 +116,8 @@ class LearnedReward:
         length = min(max(SHORTEST, 1 << (longest - 1).bit_length()), self._max_length)
         ids = np.zeros((self._batch_size, length), np.int32)
         mask = np.zeros(ids.shape, bool)
-        for row, each in enumerate(token_ids):
-            ids[row, : len(each)] = each
-            mask[row, : len(each)] = True
+        for row, sequence in enumerate(token_ids):
+            ids[row, : len(sequence)] = sequence
+            mask[row, : len(sequence)] = True
         batch = (ids, mask) if self._mesh is None else shard_rows((ids, mask), self._mesh)
         return np.asarray(self._score(self._params, *batch))[: len(token_ids)]

@@ -1,7 +1,7 @@
-"""Rewards for how long a completion is, in tokens.
+"""Rewards for the length of a completion in tokens.
 
-They take the column ``completion_length``: the tokens of each completion, its ending one included, as experiments hand
-it to every reward.
+They take the column ``completion_length``, which experiments pass to every reward: the number of tokens of each
+completion, including the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ def soft_overlong_reward(
     cache: int,
     **_columns: list[Any],
 ) -> list[float]:
-    """0 up to ``max_length - cache`` tokens, then falling in a straight line to -1 at ``max_length``, and -1 beyond.
+    """0 up to ``max_length - cache`` tokens, then falling linearly to -1 at ``max_length``, and -1 beyond.
 
     The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13; verl: ``overlong_buffer``).
 
     Args:
-        prompts, completions: not looked at.
-        completion_length: in tokens.
-        max_length: the longest that is wanted.
-        cache: the tokens before that over which the punishment grows.
+        prompts, completions: ignored.
+        completion_length: ``[B]`` lengths in tokens.
+        max_length: length in tokens from which the punishment is -1.
+        cache: number of tokens before ``max_length`` over which the punishment grows.
 
     Raises:
-        ValueError: ``cache`` is not from 1 to ``max_length``.
+        ValueError: ``cache`` is not between 1 and ``max_length``.
     """
     if not 1 <= cache <= max_length:
-        raise ValueError(f"cache is {cache}; it must be from 1 to max_length = {max_length}")
+        raise ValueError(f"cache is {cache}; it must be between 1 and max_length = {max_length}")
     return [-min(max((length - (max_length - cache)) / cache, 0.0), 1.0) for length in completion_length]
 
 
@@ -55,20 +55,20 @@ def cosine_length_reward(
     accuracy: RewardFn = answer_reward,
     **columns: list[Any],
 ) -> list[float | None]:
-    """From one reward for the shortest completion along half a cosine to another for the longest, by right or wrong.
+    """Cosine length reward: ``end + (start - end) (1 + cos(pi length / max_length)) / 2``.
 
-    ``end + (start - end) (1 + cos(pi length / max_length)) / 2``; by default right answers are worth more the shorter
-    they are, and wrong ones less: think longer where it helps. The cosine reward of arXiv 2502.03373, section 4.
+    (start, end) depends on whether the answer is right. By default a right answer gets a higher reward the shorter it
+    is and a wrong one the longer it is. Section 4 of arXiv 2502.03373.
 
     Args:
-        prompts, completions: handed to ``accuracy``.
-        completion_length: in tokens.
-        max_length: the longest that can be drawn.
-        right: the reward of a right answer of no tokens, and of ``max_length``.
-        wrong: the same of a wrong answer.
-        exceeded: the reward at and beyond ``max_length``, right or wrong.
-        accuracy: the reward that tells right (1) from wrong; where it has no score, this has none.
-        columns: those that ``accuracy`` needs.
+        prompts, completions: passed to ``accuracy``.
+        completion_length: ``[B]`` lengths in tokens.
+        max_length: the maximum completion length in tokens.
+        right: rewards of a right answer at length 0 and at ``max_length``.
+        wrong: rewards of a wrong answer at length 0 and at ``max_length``.
+        exceeded: reward from ``max_length`` on, right or wrong.
+        accuracy: the reward function that returns 1 for a right answer; where it has no score, there is none.
+        columns: passed to ``accuracy``.
 
     Raises:
         ValueError: ``max_length`` is below 1.

@@ -1,32 +1,32 @@
-"""Rewards of other people's modules, named on the command line."""
+"""Functions of the user's own modules, named on the command line as ``module:function``."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import sys
-from pathlib import Path
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from grpo_jax.rewards.compose import RewardFn
 
 
 def import_reward(name: str) -> RewardFn:
-    """The reward ``module:function``; see ``import_function``."""
+    """The reward function that ``module:function`` names; errors as in ``import_function``."""
     return cast(RewardFn, import_function(name, "reward"))
 
 
 def import_function(name: str, setting: str) -> Callable[..., Any]:
-    """The function ``module:function``, found on Python's path or in the working directory.
+    """The function that ``module:function`` names, on Python's path or in the working directory.
 
     Args:
-        name: module and function.
-        setting: the setting that names it, for errors.
+        name: ``module:function``.
+        setting: the setting that has this value, for errors.
 
     Raises:
-        ValueError: the name has another form, there is no such module or function, or it is no function. An error
-            inside the module is raised as it is.
+        ValueError: ``name`` has another form, or the module or function does not exist. Errors raised while the module
+            is imported are not caught.
     """
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
@@ -48,10 +48,10 @@ def import_function(name: str, setting: str) -> Callable[..., Any]:
 
 
 def read_weighted(text: str) -> tuple[str, float]:
-    """The name and weight in ``module:function=0.5`` or ``module:function(scale=2.0)=0.5``; without a weight it is 1.
+    """The name and weight of ``module:function=0.5`` or ``module:function(scale=2.0)=0.5``; the default weight is 1.
 
     Raises:
-        ValueError: the weight is no finite number.
+        ValueError: the weight is not a finite number.
     """
     end = text.rfind(")") + 1  # arguments have equals signs too
     name, equals, weight = text[end:].partition("=")
@@ -61,5 +61,5 @@ def read_weighted(text: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"a reward's weight is a number, as in my_rewards:politeness=0.5; this is {text!r}")
+        raise ValueError(f"the weight of a reward must be a number, as in my_rewards:politeness=0.5; got {text!r}")
     return name, value
