@@ -1,11 +1,11 @@
-# Everything a person types. Each target sets up what it needs in .venv.
+# The commands for people. Each target installs what it needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# In an environment of its own, pip's notices about its version and about root say nothing.
+# pip's notices about its version and about root do not apply to a virtual environment.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-# The oldest transformers that pyproject.toml allows is installed into an environment on top of the other.
+# A second environment on top of the first one, with the oldest transformers that pyproject.toml allows.
 FLOOR_VENV ?= $(VENV)-floor
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 FLOOR_TESTS := $(addprefix tests/test_,models_tokenizers.py models_hf.py parity.py data_prompts.py data_tokens.py \
@@ -16,7 +16,7 @@ PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 .PHONY: demo test test-slow test-floor lint bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python experiments/r1_zero.py
+	$(BIN)/python experiments/grpo.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses 2 --dist loadfile
