@@ -36,7 +36,7 @@ from grpo_jax.loop.command import run_command
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.sharding import BATCH, make_mesh, param_shardings, replicated
-from grpo_jax.tasks.toy_model import HF_CONFIG
+from grpo_jax.tasks.toy_config import HF_CONFIG
 from grpo_jax.train import (
     LossFn,
     completion_log_probs,
@@ -222,10 +222,9 @@ def program_bytes(
         shardings,
         transform_non_params=lambda _: everywhere,
     )
+    placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by name, as a state is
     shapes, form = jax.tree.flatten(state)
-    state = form.unflatten(
-        put(*each) for each in zip(shapes, jax.tree.leaves((everywhere, shardings, moments)), strict=True)
-    )
+    state = form.unflatten(put(*each) for each in zip(shapes, jax.tree.leaves(placed), strict=True))
     batch = jax.tree.map(partial(put, sharding=NamedSharding(mesh, BATCH)), batch)
     stays = jax.tree.map(lambda x: x.sharding, state)
     program = jax.jit(step, donate_argnums=0, out_shardings=(stays, None)).lower(state, batch).compile()
