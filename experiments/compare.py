@@ -56,7 +56,7 @@ from grpo_jax.loop.run import AnyConfig, Run
 from grpo_jax.loop.setup import TOY_FOLDER
 from grpo_jax.loop.stages import Stage, check_no_models, load_scripts, run_stages, stage_config
 from grpo_jax.tasks.generated import SUMS
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 
 DATASET = "dataset.jsonl"
 dpo, evaluate, grpo, ppo, rejection_sampling, sft = load_scripts(
@@ -146,6 +146,8 @@ class Config(PipelineConfig, PolicyConfig):
             raise ValueError(f"level is {self.level}; it is a share above 0 and at most 1")
         if self.data.grader == "none":
             raise ValueError("grader is none, and what is compared is the share of right answers")
+        if self.sft.max_length is not None:
+            self.check_positions(self.sft.max_length, "sft.max_length")
         if self.memory_report is not None:
             _ = self.larger
         for method in ONLINE:
@@ -188,9 +190,9 @@ class Config(PipelineConfig, PolicyConfig):
         return self.num_steps // self.num_rounds
 
     @property
-    def origin(self) -> Path | str:
+    def origin(self) -> Path | str | None:
         """The model that all methods start from."""
-        return self.run_dir / BASE / TOY_FOLDER if self.model == TOY else self.model or ""
+        return self.run_dir / BASE / TOY_FOLDER if self.model == TOY else self.model
 
     def folder(self, method: str, number: int, part: str) -> Path:
         """Where a part of a round lies."""
@@ -216,7 +218,7 @@ class Config(PipelineConfig, PolicyConfig):
             eval_samples=self.eval_samples,
         )
 
-    def before(self, method: str, number: int) -> Path | str:
+    def before(self, method: str, number: int) -> Path | str | None:
         """The model that a round starts from."""
         return self.origin if number == 1 else self.folder(method, number - 1, "learnt") / "model"
 

@@ -41,7 +41,7 @@ from grpo_jax.loop.run import Run
 from grpo_jax.loop.setup import TOY_FOLDER
 from grpo_jax.loop.stages import Stage, load_scripts, run_stages
 from grpo_jax.tasks.generated import SUMS
-from grpo_jax.tasks.toy_model import TOY, ToyConfig
+from grpo_jax.tasks.toy_config import TOY, ToyConfig
 
 DATASET = "dataset.jsonl"
 evaluate, rejection_sampling, sft = load_scripts(Path(__file__).parent, "evaluate", "rejection_sampling", "sft")
@@ -89,10 +89,12 @@ class Config(BatchInferenceConfig, PipelineConfig):
 
     def __post_init__(self):
         BatchInferenceConfig.__post_init__(self)
+        if (self.model is None) != (self.student is None):
+            raise ValueError("only one of teacher and student is named; name both")
         if (self.model == TOY) != (self.student == TOY):
             raise ValueError("teacher and student are both toy models or neither: they know the toy tasks only")
         require_at_least(self, eval_samples=1, max_problems=1)
-        _ = self.sampled, self.taught  # settings of a later stage are checked now
+        _ = self.sampled, replace(self.taught, model=self.student, toy=self.student_toy)  # are checked now
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage."""

@@ -27,13 +27,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.evaluation import EvaluationConfig
 from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.config.mixture import check_known
 from grpo_jax.config.model import TOY_MODEL, ModelConfig
 from grpo_jax.config.offline import DemonstrationConfig
 from grpo_jax.config.presets import preset
@@ -56,7 +55,7 @@ from grpo_jax.loop.setup import TOY_FOLDER
 from grpo_jax.loop.stages import Stage, check_no_models, load_scripts, run_stages, stage_config
 from grpo_jax.tasks.errands import ERRANDS, careless_reply, sample_errands
 from grpo_jax.tasks.generated import SUMS
-from grpo_jax.tasks.toy_model import TOY, ToyConfig
+from grpo_jax.tasks.toy_config import TOY, ToyConfig
 
 evaluate, grpo, rejection_sampling, reward_model, sft = load_scripts(
     Path(__file__).parent, "evaluate", "grpo", "rejection_sampling", "reward_model", "sft"
@@ -137,9 +136,10 @@ class Config(PipelineConfig, ModelConfig):
             raise ValueError(f"the pipeline needs more data: {', '.join(n for n in missing if not missing[n])}")
         if self.general not in (None, TOY_GENERAL) and not Path(str(self.general)).is_file():
             raise ValueError(f"general: there is no file {self.general}")
-        self.stage_config(
-            self.reasoning, "reasoning", "cold_start", **self.reasoned(self.reasoning)
-        )  # or it does not fit
+        for name in STAGES:  # against the model that all stages descend from
+            stage = getattr(self, name)
+            self.stage_config(stage, name, None, **(self.reasoned(stage) if hasattr(stage, "rewards") else {}))
+        check_known(self.model, [self.general_data])
 
     def folder(self, stage: str) -> Path:
         """Where a stage lies."""
@@ -149,10 +149,10 @@ class Config(PipelineConfig, ModelConfig):
         """A stage's settings in its own folder, with the chain's; ``start`` is the stage whose model it begins with."""
         return stage_config(stage, self, self.folder(name), None if start is None else self.model_of(start), **changes)
 
-    def model_of(self, stage: str) -> Path | str:
+    def model_of(self, stage: str) -> Path | str | None:
         """The folder of the model that came out of a stage; of ``base``, what the chain starts from."""
         if stage == "base":
-            return self.folder("cold_start") / TOY_FOLDER if self.model == TOY else self.model or ""
+            return self.folder("cold_start") / TOY_FOLDER if self.model == TOY else self.model
         return self.folder(stage) / "model"
 
     def made_in(self, stage: str) -> list[Path]:
@@ -341,6 +341,9 @@ def conclude(config: Config, run: Run) -> None:
 
 def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Path) -> None:
     """The figures that are shares, over the chain's stages, a line a seed; R1-Zero's as dotted lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     chain_of = [model for model in MODELS if model != "r1_zero"]
     shares = ("pass@1", "format", "language", "general quality")
     labels = [

@@ -15,10 +15,10 @@ from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, PolicyConf
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
-from grpo_jax.models.tokenizers import stop_ids
 from grpo_jax.rollout import Sampler
 from grpo_jax.sharding import param_shardings
-from grpo_jax.tasks.toy_model import TOY, ToyConfig, make_toy_model
+from grpo_jax.tasks.toy_config import TOY, ToyConfig
+from grpo_jax.tasks.toy_model import make_toy_model
 
 TOY_FOLDER = "toy_model"
 """The folder of the toy model within a run's folder."""
@@ -37,9 +37,19 @@ def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
     Raises:
         ValueError: no model is named.
     """
+    model = named_model(config)
+    return train_toy_model(run, replace(config.toy, seed=seed)) if model == TOY else model
+
+
+def named_model(config: ModelConfig) -> str:
+    """``config.model``.
+
+    Raises:
+        ValueError: no model is named.
+    """
     if config.model is None:
         raise ValueError("model: no model is named; pass --model, or choose a preset that has one")
-    return train_toy_model(run, replace(config.toy, seed=seed)) if config.model == TOY else config.model
+    return config.model
 
 
 def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False) -> models.Pretrained:
@@ -131,7 +141,7 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
     """
     if not stop_tokens:
         return model
-    more = stop_ids(model.tokenizer, stop_tokens, model.config.vocab_size)
+    more = models.stop_ids(model.tokenizer, stop_tokens, model.config.vocab_size)
     return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
 
 

@@ -16,9 +16,9 @@ from grpo_jax import models
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.run import AnyConfig, Run, run_experiment
 from grpo_jax.loop.run_folder import claim_folder, differences, has_results, read_settings
-from grpo_jax.loop.setup import checked_model, with_stop_tokens
+from grpo_jax.loop.setup import checked_model, named_model, with_stop_tokens
 from grpo_jax.rewards.scorer import check_reward_model
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 
 SHARED_FIELDS = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
 """Fields that a pipeline sets for all of its stages."""
@@ -157,7 +157,7 @@ def check_models(stages: Sequence[Stage]) -> None:
 
     Raises:
         FileNotFoundError: a model does not exist.
-        ValueError: a model cannot be loaded, or lacks a stop token.
+        ValueError: no model is named, or one cannot be loaded or lacks a stop token.
     """
     made = [stage.config.run_dir.resolve() for stage in stages]
 
@@ -167,9 +167,9 @@ def check_models(stages: Sequence[Stage]) -> None:
     policies: dict[tuple[str, tuple[str, ...], int | None], None] = {}
     reward_models: dict[str, None] = {}
     for config in (stage.config for stage in stages):
-        name = getattr(config, "model", None)
-        if name is not None and not is_made(name):
-            policies[str(name), tuple(getattr(config, "stop_tokens", ())), getattr(config, "rope_length", None)] = None
+        name = named_model(config)
+        if not is_made(name):
+            policies[name, tuple(getattr(config, "stop_tokens", ())), getattr(config, "rope_length", None)] = None
         reward_model = getattr(getattr(config, "rewards", None), "reward_model", None)
         if reward_model is not None and not is_made(reward_model):
             reward_models[reward_model] = None
