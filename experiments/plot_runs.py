@@ -1,6 +1,6 @@
 """A picture of several runs of one experiment, one line a seed.
 
-python experiments/plot_runs.py runs/seed0 runs/seed1 runs/seed2 --out experiments/r1_zero.png
+python experiments/plot_runs.py runs/seed0 runs/seed1 runs/seed2 --out experiments/grpo.png
 python experiments/plot_runs.py runs/dpo0 runs/dpo1 runs/dpo2 --keys eval/accuracy eval/judge --out experiments/dpo.png
 python experiments/plot_runs.py runs/r1_0 runs/r1_1 runs/r1_2 --chain --out experiments/r1.png
 """
@@ -44,7 +44,7 @@ class Config:
     """Metrics, a panel each."""
     chain: bool = False
     """They are runs of r1.py: its figures, stage by stage."""
-    out: Path = Path("experiments/r1_zero.png")
+    out: Path = Path("experiments/grpo.png")
     """The picture."""
 
 

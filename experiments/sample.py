@@ -1,9 +1,9 @@
 """Chat with a model, or let it complete a text, in the terminal: the quickest way to feel what a policy has become.
 
-    python experiments/sample.py --model runs/r1_zero/model                        # asked as it was trained
+    python experiments/sample.py --model runs/grpo/model                           # asked as it was trained
     python experiments/sample.py --model Qwen/Qwen2.5-0.5B                         # complete what is typed
     python experiments/sample.py --model Qwen/Qwen2.5-0.5B-Instruct --chat --temperature 0.7 --top-p 0.9
-    python experiments/sample.py --model runs/r1_zero/model --prompt "3+8+5+6=" --num-samples 4
+    python experiments/sample.py --model runs/grpo/model --prompt "3+8+5+6=" --num-samples 4
 
 A model that was trained here is asked as it was trained: with its chat template, or its plain one around what is typed;
 --template '{question}' completes what is typed. Text is shown as it is drawn. Several samples of one prompt are drawn
