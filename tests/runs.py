@@ -1,10 +1,14 @@
-"""What tests of whole runs share: rows on disk, figures without clocks, and a process that dies."""
+"""What tests of whole runs share: rows on disk, figures without clocks, a process that dies, printed commands."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
+from grpo_jax.config.presets import SCRIPTS, preset
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.command import run_command
 from grpo_jax.loop.run import Run
 
 TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
@@ -39,3 +43,19 @@ def kill_in_second_save(main, config, monkeypatch):
         patch.setattr(Run, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             main(config)
+
+
+def parsed_commands(text):
+    """The scripts and configurations of commands, one a line, each parsed as the script itself does."""
+    parsed = []
+    for line in text.splitlines():
+        python, script, *args = shlex.split(line)
+        name = Path(script).stem
+        assert (python, args[0], len(args)) == ("python", "--config", 2)
+        assert Path(script).is_file()
+
+        def keep(config, name=name):
+            parsed.append((name, config))
+
+        assert run_command(type(preset(name)), keep, description="", presets=SCRIPTS[name], args=args) == 0, line
+    return parsed

@@ -15,7 +15,8 @@ from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import read_jsonl, to_json, write_atomically
-from tests.runs import kill_in_second_save, write_rows
+from grpo_jax.loop.command import run_command
+from tests.runs import kill_in_second_save, parsed_commands, write_rows
 
 STEPS, PROMPTS, GROUP = 6, 4, 4
 
@@ -24,7 +25,7 @@ STEPS, PROMPTS, GROUP = 6, 4, 4
 def parts(monkeypatch):
     """What the comparison would run, instead of running it: the name of the script and its configuration."""
     begun = []
-    for name in ("r1_zero", "ppo", "dpo", "sft", "rejection_sampling", "evaluate"):
+    for name in ("grpo", "ppo", "dpo", "sft", "rejection_sampling", "evaluate"):
         script = getattr(compare, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
     monkeypatch.setattr(compare, "write_pairs", lambda folder, selection, **settings: begun.append(("pairs", folder)))
@@ -33,7 +34,10 @@ def parts(monkeypatch):
     return begun
 
 
-def config_in(folder, **changes):
+TOY = compare.PRESETS["toy"].config()
+
+
+def config_in(folder, start=TOY, **changes):
     sizes = {
         "num_steps": STEPS,
         "num_rounds": 3,
@@ -41,7 +45,7 @@ def config_in(folder, **changes):
         "group_size": GROUP,
         "mesh": MeshConfig(data=1),
     }
-    return Config(**{**sizes, "run_dir": folder / "run", **changes})
+    return replace(start, **{**sizes, "run_dir": folder / "run", **changes})
 
 
 def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tmp_path):
@@ -51,38 +55,39 @@ def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tm
         of = {
             str(each.run_dir.relative_to(folder)): each for name, each in parts if name != "pairs" and each.seed == seed
         }
-        base = folder / "base/base"
+        base = str(folder / "base/toy_model")
         assert next(iter(of)) == "base"
-        assert of["base"].base_dir is None  # made here
+        assert of["base"].model == "toy"  # made here
         for method in ("grpo", "rloo", "ppo"):
             run = of[method]
-            assert (run.base_dir, run.num_steps, run.num_prompts, run.group_size) == (base, STEPS, PROMPTS, GROUP)
+            assert (run.model, run.num_steps, run.num_prompts, run.group_size) == (base, STEPS, PROMPTS, GROUP)
             assert run.num_epochs * run.num_minibatches == 4
             assert run.kl_reward_coef == 0
             assert run.eval_every == STEPS / 3
             assert run.rewards == RewardConfig()
-        assert (of["grpo"].advantage_name, of["rloo"].advantage_name) == ("group_relative", "rloo")
+        assert (of["grpo"].advantage, of["rloo"].advantage) == ("group_relative", "rloo")
         for method in ("dpo", "sft"):
             samples, asked = 0, []
             for number in (1, 2, 3):
                 drawn, learnt, measured = (of[f"{method}/{number}_{part}"] for part in ("drawn", "learnt", "measured"))
-                start = base if number == 1 else folder / method / f"{number - 1}_learnt/model"
-                assert drawn.base_dir == learnt.base_dir == start
-                assert measured.base_dir == folder / method / f"{number}_learnt/model"
+                start = base if number == 1 else str(folder / method / f"{number - 1}_learnt/model")
+                assert drawn.model == learnt.model == start
+                assert measured.model == str(folder / method / f"{number}_learnt/model")
                 assert Path(learnt.data.dataset).parent == drawn.run_dir
                 samples += drawn.max_problems * drawn.num_samples
                 asked += range(drawn.skip_problems, drawn.skip_problems + drawn.max_problems)
             assert samples == STEPS * PROMPTS * GROUP
             assert len(set(asked)) == len(asked)
     order = [name for name, _ in parts[:8]]
-    assert order == ["evaluate", "r1_zero", "r1_zero", "ppo", "rejection_sampling", "pairs", "dpo", "evaluate"]
+    assert order == ["evaluate", "grpo", "grpo", "ppo", "rejection_sampling", "pairs", "dpo", "evaluate"]
 
 
 def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(30)]
     problems = write_rows(tmp_path / "problems.jsonl", rows)
     data = DataConfig(dataset=problems, chat_template=True, system_prompt="Think.")
-    config = config_in(tmp_path, model="org/model", data=data, max_prompt_length=99, stop_tokens=("<|im_end|>",))
+    changes = {"max_prompt_length": 99, "stop_tokens": ("<|im_end|>",)}
+    config = config_in(tmp_path, Config(), model="org/model", data=data, **changes)
     assert compare.main(config) == 0
     for name, each in parts:
         if name != "pairs":
@@ -101,7 +106,7 @@ def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
 
 def test_with_a_real_model_rounds_learn_with_as_many_tokens_at_once_as_grpo(tmp_path):
     data = DataConfig(dataset="org/problems")
-    config = config_in(tmp_path, model="org/model", data=data, num_prompts=64)
+    config = config_in(tmp_path, Config(), model="org/model", data=data, num_prompts=64)
     config = replace(config, max_completion_length=3584, mesh=MeshConfig(data=1))
     grpo = config.in_steps("grpo")
     at_once = 64 * GROUP // grpo.num_minibatches // grpo.micro_batches
@@ -118,7 +123,7 @@ def test_with_a_real_model_rounds_learn_with_as_many_tokens_at_once_as_grpo(tmp_
 def test_too_few_problems_for_rounds_of_others_are_found_before_anything_is_run(parts, tmp_path):
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(30)]
     data = DataConfig(dataset=write_rows(tmp_path / "problems.jsonl", rows))
-    config = config_in(tmp_path, model="org/model", data=data, num_steps=9)
+    config = config_in(tmp_path, Config(), model="org/model", data=data, num_steps=9)
     with pytest.raises(ValueError, match="9 steps of 4 prompts ask 36 problems, and there are 27"):
         compare.main(config)
     assert parts == []
@@ -139,17 +144,38 @@ def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypa
         ({"methods": ("grpo", "grpo")}, "name at least one, and each once"),
         ({"level": 0.0}, "level is 0.0"),
         ({"data": DataConfig(dataset="org/x", grader="none"), "model": "org/m"}, "the share of right answers"),
-        ({"data": DataConfig(dataset="org/x")}, "the embedded base knows its own sums and errands only"),
+        ({"data": DataConfig(dataset="org/x")}, "the toy model knows the tasks sums and errands only"),
         ({"group_size": 1}, "group_size is 1"),
-        ({"dpo": replace(Config().dpo, model="org/other")}, "dpo names a model"),
+        ({"dpo": replace(TOY.dpo, model="org/other")}, "dpo names a model"),
         ({"num_prompts": 3, "group_size": 3}, r"3 x 3 = 9 completions do not divide into num_minibatches"),
+        (
+            {"sft": replace(TOY.sft, model=None, max_length=256)},
+            "sft.max_length is 256, and the model has 128 positions",
+        ),
         ({"memory_report": Path("no/such/file")}, "is no line of bench/memory.py"),
-        ({"grpo": replace(Config().grpo, max_draws=2)}, "grpo: tasks and max_draws give it other samples"),
+        ({"grpo": replace(TOY.grpo, max_draws=2)}, "grpo: tasks and max_draws give it other samples"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_when_it_is_made(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         config_in(tmp_path, **change)
+
+
+def test_a_dry_run_prints_a_command_for_each_part_and_runs_none(parts, tmp_path, capsys):
+    args = ["--run-dir", str(tmp_path / "run"), "--num-seeds", "2", "--mesh.data", "1", "--dry-run"]
+    assert run_command(Config, compare.main, description="", presets=compare.PRESETS, args=args) == 0
+    parsed = parsed_commands(capsys.readouterr().out)
+    assert parts == []
+    plan = compare.learn_all(replace(TOY, run_dir=tmp_path / "run", num_seeds=2, mesh=MeshConfig(data=1)))
+    assert parsed == [(Path(stage.script.__file__).stem, stage.config) for stage in plan]
+    assert len(parsed) == 2 * (1 + 3 + 2 * 3 * 3)  # the base, three methods in steps, two in three rounds of three
+
+
+def test_no_model_and_no_dataset_is_the_default(tmp_path):
+    with pytest.raises(ValueError, match="dataset: no dataset is named; pass --dataset"):
+        compare.main(config_in(tmp_path, Config()))
+    with pytest.raises(ValueError, match="model: no model is named; pass --model"):
+        compare.main(config_in(tmp_path, Config(), data=DataConfig(dataset="sums")))
 
 
 def points(*pairs):
@@ -247,7 +273,7 @@ def test_what_is_told_beside_the_claims(ran, monkeypatch, capsys, tmp_path):
     }
     monkeypatch.setattr(compare, "memory_of_steps", lambda config, report: found)
     monkeypatch.setattr(compare.evaluate, "main", lambda config: 0)
-    for script in (compare.r1_zero, compare.ppo, compare.dpo, compare.rejection_sampling):
+    for script in (compare.grpo, compare.ppo, compare.dpo, compare.rejection_sampling):
         monkeypatch.setattr(script, "main", lambda config: 0)
     monkeypatch.setattr(compare, "write_pairs", lambda *args, **settings: None)
     larger = {name: {**each, "peak_bytes": each["peak_bytes"] * 2**14} for name, each in found.items()}
@@ -332,7 +358,7 @@ def test_killed_in_the_middle_of_a_part_it_tells_what_an_unbroken_one_tells(base
     unbroken = config_in(
         tmp_path / "unbroken",
         methods=("dpo",),
-        base_dir=Path(base),
+        model=base,
         num_steps=4,
         num_rounds=2,
         num_prompts=32,
@@ -340,8 +366,8 @@ def test_killed_in_the_middle_of_a_part_it_tells_what_an_unbroken_one_tells(base
         eval_samples=1,
         save_every=1,
         max_completion_length=10,
-        data=DataConfig(eval_size=16),
-        dpo=replace(Config().dpo, num_pairs=4),
+        data=DataConfig(dataset="sums", eval_size=16),
+        dpo=replace(TOY.dpo, num_pairs=4),
         mesh=MeshConfig(data=1),
         plain=True,
     )

@@ -22,7 +22,7 @@ from grpo_jax.loop.command import run_command
 from grpo_jax.loop.stages import check_stages
 from grpo_jax.models import from_hf_config, from_pretrained, init_params, save_pretrained
 from grpo_jax.tasks import sums
-from grpo_jax.tasks.toy_model import ToyConfig
+from grpo_jax.tasks.toy_config import ToyConfig
 from tests.runs import kill_in_second_save, parsed_commands
 
 

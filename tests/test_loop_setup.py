@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import pytest
 from checkpoints import SMALL, random_params, tiny_tokenizer
 
 from grpo_jax import models
+from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.model import ModelConfig, PolicyConfig
 from grpo_jax.config.run import RunConfig, require_at_least
 from grpo_jax.data.iterator import padded_batches
@@ -23,10 +26,10 @@ from grpo_jax.loop.export import save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, Stopped, run_experiment
 from grpo_jax.loop.setup import load_model, start_model
-from grpo_jax.loop.stages import check_no_models, stage_config
+from grpo_jax.loop.stages import Stage, check_models, check_no_models, load_scripts, stage_config
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
 from grpo_jax.sharding import make_mesh
-from grpo_jax.tasks.toy_model import ToyConfig
+from grpo_jax.tasks.toy_config import ToyConfig
 
 LLAMA = {"model_type": "llama", **SMALL}
 
@@ -247,6 +250,35 @@ def test_a_run_starts_from_the_model_that_is_named(config, run, monkeypatch):
     assert made == [ToyConfig(hidden_size=64, seed=3)]
     with pytest.raises(ValueError, match="model: no model is named; pass --model, or choose a preset"):
         start_model(config, run, seed=3)
+
+
+def test_scripts_are_loaded_once_by_file_name(tmp_path, monkeypatch):
+    for name in ("first_script", "second_script"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(f"NAME = {name!r}\n")
+    monkeypatch.setitem(sys.modules, "second_script", SimpleNamespace(__file__="elsewhere/second_script.py"))
+    first, second = load_scripts(tmp_path, "first_script", "second_script")
+    assert (first.NAME, second.NAME) == ("first_script", "second_script")  # not the module of another folder
+    assert load_scripts(tmp_path, "second_script", "first_script") == [second, first]
+
+
+def test_the_command_of_a_stage_reads_its_settings_from_a_file(tmp_path):
+    whole, script = tmp_path / "the whole", SimpleNamespace(__file__="scripts/sft.py")
+    config = Config(run_dir=whole / "round" / "1", rate=0.5, trackers=("wandb",), toy=ToyConfig(hidden_size=64))
+    python, path, flag, file = shlex.split(Stage(script, config).command(whole))
+    assert (python, path, flag, Path(file)) == ("python", "scripts/sft.py", "--config", whole / "stages/round_1.json")
+    assert with_settings(Config(), read_settings_file(Path(file)), file) == config
+
+
+def test_stages_start_from_a_named_model(tmp_path):
+    stage = Stage(None, Config(run_dir=tmp_path))
+    with pytest.raises(ValueError, match="model: no model is named"):
+        check_models([stage])
+    check_models([replace(stage, config=replace(stage.config, model="toy"))])
+    made = str(tmp_path / "model")  # in the folder of a stage
+    check_models([replace(stage, config=replace(stage.config, model=made))])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        check_models([replace(stage, config=replace(stage.config, model=str(tmp_path.with_name("nowhere"))))])
 
 
 def test_lengths_fit_the_positions_of_the_model_unless_both_are_set(tmp_path):

@@ -10,11 +10,18 @@ from pathlib import Path
 import pytest
 import tyro
 
-from experiments import distill, dpo, evaluate, ppo, r1_zero, rejection_sampling, reward_model, sample, sft
+from experiments import distill, evaluate, grpo, ppo, rejection_sampling, sample, sft
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.dpo import DPOConfig
+from grpo_jax.config.evaluation import EvaluationConfig
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.offline import DemonstrationConfig
+from grpo_jax.config.ppo import PPOConfig
+from grpo_jax.config.rejection_sampling import RejectionSamplingConfig
+from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.sft import SFTConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.loop import run_folder
 from grpo_jax.loop.batch_inference import read_provenance, read_samples
@@ -68,7 +75,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def taught(base, files, tmp_path_factory):
-    config = sft.Config(
+    config = SFTConfig(
         model=base,
         data=DemonstrationConfig(
             dataset=files["replies"], chat_template=True, system_prompt="Be brief.", template_date="2026-11-27"
@@ -94,7 +101,7 @@ ASKED = "2026-11-27\n<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n
 def measured(model, files, folder, **changes):
     data = {"data": DataConfig(dataset=files["problems"], **changes.pop("data", {}))}
     sizes = {"num_samples": 1, "num_prompts": 2, "rewards": HERE, **SHAPES}
-    return evaluate.Config(model=str(model), run_dir=folder, **data, **sizes, **changes)
+    return EvaluationConfig(model=str(model), run_dir=folder, **data, **sizes, **changes)
 
 
 # What it was trained with -------------------------------------------------------------------------------------------
@@ -129,11 +136,23 @@ def test_it_is_chatted_with_as_it_was_trained(taught, base):
         sample.main(sample.Config(model=base, prompt="Hi", chat=True), write=lambda text: None)
 
 
-@pytest.mark.parametrize("script", [sft, r1_zero, ppo, evaluate, rejection_sampling, dpo, reward_model, distill])
-def test_every_script_takes_arguments_of_the_template(script):
+@pytest.mark.parametrize(
+    "config",
+    [
+        SFTConfig,
+        GRPOConfig,
+        PPOConfig,
+        EvaluationConfig,
+        RejectionSamplingConfig,
+        DPOConfig,
+        RewardModelConfig,
+        distill.Config,
+    ],
+)
+def test_every_script_takes_arguments_of_the_template(config):
     flags = ["--chat-template", "--template-kwargs", '{"enable_thinking": false}', "tone=dry", "--template-date", TODAY]
-    models = {distill: ["--teacher", "t", "--student", "s"], ppo: ["--model", "m", "--reward-model", "r"]}
-    data = tyro.cli(script.Config, args=[*models.get(script, ["--model", "m"]), *flags]).data
+    models = {distill.Config: ["--teacher", "t", "--student", "s"], PPOConfig: ["--model", "m", "--reward-model", "r"]}
+    data = tyro.cli(config, args=[*models.get(config, ["--model", "m"]), *flags]).data
     assert data.template_variables == {"enable_thinking": False, "tone": "dry"}
     assert data.template_date == TODAY
 
@@ -141,15 +160,15 @@ def test_every_script_takes_arguments_of_the_template(script):
 # Where turns end ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["r1_zero", "ppo", "evaluate", "rejection_sampling"])
+@pytest.mark.parametrize("script", ["grpo", "ppo", "evaluate", "rejection_sampling"])
 def test_a_template_whose_turns_the_model_does_not_end_is_refused(script, base, files, tmp_path):
     common = {"model": base, "data": DataConfig(dataset=files["problems"], chat_template=True), "rewards": HERE}
     common |= {"run_dir": tmp_path / "run", "num_prompts": 2, **SHAPES}
     config, main = {
-        "r1_zero": (partial(r1_zero.Config, group_size=2), r1_zero.main),
-        "ppo": (partial(ppo.Config, num_minibatches=1), ppo.main),
-        "evaluate": (partial(evaluate.Config, num_samples=1), evaluate.main),
-        "rejection_sampling": (partial(rejection_sampling.Config, num_samples=1), rejection_sampling.main),
+        "grpo": (partial(GRPOConfig, group_size=2), grpo.main),
+        "ppo": (partial(PPOConfig, num_minibatches=1), ppo.main),
+        "evaluate": (partial(EvaluationConfig, num_samples=1), evaluate.main),
+        "rejection_sampling": (partial(RejectionSamplingConfig, num_samples=1), rejection_sampling.main),
     }[script]
     with pytest.raises(ValueError, match=r"after the assistant's turn.*pass --stop-tokens '<\|im_end\|>'"):
         main(config(**common))

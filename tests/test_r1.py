@@ -19,18 +19,24 @@ from grpo_jax.config.data import DataConfig
 from grpo_jax.config.mixture import read_tasks
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.jsonl import read_jsonl, to_json
+from grpo_jax.loop.command import run_command
 from grpo_jax.tasks.errands import Errand
-from tests.runs import write_rows
+from tests.runs import parsed_commands, write_rows
 
 ROOT = Path(__file__).parent.parent
 REAL = {"model": "org/model", "data": DataConfig(dataset="org/problems"), "general_reward_model": "org/judge"}
+TOY = r1.PRESETS["toy"].config()
+
+
+def toy(tmp_path, **changes):
+    return replace(TOY, run_dir=tmp_path / "run", **changes)
 
 
 @pytest.fixture
 def stages(monkeypatch):
     """What the chain would run, instead of running it: the name of the script and its configuration."""
     begun = []
-    for name in ("sft", "r1_zero", "rejection_sampling", "reward_model", "evaluate"):
+    for name in ("sft", "grpo", "rejection_sampling", "reward_model", "evaluate"):
         script = getattr(r1, name)
         monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
     monkeypatch.setattr("grpo_jax.loop.stages.run_experiment", lambda *args, **settings: 0)
@@ -39,23 +45,25 @@ def stages(monkeypatch):
 
 
 def test_each_stage_begins_where_the_paper_has_it(stages, tmp_path):
-    config = Config(run_dir=tmp_path / "run", seed=3)
+    config = toy(tmp_path, seed=3)
     assert r1.main(config) == 0
-    trained = [(name, each.run_dir.name, each.base_dir) for name, each in stages if name != "evaluate"]
-    base = tmp_path / "run/cold_start/base"
+    trained = [(name, each.run_dir.name, each.model) for name, each in stages if name != "evaluate"]
+    base = str(tmp_path / "run/cold_start/toy_model")
     assert trained == [
-        ("sft", "cold_start", None),
-        ("r1_zero", "r1_zero", base),
-        ("r1_zero", "reasoning", tmp_path / "run/cold_start/model"),
-        ("rejection_sampling", "rejection_sampling", tmp_path / "run/reasoning/model"),
+        ("sft", "cold_start", "toy"),
+        ("grpo", "r1_zero", base),
+        ("grpo", "reasoning", str(tmp_path / "run/cold_start/model")),
+        ("rejection_sampling", "rejection_sampling", str(tmp_path / "run/reasoning/model")),
         ("sft", "sft", base),
-        ("reward_model", "reward_model", tmp_path / "run/sft/model"),
-        ("r1_zero", "final", tmp_path / "run/sft/model"),
+        ("reward_model", "reward_model", str(tmp_path / "run/sft/model")),
+        ("grpo", "final", str(tmp_path / "run/sft/model")),
     ]
     assert {each.seed for _, each in stages} == {3}
+    assert {each.toy for _, each in stages} == {config.toy}
     of = {each.run_dir.name: each for _, each in stages}
     assert of["sft"].data.dataset == str(tmp_path / "run/rejection_sampling/dataset.jsonl")
     assert of["rejection_sampling"].demonstrations == (tmp_path / "run/general.jsonl",)
+    assert of["cold_start"].data.dataset == "sums-chinese"
     assert of["r1_zero"].rewards.language_weight == 0
     assert of["r1_zero"].rewards.target_language == of["reasoning"].rewards.target_language == "zh"
     measured = [each for name, each in stages if name == "evaluate"]
@@ -67,7 +75,7 @@ def test_each_stage_begins_where_the_paper_has_it(stages, tmp_path):
 
 
 def test_the_final_rl_pays_by_rules_for_reasoning_and_by_the_reward_model_for_the_rest(stages, tmp_path):
-    config = Config(run_dir=tmp_path / "run")
+    config = toy(tmp_path)
     r1.main(config)
     final = next(each for _, each in stages if each.run_dir.name == "final")
     reasoning, general = read_tasks(final.tasks, final.data, final.rewards)
@@ -78,7 +86,7 @@ def test_the_final_rl_pays_by_rules_for_reasoning_and_by_the_reward_model_for_th
 
 
 def test_general_demonstrations_are_of_no_held_out_errand(stages, tmp_path):
-    r1.main(Config(run_dir=tmp_path / "run"))
+    r1.main(toy(tmp_path))
     rows = read_jsonl(tmp_path / "run/general.jsonl")
     assert len(rows) == r1.CARELESS_REPLIES
     errands = [Errand(row["prompt"][1:]) for row in rows]
@@ -89,7 +97,7 @@ def test_general_demonstrations_are_of_no_held_out_errand(stages, tmp_path):
 
 def test_a_stage_that_is_asked_to_stop_ends_the_command(stages, tmp_path, monkeypatch):
     monkeypatch.setattr(r1.rejection_sampling, "main", lambda config: 130)
-    assert r1.main(Config(run_dir=tmp_path / "run")) == 130
+    assert r1.main(toy(tmp_path)) == 130
     assert [each.run_dir.name for _, each in stages] == ["cold_start", "r1_zero", "reasoning"]
 
 
@@ -106,7 +114,7 @@ def real(tmp_path):
         data=DataConfig(dataset=problems),
         general_reward_model="org/judge",
         run_dir=tmp_path / "run",
-        general=tmp_path / "chats.jsonl",
+        general=str(tmp_path / "chats.jsonl"),
         general_data=DataConfig(dataset=prompts, grader="none"),
         cold_start=replace(cold_start, data=replace(cold_start.data, dataset=str(tmp_path / "thoughts.jsonl"))),
     )
@@ -162,20 +170,67 @@ def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path, monke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (REAL, r"with --model the chain needs data of its own: cold_start.dataset \(long thoughts\), general"),
-        ({"general": Path("no/such.jsonl")}, "there is no file no/such.jsonl"),
-        ({"final": replace(Config().final, model="org/other")}, "final names a model"),
+        ({"general": "no/such.jsonl"}, "there is no file no/such.jsonl"),
+        ({"final": replace(TOY.final, model="org/other")}, "final names a model"),
         ({"target_language": "klingon"}, "klingon"),
         ({"seed": -1}, "seed is -1"),
+        ({"data": DataConfig(dataset="org/problems")}, "the toy model knows the tasks sums and errands only"),
+        ({"general_data": DataConfig(dataset="org/prompts")}, "the toy model knows the tasks sums and errands only"),
+        (
+            {"reasoning": replace(TOY.reasoning, model=None, max_completion_length=300)},
+            "is 312, and the model has 128 positions",
+        ),
+        (
+            {"second_sft": replace(TOY.second_sft, model=None, max_length=256)},
+            "max_length is 256, and the model has 128 positions",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_computed(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        Config(run_dir=tmp_path / "run", **change)
+        toy(tmp_path, **change)
+
+
+def test_a_named_model_needs_data_for_all_stages(tmp_path, capsys):
+    missing = r"needs more data: cold_start.dataset \(long thoughts\), general \(demonstrations\), general_data.dataset"
+    with pytest.raises(ValueError, match=missing):
+        Config(run_dir=tmp_path / "run", **REAL)
+    with pytest.raises(ValueError, match=r"preferences\.dataset, or general_reward_model"):
+        replace(TOY, model="org/model", preferences=Config().preferences)
+    # On the command line --model means that the toy preset is not used.
+    args = ["--model", "org/model", "--dataset", "org/problems", "--run-dir", str(tmp_path / "run")]
+    assert run_command(Config, r1.main, description="", presets=r1.PRESETS, args=args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the pipeline needs more data: --cold-start.dataset (long thoughts), general")
+    assert "--general-data.dataset (prompts)" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_a_command_for_each_stage_and_runs_none(stages, tmp_path, capsys):
+    args = ["--run-dir", str(tmp_path / "run"), "--plain", "--seed", "3", "--dry-run"]
+    assert run_command(Config, r1.main, description="", presets=r1.PRESETS, args=args) == 0
+    parsed = parsed_commands(capsys.readouterr().out)
+    assert stages == []
+    plan = r1.chain(toy(tmp_path, plain=True, seed=3))
+    assert parsed == [(Path(stage.script.__file__).stem, stage.config) for stage in plan]
+    assert (len(parsed), parsed[0][0], parsed[0][1].run_dir) == (7 + 12, "sft", tmp_path / "run/cold_start")
+    assert r1.main(toy(tmp_path, plain=True, seed=3)) == 0  # nothing stands against the real run
+    assert [each.run_dir for _, each in stages] == [each.run_dir for _, each in parsed]
+
+
+def test_a_dry_run_finds_what_the_real_run_would(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="no/such/folder"):
+        r1.main(replace(real(tmp_path), model="no/such/folder", general_reward_model="no/such/judge", dry_run=True))
+    assert capsys.readouterr().out == ""
+
+
+def test_no_model_is_the_default(tmp_path):
+    with pytest.raises(ValueError, match="model: no model is named; pass --model"):
+        r1.main(replace(real(tmp_path), model=None))
 
 
 def test_a_chain_goes_on_with_its_own_settings_alone(stages, tmp_path):
-    config = Config(run_dir=tmp_path / "run")
+    config = toy(tmp_path)
     assert r1.main(config) == 0
     done = {each.run_dir.name: each for _, each in stages}
     for name in ("cold_start", "r1_zero", "reasoning", "rejection_sampling"):
@@ -211,13 +266,13 @@ def has_run(config):
 # Kills --------------------------------------------------------------------------------------------------------------
 
 SMALL = {
-    "": "--plain --save-every 1 --base-dir {base} --eval-size 12 --general-data.eval-problems 12",
-    "cold-start": "worked-sums=48 num-epochs=2 num-sequences=8 eval-prompts=0 save-every=1",
+    "": "--plain --save-every 1 --model {base} --eval-size 12 --general-data.eval-size 12",
+    "cold-start": "num-generated=48 num-epochs=2 num-sequences=8 num-eval-prompts=0 save-every=1",
     "zero": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",
     "reasoning": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",
     "rejection": "max-problems=40 num-prompts=4 num-samples=8 threshold=0 require",
-    "second-sft": "num-epochs=1 num-sequences=8 eval-prompts=0 save-every=1",
-    "preferences": "errand-pairs=96 save-every=1",
+    "second-sft": "num-epochs=1 num-sequences=8 num-eval-prompts=0 save-every=1",
+    "preferences": "num-generated=96 save-every=1",
     "final": "num-steps=3 num-prompts=4 group-size=4 eval-samples=2 save-every=1",
     "evaluation": "num-samples=2 num-prompts=2",
 }
@@ -236,7 +291,14 @@ REACHED = {
 
 
 def begin(folder, base):
-    command = [sys.executable, "experiments/r1.py", "--run-dir", str(folder), *SMALL[""].format(base=base).split()]
+    command = [
+        sys.executable,
+        "experiments/r1.py",
+        "toy",
+        "--run-dir",
+        str(folder),
+        *SMALL[""].format(base=base).split(),
+    ]
     for stage, settings in SMALL.items():
         if stage:
             command += [part for each in settings.split() for part in f"--{stage}.{each}".split("=")]

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpo_jax.config.presets import preset
+from grpo_jax.rewards.plugin import import_reward, read_weighted
 from grpo_jax.tasks.sums import Sum, worked
+from tests.runs import write_rows
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RIGHT, WRONG = "<think>3+8=11;</think><answer>11</answer>", "<answer>22</answer>"
@@ -66,3 +69,29 @@ def test_a_run_is_told_as_its_logs_have_it(hacking, tmp_path):
 def test_holes_that_are_not_there(hacking):
     with pytest.raises(ValueError, match=r"holes has \['nonsense'\]; there are \['length'"):
         hacking.Config(holes=("nonsense",))
+
+
+def test_each_hole_is_a_run_of_the_toy_preset_with_its_reward_alone(hacking, tmp_path, monkeypatch):
+    ran = []
+
+    def grpo(config):
+        ran.append(config)
+        config.run_dir.mkdir(parents=True)
+        rows = [{"step": n, "reward": n / 2, "judge": 0.25} for n in (1, 2)]
+        write_rows(config.run_dir / "metrics.jsonl", rows)
+        write_rows(config.run_dir / "alarms.jsonl", [])
+        return 0
+
+    monkeypatch.setattr(hacking.grpo, "main", grpo)
+    assert hacking.main(hacking.Config(run_dir=tmp_path, seed=3)) == 0
+    assert [each.run_dir.name for each in ran] == [*hacking.HOLES]
+    for config, hole in zip(ran, hacking.HOLES.values(), strict=True):
+        assert (config.model, config.data.dataset, config.toy, config.seed) == ("toy", "sums", hole.toy, 3)
+        assert (config.num_steps, config.optimizer) == (hole.num_steps, preset("grpo").optimizer)
+        assert config.rewards.accuracy_weight == 0
+        ((reward, weight),) = map(read_weighted, config.rewards.reward)
+        assert (import_reward(reward), weight) == (hole.reward, 1)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [*table] == [*hacking.HOLES]
+    monkeypatch.setattr(hacking.grpo, "main", lambda config: 130)
+    assert hacking.main(hacking.Config(run_dir=tmp_path / "stopped")) == 130

@@ -8,11 +8,16 @@ import pytest
 from families import family, write_family
 from transformers import GenerationConfig
 
-from experiments import dpo, ppo, r1_zero, reward_model, sample, sft
+from experiments import dpo, grpo, ppo, reward_model, sample, sft
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.dpo import DPOConfig
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.offline import DemonstrationConfig, PreferenceConfig
+from grpo_jax.config.ppo import PPOConfig
+from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.sft import SFTConfig
 from grpo_jax.models import from_pretrained
 from tests.runs import write_rows
 
@@ -52,19 +57,19 @@ def tuned(base, rows, tmp_path, **changes):
         dataset=rows, prompt_column="prompt", completion_column="completion", chat_template=True, eval_size=2
     )
     fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "num_eval_prompts": 0}
-    return sft.Config(**fields | {"num_sequences": 8, "num_epochs": 1, "max_length": 64} | changes)
+    return SFTConfig(**fields | {"num_sequences": 8, "num_epochs": 1, "max_length": 64} | changes)
 
 
 def preferred(base, rows, tmp_path, **changes):
     data = PreferenceConfig(dataset=rows, chat_template=True, eval_size=2)
     fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "num_eval_prompts": 0}
-    return dpo.Config(**fields | {"num_pairs": 8} | changes)
+    return DPOConfig(**fields | {"num_pairs": 8} | changes)
 
 
 def scored(base, rows, tmp_path, **changes):
     data = PreferenceConfig(dataset=rows, chat_template=True, eval_size=2)
     fields = {**settings(base, tmp_path), **SHORT, **STOP, "data": data, "eval_every": 0, "num_pairs": 8}
-    return reward_model.Config(**fields | changes)
+    return RewardModelConfig(**fields | changes)
 
 
 def drawn(base, rows, tmp_path, **changes):
@@ -115,11 +120,11 @@ def test_preference_tuning_exports_what_it_stopped_at(base, rows, tmp_path):
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_reinforcement_learning_exports_what_it_stopped_at(base, scorer, rows, tmp_path, algorithm):
     if algorithm == "grpo":
-        config, main = r1_zero.Config(**drawn(base, rows, tmp_path), group_size=2), r1_zero.main
+        config, main = GRPOConfig(**drawn(base, rows, tmp_path), group_size=2), grpo.main
     else:
         rewards = RewardConfig(accuracy_weight=1.0)
         more = {"critic": "head", "num_epochs": 1, "num_minibatches": 1, "rewards": rewards}
-        config, main = ppo.Config(**drawn(base, rows, tmp_path), **more), ppo.main
+        config, main = PPOConfig(**drawn(base, rows, tmp_path), **more), ppo.main
     assert main(config) == 0
     assert exported_params(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
 
@@ -141,7 +146,7 @@ def test_sampling_ends_at_a_stop_token(base):
     first = int((hidden[0, -1] @ policy.model.head(policy.params).T).argmax())
     assert text().strip()
     assert text(stop_tokens=(policy.tokenizer.convert_ids_to_tokens(first),)) == "\n"
-    with pytest.raises(ValueError, match=r"stop_tokens: \['<\|eot_id\|>'\] are no tokens of"):
+    with pytest.raises(ValueError, match=r"stop_tokens: \['<\|eot_id\|>'\] are not tokens of"):
         text(stop_tokens=("<|eot_id|>",))
 
 
@@ -162,7 +167,7 @@ def short(tmp_path_factory):
         (sft.main, tuned),
         (dpo.main, preferred),
         (reward_model.main, scored),
-        (r1_zero.main, lambda *args, **changes: r1_zero.Config(**drawn(*args, **changes), group_size=2)),
+        (grpo.main, lambda *args, **changes: GRPOConfig(**drawn(*args, **changes), group_size=2)),
     ],
     ids=["sft", "dpo", "reward_model", "grpo"],
 )
