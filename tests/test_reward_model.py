@@ -148,7 +148,7 @@ def test_what_is_saved_scores_as_transformers_does(finished):
     assert loaded.prompt_format == {"kind": "plain", "template": "{question}"}
     said = []
     asked = load_reward_model(str(folder), mesh=None, dtype=jnp.float32, say=said.append)
-    assert said == ["reward model: reads the plain template '{question}', as it was trained"]
+    assert said == ["reward model: reads the plain template '{question}', the format of its training"]
     held_out = load_preference_sets(finished.data, 0)[1]
     for side, name in enumerate(("chosen", "rejected")):
         completions = [getattr(each, name) for each in held_out]

@@ -593,7 +593,7 @@ def test_the_detector_sees_a_bounded_number_of_pieces_which_stand_for_the_others
     assert len(seen) == 400
     language_share("の" * 20_000 + "数の" * 20_000, "zh")
     assert len(seen) == 600
-    assert max(map(len, seen)) < 64 * (language.LONGEST_WORD + 1)
+    assert max(map(len, seen)) < 64 * (language.MAX_WORD_LENGTH + 1)
 
 
 @given(

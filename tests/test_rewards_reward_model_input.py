@@ -124,7 +124,7 @@ def test_a_model_that_does_not_say_reads_its_chat_template_whole(model):
     expected = tokenizer.apply_chat_template(conversation, return_dict=False)
     assert read(["?"], ["2"], {"problem_prompt": [[USER]]}) == [expected]
     assert read(["?"], ["2"], {"problem_prompt": [USER["content"]]}) == [expected]
-    assert described_input(reward_model).endswith("the default: it does not say how it was trained")
+    assert described_input(reward_model).endswith("chat template (it has no prompt_format.json)")
 
 
 def test_a_model_without_format_and_template_reads_what_the_policy_was_given(model):

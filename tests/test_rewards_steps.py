@@ -1,4 +1,4 @@
-"""Process supervision by rule: which steps of a thought are judged, and how."""
+"""Process supervision by rule: which steps of a thought are checked, and how."""
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from grpo_jax.rewards.steps import equation_steps_reward
 from grpo_jax.rewards.workers.pool import RewardPool
 
 
-def judged(completion):
+def step_rewards(completion):
     (graded,) = equation_steps_reward([""], [completion])
     return {
         completion[:end].rstrip(";\n").rpartition("\n")[2].rpartition(";")[2]: reward for end, reward in graded.steps
@@ -30,7 +30,7 @@ def judged(completion):
     ],
 )
 def test_steps_with_equations_between_numbers_are_judged(completion, steps):
-    assert judged(completion) == steps
+    assert step_rewards(completion) == steps
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_steps_with_equations_between_numbers_are_judged(completion, steps):
 def test_steps_without_are_not(completion):
     if completion == "3+8=11</think>":
         completion = "<think></think>3+8=12"
-    assert judged(completion) == {}
+    assert step_rewards(completion) == {}
     assert equation_steps_reward([""], [completion])[0].score == 0
 
 
 def test_what_stands_outside_the_thought_is_no_step():
     completion = "1=2\n<think>1+1=2\n3=4</think>5=6<answer>7=8</answer>"
     (graded,) = equation_steps_reward([""], [completion])
-    assert graded == RewardOutput(0.5, {"judged": 2.0}, steps=((17, 1.0), (20, 0.0)))
+    assert graded == RewardOutput(0.5, {"checked": 2.0}, steps=((17, 1.0), (20, 0.0)))
     assert completion[:17].endswith("1+1=2\n")
     assert completion[:20].endswith("3=4")
     (opened,) = equation_steps_reward(["<think>"], ["1=1\n</think>2=3"])
@@ -76,7 +76,7 @@ def test_any_text_has_steps_that_can_be_learnt_from(completion):
     assert as_reward_outputs([graded], [completion]) == [graded]
     ends = [end for end, _ in graded.steps]
     assert ends == sorted(set(ends))
-    assert len(ends) == graded.details["judged"]
+    assert len(ends) == graded.details["checked"]
 
 
 def test_steps_pass_through_a_pool():

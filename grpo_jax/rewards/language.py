@@ -1,4 +1,4 @@
-"""Whether a completion thinks in the language that it was asked to think in."""
+"""Language consistency reward: the share of a thought's words that are in the target language."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import regex
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.prose import prose_of_code, prose_of_mathematics
 
-WORDS_A_PIECE = 16
-MOST_RUNS = 64
-MOST_PIECES = 200
-WORDS_IN_FAVOUR = 4.0
-ROUNDS = 20
-LONGEST_WORD = 40
+MAX_WORDS_OF_PIECE = 16
+MAX_RUNS_OF_PIECE = 64
+MAX_PIECES = 200
+PRIOR_WORDS = 4.0
+EM_ITERATIONS = 20
+MAX_WORD_LENGTH = 40
 
-# Scripts that put no blanks between words, by how many letters make a word on average.
-LETTERS_A_WORD = {2: ("Han", "Hiragana", "Katakana", "Bopomofo"), 4: ("Thai", "Lao", "Khmer", "Myanmar")}
-# Who writes in which script; a language that is not named here writes in Latin letters.
+# Scripts without spaces between words, by the average number of letters of a word.
+LETTERS_PER_WORD = {2: ("Han", "Hiragana", "Katakana", "Bopomofo"), 4: ("Thai", "Lao", "Khmer", "Myanmar")}
+# Languages by script; all others use Latin letters.
 LANGUAGES = {
     "Arabic": "ar ary arz fa ps sdh ug ur uzs",
     "Armenian": "hy",
@@ -54,8 +54,7 @@ LANGUAGES = {
 LATIN_TOO = ("sr", "uz")
 VARIETIES = {"ar": ("ary", "arz"), "no": ("nn",), "zh": ("wuu", "yue")}
 
-# In every pattern a loop takes what it can and gives nothing back, and stops at the next opening or closing, so that
-# no text is read more than a few times.
+# All loops are possessive and stop at the next delimiter, so that matching takes linear time.
 CODE = regex.compile(
     r"""
       ^[ \t]*+(```|~~~)[^\n]*+\n (?:(?!^[ \t]*+\1).)*+ ^[ \t]*+\1
@@ -64,7 +63,7 @@ CODE = regex.compile(
     """,
     regex.VERBOSE | regex.DOTALL | regex.MULTILINE,
 )
-# "`one` `word` `each`" is as good as "`one word each`".
+# "`one` `word` `each`" is read as "`one word each`".
 ADJACENT = regex.compile(r"(?<=[^\s`])`[ ,]{1,3}`(?=[^\s`])|(?<=\p{L}\p{L})\$[ ,]{1,3}\$(?=\p{L}\p{L})")
 ENVIRONMENT = regex.compile(
     r"""
@@ -84,7 +83,7 @@ MATHEMATICS = regex.compile(
     regex.VERBOSE | regex.DOTALL,
 )
 
-# The letters that formulas, units and names in programs are written with.
+# The letters of formulas, units and identifiers.
 ALPHABET = r"\p{Latin}\p{Greek}\p{Cyrillic}"
 UNITS = (
     "km|cm|mm|nm|kg|mg|ml|mL|hr|hrs|min|mins|sec|secs|ms|ft|yd|mi|lb|lbs|oz|mph|kph|Hz|kHz|kW|kWh|kJ|Pa|mol|EUR|USD|"
@@ -126,28 +125,24 @@ def language_reward(
     thought_only: bool = True,
     **_columns: list[Any],
 ) -> list[float | None]:
-    """Words in the target language / words of the thought, by ``language_share``; None where there is no target.
+    """Words in the target language / words of the thought: the language consistency reward of DeepSeek-R1.
 
-    The thought is what stands before the last ``</think>``, or, where there is none, before the first ``<answer>`` or
-    up to the end; and of that what follows the first ``<think>``, or all of it if the prompt has opened the tag.
+    Words are counted by ``language_share``. The thought is the text between the first ``<think>``, or the start, and
+    the last ``</think>``, or else the first ``<answer>``, or else the end. arXiv 2501.12948, section 2.3.2.
 
-    A thought without a word scores 0.0. With 1.0 thinking nothing would be the easiest way to a full score, and with
-    None the sample would be left out of learning: an empty thought would never be discouraged.
-
-    How much is thought, and what stands outside the thought, is not looked at: that is for other rewards.
+    A thought without words scores 0.0: with 1.0 an empty thought would be the easiest way to a full score, and with
+    None its sample would not be trained on, so that empty thoughts would not be discouraged. The length of the thought
+    is left to other rewards.
 
     Args:
-        prompts: not looked at.
+        prompts: ignored.
         completions: the texts.
-        target_language: a code for all of them, as in ``functools.partial(language_reward, target_language="de")``; or
-            one a completion, as a column of that name gives them (and it takes the place of the one for all), None
-            where it does not matter.
-        thought_only: whether what stands outside the thought is left out. If False, the whole completion counts.
+        target_language: an ISO 639 code for all, as in ``functools.partial(language_reward, target_language="de")``; or
+            one for each completion, from a column of that name. None gives no score.
+        thought_only: whether to ignore the text outside of the thought.
 
     Raises:
-        ValueError: a code that is not known, before anything is scored; the message lists the known ones.
-
-    DeepSeek-R1 (arXiv 2501.12948), section 2.3.2.
+        ValueError: an unknown code, raised before anything is scored. The message lists the known codes.
     """
     targets = [target_language] * len(completions) if isinstance(target_language, str) else target_language
     for target in {target_language} if isinstance(target_language, str) else {*targets} - {None}:
@@ -162,40 +157,38 @@ def language_reward(
 def language_share(text: str, target: str) -> float | None:
     r"""The share of a text's words that are in the target language, from 0.0 to 1.0; None if it has no words.
 
-    What is not a word, and so counts neither for nor against: closed code blocks and code in backticks; mathematics in
-    ``$``, ``$$``, ``\(...\)``, ``\[...\]`` or an environment that is not one for prose (prose in any of these counts,
-    as ``prose_of_code`` and ``prose_of_mathematics`` find it), and every ``\command``; tags
-    and addresses; identifiers (snake_case, camelCase, with a digit, or called as in ``f(x)``); names of mathematical
-    functions (gcd); capitals up to four in a row (ABC); numbers, with the unit after them; single letters (Latin,
-    Greek, Cyrillic, Arabic or Hebrew).
+    Not counted as words: closed code blocks and code in backticks; mathematics in ``$``, ``$$``, ``\(...\)``,
+    ``\[...\]`` or a mathematical environment; every ``\command``; tags and URLs; identifiers (snake_case, camelCase,
+    with a digit, or called as in ``f(x)``); names of mathematical functions (gcd); up to four capitals in a row (ABC);
+    numbers with their units; single letters (Latin, Greek, Cyrillic, Arabic or Hebrew). Prose inside of code or
+    mathematics (``prose_of_code``, ``prose_of_mathematics``) is counted.
 
-    A word in a script that the target is not written in is foreign, be it in the middle of a sentence. Where the
-    script does not tell, the text is cut at the ends of sentences and lines, and after 16 words, and each piece goes
-    by its letters to the languages it may be in: ``p(language | piece)`` is proportional to ``p(piece | language)``,
-    from the detector, times how common the language is in the text, which is found by going over all pieces until
-    it settles. So a piece too short to tell is taken to be in the language of the text around it. The target starts
-    with four words in its favour, so that a text too short to tell is taken to be in the target. Cantonese and Wu are
-    Chinese (zh), Egyptian and Moroccan are Arabic (ar), and Nynorsk is Norwegian (no).
+    A word in a script that the target language does not use is foreign. Languages of the same script are told apart by
+    a detector (langid): the text is cut into pieces at ends of sentences and lines, and after 16 words. Then
+    ``p(language | piece)`` is proportional to ``p(piece | language)``, from the detector, times the share of the
+    language in the text, which is estimated from all pieces by expectation maximisation. So short pieces are assigned
+    to the language of the text around them. A prior of four words for the target decides for texts that are too short.
+    Cantonese and Wu count as Chinese (zh), Egyptian and Moroccan as Arabic (ar), and Nynorsk as Norwegian (no).
 
-    Two letters of Chinese or Japanese, or four of Thai, Lao, Khmer or Burmese, are one word, since these put no blanks
-    between words. A run of more than 40 letters is cut into words of 40.
+    In scripts without spaces, two letters of Chinese or Japanese, or four of Thai, Lao, Khmer or Burmese, are one word.
+    A run of more than 40 letters is cut into words of 40.
 
-    Takes time linear in the length. The detector sees at most 200 pieces, spread evenly, which stand for the others.
-    It is loaded when it is first needed, once a process. Equal texts get equal shares, and no text makes this raise.
+    Takes time linear in the length: the detector reads at most 200 pieces, evenly spaced. It is loaded on first use,
+    once per process. The result is deterministic, and no text raises.
 
     Args:
-        text: any text, with the mathematics and code in it.
-        target: the ISO 639 code: of two letters where there is one, as in de.
+        text: any text, including mathematics and code.
+        target: an ISO 639 code, with two letters if there is such a code, as in de.
 
     Raises:
-        ValueError: a code that is not known; the message lists the known ones.
+        ValueError: ``target`` is unknown; the message lists the known codes.
     """
     _check(target)
     words, pieces = _read(_prose(text), target)
     if not words:
         return None
-    own_words = sum(weight for weight, _ in pieces)
-    return min(own_words * _share_of_pieces(pieces, target) / words, 1.0)
+    words_in_script = sum(weight for weight, _ in pieces)
+    return min(words_in_script * _share_of_pieces(pieces, target) / words, 1.0)
 
 
 @cache
@@ -207,7 +200,7 @@ def _detector() -> Any:
 
 @cache
 def _scripts() -> dict[str, frozenset[str]]:
-    """The scripts of every known language."""
+    """The scripts of each known language."""
     scripts = {}
     for code in sorted(set(_detector().labels) - {"zxx"}):  # zxx: not a language
         named = {script for script, codes in LANGUAGES.items() if code in codes.split()}
@@ -217,7 +210,7 @@ def _scripts() -> dict[str, frozenset[str]]:
 
 def _check(target: Any) -> None:
     if target not in _scripts():
-        raise ValueError(f"target language must be one of the codes {[*_scripts()]}, not {target!r}")
+        raise ValueError(f"target_language must be one of {[*_scripts()]}, not {target!r}")
 
 
 def _thought(completion: str) -> str:
@@ -230,7 +223,7 @@ def _thought(completion: str) -> str:
 
 def _prose(text: str) -> str:
     text = CODE.sub(lambda code: f"\n{prose_of_code(code[0])}\n", ADJACENT.sub(" ", text))
-    for _ in range(3):  # environments three deep
+    for _ in range(3):  # environments up to three levels deep
         text = ENVIRONMENT.sub(_prose_of_formula, text)
     return SYMBOLS.sub(" ", MATHEMATICS.sub(_prose_of_formula, text))
 
@@ -245,65 +238,69 @@ def _letters(scripts: Iterable[str]) -> str:
 
 @cache
 def _word_pattern(target: str) -> Any:
-    """A regular expression whose last group is ``end`` or says whose word it is and how many letters make one."""
-    own = _letters(_scripts()[target])
-    dense = {letters: _letters(scripts) for letters, scripts in LETTERS_A_WORD.items()}
+    """A regular expression of words and ends of pieces; the name of the matched group says which.
+
+    ``target_2`` is a word in a script of the target, in which two letters make a word (0: words have spaces between
+    them); ``other_2`` one in another script; ``end`` the end of a sentence or line.
+    """
+    of_target = _letters(_scripts()[target])
+    dense = {letters: _letters(scripts) for letters, scripts in LETTERS_PER_WORD.items()}
     spaced = r"[\p{L}--[\p{Common}\p{Inherited}]--" + "--".join(dense.values()) + "]"
     groups = []
     for letters, of_kind in {0: spaced, **dense}.items():
-        for name, letter in {"own": f"[{own}&&{of_kind}]", "other": f"[{of_kind}--{own}]"}.items():
+        for name, letter in {"target": f"[{of_target}&&{of_kind}]", "other": f"[{of_kind}--{of_target}]"}.items():
             more = rf"[{letter}\p{{M}}'\u2019\u02bc\u200c\u200d]" if not letters else rf"[{letter}\p{{M}}]"
-            groups.append(rf"(?P<{name}_{letters}>{letter}{more}{{0,{LONGEST_WORD - 1}}}+)")
+            groups.append(rf"(?P<{name}_{letters}>{letter}{more}{{0,{MAX_WORD_LENGTH - 1}}}+)")
     end = r"(?P<end>[[\n\r\u2028;\p{Sentence_Terminal}]--[.]]|[.:](?=\s))"
     return regex.compile("|".join([*groups, end]), regex.V1)
 
 
 def _read(prose: str, target: str) -> tuple[float, list[tuple[float, str]]]:
-    """How many words there are, and the pieces with words of the target's scripts: how many, and the text."""
-    sees_kana = "Han" in _scripts()[target]  # which tells Japanese from Chinese
-    words = own_words = 0.0
+    """The number of words, and the pieces as (number of words in the target's scripts, their text)."""
+    includes_kana = "Han" in _scripts()[target]  # they distinguish Japanese from Chinese
+    words = piece_words = 0.0
     pieces: list[tuple[float, str]] = []
-    seen: list[str] = []
+    runs: list[str] = []
     for match in _word_pattern(target).finditer(prose):
         run = match[0]
-        owner, _, letters = match.lastgroup.partition("_")
+        group, _, letters = match.lastgroup.partition("_")
         if letters:
             count = len(run) if run.isalpha() else sum(map(str.isalpha, run))
             weight = 1.0 if letters == "0" else count / int(letters)
             words += weight
-            if owner == "own":
-                own_words += weight
-            if owner == "own" or (sees_kana and letters == "2"):
-                seen.append(run)
-        if owner == "end" or own_words >= WORDS_A_PIECE or len(seen) >= MOST_RUNS:
-            if own_words:
-                pieces.append((own_words, " ".join(seen)))
-            own_words, seen = 0.0, []
-    if own_words:
-        pieces.append((own_words, " ".join(seen)))
+            if group == "target":
+                piece_words += weight
+            if group == "target" or (includes_kana and letters == "2"):
+                runs.append(run)
+        if group == "end" or piece_words >= MAX_WORDS_OF_PIECE or len(runs) >= MAX_RUNS_OF_PIECE:
+            if piece_words:
+                pieces.append((piece_words, " ".join(runs)))
+            piece_words, runs = 0.0, []
+    if piece_words:
+        pieces.append((piece_words, " ".join(runs)))
     return words, pieces
 
 
 def _share_of_pieces(pieces: list[tuple[float, str]], target: str) -> float:
-    """The share of the words in these pieces that are in the target language."""
+    """The share of the pieces' words that are in the target language, by expectation maximisation."""
     scripts = _scripts()
-    rivals = [code for code in scripts if scripts[code] & scripts[target]]
-    if len(rivals) == 1 or not pieces:
+    languages = [code for code in scripts if scripts[code] & scripts[target]]
+    if len(languages) == 1 or not pieces:
         return 1.0
-    count = min(len(pieces), MOST_PIECES)
+    count = min(len(pieces), MAX_PIECES)
     chosen = [pieces[i * len(pieces) // count] for i in range(count)]
     weights = np.array([weight for weight, _ in chosen])
     ranks = [dict(_detector().rank(piece)) for _, piece in chosen]
-    likelihoods = np.array([[rank[code] for code in rivals] for rank in ranks], np.float64) + 1e-9
+    likelihoods = np.array([[rank[code] for code in languages] for rank in ranks], np.float64) + 1e-9
 
-    is_target = np.array([code == target for code in rivals])
-    is_right = np.array([code == target or code in VARIETIES.get(target, ()) for code in rivals])
-    common = 0.5 / len(rivals) + 0.5 * is_target
-    shares = common
-    for _ in range(ROUNDS):
-        joint = likelihoods * common
+    is_target = np.array([code == target for code in languages])
+    is_variety = np.array([code == target or code in VARIETIES.get(target, ()) for code in languages])
+    prior = 0.5 / len(languages) + 0.5 * is_target
+    shares = prior
+    for _ in range(EM_ITERATIONS):
+        joint = likelihoods * prior
         posterior = joint / joint.sum(axis=1, keepdims=True)
         shares = weights @ posterior / weights.sum()
-        common = shares * weights.sum() + WORDS_IN_FAVOUR * is_target
-        common /= common.sum()
-    return float(shares[is_right].sum())
+        prior = shares * weights.sum() + PRIOR_WORDS * is_target
+        prior /= prior.sum()
+    return float(shares[is_variety].sum())

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""Prose that stands in code and mathematics, where it could hide from a reward that leaves these out."""
+"""Detection of prose inside code and mathematics, where a language reward that ignores these would miss it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import regex
 
-WORDS_OF_PROSE = 3
-WORDS_OF_A_STRING = 8
+MIN_WORDS = 3
+MAX_WORDS_OF_STRING = 8
 
-# Words that programs are written with too; they alone do not make prose.
+# Words that also occur in programs, so that they do not make a text prose.
 KEYWORDS = frozenset(
     """
     and as assert async await begin bool boolean break by byte case catch char class const continue def default del
@@ -36,8 +36,8 @@ RUN = regex.compile(
     """,
     regex.VERBOSE | regex.V1,
 )
-LEAST_LETTERS = {"dense": 5, "denser": 10}
-LETTERS_A_WORD = 2
+MIN_LETTERS = {"dense": 5, "denser": 10}
+LETTERS_PER_WORD = 2
 UNSPACED = regex.compile(rf"[{DENSE}{DENSER}]")
 LETTER = regex.compile(r"\p{L}")
 WORDS = regex.compile(r"[\p{L}\p{M}'\u2019]+")
@@ -49,45 +49,45 @@ TRAILING = regex.compile(r"[ \t](?:\#|//)[ \t].*+")
 STRING = regex.compile(r"\"(?:[^\"\\\n]|\\.)*+(\")?+|(?<![\p{L}\d])'(?:[^'\\\n]|\\.)*+(')?+")
 COMMAND = regex.compile(r"\\[A-Za-z]++\*?+")
 BLANK = regex.compile(r"\\[ ,;:!]|~|\\q?quad(?![A-Za-z])|\}(?:[\s$&]|\\[\\ ,;:!])*+\\(?:text[a-z]*+|mbox|mathrm)\{")
-"""A blank of LaTeX, which may stand between one ``\\text{...}`` and the next."""
+"""A space of LaTeX, also the gap between one ``\\text{...}`` and the next."""
 
 
 def prose_of_code(code: str) -> str:
-    """The prose in a piece of code, one run of words a line; "" where there is only code.
+    """The prose in a piece of code, one run of words on each line; "" if there is only code.
 
-    A run is at least three words of letters after one another that are not keywords, or five letters of Chinese or
-    Japanese, or ten of Thai, Lao, Khmer or Burmese. Comments, docstrings and strings of up to eight words are code
-    where they are at most half of the lines; a block that is mostly comments is prose.
+    A run has at least three consecutive words that are not keywords, or five letters of Chinese or Japanese, or ten of
+    Thai, Lao, Khmer or Burmese. Comments and docstrings count as code if they are at most half of the lines, and as
+    prose otherwise. Strings of up to eight words are code.
     """
-    remarks, rest = _divided(code)
-    return _runs("\n".join(rest if len(remarks) <= len(rest) else [*remarks, *rest]))
+    comments, rest = _split_comments(code)
+    return _runs("\n".join(rest if len(comments) <= len(rest) else [*comments, *rest]))
 
 
 def prose_of_mathematics(formula: str) -> str:
-    r"""The prose in mathematics, such as ``\text{We add the two numbers}``, as ``prose_of_code`` finds it."""
+    r"""The prose in mathematics, such as ``\text{We add the two numbers}``, by the rules of ``prose_of_code``."""
     return _runs(COMMAND.sub("\n", BLANK.sub(" ", formula)))
 
 
-def _divided(code: str) -> tuple[list[str], list[str]]:
-    """The lines that are comments, and the others without short strings."""
-    remarks, rest = [], []
+def _split_comments(code: str) -> tuple[list[str], list[str]]:
+    """The lines that are comments or docstrings, and the other lines without short strings."""
+    comments, rest = [], []
     in_docstring = False
     for line in code.split("\n"):
         quotes = len(DOCSTRING.findall(line))
         if in_docstring or quotes or COMMENT.match(line):
-            remarks.append(line)
+            comments.append(line)
         elif line.strip() and not FENCE.fullmatch(line):
-            rest.append(TRAILING.sub("", STRING.sub(_without_short, line)))
+            rest.append(TRAILING.sub("", STRING.sub(_remove_short, line)))
         in_docstring ^= bool(quotes % 2)
-    return [line for line in remarks if WORDS.search(line)], rest
+    return [line for line in comments if WORDS.search(line)], rest
 
 
-def _without_short(string: regex.Match[str]) -> str:
+def _remove_short(string: regex.Match[str]) -> str:
     if not (string[1] or string[2]):
         return string[0]  # not closed
     letters = len(UNSPACED.findall(string[0]))
-    words = len(WORDS.findall(string[0])) + letters / LETTERS_A_WORD
-    return string[0][1:-1] if words > WORDS_OF_A_STRING else " 0 "
+    words = len(WORDS.findall(string[0])) + letters / LETTERS_PER_WORD
+    return string[0][1:-1] if words > MAX_WORDS_OF_STRING else " 0 "
 
 
 def _runs(text: str) -> str:
@@ -95,15 +95,15 @@ def _runs(text: str) -> str:
 
 
 def _is_prose(run: regex.Match[str]) -> bool:
-    if run.lastgroup in LEAST_LETTERS:
-        return len(LETTER.findall(run[0])) >= LEAST_LETTERS[run.lastgroup]
+    if run.lastgroup in MIN_LETTERS:
+        return len(LETTER.findall(run[0])) >= MIN_LETTERS[run.lastgroup]
     words = WORDS.findall(run[0])
-    own = sum(word.lower() not in KEYWORDS and len(word) > 1 for word in words)
-    return own >= WORDS_OF_PROSE and 2 * own > len(words) and _has_pair(run[0])
+    count = sum(word.lower() not in KEYWORDS and len(word) > 1 for word in words)
+    return count >= MIN_WORDS and 2 * count > len(words) and _has_pair(run[0])
 
 
 def _has_pair(run: str) -> bool:
-    """Whether two words that are not keywords follow each other with only a blank between them."""
+    """Whether two words that are not keywords are separated only by whitespace."""
     words = run.split()
     return any(
         a.isalpha() and b[:1].isalpha() and a.lower() not in KEYWORDS and b.lower().strip(".,;:!?") not in KEYWORDS

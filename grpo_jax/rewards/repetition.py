@@ -1,4 +1,4 @@
-"""A reward against saying the same thing again."""
+"""Penalty for repeated n-grams."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import regex
 
 from grpo_jax.rewards.calling import per_sample
 
-LONGEST_WORD = 20
-LONGEST_BLANK = 40
-LETTERS_A_WORD = 4
+MAX_WORD_LENGTH = 20
+MAX_BLANK_LENGTH = 40
+CHARACTERS_PER_WORD = 4
 STUTTER = regex.compile(r"(\p{L})\1{5}")
 
-# Scripts in which each character is taken for a word, and others that put no blanks between words either.
+# Scripts in which each character counts as a word, and other scripts without spaces between words.
 SYLLABLES = "".join(
     rf"\p{{Script_Extensions={name}}}" for name in ("Han", "Hiragana", "Katakana", "Bopomofo", "Hangul")
 )
@@ -25,7 +25,7 @@ WORD = regex.compile(
     | (?P<unspaced>[{UNSPACED}][{UNSPACED}\p{{M}}]*+)
     | (?P<letters>[\p{{L}}--[{SYLLABLES}{UNSPACED}]][[\p{{L}}\p{{M}}]--[{SYLLABLES}{UNSPACED}]]*+)
     | (?P<digits>\d++)
-    | (?P<blank>\s{{{LONGEST_BLANK + 1},}}+)
+    | (?P<blank>\s{{{MAX_BLANK_LENGTH + 1},}}+)
     | \S
     """,
     regex.VERBOSE | regex.V1,
@@ -34,14 +34,14 @@ WORD = regex.compile(
 
 @per_sample(columns=())
 def repetition_reward(prompts: list[str], completions: list[str], *, n: int = 4, **_columns: list[Any]) -> list[float]:
-    """Minus the share of a completion's n-grams that stood in it before: 0 for none, towards -1 for nothing else.
+    """Minus the share of a completion's n-grams that occurred earlier in it (``repeated_share``), in (-1, 0].
 
-    The n-gram penalty of arXiv 2502.03373, section 4.3, over the whole completion, as ``repeated_share`` counts it.
+    The n-gram penalty of arXiv 2502.03373, section 4.3, applied to the whole completion.
 
     Args:
-        prompts: not looked at.
+        prompts: ignored.
         completions: the texts.
-        n: words to an n-gram.
+        n: number of words of an n-gram.
 
     Raises:
         ValueError: ``n`` is below 1.
@@ -50,12 +50,16 @@ def repetition_reward(prompts: list[str], completions: list[str], *, n: int = 4,
 
 
 def repeated_share(text: str, n: int = 4) -> float:
-    """``1 - distinct n-grams / n-grams`` of a text; 0 for one with fewer than ``n`` words.
+    """``1 - distinct n-grams / n-grams`` of a text; 0 for a text with fewer than ``n`` words.
 
-    Words are runs of letters, without regard to case, and runs of digits; a punctuation mark or a symbol is a word of
-    its own, and so is each character of Chinese, Japanese and Korean. Where there are no words, characters count: in
-    Thai, Lao, Khmer, Burmese, Tibetan and Javanese, in runs of more than 20 letters or digits or with one letter six
-    times in a row, and in runs of more than 40 blanks, each character begins a word, which is it and the three after.
+    Words are runs of letters (ignoring case) and runs of digits. Each punctuation mark, symbol, and Chinese, Japanese
+    or Korean character is a word. Text that cannot be split into words is read as overlapping words of four characters:
+    Thai, Lao, Khmer, Burmese, Tibetan and Javanese, runs of more than 20 letters or digits, runs with one letter six
+    times in a row, and runs of more than 40 whitespace characters.
+
+    Args:
+        text: any text.
+        n: number of words of an n-gram.
 
     Raises:
         ValueError: ``n`` is below 1.
@@ -72,8 +76,8 @@ def repeated_share(text: str, n: int = 4) -> float:
 def _words(text: str) -> Iterator[str]:
     for match in WORD.finditer(text):
         word = match[0]
-        is_short = match.lastgroup in ("letters", "digits") and len(word) <= LONGEST_WORD
+        is_short = match.lastgroup in ("letters", "digits") and len(word) <= MAX_WORD_LENGTH
         if match.lastgroup is None or (is_short and not STUTTER.search(word)):
             yield word
         else:
-            yield from (word[i : i + LETTERS_A_WORD] for i in range(len(word)))
+            yield from (word[i : i + CHARACTERS_PER_WORD] for i in range(len(word)))

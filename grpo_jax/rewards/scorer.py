@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from grpo_jax.models import Pretrained, from_pretrained
+from grpo_jax import models
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
@@ -20,12 +20,23 @@ HELD_OUT = "held-out accuracy"
 
 
 class Scorer:
-    """A context in which completions are scored: host-side rewards in a pool or here, a learned one on the mesh.
+    """A context manager that scores completions: host-side rewards in worker processes, a reward model on the mesh.
+
+    Args:
+        rewards: host-side rewards by name.
+        weights: weight of each part, ``reward_model`` included; parts with weight 0 are only recorded.
+        held_out: the reward of held-out problems, 1 for a right answer.
+        learned: the reward model, scored as the part ``reward_model``; None for none.
+        judge: name of the part that is watched and not trained on; None for none.
+        gates, clip, may_abstain: as in ``weighted``.
+        workers: number of worker processes; 0 runs host-side rewards in this process.
+        pool: further keyword arguments of ``RewardPool``.
 
     Attributes:
-        judge: the name of the part that is watched and not learnt from; None where there is none.
-        weights: what each part that is learnt from counts.
-        held_out: the reward that tells a right answer of held-out problems.
+        judge: as given.
+        weights: the nonzero weights.
+        held_out: the reward of held-out problems, in worker processes if there are any.
+        score: ``(prompts, completions, **columns) -> Scores``.
     """
 
     def __init__(
@@ -51,9 +62,9 @@ class Scorer:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
-            whole = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
+            parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
             self.score: Callable[..., Scores] = weighted(
-                whole, weights, gates=gates, clip=clip, may_abstain=may_abstain
+                parts, weights, gates=gates, clip=clip, may_abstain=may_abstain
             )
             self._stack = stack.pop_all()
 
@@ -64,14 +75,16 @@ class Scorer:
         self._stack.close()
 
     def probe(self, columns: Mapping[str, Any], held_out_columns: Mapping[str, Any]) -> None:
-        """Score an empty completion with all but a reward model, to find what cannot run before compute is spent.
+        """Score an empty completion, to find rewards that cannot run before compute is spent.
+
+        With worker processes the reward model is left out.
 
         Args:
-            columns: of a first problem, one value each.
-            held_out_columns: of a first held-out one.
+            columns: values of the first training problem by column.
+            held_out_columns: values of the first held-out problem by column.
 
         Raises:
-            ValueError: a reward raises, or returns what is no score.
+            ValueError: a reward raises or returns something other than a score.
         """
         columns = {**columns, "completion_length": 1, "truncated": False}
         if self._pool is not None and self._held_out_pool is not None:
@@ -90,46 +103,52 @@ class Scorer:
         eos_ids: Sequence[int],
         max_completion_length: int,
     ) -> Callable[[int, Sequence[int]], None] | None:
-        """What a sampler's ``on_tokens`` calls, so that a completion is scored while others are still being drawn.
-
-        None where nothing runs beside the sampler.
+        """A callback for a sampler's ``on_tokens`` that scores finished completions while others are being sampled.
 
         Args:
-            prompts: ``[B]``, the text that each completion follows.
-            columns: those of its problem.
-            decode: from a completion's ids to its text.
-            eos_ids, max_completion_length: when a completion is complete.
+            prompts: ``[B]`` texts.
+            columns: ``[B]`` values each, of the problems.
+            decode: maps the token ids of a completion to its text.
+            eos_ids: the tokens that end a completion.
+            max_completion_length: the number of tokens at which a completion is cut off.
+
+        Returns:
+            ``(row, new token ids) -> None``; None without worker processes.
         """
         pool = self._pool
         if pool is None:
             return None
-        drawn: dict[int, list[int]] = {}
+        sampled: dict[int, list[int]] = {}
 
         def on_tokens(row: int, ids: Sequence[int]) -> None:
-            so_far = drawn.setdefault(row, [])
-            so_far.extend(int(each) for each in ids)
-            ended = bool(so_far) and so_far[-1] in eos_ids
-            if ended or len(so_far) >= max_completion_length:
-                own = {name: values[row] for name, values in columns.items()}
-                lengths = {"completion_length": len(so_far), "truncated": not ended}
-                pool.score_ahead(prompts[row], decode(drawn.pop(row)), own | lengths)
+            completion_ids = sampled.setdefault(row, [])
+            completion_ids.extend(map(int, ids))
+            ended = bool(completion_ids) and completion_ids[-1] in eos_ids
+            if ended or len(completion_ids) >= max_completion_length:
+                values = {name: column[row] for name, column in columns.items()}
+                values |= {"completion_length": len(completion_ids), "truncated": not ended}
+                pool.score_ahead(prompts[row], decode(sampled.pop(row)), values)
 
         return on_tokens
 
     def take_errors(self) -> list[RewardError]:
-        """What could not be scored since the last call."""
+        """The errors of worker processes since the last call."""
         pools = [pool for pool in (self._pool, self._held_out_pool) if pool is not None]
-        return [fault for pool in pools for fault in pool.take_errors()]
+        return [error for pool in pools for error in pool.take_errors()]
 
 
-def check_reward_model(model: Pretrained, name: str) -> None:
-    """Check that a model is one that gives a score for a text.
+def check_reward_model(model: models.Pretrained, name: str) -> None:
+    """Check that a model can be used as a reward model.
+
+    Args:
+        model: the model with its tokenizer.
+        name: Hugging Face id or folder, for errors.
 
     Raises:
         ValueError: it has no scalar head, or no tokenizer.
     """
     if not model.config.scalar_head:
-        raise ValueError(f"the reward model {name} is a language model: its head gives tokens, and no score for a text")
+        raise ValueError(f"the reward model {name} is a language model: it has no scalar head that scores a text")
     if model.tokenizer is None:
         raise ValueError(f"the reward model {name} has no tokenizer; its folder needs tokenizer.json")
 
@@ -142,31 +161,31 @@ def load_reward_model(
     today: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> LearnedReward:
-    """A reward model from a checkpoint, laid out on the mesh.
+    """Load a reward model from a checkpoint onto the mesh.
 
-    It reads prompts in the format that it was trained on, whatever the policy's is; see ``reward_model_reader``.
+    It reads prompts in the format of its own training (``reward_model_reader``), whatever the policy's format is.
 
     Args:
         name_or_folder: a Hugging Face id or local folder.
-        mesh: that it is laid out on; None for one device.
-        dtype: the precision it computes in.
-        today: the date for its chat template where it was not trained with one; None is today.
-        say: called with a line on what it reads.
+        mesh: the mesh over which parameters and batches are sharded; None for one device.
+        dtype: the dtype of its computation.
+        today: the date for its chat template if its format does not fix one; None means the current date.
+        say: called with a line that describes its input.
 
     Raises:
-        ValueError: it has no tokenizer or no scalar head; and as ``models.from_pretrained``.
+        ValueError: it has no tokenizer or no scalar head, or ``models.from_pretrained`` cannot load it.
     """
     shardings = None if mesh is None else partial(param_shardings, mesh=mesh)
-    loaded = from_pretrained(name_or_folder, dtype=dtype, mesh=mesh, shardings=shardings)
+    loaded = models.from_pretrained(name_or_folder, dtype=dtype, mesh=mesh, shardings=shardings)
     check_reward_model(loaded, name_or_folder)
     say(f"reward model: reads {described_input(loaded)}")
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return LearnedReward(
         loaded.model,
         loaded.params,
         loaded.tokenizer,
         encode=reward_model_reader(loaded, today=today),
         max_length=loaded.model.max_length or 4096,
-        batch_size=parts * max(1, 32 // parts),
+        batch_size=shards * max(1, 32 // shards),
         mesh=mesh,
     )

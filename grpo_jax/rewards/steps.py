@@ -1,4 +1,4 @@
-"""Process supervision without a model: the steps of a thought that are sums, each right or wrong."""
+"""Process supervision by rule: steps of a thought that contain arithmetic equations are checked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ STEP = re.compile(r"[^;\n]+[;\n]?")
 TIMES, DIVIDED = "\u00d7", "\u00f7"
 ARITHMETIC = frozenset("0123456789.,()+-*/ \t" + TIMES + DIVIDED)
 AS_PYTHON = str.maketrans({TIMES: "*", DIVIDED: "/", ",": None})
-LONGEST = 200
-LARGEST = 10**30
+MAX_LENGTH = 200
+MAX_NUMBER = 10**30
 OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: add,
     ast.Sub: sub,
@@ -29,91 +29,92 @@ OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
 
 @per_sample(columns=())
 def equation_steps_reward(prompts: list[str], completions: list[str], **_columns: list[Any]) -> list[RewardOutput]:
-    """The share of a thought's equations that hold, and of each step that has one whether all of its equations do.
+    """The share of steps with equations in which all equations hold, and 1.0 or 0.0 for each of these steps.
 
-    A step ends with a line or with a semicolon; ``3+8=11;`` is one, ``So 48/2 = 24 clips.`` another. Looked at are
-    equations between numbers, worked out exactly; a step with variables, or without an equation, has no reward. What
-    stands outside of ``<think>...</think>`` is no step, where there are such tags.
+    A step ends with a line break or a semicolon, as ``3+8=11;`` or ``So 48/2 = 24 clips.`` Only equations between
+    numbers are checked, in exact arithmetic; a step with variables or without an equation has no reward. If there are
+    ``<think>...</think>`` tags, only the text between them is read.
 
-    A policy is paid for equations that hold, whether they are of use or not: pay for the outcome too.
+    The reward does not depend on whether an equation is useful, so combine it with a reward for the outcome.
 
     Args:
-        prompts: not looked at.
+        prompts: ignored.
         completions: the texts.
 
     Returns:
-        For each completion the share (0 where no step could be judged) with ``steps`` of 1.0 and 0.0.
+        For each completion the share (0 without a checked step), with ``steps`` of 1.0 and 0.0 and the number of
+        checked steps as ``details["checked"]``.
     """
-    return [_judge(completion) for completion in completions]
+    return [_check(completion) for completion in completions]
 
 
-def _judge(completion: str) -> RewardOutput:
+def _check(completion: str) -> RewardOutput:
     begin = completion.find("<think>") + len("<think>") if "<think>" in completion else 0
     end = completion.find("</think>", begin)
     steps = []
     for step in STEP.finditer(completion, begin, len(completion) if end < 0 else end):
-        verdict = _holds(step.group())
-        if verdict is not None:
-            steps.append((step.end(), float(verdict)))
+        holds = _holds(step.group())
+        if holds is not None:
+            steps.append((step.end(), float(holds)))
     share = sum(reward for _, reward in steps) / len(steps) if steps else 0.0
-    return RewardOutput(share, {"judged": float(len(steps))}, steps=tuple(steps))
+    return RewardOutput(share, {"checked": float(len(steps))}, steps=tuple(steps))
 
 
 def _holds(step: str) -> bool | None:
-    """Whether all equations between numbers hold; None where there is none."""
+    """Whether all equations between numbers hold; None if there are none."""
     sides = step.rstrip(";\n").split("=")
     if len(sides) < 2:
         return None
     values = [(_value(_end_of(left)), _value(_start_of(right))) for left, right in pairwise(sides)]
-    judged = [left == right for left, right in values if left is not None and right is not None]
-    return all(judged) if judged else None
+    equal = [left == right for left, right in values if left is not None and right is not None]
+    return all(equal) if equal else None
 
 
 def _end_of(text: str) -> str:
-    """The arithmetic that a text ends with; nothing where it goes on to the left, as in ``2x + 3``."""
+    """The arithmetic at the end of a text; "" if it is part of a longer expression, as in ``2x + 3``."""
     start = len(text)
     while start and text[start - 1] in ARITHMETIC:
         start -= 1
-    found = text[start:]
-    goes_on = _belongs(text[start - 1 : start]) and not found[:1].isspace()
-    return "" if goes_on or found.lstrip()[:1] in ("+", "*", "/", TIMES, DIVIDED) else found
+    arithmetic = text[start:]
+    is_part = _changes_number(text[start - 1 : start]) and not arithmetic[:1].isspace()
+    return "" if is_part or arithmetic.lstrip()[:1] in ("+", "*", "/", TIMES, DIVIDED) else arithmetic
 
 
 def _start_of(text: str) -> str:
-    """The arithmetic that a text begins with; nothing where it goes on to the right, as in ``5x``."""
+    """The arithmetic at the start of a text; "" if it is part of a longer expression, as in ``5x``."""
     end = 0
     while end < len(text) and text[end] in ARITHMETIC:
         end += 1
-    found = text[:end]
-    if _belongs(text[end : end + 1]) and not found[-1:].isspace():
+    arithmetic = text[:end]
+    if _changes_number(text[end : end + 1]) and not arithmetic[-1:].isspace():
         return ""
-    return found.rstrip(" \t.,")
+    return arithmetic.rstrip(" \t.,")
 
 
-def _belongs(character: str) -> bool:
-    """Whether what stands beside a number makes something else of it: a name, a unit, a power."""
+def _changes_number(character: str) -> bool:
+    """Whether a character next to a number makes it part of something else, such as a name, a unit or a power."""
     return character.isalnum() or character in {*"_^%\\]}{["}
 
 
 def _value(text: str) -> Fraction | None:
-    if not text.strip() or len(text) > LONGEST:
+    if not text.strip() or len(text) > MAX_LENGTH:
         return None
     try:
-        return _evaluated(ast.parse(text.translate(AS_PYTHON).strip(), mode="eval").body)
+        return _evaluate(ast.parse(text.translate(AS_PYTHON).strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
-def _evaluated(node: ast.expr) -> Fraction:
+def _evaluate(node: ast.expr) -> Fraction:
     match node:
         case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
             value = Fraction(str(node.value))
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            value = -_evaluated(inner)
+            value = -_evaluate(inner)
         case ast.BinOp(left=left, op=operator, right=right) if type(operator) in OPERATIONS:
-            value = OPERATIONS[type(operator)](_evaluated(left), _evaluated(right))
+            value = OPERATIONS[type(operator)](_evaluate(left), _evaluate(right))
         case _:
-            raise ValueError("no arithmetic")
-    if abs(value.numerator) > LARGEST or value.denominator > LARGEST:
-        raise ValueError("too large to be worked out")
+            raise ValueError("not arithmetic")
+    if abs(value.numerator) > MAX_NUMBER or value.denominator > MAX_NUMBER:
+        raise ValueError("too large")
     return value
