@@ -30,8 +30,6 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.dpo import DPOConfig
@@ -593,6 +591,9 @@ def shown(value: float | None, form: str) -> str:
 
 def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
     """Held-out pass@1 by samples and by time: a line for each seed, a colour for each method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)

@@ -42,7 +42,7 @@ from grpo_jax.masked import masked_mean, masked_sum
 from grpo_jax.models import Pretrained
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 from grpo_jax.train import (
     completion_log_probs,
     completion_values,

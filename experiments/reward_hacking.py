@@ -31,7 +31,7 @@ from grpo_jax.monitor.plots import series
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.language import language_reward
 from grpo_jax.rewards.math.answer import answer_reward
-from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, ToyConfig
+from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, ToyConfig
 
 TEST_SUITE = ("21", "22", "23")
 SMOOTHED_OVER = 5

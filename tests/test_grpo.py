@@ -24,7 +24,7 @@ from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs
 from grpo_jax.loop.setup import as_policy
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
-from grpo_jax.tasks.toy_model import HF_CONFIG
+from grpo_jax.tasks.toy_config import HF_CONFIG
 from grpo_jax.types import Rollout, TrainState
 from tests.runs import metrics_of
 

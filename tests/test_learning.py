@@ -17,7 +17,8 @@ from experiments import grpo
 from grpo_jax.config.presets import preset
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
+from grpo_jax.tasks.toy_config import ToyConfig
+from grpo_jax.tasks.toy_model import make_toy_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,7 +23,7 @@ from grpo_jax.tasks.demonstrations import errand_preferences, worked_sums
 from grpo_jax.tasks.errands import Errand
 from grpo_jax.tasks.splits import hold_out
 from grpo_jax.tasks.sums import PLAIN, Sum, make_tokenizer
-from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
+from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
 
 BARE = {"template": PLAIN}
 

@@ -17,7 +17,7 @@ from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
 from grpo_jax.tasks.sums import make_tokenizer
-from grpo_jax.tasks.toy_model import HF_CONFIG
+from grpo_jax.tasks.toy_config import HF_CONFIG
 from tests.runs import metrics_of, steps_of
 
 

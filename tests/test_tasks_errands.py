@@ -16,7 +16,7 @@ from grpo_jax.tasks.errands import (
     sample_preference,
 )
 from grpo_jax.tasks.sums import make_tokenizer
-from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
+from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
 
 HELPFUL, HARMFUL = Errand("4829"), Errand("407")
 EVERY = [Errand("".join(digits)) for count in (3, 4) for digits in permutations("0123456789", count)]

@@ -9,14 +9,8 @@ import pytest
 from grpo_jax.models import from_pretrained
 from grpo_jax.tasks.errands import Errand
 from grpo_jax.tasks.sums import make_tokenizer
-from grpo_jax.tasks.toy_model import (
-    HF_CONFIG,
-    MAX_COMPLETION_LENGTH,
-    MAX_PROMPT_LENGTH,
-    ToyConfig,
-    corpus,
-    make_toy_model,
-)
+from grpo_jax.tasks.toy_config import HF_CONFIG, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, ToyConfig
+from grpo_jax.tasks.toy_model import corpus, make_toy_model
 
 QUICK = ToyConfig(skill_steps=4, mixture_steps=4, batch_size=64)
 

@@ -33,7 +33,8 @@ from grpo_jax.loop.compilation import enable_compilation_cache
 from grpo_jax.rollout import Sampler, generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.sums import sample_sums, sum_problems
-from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
+from grpo_jax.tasks.toy_config import ToyConfig
+from grpo_jax.tasks.toy_model import make_toy_model
 from grpo_jax.train import completion_log_probs, make_log_prob_fn
 from grpo_jax.types import Params, Rollout
 

@@ -18,7 +18,7 @@ from grpo_jax.config.run import Export, Preset, RunConfig, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.loss import hinge_preference, sigmoid_preference, squared_preference
 from grpo_jax.tasks.errands import ERRANDS
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 
 OBJECTIVES: dict[str, Callable] = {
     "sigmoid": sigmoid_preference,

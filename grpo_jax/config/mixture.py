@@ -15,7 +15,7 @@ from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.jsonl import to_json
 from grpo_jax.tasks.generated import TASKS
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 
 
 @dataclass(frozen=True)

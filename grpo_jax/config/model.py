@@ -12,7 +12,7 @@ from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.positions import num_positions
 from grpo_jax.sampling import Sampling
-from grpo_jax.tasks.toy_model import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
+from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
 
 PROMPT_AND_COMPLETION = "max_prompt_length + max_completion_length"
 PROMPT_LENGTH, COMPLETION_LENGTH = 512, 1024

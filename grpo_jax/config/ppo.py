@@ -16,7 +16,7 @@ from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.tasks.errands import ERRANDS
-from grpo_jax.tasks.toy_model import TOY, ToyConfig
+from grpo_jax.tasks.toy_config import TOY, ToyConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from grpo_jax.config.ppo import TOY_ERRANDS
 from grpo_jax.config.run import Export, Preset, RunConfig, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.tasks.errands import ERRANDS
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 
 
 @dataclass(frozen=True, kw_only=True)

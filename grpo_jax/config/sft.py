@@ -13,7 +13,7 @@ from grpo_jax.config.offline import DemonstrationConfig
 from grpo_jax.config.run import Export, Preset, RunConfig, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.tasks.generated import SUMS
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 
 ROW_LENGTH = 2048
 

@@ -21,7 +21,7 @@ import tyro
 from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.run import Preset
 from grpo_jax.loop.flags import flags_of, in_flags, short_help
-from grpo_jax.tasks.toy_model import TOY
+from grpo_jax.tasks.toy_config import TOY
 
 DEBUG, DEBUG_VARIABLE = "--debug", "GRPO_JAX_DEBUG"
 MISTAKE, BUG, INTERRUPTED = 2, 1, 130

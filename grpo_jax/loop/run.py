@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.text import Text
 
-from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.jsonl import JsonlLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
 from grpo_jax.loop.run_folder import BEGUN, claim_folder, device_summary, package_versions
@@ -91,6 +90,8 @@ class Run:
     def _open(
         self, stack: ExitStack, resumable_fields: Collection[str], trackers: Sequence[str], keep_checkpoints: int
     ) -> None:
+        from grpo_jax.checkpoint import Checkpoints  # late, because it imports orbax
+
         claim = claim_folder(self.folder, self.settings, resumable_fields)
         stack.enter_context(claim)
         self.previous = claim.previous

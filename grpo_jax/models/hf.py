@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from grpo_jax.models.hf_weights import (
     save_params,
 )
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.models.transformer import build_model, param_shapes
-from grpo_jax.types import Model, Params
+from grpo_jax.types import Params
 
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
 NO_SUBFOLDERS = ["*/*"]
@@ -41,35 +42,6 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # More than any published decoder has; such a config is compared with the weights before a model is built from it.
 MANY_LAYERS = 1000
 PARAM_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A model and the other contents of its checkpoint.
-
-    Attributes:
-        model: the decoder's pure functions.
-        params: parameters of ``model``.
-        config: sizes and switches of the decoder.
-        hf_config: contents of ``config.json``.
-        generation_config: contents of ``generation_config.json``; None if there is none.
-        tokenizer: a transformers tokenizer, as returned by ``tokenizers.read_tokenizer``; None if there is none.
-        eos_ids: token ids that end a sequence: those of ``generation_config``, of ``hf_config`` and of the tokenizer;
-            ids outside the vocabulary are ignored.
-        pad_id: the tokenizer's pad id, else that of ``generation_config`` or ``hf_config``, else the first of
-            ``eos_ids``; ids outside the vocabulary are ignored. It may be an EOS id: no mask is derived from it.
-        prompt_format: contents of ``prompt_format.json``, the prompt format of training; None if there is none.
-    """
-
-    model: Model
-    params: Params
-    config: DecoderConfig
-    hf_config: dict[str, Any]
-    generation_config: dict[str, Any] | None
-    tokenizer: Any | None
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    prompt_format: dict[str, Any] | None = None
 
 
 def from_pretrained(

@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -191,6 +189,10 @@ def splash_attention(
 
 def splash_on_device(queries, keys, values, mask, *, window: int | None, softcap: float | None, interpret: bool):
     """``splash_attention`` on one device's shard."""
+    # Imported late: other attention needs nothing of Pallas.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     S, H = queries.shape[1:3]
     blocks = -(-S // LARGEST_BLOCK)
     block = -(-S // (blocks * LANES)) * LANES

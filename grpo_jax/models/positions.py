@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
 from grpo_jax.models.hf_files import read_json
 
 
@@ -31,6 +29,8 @@ def num_positions(name_or_folder: str | Path) -> int | None:
 @cache
 def _fetched(name: str) -> Path | None:
     """The configuration of a model on the hub, or None; cached in both cases."""
+    from huggingface_hub import hf_hub_download
+
     try:
         return Path(hf_hub_download(name, "config.json"))
     except (OSError, ValueError):

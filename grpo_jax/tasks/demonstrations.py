@@ -8,7 +8,7 @@ from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.preferences import Preference
 from grpo_jax.tasks.errands import sample_errands, sample_preference
 from grpo_jax.tasks.sums import sample_sums, worked
-from grpo_jax.tasks.toy_model import ToyConfig
+from grpo_jax.tasks.toy_config import ToyConfig
 
 
 def worked_sums(

@@ -16,7 +16,7 @@ from grpo_jax.rewards.math.answer import answer_reward
 from grpo_jax.tasks.demonstrations import errand_preferences, worked_sums
 from grpo_jax.tasks.errands import ERRANDS, MOST_ERRANDS, errand_problems, errand_reward, sample_errands
 from grpo_jax.tasks.sums import sample_sums, sum_problems
-from grpo_jax.tasks.toy_model import ToyConfig
+from grpo_jax.tasks.toy_config import ToyConfig
 
 SUMS = "sums"
 

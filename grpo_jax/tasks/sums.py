@@ -9,12 +9,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.data.problems import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PLAIN = "{question}"
 """The plain template of this task: the prompt is the question."""
@@ -121,6 +123,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     No special tokens are added, and the tags are not special, so that decoding keeps them. The tokenizer survives
     ``save_pretrained`` and ``AutoTokenizer.from_pretrained``.
     """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(VOCABULARY)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{'|'.join(TAGS)}|."), "isolated")
     tokenizer.decoder = decoders.Fuse()

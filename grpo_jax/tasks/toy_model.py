@@ -7,112 +7,27 @@ saved as an ordinary Hugging Face folder with its own tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax import models
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.loss import supervised_loss
-from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.sharding import make_mesh, replicated
 from grpo_jax.tasks.errands import careless_reply, sample_errands
-from grpo_jax.tasks.sums import PLAIN, VOCABULARY, Sum, blurted, make_tokenizer, sample_sums, worked
+from grpo_jax.tasks.sums import Sum, blurted, make_tokenizer, sample_sums, worked
+from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, PROMPT_FORMAT, ToyConfig
 from grpo_jax.train import completion_log_probs, init_state, make_optimizer, make_schedule, make_train_step
 from grpo_jax.types import Batch, Params
-
-TOY = "toy"
-"""Name of the toy model as a model source."""
-MAX_PROMPT_LENGTH = 12
-MAX_COMPLETION_LENGTH = 48
-
-HF_CONFIG: Mapping[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 32,  # a multiple of 8, so that it divides over a mesh
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.1,
-    "pad_token_id": VOCABULARY.index("<pad>"),
-    "eos_token_id": VOCABULARY.index("<eos>"),
-    "dtype": "float32",
-}
-"""``config.json`` of the default toy model; ``ToyConfig.hf_config`` is that of a given configuration."""
-PROMPT_FORMAT: Mapping[str, str] = {"kind": "plain", "template": PLAIN}
-"""The question without a template, as in the corpus."""
-
-
-@dataclass(frozen=True)
-class ToyConfig:
-    """Configuration of the toy model and its training.
-
-    Attributes:
-        seed: seed of the weights and the corpus.
-        min_terms, max_terms: number of terms of a sum.
-        batch_size: examples per update.
-        skill_steps: updates on the first part of the corpus.
-        skill_share: fraction of worked sums (and of best replies to errands) in the first part; the rest are guesses.
-        mixture_steps: updates on the second part.
-        worked_share: fraction of worked sums in the second part, and roughly how often the model will think.
-        chinese_share: fraction of the worked sums whose thoughts have Chinese digits.
-        errand_share: fraction of errands in the corpus. Their replies in the second part are careless ones.
-        learning_rate: peak learning rate, with linear decay to 0.
-        hidden_size: width of the model; feed-forward layers are twice as wide.
-        num_layers: number of layers.
-    """
-
-    seed: int = 0
-    min_terms: int = 4
-    max_terms: int = 6
-    batch_size: int = 64
-    skill_steps: int = 450
-    skill_share: float = 0.9
-    mixture_steps: int = 40
-    worked_share: float = 0.12
-    chinese_share: float = 0.0
-    errand_share: float = 0.0
-    learning_rate: float = 4e-3
-    hidden_size: int = HF_CONFIG["hidden_size"]
-    num_layers: int = HF_CONFIG["num_hidden_layers"]
-
-    def __post_init__(self):
-        for name in ("hidden_size", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-    @property
-    def hf_config(self) -> dict[str, Any]:
-        """The ``config.json`` of the model."""
-        return {
-            **HF_CONFIG,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": 2 * self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-        }
-
-    @property
-    def steps(self) -> int:
-        """Total number of updates."""
-        return self.skill_steps + self.mixture_steps
 
 
 def make_toy_model(
     folder: Path | str,
-    toy: ToyConfig = ToyConfig(),
+    toy: ToyConfig = ToyConfig(),  # noqa: B008 - it is frozen
     *,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
@@ -123,8 +38,8 @@ def make_toy_model(
         toy: configuration of model and training.
         report: called after each update with the number of finished updates and the metrics.
     """
-    config = from_hf_config(toy.hf_config)
-    model = build_model(config)
+    config = models.from_hf_config(toy.hf_config)
+    model = models.build_model(config)
     optimizer = make_optimizer(
         make_schedule(toy.learning_rate, warmup_steps=toy.steps // 20, total_steps=toy.steps, decay="linear")
     )
@@ -135,13 +50,13 @@ def make_toy_model(
 
     train_step = make_train_step(loss_fn, optimizer)
     mesh = make_mesh(devices=jax.devices()[:1])
-    params = jax.device_put(init_params(config, jax.random.key(toy.seed)), replicated(mesh))
+    params = jax.device_put(models.init_params(config, jax.random.key(toy.seed)), replicated(mesh))
     state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
     for step, batch in enumerate(corpus(toy), 1):
         state, metrics = train_step(state, batch)
         if report is not None:
             report(step, {name: float(value) for name, value in metrics.items()})
-    save_pretrained(
+    models.save_pretrained(
         folder, state.params, hf_config=toy.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
     )
 
