@@ -13,7 +13,7 @@ The settings are those of grpo.py, without kl_reward_coef, max_draws and minibat
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -69,7 +69,7 @@ class HybridConfig(GRPOConfig):
 def toy() -> HybridConfig:
     """The toy preset."""
     grpo = preset("grpo")
-    return HybridConfig(**{name: getattr(grpo, name) for name in grpo.__dataclass_fields__ if name != "run_dir"})
+    return HybridConfig(**{each.name: getattr(grpo, each.name) for each in fields(grpo) if each.name != "run_dir"})
 
 
 PRESETS: dict[str, Preset[HybridConfig]] = {

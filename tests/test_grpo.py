@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 from dataclasses import replace
 
 import jax
@@ -455,3 +457,19 @@ def test_losses_advantages_and_optimizers_of_ones_own(config):
         PolicyLossConfig(loss="nonsense")
     with pytest.raises(ValueError, match="weight_decay is set, but optax:sgd has no weight_decay"):
         OptimizerConfig(optimizer="optax:sgd", weight_decay=0.1)
+
+
+def test_the_minimal_loop_runs_as_it_stands(base, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "experiments" / "minimal_grpo.py").read_text()
+    assert len(text.splitlines()) <= 150
+    assert "Config" not in text
+    small = "NUM_STEPS, NUM_PROMPTS, GROUP_SIZE = 2, 4, 4"
+    text = text.replace("NUM_STEPS, NUM_PROMPTS, GROUP_SIZE = 60, 32, 16", small)
+    assert small in text
+    monkeypatch.setattr(sys, "argv", ["minimal_grpo.py"])
+    monkeypatch.setattr(toy_model, "make_toy_model", lambda folder: shutil.copytree(base, folder))
+    exec(compile(text, "minimal_grpo.py", "exec"), {"__name__": "minimal_grpo"})
+    out = capsys.readouterr().out
+    assert "held-out pass@1 before" in out
+    assert "step   1 reward" in out
+    assert "held-out pass@1 after" in out
