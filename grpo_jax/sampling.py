@@ -118,8 +118,10 @@ def adjust_logits(
         ValueError: at trace time, for a biased token outside the vocabulary.
         AssertionError: at trace time, for masks of another shape than ``logits``.
     """
-    chex.assert_rank(logits, 2)
-    chex.assert_equal_shape([logits, *(mask for mask in (in_prompt, in_completion) if mask is not None)])
+    chex.assert_rank(logits, 2, custom_message="logits")
+    for name, mask in (("in_prompt", in_prompt), ("in_completion", in_completion)):
+        if mask is not None:
+            chex.assert_shape(mask, logits.shape, custom_message=name)
     logits = logits.astype(jnp.float32)
     V = logits.shape[-1]
     if sampling.repetition_penalty != 1:
@@ -155,7 +157,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     Raises:
         AssertionError: at trace time, for logits that are not of rank 2.
     """
-    chex.assert_rank(logits, 2)
+    chex.assert_rank(logits, 2, custom_message="logits")
     logits = logits.astype(jnp.float32)
     if sampling.temperature == 0:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
@@ -191,7 +193,7 @@ def sample_token(
     Raises:
         AssertionError: at trace time, for another number of keys than rows.
     """
-    chex.assert_equal_shape_prefix([keys, logits], 1)
+    chex.assert_shape(keys, logits.shape[:1], custom_message="keys: one per row of logits")
     B, V = logits.shape
     logits = filter_logits(logits, sampling)
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)

@@ -149,7 +149,7 @@ def with_byte_level(tokenizer):
 
 
 def template(name):
-    """A chat template with the structure of a family's, in words of its own."""
+    """A chat template with the structure of a family's template, in other words."""
     return (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
@@ -365,7 +365,7 @@ def gemma2():
 
 
 def gemma3():
-    """As the 1B text model: the last token of its tokenizer, for images, has no row in its embedding."""
+    """As in the 1B text model: the last token of its tokenizer, for images, has no row in its embedding."""
     tokenizer = sentencepiece(special(*GEMMA_SPECIAL, "<start_of_image>"), special("<image_soft_token>"), style="gemma")
     config = GEMMA_CONFIG | {
         "boi_token": "<start_of_image>",
@@ -475,7 +475,7 @@ def smollm2():
 
 
 def chatml_llama2():
-    """A base that was given ChatML's tokens and template, and whose config still names the base's end alone."""
+    """A base model with ChatML's tokens and template added, whose config still has only the base's EOS token."""
     after = special("<|im_start|>", "<|im_end|>")
     tokenizer = sentencepiece(special("<unk>", "<s>", "</s>"), after, style="prepend")
     config = llama2().config | {"pad_token": "</s>", "tokenizer_class": "LlamaTokenizerFast"}
@@ -520,7 +520,7 @@ def family(name):
 
 
 def write_tokenizer_files(folder, name):
-    """The files of a family's tokenizer, written as its publisher's are and not by transformers."""
+    """The files of a family's tokenizer, in the publisher's format and not that of transformers."""
     made, folder = family(name), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(made.tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -554,7 +554,7 @@ def write_family(folder, name, *, sizes=None, scalar_head=False):
         folder: where to; new or empty.
         name: one of ``FAMILIES``.
         sizes: fields of ``config.json`` besides the tiny ones.
-        scalar_head: a classifier with one label in the place of a language model.
+        scalar_head: a classifier with one label instead of a language model.
     """
     import jax
 

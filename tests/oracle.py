@@ -1,4 +1,4 @@
-"""The pure core once more, in float64 NumPy: written from the papers and docstrings, slowly and plainly.
+"""Reference implementations in float64 NumPy, written from the papers and docstrings without vectorization.
 
 Sequences are walked token by token and masked entries are deleted rather than multiplied by 0, so that a mistake in
 the arrays' version has no counterpart here.
@@ -134,7 +134,7 @@ def reinforce_plus_plus_baseline(rewards, *, group_size, epsilon=1e-6):
 
 
 def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
-    """The sum of ``(gamma lam)^l delta_{t+l}`` over what is left of each row once its masked steps are deleted."""
+    """The sum of ``(gamma lam)^l delta_{t+l}`` over the rest of each row after its masked steps are deleted."""
     advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
     for b in range(mask.shape[0]):
         steps = np.flatnonzero(mask[b])
@@ -159,7 +159,7 @@ def token_rewards(rewards, kl, mask, *, kl_coef=0.0):
 
 
 def process_supervised(rewards, is_step_end, *, group_size, ddof=1, epsilon=1e-6):
-    """Each group's steps are gathered in a list, and each token looks through it for those that end at it or later."""
+    """The steps of each group are collected in a list; a token sums over those that end at it or later."""
     rows, columns = is_step_end.shape
     result = np.zeros((rows, columns))
     for start in range(0, rows, group_size):
@@ -182,18 +182,18 @@ def hybrid(rewards, values, mask, *, group_size, step_rewards=None, lam=1.0, eps
     rewards = np.asarray(rewards, np.float64)
     learnt_from = mask.copy()
     learnt_from[np.isnan(rewards)] = False
-    of_tokens = token_rewards(rewards, None, learnt_from)
+    per_token_rewards = token_rewards(rewards, None, learnt_from)
     if step_rewards is not None:
         for b, t in np.argwhere(learnt_from):
-            of_tokens[b, t] += float(step_rewards[b, t])
-    advantages, returns = gae(of_tokens, values, learnt_from, lam=lam)
-    of_group = group_relative(rewards, group_size=group_size, epsilon=epsilon)
+            per_token_rewards[b, t] += float(step_rewards[b, t])
+    advantages, returns = gae(per_token_rewards, values, learnt_from, lam=lam)
+    per_group_advantages = group_relative(rewards, group_size=group_size, epsilon=epsilon)
     for start in range(0, rewards.size, group_size):
         group = range(start, start + group_size)
-        has_steps = step_rewards is not None and any(each != 0 for i in group for each in step_rewards[i])
+        has_steps = step_rewards is not None and any(reward != 0 for i in group for reward in step_rewards[i])
         if len({rewards[i] for i in group if not np.isnan(rewards[i])}) > 1 and not has_steps:
             for i in group:
-                advantages[i] = [of_group[i] if counts else 0.0 for counts in learnt_from[i]]
+                advantages[i] = [per_group_advantages[i] if counts else 0.0 for counts in learnt_from[i]]
     return advantages, returns
 
 
@@ -254,8 +254,8 @@ def grpo_loss(
     aggregate="sequence",
     length=None,
 ):
-    """The loss as a number. ``base`` are the log-probabilities of what carries no gradient: ``log_probs`` themselves,
-    unless ``log_probs`` are varied to differentiate numerically."""
+    """The loss as a number. ``base`` are the log-probabilities of terms without a gradient: ``log_probs``, unless these
+    are varied to differentiate numerically."""
     log_probs = np.asarray(log_probs, np.float64)
     base = log_probs if base is None else np.asarray(base, np.float64)
     old = base if old is None else np.asarray(old, np.float64)
@@ -393,7 +393,7 @@ def value_loss(values, returns, mask, *, old=None, epsilon=None):
 
 
 def kept_tokens(logits, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-    """The set of tokens of one row that may be drawn: temperature, top-k, top-p, min-p, each on what was left."""
+    """The tokens of one row that the filters keep: temperature, top-k, top-p, min-p, each on the tokens kept before."""
     logits = np.asarray(logits, np.float64)
     if temperature == 0:
         return {int(np.argmax(logits))}
@@ -412,7 +412,7 @@ def kept_tokens(logits, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
 
 
 def sampling_distribution(logits, **knobs):
-    """The probabilities that one row is drawn from."""
+    """The sampling distribution of one row."""
     kept = sorted(kept_tokens(logits, **knobs))
     result = np.zeros(len(logits))
     if knobs.get("temperature", 1.0) == 0:

@@ -1,11 +1,11 @@
-"""Checkpoints: whole, the newest complete one, damaged ones named, and no room known before it matters."""
+"""Checkpoints: restoring the newest readable one, damaged ones, retention, and free space."""
 
 import shutil
 from collections import namedtuple
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from grpo_jax.checkpoint import Checkpoints
@@ -18,10 +18,6 @@ Usage = namedtuple("Usage", "total used free")
 def make_state(seed=0, reference=False):
     params = {"embed": {"embedding": jax.random.normal(jax.random.key(seed), (8, 4))}}
     return TrainState(jnp.int32(seed), params, {"mu": params}, params if reference else None)
-
-
-def assert_equal(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.fixture
@@ -37,13 +33,13 @@ def test_nothing_to_restore(checkpoints):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_what_is_saved_comes_back(checkpoints, reference):
+def test_a_saved_state_is_restored(checkpoints, reference):
     state = make_state(3, reference)
     checkpoints.save(7, state, {"batches": {"position": 12}})
     step, restored, position = checkpoints.restore(make_state(0, reference))
     assert (step, position) == (7, {"batches": {"position": 12}})
     assert isinstance(restored, TrainState)
-    assert_equal(restored, state)
+    chex.assert_trees_all_equal(restored, state)
 
 
 def test_the_newest_are_kept(checkpoints):
@@ -57,7 +53,7 @@ def test_protected_ones_stay_beside_the_newest_until_others_are_protected(checkp
     for step in (1, 2, 3):
         checkpoints.save(step, make_state(step), {}, protected={1})
     assert checkpoints.steps() == [1, 2, 3]
-    assert_equal(checkpoints.read(1, make_state()), make_state(1))
+    chex.assert_trees_all_equal(checkpoints.read(1, make_state()), make_state(1))
     checkpoints.save(4, make_state(4), {}, protected={3})
     assert checkpoints.steps() == [3, 4]
     with pytest.raises(RuntimeError, match="checkpoints/1 cannot be read"):
@@ -73,7 +69,7 @@ def test_s2_restores_onto_another_number_of_devices(checkpoints):
     like = TrainState(like.step, params, like.opt_state)
     _, restored, _ = checkpoints.restore(like)
     assert restored.params["embed"]["embedding"].sharding.shard_shape((8, 4)) == (4, 2)
-    assert_equal(restored, state)
+    chex.assert_trees_all_equal(restored, state)
 
 
 def test_s3_a_damaged_one_is_named_and_set_aside(checkpoints):
@@ -85,7 +81,7 @@ def test_s3_a_damaged_one_is_named_and_set_aside(checkpoints):
     with pytest.warns(UserWarning, match=r"damaged checkpoint, not used: .*checkpoints/2"):
         step, restored, position = checkpoints.restore(make_state())
     assert (step, position) == (1, {"at": 1})
-    assert_equal(restored, make_state(1))
+    chex.assert_trees_all_equal(restored, make_state(1))
     assert (checkpoints.folder / "damaged-2").is_dir()
     checkpoints.save(2, make_state(2), {"at": 2})  # the run comes back to step 2
     assert checkpoints.restore(make_state())[0] == 2

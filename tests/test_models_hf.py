@@ -1,4 +1,4 @@
-"""Checkpoints in and out: what is found, what is refused, what is settled, and that nothing half written stays."""
+"""Loading and saving of checkpoints: folders, EOS and pad ids, refused checkpoints, and interrupted writes."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def test_eos_ids_come_from_every_place_that_names_them(folder, of_generation, of
 
 @pytest.mark.parametrize("value", ["</s>", 2.0, True, [1, None], [[1]]])
 @pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id"])
-def test_ids_that_are_no_numbers_are_refused_by_field_and_file(folder, field, value):
+def test_ids_that_are_not_numbers_are_refused_by_field_and_file(folder, field, value):
     edit_json(folder / "generation_config.json", **{field: value})
     with pytest.raises(ValueError, match=rf"{field} in generation_config\.json must be a token id or a list of ids"):
         from_pretrained(folder)
@@ -102,7 +102,7 @@ def test_a_pad_id_is_settled(folder, of_tokenizer, of_generation, of_config, wan
     assert from_pretrained(folder).pad_id == wanted
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path, original):
+def test_folders_without_a_checkpoint_are_refused(tmp_path, original):
     with pytest.raises(FileNotFoundError, match=r"has no config.json and so is not a checkpoint; it has nothing"):
         from_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("")
@@ -235,13 +235,13 @@ def test_a_prompt_format_is_written_and_read_back(params, tmp_path):
 
 
 class Tokenizer:
-    """Stands for one that does something while it is saved, after weights and config were written."""
+    """A tokenizer that runs a function while it is saved, after weights and config were written."""
 
     def __init__(self, on_save):
         self.save_pretrained = on_save
 
 
-def test_the_folder_appears_only_once_it_is_whole(params, tmp_path):
+def test_the_folder_appears_only_when_it_is_complete(params, tmp_path):
     folder = tmp_path / "new" / "export"
     seen = []
 
@@ -264,7 +264,7 @@ def test_a_write_that_fails_leaves_nothing(params, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_write_left_is_cleared_by_the_next(params, tmp_path):
+def test_remains_of_a_killed_write_are_removed_by_the_next(params, tmp_path):
     (tmp_path / ".export.partial").mkdir()
     (tmp_path / ".export.partial" / "model-00001-of-00009.safetensors").write_bytes(b"half")
     save_pretrained(tmp_path / "export", params, hf_config=LLAMA)
@@ -283,7 +283,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(params, tmp_path):
     assert (tmp_path / "empty" / "config.json").exists()
 
 
-# A scalar head in the place of the output embedding -------------------------------------------------------------------
+# A scalar head instead of the output embedding ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["llama2", "qwen3", "gemma3"])
@@ -341,7 +341,7 @@ def test_a_scalar_head_that_is_there_is_kept_and_scores_as_in_transformers(causa
     )
 
 
-def test_a_new_head_lies_where_it_belongs_and_in_the_precision_asked_for(original):
+def test_a_new_head_has_the_sharding_and_dtype_of_the_parameters(original):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     shardings = partial(param_shardings, mesh=mesh)
     scorer = from_pretrained(original, param_dtype=jnp.bfloat16, shardings=shardings, scalar_head=True)

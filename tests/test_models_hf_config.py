@@ -1,4 +1,4 @@
-"""config.json as DecoderConfig: transformers' own reading is the oracle, and nothing is passed over in silence."""
+"""config.json as DecoderConfig: transformers is the oracle, and no field is ignored silently."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from grpo_jax.models import from_hf_config
 from grpo_jax.models.config import Rope
 from grpo_jax.models.hf_config import FAMILIES, HARMLESS, HARMLESS_AT, REQUIRED
 
-# As they stand on the hub, in the spelling of their day.
+# As published on the hub, in the format of their day.
 HUB_CONFIGS = {
     "meta-llama/Llama-2-7b-hf": """{"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
         "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -125,7 +125,7 @@ def test_configs_of_the_hub_are_read_as_transformers_reads_them(name):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_fields_left_out_mean_what_they_mean_in_transformers(model_type):
+def test_missing_fields_have_their_default_in_transformers(model_type):
     check_against_transformers(small(model_type))
 
 
@@ -157,7 +157,7 @@ def test_both_spellings_give_one_config(case):
     assert from_hf_config(new) == from_hf_config(old)
 
 
-def test_whole_numbers_may_stand_for_floats():
+def test_integers_are_accepted_for_floats():
     whole = small("gemma2", final_logit_softcapping=30, attn_logit_softcapping=50, rope_theta=10000, rms_norm_eps=1)
     assert from_hf_config(whole) == from_hf_config(small("gemma2", rms_norm_eps=1.0))
 
@@ -204,7 +204,10 @@ def test_harmless_fields_change_nothing(name):
         ({"model_type": "mixtral"}, "'mixtral' in config.json is not supported; supported are gemma2, gemma3_text"),
         ({"model_type": ...}, "model_type None"),
         ({"model_type": "gemma3", "text_config": {}}, "'gemma3' is multimodal"),
-        ({"model_type": "odd", "auto_map": {"AutoModel": "m.M"}}, "needs code from the checkpoint .auto_map., which is never run"),
+        (
+            {"model_type": "odd", "auto_map": {"AutoModel": "m.M"}},
+            "needs code from the checkpoint .auto_map.",
+        ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "'mrope' is not implemented"),
         ({"rope_scaling": {"type": "dynamic", "alpha": 2.0}}, r"'dynamic' .* lacks \['factor'\] and has \['alpha'\]"),
         ({"rope_scaling": {"rope_type": "longrope"}}, r"'longrope' .* lacks \['long_factor', 'short_factor'\]"),
@@ -349,7 +352,7 @@ def test_a_kind_of_scaling_that_transformers_would_not_read_is_refused():
     assert read.ropes[0] == Rope(1e6, "linear", factor=8.0)
 
 
-def test_the_length_before_scaling_may_stand_beside_the_scaling():
+def test_the_original_length_may_be_beside_the_scaling():
     scaling = {"rope_type": "yarn", "factor": 2.0}
     inside = small("qwen2", rope_scaling=scaling | {"original_max_position_embeddings": 64})
     beside = small("qwen2", rope_scaling=scaling, original_max_position_embeddings=64)
@@ -359,7 +362,7 @@ def test_the_length_before_scaling_may_stand_beside_the_scaling():
 
 
 def test_an_attention_factor_that_only_other_programs_read_is_said(caplog):
-    """As DeepSeek-R1-0528-Qwen3-8B has it."""
+    """As in DeepSeek-R1-0528-Qwen3-8B."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     config = from_hf_config(small("qwen3", rope_scaling=scaling | {"attn_factor": 0.8782488562869419}))
     assert config == from_hf_config(small("qwen3", rope_scaling=scaling))
@@ -406,7 +409,7 @@ def test_only_sizes_are_required():
     }
 
 
-def test_what_transformers_5_0_writes_beside_the_kinds_of_layers_says_nothing():
+def test_fields_of_transformers_5_0_beside_the_layer_types_have_no_effect():
     kinds = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
     beside = {"rope_type": "default", "rope_theta": None}
     plain = from_hf_config(small("gemma3_text", rope_parameters=kinds))

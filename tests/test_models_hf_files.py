@@ -1,4 +1,4 @@
-"""Folders and files that are not what they seem: each is refused with what it is and what would do."""
+"""Folders and files that are not supported checkpoints are refused with a description and a remedy."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def change(folder, tensors):
 
 
 def split(folder):
-    """Spread the weights over two files with an index."""
+    """Split the weights into two files with an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -185,7 +185,7 @@ def test_an_adapter_is_named_with_the_way_to_merge_it(folder):
         from_pretrained(folder)
 
 
-# What is in the files -------------------------------------------------------------------------------------------------
+# Contents of the files ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ SPECS = {
 
 
 def on_mesh(shapes):
-    """A hand-written layout on 2 x 2 x 2 devices."""
+    """Hand-written shardings on 2 x 2 x 2 devices."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, SPECS.get("/".join(part.key for part in path[-2:]), P())), shapes
@@ -62,13 +63,13 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(biased):
     plain = from_pretrained(biased)
     sharded = from_pretrained(biased, shardings=on_mesh)
     wanted = on_mesh(param_shapes(plain.config))
-    jax.tree.map(np.testing.assert_array_equal, plain.params, sharded.params)
+    chex.assert_trees_all_equal(plain.params, sharded.params)
     assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding == sharding, sharded.params, wanted))
     assert {leaf.devices().pop() for leaf in jax.tree.leaves(plain.params)} == {jax.devices()[0]}
 
 
 class SpiedTensor:
-    """A stored tensor that notes the slices read from it."""
+    """A stored tensor that records the slices read from it."""
 
     def __init__(self, array):
         self.array, self.parts = array, []
@@ -101,7 +102,7 @@ def test_loaded_parameters_do_not_change_with_the_file(param_dtype, biased, tmp_
         with file.open("r+b") as opened:
             opened.write(bytes(file.stat().st_size))
     unchanged = from_pretrained(biased, param_dtype=param_dtype)
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, unchanged.params)
+    chex.assert_trees_all_equal(loaded.params, unchanged.params)
 
 
 @pytest.mark.parametrize("layout", sorted(set(hf_keys.LAYOUTS.values()), key=str))
@@ -120,7 +121,7 @@ def test_any_part_of_a_parameter_is_read_without_the_rest(layout):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_key_table_names_what_transformers_writes(case, tmp_path):
+def test_the_key_table_has_the_tensors_of_transformers(case, tmp_path):
     write_checkpoint(tmp_path, case, tokenizer=False)
     config = from_hf_config(json.loads((tmp_path / "config.json").read_text()))
     stored = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
@@ -241,7 +242,7 @@ def finish(*processes):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_host_memory_stays_near_the_model_itself(tmp_path):
-    """On CPU the parameters are host memory: little more than they take may be used while they are read."""
+    """On CPU the parameters are in host memory: reading them needs little more than their size."""
     config = {**LLAMA, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8192}
     shapes = param_shapes(from_hf_config(config))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16), shapes)
@@ -310,4 +311,4 @@ def test_two_processes_read_their_shards_and_write_one_checkpoint(biased, tmp_pa
     processes = [run_python(code, biased, export, address, i, environment=flags) for i in range(2)]
     for output in finish(*processes):
         assert f"read {96 * 32 // 2} 4 2\n" in output
-    jax.tree.map(np.testing.assert_array_equal, from_pretrained(biased).params, from_pretrained(export).params)
+    chex.assert_trees_all_equal(from_pretrained(biased).params, from_pretrained(export).params)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ def arrays(length, width, kind, dtype=jnp.float32):
 
 
 def at_real_tokens(attention, inputs, mask, **options):
-    """What real tokens get, and the gradients of a sum of it."""
+    """The output at real tokens, and the gradients of a weighted sum of it."""
     weights = jnp.asarray(np.random.default_rng(2).normal(size=inputs[0].shape) / inputs[0].shape[-1] ** 0.5)
 
     def total(inputs):
@@ -95,9 +96,8 @@ def test_a_kernel_computes_what_the_plain_path_does(monkeypatch, name, length, w
     inputs, mask = arrays(length, width, kind)
     options = {"window": window, "softcap": softcap}
     found = at_real_tokens(KERNELS[name], inputs, mask, **options)
-    for each, wanted in zip(found, at_real_tokens(plain, inputs, mask, **options), strict=True):
-        np.testing.assert_allclose(each, wanted, atol=1e-5)
-    assert np.isfinite(KERNELS[name](*inputs, mask, **options)).all()
+    chex.assert_trees_all_close(found, at_real_tokens(plain, inputs, mask, **options), atol=1e-5)
+    chex.assert_tree_all_finite(KERNELS[name](*inputs, mask, **options))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -112,12 +112,11 @@ def test_a_kernel_in_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_stands_in_padding_reaches_nobody(name):
+def test_values_in_padding_have_no_effect(name):
     inputs, mask = arrays(150, 16, "padded")
     other = [jnp.where(mask[:, :, None, None], x, 1e4) for x in inputs]
     results = [at_real_tokens(KERNELS[name], x, mask, window=None, softcap=None) for x in (inputs, other)]
-    for one, another in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, another)
+    chex.assert_trees_all_equal(*results)
 
 
 def test_splash_attention_on_a_mesh():
@@ -128,9 +127,9 @@ def test_splash_attention_on_a_mesh():
     heads = NamedSharding(mesh, P(*BATCH, None, "tensor", None))
     kernel = partial(splash_attention, mesh=mesh, interpret=True)
     placed = jax.device_put(inputs, heads), jax.device_put(mask, NamedSharding(mesh, BATCH))
-    for found, each in zip(at_real_tokens(kernel, *placed, window=None, softcap=None), wanted, strict=True):
-        np.testing.assert_allclose(found, each, atol=1e-5)
-        assert found.sharding.is_equivalent_to(heads, 4)
+    found = at_real_tokens(kernel, *placed, window=None, softcap=None)
+    chex.assert_trees_all_close(found, wanted, atol=1e-5)
+    assert all(x.sharding.is_equivalent_to(heads, 4) for x in found)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_splash_attention_on_a_mesh():
     ids=["cudnn", "splash", "cap"],
 )
 def test_a_model_with_a_kernel_trains_and_samples_as_the_plain_one(monkeypatch, name, config):
-    """Prompts are read by it, and completions are scored, forward and backward; a window is that of its layer."""
+    """Prefill and scoring of completions, forward and backward; each layer has its own window."""
     params = init_params(config, jax.random.key(0))
     models = {"plain": build_model(config)}
     calls = []
@@ -168,12 +167,11 @@ def test_a_model_with_a_kernel_trains_and_samples_as_the_plain_one(monkeypatch, 
     np.testing.assert_array_equal(drawn["kernel"].completion_ids, drawn["plain"].completion_ids)
     assert np.abs(np.asarray(drawn["kernel"].rollout_log_probs - drawn["plain"].rollout_log_probs)).max() < 1e-4
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads["plain"]))
-    for found, wanted in zip(jax.tree.leaves(grads["kernel"]), jax.tree.leaves(grads["plain"]), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5 * scale)
+    chex.assert_trees_all_close(grads["kernel"], grads["plain"], atol=1e-5 * scale)
     assert set(calls) == set(config.windows)
 
 
-# Which one is taken --------------------------------------------------------------------------------------------------
+# Selection -----------------------------------------------------------------------------------------------------------
 
 QWEN = from_hf_config(SIZES | {"use_sliding_window": False})
 
@@ -183,7 +181,7 @@ QWEN = from_hf_config(SIZES | {"use_sliding_window": False})
     [
         ("other", QWEN, jnp.bfloat16, "plain"),
         ("cuda", QWEN, jnp.bfloat16, "cudnn"),
-        ("cuda", QWEN, jnp.float32, "plain"),  # by which sampler and trainer agree
+        ("cuda", QWEN, jnp.float32, "plain"),  # with which sampler and trainer agree
         ("cuda", CAPPED, jnp.bfloat16, "plain"),
         ("cuda", replace(QWEN, head_dim=256), jnp.bfloat16, "plain"),
         ("tpu", CAPPED, jnp.bfloat16, "splash"),

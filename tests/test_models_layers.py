@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,12 +88,12 @@ def test_slots_before_the_calls_own_and_after_it():
 
 
 def part(keys, values, allowed, *sharing):
-    """Keys with their columns before their components, as they are written by hand here."""
+    """A segment of keys with their columns before their components."""
     return KVSegment({"keys": jnp.swapaxes(keys, 2, 3), "values": values}, allowed, *sharing)
 
 
 def attend_to_one(queries, keys, values, allowed, softcap):
-    """Attention in one part."""
+    """Attention to one segment."""
     return attend(queries, [part(keys, values, allowed)], softcap)
 
 
@@ -135,7 +136,7 @@ def test_a_fully_masked_row_is_finite_forward_and_backward(num_queries):
     grads, found = quick_jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
     mean = np.asarray(inputs[2])[0].mean(1)[:, None, None, :]
     np.testing.assert_allclose(found[0], np.broadcast_to(mean, found[0].shape), atol=1e-6)
-    assert all(np.isfinite(g).all() for g in grads)
+    chex.assert_tree_all_finite(grads)
     assert np.abs(grads[0][1]).max() > 0
 
 
@@ -152,7 +153,7 @@ def test_softmax_is_in_float32_for_bfloat16_inputs():
 
 def test_attention_in_parts_is_attention_to_all_of_them():
     (queries, keys, values), allowed = attention_inputs(4, num_slots=9)
-    allowed = allowed.at[0, 1, :4].set(False)  # a part without anything for one query
+    allowed = allowed.at[0, 1, :4].set(False)  # one query attends to no column of a segment
     parts = [slice(0, 4), slice(4, 7), slice(7, 9)]
 
     def in_parts(queries, keys, values):
@@ -162,8 +163,8 @@ def test_attention_in_parts_is_attention_to_all_of_them():
     found = quick_jit(in_parts)(queries, keys, values)
     np.testing.assert_allclose(found, attend_in_numpy(queries, keys, values, allowed, 1.5), atol=1e-6)
     whole = jax.grad(lambda *x: (attend_to_one(*x, allowed, 1.5) ** 2).sum(), argnums=(0, 1, 2))(queries, keys, values)
-    parted = jax.grad(lambda *x: (in_parts(*x) ** 2).sum(), argnums=(0, 1, 2))(queries, keys, values)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parted)
+    split = jax.grad(lambda *x: (in_parts(*x) ** 2).sum(), argnums=(0, 1, 2))(queries, keys, values)
+    chex.assert_trees_all_close(whole, split, atol=1e-5)
 
 
 def test_keys_are_shared_by_adjacent_rows_or_by_those_named():

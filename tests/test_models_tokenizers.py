@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: the file as it is in every family, ids within the embedding, files copied unchanged."""
+"""Tokenizers of checkpoints: every family's files, ids without a row in the embedding, and unchanged export."""
 
 import copy
 import json
@@ -26,10 +26,10 @@ TEXTS = [
     "",
 ]
 QUESTION = [{"role": "user", "content": "What is 12 + 345?"}]
-# Where the class that this transformers picks rebuilds the tokenizer otherwise than its file says.
+# Families for which the class in transformers builds a tokenizer that differs from the file.
 REBUILT = ("llama2", "phi3", "phi4", "chatml_llama2")
 
-# Where a blank is put before every stretch of text between added tokens, so that decoding gives more of them.
+# Families that add a space before each text between added tokens, so that decoding returns more spaces.
 PREPENDS = ("llama2", "mistral_v1", "phi3", "chatml_llama2")
 
 
@@ -230,7 +230,7 @@ def test_special_tokens_are_read_as_texts_and_as_objects(folders, tmp_path, name
     assert loaded.all_special_ids == whole.all_special_ids
 
 
-# What is refused ----------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------------
 
 
 def test_settings_without_a_tokenizer_are_refused(folders, tmp_path):
@@ -360,9 +360,7 @@ def test_stop_tokens_are_single_tokens_with_a_row(folders):
     newline = read_tokenizer(folders / "qwen3")
     assert stop_ids(newline, ["\n"], len(newline)) == newline("\n").input_ids
     for token in ("<|eot_id|>", "two words", "", "猫"):
-        with pytest.raises(
-            ValueError, match=r"stop_tokens: \[.*\] are not tokens of .* --stop-tokens must be single"
-        ):
+        with pytest.raises(ValueError, match=r"stop_tokens: \[.*\] are not tokens of .* --stop-tokens must be single"):
             stop_ids(tokenizer, ["</s>", token], rows)
     with pytest.raises(
         ValueError, match=rf"stop_tokens: .* no row for '<\|im_end\|>' \({rows - 1}\); it has {rows - 2} rows"
@@ -453,7 +451,7 @@ def test_a_tokenizer_that_was_made_here_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama2", "qwen3", "gemma3", "deepseek_r1_qwen", "chatml_llama2"])
-def test_a_checkpoint_of_a_family_is_exported_as_it_came_with_what_it_stops_at(tmp_path, name):
+def test_a_checkpoint_of_a_family_is_exported_unchanged_with_its_eos_ids(tmp_path, name):
     made = family(name)
     source = Path(write_family(tmp_path / "source", name))
     loaded = from_pretrained(source)

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,34 +62,34 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(decoder):
         assert entry["values"].shape == (B, K, C, E)
         assert (entry["keys"][..., P + T :] == 0).all()
         assert (entry["values"][:, :, P + T :] == 0).all()
-        # Without a cache, the call's own keys and values are what comes back.
+        # Without a cache, the call's own keys and values are returned.
         close = partial(np.testing.assert_allclose, atol=1e-5 * np.abs(entry["keys"]).max())
         close(jnp.where(mask[:, None, None], mine["keys"] - entry["keys"][..., : P + T], 0), 0)
         close(jnp.where(mask[:, None, :, None], mine["values"] - entry["values"][:, :, : P + T], 0), 0)
 
 
-def test_contexts_come_before_the_calls_own_tokens(decoder):
-    """Prompts shared by rows that stand anywhere, and a part of the completion in a context, against the full pass."""
+def test_prefixes_come_before_the_calls_own_tokens(decoder):
+    """Prompts shared by rows in any order, and a prefix of the completion, against the full forward pass."""
     _, model, params = decoder
     P, T, G = 6, 7, 3
-    prompts, drawn = random_ids((2, P)), random_ids((2 * G, T)) * 7 % SMALL["vocab_size"]
+    prompts, completions = random_ids((2, P)), random_ids((2 * G, T)) * 7 % SMALL["vocab_size"]
     mask = jnp.arange(P)[None, :] >= jnp.array([0, 3])[:, None]
     owner = jnp.array([1, 0, 0, 1, 1, 0])
-    gather, place = jnp.array([[1, 2, 5, 0, 3, 4]]), jnp.array([[3, 0, 1, 4, 5, 2]])
+    gather_index, scatter_index = jnp.array([[1, 2, 5, 0, 3, 4]]), jnp.array([[3, 0, 1, 4, 5, 2]])
     whole_mask = jnp.concatenate([mask[owner], jnp.ones((2 * G, T), bool)], axis=1)
-    whole = jnp.concatenate([prompts[owner], drawn], axis=1)
+    whole = jnp.concatenate([prompts[owner], completions], axis=1)
     full, _ = model.apply(params, whole, positions_of(whole_mask), whole_mask)
     _, prompt = model.apply(params, prompts, positions_of(mask), mask)
     positions = positions_of(whole_mask)[:, P:]
-    shared = PrefixCache(prompt, -P, mask, gather, place)
-    first, chunk = model.apply(params, drawn[:, :4], positions[:, :4], prefixes=[shared])
+    shared = PrefixCache(prompt, -P, mask, gather_index, scatter_index)
+    first, chunk = model.apply(params, completions[:, :4], positions[:, :4], prefixes=[shared])
     prefixes = [dataclasses.replace(shared, start=-P - 4), PrefixCache(chunk, -4), PrefixCache(chunk, 2**30)]
-    second, _ = model.apply(params, drawn[:, 4:], positions[:, 4:], prefixes=prefixes)
+    second, _ = model.apply(params, completions[:, 4:], positions[:, 4:], prefixes=prefixes)
     found = jnp.concatenate([first, second], axis=1)
     assert jnp.abs(found - full[:, P:]).max() <= 1e-5 * jnp.abs(full).max()
 
 
-def test_rotations_may_be_computed_before(decoder):
+def test_rotations_may_be_precomputed(decoder):
     _, model, params = decoder
     ids = random_ids((2, 6))
     positions = jnp.arange(6)[None, :] + jnp.array([[0], [5]])
@@ -98,7 +99,7 @@ def test_rotations_may_be_computed_before(decoder):
     np.testing.assert_allclose(model.apply(params, ids, rope)[0], plain, atol=1e-5 * np.abs(plain).max())
 
 
-def test_cuts_change_no_value(decoder):
+def test_block_bounds_change_no_value(decoder):
     config, model, params = decoder
     ids = random_ids((2, 7))
     mask = jnp.arange(7)[None, :] >= jnp.array([0, 4])[:, None]
@@ -119,11 +120,9 @@ def test_caches_are_joined_column_after_column(decoder):
         prefixes = [PrefixCache(cache, 2 * i - start) for i, cache in enumerate(pieces)]
         _, cache = model.apply(params, ids[:, start : start + 2], positions[:, start : start + 2], prefixes=prefixes)
         pieces.append(cache)
-    jax.tree.map(np.testing.assert_array_equal, model.first_columns(pieces[0], 2), pieces[0])
-    begun = jax.tree.leaves(model.first_columns(whole, 2))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), begun, jax.tree.leaves(pieces[0]))
-    joined = model.join_columns(pieces)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), joined, whole)
+    chex.assert_trees_all_equal(model.first_columns(pieces[0], 2), pieces[0])
+    chex.assert_trees_all_close(model.first_columns(whole, 2), pieces[0], atol=1e-4)
+    chex.assert_trees_all_close(model.join_columns(pieces), whole, atol=1e-4)
 
 
 def test_left_padding_by_any_amount_changes_nothing(decoder):
@@ -135,10 +134,10 @@ def test_left_padding_by_any_amount_changes_nothing(decoder):
         mask = jnp.arange(9 + padding)[None, :] >= jnp.full((2, 1), padding)
         hidden, _ = model.apply(params, padded, positions_of(mask), mask)
         assert np.abs(hidden[:, padding:] - plain).max() <= 1e-5 * np.abs(plain).max()
-        assert np.isfinite(hidden).all()
+        chex.assert_tree_all_finite(hidden)
 
 
-def test_sequences_packed_into_a_row_are_computed_as_if_each_stood_alone(decoder):
+def test_sequences_packed_into_a_row_are_computed_as_if_each_were_alone(decoder):
     _, model, params = decoder
     ids = random_ids((2, 11))
     lengths = [(4, 5), (7, 4)]  # the first row ends in padding
@@ -148,7 +147,7 @@ def test_sequences_packed_into_a_row_are_computed_as_if_each_stood_alone(decoder
         segments[row, :first], segments[row, first : first + second] = 1, 2
         positions[row, :first], positions[row, first : first + second] = np.arange(first), np.arange(second)
     packed, _ = model.apply(params, ids, jnp.asarray(positions), jnp.asarray(segments))
-    assert np.isfinite(packed).all()
+    chex.assert_tree_all_finite(packed)
     for row, (first, second) in enumerate(lengths):
         for start, length in ((0, first), (first, second)):
             places = jnp.arange(length)[None]
@@ -179,9 +178,7 @@ def test_fully_masked_rows_are_finite_forward_and_backward(decoder):
         hidden, _ = build_model(config).apply(params, ids, positions_of(mask), mask)
         return (hidden**2).sum()
 
-    value, grads = quick_jit(jax.value_and_grad(total))(params)
-    assert np.isfinite(value)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite(quick_jit(jax.value_and_grad(total))(params))
 
 
 def test_rematerialization_changes_neither_values_nor_gradients():
@@ -249,7 +246,7 @@ NEW = dataclasses.replace(
 def test_new_parameters(key):
     params = init_params(NEW, key, param_dtype=jnp.bfloat16)
     shapes = param_shapes(NEW, jnp.bfloat16)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, shapes)
     assert params["embed"]["embedding"].shape == (512, 32)
     assert params["lm_head"]["embedding"].shape == (512, 32)
     attention = params["layers_1"]["attention"]
@@ -272,7 +269,7 @@ def test_new_parameters_depend_on_the_key_and_their_path_alone(key):
         for tied in (True, False)
     )
     del untied["lm_head"]
-    jax.tree.map(np.testing.assert_array_equal, tied, untied)
+    chex.assert_trees_all_equal(tied, untied)
     kernels = [untied[f"layers_{i}"]["mlp"][name]["kernel"] for i in range(2) for name in ("gate", "up")]
     assert len({np.asarray(kernel).tobytes() for kernel in kernels}) == 4
     other = init_params(NEW, jax.random.key(1), param_dtype=jnp.bfloat16)

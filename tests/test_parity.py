@@ -55,7 +55,7 @@ def padded_batch(length=24, paddings=(0, 5, 19)):
 
 
 def logits_of(model, params, ids, mask):
-    """What the head makes of the hidden states, as the log-probability module does it."""
+    """Logits from the hidden states, as in ``log_probs.output_logits``."""
     mask = jnp.asarray(mask)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, _ = quick_jit(model.apply)(params, jnp.asarray(ids), positions, mask)
@@ -81,7 +81,7 @@ def test_logits_equal_those_of_transformers(case, checkpoint, record_property):
 LENGTH_DEPENDENT = ["llama_longrope", "mistral_dynamic"]
 
 
-# transformers' dynamic scaling depends on the calls before: a fresh model is asked, not at the original length itself.
+# transformers' dynamic scaling depends on earlier calls: the oracle is a fresh model, below the original length.
 @pytest.mark.parametrize(("case", "length"), [("llama_longrope", 16), ("mistral_dynamic", 15)])
 def test_sequences_within_the_original_length_are_rotated_as_in_transformers_too(case, length, checkpoint):
     folder, _ = checkpoint(case)
@@ -95,7 +95,7 @@ def test_sequences_within_the_original_length_are_rotated_as_in_transformers_too
 
 @pytest.mark.parametrize("case", LENGTH_DEPENDENT)
 def test_a_rope_length_chooses_one_set_of_frequencies_for_all_lengths(case, checkpoint):
-    """Those of transformers at that length; a short call then agrees with the beginning of a long one."""
+    """The frequencies of transformers at that length; a short call then agrees with the start of a long one."""
     folder, oracle = checkpoint(case)
     loaded = from_pretrained(folder, rope_length=24)
     assert loaded.model.rope_switch_length is None
@@ -199,15 +199,15 @@ def test_bfloat16_stays_near_float32(checkpoint):
 
 
 def test_the_oracle_notices_each_wrong_part(checkpoint):
-    """The comparison above can fail: every one of these slips is visible."""
-    slips = {
+    """The comparison can fail: it detects each of these errors."""
+    errors_of_case = {
         "llama3": [{"ropes": 3}],
         "mistral": [{"windows": (7,) * 3}],
         "gemma3": [{"norm_offset": 0.0}, {"embedding_scale": 1.0}, {"ropes": 4}],
         "gemma2": [{"attention_softcap": None}, {"query_scale": 0.25}],
     }
     ids, mask = padded_batch()
-    for case, changes in slips.items():
+    for case, changes in errors_of_case.items():
         folder, oracle = checkpoint(case)
         loaded = from_pretrained(folder)
         wanted = torch_logits(oracle, ids, mask)
@@ -257,7 +257,7 @@ PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "data" / "hf_config
 
 
 def shrunk(published):
-    """A published configuration with small sizes: two layers, windows and original lengths below that of the batch."""
+    """A published configuration with small sizes: two layers, windows and original lengths shorter than the batch."""
     small = {**published, **SMALL, "num_hidden_layers": 2}
     groups = published["num_attention_heads"] // (
         published.get("num_key_value_heads") or published["num_attention_heads"]

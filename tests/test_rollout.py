@@ -1,5 +1,6 @@
-"""Rollouts: what is drawn, what it is masked and scored by, and that neither layout nor devices change it."""
+"""``generate``: samples, masks and log-probabilities, independent of batch, padding and devices."""
 
+import inspect
 from dataclasses import replace
 from functools import cache, partial
 
@@ -13,12 +14,13 @@ from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.log_probs import output_logits
 from grpo_jax.masked import positions
 from grpo_jax.rollout import generate, sample_keys
+from grpo_jax.rollout.decode import decode_step, gather_rows, merge, prefill
 from grpo_jax.sampling import Sampling, sample_token
 from grpo_jax.sharding import make_mesh, param_shardings, shard_rows
 from grpo_jax.train import completion_log_probs
 
 EOS = (5, 9)
-PAD = 5  # an ending token too, as in many tokenizers
+PAD = 5  # an EOS token too, as in many tokenizers
 T = 12
 PROMPTS = [[3, 4], [7], [8, 5, 11, 2], [1, 2, 3]]
 
@@ -43,7 +45,7 @@ def jitted(model, sampling, options):
 
 @cache
 def next_logits(model):
-    """``(params, ids, length) -> logits`` after the first ``length`` ids; those that follow cannot be seen."""
+    """``(params, ids, length) -> logits`` after the first ``length`` ids; later ones are masked."""
 
     @quick_jit
     def logits_of(params, ids, length):
@@ -62,17 +64,17 @@ def logits_after(tiny, ids):
 
 def by_hand(tiny, prompt, key, sampling=None, length=T, eos=EOS):
     """One completion, by running the whole sequence through the model again for every token."""
-    ids, drawn = list(prompt), []
+    ids, completion = list(prompt), []
     for t in range(length):
         token, _ = sample_token(jax.random.fold_in(key, t)[None], logits_after(tiny, ids), sampling or Sampling())
-        drawn.append(int(token[0]))
-        ids.append(drawn[-1])
-        if drawn[-1] in eos:
+        completion.append(int(token[0]))
+        ids.append(completion[-1])
+        if completion[-1] in eos:
             break
-    return drawn
+    return completion
 
 
-def test_draws_what_a_full_forward_pass_for_each_token_draws(tiny):
+def test_samples_are_those_of_a_full_forward_pass_for_each_token(tiny):
     rollout = roll(tiny, group_size=2)
     keys = sample_keys(jax.random.key(0), jnp.arange(4), 2)
     for row in (0, 3, 5):
@@ -81,7 +83,7 @@ def test_draws_what_a_full_forward_pass_for_each_token_draws(tiny):
         assert rollout.completion_ids[row, :length].tolist() == expected
 
 
-def test_t1_t2_masks_come_from_lengths_and_any_ending_token_ends(tiny):
+def test_t1_t2_masks_come_from_lengths_and_any_eos_token_ends(tiny):
     rollout = roll(tiny, group_size=16)
     ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
     ended_by = set()
@@ -93,7 +95,7 @@ def test_t1_t2_masks_come_from_lengths_and_any_ending_token_ends(tiny):
             assert length == T
             assert not ends
         else:
-            assert length == ends[0] + 1  # the ending token counts, what follows does not, though it equals it
+            assert length == ends[0] + 1  # the EOS token counts, and the equal pad ids after it do not
             assert (row[length:] == PAD).all()
             ended_by.add(int(row[length - 1]))
     assert ended_by == set(EOS)
@@ -140,7 +142,7 @@ def test_t14_no_two_samples_share_their_noise():
     assert len({tuple(row) for row in data.tolist()}) == 64 * 64
 
 
-def test_t14_devices_do_not_change_what_is_drawn(tiny):
+def test_t14_devices_do_not_change_the_samples(tiny):
     model, params = tiny
     one = roll(tiny, group_size=4)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -182,7 +184,7 @@ def test_t10_filters_give_the_truncated_distributions_log_probs(tiny):
     mask = np.asarray(rollout.completion_mask)
     log_probs, _ = completion_log_probs(model, params, rollout)
     gap = np.asarray(rollout.rollout_log_probs)[mask] - np.asarray(log_probs)[mask]
-    assert (gap > -1e-5).all()  # what is kept only becomes likelier
+    assert (gap > -1e-5).all()  # kept tokens only become more likely
     assert gap.max() > 0.1
 
 
@@ -195,8 +197,8 @@ def test_greedy_takes_the_likeliest_token(tiny):
     assert (np.asarray(rollout.rollout_log_probs) == 0).all()
 
 
-def test_each_prompt_is_read_once_whatever_the_group(tiny):
-    """The only products over a prompt's tokens have as many rows as there are prompts."""
+def test_each_prompt_is_prefilled_once_for_its_group(tiny):
+    """Only one call has the prompts' tokens, with a row for each prompt."""
     model, params = tiny
     rows = []
 
@@ -213,7 +215,7 @@ def test_each_prompt_is_read_once_whatever_the_group(tiny):
 
 
 def test_decoding_stops_when_all_rows_have_ended(tiny):
-    """With every token an ending one, a limit of a million tokens costs nothing but the output arrays."""
+    """If every token is an EOS token, a large limit costs only the output arrays."""
     model, params = tiny
     calls = []
 
@@ -227,7 +229,7 @@ def test_decoding_stops_when_all_rows_have_ended(tiny):
     rollout = jax.jit(partial(generate, spy, sampling=Sampling(), **options))(params, prompts, jax.random.key(0))
     assert (np.asarray(rollout.completion_mask.sum(1)) == 1).all()
     jax.effects_barrier()
-    assert len(calls) == 2  # the prompts, and one step
+    assert len(calls) == 2  # prefill and one decode step
 
 
 @pytest.mark.parametrize(
@@ -238,6 +240,45 @@ def test_decoding_stops_when_all_rows_have_ended(tiny):
         ({"eos": ()}, "eos_ids is empty"),
     ],
 )
-def test_refuses_what_cannot_be_drawn(tiny, change, message):
+def test_invalid_settings_are_refused(tiny, change, message):
     with pytest.raises(ValueError, match=message):
         roll(tiny, **change)
+
+
+def prefilled(tiny, prompts=PROMPTS, key=None, **changes):
+    """A batch of two rows for each prompt and its state, as shapes; without the tests' check of annotations."""
+    model, params = tiny
+    padded = replace(pad_prompts(prompts, max_prompt_length=4, pad_id=PAD, index=range(len(prompts))), **changes)
+    start = partial(inspect.unwrap(prefill), model, sampling=Sampling(), group_size=2, chunks=[64])
+    return jax.eval_shape(start, params, padded, jax.random.key(0) if key is None else key)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [({"mask": (4, 3)}, "mask"), ({"index": (3,)}, "index"), ({"part": (1,)}, "part")]
+)
+def test_fields_of_prompts_that_do_not_fit_are_refused_at_trace_time(tiny, change, name):
+    with pytest.raises(AssertionError, match=rf"\[prompts.{name}\]"):
+        prefilled(tiny, **{field: jnp.ones(shape, bool if field == "mask" else int) for field, shape in change.items()})
+
+
+def test_an_old_style_key_is_refused_at_trace_time(tiny):
+    with pytest.raises(TypeError, match=r"key is .*uint32"):
+        prefilled(tiny, key=jax.random.PRNGKey(0))
+
+
+def test_batches_that_do_not_fit_are_refused_at_trace_time(tiny):
+    model, params = tiny
+    batch, state, _ = prefilled(tiny)
+    small, small_state, _ = prefilled(tiny, PROMPTS[:2])
+    step = partial(inspect.unwrap(decode_step), model, sampling=Sampling(), eos_ids=EOS)
+    with pytest.raises(AssertionError, match=r"\[rows\]"):
+        jax.eval_shape(step, params, batch, small_state)
+    index = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    with pytest.raises(AssertionError, match=r"keys.: shapes: \(8,\) != \(4,\)"):
+        jax.eval_shape(inspect.unwrap(merge), [(batch, state), (small, small_state)], index, index)
+    gather = partial(inspect.unwrap(gather_rows), model, join_chunks=True)
+    two = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    with pytest.raises(AssertionError, match=r"\[scatter_index\]"):
+        jax.eval_shape(gather, batch, state, [], index, index, index, two)
+    with pytest.raises(AssertionError, match=r"\[devices\]"):
+        jax.eval_shape(gather, batch, state, [], index, two, index, index)

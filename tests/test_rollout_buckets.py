@@ -19,7 +19,7 @@ def test_buckets_halve_the_rows_and_keeps_at_least_eight():
     assert make_buckets(1, 3, 3) == [Bucket(3, 1, 3)]
 
 
-def test_a_prompts_places_never_exceed_the_rows():
+def test_places_of_a_prompt_never_exceed_the_rows():
     assert make_buckets(1, 1024, 1024)[-1] == Bucket(64, 1, 64)
 
 
@@ -33,21 +33,21 @@ def test_a_completion_fits_its_chunks(length, chunks):
     assert all(columns % STEPS == 0 for columns in chunks)
 
 
-def test_as_many_prompts_are_drawn_for_at_once_as_their_caches_fit(tiny):
+def test_a_batch_has_as_many_prompts_as_fit(tiny):
     prompts = pad_prompts([[3]] * 32, max_prompt_length=6, pad_id=0, index=range(32))
     group = 8 * 64 * 256 + 6 * 256  # two layers of keys and values, 2 heads of 8, float32: 256 bytes a token
 
-    def at_once(**limits):
+    def per_batch(**limits):
         defaults = {"group_size": 8, "max_completion_length": 48, "devices": 1, "max_rows": None, "cache_bytes": None}
         return MemoryLimits(tiny[0], **defaults | limits).prompts_per_batch(*prompts.ids.shape)
 
-    assert at_once() == 32
-    assert at_once(cache_bytes=group) == 1
-    assert at_once(cache_bytes=5 * group + 1) == 5
-    assert at_once(max_rows=39) == 4
-    assert at_once(cache_bytes=12 * group, devices=4) == 12
-    assert at_once(cache_bytes=15 * group, devices=4) == 12
-    assert at_once(max_rows=100, devices=4) == 12
+    assert per_batch() == 32
+    assert per_batch(cache_bytes=group) == 1
+    assert per_batch(cache_bytes=5 * group + 1) == 5
+    assert per_batch(max_rows=39) == 4
+    assert per_batch(cache_bytes=12 * group, devices=4) == 12
+    assert per_batch(cache_bytes=15 * group, devices=4) == 12
+    assert per_batch(max_rows=100, devices=4) == 12
 
 
 def test_a_group_that_does_not_fit_is_divided_into_the_fewest_equal_parts(tiny):
@@ -68,7 +68,7 @@ def test_a_group_that_does_not_fit_is_divided_into_the_fewest_equal_parts(tiny):
         parts(max_rows=3, devices=4)
 
 
-def test_the_cache_takes_a_fifth_of_the_memory_of_devices_that_tell_theirs():
+def test_the_cache_takes_a_fifth_of_the_memory_of_devices_that_report_it():
     def devices(*all_stats):
         return [type("Device", (), {"memory_stats": lambda self, stats=stats: stats})() for stats in all_stats]
 
@@ -77,7 +77,7 @@ def test_the_cache_takes_a_fifth_of_the_memory_of_devices_that_tell_theirs():
     assert default_cache_bytes(devices({})) is None
 
 
-def test_a_coarser_cache_fits_more(tiny):
+def test_a_coarser_cache_takes_less(tiny):
     def row_bytes(dtype):
         cache = tiny[0].init_cache(1, 64, dtype)
         return sum(x.nbytes for layer in cache for x in layer.values())

@@ -1,4 +1,4 @@
-"""Prompts that would be sampled from wrongly, were they not refused."""
+"""Prompts that XLA would accept and sample from wrongly are refused."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,9 @@ OPTIONS = {"group_size": 2, "max_completion_length": 8, "eos_ids": (1,), "pad_id
 
 
 def padded(prompts=((3, 4), (5, 6, 7)), width=4):
-    return pad_prompts([list(each) for each in prompts], max_prompt_length=width, pad_id=0, index=range(len(prompts)))
+    return pad_prompts(
+        [list(prompt) for prompt in prompts], max_prompt_length=width, pad_id=0, index=range(len(prompts))
+    )
 
 
 def generated(tiny, prompts, **options):
@@ -63,18 +65,18 @@ def test_prompts_are_refused(tiny, draw, case):
 
 @pytest.mark.parametrize("draw", [generated, sampled, streamed])
 @pytest.mark.parametrize("eos_id", [32, -1])
-def test_ending_tokens_outside_the_vocabulary_are_refused(tiny, draw, eos_id):
+def test_eos_ids_outside_the_vocabulary_are_refused(tiny, draw, eos_id):
     with pytest.raises(ValueError, match=rf"eos_ids has \[{eos_id}\], which a model of 32 tokens can never sample"):
         draw(tiny, padded(), eos_ids=(1, eos_id))
 
 
-def test_ids_in_padding_are_never_looked_at(tiny):
+def test_ids_in_padding_have_no_effect(tiny):
     prompts = padded()
     strange = replace(prompts, ids=jnp.where(prompts.mask, prompts.ids, 99))
     np.testing.assert_array_equal(sampled(tiny, strange).completion_ids, sampled(tiny, prompts).completion_ids)
 
 
-def test_traced_prompts_are_taken_as_they_are_but_their_ending_tokens_are_not(tiny):
+def test_traced_prompts_are_not_checked_but_their_eos_ids_are(tiny):
     prompts, _ = REFUSED["padded on the right"]
     traced = partial(generate, tiny[0], sampling=Sampling(), **OPTIONS)
     assert jax.eval_shape(traced, tiny[1], prompts, jax.random.key(0)).completion_ids.shape == (4, 8)

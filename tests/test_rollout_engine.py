@@ -1,7 +1,9 @@
-"""The engine draws what ``generate`` draws, whatever rows it computes together, and computes little else."""
+"""The sampler returns the samples of ``generate``, whatever its batches, and computes little else."""
 
+from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,45 +40,45 @@ def random_prompts(count=N, seed=0):
     return pad_prompts(ids, max_prompt_length=WIDTH, pad_id=PAD, index=range(count))
 
 
-def some(prompts, which):
-    return jax.tree.map(lambda x: x[which], prompts)
+def some(prompts, index):
+    return jax.tree.map(lambda x: x[index], prompts)
 
 
 @pytest.fixture(scope="module")
 def expected(tiny):
-    """What ``generate`` draws, by sampling."""
+    """The rollouts of ``generate``, by sampling settings."""
     model, params = tiny
-    drawn = {}
+    rollouts = {}
     for sampling in (Sampling(), EVERYTHING):
-        whole = jax.jit(partial(generate, model, sampling=sampling, **OPTIONS))
-        drawn[sampling] = whole(params, random_prompts(), jax.random.key(KEY))
-    return drawn
+        generate_all = jax.jit(partial(generate, model, sampling=sampling, **OPTIONS))
+        rollouts[sampling] = generate_all(params, random_prompts(), jax.random.key(KEY))
+    return rollouts
 
 
-def same(found, wanted):
-    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "truncated"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
-    np.testing.assert_allclose(found.rollout_log_probs, wanted.rollout_log_probs, atol=1e-5)
+def assert_same(found, wanted):
+    found, wanted = vars(found).copy(), vars(wanted).copy()
+    chex.assert_trees_all_close(found.pop("rollout_log_probs"), wanted.pop("rollout_log_probs"), atol=1e-5)
+    chex.assert_trees_all_equal(found, wanted)
 
 
 @pytest.mark.parametrize(
     ("schedule", "batches"),
     [
         ({}, 1),
-        pytest.param({"max_rows": 64}, 5, marks=pytest.mark.slow),  # four sets, and the merge of what was left of them
+        pytest.param({"max_rows": 64}, 5, marks=pytest.mark.slow),  # four batches and their merge
         ({"ahead": 2, "max_rows": 64}, 5),
         ({"max_rows": 8}, 32),  # too small to be deferred
-        ({"max_rows": 5}, 64),  # of each group a half, and then the other
-        # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token; three rows fit, so parts of two.
+        ({"max_rows": 5}, 64),  # half a group at a time
+        # Two layers of keys and values, 2 heads of 8, float32: 256 bytes a token. Three rows fit: parts of two.
         ({"cache_bytes": 256 * (3 * 128 + 6)}, 128),
     ],
     ids=["one", "sets", "ahead", "small", "halves", "quarters"],
 )
-def test_t14_no_schedule_changes_what_is_drawn(tiny, expected, schedule, batches):
+def test_t14_no_schedule_changes_the_samples(tiny, expected, schedule, batches):
     model, params = tiny
     stats = []
     sampler = Sampler(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
-    same(sampler(params, random_prompts(), jax.random.key(KEY)), expected[Sampling()])
+    assert_same(sampler(params, random_prompts(), jax.random.key(KEY)), expected[Sampling()])
     assert stats[0].batches == batches
     assert stats[0].tokens == int(expected[Sampling()].completion_mask.sum())
 
@@ -85,35 +87,35 @@ def test_every_filter_and_penalty_follows_its_rows(tiny, expected):
     model, params = tiny
     sampler = Sampler(model, EVERYTHING, **OPTIONS, max_rows=64)
     found = sampler(params, random_prompts(), jax.random.key(KEY))
-    same(found, expected[EVERYTHING])
+    assert_same(found, expected[EVERYTHING])
     ids, lengths = np.asarray(found.completion_ids), np.asarray(found.completion_mask.sum(1))
     assert not (ids[np.asarray(found.completion_mask)] == 7).any()
-    assert lengths.min() >= 5  # four others before the ending one
+    assert lengths.min() >= 5  # four others before the EOS token
 
 
 @pytest.mark.parametrize("constrain", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_t14_devices_do_not_change_what_is_drawn(tiny, expected, constrain):
+def test_t14_devices_do_not_change_the_samples(tiny, expected, constrain):
     model, params = tiny
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     model = build_model(from_hf_config(TINY), mesh=mesh) if constrain else model
     sharded = jax.device_put(params, param_shardings(params, mesh))
     sampler = Sampler(model, Sampling(), **OPTIONS, mesh=mesh)
     found = sampler(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY))
-    same(found, expected[Sampling()])
+    assert_same(found, expected[Sampling()])
     assert len(found.completion_ids.sharding.device_set) == 8
     assert found.completion_ids.sharding.shard_shape(found.completion_ids.shape) == (N * G // 4, T)
 
 
 @pytest.mark.slow
-def test_t14_pools_on_devices_do_not_change_what_is_drawn(tiny, expected):
+def test_t14_pools_on_devices_do_not_change_the_samples(tiny, expected):
     _, params = tiny
     mesh = make_mesh(data=2, tensor=2)
     sharded = jax.device_put(params, param_shardings(params, mesh))
     stats = []
     model = build_model(from_hf_config(TINY), mesh=mesh)
     sampler = Sampler(model, Sampling(), **OPTIONS, mesh=mesh, max_rows=128, report=stats.append)
-    same(sampler(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY)), expected[Sampling()])
-    assert stats[0].batches == 3  # two sets, and the merge of what was left of them
+    assert_same(sampler(sharded, shard_rows(random_prompts(), mesh), jax.random.key(KEY)), expected[Sampling()])
+    assert stats[0].batches == 3  # two batches and their merge
 
 
 SIZES = [(1, 1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((64, 2, 3), (65, 1, 2))), (73, 8, 1)]
@@ -127,7 +129,7 @@ def test_completions_and_groups_of_every_size(tiny, length, group_size, count):
     sampling = Sampling(logit_bias=((EOS[0], -float("inf")),))
     prompts = random_prompts(count)
     wanted = jax.jit(partial(generate, model, sampling=sampling, **options))(params, prompts, jax.random.key(3))
-    same(Sampler(model, sampling, **options)(params, prompts, jax.random.key(3)), wanted)
+    assert_same(Sampler(model, sampling, **options)(params, prompts, jax.random.key(3)), wanted)
     assert bool(wanted.truncated.all())
 
 
@@ -140,7 +142,7 @@ def test_t15_sampler_and_trainer_agree(tiny):
     assert gap.max() <= 1e-5
 
 
-def test_little_is_computed_that_is_not_kept(tiny):
+def test_most_row_steps_are_useful(tiny):
     model, params = tiny
     stats = []
     sampler = Sampler(model, Sampling(), **OPTIONS, report=stats.append)
@@ -150,7 +152,7 @@ def test_little_is_computed_that_is_not_kept(tiny):
     assert stats[0].useful == lengths.sum() / stats[0].row_steps > 0.6
 
 
-def test_where_every_token_ends_one_dispatch_is_enough(tiny):
+def test_if_every_token_is_eos_one_dispatch_is_enough(tiny):
     model, params = tiny
     stats = []
     options = OPTIONS | {"eos_ids": tuple(range(32))}
@@ -159,9 +161,18 @@ def test_where_every_token_ends_one_dispatch_is_enough(tiny):
     assert stats[0].dispatches == 1
 
 
+def test_calls_of_one_sampler_share_their_programs(tiny):
+    """Prefill, decode steps for each bucket and number of chunks: traced once each, and never again."""
+    model, params = tiny
+    model = replace(model, apply=chex.assert_max_traces(model.apply, n=8))
+    sampler = Sampler(model, Sampling(), **OPTIONS)
+    for seed in range(3):
+        sampler(params, random_prompts(seed=seed), jax.random.key(seed))
+
+
 @pytest.mark.slow
 def test_s7_programs_are_few_over_fifty_steps_of_all_lengths(tiny):
-    """The ending token's embedding is scaled up and down, so that lengths run from 1 to the limit."""
+    """The EOS token's embedding is scaled up and down, so that lengths vary from 1 to the limit."""
     model, params = tiny
     compiled = []
 
@@ -229,7 +240,7 @@ def test_a_stop_function_ends_completions_and_leaves_their_tokens(tiny, expected
     assert stopped > 20
 
 
-def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
+def test_a_stream_yields_prompts_as_they_finish_in_one_order(tiny, expected):
     model, params = tiny
     prompts, wanted = random_prompts(), expected[Sampling()]
     stats = []
@@ -239,7 +250,7 @@ def test_a_stream_hands_prompts_on_as_they_end_in_one_order(tiny, expected):
     def places():
         order = []
         for place, rollout in sampler.stream(params, iter(parts), jax.random.key(KEY), num_prompts=8):
-            same(rollout, some(wanted, slice(place * G, place * G + G)))
+            assert_same(rollout, some(wanted, slice(place * G, place * G + G)))
             order.append(place)
         return order
 
@@ -257,7 +268,7 @@ def test_a_stream_puts_the_parts_of_a_group_together(tiny, expected):
     drawn = dict(sampler.stream(params, parts, jax.random.key(KEY), num_prompts=8))
     assert sorted(drawn) == [0, 1, 2]
     for place, rollout in drawn.items():
-        same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
+        assert_same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
 
 
 @pytest.mark.slow
@@ -268,10 +279,10 @@ def test_streams_of_one_sampler_do_not_disturb_one_another(tiny, expected):
     streams = [sampler.stream(params, [random_prompts()], jax.random.key(KEY), num_prompts=size) for size in (8, 16)]
     for both in zip(*streams, strict=True):
         for place, rollout in both:
-            same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
+            assert_same(rollout, some(expected[Sampling()], slice(place * G, place * G + G)))
     kept = int(expected[Sampling()].completion_mask.sum())
-    assert [each.tokens for each in stats] == [kept, kept]
-    assert [each.batches for each in stats] == [5, 3]
+    assert [s.tokens for s in stats] == [kept, kept]
+    assert [s.batches for s in stats] == [5, 3]
 
 
 def test_a_stream_refuses_prompts_of_another_length_and_sets_of_none(tiny):
@@ -285,7 +296,7 @@ def test_a_stream_refuses_prompts_of_another_length_and_sets_of_none(tiny):
     assert list(sampler.stream(params, [], jax.random.key(0), num_prompts=8)) == []
 
 
-def test_what_is_drawn_can_be_watched(tiny, expected):
+def test_tokens_are_streamed_to_a_callback(tiny, expected):
     model, params = tiny
     seen = [[] for _ in range(N * G)]
     sampler = Sampler(model, Sampling(), **OPTIONS, max_rows=64)
@@ -311,7 +322,7 @@ def test_a_coarser_cache_is_off_by_little(tiny, cache_dtype, most):
 
 @pytest.mark.slow
 def test_a_coarser_cache_rounds_alike_in_every_schedule(tiny):
-    """Where float32 differs in the last bit, another schedule may round to the next step; it is seldom."""
+    """If float32 differs in the last bit, another schedule may round to the next int8 step; rarely."""
     model, params = tiny
     options = OPTIONS | {"cache_dtype": "int8"}
     whole = Sampler(model, Sampling(), **options)(params, random_prompts(), jax.random.key(KEY))
@@ -336,7 +347,7 @@ def test_a_coarser_cache_rounds_alike_in_every_schedule(tiny):
         ({"cache_dtype": "float8"}, "cache_dtype must be one of float32, bfloat16, int8, not float8"),
     ],
 )
-def test_refuses_what_cannot_be_drawn(tiny, options, message):
+def test_invalid_settings_are_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         Sampler(tiny[0], Sampling(), **OPTIONS | options)
 
@@ -350,7 +361,7 @@ def test_refuses_what_cannot_be_drawn(tiny, options, message):
         ({"cache_bytes": 34_000}, r"a sample of 6 \+ 100 tokens takes 0.0 MiB .* 0.0 MiB are allowed"),
     ],
 )
-def test_refuses_before_anything_is_compiled_what_has_no_room(tiny, options, message):
+def test_samples_that_do_not_fit_are_refused_before_compilation(tiny, options, message):
     model, params = tiny
     with pytest.raises(ValueError, match=message):
         Sampler(model, Sampling(), **OPTIONS | options)(params, random_prompts(), jax.random.key(0))
@@ -365,7 +376,7 @@ def test_completions_that_do_not_divide_over_the_mesh_are_refused(tiny):
 
 def test_prompts_keep_their_shape_and_order(tiny):
     model, params = tiny
-    prompts = random_prompts(5)  # the last set of which is filled up
+    prompts = random_prompts(5)  # the last batch is filled up
     sampler = Sampler(model, Sampling(), **OPTIONS | {"group_size": 2, "max_completion_length": 8}, max_rows=4)
     drawn = sampler(params, prompts, jax.random.key(0))
     assert isinstance(prompts, Prompts)

@@ -1,4 +1,4 @@
-"""Ending completions by what they say."""
+"""Stop strings."""
 
 import pytest
 from checkpoints import tiny_tokenizer
@@ -25,7 +25,7 @@ def test_a_completion_ends_with_the_token_that_completes_a_string(letters):
     assert stop(ids_of(letters, "3==4==5"), 0) == 3  # the first of them
 
 
-def test_what_was_looked_at_before_is_not_looked_at_again_but_may_begin_a_string():
+def test_ids_seen_before_are_not_searched_again_but_may_begin_a_string():
     tokenizer = tiny_tokenizer()
     ids = ids_of(tokenizer, "w3 w4 w5 w6 w7 w8")
     stop = stop_strings(tokenizer, ["w5 w6"])

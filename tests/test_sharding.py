@@ -1,8 +1,8 @@
-"""Meshes and the placement of arrays on them."""
+"""Meshes and shardings."""
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from conftest import TINY
 from jax.sharding import NamedSharding, PartitionSpec
@@ -59,7 +59,7 @@ def test_a_mesh_that_does_not_divide_names_parameter_dimension_and_sizes(tiny):
     text = str(error.value)
     assert "layers_0/attention/k/kernel: dimension 1 of shape (32, 2, 8)" in text
     assert "mesh axis 'tensor' of size 8; sizes that would do: [1, 2]" in text
-    assert "layers_1/attention/q/kernel" in text  # all are listed, not the first alone
+    assert "layers_1/attention/q/kernel" in text  # all are listed, not only the first
 
 
 def test_a_parameter_without_a_rule_is_named():
@@ -105,7 +105,7 @@ def test_parameters_are_moved_from_the_training_to_the_rollout_layout(tiny):
     trained = jax.device_put(params, param_shardings(params, mesh))
     wanted = param_shardings(params, mesh, ROLLOUT_RULES)
     moved = make_reshard(wanted, jnp.float32)(trained)
-    jax.tree.map(np.testing.assert_array_equal, moved, params)
+    chex.assert_trees_all_equal(moved, params)
     assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), moved, wanted))
     kernel = moved["layers_0"]["attention"]["q"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "tensor", None)
@@ -127,8 +127,8 @@ def test_parameters_that_lie_right_already_are_not_copied(tiny):
 
 @pytest.mark.slow
 def test_activations_lie_as_the_batch_does_not_as_the_parameters(capfd):
-    """Left to itself the compiler splits the residual stream as the embedding is: each device then holds a part of
-    every sequence and the MLP's activations of all of them."""
+    """Without constraints, the compiler shards the residual stream like the embedding: each device then has a part of
+    every sequence, and the MLP's activations of all of them."""
     config = from_hf_config(TINY | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256})
     shapes = init_params(config, jax.random.key(0))
     temporary, results = {}, {}
@@ -149,4 +149,4 @@ def test_activations_lie_as_the_batch_does_not_as_the_parameters(capfd):
             if constrain is not None:
                 assert "Involuntary full rematerialization" not in capfd.readouterr().err
         assert temporary[True] < most * temporary[False]
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), results[True], results[False])
+        chex.assert_trees_all_close(results[True], results[False], atol=2e-3)

@@ -94,9 +94,11 @@ def prefill(
         TypeError: at trace time, as ``sampling.check_key``.
     """
     check_key(key)
-    chex.assert_equal_shape([prompts.ids, prompts.mask])
     N, P = prompts.ids.shape
-    chex.assert_shape([x for x in (prompts.index, prompts.part) if x is not None], (N,))
+    chex.assert_shape(prompts.mask, (N, P), custom_message="prompts.mask")
+    for name in ("index", "part"):
+        if getattr(prompts, name) is not None:
+            chex.assert_shape(getattr(prompts, name), (N,), custom_message=f"prompts.{name}")
     V = jax.eval_shape(model.head, params).shape[0]
     # With a block of empty columns, as in the trainer's call on prompt and completion, so that both round identically.
     columns = jnp.pad(prompts.mask, ((0, 0), (0, COLUMNS)))
@@ -155,7 +157,7 @@ def decode_step(
     Raises:
         AssertionError: at trace time, for a batch and a state with different numbers of rows.
     """
-    chex.assert_equal_shape_prefix([batch.keys, batch.prompt_lengths, state.hidden], 1)
+    chex.assert_equal_shape_prefix([batch.keys, batch.prompt_lengths, state.hidden], 1, custom_message="rows")
     step, start = state.step, batch.active_start
     logits = output_logits(state.hidden, model.head(params), logit_softcap=model.logit_softcap)
     logits = adjust_logits(
@@ -246,8 +248,8 @@ def gather_rows(
     Raises:
         AssertionError: at trace time, for indices of different numbers of devices or rows.
     """
-    chex.assert_equal_shape([rows, scatter_index])
-    chex.assert_equal_shape_prefix([rows, prompts, gather_index], 1)
+    chex.assert_shape(scatter_index, rows.shape, custom_message="scatter_index")
+    chex.assert_equal_shape_prefix([rows, prompts, gather_index], 1, custom_message="devices")
 
     def take(tree, index):
         return jax.tree.map(lambda x: take_rows(x, index), tree)
