@@ -21,7 +21,7 @@ MAX_WORD_LENGTH = 40
 
 # Scripts without spaces between words, by the average number of letters of a word.
 LETTERS_PER_WORD = {2: ("Han", "Hiragana", "Katakana", "Bopomofo"), 4: ("Thai", "Lao", "Khmer", "Myanmar")}
-# Languages by script; all others use Latin letters.
+# The detector's languages by script.
 LANGUAGES = {
     "Arabic": "ar ary arz fa ps sdh ug ur uzs",
     "Armenian": "hy",
@@ -42,6 +42,11 @@ LANGUAGES = {
     "Katakana": "ja",
     "Khmer": "km",
     "Lao": "lo",
+    "Latin": (
+        "ace af an az bcl br bs ca crh cs cy da de en eo es et eu ext fi fo fr fuv fy ga gcf gcr gd gl gug guw "
+        "ha hr ht hu id ig is it jv kab kik ku la lb lg lij ln lt ltg lv mg ms mt nl nn no nso oc om pcm pl pt "
+        "qu ro rw se sk sl sn so sq sr st sv sw tk tl tr uz vec vi vo wa xh yo zu"
+    ),
     "Malayalam": "ml",
     "Myanmar": "my",
     "Oriya": "or",
@@ -51,7 +56,6 @@ LANGUAGES = {
     "Thai": "th",
     "Tibetan": "dz",
 }
-LATIN_TOO = ("sr", "uz")
 VARIETIES = {"ar": ("ary", "arz"), "no": ("nn",), "zh": ("wuu", "yue")}
 
 # All loops are possessive and stop at the next delimiter, so that matching takes linear time.
@@ -201,11 +205,8 @@ def _detector() -> Any:
 @cache
 def _scripts() -> dict[str, frozenset[str]]:
     """The scripts of each known language."""
-    scripts = {}
-    for code in sorted(set(_detector().labels) - {"zxx"}):  # zxx: not a language
-        named = {script for script, codes in LANGUAGES.items() if code in codes.split()}
-        scripts[code] = frozenset(named | {"Latin"} if code in LATIN_TOO else named or {"Latin"})
-    return scripts
+    codes = sorted({code for codes in LANGUAGES.values() for code in codes.split()})
+    return {code: frozenset(script for script in LANGUAGES if code in LANGUAGES[script].split()) for code in codes}
 
 
 def _check(target: Any) -> None:

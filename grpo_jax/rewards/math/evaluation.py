@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 from grpo_jax.rewards.math.expression import INVERSE_TRIGONOMETRIC, Node, variables
@@ -31,10 +31,12 @@ class TooLargeError(ArithmeticError):
 class _Local(threading.local):
     remaining = WORK_LIMIT
 
-    def __init__(self) -> None:
+    @cached_property
+    def mp(self) -> Any:
+        """A context of this thread: mpmath's global one holds one precision for all threads."""
         from mpmath.ctx_mp import MPContext
 
-        self.mp = MPContext()  # mpmath's global context holds one precision for all threads
+        return MPContext()
 
 
 _local = _Local()
