@@ -16,9 +16,8 @@ After Rafailov et al. (arXiv 2305.18290).
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -37,10 +36,9 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import template_columns
 from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.jsonl import write_atomically
-from grpo_jax.loop.checks import check_divides, check_finite, check_same_data
+from grpo_jax.loop.checks import check_divides
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.offline import train_offline
 from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
@@ -50,8 +48,8 @@ from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import RewardFn, as_reward_outputs
 from grpo_jax.rewards.plugin import import_reward
-from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
-from grpo_jax.train import init_state, make_train_step, pair_log_probs
+from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, shard_rows
+from grpo_jax.train import pair_log_probs
 from grpo_jax.types import Pairs, Params
 
 
@@ -67,7 +65,6 @@ def check(config: DPOConfig) -> None:
 
 def train(config: DPOConfig, run: Run) -> None:
     check(config)
-    compilations = count_compilations()
     mesh = config.mesh.build()
     stats = DataStatistics()
     preferences, held_out = load_preference_sets(config.data, config.seed, stats)
@@ -98,7 +95,6 @@ def train(config: DPOConfig, run: Run) -> None:
         **rendering,
     )
 
-    digest = f"{batches.digest} {held_out_pairs.digest}"
     log_probs = partial(pair_log_probs, policy.model)
     sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
     sums_of = partial(sums_of_pairs, config, run, mesh, sums)
@@ -121,10 +117,7 @@ def train(config: DPOConfig, run: Run) -> None:
             sft_coef=config.sft_coef,
         )
 
-    optimizer, schedule = config.optimizer.build(
-        total_updates=len(batches),
-    )
-    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    optimizer, schedule = config.optimizer.build(total_updates=len(batches))
     sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     run.describe(
@@ -136,17 +129,11 @@ def train(config: DPOConfig, run: Run) -> None:
             "updates": f"{len(batches)} in all; " + config.optimizer.description,
         }
     )
-    state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
-    policy = replace(policy, params=None)  # the state's from here on
-    first, state, position = run.resume(state)
-    check_same_data(position, digest, run)
     evaluation = jax.random.key(config.seed)
 
-    check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
-
-    def evaluated(step: int) -> dict[str, Any]:
+    def evaluate(params: Params, step: int) -> dict[str, Any]:
         with run.progress.phase("evaluation", len(held_out_pairs) + len(prompts)) as phase:
-            ratios = sums_of(state.params, held_out_pairs, phase.update)
+            ratios = sums_of(params, held_out_pairs, phase.update)
             ratios = ratios if held_out_reference is None else ratios - held_out_reference
             ratios = ratios / held_out_pairs.lengths if config.by_token else ratios
             margins = ratios[:, 0] - ratios[:, 1]
@@ -155,63 +142,52 @@ def train(config: DPOConfig, run: Run) -> None:
                 "eval/margin": float(config.beta * margins.mean()),
             }
             if len(prompts):
-                params, key = to_rollout(state.params), jax.random.fold_in(evaluation, step)
-                drawn = sampler(params, prompts.padded(range(len(prompts))), key)
-                completions = decode_completions(policy.tokenizer, drawn, policy.eos_ids)
+                key = jax.random.fold_in(evaluation, step)
+                rollout = sampler(to_rollout(params), prompts.padded(range(len(prompts))), key)
+                completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 phase.update(len(held_out_pairs) + len(prompts))
-                metrics["eval/mean_length"] = float(np.asarray(drawn.completion_mask.sum(1)).mean())
+                metrics["eval/mean_length"] = float(np.asarray(rollout.completion_mask.sum(1)).mean())
                 samples, scores = judged(prompts, completions, judge, config.eval_samples)
                 metrics |= {"eval/judge": float(np.mean(scores))} if scores else {}
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
-        check_finite(metrics, step, run)
-        run.log({"step": step, **metrics})
         return metrics
 
-    def evaluation_is_due(step: int) -> bool:
-        return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
-
-    if evaluation_is_due(first) and not run.has_row(first, "eval/accuracy"):
-        evaluated(first)
-    with run.progress.phase("DPO", len(batches), start=first, earlier=run.rows()) as phase:
-        for step in range(first + 1, len(batches) + 1):
-            started = time.monotonic()
-            batch = batches[step - 1]
-            if reference is not None:
-                batch = replace(batch, ref_log_probs=jnp.asarray(reference[batches.positions(step - 1)]))
-            state, update = train_step(state, shard_rows(batch, mesh))
-            metrics = {name: float(value) for name, value in update.items()}
-            check_finite(metrics, step, run)
-            metrics |= {
-                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
-                "step_time": time.monotonic() - started,
-                "compilations": compilations(),
-            }
-            run.log({"step": step, **metrics})
-            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
-                run.save(step, state, {"data": digest})
-            run.stop_if_requested()
-            if evaluation_is_due(step):
-                metrics |= evaluated(step)
-            phase.update(step, metrics)
-    params, step = exported_params(
+    train_offline(
         config,
         run,
-        state,
-        steps=len(batches),
-        params_of=lambda state: state.params,
-        start=lambda: load_model(config, start, mesh).params,
+        mesh,
+        title="DPO",
+        model=policy,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches if reference is None else WithReference(batches, reference),
+        digest=f"{batches.digest} {held_out_pairs.digest}",
+        evaluate=evaluate,
+        evaluated="eval/accuracy",
+        prompt_format=prompt_format_of(rendering, policy.tokenizer),
+        reload=lambda: load_model(config, start, mesh).params,
     )
-    prompt_format = prompt_format_of(rendering, policy.tokenizer)
-    summary = {"seed": config.seed}
-    save_trained(
-        run,
-        params,
-        policy,
-        steps=len(batches),
-        summary=summary,
-        prompt_format=prompt_format,
-        exported_step=step,
-    )
+
+
+@dataclass(frozen=True)
+class WithReference:
+    """Batches of pairs with the reference policy's log-probabilities.
+
+    Attributes:
+        batches: without them.
+        reference: ``[pairs, 2]``, of whole completions.
+    """
+
+    batches: PairBatches
+    reference: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Pairs:
+        ref_log_probs = jnp.asarray(self.reference[self.batches.positions(index)])
+        return replace(self.batches[index], ref_log_probs=ref_log_probs)
 
 
 def sums_of_pairs(

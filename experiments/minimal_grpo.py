@@ -120,9 +120,8 @@ for step in range(1, NUM_STEPS + 1):
         advantage.group_relative(rewards, group_size=GROUP_SIZE),
         ref_log_probs=ref_log_probs(ref_params, completions) if KL_COEF else None,
     )
-    state, metrics = train_step(state, batch)
+    state, _ = train_step(state, batch)
     if step % 5 == 0 or step == 1:
         length = float(completions.completion_mask.sum(1).mean())
-        print(f"step {step:3} reward {float(rewards.mean()):.3f} length {length:5.1f} loss {metrics['loss']:+.1e}")
+        print(f"step {step:3} reward {float(rewards.mean()):.3f} length {length:5.1f} completion {texts[0]!r}")
 print(f"held-out pass@1 after: {pass_at_1(state.params, jax.random.fold_in(key, NUM_STEPS + 1)):.3f}")
-print(f"a completion: {texts[0]!r}")

@@ -13,13 +13,10 @@ After InstructGPT (arXiv 2203.02155, section 3.5); margins and centring after Ll
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config.model import PROMPT_AND_COMPLETION
@@ -28,17 +25,16 @@ from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.statistics import DataStatistics
-from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
+from grpo_jax.loop.checks import check_divides, check_length
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.offline import train_offline
 from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, model_facts, start_model, with_stop_tokens
 from grpo_jax.loss import bradley_terry_loss
-from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.train import init_state, make_train_step, pair_scores
+from grpo_jax.sharding import shard_rows
+from grpo_jax.train import pair_scores
 from grpo_jax.types import Pairs, Params
 
 CALIBRATION_BINS = 10
@@ -56,7 +52,6 @@ def check(config: RewardModelConfig) -> None:
 
 def train(config: RewardModelConfig, run: Run) -> None:
     check(config)
-    compilations = count_compilations()
     mesh = config.mesh.build()
     stats = DataStatistics()
     preferences, held_out = load_preference_sets(config.data, config.seed, stats)
@@ -83,10 +78,7 @@ def train(config: RewardModelConfig, run: Run) -> None:
         margins = batch.margins if config.use_margins else None
         return bradley_terry_loss(pair_scores(scorer.model, params, batch), margins=margins, centring=config.centring)
 
-    optimizer, schedule = config.optimizer.build(
-        total_updates=len(batches),
-    )
-    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    optimizer, schedule = config.optimizer.build(total_updates=len(batches))
     score = jax.jit(partial(pair_scores, scorer.model))
     run.describe(
         {
@@ -97,67 +89,32 @@ def train(config: RewardModelConfig, run: Run) -> None:
             "updates": f"{len(batches)} in all; " + config.optimizer.description,
         }
     )
-    state = init_state(scorer.params, optimizer, with_reference=False, replicated=replicated(mesh))
-    scorer = replace(scorer, params=None)  # the state's from here on
-    first, state, position = run.resume(state)
-    check_same_data(position, batches.digest, run)
 
-    check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
-
-    def evaluated(step: int) -> dict[str, Any]:
+    def evaluate(params: Params, step: int) -> dict[str, Any]:
         with run.progress.phase("evaluation", len(held_out_pairs)) as phase:
             scores = []
             for positions, real in padded_batches(len(held_out_pairs), config.num_pairs):
                 batch = shard_rows(held_out_pairs.padded(positions), mesh)
-                scores.append(np.asarray(score(state.params, batch))[:real])
+                scores.append(np.asarray(score(params, batch))[:real])
                 phase.update(sum(map(len, scores)))
                 run.stop_if_requested()
-        metrics = accuracy_and_calibration(np.concatenate(scores))
-        check_finite(metrics, step, run)
-        run.log({"step": step, **metrics})
-        return metrics
+        return accuracy_and_calibration(np.concatenate(scores))
 
-    def evaluation_is_due(step: int) -> bool:
-        return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
-
-    if evaluation_is_due(first) and not run.has_row(first, "eval/accuracy"):
-        evaluated(first)
-    with run.progress.phase("reward model", len(batches), start=first, earlier=run.rows()) as phase:
-        for step in range(first + 1, len(batches) + 1):
-            started = time.monotonic()
-            state, update = train_step(state, shard_rows(batches[step - 1], mesh))
-            metrics = {name: float(value) for name, value in update.items()}
-            check_finite(metrics, step, run)
-            metrics |= {
-                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
-                "step_time": time.monotonic() - started,
-                "compilations": compilations(),
-            }
-            run.log({"step": step, **metrics})
-            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
-                run.save(step, state, {"data": batches.digest})
-            run.stop_if_requested()
-            if evaluation_is_due(step):
-                metrics |= evaluated(step)
-            phase.update(step, metrics)
-    params, step = exported_params(
+    train_offline(
         config,
         run,
-        state,
-        steps=len(batches),
-        params_of=lambda state: state.params,
-        start=lambda: load_model(config, start, mesh, scalar_head=True).params,
-    )
-    prompt_format = prompt_format_of(rendering, scorer.tokenizer)
-    summary = {"seed": config.seed}
-    save_trained(
-        run,
-        params,
-        scorer,
-        steps=len(batches),
-        summary=summary,
-        prompt_format=prompt_format,
-        exported_step=step,
+        mesh,
+        title="reward model",
+        model=scorer,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches,
+        digest=batches.digest,
+        evaluate=evaluate,
+        evaluated="eval/accuracy",
+        prompt_format=prompt_format_of(rendering, scorer.tokenizer),
+        reload=lambda: load_model(config, start, mesh, scalar_head=True).params,
     )
 
 

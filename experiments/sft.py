@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import math
 import sys
-import time
-from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import models
@@ -32,10 +29,9 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import Rendering, template_columns
 from grpo_jax.data.statistics import DataStatistics
-from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
+from grpo_jax.loop.checks import check_divides, check_length
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.offline import train_offline
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
@@ -43,8 +39,8 @@ from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_fac
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.math.reward import math_reward
-from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, shard_rows
-from grpo_jax.train import init_state, make_train_step, packed_log_probs
+from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, shard_rows
+from grpo_jax.train import packed_log_probs
 from grpo_jax.types import Packed, Params
 
 
@@ -60,7 +56,6 @@ def check(config: SFTConfig) -> None:
 
 def train(config: SFTConfig, run: Run) -> None:
     check(config)
-    compilations = count_compilations()
     mesh = config.mesh.build()
     stats = DataStatistics()
     demonstrations, held_out = load_demonstration_sets(config.data, config.seed, stats)
@@ -77,10 +72,7 @@ def train(config: SFTConfig, run: Run) -> None:
     def loss_fn(params: Params, batch: Packed):
         return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
 
-    optimizer, schedule = config.optimizer.build(
-        total_updates=len(batches),
-    )
-    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    optimizer, schedule = config.optimizer.build(total_updates=len(batches))
     held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
     sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
@@ -93,85 +85,45 @@ def train(config: SFTConfig, run: Run) -> None:
             "updates": f"{len(batches)} in all; " + config.optimizer.description,
         }
     )
-    state = init_state(policy.params, optimizer, with_reference=False, replicated=replicated(mesh))
-    policy = replace(policy, params=None)  # the state's from here on
-    first, state, position = run.resume(state)
-    check_same_data(position, batches.digest, run)
-    num_tokens = position.get("num_tokens", 0)
+    run.say(f"{len(batches)} updates; {batches.packing_efficiency:.0%} of the positions in a row hold a token")
     evaluation = jax.random.key(config.seed)
 
-    check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
-
-    def evaluated(step: int) -> dict[str, Any]:
+    def evaluate(params: Params, step: int) -> dict[str, Any]:
         with run.progress.phase("evaluation", len(held_out_batches) + len(prompts)) as phase:
             parts = []
             for n in range(len(held_out_batches)):
-                parts.append(held_out_loss(state.params, shard_rows(held_out_batches[n], mesh)))
+                parts.append(held_out_loss(params, shard_rows(held_out_batches[n], mesh)))
                 phase.update(n + 1)
                 run.stop_if_requested()
             loss = sum(float(part.sum) for part in parts) / sum(float(part.count) for part in parts)
             metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
             if len(prompts):
-                params, key = to_rollout(state.params), jax.random.fold_in(evaluation, step)
-                drawn = sampler(params, prompts.padded(range(len(prompts))), key)
-                completions = decode_completions(policy.tokenizer, drawn, policy.eos_ids)
-                metrics |= graded(prompts, completions, np.asarray(drawn.completion_mask.sum(1)), config.eval_samples)
+                key = jax.random.fold_in(evaluation, step)
+                rollout = sampler(to_rollout(params), prompts.padded(range(len(prompts))), key)
+                completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
+                lengths = np.asarray(rollout.completion_mask.sum(1))
+                metrics |= graded(prompts, completions, lengths, config.eval_samples)
                 phase.update(len(held_out_batches) + len(prompts))
                 samples = as_samples(prompts, completions, config.eval_samples)
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
-        check_finite(metrics, step, run)
-        run.log({"step": step, **metrics})
         return metrics
 
-    def evaluation_is_due(step: int) -> bool:
-        return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
-
-    run.say(f"{len(batches)} updates; {batches.packing_efficiency:.0%} of the places in a row hold a token")
-    if evaluation_is_due(first) and not run.has_row(first, "eval/loss"):
-        evaluated(first)
-    with run.progress.phase("SFT", len(batches), start=first, earlier=run.rows()) as phase:
-        for step in range(first + 1, len(batches) + 1):
-            started = time.monotonic()
-            batch = batches[step - 1]
-            state, update = train_step(state, shard_rows(batch, mesh))
-            metrics = {name: float(value) for name, value in update.items()}
-            check_finite(metrics, step, run)
-            seconds = time.monotonic() - started
-            tokens = int(np.asarray(batch.segment_ids > 0).sum())
-            num_tokens += tokens
-            metrics |= {
-                "epoch": config.num_epochs * step / len(batches),
-                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
-                "num_tokens": num_tokens,
-                "tokens_per_second": tokens / seconds,
-                "step_time": seconds,
-                "compilations": compilations(),
-            }
-            run.log({"step": step, **metrics})
-            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
-                run.save(step, state, {"num_tokens": num_tokens, "data": batches.digest})
-            run.stop_if_requested()
-            if evaluation_is_due(step):
-                metrics |= evaluated(step)
-            phase.update(step, metrics)
-    params, step = exported_params(
+    train_offline(
         config,
         run,
-        state,
-        steps=len(batches),
-        params_of=lambda state: state.params,
-        start=lambda: load_model(config, start, mesh).params,
-    )
-    prompt_format = prompt_format_of(rendering, policy.tokenizer)
-    summary = {"seed": config.seed}
-    save_trained(
-        run,
-        params,
-        policy,
-        steps=len(batches),
-        summary=summary,
-        prompt_format=prompt_format,
-        exported_step=step,
+        mesh,
+        title="SFT",
+        model=policy,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches,
+        digest=batches.digest,
+        evaluate=evaluate,
+        evaluated="eval/loss",
+        prompt_format=prompt_format_of(rendering, policy.tokenizer),
+        reload=lambda: load_model(config, start, mesh).params,
+        count_tokens=lambda batch: int(np.asarray(batch.segment_ids > 0).sum()),
     )
 
 

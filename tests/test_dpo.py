@@ -20,6 +20,7 @@ from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.problems import Problem
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop import offline
 from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.masked import masked_sum
 from grpo_jax.tasks.demonstrations import errand_preferences
@@ -312,9 +313,11 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
-    check = dpo.check_finite
+    check = offline.check_finite
     monkeypatch.setattr(
-        dpo, "check_finite", lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run)
+        offline,
+        "check_finite",
+        lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run),
     )
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         dpo.main(replace(config, num_eval_prompts=0))

@@ -21,6 +21,7 @@ from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.problems import Problem
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop import offline
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.demonstrations import worked_sums
@@ -265,9 +266,11 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, change, messag
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(brief, monkeypatch):
-    check = sft.check_finite
+    check = offline.check_finite
     monkeypatch.setattr(
-        sft, "check_finite", lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run)
+        offline,
+        "check_finite",
+        lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run),
     )
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         sft.main(brief)

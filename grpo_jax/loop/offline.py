@@ -1,0 +1,133 @@
+"""The loop of offline training: SFT, DPO and reward models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax import models
+from grpo_jax.loop.checks import check_finite, check_same_data
+from grpo_jax.loop.compilation import count_compilations
+from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.run import Run
+from grpo_jax.sharding import replicated, shard_rows
+from grpo_jax.train import LossFn, init_state, make_train_step
+from grpo_jax.types import Params
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Batches by number."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One of them, a pytree of arrays with the rows as their first axis."""
+        ...
+
+
+def train_offline(
+    config: Any,
+    run: Run,
+    mesh: Mesh,
+    *,
+    title: str,
+    model: models.Pretrained,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    batches: Batches,
+    digest: str,
+    evaluate: Callable[[Params, int], dict[str, Any]],
+    evaluated: str,
+    prompt_format: Mapping[str, Any],
+    reload: Callable[[], Params],
+    count_tokens: Callable[[Any], int] | None = None,
+) -> None:
+    """Train on batches in order, with evaluations, checkpoints and resumption; export the model at the end.
+
+    Args:
+        config: with ``num_epochs``, ``num_micro_batches``, ``optimizer``, ``eval_every``, ``save_every``, ``export``.
+        run: the run.
+        mesh: the devices.
+        title: of the progress bar.
+        model: with its parameters, which are donated.
+        loss_fn: ``(params, batch) -> (loss, metrics)``.
+        optimizer: any optax transformation.
+        schedule: update number -> learning rate.
+        batches: of all epochs, one per update.
+        digest: of the data; a run is resumed with the same data only.
+        evaluate: ``(params, step) -> metrics``, which are logged.
+        evaluated: a metric of every evaluation, which tells whether one was done.
+        prompt_format: of the exported model.
+        reload: loads the parameters that the run started from.
+        count_tokens: training tokens of a batch, for ``num_tokens`` and ``tokens_per_second``.
+
+    Raises:
+        FloatingPointError: a metric is not finite.
+        Stopped: the run was asked to stop.
+        ValueError: the run was started with other data, or has taken more steps.
+    """
+    compilations = count_compilations()
+    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    state = init_state(model.params, optimizer, with_reference=False, replicated=replicated(mesh))
+    first, state, saved = run.resume(state)
+    check_same_data(saved, digest, run)
+    check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
+    num_tokens = saved.get("num_tokens", 0)
+
+    def evaluation_is_due(step: int) -> bool:
+        return step in (0, len(batches)) or bool(config.eval_every and step % config.eval_every == 0)
+
+    def log_evaluation(step: int) -> dict[str, Any]:
+        metrics = evaluate(state.params, step)
+        check_finite(metrics, step, run)
+        run.log({"step": step, **metrics})
+        return metrics
+
+    if evaluation_is_due(first) and not run.has_row(first, evaluated):
+        log_evaluation(first)
+    with run.progress.phase(title, len(batches), start=first, earlier=run.rows()) as phase:
+        for step in range(first + 1, len(batches) + 1):
+            started = time.monotonic()
+            batch = batches[step - 1]
+            state, update = train_step(state, shard_rows(batch, mesh))
+            metrics = {name: float(value) for name, value in update.items()}
+            check_finite(metrics, step, run)
+            seconds = time.monotonic() - started
+            if count_tokens is not None:
+                tokens = count_tokens(batch)
+                num_tokens += tokens
+                metrics |= {"num_tokens": num_tokens, "tokens_per_second": tokens / seconds}
+            metrics |= {
+                "epoch": config.num_epochs * step / len(batches),
+                "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
+                "step_time": seconds,
+                "compilations": compilations(),
+            }
+            run.log({"step": step, **metrics})
+            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
+                run.save(step, state, {"num_tokens": num_tokens, "data": digest})
+            run.stop_if_requested()
+            if evaluation_is_due(step):
+                metrics |= log_evaluation(step)
+            phase.update(step, metrics)
+    params, step = exported_params(
+        config, run, state, steps=len(batches), params_of=lambda state: state.params, start=reload
+    )
+    save_trained(
+        run,
+        params,
+        model,
+        steps=len(batches),
+        summary={"seed": config.seed},
+        prompt_format=prompt_format,
+        exported_step=step,
+    )
