@@ -84,6 +84,11 @@ TRAILING = 5
 class Config(PipelineConfig, PolicyConfig):
     """The comparison. Its data, rewards, samples, models and devices hold for all methods."""
 
+    COMMON_FLAGS = (
+        "--model --dataset --run-dir --methods --num-seeds --seed --num-steps --num-rounds --num-prompts --group-size "
+        "--max-prompt-length --max-completion-length --mesh.fsdp --dry-run"
+    )
+
     run_dir: Path = Path("runs/compare")
     """The comparison's own folder, with one for each seed, method and round."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]

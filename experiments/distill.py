@@ -51,6 +51,11 @@ evaluate, rejection_sampling, sft = load_scripts(Path(__file__).parent, "evaluat
 class Config(BatchInferenceConfig, PipelineConfig):
     """Distillation of a teacher into a student."""
 
+    COMMON_FLAGS = (
+        "--teacher --student --dataset --run-dir --seed --num-samples --threshold --require --max-problems "
+        "--learning-rate --num-epochs --num-sequences --max-length --max-completion-length --eval-samples --dry-run"
+    )
+
     run_dir: Path = Path("runs/distill")
     """Folder of the pipeline, with a run folder for each stage."""
     model: Annotated[str | None, tyro.conf.arg(name="teacher")] = None

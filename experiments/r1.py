@@ -82,6 +82,11 @@ FIGURES = {
 class Config(PipelineConfig, ModelConfig):
     """The pipeline. Its data, models, folders, seeds and devices hold for all stages."""
 
+    COMMON_FLAGS = (
+        "--model --dataset --run-dir --seed --target-language --general --cold-start.dataset --preferences.dataset "
+        "--general-data.dataset --general-data.grader --general-reward-model --mesh.fsdp --dry-run"
+    )
+
     run_dir: Path = Path("runs/r1")
     """Folder of the pipeline, with a run folder for each stage."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()

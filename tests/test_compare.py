@@ -171,6 +171,14 @@ def test_a_dry_run_prints_a_command_for_each_part_and_runs_none(parts, tmp_path,
     assert len(parsed) == 2 * (1 + 3 + 2 * 3 * 3)  # the base, three methods in steps, two in three rounds of three
 
 
+def test_help_is_short(capsys):
+    assert run_command(Config, compare.main, description="", presets=compare.PRESETS, args=["--help"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 100
+    assert "--dry-run" in said
+    assert "flags --evaluation.*" in said  # a number, not their names
+
+
 def test_no_model_and_no_dataset_is_the_default(tmp_path):
     with pytest.raises(ValueError, match="dataset: no dataset is named; pass --dataset"):
         compare.main(config_in(tmp_path, Config()))

@@ -188,6 +188,20 @@ def test_a_dry_run_prints_a_command_for_each_stage_and_runs_none(tmp_path, capsy
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_help_is_short(capsys):
+    assert run_command(Config, distill.main, description="", presets=distill.PRESETS, args=["--help"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 100
+    assert "--dry-run" in said
+
+
+def test_a_named_teacher_means_no_toy_preset(tmp_path):
+    for args in (["--teacher", "t", "--student", "s"], ["--teacher=t", "--student=s"]):
+        parsed = []
+        assert run_command(Config, parsed.append, description="", presets=distill.PRESETS, args=args) == 0
+        assert parsed == [Config(model="t", student="s")]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -218,6 +218,14 @@ def test_a_dry_run_prints_a_command_for_each_stage_and_runs_none(stages, tmp_pat
     assert [each.run_dir for _, each in stages] == [each.run_dir for _, each in parsed]
 
 
+def test_help_is_short(capsys):
+    assert run_command(Config, r1.main, description="", presets=r1.PRESETS, args=["--help"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 100
+    assert "--dry-run" in said
+    assert "flags --evaluation.*" in said  # a number, not their names
+
+
 def test_a_dry_run_finds_what_the_real_run_would(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
         r1.main(replace(real(tmp_path), model="no/such/folder", general_reward_model="no/such/judge", dry_run=True))

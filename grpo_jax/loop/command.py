@@ -7,7 +7,6 @@ import dataclasses
 import io
 import math
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -118,7 +117,8 @@ def starting_point(
         name = flags.pop(0)
     settings = {} if file is None else read_settings_file(file)
     name = name or settings.pop("preset", None)
-    if name is None and file is None and not any(re.match(r"--model(=|$)", flag) for flag in flags):
+    of_model = [flag.flag for flag in flags_of(config_type) if flag.path == ("model",)]  # distill.py calls it --teacher
+    if name is None and file is None and not any(flag.partition("=")[0] in of_model for flag in flags):
         name = TOY if TOY in presets else None
     if name is not None and name not in presets:
         raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(presets)}")

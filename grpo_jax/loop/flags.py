@@ -18,7 +18,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from grpo_jax.config.run import Preset
 
-MOST_FLAGS = 3
+MOST_FLAGS, MOST_NAMES = 3, 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,10 @@ def short_help(
             others.setdefault(flag.path[0] if len(flag.path) > 1 else "run", []).append(name)
     lines += ["", "other flags, by group (--help-all explains all):"]
     for group, names in others.items():
+        prefix = f"--{group.replace('_', '-')}."
+        is_stage = len(names) > MOST_NAMES and all(name.startswith(prefix) for name in names)
         lines += textwrap.wrap(
-            f"{group}: {' '.join(names)}",
+            f"{group}: {f'{len(names)} flags {prefix}*' if is_stage else ' '.join(names)}",
             width - 2,
             initial_indent="  ",
             subsequent_indent="    ",
