@@ -140,6 +140,24 @@ def test_modules_are_listed_and_loaded_on_first_use():
         grpo_jax.losses  # noqa: B018
 
 
+COMMAND = """
+import contextlib, io, runpy, sys
+sys.argv = {argv!r}
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("arguments", ["grpo --help", "grpo --no-such-flag", "r1 --help"])
+def test_help_and_a_mistyped_flag_do_not_wait_for_what_only_a_run_needs(arguments):
+    script, flag = arguments.split()
+    imported = imported_by(COMMAND.format(argv=[str(ROOT / "experiments" / f"{script}.py"), flag]))
+    assert {"jax", "tyro"} <= imported  # the script has run
+    late = {"transformers", "flax", "orbax", "matplotlib", "grain", "torch", "datasets", "pyarrow", "safetensors"}
+    assert not (late | {"sympy", "mpmath", "py3langid"}) & imported
+
+
 def test_every_unit_of_the_layers_exists():
     assert {unit_of(module) for _, module, _ in files()} == set(FLOORS)
 

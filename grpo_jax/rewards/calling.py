@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +143,7 @@ def invoke_each(reward: Callable[..., Any], calls: Sequence[Arguments], *, secon
     Returns:
         For each call its result, or the exception that it raised (``TimeoutError`` after ``seconds``).
     """
+    import asyncio  # late: most rewards are not async
 
     async def run_all() -> list[Any]:
         running = (asyncio.wait_for(reward(*args, **kwargs), seconds) for args, kwargs in calls)
@@ -153,6 +153,8 @@ def invoke_each(reward: Callable[..., Any], calls: Sequence[Arguments], *, secon
 
 
 def _awaited(awaitable: Any) -> Any:
+    import asyncio
+
     async def wait() -> Any:
         return await awaitable
 
