@@ -49,6 +49,7 @@ from grpo_jax.data.selection import SelectionConfig, preference_pairs
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.eval_report import as_table, read_report
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
 from grpo_jax.loop.setup import TOY_FOLDER
@@ -403,12 +404,12 @@ def conclude(config: Config, run: Run) -> None:
         for method in config.methods
     }
     for rows in (learning(figures, config.level), memories(figures)):
-        run.say("\n" + evaluate.as_table(rows))
+        run.say("\n" + as_table(rows))
     run.say("\nsaid of GRPO beside PPO, and what was measured")
     for claim, measured in claims(figures):
         run.say(f"  {claim}: {measured}")
     draw(curves, run.folder / "curves.png")
-    base = evaluate.read_report(config.of_seeds[0].run_dir / BASE)
+    base = read_report(config.of_seeds[0].run_dir / BASE)
     parts = [json.loads(path.read_text()) for each in config.of_seeds for path in each.run_dir.rglob("summary.json")]
     run.conclude(
         {
@@ -424,7 +425,7 @@ def conclude(config: Config, run: Run) -> None:
 
 def curve(config: Config, method: str) -> list[dict[str, float]]:
     """Held-out pass@1 of one seed by samples drawn and seconds spent on drawing and learning, evaluations left out."""
-    base = evaluate.read_report(config.run_dir / BASE)
+    base = read_report(config.run_dir / BASE)
     points = [{"samples": 0, "seconds": 0.0, "pass@1": base["figures"]["pass@1"]["mean"]}]
     if method in ONLINE:
         rows = read_jsonl(config.run_dir / method / "metrics.jsonl")
@@ -442,7 +443,7 @@ def curve(config: Config, method: str) -> list[dict[str, float]]:
         )
         samples += config.group_size * sum(row["num_problems"] for row in drawn)
         seconds += seconds_of(drawn) + seconds_of(learnt)
-        report = evaluate.read_report(config.folder(method, number, "measured"))
+        report = read_report(config.folder(method, number, "measured"))
         points.append({"samples": samples, "seconds": seconds, "pass@1": report["figures"]["pass@1"]["mean"]})
     return points
 

@@ -37,6 +37,7 @@ from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.eval_report import read_report
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.setup import TOY_FOLDER
 from grpo_jax.loop.stages import Stage, load_scripts, run_stages
@@ -234,7 +235,7 @@ def with_teacher_format(config: Config) -> Config:
 
 def conclude(config: Config, run: Run) -> None:
     """Put the figures of the stages side by side."""
-    reports = {stage: evaluate.read_report(config.folder(stage)) for stage in STAGES}
+    reports = {stage: read_report(config.folder(stage)) for stage in STAGES}
     samples, learnt = (
         json.loads((config.folder(stage) / "summary.json").read_text()) for stage in ("samples", "student")
     )

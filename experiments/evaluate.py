@@ -14,42 +14,30 @@ Run again, it prints the same report and draws nothing; ``--k`` and ``--against`
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from grpo_jax.config.evaluation import PRESETS, EvaluationConfig
 from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.data.problems import Problem
-from grpo_jax.data.selection import ProblemSamples
-from grpo_jax.evaluate import estimate, maj_at_k_per_problem, paired_test, pass_at_k_per_problem
 from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.eval_report import (
+    COMPARISON,
+    FIGURES,
+    check_same_problems,
+    compared,
+    estimated,
+    keys_of,
+    meaningful,
+    per_problem,
+    print_report,
+    read_report,
+)
 from grpo_jax.loop.problems import same_answers_of
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.task_runtime import asks_for_format, has_final_answers
-from grpo_jax.monitor.display import number
-from grpo_jax.monitor.samples import printable, shorten
-from grpo_jax.rewards.math.answer import extract_answer, same_text
-from grpo_jax.rewards.math.vote import identify_answers
-
-FIGURES, COMPARISON = "figures", "comparison"
-SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
-
-PerProblem = dict[str, np.ndarray]
-"""Figures by name; ``[N]``, NaN where a problem does not count."""
-Key = tuple[str, str | None, int]
-"""What tells a problem: its prompt before any template, its answer, and which of those that are the same it is."""
-
 
 OTHER_SETTINGS_OF_NO_FIGURE = ("against", "k", "cache_bytes", "num_prompts")
 
@@ -69,25 +57,6 @@ def evaluate(config: EvaluationConfig, run: Run) -> None:
     if report is None or differences(report["config"], run.settings, LAYOUT_FIELDS):
         report = make_report(config, run, report)
     print_report(run, report)
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """What an evaluation found, as it stands in ``summary.json`` of its run's folder.
-
-    ``report["figures"]["pass@1"]`` has ``mean``, ``low``, ``high`` and ``problems``, and so have ``pass@<k>``,
-    ``maj@<num_samples>``, ``rewards/<part>``, ``mean_length``, ``truncated`` and ``ungraded``, as far as they say
-    something of the problems; of a part that is absent everywhere the first three are None. With ``against``,
-    ``report["comparison"]["figures"]`` has ``before``, ``after``, ``difference``, ``low``, ``high``, ``p`` and
-    ``problems`` of each.
-
-    Raises:
-        ValueError: the folder holds no finished evaluation.
-    """
-    path = folder / "summary.json"
-    report = json.loads(path.read_text()) if path.is_file() else {}
-    if FIGURES not in report or not (folder / "completions.jsonl").is_file():
-        raise ValueError(f"{folder} holds no finished evaluation (summary.json with figures, and completions.jsonl)")
-    return report
 
 
 def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -125,172 +94,6 @@ def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | 
     run.log({"step": 0, **{f"eval/{name}": each["mean"] for name, each in report[FIGURES].items()}})
     run.conclude(report)
     return read_report(run.folder)
-
-
-def meaningful(config: EvaluationConfig, folder: Path, figures: PerProblem) -> PerProblem:
-    """The figures that say something of these problems.
-
-    Without answers that completions end in there is no majority vote; where nothing is graded, no accuracy and no share
-    of problems that could not be; and no format where prompts do not ask for it and no completion has it.
-    """
-    problems = [each.problem for each in read_samples(folder)]
-    without = () if has_final_answers(config.data, problems) else ("maj@",)
-    without += ("rewards/accuracy", "ungraded") if config.data.grader == "none" else ()
-    if not asks_for_format(config.data) and not np.nansum(figures["rewards/format"]):
-        without += ("rewards/format",)
-    return {name: values for name, values in figures.items() if not name.startswith(tuple(without))}
-
-
-def per_problem(
-    collected: Iterable[ProblemSamples], ks: Sequence[int], same: Callable[[str, str], bool] = same_text
-) -> PerProblem:
-    """The figures of each problem, in their order: those that are told are means of them.
-
-    A completion is right if its part ``accuracy`` is 1. A problem with a sample that could not be graded counts in
-    none of pass@k and the majority vote, and in the mean of a part of the reward with those samples that have one.
-
-    Args:
-        collected: the problems with their completions, of one number G.
-        ks: for pass@k; those above G are passed over.
-        same: whether two answers are the same for the majority vote.
-    """
-    rows: list[dict[str, float]] = []
-    scores: list[list[float | None]] = []
-    answers: list[list[str | None]] = []
-    has_answers = False
-    for each in collected:
-        scores.append(each.rewards["accuracy"])
-        answers.append([extract_answer(completion, each.prompt) for completion in each.completions])
-        has_answers |= each.problem.answer is not None
-        parts = {f"rewards/{name}": mean_of_present(values) for name, values in each.rewards.items()}
-        lengths = {"mean_length": float(np.mean(each.lengths)), "truncated": float(np.mean(each.truncated))}
-        rows.append({**parts, **lengths, "ungraded": float(None in each.rewards["accuracy"])})
-    figures: PerProblem = {}
-    graded = np.array([None not in row for row in scores])
-    if graded.any():
-        right = jnp.array([[score == 1 for score in row] for row in scores if None not in row])
-        G = right.shape[1]
-        of_graded = {f"pass@{k}": pass_at_k_per_problem(right, k) for k in ks if k <= G}
-        if has_answers:
-            chosen = identify_answers([row for row, is_graded in zip(answers, graded, strict=True) if is_graded], same)
-            of_graded[f"maj@{G}"] = maj_at_k_per_problem(chosen, right, G)
-        for name, values in of_graded.items():
-            figures[name] = np.full(len(rows), np.nan)
-            figures[name][graded] = np.asarray(values)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return figures | {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
-
-
-def mean_of_present(values: Sequence[float | None]) -> float:
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else math.nan
-
-
-def bounds_of(name: str) -> tuple[float, float] | None:
-    """The least and the greatest that a figure can be, where that is known."""
-    return (0.0, 1.0) if name in SHARES or name.startswith(("pass@", "maj@", "rewards/accuracy/")) else None
-
-
-def estimated(name: str, values: np.ndarray) -> dict[str, Any]:
-    present = values[~np.isnan(values)]
-    if not len(present):
-        return {"mean": None, "low": None, "high": None, "problems": 0}
-    return dataclasses.asdict(estimate(present, bounds=bounds_of(name)))
-
-
-def compared(before: PerProblem, after: PerProblem) -> dict[str, dict[str, Any]]:
-    """What changed in each figure that both have, over the problems that count in both."""
-    found = {}
-    for name in (name for name in after if name in before):
-        both = ~np.isnan(before[name]) & ~np.isnan(after[name])
-        if both.any():
-            tested = paired_test(before[name][both], after[name][both], bounds=bounds_of(name))
-            found[name] = dataclasses.asdict(tested)
-    return found
-
-
-def keys_of(problems: Iterable[Problem]) -> list[Key]:
-    """What problems are told apart by; in whatever template, they are the same."""
-    seen: Counter[tuple[str, str | None]] = Counter()
-    keys = []
-    for problem in problems:
-        prompt = problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt, sort_keys=True)
-        keys.append((prompt, problem.answer, seen[prompt, problem.answer]))
-        seen[prompt, problem.answer] += 1
-    return keys
-
-
-def check_same_problems(own: Sequence[Key], others: Sequence[Key], folder: Path, against: Path) -> None:
-    """Check that two evaluations can be compared problem by problem.
-
-    Raises:
-        ValueError: one has problems that the other has not; it says how many, and shows some.
-    """
-
-    def alone(keys: Sequence[Key], without: set[Key], where: Path) -> str:
-        left = [key for key in keys if key not in without]
-        examples = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in left[:3])
-        return f"{len(left)} in {where} alone" + (f", such as {examples}" if left else "")
-
-    if set(own) != set(others):
-        raise ValueError(
-            f"the problems of the two evaluations are not the same: {alone(own, set(others), folder)}; "
-            f"{alone(others, set(own), against)}. Evaluate both with the same data, or leave against out"
-        )
-
-
-def print_report(run: Run, report: Mapping[str, Any]) -> None:
-    """Print figures with their intervals, and what changed where that was asked."""
-    config, samples = report["config"], report["num_samples"]
-    run.say(
-        f"{report['provenance']['model']}: {report['num_problems']} problems of "
-        f"{config['data']['eval_dataset'] or config['data']['dataset']}, {samples} "
-        f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
-    )
-    rows = [
-        (name, shown(name, each["mean"]), interval(name, each), str(each["problems"]))
-        for name, each in report[FIGURES].items()
-        if name != "ungraded" or each["mean"]
-    ]
-    run.say(as_table([("", "mean", "95% interval", "problems"), *rows]))
-    comparison = report.get(COMPARISON)
-    if comparison:
-        run.say(f"\nagainst {comparison['against']}, problem by problem")
-        changes = [
-            (
-                *(name, shown(name, each["before"]), shown(name, each["after"]), shown(name, each["difference"])),
-                *(interval(name, each), f"{each['p']:.4f}", str(each["problems"])),
-            )
-            for name, each in comparison[FIGURES].items()
-            if name != "ungraded" or each["before"] or each["after"]
-        ]
-        run.say(as_table([("", "before", "after", "difference", "95% interval", "p", "problems"), *changes]))
-        if comparison["settings"]:
-            run.say("settings that differ: " + "; ".join(comparison["settings"]))
-    run.say(f"everything is in {run.folder}")
-
-
-def as_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned lines, of whatever width: no console cuts a figure off."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-
-
-def shown(name: str, value: float | None) -> str:
-    """A figure as text: shares with one number of digits, others with as many as they need."""
-    if value is None:
-        return "absent"
-    return number(value) if bounds_of(name) is None else f"{value:.4f}"
-
-
-def interval(name: str, each: Mapping[str, Any]) -> str:
-    return "" if each["low"] is None else f"[{shown(name, each['low'])}, {shown(name, each['high'])}]"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.eval_report import read_report
 from grpo_jax.loop.offline_data import load_demonstration_sets, load_preference_sets
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
@@ -316,7 +317,7 @@ def write_tasks(config: Config) -> Path:
 def conclude(config: Config, run: Run) -> None:
     """Put the figures of all stages side by side."""
     reports = {
-        (model, of): evaluate.read_report(config.folder(f"evaluation/{model}_{of}"))
+        (model, of): read_report(config.folder(f"evaluation/{model}_{of}"))
         for model in MODELS
         for of in (REASONING, GENERAL)
     }
