@@ -300,7 +300,7 @@ SCRIPTS = {"grpo": grpo, "rloo": grpo, "ppo": ppo, "dpo": dpo, "sft": sft}
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the comparison is finished and 130 when it was asked to stop."""
-    return run_stages(config, learn_all, conclude, title="comparison", check=check_data, again=True)
+    return run_stages(config, learn_all, write_summary, title="comparison", check=check_data, again=True)
 
 
 def learn_all(config: Config) -> list[Stage]:
@@ -384,7 +384,7 @@ def write_pairs(folder: Path, selection: SelectionConfig, *, most: int, least: i
     write_atomically(folder / PAIRS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def conclude(config: Config, run: Run) -> None:
+def write_summary(config: Config, run: Run) -> None:
     """Put curves, times and memory side by side."""
     curves = {method: [curve(each, method) for each in config.of_seeds] for method in config.methods}
     falls = {method: [fall(each, method) for each in config.of_seeds] for method in config.methods}
@@ -411,7 +411,7 @@ def conclude(config: Config, run: Run) -> None:
     draw(curves, run.folder / "curves.png")
     base = read_report(config.of_seeds[0].run_dir / BASE)
     parts = [json.loads(path.read_text()) for each in config.of_seeds for path in each.run_dir.rglob("summary.json")]
-    run.conclude(
+    run.write_summary(
         {
             "figures": figures,
             "curves": curves,

@@ -203,7 +203,7 @@ PRESETS: dict[str, Preset[Config]] = {
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_stages(config, stages, conclude, title="distillation")
+    return run_stages(config, stages, write_summary, title="distillation")
 
 
 def stages(config: Config) -> list[Stage]:
@@ -233,7 +233,7 @@ def with_teacher_format(config: Config) -> Config:
     return replace(config, data=with_format(config.data, prompt_format))
 
 
-def conclude(config: Config, run: Run) -> None:
+def write_summary(config: Config, run: Run) -> None:
     """Put the figures of the stages side by side."""
     reports = {stage: read_report(config.folder(stage)) for stage in STAGES}
     samples, learnt = (
@@ -249,7 +249,7 @@ def conclude(config: Config, run: Run) -> None:
     run.say(
         f"taught: {samples['rows']} demonstrations, {learnt['steps']} updates; {config.folder('student') / 'model'}"
     )
-    run.conclude(
+    run.write_summary(
         {
             **{stage: {name: reports[stage][name] for name in ("figures", "provenance")} for stage in STAGES},
             "comparison": reports[AFTER]["comparison"],

@@ -73,7 +73,7 @@ def train(config: DPOConfig, run: Run) -> None:
     judge = None if config.judge is None else import_reward(config.judge)
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
-    rendering = resolve_rendering(config.data, policy, say=run.say, today=run.begun)
+    rendering = resolve_rendering(config.data, policy, say=run.say, today=run.start_date)
     encode = partial(
         encode_preference_set,
         config.data,

@@ -21,18 +21,18 @@ from typing import Any
 from grpo_jax.config.evaluation import PRESETS, EvaluationConfig
 from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.data.problems import Problem
-from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
+from grpo_jax.loop.batch_inference import read_provenance, read_samples, run_batch_inference
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.eval_report import (
     COMPARISON,
     FIGURES,
+    applicable_metrics,
     check_same_problems,
-    compared,
-    estimated,
-    keys_of,
-    meaningful,
-    per_problem,
+    compare_metrics,
+    estimate_metric,
+    metrics_per_problem,
     print_report,
+    problem_keys,
     read_report,
 )
 from grpo_jax.loop.problems import same_answers_of
@@ -62,37 +62,37 @@ def evaluate(config: EvaluationConfig, run: Run) -> None:
 def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Draw completions unless a report was made of them before; tell what they are worth and write it down."""
     against = None if config.against is None else read_report(config.against)
-    others = [] if config.against is None else keys_of(each.problem for each in read_samples(config.against))
+    others = [] if config.against is None else problem_keys(each.problem for each in read_samples(config.against))
 
     def check(problems: Iterable[Problem]) -> None:
         if config.against is not None:
-            check_same_problems(keys_of(problems), others, run.folder, config.against)
+            check_same_problems(problem_keys(problems), others, run.folder, config.against)
 
     if before is None:
-        asked = "held_out" if config.held_out else "evaluation"
-        collect(config, run, config.mesh.build(), asked=asked, check=check)
-    keys = keys_of(each.problem for each in read_samples(run.folder))
-    figures = meaningful(
-        config, run.folder, per_problem(read_samples(run.folder), config.ks, same_answers_of(config.data))
+        problem_set = "held_out" if config.held_out else "evaluation"
+        run_batch_inference(config, run, config.mesh.build(), problem_set=problem_set, check=check)
+    keys = problem_keys(each.problem for each in read_samples(run.folder))
+    figures = applicable_metrics(
+        config, run.folder, metrics_per_problem(read_samples(run.folder), config.ks, same_answers_of(config.data))
     )
-    report: dict[str, Any] = {FIGURES: {name: estimated(name, values) for name, values in figures.items()}}
+    report: dict[str, Any] = {FIGURES: {name: estimate_metric(name, values) for name, values in figures.items()}}
     if config.against is not None and against is not None:
         check_same_problems(keys, others, run.folder, config.against)
         place = {key: n for n, key in enumerate(others)}
         paired = [place[key] for key in keys]
-        theirs = per_problem(read_samples(config.against), config.ks, same_answers_of(config.data))
+        theirs = metrics_per_problem(read_samples(config.against), config.ks, same_answers_of(config.data))
         report[COMPARISON] = {
             "against": config.against,
             "settings": differences(against["config"], run.settings, (*LAYOUT_FIELDS, *OTHER_SETTINGS_OF_NO_FIGURE)),
             "provenance": read_provenance(config.against),
-            FIGURES: compared({name: values[paired] for name, values in theirs.items()}, figures),
+            FIGURES: compare_metrics({name: values[paired] for name, values in theirs.items()}, figures),
         }
     report |= {"num_problems": len(keys), "num_samples": config.num_samples, "provenance": read_provenance(run.folder)}
     if before is not None:  # what the completions were drawn with
         report |= {name: before[name] for name in ("seconds", "device", "versions")}
     run.metrics_log.rewind(-1)
     run.log({"step": 0, **{f"eval/{name}": each["mean"] for name, each in report[FIGURES].items()}})
-    run.conclude(report)
+    run.write_summary(report)
     return read_report(run.folder)
 
 

@@ -218,7 +218,7 @@ PRESETS: dict[str, Preset[Config]] = {
 
 def main(config: Config) -> int:
     """Run, or go on; the exit status is 0 when the chain is finished and 130 when it was asked to stop."""
-    return run_stages(config, chain, conclude, title="R1", check=check_data)
+    return run_stages(config, chain, write_summary, title="R1", check=check_data)
 
 
 def chain(config: Config) -> list[Stage]:
@@ -314,7 +314,7 @@ def write_tasks(config: Config) -> Path:
     return path
 
 
-def conclude(config: Config, run: Run) -> None:
+def write_summary(config: Config, run: Run) -> None:
     """Put the figures of all stages side by side."""
     reports = {
         (model, of): read_report(config.folder(f"evaluation/{model}_{of}"))
@@ -342,7 +342,7 @@ def conclude(config: Config, run: Run) -> None:
         for of in (REASONING, GENERAL)
     }
     draw([stages], run.folder / "stages.png")
-    run.conclude({"stages": stages, "final_against_r1_zero": against, "seed": config.seed})
+    run.write_summary({"stages": stages, "final_against_r1_zero": against, "seed": config.seed})
 
 
 def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Path) -> None:

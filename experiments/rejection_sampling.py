@@ -35,18 +35,18 @@ from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
 from grpo_jax.data.selection import FILTERS, Selection, balance_difficulty, check_some_left, select
 from grpo_jax.jsonl import to_json, write_atomically
-from grpo_jax.loop.batch_inference import collect, read_provenance, read_samples
+from grpo_jax.loop.batch_inference import read_provenance, read_samples, run_batch_inference
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.run import Run, run_experiment
 
 DATASET = "dataset.jsonl"
-PARTS_TOLD = 4
+PASS_RATE_BINS = 4
 """Parts of equal width that pass rates are told in where none are balanced."""
 
 
 def main(config: RejectionSamplingConfig) -> int:
     """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
-    return run_experiment(config, draw_and_select, title="rejection sampling")
+    return run_experiment(config, sample_and_select, title="rejection sampling")
 
 
 def check(config: RejectionSamplingConfig) -> None:
@@ -54,11 +54,13 @@ def check(config: RejectionSamplingConfig) -> None:
     config.mesh.build()
 
 
-def draw_and_select(config: RejectionSamplingConfig, run: Run) -> None:
+def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
     for path in config.demonstrations:  # what cannot be read is found before anything is drawn
         load_demonstrations(str(path))
     mesh = config.mesh.build()
-    num_problems = collect(config, run, mesh, asked="training", skip=config.skip_problems, most=config.max_problems)
+    num_problems = run_batch_inference(
+        config, run, mesh, problem_set="training", skip=config.skip_problems, max_problems=config.max_problems
+    )
     choices: list[Selection] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
     for collected in read_samples(run.folder):
@@ -81,11 +83,11 @@ def draw_and_select(config: RejectionSamplingConfig, run: Run) -> None:
             yield from map(as_line, file.rows(numbers))
 
     write_atomically(run.folder / DATASET, lines())
-    by_pass_rate = told_by_pass_rate(choices, selected, config.selection.balance or PARTS_TOLD)
+    by_pass_rate = count_by_pass_rate(choices, selected, config.selection.balance or PASS_RATE_BINS)
     mean_length = float(np.mean(lengths))
     how = teaching(run.folder / DATASET, provenance["prompt_format"], config.stop_tokens)
     account(run, counts, by_pass_rate, mean_length, sum(map(len, added)), how)
-    run.conclude(
+    run.write_summary(
         {
             "problems": num_problems,
             "problems_selected": len(selected),
@@ -165,7 +167,7 @@ def take(files: Sequence[GeneralFile], share: float | None, num_selected: int, s
     return [taken[number] for number in range(len(files))]
 
 
-def told_by_pass_rate(choices: Sequence[Selection], selected: Sequence[Selection], parts: int) -> list[dict[str, Any]]:
+def count_by_pass_rate(choices: Sequence[Selection], selected: Sequence[Selection], parts: int) -> list[dict[str, Any]]:
     """Of each part of pass rates its problems, the completions that they have after the cap, and those selected."""
     return [
         {

@@ -60,7 +60,7 @@ def train(config: RewardModelConfig, run: Run) -> None:
     start = start_model(config, run, seed=config.seed)
     scorer = with_stop_tokens(load_model(config, start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, PROMPT_AND_COMPLETION)
-    rendering = resolve_rendering(config.data, scorer, say=run.say, today=run.begun)
+    rendering = resolve_rendering(config.data, scorer, say=run.say, today=run.start_date)
     encode = partial(
         encode_preference_set,
         config.data,

@@ -64,7 +64,7 @@ def train(config: SFTConfig, run: Run) -> None:
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
     check_length(config.row_length, policy, "max_length")
-    rendering = resolve_rendering(config.data, policy, say=run.say, today=run.begun)
+    rendering = resolve_rendering(config.data, policy, say=run.say, today=run.start_date)
     batches = pack(config, run, demonstrations, policy, rendering, config.num_epochs)
     held_out_batches = pack(config, run, held_out, policy, rendering, 1)
     prompts = held_out_prompts(config, held_out, policy, rendering)

@@ -106,7 +106,7 @@ def test_other_data_under_the_same_path_are_refused_until_the_old_ones_are_back(
     kill_in_second_save(dpo.main, config, monkeypatch)
     rows = rows_of_errands()
     write_rows(config.run_dir.parent / "errands.jsonl", [{**row, "chosen": row["chosen"] + "!"} for row in rows])
-    with pytest.raises(ValueError, match=r"the data are not those that .* was begun with"):
+    with pytest.raises(ValueError, match=r"the data differ from those that .* was started with"):
         dpo.main(config)
     write_rows(config.run_dir.parent / "errands.jsonl", rows)
     assert dpo.main(config) == 0

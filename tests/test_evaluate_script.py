@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate
-from experiments.evaluate import keys_of, per_problem, read_report
+from experiments.evaluate import metrics_per_problem, problem_keys, read_report
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.evaluation import EvaluationConfig
@@ -324,13 +324,13 @@ def collected(*accuracy, answer="3", said="3", **rewards):
 
 
 def test_what_could_not_be_graded_counts_nowhere_and_is_told():
-    figures = per_problem([collected(1.0, None), collected(1.0, 0.0), collected(0.0, 0.0)], [1, 2])
+    figures = metrics_per_problem([collected(1.0, None), collected(1.0, 0.0), collected(0.0, 0.0)], [1, 2])
     np.testing.assert_allclose(figures["pass@1"], [np.nan, 0.5, 0.0])
     np.testing.assert_allclose(figures["pass@2"], [np.nan, 1.0, 0.0])
     np.testing.assert_allclose(figures["maj@2"], [np.nan, 0.5, 0.0])
     np.testing.assert_allclose(figures["rewards/accuracy"], [1.0, 0.5, 0.0])
     assert figures["ungraded"].tolist() == [1, 0, 0]
-    nothing = per_problem([collected(None, None)], [1, 2])
+    nothing = metrics_per_problem([collected(None, None)], [1, 2])
     assert not [name for name in nothing if name.startswith(("pass@", "maj@"))]
 
 
@@ -339,21 +339,21 @@ def test_the_majority_vote_compares_answers_as_the_grader_does():
         collected(1.0, 1.0, 1.0, 0.0, 0.0),
         completions=[rf"\boxed{{{answer}}}" for answer in (r"2\sqrt{3}", r"2\sqrt3", r"\sqrt{12}", "7", "7")],
     )
-    assert per_problem([row], [1], same_answers)["maj@5"].tolist() == [1.0]
-    assert per_problem([row], [1])["maj@5"].tolist() == [0.0]
+    assert metrics_per_problem([row], [1], same_answers)["maj@5"].tolist() == [1.0]
+    assert metrics_per_problem([row], [1])["maj@5"].tolist() == [0.0]
     unfinished = replace(row, prompt="q <think>")
-    assert per_problem([unfinished], [1], same_answers)["maj@5"].tolist() == [0.0]
+    assert metrics_per_problem([unfinished], [1], same_answers)["maj@5"].tolist() == [0.0]
 
 
 def test_a_part_of_the_reward_that_is_absent_now_and_then():
     problems = [collected(1.0, 1.0, kind=[None, 0.25]), collected(0.0, 1.0, kind=[None, None]), collected(0.0, 1.0)]
-    figures = per_problem(problems, [1])
+    figures = metrics_per_problem(problems, [1])
     np.testing.assert_allclose(figures["rewards/kind"], [0.25, np.nan, np.nan])
-    assert evaluate.estimated("rewards/kind", figures["rewards/kind"])["problems"] == 1
+    assert evaluate.estimate_metric("rewards/kind", figures["rewards/kind"])["problems"] == 1
     absent = {"mean": None, "low": None, "high": None, "problems": 0}
-    assert evaluate.estimated("rewards/kind", figures["rewards/kind"][1:]) == absent
+    assert evaluate.estimate_metric("rewards/kind", figures["rewards/kind"][1:]) == absent
     other = {"rewards/kind": np.array([0.5, 0.5, 0.5]), "rewards/unkind": np.zeros(3)}
-    changed = evaluate.compared(other, figures)
+    changed = evaluate.compare_metrics(other, figures)
     assert changed.keys() == {"rewards/kind"}
     assert changed["rewards/kind"]["difference"] == pytest.approx(-0.25)
     assert changed["rewards/kind"]["problems"] == 1
@@ -374,7 +374,7 @@ def test_a_part_that_is_absent_is_told_as_such(copy, nothing_is_drawn, capsys):
 
 
 def test_without_single_answers_there_is_no_majority_and_accuracy_is_told_as_it_is():
-    figures = per_problem([collected(0.75, 0.25, answer=None), collected(1.0, 0.5, answer=None)], [1])
+    figures = metrics_per_problem([collected(0.75, 0.25, answer=None), collected(1.0, 0.5, answer=None)], [1])
     assert "maj@2" not in figures
     np.testing.assert_allclose(figures["rewards/accuracy"], [0.5, 0.75])
     np.testing.assert_allclose(figures["pass@1"], [0.0, 0.5])
@@ -383,10 +383,10 @@ def test_without_single_answers_there_is_no_majority_and_accuracy_is_told_as_it_
 def test_problems_are_told_apart_by_what_is_asked_and_what_is_right():
     messages = [{"role": "user", "content": "1+2="}]
     problems = [Problem("1+2=", "3"), Problem("1+2=", "4"), Problem("1+2=", "3"), Problem(messages, "3")]
-    keys = keys_of(problems)
+    keys = problem_keys(problems)
     assert len(set(keys)) == 4
-    assert keys_of(reversed(problems[:2])) == [keys[1], keys[0]]
-    assert keys_of([replace(problems[3], columns={"a": 1})]) == [keys[3]]
+    assert problem_keys(reversed(problems[:2])) == [keys[1], keys[0]]
+    assert problem_keys([replace(problems[3], columns={"a": 1})]) == [keys[3]]
 
 
 def test_a_file_is_evaluated_as_a_whole_unless_told_otherwise(finished, tmp_path, capsys, monkeypatch):
@@ -400,9 +400,9 @@ def test_a_file_is_evaluated_as_a_whole_unless_told_otherwise(finished, tmp_path
     written = json.loads((config.run_dir / "data.json").read_text())
     assert (written["evaluation_rows"], written["evaluated"], written["skipped"]) == (20, 20, 0)
 
-    def collect(*_args, asked, **_options):
-        raise ValueError(f"asked: {asked}")
+    def run_batch_inference(*_args, problem_set, **_options):
+        raise ValueError(f"problem set: {problem_set}")
 
-    monkeypatch.setattr(evaluate, "collect", collect)
-    with pytest.raises(ValueError, match="asked: held_out"):
+    monkeypatch.setattr(evaluate, "run_batch_inference", run_batch_inference)
+    with pytest.raises(ValueError, match="problem set: held_out"):
         evaluate.main(replace(config, run_dir=tmp_path / "other", held_out=True))

@@ -122,7 +122,7 @@ def test_fewer_steps_than_were_taken_are_refused_and_another_number_is_said(tmp_
 def test_a_run_is_finished_with_the_settings_of_its_summary(tmp_path):
     with open_run(tmp_path / "run") as run:
         assert not run.is_finished_with(["num_steps"])
-        run.conclude({})
+        run.write_summary({})
         assert run.is_finished_with(["num_steps", "export"])
         assert run.is_finished_with(["of a later version"])
     with open_run(tmp_path / "run", Config(num_steps=4)) as run:

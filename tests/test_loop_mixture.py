@@ -335,7 +335,7 @@ def test_no_accuracy_is_paid_for_where_nothing_is_right_or_wrong(tmp_path):
     mesh = MeshConfig(data=1).build()
     with (
         Run(tmp_path / "run", RewardConfig(), title="tasks", plain=True) as run,
-        pytest.raises(ValueError, match="no accuracy to be paid for; set accuracy_weight to 0"),
+        pytest.raises(ValueError, match="no accuracy reward; set accuracy_weight to 0"),
     ):
         TaskRuntime(task, run, seed=0, max_completion_length=4, mesh=mesh, dtype=jnp.float32)
 

@@ -178,9 +178,9 @@ def test_a_template_whose_turns_the_model_does_not_end_is_refused(script, base, 
 
 
 def test_a_run_keeps_the_date_of_its_beginning(tmp_path, monkeypatch):
-    def begun():
+    def start_date():
         with Run(tmp_path / "run", MESH, title="run", plain=True) as run:
-            return run.begun
+            return run.start_date
 
     today = begun()
     assert today == datetime.date.today().isoformat()

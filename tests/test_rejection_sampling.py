@@ -117,7 +117,7 @@ def test_killed_before_or_after_the_data_set_is_written_it_is_the_same(finished,
 
     with monkeypatch.context() as patch:
         if after_it:
-            patch.setattr(Run, "conclude", dies)
+            patch.setattr(Run, "write_summary", dies)
         else:
             patch.setattr(rejection_sampling, "write_atomically", dies_in_the_middle)
         with pytest.raises(KeyboardInterrupt):
@@ -237,7 +237,7 @@ def test_a_part_of_the_problems_is_drawn_as_it_is_among_all_of_them(finished, co
 
 
 def test_when_all_problems_are_passed_over_that_is_said(config):
-    with pytest.raises(ValueError, match=r"there are \d+ problems, and 9999 are passed over; nothing is left to ask"):
+    with pytest.raises(ValueError, match=r"skip_problems is 9999; it must be below the number of problems, \d+"):
         rejection_sampling.main(replace(config, skip_problems=9999))
 
 

@@ -69,7 +69,7 @@ def test_s1_killed_and_resumed_is_the_unbroken_run_and_other_data_are_refused_me
     assert [row["step"] for row in steps_of(config)] == [1, 2, 3, 4]  # of which the last two are to be taken back
     rows = rows_of_errands()
     write_rows(config.run_dir.parent / "errands.jsonl", [{**row, "chosen": row["chosen"] + "!"} for row in rows])
-    with pytest.raises(ValueError, match=r"the data are not those that .* was begun with"):
+    with pytest.raises(ValueError, match=r"the data differ from those that .* was started with"):
         reward_model.main(config)
     write_rows(config.run_dir.parent / "errands.jsonl", rows)
     assert reward_model.main(config) == 0

@@ -88,7 +88,7 @@ def test_other_data_under_the_same_path_are_refused_until_the_old_ones_are_back(
     rows = rows_of_sums()
     others = [{**row, "completion": row["completion"].replace("7", "8")} for row in rows]
     write_rows(config.run_dir.parent / "sums.jsonl", others)
-    with pytest.raises(ValueError, match=r"the data are not those that .* was begun with"):
+    with pytest.raises(ValueError, match=r"the data differ from those that .* was started with"):
         sft.main(config)
     write_rows(config.run_dir.parent / "sums.jsonl", rows)
     assert sft.main(config) == 0

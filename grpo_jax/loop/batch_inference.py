@@ -25,45 +25,45 @@ from grpo_jax.data.selection import ProblemSamples
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.setup import load_policy, make_sampler, start_model
-from grpo_jax.loop.task_runtime import Asked, TaskRuntime
+from grpo_jax.loop.task_runtime import ProblemSet, TaskRuntime
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings
 from grpo_jax.types import Rollout
 
-SETS_OF_A_BLOCK = 4
-"""A block is written as a whole; what a run that stopped had drawn of one is drawn again, and the same."""
+BATCHES_PER_BLOCK = 4
+"""Blocks are written whole: on resume an incomplete block is sampled again, with the same result."""
 PROVENANCE = "provenance.json"
 
 
-def collect(
+def run_batch_inference(
     config: BatchInferenceConfig,
     run: Run,
     mesh: Mesh,
     *,
-    asked: Asked,
+    problem_set: ProblemSet,
     skip: int = 0,
-    most: int | None = None,
+    max_problems: int | None = None,
     check: Callable[[Sequence[Problem]], None] = lambda problems: None,
 ) -> int:
-    """Draw for all problems and write what came to ``completions.jsonl``, a line a problem, in their order.
+    """Sample and score completions of every problem; write ``completions.jsonl``, one line per problem, in order.
 
-    A run that was stopped or killed goes on after the last whole block, and its file is that of an unbroken one.
+    A resumed run continues after the last complete block and writes the same file as an uninterrupted run.
 
     Args:
-        config: what is asked, of whom, and how it is scored.
-        run: whose folder it goes to; ``provenance.json`` beside it says what it was drawn from.
-        mesh: how devices are used.
-        asked: the problems: those to train on, those that training would hold out, or all that an evaluation is of.
-        skip: problems that are passed over, the first ones.
-        most: how many problems are asked of those that follow; None for all.
-        check: called with what will be asked, before anything is drawn; it may raise.
+        config: model, sampling, problems and rewards.
+        run: its folder receives ``completions.jsonl`` and ``provenance.json`` (model, weights, seed, prompts).
+        mesh: device mesh.
+        problem_set: training problems, the problems that training would hold out, or those of an evaluation.
+        skip: number of problems to skip at the start.
+        max_problems: number of problems to sample for after those; None for all.
+        check: called with the selected problems before sampling; may raise.
 
     Returns:
-        How many were asked. ``metrics.jsonl`` has the seconds of each block, ``step_time``.
+        Number of problems. ``metrics.jsonl`` has the seconds of each block, ``step_time``.
 
     Raises:
-        ValueError: what is there was drawn from another model or for other problems, or none is left to ask; and as
+        ValueError: the folder has completions of another model or other problems, or no problem is left; and as
             ``TaskRuntime``.
-        Stopped: the run was asked to stop.
+        Stopped: a stop was requested.
     """
     task = TaskRuntime(
         TaskConfig(None, config.data, config.rewards),
@@ -72,65 +72,72 @@ def collect(
         max_completion_length=config.completion_length,
         mesh=mesh,
         dtype=config.compute_dtype,
-        asked=asked,
-        measured=("format",),
+        problem_set=problem_set,
+        measures_format=True,
     )
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
     task.encode(policy, max_prompt_length=config.prompt_length)
-    problems = task.problems if asked == "training" else task.held_out
-    places = range(len(problems))[skip:][:most]
+    problems = task.problems if problem_set == "training" else task.held_out
+    places = range(len(problems))[skip:][:max_problems]
     if not places:
-        raise ValueError(f"there are {len(problems)} problems, and {skip} are passed over; nothing is left to ask")
+        raise ValueError(f"skip_problems is {skip}; it must be below the number of problems, {len(problems)}")
     check([problems.problems[place] for place in places])
     check_provenance(config, run, start, task.prompt_format, [problems.texts[place] for place in places])
 
-    size = SETS_OF_A_BLOCK * config.num_prompts
+    size = BATCHES_PER_BLOCK * config.num_prompts
     blocks = [places[first : first + size] for first in range(0, len(places), size)]
-    done = whole_blocks(run, blocks)
+    done = count_complete_blocks(run, blocks)
     sampler = make_sampler(config, policy, mesh, group_size=config.num_samples)
     params = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)(policy.params)
     decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
     with run.progress.phase("completions", len(places), start=sum(map(len, blocks[:done]))) as phase:
         for number, block in enumerate(blocks[done:], done + 1):
             started = time.monotonic()
-            drawn: dict[int, Rollout] = {}
+            rollouts: dict[int, Rollout] = {}
             noise = jax.random.key(config.seed)
             stream = sampler.stream(params, [problems.padded(block)], noise, num_prompts=config.num_prompts)
             for place, rollout in stream:
-                drawn[block[place]] = rollout
-                phase.update(places.index(block[0]) + len(drawn))
+                rollouts[block[place]] = rollout
+                phase.update(places.index(block[0]) + len(rollouts))
                 run.stop_if_requested()
-            collected = scored(problems, {place: drawn[place] for place in block}, decode, task)
+            samples = score_rollouts(problems, {place: rollouts[place] for place in block}, decode, task)
             run.log_reward_errors(number, task.scorer.take_errors())
-            # First what is taken back if the block is not whole: a kill between the two loses no figure.
-            run.log({"step": number, "num_problems": len(collected), "step_time": time.monotonic() - started})
-            run.completions_log.append(*(each.row(number) for each in collected))
+            # The metrics first: they are rewound if the block turns out incomplete, so a kill in between loses no row.
+            run.log({"step": number, "num_problems": len(samples), "step_time": time.monotonic() - started})
+            run.completions_log.append(*(sample.row(number) for sample in samples))
             run.stop_if_requested()
     return len(places)
 
 
 def read_samples(folder: Path) -> Iterator[ProblemSamples]:
-    """What ``collect`` wrote into a run's folder, a problem after the other."""
+    """Iterator over the samples that ``run_batch_inference`` wrote to a run's folder."""
     with (folder / "completions.jsonl").open("rb") as lines:
         for line in lines:
             yield ProblemSamples.from_row(json.loads(line))
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What the completions in a run's folder were drawn from."""
+    """``provenance.json``: model, weights digest, seed, sampling, dataset, prompt format, digest of the prompts."""
     return json.loads((folder / PROVENANCE).read_text())
 
 
 def check_provenance(
     config: BatchInferenceConfig, run: Run, start: str, prompt_format: Mapping[str, Any], texts: Sequence[str]
 ) -> None:
-    """Write down what completions are drawn from, or see that it is what was written down before.
+    """Write ``provenance.json``, or check it where the folder has one.
+
+    Args:
+        config: seed, sampling and dataset.
+        run: its folder.
+        start: folder or Hugging Face id of the model.
+        prompt_format: format of the prompts.
+        texts: rendered prompts, of which a digest is kept.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the folder's provenance differs.
     """
-    now = to_json(
+    provenance = to_json(
         {
             "model": start,
             "weights": models.weights_digest(start),
@@ -144,18 +151,18 @@ def check_provenance(
     path = run.folder / PROVENANCE
     if path.exists():
         before = read_provenance(run.folder)
-        different = [name for name in now if before.get(name) != now[name]]
+        different = [name for name in provenance if before.get(name) != provenance[name]]
         if different:
             raise ValueError(
-                f"{run.folder} holds completions that were drawn otherwise; what differs: "
-                f"{', '.join(f'{name} ({before.get(name)!r} -> {now[name]!r})' for name in different)}. Use another "
-                "run_dir, or restore what it was begun with"
+                f"{run.folder} holds completions with another provenance: "
+                f"{', '.join(f'{name} ({before.get(name)!r} -> {provenance[name]!r})' for name in different)}. Choose "
+                "another run_dir, or restore the settings and model that it was started with"
             )
-    write_atomically(path, json.dumps(now, indent=2).encode() + b"\n")
+    write_atomically(path, json.dumps(provenance, indent=2).encode() + b"\n")
 
 
-def whole_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:
-    """How many blocks stand in the run's file as a whole; what follows them is taken out."""
+def count_complete_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:
+    """Number of complete blocks in the run's logs; rewinds the logs to the end of the last one."""
     counts = [0] * (len(blocks) + 1)
     with run.completions_log.path.open("rb") as lines:
         for line in lines:
@@ -169,17 +176,24 @@ def whole_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:
     return done
 
 
-def scored(
-    problems: EncodedProblems, drawn: Mapping[int, Rollout], decode: Any, task: TaskRuntime
+def score_rollouts(
+    problems: EncodedProblems, rollouts: Mapping[int, Rollout], decode: Any, task: TaskRuntime
 ) -> list[ProblemSamples]:
-    """The completions of some problems with their scores, in the order of ``drawn``."""
-    group_size = next(iter(drawn.values())).completion_ids.shape[0]
-    texts = [decode(rollout) for rollout in drawn.values()]
-    lengths = [np.asarray(rollout.completion_mask).sum(1).tolist() for rollout in drawn.values()]
-    truncated = [np.asarray(rollout.truncated).tolist() for rollout in drawn.values()]
-    columns = reward_columns([problems.problems[place] for place in drawn], group_size=group_size)
+    """Completions and scores of each problem, in the order of ``rollouts``.
+
+    Args:
+        problems: the encoded problems.
+        rollouts: rollout by index of the problem.
+        decode: rollout -> texts.
+        task: its scorer scores the completions.
+    """
+    group_size = next(iter(rollouts.values())).completion_ids.shape[0]
+    texts = [decode(rollout) for rollout in rollouts.values()]
+    lengths = [np.asarray(rollout.completion_mask).sum(1).tolist() for rollout in rollouts.values()]
+    truncated = [np.asarray(rollout.truncated).tolist() for rollout in rollouts.values()]
+    columns = reward_columns([problems.problems[place] for place in rollouts], group_size=group_size)
     columns |= {"completion_length": [*chain(*lengths)], "truncated": [*chain(*truncated)]}
-    prompts = [problems.texts[place] for place in drawn for _ in range(group_size)]
+    prompts = [problems.texts[place] for place in rollouts for _ in range(group_size)]
     scores = task.scorer.score(prompts, [*chain(*texts)], **columns)
 
     def of(values: np.ndarray, group: int) -> list[float | None]:
@@ -196,5 +210,5 @@ def scored(
             total=of(scores.total, group),
             rewards={name: of(part, group) for name, part in scores.parts.items()},
         )
-        for group, place in enumerate(drawn)
+        for group, place in enumerate(rollouts)
     ]

@@ -1,4 +1,4 @@
-"""Checks that stop a run before compute is spent, or when its numbers are not finite."""
+"""Checks that stop a run before compute is spent, or when a metric is not finite."""
 
 from __future__ import annotations
 
@@ -16,32 +16,47 @@ from grpo_jax.loop.run import Run
 def check_length(length: int, policy: models.Pretrained, name: str) -> None:
     """Check that a model has a position for every token, and one set of rotary frequencies for all lengths.
 
+    Args:
+        length: longest sequence in tokens.
+        policy: the model.
+        name: the setting, or sum of settings, that gives the length.
+
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     check_positions(length, policy.model.max_length, name)
     switch = policy.model.rope_switch_length
     if switch is not None and length > switch:
         raise ValueError(
-            f"{name} is {length}, and sequences of more than {switch} tokens have other rotary frequencies in this "
-            f"model; choose one set for all with --rope-length {length}, or set {name} to at most {switch}"
+            f"{name} is {length}, and this model changes its rotary frequencies beyond {switch} tokens; select one set "
+            f"for all sequences with --rope-length {length}, or set {name} to at most {switch}"
         )
 
 
 def check_same_data(position: Mapping[str, Any], digest: str, run: Run) -> None:
-    """Check that a run is resumed with the data it was begun with.
+    """Check that a run is resumed with the data that it was started with.
+
+    Args:
+        position: position from the checkpoint; empty for a new run.
+        digest: digest of the data.
+        run: the run, for the error.
 
     Raises:
-        ValueError: the digest in its position is another one.
+        ValueError: the digest in ``position`` differs.
     """
     if position and position["data"] != digest:
         raise ValueError(
-            f"the data are not those that {run.folder} was begun with; restore them, or use another run_dir"
+            f"the data differ from those that {run.folder} was started with; restore them, or choose another run_dir"
         )
 
 
 def check_divides(count: int, mesh: Mesh, name: str) -> None:
-    """Check that a number of rows divides over the devices that share a batch.
+    """Check that rows divide evenly over the devices that share a batch, ``data x fsdp``.
+
+    Args:
+        count: number of rows.
+        mesh: device mesh.
+        name: the rows' name or setting, for the error.
 
     Raises:
         ValueError: it does not.
@@ -52,12 +67,12 @@ def check_divides(count: int, mesh: Mesh, name: str) -> None:
 
 
 def check_finite(metrics: Mapping[str, float], step: int, run: Run) -> None:
-    """Stop a run whose updates or evaluation gave a loss, gradient or other metric that is not finite.
+    """Check that the metrics of an update or evaluation are finite; call it before the step is saved.
 
     Args:
-        metrics: those of the step's updates, before it is saved, or of an evaluation.
-        step: its number.
-        run: whose complete checkpoints the error lists.
+        metrics: metrics by name.
+        step: the step.
+        run: the run; the error lists its checkpoints.
 
     Raises:
         FloatingPointError: a metric is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Compiled programs: kept for later runs, counted, and shown while they are made."""
+"""JAX's persistent compilation cache; callbacks and counts of compilations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import jax
 
 
 def enable_compilation_cache() -> None:
-    """Have later runs on this host find the programs that this one compiles, in ``~/.cache/grpo_jax``.
+    """Enable JAX's persistent compilation cache in ``~/.cache/grpo_jax``, or in JAX_COMPILATION_CACHE_DIR.
 
-    JAX_COMPILATION_CACHE_DIR names another folder. Programs are kept apart for each kind of processor: XLA warns of
-    those that were compiled for other instructions (AVX-512, say), and they may not run.
+    Each kind of processor has its own folder: programs compiled for other instructions (AVX-512, say) may not run.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path.home() / ".cache" / "grpo_jax" / processor()
@@ -27,19 +26,19 @@ def enable_compilation_cache() -> None:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The instruction set and a digest of what the processor is called and can do.
+    """The instruction set and a digest of the processor's model and features.
 
-    A host's name does not tell it: machines in a cluster or a cloud have one home and names that come again.
+    Not the host's name: machines of a cluster share a home, and names are reused.
 
     Args:
-        cpuinfo: Linux's description of it; elsewhere, Python's is taken.
+        cpuinfo: Linux's description of the processor; where it is missing, Python's ``platform`` is used.
     """
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         lines = []
-    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    described = "\n".join(sorted(told)) or f"{platform.processor()} {platform.node()}"
+    features = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    described = "\n".join(sorted(features)) or f"{platform.processor()} {platform.node()}"
     return f"{platform.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 
@@ -59,7 +58,7 @@ def reporting_compilations(show: Callable[[str | None], None]) -> Iterator[None]
 
 @cache
 def _listen_to_compilations() -> None:
-    """Register the listener once: jax has no public way to take one away."""
+    """Register the listener once: jax has no public way to remove one."""
 
     def listen(event: str, duration_secs: float, **about: Any) -> None:
         if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":  # lowering is done, compiling comes next
@@ -75,7 +74,7 @@ def _listen_to_compilations() -> None:
 
 
 def count_compilations() -> Callable[[], int]:
-    """A function that says how many programs were compiled since this call; those found again are not counted."""
+    """A function that returns the number of programs compiled since this call, without cache hits."""
     compiled = 0
 
     def listen_for_requests(event: str, duration_secs: float, **_: Any) -> None:

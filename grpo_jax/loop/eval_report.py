@@ -53,7 +53,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def meaningful(config: EvaluationConfig, folder: Path, figures: PerProblem) -> PerProblem:
+def applicable_metrics(config: EvaluationConfig, folder: Path, figures: PerProblem) -> PerProblem:
     """The figures that say something of these problems.
 
     Without answers that completions end in there is no majority vote; where nothing is graded, no accuracy and no share
@@ -67,7 +67,7 @@ def meaningful(config: EvaluationConfig, folder: Path, figures: PerProblem) -> P
     return {name: values for name, values in figures.items() if not name.startswith(tuple(without))}
 
 
-def per_problem(
+def metrics_per_problem(
     collected: Iterable[ProblemSamples], ks: Sequence[int], same: Callable[[str, str], bool] = same_text
 ) -> PerProblem:
     """The figures of each problem, in their order: those that are told are means of them.
@@ -113,12 +113,12 @@ def mean_of_present(values: Sequence[float | None]) -> float:
     return float(np.mean(present)) if present else math.nan
 
 
-def bounds_of(name: str) -> tuple[float, float] | None:
+def metric_bounds(name: str) -> tuple[float, float] | None:
     """The least and the greatest that a figure can be, where that is known."""
     return (0.0, 1.0) if name in SHARES or name.startswith(("pass@", "maj@", "rewards/accuracy/")) else None
 
 
-def estimated(name: str, values: np.ndarray) -> dict[str, Any]:
+def estimate_metric(name: str, values: np.ndarray) -> dict[str, Any]:
     """Mean and confidence interval of a metric, as a dict; None where it is absent everywhere.
 
     Args:
@@ -128,21 +128,21 @@ def estimated(name: str, values: np.ndarray) -> dict[str, Any]:
     present = values[~np.isnan(values)]
     if not len(present):
         return {"mean": None, "low": None, "high": None, "problems": 0}
-    return dataclasses.asdict(estimate(present, bounds=bounds_of(name)))
+    return dataclasses.asdict(estimate(present, bounds=metric_bounds(name)))
 
 
-def compared(before: PerProblem, after: PerProblem) -> dict[str, dict[str, Any]]:
+def compare_metrics(before: PerProblem, after: PerProblem) -> dict[str, dict[str, Any]]:
     """What changed in each figure that both have, over the problems that count in both."""
     found = {}
     for name in (name for name in after if name in before):
         both = ~np.isnan(before[name]) & ~np.isnan(after[name])
         if both.any():
-            tested = paired_test(before[name][both], after[name][both], bounds=bounds_of(name))
+            tested = paired_test(before[name][both], after[name][both], bounds=metric_bounds(name))
             found[name] = dataclasses.asdict(tested)
     return found
 
 
-def keys_of(problems: Iterable[Problem]) -> list[Key]:
+def problem_keys(problems: Iterable[Problem]) -> list[Key]:
     """What problems are told apart by; in whatever template, they are the same."""
     seen: Counter[tuple[str, str | None]] = Counter()
     keys = []
@@ -154,7 +154,7 @@ def keys_of(problems: Iterable[Problem]) -> list[Key]:
 
 
 def check_same_problems(own: Sequence[Key], others: Sequence[Key], folder: Path, against: Path) -> None:
-    """Check that two evaluations can be compared problem by problem.
+    """Check that two evaluations can be compare_metrics problem by problem.
 
     Raises:
         ValueError: one has problems that the other has not; it says how many, and shows some.
@@ -181,29 +181,34 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
         f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
     )
     rows = [
-        (name, shown(name, each["mean"]), interval(name, each), str(each["problems"]))
+        (name, format_value(name, each["mean"]), format_interval(name, each), str(each["problems"]))
         for name, each in report[FIGURES].items()
         if name != "ungraded" or each["mean"]
     ]
-    run.say(as_table([("", "mean", "95% interval", "problems"), *rows]))
+    run.say(format_table([("", "mean", "95% interval", "problems"), *rows]))
     comparison = report.get(COMPARISON)
     if comparison:
         run.say(f"\nagainst {comparison['against']}, problem by problem")
         changes = [
             (
-                *(name, shown(name, each["before"]), shown(name, each["after"]), shown(name, each["difference"])),
-                *(interval(name, each), f"{each['p']:.4f}", str(each["problems"])),
+                *(
+                    name,
+                    format_value(name, each["before"]),
+                    format_value(name, each["after"]),
+                    format_value(name, each["difference"]),
+                ),
+                *(format_interval(name, each), f"{each['p']:.4f}", str(each["problems"])),
             )
             for name, each in comparison[FIGURES].items()
             if name != "ungraded" or each["before"] or each["after"]
         ]
-        run.say(as_table([("", "before", "after", "difference", "95% interval", "p", "problems"), *changes]))
+        run.say(format_table([("", "before", "after", "difference", "95% interval", "p", "problems"), *changes]))
         if comparison["settings"]:
             run.say("settings that differ: " + "; ".join(comparison["settings"]))
     run.say(f"everything is in {run.folder}")
 
 
-def as_table(rows: Sequence[Sequence[str]]) -> str:
+def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as aligned lines, of whatever width: no console cuts a figure off."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -215,18 +220,18 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def shown(name: str, value: float | None) -> str:
+def format_value(name: str, value: float | None) -> str:
     """A figure as text: shares with one number of digits, others with as many as they need."""
     if value is None:
         return "absent"
-    return number(value) if bounds_of(name) is None else f"{value:.4f}"
+    return number(value) if metric_bounds(name) is None else f"{value:.4f}"
 
 
-def interval(name: str, each: Mapping[str, Any]) -> str:
+def format_interval(name: str, each: Mapping[str, Any]) -> str:
     """A confidence interval as text.
 
     Args:
         name: of the metric.
         each: with ``low`` and ``high``.
     """
-    return "" if each["low"] is None else f"[{shown(name, each['low'])}, {shown(name, each['high'])}]"
+    return "" if each["low"] is None else f"[{format_value(name, each['low'])}, {format_value(name, each['high'])}]"

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from grpo_jax.jsonl import JsonlLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
-from grpo_jax.loop.run_folder import BEGUN, claim_folder, device_summary, package_versions
+from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, package_versions
 from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.display import best_evaluation, closing_line
 from grpo_jax.monitor.plots import plot_curves
@@ -125,13 +125,13 @@ class Run:
         return self._earlier_seconds + time.monotonic() - self._started
 
     @property
-    def begun(self) -> str:
+    def start_date(self) -> str:
         """The date on which the run began, such as "2026-11-27"; the same in every process that goes on with it."""
-        return (self.folder / BEGUN).read_text().strip()
+        return (self.folder / START_DATE).read_text().strip()
 
     @property
     def is_finished(self) -> bool:
-        """Whether ``finish`` or ``conclude`` was reached before."""
+        """Whether ``finish`` or ``write_summary`` was reached before."""
         return (self.folder / "summary.json").exists()
 
     def is_finished_with(self, names: Collection[str]) -> bool:
@@ -247,10 +247,10 @@ class Run:
         """
         plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
         alarms = {each["alarm"]: each["step"] for each in reversed(read_jsonl(self.alarms_log.path))}
-        self.conclude({**summary, "steps": steps, "alarms": alarms})
+        self.write_summary({**summary, "steps": steps, "alarms": alarms})
         self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
 
-    def conclude(self, summary: Mapping[str, Any]) -> None:
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``, which makes the run a finished one: by itself for a run without steps.
 
         Args:

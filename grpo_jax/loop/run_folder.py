@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one process, with the settings it was started with."""
+"""A run's folder: locked by one process, with the settings that the run was started with."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import jax
 
 from grpo_jax.jsonl import write_atomically
 
-BEGUN = "begun.txt"
+START_DATE = "begun.txt"
 PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 
 class claim_folder:  # noqa: N801 - used as a function
-    """A context that holds the folder of a run for this process.
+    """A context that locks a run's folder for this process and writes ``config.json``.
 
     Args:
-        folder: created if need be.
-        settings: of the run, as JSON; written to ``config.json``.
-        resumable_fields: names on their top level that may differ from those the folder's run was begun with.
+        folder: created if it does not exist.
+        settings: the run's settings as JSON.
+        resumable_fields: top-level settings that may differ from the folder's.
 
     Attributes:
-        previous: the settings of the process before; None if it computed nothing.
+        previous: settings of the previous process; None if it computed nothing.
 
     Raises:
-        ValueError, RuntimeError: as of ``Run``.
+        ValueError, RuntimeError: as ``Run``.
         OSError: the folder is a file, or cannot be created or written.
     """
 
@@ -66,9 +66,9 @@ class claim_folder:  # noqa: N801 - used as a function
             except ValueError:
                 self._lock.close()
                 raise
-        begun = folder / BEGUN
-        if not begun.exists() or not has_results(folder):
-            write_atomically(begun, f"{date.today().isoformat()}\n".encode())
+        start_date = folder / START_DATE
+        if not start_date.exists() or not has_results(folder):
+            write_atomically(start_date, f"{date.today().isoformat()}\n".encode())
         write_atomically(known, json.dumps(settings, indent=2).encode() + b"\n")
 
     def __enter__(self) -> None: ...
@@ -93,18 +93,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def has_results(folder: Path) -> bool:
-    """Whether anything was computed in a run's folder: a run that failed before that may be started differently."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", BEGUN, ".lock")]
+    """Whether a run's folder holds results; until then the run may be restarted with other settings."""
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", START_DATE, ".lock")
+    ]
     return any(path.stat().st_size for path in files)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields: Collection[str] = ()) -> list[str]:
-    """The settings that are not the same in both, as lines ``name: old -> new``.
+    """The settings that differ, as lines ``name: old -> new``.
 
     Args:
-        old: settings, nested.
-        new: others.
-        resumable_fields: names on the top level that are passed over.
+        old: nested settings.
+        new: nested settings.
+        resumable_fields: top-level names to ignore.
     """
     old, new = flatten(old, resumable_fields), flatten(new, resumable_fields)
     names = [*old, *(name for name in new if name not in old)]
@@ -117,7 +119,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields
 
 
 def flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, names joined by dots."""
+    """Nested settings as a flat dict with dotted names, except the top-level names in ``without``."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if name in without:
@@ -127,10 +129,10 @@ def flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: 
 
 
 def package_versions() -> dict[str, str]:
-    """Python's version, and that of every package a result depends on."""
+    """Versions of Python and of every package that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def device_summary() -> str:
-    """Such as ``8 x cpu``."""
+    """Number and kind of the devices, such as ``8 x cpu``."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

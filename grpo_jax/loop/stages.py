@@ -183,13 +183,13 @@ def check_models(stages: Sequence[Stage]) -> None:
 def run_stages(
     config: AnyConfig,
     stages: Callable[[AnyConfig], Sequence[Stage]],
-    conclude: Callable[[AnyConfig, Run], None],
+    write_summary: Callable[[AnyConfig, Run], None],
     *,
     title: str,
     check: Callable[[AnyConfig], None] | None = None,
     again: bool = False,
 ) -> int:
-    """Check all stages, run or resume them, and conclude.
+    """Check all stages, run or resume them, then write the summary.
 
     The pipeline may be run again with other settings: stages that they do not affect stay, and a stage that has run
     with others is refused by ``check_stages``.
@@ -197,10 +197,10 @@ def run_stages(
     Args:
         config: as for ``run_experiment``; with ``dry_run``, the commands of the stages are printed instead.
         stages: the stages of a configuration, in order; it may write files that they read to the run's folder.
-        conclude: called with the run of the pipeline itself once all stages are finished.
+        write_summary: called with the run of the pipeline itself once all stages are finished.
         title: of the live view.
         check: called before anything else, once the folder is claimed; it may raise.
-        again: whether ``conclude`` is called for a finished pipeline too.
+        again: whether ``write_summary`` is called for a finished pipeline too.
     """
     with claim_folder(config.run_dir, to_json(asdict(config)), config.resumable_fields):
         if check is not None:
@@ -212,7 +212,7 @@ def run_stages(
             return 0
         # Planned anew before each: what one found out, such as the prompts' format, may be a setting of a later one.
         status = next((status for number in range(len(plan)) if (status := stages(config)[number].run())), 0)
-    return status or run_experiment(config, conclude, title=title, again=again)
+    return status or run_experiment(config, write_summary, title=title, again=again)
 
 
 def stage_config(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:

@@ -1,8 +1,8 @@
-"""A task that is ready to be sampled for and scored: problems as prompts, graders, rewards."""
+"""A task at run time: encoded problems, graders, scorer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -23,56 +23,55 @@ from grpo_jax.models import Pretrained
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.tasks.generated import TASKS
 
-Asked = Literal["training", "held_out", "evaluation"]
-"""Problems of a task that completions are sampled for."""
-OF_COMPLETIONS = ("completion_length", "truncated")
-"""Columns that are of no problem but of what was drawn for it."""
+ProblemSet = Literal["training", "held_out", "evaluation"]
+"""Training problems, held-out problems, or the problems of an evaluation."""
+COMPLETION_COLUMNS = ("completion_length", "truncated")
+"""Columns that describe a completion rather than its problem."""
 
 
 def asks_for_format(data: DataConfig) -> bool:
-    """Whether completions should have the form ``<think>...</think><answer>...</answer>``: the prompt asks for it."""
+    """Whether the prompts ask for ``<think>...</think><answer>...</answer>``."""
     task = TASKS.get(data.dataset or "")
     if task is not None:
         return task.asks_for_format
-    asked = data.system_prompt if data.chat_template else data.template or R1_ZERO
-    return asked is not None and "<answer>" in asked
+    instructions = data.system_prompt if data.chat_template else data.template or R1_ZERO
+    return instructions is not None and "<answer>" in instructions
 
 
 def has_final_answers(data: DataConfig, problems: Sequence[Problem]) -> bool:
-    """Whether completions of these problems end in an answer that votes can be counted by, rather than being one."""
-    is_code = data.grader == "code" or (data.grader == "auto" and any("tests" in each.columns for each in problems))
-    answered = any(each.answer is not None for each in problems)
+    """Whether completions end in a short answer, so that majority votes are defined: not for code or without grader."""
+    is_code = data.grader == "code" or (data.grader == "auto" and any("tests" in row.columns for row in problems))
+    answered = any(problem.answer is not None for problem in problems)
     task = TASKS.get(data.dataset or "")
     is_voted = task is None or task.has_final_answers
     return answered and not is_code and data.grader != "none" and is_voted
 
 
 class TaskRuntime:
-    """A task that is ready to be asked and scored.
+    """Problems and scorer of a task.
 
     Attributes:
-        name: of the task.
-        problems, held_out: lists of problems, until ``encode`` made prompts of them.
+        name: name of the task; None if it is the run's only one.
+        problems, held_out: encoded problems; available after ``encode``.
         scorer: scores completions; closed with the run.
-        is_graded: whether anything tells a right completion.
-        has_final_answers: whether its completions end in an answer, so that there is a majority vote.
-        same: whether two answers are the same for a majority vote.
-        prompt_format: how prompts are made, once ``encode`` was called; see ``data.prompt_format``.
+        is_graded: whether an accuracy reward exists.
+        has_final_answers: whether completions end in a short answer, so that majority votes are defined.
+        same: equality of two answers in a majority vote.
+        prompt_format: prompt format in effect, as in ``data.prompt_format``; available after ``encode``.
 
     Args:
-        task: which.
-        run: that it is for.
-        seed: of what is drawn.
+        task: data and reward settings.
+        run: the run; its folder receives the data statistics, and it closes the scorer.
+        seed: seed of generated problems.
         max_completion_length: in tokens.
-        mesh: that a reward model is split over.
-        dtype: the precision a reward model computes in.
-        measured: parts of the reward that are measured in any case; without it, the format is where it is asked for
-            or paid for.
-        asked: the problems whose completions ``scorer.score`` will get: those to train on, those held out from them,
-            or those of ``DataConfig.load_for_evaluation``, which are then ``problems`` and ``held_out`` alike.
+        mesh: mesh over which a reward model is sharded.
+        dtype: computation dtype of a reward model.
+        measures_format: measure the format reward even where the prompts do not ask for it and it has no weight.
+        problem_set: problems whose completions ``scorer.score`` will get. With ``evaluation``, ``problems`` and
+            ``held_out`` are both those of ``load_evaluation_problems``.
 
     Raises:
-        ValueError: problems or rewards that cannot be had, or do not fit each other.
+        ValueError: problems or rewards cannot be loaded or are incompatible.
     """
 
     problems: EncodedProblems
@@ -88,16 +87,16 @@ class TaskRuntime:
         max_completion_length: int,
         mesh: Mesh,
         dtype: Any,
-        asked: Asked = "training",
-        measured: Collection[str] = (),
+        problem_set: ProblemSet = "training",
+        measures_format: bool = False,
     ):
         self.name, self._task, self._run = task.name, task, run
         self.is_graded = task.data.grader != "none"
         self.same = same_answers_of(task.data)
         if not self.is_graded and (task.rewards.accuracy_weight or task.rewards.gate_on_format):
-            raise ValueError("grader is none, so that there is no accuracy to be paid for; set accuracy_weight to 0")
+            raise ValueError("grader is none, so there is no accuracy reward; set accuracy_weight to 0")
         stats = DataStatistics()
-        if asked == "evaluation":
+        if problem_set == "evaluation":
             self._problems, accuracy = load_evaluation_problems(task.data, stats)
             self._held_out, held_out_accuracy = self._problems, accuracy
         else:
@@ -105,45 +104,45 @@ class TaskRuntime:
         stats.report(run.say, run.folder / ("data.json" if task.name is None else f"data-{task.name}.json"))
         run.stop_if_requested()
         self.has_final_answers = has_final_answers(task.data, self._problems)
-        self.columns = frozenset(reward_columns(self._problems)) | {*OF_COMPLETIONS}
+        self.columns = frozenset(reward_columns(self._problems)) | {*COMPLETION_COLUMNS}
         self.scorer: Scorer = run.enter(
             open_scorer(
                 task.rewards,
-                accuracy if asked == "training" else held_out_accuracy,
+                accuracy if problem_set == "training" else held_out_accuracy,
                 held_out_accuracy,
                 max_completion_length=max_completion_length,
                 needs_pool=task.data.dataset not in TASKS,
                 mesh=mesh,
                 dtype=dtype,
-                today=run.begun,
+                today=run.start_date,
                 show=run.say,
-                measures_format="format" in measured or asks_for_format(task.data),
+                measures_format=measures_format or asks_for_format(task.data),
             )
         )
-        scored = self._problems if asked == "training" else self._held_out
+        scored = self._problems if problem_set == "training" else self._held_out
         self.scorer.probe(_first_row(scored), _first_row(self._held_out))
 
     def encode(self, policy: Pretrained, *, max_prompt_length: int, first: int = 0, first_held_out: int = 0) -> None:
-        """Make prompts of the problems.
+        """Render and tokenize the problems.
 
         Args:
-            policy: whose tokens they are made of, and whose prompt format is the default.
+            policy: its tokenizer, and its prompt format as the default.
             max_prompt_length: in tokens.
-            first, first_held_out: what the prompts' noise is counted from.
+            first, first_held_out: index of the first problem of each list, from which the sampling noise is derived.
 
         Raises:
-            ValueError: as ``EncodedProblems``; and the policy does not stop where its chat template ends a turn.
+            ValueError: as ``EncodedProblems``; or no stop token of the policy ends a turn of its chat template.
         """
-        of_task = "" if self.name is None else f"{self.name}: "
+        prefix = "" if self.name is None else f"{self.name}: "
         rendering = resolve_rendering(
-            self._task.data, policy, say=lambda text: self._run.say(of_task + text), today=self._run.begun
+            self._task.data, policy, say=lambda text: self._run.say(prefix + text), today=self._run.start_date
         )
         self.prompt_format = prompt_format_of(rendering, policy.tokenizer)
         first_problem = self._problems[0]
         check_turn_end(policy.tokenizer, policy.eos_ids, first_problem.prompt, first_problem.columns, **rendering)
 
         def encoded(problems: list[Problem], first_index: int) -> EncodedProblems:
-            found = encode_problems(
+            result = encode_problems(
                 self._task.data,
                 problems,
                 policy.tokenizer,
@@ -152,16 +151,16 @@ class TaskRuntime:
                 rendering=rendering,
                 first_index=first_index,
             )
-            if found.dropped:
-                self._run.say(f"{found.dropped} of {len(problems)} prompts dropped: over {max_prompt_length} tokens")
-            return found
+            if result.dropped:
+                self._run.say(f"{result.dropped} of {len(problems)} prompts dropped: over {max_prompt_length} tokens")
+            return result
 
         self.problems = encoded(self._problems, first)
         is_same = self._held_out is self._problems
         self.held_out = self.problems if is_same else encoded(self._held_out, first_held_out)
 
     def facts(self) -> dict[str, str]:
-        """Rows, columns and rewards, for a run's first lines; call it after ``encode``."""
+        """Rows, columns and rewards for the run's header; requires ``encode``."""
         data, weights = self._task.data, self.scorer.weights
         dropped = self.problems.dropped + self.held_out.dropped
         left_out = f"; {dropped} left out, with prompts that are too long" if dropped else ""
@@ -178,5 +177,5 @@ class TaskRuntime:
 
 
 def _first_row(problems: list[Problem]) -> dict[str, Any]:
-    """The columns of a first problem, one value each."""
+    """Columns of the first problem, one value each."""
     return {name: values[0] for name, values in reward_columns(problems[:1]).items()}
