@@ -31,17 +31,19 @@ def load_scripts(folder: Path, *names: str) -> list[ModuleType]:
         folder: of the scripts.
         names: of the scripts.
     """
+    parts = folder.resolve().parts
+    start = len(parts) - 1 - parts[::-1].index("experiments") if "experiments" in parts else -1
+    package = ".".join(parts[start:])  # as an import from the root of the project would name it
     found = []
     for name in names:
-        module = sys.modules.get(name)
-        path = folder / f"{name}.py"
-        if module is None or Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
-            spec = importlib.util.spec_from_file_location(name, path)
+        full_name = f"{package}.{name}"
+        if full_name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(full_name, folder / f"{name}.py")
             assert spec is not None
             assert spec.loader is not None
-            module = sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        found.append(module)
+            sys.modules[full_name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[full_name])
+        found.append(sys.modules[full_name])
     return found
 
 
@@ -70,16 +72,13 @@ class Stage:
         """The command that runs the stage alone; writes its settings to a file for ``--config``.
 
         Args:
-            folder: for the file.
+            folder: of the pipeline, which holds the stage's run folder.
         """
-        name = "_".join(self.config.run_dir.relative_to(folder).parts) if self._is_inside(folder) else "first"
+        name = "_".join(self.config.run_dir.relative_to(folder).parts)
         path = folder / "stages" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(to_json(asdict(self.config)), indent=2).encode() + b"\n")
         return shlex.join(["python", self.script.__file__, "--config", str(path)])
-
-    def _is_inside(self, folder: Path) -> bool:
-        return self.config.run_dir.is_relative_to(folder)
 
     @property
     def has_results(self) -> bool:
