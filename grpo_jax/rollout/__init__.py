@@ -5,8 +5,9 @@ by means of a loop on the host, which removes finished rows from the batch. Both
 ``decode``.
 """
 
+from grpo_jax.rollout.compiled import StopFn
 from grpo_jax.rollout.decode import sample_keys
-from grpo_jax.rollout.engine import OnTokensFn, StopFn
+from grpo_jax.rollout.engine import OnTokensFn
 from grpo_jax.rollout.generate import generate
 from grpo_jax.rollout.host_batch import RolloutStats
 from grpo_jax.rollout.sampler import Sampler

@@ -15,7 +15,8 @@ from jaxtyping import Array, Key
 
 from grpo_jax.rollout.buckets import MemoryLimits, default_cache_bytes
 from grpo_jax.rollout.checks import check_lengths, check_prompts
-from grpo_jax.rollout.engine import CompiledSteps, GenerationLoop, OnTokensFn, StopFn
+from grpo_jax.rollout.compiled import CompiledSteps, StopFn
+from grpo_jax.rollout.engine import GenerationLoop, OnTokensFn
 from grpo_jax.rollout.host_batch import RolloutStats, batched, concatenated_fields, split_groups
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH
