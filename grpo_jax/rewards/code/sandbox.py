@@ -27,8 +27,7 @@ INSTALL = (
 NOBODY = 65534
 FIRST_LOOK_SECONDS = 0.1
 """Time until memory is first measured from outside: most programs end earlier, and limits per process always hold."""
-LOOK_SECONDS = 0.05
-REAPING_SECONDS = 2.0
+LOOK_SECONDS, REAPING_SECONDS = 0.05, 2.0
 
 Status = Literal["ended", "time", "memory", "output"]
 
