@@ -119,7 +119,7 @@ def test_an_argument_that_the_chat_template_does_not_read_is_refused(small):
     settings = PromptConfig(chat_template=True, template_kwargs=("enable_thinking=False",))
     assert resolve_rendering(settings, policy, say=str, today=TODAY)["template_kwargs"] == {"enable_thinking": False}
     misspelt = replace(settings, template_kwargs=("enable_thnking=False",))
-    with pytest.raises(ValueError, match="template_kwargs: the chat template reads no variable 'enable_thnking'"):
+    with pytest.raises(ValueError, match="template_kwargs: the chat template does not read a variable 'enable_thnking'"):
         resolve_rendering(misspelt, policy, say=str, today=TODAY)
 
 
@@ -135,7 +135,7 @@ def test_what_is_in_effect_is_said_with_what_the_model_was_trained_with(small):
         resolve_rendering(settings, replace(policy, prompt_format=prompt_format), say=said.append, today=TODAY)
     assert said[0] == "prompts: the plain template '{question}', as the model was trained"
     assert said[1].startswith("prompts: the plain template 'Below, a user")
-    assert said[1].endswith(", the default: the model does not say how it was trained")
+    assert said[1].endswith(", the default: the model has no prompt_format.json")
     assert said[2:] == [
         "prompts: the plain template '1+{question}'; the model was trained with the plain template '{question}'",
         "prompts: the tokenizer's chat template",

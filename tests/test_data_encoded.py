@@ -118,7 +118,7 @@ def test_held_out_counts_every_problem_once(tokenizer):
         held_out(encoded, drawn(), decode, lambda p, c, **_: [None] * len(c), group_size=3)
     with pytest.raises(ValueError, match="completions of 2 of 3 held-out problems"):
         held_out(encoded, list(drawn())[1:], decode, answer_reward, group_size=3)
-    with pytest.raises(ValueError, match="held-out problem 2 was drawn for twice"):
+    with pytest.raises(ValueError, match="held-out problem 2 was sampled twice"):
         held_out(encoded, [*drawn(), *drawn()], decode, answer_reward, group_size=3)
 
 

@@ -243,9 +243,9 @@ def test_other_problems_are_told_before_anything_is_drawn(finished, tmp_path):
     fewer = replace(finished.data, eval_size=PROBLEMS - 2)
     config = replace(finished, run_dir=tmp_path / "run", data=fewer, against=finished.run_dir)
     alone = [row["prompt"] for row in rows_of(finished)][PROBLEMS - 2 :]
-    with pytest.raises(ValueError, match="problems of the two evaluations are not the same") as error:
+    with pytest.raises(ValueError, match="the two evaluations have different problems") as error:
         evaluate.main(config)
-    assert f"0 in {config.run_dir} alone; 2 in {finished.run_dir} alone" in str(error.value)
+    assert f"0 only in {config.run_dir}; 2 only in {finished.run_dir}" in str(error.value)
     assert all(repr(prompt) in str(error.value) for prompt in alone)
     assert not rows_of(config)
 
@@ -254,7 +254,7 @@ def test_a_finished_evaluation_is_not_compared_with_one_of_other_problems(copy, 
     other = tmp_path / "other"
     shutil.copytree(warmer.run_dir, other)
     write_rows(other / "completions.jsonl", rows_of(warmer)[1:])
-    with pytest.raises(ValueError, match=f"1 in {copy.run_dir} alone"):
+    with pytest.raises(ValueError, match=f"1 only in {copy.run_dir}"):
         evaluate.main(replace(copy, against=other))
     assert evaluate.main(copy) == 0  # nothing is lost
 

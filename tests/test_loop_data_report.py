@@ -10,7 +10,7 @@ from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.preferences import Preference
 from grpo_jax.data.problems import Problem
 from grpo_jax.loop.data_report import (
-    MOST_EXAMPLES,
+    MAX_EXAMPLES,
     Example,
     check_demonstrations,
     check_leaks,
@@ -137,7 +137,7 @@ def test_long_prompts():
 
 def test_examples_are_cut_and_counts_are_not():
     (only,) = finding("x", "y", (Example(f"{n}", "") for n in range(1000)), 2000)
-    assert (only.count, len(only.examples)) == (1000, MOST_EXAMPLES)
+    assert (only.count, len(only.examples)) == (1000, MAX_EXAMPLES)
 
 
 # The script -----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_a_best_step_before_the_last_is_said(tmp_path):
         assert "best at" not in said(run)
         report_best(run, rows, 20)
         text = said(run)
-        assert "held-out pass@1 was best at step 10 (0.5000), and is 0.2500 at the last one; model/ is that of" in text
+        assert "held-out pass@1 was best at step 10 (0.5000), and is 0.2500 at the last step; model/ is from" in text
         assert "--export best" in text
     with open_run(tmp_path / "other") as run:
         report_best(run, rows, 10)
@@ -113,9 +113,9 @@ def test_fewer_steps_than_were_taken_are_refused_and_another_number_is_said(tmp_
         check_steps(run, 3, 6, setting="num_steps", decay="constant")
         check_steps(run, 3, 6, setting="num_steps", decay="cosine")
         text = said(run)
-        assert "num_steps was 3 and is 6: goes on from step 3 to 6; the learning rate stays constant" in text
+        assert "num_steps was 3 and is 6: continues from step 3 to 6; the learning rate is constant" in text
         assert "from step 4 on the learning rate is that of a cosine decay over 6 steps" in text
-        with pytest.raises(ValueError, match=r"num_steps asks for 2 steps, and .*run has taken 3"):
+        with pytest.raises(ValueError, match=r"num_steps gives 2 steps, but .*run has already taken 3"):
             check_steps(run, 3, 2, setting="num_steps", decay="linear")
 
 
@@ -158,7 +158,7 @@ def test_a_finished_run_that_is_given_more_steps_becomes_the_longer_run(config, 
     first = json.loads((config.run_dir / "summary.json").read_text())
     longer = replace(config, num_steps=4)
     assert grpo.main(longer) == 0
-    assert "num_steps was 2 and is 4: goes on from step 2 to 4" in capsys.readouterr().out
+    assert "num_steps was 2 and is 4: continues from step 2 to 4" in capsys.readouterr().out
     whole = replace(longer, run_dir=config.run_dir.with_name("whole"))
     assert grpo.main(whole) == 0
     weights = [(each.run_dir / "model/model.safetensors").read_bytes() for each in (longer, whole)]
@@ -173,7 +173,7 @@ def test_a_finished_run_that_is_given_more_steps_becomes_the_longer_run(config, 
     completions = read_jsonl(config.run_dir / "completions.jsonl")
     assert [row["step"] for row in completions] == [step for step in (1, 2, 3, 4) for _ in range(2 * 4)]
 
-    with pytest.raises(ValueError, match=r"num_steps asks for 3 steps, and .* has taken 4"):
+    with pytest.raises(ValueError, match=r"num_steps gives 3 steps, but .* has already taken 4"):
         grpo.main(replace(config, num_steps=3))
     assert grpo.main(longer) == 0
     assert "this run is finished" in capsys.readouterr().out

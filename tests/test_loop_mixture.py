@@ -103,7 +103,7 @@ def test_a_weight_is_a_number_above_0(tmp_path, weight):
         ({"clip_reward": [0, "1"]}, "clip_reward is [0, '1']; it must be list[float, float] | None"),
         ({"grader": "hope"}, "grader is 'hope'; it must be Literal['auto', 'exact', 'math', 'code', 'none']"),
         ({"overlong_prompts": ["drop"]}, "overlong_prompts is ['drop']; it must be Literal['drop', 'truncate', 'error"),
-        ({"template": "no place"}, "template must hold {question}"),
+        ({"template": "no place"}, "template must contain {question}"),
         ({"reward": ["a:b=much"]}, "the weight of a reward must be a number"),
     ],
 )

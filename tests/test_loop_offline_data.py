@@ -304,7 +304,7 @@ def test_no_demonstration_fits(policy, long, max_length):
         ({"eval_size": 0}, "eval_size is 0; it must be at least 1"),
         ({"num_generated": 0}, "num_generated is 0; it must be at least 1"),
         ({"chat_template": True, "template": "{question}"}, "both set"),
-        ({"template": "no place"}, r"must hold \{question\}"),
+        ({"template": "no place"}, r"must contain \{question\}"),
         ({"system_prompt": "be brief", "template": "{question}"}, "system_prompt needs chat_template"),
         ({"template_kwargs": ("a=1",), "template": "{question}"}, "template_kwargs needs chat_template"),
         ({"template_kwargs": ("thinking",)}, "template_kwargs: 'thinking' is neither name=value nor a JSON object"),

@@ -128,7 +128,7 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DataConfig(template="no place"), "must hold {question}"),
+        (lambda: DataConfig(template="no place"), "must contain {question}"),
         (lambda: DataConfig(system_prompt="be brief", template="{question}"), "system_prompt needs chat_template"),
         (lambda: DataConfig(dataset="sums", partial_credit=True), "partial_credit scores programs"),
         (lambda: DataConfig(dataset="a.jsonl", grader="math", partial_credit=True), "partial_credit scores programs"),
@@ -201,7 +201,7 @@ def test_a_grader_can_be_chosen_and_must_be_able_to_read_the_gold(tmp_path):
 def test_prompts_that_nothing_grades_need_no_answers(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(20)))
-    with pytest.raises(KeyError, match="Where a reward model judges, set grader to none"):
+    with pytest.raises(KeyError, match="With a reward model instead of answers, set grader to none"):
         load_problem_sets(DataConfig(dataset=str(path)), 0)
     problems, held_out, reward, held_out_reward = load_problem_sets(DataConfig(dataset=str(path), grader="none"), 0)
     assert {problem.answer for problem in problems + held_out} == {None}

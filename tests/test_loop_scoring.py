@@ -134,7 +134,7 @@ def test_a_reward_that_cannot_run_is_found_before_anything_is_spent():
         ({"overlong_cache": 0}, "overlong_cache is 0"),
         ({"reward_deadline": 0.0}, "reward_deadline is 0.0"),
         ({"reward_batch_deadline": -1.0}, "reward_batch_deadline is -1.0"),
-        ({"language_weight": 1.0}, "language_weight is set, but no target_language"),
+        ({"language_weight": 1.0}, "language_weight needs target_language"),
         ({"target_language": "klingon"}, "klingon"),
         ({"format_pattern": "("}, "is not a regular expression"),
     ],

@@ -111,18 +111,18 @@ def shares(tasks: Sequence[TaskConfig], num_prompts: int) -> list[int]:
     return counts
 
 
-def check_known(model: str | None, asked: Sequence[DataConfig]) -> None:
+def check_known(model: str | None, data: Sequence[DataConfig]) -> None:
     """Check that the toy model is used with the toy tasks only.
 
     Args:
         model: the model's name.
-        asked: the problems.
+        data: data settings of all tasks.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the toy model is used with another dataset or a template.
     """
-    known = all(data.dataset in TASKS and not (data.template or data.chat_template) for data in asked)
-    if model == TOY and not known:
+    is_toy = all(each.dataset in TASKS and not (each.template or each.chat_template) for each in data)
+    if model == TOY and not is_toy:
         raise ValueError(
             f"the toy model knows the tasks {' and '.join(TASKS)} only, without a template; with another dataset or a "
             "template, name a model with --model"

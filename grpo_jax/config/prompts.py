@@ -1,4 +1,4 @@
-"""Settings of how prompts become text, and their resolution against what a model was trained with."""
+"""Settings of the prompt format, and their resolution against the format that a model was trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How prompts become text. Without any of them: as the model was trained, else R1-Zero's plain template."""
+    """Prompt format. Default: that of the model's training, else R1-Zero's plain template."""
 
     chat_template: bool = False
     """Write prompts with the tokenizer's chat template. Default: as the model was trained (its prompt_format.json)."""
@@ -27,16 +27,16 @@ class PromptConfig:
     """System message for the chat template; '' for none. Default: as the model was trained."""
     template_kwargs: tuple[str, ...] = ()
     """Arguments of the chat template, as JSON or name=value, such as '{"enable_thinking": false}'. A column
-    chat_template_kwargs has those of its row."""
+    chat_template_kwargs sets them per row."""
     template_date: str | None = None
-    """Date that the chat template is given as the current one, such as 2026-11-27. Default: the one that the model was
-    trained with, else the day on which the run began."""
+    """Current date for the chat template, such as 2026-11-27. Default: that of the model's training, else the date on
+    which the run was started."""
 
     def __post_init__(self):
         if self.chat_template and self.template is not None:
             raise ValueError("chat_template and template are both set; a prompt is rendered with one of them")
         if self.template is not None and "{question}" not in self.template:
-            raise ValueError(f"template must hold {{question}} where the prompt goes; it is {self.template!r}")
+            raise ValueError(f"template must contain {{question}} where the prompt goes; it is {self.template!r}")
         if self.template_date is not None:
             check_date(self.template_date, "template_date")
         _ = self.template_variables
@@ -45,24 +45,24 @@ class PromptConfig:
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """The arguments of the chat template that ``template_kwargs`` stands for."""
+        """``template_kwargs`` as a dict."""
         return parse_template_kwargs(self.template_kwargs)
 
     @property
     def says_template(self) -> bool:
-        """Whether the kind of template is chosen here."""
+        """Whether these settings choose a template."""
         return self.chat_template or self.template is not None
 
     def rendering(self, prompt_format: Mapping[str, Any] | None, tokenizer: Any, *, today: str) -> Rendering:
         """The arguments of ``prompts.render_prompts`` in effect.
 
         Args:
-            prompt_format: the format that the model was trained on; None where it does not say.
-            tokenizer: the model's.
-            today: the date on which the run began.
+            prompt_format: format that the model was trained on; None if unknown.
+            tokenizer: the model's tokenizer.
+            today: date on which the run was started.
 
         Raises:
-            ValueError: settings of a chat template for a plain one; a malformed format.
+            ValueError: settings of a chat template with a plain template; a malformed ``prompt_format``.
         """
         trained = None if prompt_format is None else read_prompt_format(prompt_format)
         if self.template is not None:
@@ -86,13 +86,13 @@ class PromptConfig:
         for name in ("system_prompt", "template_kwargs", "template_date"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{name} needs chat_template: the prompts' template is the plain one {template!r:.100}. With it, "
-                    "write what the model is to be told into template"
+                    f"{name} needs chat_template, but the prompt template is plain: {template!r:.100}. Set "
+                    "chat_template, or write the instructions into template"
                 )
 
 
 def with_format(settings: AnySettings, prompt_format: Mapping[str, Any]) -> AnySettings:
-    """Settings that ask for a format whatever a model was trained with, unless they choose a template themselves."""
+    """``settings`` with the format ``prompt_format`` for any model, unless they choose a template themselves."""
     if settings.says_template:
         return settings
     read = read_prompt_format(prompt_format)
@@ -108,12 +108,12 @@ def with_format(settings: AnySettings, prompt_format: Mapping[str, Any]) -> AnyS
 
 
 def prompt_fields(settings: PromptConfig) -> dict[str, Any]:
-    """The fields of these settings that say how prompts are made."""
-    return {each.name: getattr(settings, each.name) for each in fields(PromptConfig)}
+    """The fields of ``PromptConfig`` in a subclass."""
+    return {field.name: getattr(settings, field.name) for field in fields(PromptConfig)}
 
 
 def prompt_flags(prompt_format: Mapping[str, Any]) -> list[str]:
-    """The arguments of a command that ask for a prompt format."""
+    """Command-line flags that select a prompt format."""
     settings = with_format(PromptConfig(), prompt_format)
     flags = ["--chat-template"] if settings.chat_template else []
     for name in ("template", "system_prompt", "template_date"):
@@ -123,18 +123,18 @@ def prompt_flags(prompt_format: Mapping[str, Any]) -> list[str]:
 
 
 def parse_template_kwargs(texts: Sequence[str]) -> dict[str, Any]:
-    """Arguments of a chat template from JSON objects and from ``name=value``.
+    """Arguments of a chat template from JSON objects and ``name=value`` pairs.
 
-    A value is JSON, or ``True``, ``False`` or ``None`` as in Python; anything else is a text.
+    A value is JSON, or Python's ``True``, ``False`` or ``None``; anything else is a string.
 
     Raises:
-        ValueError: one is neither, or is not the user's to set.
+        ValueError: a text has another form, or sets a variable that is reserved.
     """
-    found: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for text in texts:
         if text.lstrip().startswith("{"):
             try:
-                found |= json.loads(text)
+                variables |= json.loads(text)
             except ValueError as error:
                 raise ValueError(f"template_kwargs: {text!r:.200} is not JSON: {error}") from error
             continue
@@ -145,7 +145,7 @@ def parse_template_kwargs(texts: Sequence[str]) -> dict[str, Any]:
                 """'{"enable_thinking": false}'"""
             )
         try:
-            found[name.strip()] = json.loads(PYTHON_WORDS.get(value.strip(), value))
+            variables[name.strip()] = json.loads(PYTHON_WORDS.get(value.strip(), value))
         except ValueError:
-            found[name.strip()] = value
-    return checked_variables(found, "template_kwargs")
+            variables[name.strip()] = value
+    return checked_variables(variables, "template_kwargs")

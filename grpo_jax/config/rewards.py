@@ -12,51 +12,51 @@ from grpo_jax.rewards.plugin import read_weighted
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What completions are paid for. A part with weight 0 is measured and not learnt from."""
+    """Rewards and their weights. A reward with weight 0 is measured but not trained on."""
 
     accuracy_weight: float = 1.0
     """Weight of the reward for a right final answer, or for a program that passes its tests."""
     format_weight: float = 0.0
-    """Weight of the reward for <think>...</think><answer>...</answer>; at 0 it is only measured, where prompts ask for
-    it."""
+    """Weight of the reward for <think>...</think><answer>...</answer>. With weight 0 it is measured where prompts ask
+    for this format."""
     format_pattern: str | None = None
-    """A regular expression that the whole completion must match, instead of that format."""
+    """Regular expression that the whole completion must match, instead of the default format."""
     gate_on_format: bool = False
-    """Count accuracy only where the format holds."""
+    """Give the accuracy reward only to completions with the right format."""
     target_language: str | None = None
-    """Language that thoughts are to be in, such as en or zh; measured where set."""
+    """Language of the thoughts, such as en or zh, which is then measured. Default: not measured."""
     language_weight: float = 0.0
-    """Weight of the share of a thought's words that are in that language."""
+    """Weight of the fraction of a thought's words that are in the target language."""
     overlong_cache: int | None = None
-    """Tokens before the longest completion over which a punishment grows from 0 to 1 (DAPO's soft overlong)."""
+    """DAPO's soft overlong penalty: it grows from 0 to 1 over this many tokens before max_completion_length."""
     repetition_weight: float = 0.0
-    """Weight of the punishment for n-grams that stood in the completion before."""
+    """Weight of the penalty for repeated n-grams."""
     steps_weight: float = 0.0
-    """Weight of the reward for a thought's equations that hold; with process supervision, of each step by itself."""
+    """Weight of the reward for correct equations in a thought; with process supervision, given per step."""
     reward: tuple[str, ...] = ()
-    """Rewards of your own: module:function, or module:function=0.5 with a weight other than 1."""
+    """User-defined rewards, module:function or module:function=WEIGHT (by default 1)."""
     reward_model: str | None = None
     """Hugging Face id or folder of a reward model with a scalar head."""
     reward_model_weight: float = 1.0
-    """Weight of its score."""
+    """Weight of the reward model's score."""
     judge: str | None = None
-    """A reward that is watched and never learnt from, module:function: an alarm rises when it falls as the reward
-    rises. Default: the reward model at weight 0, or else accuracy at weight 0, where there is one."""
+    """A reward that is only monitored, module:function: an alarm is raised if it falls while the reward rises. Default:
+    the reward model if its weight is 0, else accuracy if its weight is 0."""
     clip_reward: tuple[float, float] | None = None
-    """The least and the greatest sum of all."""
+    """Range to which the sum of the rewards is clipped."""
     reward_workers: int | None = None
-    """Processes that score; 0 scores in this one, without deadline. Default: 0 for the built-in sums without rewards of
-    your own, one more than there are processors otherwise."""
+    """Worker processes that score; 0 scores in the main process, without deadlines. Default: 0 for toy tasks without
+    user-defined rewards, otherwise the number of processors plus one."""
     reward_deadline: float = 30.0
-    """Seconds for one completion and one reward."""
+    """Time limit in seconds for one completion and one reward."""
     reward_batch_deadline: float = 300.0
-    """Seconds for one call of a reward of your own with a whole batch, as it is called unless it is declared
+    """Time limit in seconds for one call of a user-defined reward, which gets the whole batch unless it is declared
     per_sample."""
     reward_memory: int = 4 << 30
-    """Bytes of memory for each of those processes."""
+    """Memory limit of each worker process in bytes."""
     reward_abstain: Literal["skip", "absent"] = "skip"
-    """What None from a reward of your own means. skip: the other rewards are summed, as in TRL; absent: the completion
-    has no reward and is left out of the update."""
+    """Meaning of None from a user-defined reward. skip: sum the other rewards, as in TRL; absent: the completion has no
+    reward and is left out of the update."""
 
     def __post_init__(self):
         for text in self.reward:
@@ -69,16 +69,16 @@ class RewardConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.language_weight and self.target_language is None:
-            raise ValueError("language_weight is set, but no target_language")
+            raise ValueError("language_weight needs target_language; set it, such as en")
         if self.target_language is not None:
-            language_share("", self.target_language)  # an unknown one is found here
+            language_share("", self.target_language)  # raises if the language is unknown
         if self.format_pattern is not None:
             pattern_reward([], [], pattern=self.format_pattern)
 
     @property
     def part_names(self) -> list[str]:
-        """What completions are scored by: the names of the parts that ``open`` makes."""
-        there = {
+        """Names of the parts that ``open_scorer`` may measure."""
+        optional = {
             "language": self.target_language is not None,
             "overlong": self.overlong_cache is not None,
             "repetition": bool(self.repetition_weight),
@@ -87,4 +87,4 @@ class RewardConfig:
             "judge": self.judge is not None,
             "reward_model": self.reward_model is not None,
         }
-        return ["accuracy", "format", *(name for name, is_there in there.items() if is_there)]
+        return ["accuracy", "format", *(name for name, is_set in optional.items() if is_set)]

@@ -130,7 +130,7 @@ class Collector:
             different = differences(state["mixture"], self._mixture)
             if different:
                 raise ValueError(
-                    f"{self._config.tasks} does not hold the tasks that {self._run.folder} was begun with; restore "
+                    f"{self._config.tasks} does not have the tasks that {self._run.folder} was started with; restore "
                     "them, or use another run_dir:\n  " + "\n  ".join(different)
                 )
             for batches, position in zip(self._batches, state["batches"], strict=True):

@@ -1,7 +1,4 @@
-"""Faults of a data set, found before anything is trained on it. Functions of rows; ``check_data.py`` runs them.
-
-Each check gives a ``Finding``: how many rows, which, and why it matters.
-"""
+"""Checks of a dataset before training, run by ``check_data.py``; each returns ``Finding``s."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ from grpo_jax.rewards.math.reward import math_reward, question_contains_answer
 from grpo_jax.rewards.thought import after_thought
 
 Grader = Literal["math", "exact", "code", "none"]
-MOST_EXAMPLES = 50
-FEWEST_FOR_SHARES = 20
-"""Shares of fewer rows say nothing."""
+MAX_EXAMPLES = 50
+MIN_ROWS_FOR_SHARES = 20
+"""Minimum number of rows for findings about shares."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,8 @@ class Example:
     """A row of a finding.
 
     Attributes:
-        where: its place, such as ``data.jsonl:3``.
-        text: what is wrong there, or the text that it is about.
+        where: location of the row, such as ``data.jsonl:3``.
+        text: the problem with the row, or the text in question.
     """
 
     where: str
@@ -43,15 +40,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """Rows that have something in common.
+    """Rows that share a problem.
 
     Attributes:
         name: a short name, such as ``duplicates``.
-        explanation: what the rows have in common, and what follows for training.
-        count: how many rows.
-        rows: how many were looked at.
-        examples: the first of them, at most ``MOST_EXAMPLES``.
-        is_fault: whether it makes rows useless or misleading, rather than being good to know.
+        explanation: the problem, as a predicate of the rows, and its consequence for training.
+        count: number of rows with the problem.
+        rows: number of rows checked.
+        examples: the first ``MAX_EXAMPLES`` of them.
+        is_fault: whether the rows are useless or misleading; False for information.
     """
 
     name: str
@@ -63,21 +60,21 @@ class Finding:
 
 
 def finding(
-    name: str, explanation: str, found: Iterable[Example], rows: int, *, is_fault: bool = True
+    name: str, explanation: str, examples: Iterable[Example], rows: int, *, is_fault: bool = True
 ) -> list[Finding]:
-    """A list of the finding; empty where no row is found."""
-    examples = list(found)
+    """A list with the finding; empty without examples. Arguments as for ``Finding``."""
+    examples = list(examples)
     if not examples:
         return []
-    return [Finding(name, explanation, len(examples), rows, examples[:MOST_EXAMPLES], is_fault)]
+    return [Finding(name, explanation, len(examples), rows, examples[:MAX_EXAMPLES], is_fault)]
 
 
 def check_problems(problems: Sequence[tuple[str, Problem]], grader: Grader) -> list[Finding]:
-    """The faults of problems for reinforcement learning.
+    """Findings in problems for reinforcement learning.
 
     Args:
-        problems: each after its place.
-        grader: what grades their completions.
+        problems: ``(where, problem)`` for each row.
+        grader: grader of the completions.
     """
     checks: dict[str, Callable[[Sequence[tuple[str, Problem]]], list[Finding]]] = {
         "math": _check_math,
@@ -96,31 +93,33 @@ def check_problems(problems: Sequence[tuple[str, Problem]], grader: Grader) -> l
 
 
 def check_duplicates(keys: Sequence[tuple[str, str]], what: str) -> list[Finding]:
-    """Rows whose key an earlier row has.
+    """Rows with the key of an earlier row.
 
     Args:
-        keys: for each row its place and key.
-        what: they repeat, in words.
+        keys: ``(where, key)`` for each row.
+        what: the repeated part of the rows, for the explanation.
     """
     first: dict[str, str] = {}
-    found = [Example(where, f"as {first[key]}: {key}") for where, key in keys if first.setdefault(key, where) != where]
+    repeated = [
+        Example(where, f"as {first[key]}: {key}") for where, key in keys if first.setdefault(key, where) != where
+    ]
     explanation = f"repeat {what}; they count several times in training"
-    return finding("duplicates", explanation, found, len(keys), is_fault=False)
+    return finding("duplicates", explanation, repeated, len(keys), is_fault=False)
 
 
-def check_leaks(trained_on: Iterable[tuple[str, str]], held_out: Sequence[tuple[str, str]]) -> list[Finding]:
-    """Held-out rows whose key a training row has.
+def check_leaks(training: Iterable[tuple[str, str]], held_out: Sequence[tuple[str, str]]) -> list[Finding]:
+    """Held-out rows with the key of a training row.
 
     Args:
-        trained_on: place and key of each training row.
-        held_out: place and key of each held-out row.
+        training: ``(where, key)`` for each training row.
+        held_out: ``(where, key)`` for each held-out row.
     """
-    first = {key: where for where, key in reversed([*trained_on])}
-    found = [Example(where, f"as {first[key]}: {key}") for where, key in held_out if key in first]
+    first = {key: where for where, key in reversed([*training])}
+    leaked = [Example(where, f"as {first[key]}: {key}") for where, key in held_out if key in first]
     return finding(
         "leaks",
         "are trained on and held out (case and blanks aside); training leaves them out of evaluation",
-        found,
+        leaked,
         len(held_out),
     )
 
@@ -132,41 +131,41 @@ def check_prompt_lengths(
     max_prompt_length: int,
     **rendering: Any,
 ) -> list[Finding]:
-    """Prompts that take more tokens than ``max_prompt_length``.
+    """Prompts of more than ``max_prompt_length`` tokens.
 
     Args:
-        prompts: the place, prompt and columns of each row.
+        prompts: ``(where, prompt, columns)`` for each row.
         tokenizer: a transformers tokenizer.
         max_prompt_length: in tokens.
-        rendering: as of ``prompts.encode_prompts``.
+        rendering: further arguments of ``prompts.encode_prompts``.
 
     Raises:
         ValueError: as ``prompts.encode_prompts``.
     """
     lengths = [len(ids) for ids in encode_prompts([prompt for _, prompt, _ in prompts], tokenizer, **rendering)]
-    found = [
+    too_long = [
         Example(where, f"{length} tokens")
         for (where, _, _), length in zip(prompts, lengths, strict=True)
         if length > max_prompt_length
     ]
     explanation = f"have prompts of more than max_prompt_length = {max_prompt_length} tokens; training drops them"
-    return finding("long prompts", explanation, found, len(prompts))
+    return finding("long prompts", explanation, too_long, len(prompts))
 
 
 def check_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Finding]:
-    """The faults of demonstrations for supervised training.
+    """Findings in demonstrations for SFT.
 
-    A column ``answer`` is taken as the gold answer of its row.
+    A column ``answer`` is read as the row's gold answer.
     """
-    keys = [(each.where, f"{prompt_key(each.prompt)}\n{prompt_key(each.completion)}") for each in demonstrations]
+    keys = [(row.where, f"{prompt_key(row.prompt)}\n{prompt_key(row.completion)}") for row in demonstrations]
     wrong, unfinished = [], []
-    for each in demonstrations:
-        if after_thought("", each.completion) is None:
-            unfinished.append(Example(each.where, short(each.completion[-200:])))
+    for row in demonstrations:
+        if after_thought("", row.completion) is None:
+            unfinished.append(Example(row.where, short(row.completion[-200:])))
             continue
-        answer = each.columns.get("answer")
-        if isinstance(answer, (str, int, float)) and math_reward([""], [each.completion], answer=[str(answer)]) == [0]:
-            wrong.append(Example(each.where, f"answer {answer!r:.60}, completion ...{short(each.completion[-120:])}"))
+        answer = row.columns.get("answer")
+        if isinstance(answer, (str, int, float)) and math_reward([""], [row.completion], answer=[str(answer)]) == [0]:
+            wrong.append(Example(row.where, f"answer {answer!r:.60}, completion ...{short(row.completion[-120:])}"))
     rows = len(demonstrations)
     return [
         *check_duplicates(keys, "the prompt and completion of an earlier row (case and blanks aside)"),
@@ -176,29 +175,29 @@ def check_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Findin
 
 
 def check_preferences(preferences: Sequence[Preference]) -> list[Finding]:
-    """The faults of preferences for DPO and reward models.
+    """Findings in preferences for DPO and reward models.
 
-    Columns ``margin``, or ``score_chosen`` and ``score_rejected``, are taken as the strength of a preference.
+    A column ``margin``, or the difference of ``score_chosen`` and ``score_rejected``, is the strength of a preference.
     """
     rows = len(preferences)
-    pairs = [tuple(map(prompt_key, (each.prompt, each.chosen, each.rejected))) for each in preferences]
-    keys = [(each.where, "\n".join(pair)) for each, pair in zip(preferences, pairs, strict=True)]
+    pairs = [tuple(map(prompt_key, (row.prompt, row.chosen, row.rejected))) for row in preferences]
+    keys = [(row.where, "\n".join(pair)) for row, pair in zip(preferences, pairs, strict=True)]
     first: dict[tuple[str, ...], str] = {}
     opposite, weak, equal = [], [], []
     longer = 0
-    for each, (prompt, chosen, rejected) in zip(preferences, pairs, strict=True):
-        first.setdefault((prompt, chosen, rejected), each.where)
+    for row, (prompt, chosen, rejected) in zip(preferences, pairs, strict=True):
+        first.setdefault((prompt, chosen, rejected), row.where)
         if chosen == rejected:
-            equal.append(Example(each.where, short(each.chosen)))
+            equal.append(Example(row.where, short(row.chosen)))
         elif (prompt, rejected, chosen) in first:
-            opposite.append(Example(each.where, f"as {first[prompt, rejected, chosen]}: {short(each.chosen)}"))
-        strength = strength_of(each)
+            opposite.append(Example(row.where, f"as {first[prompt, rejected, chosen]}: {short(row.chosen)}"))
+        strength = strength_of(row)
         if strength is not None and strength <= 0:
-            weak.append(Example(each.where, f"by {strength:g}: {short(each.chosen)}"))
-        longer += len(each.chosen) > len(each.rejected)
-    one_sided = max(longer, rows - longer) if rows >= FEWEST_FOR_SHARES else 0
+            weak.append(Example(row.where, f"by {strength:g}: {short(row.chosen)}"))
+        longer += len(row.chosen) > len(row.rejected)
+    majority = max(longer, rows - longer) if rows >= MIN_ROWS_FOR_SHARES else 0
     side = "longer" if 2 * longer > rows else "shorter"
-    examples = [Example("all rows", f"{one_sided} of {rows}")] if one_sided >= 0.7 * rows > 0 else []
+    examples = [Example("all rows", f"{majority} of {rows}")] if majority >= 0.7 * rows > 0 else []
     return [
         *check_duplicates(keys, "an earlier row (case and blanks aside)"),
         *finding("equal pairs", "chosen and rejected differ in case and blanks only", equal, rows),
@@ -211,7 +210,7 @@ def check_preferences(preferences: Sequence[Preference]) -> list[Finding]:
         *finding("weak preferences", "have a margin, or a difference of scores, that is not above 0", weak, rows),
         *finding(
             "length",
-            f"the chosen completion is {side}: length alone tells most pairs apart",
+            f"the chosen completion is {side}: length alone separates most pairs",
             examples,
             rows,
             is_fault=False,
@@ -220,7 +219,7 @@ def check_preferences(preferences: Sequence[Preference]) -> list[Finding]:
 
 
 def strength_of(preference: Preference) -> float | None:
-    """By how much the chosen completion is better, where a row says it."""
+    """Margin of the chosen completion, from ``margin`` or the two scores; None without them."""
     chosen, rejected = (preference.columns.get(f"score_{side}") for side in ("chosen", "rejected"))
     if preference.margin is None and isinstance(chosen, (int, float)) and isinstance(rejected, (int, float)):
         return chosen - rejected
@@ -228,7 +227,7 @@ def strength_of(preference: Preference) -> float | None:
 
 
 def short(text: str | Messages, limit: int = 120) -> str:
-    """A text, or the last message of a conversation, on one line and cut."""
+    """A text, or the last message of a conversation, on one line of at most ``limit`` characters and an ellipsis."""
     if not isinstance(text, str):
         text = str(text[-1].get("content") or "")
     text = " ".join(text[: 4 * limit].split())
@@ -236,12 +235,12 @@ def short(text: str | Messages, limit: int = 120) -> str:
 
 
 def same_gold(answer: str, other: str) -> bool:
-    """Whether two gold answers are equal as mathematics; those that cannot be read, whether they are the same text."""
+    """Whether two gold answers are mathematically equal, or the same text where they cannot be parsed."""
     return answer == other or math_reward([""], [boxed(other)], answer=[answer]) == [1]
 
 
 def boxed(answer: str) -> str:
-    """A completion with this final answer."""
+    """A completion with ``answer`` as its final answer."""
     return f"\\boxed{{{gold_answer(answer)}}}"
 
 
@@ -252,15 +251,15 @@ def _check_contradictions(
     keys: Sequence[tuple[str, str]], answers: Sequence[str | None], same: Callable[[str, str], bool]
 ) -> list[Finding]:
     first: dict[str, tuple[str, str]] = {}
-    found = []
+    contradictions = []
     for (where, key), answer in zip(keys, answers, strict=True):
         if answer is None:
             continue
         other_where, other = first.setdefault(key, (where, answer))
         if other != answer and not same(other, answer):
-            found.append(Example(where, f"{answer!r:.60}, and {other!r:.60} in {other_where}"))
-    explanation = "have another answer than an earlier row with the same prompt; one of the two is wrong"
-    return finding("contradictions", explanation, found, len(keys))
+            contradictions.append(Example(where, f"{answer!r:.60}, and {other!r:.60} in {other_where}"))
+    explanation = "contradict the answer of an earlier row with the same prompt; one of the two is wrong"
+    return finding("contradictions", explanation, contradictions, len(keys))
 
 
 def _check_math(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
@@ -278,7 +277,12 @@ def _check_math(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
     rows = len(problems)
     return [
         *_without_answer(problems),
-        *finding("unreadable answers", "have an answer that the grader math cannot read: no score, ever", unread, rows),
+        *finding(
+            "unreadable answers",
+            "have an answer that the grader math cannot parse: their completions get no score",
+            unread,
+            rows,
+        ),
         *finding(
             "ungradable answers",
             "have an answer that does not equal itself, such as an identity: no completion is right",
@@ -287,7 +291,7 @@ def _check_math(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
         ),
         *finding(
             "answers in the question",
-            "have an answer that stands in the question: copying it is right. Ask for a form, or drop them",
+            "have an answer that occurs in the question: copying it is right. Require a format, or drop them",
             copied,
             rows,
         ),
@@ -315,30 +319,30 @@ def _check_code(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
 
 
 def _without_answer(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
-    found = [Example(where, short(problem.prompt)) for where, problem in problems if not any(golds(problem))]
-    return finding("missing answers", "have no answer: their completions get no score", found, len(problems))
+    missing = [Example(where, short(problem.prompt)) for where, problem in problems if not any(golds(problem))]
+    return finding("missing answers", "have no answer: their completions get no score", missing, len(problems))
 
 
 def _check_variety(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
     answers = [problem.answer for _, problem in problems if problem.answer is not None]
-    if len(answers) < FEWEST_FOR_SHARES:
+    if len(answers) < MIN_ROWS_FOR_SHARES:
         return []
     answer, count = Counter(answers).most_common(1)[0]
     if 2 * count <= len(answers):
         return []
     example = Example("all rows", f"{short(answer)} in {count} of {len(answers)}")
-    return finding("one answer", "the same answer, always given, is right in most rows", [example], len(problems))
+    return finding("one answer", "always giving the same answer is right in most rows", [example], len(problems))
 
 
 def golds(problem: Problem) -> Iterator[str]:
-    """The right answers of a problem."""
+    """The gold answers of a problem."""
     if problem.answer is not None:
         yield problem.answer
         yield from problem.columns.get(OTHER_ANSWERS) or []
 
 
 def text_of(problem: Problem) -> str:
-    """What a problem asks, as text."""
+    """The text of a problem's prompt."""
     if isinstance(problem.prompt, str):
         return problem.prompt
-    return "\n".join(each["content"] for each in problem.prompt if isinstance(each.get("content"), str))
+    return "\n".join(turn["content"] for turn in problem.prompt if isinstance(turn.get("content"), str))

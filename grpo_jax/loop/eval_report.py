@@ -29,22 +29,21 @@ FIGURES, COMPARISON = "figures", "comparison"
 SHARES = ("truncated", "ungraded", "rewards/accuracy", "rewards/format", "rewards/language")
 
 PerProblem = dict[str, np.ndarray]
-"""Figures by name; ``[N]``, NaN where a problem does not count."""
+"""Metric name -> ``[N]``, one value per problem; NaN where the problem is excluded."""
 Key = tuple[str, str | None, int]
-"""What tells a problem: its prompt before any template, its answer, and which of those that are the same it is."""
+"""Identity of a problem: prompt before any template, answer, and its number among problems that share both."""
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What an evaluation found, as it stands in ``summary.json`` of its run's folder.
+    """The report of a finished evaluation, from ``summary.json`` in its run folder.
 
-    ``report["figures"]["pass@1"]`` has ``mean``, ``low``, ``high`` and ``problems``, and so have ``pass@<k>``,
-    ``maj@<num_samples>``, ``rewards/<part>``, ``mean_length``, ``truncated`` and ``ungraded``, as far as they say
-    something of the problems; of a part that is absent everywhere the first three are None. With ``against``,
-    ``report["comparison"]["figures"]`` has ``before``, ``after``, ``difference``, ``low``, ``high``, ``p`` and
-    ``problems`` of each.
+    ``report["figures"]`` maps each applicable metric (``pass@<k>``, ``maj@<num_samples>``, ``rewards/<part>``,
+    ``mean_length``, ``truncated``, ``ungraded``) to ``mean``, ``low``, ``high`` and ``problems``; the first three are
+    None where the metric is absent for every problem. With ``against``, ``report["comparison"]["figures"]`` maps it to
+    ``before``, ``after``, ``difference``, ``low``, ``high``, ``p`` and ``problems``.
 
     Raises:
-        ValueError: the folder holds no finished evaluation.
+        ValueError: the folder has no finished evaluation.
     """
     path = folder / "summary.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
@@ -54,53 +53,58 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def applicable_metrics(config: EvaluationConfig, folder: Path, figures: PerProblem) -> PerProblem:
-    """The figures that say something of these problems.
+    """The metrics that apply to these problems.
 
-    Without answers that completions end in there is no majority vote; where nothing is graded, no accuracy and no share
-    of problems that could not be; and no format where prompts do not ask for it and no completion has it.
+    Leaves out the majority vote where completions do not end in a short answer, accuracy and ``ungraded`` without a
+    grader, and the format where prompts do not ask for it and no completion has it.
+
+    Args:
+        config: data settings of the evaluation.
+        folder: its run folder.
+        figures: its metrics per problem.
     """
-    problems = [each.problem for each in read_samples(folder)]
-    without = () if has_final_answers(config.data, problems) else ("maj@",)
-    without += ("rewards/accuracy", "ungraded") if config.data.grader == "none" else ()
+    problems = [sample.problem for sample in read_samples(folder)]
+    excluded = () if has_final_answers(config.data, problems) else ("maj@",)
+    excluded += ("rewards/accuracy", "ungraded") if config.data.grader == "none" else ()
     if not asks_for_format(config.data) and not np.nansum(figures["rewards/format"]):
-        without += ("rewards/format",)
-    return {name: values for name, values in figures.items() if not name.startswith(tuple(without))}
+        excluded += ("rewards/format",)
+    return {name: values for name, values in figures.items() if not name.startswith(excluded)}
 
 
 def metrics_per_problem(
-    collected: Iterable[ProblemSamples], ks: Sequence[int], same: Callable[[str, str], bool] = same_text
+    samples: Iterable[ProblemSamples], ks: Sequence[int], same: Callable[[str, str], bool] = same_text
 ) -> PerProblem:
-    """The figures of each problem, in their order: those that are told are means of them.
+    """The metrics of each problem; reports give their means.
 
-    A completion is right if its part ``accuracy`` is 1. A problem with a sample that could not be graded counts in
-    none of pass@k and the majority vote, and in the mean of a part of the reward with those samples that have one.
+    A completion is right if its ``accuracy`` is 1. A problem with an ungraded sample is excluded from pass@k and the
+    majority vote; a reward is averaged over the samples that have one.
 
     Args:
-        collected: the problems with their completions, of one number G.
-        ks: for pass@k; those above G are passed over.
-        same: whether two answers are the same for the majority vote.
+        samples: problems with G completions each.
+        ks: the k of pass@k; values above G are ignored.
+        same: equality of two answers in the majority vote.
     """
     rows: list[dict[str, float]] = []
     scores: list[list[float | None]] = []
     answers: list[list[str | None]] = []
     has_answers = False
-    for each in collected:
-        scores.append(each.rewards["accuracy"])
-        answers.append([extract_answer(completion, each.prompt) for completion in each.completions])
-        has_answers |= each.problem.answer is not None
-        parts = {f"rewards/{name}": mean_of_present(values) for name, values in each.rewards.items()}
-        lengths = {"mean_length": float(np.mean(each.lengths)), "truncated": float(np.mean(each.truncated))}
-        rows.append({**parts, **lengths, "ungraded": float(None in each.rewards["accuracy"])})
+    for sample in samples:
+        scores.append(sample.rewards["accuracy"])
+        answers.append([extract_answer(completion, sample.prompt) for completion in sample.completions])
+        has_answers |= sample.problem.answer is not None
+        parts = {f"rewards/{name}": mean_of_present(values) for name, values in sample.rewards.items()}
+        lengths = {"mean_length": float(np.mean(sample.lengths)), "truncated": float(np.mean(sample.truncated))}
+        rows.append({**parts, **lengths, "ungraded": float(None in sample.rewards["accuracy"])})
     figures: PerProblem = {}
     graded = np.array([None not in row for row in scores])
     if graded.any():
         right = jnp.array([[score == 1 for score in row] for row in scores if None not in row])
         G = right.shape[1]
-        of_graded = {f"pass@{k}": pass_at_k_per_problem(right, k) for k in ks if k <= G}
+        defined = {f"pass@{k}": pass_at_k_per_problem(right, k) for k in ks if k <= G}
         if has_answers:
             chosen = identify_answers([row for row, is_graded in zip(answers, graded, strict=True) if is_graded], same)
-            of_graded[f"maj@{G}"] = maj_at_k_per_problem(chosen, right, G)
-        for name, values in of_graded.items():
+            defined[f"maj@{G}"] = maj_at_k_per_problem(chosen, right, G)
+        for name, values in defined.items():
             figures[name] = np.full(len(rows), np.nan)
             figures[name][graded] = np.asarray(values)
     names = dict.fromkeys(name for row in rows for name in row)
@@ -108,21 +112,21 @@ def metrics_per_problem(
 
 
 def mean_of_present(values: Sequence[float | None]) -> float:
-    """The mean of the values that are not None; NaN if all are."""
+    """Mean of the values that are not None; NaN if there are none."""
     present = [value for value in values if value is not None]
     return float(np.mean(present)) if present else math.nan
 
 
 def metric_bounds(name: str) -> tuple[float, float] | None:
-    """The least and the greatest that a figure can be, where that is known."""
+    """Smallest and largest possible value of a metric; None if unknown."""
     return (0.0, 1.0) if name in SHARES or name.startswith(("pass@", "maj@", "rewards/accuracy/")) else None
 
 
 def estimate_metric(name: str, values: np.ndarray) -> dict[str, Any]:
-    """Mean and confidence interval of a metric, as a dict; None where it is absent everywhere.
+    """``mean``, ``low``, ``high`` and ``problems`` of a metric; the first three are None if no problem has it.
 
     Args:
-        name: of the metric.
+        name: name of the metric.
         values: ``[N]``, one per problem; NaN where absent.
     """
     present = values[~np.isnan(values)]
@@ -132,18 +136,23 @@ def estimate_metric(name: str, values: np.ndarray) -> dict[str, Any]:
 
 
 def compare_metrics(before: PerProblem, after: PerProblem) -> dict[str, dict[str, Any]]:
-    """What changed in each figure that both have, over the problems that count in both."""
-    found = {}
+    """Paired tests of the metrics in both evaluations, over the problems that have a value in both.
+
+    Args:
+        before: metrics of the earlier evaluation.
+        after: metrics of the later evaluation, for the same problems in the same order.
+    """
+    tests = {}
     for name in (name for name in after if name in before):
         both = ~np.isnan(before[name]) & ~np.isnan(after[name])
         if both.any():
-            tested = paired_test(before[name][both], after[name][both], bounds=metric_bounds(name))
-            found[name] = dataclasses.asdict(tested)
-    return found
+            test = paired_test(before[name][both], after[name][both], bounds=metric_bounds(name))
+            tests[name] = dataclasses.asdict(test)
+    return tests
 
 
 def problem_keys(problems: Iterable[Problem]) -> list[Key]:
-    """What problems are told apart by; in whatever template, they are the same."""
+    """Identities of problems, which do not depend on the prompt template."""
     seen: Counter[tuple[str, str | None]] = Counter()
     keys = []
     for problem in problems:
@@ -153,27 +162,32 @@ def problem_keys(problems: Iterable[Problem]) -> list[Key]:
     return keys
 
 
-def check_same_problems(own: Sequence[Key], others: Sequence[Key], folder: Path, against: Path) -> None:
-    """Check that two evaluations can be compare_metrics problem by problem.
+def check_same_problems(keys: Sequence[Key], others: Sequence[Key], folder: Path, against: Path) -> None:
+    """Check that two evaluations have the same problems.
+
+    Args:
+        keys: identities of the problems in ``folder``.
+        others: identities of the problems in ``against``.
+        folder, against: run folders, for the error.
 
     Raises:
-        ValueError: one has problems that the other has not; it says how many, and shows some.
+        ValueError: they differ; the error counts the problems in one evaluation only, with examples.
     """
 
-    def alone(keys: Sequence[Key], without: set[Key], where: Path) -> str:
-        left = [key for key in keys if key not in without]
-        examples = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in left[:3])
-        return f"{len(left)} in {where} alone" + (f", such as {examples}" if left else "")
+    def only_in(where: Path, keys: Sequence[Key], others: set[Key]) -> str:
+        extra = [key for key in keys if key not in others]
+        examples = ", ".join(repr(shorten(prompt, 60)) + f" (answer {answer!r:.30})" for prompt, answer, _ in extra[:3])
+        return f"{len(extra)} only in {where}" + (f", such as {examples}" if extra else "")
 
-    if set(own) != set(others):
+    if set(keys) != set(others):
         raise ValueError(
-            f"the problems of the two evaluations are not the same: {alone(own, set(others), folder)}; "
-            f"{alone(others, set(own), against)}. Evaluate both with the same data, or leave against out"
+            f"the two evaluations have different problems: {only_in(folder, keys, set(others))}; "
+            f"{only_in(against, others, set(keys))}. Evaluate both with the same data, or leave against out"
         )
 
 
 def print_report(run: Run, report: Mapping[str, Any]) -> None:
-    """Print figures with their intervals, and what changed where that was asked."""
+    """Print the metrics with their intervals, and the comparison if there is one."""
     config, samples = report["config"], report["num_samples"]
     run.say(
         f"{report['provenance']['model']}: {report['num_problems']} problems of "
@@ -181,9 +195,9 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
         f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
     )
     rows = [
-        (name, format_value(name, each["mean"]), format_interval(name, each), str(each["problems"]))
-        for name, each in report[FIGURES].items()
-        if name != "ungraded" or each["mean"]
+        (name, format_value(name, metric["mean"]), format_interval(name, metric), str(metric["problems"]))
+        for name, metric in report[FIGURES].items()
+        if name != "ungraded" or metric["mean"]
     ]
     run.say(format_table([("", "mean", "95% interval", "problems"), *rows]))
     comparison = report.get(COMPARISON)
@@ -191,16 +205,12 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
         run.say(f"\nagainst {comparison['against']}, problem by problem")
         changes = [
             (
-                *(
-                    name,
-                    format_value(name, each["before"]),
-                    format_value(name, each["after"]),
-                    format_value(name, each["difference"]),
-                ),
-                *(format_interval(name, each), f"{each['p']:.4f}", str(each["problems"])),
+                name,
+                *(format_value(name, metric[column]) for column in ("before", "after", "difference")),
+                *(format_interval(name, metric), f"{metric['p']:.4f}", str(metric["problems"])),
             )
-            for name, each in comparison[FIGURES].items()
-            if name != "ungraded" or each["before"] or each["after"]
+            for name, metric in comparison[FIGURES].items()
+            if name != "ungraded" or metric["before"] or metric["after"]
         ]
         run.say(format_table([("", "before", "after", "difference", "95% interval", "p", "problems"), *changes]))
         if comparison["settings"]:
@@ -209,7 +219,7 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned lines, of whatever width: no console cuts a figure off."""
+    """Rows as aligned lines of any width, so that a narrow console does not cut numbers off."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -221,17 +231,18 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_value(name: str, value: float | None) -> str:
-    """A figure as text: shares with one number of digits, others with as many as they need."""
+    """A metric as text: four decimals for shares, significant digits for others."""
     if value is None:
         return "absent"
     return number(value) if metric_bounds(name) is None else f"{value:.4f}"
 
 
-def format_interval(name: str, each: Mapping[str, Any]) -> str:
-    """A confidence interval as text.
+def format_interval(name: str, metric: Mapping[str, Any]) -> str:
+    """A confidence interval as text; empty if there is none.
 
     Args:
-        name: of the metric.
-        each: with ``low`` and ``high``.
+        name: name of the metric.
+        metric: has ``low`` and ``high``.
     """
-    return "" if each["low"] is None else f"[{format_value(name, each['low'])}, {format_value(name, each['high'])}]"
+    low, high = metric["low"], metric["high"]
+    return "" if low is None else f"[{format_value(name, low)}, {format_value(name, high)}]"

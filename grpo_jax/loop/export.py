@@ -1,4 +1,4 @@
-"""The end of a run: which of its models is exported, and its summary."""
+"""The end of a run: choice and export of the trained model, summary."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def exported_params(
     params_of: Callable[[AnyState], Params],
     start: Callable[[], Params],
 ) -> tuple[Params, int]:
-    """The parameters that ``config.export`` chooses, and the step they are of.
+    """The parameters that ``config.export`` selects, and their step.
 
     Args:
-        config: with ``export``, last or best.
-        run: its evaluations rank the steps, by the first figure of ``monitor.display.RANKED_BY`` that it has.
-        state: of the last step; given up where another one is read from its checkpoint.
-        steps: the number of the last step.
-        params_of: from a state to the parameters that are exported.
-        start: loads the parameters the run started from, which have no checkpoint.
+        config: has ``export``, ``last`` or ``best``.
+        run: its evaluations rank the steps, by the first metric of ``monitor.display.RANKED_BY`` that was logged.
+        state: state of the last step; deleted if an earlier checkpoint is read instead.
+        steps: number of the last step.
+        params_of: state -> parameters to export.
+        start: loads the initial parameters, which have no checkpoint.
     """
-    kept = {0, steps, *run.checkpoints.steps()}
-    best = best_evaluation([row for row in run.rows() if row["step"] in kept])
+    available = {0, steps, *run.checkpoints.steps()}
+    best = best_evaluation([row for row in run.rows() if row["step"] in available])
     if config.export == "last" or best is None or best["step"] == steps:
         return params_of(state), steps
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -47,44 +47,50 @@ def exported_params(
 
 
 def check_steps(run: Run, first: int, total: int, *, setting: str, decay: str) -> None:
-    """Check that a run that goes on is not asked for fewer steps than it has taken; say what a new number changes.
+    """Check that a resumed run has not passed the requested number of steps; print the effect of a changed number.
 
     Args:
-        run: it goes on.
-        first: the steps that it has taken.
-        total: the steps that it is to take in all.
-        setting: the setting that says how many those are, such as ``num_steps``.
-        decay: of the learning rate, as ``OptimizerConfig`` has it.
+        run: the run.
+        first: number of steps already taken.
+        total: total number of steps requested.
+        setting: the setting that gives ``total``, such as ``num_steps``.
+        decay: the learning rate's decay, ``OptimizerConfig.decay``.
 
     Raises:
-        ValueError: it has taken more.
+        ValueError: ``first`` is greater than ``total``.
     """
     change = run.changed(setting)
     if first > total:
         raise ValueError(
-            f"{setting} asks for {total} steps, and {run.folder} has taken {first}: ask for as many or more, or choose "
-            "another run_dir"
+            f"{setting} gives {total} steps, but {run.folder} has already taken {first}; raise it, or choose another "
+            "run_dir"
         )
     if first and change is not None:
         rate = (
-            "the learning rate stays constant, so that it becomes the run that it would have been with these steps"
+            "the learning rate is constant, so the result equals an uninterrupted run of this length"
             if decay == "constant"
-            else f"from step {first + 1} on the learning rate is that of a {decay} decay over {total} steps; the steps "
-            "before had that of the number before"
+            else f"from step {first + 1} on the learning rate follows a {decay} decay over {total} steps; earlier "
+            "steps followed the previous schedule"
         )
-        run.say(f"{setting} was {change[0]} and is {change[1]}: goes on from step {first} to {total}; {rate}")
+        run.say(f"{setting} was {change[0]} and is {change[1]}: continues from step {first} to {total}; {rate}")
 
 
 def report_best(run: Run, evaluations: Sequence[Row], exported_step: int) -> None:
-    """Say which step had the best held-out figure where it is not the last, and which one was exported."""
+    """Print which step had the best held-out metric and which was exported, unless the last step was the best.
+
+    Args:
+        run: prints the line.
+        evaluations: rows of metrics, in order of steps.
+        exported_step: step of the exported parameters.
+    """
     best, name = best_evaluation(evaluations), ranking_metric(evaluations)
     if best is None or name is None or best["step"] == evaluations[-1]["step"]:
         return
     last = evaluations[-1].get(name)
-    other = "" if exported_step == best["step"] else "; --export best exports the best one that has a checkpoint"
+    hint = "" if exported_step == best["step"] else "; --export best exports the best step that has a checkpoint"
     run.say(
         f"held-out {name.removeprefix('eval/')} was best at step {best['step']} ({number(best[name])}), and is "
-        f"{'absent' if last is None else number(last)} at the last one; model/ is that of step {exported_step}{other}"
+        f"{'absent' if last is None else number(last)} at the last step; model/ is from step {exported_step}{hint}"
     )
 
 
@@ -98,22 +104,21 @@ def save_trained(
     prompt_format: Mapping[str, Any] | None = None,
     exported_step: int | None = None,
 ) -> None:
-    """Save what was trained as a Hugging Face folder, ``model``, and sum the run up.
+    """Save the trained model as a Hugging Face folder, ``model/``, and finish the run.
 
-    Its ``eos_token_id`` names every token that ended a sequence in training.
+    Its ``eos_token_id`` lists every token that ended a sequence in training.
 
     Args:
-        run: the figures of its evaluation before the first step, and of that of the exported step, are those before
-            and after.
-        params: what was trained.
-        like: the model they came from, for its configuration, tokenizer and ending tokens.
-        steps: how many were taken.
-        summary: what is to be told besides.
-        prompt_format: how the prompts it was trained on were made; becomes the folder's ``prompt_format.json``.
-        exported_step: the step that ``params`` are of; by default the last.
+        run: the run; its summary has the metrics of the evaluations before training and at the exported step.
+        params: trained parameters.
+        like: the initial model, for configuration, tokenizer and stop tokens.
+        steps: number of steps taken.
+        summary: further entries of the summary.
+        prompt_format: format of the training prompts, saved as ``prompt_format.json``.
+        exported_step: step of ``params``. Default: the last.
     """
     folder = run.folder / "model"
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before the summary
+    shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed before the summary
     models.save_pretrained(
         folder,
         params,
@@ -126,13 +131,13 @@ def save_trained(
     exported_step = steps if exported_step is None else exported_step
     rows = [row for row in run.rows() if any(name.startswith("eval/") for name in row)]
     before, after = rows[0], [row for row in rows if row["step"] <= exported_step][-1]
-    figures = {
+    metrics = {
         f"{name.removeprefix('eval/').replace('@', '_at_')}_{when}": row[name]
         for name in before
         if name.startswith("eval/") and name in after
         for when, row in (("before", before), ("after", after))
     }
     best = best_evaluation(rows)
-    chosen = {"exported_step": exported_step, "best_step": None if best is None else best["step"]}
-    run.finish(before, after, steps=steps, summary={**figures, **chosen, **summary})
+    exported = {"exported_step": exported_step, "best_step": None if best is None else best["step"]}
+    run.finish(before, after, steps=steps, summary={**metrics, **exported, **summary})
     report_best(run, rows, exported_step)

@@ -26,20 +26,20 @@ def evaluate_tasks(
     *,
     group_size: int,
 ) -> dict[str, float]:
-    """Evaluate on the held-out problems of all tasks.
+    """Metrics on the held-out problems of all tasks.
 
     Args:
-        tasks: of the run; one without a name, or those of a mixture.
-        stream: ``prompts -> (place, completions), ...``, such as ``Sampler.stream`` with its other arguments bound.
-        decode: ``completions -> texts``.
-        run: shows the progress and may be asked to stop.
+        tasks: a single task without a name, or those of a mixture.
+        stream: ``prompts -> (index, rollout), ...``, such as ``Sampler.stream`` with its other arguments bound.
+        decode: ``rollout -> texts``.
+        run: shows the progress.
         group_size: completions per problem.
 
     Raises:
-        Stopped: the run was asked to stop.
+        Stopped: a stop was requested.
     """
     with run.progress.phase("evaluation", sum(len(task.held_out) for task in tasks)) as phase:
-        done, found = 0, {}
+        done, metrics_of_tasks = 0, {}
         for task in tasks:
 
             def report(so_far: int, before: int = done) -> None:
@@ -63,14 +63,14 @@ def evaluate_tasks(
                 metrics = held_out_rewards(
                     task.held_out, samples, decode, task.scorer.score, group_size=group_size, report=report
                 )
-            found[task.name] = metrics
+            metrics_of_tasks[task.name] = metrics
             done += len(task.held_out)
-    return found[None] if None in found else mean_over_tasks(found)
+    return metrics_of_tasks[None] if None in metrics_of_tasks else mean_over_tasks(metrics_of_tasks)
 
 
 def held_out(
     problems: EncodedProblems,
-    drawn: Iterable[tuple[int, Rollout]],
+    samples: Iterable[tuple[int, Rollout]],
     decode: Callable[[Rollout], list[str]],
     reward: RewardFn,
     *,
@@ -78,50 +78,50 @@ def held_out(
     same: Callable[[str, str], bool] = same_text,
     report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """Grade ``group_size`` completions of every held-out problem.
+    """pass@1 and majority vote on held-out problems, from ``group_size`` completions each.
 
-    A completion is right if its reward is 1; a problem with a sample whose reward is absent (None) is not counted.
+    A completion is right if its reward is 1. Problems with a sample whose reward is absent (None) are excluded.
 
     Args:
-        problems: what is asked.
-        drawn: the place of each problem and its completions, in any order, as ``Sampler.stream`` hands them on.
-        decode: from completions to their texts.
-        reward: called for each problem with its prompt's text, its completions and its columns.
-        group_size: G, samples for each problem.
-        same: whether two answers are the same for the majority vote; see ``identify_answers``.
-        report: called with the number of problems done after each.
+        problems: the held-out problems.
+        samples: index and rollout of each problem, in any order, as from ``Sampler.stream``.
+        decode: ``rollout -> texts``.
+        reward: accuracy reward, called once per problem.
+        group_size: G, completions per problem.
+        same: equality of two answers in the majority vote, as for ``identify_answers``.
+        report: called after each problem with the number of problems done.
 
     Returns:
-        ``eval/pass@1`` and its standard error over problems ``eval/pass@1_stderr`` (where there are two or more),
-        ``eval/maj@<G>`` by ``extract_answer`` and ``eval/mean_length`` in tokens; with
-        ``eval/frac_ungraded``, the share of problems left out, where there are any.
+        ``eval/pass@1``, its standard error over problems ``eval/pass@1_stderr`` (with two or more problems),
+        ``eval/maj@<G>`` by ``extract_answer``, ``eval/mean_length`` in tokens, and ``eval/frac_ungraded``, the fraction
+        of excluded problems, if there are any.
 
     Raises:
-        ValueError: no problem could be graded; a problem was not drawn for, or twice.
+        ValueError: all problems are excluded, or one has no rollout or two.
     """
     answers: dict[int, list[str | None]] = {}
     scores: dict[int, list[float | None]] = {}
     lengths = []
-    for place, completions in drawn:
+    for place, rollout in samples:
         if place in scores:
-            raise ValueError(f"held-out problem {place} was drawn for twice")
-        texts = decode(completions)
+            raise ValueError(f"held-out problem {place} was sampled twice")
+        texts = decode(rollout)
         columns = reward_columns([problems.problems[place]], group_size=group_size)
-        graded = score_with("accuracy", reward, [problems.texts[place]] * group_size, texts, columns)
-        scores[place] = [each.score for each in graded]
+        outputs = score_with("accuracy", reward, [problems.texts[place]] * group_size, texts, columns)
+        scores[place] = [output.score for output in outputs]
         answers[place] = [extract_answer(text, problems.texts[place]) for text in texts]
-        lengths.append(np.asarray(completions.completion_mask).sum(1))
+        lengths.append(np.asarray(rollout.completion_mask).sum(1))
         report(len(scores))
     if len(scores) != len(problems):
-        raise ValueError(f"completions of {len(scores)} of {len(problems)} held-out problems were drawn")
+        raise ValueError(f"only {len(scores)} of {len(problems)} held-out problems were sampled")
     graded = sorted(place for place, row in scores.items() if None not in row)
     if not graded:
-        raise ValueError(f"the reward graded all samples of none of the {len(scores)} held-out problems")
+        raise ValueError(f"each of the {len(scores)} held-out problems has a sample that the reward could not grade")
     is_right = jnp.array([[score == 1 for score in scores[place]] for place in graded])
-    chosen = identify_answers([answers[place] for place in graded], same)
+    answer_ids = identify_answers([answers[place] for place in graded], same)
     metrics = {
         "eval/pass@1": float(pass_at_k(is_right, 1)),
-        f"eval/maj@{group_size}": float(maj_at_k(chosen, is_right, group_size)),
+        f"eval/maj@{group_size}": float(maj_at_k(answer_ids, is_right, group_size)),
         "eval/mean_length": float(np.concatenate(lengths).mean()),
     }
     metrics |= standard_error("eval/pass@1", np.asarray(is_right).mean(1))
@@ -132,58 +132,58 @@ def held_out(
 
 def held_out_rewards(
     problems: EncodedProblems,
-    drawn: Iterable[tuple[int, Rollout]],
+    samples: Iterable[tuple[int, Rollout]],
     decode: Callable[[Rollout], list[str]],
     score: Callable[..., Scores],
     *,
     group_size: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
-    """What completions of held-out problems are worth, where nothing is right or wrong.
+    """Mean training reward on held-out problems that have no accuracy reward.
 
     Args:
-        problems, drawn, decode, group_size, report: see ``held_out``.
-        score: what is learnt from, such as ``Scorer.score``.
+        problems, samples, decode, group_size, report: as in ``held_out``.
+        score: the training reward, such as ``Scorer.score``.
 
     Returns:
-        ``eval/reward``, the mean of what is present (left out where nothing is), its standard error over problems
-        ``eval/reward_stderr`` (where two or more have one), and ``eval/mean_length`` in tokens.
+        ``eval/reward``, the mean of the rewards that are present (omitted if none is), its standard error over problems
+        ``eval/reward_stderr`` (if two or more have one), and ``eval/mean_length`` in tokens.
     """
     places, texts, lengths, truncated = [], [], [], []
-    for place, completions in drawn:
+    for place, rollout in samples:
         places.append(place)
-        texts += decode(completions)
-        lengths += np.asarray(completions.completion_mask).sum(1).tolist()
-        truncated += np.asarray(completions.truncated).tolist()
+        texts += decode(rollout)
+        lengths += np.asarray(rollout.completion_mask).sum(1).tolist()
+        truncated += np.asarray(rollout.truncated).tolist()
         report(len(places))
     columns = reward_columns([problems.problems[place] for place in places], group_size=group_size)
     prompts = [problems.texts[place] for place in places for _ in range(group_size)]
-    worth = score(prompts, texts, **columns, completion_length=lengths, truncated=truncated).total
-    present = worth[~np.isnan(worth)]
-    reward = {"eval/reward": float(present.mean())} if len(present) else {}
-    of_problems = worth.reshape(-1, group_size)
-    of_problems = of_problems[~np.isnan(of_problems).all(1)]
-    reward |= standard_error("eval/reward", np.nanmean(of_problems, axis=1)) if len(of_problems) else {}
-    return {**reward, "eval/mean_length": float(np.mean(lengths))}
+    rewards = score(prompts, texts, **columns, completion_length=lengths, truncated=truncated).total
+    present = rewards[~np.isnan(rewards)]
+    metrics = {"eval/reward": float(present.mean())} if len(present) else {}
+    groups = rewards.reshape(-1, group_size)
+    groups = groups[~np.isnan(groups).all(1)]
+    metrics |= standard_error("eval/reward", np.nanmean(groups, axis=1)) if len(groups) else {}
+    return {**metrics, "eval/mean_length": float(np.mean(lengths))}
 
 
-def mean_over_tasks(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The figures of each task as ``eval/<task>/...``, and under their own names the mean of the tasks that have them.
+def mean_over_tasks(metrics_of_tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Each task's metrics as ``eval/<task>/...``, and ``eval/...``, their mean over the tasks that have them.
 
-    A standard error is that of this mean.
+    Standard errors are those of the mean.
 
     Args:
-        found: what ``held_out`` told of each.
+        metrics_of_tasks: task name -> metrics of ``held_out``.
     """
-    names = dict.fromkeys(name for metrics in found.values() for name in metrics)
+    names = dict.fromkeys(name for metrics in metrics_of_tasks.values() for name in metrics)
     means = {}
     for name in names:
-        values = np.array([each[name] for each in found.values() if name in each])
-        # The tasks' problems are drawn apart: variances of their means add up.
+        values = np.array([metrics[name] for metrics in metrics_of_tasks.values() if name in metrics])
+        # The tasks' problems are independent samples, so the variances of their means add.
         means[name] = float(np.sqrt((values**2).sum()) / len(values) if name.endswith(STDERR) else values.mean())
-    apart = {
+    by_task = {
         f"eval/{task}/{name.removeprefix('eval/')}": value
-        for task, metrics in found.items()
+        for task, metrics in metrics_of_tasks.items()
         for name, value in metrics.items()
     }
-    return means | apart
+    return means | by_task

@@ -1,4 +1,4 @@
-"""The scorers of a mixture of tasks as one."""
+"""Scorer of a mixture of tasks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from grpo_jax.rewards.compose import Scores
 from grpo_jax.rewards.workers.pool import RewardError
 
 TASK = "mixture/task"
-"""The column that tells which task of a mixture a row is of; no data set has one of this name."""
+"""Column with the task of each row; the slash keeps it apart from the columns of datasets."""
 
 
 class MixtureScorer:
-    """The scorers of several tasks as one: each row is scored by the scorer of its task.
+    """Scores each row with the scorer of its task; same interface as ``Scorer``.
 
     Args:
-        tasks: those of the mixture.
+        tasks: the tasks of the mixture.
 
     Attributes:
-        weights: of each reward, by ``task/reward``.
-        judge: name of the part with each task's judge; None without one.
+        weights: ``task/reward`` -> weight.
+        judge: name of the part that holds the tasks' judges; None if no task has one.
     """
 
     def __init__(self, tasks: Sequence[TaskRuntime]):
@@ -32,24 +32,25 @@ class MixtureScorer:
         self.judge = "judge" if any(task.scorer.judge for task in tasks) else None
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """As ``Scorer.score``, with the column ``task``; ``counted`` has the parts of each task apart, 0 elsewhere."""
+        """Like ``Scorer.score``, with a column ``TASK``; ``counted`` has ``task/reward``, 0 for other tasks."""
         B = len(completions)
         total, outcome, notes = np.full(B, np.nan, np.float32), np.full(B, np.nan, np.float32), [""] * B
         parts: dict[str, np.ndarray] = {}
         counted = {name: np.zeros(B, np.float32) for name in self.weights}
         steps: list[tuple[tuple[int, float], ...]] = [()] * B
         for task, rows in self._rows(columns[TASK]):
-            own = task.scorer.score(
-                [prompts[row] for row in rows], [completions[row] for row in rows], **_taken(columns, rows, task)
+            scores = task.scorer.score(
+                [prompts[row] for row in rows], [completions[row] for row in rows], **_select(columns, rows, task)
             )
-            total[rows], outcome[rows] = own.total, own.outcome
-            named = own.parts if task.scorer.judge is None else {**own.parts, "judge": own.parts[task.scorer.judge]}
+            total[rows], outcome[rows] = scores.total, scores.outcome
+            judge = task.scorer.judge
+            named = scores.parts if judge is None else {**scores.parts, "judge": scores.parts[judge]}
             for name, values in named.items():
                 parts.setdefault(name, np.full(B, np.nan, np.float32))[rows] = values
-            for name, values in own.counted.items():
+            for name, values in scores.counted.items():
                 counted[f"{task.name}/{name}"][rows] = values
-            for row, note, of_steps in zip(rows, own.notes, own.steps, strict=True):
-                notes[row], steps[row] = note, of_steps
+            for row, note, step_scores in zip(rows, scores.notes, scores.steps, strict=True):
+                notes[row], steps[row] = note, step_scores
         return Scores(total, parts, counted, notes, outcome, steps)
 
     def streaming_scorer(
@@ -61,12 +62,12 @@ class MixtureScorer:
         eos_ids: Sequence[int],
         max_completion_length: int,
     ) -> Callable[[int, Sequence[int]], None] | None:
-        """See ``Scorer.streaming_scorer``."""
+        """Like ``Scorer.streaming_scorer``, with a column ``TASK``."""
         watches: dict[int, tuple[Callable[[int, Sequence[int]], None], int]] = {}
         for task, rows in self._rows(columns[TASK]):
             watch = task.scorer.streaming_scorer(
                 [prompts[row] for row in rows],
-                _taken(columns, rows, task),
+                _select(columns, rows, task),
                 decode,
                 eos_ids=eos_ids,
                 max_completion_length=max_completion_length,
@@ -84,13 +85,13 @@ class MixtureScorer:
         return watch_all
 
     def take_errors(self) -> list[RewardError]:
-        """What could not be scored since the last call."""
-        return [fault for task in self._tasks.values() for fault in task.scorer.take_errors()]
+        """The reward errors since the last call."""
+        return [error for task in self._tasks.values() for error in task.scorer.take_errors()]
 
     def _rows(self, names: Sequence[str]) -> list[tuple[TaskRuntime, list[int]]]:
-        rows = {name: [row for row, each in enumerate(names) if each == name] for name in dict.fromkeys(names)}
-        return [(self._tasks[name], found) for name, found in rows.items()]
+        tasks = dict.fromkeys(names)
+        return [(self._tasks[task], [row for row, name in enumerate(names) if name == task]) for task in tasks]
 
 
-def _taken(columns: Mapping[str, Sequence[Any]], rows: list[int], task: TaskRuntime) -> dict[str, list[Any]]:
+def _select(columns: Mapping[str, Sequence[Any]], rows: list[int], task: TaskRuntime) -> dict[str, list[Any]]:
     return {name: [values[row] for row in rows] for name, values in columns.items() if name in task.columns}

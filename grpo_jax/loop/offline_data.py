@@ -1,4 +1,4 @@
-"""Demonstrations and preferences of a run, as its data settings name them."""
+"""Demonstrations and preferences of a run: loaded, held out, encoded."""
 
 from __future__ import annotations
 
@@ -29,33 +29,39 @@ Read = TypeVar("Read", Demonstration, Preference)
 def _load_split(
     data: OfflineDataConfig, load: Callable[..., list[Read]], stats: DataStatistics
 ) -> tuple[list[Read], list[Read]]:
-    """Rows to train on and rows held out, none of which has the prompt of one that is trained on."""
+    """Training rows and held-out rows; no held-out row has the prompt of a training row."""
     dataset = dataset_of(data)
     load = partial(load, subset=data.subset, skipped=stats.skipped if data.skip_bad_rows else None)
     rows = load(dataset, split=data.split)
-    stats.count_duplicates([*map(_whole_of, rows)])
+    stats.count_duplicates([*map(_row_key, rows)])
     if data.eval_dataset is None and data.eval_split is None:
-        trained_on, held_out = hold_out(rows, data.eval_size, key=_prompt_of, source=dataset)
+        training, held_out = hold_out(rows, data.eval_size, key=_prompt_of, source=dataset)
         stats.count_held_out(len(rows), len(held_out), dataset)
-        return trained_on, held_out
+        return training, held_out
     source = data.eval_dataset or dataset
     held_out = load(source, split=data.eval_split or default_split(source, data.subset))
     order = np.random.default_rng(HELD_OUT_SEED).permutation(len(held_out))
     held_out = [held_out[n] for n in order]
     held_out = stats.drop_leaks(held_out, map(_prompt_of, held_out), map(_prompt_of, rows))
     if not held_out:
-        raise ValueError(f"every held-out row of {source} is also trained on; name others with eval_dataset")
+        raise ValueError(
+            f"every held-out row of {source} is also trained on; choose another eval_dataset or eval_split"
+        )
     return rows, held_out[: data.eval_size]
 
 
 def load_demonstration_sets(
     data: DemonstrationConfig, seed: int, stats: DataStatistics | None = None
 ) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Demonstrations to train on, and some held out; see ``conversations.load_demonstrations`` for errors.
+    """Training and held-out demonstrations.
 
     Args:
-        seed: of generated demonstrations.
-        stats: filled in with skipped rows, duplicates, leaks and the held-out share.
+        data: sources and columns.
+        seed: seed of generated demonstrations.
+        stats: receives skipped rows, duplicates, leaks and the held-out share.
+
+    Raises:
+        ValueError: as ``conversations.load_demonstrations``; or every held-out row is also trained on.
     """
     if data.dataset is not None and data.dataset in DEMONSTRATIONS:
         generate = DEMONSTRATIONS[data.dataset]
@@ -80,10 +86,17 @@ def encode_demonstration_set(
     max_length: int,
     rendering: Rendering,
 ) -> tuple[list[Example], int]:
-    """The demonstrations as tokens, and how many were left out as too long.
+    """The demonstrations as tokens, and the number dropped because they are too long.
+
+    Args:
+        data: ``train_on`` and ``long``.
+        demonstrations: the rows.
+        policy: its tokenizer and stop tokens.
+        max_length: in tokens.
+        rendering: prompt format in effect.
 
     Raises:
-        ValueError: none is left, or one is too long and that is an error; and as ``encode_demonstrations``.
+        ValueError: all are too long, or one is and ``long`` is ``error``; and as ``encode_demonstrations``.
     """
     examples = encode_demonstrations(
         demonstrations,
@@ -92,16 +105,16 @@ def encode_demonstration_set(
         train_on=data.train_on,
         **rendering,
     )
-    fitting = [each for each in examples if len(each.token_ids) <= max_length]
+    fitting = [example for example in examples if len(example.token_ids) <= max_length]
     if data.long == "truncate":
         cut = [Example(ids[:max_length], loss_mask[:max_length], start) for ids, loss_mask, start in examples]
-        fitting = [each for each in cut if any(each.loss_mask)]
+        fitting = [example for example in cut if any(example.loss_mask)]
     too_long = len(examples) - len(fitting)
     if not fitting or (too_long and data.long == "error"):
         raise ValueError(
             f"{too_long} of {len(examples)} demonstrations do not fit into max_length = {max_length} tokens; the "
-            f"longest has {max(len(each.token_ids) for each in examples)}. Raise max_length, or choose --long drop "
-            "or truncate"
+            f"longest has {max(len(example.token_ids) for example in examples)}. Raise max_length, or choose --long "
+            "drop or truncate"
         )
     return fitting, too_long
 
@@ -109,11 +122,15 @@ def encode_demonstration_set(
 def load_preference_sets(
     data: PreferenceConfig, seed: int, stats: DataStatistics | None = None
 ) -> tuple[list[Preference], list[Preference]]:
-    """Preferences to train on, and some held out; see ``preferences.load_preferences`` for errors.
+    """Training and held-out preferences.
 
     Args:
-        seed: of generated preferences.
-        stats: filled in with skipped rows, duplicates, leaks and the held-out share.
+        data: sources.
+        seed: seed of generated preferences.
+        stats: receives skipped rows, duplicates, leaks and the held-out share.
+
+    Raises:
+        ValueError: as ``preferences.load_preferences``; or every held-out row is also trained on.
     """
     if data.dataset is not None and data.dataset in PREFERENCES:
         generate = PREFERENCES[data.dataset]
@@ -133,7 +150,7 @@ def encode_preference_set(
     max_completion_length: int,
     rendering: Rendering,
 ) -> EncodedPreferences:
-    """The preferences as tokens; see ``EncodedPreferences`` for errors."""
+    """The preferences as tokens; arguments and errors as for ``EncodedPreferences``."""
     return EncodedPreferences(
         preferences,
         policy.tokenizer,
@@ -149,7 +166,7 @@ def _prompt_of(row: Demonstration | Preference) -> str:
     return prompt_key(row.prompt) or prompt_key(getattr(row, "completion", ""))
 
 
-def _whole_of(row: Demonstration | Preference) -> str:
-    """A key of everything in a row that is trained on; one prompt with several completions is no duplicate."""
+def _row_key(row: Demonstration | Preference) -> str:
+    """A key of prompt and completions: rows with the same prompt and other completions are not duplicates."""
     texts = [row.completion] if isinstance(row, Demonstration) else [row.chosen, row.rejected]
     return "\0".join(map(prompt_key, [row.prompt, *texts]))

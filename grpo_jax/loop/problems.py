@@ -1,4 +1,4 @@
-"""The problems of a run, as its data settings name them: loaded, graded, held out, encoded."""
+"""Problems of a run and their graders: loaded, held out, encoded."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ GRADERS: dict[str, RewardFn] = {"exact": answer_reward, "math": math_reward}
 
 
 def same_answers_of(data: DataConfig) -> Callable[[str, str], bool]:
-    """The equality of two answers in a majority vote, which is that of the grader."""
+    """Equality of two answers in a majority vote, by the rule of the grader."""
     is_text = is_generated(dataset_of(data)) or data.grader not in ("auto", "math")
     return same_text if is_text else same_answers
 
 
 def dataset_of(data: DataConfig | OfflineDataConfig) -> str:
-    """The dataset.
+    """``data.dataset``.
 
     Raises:
-        ValueError: none is named.
+        ValueError: no dataset is named.
     """
     if data.dataset is None:
         raise ValueError("dataset: no dataset is named; pass --dataset, or choose a preset that has one")
@@ -65,12 +65,12 @@ def load_problem_sets(
     No held-out problem has the prompt of a training problem, ignoring case and white space.
 
     Args:
-        data: names the sources and the grader.
-        seed: of generated problems.
-        stats: filled in with skipped rows, duplicates, leaks and the held-out share.
+        data: sources and grader.
+        seed: seed of generated problems.
+        stats: receives skipped rows, duplicates, leaks and the held-out share.
 
     Raises:
-        ValueError: no dataset is named, no problem is left to hold out; and as ``load_problems`` and
+        ValueError: no dataset is named, or every held-out problem is also trained on; and as ``load_problems`` and
             ``reasoning_gym_problems``.
     """
     stats = DataStatistics() if stats is None else stats
@@ -91,22 +91,23 @@ def load_problem_sets(
         held_out = stats.drop_leaks(held_out, map(key_of, held_out), map(key_of, problems))
     if not held_out:
         raise ValueError(
-            f"every held-out problem of {source} is also trained on; name others with eval_dataset or eval_split"
+            f"every held-out problem of {source} is also trained on; choose another eval_dataset or eval_split"
         )
     return problems, held_out[: data.eval_size], reward, held_out_reward
 
 
 def load_evaluation_problems(data: DataConfig, stats: DataStatistics | None = None) -> tuple[list[Problem], RewardFn]:
-    """The problems of an evaluation and their reward: those of the source of held-out problems, nothing left out.
+    """The problems of an evaluation and their accuracy reward.
 
-    A data set with one split or file is evaluated on all of it, up to ``eval_size``; one with several on its
-    ``eval_split``, or else ``split``, or else the one that training would hold out.
+    A dataset with one split or file is evaluated on all of it, one with several on ``eval_split``, else ``split``, else
+    the split that training would hold out; in either case up to ``eval_size`` problems.
 
     Args:
-        stats: filled in with skipped rows, duplicates and how many of the problems are evaluated.
+        data: sources and grader.
+        stats: receives skipped rows, duplicates and the number of evaluated problems.
 
     Raises:
-        ValueError: as ``load``.
+        ValueError: as ``load_problem_sets``.
     """
     stats = DataStatistics() if stats is None else stats
     source = data.eval_dataset or dataset_of(data)
@@ -118,7 +119,7 @@ def load_evaluation_problems(data: DataConfig, stats: DataStatistics | None = No
 
 
 def _sample(data: DataConfig, source: str, split: str | None, stats: DataStatistics) -> tuple[list[Problem], RewardFn]:
-    """The problems of a split, shuffled where a part of them is taken: many are sorted by subject or level."""
+    """The problems of a split; shuffled if only a part is used, as many datasets are sorted by subject or level."""
     generated = 2 * (data.eval_size or DEFAULT_HELD_OUT)
     problems, reward = _read(data, source, split, generated, HELD_OUT_SEED, stats)
     evaluated = min(len(problems), data.eval_size or len(problems))
@@ -142,7 +143,7 @@ def encode_problems(
     rendering: Rendering,
     first_index: int = 0,
 ) -> EncodedProblems:
-    """The problems as prompts of token ids; see ``EncodedProblems`` for what it raises."""
+    """The problems as token ids; arguments and errors as for ``EncodedProblems``."""
     return EncodedProblems(
         problems,
         tokenizer,
@@ -178,7 +179,7 @@ def _read(
     except KeyError as error:
         if "answer" not in str(error):
             raise
-        raise KeyError(f"{error.args[0]}. Where a reward model judges, set grader to none") from None
+        raise KeyError(f"{error.args[0]}. With a reward model instead of answers, set grader to none") from None
     if data.grader == "none":
         return problems, ungraded
     has_tests = "tests" in problems[0].columns

@@ -14,23 +14,29 @@ from grpo_jax.models import Pretrained
 def resolve_rendering(
     settings: PromptConfig, policy: Pretrained, *, say: Callable[[str], None], today: str
 ) -> Rendering:
-    """The rendering in effect for a model, said in one line.
+    """The prompt format in effect for a model, which is also printed.
+
+    Args:
+        settings: prompt settings.
+        policy: the model, with the prompt format that it was trained on.
+        say: prints a line.
+        today: date on which the run was started.
 
     Raises:
-        ValueError: as ``PromptConfig.rendering``; and where ``template_kwargs`` names a variable that the chat
-            template does not read.
+        ValueError: as ``PromptConfig.rendering``; or ``template_kwargs`` names a variable that the chat template does
+            not read.
     """
     rendering = settings.rendering(policy.prompt_format, policy.tokenizer, today=today)
     template = getattr(policy.tokenizer, "chat_template", None)
-    unread = [each for each in settings.template_variables if not re.search(rf"\b{re.escape(each)}\b", str(template))]
+    unread = [name for name in settings.template_variables if not re.search(rf"\b{re.escape(name)}\b", str(template))]
     if unread and rendering.get("template") is None:
-        raise ValueError(f"template_kwargs: the chat template reads no variable {unread[0]!r}; check its name")
-    found = prompt_format_of(rendering, policy.tokenizer)
+        raise ValueError(f"template_kwargs: the chat template does not read a variable {unread[0]!r}; check its name")
+    prompt_format = prompt_format_of(rendering, policy.tokenizer)
     if policy.prompt_format is None:
-        why = "" if settings.says_template else ", the default: the model does not say how it was trained"
-    elif found == policy.prompt_format:
+        why = "" if settings.says_template else ", the default: the model has no prompt_format.json"
+    elif prompt_format == policy.prompt_format:
         why = ", as the model was trained"
     else:
         why = f"; the model was trained with {described(policy.prompt_format)}"
-    say(f"prompts: {described(found)}{why}")
+    say(f"prompts: {described(prompt_format)}{why}")
     return rendering

@@ -1,7 +1,4 @@
-"""The frame around an experiment's loop: the run's folder, its logs and live view, checkpoints, and signals.
-
-The loop itself stays in the experiment's script.
-"""
+"""The frame around an experiment's loop: run folder, logs, live view, checkpoints and signals."""
 
 from __future__ import annotations
 
@@ -33,31 +30,30 @@ from grpo_jax.rewards.workers.pool import RewardError
 Entered = TypeVar("Entered")
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """A run was asked to stop, and did."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A run stopped on request."""
 
 
 class Run:
-    """A context in which an experiment runs, in a folder of its own.
+    """A context in which an experiment runs in its own folder.
 
     The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``,
-    ``reward_errors.jsonl``, ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering it a second
-    time with the same configuration goes on where the first stopped. SIGTERM and Ctrl-C ask the loop to stop after its
-    step (``stop_requested``); a second Ctrl-C interrupts.
+    ``reward_errors.jsonl``, ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering an existing
+    run's folder with the same configuration resumes the run. SIGTERM and Ctrl-C request a stop after the current step
+    (``stop_requested``); a second Ctrl-C interrupts.
 
     Args:
-        folder: created if need be.
+        folder: created if it does not exist.
         config: the experiment's configuration, a dataclass.
-        title: what the live view is called.
-        resumable_fields: top-level fields of ``config`` that may change on resume: they do not change results.
-        trackers: of ``tensorboard``, ``wandb``, ``trackio``; where metrics go besides the folder.
-        keep_checkpoints: how many of the newest stay.
-        plain: print plain lines instead of the live view; by default where there is no terminal.
-        console: where to print.
+        title: title of the live view.
+        resumable_fields: top-level fields of ``config`` that may change on resume because they do not change results.
+        trackers: among ``tensorboard``, ``wandb`` and ``trackio``; they receive the metrics too.
+        keep_checkpoints: number of newest checkpoints to keep.
+        plain: print plain lines instead of the live view. Default: where there is no terminal.
+        console: rich console to print to.
 
     Raises:
-        ValueError: the folder holds a run with another configuration (the differences are listed), or holds files
-            and no run.
+        ValueError: the folder holds a run with another configuration (the differences are listed), or files but no run.
         RuntimeError: another process is running in the folder.
         NotImplementedError: there are several hosts.
     """
@@ -83,7 +79,7 @@ class Run:
         self._started = time.monotonic()
         self.progress = Progress(title, console=console, plain=plain)
         self.previous: dict[str, Any] | None = None
-        with ExitStack() as stack:  # what was opened is closed again if a later part cannot be
+        with ExitStack() as stack:  # closes what is open if a later step fails
             self._open(stack, resumable_fields, trackers, keep_checkpoints)
             self._stack = stack.pop_all()
 
@@ -116,52 +112,52 @@ class Run:
         self._stack.close()
 
     def enter(self, context: AbstractContextManager[Entered]) -> Entered:
-        """Enter a context that is left with the run."""
+        """Enter a context that is exited with the run."""
         return self._stack.enter_context(context)
 
     @property
     def seconds(self) -> float:
-        """Wall time spent in this run, that of the processes it is resumed from included."""
+        """Wall time of this run, including the processes it is resumed from."""
         return self._earlier_seconds + time.monotonic() - self._started
 
     @property
     def start_date(self) -> str:
-        """The date on which the run began, such as "2026-11-27"; the same in every process that goes on with it."""
+        """The date on which the run was first started, such as "2026-11-27"; kept on resume."""
         return (self.folder / START_DATE).read_text().strip()
 
     @property
     def is_finished(self) -> bool:
-        """Whether ``finish`` or ``write_summary`` was reached before."""
+        """Whether the folder has a ``summary.json``."""
         return (self.folder / "summary.json").exists()
 
     def is_finished_with(self, names: Collection[str]) -> bool:
-        """Whether it was finished with the values that these settings have now."""
+        """Whether the run is finished and was finished with the present values of these settings."""
         if not self.is_finished:
             return False
         config = json.loads((self.folder / "summary.json").read_text()).get("config", {})
         return all(config.get(name, self.settings.get(name)) == self.settings.get(name) for name in names)
 
     def changed(self, name: str) -> tuple[Any, Any] | None:
-        """The value of a setting in the process before and its other value now; None if it is the same."""
+        """``(before, now)`` for a setting that differs from the previous process; None if it does not."""
         now = self.settings.get(name)
         before = now if self.previous is None else self.previous.get(name, now)
         return None if before == now else (before, now)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics so far, as ``metrics.jsonl`` has them."""
+        """The rows of ``metrics.jsonl``."""
         return read_jsonl(self.metrics_log.path)
 
     def describe(self, facts: Mapping[str, object]) -> None:
-        """Print what a run works with, a line for each fact: name and value."""
+        """Print facts about the run, a line with name and value for each."""
         width = max(map(len, facts), default=0)
         for name, value in facts.items():
             self.say(f"  {name.ljust(width)}  {printable(str(value))}")
 
     def stop_if_requested(self) -> None:
-        """Raise if the run was asked to stop: called where everything is saved, or nothing would be lost.
+        """Raise if a stop was requested. Call it where a stop loses no work.
 
         Raises:
-            Stopped: it was.
+            Stopped: a stop was requested.
         """
         if self.stop_requested:
             raise Stopped
@@ -171,63 +167,66 @@ class Run:
         self.progress.console.print(Text(text), soft_wrap=True)
 
     def resume(self, like: Any) -> tuple[int, Any, dict]:
-        """The step, state and position to go on from: those of the newest checkpoint, or 0, ``like`` and ``{}``.
+        """Step, state and position of the newest checkpoint; ``(0, like, {})`` for a new run.
 
-        Logs are rewound to that step, so that they read as if the run had never been interrupted.
+        The logs are rewound to that step, so that they read as if the run had never been interrupted.
 
         Args:
-            like: the state a new run starts with; a checkpoint is restored with its shapes and shardings, and its
-                arrays are given up for it.
+            like: the state of a new run. A checkpoint is restored with its shapes and shardings, and its arrays are
+                deleted.
         """
         self.checkpoints.require_space(like)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         if self.checkpoints.steps():
             jax.tree.map(lambda x: x.delete(), like)  # so that the state is in memory once, not twice
-        found = self.checkpoints.restore(shapes)
-        step, state, position = (-1, like, {}) if found is None else found
+        restored = self.checkpoints.restore(shapes)
+        step, state, position = (-1, like, {}) if restored is None else restored
         for log in (self.metrics_log, self.completions_log, self.alarms_log, self.reward_errors_log):
             log.rewind(step)
-        if found is None:
+        if restored is None:
             return 0, state, position
         self._earlier_seconds = position["seconds"]
         self.say(f"resumed at step {step} from {self.checkpoints.folder}")
         return step, state, position["loop"]
 
     def has_row(self, step: int, name: str) -> bool:
-        """Whether a metric of this name was logged at this step."""
+        """Whether the metric ``name`` was logged at ``step``."""
         return any(row["step"] == step and name in row for row in read_jsonl(self.metrics_log.path))
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Write a checkpoint; ``position`` is what else the loop needs to go on, as JSON.
+        """Write a checkpoint; that of the best evaluation so far is kept besides the newest.
 
-        That of the best evaluation so far stays besides the newest.
+        Args:
+            step: the step.
+            state: a pytree of arrays.
+            position: JSON state of the loop, returned by ``resume``.
         """
         best = best_evaluation(self.rows())
         protected = () if best is None else (best["step"],)
         self.checkpoints.save(step, state, {"seconds": self.seconds, "loop": dict(position)}, protected=protected)
 
     def log(self, row: Row) -> None:
-        """Send a row of metrics, ``step`` among them, to ``metrics.jsonl`` and the trackers."""
+        """Log a row of metrics, with its ``step``, to ``metrics.jsonl`` and the trackers."""
         self.metrics_log.append(row)
         for tracker in self.trackers:
             tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
     def log_samples(self, step: int, samples: Sequence[Sample], *, shown: Sequence[Sample]) -> None:
-        """Write samples to ``completions.jsonl``, and print those that a person is to read."""
+        """Write ``samples`` to ``completions.jsonl`` and print those in ``shown``."""
         self.completions_log.append(*(sample.row(step) for sample in samples))
         print_samples(shown, step, self.progress.console, plain=self.progress.plain)
 
     def log_reward_errors(self, step: int, errors: Sequence[RewardError]) -> None:
-        """Write what could not be scored to ``reward_errors.jsonl``, and say how much it was and the first of it."""
+        """Write reward errors to ``reward_errors.jsonl``; print their number and the first."""
         if errors:
             self.reward_errors_log.append(*({"step": step, **dataclasses.asdict(error)} for error in errors))
             first = f"{errors[0].reward} {errors[0].kind}: {errors[0].detail.strip().splitlines()[-1]}"
             self.say(f"step {step}: {len(errors)} scores are absent (reward_errors.jsonl); the first: {first:.300}")
 
     def raise_alarms(self, fired: Sequence[Alarm]) -> bool:
-        """Say what alarms fired and write them to ``alarms.jsonl``; True if a checkpoint of this step is wanted.
+        """Print alarms and write them to ``alarms.jsonl``; True if a checkpoint of this step should be written.
 
-        One whose level is to stop asks the run to stop, as a signal does.
+        An alarm of level ``stop`` requests a stop, as a signal does.
         """
         for alarm in fired:
             self.alarms_log.append(alarm.row())
@@ -236,31 +235,31 @@ class Run:
         return any(alarm.level != "warn" for alarm in fired)
 
     def finish(self, before: Row, after: Row, *, steps: int, summary: Mapping[str, Any]) -> None:
-        """Draw the curves, write ``summary.json`` and say what was gained.
+        """Plot the curves, write ``summary.json`` and print the change from ``before`` to ``after``.
 
         Args:
-            before: an evaluation before training.
-            after: the same after it.
-            steps: how many steps were taken.
-            summary: the experiment's own figures; seconds, the first step of each alarm, versions and the configuration
-                are added.
+            before: metrics of an evaluation before training.
+            after: metrics of the same evaluation after training.
+            steps: number of steps.
+            summary: the experiment's entries; ``steps``, the first step of each alarm, and the entries of
+                ``write_summary`` are added.
         """
         plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
-        alarms = {each["alarm"]: each["step"] for each in reversed(read_jsonl(self.alarms_log.path))}
+        alarms = {alarm["alarm"]: alarm["step"] for alarm in reversed(read_jsonl(self.alarms_log.path))}
         self.write_summary({**summary, "steps": steps, "alarms": alarms})
         self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``summary.json``, which makes the run a finished one: by itself for a run without steps.
+        """Write ``summary.json``, which marks the run as finished; ``finish`` does it for runs with steps.
 
         Args:
-            summary: the experiment's own figures; the configuration is added, and seconds, device and versions where
-                it does not have them.
+            summary: the experiment's entries. ``config`` is added, and ``seconds``, ``device`` and ``versions`` unless
+                they are present.
         """
-        added = {"seconds": self.seconds, "device": device_summary(), "versions": package_versions()}
-        whole = {**summary, **{name: value for name, value in added.items() if name not in summary}}
-        whole["config"] = self.settings
-        write_atomically(self.folder / "summary.json", json.dumps(to_json(whole), indent=2).encode() + b"\n")
+        defaults = {"seconds": self.seconds, "device": device_summary(), "versions": package_versions()}
+        entries = {**summary, **{name: value for name, value in defaults.items() if name not in summary}}
+        entries["config"] = self.settings
+        write_atomically(self.folder / "summary.json", json.dumps(to_json(entries), indent=2).encode() + b"\n")
 
     def _next_step(self) -> int:
         steps = self.checkpoints.steps()
@@ -283,13 +282,13 @@ def run_experiment(
     title: str,
     again: bool = False,
 ) -> int:
-    """Run or resume an experiment; the exit status is 0 when it is finished and 130 when it was asked to stop.
+    """Run or resume an experiment; returns exit status 0 if it finished and 130 if it was stopped.
 
     Args:
         config: a dataclass with the fields of ``RunConfig`` and ``ModelConfig``.
         train: the experiment's loop.
-        title: of the live view.
-        again: whether ``train`` is called for a finished run too.
+        title: title of the live view.
+        again: call ``train`` for a finished run too.
     """
     enable_compilation_cache()
     # On a GPU or TPU the default precision of float32 products is lower than float32.

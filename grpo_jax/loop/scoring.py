@@ -1,4 +1,4 @@
-"""The scorer that a run's reward settings ask for."""
+"""The scorer of a run, built from its reward settings."""
 
 from __future__ import annotations
 
@@ -34,21 +34,22 @@ def open_scorer(
     show: Callable[[str], None] = print,
     measures_format: bool = True,
 ) -> Scorer:
-    """The rewards, ready to score.
+    """The scorer for ``config``.
 
     Args:
-        accuracy: tells a right answer, of problems that are trained on.
-        held_out_accuracy: the same, of held-out problems.
+        config: rewards and weights.
+        accuracy: accuracy reward of training problems.
+        held_out_accuracy: accuracy reward of held-out problems.
         max_completion_length: in tokens.
-        needs_pool: whether accuracy may hang or fail, so that by default it runs in processes of its own.
-        mesh: that a reward model is split over.
-        dtype: the precision a reward model computes in.
-        today: the date on which the run began, for the chat template of a reward model.
-        show: called with each line that a reward in a process of its own prints.
-        measures_format: whether the format is measured where it has no weight: not where prompts do not ask for it.
+        needs_pool: whether the accuracy reward may hang or crash, so that it runs in worker processes by default.
+        mesh: mesh over which a reward model is sharded.
+        dtype: computation dtype of a reward model.
+        today: date on which the run was started, for the chat template of a reward model.
+        show: called with each line that a reward prints in a worker process.
+        measures_format: measure the format reward even if it has no weight.
 
     Raises:
-        ValueError: a reward cannot be imported or loaded, two have one name, or nothing has a weight.
+        ValueError: a reward cannot be imported or loaded, two rewards have the same name, or no reward has a weight.
     """
     rewards: dict[str, RewardFn] = {"accuracy": accuracy}
     weights = {"accuracy": config.accuracy_weight}
@@ -73,9 +74,11 @@ def open_scorer(
     for name, weight in map(read_weighted, config.reward):
         short = name.rpartition(":")[2]
         if short in (*rewards, "format", "judge", "reward_model"):
-            raise ValueError(f"two rewards are named {short!r}; name yours otherwise than {[*rewards, 'judge']}")
+            raise ValueError(
+                f"two rewards are named {short!r}; rename yours, the names in use are {[*rewards, 'judge']}"
+            )
         rewards[short], weights[short] = import_reward(name), weight
-    own = [name.rpartition(":")[2] for name, _ in map(read_weighted, config.reward)]
+    user_rewards = [name.rpartition(":")[2] for name, _ in map(read_weighted, config.reward)]
     judge = None
     if config.judge is not None:
         judge = "judge"
@@ -89,9 +92,9 @@ def open_scorer(
         if config.reward_model is None
         else load_reward_model(config.reward_model, mesh=mesh, dtype=dtype, today=today, say=show)
     )
-    own_code = bool(config.reward or config.judge or config.format_pattern)
-    by_default = default_workers() if needs_pool or own_code else 0
-    workers = by_default if config.reward_workers is None else config.reward_workers
+    runs_user_code = bool(config.reward or config.judge or config.format_pattern)
+    default = default_workers() if needs_pool or runs_user_code else 0
+    workers = default if config.reward_workers is None else config.reward_workers
     return Scorer(
         rewards,
         weights | ({} if learned is None else {"reward_model": config.reward_model_weight}),
@@ -101,7 +104,7 @@ def open_scorer(
         gates={"accuracy": "format"} if config.gate_on_format else {},
         clip=config.clip_reward,
         workers=workers,
-        may_abstain=own if config.reward_abstain == "skip" else (),
+        may_abstain=user_rewards if config.reward_abstain == "skip" else (),
         pool={
             "deadline": config.reward_deadline,
             "batch_deadline": config.reward_batch_deadline,

@@ -1,4 +1,4 @@
-"""The model that a run starts from."""
+"""Loading of the model that a run starts from."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TOY_FOLDER = "toy_model"
 def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
     """Folder or Hugging Face id of the model that a run starts from.
 
-    The toy model is trained first, unless it is in the run's folder already.
+    The toy model is trained first, unless the run's folder has it already.
 
     Args:
-        config: names the model.
-        run: its folder.
-        seed: of the toy model.
+        config: the model and the toy model's settings.
+        run: its folder receives the toy model.
+        seed: seed of the toy model.
 
     Raises:
         ValueError: no model is named.
@@ -53,7 +53,7 @@ def named_model(config: ModelConfig) -> str:
 
 
 def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False) -> models.Pretrained:
-    """A model in the run's precision, sharded over ``mesh``; see ``models.from_pretrained`` for what it raises.
+    """A model in the run's precision, sharded over ``mesh``.
 
     Args:
         config: precision, rematerialization and attention kernel.
@@ -62,7 +62,8 @@ def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_h
         scalar_head: replace the output embedding by a scalar head, with zero weights unless the checkpoint has one.
 
     Raises:
-        ValueError: it has no tokenizer, or is a reward model where a language model is wanted.
+        ValueError: the model has no tokenizer, or is a reward model although ``scalar_head`` is False; and as
+            ``models.from_pretrained``.
     """
     loaded = models.from_pretrained(
         name_or_folder,
@@ -112,15 +113,15 @@ def make_sampler(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh, *,
 
 
 def checked_model(model: models.Pretrained, name: str, *, scalar_head: bool = False) -> models.Pretrained:
-    """The model, if it is one to train and sample from.
+    """``model``, after a check that it can be trained and sampled from.
 
     Args:
-        model: as it was read.
-        name: its folder or id.
-        scalar_head: whether it is wanted as a reward model or critic.
+        model: a loaded model.
+        name: its folder or id, for the error.
+        scalar_head: whether it serves as a reward model or critic.
 
     Raises:
-        ValueError: it has no tokenizer, or is a reward model where none is wanted.
+        ValueError: the model has no tokenizer, or is a reward model although ``scalar_head`` is False.
     """
     if model.config.scalar_head and not scalar_head:
         raise ValueError(f"{name} is a reward model: its head gives a score and no tokens; name a language model")
@@ -130,14 +131,14 @@ def checked_model(model: models.Pretrained, name: str, *, scalar_head: bool = Fa
 
 
 def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> models.Pretrained:
-    """The model with more tokens among those that end a sequence.
+    """``model`` with ``stop_tokens`` added to the tokens that end a sequence.
 
     Args:
-        model: with a tokenizer.
-        stop_tokens: each one token of its tokenizer, such as ``<|im_end|>``.
+        model: a model with a tokenizer.
+        stop_tokens: texts of single tokens, such as ``<|im_end|>``.
 
     Raises:
-        ValueError: one is not, or has no row in the embedding.
+        ValueError: a text is not a single token, or its token has no row in the embedding.
     """
     if not stop_tokens:
         return model
@@ -146,7 +147,7 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
 
 
 def train_toy_model(run: Run, recipe: ToyConfig) -> str:
-    """Folder of the toy model within the run's folder, where it is trained unless it exists."""
+    """Folder of the toy model within the run's folder; trains the model if the folder does not exist."""
     folder = run.folder / TOY_FOLDER
     if not folder.exists():
         with run.progress.phase("toy model", recipe.steps) as phase:
@@ -160,7 +161,7 @@ def train_toy_model(run: Run, recipe: ToyConfig) -> str:
 
 
 def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh: Mesh) -> dict[str, str]:
-    """Device, precision, model and size, for a run's first lines."""
+    """Devices, precision, model and size, for the run's header."""
     count = sum(x.size for x in jax.tree.leaves(model.params))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return {
