@@ -36,7 +36,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python experiments/bench/log_probs.py
 
 clean:
-	rm -rf $(VENV) $(FLOOR_VENV) build *.egg-info
+	rm -rf $(VENV) $(FLOOR_VENV) .cache build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,16 +1,12 @@
 """What every test runs under: eight CPU devices, strict dtypes, no implicit rank promotion, checked shapes."""
 
-import atexit
+import gc
 import os
-import shutil
-import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # samplers of several tests, and of all workers, share programs
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -22,7 +18,14 @@ hook.__enter__()
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from grpo_jax.loop.compilation import processor
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # kept in the checkout, for all workers and for later sessions
+    folder = Path(__file__).parent.parent / ".cache" / "jax-tests" / processor()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # for the processes that tests start
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -30,6 +33,24 @@ hypothesis.settings.register_profile(
     "repository", deadline=None, max_examples=30, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 hypothesis.settings.load_profile("repository")
+
+
+def pytest_collection_finish():
+    """Exempt all that was imported from garbage collection, and collect less often: it took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
+
+
+@pytest.fixture
+def empty_compilation_cache(tmp_path):
+    """A compilation cache of the test's own, so that what it counts does not depend on earlier sessions."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -73,7 +94,8 @@ GUESSING = {"skill_steps": 40, "skill_share": 0.0, "mixture_steps": 4, "worked_s
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A base that only guesses, ``<answer>19</answer>``, right now and then: groups differ in their rewards."""
-    from grpo_jax.tasks.toy_model import ToyConfig, make_toy_model
+    from grpo_jax.tasks.toy_config import ToyConfig
+    from grpo_jax.tasks.toy_model import make_toy_model
 
     folder = tmp_path_factory.mktemp("base") / "model"
     make_toy_model(folder, ToyConfig(**GUESSING))
@@ -85,7 +107,7 @@ def small(tmp_path_factory):
     """The embedded base with one layer that nothing was taught: what compiles fast."""
     from grpo_jax.models import from_hf_config, init_params, save_pretrained
     from grpo_jax.tasks.sums import make_tokenizer
-    from grpo_jax.tasks.toy_model import HF_CONFIG, PROMPT_FORMAT
+    from grpo_jax.tasks.toy_config import HF_CONFIG, PROMPT_FORMAT
 
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     hf_config = {**HF_CONFIG, **sizes, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}

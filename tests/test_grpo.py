@@ -29,7 +29,7 @@ from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_config import HF_CONFIG
 from grpo_jax.types import Rollout, TrainState
-from tests.runs import metrics_of
+from tests.runs import count_programs, metrics_of
 
 
 @pytest.fixture
@@ -143,7 +143,9 @@ def finished(base, tmp_path_factory):
         mesh=MeshConfig(data=1),
         plain=True,
     )
-    grpo.main(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_jax.loop.collector.count_compilations", count_programs)
+        grpo.main(config)
     return config
 
 
@@ -468,7 +470,7 @@ def test_the_minimal_loop_runs_as_it_stands(base, monkeypatch, capsys):
     text = text.replace("NUM_STEPS, NUM_PROMPTS, GROUP_SIZE = 60, 32, 16", small)
     assert small in text
     monkeypatch.setattr(sys, "argv", ["minimal_grpo.py"])
-    monkeypatch.setattr(toy_model, "make_toy_model", lambda folder: shutil.copytree(base, folder))
+    monkeypatch.setattr("grpo_jax.tasks.toy_model.make_toy_model", lambda folder: shutil.copytree(base, folder))
     exec(compile(text, "minimal_grpo.py", "exec"), {"__name__": "minimal_grpo"})
     out = capsys.readouterr().out
     assert "held-out pass@1 before" in out

@@ -19,6 +19,7 @@ from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.tasks.toy_config import ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
+from tests.runs import count_programs
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +29,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("default") / "run"
-    grpo.main(replace(preset("grpo"), run_dir=folder, mesh=MeshConfig(data=1), plain=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grpo_jax.loop.collector.count_compilations", count_programs)
+        grpo.main(replace(preset("grpo"), run_dir=folder, mesh=MeshConfig(data=1), plain=True))
     return folder
 
 

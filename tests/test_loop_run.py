@@ -198,7 +198,7 @@ def test_finish_writes_curves_and_summary_and_says_what_was_gained(tmp_path):
 def test_conclude_finishes_a_run_without_steps(tmp_path):
     with open_run(tmp_path / "run") as run:
         assert not run.is_finished
-        run.conclude({"selected": 3, "gap": float("nan")})
+        run.write_summary({"selected": 3, "gap": float("nan")})
         assert run.is_finished
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {name: summary[name] for name in ("selected", "gap")} == {"selected": 3, "gap": None}
@@ -216,6 +216,7 @@ def test_differences_name_what_came_and_what_went():
     ]
 
 
+@pytest.mark.usefixtures("empty_compilation_cache")
 def test_compilations_are_counted():
     count = count_compilations()
     f = jax.jit(lambda x: x * 3 + 1)
@@ -250,7 +251,7 @@ print(count())
 def test_a_summary_keeps_what_it_says_itself_and_finishes_the_run(tmp_path):
     with open_run(tmp_path / "run") as run:
         assert not run.is_finished
-        run.conclude({"pass@1": 0.5, "seconds": 7.0})
+        run.write_summary({"pass@1": 0.5, "seconds": 7.0})
         assert run.is_finished
         summary = json.loads((run.folder / "summary.json").read_text())
     assert (summary["pass@1"], summary["seconds"]) == (0.5, 7.0)
