@@ -122,7 +122,7 @@ def real(tmp_path):
 
 def test_data_of_the_last_stage_are_read_before_the_first_begins(stages, tmp_path):
     config = real(tmp_path)
-    with pytest.raises(KeyError, match="Where a reward model judges, set grader to none"):
+    with pytest.raises(KeyError, match="With a reward model instead of answers, set grader to none"):
         r1.main(replace(config, general_data=replace(config.general_data, grader="auto")))
     (tmp_path / "chats.jsonl").write_text('{"prompt": "and no completion"}\n')
     with pytest.raises((KeyError, ValueError), match=r"chats\.jsonl"):
