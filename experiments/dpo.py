@@ -1,7 +1,7 @@
-r"""DPO: a policy learns from preferences directly, without a reward model and without drawing anything.
+r"""DPO: direct preference optimization, without a reward model and without sampling.
 
-Without arguments it learns from pairs of replies to the embedded base's errands, on one CPU in three minutes. With
-arguments it is the real thing:
+Without arguments it trains the toy model on preferences between replies to the toy task errands, on one CPU in three
+minutes. For real models:
 
     python experiments/dpo.py
     python experiments/dpo.py --model runs/sft/model --dataset preferences.jsonl --beta 0.1 --run-dir runs/dpo
@@ -9,8 +9,8 @@ arguments it is the real thing:
     python experiments/dpo.py --model path/to/folder --dataset preferences.jsonl --reference-free --per-token --beta 2 \
         --target-margin 1
 
-The last one is SimPO. The reference's log-probabilities are computed once ahead; it is in memory no longer than that.
-After Rafailov et al. (arXiv 2305.18290).
+The last command is SimPO. The reference's log-probabilities are computed once before training, after which the
+reference is freed. After Rafailov et al. (arXiv 2305.18290).
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from grpo_jax.types import Pairs, Params
 
 
 def main(config: DPOConfig) -> int:
-    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
     return run_experiment(config, train, title="DPO")
 
 
 def check(config: DPOConfig) -> None:
-    """Find what the devices cannot divide, before anything is computed."""
+    """Check the mesh and that batches divide over it, before anything is computed."""
     check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
 
 
@@ -86,9 +86,9 @@ def train(config: DPOConfig, run: Run) -> None:
     if pairs.dropped:
         run.say(f"{pairs.dropped} of {len(preferences)} pairs dropped: too long")
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
-    asked = held_out_pairs.preferences[: config.num_eval_prompts]
+    rows = held_out_pairs.preferences[: config.num_eval_prompts]
     prompts = EncodedProblems(
-        [Problem(each.prompt, None, {"chosen": each.chosen, **template_columns(each.columns)}) for each in asked],
+        [Problem(row.prompt, None, {"chosen": row.chosen, **template_columns(row.columns)}) for row in rows],
         policy.tokenizer,
         max_prompt_length=config.prompt_length,
         pad_id=policy.pad_id,
@@ -102,8 +102,8 @@ def train(config: DPOConfig, run: Run) -> None:
     if not config.reference_free:
         run.checkpoints.require_space(policy.params)
         reference, held_out_reference = (
-            reference_log_probs(run, name, partial(sums_of, policy.params), each)
-            for name, each in (("reference", pairs), ("held_out_reference", held_out_pairs))
+            reference_log_probs(run, name, partial(sums_of, policy.params), data)
+            for name, data in (("reference", pairs), ("held_out_reference", held_out_pairs))
         )
 
     def loss_fn(params: Params, batch: Pairs):
@@ -147,7 +147,7 @@ def train(config: DPOConfig, run: Run) -> None:
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 phase.update(len(held_out_pairs) + len(prompts))
                 metrics["eval/mean_length"] = float(np.asarray(rollout.completion_mask.sum(1)).mean())
-                samples, scores = judged(prompts, completions, judge, config.eval_samples)
+                samples, scores = judge_samples(prompts, completions, judge, config.eval_samples)
                 metrics |= {"eval/judge": float(np.mean(scores))} if scores else {}
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
         return metrics
@@ -175,8 +175,8 @@ class WithReference:
     """Batches of pairs with the reference policy's log-probabilities.
 
     Attributes:
-        batches: without them.
-        reference: ``[pairs, 2]``, of whole completions.
+        batches: the batches.
+        reference: ``[pairs, 2]``, the reference's log-probabilities of whole completions, chosen and rejected.
     """
 
     batches: PairBatches
@@ -199,41 +199,58 @@ def sums_of_pairs(
     pairs: EncodedPreferences,
     report: Callable[[int], None],
 ) -> np.ndarray:
-    """``[pairs, 2]``, the log-probability of each whole completion."""
-    found = []
+    """``[pairs, 2]``, the log-probabilities of whole completions, chosen and rejected.
+
+    Args:
+        config: has the batch size.
+        run: may be stopped between batches.
+        mesh: device mesh.
+        sums: compiled ``(params, pairs) -> [pairs, 2]``.
+        params: parameters of the policy.
+        pairs: encoded pairs.
+        report: called with the number of pairs done.
+    """
+    log_probs = []
     for positions, real in padded_batches(len(pairs), config.num_pairs):
-        found.append(np.asarray(sums(params, shard_rows(pairs.padded(positions), mesh)))[:real])
-        report(sum(map(len, found)))
+        log_probs.append(np.asarray(sums(params, shard_rows(pairs.padded(positions), mesh)))[:real])
+        report(sum(map(len, log_probs)))
         run.stop_if_requested()
-    return np.concatenate(found)
+    return np.concatenate(log_probs)
 
 
 def reference_log_probs(run: Run, name: str, sums_of: Callable, pairs: EncodedPreferences) -> np.ndarray:
-    """``[pairs, 2]``, the reference's log-probabilities of whole completions; kept in the run's folder."""
+    """``[pairs, 2]``, the reference's log-probabilities of whole completions; cached in ``<name>.npy``."""
     path = run.folder / f"{name}.npy"
-    if path.exists() and run.checkpoints.steps():  # what a checkpoint is of was checked; else the data may be others
+    if path.exists() and run.checkpoints.steps():  # with a checkpoint, the data were checked to be the same
         return np.load(path)
     with run.progress.phase(name.replace("_", " "), len(pairs)) as phase:
-        found = sums_of(pairs, phase.update)
+        log_probs = sums_of(pairs, phase.update)
     buffer = BytesIO()
-    np.save(buffer, found)
+    np.save(buffer, log_probs)
     write_atomically(path, buffer.getvalue())
-    return found
+    return log_probs
 
 
-def judged(
+def judge_samples(
     prompts: EncodedProblems, completions: list[str], judge: RewardFn | None, count: int
 ) -> tuple[list[Sample], list[float]]:
-    """Samples to be read, with their grades where somebody judges; and the grades that there are."""
-    asked = [n // count for n in range(len(completions))]
-    texts = [prompts.texts[n] for n in asked]
-    graded = (
+    """Samples with the judge's scores, and the scores that are present.
+
+    Args:
+        prompts: held-out prompts.
+        completions: ``count`` completions of each prompt, in order.
+        judge: reward that scores them; None for no scores.
+        count: completions per prompt.
+    """
+    indices = [n // count for n in range(len(completions))]
+    texts = [prompts.texts[n] for n in indices]
+    outputs = (
         [] if judge is None else as_reward_outputs(judge(texts, completions, answer=[None] * len(texts)), completions)
     )
-    scores = [each.score for each in graded] or [None] * len(texts)
+    scores = [output.score for output in outputs] or [None] * len(texts)
     samples = [
         Sample(text, completion, reward=score, answer=prompts.problems[n].columns["chosen"])
-        for text, completion, score, n in zip(texts, completions, scores, asked, strict=True)
+        for text, completion, score, n in zip(texts, completions, scores, indices, strict=True)
     ]
     return samples, [score for score in scores if score is not None]
 

@@ -1,15 +1,14 @@
-"""Evaluation of any checkpoint on any data set, with confidence intervals; and what changed since another one.
+"""Evaluation of a checkpoint on a dataset, with confidence intervals and paired comparison with another evaluation.
 
-Completions are drawn for every problem of the data set's test split, or of the whole where it has one split or file,
-scored and kept. Without arguments that is done with the embedded base
-and its sums, on one CPU in a minute or two. With arguments it is the real thing:
+Completions are sampled for every problem of the dataset's test split, or of the whole dataset if it has one split or
+file. Without arguments it evaluates the toy model on sums, on one CPU in a minute or two. For real models:
 
     python experiments/evaluate.py
     python experiments/evaluate.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --run-dir runs/a
     python experiments/evaluate.py --model runs/gsm8k/model --dataset openai/gsm8k --run-dir runs/b --against runs/a
     python experiments/evaluate.py --model path/to/folder --dataset chats.jsonl --sampling.temperature 0 --num-samples 1
 
-Run again, it prints the same report and draws nothing; ``--k`` and ``--against`` may be others then.
+When it is run again, it prints the report without sampling; ``--k`` and ``--against`` may then differ.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ from grpo_jax.loop.problems import same_answers_of
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.run_folder import differences
 
-OTHER_SETTINGS_OF_NO_FIGURE = ("against", "k", "cache_bytes", "num_prompts")
+SETTINGS_WITHOUT_EFFECT = ("against", "k", "cache_bytes", "num_prompts")
 
 
 def main(config: EvaluationConfig) -> int:
-    """Evaluate, or go on; the exit status is 0 when the report is there and 130 when the run was asked to stop."""
+    """Evaluate or resume; returns exit status 0 if the evaluation finished and 130 if it was stopped."""
     return run_experiment(config, evaluate, title="Evaluation", again=True)
 
 
 def check(config: EvaluationConfig) -> None:
-    """Find a mesh that cannot be built, before anything is computed."""
+    """Check the mesh, before anything is computed."""
     config.mesh.build()
 
 
@@ -60,9 +59,15 @@ def evaluate(config: EvaluationConfig, run: Run) -> None:
 
 
 def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Draw completions unless a report was made of them before; tell what they are worth and write it down."""
+    """Sample completions unless there is a report of them; compute and write the report.
+
+    Args:
+        config: settings.
+        run: receives completions and report.
+        before: the finished report to replace, with other ``k`` or ``against``; None to sample.
+    """
     against = None if config.against is None else read_report(config.against)
-    others = [] if config.against is None else problem_keys(each.problem for each in read_samples(config.against))
+    others = [] if config.against is None else problem_keys(samples.problem for samples in read_samples(config.against))
 
     def check(problems: Iterable[Problem]) -> None:
         if config.against is not None:
@@ -71,7 +76,7 @@ def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | 
     if before is None:
         problem_set = "held_out" if config.held_out else "evaluation"
         run_batch_inference(config, run, config.mesh.build(), problem_set=problem_set, check=check)
-    keys = problem_keys(each.problem for each in read_samples(run.folder))
+    keys = problem_keys(samples.problem for samples in read_samples(run.folder))
     figures = applicable_metrics(
         config, run.folder, metrics_per_problem(read_samples(run.folder), config.ks, same_answers_of(config.data))
     )
@@ -80,18 +85,18 @@ def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | 
         check_same_problems(keys, others, run.folder, config.against)
         place = {key: n for n, key in enumerate(others)}
         paired = [place[key] for key in keys]
-        theirs = metrics_per_problem(read_samples(config.against), config.ks, same_answers_of(config.data))
+        baseline = metrics_per_problem(read_samples(config.against), config.ks, same_answers_of(config.data))
         report[COMPARISON] = {
             "against": config.against,
-            "settings": differences(against["config"], run.settings, (*LAYOUT_FIELDS, *OTHER_SETTINGS_OF_NO_FIGURE)),
+            "settings": differences(against["config"], run.settings, (*LAYOUT_FIELDS, *SETTINGS_WITHOUT_EFFECT)),
             "provenance": read_provenance(config.against),
-            FIGURES: compare_metrics({name: values[paired] for name, values in theirs.items()}, figures),
+            FIGURES: compare_metrics({name: values[paired] for name, values in baseline.items()}, figures),
         }
     report |= {"num_problems": len(keys), "num_samples": config.num_samples, "provenance": read_provenance(run.folder)}
-    if before is not None:  # what the completions were drawn with
+    if before is not None:  # of the run that sampled the completions
         report |= {name: before[name] for name in ("seconds", "device", "versions")}
     run.metrics_log.rewind(-1)
-    run.log({"step": 0, **{f"eval/{name}": each["mean"] for name, each in report[FIGURES].items()}})
+    run.log({"step": 0, **{f"eval/{name}": metric["mean"] for name, metric in report[FIGURES].items()}})
     run.write_summary(report)
     return read_report(run.folder)
 

@@ -1,15 +1,14 @@
-"""RLHF with PPO and its four models: actor, critic, reference and reward model.
+"""PPO with a critic (RLHF): actor, critic, reference policy and reward model.
 
-Without arguments it does the whole of it with the embedded base, on one CPU: a reward model is learnt from pairs of
-replies to errands, the critic starts from it, and the actor learns from its scores. With arguments it is the real
-thing:
+Without arguments it trains on the toy task errands on one CPU: first a reward model from preferences, then the actor
+and a critic that starts from the reward model. For real models:
 
     python experiments/ppo.py
     python experiments/ppo.py --model runs/sft/model --reward-model runs/reward_model/model --dataset prompts.jsonl
     python experiments/ppo.py --model path/to/folder --dataset openai/gsm8k --accuracy-weight 1 --critic head
 
-A completion's reward comes at its last token and the KL to the reference at every token; advantages are those of
-generalized advantage estimation. After InstructGPT (arXiv 2203.02155) and arXiv 2403.17031.
+The reward is given at a completion's last token, the KL penalty at every token; advantages are by generalized
+advantage estimation. After InstructGPT (arXiv 2203.02155) and arXiv 2403.17031.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ from grpo_jax.types import Batch, Mean, Params, Rollout, TrainState
 
 
 def main(config: PPOConfig) -> int:
-    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
     check(config)
     if not config.has_reward:
         folder = config.run_dir.with_name(f"{config.run_dir.name}_reward_model")
@@ -73,7 +72,7 @@ def main(config: PPOConfig) -> int:
 
 
 def check(config: PPOConfig) -> None:
-    """Find what the devices cannot divide, before anything is computed."""
+    """Check the mesh and that batches divide over it, before anything is computed."""
     mesh = config.mesh.build()
     rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
     check_divides(config.num_prompts, mesh, "num_prompts")
@@ -99,7 +98,7 @@ def train(config: PPOConfig, run: Run) -> None:
     with run.progress.phase("PPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
             experience = collector.sample(step, learner.actor(states))
-            # Sent off before the host scores: the devices work on it meanwhile.
+            # Dispatched before the host scores, so that both run in parallel.
             old, ref, values = learner.before(states, experience.rollout)
             scores = collector.score(experience)
             batch, kl, token_kl = learner.batch(experience, scores, old, ref, values, kl_coef)
@@ -150,10 +149,10 @@ def train(config: PPOConfig, run: Run) -> None:
 
 
 class Learner:
-    """An actor and its critic: their states, what they make of completions, how they are updated.
+    """Actor and critic: train states, batches from completions, updates.
 
     Attributes:
-        states: those to start with.
+        states: initial train states.
     """
 
     states: dict[str, TrainState]
@@ -188,15 +187,15 @@ class Learner:
         )
 
     def actor(self, states: dict[str, TrainState]) -> Params:
-        """What completions are experience from."""
+        """Parameters of the policy to sample from."""
         return states["actor"].params
 
     def critic(self, states: dict[str, TrainState]) -> Params:
-        """What values are read with."""
+        """Parameters of the value function."""
         return states["actor"].params
 
     def before(self, states: dict[str, TrainState], rollout: Rollout) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """Log-probabilities of the actor and of the reference, and values, before the update."""
+        """Log-probabilities of the actor and the reference, and values, before the update."""
         actor = states["actor"]
         ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
         return self._log_probs(actor.params, rollout), ref, self._values(self.critic(states), rollout)
@@ -213,7 +212,7 @@ class Learner:
         values: jax.Array,
         kl_coef: float,
     ) -> tuple[Batch, float, float]:
-        """What is learnt from, and the KL to the reference in nats a completion and a token."""
+        """Training batch, and the mean KL to the reference in nats per completion and per token."""
         rollout, rewards = experience.rollout, jnp.asarray(scores.total)
         mask = rollout.completion_mask & ~jnp.isnan(rewards)[:, None]
         advantages, returns, *kl = self.advantages(rewards, old, ref, values, mask, jnp.float32(kl_coef))
@@ -233,10 +232,10 @@ class Learner:
 
 
 class OwnCritic(Learner):
-    """A critic that is a model of its own: from the reward model, or else from the actor's own start."""
+    """A separate critic model, initialized from the reward model, or else from the actor's initial model."""
 
     def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh):
-        # The actor's optimizer rests while the critic learns alone.
+        # The actor is not updated during the critic's warm-up.
         super().__init__(config, collector, mesh, num_steps=config.num_steps - config.critic_warmup_steps)
         start = config.rewards.reward_model or collector.start
         critic = load_model(config, start, mesh, scalar_head=True)
@@ -275,17 +274,17 @@ class OwnCritic(Learner):
     def update(
         self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool
     ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
-        """One update of each."""
-        critic, of_critic = self._critic_step(states["critic"], batch)
-        metrics = {**of_critic, "value/loss": of_critic["loss"], "value/grad_norm": of_critic["grad_norm"]}
+        """One update of the critic, and of the actor unless ``critic_alone``."""
+        critic, metrics = self._critic_step(states["critic"], batch)
+        metrics |= {"value/loss": metrics["loss"], "value/grad_norm": metrics["grad_norm"]}
         if critic_alone:
             return {**states, "critic": critic}, metrics
-        actor, of_actor = self._actor_step(states["actor"], batch)
-        return {"actor": actor, "critic": critic}, metrics | of_actor
+        actor, actor_metrics = self._actor_step(states["actor"], batch)
+        return {"actor": actor, "critic": critic}, metrics | actor_metrics
 
 
 class SharedTrunk(Learner):
-    """A critic that is a head on the actor's trunk: both learn in one pass, the value's loss beside the policy's."""
+    """A value head on the actor's trunk: one update of the sum of policy loss and weighted value loss."""
 
     def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh):
         super().__init__(config, collector, mesh, num_steps=config.num_steps)
@@ -294,15 +293,16 @@ class SharedTrunk(Learner):
         def loss_of(params: Params, batch: Batch, *, critic_alone: bool):
             log_probs, entropy, values = outputs(params, batch, shares_trunk=not critic_alone)
             assert batch.returns is not None
-            of_values, metrics = loss.value_loss(
+            value_loss, metrics = loss.value_loss(
                 values, batch.returns, batch.loss_mask, old_values=batch.old_values, epsilon=config.value_epsilon
             )
-            metrics["value/loss"] = of_values
+            metrics["value/loss"] = value_loss
             if critic_alone:
-                return of_values, metrics
-            of_policy, more = self.policy_loss(lambda *_: (log_probs, entropy))(params, batch)
-            # Both are means over the same tokens, so that their sums have one count.
-            return Mean(of_policy.sum + config.value_coef * of_values.sum, of_policy.count), metrics | more
+                return value_loss, metrics
+            policy_loss, policy_metrics = self.policy_loss(lambda *_: (log_probs, entropy))(params, batch)
+            # Both are means over the same tokens, so their counts are equal.
+            total = policy_loss.sum + config.value_coef * value_loss.sum
+            return Mean(total, policy_loss.count), metrics | policy_metrics
 
         self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2])
         self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None))
@@ -324,37 +324,39 @@ class SharedTrunk(Learner):
     def update(
         self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool
     ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
-        """One update of both, or of the head alone."""
+        """One update of both losses, or of the value head if ``critic_alone``."""
         actor, metrics = self._steps[critic_alone](states["actor"], batch)
         return {"actor": actor}, metrics
 
 
 def token_advantages(rewards, old, ref, values, mask, kl_coef, *, gamma: float, lam: float, scale: bool):
-    """Advantages and returns of tokens; the KL to the reference, in nats a completion and a token."""
+    """Advantages and returns per token; mean KL to the reference in nats per completion and per token."""
     kl = jnp.zeros_like(old) if ref is None else loss.kl_k1(old, ref)
-    of_tokens = advantage.token_rewards(rewards, kl, mask, kl_coef=kl_coef)
-    advantages, returns = advantage.gae(of_tokens, values, mask, gamma=gamma, lam=lam)
+    per_token = advantage.token_rewards(rewards, kl, mask, kl_coef=kl_coef)
+    advantages, returns = advantage.gae(per_token, values, mask, gamma=gamma, lam=lam)
     advantages = advantage.whitened(advantages, mask) if scale else advantages
     return advantages, returns, masked_mean(masked_sum(kl, mask, 1), mask.any(1)), masked_mean(kl, mask)
 
 
 def check_same_tokens(critic: Pretrained, policy: Pretrained) -> None:
-    """Check that a critic reads the tokens that the policy writes.
+    """Check that critic and policy have the same tokenizer.
 
     Raises:
-        ValueError: its tokenizer is another one, or its embedding lacks rows for some of the policy's tokens.
+        ValueError: the tokenizers differ, or the critic's embedding lacks rows for some of the policy's tokens.
     """
     assert critic.tokenizer is not None
     assert policy.tokenizer is not None
     vocabulary = policy.tokenizer.get_vocab()
     if critic.tokenizer.get_vocab() != vocabulary:
-        raise ValueError("the reward model has another tokenizer than the policy, so no critic can start from it")
+        raise ValueError(
+            "the tokenizers of reward_model and model differ, so the critic cannot start from the reward model"
+        )
     rows = range(critic.config.vocab_size, policy.config.vocab_size)
     lacking = sum(number in rows for number in vocabulary.values())
     if lacking:
         raise ValueError(
             f"the reward model's embedding has {critic.config.vocab_size} rows and lacks {lacking} of the policy's "
-            "tokens, so no critic can start from it"
+            "tokens, so the critic cannot start from it"
         )
 
 

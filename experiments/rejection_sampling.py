@@ -1,19 +1,16 @@
-"""Rejection sampling: many completions of each problem are drawn, and the good ones become demonstrations.
+"""Rejection sampling: sample many completions per problem, keep the good ones as demonstrations.
 
-Without arguments the embedded base answers 256 of its sums, in half a minute on one CPU. With arguments it is the real
-thing:
+Without arguments it samples the toy model on 256 sums, in half a minute on one CPU. For real models:
 
     python experiments/rejection_sampling.py --require format=1
     python experiments/rejection_sampling.py --model runs/gsm8k/model --dataset openai/gsm8k --require format=1
     python experiments/rejection_sampling.py --model path/to/folder --dataset problems.jsonl --target-language en \
         --require format=1 language=0.9 --balance 4 --demonstrations general.jsonl --general-share 0.25
 
-What is kept goes to dataset.jsonl in the run's folder, a row a completion, for sft.py --dataset. A row has the
-problem's own prompt and no template: give sft.py the template that completions were drawn with, so that the student is
-asked as the teacher was. The last line says how.
+Selected completions go to dataset.jsonl in the run's folder, one row each, for sft.py --dataset. Prompts are written
+without a template: train with the template that was sampled with. The last line of the output has the command.
 
-A run that was stopped or killed goes on where it was. Selecting is cheap, drawing is not: to select otherwise from the
-same completions, remove summary.json and give the same command with other filters.
+To select again from the same completions, remove summary.json and give the same command with other filters.
 """
 
 from __future__ import annotations
@@ -41,21 +38,21 @@ from grpo_jax.loop.run import Run, run_experiment
 
 DATASET = "dataset.jsonl"
 PASS_RATE_BINS = 4
-"""Parts of equal width that pass rates are told in where none are balanced."""
+"""Bins of the reported pass rates if ``selection.balance`` is not set."""
 
 
 def main(config: RejectionSamplingConfig) -> int:
-    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
     return run_experiment(config, sample_and_select, title="rejection sampling")
 
 
 def check(config: RejectionSamplingConfig) -> None:
-    """Find a mesh that cannot be built, before anything is computed."""
+    """Check the mesh, before anything is computed."""
     config.mesh.build()
 
 
 def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
-    for path in config.demonstrations:  # what cannot be read is found before anything is drawn
+    for path in config.demonstrations:  # fails on unreadable files before sampling
         load_demonstrations(str(path))
     mesh = config.mesh.build()
     num_problems = run_batch_inference(
@@ -63,16 +60,16 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
     )
     choices: list[Selection] = []
     counts: Counter[str] = Counter(dict.fromkeys(FILTERS, 0))
-    for collected in read_samples(run.folder):
-        choice, left = select(collected, config.selection)
+    for samples in read_samples(run.folder):
+        choice, remaining = select(samples, config.selection)
         choices.append(choice)
-        counts.update(left)
+        counts.update(remaining)
     selected = balance_difficulty(choices, buckets=config.selection.balance, seed=config.seed)
     counts["balanced"] = num_selected(selected)
     check_some_left(counts, config.selection)
     provenance = read_provenance(run.folder)
     general = [GeneralFile(path) for path in config.demonstrations]
-    added = take(general, config.general_share, counts["balanced"], config.seed)
+    added = sample_rows(general, config.general_share, counts["balanced"], config.seed)
     lengths: list[int] = []
 
     def lines() -> Iterator[bytes]:
@@ -85,8 +82,8 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
     write_atomically(run.folder / DATASET, lines())
     by_pass_rate = count_by_pass_rate(choices, selected, config.selection.balance or PASS_RATE_BINS)
     mean_length = float(np.mean(lengths))
-    how = teaching(run.folder / DATASET, provenance["prompt_format"], config.stop_tokens)
-    account(run, counts, by_pass_rate, mean_length, sum(map(len, added)), how)
+    command = sft_command(run.folder / DATASET, provenance["prompt_format"], config.stop_tokens)
+    print_report(run, counts, by_pass_rate, mean_length, sum(map(len, added)), command)
     run.write_summary(
         {
             "problems": num_problems,
@@ -94,9 +91,9 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
             "counts": dict(counts),
             "by_pass_rate": by_pass_rate,
             "mean_length": mean_length,
-            "general": [file.told(len(numbers)) for file, numbers in zip(general, added, strict=True)],
+            "general": [file.summary(len(numbers)) for file, numbers in zip(general, added, strict=True)],
             "rows": len(lengths) + sum(map(len, added)),
-            "teach_with": how,
+            "teach_with": command,
             "provenance": provenance,
         }
     )
@@ -105,29 +102,35 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
 def selected_rows(
     folder: Path, selected: Sequence[Selection], provenance: Mapping[str, Any]
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """What is written of each completion that was selected, by place, the best first; and its length in tokens."""
-    of_place = {choice.place: choice for choice in selected}
-    for collected in read_samples(folder):
-        if (choice := of_place.get(collected.place)) is None:
+    """Rows of ``dataset.jsonl`` with the completions' lengths in tokens; by problem, best completion first.
+
+    Args:
+        folder: run folder with the samples.
+        selected: selected completions of each problem.
+        provenance: stored in every row.
+    """
+    by_place = {choice.place: choice for choice in selected}
+    for samples in read_samples(folder):
+        if (choice := by_place.get(samples.place)) is None:
             continue
-        for sample in choice.samples:
+        for n in choice.samples:
             row = {
-                "prompt": collected.problem.prompt,
-                "completion": collected.completions[sample],
-                "answer": collected.problem.answer,
+                "prompt": samples.problem.prompt,
+                "completion": samples.completions[n],
+                "answer": samples.problem.answer,
                 "source": "rejection_sampling",
-                "place": collected.place,
-                "sample": sample,
-                "total": collected.total[sample],
-                "scores": {name: part[sample] for name, part in collected.rewards.items()},
+                "place": samples.place,
+                "sample": n,
+                "total": samples.total[n],
+                "scores": {name: scores[n] for name, scores in samples.rewards.items()},
                 "pass_rate": choice.pass_rate,
                 "provenance": dict(provenance),
             }
-            yield row, collected.lengths[sample]
+            yield row, samples.lengths[n]
 
 
 class GeneralFile:
-    """A file of other demonstrations: how many rows it has, and its digest."""
+    """A file of further demonstrations, with its number of rows and digest."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -136,31 +139,31 @@ class GeneralFile:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def rows(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Rows by their numbers, which rise, each with its file as ``source`` unless it names one itself."""
+        """The rows with these numbers, in the file's order; ``source`` is the file unless a row has one."""
         wanted = set(numbers)
         for number, (_, row) in enumerate(read_rows(str(self.path), None, None)):
             if number in wanted:
                 yield {"source": str(self.path), **row}
 
-    def told(self, num_taken: int) -> dict[str, Any]:
-        """For the summary."""
+    def summary(self, num_taken: int) -> dict[str, Any]:
+        """The file's entry in ``summary.json``."""
         return {"path": str(self.path), "sha256": self.sha256, "rows": self.num_rows, "taken": num_taken}
 
 
-def take(files: Sequence[GeneralFile], share: float | None, num_selected: int, seed: int) -> list[list[int]]:
-    """Which rows of each file are added, so that they are that share of all rows; all of them where they are too few.
+def sample_rows(files: Sequence[GeneralFile], share: float | None, num_selected: int, seed: int) -> list[list[int]]:
+    """Numbers of the rows to add from each file, uniformly sampled; all rows if there are too few.
 
     Args:
-        files: that rows are drawn from, from all together and each alike.
-        share: above 0 and below 1; None takes all rows.
-        num_selected: rows that they are added to.
-        seed: of the draw.
+        files: files to sample from, all rows with the same probability.
+        share: fraction of the resulting dataset, above 0 and below 1; None takes all rows.
+        num_selected: number of rows that they are added to.
+        seed: seed of the sampling.
     """
     places = [(number, row) for number, file in enumerate(files) for row in range(file.num_rows)]
     if share is not None:
         wanted = round(num_selected * share / (1 - share))
-        drawn = np.random.default_rng(seed).permutation(len(places))[:wanted].tolist()
-        places = [places[n] for n in sorted(drawn)]
+        sampled = np.random.default_rng(seed).permutation(len(places))[:wanted].tolist()
+        places = [places[n] for n in sorted(sampled)]
     taken: dict[int, list[int]] = defaultdict(list)
     for number, row in places:
         taken[number].append(row)
@@ -168,13 +171,19 @@ def take(files: Sequence[GeneralFile], share: float | None, num_selected: int, s
 
 
 def count_by_pass_rate(choices: Sequence[Selection], selected: Sequence[Selection], parts: int) -> list[dict[str, Any]]:
-    """Of each part of pass rates its problems, the completions that they have after the cap, and those selected."""
+    """Problems, completions after the cap and selected completions for each bin of pass rates; first the bin 0.
+
+    Args:
+        choices: completions of all problems after the filters.
+        selected: completions after balancing.
+        parts: number of bins above 0.
+    """
     return [
         {
             "pass_rate": "0" if part < 0 else f"{part / parts:.2f} to {(part + 1) / parts:.2f}",
-            "problems": sum(each.bucket(parts) == part for each in choices),
-            "capped": num_selected([each for each in choices if each.bucket(parts) == part]),
-            "selected": num_selected([each for each in selected if each.bucket(parts) == part]),
+            "problems": sum(choice.bucket(parts) == part for choice in choices),
+            "capped": num_selected([choice for choice in choices if choice.bucket(parts) == part]),
+            "selected": num_selected([choice for choice in selected if choice.bucket(parts) == part]),
         }
         for part in range(-1, parts)
     ]
@@ -184,23 +193,28 @@ def num_selected(choices: Sequence[Selection]) -> int:
     return sum(len(choice.samples) for choice in choices)
 
 
-def teaching(dataset: Path, prompt_format: Mapping[str, Any], stop_tokens: Sequence[str]) -> str:
-    """The command that teaches a student, with the prompts as they were drawn for."""
+def sft_command(dataset: Path, prompt_format: Mapping[str, Any], stop_tokens: Sequence[str]) -> str:
+    """The command that trains a student on the dataset, with the prompt format that was sampled with.
+
+    Args:
+        dataset: path of the dataset.
+        prompt_format: the prompt format.
+        stop_tokens: further stop tokens.
+    """
     command = ["python", "experiments/sft.py", "--dataset", str(dataset)]
     command += ["--stop-tokens", *stop_tokens] if stop_tokens else []
     return shlex.join(command + prompt_flags(prompt_format))
 
 
-def account(
+def print_report(
     run: Run,
     counts: Mapping[str, int],
     by_pass_rate: Sequence[Mapping[str, Any]],
     mean_length: float,
     num_general: int,
-    how: str,
+    command: str,
 ) -> None:
-    """Say what became of the completions."""
-    run.say("completions that each filter left: " + ", ".join(f"{name} {counts[name]}" for name in FILTERS))
+    run.say("completions left after each filter: " + ", ".join(f"{name} {counts[name]}" for name in FILTERS))
     for part in by_pass_rate:
         run.say(
             f"  pass rate {part['pass_rate']}: {part['problems']} problems, {part['capped']} completions after the "
@@ -208,11 +222,11 @@ def account(
         )
     general = f" and {num_general} other rows" if num_general else ""
     run.say(f"{counts['balanced']} completions of {mean_length:.1f} tokens on average{general} are in {DATASET}")
-    run.say(f"to teach them: {how} --model STUDENT")
+    run.say(f"to train on them: {command} --model STUDENT")
 
 
 def as_line(row: Mapping[str, Any]) -> bytes:
-    # A lone surrogate has no UTF-8; its backslash form is JSON's own way to write it.
+    # A lone surrogate cannot be encoded in UTF-8; JSON has a backslash escape for it.
     return json.dumps(to_json(row), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 

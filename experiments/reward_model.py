@@ -1,13 +1,13 @@
-"""A reward model: which of two completions people prefer, as one number for each (Bradley-Terry).
+"""Reward model training on preferences (Bradley-Terry).
 
-Without arguments it learns from pairs of replies to the embedded base's errands, on one CPU in two minutes. With
-arguments it is the real thing:
+Without arguments it trains on preferences between replies to the toy task errands, on one CPU in two minutes. For real
+models:
 
     python experiments/reward_model.py
     python experiments/reward_model.py --model Qwen/Qwen2.5-0.5B --dataset preferences.jsonl --chat-template
 
-What it saves is a Hugging Face classifier with one label, which ``--reward-model`` of the other experiments takes.
-After InstructGPT (arXiv 2203.02155, section 3.5); margins and centring after Llama 2 and arXiv 2312.09244.
+It saves a Hugging Face classifier with one label, for ``--reward-model`` of the other scripts. After InstructGPT (arXiv
+2203.02155, section 3.5); margins and centring after Llama 2 and arXiv 2312.09244.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ CALIBRATION_BINS = 10
 
 
 def main(config: RewardModelConfig) -> int:
-    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
     return run_experiment(config, train, title="reward model")
 
 
 def check(config: RewardModelConfig) -> None:
-    """Find what the devices cannot divide, before anything is computed."""
+    """Check the mesh and that batches divide over it, before anything is computed."""
     check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
 
 
@@ -119,14 +119,14 @@ def train(config: RewardModelConfig, run: Run) -> None:
 
 
 def accuracy_and_calibration(scores: np.ndarray) -> dict[str, float]:
-    """How often the chosen completion scores higher, and how well the probabilities that scores imply are kept.
+    """Accuracy, loss and calibration of a reward model on preferences.
 
     Args:
-        scores: ``[pairs, 2]``, of the chosen completion and the rejected one.
+        scores: ``[pairs, 2]``, scores of the chosen and the rejected completion.
 
     Returns:
-        ``eval/accuracy`` (a tie is half), ``eval/loss`` (nats a pair), ``eval/calibration_error`` (the expected one,
-        over ten bins of confidence), ``eval/score_mean``, ``eval/score_std``.
+        ``eval/accuracy`` (a tie counts half), ``eval/loss`` in nats per pair, ``eval/calibration_error`` (expected
+        calibration error over ten bins of confidence), ``eval/score_mean``, ``eval/score_std``.
     """
     margins = scores[:, 0].astype(np.float64) - scores[:, 1]
     confidence = 1 / (1 + np.exp(-np.abs(margins)))

@@ -1,14 +1,13 @@
-"""Chat with a model, or let it complete a text, in the terminal: the quickest way to feel what a policy has become.
+"""Chat with a model, or complete texts, in the terminal.
 
-    python experiments/sample.py --model runs/grpo/model                           # asked as it was trained
-    python experiments/sample.py --model Qwen/Qwen2.5-0.5B                         # complete what is typed
+    python experiments/sample.py --model runs/grpo/model                           # prompts as in training
+    python experiments/sample.py --model Qwen/Qwen2.5-0.5B                         # completes the input
     python experiments/sample.py --model Qwen/Qwen2.5-0.5B-Instruct --chat --temperature 0.7 --top-p 0.9
     python experiments/sample.py --model runs/grpo/model --prompt "3+8+5+6=" --num-samples 4
 
-A model that was trained here is asked as it was trained: with its chat template, or its plain one around what is typed;
---template '{question}' completes what is typed. Text is shown as it is drawn. Several samples of one prompt are drawn
-together and shown one after the other. In a chat, /new forgets what was said. An empty line, or the end of the input,
-ends.
+For a model that was trained here, the input is put into the prompt template of its training; --template '{question}'
+completes the input as it is. Tokens are shown as they are sampled, several samples one after the other. In a chat, /new
+starts a new conversation. An empty line or the end of the input ends the program.
 """
 
 from __future__ import annotations
@@ -45,44 +44,44 @@ HALF_A_CHARACTER = "\ufffd"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PromptConfig):
-    """What is sampled, and how."""
+    """Model, prompt format and sampling."""
 
     model: str
     """Hugging Face id or local folder."""
     chat: bool = False
-    """Chat: the same as --chat-template. Default: where the model was trained so."""
+    """Same as --chat-template. Default: if the model was trained with its chat template."""
     template: str | None = None
-    """Plain template with {question} around what is typed. Default: as the model was trained, else none."""
+    """Plain template with {question} for the input. Default: that of the model's training, else none."""
     prompt: str | None = None
-    """Complete this (or answer it, in a chat) and end. Default: ask for one prompt after the other."""
+    """Complete or answer this prompt and exit. Default: read prompts from the terminal."""
     num_samples: int = 1
-    """Samples of each prompt; a chat goes on with the first."""
+    """Samples per prompt; a chat continues from the first."""
     max_completion_length: int | None = None
-    """Tokens of the longest answer. Default: 512, or half of what the model was made for."""
+    """Longest completion in tokens. Default: 512, or half of the model's positions if that is less."""
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """Sampling temperature; 0 for greedy decoding."""
     top_k: int | None = None
-    """Keep the k likeliest tokens."""
+    """Sample among the k most likely tokens."""
     top_p: float = 1.0
-    """Keep the likeliest tokens with this probability together."""
+    """Sample among the most likely tokens with this total probability."""
     min_p: float = 0.0
-    """Keep tokens at least this fraction as likely as the likeliest."""
+    """Sample among tokens with at least this fraction of the highest probability."""
     repetition_penalty: float = 1.0
-    """Divide the logits of tokens that were there before."""
+    """Divisor of the logits of tokens that occurred before."""
     presence_penalty: float = 0.0
-    """Subtract from the logits of tokens that were drawn before."""
+    """Subtracted from the logits of tokens that were sampled before."""
     logit_bias: tuple[tuple[str, float], ...] = ()
-    """Pairs of a token's text and what is added to its logit; -inf rules it out."""
+    """Pairs of a token's text and a number that is added to its logit; -inf excludes it."""
     min_length: int = 0
-    """Tokens before the model may end."""
+    """Minimum number of tokens before the end."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end an answer besides those the model names, such as '<|im_end|>'."""
+    """Tokens that end a completion, besides the model's own, such as '<|im_end|>'."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer."""
+    """Strings that end a completion."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the sampling."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision. Default: bfloat16 on a GPU or TPU, float32 on CPU."""
+    """Precision. Default: bfloat16 on a GPU or TPU, float32 on a CPU."""
 
     def __post_init__(self):
         PromptConfig.__post_init__(self)
@@ -91,18 +90,21 @@ class Config(PromptConfig):
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"max_completion_length is {self.max_completion_length}; it must be at least 1 token")
         if "" in self.stop:
-            raise ValueError("stop holds an empty text, which would end every answer at once")
-        self.sampling({})  # its fields are checked before a model is loaded
+            raise ValueError("stop contains an empty string, which would end every completion at once; remove it")
+        self.sampling({})  # checks the fields before a model is loaded
 
     def sampling(self, vocabulary: dict[str, int]) -> Sampling:
-        """How tokens are drawn.
+        """The sampling parameters.
+
+        Args:
+            vocabulary: token -> id; empty to check the fields only.
 
         Raises:
-            ValueError: a field out of its range, or a bias for what is no token of a vocabulary that is not empty.
+            ValueError: a field is out of range, or ``logit_bias`` has a text that is not in the vocabulary.
         """
         unknown = [token for token, _ in self.logit_bias if token not in vocabulary] if vocabulary else []
         if unknown:
-            raise ValueError(f"logit_bias: {unknown} are no tokens of {self.model}")
+            raise ValueError(f"logit_bias: {unknown} are not tokens of {self.model}")
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -135,7 +137,7 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
     if is_chat:
         check_has_template(policy.tokenizer)
         check_turn_end(policy.tokenizer, policy.eos_ids, "x", {}, **rendering)
-    said: Messages = []
+    conversation: Messages = []
     key = jax.random.key(config.seed)
     draw = build(config, policy, sampling, stop)
     for turn in range(sys.maxsize):
@@ -143,28 +145,28 @@ def main(config: Config, *, read: Callable[[str], str] = input, write: Callable[
         if not text:
             return
         if text == "/new":
-            said = []
+            conversation = []
             continue
-        told = [*said, {"role": "user", "content": text}]
+        messages = [*conversation, {"role": "user", "content": text}]
         try:
-            prompts = encode(policy, told if is_chat else text, rendering, index=turn)
+            prompts = encode(policy, messages if is_chat else text, rendering, index=turn)
             answers = draw(prompts, key, write)
         except ValueError as error:
             if config.prompt is not None:
                 raise
-            write(f"{error}\n")  # a prompt that cannot be answered does not end a conversation
+            write(f"{error}\n")  # a bad prompt does not end the conversation
             continue
         if config.num_samples == 1:
             write("\n")
         else:
-            write("".join(f"--- {i}\n{each}\n" for i, each in enumerate(answers, 1)))
-        said = [*told, {"role": "assistant", "content": answers[0]}]
+            write("".join(f"--- {i}\n{answer}\n" for i, answer in enumerate(answers, 1)))
+        conversation = [*messages, {"role": "assistant", "content": answers[0]}]
         if config.prompt is not None:
             return
 
 
 def ask(read: Callable[[str], str]) -> str:
-    """A line, or nothing at the end of the input."""
+    """A line of input; empty at its end."""
     try:
         return read("> ").strip("\n")
     except EOFError:
@@ -172,7 +174,7 @@ def ask(read: Callable[[str], str]) -> str:
 
 
 def rendering_in_effect(config: Config, policy: models.Pretrained) -> Rendering:
-    """How what is typed becomes a prompt: by the settings, else as the model was trained, else as it is."""
+    """Prompt format in effect: the settings', else that of the model's training, else the input as it is."""
     if config.chat:
         config = replace(config, chat_template=True)
     elif policy.prompt_format is None and not config.says_template:
@@ -181,20 +183,26 @@ def rendering_in_effect(config: Config, policy: models.Pretrained) -> Rendering:
 
 
 def encode(policy: models.Pretrained, prompt: str | Messages, rendering: Rendering, index: int) -> Prompts:
-    """A text, or what was said so far, as a prompt.
+    """A text or conversation as a batch of one prompt.
+
+    Args:
+        policy: its tokenizer.
+        prompt: text or messages.
+        rendering: prompt format.
+        index: index of the prompt, from which its sampling noise is derived.
 
     Raises:
-        ValueError: the chat template refuses it, or it has no token.
+        ValueError: the chat template rejects the messages, or the prompt has no tokens.
     """
     [ids] = encode_prompts([prompt], policy.tokenizer, **rendering)
     if not ids:
         raise ValueError("the prompt has no tokens")
-    length = -(-len(ids) // PROMPT_BUCKET) * PROMPT_BUCKET  # few lengths, few programs
+    length = -(-len(ids) // PROMPT_BUCKET) * PROMPT_BUCKET  # few lengths, so few compilations
     return pad_prompts([ids], max_prompt_length=length, pad_id=policy.pad_id, index=[index])
 
 
 def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: StopFn | None):
-    """A function ``(prompts, key, show) -> answers``; a single answer is shown in pieces, as it is drawn."""
+    """A function ``(prompts, key, show) -> completions``; a single completion is shown while it is sampled."""
     eos_ids, tokenizer = policy.eos_ids, policy.tokenizer
     assert tokenizer is not None
     sampler = Sampler(
@@ -205,7 +213,7 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
         eos_ids=eos_ids,
         pad_id=policy.pad_id,
         stop=stop,
-        ahead=0,  # shown as soon as it is drawn
+        ahead=0,  # shown as soon as it is sampled
     )
 
     def draw(prompts: Prompts, key: Array, show: Callable[[str], Any]) -> list[str]:
@@ -222,7 +230,7 @@ def build(config: Config, policy: models.Pretrained, sampling: Sampling, stop: S
                 shown = len(text)
 
         sampler(policy.params, prompts, key, on_tokens=watch)
-        answers = [decode_one(tokenizer, each, eos_ids) for each in ids]
+        answers = [decode_one(tokenizer, row, eos_ids) for row in ids]
         if config.num_samples == 1:
             show(answers[0][shown:])
         return answers

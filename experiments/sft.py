@@ -1,14 +1,14 @@
-"""Supervised fine-tuning: a model learns to continue as demonstrations do.
+"""Supervised fine-tuning on demonstrations.
 
-Without arguments it teaches the embedded base, which mostly blurts answers, to work sums out, from 256 examples on one
-CPU in two minutes. With arguments it is the real thing:
+Without arguments it teaches the toy model, which mostly answers at once, to work out sums from 256 examples, on one CPU
+in two minutes. For real models:
 
     python experiments/sft.py
     python experiments/sft.py --model Qwen/Qwen2.5-0.5B --dataset open-r1/OpenR1-Math-220k --chat-template
     python experiments/sft.py --model path/to/folder --dataset chats.jsonl --chat-template --train-on assistant
 
-Rows are conversations (messages), prompts with completions, or texts; they are packed into rows of one length without
-seeing each other. A column answer lets completions that are drawn for held-out prompts be graded.
+Rows are conversations (messages), prompts with completions, or texts; they are packed into sequences of one length and
+do not attend to each other. With a column answer, completions of held-out prompts are graded.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from grpo_jax.types import Packed, Params
 
 
 def main(config: SFTConfig) -> int:
-    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
     return run_experiment(config, train, title="SFT")
 
 
 def check(config: SFTConfig) -> None:
-    """Find what the devices cannot divide, before anything is computed."""
+    """Check the mesh and that batches divide over it, before anything is computed."""
     check_divides(config.num_sequences // config.num_micro_batches, config.mesh.build(), "the rows of a micro-batch")
 
 
@@ -102,7 +102,7 @@ def train(config: SFTConfig, run: Run) -> None:
                 rollout = sampler(to_rollout(params), prompts.padded(range(len(prompts))), key)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 lengths = np.asarray(rollout.completion_mask.sum(1))
-                metrics |= graded(prompts, completions, lengths, config.eval_samples)
+                metrics |= grade(prompts, completions, lengths, config.eval_samples)
                 phase.update(len(held_out_batches) + len(prompts))
                 samples = as_samples(prompts, completions, config.eval_samples)
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
@@ -154,15 +154,15 @@ def pack(
 def held_out_prompts(
     config: SFTConfig, held_out: list[Demonstration], policy: models.Pretrained, rendering: Rendering
 ) -> EncodedProblems:
-    """The prompts that completions are drawn for, each with the completion that was demonstrated."""
-    asked = [each for each in held_out if each.prompt][: config.num_eval_prompts]
+    """Prompts to sample completions for in evaluations, each with its demonstrated completion."""
+    rows = [row for row in held_out if row.prompt][: config.num_eval_prompts]
     problems = [
         Problem(
-            each.prompt,
-            as_text(each.columns.get("answer")),
-            {"demonstrated": each.completion, **template_columns(each.columns)},
+            row.prompt,
+            as_text(row.columns.get("answer")),
+            {"demonstrated": row.completion, **template_columns(row.columns)},
         )
-        for each in asked
+        for row in rows
     ]
     return EncodedProblems(
         problems,
@@ -177,14 +177,21 @@ def as_text(answer: Any) -> str | None:
     return None if answer is None else str(answer)
 
 
-def graded(prompts: EncodedProblems, completions: list[str], lengths: np.ndarray, samples: int) -> dict[str, float]:
-    """The share of completions whose final answer is right, where there are answers; and the mean length."""
+def grade(prompts: EncodedProblems, completions: list[str], lengths: np.ndarray, samples: int) -> dict[str, float]:
+    """``eval/mean_length`` in tokens, and ``eval/pass@1`` if there are gold answers.
+
+    Args:
+        prompts: prompts with gold answers.
+        completions: ``samples`` completions of each prompt, in order.
+        lengths: their lengths in tokens.
+        samples: completions per prompt.
+    """
     answers = [problem.answer for problem in prompts.problems for _ in range(samples)]
-    asked = [text for text in prompts.texts for _ in range(samples)]
-    scores = math_reward(asked, completions, answer=answers)
+    texts = [text for text in prompts.texts for _ in range(samples)]
+    scores = math_reward(texts, completions, answer=answers)
     right = [score == 1 for score in scores if score is not None]
-    lengths_and_grades = {"eval/mean_length": float(lengths.mean())}
-    return lengths_and_grades | ({"eval/pass@1": float(np.mean(right))} if right else {})
+    metrics = {"eval/mean_length": float(lengths.mean())}
+    return metrics | ({"eval/pass@1": float(np.mean(right))} if right else {})
 
 
 def as_samples(prompts: EncodedProblems, completions: list[str], samples: int) -> list[Sample]:

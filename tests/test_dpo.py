@@ -187,16 +187,16 @@ def test_grades_are_there_where_somebody_judges():
     problems = [Problem("?123", None, {"chosen": "123!"}), Problem("?40", None, {"chosen": "~"})]
     prompts = EncodedProblems(problems, make_tokenizer(), max_prompt_length=12, pad_id=0, template="{question}")
     completions = ["123!", "12", "~", "40"]
-    samples, scores = dpo.judged(prompts, completions, errand_reward, 2)
+    samples, scores = dpo.judge_samples(prompts, completions, errand_reward, 2)
     assert scores == [1.0, 0.5, 1.0, 0.0]
     assert [(each.prompt, each.reward, each.answer) for each in samples[1:3]] == [
         ("?123", 0.5, "123!"),
         ("?40", 1, "~"),
     ]
-    samples, scores = dpo.judged(prompts, completions, lambda *_, **columns: [None, 1.0, None, 0.0], 2)
+    samples, scores = dpo.judge_samples(prompts, completions, lambda *_, **columns: [None, 1.0, None, 0.0], 2)
     assert scores == [1.0, 0.0]
     assert [each.reward for each in samples] == [None, 1.0, None, 0.0]
-    samples, scores = dpo.judged(prompts, completions, None, 2)
+    samples, scores = dpo.judge_samples(prompts, completions, None, 2)
     assert scores == []
     assert all("reward" not in each.row(0) for each in samples)
 

@@ -163,5 +163,5 @@ def test_a_reward_model_with_other_tokens_is_refused_as_a_critic(config, monkeyp
         return loaded
 
     monkeypatch.setattr(ppo, "load_model", other_tokens)
-    with pytest.raises(ValueError, match="the reward model has another tokenizer than the policy"):
+    with pytest.raises(ValueError, match="the tokenizers of reward_model and model differ"):
         ppo.main(config)

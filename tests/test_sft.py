@@ -164,9 +164,9 @@ def test_grades_are_the_share_of_those_that_have_an_answer():
     prompts = EncodedProblems(problems, make_tokenizer(), max_prompt_length=12, pad_id=0, template="{question}")
     completions = [f"<answer>{said}</answer>" for said in ("3", "4", "4", "4", "6", "6")]
     lengths = np.array([1, 2, 3, 4, 5, 6])
-    assert sft.graded(prompts, completions, lengths, 2) == {"eval/mean_length": 3.5, "eval/pass@1": 0.75}
+    assert sft.grade(prompts, completions, lengths, 2) == {"eval/mean_length": 3.5, "eval/pass@1": 0.75}
     prompts.problems = [replace(each, answer=None) for each in problems]
-    assert sft.graded(prompts, completions, lengths, 2) == {"eval/mean_length": 3.5}
+    assert sft.grade(prompts, completions, lengths, 2) == {"eval/mean_length": 3.5}
 
 
 @pytest.mark.slow
