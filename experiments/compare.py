@@ -49,7 +49,7 @@ from grpo_jax.data.selection import SelectionConfig, preference_pairs
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.eval_report import as_table, read_report
+from grpo_jax.loop.eval_report import format_table, read_report
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
 from grpo_jax.loop.setup import TOY_FOLDER
@@ -404,7 +404,7 @@ def write_summary(config: Config, run: Run) -> None:
         for method in config.methods
     }
     for rows in (learning(figures, config.level), memories(figures)):
-        run.say("\n" + as_table(rows))
+        run.say("\n" + format_table(rows))
     run.say("\nsaid of GRPO beside PPO, and what was measured")
     for claim, measured in claims(figures):
         run.say(f"  {claim}: {measured}")

@@ -52,7 +52,9 @@ def test_the_default_is_what_the_model_was_trained_with(prompt_format, settings,
 @pytest.mark.parametrize("settings", [{"system_prompt": "x"}, {"template_kwargs": ("a=1",)}, {"template_date": TODAY}])
 @pytest.mark.parametrize("prompt_format", [None, PLAIN])
 def test_settings_of_chats_are_refused_for_a_model_trained_without(settings, prompt_format):
-    with pytest.raises(ValueError, match=rf"{next(iter(settings))} needs chat_template, but the prompt template is plain"):
+    with pytest.raises(
+        ValueError, match=rf"{next(iter(settings))} needs chat_template, but the prompt template is plain"
+    ):
         rendering(prompt_format, **settings)
 
 
@@ -119,7 +121,9 @@ def test_an_argument_that_the_chat_template_does_not_read_is_refused(small):
     settings = PromptConfig(chat_template=True, template_kwargs=("enable_thinking=False",))
     assert resolve_rendering(settings, policy, say=str, today=TODAY)["template_kwargs"] == {"enable_thinking": False}
     misspelt = replace(settings, template_kwargs=("enable_thnking=False",))
-    with pytest.raises(ValueError, match="template_kwargs: the chat template does not read a variable 'enable_thnking'"):
+    with pytest.raises(
+        ValueError, match="template_kwargs: the chat template does not read a variable 'enable_thnking'"
+    ):
         resolve_rendering(misspelt, policy, say=str, today=TODAY)
 
 

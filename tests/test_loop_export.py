@@ -114,7 +114,7 @@ def test_fewer_steps_than_were_taken_are_refused_and_another_number_is_said(tmp_
         check_steps(run, 3, 6, setting="num_steps", decay="cosine")
         text = said(run)
         assert "num_steps was 3 and is 6: continues from step 3 to 6; the learning rate is constant" in text
-        assert "from step 4 on the learning rate is that of a cosine decay over 6 steps" in text
+        assert "from step 4 on the learning rate follows a cosine decay over 6 steps" in text
         with pytest.raises(ValueError, match=r"num_steps gives 2 steps, but .*run has already taken 3"):
             check_steps(run, 3, 2, setting="num_steps", decay="linear")
 

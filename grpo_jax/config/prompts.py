@@ -41,7 +41,7 @@ class PromptConfig:
             check_date(self.template_date, "template_date")
         _ = self.template_variables
         if self.template is not None:
-            self._check_nothing_of_chats(self.template)
+            self._check_no_chat_settings(self.template)
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class PromptConfig:
             start = trained
         template = start.get("template")
         if template is not None:
-            self._check_nothing_of_chats(template)
+            self._check_no_chat_settings(template)
             return {"template": template}
         system_prompt = start.get("system_prompt") if self.system_prompt is None else self.system_prompt
         return {
@@ -82,7 +82,7 @@ class PromptConfig:
             "date": (self.template_date or start.get("date") or today) if uses_date(tokenizer) else None,
         }
 
-    def _check_nothing_of_chats(self, template: str) -> None:
+    def _check_no_chat_settings(self, template: str) -> None:
         for name in ("system_prompt", "template_kwargs", "template_date"):
             if getattr(self, name):
                 raise ValueError(
