@@ -1,10 +1,10 @@
-"""A report on a data set before anything is trained on it: rows that cannot be read or graded, duplicates, leaks.
+"""Report on a dataset before training: rows that cannot be read or graded, duplicates, leaks.
 
     python experiments/check_data.py problems.jsonl
     python experiments/check_data.py openai/gsm8k --tokenizer Qwen/Qwen2.5-0.5B --max-prompt-length 256
     python experiments/check_data.py pairs.parquet --kind preferences --json report.json --strict
 
-It reads the same layouts with the same flags as the training scripts. Nothing is changed; ``docs/data.md`` lists the
+It reads the same layouts with the same flags as the training scripts, and changes nothing. ``docs/data.md`` lists the
 layouts.
 """
 
@@ -51,20 +51,20 @@ Kind = Literal["problems", "demonstrations", "preferences"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PromptConfig):
-    """What is checked."""
+    """Dataset and checks."""
 
     dataset: tyro.conf.Positional[str]
     """Hugging Face id, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), or a folder of them."""
     kind: Literal["auto", "problems", "demonstrations", "preferences"] = "auto"
-    """What the rows are for: reinforcement learning, SFT, or DPO and reward models. auto: by the columns."""
+    """Problems for RL, demonstrations for SFT, or preferences for DPO and reward models. auto: by the columns."""
     split: str | None = None
-    """Split that is trained on; by default 'train' where there are splits."""
+    """Training split. Default: 'train' where there are splits."""
     subset: str | None = None
-    """Configuration of a hub dataset or folder, where it has several."""
+    """Configuration of a hub dataset or folder that has several."""
     eval_dataset: str | None = None
-    """Where held-out rows come from, to find those that are trained on. Default: the dataset's own split."""
+    """Source of held-out rows, for the check for leaks. Default: another split of the dataset."""
     eval_split: str | None = None
-    """Their split; by default 'test' where there are splits, or else 'validation'."""
+    """Held-out split. Default: 'test' or else 'validation' where there are splits."""
     prompt_column: str | None = None
     """Column with the prompt, or a path such as extra_info.question."""
     answer_column: str | None = None
@@ -72,95 +72,108 @@ class Config(PromptConfig):
     completion_column: str | None = None
     """Column with the completion of a demonstration."""
     grader: Literal["auto", "exact", "math", "code", "none"] = "auto"
-    """What will grade completions. auto: code where there are tests, math elsewhere."""
+    """Grader of the completions. auto: code where there are tests, math otherwise."""
     tokenizer: str | None = None
-    """Folder or Hugging Face id of a tokenizer or model, to find prompts that are too long. They are rendered as in
-    training: with the format that the model was trained with (its prompt_format.json), or as the flags say."""
+    """Folder or Hugging Face id of a tokenizer or model, to find prompts that are too long. Prompts are rendered as in
+    training: with the flags for the prompt format, else with the model's prompt_format.json."""
     max_prompt_length: int = 512
-    """The longest prompt in tokens, as in training."""
+    """Longest prompt in tokens, as in training."""
     json: Path | None = None
-    """File that the whole report is written to."""
+    """File for the whole report."""
     strict: bool = False
-    """Exit with status 1 if anything is found that makes rows useless or misleading."""
+    """Exit with status 1 if rows are useless or misleading."""
     examples: int = 3
-    """Rows shown of each finding."""
+    """Rows to show of each finding."""
 
     def __post_init__(self):
         if self.max_prompt_length < 1 or self.examples < 0:
             raise ValueError("max_prompt_length must be at least 1 and examples at least 0")
         PromptConfig.__post_init__(self)
-        if self.tokenizer is None and any(getattr(self, each.name) for each in fields(PromptConfig)):
-            raise ValueError("tokenizer is needed to render prompts; name one, or leave out how prompts are written")
+        if self.tokenizer is None and any(getattr(self, field.name) for field in fields(PromptConfig)):
+            raise ValueError(
+                "rendering prompts needs a tokenizer; set tokenizer, or leave out the settings of the prompt format"
+            )
 
 
 def main(config: Config) -> int:
-    """Check and report; the exit status is 1 where ``strict`` is set and a fault was found, else 0."""
+    """Check and report; returns exit status 1 if ``strict`` is set and a fault was found, else 0."""
     report = make_report(config)
     print_report(report, config.examples)
     if config.json is not None:
         config.json.write_text(json.dumps(to_json(report), indent=2, ensure_ascii=False) + "\n")
-    has_faults = any(each["is_fault"] for each in report["findings"])
+    has_faults = any(found["is_fault"] for found in report["findings"])
     return int(config.strict and has_faults)
 
 
 def make_report(config: Config) -> dict[str, Any]:
-    """The report as it is written: ``dataset``, ``kind``, ``grader``, ``rows`` and ``findings``."""
-    kind = config.kind if config.kind != "auto" else detected(config)
+    """The report: ``dataset``, ``kind``, ``grader``, ``rows`` and ``findings``."""
+    kind = config.kind if config.kind != "auto" else detect_kind(config)
     bad: list[str] = []
     rows = load(config, kind, config.dataset, config.split, bad)
     findings = bad_rows(bad, len(rows))
     grader = None
     if kind == "problems":
         check_answer_column(config, rows)
-        placed = [(where, each) for where, each in rows]
         grader = config.grader
         if grader == "auto":
-            grader = "code" if any("tests" in each.columns for _, each in placed) else "math"
-        findings += check_problems(placed, grader)
+            grader = "code" if any("tests" in row.columns for _, row in rows) else "math"
+        findings += check_problems(rows, grader)
     else:
         check: Callable[[Any], list[Finding]] = check_demonstrations if kind == "demonstrations" else check_preferences
-        findings += check([each for _, each in rows])
+        findings += check([row for _, row in rows])
     findings += leaks(config, kind, rows) + long_prompts(config, rows)
     return {
         "dataset": config.dataset,
         "kind": kind,
         "grader": grader,
         "rows": len(rows),
-        "findings": [dataclasses.asdict(each) for each in findings],
+        "findings": [dataclasses.asdict(found) for found in findings],
     }
 
 
-def detected(config: Config) -> Kind:
+def detect_kind(config: Config) -> Kind:
     first = next(read_rows(config.dataset, config.split, config.subset, skipped=[]), None)
     if first is None:
-        raise ValueError(f"{config.dataset} is empty, or holds nothing that can be read")
+        raise ValueError(f"{config.dataset} has no readable row")
     return "problems" if config.answer_column else kind_of(first[1])
 
 
 def load(config: Config, kind: Kind, source: str, split: str | None, bad: list[str]) -> list[tuple[str, Any]]:
-    """The rows of a source, each after its place; the reasons of those that cannot be read go to ``bad``."""
-    where = {"split": split, "subset": config.subset, "skipped": bad}
+    """``(where, row)`` for each row of a source.
+
+    Args:
+        config: subset and columns.
+        kind: kind of rows.
+        source: Hugging Face id, file or folder.
+        split: split of the source; None for the default.
+        bad: receives a message for each row that cannot be read.
+    """
+    options = {"split": split, "subset": config.subset, "skipped": bad}
     if kind == "problems":
         return load_placed_problems(
             source,
             prompt_column=config.prompt_column,
             answer_column=config.answer_column,
             require_answer=False,
-            **where,
+            **options,
         )
     if kind == "preferences":
-        return [(each.where, each) for each in load_preferences(source, **where)]
+        return [(row.where, row) for row in load_preferences(source, **options)]
     columns = {"prompt_column": config.prompt_column, "completion_column": config.completion_column}
-    return [(each.where, each) for each in load_demonstrations(source, **columns, **where)]
+    return [(row.where, row) for row in load_demonstrations(source, **columns, **options)]
 
 
 def check_answer_column(config: Config, rows: Sequence[tuple[str, Any]]) -> None:
-    """Check that a column of answers that is named is there.
+    """Check that ``answer_column`` exists, if it is set.
+
+    Args:
+        config: settings.
+        rows: ``(where, problem)`` for each row.
 
     Raises:
-        ValueError: no row has it.
+        ValueError: no row has an answer in it.
     """
-    if config.answer_column is None or not rows or any(each.answer is not None for _, each in rows):
+    if config.answer_column is None or not rows or any(row.answer is not None for _, row in rows):
         return
     first = next(read_rows(config.dataset, config.split, config.subset, skipped=[]), None)
     raise ValueError(
@@ -171,11 +184,11 @@ def check_answer_column(config: Config, rows: Sequence[tuple[str, Any]]) -> None
 
 def bad_rows(bad: Sequence[str], rows: int) -> list[Finding]:
     places = (reason.partition(", ") if ", column" in reason else reason.partition(" ") for reason in bad)
-    found = [Example(where, rest) for where, _, rest in places]
+    examples = [Example(where, rest) for where, _, rest in places]
     return finding(
         "unreadable rows",
-        "cannot be read; training stops at the first, or skips them by --skip-bad-rows",
-        found,
+        "cannot be read; training stops at the first, or skips them with --skip-bad-rows",
+        examples,
         rows + len(bad),
     )
 
@@ -191,7 +204,7 @@ def leaks(config: Config, kind: Kind, rows: Sequence[tuple[str, Any]]) -> list[F
 
 
 def keys_of(rows: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    return [(where, prompt_key(each.prompt) or prompt_key(each.completion)) for where, each in rows]
+    return [(where, prompt_key(row.prompt) or prompt_key(row.completion)) for where, row in rows]
 
 
 def long_prompts(config: Config, rows: Sequence[tuple[str, Any]]) -> list[Finding]:
@@ -210,7 +223,7 @@ def long_prompts(config: Config, rows: Sequence[tuple[str, Any]]) -> list[Findin
     format_file = cached_file(config.tokenizer, "prompt_format.json", _raise_exceptions_for_missing_entries=False)
     prompt_format = read_json(Path(format_file)) if format_file else None
     return check_prompt_lengths(
-        [(where, each.prompt, each.columns) for where, each in rows if each.prompt],
+        [(where, row.prompt, row.columns) for where, row in rows if row.prompt],
         tokenizer,
         max_prompt_length=config.max_prompt_length,
         **config.rendering(prompt_format, tokenizer, today=date.today().isoformat()),
@@ -218,7 +231,7 @@ def long_prompts(config: Config, rows: Sequence[tuple[str, Any]]) -> list[Findin
 
 
 def print_report(report: dict[str, Any], examples: int) -> None:
-    """Print a line on the whole, a table of findings, and the first rows of each."""
+    """Print a summary, a table of findings, and the first ``examples`` rows of each."""
     console = Console()
     grader = f", graded by {report['grader']}" if report["grader"] else ""
     console.print(Text(f"{report['dataset']}: {report['rows']} rows, read as {report['kind']}{grader}"), soft_wrap=True)
@@ -226,13 +239,13 @@ def print_report(report: dict[str, Any], examples: int) -> None:
         console.print(Text("nothing found"))
         return
     table = Table("", "rows", "share", "they ...")
-    for each in report["findings"]:
-        share = f"{each['count'] / each['rows']:.1%}"
-        table.add_row(*map(Text, (each["name"], str(each["count"]), share, each["explanation"])))
+    for found in report["findings"]:
+        share = f"{found['count'] / found['rows']:.1%}"
+        table.add_row(*map(Text, (found["name"], str(found["count"]), share, found["explanation"])))
     console.print(table)
-    for each in report["findings"]:
-        for example in islice(each["examples"], examples):
-            console.print(Text(f"{each['name']}: {example['where']}: {example['text']:.300}"), soft_wrap=True)
+    for found in report["findings"]:
+        for example in islice(found["examples"], examples):
+            console.print(Text(f"{found['name']}: {example['where']}: {example['text']:.300}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A picture of several runs of one experiment, one line a seed.
+"""Plot metrics of several runs of one experiment, one line per run.
 
 python experiments/plot_runs.py runs/seed0 runs/seed1 runs/seed2 --out experiments/grpo.png
 python experiments/plot_runs.py runs/dpo0 runs/dpo1 runs/dpo2 --keys eval/accuracy eval/judge --out experiments/dpo.png
@@ -36,16 +36,16 @@ COLOURS = ("tab:orange", "tab:purple", "tab:blue")
 
 @dataclass(frozen=True)
 class Config:
-    """Which runs, and where the picture goes."""
+    """Runs and metrics to plot."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
     keys: tuple[str, ...] = ("eval/pass@1", "eval/maj@16", "eval/mean_length")
-    """Metrics, a panel each."""
+    """Metrics, one panel each."""
     chain: bool = False
-    """They are runs of r1.py: its figures, stage by stage."""
+    """Plot runs of r1.py, stage by stage."""
     out: Path = Path("experiments/grpo.png")
-    """The picture."""
+    """Image file to write."""
 
 
 def main(config: Config) -> None:
@@ -55,10 +55,10 @@ def main(config: Config) -> None:
     figure = Figure(figsize=(4 * len(config.keys), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(config.keys), squeeze=False)[0]
-    for place, (axes, key) in enumerate(zip(panels, config.keys, strict=True)):
+    for n, (axes, key) in enumerate(zip(panels, config.keys, strict=True)):
         for run in config.runs:
             rows = [row for row in read_jsonl(run / "metrics.jsonl") if key in row]
-            colour = COLOURS[place % len(COLOURS)]
+            colour = COLOURS[n % len(COLOURS)]
             marks = "o-" if key.startswith("eval/") else "-"
             axes.plot([row["step"] for row in rows], [row[key] for row in rows], marks, color=colour, alpha=0.6)
         axes.set_title(TITLES.get(key, key), loc="left")

@@ -357,7 +357,7 @@ def test_an_update_takes_a_gradient_besides_its_state_at_least(small):
 
 
 def test_rows_are_even_for_pairs_are_two_of_them(small):
-    with pytest.raises(ValueError, match="rows is 3; DPO has two sequences for each pair"):
+    with pytest.raises(ValueError, match="rows is 3; it must be even, because DPO has two sequences per pair"):
         replace(tiny_shapes(small), rows=3)
 
 

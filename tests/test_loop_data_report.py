@@ -211,5 +211,5 @@ def test_a_column_of_answers_that_is_not_there_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("fields", [{"max_prompt_length": 0}, {"examples": -1}, {"chat_template": True}])
 def test_settings_that_cannot_be(fields):
-    with pytest.raises(ValueError, match=r"max_prompt_length must be|tokenizer is needed"):
+    with pytest.raises(ValueError, match=r"max_prompt_length must be|needs a tokenizer"):
         Config(dataset="a.jsonl", **fields)

@@ -67,7 +67,7 @@ def test_a_run_is_told_as_its_logs_have_it(hacking, tmp_path):
 
 
 def test_holes_that_are_not_there(hacking):
-    with pytest.raises(ValueError, match=r"holes has \['nonsense'\]; there are \['length'"):
+    with pytest.raises(ValueError, match=r"holes contains \['nonsense'\]; it may contain \['length'"):
         hacking.Config(holes=("nonsense",))
 
 

@@ -1,8 +1,8 @@
-"""Attention of whole sequences: the platform's kernel against the plain path, in one process, in turns.
+"""Attention over whole sequences: the platform's kernel against the plain implementation.
 
-Time of the forward and backward pass (ratios of the medians), temporary memory by the compiler's own analysis, and the
-largest difference of what real tokens get, relative to the largest value. Sequences are padded on both sides by up to a
-quarter. On a CPU there is no kernel and nothing to measure. Prints one JSON line.
+Measures the time of the forward and backward pass (ratio of medians, runs alternating in one process), temporary memory
+by the compiler's analysis, and the largest difference of outputs and gradients relative to the largest value. Sequences
+are padded on both sides by up to a quarter. There is no kernel for CPUs. Prints one JSON line.
 
     python experiments/bench/attention.py                                     # on a GPU or TPU: Qwen2.5-0.5B's heads
     python experiments/bench/attention.py --heads 28 --kv-heads 4 --head-dim 128 --length 4096 --rows 4
@@ -24,26 +24,26 @@ import numpy as np
 
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import from_hf_config
-from grpo_jax.models.attention import KVSegment, attention_mask, attend
+from grpo_jax.models.attention import KVSegment, attend, attention_mask
 from grpo_jax.models.kernels import choose_kernel
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Sizes of the attention."""
 
     rows: int = 8
     """Sequences."""
     length: int = 2048
-    """Tokens of each, padding included."""
+    """Tokens per sequence, with padding."""
     heads: int = 14
-    """Heads of queries."""
+    """Query heads."""
     kv_heads: int = 2
-    """Heads of keys and values."""
+    """Key and value heads."""
     head_dim: int = 64
-    """Size of a head."""
+    """Head dimension."""
     repeats: int = 5
-    """Times that each is measured."""
+    """Measurements of each implementation."""
 
 
 def main(config: Config) -> None:
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     kernel = choose_kernel("auto", decoder, jnp.bfloat16, None)
     if kernel is None:
         raise SystemExit(
-            f"there is no kernel for these heads on {jax.devices()[0].device_kind}; 'auto' is the plain path"
+            f"there is no kernel for these heads on {jax.devices()[0].device_kind}; 'auto' is the plain implementation"
         )
     rng = np.random.default_rng(0)
     B, S, E = config.rows, config.length, config.head_dim
@@ -96,7 +96,7 @@ def main(config: Config) -> None:
 
 
 def plain(queries, keys, values, mask):
-    """``layers.attend`` of a whole sequence."""
+    """``models.attention.attend`` over a whole sequence."""
     B, S, _, E = queries.shape
     part = KVSegment(
         {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)},
@@ -107,13 +107,13 @@ def plain(queries, keys, values, mask):
 
 
 def total(attention, inputs, mask):
-    """A sum over real tokens to differentiate, and what they get."""
+    """Sum of squares over real tokens, to differentiate, and the outputs."""
     out = jnp.where(mask[:, :, None, None], attention(*inputs, mask).astype(jnp.float32), 0)
     return (out**2).sum(), out
 
 
 def temporary_bytes(program: Any) -> int:
-    """What a compiled function takes beside its arguments and results."""
+    """Memory of a compiled function besides its arguments and results."""
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -1,13 +1,10 @@
-"""Loading a checkpoint beside transformers: CPU seconds and peak memory, each library in a process of its own.
+"""Loading a checkpoint, against transformers: CPU seconds and peak memory, each library in its own process.
 
-A checkpoint of 1 GB in bfloat16 with the shapes of Qwen2.5-0.5B and random weights is made first, then loaded by both.
-transformers on CPU maps the file into memory and reads a weight only where it is used, so that its figures say little
-before that: each process also reads every weight once, and the ratios are of both together. Imports are not counted
-in the seconds; they are in the memory.
+The checkpoint has 1 GB in bfloat16, the shapes of Qwen2.5-0.5B and random weights. transformers maps the file into
+memory and reads a weight only when it is used, so each process also reads every weight once, and the ratios include
+that. Seconds exclude imports, memory includes them. Prints one JSON line.
 
     python experiments/bench/loading.py
-
-It prints one JSON line.
 """
 
 from __future__ import annotations
@@ -43,20 +40,20 @@ LIBRARIES = ("grpo_jax", "transformers")
 
 @dataclass(frozen=True)
 class Config:
-    """Loading 1 GB in bfloat16, by this package and by transformers."""
+    """Settings of the measurement."""
 
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the loaded weights."""
     repeats: int = 3
-    """Processes for each library, in turn; the least figures are reported."""
+    """Processes for each library, alternating; the minima are reported."""
     library: Literal["grpo_jax", "transformers"] | None = None
-    """Load with this one alone, in this process, from --folder."""
+    """Load with this library only, in this process, from --folder."""
     folder: Path | None = None
-    """An existing checkpoint to load. Default: one made for the purpose."""
+    """Checkpoint to load. Default: a temporary one with random weights."""
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Write random weights of ``SHAPE`` in the layout of the hub."""
+    """Write random weights of ``SHAPE`` in Hugging Face layout."""
     import ml_dtypes
     import numpy as np
     from safetensors.numpy import save_file
@@ -75,7 +72,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def load_with_jax(folder: Path, param_dtype: str):
-    """Loading, and reading all weights, by this package."""
+    """Functions of this package that load the checkpoint and read all weights."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -96,7 +93,7 @@ def load_with_jax(folder: Path, param_dtype: str):
 
 
 def load_with_transformers(folder: Path, param_dtype: str):
-    """Loading, and reading all weights, by transformers."""
+    """Functions of transformers that load the checkpoint and read all weights."""
     import torch
     import transformers
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401 (imported on first use otherwise)
@@ -133,12 +130,12 @@ def measure(library: str, folder: Path, param_dtype: str) -> dict[str, float]:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had."""
+    """Peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def compare(folder: Path, config: Config) -> dict:
-    """The least figures of each library over ``repeats`` processes, and the ratios."""
+    """Minima of each library over ``repeats`` processes, and their ratios."""
     figures: dict[str, list[dict[str, float]]] = {library: [] for library in LIBRARIES}
     for _ in range(config.repeats):
         for library in LIBRARIES:

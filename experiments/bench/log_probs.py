@@ -1,6 +1,6 @@
-"""Peak memory of log-probabilities and their gradient: chunked, against the version that forms the logits.
+"""Peak memory of log-probabilities and their gradient: chunked, against materializing all logits.
 
-Compiles both for the shape given and reads the compiler's own memory analysis; with ``--run`` it times them as well.
+Compiles both for the given shape and reads the compiler's memory analysis; with ``--run`` it also measures their times.
 Prints one JSON line.
 
     python experiments/bench/log_probs.py                          # Qwen2.5's vocabulary, 16,384 tokens, width 896
@@ -20,24 +20,23 @@ from grpo_jax.loop.command import run_command
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Sizes."""
 
     vocab_size: int = 151_936
-    """V."""
+    """V, vocabulary size."""
     width: int = 896
-    """D, the model's embedding length."""
+    """D, embedding dimension."""
     sequences: int = 16
-    """B."""
+    """B, sequences."""
     length: int = 1024
-    """T."""
+    """T, tokens per sequence."""
     chunk_size: int = 1024
-    """Tokens a chunk."""
+    """Tokens per chunk."""
     run: bool = False
     """Also run both, alternating, and report the ratio of their times (best of three)."""
 
 
 def main(config: Config) -> None:
-    """Compile both, compare."""
     hidden = jax.ShapeDtypeStruct((config.sequences, config.length, config.width), jnp.float32)
     head = jax.ShapeDtypeStruct((config.vocab_size, config.width), jnp.float32)
     ids = jax.ShapeDtypeStruct((config.sequences, config.length), jnp.int32)

@@ -1,14 +1,14 @@
-"""Memory of a training step of GRPO, PPO, DPO and imitation, as the compiler plans it: no weight is ever made.
+"""Memory of a training step of GRPO, PPO, DPO and SFT by the compiler's analysis, without allocating weights.
 
-The update of each, at the shapes of a model of 7 billion parameters, is compiled and its memory analysis is read: state
-and batch, temporary arrays, and the models that the step needs besides. Prints one JSON line.
+Compiles each update at the shapes of a model with 7 billion parameters and reads the memory of state, batch, temporary
+arrays and further models. Prints one JSON line.
 
-    python experiments/bench/memory.py --topology v5p:2x2x2            # by the TPU's compiler; no TPU is needed for it
-    python experiments/bench/memory.py --shape small                   # the embedded base, by this device's compiler
+    python experiments/bench/memory.py --topology v5p:2x2x2            # by the TPU compiler; needs no TPU
+    python experiments/bench/memory.py --shape small                   # the toy model, by this device's compiler
     python experiments/bench/memory.py --config path/to/config.json    # any other model
 
-In the plan of the compiler for CPUs remat saves next to nothing, so that of a large model it says little of other
-devices; the compiler for TPUs comes with the extra "tpu" and takes some minutes for each update.
+With the CPU compiler remat saves almost nothing, so its results for large models do not carry over to other devices.
+The TPU compiler comes with the extra "tpu" and takes some minutes for each update.
 """
 
 from __future__ import annotations
@@ -64,65 +64,65 @@ QWEN2_5_7B: Mapping[str, Any] = {
 }
 SHAPES = {"7b": QWEN2_5_7B, "small": HF_CONFIG}
 METHODS = ("grpo", "ppo", "dpo", "sft")
-DRAWING = ("grpo", "ppo")
-"""What draws completions, and so has use for a reward model and a reference."""
+ONLINE = ("grpo", "ppo")
+"""Methods that sample completions, and so may have a reward model and a reference policy."""
 WITH_JUDGE = "_with_reward_model"
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is compiled."""
+    """Model, batch and methods."""
 
     shape: Literal["7b", "small"] = "7b"
-    """The model: Qwen2.5-7B, or the embedded base."""
+    """The model: Qwen2.5-7B or the toy model."""
     config: Path | None = None
     """A config.json of another model."""
     rows: int = 16
-    """Sequences of a micro-batch, half as many pairs: what is in memory at once, on all devices together."""
+    """Sequences per micro-batch over all devices; half as many pairs."""
     num_micro_batches: int = 4
-    """Micro-batches of an update."""
+    """Micro-batches per update."""
     max_prompt_length: int = 512
     """In tokens."""
     max_completion_length: int = 1024
     """In tokens."""
     remat: bool = True
-    """Compute blocks again in the backward pass."""
+    """Recompute activations in the backward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation; weights, gradients and the optimizer's moments are in float32 anyway."""
+    """Precision of the computation; weights, gradients and optimizer moments are float32."""
     topology: str | None = None
-    """Compile for TPUs that are not there, such as v5p:2x2x2: weights, moments and rows are divided over all of them.
+    """Compile for a TPU topology such as v5p:2x2x2, with weights, moments and rows sharded over all its devices.
     Default: one device of this machine."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
-    """What is compared."""
+    """Methods to compare."""
 
     def __post_init__(self):
         require_at_least(self, rows=2, num_micro_batches=1, max_prompt_length=1, max_completion_length=1)
         if self.rows % 2:
-            raise ValueError(f"rows is {self.rows}; DPO has two sequences for each pair, so it must be even")
+            raise ValueError(f"rows is {self.rows}; it must be even, because DPO has two sequences per pair")
 
     @property
     def hf_config(self) -> Mapping[str, Any]:
-        """The model in effect."""
+        """Hugging Face config of the model in effect."""
         return SHAPES[self.shape] if self.config is None else json.loads(self.config.read_text())
 
     @property
     def mesh(self) -> Mesh:
-        """The devices that are compiled for, in which everything is divided by fsdp."""
+        """The devices to compile for, with everything sharded by fsdp."""
         if self.topology is None:
             return make_mesh(devices=jax.devices()[:1])
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask where it stands
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query
         devices = topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
         return make_mesh(data=1, fsdp=len(devices), devices=devices)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a method holds while it updates, on all devices together.
+    """Memory of a method's update over all devices.
 
     Attributes:
-        copies: sets of weights of the model's size, those of a reward model and a critic among them.
-        state_bytes: all weights, and the optimizer's moments.
-        peak_bytes: the same with what the largest of its updates takes besides.
+        copies: copies of the model's weights, including reward model and critic.
+        state_bytes: all weights and optimizer moments.
+        peak_bytes: ``state_bytes`` plus the temporary memory and batch of the largest update.
     """
 
     copies: float
@@ -131,11 +131,10 @@ class Memory:
 
 
 def main(config: Config) -> None:
-    """Compile all, print what each takes."""
     memory = {}
     for name in config.methods:
-        memory |= (found := step_memory(config, name))
-        print(f"{name}: {found}", file=sys.stderr)  # a compiler of another device takes its time
+        memory |= (step := step_memory(config, name))
+        print(f"{name}: {step}", file=sys.stderr)  # compiling for another device takes minutes
     devices = config.mesh.devices
     result = {
         "bench": "memory",
@@ -143,7 +142,7 @@ def main(config: Config) -> None:
         "parameters": size_of(param_shapes(from_hf_config(config.hf_config))),
         "tokens_at_once": config.rows * (config.max_prompt_length + config.max_completion_length),
         "dtype": config.dtype,
-        **{name: asdict(each) for name, each in memory.items()},
+        **{name: asdict(step) for name, step in memory.items()},
     }
     for suffix in ("", WITH_JUDGE):
         grpo, ppo = memory.get(f"grpo{suffix}"), memory.get(f"ppo{suffix}")
@@ -153,17 +152,15 @@ def main(config: Config) -> None:
 
 
 def step_memory(config: Config, method: str) -> dict[str, Memory]:
-    """What a method takes at the shapes of a model, by its name: with rules as rewards, and without a KL.
+    """Memory of a method by its name, with rule-based rewards and without KL.
 
-    Of a method that draws completions also what it takes with a reward model, and with a reference for a KL; its name
-    then ends in ``WITH_JUDGE``.
-
-    PPO's critic is a model of its own, as large as the policy but for its head. DPO's reference is in memory before the
-    first step alone.
+    Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_JUDGE``. PPO's critic
+    is a separate model with the policy's shapes except for its head. DPO's reference is in memory only before the first
+    step, so it is not counted.
 
     Args:
-        config: the shapes.
-        method: which.
+        config: model and batch.
+        method: one of ``METHODS``.
 
     Raises:
         ValueError: the rows do not divide over the devices.
@@ -174,11 +171,11 @@ def step_memory(config: Config, method: str) -> dict[str, Memory]:
     check_divides(config.rows // 2 if method == "dpo" else config.rows, mesh, f"the rows of a micro-batch of {method}")
     build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=config.remat)
     model, critic_model = build(decoder), build(scoring)
-    weights, scored = param_shapes(decoder), param_shapes(scoring)
+    weights, scalar_head_weights = param_shapes(decoder), param_shapes(scoring)
     optimizer, _ = OptimizerConfig().build(total_updates=100)
     make_step = partial(make_train_step, optimizer=optimizer, num_micro_batches=config.num_micro_batches)
     actor = state_of(weights, optimizer)
-    critic = state_of(scored, optimizer)
+    critic = state_of(scalar_head_weights, optimizer)
 
     updates: list[tuple[LossFn, TrainState, Callable[[], Any]]]
     if method == "grpo":
@@ -189,21 +186,21 @@ def step_memory(config: Config, method: str) -> dict[str, Memory]:
     elif method == "dpo":
         updates = [(preference_loss(model), actor, partial(pairs, config))]
     else:
-        updates = [(imitation_loss(model), actor, partial(packed, config))]
+        updates = [(sft_loss(model), actor, partial(packed, config))]
 
     states = [state for _, state, _ in updates]
-    held = sum(map(bytes_of, states))
+    total = sum(map(bytes_of, states))
     peak = max(
-        held - bytes_of(state) + program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), optimizer, mesh)
+        total - bytes_of(state) + program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), optimizer, mesh)
         for loss_fn, state, batch in updates
     )
-    found = {}
-    for suffix, frozen in (("", []), (WITH_JUDGE, [weights, scored])):
-        if not frozen or method in DRAWING:
+    memory = {}
+    for suffix, frozen in (("", []), (WITH_JUDGE, [weights, scalar_head_weights])):
+        if not frozen or method in ONLINE:
             trees, more = [*(state.params for state in states), *frozen], sum(map(bytes_of, frozen))
             copies = sum(map(size_of, trees)) / size_of(weights)
-            found[method + suffix] = Memory(round(copies, 2), held + more, peak + more)
-    return found
+            memory[method + suffix] = Memory(round(copies, 2), total + more, peak + more)
+    return memory
 
 
 def program_bytes(
@@ -213,7 +210,7 @@ def program_bytes(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> int:
-    """The peak of an update by itself, its state among it, on all devices together."""
+    """Peak memory of an update with its state, over all devices."""
     everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
     moments = optax.tree.map_params(
         optimizer,
@@ -222,12 +219,14 @@ def program_bytes(
         shardings,
         transform_non_params=lambda _: everywhere,
     )
-    placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by name, as a state is
+    placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
     shapes, form = jax.tree.flatten(state)
-    state = form.unflatten(put(*each) for each in zip(shapes, jax.tree.leaves(placed), strict=True))
+    state = form.unflatten(
+        put(shape, sharding) for shape, sharding in zip(shapes, jax.tree.leaves(placed), strict=True)
+    )
     batch = jax.tree.map(partial(put, sharding=NamedSharding(mesh, BATCH)), batch)
-    stays = jax.tree.map(lambda x: x.sharding, state)
-    program = jax.jit(step, donate_argnums=0, out_shardings=(stays, None)).lower(state, batch).compile()
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch).compile()
     analysis = program.memory_analysis()
     if analysis is None:
         raise RuntimeError(f"the compiler for {mesh.devices.flat[0].device_kind} gives no memory analysis")
@@ -240,7 +239,7 @@ def put(shape: Any, sharding: Sharding) -> Any:
 
 
 def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The shapes of a state around the shapes of parameters."""
+    """Shapes of the train state for parameter shapes ``params``."""
     return jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), params)
 
 
@@ -269,28 +268,28 @@ def preference_loss(model: Model) -> LossFn:
     return dpo_loss
 
 
-def imitation_loss(model: Model) -> LossFn:
-    def sft_loss(params: Params, batch: Packed):
+def sft_loss(model: Model) -> LossFn:
+    def supervised_loss(params: Params, batch: Packed):
         return loss.supervised_loss(packed_log_probs(model, params, batch), batch.loss_mask), {}
 
-    return sft_loss
+    return supervised_loss
 
 
 def policy_batch(config: Config, *, with_values: bool) -> Batch:
-    """PPO's, with values and returns, or GRPO's; both with old log-probabilities."""
+    """A batch of GRPO, or of PPO ``with_values``; both with old log-probabilities."""
     B, P, T = config.rows * config.num_micro_batches, config.max_prompt_length, config.max_completion_length
-    of_tokens = jnp.zeros((B, T)) if with_values else None
+    per_token = jnp.zeros((B, T)) if with_values else None
     return Batch(
         prompt_ids=jnp.zeros((B, P), jnp.int32),
         prompt_mask=jnp.ones((B, P), bool),
         completion_ids=jnp.zeros((B, T), jnp.int32),
         completion_mask=jnp.ones((B, T), bool),
         loss_mask=jnp.ones((B, T), bool),
-        advantages=jnp.zeros(B) if of_tokens is None else of_tokens,
+        advantages=jnp.zeros(B) if per_token is None else per_token,
         rollout_log_probs=jnp.zeros((B, T)),
         old_log_probs=jnp.zeros((B, T)),
-        old_values=of_tokens,
-        returns=of_tokens,
+        old_values=per_token,
+        returns=per_token,
     )
 
 
@@ -316,7 +315,7 @@ def packed(config: Config) -> Packed:
 
 
 def size_of(tree: Any) -> int:
-    """Numbers in all arrays."""
+    """Number of elements of all arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 

@@ -1,12 +1,12 @@
-"""What precision does to exactness: how far the sampler's log-probabilities are from the trainer's, and from float32's.
+"""Effect of precision: difference of the sampler's log-probabilities from the trainer's, and from those in float32.
 
-For each precision of computation and of the keys and values, completions are drawn and scored: by the trainer in the
-same precision of computation (``gap``: what importance ratios are off by), and by one in float32 (``error``: what was
-lost of the model). ``kl`` is the mean of ``exp(d) - 1 - d``, the estimate of the divergence from the sampler to that
-trainer, in nats a token. In float32 what the ``Sampler`` draws is also compared with what ``generate`` draws in one
-program: ``draws_differing`` counts completions in which any token differs. Prints one JSON line.
+For each precision of the computation and of the KV cache, completions are sampled, and their log-probabilities computed
+by a trainer in the same precision (``gap``: the error of importance ratios) and in float32 (``error``). ``kl`` is the
+mean of ``exp(d) - 1 - d``, an estimate of the KL divergence from sampler to trainer in nats per token. In float32 the
+completions of ``Sampler`` are also compared with those of ``generate``: ``draws_differing`` counts completions with a
+different token. Prints one JSON line.
 
-    python experiments/bench/precision.py                                     # the embedded base, trained first
+    python experiments/bench/precision.py                                     # the toy model, trained first
     python experiments/bench/precision.py --model runs/r1_zero/model
     python experiments/bench/precision.py --model Qwen/Qwen2.5-0.5B --prompts 16 --max-completion-length 256
 """
@@ -49,20 +49,20 @@ PRECISIONS = (
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Model and completions."""
 
     model: str | None = None
-    """Hugging Face id or local folder. Default: the embedded base, trained first."""
+    """Hugging Face id or local folder. Default: the toy model, trained first."""
     prompts: int = 256
-    """Sums that are asked."""
+    """Number of sums used as prompts."""
     group_size: int = 16
-    """Completions of each."""
+    """Completions per prompt."""
     max_completion_length: int = 48
-    """In tokens."""
+    """Longest completion in tokens."""
     temperature: float = 1.0
-    """Of sampling and scoring."""
+    """Temperature of sampling and log-probabilities."""
     seed: int = 0
-    """Of sums and noise."""
+    """Seed of the toy model, prompts and sampling."""
 
 
 def main(config: Config) -> None:
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
 
 
 def measure(config: Config, folder: str) -> None:
-    """Measure the model of a folder, and print."""
+    """Measure the model in ``folder`` and print the result."""
     policy = models.from_pretrained(folder)
     if policy.tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer; a folder with weights needs tokenizer.json beside them")
@@ -106,41 +106,41 @@ def measure(config: Config, folder: str) -> None:
     for dtype, cache_dtype in PRECISIONS:
         sampler = Sampler(computed[dtype], sampling, **lengths, **ends, cache_dtype=cache_dtype)
         with exactly(dtype):
-            drawn = sampler(policy.params, prompts, key)
-        mask = np.asarray(drawn.completion_mask)
-        found = np.asarray(drawn.rollout_log_probs)[mask]
-        own, exact = (scored(scorers, name, policy.params, drawn)[mask] for name in (dtype, "float32"))
-        difference = (own - found).astype(np.float64)  # in float32 the estimate of a small divergence is all rounding
+            rollout = sampler(policy.params, prompts, key)
+        mask = np.asarray(rollout.completion_mask)
+        sampled = np.asarray(rollout.rollout_log_probs)[mask]
+        trained, exact = (log_probs(scorers, name, policy.params, rollout)[mask] for name in (dtype, "float32"))
+        difference = (trained - sampled).astype(np.float64)  # float32 would round a small divergence away
         result[f"{dtype}, cache {cache_dtype}"] = {
             "tokens": int(mask.sum()),
-            "gap_mean": rounded(np.abs(found - own).mean()),
-            "gap_max": rounded(np.abs(found - own).max()),
+            "gap_mean": rounded(np.abs(sampled - trained).mean()),
+            "gap_max": rounded(np.abs(sampled - trained).max()),
             "kl": rounded((np.expm1(difference) - difference).mean()),
-            "error_mean": rounded(np.abs(found - exact).mean()),
-            "error_max": rounded(np.abs(found - exact).max()),
+            "error_mean": rounded(np.abs(sampled - exact).mean()),
+            "error_max": rounded(np.abs(sampled - exact).max()),
         }
         if dtype == cache_dtype == "float32":
-            whole = jax.jit(partial(generate, computed[dtype], sampling=sampling, **lengths, **ends))
+            generate_all = jax.jit(partial(generate, computed[dtype], sampling=sampling, **lengths, **ends))
             with exactly(dtype):
-                wanted = whole(policy.params, prompts, key)
-            differ = (np.asarray(drawn.completion_ids) != np.asarray(wanted.completion_ids)).any(1)
+                expected = generate_all(policy.params, prompts, key)
+            differ = (np.asarray(rollout.completion_ids) != np.asarray(expected.completion_ids)).any(1)
             result["draws_differing"] = int(differ.sum())
     print(json.dumps(result))
 
 
 def exactly(dtype: str) -> AbstractContextManager:
-    """What is called float32 is computed in float32, on a GPU or TPU too."""
+    """A context in which float32 is computed in full precision, on a GPU or TPU too."""
     return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
 
 
-def scored(scorers: dict[str, Any], name: str, params: Params, drawn: Rollout) -> np.ndarray:
-    """The log-probabilities of a trainer in this precision."""
+def log_probs(scorers: dict[str, Any], name: str, params: Params, rollout: Rollout) -> np.ndarray:
+    """The trainer's log-probabilities in the precision ``name``."""
     with exactly(name):
-        return np.asarray(scorers[name](params, drawn))
+        return np.asarray(scorers[name](params, rollout))
 
 
 def rounded(x: np.floating) -> float:
-    """Two digits, for people."""
+    """``x`` with two significant digits."""
     return float(f"{x:.1e}")
 
 

@@ -1,11 +1,10 @@
-"""What rewards cost and how far they can be trusted: the pool's speed, what hanging samples cost, and hard pairs.
+"""Rewards: speed of the worker pool, cost of hanging samples, errors on hard pairs of mathematics answers.
 
     python experiments/bench/rewards.py
 
-Prints one JSON line: the pool's wall time as a multiple of a plain loop's, on mathematics answers and on programs
-without a fault, with the number of workers that were replaced; by how many deadlines a step of 512 samples is longer
-when one in 50 hangs for a minute; mistakes on the table of hard pairs beside those of math-verify alone, where that is
-installed.
+Prints one JSON line: the pool's wall time relative to a plain loop, on mathematics answers and correct programs, with
+the number of replaced workers; the delay of a step of 512 samples, in deadlines, if one in 50 hangs for a minute; false
+positives and negatives on the hard pairs, also of math-verify alone if it is installed.
 """
 
 from __future__ import annotations
@@ -34,35 +33,35 @@ INPUTS = [{"input": "3\n4\n", "output": "7\n"}, {"input": "5\n6\n", "output": "1
 
 @dataclass(frozen=True)
 class Config:
-    """How much of it."""
+    """Sizes of the measurements."""
 
     answers: int = 1000
-    """Mathematics answers that are graded in one process and in the pool."""
+    """Mathematics answers to grade in one process and in the pool."""
     programs: int = 512
-    """Programs that are run in one process and in the pool."""
+    """Programs to run in one process and in the pool."""
     samples: int = 512
-    """Samples of a step."""
+    """Samples of the step with hanging samples."""
     deadline: float = 10.0
-    """Of the pool, in seconds."""
+    """Deadline of the pool in seconds."""
 
 
 def main(config: Config) -> None:
     result: dict[str, Any] = {}
     pairs = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     chosen = [pairs[n % len(pairs)] for n in range(config.answers)]
-    result |= pool_against_loop("math", math_reward, list(map(boxed, chosen)), answer=[each["gold"] for each in chosen])
+    result |= pool_against_loop("math", math_reward, list(map(boxed, chosen)), answer=[pair["gold"] for pair in chosen])
     for name, program, tests in (("asserts", FUNCTION, ASSERTS), ("stdin", SCRIPT, INPUTS)):
         programs = [program] * config.programs
         result |= pool_against_loop(name, code_reward, programs, tests=[tests] * config.programs)
-    print(json.dumps(result | price_of_hanging(config.samples, config.deadline) | mistakes()))
+    print(json.dumps(result | cost_of_hanging(config.samples, config.deadline) | count_errors()))
 
 
 def scores_of(values: Any, completions: list[str]) -> list[float | None]:
-    return [each.score for each in as_reward_outputs(values, completions)]
+    return [output.score for output in as_reward_outputs(values, completions)]
 
 
 def pool_against_loop(name: str, reward: RewardFn, completions: list[str], **columns: list[Any]) -> dict[str, float]:
-    """The pool's time and a plain loop's, which runs in a process of its own, warmed up as the pool's workers are."""
+    """Times of the pool and of a plain loop, which runs in its own process, warmed up like the pool's workers."""
     with ProcessPoolExecutor(1, get_context("spawn")) as other_process:
         loop_seconds, alone = other_process.submit(plain_loop, reward, completions, columns).result()
     with RewardPool({name: reward}) as pool:
@@ -88,7 +87,7 @@ def plain_loop(
 
 @per_sample
 def usual(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-    """Five milliseconds of a grader's work, and a minute for a completion that asks for it."""
+    """A reward that takes five milliseconds, or a minute for the completion ``hang``."""
     ended = time.process_time() + 0.005
     while time.process_time() < ended:
         continue
@@ -97,7 +96,7 @@ def usual(prompts: list[str], completions: list[str], **columns: Any) -> list[fl
     return [1.0]
 
 
-def price_of_hanging(count: int, deadline: float) -> dict[str, float]:
+def cost_of_hanging(count: int, deadline: float) -> dict[str, float]:
     with RewardPool({"usual": usual}, deadline=deadline) as pool:
         seconds = {}
         for every in (0, 50):
@@ -105,23 +104,23 @@ def price_of_hanging(count: int, deadline: float) -> dict[str, float]:
             pool.rewards["usual"]([""] * 50, ["fine"] * 50)
             started = time.perf_counter()
             scores = scores_of(pool.rewards["usual"]([""] * count, completions), completions)
-            assert scores == [None if each == "hang" else 1.0 for each in completions]
+            assert scores == [None if text == "hang" else 1.0 for text in completions]
             seconds[every] = time.perf_counter() - started
     longer = (seconds[50] - seconds[0]) / deadline
     return {"step_longer_by_deadlines": round(longer, 3), "hanging_samples": len(range(0, count, 50))}
 
 
-def mistakes() -> dict[str, int]:
+def count_errors() -> dict[str, int]:
     pairs = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     graders: dict[str, Any] = {"ours": our_verdict}
     if find_spec("math_verify"):
         graders["math_verify"] = verdict_of_math_verify
-    found = {"pairs": len(pairs)}
+    counts = {"pairs": len(pairs)}
     for name, verdict in graders.items():
         verdicts = [(pair["equal"], verdict(pair)) for pair in pairs]
-        found[f"false_positives_{name}"] = sum(given and not right for right, given in verdicts)
-        found[f"false_negatives_{name}"] = sum(right and not given for right, given in verdicts)
-    return found
+        counts[f"false_positives_{name}"] = sum(given and not right for right, given in verdicts)
+        counts[f"false_negatives_{name}"] = sum(right and not given for right, given in verdicts)
+    return counts
 
 
 def boxed(pair: dict[str, Any]) -> str:

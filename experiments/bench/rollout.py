@@ -1,11 +1,10 @@
-"""Rollout speed: useful tokens a second, what share of the work was useful, and how far the machine's limit is.
+"""Rollout speed: useful tokens per second, share of useful work, and share of the machine's limit.
 
-Weights are random. Lengths are fixed, or long-tailed: a share of the vocabulary ends a completion, so that they are
-about geometric. With ``--against`` the same work is done by another way of sampling in the same process, in turns, and
-the ratios of the medians are reported: ``static`` is the plain loop (each row reads its own prompt, batches of
-``--static-rows`` that run until their last row has ended, a full-length cache in the usual order, Gumbel noise for the
-whole vocabulary), ``generate`` is ``rollout.generate`` (one batch of all rows), ``transformers`` is torch's.
-Prints one JSON line.
+Weights are random. Lengths are fixed or approximately geometric: then a share of the vocabulary ends a completion. With
+``--against`` another implementation does the same work in the same process, alternating, and ratios of medians are
+reported: ``static`` is a plain loop (every row has its own prompt cache, batches of ``--static-rows`` run until their
+last row ends, full-length cache, Gumbel noise for the whole vocabulary), ``generate`` is ``rollout.generate`` (all rows in
+one batch), ``transformers`` is torch's. Prints one JSON line.
 
     python experiments/bench/rollout.py --mean-length 48 --max-completion-length 256 --against static
     python experiments/bench/rollout.py --rows 64 --against transformers
@@ -85,48 +84,49 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Model, lengths and comparison."""
 
     model: Literal[tuple(SHAPES)] = "small"  # pyright: ignore[reportInvalidTypeForm]
-    """Shape of the model; its weights are random."""
+    """Shapes of the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and computation."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """What ours keeps keys and values in. Default: dtype."""
+    """Precision of the sampler's KV cache. Default: dtype."""
     rows: int = 256
-    """Completions in all."""
+    """Total number of completions."""
     group_size: int = 8
-    """Completions of each prompt."""
+    """Completions per prompt."""
     prompt_length: int = 64
-    """Tokens of each prompt."""
+    """Prompt length in tokens."""
     max_completion_length: int = 128
-    """Tokens of the longest completion."""
+    """Longest completion in tokens."""
     mean_length: float | None = None
-    """About the mean of geometric lengths; None for completions that all have the full length."""
+    """Approximate mean of geometric lengths; None for the full length."""
     against: Literal["static", "generate", "transformers"] | None = None
-    """What else does the same work."""
+    """Implementation to compare with."""
     static_rows: int = 64
-    """Rows of a batch of the static version and of transformers."""
+    """Rows per batch of static and transformers."""
     repeats: int = 3
-    """Times that each is measured, in turns."""
+    """Measurements of each implementation, alternating."""
     seed: int = 0
-    """Of weights, prompts and noise."""
+    """Seed of weights, prompts and sampling."""
 
     def __post_init__(self):
         if self.rows % self.group_size or self.rows % min(self.static_rows, self.rows):
             raise ValueError(
-                f"{self.rows} rows do not divide into groups of {self.group_size} and batches of {self.static_rows}"
+                f"rows is {self.rows}; it must be a multiple of group_size = {self.group_size} and of static_rows = "
+                f"{self.static_rows}"
             )
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The share of the vocabulary that ends a completion; a token that is never drawn where lengths are fixed."""
+        """Tokens that end a completion; for fixed lengths one outside of the vocabulary."""
         V = SHAPES[self.model]["vocab_size"]
         return (V,) if self.mean_length is None else tuple(range(round(V / self.mean_length)))
 
 
 class Work(NamedTuple):
-    """One way of doing the work: called, it returns the lengths of what was drawn."""
+    """An implementation; ``draw`` samples all completions and returns their lengths."""
 
     name: str
     draw: Callable[[], np.ndarray]
@@ -206,14 +206,14 @@ def main(config: Config) -> None:
 
 
 def timed(draw: Callable[[], np.ndarray]) -> tuple[float, float, int]:
-    """CPU seconds of this process and all its threads, seconds, tokens."""
+    """CPU seconds of this process, wall seconds and tokens."""
     cpu, wall = time.process_time(), time.perf_counter()
     lengths = draw()
     return time.process_time() - cpu, time.perf_counter() - wall, int(lengths.sum())
 
 
 def engine(config: Config, decoder: DecoderConfig, params, prompts, key, stats: list[RolloutStats]) -> Work:
-    """What is measured."""
+    """``rollout.Sampler``."""
     sampler = Sampler(
         build_model(decoder, dtype=jnp.dtype(config.dtype).type, attention="auto"),
         Sampling(),
@@ -259,7 +259,7 @@ def static(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work
 
 
 def static_loop(decoder: DecoderConfig, params, ids, key, *, eos_ids: tuple[int, ...], length: int, dtype: str):
-    """The lengths of a batch's completions, drawn the plain way; caches are ``[B, slots, heads, head size]``."""
+    """Lengths of a batch's completions; caches are ``[B, slots, heads, head size]``."""
     B, P = ids.shape
     T = length
     stops = jnp.array(eos_ids)
@@ -351,16 +351,16 @@ def torch_generate(config: Config, decoder: DecoderConfig, params, prompts, key)
                     eos_token_id=ends,
                     pad_token_id=decoder.vocab_size - 1,
                 )
-            drawn = out[:, P:].cpu().numpy()
-            hit = np.isin(drawn, config.eos_ids)
-            lengths.append(np.where(hit.any(1), hit.argmax(1) + 1, drawn.shape[1]))
+            tokens = out[:, P:].cpu().numpy()
+            is_end = np.isin(tokens, config.eos_ids)
+            lengths.append(np.where(is_end.any(1), is_end.argmax(1) + 1, tokens.shape[1]))
         return np.concatenate(lengths)
 
     return Work("transformers", draw)
 
 
 def machine_limits(dtype) -> tuple[float, float]:
-    """FLOP a second of a large matrix product, and bytes a second of reading memory once; the best of several."""
+    """FLOP/s of a large matrix product and bytes/s of reading memory; best of five."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
     x = jnp.ones(2**27 if jax.default_backend() == "cpu" else 2**30, jnp.bfloat16 if dtype == jnp.bfloat16 else dtype)
@@ -381,9 +381,17 @@ def machine_limits(dtype) -> tuple[float, float]:
 def limit_seconds(
     config: Config, decoder: DecoderConfig, lengths: np.ndarray, peak: float, bandwidth: float, dtype
 ) -> float:
-    """What drawing these lengths would take if every row stopped with its last token and nothing else were computed.
+    """Lower bound of the seconds for sampling these lengths, if every row stopped after its last token.
 
-    A step takes as long as its arithmetic at ``peak``, or as reading weights and keys and values once at ``bandwidth``.
+    A step takes the larger of its arithmetic at ``peak`` and of reading weights, keys and values once at ``bandwidth``.
+
+    Args:
+        config: group size and prompt length.
+        decoder: sizes of the model.
+        lengths: ``[rows]``, tokens of each completion.
+        peak: FLOP/s.
+        bandwidth: bytes/s.
+        dtype: precision of weights and cache.
     """
     c, width = decoder, jnp.dtype(dtype).itemsize
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
@@ -401,9 +409,9 @@ def limit_seconds(
 
 
 def peak_memory() -> int:
-    """Bytes: of the device where it tells, of the process elsewhere."""
-    known = jax.devices()[0].memory_stats() or {}
-    return known.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """Peak memory in bytes: of the device if it reports it, else of the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 if __name__ == "__main__":
