@@ -1,19 +1,18 @@
-r"""GRPO, RLOO, PPO, DPO, and SFT on what is right, side by side: one base, one task, equally many samples.
+r"""Comparison of GRPO, RLOO, PPO, DPO and rejection-sampling SFT: same base model, task and number of samples.
 
-Without arguments it does so on the embedded base and its sums, on one CPU. With arguments it is the real thing:
+Without arguments it compares them with the toy model on sums, on one CPU. For real models:
 
     python experiments/compare.py
     python experiments/compare.py --num-seeds 3
     python experiments/compare.py --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --num-steps 200 --num-rounds 5
 
-GRPO, RLOO and PPO draw and learn in steps. DPO and SFT learn from what was drawn before, and so go in rounds: the model
-draws its share of the samples, right completions are set against wrong ones or imitated, and the next round begins
-with the model that came out. The first three go over each step's samples equally often; for the rest each is as its
-own script has it, so that PPO's critic learns alone in the first two steps. What is measured: held-out pass@1 by
-samples and by time, how far the reward falls back, and the memory of an update by the compiler's analysis
-(bench/memory.py has that of a larger model).
+GRPO, RLOO and PPO are online: they sample and train in steps, with the same number of passes over each step's samples.
+DPO and SFT are offline and run in rounds: sample, train on the right completions (for DPO: against wrong ones), and
+start the next round from the trained model. All other settings are those of each method's own script; PPO's critic, for
+instance, is trained alone in the first two steps. Measured are held-out pass@1 by samples and by time, the largest fall
+of the reward, and the memory of an update by the compiler's analysis (bench/memory.py: of a larger model).
 
-Every part is a run of its own in a folder of this one; the same command goes on at the part and step where it stopped.
+Each part is a run with its own folder in run_dir; the same command resumes at the part and step where it stopped.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ dpo, evaluate, grpo, ppo, rejection_sampling, sft = load_scripts(
 )
 (bench_memory,) = load_scripts(Path(__file__).parent / "bench", "memory")
 ONLINE = ("grpo", "rloo", "ppo")
-"""What learns in steps."""
+"""Methods that train in steps."""
 IN_ROUNDS = ("dpo", "sft")
 METHODS = (*ONLINE, *IN_ROUNDS)
 BASE = "base"
@@ -76,14 +75,14 @@ COLOURS: Mapping[str, str] = {
     "dpo": "tab:purple",
     "sft": "tab:green",
 }
-OF_A_POLICY = ("max_prompt_length", "max_completion_length", "stop_tokens", "sampling", "cache_dtype", "cache_bytes")
+POLICY_FIELDS = ("max_prompt_length", "max_completion_length", "stop_tokens", "sampling", "cache_dtype", "cache_bytes")
 TRAILING = 5
-"""Steps that a fall of the reward is told by the mean of."""
+"""Steps over which the reward is averaged to measure its falls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PipelineConfig, PolicyConfig):
-    """The comparison. Its data, rewards, samples, models and devices hold for all methods."""
+    """The comparison. Its data, rewards, samples, model and devices apply to all methods."""
 
     COMMON_FLAGS = (
         "--model --dataset --run-dir --methods --num-seeds --seed --num-steps --num-rounds --num-prompts --group-size "
@@ -91,49 +90,49 @@ class Config(PipelineConfig, PolicyConfig):
     )
 
     run_dir: Path = Path("runs/compare")
-    """The comparison's own folder, with one for each seed, method and round."""
+    """Folder of the comparison, with a run folder for each seed, method and round."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
-    """What is compared."""
+    """Methods to compare."""
     num_seeds: int = 1
-    """How many seeds, from seed on; each has problems and noise of its own, and a base unless one is named."""
+    """Number of seeds, starting at seed; each has its own problems, noise and toy model."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
-    """What is asked."""
+    """Problems."""
     rewards: Annotated[RewardConfig, tyro.conf.arg(name="")] = RewardConfig()
-    """What is paid for."""
+    """Rewards."""
     num_steps: int = 9
-    """Steps of what learns in steps."""
+    """Steps of the online methods."""
     num_rounds: int = 3
-    """Collector of what learns in rounds, with an equal part of the samples each. All are evaluated as often."""
+    """Rounds of DPO and SFT, with an equal share of the samples each. Online methods are evaluated as often."""
     num_prompts: int = 32
-    """Prompts a step."""
+    """Prompts per step."""
     group_size: int = 16
-    """Samples for each prompt, of PPO too."""
+    """Samples per prompt, also for PPO."""
     eval_samples: int = 4
-    """Samples for each held-out problem."""
+    """Samples per held-out problem."""
     pairs_per_problem: int = 4
-    """For DPO, pairs of a right and a wrong completion that are made of a problem's samples at most."""
+    """Maximum number of pairs of a right and a wrong completion per problem, for DPO."""
     level: float = 0.8
-    """The pass@1 that samples are counted until."""
+    """pass@1 for the number of samples needed to reach it."""
 
     grpo: GRPOConfig = GRPOConfig(num_epochs=2, num_minibatches=2)
-    """GRPO, without a KL."""
+    """GRPO without a KL penalty."""
     rloo: GRPOConfig = GRPOConfig(advantage="rloo", num_epochs=2, num_minibatches=2)
-    """The same with the mean of a group's others as its baseline."""
+    """RLOO: the baseline is the mean of the group's other samples."""
     ppo: PPOConfig = PPOConfig(rewards=RewardConfig(), kl_reward_coef=0.0)
-    """PPO with a critic of the policy's size; without a KL as well."""
+    """PPO with a critic of the policy's size, without a KL penalty."""
     dpo: DPOConfig = DPOConfig(
         data=PreferenceConfig(eval_size=1), num_epochs=4, sft_coef=0.2, eval_every=0, num_eval_prompts=0
     )
-    """DPO on right completions against wrong ones, with a little imitation of the right ones."""
+    """DPO on right completions against wrong ones, with a small SFT loss on the right ones."""
     sft: SFTConfig = SFTConfig(data=DemonstrationConfig(eval_size=1), num_epochs=4, eval_every=0, num_eval_prompts=0)
-    """SFT on right completions: rejection sampling."""
+    """SFT on right completions."""
     drawing: RejectionSamplingConfig = RejectionSamplingConfig()
-    """How a round draws, and what of it is imitated, or preferred to the rest. It asks problems in their order."""
+    """Sampling of a round and selection of the right completions. Problems are used in their order."""
     evaluation: EvaluationConfig = EvaluationConfig(k=(1,))
-    """How the base and each round's model are measured."""
+    """Evaluation of the base model and each round's model."""
 
     memory_report: Path | None = None
-    """File with what bench/memory.py printed of another model, to be told beside this one's."""
+    """File with the output of bench/memory.py for a larger model, to report too."""
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
@@ -149,7 +148,7 @@ class Config(PipelineConfig, PolicyConfig):
         if not 0 < self.level <= 1:
             raise ValueError(f"level is {self.level}; it is a share above 0 and at most 1")
         if self.data.grader == "none":
-            raise ValueError("grader is none, and what is compared is the share of right answers")
+            raise ValueError("grader is none, but the comparison needs right answers; choose a grader")
         if self.sft.max_length is not None:
             self.check_positions(self.sft.max_length, "sft.max_length")
         if self.memory_report is not None:
@@ -157,15 +156,17 @@ class Config(PipelineConfig, PolicyConfig):
         for method in ONLINE:
             stage = getattr(self, method)
             if stage.tasks is not None or getattr(stage, "max_draws", 1) > 1:
-                raise ValueError(f"{method}: tasks and max_draws give it other samples than the others have")
-        # What does not fit is found now; of GRPO in any case, for its sequences are those that memory is told of.
+                raise ValueError(
+                    f"{method}: tasks and max_draws would give it other samples than the other methods; leave them out"
+                )
+        # Checks the settings of all runs; GRPO's in any case, since memory is measured at its batch size.
         _ = self.in_steps("grpo"), self.measured(self.run_dir, None)
         for method in self.methods:
             _ = self.in_steps(method) if method in ONLINE else (self.drawn(method, 1), self.learnt(method, 1))
 
     @property
     def of_seeds(self) -> list[Config]:
-        """The comparison with each seed, by itself."""
+        """The comparison of each seed."""
         return [
             replace(self, seed=seed, num_seeds=1, run_dir=self.run_dir / f"seed{seed}")
             for seed in range(self.seed, self.seed + self.num_seeds)
@@ -173,24 +174,24 @@ class Config(PipelineConfig, PolicyConfig):
 
     @property
     def larger(self) -> dict[str, Any]:
-        """What bench/memory.py told of another model; empty if no report is named.
+        """Contents of ``memory_report``: memory by update; empty if it is not set.
 
         Raises:
-            ValueError: the file is none of its reports.
+            ValueError: the file is not output of bench/memory.py.
         """
         if self.memory_report is None:
             return {}
         try:
             report = json.loads(self.memory_report.read_text())
             if report["bench"] != "memory":
-                raise ValueError(f"it is of bench {report['bench']}")
-            return {name: each for name, each in report.items() if isinstance(each, dict) and each["peak_bytes"]}
+                raise ValueError(f"it is output of bench {report['bench']}")
+            return {name: value for name, value in report.items() if isinstance(value, dict) and value["peak_bytes"]}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"memory_report: {self.memory_report} is no line of bench/memory.py: {error}") from None
+            raise ValueError(f"memory_report: {self.memory_report} is not output of bench/memory.py: {error}") from None
 
     @property
     def steps_of_a_round(self) -> int:
-        """The steps of the others that have as many samples as a round."""
+        """Number of online steps with as many samples as a round."""
         return self.num_steps // self.num_rounds
 
     @property
@@ -199,16 +200,16 @@ class Config(PipelineConfig, PolicyConfig):
         return self.run_dir / BASE / TOY_FOLDER if self.model == TOY else self.model
 
     def folder(self, method: str, number: int, part: str) -> Path:
-        """Where a part of a round lies."""
+        """Run folder of a part of a round."""
         return self.run_dir / method / f"{number}_{part}"
 
     def stage_config(self, stage: AnyConfig, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
-        """A stage's settings in a folder of its own, with those of the comparison."""
-        of_policy = {each: getattr(self, each) for each in OF_A_POLICY}
-        return stage_config(stage, self, folder, start, **of_policy, **changes)
+        """``stage`` with its own run folder, the comparison's shared fields and ``changes``."""
+        shared = {name: getattr(self, name) for name in POLICY_FIELDS}
+        return stage_config(stage, self, folder, start, **shared, **changes)
 
     def in_steps(self, method: str) -> GRPOConfig | PPOConfig:
-        """The run of a method that learns in steps."""
+        """Settings of an online method's run."""
         return self.stage_config(
             getattr(self, method),
             self.run_dir / method,
@@ -223,11 +224,11 @@ class Config(PipelineConfig, PolicyConfig):
         )
 
     def before(self, method: str, number: int) -> Path | str | None:
-        """The model that a round starts from."""
+        """Model that a round starts from."""
         return self.origin if number == 1 else self.folder(method, number - 1, "learnt") / "model"
 
     def drawn(self, method: str, number: int) -> RejectionSamplingConfig:
-        """The run that draws in a round: of problems that no round before had."""
+        """Settings of a round's sampling run, on problems that no earlier round used."""
         num_problems = self.num_prompts * self.steps_of_a_round
         return self.stage_config(
             self.drawing,
@@ -242,25 +243,24 @@ class Config(PipelineConfig, PolicyConfig):
         )
 
     def learnt(self, method: str, number: int) -> DPOConfig | SFTConfig:
-        """The run that learns from what a round drew."""
+        """Settings of a round's training run on its samples."""
         stage = getattr(self, method)
         drawn = self.folder(method, number, "drawn")
-        asked = prompt_fields(self.data)
+        prompt_format = prompt_fields(self.data)
         dataset = drawn / (PAIRS if method == "dpo" else DATASET)
-        changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **asked)}
+        changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **prompt_format)}
         if method == "sft":
             longest = self.prompt_length + self.completion_length
             changes["max_length"] = stage.max_length or max(longest, min(ROW_LENGTH, self.positions or ROW_LENGTH))
-        if (
-            self.grpo.num_micro_batches is None and stage.num_micro_batches == 1
-        ):  # in memory at once is what GRPO has there
+        # As many sequences per micro-batch as GRPO has.
+        if self.grpo.num_micro_batches is None and stage.num_micro_batches == 1:
             rows = stage.num_pairs if method == "dpo" else stage.num_sequences
             parts = self.in_steps("grpo").micro_batches_of(rows) * (2 if method == "dpo" else 1)
             changes["num_micro_batches"] = min(parts, rows)
         return self.stage_config(stage, self.folder(method, number, "learnt"), self.before(method, number), **changes)
 
     def measured(self, folder: Path, start: Path | str | None) -> EvaluationConfig:
-        """The run that measures a model."""
+        """Settings of an evaluation of a model."""
         return self.stage_config(
             self.evaluation, folder, start, data=self.data, rewards=self.rewards, num_samples=self.eval_samples
         )
@@ -299,32 +299,32 @@ SCRIPTS = {"grpo": grpo, "rloo": grpo, "ppo": ppo, "dpo": dpo, "sft": sft}
 
 
 def main(config: Config) -> int:
-    """Run, or go on; the exit status is 0 when the comparison is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if all stages finished and 130 if one was stopped."""
     return run_stages(config, learn_all, write_summary, title="comparison", check=check_data, again=True)
 
 
 def learn_all(config: Config) -> list[Stage]:
-    """All methods with all seeds, in order."""
-    return [stage for each in config.of_seeds for stage in learn(each)]
+    """The stages of all methods for all seeds, in order."""
+    return [stage for seed in config.of_seeds for stage in learn(seed)]
 
 
 def check_data(config: Config) -> None:
-    """Check that there are problems for all rounds, each of which asks others.
+    """Check that there are enough problems for all rounds, as no two rounds share a problem.
 
     Raises:
-        ValueError: there are too few; and as ``DataConfig.load``.
+        ValueError: there are too few; and as ``load_problem_sets``.
     """
     problems, *_ = load_problem_sets(config.data, config.seed)
     wanted = config.num_prompts * config.num_steps
     if len(problems) < wanted and set(config.methods) & set(IN_ROUNDS):
         raise ValueError(
-            f"{config.num_steps} steps of {config.num_prompts} prompts ask {wanted} problems, and there are "
+            f"{config.num_steps} steps of {config.num_prompts} prompts need {wanted} problems, and there are "
             f"{len(problems)}; take fewer steps, or leave {' and '.join(IN_ROUNDS)} out of methods"
         )
 
 
 def learn(config: Config) -> list[Stage]:
-    """All methods with one seed, in order."""
+    """The stages of all methods for one seed, in order."""
     base = config.run_dir / BASE
     stages = [Stage(evaluate, config.measured(base, None))]
     made_here = [base] if config.model == TOY else []
@@ -338,7 +338,14 @@ def learn(config: Config) -> list[Stage]:
 
 
 def round_of(config: Config, method: str, number: int, made_here: list[Path]) -> list[Stage]:
-    """A round of a method that learns in rounds: what it draws, what learns from it, and how that is measured."""
+    """The stages of a round of an offline method: sampling, training, evaluation.
+
+    Args:
+        config: the comparison of one seed.
+        method: an offline method.
+        number: number of the round, from 1.
+        made_here: run folder of the toy model; empty for an existing base model.
+    """
     drawn, learnt = config.drawn(method, number), config.learnt(method, number)
     measured = config.measured(config.folder(method, number, "measured"), learnt.run_dir / "model")
     start = made_here if number == 1 else [config.folder(method, number - 1, "learnt")]
@@ -355,40 +362,40 @@ def round_of(config: Config, method: str, number: int, made_here: list[Path]) ->
 
 
 def write_pairs(folder: Path, selection: SelectionConfig, *, most: int, least: int) -> None:
-    """Set right completions in a run's folder against wrong ones of the same problem.
+    """Write preferences of right over wrong completions of the same problem.
 
     Args:
-        folder: of a run that drew completions.
-        selection: what is right.
-        most: pairs of a problem at most.
-        least: pairs that one update takes.
+        folder: run folder with samples; receives the preferences.
+        selection: criteria of right completions.
+        most: maximum number of pairs per problem.
+        least: pairs per update.
 
     Raises:
-        ValueError: there are fewer than an update takes.
+        ValueError: there are too few pairs for an update.
     """
     rows = [
         {
-            "prompt": each.problem.prompt,
-            "chosen": each.completions[chosen],
-            "rejected": each.completions[rejected],
+            "prompt": samples.problem.prompt,
+            "chosen": samples.completions[chosen],
+            "rejected": samples.completions[rejected],
         }
-        for each in read_samples(folder)
-        for chosen, rejected in preference_pairs(each, selection, max_pairs=most)
+        for samples in read_samples(folder)
+        for chosen, rejected in preference_pairs(samples, selection, max_pairs=most)
     ]
     if len(rows) <= most + least:  # the pairs of a problem are held out
         raise ValueError(
             f"{folder}: {len(rows)} pairs of right and wrong completions are too few for DPO's updates of {least}: the "
-            "model is almost never or almost always right. Draw more in a round, lower dpo.num_pairs, or leave dpo out "
-            "of methods; what the others learnt stays"
+            "model is almost never or almost always right. Sample more per round, lower dpo.num_pairs, or leave dpo "
+            "out of methods; the runs of the other methods are kept"
         )
     write_atomically(folder / PAIRS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write_summary(config: Config, run: Run) -> None:
-    """Put curves, times and memory side by side."""
-    curves = {method: [curve(each, method) for each in config.of_seeds] for method in config.methods}
-    falls = {method: [fall(each, method) for each in config.of_seeds] for method in config.methods}
-    paces = {method: [pace(each, method) for each in config.of_seeds] for method in config.methods}
+    """Print tables of results, times and memory, plot the curves, and write the summary."""
+    curves = {method: [curve(seed, method) for seed in config.of_seeds] for method in config.methods}
+    falls = {method: [fall(seed, method) for seed in config.of_seeds] for method in config.methods}
+    paces = {method: [pace(seed, method) for seed in config.of_seeds] for method in config.methods}
     with run.progress.phase("memory of an update", len(set(map(update_of, config.methods)))) as phase:
         memory = memory_of_steps(config, phase.update)
     figures = {
@@ -405,17 +412,17 @@ def write_summary(config: Config, run: Run) -> None:
     }
     for rows in (learning(figures, config.level), memories(figures)):
         run.say("\n" + format_table(rows))
-    run.say("\nsaid of GRPO beside PPO, and what was measured")
+    run.say("\nclaims about GRPO against PPO, and measurements")
     for claim, measured in claims(figures):
         run.say(f"  {claim}: {measured}")
     draw(curves, run.folder / "curves.png")
     base = read_report(config.of_seeds[0].run_dir / BASE)
-    parts = [json.loads(path.read_text()) for each in config.of_seeds for path in each.run_dir.rglob("summary.json")]
+    parts = [json.loads(path.read_text()) for seed in config.of_seeds for path in seed.run_dir.rglob("summary.json")]
     run.write_summary(
         {
             "figures": figures,
             "curves": curves,
-            "seeds": [each.seed for each in config.of_seeds],
+            "seeds": [seed.seed for seed in config.of_seeds],
             "seconds": sum(part["seconds"] for part in parts),
             "device": base["device"],
             "versions": base["versions"],
@@ -424,7 +431,7 @@ def write_summary(config: Config, run: Run) -> None:
 
 
 def curve(config: Config, method: str) -> list[dict[str, float]]:
-    """Held-out pass@1 of one seed by samples drawn and seconds spent on drawing and learning, evaluations left out."""
+    """Held-out pass@1 of one seed by number of samples and by seconds of sampling and training, without evaluations."""
     base = read_report(config.run_dir / BASE)
     points = [{"samples": 0, "seconds": 0.0, "pass@1": base["figures"]["pass@1"]["mean"]}]
     if method in ONLINE:
@@ -449,12 +456,12 @@ def curve(config: Config, method: str) -> list[dict[str, float]]:
 
 
 def seconds_of(rows: Sequence[Mapping[str, Any]], last: int | None = None) -> float:
-    """The seconds of all steps, or of those up to one."""
+    """Seconds of all steps, or of the steps up to ``last``."""
     return sum(row.get("step_time", 0.0) for row in rows if last is None or row["step"] <= last)
 
 
 def pace(config: Config, method: str) -> float | None:
-    """The median seconds of a step, in which nothing is compiled; None of what goes in rounds."""
+    """Median seconds per step, which excludes compilation; None for offline methods."""
     if method not in ONLINE:
         return None
     rows = read_jsonl(config.run_dir / method / "metrics.jsonl")
@@ -462,7 +469,7 @@ def pace(config: Config, method: str) -> float | None:
 
 
 def fall(config: Config, method: str) -> float | None:
-    """How far the share of right answers in training fell below its best, at most; None of what goes in rounds."""
+    """Largest fall of the training pass rate below its running maximum; None for offline methods."""
     if method not in ONLINE:
         return None
     rows = read_jsonl(config.run_dir / method / "metrics.jsonl")
@@ -473,7 +480,7 @@ def fall(config: Config, method: str) -> float | None:
 
 
 def reached(points: Sequence[Mapping[str, float]], level: float) -> float | None:
-    """The samples at which pass@1 is at a level, between two evaluations on a straight line; None if it never is."""
+    """Number of samples at which pass@1 reaches ``level``, linearly interpolated; None if it never does."""
     if points[0]["pass@1"] >= level:
         return 0.0
     for before, after in pairwise(points):
@@ -484,7 +491,7 @@ def reached(points: Sequence[Mapping[str, float]], level: float) -> float | None
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """The mean over seeds, the least and the greatest; all None where a seed has none."""
+    """Mean, minimum and maximum over seeds; None if a seed has no value."""
     present = [value for value in values if value is not None]
     if len(present) < len(values):
         return {"mean": None, "low": None, "high": None, "of_seeds": list(values)}
@@ -492,21 +499,24 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def update_of(method: str) -> str:
-    """The name of a method's update in ``bench_memory``: RLOO's is GRPO's."""
+    """Name of a method's update in ``bench_memory``; RLOO has the same as GRPO."""
     return "grpo" if method == "rloo" else method
 
 
-def memory_of(found: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What a method takes, without a reward model and with one, where it was found."""
+def memory_of(memory: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Memory of a method without and with a reward model, as far as ``memory`` has them."""
     names = update_of(method), update_of(method) + bench_memory.WITH_JUDGE
-    return {name: found[name] for name in names if name in found}
+    return {name: memory[name] for name in names if name in memory}
 
 
 def memory_of_steps(config: Config, report: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """What the methods' updates take with this model, by ``bench_memory``'s names, on one device.
+    """Memory of the methods' updates with this model on one device, by ``bench_memory``'s names.
 
-    All with as many sequences at once as GRPO has, a KL to a reference only where a reward model is there too, and PPO
-    with a critic that is a model of its own, whatever is set.
+    For all methods with GRPO's number of sequences per micro-batch, and for PPO with a separate critic.
+
+    Args:
+        config: the comparison.
+        report: called with the number of methods done.
     """
     seed, first = config.of_seeds[0], config.methods[0]
     trained = seed.run_dir / first if first in ONLINE else seed.folder(first, config.num_rounds, "learnt")
@@ -521,47 +531,47 @@ def memory_of_steps(config: Config, report: Callable[[int], None]) -> dict[str, 
         remat=config.remat,
         dtype="float32" if config.compute_dtype == jnp.float32 else "bfloat16",
     )
-    found: dict[str, dict[str, Any]] = {}
+    memory: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(dict.fromkeys(map(update_of, config.methods)), 1):
-        found |= {name: dataclasses.asdict(each) for name, each in bench_memory.step_memory(shapes, method).items()}
+        memory |= {name: dataclasses.asdict(step) for name, step in bench_memory.step_memory(shapes, method).items()}
         report(number)
-    return found
+    return memory
 
 
 def learning(figures: Mapping[str, Mapping[str, Any]], level: float) -> list[tuple[str, ...]]:
-    """How the methods learn, side by side; the first row is the head."""
+    """Table of the methods' results; the first row is the header."""
     rows = [("", "pass@1", "of the seeds", f"samples to {level:g}", "seconds", "of a step", "largest fall")]
-    for method, each in figures.items():
-        at_end = each["pass@1"]
+    for method, results in figures.items():
+        final = results["pass@1"]
         rows.append(
             (
                 method,
-                f"{at_end['mean']:.3f}",
-                f"{at_end['low']:.3f} to {at_end['high']:.3f}",
-                shown(each["samples_to_level"]["mean"], ",.0f"),
-                shown(each["seconds"]["mean"], ".0f"),
-                shown(each["step_seconds"]["mean"], ".2f"),
-                shown(each["largest_fall"]["mean"], ".3f"),
+                f"{final['mean']:.3f}",
+                f"{final['low']:.3f} to {final['high']:.3f}",
+                shown(results["samples_to_level"]["mean"], ",.0f"),
+                shown(results["seconds"]["mean"], ".0f"),
+                shown(results["step_seconds"]["mean"], ".2f"),
+                shown(results["largest_fall"]["mean"], ".3f"),
             )
         )
     return rows
 
 
 def memories(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """What the methods' updates take, side by side; the first row is the head."""
+    """Table of the memory of the methods' updates; the first row is the header."""
     rows = [("", "copies of the model", "MiB of an update", "GiB with the larger model")]
-    for method, each in figures.items():
-        larger = each["memory_of_larger"]
-        for name, own in each["memory"].items():
-            judged = " with reward model and reference" if name.endswith(bench_memory.WITH_JUDGE) else ""
+    for method, results in figures.items():
+        larger = results["memory_of_larger"]
+        for name, memory in results["memory"].items():
+            suffix = " with reward model and reference" if name.endswith(bench_memory.WITH_JUDGE) else ""
             gib = larger[name]["peak_bytes"] / 2**30 if name in larger else None
-            mib = own["peak_bytes"] / 2**20
-            rows.append((method + judged, f"{own['copies']:g}", f"{mib:.1f}", shown(gib, ".1f")))
+            mib = memory["peak_bytes"] / 2**20
+            rows.append((method + suffix, f"{memory['copies']:g}", f"{mib:.1f}", shown(gib, ".1f")))
     return rows
 
 
 def claims(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What is said of GRPO beside PPO, and what was measured; nothing where one of them was not compared."""
+    """``(claim, measurement)`` for common claims about GRPO against PPO; empty unless both were compared."""
     if not {"grpo", "ppo"} <= figures.keys():
         return []
     rows, grpo, ppo = [], figures["grpo"], figures["ppo"]
@@ -571,8 +581,8 @@ def claims(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
             for where, kind in (("this model", "memory"), ("the larger one", "memory_of_larger"))
             if "grpo" + suffix in grpo[kind] and "ppo" + suffix in ppo[kind]
         }
-        told = ", ".join(f"{share:.0%} of PPO's with {where}" for where, share in shares.items())
-        rows.append((f"nearly halves memory: {what}", told))
+        measured = ", ".join(f"{share:.0%} of PPO's with {where}" for where, share in shares.items())
+        rows.append((f"nearly halves memory: {what}", measured))
     named = (("GRPO", grpo), ("PPO", ppo))
     control = ""
     if "rloo" in figures:
@@ -596,14 +606,14 @@ def shown(value: float | None, form: str) -> str:
 
 
 def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
-    """Held-out pass@1 by samples and by time: a line for each seed, a colour for each method."""
+    """Plot held-out pass@1 by samples and by time, one line per seed and one colour per method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    labels = {"samples": "samples", "seconds": "seconds of drawing and learning"}
+    labels = {"samples": "samples", "seconds": "seconds of sampling and training"}
     for axes, (across, label) in zip(panels, labels.items(), strict=True):
         for method, of_seeds in curves.items():
             for number, points in enumerate(of_seeds):

@@ -1,16 +1,16 @@
-"""Distillation as of R1's small models: a student learns, by imitation alone, the reasoning of a larger teacher.
+"""Distillation as for R1's small models: SFT of a student on completions of a larger teacher.
 
-Without arguments it does the whole of it with embedded models, on one CPU: the base after sft.py teaches a base of two
-thirds of its width. With arguments it is the real thing:
+Without arguments it runs with toy models on one CPU: the teacher is the toy model after sft.py, the student has two
+thirds of its width. For real models:
 
     python experiments/distill.py
     python experiments/distill.py --teacher runs/gsm8k/model --student Qwen/Qwen2.5-0.5B --dataset openai/gsm8k \
         --require format=1 --num-samples 8
 
-Its stages are runs of their own in folders of run_dir, teacher_eval, student_before, samples, student and
-student_after, and the same command goes on with the stage that was stopped. The student's own tokenizer is used: texts
-go over, not tokens. Teacher and student are asked the same held-out problems in the same form.
-After DeepSeek-R1 (arXiv 2501.12948), section 2.4.
+Its stages are runs in the folders teacher_eval, student_before, samples, student and student_after of run_dir; the same
+command resumes at the stage that was stopped. Texts are passed on, not tokens, so the tokenizers may differ. Teacher
+and student are evaluated on the same held-out problems with the same prompt format. After DeepSeek-R1 (arXiv
+2501.12948), section 2.4.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
     """stop_tokens of the student."""
 
     num_samples: int = 2
-    """Completions per problem, of the teacher."""
+    """Completions of the teacher per problem."""
     max_problems: int | None = None
     """Number of problems to sample for. Default: all."""
     selection: Annotated[SelectionConfig, tyro.conf.arg(name="")] = SelectionConfig()
@@ -77,7 +77,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
     demonstrations: tuple[Path, ...] = ()
     """JSONL files of further demonstrations."""
     general_share: float | None = None
-    """Share of rows that come from those files. Default: all of their rows are added."""
+    """Share of rows from those files. Default: all of their rows."""
 
     num_epochs: int = 4
     """Passes over the demonstrations."""
@@ -91,27 +91,32 @@ class Config(BatchInferenceConfig, PipelineConfig):
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
     """Optimizer."""
     eval_samples: int = 4
-    """Completions per held-out problem, of teacher and student."""
+    """Completions per held-out problem in evaluations."""
 
     def __post_init__(self):
         BatchInferenceConfig.__post_init__(self)
         if (self.model is None) != (self.student is None):
-            raise ValueError("only one of teacher and student is named; name both")
+            raise ValueError("only one of teacher and student is set; set both")
         if (self.model == TOY) != (self.student == TOY):
-            raise ValueError("teacher and student are both toy models or neither: they know the toy tasks only")
+            raise ValueError(
+                "teacher and student must both be toy models or neither: toy models know the toy tasks only"
+            )
         require_at_least(self, eval_samples=1, max_problems=1)
-        _ = self.sampled, replace(self.taught, model=self.student, toy=self.student_toy)  # are checked now
+        _ = (
+            self.sampled,
+            replace(self.taught, model=self.student, toy=self.student_toy),
+        )  # checks the settings of all stages
 
     def folder(self, stage: str) -> Path:
-        """The folder of a stage."""
+        """Run folder of a stage."""
         return self.run_dir / stage
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What every stage has of this."""
+        """Fields that all stages share."""
         names = ("seed", "save_every", "keep_checkpoints", "trackers", "plain", "dtype", "remat", "attention", "mesh")
-        drawn = ("max_prompt_length", "max_completion_length", "sampling", "cache_dtype", "cache_bytes")
-        return {name: getattr(self, name) for name in (*names, *drawn)}
+        sampling = ("max_prompt_length", "max_completion_length", "sampling", "cache_dtype", "cache_bytes")
+        return {name: getattr(self, name) for name in (*names, *sampling)}
 
     @property
     def teacher(self) -> str | None:
@@ -125,7 +130,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
 
     @property
     def teacher_taught(self) -> SFTConfig:
-        """How a toy teacher is trained."""
+        """SFT of a toy teacher."""
         return replace(preset("sft"), **self.shared, run_dir=self.folder("teacher"), toy=self.toy, eval_every=0)
 
     @property
@@ -148,7 +153,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
 
     @property
     def taught(self) -> SFTConfig:
-        """SFT of the student. Its held-out rows are problems that the teacher solves: pass@1 is measured apart."""
+        """SFT of the student. Its held-out rows are problems that the teacher solves, so pass@1 is measured apart."""
         return SFTConfig(
             **self.shared,
             run_dir=self.folder("student"),
@@ -181,7 +186,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
 
 
 TEACHER, BEFORE, AFTER = STAGES = ("teacher_eval", "student_before", "student_after")
-"""The measurements."""
+"""The evaluations."""
 
 
 PRESETS: dict[str, Preset[Config]] = {
@@ -195,48 +200,45 @@ PRESETS: dict[str, Preset[Config]] = {
             optimizer=OptimizerConfig(learning_rate=1e-3),
         ),
         "a toy model after SFT teaches one of two thirds of its width; minutes on one CPU",
-        paper="the distilled models of DeepSeek-R1 (arXiv 2501.12948, section 2.4) in the small",
+        paper="the distilled models of DeepSeek-R1 (arXiv 2501.12948, section 2.4) at toy scale",
         hardware="one CPU core",
     ),
 }
 
 
 def main(config: Config) -> int:
-    """Run, or go on; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if all stages finished and 130 if one was stopped."""
     return run_stages(config, stages, write_summary, title="distillation")
 
 
 def stages(config: Config) -> list[Stage]:
-    """The stages in order.
-
-    The first evaluations find out whether models, problems and templates fit before the teacher is sampled.
-    """
+    """The stages in order; the evaluations of the initial models first, as they find incompatible settings early."""
     taught = config.folder("student") / "model"
     teacher = [config.folder("teacher")] if config.model == TOY else []
     samples, student = config.folder("samples"), config.folder("student")
-    alike = with_teacher_format(config)
+    matched = with_teacher_format(config)
     return [
         *(Stage(sft, config.teacher_taught) for _ in teacher),
         Stage(evaluate, config.measured(TEACHER, config.teacher), teacher),
-        Stage(evaluate, alike.measured(BEFORE, config.student, toy=config.student_toy)),
-        Stage(rejection_sampling, alike.sampled, teacher),
-        Stage(sft, alike.taught, [samples, config.folder(BEFORE)]),
-        Stage(evaluate, alike.measured(AFTER, str(taught)), [student]),
+        Stage(evaluate, matched.measured(BEFORE, config.student, toy=config.student_toy)),
+        Stage(rejection_sampling, matched.sampled, teacher),
+        Stage(sft, matched.taught, [samples, config.folder(BEFORE)]),
+        Stage(evaluate, matched.measured(AFTER, str(taught)), [student]),
     ]
 
 
 def with_teacher_format(config: Config) -> Config:
-    """``config`` with the teacher's prompt format for the student too, unless its settings name another."""
-    if config.model == TOY or not (config.folder(TEACHER) / PROVENANCE).exists():  # not measured yet
+    """``config`` with the teacher's prompt format for the student too, unless the settings choose one."""
+    if config.model == TOY or not (config.folder(TEACHER) / PROVENANCE).exists():  # not evaluated yet
         return config
     prompt_format = read_provenance(config.folder(TEACHER))["prompt_format"]
     return replace(config, data=with_format(config.data, prompt_format))
 
 
 def write_summary(config: Config, run: Run) -> None:
-    """Put the figures of the stages side by side."""
+    """Print the metrics of teacher and student, and write the summary."""
     reports = {stage: read_report(config.folder(stage)) for stage in STAGES}
-    samples, learnt = (
+    samples, training = (
         json.loads((config.folder(stage) / "summary.json").read_text()) for stage in ("samples", "student")
     )
     names = {TEACHER: "teacher", BEFORE: "student before", AFTER: "student distilled"}
@@ -244,10 +246,11 @@ def write_summary(config: Config, run: Run) -> None:
         right, length = (reports[stage]["figures"][figure] for figure in ("pass@1", "mean_length"))
         run.say(
             f"{name:>17}: pass@1 {right['mean']:.3f} [{right['low']:.3f}, {right['high']:.3f}], "
-            f"{length['mean']:.1f} tokens a completion"
+            f"{length['mean']:.1f} tokens per completion"
         )
     run.say(
-        f"taught: {samples['rows']} demonstrations, {learnt['steps']} updates; {config.folder('student') / 'model'}"
+        f"trained on {samples['rows']} demonstrations, {training['steps']} updates; "
+        f"{config.folder('student') / 'model'}"
     )
     run.write_summary(
         {
@@ -255,7 +258,7 @@ def write_summary(config: Config, run: Run) -> None:
             "comparison": reports[AFTER]["comparison"],
             "demonstrations": samples["rows"],
             "counts": samples["counts"],
-            "updates": learnt["steps"],
+            "updates": training["steps"],
             "seed": config.seed,
         }
     )

@@ -1,17 +1,16 @@
-r"""DeepSeek-R1's whole chain: cold start, reasoning RL, rejection sampling, SFT, final RL; and R1-Zero beside it.
+r"""The training pipeline of DeepSeek-R1: cold start, reasoning RL, rejection sampling, SFT, final RL; and R1-Zero.
 
-Without arguments it runs on the embedded base, on one CPU. That base works sums out in two languages, mostly guesses,
-and answers errands carelessly. R1-Zero, by reward alone, learns to work sums out and mixes languages as its base did;
-the chain is to end with a model that thinks in one language and is better at errands too. With arguments it is the real
-thing:
+Without arguments it runs on a toy model, on one CPU. The base model works out sums in two languages or guesses, and
+answers errands carelessly. R1-Zero learns to work out sums but mixes languages; the pipeline should end with a model
+that thinks in one language and is also better at errands. For real models:
 
     python experiments/r1.py
     python experiments/r1.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --target-language en \
         --cold-start.dataset long_thoughts.jsonl --general chats.jsonl --preferences.dataset preferences.jsonl \
         --general-data.dataset prompts.jsonl --general-data.grader none
 
-Stages lie in folders of the run's own, each a run with its checkpoints and its report; the same command goes on at the
-stage and step where it stopped. After DeepSeek-AI, arXiv 2501.12948, section 2.3.
+Each stage is a run with its own folder in run_dir; the same command resumes at the stage and step where it stopped.
+After DeepSeek-AI, arXiv 2501.12948, section 2.3.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ evaluate, grpo, rejection_sampling, reward_model, sft = load_scripts(
     Path(__file__).parent, "evaluate", "grpo", "rejection_sampling", "reward_model", "sft"
 )
 TOY_LANGUAGE = "zh"
-"""The language that the toy model should think in: it knows Chinese digits, and Arabic ones, which have no language."""
+"""Target language of the toy model, which knows Chinese digits and Arabic digits; the latter have no language."""
 TOY_GENERAL = "toy"
 CARELESS_REPLIES = 256
 REASONING, GENERAL = "reasoning", "general"
@@ -81,7 +80,7 @@ FIGURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PipelineConfig, ModelConfig):
-    """The pipeline. Its data, models, folders, seeds and devices hold for all stages."""
+    """The pipeline. Its data, model, folder, seed and devices apply to all stages."""
 
     COMMON_FLAGS = (
         "--model --dataset --run-dir --seed --target-language --general --cold-start.dataset --preferences.dataset "
@@ -95,16 +94,16 @@ class Config(PipelineConfig, ModelConfig):
     target_language: str = "en"
     """Language of thoughts, such as en or zh."""
     general: str | None = None
-    """JSONL file of demonstrations beside reasoning, for the second SFT; 'toy' writes careless replies to errands."""
+    """JSONL file of general demonstrations for the second SFT; 'toy' generates careless replies to errands."""
     general_data: DataConfig = DataConfig()
-    """Prompts beside reasoning, for the final RL."""
+    """General prompts for the final RL."""
     general_reward_model: str | None = None
-    """Hugging Face id or folder of the reward model for them. Default: trained on the preferences."""
+    """Hugging Face id or folder of the reward model for general prompts. Default: trained on the preferences."""
 
     cold_start: SFTConfig = SFTConfig(eval_every=0)
     """SFT of the base model on a few long thoughts."""
     zero: GRPOConfig = GRPOConfig(rewards=RewardConfig(format_weight=0.2), eval_every=0)
-    """R1-Zero for comparison: RL straight from the base model."""
+    """R1-Zero for comparison: RL from the base model."""
     reasoning: GRPOConfig = GRPOConfig(
         rewards=RewardConfig(format_weight=0.2, language_weight=0.5, target_language="en"), num_steps=40, eval_every=0
     )
@@ -124,7 +123,7 @@ class Config(PipelineConfig, ModelConfig):
         num_steps=40,
         eval_every=0,
     )
-    """RL on both: rules for reasoning, and the reward model for the rest."""
+    """RL on reasoning problems with rule-based rewards and on general prompts with the reward model."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation of each stage's model."""
 
@@ -142,38 +141,45 @@ class Config(PipelineConfig, ModelConfig):
             raise ValueError(f"the pipeline needs more data: {', '.join(n for n in missing if not missing[n])}")
         if self.general not in (None, TOY_GENERAL) and not Path(str(self.general)).is_file():
             raise ValueError(f"general: there is no file {self.general}")
-        for name in STAGES:  # against the model that all stages descend from
+        for name in STAGES:  # checks each stage against the base model
             stage = getattr(self, name)
             self.stage_config(stage, name, None, **(self.reasoned(stage) if hasattr(stage, "rewards") else {}))
         check_known(self.model, [self.general_data])
 
     def folder(self, stage: str) -> Path:
-        """Where a stage lies."""
+        """Run folder of a stage."""
         return self.run_dir / stage
 
     def stage_config(self, stage: AnyConfig, name: str, start: str | None, **changes: Any) -> AnyConfig:
-        """A stage's settings in its own folder, with the chain's; ``start`` is the stage whose model it begins with."""
+        """``stage`` with its own run folder, the pipeline's shared fields and ``changes``.
+
+        Args:
+            stage: settings of the stage.
+            name: name of its folder.
+            start: the stage whose model it starts from; None for the pipeline's base model.
+            changes: further fields.
+        """
         return stage_config(stage, self, self.folder(name), None if start is None else self.model_of(start), **changes)
 
     def model_of(self, stage: str) -> Path | str | None:
-        """The folder of the model that came out of a stage; of ``base``, what the chain starts from."""
+        """Folder of the model that a stage produces; for ``base``, the pipeline's base model."""
         if stage == "base":
             return self.folder("cold_start") / TOY_FOLDER if self.model == TOY else self.model
         return self.folder(stage) / "model"
 
     def made_in(self, stage: str) -> list[Path]:
-        """The run folder that the model of a stage comes from; none if it is named."""
+        """Run folders that the model of a stage depends on; empty for an existing base model."""
         if stage == "base":
             return [self.folder("cold_start")] if self.model == TOY else []
         return [self.folder(stage)]
 
     def reasoned(self, stage: Any) -> dict[str, Any]:
-        """The reasoning problems and the language of thoughts, for a stage."""
+        """Fields of a stage on reasoning problems: data, and rewards with the target language."""
         return {"data": self.data, "rewards": replace(stage.rewards, target_language=self.target_language)}
 
     @property
     def judge(self) -> str:
-        """The reward model of replies beside reasoning."""
+        """The reward model for general prompts."""
         return self.general_reward_model or str(self.folder("reward_model") / "model")
 
 
@@ -209,15 +215,15 @@ def toy() -> Config:
 PRESETS: dict[str, Preset[Config]] = {
     "toy": Preset(
         toy,
-        "the whole chain with a toy model that knows sums in two languages and errands; minutes on one CPU",
-        paper="DeepSeek-R1 (arXiv 2501.12948, section 2.3) in the small",
+        "the whole pipeline with a toy model that knows sums in two languages and errands; minutes on one CPU",
+        paper="DeepSeek-R1 (arXiv 2501.12948, section 2.3) at toy scale",
         hardware="one CPU core",
     ),
 }
 
 
 def main(config: Config) -> int:
-    """Run, or go on; the exit status is 0 when the chain is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if all stages finished and 130 if one was stopped."""
     return run_stages(config, chain, write_summary, title="R1", check=check_data)
 
 
@@ -233,13 +239,13 @@ def chain(config: Config) -> list[Stage]:
     def reasoned(stage: Any, name: str, start: str, **changes: Any) -> Any:
         return stage_config(stage, name, start, **config.reasoned(stage), **changes)
 
-    drawn = reasoned(config.rejection, "rejection_sampling", "reasoning", demonstrations=(general,))
+    sampling = reasoned(config.rejection, "rejection_sampling", "reasoning", demonstrations=(general,))
     judge = [] if config.general_reward_model else [folder("reward_model")]
     return [
         Stage(sft, stage_config(config.cold_start, "cold_start", None)),
         Stage(grpo, reasoned(config.zero, "r1_zero", "base"), config.made_in("base")),
         Stage(grpo, reasoned(config.reasoning, "reasoning", "cold_start"), config.made_in("cold_start")),
-        Stage(rejection_sampling, drawn, config.made_in("reasoning")),
+        Stage(rejection_sampling, sampling, config.made_in("reasoning")),
         Stage(
             sft,
             stage_config(config.second_sft, "sft", "base", data=demonstrated(config)),
@@ -255,10 +261,10 @@ def chain(config: Config) -> list[Stage]:
 
 
 def check_data(config: Config) -> None:
-    """Read all that stages will be given: what is wrong with the last one's data is found before the first begins.
+    """Read the data of all stages, so that errors are found before the first stage starts.
 
     Raises:
-        Exception: as the stage that needs them would.
+        Exception: as the stage that reads the data.
     """
     for data in (config.data, config.general_data):
         load_problem_sets(data, config.seed)
@@ -270,20 +276,26 @@ def check_data(config: Config) -> None:
 
 
 def demonstrated(config: Config) -> DemonstrationConfig:
-    """The data of the second SFT, with the format of prompts that its completions were drawn with."""
+    """Data settings of the second SFT, with the prompt format of its rejection samples."""
     folder = config.folder("rejection_sampling")
     data = replace(config.second_sft.data, dataset=str(folder / "dataset.jsonl"))
-    if config.model == TOY or not (folder / PROVENANCE).exists():  # not drawn yet
+    if config.model == TOY or not (folder / PROVENANCE).exists():  # not sampled yet
         return data
     return with_format(data, read_provenance(folder)["prompt_format"])
 
 
 def evaluated(config: Config, model: str, of: str) -> Stage:
-    """Measure a stage's model, on what is reasoned about or on the rest; the final one against R1-Zero."""
-    of_general = RewardConfig(accuracy_weight=0.0, reward_model=config.judge)
-    asked = {"data": config.general_data, "rewards": of_general}
+    """Evaluation of a stage's model, that of ``final`` against R1-Zero.
+
+    Args:
+        config: the pipeline.
+        model: one of ``MODELS``.
+        of: ``REASONING`` or ``GENERAL`` problems.
+    """
+    general_rewards = RewardConfig(accuracy_weight=0.0, reward_model=config.judge)
+    general = {"data": config.general_data, "rewards": general_rewards}
     against = config.folder(f"evaluation/r1_zero_{of}") if model == "final" else None
-    changes = config.reasoned(config.evaluation) if of == REASONING else asked
+    changes = config.reasoned(config.evaluation) if of == REASONING else general
     judge = [config.folder("reward_model")] if of == GENERAL and not config.general_reward_model else []
     return Stage(
         evaluate,
@@ -293,20 +305,20 @@ def evaluated(config: Config, model: str, of: str) -> Stage:
 
 
 def write_careless_replies(path: Path, seed: int) -> None:
-    """The embedded default's general demonstrations: replies of an assistant that nobody has trained."""
+    """Write the toy preset's general demonstrations: careless replies to errands."""
     rng = np.random.default_rng([seed, 2])
     errands = sample_errands(rng, CARELESS_REPLIES, held_out=False)
-    rows = [{"prompt": each.question, "completion": careless_reply(each, rng)} for each in errands]
+    rows = [{"prompt": errand.question, "completion": careless_reply(errand, rng)} for errand in errands]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write_tasks(config: Config) -> Path:
-    """The file with the mixture of the final RL. Its name tells what it holds, so that another mixture is noticed."""
+    """Write the mixture file of the final RL. Its name has a digest, so that a changed mixture changes the stage."""
     rules = dataclasses.asdict(config.reasoned(config.final)["rewards"])
-    judged = dataclasses.asdict(RewardConfig(accuracy_weight=0.0, reward_model=config.judge))
+    general_rewards = dataclasses.asdict(RewardConfig(accuracy_weight=0.0, reward_model=config.judge))
     tasks = {
         REASONING: {**dataclasses.asdict(config.data), **rules},
-        GENERAL: {**dataclasses.asdict(config.general_data), **judged},
+        GENERAL: {**dataclasses.asdict(config.general_data), **general_rewards},
     }
     data = json.dumps(to_json(tasks), indent=2).encode() + b"\n"
     path = config.run_dir / f"final_tasks_{hashlib.sha256(data).hexdigest()[:8]}.json"
@@ -315,7 +327,7 @@ def write_tasks(config: Config) -> Path:
 
 
 def write_summary(config: Config, run: Run) -> None:
-    """Put the figures of all stages side by side."""
+    """Print a table of all stages' metrics, plot them, and write the summary."""
     reports = {
         (model, of): read_report(config.folder(f"evaluation/{model}_{of}"))
         for model in MODELS
@@ -330,14 +342,14 @@ def write_summary(config: Config, run: Run) -> None:
         for model in MODELS
     }
     labels = list(dict.fromkeys(label for figures in stages.values() for label in figures))
-    table = Table("model", *labels, title="after each stage, held out")
+    table = Table("model", *labels, title="held-out metrics after each stage")
     for model, figures in stages.items():
         table.add_row(model, *(f"{figures[label]:.3f}" if figures.get(label) is not None else "-" for label in labels))
     run.progress.console.print(table)
     against = {
         of: {
-            name: {key: each[key] for key in ("before", "after", "difference", "low", "high", "p")}
-            for name, each in reports["final", of]["comparison"]["figures"].items()
+            name: {key: metric[key] for key in ("before", "after", "difference", "low", "high", "p")}
+            for name, metric in reports["final", of]["comparison"]["figures"].items()
         }
         for of in (REASONING, GENERAL)
     }
@@ -346,11 +358,16 @@ def write_summary(config: Config, run: Run) -> None:
 
 
 def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Path) -> None:
-    """The figures that are shares, over the chain's stages, a line a seed; R1-Zero's as dotted lines."""
+    """Plot the metrics that are shares over the pipeline's stages, one line per seed; R1-Zero's as dotted lines.
+
+    Args:
+        of_seeds: ``stages`` of the summary of each seed.
+        path: image file to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    chain_of = [model for model in MODELS if model != "r1_zero"]
+    chain_models = [model for model in MODELS if model != "r1_zero"]
     shares = ("pass@1", "format", "language", "general quality")
     labels = [
         label
@@ -364,7 +381,12 @@ def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Pat
         for number, stages in enumerate(of_seeds):
             chain, zero = (None, None) if number else ("R1's chain", "R1-Zero")
             axes.plot(
-                chain_of, [stages[model][label] for model in chain_of], "o-", color="tab:blue", alpha=0.7, label=chain
+                chain_models,
+                [stages[model][label] for model in chain_models],
+                "o-",
+                color="tab:blue",
+                alpha=0.7,
+                label=chain,
             )
             axes.axhline(stages["r1_zero"][label], color="tab:orange", linestyle=":", label=zero)
         axes.set_title(label, loc="left")

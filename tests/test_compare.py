@@ -124,7 +124,7 @@ def test_too_few_problems_for_rounds_of_others_are_found_before_anything_is_run(
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(30)]
     data = DataConfig(dataset=write_rows(tmp_path / "problems.jsonl", rows))
     config = config_in(tmp_path, Config(), model="org/model", data=data, num_steps=9)
-    with pytest.raises(ValueError, match="9 steps of 4 prompts ask 36 problems, and there are 27"):
+    with pytest.raises(ValueError, match="9 steps of 4 prompts need 36 problems, and there are 27"):
         compare.main(config)
     assert parts == []
     assert compare.main(replace(config, methods=("grpo", "ppo"))) == 0
@@ -152,8 +152,8 @@ def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypa
             {"sft": replace(TOY.sft, model=None, max_length=256)},
             "sft.max_length is 256, and the model has 128 positions",
         ),
-        ({"memory_report": Path("no/such/file")}, "is no line of bench/memory.py"),
-        ({"grpo": replace(TOY.grpo, max_draws=2)}, "grpo: tasks and max_draws give it other samples"),
+        ({"memory_report": Path("no/such/file")}, "is not output of bench/memory.py"),
+        ({"grpo": replace(TOY.grpo, max_draws=2)}, "grpo: tasks and max_draws would give it other samples"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_when_it_is_made(tmp_path, change, message):

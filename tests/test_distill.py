@@ -205,9 +205,9 @@ def test_a_named_teacher_means_no_toy_preset(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": None}, "only one of teacher and student is named; name both"),
-        ({"model": None}, "only one of teacher and student is named; name both"),
-        ({"student": "org/student"}, "teacher and student are both toy models or neither"),
+        ({"student": None}, "only one of teacher and student is set; set both"),
+        ({"model": None}, "only one of teacher and student is set; set both"),
+        ({"student": "org/student"}, "teacher and student must both be toy models or neither"),
         ({"data": DataConfig(dataset="org/problems")}, "the toy model knows the tasks sums and errands only"),
         ({"data": DataConfig(dataset="sums", template="{question}")}, "without a template"),
     ],
@@ -227,8 +227,8 @@ def test_no_model_is_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": None}, "only one of teacher and student is named; name both"),
-        ({"model": None, "data": DataConfig()}, "only one of teacher and student is named; name both"),
+        ({"student": None}, "only one of teacher and student is set; set both"),
+        ({"model": None, "data": DataConfig()}, "only one of teacher and student is set; set both"),
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"num_epochs": 0}, "num_epochs is 0"),
         ({"max_problems": -1}, "max_problems is -1"),

@@ -154,9 +154,9 @@ def main(config: Config) -> None:
 def step_memory(config: Config, method: str) -> dict[str, Memory]:
     """Memory of a method by its name, with rule-based rewards and without KL.
 
-    Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_JUDGE``. PPO's critic
-    is a separate model with the policy's shapes except for its head. DPO's reference is in memory only before the first
-    step, so it is not counted.
+    Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_JUDGE``.
+    PPO's critic is a separate model with the policy's shapes except for its head. DPO's reference is in memory only
+    before the first step, so it is not counted.
 
     Args:
         config: model and batch.

@@ -98,7 +98,7 @@ def measure(config: Config, folder: str) -> None:
     result = {
         "bench": "precision",
         "device": jax.devices()[0].device_kind,
-        "model": config.model or "the embedded base",
+        "model": config.model or "toy",
         "temperature": config.temperature,
         "seed": config.seed,
         "completions": config.prompts * config.group_size,
