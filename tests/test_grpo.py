@@ -357,7 +357,7 @@ def test_kl_in_the_reward(config):
     assert away.ref_log_probs is not None
 
 
-@pytest.mark.parametrize("name", [*(set(ADVANTAGES) - {"process_supervised"}), "group_relative(scale='none')"])
+@pytest.mark.parametrize("name", [*sorted(set(ADVANTAGES) - {"process_supervised"}), "group_relative(scale='none')"])
 def test_every_named_advantage(config, name):
     batch, _ = learn(replace(config, advantage=name), [1, 0, 0, 0, 0, 0, 1, 1])
     assert batch.advantages[0] > 0 > batch.advantages[1]
