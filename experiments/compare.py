@@ -162,7 +162,7 @@ class Config(PipelineConfig, PolicyConfig):
         # Checks the settings of all runs; GRPO's in any case, since memory is measured at its batch size.
         _ = self.in_steps("grpo"), self.measured(self.run_dir, None)
         for method in self.methods:
-            _ = self.in_steps(method) if method in ONLINE else (self.drawn(method, 1), self.learnt(method, 1))
+            _ = self.in_steps(method) if method in ONLINE else (self.sampled(method, 1), self.trained(method, 1))
 
     @property
     def of_seeds(self) -> list[Config]:
@@ -227,7 +227,7 @@ class Config(PipelineConfig, PolicyConfig):
         """Model that a round starts from."""
         return self.origin if number == 1 else self.folder(method, number - 1, "learnt") / "model"
 
-    def drawn(self, method: str, number: int) -> RejectionSamplingConfig:
+    def sampled(self, method: str, number: int) -> RejectionSamplingConfig:
         """Settings of a round's sampling run, on problems that no earlier round used."""
         num_problems = self.num_prompts * self.steps_of_a_round
         return self.stage_config(
@@ -242,12 +242,12 @@ class Config(PipelineConfig, PolicyConfig):
             max_problems=num_problems,
         )
 
-    def learnt(self, method: str, number: int) -> DPOConfig | SFTConfig:
+    def trained(self, method: str, number: int) -> DPOConfig | SFTConfig:
         """Settings of a round's training run on its samples."""
         stage = getattr(self, method)
-        drawn = self.folder(method, number, "drawn")
+        sampled = self.folder(method, number, "drawn")
         prompt_format = prompt_fields(self.data)
-        dataset = drawn / (PAIRS if method == "dpo" else DATASET)
+        dataset = sampled / (PAIRS if method == "dpo" else DATASET)
         changes: dict[str, Any] = {"data": replace(stage.data, dataset=str(dataset), **prompt_format)}
         if method == "sft":
             longest = self.prompt_length + self.completion_length
@@ -346,18 +346,18 @@ def round_of(config: Config, method: str, number: int, made_here: list[Path]) ->
         number: number of the round, from 1.
         made_here: run folder of the toy model; empty for an existing base model.
     """
-    drawn, learnt = config.drawn(method, number), config.learnt(method, number)
-    measured = config.measured(config.folder(method, number, "measured"), learnt.run_dir / "model")
+    sampled, trained = config.sampled(method, number), config.trained(method, number)
+    measured = config.measured(config.folder(method, number, "measured"), trained.run_dir / "model")
     start = made_here if number == 1 else [config.folder(method, number - 1, "learnt")]
 
     def pairs() -> None:
-        write_pairs(drawn.run_dir, drawn.selection, most=config.pairs_per_problem, least=config.dpo.num_pairs)
+        write_pairs(sampled.run_dir, sampled.selection, most=config.pairs_per_problem, least=config.dpo.num_pairs)
 
-    needs = [drawn.run_dir, *start]
+    needs = [sampled.run_dir, *start]
     return [
-        Stage(rejection_sampling, drawn, start),
-        Stage(SCRIPTS[method], learnt, needs, pairs) if method == "dpo" else Stage(SCRIPTS[method], learnt, needs),
-        Stage(evaluate, measured, [learnt.run_dir]),
+        Stage(rejection_sampling, sampled, start),
+        Stage(SCRIPTS[method], trained, needs, pairs) if method == "dpo" else Stage(SCRIPTS[method], trained, needs),
+        Stage(evaluate, measured, [trained.run_dir]),
     ]
 
 
@@ -445,11 +445,11 @@ def curve(config: Config, method: str) -> list[dict[str, float]]:
         return points
     samples, seconds = 0, 0.0
     for number in range(1, config.num_rounds + 1):
-        drawn, learnt = (
+        sampled, trained = (
             read_jsonl(config.folder(method, number, part) / "metrics.jsonl") for part in ("drawn", "learnt")
         )
-        samples += config.group_size * sum(row["num_problems"] for row in drawn)
-        seconds += seconds_of(drawn) + seconds_of(learnt)
+        samples += config.group_size * sum(row["num_problems"] for row in sampled)
+        seconds += seconds_of(sampled) + seconds_of(trained)
         report = read_report(config.folder(method, number, "measured"))
         points.append({"samples": samples, "seconds": seconds, "pass@1": report["figures"]["pass@1"]["mean"]})
     return points

@@ -104,7 +104,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
         require_at_least(self, eval_samples=1, max_problems=1)
         _ = (
             self.sampled,
-            replace(self.taught, model=self.student, toy=self.student_toy),
+            replace(self.student_sft, model=self.student, toy=self.student_toy),
         )  # checks the settings of all stages
 
     def folder(self, stage: str) -> Path:
@@ -129,7 +129,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
         return str(self.folder(BEFORE) / TOY_FOLDER) if self.student == TOY else self.student
 
     @property
-    def teacher_taught(self) -> SFTConfig:
+    def teacher_sft(self) -> SFTConfig:
         """SFT of a toy teacher."""
         return replace(preset("sft"), **self.shared, run_dir=self.folder("teacher"), toy=self.toy, eval_every=0)
 
@@ -152,7 +152,7 @@ class Config(BatchInferenceConfig, PipelineConfig):
         )
 
     @property
-    def taught(self) -> SFTConfig:
+    def student_sft(self) -> SFTConfig:
         """SFT of the student. Its held-out rows are problems that the teacher solves, so pass@1 is measured apart."""
         return SFTConfig(
             **self.shared,
@@ -213,17 +213,17 @@ def main(config: Config) -> int:
 
 def stages(config: Config) -> list[Stage]:
     """The stages in order; the evaluations of the initial models first, as they find incompatible settings early."""
-    taught = config.folder("student") / "model"
+    trained = config.folder("student") / "model"
     teacher = [config.folder("teacher")] if config.model == TOY else []
     samples, student = config.folder("samples"), config.folder("student")
     matched = with_teacher_format(config)
     return [
-        *(Stage(sft, config.teacher_taught) for _ in teacher),
+        *(Stage(sft, config.teacher_sft) for _ in teacher),
         Stage(evaluate, config.measured(TEACHER, config.teacher), teacher),
         Stage(evaluate, matched.measured(BEFORE, config.student, toy=config.student_toy)),
         Stage(rejection_sampling, matched.sampled, teacher),
-        Stage(sft, matched.taught, [samples, config.folder(BEFORE)]),
-        Stage(evaluate, matched.measured(AFTER, str(taught)), [student]),
+        Stage(sft, matched.student_sft, [samples, config.folder(BEFORE)]),
+        Stage(evaluate, matched.measured(AFTER, str(trained)), [student]),
     ]
 
 

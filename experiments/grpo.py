@@ -41,7 +41,7 @@ from grpo_jax.train import (
 
 
 def main(config: GRPOConfig) -> int:
-    """Run or resume; the exit status is 0 when the run is finished and 130 when it was asked to stop."""
+    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
     return run_experiment(config, train, title="GRPO")
 
 

@@ -248,7 +248,7 @@ def chain(config: Config) -> list[Stage]:
         Stage(rejection_sampling, sampling, config.made_in("reasoning")),
         Stage(
             sft,
-            stage_config(config.second_sft, "sft", "base", data=demonstrated(config)),
+            stage_config(config.second_sft, "sft", "base", data=second_sft_data(config)),
             [folder("rejection_sampling")],
         ),
         *(
@@ -256,7 +256,7 @@ def chain(config: Config) -> list[Stage]:
             for _ in judge
         ),
         Stage(grpo, reasoned(config.final, "final", "sft", tasks=tasks), [*config.made_in("sft"), *judge]),
-        *(evaluated(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
+        *(evaluation_stage(config, model, of) for model in MODELS for of in (REASONING, GENERAL)),
     ]
 
 
@@ -275,7 +275,7 @@ def check_data(config: Config) -> None:
         load_preference_sets(config.preferences.data, config.seed)
 
 
-def demonstrated(config: Config) -> DemonstrationConfig:
+def second_sft_data(config: Config) -> DemonstrationConfig:
     """Data settings of the second SFT, with the prompt format of its rejection samples."""
     folder = config.folder("rejection_sampling")
     data = replace(config.second_sft.data, dataset=str(folder / "dataset.jsonl"))
@@ -284,7 +284,7 @@ def demonstrated(config: Config) -> DemonstrationConfig:
     return with_format(data, read_provenance(folder)["prompt_format"])
 
 
-def evaluated(config: Config, model: str, of: str) -> Stage:
+def evaluation_stage(config: Config, model: str, of: str) -> Stage:
     """Evaluation of a stage's model, that of ``final`` against R1-Zero.
 
     Args:

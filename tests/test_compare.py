@@ -111,11 +111,11 @@ def test_with_a_real_model_rounds_learn_with_as_many_tokens_at_once_as_grpo(tmp_
     grpo = config.in_steps("grpo")
     at_once = 64 * GROUP // grpo.num_minibatches // grpo.micro_batches
     assert at_once == 16_384 // 4096
-    dpo, sft = config.learnt("dpo", 1), config.learnt("sft", 1)
+    dpo, sft = config.trained("dpo", 1), config.trained("sft", 1)
     assert 2 * dpo.num_pairs // dpo.num_micro_batches == at_once
     assert sft.num_sequences // sft.num_micro_batches == at_once
     assert sft.max_length == 4096
-    assert config_in(tmp_path).learnt("sft", 1).max_length == 128
+    assert config_in(tmp_path).trained("sft", 1).max_length == 128
     with pytest.raises(ValueError, match=r"max_prompt_length \+ max_completion_length is 312, and .* 128 positions"):
         config_in(tmp_path, max_completion_length=300)
 

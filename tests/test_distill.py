@@ -151,7 +151,7 @@ def test_the_student_is_asked_as_the_teacher_was(tmp_path):
     asked = {"kind": "chat", "system_prompt": "Think.", "template_kwargs": {"enable_thinking": True}}
     (tmp_path / "teacher_eval/provenance.json").write_text(json.dumps({"prompt_format": asked}))
     alike = distill.with_teacher_format(config)
-    for data in (alike.taught.data, alike.measured("student_before", "s").data):
+    for data in (alike.student_sft.data, alike.measured("student_before", "s").data):
         assert (data.chat_template, data.system_prompt) == (True, "Think.")
         assert data.template_variables == {"enable_thinking": True}
     own = replace(config, data=replace(config.data, template="{question}"))
@@ -160,15 +160,15 @@ def test_the_student_is_asked_as_the_teacher_was(tmp_path):
 
 def test_stages_of_toy_models_begin_where_others_end(tmp_path):
     config = toy(tmp_path, toy=ToyConfig(skill_steps=7), student_toy=ToyConfig(hidden_size=32))
-    assert (config.teacher_taught.model, config.teacher_taught.toy) == ("toy", config.toy)
-    assert str(config.teacher_taught.run_dir / "model") == config.sampled.model == config.teacher
+    assert (config.teacher_sft.model, config.teacher_sft.toy) == ("toy", config.toy)
+    assert str(config.teacher_sft.run_dir / "model") == config.sampled.model == config.teacher
     before = distill.stages(config)[2].config
     assert (before.run_dir, before.model, before.toy) == (config.folder(BEFORE), "toy", config.student_toy)
-    assert config.taught.model == config.student_start == str(config.folder(BEFORE) / "toy_model")
-    assert config.taught.data.dataset == str(config.sampled.run_dir / "dataset.jsonl")
-    assert not config.taught.data.says_template  # the model says how it was trained
+    assert config.student_sft.model == config.student_start == str(config.folder(BEFORE) / "toy_model")
+    assert config.student_sft.data.dataset == str(config.sampled.run_dir / "dataset.jsonl")
+    assert not config.student_sft.data.says_template  # the model says how it was trained
     made_before = replace(config, model="mine", student="other")
-    assert (made_before.sampled.model, made_before.taught.model) == ("mine", "other")
+    assert (made_before.sampled.model, made_before.student_sft.model) == ("mine", "other")
     assert [stage.config.run_dir.name for stage in distill.stages(config)] == ["teacher", *stages_of(made_before)]
 
 

@@ -195,7 +195,7 @@ def test_finish_writes_curves_and_summary_and_says_what_was_gained(tmp_path):
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_conclude_finishes_a_run_without_steps(tmp_path):
+def test_write_summary_finishes_a_run_without_steps(tmp_path):
     with open_run(tmp_path / "run") as run:
         assert not run.is_finished
         run.write_summary({"selected": 3, "gap": float("nan")})

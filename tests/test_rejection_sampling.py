@@ -321,9 +321,9 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 def test_the_command_that_teaches_has_the_form_of_the_prompts(finished):
     path = finished.run_dir / "dataset.jsonl"
     plain = {"kind": "plain", "template": "{question}"}
-    assert rejection_sampling.teaching(path, plain, ()).endswith(f"--dataset {path} --template '{{question}}'")
+    assert rejection_sampling.sft_command(path, plain, ()).endswith(f"--dataset {path} --template '{{question}}'")
     chat = {"kind": "chat", "system_prompt": "Be brief.", "template_kwargs": {"thinks": False}, "date": "2026-11-27"}
-    assert rejection_sampling.teaching(path, chat, ("<end>",)).endswith(
+    assert rejection_sampling.sft_command(path, chat, ("<end>",)).endswith(
         "--stop-tokens '<end>' --chat-template --system-prompt 'Be brief.' --template-date 2026-11-27 "
         """--template-kwargs '{"thinks": false}'"""
     )

@@ -1,4 +1,4 @@
-"""Settings of batch inference: what is sampled and scored."""
+"""Settings of batch inference."""
 
 from __future__ import annotations
 

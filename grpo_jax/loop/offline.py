@@ -72,7 +72,7 @@ def train_offline(
 
     Raises:
         FloatingPointError: a metric is not finite.
-        Stopped: the run was asked to stop.
+        Stopped: a stop was requested.
         ValueError: the run was started with other data, or has taken more steps.
     """
     compilations = count_compilations()

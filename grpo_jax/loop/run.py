@@ -311,6 +311,6 @@ def run_experiment(
             else:
                 train(config, run)
         except Stopped:
-            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command goes on from the last")
+            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command resumes from the last")
             return 130
     return 0

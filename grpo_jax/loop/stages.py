@@ -209,7 +209,7 @@ def run_stages(
         if config.dry_run:
             print("\n".join(stage.command(config.run_dir) for stage in plan))
             return 0
-        # Planned anew before each: what one found out, such as the prompts' format, may be a setting of a later one.
+        # Planned again before each stage: settings of a stage may depend on results of earlier ones (prompt format).
         status = next((status for number in range(len(plan)) if (status := stages(config)[number].run())), 0)
     return status or run_experiment(config, write_summary, title=title, again=again)
 
