@@ -86,7 +86,9 @@ def test_every_variant_in_the_table_parses(workspace):
 
 def test_flags_exist():
     scripts = [importlib.import_module(f"experiments.{name}") for name in SCRIPTS]
-    scripts += [importlib.import_module(f"experiments.bench.{path.stem}") for path in ROOT.glob("experiments/bench/*.py")]
+    scripts += [
+        importlib.import_module(f"experiments.bench.{path.stem}") for path in ROOT.glob("experiments/bench/*.py")
+    ]
     known = NO_FLAGS.union(*({flag.flag for flag in flags_of(config_type(script))} for script in scripts))
     for name, text in READMES.items():
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]", text))
@@ -133,4 +135,6 @@ def test_links_and_targets_exist(name):
 
 
 def test_make_demo_runs_the_default_command():
-    assert re.search(r"^demo:.*\n\t\$\(BIN\)/python experiments/grpo\.py$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert re.search(
+        r"^demo:.*\n\t\$\(BIN\)/python experiments/grpo\.py$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
