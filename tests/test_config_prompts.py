@@ -90,9 +90,9 @@ def test_a_format_is_read_back_and_asked_for_by_flags(prompt_format):
     [
         ({}, "kind must be 'chat' or 'plain'; it is None"),
         ({"kind": ["chat"]}, "kind must be"),
-        ({"kind": "plain"}, r"template must be a text with \{question\}; it is None"),
-        ({"kind": "plain", "template": "Q"}, "template must be a text with"),
-        ({"kind": "chat", "system_prompt": 3}, "system_prompt must be a text; it is 3"),
+        ({"kind": "plain"}, r"template must be text with \{question\}; it is None"),
+        ({"kind": "plain", "template": "Q"}, "template must be text with"),
+        ({"kind": "chat", "system_prompt": 3}, "system_prompt must be text; it is 3"),
         ({"kind": "chat", "template_kwargs": [1]}, "template_kwargs: it must be an object"),
         ({"kind": "chat", "template_kwargs": {"messages": []}}, r"template_kwargs: \['messages'\] cannot be set"),
         ({"kind": "chat", "date": "today"}, "date is 'today'; it must be a date such as 2026-11-27"),
