@@ -143,7 +143,7 @@ def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypa
         ({"methods": ()}, "name at least one, and each once"),
         ({"methods": ("grpo", "grpo")}, "name at least one, and each once"),
         ({"level": 0.0}, "level is 0.0"),
-        ({"data": DataConfig(dataset="org/x", grader="none"), "model": "org/m"}, "the share of right answers"),
+        ({"data": DataConfig(dataset="org/x", grader="none"), "model": "org/m"}, "the comparison needs right answers"),
         ({"data": DataConfig(dataset="org/x")}, "the toy model knows the tasks sums and errands only"),
         ({"group_size": 1}, "group_size is 1"),
         ({"dpo": replace(TOY.dpo, model="org/other")}, "dpo names a model"),
