@@ -7,10 +7,8 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-
-
-SLOW = "02", "03"
-"""Notebooks that train for more than a minute."""
+SLOW = "02", "03", "04"
+"""Notebooks that train for about a minute or more."""
 PARAMETERS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith(SLOW) else [])
     for path in NOTEBOOKS
@@ -20,7 +18,16 @@ PARAMETERS = [
 @pytest.mark.parametrize("path", PARAMETERS)
 def test_notebook_runs(path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the kernel's transport; the notebook's own code runs in another process
+        warnings.simplefilter("ignore")  # from the kernel's transport; the notebook's code runs in another process
         from nbclient import NotebookClient
 
-        NotebookClient(nbformat.read(path, as_version=4), timeout=600, kernel_name="python3").execute()
+        NotebookClient(nbformat.read(path, as_version=4), timeout=900, kernel_name="python3").execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_saved_outputs_have_no_errors_and_no_paths(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert "/tmp/" not in output.get("text", "")
