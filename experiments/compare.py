@@ -20,9 +20,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +47,7 @@ from grpo_jax.data.selection import SelectionConfig, preference_pairs
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.comparison import WITH_REWARD_MODEL, claims, draw, learning, memories, reached, seconds_of, spread
 from grpo_jax.loop.eval_report import format_table, read_report
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
@@ -68,13 +68,6 @@ METHODS = (*ONLINE, *IN_ROUNDS)
 BASE = "base"
 PAIRS = "preferences.jsonl"
 STAGES = (*METHODS, "drawing", "evaluation")
-COLOURS: Mapping[str, str] = {
-    "grpo": "tab:blue",
-    "rloo": "tab:cyan",
-    "ppo": "tab:orange",
-    "dpo": "tab:purple",
-    "sft": "tab:green",
-}
 POLICY_FIELDS = ("max_prompt_length", "max_completion_length", "stop_tokens", "sampling", "cache_dtype", "cache_bytes")
 TRAILING = 5
 """Steps over which the reward is averaged to measure its falls."""
@@ -455,11 +448,6 @@ def curve(config: Config, method: str) -> list[dict[str, float]]:
     return points
 
 
-def seconds_of(rows: Sequence[Mapping[str, Any]], last: int | None = None) -> float:
-    """Seconds of all steps, or of the steps up to ``last``."""
-    return sum(row.get("step_time", 0.0) for row in rows if last is None or row["step"] <= last)
-
-
 def pace(config: Config, method: str) -> float | None:
     """Median seconds per step, which excludes compilation; None for offline methods."""
     if method not in ONLINE:
@@ -479,25 +467,6 @@ def fall(config: Config, method: str) -> float | None:
     return float((np.maximum.accumulate(means) - means).max())
 
 
-def reached(points: Sequence[Mapping[str, float]], level: float) -> float | None:
-    """Number of samples at which pass@1 reaches ``level``, linearly interpolated; None if it never does."""
-    if points[0]["pass@1"] >= level:
-        return 0.0
-    for before, after in pairwise(points):
-        if before["pass@1"] < level <= after["pass@1"]:
-            part = (level - before["pass@1"]) / (after["pass@1"] - before["pass@1"])
-            return before["samples"] + part * (after["samples"] - before["samples"])
-    return None
-
-
-def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, minimum and maximum over seeds; None if a seed has no value."""
-    present = [value for value in values if value is not None]
-    if len(present) < len(values):
-        return {"mean": None, "low": None, "high": None, "of_seeds": list(values)}
-    return {"mean": float(np.mean(present)), "low": min(present), "high": max(present), "of_seeds": present}
-
-
 def update_of(method: str) -> str:
     """Name of a method's update in ``bench_memory``; RLOO has the same as GRPO."""
     return "grpo" if method == "rloo" else method
@@ -505,7 +474,7 @@ def update_of(method: str) -> str:
 
 def memory_of(memory: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Memory of a method without and with a reward model, as far as ``memory`` has them."""
-    names = update_of(method), update_of(method) + bench_memory.WITH_JUDGE
+    names = update_of(method), update_of(method) + WITH_REWARD_MODEL
     return {name: memory[name] for name in names if name in memory}
 
 
@@ -536,103 +505,6 @@ def memory_of_steps(config: Config, report: Callable[[int], None]) -> dict[str, 
         memory |= {name: dataclasses.asdict(step) for name, step in bench_memory.step_memory(shapes, method).items()}
         report(number)
     return memory
-
-
-def learning(figures: Mapping[str, Mapping[str, Any]], level: float) -> list[tuple[str, ...]]:
-    """Table of the methods' results; the first row is the header."""
-    rows = [("", "pass@1", "of the seeds", f"samples to {level:g}", "seconds", "of a step", "largest fall")]
-    for method, results in figures.items():
-        final = results["pass@1"]
-        rows.append(
-            (
-                method,
-                f"{final['mean']:.3f}",
-                f"{final['low']:.3f} to {final['high']:.3f}",
-                shown(results["samples_to_level"]["mean"], ",.0f"),
-                shown(results["seconds"]["mean"], ".0f"),
-                shown(results["step_seconds"]["mean"], ".2f"),
-                shown(results["largest_fall"]["mean"], ".3f"),
-            )
-        )
-    return rows
-
-
-def memories(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Table of the memory of the methods' updates; the first row is the header."""
-    rows = [("", "copies of the model", "MiB of an update", "GiB with the larger model")]
-    for method, results in figures.items():
-        larger = results["memory_of_larger"]
-        for name, memory in results["memory"].items():
-            suffix = " with reward model and reference" if name.endswith(bench_memory.WITH_JUDGE) else ""
-            gib = larger[name]["peak_bytes"] / 2**30 if name in larger else None
-            mib = memory["peak_bytes"] / 2**20
-            rows.append((method + suffix, f"{memory['copies']:g}", f"{mib:.1f}", shown(gib, ".1f")))
-    return rows
-
-
-def claims(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """``(claim, measurement)`` for common claims about GRPO against PPO; empty unless both were compared."""
-    if not {"grpo", "ppo"} <= figures.keys():
-        return []
-    rows, grpo, ppo = [], figures["grpo"], figures["ppo"]
-    for suffix, what in (("", "rules as rewards"), (bench_memory.WITH_JUDGE, "reward model and reference")):
-        shares = {
-            where: grpo[kind]["grpo" + suffix]["peak_bytes"] / ppo[kind]["ppo" + suffix]["peak_bytes"]
-            for where, kind in (("this model", "memory"), ("the larger one", "memory_of_larger"))
-            if "grpo" + suffix in grpo[kind] and "ppo" + suffix in ppo[kind]
-        }
-        measured = ", ".join(f"{share:.0%} of PPO's with {where}" for where, share in shares.items())
-        rows.append((f"nearly halves memory: {what}", measured))
-    named = (("GRPO", grpo), ("PPO", ppo))
-    control = ""
-    if "rloo" in figures:
-        same = figures["rloo"]["step_seconds"]["mean"] / grpo["step_seconds"]["mean"]
-        control = f" (RLOO's, which is the same program: {same:.2f})"
-    slower = ppo["step_seconds"]["mean"] / grpo["step_seconds"]["mean"]
-    samples = ", ".join(f"{name} {shown(each['samples_to_level']['mean'], ',.0f')}" for name, each in named)
-    ends = ", ".join(f"{name} {each['pass@1']['low']:.3f} to {each['pass@1']['high']:.3f}" for name, each in named)
-    falls = ", ".join(f"{name} {each['largest_fall']['high']:.3f}" for name, each in named)
-    return [
-        *rows,
-        ("three times faster: a step", f"PPO's takes {slower:.2f} times as long{control}"),
-        ("three times faster: samples to the level", samples),
-        ("more stable: pass@1 of the seeds", ends),
-        ("more stable: largest fall of the reward", falls),
-    ]
-
-
-def shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
-    """Plot held-out pass@1 by samples and by time, one line per seed and one colour per method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    labels = {"samples": "samples", "seconds": "seconds of sampling and training"}
-    for axes, (across, label) in zip(panels, labels.items(), strict=True):
-        for method, of_seeds in curves.items():
-            for number, points in enumerate(of_seeds):
-                axes.plot(
-                    [point[across] for point in points],
-                    [point["pass@1"] for point in points],
-                    "o-",
-                    color=COLOURS[method],
-                    alpha=0.7,
-                    markersize=3,
-                    label=None if number else method,
-                )
-        axes.set_xlabel(label)
-        axes.set_ylim(0, 1.02)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_title("pass@1, held out", loc="left")
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

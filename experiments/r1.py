@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +46,7 @@ from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.batch_inference import PROVENANCE, read_provenance
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.comparison import draw_stages
 from grpo_jax.loop.eval_report import read_report
 from grpo_jax.loop.offline_data import load_demonstration_sets, load_preference_sets
 from grpo_jax.loop.problems import load_problem_sets
@@ -353,48 +353,8 @@ def write_summary(config: Config, run: Run) -> None:
         }
         for of in (REASONING, GENERAL)
     }
-    draw([stages], run.folder / "stages.png")
+    draw_stages([stages], run.folder / "stages.png")
     run.write_summary({"stages": stages, "final_against_r1_zero": against, "seed": config.seed})
-
-
-def draw(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Path) -> None:
-    """Plot the metrics that are shares over the pipeline's stages, one line per seed; R1-Zero's as dotted lines.
-
-    Args:
-        of_seeds: ``stages`` of the summary of each seed.
-        path: image file to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    chain_models = [model for model in MODELS if model != "r1_zero"]
-    shares = ("pass@1", "format", "language", "general quality")
-    labels = [
-        label
-        for label in shares
-        if all(figures.get(label) is not None for stages in of_seeds for figures in stages.values())
-    ]
-    figure = Figure(figsize=(3.4 * len(labels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(labels), squeeze=False)[0]
-    for axes, label in zip(panels, labels, strict=True):
-        for number, stages in enumerate(of_seeds):
-            chain, zero = (None, None) if number else ("R1's chain", "R1-Zero")
-            axes.plot(
-                chain_models,
-                [stages[model][label] for model in chain_models],
-                "o-",
-                color="tab:blue",
-                alpha=0.7,
-                label=chain,
-            )
-            axes.axhline(stages["r1_zero"][label], color="tab:orange", linestyle=":", label=zero)
-        axes.set_title(label, loc="left")
-        axes.set_ylim(0, 1.02)
-        axes.tick_params(axis="x", rotation=45)
-        axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_a_metric_of_an_update_that_is_not_finite_stops_the_run(run, name, value
 def test_a_run_goes_on_with_the_data_it_was_begun_with(run):
     check_same_data({}, "abc", run)  # nothing was begun
     check_same_data({"data": "abc"}, "abc", run)
-    with pytest.raises(ValueError, match=f"the data differ from those that {run.folder} was started with; restore them"):
+    with pytest.raises(ValueError, match=f"the data differ from those that {run.folder} was started with; restore"):
         check_same_data({"data": "abc"}, "xyz", run)
 
 

@@ -191,7 +191,8 @@ def printed():
 
 @pytest.fixture(scope="module")
 def pool(printed):
-    functions = {"size": batch_size, "bad": misbehaving, "chatty": chatty, "exact": exact_match, "delayed": delayed_length}
+    functions = {"size": batch_size, "bad": misbehaving, "chatty": chatty, "exact": exact_match}
+    functions |= {"delayed": delayed_length}
     with RewardPool(functions, workers=2, deadline=0.8, batch_deadline=1.5, show=printed.append) as pool:
         yield pool
 

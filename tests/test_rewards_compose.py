@@ -157,7 +157,7 @@ def test_a_gate_is_of_two_rewards(gates):
 def test_totals_are_clipped():
     compose = weighted({"a": lambda p, c, **_: [-3.0, 0.5, 3.0, None]}, {"a": 1.0}, clip=(-1.0, 1.0))
     np.testing.assert_array_equal(compose(["p"] * 4, ["c"] * 4).total, [-1, 0.5, 1, np.nan])
-    with pytest.raises(ValueError, match="clip must be .lower bound, upper bound"):
+    with pytest.raises(ValueError, match=r"clip must be .lower bound, upper bound"):
         weighted({"a": format_reward}, {"a": 1.0}, clip=(1.0, 1.0))
 
 

@@ -33,6 +33,7 @@ from grpo_jax.config.run import require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.loop.checks import check_divides
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.comparison import WITH_REWARD_MODEL
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.sharding import BATCH, make_mesh, param_shardings, replicated
@@ -66,7 +67,6 @@ SHAPES = {"7b": QWEN2_5_7B, "small": HF_CONFIG}
 METHODS = ("grpo", "ppo", "dpo", "sft")
 ONLINE = ("grpo", "ppo")
 """Methods that sample completions, and so may have a reward model and a reference policy."""
-WITH_JUDGE = "_with_reward_model"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def main(config: Config) -> None:
         "dtype": config.dtype,
         **{name: asdict(step) for name, step in memory.items()},
     }
-    for suffix in ("", WITH_JUDGE):
+    for suffix in ("", WITH_REWARD_MODEL):
         grpo, ppo = memory.get(f"grpo{suffix}"), memory.get(f"ppo{suffix}")
         if grpo and ppo:
             result[f"grpo_of_ppo{suffix}"] = round(grpo.peak_bytes / ppo.peak_bytes, 3)
@@ -154,7 +154,7 @@ def main(config: Config) -> None:
 def step_memory(config: Config, method: str) -> dict[str, Memory]:
     """Memory of a method by its name, with rule-based rewards and without KL.
 
-    Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_JUDGE``.
+    Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_REWARD_MODEL``.
     PPO's critic is a separate model with the policy's shapes except for its head. DPO's reference is in memory only
     before the first step, so it is not counted.
 
@@ -195,7 +195,7 @@ def step_memory(config: Config, method: str) -> dict[str, Memory]:
         for loss_fn, state, batch in updates
     )
     memory = {}
-    for suffix, frozen in (("", []), (WITH_JUDGE, [weights, scalar_head_weights])):
+    for suffix, frozen in (("", []), (WITH_REWARD_MODEL, [weights, scalar_head_weights])):
         if not frozen or method in ONLINE:
             trees, more = [*(state.params for state in states), *frozen], sum(map(bytes_of, frozen))
             copies = sum(map(size_of, trees)) / size_of(weights)
