@@ -10,13 +10,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import r1
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.comparison import draw_stages
 
 TITLES = {
     "eval/pass@1": "pass@1, held out",
@@ -50,7 +50,7 @@ class Config:
 
 def main(config: Config) -> None:
     if config.chain:
-        r1.draw([json.loads((run / "summary.json").read_text())["stages"] for run in config.runs], config.out)
+        draw_stages([json.loads((run / "summary.json").read_text())["stages"] for run in config.runs], config.out)
         return
     figure = Figure(figsize=(4 * len(config.keys), 3.4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -20,6 +20,7 @@ from grpo_jax.config.mixture import read_tasks
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.jsonl import read_jsonl, to_json
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.comparison import draw_stages
 from grpo_jax.tasks.errands import Errand
 from tests.runs import parsed_commands, write_rows
 
@@ -132,9 +133,9 @@ def test_data_of_the_last_stage_are_read_before_the_first_begins(stages, tmp_pat
 
 def test_figures_that_a_task_has_not_are_left_out_of_the_picture(tmp_path):
     figures = {"pass@1": 0.5, "format": 0.5, "language": None, "general quality": None}
-    r1.draw([dict.fromkeys(r1.MODELS, figures)], tmp_path / "stages.png")
+    draw_stages([dict.fromkeys(r1.MODELS, figures)], tmp_path / "stages.png")
     drawn = plt.imread(tmp_path / "stages.png").shape
-    r1.draw(2 * [{model: {**figures, "language": 0.5} for model in r1.MODELS}], tmp_path / "more.png")
+    draw_stages(2 * [{model: {**figures, "language": 0.5} for model in r1.MODELS}], tmp_path / "more.png")
     assert plt.imread(tmp_path / "more.png").shape[1] == 1.5 * drawn[1]
 
 
