@@ -114,7 +114,7 @@ def test_held_out_counts_every_problem_once(tokenizer):
     metrics = held_out(encoded, drawn(), decode, ungraded, group_size=3)
     assert metrics["eval/frac_ungraded"] == pytest.approx(1 / 3)
     assert metrics["eval/pass@1"] == pytest.approx(4 / 6)
-    with pytest.raises(ValueError, match="none of the 3 held-out problems"):
+    with pytest.raises(ValueError, match="each of the 3 held-out problems has a sample"):
         held_out(encoded, drawn(), decode, lambda p, c, **_: [None] * len(c), group_size=3)
     with pytest.raises(ValueError, match="completions of 2 of 3 held-out problems"):
         held_out(encoded, list(drawn())[1:], decode, answer_reward, group_size=3)

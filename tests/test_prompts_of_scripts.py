@@ -182,13 +182,13 @@ def test_a_run_keeps_the_date_of_its_beginning(tmp_path, monkeypatch):
         with Run(tmp_path / "run", MESH, title="run", plain=True) as run:
             return run.start_date
 
-    today = begun()
+    today = start_date()
     assert today == datetime.date.today().isoformat()
     monkeypatch.setattr(run_folder, "date", Tomorrow)
-    assert begun() == "2031-01-01"  # nothing was computed before
+    assert start_date() == "2031-01-01"  # nothing was computed before
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     monkeypatch.undo()
-    assert begun() == "2031-01-01"
+    assert start_date() == "2031-01-01"
 
 
 def test_a_run_goes_on_with_the_same_prompts_on_another_day(base, files, tmp_path, monkeypatch):

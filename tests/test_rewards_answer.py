@@ -292,9 +292,9 @@ def test_other_columns_are_accepted():
     ],
 )
 def test_hostile_completions_take_no_time(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert answer_reward(["p"], [text], answer=["5"]) == [0.0]
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="no GSM8K here")

@@ -385,11 +385,11 @@ REPEATED = [
 @pytest.mark.parametrize("piece", REPEATED)
 def test_time_is_linear(piece):
     text = piece * (50_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(text)
     extract_answer(f"<answer>{text}</answer>")
     gold_answer(text + "5")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 TWO = [

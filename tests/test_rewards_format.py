@@ -75,9 +75,9 @@ def test_against_one_regular_expression(completion):
 
 @pytest.mark.parametrize("piece", ["<think>", "</think>", "<", "</think><answer>", " ", "\n", "<think>a</think>"])
 def test_time_is_linear(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     assert score("<think>" + piece * (1_000_000 // len(piece))) == 0.0
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_one_score_a_completion_and_other_columns_are_accepted():

@@ -140,9 +140,9 @@ def test_repetition_is_a_share(text, n):
 
 @pytest.mark.parametrize("piece", ["a", "a ", "ก", "中", "1", " ", "\u0301", "ab1"])
 def test_repetition_takes_linear_time(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     repeated_share(piece * (200_000 // len(piece)))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_an_n_gram_has_a_word():

@@ -80,7 +80,7 @@ def test_a_chat_is_rendered_whole_and_forgotten_on_request(base, tmp_path, monke
         ({"num_samples": 0}, "num_samples is 0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
         ({"system_prompt": "x", "template": "{question}"}, "system_prompt needs chat_template"),
-        ({"stop": ("",)}, "an empty text"),
+        ({"stop": ("",)}, "an empty string"),
     ],
 )
 def test_settings_are_checked_before_a_model_is_loaded(settings, message):
@@ -89,5 +89,5 @@ def test_settings_are_checked_before_a_model_is_loaded(settings, message):
 
 
 def test_a_bias_for_what_is_no_token_is_refused(base):
-    with pytest.raises(ValueError, match=r"\['nonsense'\] are no tokens"):
+    with pytest.raises(ValueError, match=r"\['nonsense'\] are not tokens"):
         converse(base, ["1+2="], logit_bias=(("nonsense", 1.0),))

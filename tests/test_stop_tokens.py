@@ -183,5 +183,5 @@ def test_a_critic_reads_every_token_that_the_policy_writes(short, base):
     policy, critic = from_pretrained(base), from_pretrained(short)
     ppo.check_same_tokens(policy, policy)
     ppo.check_same_tokens(policy, critic)
-    with pytest.raises(ValueError, match="has 519 rows and lacks 2 of the policy's tokens, so no critic"):
+    with pytest.raises(ValueError, match="has 519 rows and lacks 2 of the policy's tokens, so the critic cannot"):
         ppo.check_same_tokens(critic, policy)

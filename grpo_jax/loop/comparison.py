@@ -25,7 +25,7 @@ def seconds_of(rows: Sequence[Mapping[str, Any]], last: int | None = None) -> fl
     return sum(row.get("step_time", 0.0) for row in rows if last is None or row["step"] <= last)
 
 
-def reached(points: Sequence[Mapping[str, float]], level: float) -> float | None:
+def reached(points: Sequence[Mapping[str, Any]], level: float) -> float | None:
     """Number of samples at which pass@1 reaches ``level``, linearly interpolated; None if it never does."""
     if points[0]["pass@1"] >= level:
         return 0.0
@@ -117,7 +117,7 @@ def shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Path) -> None:
+def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """Plot held-out pass@1 by samples and by time, one line per seed and one colour per method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -147,7 +147,7 @@ def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: Pa
     figure.savefig(path, dpi=110)
 
 
-def draw_stages(of_seeds: Sequence[Mapping[str, Mapping[str, float | None]]], path: Path) -> None:
+def draw_stages(of_seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path) -> None:
     """Plot the metrics that are shares over the pipeline's stages, one line per seed; R1-Zero's as dotted lines.
 
     Args:
