@@ -116,7 +116,7 @@ def test_held_out_counts_every_problem_once(tokenizer):
     assert metrics["eval/pass@1"] == pytest.approx(4 / 6)
     with pytest.raises(ValueError, match="each of the 3 held-out problems has a sample"):
         held_out(encoded, drawn(), decode, lambda p, c, **_: [None] * len(c), group_size=3)
-    with pytest.raises(ValueError, match="completions of 2 of 3 held-out problems"):
+    with pytest.raises(ValueError, match="only 2 of 3 held-out problems were sampled"):
         held_out(encoded, list(drawn())[1:], decode, answer_reward, group_size=3)
     with pytest.raises(ValueError, match="held-out problem 2 was sampled twice"):
         held_out(encoded, [*drawn(), *drawn()], decode, answer_reward, group_size=3)

@@ -166,7 +166,7 @@ def test_the_exit_status_tells_a_run_that_is_finished_from_one_that_was_asked_to
         run.finish({"step": 0}, {"step": 1}, steps=1, summary={})
 
     assert run_experiment(config, train, title="a test") == 130
-    assert "stopped; checkpoints of steps [3]; the same command goes on" in capsys.readouterr().out
+    assert "stopped; checkpoints of steps [3]; the same command resumes" in capsys.readouterr().out
     assert run_experiment(config, train, title="a test") == 0
     assert len(calls) == 2
     assert run_experiment(config, train, title="a test") == 0
