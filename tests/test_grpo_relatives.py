@@ -138,7 +138,7 @@ def test_a_mixture_killed_and_resumed_is_the_unbroken_run_and_refuses_other_task
     assert [row["step"] for row in steps_of(broken)] == [1, 2]  # of which the second is to be taken back
     as_begun = broken.tasks.read_text()
     with_mixture(config, tmp_path / "broken", partial_credit=False, eval_size=2)
-    with pytest.raises(ValueError, match=r"tasks\.json does not hold the tasks .*\n.*errands\.data\.eval_size: 3 -> 2"):
+    with pytest.raises(ValueError, match=r"tasks\.json does not have the tasks .*\n.*errands\.data\.eval_size: 3 -> 2"):
         grpo.main(broken)
     broken.tasks.write_text(json.dumps(dict(reversed(json.loads(as_begun).items()))))
     with pytest.raises(ValueError, match=r"order: \['sums', 'errands'\] -> \['errands', 'sums'\]"):
