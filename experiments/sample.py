@@ -75,7 +75,7 @@ class Config(PromptConfig):
     min_length: int = 0
     """Minimum number of tokens before the end."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion, besides the model's own, such as '<|im_end|>'."""
+    """Tokens that end a completion, in addition to the model's own, such as '<|im_end|>'."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion."""
     seed: int = 0

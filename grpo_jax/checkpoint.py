@@ -53,7 +53,7 @@ class Checkpoints:
             step: number of completed steps.
             state: a pytree of arrays.
             position: other state that the run needs to resume, as JSON.
-            protected: steps to keep besides the newest, such as that of the best evaluation.
+            protected: steps to keep in addition to the newest, such as that of the best evaluation.
 
         Raises:
             OSError: the disk is full or the folder is not writable; earlier checkpoints are unchanged.

@@ -553,7 +553,7 @@ def write_family(folder, name, *, sizes=None, scalar_head=False):
     Args:
         folder: where to; new or empty.
         name: one of ``FAMILIES``.
-        sizes: fields of ``config.json`` besides the tiny ones.
+        sizes: fields of ``config.json`` in addition to the tiny ones.
         scalar_head: a classifier with one label instead of a language model.
     """
     import jax

@@ -348,10 +348,10 @@ def test_memory_is_of_one_model_more_where_there_is_a_critic(small, monkeypatch)
     for found in (grpo, ppo):
         (own, judged), (peak, judged_peak) = zip(*((e.state_bytes, e.peak_bytes) for e in found.values()), strict=True)
         assert judged - own == judged_peak - peak == pytest.approx(2 * weights, rel=0.02)
-        assert peak == own + 100  # what an update takes besides, and each state once
+        assert peak == own + 100  # what an update takes in addition, and each state once
 
 
-def test_an_update_takes_a_gradient_besides_its_state_at_least(small):
+def test_an_update_takes_a_gradient_on_top_of_its_state_at_least(small):
     (found,) = bench_memory.step_memory(tiny_shapes(small), "sft").values()
     assert found.peak_bytes > found.state_bytes + found.state_bytes / 3
 

@@ -25,6 +25,7 @@ from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import collector, scoring
 from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs
 from grpo_jax.loop.setup import as_policy
+from grpo_jax.loss import grpo_loss
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_config import HF_CONFIG
@@ -252,6 +253,7 @@ def test_s7_varying_lengths_compile_nothing_new(finished):
         ({"model": "toy"}, "without a template; with another dataset or a template, name a model"),
         ({"advantage": "nonsense"}, "advantage is 'nonsense'; it must be one of group_relative, dr_grpo"),
         ({"advantage": "group_relative(gamma=1)"}, "group_relative has no argument 'gamma'"),
+        ({"advantage": "rloo(group_size=8)"}, "advantage: the run passes 'group_size' to rloo"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change, message):
@@ -460,6 +462,33 @@ def test_losses_advantages_and_optimizers_of_ones_own(config):
         PolicyLossConfig(loss="nonsense")
     with pytest.raises(ValueError, match="weight_decay is set, but optax:sgd has no weight_decay"):
         OptimizerConfig(optimizer="optax:sgd", weight_decay=0.1)
+
+
+def forwards_options(log_probs, advantages, mask, **options):
+    """A loss of a user's own on top of ``grpo_loss``."""
+    return grpo_loss(log_probs, advantages, mask, **options)
+
+
+def test_a_loss_that_forwards_its_options_gets_those_of_grpo_loss(config):
+    batch, rollout = learn(config, [1, 0] * 4)
+    params = jnp.full(rollout.completion_ids.shape, -0.1)
+    own = build_loss(loss="tests.test_grpo:forwards_options", epsilon_high=0.01)(params, batch)[0]
+    assert own.value == build_loss(loss="grpo", epsilon_high=0.01)(params, batch)[0].value
+
+
+def test_no_weight_decay_means_none_in_every_optimizer():
+    params = {"kernel": jnp.ones((2, 2))}
+    for optimizer in ("adamw", "optax:adamw", "optax:lion"):
+        decay = {}
+        for weight_decay in (0.0, 0.5):
+            config = OptimizerConfig(
+                optimizer=optimizer, learning_rate=0.1, warmup_updates=0, weight_decay=weight_decay
+            )
+            transform, _ = config.build(total_updates=1)
+            with jax.numpy_dtype_promotion("standard"):  # optax's own functions are not written for strict promotion
+                updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+            decay[weight_decay] = float(jnp.abs(updates["kernel"]).max())
+        assert decay[0.0] == 0 < decay[0.5], optimizer
 
 
 def test_the_minimal_loop_runs_as_it_stands(base, monkeypatch, capsys):

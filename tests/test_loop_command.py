@@ -270,6 +270,10 @@ def test_a_file_holds_what_config_json_holds_and_flags_win(tmp_path):
     found = parsed("grpo", f"--config={part}", "--eval-size", "8")
     assert (found.optimizer.learning_rate, found.data.eval_size, found.mesh.data) == (1e-3, 8, 1)
     assert replace(found, optimizer=toy.optimizer, data=toy.data, mesh=toy.mesh) == toy
+    part.write_text("preset: toy\nnum_steps: 3\n")
+    assert parsed("grpo", "r1-zero-gsm8k", "--config", str(part)).model == "Qwen/Qwen2.5-0.5B"  # the command line wins
+    for empty in (["--config"], ["--config="], ["--config=", "--num-steps", "3"]):
+        assert run_script(importlib.import_module("experiments.grpo"), empty) == MISTAKE
 
 
 @pytest.mark.parametrize(
@@ -281,6 +285,8 @@ def test_a_file_holds_what_config_json_holds_and_flags_win(tmp_path):
         ("data: {eval_size: 0}", "--eval-size is 0; it must be at least 1"),
         ("num_steps: 3\nnum_steps: 4", "['num_steps'] occur twice"),
         ("preset: none", "there is no preset 'none'"),
+        ("COMMON_FLAGS: x", "'COMMON_FLAGS' is not a setting"),
+        ("num_steps: 1e5runs", "num_steps is '1e5runs'; it must be int"),
         ("- 3", "must be a mapping of settings"),
     ],
 )

@@ -141,6 +141,9 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
         (lambda: PolicyLossConfig(importance_cap=0.0), "importance_cap is 0"),
         (lambda: PolicyLossConfig(epsilon_low=-0.1), "epsilon_low is -0.1"),
         (lambda: PolicyLossConfig(kl="k1", kl_coef=0.1), "gradient does not depend on the reference"),
+        (lambda: PolicyLossConfig(loss="grpo(kl_coef=0.1)"), "loss: the run passes 'kl_coef' to grpo"),
+        (lambda: PolicyLossConfig(loss="dapo(epsilon_high=0.3)"), "loss: the run passes 'epsilon_high' to dapo"),
+        (lambda: OptimizerConfig(optimizer="adamw(weight_decay=0.1)"), "optimizer: the run passes 'weight_decay'"),
         (lambda: PolicyLossConfig(kl_correction=True), "kl_coef is 0"),
     ],
 )

@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     kernel = choose_kernel("auto", decoder, jnp.bfloat16, None)
     if kernel is None:
         raise SystemExit(
-            f"there is no kernel for these heads on {jax.devices()[0].device_kind}; 'auto' is the plain implementation"
+            f"no kernel supports these heads on {jax.devices()[0].device_kind}; 'auto' selects the plain implementation"
         )
     rng = np.random.default_rng(0)
     B, S, E = config.rows, config.length, config.head_dim
@@ -113,7 +113,7 @@ def total(attention, inputs, mask):
 
 
 def temporary_bytes(program: Any) -> int:
-    """Memory of a compiled function besides its arguments and results."""
+    """Memory that a compiled function takes, excluding its arguments and results."""
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -110,7 +110,7 @@ class Config:
         """The devices to compile for, with everything sharded by fsdp."""
         if self.topology is None:
             return make_mesh(devices=jax.devices()[:1])
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler runs without a TPU
         devices = topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
         return make_mesh(data=1, fsdp=len(devices), devices=devices)
 

@@ -34,7 +34,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     # YAML 1.1 reads 1e-6 as a string: its floats have a dot.
-    number = re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+")
+    number = re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -61,9 +61,10 @@ def with_settings(config: AnyConfig, settings: Mapping[str, Any], where: str) ->
     assert dataclasses.is_dataclass(config)
     assert not isinstance(config, type)
     hints = get_type_hints(type(config), include_extras=True)
-    unknown = [name for name in settings if name not in hints]
+    names = sorted(field.name for field in dataclasses.fields(config))  # class variables have hints too
+    unknown = [name for name in settings if name not in names]
     if unknown:
-        raise ValueError(f"{where}: {unknown[0]!r} is not a setting; the settings are {', '.join(sorted(hints))}")
+        raise ValueError(f"{where}: {unknown[0]!r} is not a setting; the settings are {', '.join(names)}")
     changes = {}
     for name, value in settings.items():
         inner = getattr(config, name)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 from grpo_jax.rewards.plugin import import_function
 
 CALL = re.compile(r"\s*([\w.]+(?::[\w.]+)?)\s*(?:\((.*)\))?\s*", re.DOTALL)
-
-
-class Bound(partial):
-    """A function with the arguments that a setting gives it."""
 
 
 def parse_call(text: str, setting: str) -> tuple[str, dict[str, Any]]:
@@ -29,7 +25,7 @@ def parse_call(text: str, setting: str) -> tuple[str, dict[str, Any]]:
         ValueError: another form, or an argument that is not a keyword with a literal value.
     """
     match = CALL.fullmatch(text)
-    example = "such as grpo(epsilon_high=0.28) or my_module:my_function(scale=2.0)"
+    example = "such as sapo(temperature_positive=0.8) or my_module:my_function(scale=2.0)"
     if match is None:
         raise ValueError(f"{setting} is {text!r}; it must be a name or module:function, {example}")
     try:
@@ -44,16 +40,17 @@ def parse_call(text: str, setting: str) -> tuple[str, dict[str, Any]]:
         ) from None
 
 
-def find_function(text: str, setting: str, table: Mapping[str, Callable]) -> Callable:
+def find_function(text: str, setting: str, table: Mapping[str, Callable], passed: Collection[str]) -> Callable:
     """The function that a setting names, with its keyword arguments bound.
 
     Args:
         text: a name in ``table`` or ``module:function``, with or without arguments; see ``parse_call``.
         setting: its name, for errors.
         table: the built-in functions.
+        passed: names of the arguments that the run passes, which cannot be bound.
 
     Raises:
-        ValueError: there is no such function, or it does not take an argument.
+        ValueError: there is no such function, it does not take an argument, or the run passes that argument.
     """
     name, arguments = parse_call(text, setting)
     if ":" not in name and name not in table:
@@ -63,7 +60,13 @@ def find_function(text: str, setting: str, table: Mapping[str, Callable]) -> Cal
     unknown = [] if known is None else [each for each in arguments if each not in known]
     if unknown:
         raise ValueError(f"{setting}: {name} has no argument {unknown[0]!r}; it has {', '.join(known or ())}")
-    return Bound(function, **arguments) if arguments else function
+    clashing = [each for each in arguments if each in passed]
+    if clashing:
+        raise ValueError(
+            f"{setting}: the run passes {clashing[0]!r} to {name}; leave it out of the parentheses, and use the "
+            "setting of that name if there is one"
+        )
+    return partial(function, **arguments) if arguments else function
 
 
 def accepted(function: Callable) -> list[str] | None:
@@ -75,11 +78,6 @@ def accepted(function: Callable) -> list[str] | None:
 
 
 def call_with(function: Callable, *args: Any, **available: Any) -> Any:
-    """``function(*args, ...)`` with those of the available keyword arguments that it takes.
-
-    Arguments that were bound by ``find_function`` are kept.
-    """
+    """``function(*args, ...)`` with those of the available keyword arguments that it takes."""
     known = accepted(function)
-    bound = function.keywords if isinstance(function, Bound) else {}
-    taken = {name: value for name, value in available.items() if name not in bound and (known is None or name in known)}
-    return function(*args, **taken)
+    return function(*args, **{name: value for name, value in available.items() if known is None or name in known})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from jaxtyping import Array, Bool, Float
 
@@ -55,6 +56,8 @@ def process_supervised(
     return advantage.process_supervised(step_rewards, is_step_end, group_size=group_size, ddof=ddof, epsilon=epsilon)
 
 
+# What the run passes to an advantage, by name.
+ADVANTAGE_INPUTS = ("rewards", "group_size", "reward_parts", "reward_weights", "step_rewards", "is_step_end")
 ADVANTAGES: dict[str, Callable] = {
     "group_relative": advantage.group_relative,
     "dr_grpo": advantage.dr_grpo,
@@ -127,9 +130,14 @@ class GRPOConfig(OnlineConfig):
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
 
     @property
+    def advantage_function(self) -> Callable[..., jax.Array]:
+        """The function that ``advantage`` names."""
+        return find_function(self.advantage, "advantage", ADVANTAGES, ADVANTAGE_INPUTS)
+
+    @property
     def advantage_inputs(self) -> list[str]:
         """Names of the inputs that the advantage function takes."""
-        known = accepted(find_function(self.advantage, "advantage", ADVANTAGES))
+        known = accepted(self.advantage_function)
         return ["rewards", "group_size"] if known is None else known
 
     @property
@@ -182,9 +190,8 @@ PRESETS: dict[str, Preset[GRPOConfig]] = {
         "sums of several numbers with a toy model that is trained first; minutes on one CPU",
         paper="R1-Zero in the small (DeepSeek-AI, arXiv 2501.12948, section 2.2)",
         hardware="one CPU core",
-        memory="1 GiB of host memory",
         cost="2 to 3 minutes (measured)",
-        score="held-out pass@1 from .09-.10 to .87-.92, maj@16 from .21 to .96-.98 (measured, several machines)",
+        score="held-out pass@1 from .09-.10 to .88-.92, maj@16 from .21 to .96-.98 (measured, several machines)",
     ),
     "r1-zero-gsm8k": Preset(
         lambda: GRPOConfig(
@@ -198,8 +205,8 @@ PRESETS: dict[str, Preset[GRPOConfig]] = {
         ),
         "R1-Zero on grade-school mathematics from a 0.5B base model",
         paper="DeepSeek-R1-Zero (arXiv 2501.12948, section 2.2) at a small size",
-        hardware="one GPU or TPU chip with 16 GiB or more",
-        score="not measured here; the base model is published with 41.6 % (4-shot; Qwen2.5 report, arXiv 2412.15115)",
+        hardware="one GPU or TPU chip (memory not measured)",
+        score="not measured here",
     ),
     "dr-grpo": Preset(
         lambda: GRPOConfig(
@@ -214,7 +221,7 @@ PRESETS: dict[str, Preset[GRPOConfig]] = {
         ),
         "Dr.GRPO: no division by length or standard deviation",
         paper="Understanding R1-Zero-like training (arXiv 2503.20783)",
-        hardware="one accelerator with 40 GiB or more, or several with --mesh.fsdp",
+        hardware="one GPU or TPU chip, or several with --mesh.fsdp (memory not measured)",
         score="not measured here",
     ),
     "dapo-math": Preset(
@@ -252,7 +259,7 @@ PRESETS: dict[str, Preset[GRPOConfig]] = {
         ),
         "RLOO: leave-one-out baseline, KL in the reward",
         paper="Back to Basics (arXiv 2402.14740)",
-        hardware="one GPU or TPU chip with 24 GiB or more",
+        hardware="one GPU or TPU chip (memory not measured)",
         score="not measured here",
     ),
 }

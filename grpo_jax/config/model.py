@@ -82,7 +82,7 @@ class PolicyConfig(ModelConfig):
     max_completion_length: int | None = None
     """Longest completion in tokens. Default: 1024, or less where the model has fewer positions."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion, besides the model's own, such as '<|im_end|>'."""
+    """Tokens that end a completion, in addition to the model's own, such as '<|im_end|>'."""
     sampling: Sampling = Sampling()
     """Sampling parameters. The temperature also applies to every log-probability of the policy."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None

@@ -41,7 +41,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
     alarms: AlarmConfig = AlarmConfig()
     """Alarms."""
     eval_every: int = 10
-    """Steps between evaluations, besides those before the first and after the last step; 0 for these two alone."""
+    """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
     eval_samples: int = 4
     """Completions per held-out problem, for pass@1 and the majority vote."""
     samples_every: int = 10

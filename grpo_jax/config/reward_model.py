@@ -44,7 +44,7 @@ class RewardModelConfig(RunConfig, ModelConfig):
     """Longest completion in tokens; pairs with longer ones are dropped. Default: 1024, or less where the model has
     fewer positions."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a completion, besides the model's own, such as '<|im_end|>'."""
+    """Tokens that end a completion, in addition to the model's own, such as '<|im_end|>'."""
     centring: float = 0.01
     """Coefficient of the squared sum of a pair's scores, which keeps scores around 0."""
     use_margins: bool = True
@@ -54,7 +54,7 @@ class RewardModelConfig(RunConfig, ModelConfig):
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
     """Optimizer."""
     eval_every: int = 20
-    """Steps between evaluations, besides those before the first and after the last step; 0 for these two alone."""
+    """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""

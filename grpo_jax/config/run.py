@@ -47,7 +47,7 @@ class RunConfig:
     """The run folder, checkpoints and logs.
 
     Attributes:
-        RESUMABLE_FIELDS: fields that may change on resume, besides ``LAYOUT_FIELDS``: they do not change results.
+        RESUMABLE_FIELDS: fields that may change on resume, as ``LAYOUT_FIELDS`` may: they do not change results.
         EXTENDABLE_FIELDS: fields with which a finished run continues when they change.
         COMMON_FLAGS: the flags that ``--help`` explains.
     """
@@ -65,7 +65,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Experiment trackers to log to, besides the run folder."""
+    """Experiment trackers to log to, in addition to the run folder."""
     plain: bool = False
     """Print plain lines instead of the live view."""
 

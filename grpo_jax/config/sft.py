@@ -47,7 +47,7 @@ class SFTConfig(RunConfig, PolicyConfig):
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
     """Optimizer."""
     eval_every: int = 20
-    """Steps between evaluations, besides those before the first and after the last step; 0 for these two alone."""
+    """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""

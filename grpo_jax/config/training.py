@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,13 @@ LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
 }
 KL: dict[str, Callable] = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw}
+# What the run passes to each, by name: arguments in parentheses cannot be these.
+OPTIMIZER_INPUTS = ("learning_rate", "weight_decay")
+LOSS_INPUTS = (
+    *("log_probs", "advantages", "mask", "old_log_probs", "ref_log_probs", "rollout_log_probs", "entropy"),
+    *("epsilon_low", "epsilon_high", "kl", "kl_coef", "kl_correction", "entropy_coef", "importance_cap"),
+    "max_completion_length",
+)
 LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 
 
@@ -54,7 +62,7 @@ class OptimizerConfig:
         for name in ("warmup_updates", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        known = accepted(find_function(self.optimizer, "optimizer", OPTIMIZERS))
+        known = accepted(find_function(self.optimizer, "optimizer", OPTIMIZERS, OPTIMIZER_INPUTS))
         if self.weight_decay and known is not None and "weight_decay" not in known:
             raise ValueError(f"weight_decay is set, but {self.optimizer} has no weight_decay; set it to 0")
         self.build(total_updates=1)  # checks the optimizer's arguments
@@ -86,8 +94,10 @@ class OptimizerConfig:
             total_steps=max(self.warmup_updates, total_updates) if is_constant else total_updates,
             decay=self.decay,
         )
-        make = find_function(self.optimizer, "optimizer", OPTIMIZERS)
-        given: dict[str, Any] = {"weight_decay": self.weight_decay} if self.weight_decay else {}
+        make = find_function(self.optimizer, "optimizer", OPTIMIZERS, OPTIMIZER_INPUTS)
+        # A function with a default of its own, such as optax.adamw's 1e-4, must not decay where the setting says 0.
+        is_named = "weight_decay" in (accepted(make) or ())
+        given: dict[str, Any] = {"weight_decay": self.weight_decay} if self.weight_decay or is_named else {}
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), call_with(make, schedule, **given)), schedule
 
 
@@ -128,8 +138,8 @@ class PolicyLossConfig:
             )
         if self.kl_correction and not self.kl_coef:
             raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
-        find_function(self.kl, "kl", KL)
-        known = accepted(find_function(self.loss, "loss", LOSSES))
+        find_function(self.kl, "kl", KL, ("log_probs", "ref_log_probs"))
+        known = accepted(find_function(self.loss, "loss", LOSSES, LOSS_INPUTS))
         for name in ("epsilon_low", "epsilon_high", "entropy_coef", "importance_cap", "kl_coef", "kl_correction"):
             if getattr(self, name) and known is not None and name not in known:
                 raise ValueError(f"{name} is set, but the loss {self.loss} has no argument {name}; leave it out")
@@ -150,17 +160,18 @@ class PolicyLossConfig:
                 log-probabilities then differ from the policy's by design, and are compared only where importance_cap
                 corrects for it.
         """
-        policy_loss = find_function(self.loss, "loss", LOSSES)
+        policy_loss = find_function(self.loss, "loss", LOSSES, LOSS_INPUTS)
         epsilons = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
         settings = {
             **{name: value for name, value in epsilons.items() if value is not None},
-            "kl": find_function(self.kl, "kl", KL),
+            "kl": find_function(self.kl, "kl", KL, ("log_probs", "ref_log_probs")),
             "kl_coef": self.kl_coef,
             "kl_correction": self.kl_correction,
             "entropy_coef": self.entropy_coef,
             "importance_cap": self.importance_cap,
-            "max_completion_length": max_completion_length,
         }
+        if "max_completion_length" in inspect.signature(policy_loss).parameters:  # no argument of grpo_loss
+            settings["max_completion_length"] = max_completion_length
         compare = self.importance_cap is not None or not sampler_alters_policy
 
         def loss_fn(params: Params, batch: Batch) -> tuple[Mean, Metrics]:

@@ -108,15 +108,17 @@ def starting_point(
     file, name = None, None
     for number, arg in enumerate(flags):
         if arg == "--config" or arg.startswith("--config="):
-            if arg == "--config" and number + 1 == len(flags):
+            value = arg.partition("=")[2] if "=" in arg else "".join(flags[number + 1 : number + 2])
+            if not value:
                 raise ValueError("--config needs the name of a file")
-            file = Path(arg.partition("=")[2] or flags[number + 1])
+            file = Path(value)
             del flags[number : number + (2 if arg == "--config" else 1)]
             break
     if presets and flags and not flags[0].startswith("-"):
         name = flags.pop(0)
     settings = {} if file is None else read_settings_file(file)
-    name = name or settings.pop("preset", None)
+    of_file = settings.pop("preset", None)
+    name = name or of_file
     of_model = [flag.flag for flag in flags_of(config_type) if flag.path == ("model",)]  # distill.py calls it --teacher
     if name is None and file is None and not any(flag.partition("=")[0] in of_model for flag in flags):
         name = TOY if TOY in presets else None

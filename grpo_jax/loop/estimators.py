@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
-from grpo_jax.config.functions import call_with, find_function
-from grpo_jax.config.grpo import ADVANTAGES, GRPOConfig
+from grpo_jax.config.functions import call_with
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.data.encoded import last_tokens
 from grpo_jax.loop.experience import has_reward_variance
 from grpo_jax.masked import masked_sum
@@ -86,7 +86,7 @@ def make_train_batch(
         completion_ids=rollout.completion_ids,
         completion_mask=rollout.completion_mask,
         loss_mask=rollout.completion_mask & kept[:, None],
-        advantages=call_with(find_function(config.advantage, "advantage", ADVANTAGES), **inputs),
+        advantages=call_with(config.advantage_function, **inputs),
         rollout_log_probs=rollout.rollout_log_probs,
         old_log_probs=old_log_probs if config.updates_per_step > 1 else None,
         ref_log_probs=ref_log_probs,

@@ -55,7 +55,7 @@ class Run:
     Raises:
         ValueError: the folder holds a run with another configuration (the differences are listed), or files but no run.
         RuntimeError: another process is running in the folder.
-        NotImplementedError: there are several hosts.
+        NotImplementedError: JAX runs on several hosts.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Run:
         return any(row["step"] == step and name in row for row in read_jsonl(self.metrics_log.path))
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Write a checkpoint; that of the best evaluation so far is kept besides the newest.
+        """Write a checkpoint; that of the best evaluation so far is kept along with the newest.
 
         Args:
             step: the step.

@@ -131,7 +131,7 @@ def attend(
 
 
 class AttentionInputs(NamedTuple):
-    """The inputs of a layer's attention besides the residual stream.
+    """The inputs of a layer's attention other than the residual stream.
 
     Attributes:
         rotation: rotary cosines and sines of the tokens.

@@ -12,7 +12,7 @@ from grpo_jax.models.hf_fields import LAYER_TYPES, check_number, check_object
 
 Fields = Mapping[str, Any]
 
-# Required and optional fields of each kind, besides the base.
+# Required and optional fields of each kind, other than the base.
 ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),

@@ -81,7 +81,7 @@ class AlarmConfig:
             raise ValueError(f"alarms.patience is {self.patience}; it must be at least 1")
 
     def level(self, name: str) -> Level:
-        """The action when an alarm fires, besides the log entry."""
+        """The action when an alarm fires, in addition to the log entry."""
         return "stop" if name in self.stop_at else "checkpoint" if name in self.checkpoint_at else "warn"
 
 

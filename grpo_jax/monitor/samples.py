@@ -69,7 +69,7 @@ def shorten(text: str, limit: int) -> str:
     """``text``, shortened in the middle to ``limit`` characters, with a note of its full length there.
 
     Raises:
-        ValueError: ``limit`` is below 60, which leaves little room besides the note.
+        ValueError: ``limit`` is below 60, which leaves little room next to the note.
     """
     if limit < 60:
         raise ValueError(f"limit is {limit}; it must be at least 60 characters")

@@ -125,7 +125,7 @@ class Sandbox:
 
     Args:
         limits: resource limits of each program.
-        packages: folders of packages that programs may import besides the standard library.
+        packages: folders of packages that programs may import in addition to the standard library.
         python: path of the interpreter. Default: the running one, or ``/usr/bin/python3`` if a sandbox cannot read it.
 
     Raises:

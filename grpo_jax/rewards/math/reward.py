@@ -35,7 +35,7 @@ def math_reward(
         completions: ``[B]`` completions; the final answer is ``extract_answer(completion, prompt)``. A completion
             without one scores 0.0.
         answer: ``[B]`` gold answers, bare or as solutions (``gold_answer``).
-        form: form that expressions must have besides being equal: ``expanded`` (a sum of distinct monomials),
+        form: form that expressions must have in addition to being equal: ``expanded`` (a sum of distinct monomials),
             ``factored`` (a product of irreducible polynomials) or ``as-written`` (the same text up to spacing and
             spelling). For tasks such as "expand (x+1)(x+2)", where a copy of the question equals its answer.
 
