@@ -34,12 +34,10 @@ from grpo_jax.data.preferences import EncodedPreferences, PairBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import template_columns
-from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.jsonl import write_atomically
-from grpo_jax.loop.checks import check_divides
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline import train_offline
-from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
+from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, start_model
@@ -58,33 +56,14 @@ def main(config: DPOConfig) -> int:
     return run_experiment(config, train, title="DPO")
 
 
-def check(config: DPOConfig) -> None:
-    """Check the mesh and that batches divide over it, before anything is computed."""
-    check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
-
-
 def train(config: DPOConfig, run: Run) -> None:
-    check(config)
     mesh = config.mesh.build()
-    stats = DataStatistics()
-    preferences, held_out = load_preference_sets(config.data, config.seed, stats)
-    stats.report(run.say, run.folder / "data.json")
-    run.stop_if_requested()
+    sets = load_sets(config, run, load_preference_sets)
     judge = None if config.judge is None else import_reward(config.judge)
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
     rendering = resolve_rendering(config.data, policy, say=run.say, today=run.start_date)
-    encode = partial(
-        encode_preference_set,
-        config.data,
-        policy=policy,
-        max_prompt_length=config.prompt_length,
-        max_completion_length=config.completion_length,
-        rendering=rendering,
-    )
-    pairs, held_out_pairs = encode(preferences), encode(held_out)
-    if pairs.dropped:
-        run.say(f"{pairs.dropped} of {len(preferences)} pairs dropped: too long")
+    pairs, held_out_pairs = encode_preference_sets(run, sets, policy, lengths=config.lengths, rendering=rendering)
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
     rows = held_out_pairs.preferences[: config.num_eval_prompts]
     prompts = EncodedProblems(

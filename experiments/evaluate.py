@@ -46,11 +46,6 @@ def main(config: EvaluationConfig) -> int:
     return run_experiment(config, evaluate, title="Evaluation", again=True)
 
 
-def check(config: EvaluationConfig) -> None:
-    """Check the mesh, before anything is computed."""
-    config.mesh.build()
-
-
 def evaluate(config: EvaluationConfig, run: Run) -> None:
     report = read_report(run.folder) if run.is_finished else None
     if report is None or differences(report["config"], run.settings, LAYOUT_FIELDS):

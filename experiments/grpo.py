@@ -22,7 +22,7 @@ import numpy as np
 
 from grpo_jax.config.grpo import PRESETS, GRPOConfig
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop.checks import check_divides, check_finite
+from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs, per_completion, select_rows
@@ -45,16 +45,7 @@ def main(config: GRPOConfig) -> int:
     return run_experiment(config, train, title="GRPO")
 
 
-def check(config: GRPOConfig) -> None:
-    """Check that batches divide over the devices."""
-    mesh = config.mesh.build()
-    rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
-    check_divides(config.num_prompts, mesh, "num_prompts")
-    check_divides(rows, mesh, "the completions of a micro-batch")
-
-
 def train(config: GRPOConfig, run: Run) -> None:
-    check(config)
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
     log_probs = partial(completion_log_probs, collector.policy.model, temperature=config.sampling.temperature)

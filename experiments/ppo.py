@@ -28,20 +28,20 @@ from jax.sharding import Mesh
 from grpo_jax import advantage, loss
 from grpo_jax.config.ppo import PRESETS, PPOConfig
 from grpo_jax.config.presets import preset
-from grpo_jax.loop.checks import check_divides, check_finite
+from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import TOY_FOLDER, load_model
-from grpo_jax.loop.stages import load_scripts
+from grpo_jax.loop.setup import load_model
+from grpo_jax.loop.stages import Stage
 from grpo_jax.masked import masked_mean, masked_sum
 from grpo_jax.models import Pretrained
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import replicated, shard_rows
-from grpo_jax.tasks.toy_config import TOY
+from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER
 from grpo_jax.train import (
     completion_log_probs,
     completion_values,
@@ -54,29 +54,23 @@ from grpo_jax.train import (
 )
 from grpo_jax.types import Batch, Mean, Params, Rollout, TrainState
 
+SCRIPTS = Path(__file__).parent
+
 
 def main(config: PPOConfig) -> int:
     """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
-    check(config)
+    config.check_devices()
     if not config.has_reward:
         folder = config.run_dir.with_name(f"{config.run_dir.name}_reward_model")
         shared = {name: getattr(config, name) for name in ("model", "toy", "seed", "mesh", "plain")}
-        (reward_model,) = load_scripts(Path(__file__).parent, "reward_model")
-        status = reward_model.main(replace(preset("reward_model"), run_dir=folder, **shared))
+        training = Stage(SCRIPTS / "reward_model.py", replace(preset("reward_model"), run_dir=folder, **shared))
+        status = training.run()
         if status:
             return status
         rewards = replace(config.rewards, reward_model=str(folder / "model"))
         model = str(folder / TOY_FOLDER) if config.model == TOY else config.model
         config = replace(config, rewards=rewards, model=model)
     return run_experiment(config, train, title="PPO")
-
-
-def check(config: PPOConfig) -> None:
-    """Check the mesh and that batches divide over it, before anything is computed."""
-    mesh = config.mesh.build()
-    rows = config.num_prompts * config.group_size // (config.num_minibatches * config.micro_batches)
-    check_divides(config.num_prompts, mesh, "num_prompts")
-    check_divides(rows, mesh, "the completions of a micro-batch")
 
 
 def train(config: PPOConfig, run: Run) -> None:

@@ -27,16 +27,22 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config.prompts import prompt_flags
-from grpo_jax.config.rejection_sampling import PRESETS, RejectionSamplingConfig
+from grpo_jax.config.rejection_sampling import DATASET, PAIRS, PRESETS, RejectionSamplingConfig
 from grpo_jax.data.conversations import load_demonstrations
 from grpo_jax.data.files import read_rows
-from grpo_jax.data.selection import FILTERS, Selection, balance_difficulty, check_some_left, select
+from grpo_jax.data.selection import (
+    FILTERS,
+    Selection,
+    balance_difficulty,
+    check_some_left,
+    preference_pairs,
+    select,
+)
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.batch_inference import read_provenance, read_samples, run_batch_inference
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.run import Run, run_experiment
 
-DATASET = "dataset.jsonl"
 PASS_RATE_BINS = 4
 """Bins of the reported pass rates if ``selection.balance`` is not set."""
 
@@ -44,11 +50,6 @@ PASS_RATE_BINS = 4
 def main(config: RejectionSamplingConfig) -> int:
     """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
     return run_experiment(config, sample_and_select, title="rejection sampling")
-
-
-def check(config: RejectionSamplingConfig) -> None:
-    """Check the mesh, before anything is computed."""
-    config.mesh.build()
 
 
 def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
@@ -80,6 +81,15 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
             yield from map(as_line, file.rows(numbers))
 
     write_atomically(run.folder / DATASET, lines())
+    pairs = [*pair_rows(run.folder, config)] if config.pairs_per_problem else []
+    if config.pairs_per_problem:
+        if not pairs:
+            raise ValueError(
+                "pairs_per_problem is set, but no problem has both a completion that passes and one that does not: "
+                "sample more problems or more completions per problem"
+            )
+        write_atomically(run.folder / PAIRS, map(as_line, pairs))
+        run.say(f"{len(pairs)} pairs of a completion that passes and one that does not in {run.folder / PAIRS}")
     by_pass_rate = count_by_pass_rate(choices, selected, config.selection.balance or PASS_RATE_BINS)
     mean_length = float(np.mean(lengths))
     command = sft_command(run.folder / DATASET, provenance["prompt_format"], config.stop_tokens)
@@ -93,6 +103,7 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
             "mean_length": mean_length,
             "general": [file.summary(len(numbers)) for file, numbers in zip(general, added, strict=True)],
             "rows": len(lengths) + sum(map(len, added)),
+            "pairs": len(pairs),
             "teach_with": command,
             "provenance": provenance,
         }
@@ -127,6 +138,22 @@ def selected_rows(
                 "provenance": dict(provenance),
             }
             yield row, samples.lengths[n]
+
+
+def pair_rows(folder: Path, config: RejectionSamplingConfig) -> Iterator[dict[str, Any]]:
+    """Rows of ``preferences.jsonl``, by problem.
+
+    Args:
+        folder: run folder with the samples.
+        config: what a completion must pass, and the number of pairs per problem.
+    """
+    for samples in read_samples(folder):
+        for chosen, rejected in preference_pairs(samples, config.selection, max_pairs=config.pairs_per_problem):
+            yield {
+                "prompt": samples.problem.prompt,
+                "chosen": samples.completions[chosen],
+                "rejected": samples.completions[rejected],
+            }
 
 
 class GeneralFile:

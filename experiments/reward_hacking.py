@@ -25,7 +25,7 @@ from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.stages import load_scripts
+from grpo_jax.loop.stages import Stage
 from grpo_jax.monitor.plots import series
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.language import language_reward
@@ -103,7 +103,7 @@ class Hole:
     num_steps: int = 60
 
 
-(grpo,) = load_scripts(Path(__file__).parent, "grpo")
+GRPO = Path(__file__).with_name("grpo.py")
 TOY = preset("grpo")
 HOLES = {
     "length": Hole(pays_length),
@@ -138,25 +138,24 @@ def main(config: Config) -> int:
     for name in config.holes:
         hole, folder = HOLES[name], config.run_dir / name
         module = Path(__file__).stem
-        status = grpo.main(
-            replace(
-                TOY,
-                toy=hole.toy,
-                run_dir=folder,
-                seed=config.seed,
-                num_steps=config.num_steps or hole.num_steps,
-                eval_every=0,
-                rewards=RewardConfig(
-                    accuracy_weight=0.0,
-                    reward=(f"{module}:{hole.reward.__name__}",),
-                    judge=None if hole.judge is None else f"{module}:{hole.judge.__name__}",
-                    target_language=hole.target_language,
-                    reward_workers=0,
-                ),
-                mesh=MeshConfig(data=1),
-                plain=True,
-            )
+        settings = replace(
+            TOY,
+            toy=hole.toy,
+            run_dir=folder,
+            seed=config.seed,
+            num_steps=config.num_steps or hole.num_steps,
+            eval_every=0,
+            rewards=RewardConfig(
+                accuracy_weight=0.0,
+                reward=(f"{module}:{hole.reward.__name__}",),
+                judge=None if hole.judge is None else f"{module}:{hole.judge.__name__}",
+                target_language=hole.target_language,
+                reward_workers=0,
+            ),
+            mesh=MeshConfig(data=1),
+            plain=True,
         )
+        status = Stage(GRPO, settings).run()
         if status:
             return status
         table[name] = row_of(folder)

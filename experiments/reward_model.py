@@ -24,11 +24,10 @@ from grpo_jax.config.reward_model import PRESETS, RewardModelConfig
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
-from grpo_jax.data.statistics import DataStatistics
-from grpo_jax.loop.checks import check_divides, check_length
+from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline import train_offline
-from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
+from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, model_facts, start_model, with_stop_tokens
@@ -45,33 +44,14 @@ def main(config: RewardModelConfig) -> int:
     return run_experiment(config, train, title="reward model")
 
 
-def check(config: RewardModelConfig) -> None:
-    """Check the mesh and that batches divide over it, before anything is computed."""
-    check_divides(config.num_pairs // config.num_micro_batches, config.mesh.build(), "the pairs of a micro-batch")
-
-
 def train(config: RewardModelConfig, run: Run) -> None:
-    check(config)
     mesh = config.mesh.build()
-    stats = DataStatistics()
-    preferences, held_out = load_preference_sets(config.data, config.seed, stats)
-    stats.report(run.say, run.folder / "data.json")
-    run.stop_if_requested()
+    sets = load_sets(config, run, load_preference_sets)
     start = start_model(config, run, seed=config.seed)
     scorer = with_stop_tokens(load_model(config, start, mesh, scalar_head=True), config.stop_tokens)
     check_length(sum(config.lengths), scorer, PROMPT_AND_COMPLETION)
     rendering = resolve_rendering(config.data, scorer, say=run.say, today=run.start_date)
-    encode = partial(
-        encode_preference_set,
-        config.data,
-        policy=scorer,
-        max_prompt_length=config.lengths[0],
-        max_completion_length=config.lengths[1],
-        rendering=rendering,
-    )
-    pairs, held_out_pairs = encode(preferences), encode(held_out)
-    if pairs.dropped:
-        run.say(f"{pairs.dropped} of {len(preferences)} pairs dropped: too long")
+    pairs, held_out_pairs = encode_preference_sets(run, sets, scorer, lengths=config.lengths, rendering=rendering)
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
 
     def loss_fn(params: Params, batch: Pairs):

@@ -28,11 +28,10 @@ from grpo_jax.data.packing import PackedBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import Rendering, template_columns
-from grpo_jax.data.statistics import DataStatistics
-from grpo_jax.loop.checks import check_divides, check_length
+from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline import train_offline
-from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets
+from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, start_model
@@ -49,18 +48,9 @@ def main(config: SFTConfig) -> int:
     return run_experiment(config, train, title="SFT")
 
 
-def check(config: SFTConfig) -> None:
-    """Check the mesh and that batches divide over it, before anything is computed."""
-    check_divides(config.num_sequences // config.num_micro_batches, config.mesh.build(), "the rows of a micro-batch")
-
-
 def train(config: SFTConfig, run: Run) -> None:
-    check(config)
     mesh = config.mesh.build()
-    stats = DataStatistics()
-    demonstrations, held_out = load_demonstration_sets(config.data, config.seed, stats)
-    stats.report(run.say, run.folder / "data.json")
-    run.stop_if_requested()
+    demonstrations, held_out = load_sets(config, run, load_demonstration_sets)
     start = start_model(config, run, seed=config.seed)
     policy = load_policy(config, start, mesh)
     check_length(config.row_length, policy, "max_length")

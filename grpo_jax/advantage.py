@@ -58,22 +58,22 @@ def group_relative(
 
 
 def gdpo(
-    parts: Float[Array, "K B"],
-    weights: Float[Array, " K"],
+    reward_parts: Float[Array, "K B"],
+    reward_weights: Float[Array, " K"],
     *,
     group_size: int,
     epsilon: float = 1e-6,
     require_all: bool = True,
 ) -> Float[Array, " B"]:
-    """``standardize(sum_k weights_k group_relative(parts_k))``: GDPO (arXiv 2601.05242, section 3).
+    """``standardize(sum_k reward_weights_k group_relative(reward_parts_k))``: GDPO (arXiv 2601.05242, section 3).
 
     Every reward is normalised within its groups before the weighted sum, which is then standardized over the batch.
     GRPO normalises the sum instead: combinations of rewards with equal sums then have equal advantages, and a reward of
     large variance dominates one of small variance.
 
     Args:
-        parts: K rewards of each completion; NaN where missing.
-        weights: of the normalised rewards.
+        reward_parts: K rewards of each completion; NaN where missing.
+        reward_weights: of the normalised rewards.
         group_size: samples per prompt.
         epsilon: added to the standard deviations.
         require_all: whether a completion with a missing reward is left out of all statistics, with an advantage of 0.
@@ -82,13 +82,13 @@ def gdpo(
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
     """
-    _check_rewards(parts, 2)
-    chex.assert_shape(weights, parts.shape[:1], custom_message="weights: one per reward")
-    missing = jnp.isnan(parts)
+    _check_rewards(reward_parts, 2)
+    chex.assert_shape(reward_weights, reward_parts.shape[:1], custom_message="reward_weights: one per reward")
+    missing = jnp.isnan(reward_parts)
     present = ~(missing.any(0) if require_all else missing.all(0))
-    kept = jnp.where(present[None, :], parts, jnp.nan)  # group_relative gives 0 where a part is missing
+    kept = jnp.where(present[None, :], reward_parts, jnp.nan)  # group_relative gives 0 where a part is missing
     normalised = jax.vmap(lambda part: group_relative(part, group_size=group_size, epsilon=epsilon))(kept)
-    return _standardize((weights[:, None] * normalised).sum(0), present, epsilon)
+    return _standardize((reward_weights[:, None] * normalised).sum(0), present, epsilon)
 
 
 def rloo(rewards: Float[Array, " B"], *, group_size: int) -> Float[Array, " B"]:
@@ -192,7 +192,7 @@ def token_rewards(
 
 
 def process_supervised(
-    rewards: Float[Array, "B T"],
+    step_rewards: Float[Array, "B T"],
     is_step_end: Bool[Array, "B T"],
     *,
     group_size: int,
@@ -205,9 +205,9 @@ def process_supervised(
     completions (arXiv 2402.03300, section 4.1.3).
 
     Args:
-        rewards: of reasoning steps, at their last tokens; a step whose reward is NaN is left out.
-        is_step_end: True at the last token of a step; ``rewards`` is ignored elsewhere. The last step may end with the
-            answer and have the outcome as its reward.
+        step_rewards: of reasoning steps, at their last tokens; a step whose reward is NaN is left out.
+        is_step_end: True at the last token of a step; ``step_rewards`` is ignored elsewhere. The last step may end with
+            the answer and have the outcome as its reward.
         group_size: samples per prompt.
         ddof: degrees of freedom subtracted in the standard deviation.
         epsilon: added to the standard deviation.
@@ -218,13 +218,13 @@ def process_supervised(
     Raises:
         ValueError: at trace time, when group_size is below 2 or does not divide B.
     """
-    _check_rewards(rewards, 2)
-    chex.assert_shape(is_step_end, rewards.shape, custom_message="is_step_end")
-    _check_groups(rewards.shape[0], group_size)
-    present = is_step_end & ~jnp.isnan(rewards)
-    groups = (x.reshape(rewards.shape[0] // group_size, -1) for x in (rewards, present))
+    _check_rewards(step_rewards, 2)
+    chex.assert_shape(is_step_end, step_rewards.shape, custom_message="is_step_end")
+    _check_groups(step_rewards.shape[0], group_size)
+    present = is_step_end & ~jnp.isnan(step_rewards)
+    groups = (x.reshape(step_rewards.shape[0] // group_size, -1) for x in (step_rewards, present))
     normalised = jax.vmap(lambda x, mask: _standardize(_above_smallest(x, mask), mask, epsilon, ddof))(*groups)
-    return jnp.cumsum(normalised.reshape(rewards.shape)[:, ::-1], axis=1)[:, ::-1]
+    return jnp.cumsum(normalised.reshape(step_rewards.shape)[:, ::-1], axis=1)[:, ::-1]
 
 
 def hybrid(

@@ -5,12 +5,13 @@ import shlex
 from pathlib import Path
 
 import jax
-import pytest
 
 from grpo_jax.config.presets import SCRIPTS, preset
+from grpo_jax.data.preferences import EncodedPreferences
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop.command import run_command
+from grpo_jax.loop.command import INTERRUPTED, run_command
 from grpo_jax.loop.run import Run
+from grpo_jax.loop.stages import Stage
 
 TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
 TIMING += ("scoring_time", "update_time", "reshard_time", "reshard_bytes")
@@ -54,8 +55,41 @@ def kill_in_second_save(main, config, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            main(config)
+        try:
+            assert main(config) == INTERRUPTED  # a pipeline, whose stage is a command
+        except KeyboardInterrupt:
+            return
+
+
+def record_stages(monkeypatch, statuses=None):
+    """In place of running them, a list of the stages of a pipeline: the script's name and the settings of each.
+
+    ``statuses`` are exit statuses by script; a stage that ends with another than 0 is not in the list.
+    """
+    begun = []
+
+    def record(stage):
+        status = (statuses or {}).get(stage.script.stem, 0)
+        begun.extend([] if status else [(stage.script.stem, stage.config)])
+        return status
+
+    monkeypatch.setattr(Stage, "run", record)
+    monkeypatch.setattr("grpo_jax.loop.stages.run_experiment", lambda *args, **settings: 0)
+    monkeypatch.setattr("grpo_jax.loop.stages.check_models", lambda stages: None)
+    return begun
+
+
+def encode_preferences(preferences, model, *, max_prompt_length, max_completion_length, rendering):
+    """Preferences as the tokens of a model."""
+    return EncodedPreferences(
+        preferences,
+        model.tokenizer,
+        eos_ids=model.eos_ids,
+        pad_id=model.pad_id,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
+        **rendering,
+    )
 
 
 def parsed_commands(text):

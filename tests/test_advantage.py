@@ -616,7 +616,11 @@ def test_shapes_that_do_not_fit_are_refused_at_trace_time_and_named():
         (inspect.unwrap(gae), (x_of_tokens, x_of_tokens[:, 1:], ones), "values"),
         (inspect.unwrap(gae), (x_of_tokens, x_of_tokens, ones[:, 1:]), "mask"),
         (partial(inspect.unwrap(process_supervised), group_size=4), (x_of_tokens, ones[:, 0]), "is_step_end"),
-        (partial(inspect.unwrap(gdpo), group_size=4), (jnp.zeros((2, 8)), jnp.ones(3)), "weights: one per reward"),
+        (
+            partial(inspect.unwrap(gdpo), group_size=4),
+            (jnp.zeros((2, 8)), jnp.ones(3)),
+            "reward_weights: one per reward",
+        ),
     ]:
         with pytest.raises(AssertionError, match=rf"\[{name}\]"):
             jax.eval_shape(f, *arrays)

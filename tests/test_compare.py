@@ -9,14 +9,15 @@ import pytest
 
 from experiments import compare
 from experiments.bench import memory as bench_memory
-from experiments.compare import Config
+from grpo_jax.config.compare import CompareConfig as Config
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
-from grpo_jax.data.selection import SelectionConfig
-from grpo_jax.jsonl import read_jsonl, to_json, write_atomically
+from grpo_jax.jsonl import to_json, write_atomically
+from grpo_jax.loop import update_memory
 from grpo_jax.loop.command import run_command
-from tests.runs import kill_in_second_save, parsed_commands, write_rows
+from grpo_jax.loop.stages import Stage
+from tests.runs import kill_in_second_save, parsed_commands, record_stages, write_rows
 
 STEPS, PROMPTS, GROUP = 6, 4, 4
 
@@ -24,14 +25,7 @@ STEPS, PROMPTS, GROUP = 6, 4, 4
 @pytest.fixture
 def parts(monkeypatch):
     """What the comparison would run, instead of running it: the name of the script and its configuration."""
-    begun = []
-    for name in ("grpo", "ppo", "dpo", "sft", "rejection_sampling", "evaluate"):
-        script = getattr(compare, name)
-        monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
-    monkeypatch.setattr(compare, "write_pairs", lambda folder, selection, **settings: begun.append(("pairs", folder)))
-    monkeypatch.setattr("grpo_jax.loop.stages.run_experiment", lambda *args, **settings: 0)
-    monkeypatch.setattr("grpo_jax.loop.stages.check_models", lambda stages: None)
-    return begun
+    return record_stages(monkeypatch)
 
 
 TOY = compare.PRESETS["toy"].config()
@@ -52,9 +46,7 @@ def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tm
     assert compare.main(config_in(tmp_path, num_seeds=2, seed=5)) == 0
     for seed in (5, 6):
         folder = tmp_path / f"run/seed{seed}"
-        of = {
-            str(each.run_dir.relative_to(folder)): each for name, each in parts if name != "pairs" and each.seed == seed
-        }
+        of = {str(each.run_dir.relative_to(folder)): each for _, each in parts if each.seed == seed}
         base = str(folder / "base/toy_model")
         assert next(iter(of)) == "base"
         assert of["base"].model == "toy"  # made here
@@ -74,12 +66,13 @@ def test_all_methods_start_from_one_base_and_have_equally_many_samples(parts, tm
                 assert drawn.model == learnt.model == start
                 assert measured.model == str(folder / method / f"{number}_learnt/model")
                 assert Path(learnt.data.dataset).parent == drawn.run_dir
+                assert drawn.pairs_per_problem == (4 if method == "dpo" else 0)
                 samples += drawn.max_problems * drawn.num_samples
                 asked += range(drawn.skip_problems, drawn.skip_problems + drawn.max_problems)
             assert samples == STEPS * PROMPTS * GROUP
             assert len(set(asked)) == len(asked)
-    order = [name for name, _ in parts[:8]]
-    assert order == ["evaluate", "grpo", "grpo", "ppo", "rejection_sampling", "pairs", "dpo", "evaluate"]
+    order = [name for name, _ in parts[:7]]
+    assert order == ["evaluate", "grpo", "grpo", "ppo", "rejection_sampling", "dpo", "evaluate"]
 
 
 def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
@@ -89,12 +82,11 @@ def test_a_real_model_is_asked_alike_by_all(parts, tmp_path):
     changes = {"max_prompt_length": 99, "stop_tokens": ("<|im_end|>",)}
     config = config_in(tmp_path, Config(), model="org/model", data=data, **changes)
     assert compare.main(config) == 0
-    for name, each in parts:
-        if name != "pairs":
-            assert (each.max_prompt_length, each.stop_tokens) == (99, ("<|im_end|>",))
-            assert (each.data.chat_template, each.data.system_prompt) == (True, "Think.")
+    for _, each in parts:
+        assert (each.max_prompt_length, each.stop_tokens) == (99, ("<|im_end|>",))
+        assert (each.data.chat_template, each.data.system_prompt) == (True, "Think.")
     seed = tmp_path / "run/seed0"
-    starts = {str(each.run_dir.relative_to(seed)): each.model for name, each in parts if name != "pairs"}
+    starts = {str(each.run_dir.relative_to(seed)): each.model for _, each in parts}
     rounds = {}
     for method in ("dpo", "sft"):
         for number in (1, 2, 3):
@@ -130,10 +122,10 @@ def test_too_few_problems_for_rounds_of_others_are_found_before_anything_is_run(
     assert compare.main(replace(config, methods=("grpo", "ppo"))) == 0
 
 
-def test_a_part_that_is_asked_to_stop_ends_the_command(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.dpo, "main", lambda config: 130)
+def test_a_part_that_is_asked_to_stop_ends_the_command(tmp_path, monkeypatch):
+    parts = record_stages(monkeypatch, {"dpo": 130})
     assert compare.main(config_in(tmp_path)) == 130
-    assert parts[-1][0] == "pairs"
+    assert parts[-1][0] == "rejection_sampling"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +159,7 @@ def test_a_dry_run_prints_a_command_for_each_part_and_runs_none(parts, tmp_path,
     parsed = parsed_commands(capsys.readouterr().out)
     assert parts == []
     plan = compare.learn_all(replace(TOY, run_dir=tmp_path / "run", num_seeds=2, mesh=MeshConfig(data=1)))
-    assert parsed == [(Path(stage.script.__file__).stem, stage.config) for stage in plan]
+    assert parsed == [(stage.script.stem, stage.config) for stage in plan]
     assert len(parsed) == 2 * (1 + 3 + 2 * 3 * 3)  # the base, three methods in steps, two in three rounds of three
 
 
@@ -280,10 +272,7 @@ def test_what_is_told_beside_the_claims(ran, monkeypatch, capsys, tmp_path):
         "dpo": {"copies": 1.0, "state_bytes": 1, "peak_bytes": 7 * 2**20},
     }
     monkeypatch.setattr(compare, "memory_of_steps", lambda config, report: found)
-    monkeypatch.setattr(compare.evaluate, "main", lambda config: 0)
-    for script in (compare.grpo, compare.ppo, compare.dpo, compare.rejection_sampling):
-        monkeypatch.setattr(script, "main", lambda config: 0)
-    monkeypatch.setattr(compare, "write_pairs", lambda *args, **settings: None)
+    monkeypatch.setattr(Stage, "run", lambda stage: 0)
     larger = {name: {**each, "peak_bytes": each["peak_bytes"] * 2**14} for name, each in found.items()}
     (tmp_path / "report.json").write_text(json.dumps({"bench": "memory", **larger, "grpo_of_ppo": 0.5}))
     config = replace(ran, memory_report=tmp_path / "report.json", level=0.5, plain=True)
@@ -314,33 +303,20 @@ def test_what_is_told_beside_the_claims(ran, monkeypatch, capsys, tmp_path):
     assert plt.imread(config.run_dir / "curves.png").shape[1] > 900
 
 
-def test_pairs_are_written_for_dpo_or_their_absence_is_said(tmp_path):
-    each = {
-        "step": 1,
-        "place": 0,
-        "problem": {"prompt": "1+2=", "answer": "3", "columns": {}},
-        "prompt": "1+2=",
-        "completions": ["3", "4", "5"],
-        "lengths": [1, 1, 1],
-        "truncated": [False] * 3,
-        "total": [1.0, 0.0, 0.0],
-        "rewards": {},
-    }
-    write_rows(tmp_path / "completions.jsonl", [each, {**each, "place": 1, "total": [0.0] * 3}])
-    compare.write_pairs(tmp_path, SelectionConfig(), most=1, least=-1)
-    assert read_jsonl(tmp_path / "preferences.jsonl") == [{"prompt": "1+2=", "chosen": "3", "rejected": "4"}]
-    with pytest.raises(ValueError, match=r"1 pairs of right and wrong completions are too few for DPO's updates of 32"):
-        compare.write_pairs(tmp_path, SelectionConfig(), most=4, least=32)
-
-
 def tiny_shapes(small):
     sizes = {"rows": 2, "num_micro_batches": 1, "max_prompt_length": 4, "max_completion_length": 4}
     return bench_memory.Config(config=Path(small) / "config.json", **sizes)
 
 
+def memory_of(config, method):
+    return update_memory.update_memory(config.shapes, method, config.mesh)
+
+
 def test_memory_is_of_one_model_more_where_there_is_a_critic(small, monkeypatch):
-    monkeypatch.setattr(bench_memory, "program_bytes", lambda step, state, *rest: bench_memory.bytes_of(state) + 100)
-    grpo, ppo = (bench_memory.step_memory(tiny_shapes(small), method) for method in ("grpo", "ppo"))
+    monkeypatch.setattr(
+        update_memory, "_program_bytes", lambda step, state, *rest: update_memory._bytes_of(state) + 100
+    )
+    grpo, ppo = (memory_of(tiny_shapes(small), method) for method in ("grpo", "ppo"))
     copies = [each.copies for each in (*grpo.values(), *ppo.values())]
     assert copies == pytest.approx([1, 3, 2, 4], abs=0.02)  # the scalar head is not an output embedding
     weights = grpo["grpo"].state_bytes / 3  # with two moments
@@ -352,7 +328,7 @@ def test_memory_is_of_one_model_more_where_there_is_a_critic(small, monkeypatch)
 
 
 def test_an_update_takes_a_gradient_on_top_of_its_state_at_least(small):
-    (found,) = bench_memory.step_memory(tiny_shapes(small), "sft").values()
+    (found,) = memory_of(tiny_shapes(small), "sft").values()
     assert found.peak_bytes > found.state_bytes + found.state_bytes / 3
 
 
@@ -381,18 +357,17 @@ def test_killed_in_the_middle_of_a_part_it_tells_what_an_unbroken_one_tells(base
     )
     assert compare.main(unbroken) == 0
     config = replace(unbroken, run_dir=tmp_path / "killed/run", methods=("grpo", "dpo"))
-    learn_dpo = compare.dpo.main
+    run = Stage.run
     with monkeypatch.context() as patch:
 
         def killed(stage):
-            if stage.run_dir.name == "2_learnt":
-                kill_in_second_save(learn_dpo, stage, patch)
-                raise KeyboardInterrupt
-            return learn_dpo(stage)
+            if stage.config.run_dir.name == "2_learnt":
+                kill_in_second_save(run, stage, patch)
+                return 130
+            return run(stage)
 
-        patch.setattr(compare.dpo, "main", killed)
-        with pytest.raises(KeyboardInterrupt):
-            compare.main(config)
+        patch.setattr(Stage, "run", killed)
+        assert compare.main(config) == 130
     assert compare.main(config) == 0
     told, expected = (json.loads((each.run_dir / "summary.json").read_text()) for each in (config, unbroken))
     of_dpo, of_unbroken = (

@@ -3,15 +3,15 @@
 import json
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import jax
 import pytest
 
 from experiments import distill
-from experiments.distill import BEFORE, STAGES, Config
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.distill import BEFORE, STAGES
+from grpo_jax.config.distill import DistillConfig as Config
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig
@@ -19,11 +19,11 @@ from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.jsonl import read_jsonl, to_json
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.stages import check_stages
+from grpo_jax.loop.stages import Stage, check_stages
 from grpo_jax.models import from_hf_config, from_pretrained, init_params, save_pretrained
 from grpo_jax.tasks import sums
 from grpo_jax.tasks.toy_config import ToyConfig
-from tests.runs import kill_in_second_save, parsed_commands
+from tests.runs import kill_in_second_save, parsed_commands, record_stages
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +137,9 @@ def test_a_finished_run_is_not_run_again(finished, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_stage_that_is_asked_to_stop_ends_the_command(finished, monkeypatch, tmp_path):
-    begun = []
-    monkeypatch.setattr(distill.sft, "main", lambda config: begun.append("sft") or 0)
-    monkeypatch.setattr(distill.evaluate, "main", lambda config: begun.append(config.run_dir.name) or 0)
-    monkeypatch.setattr(distill.rejection_sampling, "main", lambda config: begun.append("samples") or 130)
+    begun = record_stages(monkeypatch, {"rejection_sampling": 130})
     assert distill.main(replace(finished, run_dir=tmp_path / "run")) == 130
-    assert begun == ["teacher_eval", "student_before", "samples"]
+    assert [config.run_dir.name for _, config in begun] == ["teacher_eval", "student_before"]
 
 
 def test_the_student_is_asked_as_the_teacher_was(tmp_path):
@@ -177,13 +174,12 @@ def stages_of(config):
 
 
 def test_a_dry_run_prints_a_command_for_each_stage_and_runs_none(tmp_path, capsys, monkeypatch):
-    for script in (distill.sft, distill.evaluate, distill.rejection_sampling):
-        monkeypatch.setattr(script, "main", lambda config: pytest.fail("a stage was run"))
+    monkeypatch.setattr(Stage, "run", lambda stage: pytest.fail("a stage was run"))
     args = ["--run-dir", str(tmp_path / "run"), "--plain", "--mesh.data", "1", "--dry-run"]
     assert run_command(Config, distill.main, description="", presets=distill.PRESETS, args=args) == 0
     parsed = parsed_commands(capsys.readouterr().out)
     plan = distill.stages(toy(tmp_path, plain=True, mesh=MeshConfig(data=1)))
-    assert parsed == [(Path(stage.script.__file__).stem, stage.config) for stage in plan]
+    assert parsed == [(stage.script.stem, stage.config) for stage in plan]
     assert [name for name, _ in parsed] == ["sft", "evaluate", "evaluate", "rejection_sampling", "sft", "evaluate"]
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -280,7 +276,7 @@ def test_models_of_later_stages_are_looked_at_before_the_first_is_run(other_tong
 def test_what_a_later_stage_cannot_do_is_refused_when_the_settings_are_made(tmp_path):
     with pytest.raises(ValueError, match="max_length is 256, and the model has 128 positions; lower it"):
         toy(tmp_path, max_length=256)
-    with pytest.raises(ValueError, match=r"the rows of a micro-batch: 3 do not divide over mesh"):
+    with pytest.raises(ValueError, match=r"the sequences of a micro-batch: 3 do not divide over mesh"):
         distill.main(toy(tmp_path, num_sequences=3, mesh=MeshConfig(data=2), plain=True))
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
     # Nothing was run, and so nothing stands against the corrected command.

@@ -21,13 +21,13 @@ from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.data.problems import Problem
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import offline
-from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
+from grpo_jax.loop.offline_data import load_preference_sets
 from grpo_jax.masked import masked_sum
 from grpo_jax.tasks.demonstrations import errand_preferences
 from grpo_jax.tasks.errands import Errand, errand_reward
 from grpo_jax.tasks.sums import make_tokenizer
 from grpo_jax.train import pair_log_probs
-from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
+from tests.runs import encode_preferences, kill_in_second_save, metrics_of, steps_of, write_rows
 
 LEARNT, HELD_OUT = 36, 4
 JUDGE = "grpo_jax.tasks.errands:errand_reward"
@@ -75,9 +75,7 @@ def of_base(finished):
     """What the base makes of the pairs that are learnt: log-probabilities and lengths of both completions."""
     base = models.from_pretrained(finished.model)
     limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
-    learnt, held_out = (
-        encode_preference_set(finished.data, each, base, **limits) for each in load_preference_sets(finished.data, 0)
-    )
+    learnt, held_out = (encode_preferences(each, base, **limits) for each in load_preference_sets(finished.data, 0))
 
     @jax.jit
     def sums(pairs):
@@ -291,7 +289,8 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 def test_what_cannot_run_is_refused_before_the_first_step(config, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         dpo.main(replace(config, **change))
-    assert not read_jsonl(config.run_dir / "metrics.jsonl")
+    log = config.run_dir / "metrics.jsonl"
+    assert not log.exists() or not read_jsonl(log)
     assert not (config.run_dir / "reference.npy").exists()
 
 

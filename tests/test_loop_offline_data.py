@@ -14,7 +14,6 @@ from grpo_jax.data.conversations import Demonstration
 from grpo_jax.data.prompts import R1_ZERO, encode_prompts
 from grpo_jax.loop.offline_data import (
     encode_demonstration_set,
-    encode_preference_set,
     load_demonstration_sets,
     load_preference_sets,
 )
@@ -24,6 +23,7 @@ from grpo_jax.tasks.errands import Errand
 from grpo_jax.tasks.splits import hold_out
 from grpo_jax.tasks.sums import PLAIN, Sum, make_tokenizer
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH
+from tests.runs import encode_preferences
 
 BARE = {"template": PLAIN}
 
@@ -55,7 +55,9 @@ def load(settings, seed):
 
 def encode(settings, *args, **kwargs):
     is_preferences = isinstance(settings, PreferenceConfig)
-    return (encode_preference_set if is_preferences else encode_demonstration_set)(settings, *args, **kwargs)
+    if is_preferences:
+        return encode_preferences(*args, **kwargs)
+    return encode_demonstration_set(settings, *args, **kwargs)
 
 
 BOTH = [(DemonstrationConfig, demonstration_rows), (PreferenceConfig, preference_rows)]

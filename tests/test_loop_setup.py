@@ -18,15 +18,17 @@ from checkpoints import SMALL, random_params, tiny_tokenizer
 from grpo_jax import models
 from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.model import ModelConfig, PolicyConfig
-from grpo_jax.config.run import RunConfig, require_at_least
+from grpo_jax.config.pipeline import check_no_models, stage_config
+from grpo_jax.config.run import RunConfig, check_divides, require_at_least
+from grpo_jax.config.sft import SFTConfig
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.loop import setup
-from grpo_jax.loop.checks import check_divides, check_finite, check_length, check_same_data
+from grpo_jax.loop.checks import check_finite, check_length, check_same_data
 from grpo_jax.loop.export import save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, Stopped, run_experiment
 from grpo_jax.loop.setup import load_model, start_model
-from grpo_jax.loop.stages import Stage, check_models, check_no_models, load_scripts, stage_config
+from grpo_jax.loop.stages import Stage, check_models, run_script
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
 from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.toy_config import ToyConfig
@@ -252,26 +254,43 @@ def test_a_run_starts_from_the_model_that_is_named(config, run, monkeypatch):
         start_model(config, run, seed=3)
 
 
-def test_scripts_are_loaded_once_by_file_name(tmp_path, monkeypatch):
-    for name in ("first_script", "second_script"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        (tmp_path / f"{name}.py").write_text(f"NAME = {name!r}\n")
-    monkeypatch.setitem(sys.modules, "second_script", SimpleNamespace(__file__="elsewhere/second_script.py"))
-    first, second = load_scripts(tmp_path, "first_script", "second_script")
-    assert (first.NAME, second.NAME) == ("first_script", "second_script")  # not the module of another folder
-    assert load_scripts(tmp_path, "second_script", "first_script") == [second, first]
+def test_a_script_runs_as_a_command_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["r1.py", "--plain"])
+    script = tmp_path / "script.py"
+    said = tmp_path / "said.json"
+    script.write_text(f"""
+import json, os, pathlib, sys
+if __name__ == "__main__":
+    pathlib.Path({str(said)!r}).write_text(json.dumps([os.getpid(), *sys.argv]))
+    sys.exit(int(sys.argv[1]))
+""")
+    for status in (0, 2, 130):
+        assert run_script(script, [str(status), "--config", "a b.json"]) == status
+        assert json.loads(said.read_text()) == [os.getpid(), str(script), str(status), "--config", "a b.json"]
+    assert sys.argv == ["r1.py", "--plain"]
+    monkeypatch.setattr(sys, "argv", ["r1.py", "--debug"])  # for the stages too
+    assert run_script(script, ["0"]) == 0
+    assert json.loads(said.read_text())[2:] == ["0", "--debug"]
+    script.write_text("import sys; sys.exit('a message')")
+    assert run_script(script, []) == 1
+    script.write_text("")
+    assert run_script(script, []) == 0
 
 
-def test_the_command_of_a_stage_reads_its_settings_from_a_file(tmp_path):
-    whole, script = tmp_path / "the whole", SimpleNamespace(__file__="scripts/sft.py")
-    config = Config(run_dir=whole / "round" / "1", rate=0.5, trackers=("wandb",), toy=ToyConfig(hidden_size=64))
-    python, path, flag, file = shlex.split(Stage(script, config).command(whole))
-    assert (python, path, flag, Path(file)) == ("python", "scripts/sft.py", "--config", whole / "stages/round_1.json")
-    assert with_settings(Config(), read_settings_file(Path(file)), file) == config
+def test_the_command_of_a_stage_reads_its_settings_from_a_file(tmp_path, capsys):
+    folder = tmp_path / "the whole" / "round" / "1"
+    config = SFTConfig(run_dir=folder, packing=False, trackers=("wandb",), toy=ToyConfig(hidden_size=64))
+    stage = Stage(tmp_path / "sft.py", config)
+    python, path, flag, file = shlex.split(stage.command)
+    assert (python, path, flag, file) == ("python", str(stage.script), "--config", f"{folder}.json")
+    stage.script.write_text("import sys; sys.exit(2)")
+    assert stage.run() == 2
+    assert with_settings(SFTConfig(), read_settings_file(Path(file)), file) == config
+    assert capsys.readouterr().err == f"the stage in {folder} failed: {stage.command}\n"
 
 
 def test_stages_start_from_a_named_model(tmp_path):
-    stage = Stage(None, Config(run_dir=tmp_path))
+    stage = Stage(Path("sft.py"), SFTConfig(run_dir=tmp_path))
     with pytest.raises(ValueError, match="model: no model is named"):
         check_models([stage])
     check_models([replace(stage, config=replace(stage.config, model="toy"))])

@@ -14,15 +14,16 @@ import matplotlib.pyplot as plt
 import pytest
 
 from experiments import r1
-from experiments.r1 import Config
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.mixture import read_tasks
+from grpo_jax.config.r1 import R1Config as Config
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.jsonl import read_jsonl, to_json
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.comparison import draw_stages
+from grpo_jax.loop.stages import Stage
 from grpo_jax.tasks.errands import Errand
-from tests.runs import parsed_commands, write_rows
+from tests.runs import parsed_commands, record_stages, write_rows
 
 ROOT = Path(__file__).parent.parent
 REAL = {"model": "org/model", "data": DataConfig(dataset="org/problems"), "general_reward_model": "org/judge"}
@@ -36,13 +37,7 @@ def toy(tmp_path, **changes):
 @pytest.fixture
 def stages(monkeypatch):
     """What the chain would run, instead of running it: the name of the script and its configuration."""
-    begun = []
-    for name in ("sft", "grpo", "rejection_sampling", "reward_model", "evaluate"):
-        script = getattr(r1, name)
-        monkeypatch.setattr(script, "main", lambda config, name=name: begun.append((name, config)) or 0)
-    monkeypatch.setattr("grpo_jax.loop.stages.run_experiment", lambda *args, **settings: 0)
-    monkeypatch.setattr("grpo_jax.loop.stages.check_models", lambda stages: None)
-    return begun
+    return record_stages(monkeypatch)
 
 
 def test_each_stage_begins_where_the_paper_has_it(stages, tmp_path):
@@ -96,10 +91,10 @@ def test_general_demonstrations_are_of_no_held_out_errand(stages, tmp_path):
     assert 0.2 < sum(qualities) / len(qualities) < 0.7  # there is something left to learn
 
 
-def test_a_stage_that_is_asked_to_stop_ends_the_command(stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(r1.rejection_sampling, "main", lambda config: 130)
+def test_a_stage_that_is_asked_to_stop_ends_the_command(tmp_path, monkeypatch):
+    begun = record_stages(monkeypatch, {"rejection_sampling": 130})
     assert r1.main(toy(tmp_path)) == 130
-    assert [each.run_dir.name for _, each in stages] == ["cold_start", "r1_zero", "reasoning"]
+    assert [each.run_dir.name for _, each in begun] == ["cold_start", "r1_zero", "reasoning"]
 
 
 def real(tmp_path):
@@ -143,14 +138,15 @@ def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path, monke
     config = real(tmp_path)
     asked = {"kind": "chat", "system_prompt": "Think."}
     monkeypatch.setattr(r1, "read_provenance", lambda folder: {"prompt_format": asked})
-    record = r1.rejection_sampling.main
+    record = Stage.run
 
-    def drawn(config):
-        config.run_dir.mkdir(parents=True)
-        (config.run_dir / r1.PROVENANCE).touch()
-        return record(config)
+    def with_provenance(stage):
+        if stage.script.stem == "rejection_sampling":
+            stage.config.run_dir.mkdir(parents=True)
+            (stage.config.run_dir / r1.PROVENANCE).touch()
+        return record(stage)
 
-    monkeypatch.setattr(r1.rejection_sampling, "main", drawn)
+    monkeypatch.setattr(Stage, "run", with_provenance)
     assert r1.main(config) == 0
     assert [each.model for name, each in stages if name != "evaluate"] == [
         "org/model",
@@ -213,7 +209,7 @@ def test_a_dry_run_prints_a_command_for_each_stage_and_runs_none(stages, tmp_pat
     parsed = parsed_commands(capsys.readouterr().out)
     assert stages == []
     plan = r1.chain(toy(tmp_path, plain=True, seed=3))
-    assert parsed == [(Path(stage.script.__file__).stem, stage.config) for stage in plan]
+    assert parsed == [(stage.script.stem, stage.config) for stage in plan]
     assert (len(parsed), parsed[0][0], parsed[0][1].run_dir) == (7 + 12, "sft", tmp_path / "run/cold_start")
     assert r1.main(toy(tmp_path, plain=True, seed=3)) == 0  # nothing stands against the real run
     assert [each.run_dir for _, each in stages] == [each.run_dir for _, each in parsed]

@@ -74,7 +74,9 @@ def test_holes_that_are_not_there(hacking):
 def test_each_hole_is_a_run_of_the_toy_preset_with_its_reward_alone(hacking, tmp_path, monkeypatch):
     ran = []
 
-    def grpo(config):
+    def grpo(stage):
+        assert stage.script.name == "grpo.py"
+        config = stage.config
         ran.append(config)
         config.run_dir.mkdir(parents=True)
         rows = [{"step": n, "reward": n / 2, "judge": 0.25} for n in (1, 2)]
@@ -82,7 +84,7 @@ def test_each_hole_is_a_run_of_the_toy_preset_with_its_reward_alone(hacking, tmp
         write_rows(config.run_dir / "alarms.jsonl", [])
         return 0
 
-    monkeypatch.setattr(hacking.grpo, "main", grpo)
+    monkeypatch.setattr(hacking.Stage, "run", grpo)
     assert hacking.main(hacking.Config(run_dir=tmp_path, seed=3)) == 0
     assert [each.run_dir.name for each in ran] == [*hacking.HOLES]
     for config, hole in zip(ran, hacking.HOLES.values(), strict=True):
@@ -93,5 +95,5 @@ def test_each_hole_is_a_run_of_the_toy_preset_with_its_reward_alone(hacking, tmp
         assert (import_reward(reward), weight) == (hole.reward, 1)
     table = json.loads((tmp_path / "table.json").read_text())
     assert [*table] == [*hacking.HOLES]
-    monkeypatch.setattr(hacking.grpo, "main", lambda config: 130)
+    monkeypatch.setattr(hacking.Stage, "run", lambda stage: 130)
     assert hacking.main(hacking.Config(run_dir=tmp_path / "stopped")) == 130

@@ -20,12 +20,12 @@ from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
+from grpo_jax.loop.offline_data import load_preference_sets
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.scorer import load_reward_model
 from grpo_jax.tasks.demonstrations import errand_preferences
 from grpo_jax.train import pair_scores
-from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
+from tests.runs import encode_preferences, kill_in_second_save, metrics_of, steps_of, write_rows
 
 LEARNT, HELD_OUT = 36, 4
 
@@ -131,9 +131,7 @@ def test_what_is_saved_scores_as_transformers_does(finished):
     assert loaded.config.scalar_head
     assert again.config == loaded.config
     limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
-    pairs = encode_preference_set(finished.data, load_preference_sets(finished.data, 0)[1], loaded, **limits).padded(
-        range(HELD_OUT)
-    )
+    pairs = encode_preferences(load_preference_sets(finished.data, 0)[1], loaded, **limits).padded(range(HELD_OUT))
     found = np.asarray(pair_scores(again.model, again.params, pairs))
     for n in range(HELD_OUT):
         prompt = np.asarray(pairs.prompt_ids)[n][np.asarray(pairs.prompt_mask)[n]].tolist()
@@ -251,7 +249,7 @@ def test_accuracy_and_calibration_are_those_computed_by_hand(margins, accuracy, 
         ({"save_every": 0}, "save_every is 0"),
         ({"model": "toy"}, "the toy model knows the data set errands only"),
         ({"model": "toy", "data": PreferenceConfig(dataset="errands", template="{question}")}, "without a template"),
-        ({"model": "toy", "data": PreferenceConfig(dataset="errands", chat_template=True)}, "without a template"),
+        ({"model": "toy", "data": PreferenceConfig(dataset="errands", chat_template=True)}, "has no chat template"),
         ({"max_completion_length": 128}, "is 140, and the model has 128 positions"),
     ],
 )
@@ -274,7 +272,8 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(finished, chan
 def test_what_cannot_run_is_refused_before_the_first_step(config, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         reward_model.main(replace(config, **change))
-    assert not read_jsonl(config.run_dir / "metrics.jsonl")
+    log = config.run_dir / "metrics.jsonl"
+    assert not log.exists() or not read_jsonl(log)
 
 
 def test_settings_have_one_default_and_the_toy_is_a_preset():

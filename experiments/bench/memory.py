@@ -16,57 +16,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh
 
-from grpo_jax import loss
+from grpo_jax.config.compare import WITH_REWARD_MODEL
 from grpo_jax.config.run import require_at_least
-from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
-from grpo_jax.loop.checks import check_divides
+from grpo_jax.loop.benchmark import SHAPES
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.comparison import WITH_REWARD_MODEL
-from grpo_jax.models import build_model, from_hf_config, param_shapes
-from grpo_jax.models.hf_config import with_scalar_head
-from grpo_jax.sharding import BATCH, make_mesh, param_shardings, replicated
+from grpo_jax.loop.update_memory import METHODS, UpdateShapes, size_of, update_memory
+from grpo_jax.models import from_hf_config, param_shapes
+from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.toy_config import HF_CONFIG
-from grpo_jax.train import (
-    LossFn,
-    completion_log_probs,
-    completion_values,
-    make_train_step,
-    packed_log_probs,
-    pair_log_probs,
-)
-from grpo_jax.types import Batch, Model, Packed, Pairs, Params, TrainState
 
-QWEN2_5_7B: Mapping[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 152_064,
-    "hidden_size": 3584,
-    "intermediate_size": 18_944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 131_072,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": False,
-}
-SHAPES = {"7b": QWEN2_5_7B, "small": HF_CONFIG}
-METHODS = ("grpo", "ppo", "dpo", "sft")
-ONLINE = ("grpo", "ppo")
-"""Methods that sample completions, and so may have a reward model and a reference policy."""
+MODELS = {"7b": SHAPES["qwen2.5-7b"] | {"max_position_embeddings": 131_072}, "small": HF_CONFIG}
 
 
 @dataclass(frozen=True)
@@ -101,9 +69,15 @@ class Config:
             raise ValueError(f"rows is {self.rows}; it must be even, because DPO has two sequences per pair")
 
     @property
+    def shapes(self) -> UpdateShapes:
+        """Model and batch in effect."""
+        names = ("rows", "num_micro_batches", "max_prompt_length", "max_completion_length", "remat", "dtype")
+        return UpdateShapes(hf_config=self.hf_config, **{name: getattr(self, name) for name in names})
+
+    @property
     def hf_config(self) -> Mapping[str, Any]:
         """Hugging Face config of the model in effect."""
-        return SHAPES[self.shape] if self.config is None else json.loads(self.config.read_text())
+        return MODELS[self.shape] if self.config is None else json.loads(self.config.read_text())
 
     @property
     def mesh(self) -> Mesh:
@@ -115,25 +89,10 @@ class Config:
         return make_mesh(data=1, fsdp=len(devices), devices=devices)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory of a method's update over all devices.
-
-    Attributes:
-        copies: copies of the model's weights, including reward model and critic.
-        state_bytes: all weights and optimizer moments.
-        peak_bytes: ``state_bytes`` plus the temporary memory and batch of the largest update.
-    """
-
-    copies: float
-    state_bytes: int
-    peak_bytes: int
-
-
 def main(config: Config) -> None:
     memory = {}
     for name in config.methods:
-        memory |= (step := step_memory(config, name))
+        memory |= (step := update_memory(config.shapes, name, config.mesh))
         print(f"{name}: {step}", file=sys.stderr)  # compiling for another device takes minutes
     devices = config.mesh.devices
     result = {
@@ -149,178 +108,6 @@ def main(config: Config) -> None:
         if grpo and ppo:
             result[f"grpo_of_ppo{suffix}"] = round(grpo.peak_bytes / ppo.peak_bytes, 3)
     print(json.dumps(result))
-
-
-def step_memory(config: Config, method: str) -> dict[str, Memory]:
-    """Memory of a method by its name, with rule-based rewards and without KL.
-
-    Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_REWARD_MODEL``.
-    PPO's critic is a separate model with the policy's shapes except for its head. DPO's reference is in memory only
-    before the first step, so it is not counted.
-
-    Args:
-        config: model and batch.
-        method: one of ``METHODS``.
-
-    Raises:
-        ValueError: the rows do not divide over the devices.
-        RuntimeError: the compiler gives no memory analysis.
-    """
-    decoder, scoring = from_hf_config(config.hf_config), from_hf_config(with_scalar_head(config.hf_config))
-    mesh = config.mesh
-    check_divides(config.rows // 2 if method == "dpo" else config.rows, mesh, f"the rows of a micro-batch of {method}")
-    build = partial(build_model, dtype=jnp.dtype(config.dtype).type, remat=config.remat)
-    model, critic_model = build(decoder), build(scoring)
-    weights, scalar_head_weights = param_shapes(decoder), param_shapes(scoring)
-    optimizer, _ = OptimizerConfig().build(total_updates=100)
-    make_step = partial(make_train_step, optimizer=optimizer, num_micro_batches=config.num_micro_batches)
-    actor = state_of(weights, optimizer)
-    critic = state_of(scalar_head_weights, optimizer)
-
-    updates: list[tuple[LossFn, TrainState, Callable[[], Any]]]
-    if method == "grpo":
-        updates = [(policy_loss(model, config, "grpo"), actor, partial(policy_batch, config, with_values=False))]
-    elif method == "ppo":
-        batch = partial(policy_batch, config, with_values=True)
-        updates = [(policy_loss(model, config, "ppo"), actor, batch), (critic_loss(critic_model), critic, batch)]
-    elif method == "dpo":
-        updates = [(preference_loss(model), actor, partial(pairs, config))]
-    else:
-        updates = [(sft_loss(model), actor, partial(packed, config))]
-
-    states = [state for _, state, _ in updates]
-    total = sum(map(bytes_of, states))
-    peak = max(
-        total - bytes_of(state) + program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), optimizer, mesh)
-        for loss_fn, state, batch in updates
-    )
-    memory = {}
-    for suffix, frozen in (("", []), (WITH_REWARD_MODEL, [weights, scalar_head_weights])):
-        if not frozen or method in ONLINE:
-            trees, more = [*(state.params for state in states), *frozen], sum(map(bytes_of, frozen))
-            copies = sum(map(size_of, trees)) / size_of(weights)
-            memory[method + suffix] = Memory(round(copies, 2), total + more, peak + more)
-    return memory
-
-
-def program_bytes(
-    step: Callable[[TrainState, Any], Any],
-    state: TrainState,
-    batch: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> int:
-    """Peak memory of an update with its state, over all devices."""
-    everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state.opt_state,
-        shardings,
-        transform_non_params=lambda _: everywhere,
-    )
-    placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
-    shapes, form = jax.tree.flatten(state)
-    state = form.unflatten(
-        put(shape, sharding) for shape, sharding in zip(shapes, jax.tree.leaves(placed), strict=True)
-    )
-    batch = jax.tree.map(partial(put, sharding=NamedSharding(mesh, BATCH)), batch)
-    state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    program = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch).compile()
-    analysis = program.memory_analysis()
-    if analysis is None:
-        raise RuntimeError(f"the compiler for {mesh.devices.flat[0].device_kind} gives no memory analysis")
-    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return mesh.size * (kept + analysis.temp_size_in_bytes)
-
-
-def put(shape: Any, sharding: Sharding) -> Any:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
-def state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes of the train state for parameter shapes ``params``."""
-    return jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), params)
-
-
-def policy_loss(model: Model, config: Config, name: str) -> LossFn:
-    return PolicyLossConfig(loss=name).build(
-        partial(completion_log_probs, model),
-        max_completion_length=config.max_completion_length,
-        sampler_alters_policy=False,
-    )
-
-
-def critic_loss(model: Model) -> LossFn:
-    def value_loss(params: Params, batch: Batch):
-        assert batch.returns is not None
-        values = completion_values(model, params, batch)
-        return loss.value_loss(values, batch.returns, batch.loss_mask, old_values=batch.old_values, epsilon=0.2)
-
-    return value_loss
-
-
-def preference_loss(model: Model) -> LossFn:
-    def dpo_loss(params: Params, batch: Pairs):
-        log_probs = pair_log_probs(model, params, batch)
-        return loss.dpo_loss(log_probs, batch.completion_mask, ref_log_probs=batch.ref_log_probs, beta=0.1)
-
-    return dpo_loss
-
-
-def sft_loss(model: Model) -> LossFn:
-    def supervised_loss(params: Params, batch: Packed):
-        return loss.supervised_loss(packed_log_probs(model, params, batch), batch.loss_mask), {}
-
-    return supervised_loss
-
-
-def policy_batch(config: Config, *, with_values: bool) -> Batch:
-    """A batch of GRPO, or of PPO ``with_values``; both with old log-probabilities."""
-    B, P, T = config.rows * config.num_micro_batches, config.max_prompt_length, config.max_completion_length
-    per_token = jnp.zeros((B, T)) if with_values else None
-    return Batch(
-        prompt_ids=jnp.zeros((B, P), jnp.int32),
-        prompt_mask=jnp.ones((B, P), bool),
-        completion_ids=jnp.zeros((B, T), jnp.int32),
-        completion_mask=jnp.ones((B, T), bool),
-        loss_mask=jnp.ones((B, T), bool),
-        advantages=jnp.zeros(B) if per_token is None else per_token,
-        rollout_log_probs=jnp.zeros((B, T)),
-        old_log_probs=jnp.zeros((B, T)),
-        old_values=per_token,
-        returns=per_token,
-    )
-
-
-def pairs(config: Config) -> Pairs:
-    B, P, T = config.rows // 2 * config.num_micro_batches, config.max_prompt_length, config.max_completion_length
-    return Pairs(
-        prompt_ids=jnp.zeros((B, P), jnp.int32),
-        prompt_mask=jnp.ones((B, P), bool),
-        completion_ids=jnp.zeros((B, 2, T), jnp.int32),
-        completion_mask=jnp.ones((B, 2, T), bool),
-        ref_log_probs=jnp.zeros((B, 2)),
-    )
-
-
-def packed(config: Config) -> Packed:
-    shape = config.rows * config.num_micro_batches, config.max_prompt_length + config.max_completion_length
-    return Packed(
-        token_ids=jnp.zeros(shape, jnp.int32),
-        segment_ids=jnp.ones(shape, jnp.int32),
-        positions=jnp.zeros(shape, jnp.int32),
-        loss_mask=jnp.ones(shape, bool),
-    )
-
-
-def size_of(tree: Any) -> int:
-    """Number of elements of all arrays."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def bytes_of(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Rollout speed: useful tokens per second, share of useful work, and share of the machine's limit.
 
-Weights are random. Lengths are fixed or approximately geometric: then a share of the vocabulary ends a completion. With
+Weights are random. Lengths are nearly all the longest, or approximately geometric: then a share of the vocabulary ends a completion. With
 ``--against`` another implementation does the same work in the same process, alternating, and ratios of medians are
 reported: ``static`` is a plain loop (every row has its own prompt cache, batches of ``--static-rows`` run until their
 last row ends, full-length cache, Gumbel noise for the whole vocabulary), ``generate`` is ``rollout.generate`` (all rows
@@ -14,7 +14,6 @@ in one batch), ``transformers`` is torch's. Prints one JSON line.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.loop.benchmark import SHAPES, machine_limits, peak_memory
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
@@ -36,50 +36,6 @@ from grpo_jax.models.rope import rotate, rotation
 from grpo_jax.rollout import RolloutStats, Sampler, generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Prompts
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": {
-        "model_type": "qwen3",
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151_936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-1.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151_936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "vocab_size": 152_064,
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -101,7 +57,7 @@ class Config:
     max_completion_length: int = 128
     """Longest completion in tokens."""
     mean_length: float | None = None
-    """Approximate mean of geometric lengths; None for the full length."""
+    """Approximate mean of geometric lengths; None for the full length, which few completions fall short of."""
     against: Literal["static", "generate", "transformers"] | None = None
     """Implementation to compare with."""
     static_rows: int = 64
@@ -120,9 +76,9 @@ class Config:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion; for fixed lengths one outside of the vocabulary."""
+        """Tokens that end a completion; for the full length one, which random weights sample once in V tokens."""
         V = SHAPES[self.model]["vocab_size"]
-        return (V,) if self.mean_length is None else tuple(range(round(V / self.mean_length)))
+        return (V - 1,) if self.mean_length is None else tuple(range(round(V / self.mean_length)))
 
 
 class Work(NamedTuple):
@@ -359,25 +315,6 @@ def torch_generate(config: Config, decoder: DecoderConfig, params, prompts, key)
     return Work("transformers", draw)
 
 
-def machine_limits(dtype) -> tuple[float, float]:
-    """FLOP/s of a large matrix product and bytes/s of reading memory; best of five."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((n, n), dtype)
-    x = jnp.ones(2**27 if jax.default_backend() == "cpu" else 2**30, jnp.bfloat16 if dtype == jnp.bfloat16 else dtype)
-    product, total = jax.jit(lambda a: a @ a), jax.jit(lambda x: x.sum())
-
-    def best(function, argument) -> float:
-        function(argument).block_until_ready()
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            function(argument).block_until_ready()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
-    return 2 * n**3 / best(product, a), x.nbytes / best(total, x)
-
-
 def limit_seconds(
     config: Config, decoder: DecoderConfig, lengths: np.ndarray, peak: float, bandwidth: float, dtype
 ) -> float:
@@ -406,12 +343,6 @@ def limit_seconds(
         read = weights * width + cached * (prompts * config.prompt_length + rows * t)
         seconds += max(arithmetic / peak, read / bandwidth)
     return seconds
-
-
-def peak_memory() -> int:
-    """Peak memory in bytes: of the device if it reports it, else of the process."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import tyro
 
 from grpo_jax.config.model import TOY_POLICY, PolicyConfig
-from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.offline import OfflineConfig, PreferenceConfig
 from grpo_jax.config.ppo import TOY_ERRANDS
-from grpo_jax.config.run import Export, Preset, RunConfig, require_at_least
+from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.loss import hinge_preference, sigmoid_preference, squared_preference
 from grpo_jax.tasks.errands import ERRANDS
-from grpo_jax.tasks.toy_config import TOY
 
 OBJECTIVES: dict[str, Callable] = {
     "sigmoid": sigmoid_preference,
@@ -28,11 +27,9 @@ OBJECTIVES: dict[str, Callable] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(RunConfig, PolicyConfig):
+class DPOConfig(OfflineConfig, PolicyConfig):
     """Direct preference optimization."""
 
-    RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every")
-    EXTENDABLE_FIELDS = ("num_epochs", "export")
     COMMON_FLAGS = (
         "--model --dataset --run-dir --seed --chat-template --loss --beta --learning-rate --num-epochs --num-pairs "
         "--max-prompt-length --max-completion-length --eval-every --mesh.fsdp --trackers"
@@ -56,43 +53,26 @@ class DPOConfig(RunConfig, PolicyConfig):
     """Train without a reference policy."""
     sft_coef: float = 0.0
     """Coefficient of the negative log-likelihood of the chosen completions."""
-    num_epochs: int = 1
-    """Passes over the pairs. A finished run continues when this is raised; with a decaying learning rate, later steps
-    follow the new schedule."""
     num_pairs: int = 32
     """Pairs per update."""
-    num_micro_batches: int = 1
-    """Gradient accumulation: parts of each update. Results do not depend on it."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=5e-7)
     """Optimizer."""
     judge: str | None = None
     """module:function, a reward that scores completions of held-out prompts. Default: none."""
-    eval_every: int = 20
-    """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
-    export: Export = "last"
-    """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
-    run."""
     num_eval_prompts: int = 64
     """Held-out prompts to sample completions for at an evaluation; 0 for none."""
     eval_samples: int = 4
     """Completions per such prompt."""
 
     def __post_init__(self):
-        RunConfig.__post_init__(self)
+        OfflineConfig.__post_init__(self)
         PolicyConfig.__post_init__(self)
-        require_at_least(
-            self, num_epochs=1, num_pairs=1, num_micro_batches=1, eval_every=0, num_eval_prompts=0, eval_samples=1
-        )
-        require_at_least(self, sft_coef=0)
+        require_at_least(self, num_eval_prompts=0, eval_samples=1, sft_coef=0)
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; it must be above 0")
         if self.loss != "sigmoid" and (self.label_smoothing or self.target_margin):
             raise ValueError(f"label_smoothing and target_margin belong to the loss sigmoid, not to {self.loss}")
         sigmoid_preference(jnp.zeros(1), label_smoothing=self.label_smoothing)  # checks its range
-        if self.num_pairs % self.num_micro_batches:
-            raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
-        if self.model == TOY and self.data.chat_template:
-            raise ValueError("the toy model has no chat template; name a model, or leave chat_template out")
 
     @property
     def by_token(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import jax
 import tyro
-from jaxtyping import Array, Bool, Float
 
 from grpo_jax import advantage
 from grpo_jax.config.data import DataConfig
@@ -21,51 +20,19 @@ from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.tasks.generated import SUMS
 
-
-def gdpo(
-    reward_parts: Float[Array, "K B"], reward_weights: Float[Array, " K"], *, group_size: int, epsilon: float = 1e-6
-) -> Float[Array, " B"]:
-    """``advantage.gdpo`` of the rewards that are present.
-
-    Args:
-        reward_parts: the rewards before they are summed.
-        reward_weights: their weights.
-        group_size: G.
-        epsilon: added to standard deviations.
-    """
-    return advantage.gdpo(reward_parts, reward_weights, group_size=group_size, epsilon=epsilon, require_all=False)
-
-
-def process_supervised(
-    step_rewards: Float[Array, "B T"],
-    is_step_end: Bool[Array, "B T"],
-    *,
-    group_size: int,
-    ddof: int = 1,
-    epsilon: float = 1e-6,
-) -> Float[Array, "B T"]:
-    """``advantage.process_supervised``, with its arguments named as the loop provides them.
-
-    Args:
-        step_rewards: the reward of each reasoning step at its last token.
-        is_step_end: True there.
-        group_size: G.
-        ddof: degrees of freedom taken off in standard deviations.
-        epsilon: added to standard deviations.
-    """
-    return advantage.process_supervised(step_rewards, is_step_end, group_size=group_size, ddof=ddof, epsilon=epsilon)
-
-
 # What the run passes to an advantage, by name.
-ADVANTAGE_INPUTS = ("rewards", "group_size", "reward_parts", "reward_weights", "step_rewards", "is_step_end")
+ADVANTAGE_INPUTS = (
+    *("rewards", "group_size", "reward_parts", "reward_weights", "step_rewards", "is_step_end"),
+    "require_all",  # False: a completion counts by the rewards that it has
+)
 ADVANTAGES: dict[str, Callable] = {
     "group_relative": advantage.group_relative,
     "dr_grpo": advantage.dr_grpo,
     "rloo": advantage.rloo,
     "reinforce_plus_plus": advantage.reinforce_plus_plus,
     "reinforce_plus_plus_baseline": advantage.reinforce_plus_plus_baseline,
-    "gdpo": gdpo,
-    "process_supervised": process_supervised,
+    "gdpo": advantage.gdpo,
+    "process_supervised": advantage.process_supervised,
 }
 
 
@@ -94,10 +61,6 @@ class GRPOConfig(OnlineConfig):
     kept."""
     ref_refresh_every: int | None = None
     """Steps between reference refreshes, which set the reference to the current policy. Default: never."""
-    num_epochs: int = 1
-    """Passes over each step's completions."""
-    num_minibatches: int = 1
-    """Updates per pass."""
     max_draws: int = 1
     """Dynamic sampling (DAPO): sample further prompts, at most this many times per step, until num_prompts groups have
     non-constant rewards. 1: off."""
@@ -106,10 +69,9 @@ class GRPOConfig(OnlineConfig):
 
     def __post_init__(self):
         OnlineConfig.__post_init__(self)
-        require_at_least(self, num_epochs=1, num_minibatches=1, ref_refresh_every=1, kl_reward_coef=0, max_draws=1)
+        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 completions per prompt")
-        check_divisible(self)
         if self.policy.kl_coef and self.kl_reward_coef:
             raise ValueError(
                 f"kl_coef is {self.policy.kl_coef} and kl_reward_coef is {self.kl_reward_coef}: the KL belongs in the "
@@ -144,34 +106,6 @@ class GRPOConfig(OnlineConfig):
     def has_reference(self) -> bool:
         """Whether a reference policy is kept."""
         return bool(self.policy.kl_coef or self.kl_reward_coef)
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer updates per step."""
-        return self.num_epochs * self.num_minibatches
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches per update."""
-        return self.micro_batches_of(self.num_prompts * self.group_size // self.num_minibatches)
-
-
-def check_divisible(config: OnlineConfig) -> None:
-    """Check that a step's completions divide into minibatches and micro-batches.
-
-    Args:
-        config: with ``num_minibatches``.
-
-    Raises:
-        ValueError: they do not.
-    """
-    rows, micro_batches = config.num_prompts * config.group_size, config.num_micro_batches or 1
-    num_minibatches: int = getattr(config, "num_minibatches")  # noqa: B009 - a field of both subclasses
-    if rows % (num_minibatches * micro_batches):
-        raise ValueError(
-            f"num_prompts x group_size = {config.num_prompts} x {config.group_size} = {rows} completions do not divide "
-            f"into num_minibatches x num_micro_batches = {num_minibatches} x {micro_batches} parts"
-        )
 
 
 GSM8K = DataConfig(dataset="openai/gsm8k", subset="main")

@@ -54,6 +54,14 @@ class ModelConfig:
             return self.toy.hf_config["max_position_embeddings"]
         return None if self.model is None else num_positions(self.model)
 
+    def check_devices(self) -> None:
+        """Check the mesh, and that batches divide over it, before anything is computed.
+
+        Raises:
+            ValueError: the devices do not suit the settings.
+        """
+        self.mesh.build()
+
     def check_positions(self, length: int, name: str) -> None:
         """Check, before any weights are loaded, that the model has a position for every token.
 
@@ -97,14 +105,19 @@ class PolicyConfig(ModelConfig):
         self.check_positions(self.prompt_length + self.completion_length, PROMPT_AND_COMPLETION)
 
     @property
+    def lengths(self) -> tuple[int, int]:
+        """The prompt and completion lengths in effect."""
+        return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)
+
+    @property
     def prompt_length(self) -> int:
         """The prompt length in effect."""
-        return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)[0]
+        return self.lengths[0]
 
     @property
     def completion_length(self) -> int:
         """The completion length in effect."""
-        return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)[1]
+        return self.lengths[1]
 
 
 def fitting_lengths(config: ModelConfig, prompt: int | None, completion: int | None) -> tuple[int, int]:

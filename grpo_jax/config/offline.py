@@ -1,12 +1,18 @@
-"""Dataset settings for offline training: SFT, DPO and reward models."""
+"""Settings of offline training: SFT, DPO and reward models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
+import tyro
+
+from grpo_jax.config.model import ModelConfig
 from grpo_jax.config.prompts import PromptConfig
+from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.conversations import TrainOn
+from grpo_jax.tasks.toy_config import TOY
 
 
 @dataclass(frozen=True)
@@ -56,3 +62,49 @@ class DemonstrationConfig(OfflineDataConfig):
 @dataclass(frozen=True)
 class PreferenceConfig(OfflineDataConfig):
     """Pairs of a chosen and a rejected completion, for DPO and reward models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig(RunConfig, ModelConfig):
+    """Passes over the data, updates and evaluation of offline training.
+
+    Attributes:
+        ROWS: the field with the number of rows per update.
+    """
+
+    ROWS: ClassVar[str] = "num_pairs"
+    RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every")
+    EXTENDABLE_FIELDS = ("num_epochs", "export")
+
+    data: Annotated[OfflineDataConfig, tyro.conf.arg(name="")] = OfflineDataConfig()
+    """Training and held-out texts."""
+    num_epochs: int = 1
+    """Passes over the data. A finished run continues when this is raised; with a decaying learning rate, later steps
+    follow the new schedule."""
+    num_micro_batches: int = 1
+    """Gradient accumulation: parts of each update. Results do not depend on it."""
+    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
+    """Optimizer."""
+    eval_every: int = 20
+    """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
+    export: Export = "last"
+    """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
+    run."""
+
+    def __post_init__(self):
+        RunConfig.__post_init__(self)
+        require_at_least(self, num_epochs=1, num_micro_batches=1, eval_every=0, **{self.ROWS: 1})
+        if self.num_rows % self.num_micro_batches:
+            raise ValueError(f"{self.ROWS} = {self.num_rows} do not divide into {self.num_micro_batches} micro-batches")
+        if self.model == TOY and self.data.chat_template:
+            raise ValueError("the toy model has no chat template; name a model, or leave chat_template out")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows per update: sequences of SFT, pairs of DPO and reward models."""
+        return getattr(self, self.ROWS)
+
+    def check_devices(self) -> None:
+        """Check the mesh, and that the rows of a micro-batch divide over it."""
+        unit = self.ROWS.removeprefix("num_")
+        self.mesh.check_divides(self.num_rows // self.num_micro_batches, f"the {unit} of a micro-batch")

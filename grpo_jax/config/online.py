@@ -46,6 +46,10 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Completions per held-out problem, for pass@1 and the majority vote."""
     samples_every: int = 10
     """Steps between tables of sample completions in the terminal; completions.jsonl has all."""
+    num_epochs: int = 1
+    """Passes over each step's completions."""
+    num_minibatches: int = 1
+    """Updates per pass."""
     num_micro_batches: int | None = None
     """Gradient accumulation: parts of each update (TRL: gradient_accumulation_steps). Results do not depend on it.
     Default: as few as keep a part within 16,384 tokens per device."""
@@ -57,7 +61,14 @@ class OnlineConfig(RunConfig, PolicyConfig):
         RunConfig.__post_init__(self)
         PolicyConfig.__post_init__(self)
         require_at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
-        require_at_least(self, num_micro_batches=1)
+        require_at_least(self, num_epochs=1, num_minibatches=1, num_micro_batches=1)
+        parts = self.num_minibatches * (self.num_micro_batches or 1)
+        if self.num_completions % parts:
+            raise ValueError(
+                f"num_prompts x group_size = {self.num_prompts} x {self.group_size} = {self.num_completions} "
+                "completions do not divide into num_minibatches x num_micro_batches = "
+                f"{self.num_minibatches} x {self.num_micro_batches or 1} parts"
+            )
         mixture = self.mixture
         check_known(self.model, [task.data for task in mixture])
         shares(mixture, self.num_prompts)
@@ -72,6 +83,27 @@ class OnlineConfig(RunConfig, PolicyConfig):
         if self.tasks is None:
             return [TaskConfig(None, self.data, self.rewards)]
         return read_tasks(self.tasks, self.data, self.rewards)
+
+    @property
+    def num_completions(self) -> int:
+        """Completions per step."""
+        return self.num_prompts * self.group_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates per step."""
+        return self.num_epochs * self.num_minibatches
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per update in effect."""
+        return self.micro_batches_of(self.num_completions // self.num_minibatches)
+
+    def check_devices(self) -> None:
+        """Check the mesh, and that the prompts and the completions of a micro-batch divide over it."""
+        self.mesh.check_divides(self.num_prompts, "num_prompts")
+        rows = self.num_completions // (self.num_minibatches * self.micro_batches)
+        self.mesh.check_divides(rows, "the completions of a micro-batch")
 
     def micro_batches_of(self, rows: int) -> int:
         """The smallest number of equal micro-batches that keeps each within ``MICRO_BATCH_TOKENS`` per device.

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import tyro
 
 from grpo_jax.config.data import DataConfig
-from grpo_jax.config.grpo import check_divisible
 from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.rewards import RewardConfig
@@ -73,8 +72,7 @@ class PPOConfig(OnlineConfig):
 
     def __post_init__(self):
         OnlineConfig.__post_init__(self)
-        require_at_least(self, num_epochs=1, num_minibatches=1, critic_warmup_steps=0, kl_reward_coef=0, value_coef=0)
-        check_divisible(self)
+        require_at_least(self, critic_warmup_steps=0, kl_reward_coef=0, value_coef=0)
         for name in ("value_epsilon", "kl_target", "kl_horizon"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -94,11 +92,6 @@ class PPOConfig(OnlineConfig):
         """Whether a reward has a weight; the toy preset trains a reward model if none has."""
         weights = (self.rewards.accuracy_weight, self.rewards.format_weight, self.rewards.language_weight)
         return any(weights) or bool(self.rewards.reward or self.rewards.reward_model)
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches per update."""
-        return self.micro_batches_of(self.num_prompts * self.group_size // self.num_minibatches)
 
 
 TOY_ERRANDS = ToyConfig(errand_share=0.5)

@@ -15,7 +15,9 @@ from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.data.selection import SelectionConfig
 from grpo_jax.tasks.generated import SUMS
 
-SELECTION_FIELDS = ("selection", "demonstrations", "general_share")
+SELECTION_FIELDS = ("selection", "demonstrations", "general_share", "pairs_per_problem")
+DATASET, PAIRS = "dataset.jsonl", "preferences.jsonl"
+"""Files of the selected completions and of the pairs, within the run's folder."""
 """Fields that may change until the run is finished: nothing depends on them before."""
 
 
@@ -41,9 +43,13 @@ class RejectionSamplingConfig(BatchInferenceConfig):
     general_share: float | None = None
     """Share of rows that come from those files, sampled with the seed. Default: all of their rows are added."""
 
+    pairs_per_problem: int = 0
+    """Also write preferences.jsonl for DPO: pairs of a completion that passes threshold and require and one that does
+    not, at most this many per problem. 0: none."""
+
     def __post_init__(self):
         BatchInferenceConfig.__post_init__(self)
-        require_at_least(self, skip_problems=0, max_problems=1)
+        require_at_least(self, skip_problems=0, max_problems=1, pairs_per_problem=0)
         self.selection.check_parts(self.rewards.part_names)
         for path in self.demonstrations:
             if path.suffix != ".jsonl":

@@ -8,21 +8,19 @@ from typing import Annotated
 
 import tyro
 
-from grpo_jax.config.model import PROMPT_AND_COMPLETION, TOY_POLICY, ModelConfig, fitting_lengths
-from grpo_jax.config.offline import PreferenceConfig
+from grpo_jax.config.model import PROMPT_AND_COMPLETION, TOY_POLICY, fitting_lengths
+from grpo_jax.config.offline import OfflineConfig, PreferenceConfig
 from grpo_jax.config.ppo import TOY_ERRANDS
-from grpo_jax.config.run import Export, Preset, RunConfig, require_at_least
+from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.tasks.errands import ERRANDS
 from grpo_jax.tasks.toy_config import TOY
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelConfig(RunConfig, ModelConfig):
+class RewardModelConfig(OfflineConfig):
     """A reward model trained on preferences."""
 
-    RESUMABLE_FIELDS = ("num_micro_batches", "eval_every")
-    EXTENDABLE_FIELDS = ("num_epochs", "export")
     COMMON_FLAGS = (
         "--model --dataset --run-dir --seed --chat-template --learning-rate --num-epochs --num-pairs "
         "--max-prompt-length --max-completion-length --eval-every --mesh.fsdp --trackers"
@@ -32,9 +30,6 @@ class RewardModelConfig(RunConfig, ModelConfig):
     """Preferences."""
     run_dir: Path = Path("runs/reward_model")
     """Folder of the run: logs, checkpoints, curves, the trained model."""
-    num_epochs: int = 1
-    """Passes over the pairs. A finished run continues when this is raised; with a decaying learning rate, later steps
-    follow the new schedule."""
     num_pairs: int = 32
     """Pairs per update."""
     max_prompt_length: int | None = None
@@ -49,24 +44,12 @@ class RewardModelConfig(RunConfig, ModelConfig):
     """Coefficient of the squared sum of a pair's scores, which keeps scores around 0."""
     use_margins: bool = True
     """Use the margins of pairs in the loss, where every pair has one."""
-    num_micro_batches: int = 1
-    """Gradient accumulation: parts of each update. Results do not depend on it."""
-    optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
-    """Optimizer."""
-    eval_every: int = 20
-    """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
-    export: Export = "last"
-    """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
-    run."""
 
     def __post_init__(self):
-        RunConfig.__post_init__(self)
-        require_at_least(self, num_epochs=1, num_pairs=1, max_prompt_length=1, max_completion_length=1)
-        require_at_least(self, num_micro_batches=1, eval_every=0, centring=0)
+        OfflineConfig.__post_init__(self)
+        require_at_least(self, max_prompt_length=1, max_completion_length=1, centring=0)
         self.check_positions(sum(self.lengths), PROMPT_AND_COMPLETION)
-        if self.num_pairs % self.num_micro_batches:
-            raise ValueError(f"num_pairs = {self.num_pairs} do not divide into {self.num_micro_batches} micro-batches")
-        if self.model == TOY and (self.data.dataset != ERRANDS or self.data.template or self.data.chat_template):
+        if self.model == TOY and (self.data.dataset != ERRANDS or self.data.template):
             raise ValueError(
                 f"the toy model knows the data set {ERRANDS} only, without a template; with another dataset or a "
                 "template, name a model with --model"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.sharding import make_mesh
 
-AnyConfig = TypeVar("AnyConfig")
+AnyConfig = TypeVar("AnyConfig", bound=Any)
 LAYOUT_FIELDS = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints")
 """Fields of every run that may change on resume: they affect results by rounding at most."""
 
@@ -83,19 +83,6 @@ class RunConfig:
         return self.EXTENDABLE_FIELDS
 
 
-@dataclass(frozen=True, kw_only=True)
-class PipelineConfig(RunConfig):
-    """A pipeline of several runs."""
-
-    dry_run: bool = False
-    """Check all stages and print their commands, without running them."""
-
-    @property
-    def extendable_fields(self) -> tuple[str, ...]:
-        """All fields: stages that a change does not affect stay."""
-        return tuple(field.name for field in fields(self) if field.name not in LAYOUT_FIELDS)
-
-
 def require_at_least(config: Any, **least: int) -> None:
     """Check lower bounds of fields; fields that are None are skipped.
 
@@ -130,3 +117,22 @@ class MeshConfig:
             ValueError: the axes do not fit the number of devices.
         """
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+
+    def check_divides(self, count: int, name: str) -> None:
+        """Check that rows divide evenly over the devices that share a batch, ``data x fsdp``.
+
+        Args:
+            count: number of rows.
+            name: the rows' name or setting, for the error.
+
+        Raises:
+            ValueError: they do not, or as ``build``.
+        """
+        check_divides(count, self.build(), name)
+
+
+def check_divides(count: int, mesh: Mesh, name: str) -> None:
+    """As ``MeshConfig.check_divides``, over a given mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if count % parts:
+        raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
 from grpo_jax import models
 from grpo_jax.config.model import check_positions
 from grpo_jax.loop.run import Run
@@ -48,22 +46,6 @@ def check_same_data(position: Mapping[str, Any], digest: str, run: Run) -> None:
         raise ValueError(
             f"the data differ from those that {run.folder} was started with; restore them, or choose another run_dir"
         )
-
-
-def check_divides(count: int, mesh: Mesh, name: str) -> None:
-    """Check that rows divide evenly over the devices that share a batch, ``data x fsdp``.
-
-    Args:
-        count: number of rows.
-        mesh: device mesh.
-        name: the rows' name or setting, for the error.
-
-    Raises:
-        ValueError: it does not.
-    """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if count % parts:
-        raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")
 
 
 def check_finite(metrics: Mapping[str, float], step: int, run: Run) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-WITH_REWARD_MODEL = "_with_reward_model"
-"""Suffix of the memory of an update that also has a reward model and a reference policy."""
+from grpo_jax.config.compare import WITH_REWARD_MODEL
+
 COLOURS: Mapping[str, str] = {
     "grpo": "tab:blue",
     "rloo": "tab:cyan",

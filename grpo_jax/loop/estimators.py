@@ -70,7 +70,7 @@ def make_train_batch(
         kept &= ~rollout.truncated
     if config.max_draws > 1:  # dynamic sampling that found too few groups fills up with others
         kept &= jnp.repeat(jnp.asarray(has_reward_variance(scores.total, config.group_size)), config.group_size)
-    inputs: dict[str, Any] = {"rewards": rewards, "group_size": config.group_size}
+    inputs: dict[str, Any] = {"rewards": rewards, "group_size": config.group_size, "require_all": False}
     wanted = config.advantage_inputs
     if "reward_parts" in wanted or "reward_weights" in wanted:
         parts = jnp.stack([jnp.asarray(part) for part in scores.counted.values()])

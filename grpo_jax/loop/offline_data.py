@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
-from grpo_jax.config.offline import DemonstrationConfig, OfflineDataConfig, PreferenceConfig
+from grpo_jax.config.offline import DemonstrationConfig, OfflineConfig, OfflineDataConfig, PreferenceConfig
 from grpo_jax.data.conversations import (
     Demonstration,
     Example,
@@ -19,6 +19,7 @@ from grpo_jax.data.preferences import EncodedPreferences, Preference, load_prefe
 from grpo_jax.data.prompts import Rendering
 from grpo_jax.data.statistics import DataStatistics, prompt_key
 from grpo_jax.loop.problems import dataset_of
+from grpo_jax.loop.run import Run
 from grpo_jax.models import Pretrained
 from grpo_jax.tasks.generated import DEMONSTRATIONS, PREFERENCES
 from grpo_jax.tasks.splits import HELD_OUT_SEED, default_split, hold_out
@@ -27,9 +28,19 @@ Read = TypeVar("Read", Demonstration, Preference)
 
 
 def _load_split(
-    data: OfflineDataConfig, load: Callable[..., list[Read]], stats: DataStatistics
+    data: OfflineDataConfig,
+    seed: int,
+    load: Callable[..., list[Read]],
+    generators: Mapping[str, Callable[..., list[Read]]],
+    stats: DataStatistics,
 ) -> tuple[list[Read], list[Read]]:
     """Training rows and held-out rows; no held-out row has the prompt of a training row."""
+    if data.dataset is not None and data.dataset in generators:
+        generate = generators[data.dataset]
+        return (
+            generate(np.random.default_rng(seed), data.num_generated, held_out=False),
+            generate(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
+        )
     dataset = dataset_of(data)
     load = partial(load, subset=data.subset, skipped=stats.skipped if data.skip_bad_rows else None)
     rows = load(dataset, split=data.split)
@@ -63,19 +74,13 @@ def load_demonstration_sets(
     Raises:
         ValueError: as ``conversations.load_demonstrations``; or every held-out row is also trained on.
     """
-    if data.dataset is not None and data.dataset in DEMONSTRATIONS:
-        generate = DEMONSTRATIONS[data.dataset]
-        return (
-            generate(np.random.default_rng(seed), data.num_generated, held_out=False),
-            generate(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
-        )
 
     def load(source: str, **where: Any) -> list[Demonstration]:
         return load_demonstrations(
             source, prompt_column=data.prompt_column, completion_column=data.completion_column, **where
         )
 
-    return _load_split(data, load, DataStatistics() if stats is None else stats)
+    return _load_split(data, seed, load, DEMONSTRATIONS, DataStatistics() if stats is None else stats)
 
 
 def encode_demonstration_set(
@@ -132,34 +137,65 @@ def load_preference_sets(
     Raises:
         ValueError: as ``preferences.load_preferences``; or every held-out row is also trained on.
     """
-    if data.dataset is not None and data.dataset in PREFERENCES:
-        generate = PREFERENCES[data.dataset]
-        return (
-            generate(np.random.default_rng(seed), data.num_generated, held_out=False),
-            generate(np.random.default_rng(HELD_OUT_SEED), data.eval_size, held_out=True),
-        )
-    return _load_split(data, load_preferences, DataStatistics() if stats is None else stats)
+    return _load_split(data, seed, load_preferences, PREFERENCES, DataStatistics() if stats is None else stats)
 
 
-def encode_preference_set(
-    data: PreferenceConfig,
-    preferences: Sequence[Preference],
-    policy: Pretrained,
+def load_sets(
+    config: OfflineConfig, run: Run, load: Callable[..., tuple[list[Read], list[Read]]]
+) -> tuple[list[Read], list[Read]]:
+    """Training and held-out rows of a run, which writes ``data.json`` about them.
+
+    Args:
+        config: its data and seed.
+        run: the run.
+        load: ``load_demonstration_sets`` or ``load_preference_sets``.
+
+    Raises:
+        Stopped: a stop was requested.
+        ValueError: as ``load``.
+    """
+    stats = DataStatistics()
+    sets = load(config.data, config.seed, stats)
+    stats.report(run.say, run.folder / "data.json")
+    run.stop_if_requested()
+    return sets
+
+
+def encode_preference_sets(
+    run: Run,
+    sets: tuple[list[Preference], list[Preference]],
+    model: Pretrained,
     *,
-    max_prompt_length: int,
-    max_completion_length: int,
+    lengths: tuple[int, int],
     rendering: Rendering,
-) -> EncodedPreferences:
-    """The preferences as tokens; arguments and errors as for ``EncodedPreferences``."""
-    return EncodedPreferences(
-        preferences,
-        policy.tokenizer,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        **rendering,
+) -> tuple[EncodedPreferences, EncodedPreferences]:
+    """Training and held-out preferences as tokens; the run says how many were too long.
+
+    Args:
+        run: the run.
+        sets: as ``load_preference_sets`` gives them.
+        model: its tokenizer and special tokens.
+        lengths: the longest prompt and completion in tokens.
+        rendering: prompt format in effect.
+
+    Raises:
+        ValueError: as ``EncodedPreferences``.
+    """
+    pairs, held_out = (
+        EncodedPreferences(
+            preferences,
+            model.tokenizer,
+            eos_ids=model.eos_ids,
+            pad_id=model.pad_id,
+            max_prompt_length=lengths[0],
+            max_completion_length=lengths[1],
+            **rendering,
+        )
+        for preferences in sets
     )
+    if pairs.dropped:
+        run.say(f"{pairs.dropped} of {len(sets[0])} pairs dropped: too long")
+    return pairs, held_out
 
 
 def _prompt_of(row: Demonstration | Preference) -> str:

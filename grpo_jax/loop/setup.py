@@ -17,11 +17,8 @@ from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
 from grpo_jax.rollout import Sampler
 from grpo_jax.sharding import param_shardings
-from grpo_jax.tasks.toy_config import TOY, ToyConfig
+from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER, ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
-
-TOY_FOLDER = "toy_model"
-"""The folder of the toy model within a run's folder."""
 
 
 def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:

@@ -2,83 +2,68 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from grpo_jax import models
+from grpo_jax.config.batch_inference import BatchInferenceConfig
+from grpo_jax.config.model import PolicyConfig
+from grpo_jax.config.offline import OfflineConfig
+from grpo_jax.config.online import OnlineConfig
+from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.jsonl import to_json, write_atomically
+from grpo_jax.loop.command import DEBUG, INTERRUPTED
 from grpo_jax.loop.run import AnyConfig, Run, run_experiment
 from grpo_jax.loop.run_folder import claim_folder, differences, has_results, read_settings
 from grpo_jax.loop.setup import checked_model, named_model, with_stop_tokens
 from grpo_jax.rewards.scorer import check_reward_model
 from grpo_jax.tasks.toy_config import TOY
 
-SHARED_FIELDS = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
-"""Fields that a pipeline sets for all of its stages."""
-
-
-def load_scripts(folder: Path, *names: str) -> list[ModuleType]:
-    """The modules of scripts in a folder, by file name without suffix.
-
-    Args:
-        folder: of the scripts.
-        names: of the scripts.
-    """
-    parts = folder.resolve().parts
-    start = len(parts) - 1 - parts[::-1].index("experiments") if "experiments" in parts else -1
-    package = ".".join(parts[start:])  # as an import from the root of the project would name it
-    found = []
-    for name in names:
-        full_name = f"{package}.{name}"
-        if full_name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(full_name, folder / f"{name}.py")
-            assert spec is not None
-            assert spec.loader is not None
-            sys.modules[full_name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[full_name])
-        found.append(sys.modules[full_name])
-    return found
+StageConfig = OnlineConfig | OfflineConfig | BatchInferenceConfig
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a pipeline.
+    """One run of a script.
 
     Attributes:
-        script: the module of the script, with ``main`` and ``check``.
+        script: the file of the script.
         config: its settings.
         needs: run folders of the stages whose results it starts from.
-        before: called before it runs, to write files that it reads.
     """
 
-    script: Any
-    config: Any
+    script: Path
+    config: StageConfig
     needs: Sequence[Path] = ()
-    before: Callable[[], None] = lambda: None
 
-    def run(self) -> int:
-        """Run or resume the stage; the exit status of its script."""
-        self.before()
-        return self.script.main(self.config)
+    @property
+    def args(self) -> list[str]:
+        """The arguments of the script: its settings are in a file beside its run folder."""
+        return ["--config", f"{self.config.run_dir}.json"]
 
-    def command(self, folder: Path) -> str:
-        """The command that runs the stage alone; writes its settings to a file for ``--config``.
+    @property
+    def command(self) -> str:
+        """The command that runs the stage alone, once ``write_settings`` was called."""
+        return shlex.join(["python", str(self.script), *self.args])
 
-        Args:
-            folder: of the pipeline, which holds the stage's run folder.
-        """
-        name = "_".join(self.config.run_dir.relative_to(folder).parts)
-        path = folder / "stages" / f"{name}.json"
+    def write_settings(self) -> None:
+        """Write the file of settings that ``command`` reads."""
+        path = Path(self.args[1])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(to_json(asdict(self.config)), indent=2).encode() + b"\n")
-        return shlex.join(["python", self.script.__file__, "--config", str(path)])
+
+    def run(self) -> int:
+        """Run or resume the stage by its command, in this process; the exit status of the script."""
+        self.write_settings()
+        status = run_script(self.script, self.args)
+        if status not in (0, INTERRUPTED):
+            print(f"the stage in {self.config.run_dir} failed: {self.command}", file=sys.stderr)
+        return status
 
     @property
     def has_results(self) -> bool:
@@ -103,6 +88,26 @@ class Stage:
         return all(before.get(name, now.get(name)) == now.get(name) for name in self.config.extendable_fields)
 
 
+def run_script(script: Path, args: Sequence[str]) -> int:
+    """Run a script as a command, in this process; its exit status.
+
+    One process for all stages keeps the devices and, on several hosts, the connections between them.
+
+    Args:
+        script: the file.
+        args: of the command.
+    """
+    argv = sys.argv
+    sys.argv = [str(script), *args, *([DEBUG] if DEBUG in argv else [])]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = argv
+    return 0
+
+
 def check_stages(stages: Sequence[Stage]) -> None:
     """Check all stages before the first one runs.
 
@@ -115,11 +120,11 @@ def check_stages(stages: Sequence[Stage]) -> None:
     Raises:
         FileNotFoundError: a model does not exist.
         ValueError: a model cannot be loaded or lacks a stop token; or a stage with results has other settings, or
-            depends on a stage that will run again. The message lists the folders to remove. Also whatever the check of
-            a stage's script raises.
+            depends on a stage that will run again. The message lists the folders to remove. Also as
+            ``check_devices`` of a stage's settings.
     """
     for stage in stages:
-        stage.script.check(stage.config)
+        stage.config.check_devices()
     check_models(stages)
     redone: set[Path] = set()
     reasons, remove = [], []
@@ -168,10 +173,12 @@ def check_models(stages: Sequence[Stage]) -> None:
     for config in (stage.config for stage in stages):
         name = named_model(config)
         if not is_made(name):
-            policies[name, tuple(getattr(config, "stop_tokens", ())), getattr(config, "rope_length", None)] = None
-        reward_model = getattr(getattr(config, "rewards", None), "reward_model", None)
-        if reward_model is not None and not is_made(reward_model):
-            reward_models[reward_model] = None
+            stop_tokens = config.stop_tokens if isinstance(config, PolicyConfig | RewardModelConfig) else ()
+            policies[name, stop_tokens, config.rope_length] = None
+        if isinstance(config, OnlineConfig | BatchInferenceConfig):
+            reward_model = config.rewards.reward_model
+            if reward_model is not None and not is_made(reward_model):
+                reward_models[reward_model] = None
     for name, stop_tokens, rope_length in policies:
         described = checked_model(models.describe_pretrained(name, rope_length=rope_length), name)
         with_stop_tokens(described, stop_tokens)
@@ -207,41 +214,10 @@ def run_stages(
         plan = stages(config)
         check_stages(plan)
         if config.dry_run:
-            print("\n".join(stage.command(config.run_dir) for stage in plan))
+            for stage in plan:
+                stage.write_settings()
+                print(stage.command)
             return 0
         # Planned again before each stage: settings of a stage may depend on results of earlier ones (prompt format).
         status = next((status for number in range(len(plan)) if (status := stages(config)[number].run())), 0)
     return status or run_experiment(config, write_summary, title=title, again=again)
-
-
-def stage_config(stage: AnyConfig, whole: Any, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
-    """``stage`` with its own run folder and the pipeline's ``SHARED_FIELDS``.
-
-    Args:
-        stage: a dataclass with the fields of ``RunConfig`` and ``ModelConfig``.
-        whole: the settings of the pipeline.
-        folder: the stage's run folder.
-        start: the model that it starts from; None for the pipeline's own.
-        changes: further fields.
-
-    Raises:
-        ValueError: the settings are inconsistent.
-    """
-    shared = {name: getattr(whole, name) for name in SHARED_FIELDS}
-    model = whole.model if start is None else str(start)
-    return replace(stage, **{"run_dir": folder, **shared, "model": model, "toy": whole.toy, **changes})
-
-
-def check_no_models(whole: Any, names: Sequence[str]) -> None:
-    """Check that stages do not name a model: the pipeline does.
-
-    Args:
-        whole: the settings of the pipeline.
-        names: fields with the settings of a stage.
-
-    Raises:
-        ValueError: one does.
-    """
-    for name in names:
-        if getattr(whole, name).model not in (None, TOY):
-            raise ValueError(f"{name} names a model; the pipeline sets it for each stage")

@@ -10,6 +10,8 @@ from grpo_jax.tasks.sums import PLAIN, VOCABULARY
 
 TOY = "toy"
 """Name of the toy model as a model source."""
+TOY_FOLDER = "toy_model"
+"""The folder of the toy model within a run's folder."""
 MAX_PROMPT_LENGTH = 12
 MAX_COMPLETION_LENGTH = 48
 

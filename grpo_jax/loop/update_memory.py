@@ -1,0 +1,244 @@
+"""Memory of an update of each method by the compiler's analysis, without allocating weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, Sharding
+
+from grpo_jax import loss
+from grpo_jax.config.compare import WITH_REWARD_MODEL
+from grpo_jax.config.run import check_divides
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.models import build_model, from_hf_config, param_shapes
+from grpo_jax.models.hf_config import with_scalar_head
+from grpo_jax.sharding import BATCH, param_shardings, replicated
+from grpo_jax.train import (
+    LossFn,
+    completion_log_probs,
+    completion_values,
+    make_train_step,
+    packed_log_probs,
+    pair_log_probs,
+)
+from grpo_jax.types import Batch, Model, Packed, Pairs, Params, TrainState
+
+METHODS = ("grpo", "ppo", "dpo", "sft")
+ONLINE = ("grpo", "ppo")
+"""Methods that sample completions, and so may have a reward model and a reference policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateShapes:
+    """Model and batch of an update.
+
+    Attributes:
+        hf_config: the model's Hugging Face config.
+        rows: sequences per micro-batch over all devices; half as many pairs.
+        num_micro_batches: micro-batches per update.
+        max_prompt_length: in tokens.
+        max_completion_length: in tokens.
+        remat: recompute activations in the backward pass.
+        dtype: precision of the computation; weights, gradients and optimizer moments are float32.
+    """
+
+    hf_config: Mapping[str, Any]
+    rows: int
+    num_micro_batches: int
+    max_prompt_length: int
+    max_completion_length: int
+    remat: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a method's update over all devices.
+
+    Attributes:
+        copies: copies of the model's weights, including reward model and critic.
+        state_bytes: all weights and optimizer moments.
+        peak_bytes: ``state_bytes`` plus the temporary memory and batch of the largest update.
+    """
+
+    copies: float
+    state_bytes: int
+    peak_bytes: int
+
+
+def update_memory(shapes: UpdateShapes, method: str, mesh: Mesh) -> dict[str, Memory]:
+    """Memory of a method's update by its name, with rule-based rewards and without KL.
+
+    Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_REWARD_MODEL``.
+    PPO's critic is a separate model with the policy's shapes except for its head. DPO's reference is in memory only
+    before the first step, so it is not counted.
+
+    Args:
+        shapes: model and batch.
+        method: one of ``METHODS``.
+        mesh: the devices to compile for.
+
+    Raises:
+        ValueError: the rows do not divide over the devices.
+        RuntimeError: the compiler gives no memory analysis.
+    """
+    decoder, scoring = from_hf_config(shapes.hf_config), from_hf_config(with_scalar_head(shapes.hf_config))
+    check_divides(shapes.rows // 2 if method == "dpo" else shapes.rows, mesh, f"the rows of a micro-batch of {method}")
+    build = partial(build_model, dtype=jnp.dtype(shapes.dtype).type, remat=shapes.remat)
+    model, critic_model = build(decoder), build(scoring)
+    weights, scalar_head_weights = param_shapes(decoder), param_shapes(scoring)
+    optimizer, _ = OptimizerConfig().build(total_updates=100)
+    make_step = partial(make_train_step, optimizer=optimizer, num_micro_batches=shapes.num_micro_batches)
+    actor = _state_of(weights, optimizer)
+    critic = _state_of(scalar_head_weights, optimizer)
+
+    updates: list[tuple[LossFn, TrainState, Callable[[], Any]]]
+    if method == "grpo":
+        updates = [(_policy_loss(model, shapes, "grpo"), actor, partial(_policy_batch, shapes, with_values=False))]
+    elif method == "ppo":
+        batch = partial(_policy_batch, shapes, with_values=True)
+        updates = [(_policy_loss(model, shapes, "ppo"), actor, batch), (_critic_loss(critic_model), critic, batch)]
+    elif method == "dpo":
+        updates = [(_preference_loss(model), actor, partial(_pairs, shapes))]
+    else:
+        updates = [(_sft_loss(model), actor, partial(_packed, shapes))]
+
+    states = [state for _, state, _ in updates]
+    total = sum(map(_bytes_of, states))
+    peak = max(
+        total - _bytes_of(state) + _program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), optimizer, mesh)
+        for loss_fn, state, batch in updates
+    )
+    memory = {}
+    for suffix, frozen in (("", []), (WITH_REWARD_MODEL, [weights, scalar_head_weights])):
+        if not frozen or method in ONLINE:
+            trees, more = [*(state.params for state in states), *frozen], sum(map(_bytes_of, frozen))
+            copies = sum(map(size_of, trees)) / size_of(weights)
+            memory[method + suffix] = Memory(round(copies, 2), total + more, peak + more)
+    return memory
+
+
+def _program_bytes(
+    step: Callable[[TrainState, Any], Any],
+    state: TrainState,
+    batch: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> int:
+    """Peak memory of an update with its state, over all devices."""
+    everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
+    shapes, form = jax.tree.flatten(state)
+    state = form.unflatten(
+        _put(shape, sharding) for shape, sharding in zip(shapes, jax.tree.leaves(placed), strict=True)
+    )
+    batch = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, BATCH)), batch)
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch).compile()
+    analysis = program.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"the compiler for {mesh.devices.flat[0].device_kind} gives no memory analysis")
+    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return mesh.size * (kept + analysis.temp_size_in_bytes)
+
+
+def _put(shape: Any, sharding: Sharding) -> Any:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes of the train state for parameter shapes ``params``."""
+    return jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), params)
+
+
+def _policy_loss(model: Model, shapes: UpdateShapes, name: str) -> LossFn:
+    return PolicyLossConfig(loss=name).build(
+        partial(completion_log_probs, model),
+        max_completion_length=shapes.max_completion_length,
+        sampler_alters_policy=False,
+    )
+
+
+def _critic_loss(model: Model) -> LossFn:
+    def value_loss(params: Params, batch: Batch):
+        assert batch.returns is not None
+        values = completion_values(model, params, batch)
+        return loss.value_loss(values, batch.returns, batch.loss_mask, old_values=batch.old_values, epsilon=0.2)
+
+    return value_loss
+
+
+def _preference_loss(model: Model) -> LossFn:
+    def dpo_loss(params: Params, batch: Pairs):
+        log_probs = pair_log_probs(model, params, batch)
+        return loss.dpo_loss(log_probs, batch.completion_mask, ref_log_probs=batch.ref_log_probs, beta=0.1)
+
+    return dpo_loss
+
+
+def _sft_loss(model: Model) -> LossFn:
+    def supervised_loss(params: Params, batch: Packed):
+        return loss.supervised_loss(packed_log_probs(model, params, batch), batch.loss_mask), {}
+
+    return supervised_loss
+
+
+def _policy_batch(shapes: UpdateShapes, *, with_values: bool) -> Batch:
+    """A batch of GRPO, or of PPO ``with_values``; both with old log-probabilities."""
+    B, P, T = shapes.rows * shapes.num_micro_batches, shapes.max_prompt_length, shapes.max_completion_length
+    per_token = jnp.zeros((B, T)) if with_values else None
+    return Batch(
+        prompt_ids=jnp.zeros((B, P), jnp.int32),
+        prompt_mask=jnp.ones((B, P), bool),
+        completion_ids=jnp.zeros((B, T), jnp.int32),
+        completion_mask=jnp.ones((B, T), bool),
+        loss_mask=jnp.ones((B, T), bool),
+        advantages=jnp.zeros(B) if per_token is None else per_token,
+        rollout_log_probs=jnp.zeros((B, T)),
+        old_log_probs=jnp.zeros((B, T)),
+        old_values=per_token,
+        returns=per_token,
+    )
+
+
+def _pairs(shapes: UpdateShapes) -> Pairs:
+    B, P, T = shapes.rows // 2 * shapes.num_micro_batches, shapes.max_prompt_length, shapes.max_completion_length
+    return Pairs(
+        prompt_ids=jnp.zeros((B, P), jnp.int32),
+        prompt_mask=jnp.ones((B, P), bool),
+        completion_ids=jnp.zeros((B, 2, T), jnp.int32),
+        completion_mask=jnp.ones((B, 2, T), bool),
+        ref_log_probs=jnp.zeros((B, 2)),
+    )
+
+
+def _packed(shapes: UpdateShapes) -> Packed:
+    shape = shapes.rows * shapes.num_micro_batches, shapes.max_prompt_length + shapes.max_completion_length
+    return Packed(
+        token_ids=jnp.zeros(shape, jnp.int32),
+        segment_ids=jnp.ones(shape, jnp.int32),
+        positions=jnp.zeros(shape, jnp.int32),
+        loss_mask=jnp.ones(shape, bool),
+    )
+
+
+def size_of(tree: Any) -> int:
+    """Number of elements of all arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
