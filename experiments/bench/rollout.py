@@ -1,10 +1,10 @@
 """Rollout speed: useful tokens per second, share of useful work, and share of the machine's limit.
 
-Weights are random. Lengths are nearly all the longest, or approximately geometric: then a share of the vocabulary ends a completion. With
-``--against`` another implementation does the same work in the same process, alternating, and ratios of medians are
-reported: ``static`` is a plain loop (every row has its own prompt cache, batches of ``--static-rows`` run until their
-last row ends, full-length cache, Gumbel noise for the whole vocabulary), ``generate`` is ``rollout.generate`` (all rows
-in one batch), ``transformers`` is torch's. Prints one JSON line.
+Weights are random. Lengths are nearly all the longest, or approximately geometric: then a share of the vocabulary ends
+a completion. With ``--against`` another implementation does the same work in the same process, alternating, and ratios
+of medians are reported: ``static`` is a plain loop (every row has its own prompt cache, batches of ``--static-rows``
+run until their last row ends, full-length cache, Gumbel noise for the whole vocabulary), ``generate`` is
+``rollout.generate`` (all rows in one batch), ``transformers`` is torch's. Prints one JSON line.
 
     python experiments/bench/rollout.py --mean-length 48 --max-completion-length 256 --against static
     python experiments/bench/rollout.py --rows 64 --against transformers
