@@ -38,7 +38,7 @@ from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.checks import check_divides
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.offline import train_offline
+from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_set, load_preference_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
@@ -162,6 +162,7 @@ def train(config: DPOConfig, run: Run) -> None:
         optimizer=optimizer,
         schedule=schedule,
         batches=batches if reference is None else WithReference(batches, reference),
+        lengths=pair_lengths,
         digest=f"{batches.digest} {held_out_pairs.digest}",
         evaluate=evaluate,
         evaluated="eval/accuracy",
