@@ -56,7 +56,7 @@ def main(config: Config) -> None:
         Panel(
             TITLES.get(key, key),
             (Curve(key, "", COLOURS[n % len(COLOURS)], points=key.startswith("eval/"), runs=runs),),
-            limits=(0, 1.02 if key in SHARES else None),
+            limits=(0.0, 1.02 if key in SHARES else None),
         )
         for n, key in enumerate(config.keys)
     ]

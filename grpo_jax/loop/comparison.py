@@ -13,7 +13,7 @@ from grpo_jax.monitor.plots import Curve, Panel, draw
 
 WITH_REWARD_MODEL = "_with_reward_model"
 """Suffix of the memory of an update that also has a reward model and a reference policy."""
-SHARE = (0, 1.02)
+SHARE = (0.0, 1.02)
 """Limits of an axis of shares."""
 COLOURS: Mapping[str, str] = {
     "grpo": "tab:blue",

@@ -105,8 +105,7 @@ def train_offline(
             check_finite(metrics, step, run)
             seconds = time.monotonic() - started
             prompts, completions = lengths(batch)
-            tokens = int((prompts + completions).sum())
-            num_tokens += tokens
+            num_tokens += (tokens := int((prompts + completions).sum()))
             flops = models.training_flops(model.config, prompts, completions)
             metrics |= device_metrics(mesh, flops=flops, seconds=seconds)
             metrics |= {

@@ -99,7 +99,7 @@ def update_metrics(
     """
     prompts = np.asarray(experience.rollout.prompt_mask).sum(1)[rows]
     completions = experience.lengths[rows]
-    flops = sum(models.training_flops(config, prompts, completions) for config in passes)
+    flops = sum((models.training_flops(config, prompts, completions) for config in passes), 0.0)
     rate = len(passes) * float((prompts + completions).sum()) / seconds
     return {"update_tokens_per_second": rate} | device_metrics(mesh, flops=flops, seconds=seconds)
 

@@ -58,7 +58,7 @@ def device_metrics(mesh: Mesh, *, flops: float, seconds: float) -> dict[str, flo
     peak = peak_flops(devices[0].device_kind)
     metrics = {}
     if all("peak_bytes_in_use" in each for each in stats):
-        metrics["peak_memory_bytes"] = max(each["peak_bytes_in_use"] for each in stats)
+        metrics["peak_memory_bytes"] = float(max(each["peak_bytes_in_use"] for each in stats))
     if flops and peak is not None:
         metrics["mfu"] = flops / (seconds * len(devices) * peak)
     return metrics

@@ -68,7 +68,7 @@ class Panel:
     x: str = "step"
     x_label: str | None = None
     ticks: Sequence[str] = ()
-    marks: Mapping[str, float] = field(default_factory=dict)
+    marks: Mapping[str, int] = field(default_factory=dict)
     min_curves: int = 1
 
 
@@ -116,7 +116,7 @@ PANELS = (
         ),
         scale="log",
     ),
-    Panel("groups without variance", (Curve("frac_reward_zero_std", "share", BLUE),), "percent", (0, 1)),
+    Panel("groups without variance", (Curve("frac_reward_zero_std", "share", BLUE),), "percent", (0.0, 1.0)),
     Panel("gradient norm", (Curve("grad_norm", "norm", BLUE),)),
     Panel("loss", (Curve("loss", "loss", BLUE),)),
     Panel("learning rate", (Curve("learning_rate", "rate", BLUE),)),
