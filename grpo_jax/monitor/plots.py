@@ -177,7 +177,7 @@ def draw(panels: Sequence[Panel], path: str | Path, *, title: str = "", columns:
     """Draw panels as one picture.
 
     Values of every step are thin lines, and bold a running mean over a twentieth of them. A panel has a legend unless
-    an earlier one has the same.
+    the first one has the same.
 
     Args:
         panels: the panels, row by row.
@@ -192,7 +192,7 @@ def draw(panels: Sequence[Panel], path: str | Path, *, title: str = "", columns:
     figure = Figure(figsize=(4 * columns, 3 * lines + 0.5 * bool(title)), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, parse_math=False)
-    legends: list[list[str]] = []
+    first: list[str] = []
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(lines, columns, place)
         _style(axes, panel)
@@ -200,9 +200,9 @@ def draw(panels: Sequence[Panel], path: str | Path, *, title: str = "", columns:
             _draw(axes, panel, curve)
         axes.set_ylim(*panel.limits)
         labels = axes.get_legend_handles_labels()[1]
-        if len(labels) > 1 and labels not in legends:
+        if len(labels) > 1 and labels != first:
             axes.legend(fontsize=9.5, framealpha=0.8, edgecolor="none", labelcolor=INK)
-            legends.append(labels)
+        first = labels if place == 1 else first
         if place > len(panels) - columns:
             axes.set_xlabel(panel.x if panel.x_label is None else panel.x_label, fontsize=10, color=INK)
     picture = io.BytesIO()
