@@ -47,16 +47,7 @@ from grpo_jax.data.selection import SelectionConfig, preference_pairs
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.batch_inference import read_samples
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.comparison import (
-    WITH_REWARD_MODEL,
-    claims,
-    draw_methods,
-    learning,
-    memories,
-    reached,
-    seconds_of,
-    spread,
-)
+from grpo_jax.loop.comparison import WITH_REWARD_MODEL, claims, draw, learning, memories, reached, seconds_of, spread
 from grpo_jax.loop.eval_report import format_table, read_report
 from grpo_jax.loop.problems import load_problem_sets
 from grpo_jax.loop.run import AnyConfig, Run
@@ -417,7 +408,7 @@ def write_summary(config: Config, run: Run) -> None:
     run.say("\nclaims about GRPO against PPO, and measurements")
     for claim, measured in claims(figures):
         run.say(f"  {claim}: {measured}")
-    draw_methods(curves, run.folder / "curves.png")
+    draw(curves, run.folder / "curves.png")
     base = read_report(config.of_seeds[0].run_dir / BASE)
     parts = [json.loads(path.read_text()) for seed in config.of_seeds for path in seed.run_dir.rglob("summary.json")]
     run.write_summary(

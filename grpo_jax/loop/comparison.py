@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.monitor.plots import Curve, Panel, draw
+from grpo_jax.monitor import plots
+from grpo_jax.monitor.plots import Curve, Panel
 
 WITH_REWARD_MODEL = "_with_reward_model"
 """Suffix of the memory of an update that also has a reward model and a reference policy."""
@@ -121,7 +122,7 @@ def shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def draw_methods(of_methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+def draw(of_methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """Plot held-out pass@1 by samples and by time, one line per seed and one colour per method.
 
     Args:
@@ -130,7 +131,9 @@ def draw_methods(of_methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
     """
     curves = [Curve("pass@1", method, COLOURS[method], True, runs=seeds) for method, seeds in of_methods.items()]
     labels = {"samples": "samples", "seconds": "seconds of sampling and training"}
-    draw([Panel("pass@1, held out", curves, limits=SHARE, x=x, x_label=label) for x, label in labels.items()], path)
+    plots.draw(
+        [Panel("pass@1, held out", curves, limits=SHARE, x=x, x_label=label) for x, label in labels.items()], path
+    )
 
 
 def draw_stages(of_seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path) -> None:
@@ -158,4 +161,4 @@ def draw_stages(of_seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path)
         for name in ("pass@1", "format", "language", "general quality")
         if all(figures.get(name) is not None for stages in of_seeds for figures in stages.values())
     ]
-    draw(panels, path, columns=len(panels))
+    plots.draw(panels, path, columns=len(panels))
