@@ -36,7 +36,7 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import template_columns
 from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.offline import train_offline
+from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
@@ -141,6 +141,7 @@ def train(config: DPOConfig, run: Run) -> None:
         optimizer=optimizer,
         schedule=schedule,
         batches=batches if reference is None else WithReference(batches, reference),
+        lengths=pair_lengths,
         digest=f"{batches.digest} {held_out_pairs.digest}",
         evaluate=evaluate,
         evaluated="eval/accuracy",

@@ -106,7 +106,8 @@ def train(config: GRPOConfig, run: Run) -> None:
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
             advantages = np.full(len(experience.completions), np.nan, np.float32)
             advantages[rows] = per_completion(batch)
-            wants_checkpoint = collector.log_step(experience, scores, metrics, advantages)
+            passes = [collector.policy.config] * config.num_epochs
+            wants_checkpoint = collector.log_step(experience, scores, metrics, advantages, passes=passes)
             if collector.save_is_due(step, wants_checkpoint):
                 run.save(step, state, collector.state_dict())
             run.stop_if_requested()

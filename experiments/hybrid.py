@@ -128,7 +128,8 @@ def train(config: HybridConfig, run: Run) -> None:
             metrics = over_updates([update]) | critic_metrics
             check_finite(metrics, step, run)
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
-            wants_checkpoint = collector.log_step(experience, scores, metrics, per_completion(batch))
+            passes = [collector.policy.config]
+            wants_checkpoint = collector.log_step(experience, scores, metrics, per_completion(batch), passes=passes)
             if collector.save_is_due(step, wants_checkpoint):
                 run.save(step, states, collector.state_dict())
             run.stop_if_requested()

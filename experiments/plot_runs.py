@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.comparison import draw_stages
+from grpo_jax.monitor.plots import Curve, Panel, draw
 
 TITLES = {
     "eval/pass@1": "pass@1, held out",
@@ -52,21 +51,16 @@ def main(config: Config) -> None:
     if config.chain:
         draw_stages([json.loads((run / "summary.json").read_text())["stages"] for run in config.runs], config.out)
         return
-    figure = Figure(figsize=(4 * len(config.keys), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(config.keys), squeeze=False)[0]
-    for n, (axes, key) in enumerate(zip(panels, config.keys, strict=True)):
-        for run in config.runs:
-            rows = [row for row in read_jsonl(run / "metrics.jsonl") if key in row]
-            colour = COLOURS[n % len(COLOURS)]
-            marks = "o-" if key.startswith("eval/") else "-"
-            axes.plot([row["step"] for row in rows], [row[key] for row in rows], marks, color=colour, alpha=0.6)
-        axes.set_title(TITLES.get(key, key), loc="left")
-        axes.set_xlabel("step")
-        axes.set_ylim(0, 1.02 if key in SHARES else None)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(config.out, dpi=110)
+    runs = [read_jsonl(run / "metrics.jsonl") for run in config.runs]
+    panels = [
+        Panel(
+            TITLES.get(key, key),
+            (Curve(key, "", COLOURS[n % len(COLOURS)], points=key.startswith("eval/"), runs=runs),),
+            limits=(0.0, 1.02 if key in SHARES else None),
+        )
+        for n, key in enumerate(config.keys)
+    ]
+    draw(panels, config.out, columns=len(panels))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model
 from grpo_jax.loop.stages import Stage
 from grpo_jax.masked import masked_mean, masked_sum
-from grpo_jax.models import Pretrained
+from grpo_jax.models import DecoderConfig, Pretrained
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import replicated, shard_rows
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER
@@ -97,12 +97,12 @@ def train(config: PPOConfig, run: Run) -> None:
             scores = collector.score(experience)
             batch, kl, token_kl = learner.batch(experience, scores, old, ref, values, kl_coef)
 
-            updates = []
+            updates, critic_alone = [], step <= config.critic_warmup_steps
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
                     minibatch = shard_rows(minibatch, mesh)
-                    states, update = learner.update(states, minibatch, critic_alone=step <= config.critic_warmup_steps)
+                    states, update = learner.update(states, minibatch, critic_alone=critic_alone)
                     updates.append(update)
 
             metrics = over_updates(updates)
@@ -121,7 +121,8 @@ def train(config: PPOConfig, run: Run) -> None:
                     )
                 )
             per_completion = np.asarray(masked_sum(batch.advantages, batch.loss_mask, 1))
-            wants_checkpoint = collector.log_step(experience, scores, metrics, per_completion)
+            passes = config.num_epochs * learner.trained(critic_alone=critic_alone)
+            wants_checkpoint = collector.log_step(experience, scores, metrics, per_completion, passes=passes)
             if collector.save_is_due(step, wants_checkpoint):
                 run.save(step, states, {**collector.state_dict(), "kl_coef": kl_coef})
             run.stop_if_requested()
@@ -156,6 +157,7 @@ class Learner:
 
     def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh, *, num_steps: int):
         self.config, self.model, self.mesh = config, collector.policy.model, mesh
+        self.sizes = collector.policy.config
         self.optimizer, self.schedule = config.optimizer.build(
             total_updates=max(num_steps, 1) * self.updates_per_step,
         )
@@ -183,6 +185,10 @@ class Learner:
     def actor(self, states: dict[str, TrainState]) -> Params:
         """Parameters of the policy to sample from."""
         return states["actor"].params
+
+    def trained(self, *, critic_alone: bool) -> list[DecoderConfig]:
+        """Sizes of the models that an update trains."""
+        return [] if critic_alone else [self.sizes]
 
     def critic(self, states: dict[str, TrainState]) -> Params:
         """Parameters of the value function."""
@@ -234,6 +240,7 @@ class OwnCritic(Learner):
         start = config.rewards.reward_model or collector.start
         critic = load_model(config, start, mesh, scalar_head=True)
         check_same_tokens(critic, collector.policy)
+        self.critic_sizes = critic.config
         critic_optimizer, _ = config.critic_optimizer.build(
             total_updates=config.num_steps * self.updates_per_step,
         )
@@ -261,6 +268,9 @@ class OwnCritic(Learner):
             ),
             "critic": init_state(critic.params, critic_optimizer, with_reference=False, replicated=on_mesh),
         }
+
+    def trained(self, *, critic_alone: bool) -> list[DecoderConfig]:
+        return [self.critic_sizes, *super().trained(critic_alone=critic_alone)]
 
     def critic(self, states: dict[str, TrainState]) -> Params:
         return states["critic"].params

@@ -26,7 +26,7 @@ from grpo_jax.config.run import MeshConfig
 from grpo_jax.jsonl import read_jsonl, write_atomically
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.stages import Stage
-from grpo_jax.monitor.plots import series
+from grpo_jax.monitor.plots import BLUE, ORANGE, Curve, Panel, draw, series
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.language import language_reward
 from grpo_jax.rewards.math.answer import answer_reward
@@ -170,7 +170,6 @@ def row_of(folder: Path) -> dict[str, Any]:
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "judge" in row]
     truth = smoothed(series(rows, "judge")[:, 1])
     best = int(truth.argmax())
-    alarms = {row["alarm"]: row["step"] for row in reversed(read_jsonl(folder / "alarms.jsonl"))}
     return {
         "truth_at_start": round(float(truth[0]), 3),
         "truth_at_best": round(float(truth[best]), 3),
@@ -178,7 +177,7 @@ def row_of(folder: Path) -> dict[str, Any]:
         "truth_at_end": round(float(truth[-1]), 3),
         "reward_at_best": round(rows[best]["reward"], 3),
         "reward_at_end": round(rows[-1]["reward"], 3),
-        "alarms": dict(sorted(alarms.items(), key=lambda item: item[1])),
+        "alarms": first_alarms(folder),
     }
 
 
@@ -189,28 +188,18 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def plot(folder: Path, names: Sequence[str]) -> None:
     """Plot reward and true score of each run, with a vertical line at the first step of each alarm."""
-    import matplotlib.pyplot as plt
+    panels = []
+    for name in names:
+        runs = [[row for row in read_jsonl(folder / name / "metrics.jsonl") if "judge" in row]]
+        curves = [Curve("reward", "training reward", ORANGE, runs=runs), Curve("judge", "true score", BLUE, runs=runs)]
+        panels.append(Panel(name, curves, marks=first_alarms(folder / name)))
+    draw(panels, folder / "curves.png")
 
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    for axis, name in zip(axes.flat, names, strict=False):
-        metrics = [row for row in read_jsonl(folder / name / "metrics.jsonl") if "judge" in row]
-        for key, label, colour in (("reward", "training reward", "#ea580c"), ("judge", "true score", "#2563eb")):
-            axis.plot(*series(metrics, key).T, label=label, color=colour)
-        first: dict[str, int] = {}
-        for alarm in read_jsonl(folder / name / "alarms.jsonl"):
-            first.setdefault(alarm["alarm"], alarm["step"])
-        for place, (alarm, step) in enumerate(first.items()):
-            axis.axvline(step, color="#94a3b8", linewidth=1)
-            height = 0.97 - 0.09 * place
-            axis.text(step, height, f" {alarm}", fontsize=8, va="top", transform=axis.get_xaxis_transform())
-        axis.set(title=name, xlabel="step")
-    axes[0][0].legend(fontsize=8, loc="lower right")
-    figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
+
+def first_alarms(folder: Path) -> dict[str, int]:
+    """The first step of each alarm, by step."""
+    steps = {row["alarm"]: row["step"] for row in reversed(read_jsonl(folder / "alarms.jsonl"))}
+    return dict(sorted(steps.items(), key=lambda item: item[1]))
 
 
 if __name__ == "__main__":

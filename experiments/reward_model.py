@@ -26,7 +26,7 @@ from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.offline import train_offline
+from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
@@ -90,6 +90,7 @@ def train(config: RewardModelConfig, run: Run) -> None:
         optimizer=optimizer,
         schedule=schedule,
         batches=batches,
+        lengths=pair_lengths,
         digest=batches.digest,
         evaluate=evaluate,
         evaluated="eval/accuracy",

@@ -30,7 +30,7 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import Rendering, template_columns
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.offline import train_offline
+from grpo_jax.loop.offline import packed_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
@@ -113,7 +113,7 @@ def train(config: SFTConfig, run: Run) -> None:
         evaluated="eval/loss",
         prompt_format=prompt_format_of(rendering, policy.tokenizer),
         reload=lambda: load_model(config, start, mesh).params,
-        count_tokens=lambda batch: int(np.asarray(batch.segment_ids > 0).sum()),
+        lengths=packed_lengths,
     )
 
 

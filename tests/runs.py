@@ -14,7 +14,8 @@ from grpo_jax.loop.run import Run
 from grpo_jax.loop.stages import Stage
 
 TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
-TIMING += ("scoring_time", "update_time", "reshard_time", "reshard_bytes")
+TIMING += ("scoring_time", "update_time", "update_tokens_per_second", "reshard_time", "reshard_bytes")
+TIMING += ("mfu", "peak_memory_bytes")
 
 
 def write_rows(path, rows):

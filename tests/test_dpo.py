@@ -18,11 +18,14 @@ from grpo_jax.config.presets import preset
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.encoded import EncodedProblems
+from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import offline
+from grpo_jax.loop.offline import pair_lengths
 from grpo_jax.loop.offline_data import load_preference_sets
 from grpo_jax.masked import masked_sum
+from grpo_jax.monitor.devices import PEAK_FLOPS
 from grpo_jax.tasks.demonstrations import errand_preferences
 from grpo_jax.tasks.errands import Errand, errand_reward
 from grpo_jax.tasks.sums import make_tokenizer
@@ -59,7 +62,9 @@ def finished(small, tmp_path_factory):
         mesh=MeshConfig(data=1),
         plain=True,
     )
-    assert dpo.main(config) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PEAK_FLOPS, "cpu", 1e9)
+        assert dpo.main(config) == 0
     return config
 
 
@@ -87,6 +92,19 @@ def of_base(finished):
         "held_out_reference": np.asarray(sums(held_out.padded(range(HELD_OUT)))),
         "lengths": np.asarray(pairs.completion_mask.sum(2)),
     }
+
+
+def test_tokens_and_flops_of_a_step_are_those_of_its_pairs(finished):
+    base = models.from_pretrained(finished.model)
+    limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
+    preferences, _ = load_preference_sets(finished.data, 0)
+    learnt = encode_preference_set(finished.data, preferences, base, **limits)
+    prompts, completions = pair_lengths(PairBatches(learnt, num_pairs=12, num_epochs=2)[0])
+    row = next(row for row in read_jsonl(finished.run_dir / "metrics.jsonl") if "loss" in row)
+    assert row["num_tokens"] == 2 * prompts.sum() + completions.sum()
+    assert row["tokens_per_second"] == pytest.approx(row["num_tokens"] / row["step_time"])
+    flops = models.training_flops(base.config, prompts, completions)
+    assert row["mfu"] == pytest.approx(flops / 1e9 / row["step_time"])
 
 
 def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(finished, config, monkeypatch):

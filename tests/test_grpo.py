@@ -174,6 +174,11 @@ def test_metrics_have_trls_names(finished):
     assert row["completions/mean_length"] <= 10
 
 
+def test_the_speed_of_updates_counts_prompts_and_completions(finished):
+    row = next(row for row in read_jsonl(finished.run_dir / "metrics.jsonl") if "loss" in row)
+    assert row["update_tokens_per_second"] == pytest.approx(row["num_tokens"] / row["update_time"])
+
+
 def test_completions_are_logged_with_every_part_of_the_reward(finished):
     rows = read_jsonl(finished.run_dir / "completions.jsonl")
     assert len(rows) == 2 * 8 * 4

@@ -121,16 +121,29 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_empty_logs(tmp_pat
         assert read_jsonl(run.metrics_log.path) == []
 
 
-def test_all_samples_are_written_and_the_shown_ones_printed(tmp_path):
+class Listener:
+    """A tracker that keeps what it receives."""
+
+    def __init__(self):
+        self.tables = []
+
+    def log_samples(self, rows, step):
+        self.tables.append((step, [row["completion"] for row in rows]))
+
+
+def test_all_samples_are_written_and_the_shown_ones_printed_and_tracked(tmp_path):
     samples = [Sample("p", f"completion {i}", {}, 0.0, 0.0, why=f"reason {i}", note="a note") for i in range(5)]
     with open_run(tmp_path / "run") as run:
+        run.trackers.append(listener := Listener())
         run.log_samples(1, samples, shown=samples[2:4])
+        run.log_samples(2, [], shown=[])
         said = run.progress.console.export_text()
         rows = read_jsonl(run.completions_log.path)
     assert [(row["completion"], row["why"], row["note"]) for row in rows] == [
         (f"completion {i}", f"reason {i}", "a note") for i in range(5)
     ]
     assert [line[-1] for line in said.splitlines() if "completion:" in line] == ["2", "3"]
+    assert listener.tables == [(1, ["completion 2", "completion 3"])]
     assert "reason 2" in said
     assert "a note" in said
 

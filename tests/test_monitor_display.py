@@ -63,6 +63,8 @@ def test_what_is_there_is_selected_in_order_and_once():
         "rewards/accuracy/mean",
         "eval/loss",
         "reward",
+        "tasks/maths/reward",
+        "eval/maths/pass@1",
         "step",
     ]
     labels = {metric.key: metric.label for metric in select_metrics(DISPLAY_METRICS, keys)}
@@ -70,7 +72,9 @@ def test_what_is_there_is_selected_in_order_and_once():
         "reward": "reward",
         "rewards/format/mean": "- format",
         "rewards/accuracy/mean": "- accuracy",
+        "tasks/maths/reward": "- task maths",
         "eval/pass@1": "eval pass@1",
+        "eval/maths/pass@1": "eval maths pass@1",
         "eval/loss": "eval loss",
         "kl": "KL",
     }

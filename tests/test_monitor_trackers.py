@@ -1,6 +1,7 @@
 """Optional trackers: what they receive, and errors without their packages."""
 
 import importlib
+import json
 import math
 import struct
 import sys
@@ -10,8 +11,13 @@ from types import ModuleType
 
 import pytest
 
+from grpo_jax.monitor.samples import Sample
 from grpo_jax.monitor.trackers import open_trackers
 
+SAMPLES = [
+    Sample("1+1=", "2", {"accuracy": 1.0, "format": math.nan}, 1.0, 0.5, answer="2", why="at random").row(3),
+    Sample("1+2=", "4", {"accuracy": 0.0}, math.nan).row(3),
+]
 METRICS = {"step": 3, "reward": 0.5, "kl": None, "note": "text", "eval/pass@1": 1}
 
 
@@ -32,6 +38,40 @@ class FakeRun:
         self.finished = True
 
 
+class WandBTable:
+    """The constructor of ``wandb.Table``, which checks that rows are as long as ``columns``."""
+
+    def __init__(
+        self,
+        columns=None,
+        data=None,
+        rows=None,
+        dataframe=None,
+        dtype=None,
+        optional=True,
+        allow_mixed_types=False,
+        log_mode="IMMUTABLE",
+    ):
+        assert all(len(row) == len(columns) for row in data)
+        self.columns, self.data = columns, data
+
+
+class TrackioTable:
+    """The constructor of ``trackio.Table``, which in version 0.5 ignores ``columns``."""
+
+    def __init__(
+        self,
+        columns=None,
+        data=None,
+        dataframe=None,
+        rows=None,
+        optional=True,
+        allow_mixed_types=False,
+        log_mode="IMMUTABLE",
+    ):
+        self.data = data if dataframe is None else dataframe.to_dict(orient="records")
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """Installs a package of that name whose ``init`` makes fake runs, and returns the list of them."""
@@ -39,6 +79,7 @@ def fake(monkeypatch):
     def install(name):
         runs = []
         package = ModuleType(name)
+        package.Table = {"wandb": WandBTable, "trackio": TrackioTable}[name]
         package.init = lambda **settings: runs.append(FakeRun(**settings)) or runs[-1]
         monkeypatch.setitem(sys.modules, name, package)
         return runs
@@ -105,6 +146,27 @@ def test_trackio(tmp_path, fake, monkeypatch):
     assert run.finished
 
 
+def test_samples_are_a_table(tmp_path, fake):
+    wandb, trackio = fake("wandb"), fake("trackio")
+    for tracker in open_trackers(["wandb", "trackio"], tmp_path, {}):
+        tracker.log_samples(SAMPLES, 3)
+    ((logged, step),) = wandb[0].logged
+    assert (logged["step"], step) == (3, None)
+    assert logged["completions"].columns == [
+        *("step", "prompt", "completion", "answer", "why", "reward", "rewards/accuracy", "rewards/format", "advantage")
+    ]
+    assert logged["completions"].data == [
+        [3, "1+1=", "2", "2", "at random", 1.0, 1.0, None, 0.5],
+        [3, "1+2=", "4", None, None, None, 0.0, None, None],
+    ]
+    ((logged, step),) = trackio[0].logged
+    assert step == 3
+    assert [row["completion"] for row in logged["completions"].data] == ["2", "4"]
+    assert logged["completions"].data[1] == {
+        **{"step": 3, "prompt": "1+2=", "completion": "4", "answer": None, "reward": None, "rewards/accuracy": 0.0}
+    }
+
+
 def test_a_resumed_run_is_the_same_run_and_another_folder_is_not(tmp_path, fake, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     wandb, trackio = fake("wandb"), fake("trackio")
@@ -145,14 +207,21 @@ def test_tensorboard(tmp_path):
     event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
     (tracker,) = open_trackers(["tensorboard"], tmp_path, {"lr": 1e-6})
     tracker.log(METRICS, 3)
+    tracker.log_samples(SAMPLES, 3)
     tracker.close()
     written = list(events(tmp_path / "tensorboard", event_pb2))
-    scalars = {
-        (e.step, v.tag): v.simple_value for e in written for v in e.summary.value if v.tag != "config/text_summary"
-    }
+    scalars = {(e.step, v.tag): v.simple_value for e in written for v in e.summary.value if "text_summary" not in v.tag}
     assert scalars == {(3, "reward"): 0.5, (3, "eval/pass_at_1"): 1.0}
     (config,) = [v.tensor.string_val[0] for e in written for v in e.summary.value if v.tag == "config/text_summary"]
     assert b'"lr": 1e-06' in config
+    ((step, samples),) = [
+        (e.step, v.tensor.string_val[0].decode())
+        for e in written
+        for v in e.summary.value
+        if v.tag == "completions/text_summary"
+    ]
+    assert step == 3
+    assert [row["completion"] for row in json.loads(samples)] == ["2", "4"]
 
     (resumed,) = open_trackers(["tensorboard"], tmp_path, {"lr": 1e-6}, first_step=3)
     resumed.close()

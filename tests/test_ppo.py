@@ -15,6 +15,7 @@ from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.jsonl import read_jsonl
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
 from grpo_jax.tasks.sums import make_tokenizer
 from grpo_jax.tasks.toy_config import HF_CONFIG
@@ -97,6 +98,8 @@ def test_the_critic_learns_alone_at_first_and_the_actor_stays(config):
         steps = steps_of(run)
         assert [row["kl"] for row in steps] == [0, 0]
         assert all(row["grad_norm"] > 0 for row in steps)
+        rows = [row for row in read_jsonl(run.run_dir / "metrics.jsonl") if "loss" in row]
+        assert all((row["update_tokens_per_second"] > 0) == (critic == "model") for row in rows)  # the trunk is fixed
         trained, start = (models.from_pretrained(each).params for each in (run.run_dir / "model", config.model))
         jax.tree.map(np.testing.assert_array_equal, trained, start)
 

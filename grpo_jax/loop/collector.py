@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.experience import Experience, concatenate, has_reward_variance
 from grpo_jax.loop.held_out import evaluate_tasks
 from grpo_jax.loop.mixture import TASK, MixtureScorer
-from grpo_jax.loop.report import step_metrics, to_samples
+from grpo_jax.loop.report import step_metrics, to_samples, update_metrics
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
 from grpo_jax.loop.setup import load_policy, make_sampler, model_facts, start_model
@@ -219,7 +219,13 @@ class Collector:
         return experience, merged, rows.reshape(-1)
 
     def log_step(
-        self, experience: Experience, scores: Scores, metrics: dict[str, float], advantages: np.ndarray
+        self,
+        experience: Experience,
+        scores: Scores,
+        metrics: dict[str, float],
+        advantages: np.ndarray,
+        *,
+        passes: Sequence[models.DecoderConfig],
     ) -> bool:
         """Log a step: metrics, alarms, reward errors, sample completions.
 
@@ -228,6 +234,7 @@ class Collector:
             scores: their rewards.
             metrics: of the updates; the step's other metrics are added to it.
             advantages: ``[B]``; NaN for completions that were not trained on.
+            passes: sizes of the trained model, for each pass of the updates over the completions.
 
         Returns:
             Whether an alarm asks for a checkpoint.
@@ -239,6 +246,7 @@ class Collector:
             "tokens_per_second": float(experience.lengths.sum() / metrics["step_time"]),
             "compilations": self._compilations(),
         }
+        metrics |= update_metrics(experience, ~np.isnan(advantages), passes, metrics["update_time"], self.mesh)
         self._run.log({"step": step, **metrics})
         self._run.log_reward_errors(step, self.scorer.take_errors())
         wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config.compare import WITH_REWARD_MODEL
+from grpo_jax.monitor import plots
+from grpo_jax.monitor.plots import Curve, Panel
 
+SHARE = (0.0, 1.02)
+"""Limits of an axis of shares."""
 COLOURS: Mapping[str, str] = {
     "grpo": "tab:blue",
     "rloo": "tab:cyan",
@@ -117,34 +121,18 @@ def shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def draw(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Plot held-out pass@1 by samples and by time, one line per seed and one colour per method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(of_methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Plot held-out pass@1 by samples and by time, one line per seed and one colour per method.
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
+    Args:
+        of_methods: for each method, the points of each seed.
+        path: image file to write.
+    """
+    curves = [Curve("pass@1", method, COLOURS[method], True, runs=seeds) for method, seeds in of_methods.items()]
     labels = {"samples": "samples", "seconds": "seconds of sampling and training"}
-    for axes, (across, label) in zip(panels, labels.items(), strict=True):
-        for method, of_seeds in curves.items():
-            for number, points in enumerate(of_seeds):
-                axes.plot(
-                    [point[across] for point in points],
-                    [point["pass@1"] for point in points],
-                    "o-",
-                    color=COLOURS[method],
-                    alpha=0.7,
-                    markersize=3,
-                    label=None if number else method,
-                )
-        axes.set_xlabel(label)
-        axes.set_ylim(0, 1.02)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_title("pass@1, held out", loc="left")
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    plots.draw(
+        [Panel("pass@1, held out", curves, limits=SHARE, x=x, x_label=label) for x, label in labels.items()], path
+    )
 
 
 def draw_stages(of_seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path) -> None:
@@ -154,34 +142,22 @@ def draw_stages(of_seeds: Sequence[Mapping[str, Mapping[str, Any]]], path: Path)
         of_seeds: ``stages`` of the summary of each seed.
         path: image file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    chain_models = [model for model in of_seeds[0] if model != "r1_zero"]
-    shares = ("pass@1", "format", "language", "general quality")
-    labels = [
-        label
-        for label in shares
-        if all(figures.get(label) is not None for stages in of_seeds for figures in stages.values())
+    chain = [model for model in of_seeds[0] if model != "r1_zero"]
+    runs = [[{"stage": place, **stages[model]} for place, model in enumerate(chain)] for stages in of_seeds]
+    zero = [[{"stage": place, **stages["r1_zero"]} for place in (0, len(chain) - 1)] for stages in of_seeds]
+    panels = [
+        Panel(
+            name,
+            (
+                Curve(name, "R1's chain", "tab:blue", points=True, runs=runs),
+                Curve(name, "R1-Zero", "tab:orange", dotted=True, runs=zero),
+            ),
+            limits=SHARE,
+            x="stage",
+            x_label="",
+            ticks=chain,
+        )
+        for name in ("pass@1", "format", "language", "general quality")
+        if all(figures.get(name) is not None for stages in of_seeds for figures in stages.values())
     ]
-    figure = Figure(figsize=(3.4 * len(labels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(labels), squeeze=False)[0]
-    for axes, label in zip(panels, labels, strict=True):
-        for number, stages in enumerate(of_seeds):
-            chain, zero = (None, None) if number else ("R1's chain", "R1-Zero")
-            axes.plot(
-                chain_models,
-                [stages[model][label] for model in chain_models],
-                "o-",
-                color="tab:blue",
-                alpha=0.7,
-                label=chain,
-            )
-            axes.axhline(stages["r1_zero"][label], color="tab:orange", linestyle=":", label=zero)
-        axes.set_title(label, loc="left")
-        axes.set_ylim(0, 1.02)
-        axes.tick_params(axis="x", rotation=45)
-        axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    plots.draw(panels, path, columns=len(panels))

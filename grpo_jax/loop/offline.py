@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -15,9 +16,10 @@ from grpo_jax.loop.checks import check_finite, check_same_data
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.run import Run
+from grpo_jax.monitor.devices import device_metrics
 from grpo_jax.sharding import replicated, shard_rows
 from grpo_jax.train import LossFn, init_state, make_train_step
-from grpo_jax.types import Params
+from grpo_jax.types import Packed, Pairs, Params
 
 
 @runtime_checkable
@@ -49,7 +51,7 @@ def train_offline(
     evaluated: str,
     prompt_format: Mapping[str, Any],
     reload: Callable[[], Params],
-    count_tokens: Callable[[Any], int] | None = None,
+    lengths: Callable[[Any], tuple[np.ndarray | int, np.ndarray]],
 ) -> None:
     """Train on batches in order, with evaluations, checkpoints and resumption; export the model at the end.
 
@@ -68,7 +70,7 @@ def train_offline(
         evaluated: a metric of every evaluation, which tells whether one was done.
         prompt_format: of the exported model.
         reload: loads the parameters that the run started from.
-        count_tokens: training tokens of a batch, for ``num_tokens`` and ``tokens_per_second``.
+        lengths: tokens of the prompt and of the completion of each sequence of a batch, such as ``pair_lengths``.
 
     Raises:
         FloatingPointError: a metric is not finite.
@@ -102,11 +104,13 @@ def train_offline(
             metrics = {name: float(value) for name, value in update.items()}
             check_finite(metrics, step, run)
             seconds = time.monotonic() - started
-            if count_tokens is not None:
-                tokens = count_tokens(batch)
-                num_tokens += tokens
-                metrics |= {"num_tokens": num_tokens, "tokens_per_second": tokens / seconds}
+            prompts, completions = lengths(batch)
+            num_tokens += (tokens := int((prompts + completions).sum()))
+            flops = models.training_flops(model.config, prompts, completions)
+            metrics |= device_metrics(mesh, flops=flops, seconds=seconds)
             metrics |= {
+                "num_tokens": num_tokens,
+                "tokens_per_second": tokens / seconds,
                 "epoch": config.num_epochs * step / len(batches),
                 "learning_rate": float(jnp.asarray(schedule(int(state.step) - 1))),
                 "step_time": seconds,
@@ -131,3 +135,13 @@ def train_offline(
         prompt_format=prompt_format,
         exported_step=step,
     )
+
+
+def packed_lengths(packed: Packed) -> tuple[int, np.ndarray]:
+    """0, and the lengths of the packed sequences: all of their tokens are predicted."""
+    return 0, np.concatenate([np.bincount(row)[1:] for row in np.asarray(packed.segment_ids)])
+
+
+def pair_lengths(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """``[B, 1]`` and ``[B, 2]``, the lengths of prompts and of both completions of each pair."""
+    return np.asarray(pairs.prompt_mask).sum(1, keepdims=True), np.asarray(pairs.completion_mask).sum(2)

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from grpo_jax import models
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.mixture import MixtureScorer
 from grpo_jax.loop.task_runtime import TaskRuntime
+from grpo_jax.monitor.devices import device_metrics
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics
 from grpo_jax.rewards.compose import Scores
@@ -73,6 +76,32 @@ def step_metrics(
     seconds = time.monotonic() - experience.started
     phases = sum(experience.times.get(name, 0.0) for name in ("rollout_time", "scoring_time", "reshard_time"))
     return metrics | experience.times | {"update_time": max(seconds - phases, 0.0), "step_time": seconds}
+
+
+def update_metrics(
+    experience: Experience, rows: np.ndarray, passes: Sequence[models.DecoderConfig], seconds: float, mesh: Mesh
+) -> dict[str, float]:
+    """Speed of a step's updates, and device memory.
+
+    ``seconds`` is all of the step but sampling, scoring and resharding: the log-probabilities before the updates take
+    part of it and are not counted, so that both rates are lower bounds.
+
+    Args:
+        experience: the step's completions.
+        rows: ``[B]`` bool, the completions in the updates.
+        passes: sizes of the trained model, for each pass of the updates over them.
+        seconds: of the updates.
+        mesh: the devices.
+
+    Returns:
+        ``update_tokens_per_second``, tokens of prompts and completions in all passes per second, and the metrics of
+        ``device_metrics``.
+    """
+    prompts = np.asarray(experience.rollout.prompt_mask).sum(1)[rows]
+    completions = experience.lengths[rows]
+    flops = sum((models.training_flops(config, prompts, completions) for config in passes), 0.0)
+    rate = len(passes) * float((prompts + completions).sum()) / seconds
+    return {"update_tokens_per_second": rate} | device_metrics(mesh, flops=flops, seconds=seconds)
 
 
 def task_metrics(tasks: Sequence[TaskRuntime], experience: Experience, scores: Scores) -> dict[str, float]:

@@ -47,7 +47,8 @@ class Run:
         config: the experiment's configuration, a dataclass.
         title: title of the live view.
         resumable_fields: top-level fields of ``config`` that may change on resume because they do not change results.
-        trackers: among ``tensorboard``, ``wandb`` and ``trackio``; they receive the metrics too.
+        trackers: among ``tensorboard``, ``wandb`` and ``trackio``; they receive the metrics, and the samples that are
+            shown.
         keep_checkpoints: number of newest checkpoints to keep.
         plain: print plain lines instead of the live view. Default: where there is no terminal.
         console: rich console to print to.
@@ -212,8 +213,10 @@ class Run:
             tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
     def log_samples(self, step: int, samples: Sequence[Sample], *, shown: Sequence[Sample]) -> None:
-        """Write ``samples`` to ``completions.jsonl`` and print those in ``shown``."""
+        """Write ``samples`` to ``completions.jsonl``, print those in ``shown`` and log them to the trackers."""
         self.completions_log.append(*(sample.row(step) for sample in samples))
+        for tracker in self.trackers if shown else ():
+            tracker.log_samples([sample.row(step) for sample in shown], step)
         print_samples(shown, step, self.progress.console, plain=self.progress.plain)
 
     def log_reward_errors(self, step: int, errors: Sequence[RewardError]) -> None:

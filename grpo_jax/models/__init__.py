@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo_jax.models.config import DecoderConfig as DecoderConfig
+    from grpo_jax.models.flops import training_flops as training_flops
     from grpo_jax.models.hf import describe_pretrained as describe_pretrained
     from grpo_jax.models.hf import from_pretrained as from_pretrained
     from grpo_jax.models.hf import save_pretrained as save_pretrained
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 EXPORTS = {
     "config": ("DecoderConfig",),
+    "flops": ("training_flops",),
     "hf": ("describe_pretrained", "from_pretrained", "save_pretrained", "weights_digest"),
     "hf_config": ("from_hf_config",),
     "positions": ("num_positions",),

@@ -78,12 +78,14 @@ class DisplayMetric:
 DISPLAY_METRICS = (
     DisplayMetric("reward", "reward", main=True),
     DisplayMetric("rewards/*/mean", "- *"),
+    DisplayMetric("tasks/*/reward", "- task *"),
     DisplayMetric("rewards/accuracies", "pairs won", percent, main=True),
     DisplayMetric("rewards/margins", "margin", main=True),
     DisplayMetric("accuracy", "accuracy", percent, main=True),
     DisplayMetric("pass_rate", "pass rate", percent, main=True),
     DisplayMetric("eval/pass@*", "eval pass@*", percent, main=True),
     DisplayMetric("eval/maj@*", "eval maj@*", percent, main=True),
+    DisplayMetric("eval/*/pass@1", "eval * pass@1", percent, main=True),
     DisplayMetric("eval/accuracy", "eval accuracy", percent, main=True),
     DisplayMetric("eval/mean_length", "eval length", one_decimal, main=True),
     DisplayMetric("eval/*", "eval *", main=True),
@@ -104,6 +106,9 @@ DISPLAY_METRICS = (
     DisplayMetric("learning_rate", "learning rate", scientific),
     DisplayMetric("tokens_per_second", "tokens/s", count, main=True),
     DisplayMetric("rollout_tokens_per_second", "- sampling alone", count),
+    DisplayMetric("update_tokens_per_second", "- training alone", count),
+    DisplayMetric("mfu", "MFU of training", percent),
+    DisplayMetric("peak_memory_bytes", "peak memory, bytes", count),
     DisplayMetric("reshard_time", "- seconds of moving weights"),
     DisplayMetric("reshard_bytes", "- bytes moved", count),
     DisplayMetric("num_tokens", "tokens", count),
@@ -124,16 +129,21 @@ def select_metrics(metrics: Iterable[DisplayMetric], keys: Iterable[str]) -> lis
     remaining = [key for key in keys if not key.endswith(NOT_SHOWN)]
     selected = []
     for metric in metrics:
-        start, star, end = metric.key.partition("*")
-        for key in [key for key in remaining if key == metric.key or (star and _matches(key, start, end))]:
+        for key, text in matches(metric.key, remaining):
             remaining.remove(key)
-            text = key[len(start) : len(key) - len(end)]
             selected.append(replace(metric, key=key, label=metric.label.replace("*", text)))
     return selected
 
 
-def _matches(key: str, start: str, end: str) -> bool:
-    return key.startswith(start) and key.endswith(end) and len(key) >= len(start) + len(end)
+def matches(pattern: str, names: Iterable[str]) -> list[tuple[str, str]]:
+    """``(name, text)`` for each name that is ``pattern``, in which one ``*`` stands for any text."""
+    start, star, end = pattern.partition("*")
+    return [
+        (name, name[len(start) : len(name) - len(end)])
+        for name in names
+        if name == pattern
+        or (star and name.startswith(start) and name.endswith(end) and len(name) >= len(start) + len(end))
+    ]
 
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -9,9 +9,12 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from grpo_jax.jsonl import Row, to_json, write_atomically
+
+SAMPLES = "completions"
+"""Name of the tables of completions."""
 
 
 @runtime_checkable
@@ -20,6 +23,10 @@ class Tracker(Protocol):
 
     def log(self, metrics: Row, step: int) -> None:
         """Log the numbers among ``metrics`` at ``step``."""
+        ...
+
+    def log_samples(self, rows: Sequence[Row], step: int) -> None:
+        """Log completions as a table; ``rows`` are those of ``Sample.row``."""
         ...
 
     def close(self) -> None:
@@ -41,13 +48,20 @@ class TensorBoard:
     def __init__(self, package: ModuleType, run_dir: Path, config: Row, first_step: int) -> None:
         purge_step = first_step if first_step > 0 else None
         self._writer = package.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
-        settings = json.dumps(to_json(config), indent=2, ensure_ascii=False).replace("\n", "\n    ")
-        self._writer.add_text("config", f"    {settings}", first_step)
+        self._add_json("config", config, first_step)
+
+    def _add_json(self, name: str, value: Any, step: int) -> None:
+        text = json.dumps(to_json(value), indent=2, ensure_ascii=False).replace("\n", "\n    ")
+        self._writer.add_text(name, f"    {text}", step)  # indented: Markdown shows it as it is
 
     def log(self, metrics: Row, step: int) -> None:
         """Log the numbers among ``metrics`` at ``step``."""
         for name, value in _numbers(metrics).items():
             self._writer.add_scalar(name.replace("@", "_at_"), value, step)
+
+    def log_samples(self, rows: Sequence[Row], step: int) -> None:
+        """Log completions as text."""
+        self._add_json(SAMPLES, rows, step)
 
     def close(self) -> None:
         """Flush and close the tracker."""
@@ -62,6 +76,7 @@ class WandB:
     """
 
     def __init__(self, package: ModuleType, run_dir: Path, config: Row, first_step: int) -> None:
+        self._package = package
         self._run = package.init(
             project=os.environ.get("WANDB_PROJECT", "grpo_jax"),
             id=_tracker_id(run_dir),
@@ -77,6 +92,13 @@ class WandB:
         """Log the numbers among ``metrics`` at ``step``."""
         self._run.log({**_numbers(metrics), "step": step})
 
+    def log_samples(self, rows: Sequence[Row], step: int) -> None:
+        """Log completions as a ``wandb.Table``."""
+        rows = to_json(rows)
+        columns = [*dict.fromkeys(name for row in rows for name in row)]
+        table = self._package.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+        self._run.log({SAMPLES: table, "step": step})
+
     def close(self) -> None:
         """Flush and close the tracker."""
         self._run.finish()
@@ -89,6 +111,7 @@ class Trackio:
     """
 
     def __init__(self, package: ModuleType, run_dir: Path, config: Row, first_step: int) -> None:
+        self._package = package
         self._run = package.init(
             project=os.environ.get("TRACKIO_PROJECT", "grpo_jax"),
             # trackio identifies a run by its name, and two run folders may have the same name.
@@ -101,6 +124,11 @@ class Trackio:
     def log(self, metrics: Row, step: int) -> None:
         """Log the numbers among ``metrics`` at ``step``."""
         self._run.log(_numbers(metrics), step=step)
+
+    def log_samples(self, rows: Sequence[Row], step: int) -> None:
+        """Log completions as a ``trackio.Table``."""
+        # Rows as mappings: trackio ignored ``columns`` in its first versions.
+        self._run.log({SAMPLES: self._package.Table(data=to_json(rows))}, step=step)
 
     def close(self) -> None:
         """Flush and close the tracker."""

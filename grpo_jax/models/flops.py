@@ -1,0 +1,44 @@
+"""Model FLOPs of training, for MFU."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import numpy as np
+
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.transformer import param_shapes
+
+
+def training_flops(config: DecoderConfig, prompt_lengths: np.ndarray | int, completion_lengths: np.ndarray) -> float:
+    """Floating-point operations of one forward and backward pass over sequences.
+
+        6 (N tokens + V D completion_tokens) + 12 heads head_dim pairs
+
+    N is the number of parameters without the input and output embeddings, ``pairs`` the number of (query, key) pairs
+    of causal attention, summed over sequences and layers (a sliding window limits them), and the output embedding
+    ``[V, D]`` is multiplied with completion tokens only; a model with a scalar head has none. As in PaLM
+    (https://arxiv.org/abs/2204.02311, appendix B), operations that are repeated for rematerialization are not counted,
+    nor are padding, masked pairs and the optimizer.
+
+    Args:
+        config: sizes of the model.
+        prompt_lengths: ``[...]``, tokens of each sequence whose next token is not predicted.
+        completion_lengths: ``[...]``, the other tokens of each sequence.
+    """
+    lengths = np.asarray(prompt_lengths + completion_lengths, float)
+    head = 0 if config.scalar_head else config.vocab_size * config.hidden_size
+    pairs = 0.0
+    for window in config.windows:
+        reach = lengths if window is None else np.minimum(lengths, window)
+        pairs += (reach * (reach + 1) / 2 + (lengths - reach) * reach).sum()
+    weights = 6 * (_body_size(config) * lengths.sum() + head * np.sum(completion_lengths))
+    return float(weights + 12 * config.num_heads * config.head_dim * pairs)
+
+
+@cache
+def _body_size(config: DecoderConfig) -> int:
+    tables = 1 if config.tie_word_embeddings or config.scalar_head else 2
+    size = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
+    return size - tables * config.vocab_size * config.hidden_size

@@ -1,0 +1,56 @@
+"""Model FLOPs by hand, and as the compiler counts them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import SMALL
+
+from grpo_jax.models import build_model, from_hf_config, param_shapes, training_flops
+from grpo_jax.train import packed_log_probs
+from grpo_jax.types import Packed
+
+LLAMA = from_hf_config({"model_type": "llama", **SMALL})
+V, D, L = LLAMA.vocab_size, LLAMA.hidden_size, LLAMA.num_layers
+HEADS = LLAMA.num_heads * LLAMA.head_dim
+BODY = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(LLAMA))) - 2 * V * D
+
+
+def test_one_token():
+    weights = 6 * (BODY + V * D)
+    assert training_flops(LLAMA, 0, np.array([1])) == weights + 12 * L * HEADS
+    assert training_flops(LLAMA, np.array([1]), np.array([0])) == 6 * BODY + 12 * L * HEADS
+
+
+def test_sequences_add_up_and_attention_is_causal():
+    one = [training_flops(LLAMA, np.array([p]), np.array([c])) for p, c in ((3, 4), (3, 2))]
+    both = training_flops(LLAMA, np.array([[3]]), np.array([[4, 2]]))
+    assert both == sum(one)
+    assert one[0] == 6 * (7 * BODY + 4 * V * D) + 12 * L * HEADS * (1 + 2 + 3 + 4 + 5 + 6 + 7)
+
+
+def test_a_window_limits_the_pairs():
+    windowed = dataclasses.replace(LLAMA, windows=(3, None, 9))
+    fewer = training_flops(LLAMA, 0, np.array([6])) - training_flops(windowed, 0, np.array([6]))
+    assert fewer == 12 * HEADS * (1 + 2 + 3)  # the keys out of reach of the 4th, 5th and 6th query, in one layer
+
+
+def test_the_embedding_counts_where_it_is_multiplied():
+    tied = dataclasses.replace(LLAMA, tie_word_embeddings=True)
+    assert training_flops(tied, 0, np.array([5])) == training_flops(LLAMA, 0, np.array([5]))
+    scalar = dataclasses.replace(LLAMA, scalar_head=True)
+    less = training_flops(LLAMA, 0, np.array([5])) - training_flops(scalar, 0, np.array([5]))
+    assert less == 6 * 5 * (V * D - D)
+
+
+def test_the_compiler_counts_about_as_many():
+    wide = {**SMALL, "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512}
+    config = from_hf_config({"model_type": "llama", **wide})
+    model, length = build_model(config), 16
+    shape = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    packed = Packed(shape, shape, shape, jax.ShapeDtypeStruct((2, length), bool))
+    gradient = jax.jit(jax.grad(lambda params, packed: packed_log_probs(model, params, packed).sum()))
+    counted = gradient.lower(param_shapes(config), packed).compile().cost_analysis()["flops"]
+    assert training_flops(config, 0, np.array([length, length])) == pytest.approx(counted, rel=0.1)
