@@ -40,7 +40,7 @@ class DistillConfig(BatchInferenceConfig, PipelineConfig):
     """Hugging Face id or local folder of the teacher; 'toy' trains one with sft.py first."""
     student: str | None = None
     """Hugging Face id or local folder of the student; 'toy' trains a smaller toy model."""
-    student_toy: ToyConfig = ToyConfig(hidden_size=64)
+    student_toy: Annotated[ToyConfig, tyro.conf.Suppress] = ToyConfig(hidden_size=64)
     """The toy student."""
     student_stop_tokens: tuple[str, ...] = ()
     """stop_tokens of the student."""

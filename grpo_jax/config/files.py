@@ -13,6 +13,40 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 AnyConfig = TypeVar("AnyConfig")
 
 
+def _loader(source: str) -> Any:
+    """A YAML loader that reads 1e-6 as a number and refuses a key that a mapping has twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            if twice:
+                raise ValueError(f"{source}: {twice} occur twice in one mapping")
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 reads 1e-6 as a string: its floats have a dot.
+    number = re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
+
+
+def parse_value(text: str) -> Any:
+    """A value as a settings file has it: ``0.5``, ``none``, ``true`` or text.
+
+    Args:
+        text: of a command line.
+    """
+    import yaml
+
+    if text.lower() == "none":
+        return None
+    try:
+        return yaml.load(text, _loader(text))
+    except yaml.YAMLError:
+        return text
+
+
 def read_settings_file(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file.
 
@@ -25,21 +59,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-            if twice:
-                raise ValueError(f"{path}: {twice} occur twice in one mapping")
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1 reads 1e-6 as a string: its floats have a dot.
-    number = re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        read = yaml.load(path.read_text(), Loader)
+        read = yaml.load(path.read_text(), _loader(str(path)))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(read, dict) or not all(isinstance(key, str) for key in read):

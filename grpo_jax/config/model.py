@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.models.kernels import AttentionName
@@ -31,7 +32,7 @@ class ModelConfig:
 
     model: str | None = None
     """Hugging Face id or local folder of the model to start from; 'toy' trains the toy model first."""
-    toy: ToyConfig = ToyConfig()
+    toy: Annotated[ToyConfig, tyro.conf.Suppress] = ToyConfig()
     """The toy model, where model is 'toy'. Its seed is the run's."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; parameters and optimizer state are float32. auto: bfloat16 on a GPU or TPU, float32

@@ -38,7 +38,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
     tasks: Path | None = None
     """JSON file with a mixture of tasks, each with a weight and with data and reward settings that replace those of the
     command line. Default: one task."""
-    alarms: AlarmConfig = AlarmConfig()
+    alarms: Annotated[AlarmConfig, tyro.conf.Suppress] = AlarmConfig()
     """Alarms."""
     eval_every: int = 10
     """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""

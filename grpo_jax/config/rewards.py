@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from grpo_jax.rewards.format import pattern_reward
 from grpo_jax.rewards.language import language_share
@@ -44,15 +46,15 @@ class RewardConfig:
     the reward model if its weight is 0, else accuracy if its weight is 0."""
     clip_reward: tuple[float, float] | None = None
     """Range to which the sum of the rewards is clipped."""
-    reward_workers: int | None = None
+    reward_workers: Annotated[int | None, tyro.conf.Suppress] = None
     """Worker processes that score; 0 scores in the main process, without deadlines. Default: 0 for toy tasks without
     user-defined rewards, otherwise the number of processors plus one."""
-    reward_deadline: float = 30.0
+    reward_deadline: Annotated[float, tyro.conf.Suppress] = 30.0
     """Time limit in seconds for one completion and one reward."""
-    reward_batch_deadline: float = 300.0
+    reward_batch_deadline: Annotated[float, tyro.conf.Suppress] = 300.0
     """Time limit in seconds for one call of a user-defined reward, which gets the whole batch unless it is declared
     per_sample."""
-    reward_memory: int = 4 << 30
+    reward_memory: Annotated[int, tyro.conf.Suppress] = 4 << 30
     """Memory limit of each worker process in bytes."""
     reward_abstain: Literal["skip", "absent"] = "skip"
     """Meaning of None from a user-defined reward. skip: sum the other rewards, as in TRL; absent: the completion has no

@@ -19,7 +19,7 @@ import tyro
 
 from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.run import Preset
-from grpo_jax.loop.flags import flags_of, in_flags, short_help
+from grpo_jax.loop.flags import flags_of, in_flags, rare_help, short_help, take_rare
 from grpo_jax.tasks.toy_config import TOY
 
 DEBUG, DEBUG_VARIABLE = "--debug", "GRPO_JAX_DEBUG"
@@ -42,7 +42,8 @@ def run_command(
     The first argument may be the name of a preset, which the flags override. Without one, the preset ``toy`` is used
     unless ``--model`` or ``--config`` is given: then flags that are not given have the defaults of ``config_type``.
     ``--config FILE`` reads settings from a YAML or JSON file, such as ``config.json`` of a run; flags override it.
-    ``--help`` explains the flags in ``config_type.COMMON_FLAGS``, ``--help-all`` all. With ``--debug``, or
+    ``--help`` explains the flags in ``config_type.COMMON_FLAGS``, ``--help-all`` all but the rarely changed ones, which
+    ``--help-rare`` explains. With ``--debug``, or
     ``GRPO_JAX_DEBUG=1`` in the environment, an error comes with its traceback; errors that are not a user's mistake
     always do. In messages, names of settings become flags: ``num_prompts`` becomes ``--num-prompts``.
 
@@ -68,9 +69,13 @@ def run_command(
     if common and ("-h" in given or "--help" in given):
         print(short_help(config_type, description or "", presets, common, given[:1]))
         return 0
-    given = ["--help" if arg == "--help-all" else arg for arg in given]
+    wants_rare = "--help-rare" in given
+    given = ["--help" if arg == "--help-all" else arg for arg in given if arg != "--help-rare"]
     try:
         default, flags = starting_point(config_type, presets, given)
+        if wants_rare:
+            print(rare_help(config_type, default))
+            return 0
         config = _parse(config_type, flags, description or "", default)
         check_numbers(config)
         return main(config) or 0
@@ -125,8 +130,10 @@ def starting_point(
     if name is not None and name not in presets:
         raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(presets)}")
     default = None if name is None else presets[name].config()
-    if file is not None:
-        default = with_settings(config_type() if default is None else default, settings, str(file))
+    rare, flags = take_rare(flags_of(config_type), flags)
+    for source, changes in ((str(file), settings), ("command line", rare)):
+        if changes:
+            default = with_settings(config_type() if default is None else default, changes, source)
     return default, flags
 
 

@@ -16,6 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import tyro
+
+from grpo_jax.config.files import parse_value
 from grpo_jax.config.run import Preset
 
 MOST_FLAGS, MOST_NAMES = 3, 40
@@ -29,11 +32,13 @@ class Flag:
         flag: as it is typed, such as ``--optimizer.learning-rate``.
         path: the names of the fields that lead to the setting, such as ``("optimizer", "learning_rate")``.
         owner: the dataclass that the last of them belongs to.
+        is_rare: whether it is left out of the help and of tyro's parser, as settings marked ``tyro.conf.Suppress`` are.
     """
 
     flag: str
     path: tuple[str, ...]
     owner: type
+    is_rare: bool = False
 
     @property
     def help(self) -> str:
@@ -77,25 +82,60 @@ def field_docs(owner: type) -> dict[str, str]:
 
 
 def flags_of(config_type: type) -> list[Flag]:
-    """The flags that tyro makes of a dataclass with nested ones."""
-    return [*_flags(config_type, "", ())]
+    """The flags of a dataclass with nested ones: those that tyro makes, and the rare ones."""
+    return [*_flags(config_type, "", (), is_rare=False)]
 
 
-def _flags(owner: type, prefix: str, path: tuple[str, ...]) -> Iterator[Flag]:
+def _flags(owner: type, prefix: str, path: tuple[str, ...], *, is_rare: bool) -> Iterator[Flag]:
     hints = get_type_hints(owner, include_extras=True)
     for field in dataclasses.fields(owner):
-        hint, name = hints[field.name], field.name
+        hint, name, rare = hints[field.name], field.name, is_rare
         if get_origin(hint) is Annotated:
             hint, *marks = get_args(hint)
+            rare = is_rare or tyro.conf.Suppress in marks
             named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
             name = named[0] if named else name
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         inner = next((each for each in options if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
         own = (*path, field.name)
         if inner is None:
-            yield Flag(f"--{prefix}{name}".replace("_", "-"), own, owner)
+            yield Flag(f"--{prefix}{name}".replace("_", "-"), own, owner, rare)
         else:
-            yield from _flags(inner, f"{prefix}{name}." if name else prefix, own)
+            yield from _flags(inner, f"{prefix}{name}." if name else prefix, own, is_rare=rare)
+
+
+def take_rare(flags: Sequence[Flag], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Settings given by rare flags, nested as in a settings file, and the other arguments.
+
+    Args:
+        flags: of the command.
+        args: of the command.
+
+    Raises:
+        ValueError: a rare flag has no value.
+    """
+    rare = {flag.flag: flag for flag in flags if flag.is_rare}
+    settings: dict[str, Any] = {}
+    rest = list(args)
+    for number in reversed(range(len(rest))):
+        name, has_value, value = rest[number].partition("=")
+        flag = rare.get(name.replace("_", "-"))
+        if flag is None:
+            continue
+        end = number + 1
+        while not has_value and end < len(rest) and not rest[end].startswith("--"):
+            end += 1
+        texts = [value] if has_value else rest[number + 1 : end]
+        if not texts:
+            raise ValueError(f"{name} needs a value")
+        is_list = "tuple" in str(flag.owner.__annotations__[flag.path[-1]])
+        values = [parse_value(text) for text in texts]
+        inner = settings
+        for each in flag.path[:-1]:
+            inner = inner.setdefault(each, {})
+        inner.setdefault(flag.path[-1], values if is_list else values[0] if len(values) == 1 else values)
+        del rest[number:end]
+    return settings, rest
 
 
 def short_help(
@@ -116,7 +156,7 @@ def short_help(
     width = min(shutil.get_terminal_size((110, 40)).columns, 120)
     preset = presets.get(args[0]) if args else None
     default = config_type() if preset is None else preset.config()
-    flags = {flag.flag: flag for flag in flags_of(config_type)}
+    flags = {flag.flag: flag for flag in flags_of(config_type) if not flag.is_rare}
     missing = [flag for flag in common if flag not in flags]
     if missing:
         raise ValueError(f"there are no flags {missing}")
@@ -150,7 +190,44 @@ def short_help(
             subsequent_indent="    ",
             break_on_hyphens=False,
         )
+    lines += rare_names(flags_of(config_type), width)
     return "\n".join([*lines, "", "--debug shows the traceback of an error."])
+
+
+def rare_names(flags: Sequence[Flag], width: int) -> list[str]:
+    """Lines that name the rare flags, by their first field.
+
+    Args:
+        flags: of the command.
+        width: of the lines in characters.
+    """
+    groups: dict[str, list[str]] = {}
+    for flag in flags:
+        if flag.is_rare:
+            prefix, dot, _ = flag.flag.rpartition(".")
+            groups.setdefault(f"{prefix}.*" if dot else flag.flag, []).append(flag.flag)
+    names = [f"{name} ({len(group)})" if name.endswith(".*") else name for name, group in groups.items()]
+    text = f"rarely changed (--help-rare explains them): {' '.join(names)}"
+    return textwrap.wrap(text, width - 2, subsequent_indent="    ", break_on_hyphens=False) if names else []
+
+
+def rare_help(config_type: type, default: Any) -> str:
+    """The text of ``--help-rare``: rare flags with their defaults.
+
+    Args:
+        config_type: a dataclass.
+        default: has the values that are shown as defaults; None for those of ``config_type``.
+    """
+    width = min(shutil.get_terminal_size((110, 40)).columns, 120)
+    default = config_type() if default is None else default
+    lines = ["flags that are rarely changed, and usually in a file for --config:"]
+    for flag in flags_of(config_type):
+        if flag.is_rare:
+            lines.append(f"  {flag.flag}")
+            lines += textwrap.wrap(
+                f"{flag.help} [{flag.value(default)}]", width - 8, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+    return "\n".join(lines)
 
 
 def in_flags(text: str, flags: Sequence[Flag], *, typed: Sequence[str] = (), owner: type | None = None) -> str:
