@@ -132,7 +132,7 @@ def test_log_probs_and_gradients_are_those_of_the_cached_decoder(tiny, with_head
 )
 def test_every_schedule_of_the_sampler_gives_the_samples_of_the_cached_decoder(tiny, schedule, batches):
     model, params = tiny
-    options = OPTIONS | {"eos_ids": (5,), "max_completion_length": 70}  # two chunks
+    options = OPTIONS | {"max_completion_length": 70}  # two chunks
     prompts = padded([*PROMPTS, *([n] for n in range(10, 18))])
     stats = []
     sampler = Sampler(wrapped(tiny, with_head=True), Sampling(), **options, **schedule, report=stats.append)
