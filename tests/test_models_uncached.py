@@ -29,7 +29,7 @@ from grpo_jax.train import (
     pair_log_probs,
     reward_model_scores,
 )
-from grpo_jax.types import Batch, Packed, Pairs, Rollout
+from grpo_jax.types import Batch, Packed, Pairs, PrefixCache, Rollout
 
 V, D, EOS, PAD = 32, 16, (5, 9), 5
 PROMPTS = [[3, 4], [7], [8, 5, 11, 2], [1, 2, 3], [6, 6], [2], [30, 1], [12, 13, 14]]
@@ -196,6 +196,36 @@ def test_apply_gets_tokens_from_the_first_column_on_then_zeros():
         assert seen_positions[n].tolist() == [*range(len(sequence)), *zeros]
         assert mask[n].tolist() == [*[True] * len(sequence), *[False] * len(zeros)]
     assert jnp.isfinite(states).all()
+
+
+def test_a_decode_step_recomputes_prompt_full_chunk_and_active_chunk():
+    calls = []
+
+    def spy(params, ids, positions, mask):
+        calls.append((ids, positions, mask))
+        return pooling(params, ids, positions, mask)
+
+    model, params = models.from_apply(spy, vocab_size=V), pooling_params()
+    prompt_mask = jnp.array([[False, True, True], [True, True, True]])
+    prompt = {"ids": jnp.array([[99, 3, 4], [6, 7, 8]]), "positions": positions(prompt_mask)}
+    full = {"ids": jnp.array([[10, 11], [20, 21], [30, 31]]), "positions": jnp.array([[2, 3], [3, 4], [3, 4]])}
+    active = {name: jnp.zeros((3, 4), jnp.int32) for name in full}
+    rows = {"gather_index": jnp.array([[0, 0, 1, 2]]), "scatter_index": jnp.array([[0, 2, 3]])}
+    prefixes = [PrefixCache(prompt, -5, prompt_mask, **rows), PrefixCache(full, -2)]
+    for start, tokens in enumerate(([12, 22, 13], [15, 25, 14])):
+        new_positions = jnp.array([[4], [5], [5]]) + start
+        outputs, active = model.apply(
+            params, jnp.array(tokens)[:, None], new_positions, None, active, jnp.int32(start), prefixes
+        )
+    ids, seen_positions, mask = calls[-1]
+    wanted = [[3, 4, 10, 11, 12, 15], [6, 7, 8, 20, 21, 22, 25], [6, 7, 8, 30, 31, 13, 14]]
+    for n, sequence in enumerate(wanted):
+        zeros = [0] * (9 - len(sequence))
+        assert ids[n].tolist() == [*sequence, *zeros]
+        assert seen_positions[n].tolist() == [*range(len(sequence)), *zeros]
+        assert mask[n].tolist() == [*[True] * len(sequence), *[False] * len(zeros)]
+        alone = pooling(params, jnp.array([sequence]), jnp.arange(len(sequence))[None], None)
+        np.testing.assert_allclose(outputs[n, 0], alone[0, -1], atol=1e-5)
 
 
 def test_apply_gets_no_more_columns_than_max_length():
