@@ -9,6 +9,9 @@ import numpy as np
 import optax
 import pytest
 from checkpoints import quick_jit
+from flax import linen, nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from grpo_jax import advantage, loss, models
 from grpo_jax.data.prompts import pad_prompts
@@ -17,7 +20,7 @@ from grpo_jax.masked import positions
 from grpo_jax.rollout import Sampler, generate
 from grpo_jax.rollout.stop import stop_strings
 from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import make_mesh, replicated, shard_rows
+from grpo_jax.sharding import make_mesh, shard_rows
 from grpo_jax.tasks.sums import make_tokenizer
 from grpo_jax.train import (
     completion_log_probs,
@@ -279,21 +282,25 @@ def test_stop_strings_end_completions():
     assert not any("7" in text[:-1] for text in texts)
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["data", "all axes"])
-def test_devices_change_nothing(axes):
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [({"data": 4}, P()), ({"data": 2, "fsdp": 2, "tensor": 2}, P("fsdp", "tensor"))],
+    ids=["replicated", "sharded"],
+)
+def test_devices_change_nothing(axes, spec):
     model, params = pooling_model(), pooling_params()
     mesh = make_mesh(**axes)
-    everywhere = jax.device_put(params, replicated(mesh))
+    placed = jax.device_put(params, NamedSharding(mesh, spec))
     options = OPTIONS | {"max_completion_length": 20}
     sampler = Sampler(model, Sampling(), **options, mesh=mesh)
-    found = sampler(everywhere, shard_rows(padded(), mesh), jax.random.key(0))
+    found = sampler(placed, shard_rows(padded(), mesh), jax.random.key(0))
     assert_same(found, rolled(model, params, padded()))
     rows = found.completion_ids
     assert rows.sharding.shard_shape(rows.shape) == (16, 20)
 
     batch = random_batch(rows=8)
     log_probs = jax.jit(lambda params, batch: completion_log_probs(model, params, batch)[0])
-    np.testing.assert_allclose(log_probs(everywhere, shard_rows(batch, mesh)), log_probs(params, batch), atol=1e-5)
+    np.testing.assert_allclose(log_probs(placed, shard_rows(batch, mesh)), log_probs(params, batch), atol=1e-5)
 
 
 def test_grpo_learns():
@@ -317,6 +324,54 @@ def test_grpo_learns():
         )
     assert curve[0] < 0.2
     assert curve[-1] > 0.9
+
+
+class LinenModel(linen.Module):
+    @linen.compact
+    def __call__(self, ids):
+        x = jnp.tanh(jnp.cumsum(linen.Embed(V, D)(ids), axis=1))
+        return linen.Dense(V)(x)
+
+
+class NNXModel(nnx.Module):
+    def __init__(self, rngs):
+        self.embed, self.out = nnx.Embed(V, D, rngs=rngs), nnx.Linear(D, V, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.out(jnp.tanh(jnp.cumsum(self.embed(ids), axis=1)))
+
+
+def linen_apply():
+    module = LinenModel()
+    params = module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return params, lambda params, ids, positions, mask: module.apply(params, ids)
+
+
+def nnx_apply():
+    graph, params = nnx.split(NNXModel(nnx.Rngs(0)))
+    return params, lambda params, ids, positions, mask: nnx.merge(graph, params)(ids)
+
+
+@pytest.mark.parametrize("framework", [linen_apply, nnx_apply])
+def test_models_of_other_frameworks_sample_and_train(framework):
+    params, apply = framework()
+    model = models.from_apply(apply, vocab_size=V)
+    rollout = Sampler(model, Sampling(), **OPTIONS | {"max_completion_length": 20})(params, padded(), jax.random.key(0))
+    score = quick_jit(partial(completion_log_probs, model))
+    before = np.where(rollout.completion_mask, score(params, rollout)[0], 0)
+    np.testing.assert_allclose(before, rollout.rollout_log_probs, atol=1e-5)
+
+    def loss_fn(params, batch):
+        log_probs, _ = completion_log_probs(model, params, batch)
+        return loss.grpo_loss(log_probs, batch.advantages, batch.loss_mask)
+
+    optimizer = optax.sgd(0.1)
+    sharding = jax.tree.leaves(params)[0].sharding
+    state = init_state(params, optimizer, with_reference=False, replicated=sharding)
+    advantages = jnp.where(jnp.arange(len(before)) == 0, 1.0, 0.0)
+    state, _ = make_train_step(loss_fn, optimizer)(state, Batch.from_rollout(rollout, advantages))
+    after = np.where(rollout.completion_mask, score(state.params, rollout)[0], 0)
+    assert after[0].sum() > before[0].sum()
 
 
 def test_scores_values_and_pairs_have_no_need_of_a_head():
