@@ -314,7 +314,7 @@ class SharedTrunk(Learner):
             alone: self.step(partial(loss_of, critic_alone=alone), self.optimizer) for alone in (False, True)
         }
         policy = collector.take_params()
-        params = with_value_head(policy, self.model.head(policy).shape[1])
+        params = with_value_head(policy, jax.eval_shape(self.model.head, policy).shape[1])
         params["value"] = jax.device_put(params["value"], replicated(mesh))
         self.states = {
             "actor": init_state(

@@ -19,20 +19,24 @@ Scalar = float | Float[Array, ""]
 
 
 def output_logits(
-    hidden: Float[Array, "*tokens D"], head: Float[Array, "V D"], *, logit_softcap: float | None = None
+    hidden: Float[Array, "*tokens D"], head: Float[Array, "V D"] | None, *, logit_softcap: float | None = None
 ) -> Float[Array, "*tokens V"]:
     """``x = hidden @ head.T``, accumulated and returned in float32; ``c * tanh(x / c)`` with a soft cap ``c``.
 
     Args:
         hidden: the decoder's last hidden states, final norm applied.
-        head: the output embedding; cast to the dtype of ``hidden`` before the product.
+        head: the output embedding; cast to the dtype of ``hidden`` before the product. None if ``hidden`` are the
+            products already, D = V.
         logit_softcap: ``c`` (Gemma 2); None for no cap.
 
     Raises:
         AssertionError: at trace time, for a width of the hidden states that is not that of the head.
     """
-    chex.assert_shape(head, (None, hidden.shape[-1]), custom_message="head: [V, D] for hidden [..., D]")
-    logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if head is None:
+        logits = hidden.astype(jnp.float32)
+    else:
+        chex.assert_shape(head, (None, hidden.shape[-1]), custom_message="head: [V, D] for hidden [..., D]")
+        logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
 
 
@@ -76,7 +80,7 @@ def token_entropy(logits: Float[Array, "*tokens V"], *, temperature: Scalar = 1.
 
 def chunked_log_probs(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | None,
     token_ids: Int[Array, "B T"],
     *,
     temperature: Scalar = 1.0,
@@ -90,7 +94,7 @@ def chunked_log_probs(
 
     Args:
         hidden: ``hidden[:, t]`` is the state that predicts ``token_ids[:, t]``.
-        head: the output embedding.
+        head: the output embedding, or None, as in ``output_logits``.
         token_ids: the tokens to score.
         temperature: as in ``token_log_probs``.
         logit_softcap: as in ``output_logits``.
@@ -112,7 +116,8 @@ def chunked_log_probs(
     width = min(T, max(1, chunk_size // B))
     num_chunks = -(-T // width)
     padding = num_chunks * width - T
-    head = head.astype(jnp.float32)  # so that the gradient is accumulated over the chunks in float32
+    if head is not None:
+        head = head.astype(jnp.float32)  # so that the gradient is accumulated over the chunks in float32
 
     def split(x):
         padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))

@@ -81,11 +81,13 @@ class Model:
             has a finite output.
         rope: ``positions [B, S] -> tree`` of rotary cosines and sines, each leaf ``[B, S, ...]``, which ``apply``
             accepts in place of positions. Decoding computes them for several steps at once.
-        head: ``params -> [V, D]``, the output embedding; ``[1, D]`` for a reward model.
+        head: ``params -> [V, D]``, the output embedding; ``[1, D]`` for a reward model. None in its place if ``hidden``
+            are the logits themselves, D = V.
         init_cache: ``(batch, length, dtype) -> cache`` of zeros. ``dtype`` None is the model's compute dtype; a coarser
             one rounds keys and values when they are written, and attention reads the rounded values.
         first_columns: ``(cache, length) -> cache`` with the first ``length`` columns.
         join_columns: caches of the same rows -> their concatenation along columns.
+        vocab_size: V; 1 for a reward model.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None without.
         max_length: longest sequence that the model supports, in tokens; None if unknown.
         rope_switch_length: a call with longer sequences uses other rotary frequencies for all of its tokens (longrope
@@ -94,10 +96,11 @@ class Model:
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
     rope: Callable[[Int[Array, "B S"]], Any]
-    head: Callable[[Params], Float[Array, "V D"]]
+    head: Callable[[Params], Float[Array, "V D"] | None]
     init_cache: Callable[..., Cache]
     first_columns: Callable[[Cache, int], Cache]
     join_columns: Callable[[Sequence[Cache]], Cache]
+    vocab_size: int
     logit_softcap: float | None = None
     max_length: int | None = None
     rope_switch_length: int | None = None

@@ -207,6 +207,31 @@ def test_chunked_equals_unchunked_in_values_and_gradients(chunk_size, knobs):
     chex.assert_trees_all_close((values, grads), (plain_values, plain_grads), rtol=1e-5, atol=1e-5, strict=True)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_without_a_head_the_hidden_states_are_the_logits(dtype):
+    hidden, head, ids, w1, w2 = problem()
+    logits = jnp.asarray(hidden @ head.T, dtype).at[:, :, 0].set(-jnp.inf)
+    ids = jnp.maximum(ids, 1)
+    found = multiplied(logits, None, logit_softcap=2.0)
+    np.testing.assert_allclose(found, oracle.softcapped(f64(logits.astype(jnp.float32)), 2.0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(multiplied(logits, None), logits.astype(jnp.float32))
+
+    def scalar(score, logits):
+        log_probs, entropy = score(logits)
+        return (w1 * log_probs + w2 * entropy).sum(), (log_probs, entropy)
+
+    def plain(logits):
+        logits = logits.astype(jnp.float32)  # once, so that the gradient is rounded once
+        return token_log_probs(logits, ids), token_entropy(logits)
+
+    chunked = partial(chunked_log_probs, head=None, token_ids=ids, chunk_size=2 * B)
+    found, wanted = (
+        jax.jit(jax.value_and_grad(partial(scalar, score), has_aux=True))(logits) for score in (chunked, plain)
+    )
+    assert jnp.isfinite(found[1].astype(jnp.float32)).all()
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_chunked_equals_unchunked_in_bfloat16():
     hidden, head, ids, w1, w2 = problem(dtype=jnp.bfloat16)
     chunked = weighted(partial(chunked_log_probs, chunk_size=2 * B), ids, w1, w2)

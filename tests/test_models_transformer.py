@@ -233,6 +233,13 @@ def test_the_head_is_the_embedding_where_they_are_tied():
         assert build_model(CONFIGS[name]).head(params) is params["embed" if tied else "lm_head"]["embedding"]
 
 
+def test_the_vocabulary_has_the_size_of_the_head():
+    for scalar_head, size in ((False, CONFIGS["llama"].vocab_size), (True, 1)):
+        config = dataclasses.replace(CONFIGS["llama"], scalar_head=scalar_head)
+        model = build_model(config)
+        assert model.vocab_size == model.head(random_params(config)).shape[0] == size
+
+
 def test_the_cap_of_the_logits_is_passed_on():
     assert build_model(dataclasses.replace(CONFIGS["llama"], logit_softcap=30.0)).logit_softcap == 30.0
     assert build_model(CONFIGS["llama"]).logit_softcap is None

@@ -52,8 +52,9 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:from_apply")
 def test_python_examples_run(base):
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     names = {}
     for block in BLOCKS:
         exec(block.replace("runs/grpo/model", base), names)
@@ -63,6 +64,8 @@ def test_python_examples_run(base):
     assert names["completions"] == [r"<think>2/4 + 1/4 = 3/4</think><answer>\frac{3}{4}</answer>"]
     assert names["log_probs"].shape == (8, 48)
     assert jnp.isfinite(names["value"].value)
+    assert names["samples"].completion_ids.shape == (32, 6)
+    assert (names["samples"].completion_ids == 7).mean() > 0.9
 
 
 @pytest.mark.parametrize(("script", "args"), commands())

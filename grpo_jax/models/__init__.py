@@ -1,4 +1,6 @@
-"""The decoder, and loading and saving of Hugging Face checkpoints. The only package that imports flax.
+"""The decoder, models from plain functions, and loading and saving of Hugging Face checkpoints.
+
+The only package that imports flax.
 
 Names are imported on first use, so that a command line does not wait for flax before it can answer ``--help``.
 """
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from grpo_jax.models.transformer import build_model as build_model
     from grpo_jax.models.transformer import init_params as init_params
     from grpo_jax.models.transformer import param_shapes as param_shapes
+    from grpo_jax.models.uncached import from_apply as from_apply
 
 EXPORTS = {
     "config": ("DecoderConfig",),
@@ -30,6 +33,7 @@ EXPORTS = {
     "pretrained": ("Pretrained",),
     "tokenizers": ("stop_ids",),
     "transformer": ("build_model", "init_params", "param_shapes"),
+    "uncached": ("from_apply",),
 }
 """Exported names by module."""
 

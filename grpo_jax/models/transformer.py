@@ -192,7 +192,8 @@ def build_model(
         init_cache,
         first_columns,
         join_columns,
-        config.logit_softcap,
+        vocab_size=1 if config.scalar_head else config.vocab_size,
+        logit_softcap=config.logit_softcap,
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
     )

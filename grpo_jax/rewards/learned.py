@@ -76,9 +76,8 @@ class LearnedReward:
         eos_id: int | None = None,
         mesh: Mesh | None = None,
     ):
-        outputs = jax.eval_shape(model.head, params).shape[0]
-        if outputs != 1:
-            raise ValueError(f"the model's head has {outputs} outputs; that of a reward model has one")
+        if model.vocab_size != 1:
+            raise ValueError(f"the model's head has {model.vocab_size} outputs; that of a reward model has one")
         if mesh is not None and batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
             raise ValueError(f"batch_size {batch_size} must be divisible by data x fsdp of the mesh {dict(mesh.shape)}")
         self._params, self._mesh = params, mesh

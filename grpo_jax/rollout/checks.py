@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from grpo_jax.types import Model, Params, Prompts
+from grpo_jax.types import Model, Prompts
 
 
 def check_lengths(group_size: int, max_completion_length: int, eos_ids: tuple[int, ...]) -> None:
@@ -28,14 +28,11 @@ def check_lengths(group_size: int, max_completion_length: int, eos_ids: tuple[in
         raise ValueError("eos_ids is empty; without an EOS token every completion would be truncated")
 
 
-def check_prompts(
-    model: Model, params: Params, prompts: Prompts, *, max_completion_length: int, eos_ids: tuple[int, ...]
-) -> None:
+def check_prompts(model: Model, prompts: Prompts, *, max_completion_length: int, eos_ids: tuple[int, ...]) -> None:
     """Check prompts that XLA would accept and sample from wrongly: it clamps indices that are out of range.
 
     Args:
         model: the policy's model.
-        params: parameters of ``model``, or their shapes.
         prompts: N prompts; traced values are not checked.
         max_completion_length: T, in tokens.
         eos_ids: token ids that end a completion.
@@ -45,7 +42,7 @@ def check_prompts(
             is outside the vocabulary; two prompts have one ``index``; or prompt and completion may exceed the model's
             positions, or the length at which its rotary frequencies change.
     """
-    V = jax.eval_shape(model.head, params).shape[0]
+    V = model.vocab_size
     if V == 1:
         raise ValueError(
             "the model is a reward model: its head gives a score and no tokens; sample from a language model"

@@ -94,12 +94,11 @@ def prefill(
         TypeError: at trace time, as ``sampling.check_key``.
     """
     check_key(key)
-    N, P = prompts.ids.shape
+    (N, P), V = prompts.ids.shape, model.vocab_size
     chex.assert_shape(prompts.mask, (N, P), custom_message="prompts.mask")
     for name in ("index", "part"):
         if getattr(prompts, name) is not None:
             chex.assert_shape(getattr(prompts, name), (N,), custom_message=f"prompts.{name}")
-    V = jax.eval_shape(model.head, params).shape[0]
     # With a block of empty columns, as in the trainer's call on prompt and completion, so that both round identically.
     columns = jnp.pad(prompts.mask, ((0, 0), (0, COLUMNS)))
     cache = model.init_cache(N, P + COLUMNS, cache_dtype)

@@ -51,7 +51,7 @@ def generate(
             as ``check_prompts``, which does not check traced prompts.
     """
     check_lengths(group_size, max_completion_length, eos_ids)
-    check_prompts(model, params, prompts, max_completion_length=max_completion_length, eos_ids=eos_ids)
+    check_prompts(model, prompts, max_completion_length=max_completion_length, eos_ids=eos_ids)
     B, T = prompts.ids.shape[0] * group_size, max_completion_length
     eos = jnp.array(eos_ids, dtype=jnp.int32)
 

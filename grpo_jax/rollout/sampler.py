@@ -129,7 +129,7 @@ class Sampler:
                 limits; and for completions that do not divide over the mesh.
         """
         self.limits.check_divisible(prompts.ids.shape[0])
-        self._check_prompts(params, prompts)
+        self._check_prompts(prompts)
         num_parts, batch_size = self._plan(*prompts.ids.shape)
         loop = GenerationLoop(self._steps(self.limits.group_size // num_parts), params, key, on_tokens)
         finished = loop.run(batched([split_groups(prompts, num_parts)], batch_size))
@@ -171,7 +171,7 @@ class Sampler:
             for more in chain([first], remaining):
                 if more.ids.shape[1] != length:
                     raise ValueError(f"prompts of a stream have one length; after {length} came {more.ids.shape[1]}")
-                self._check_prompts(params, more)
+                self._check_prompts(more)
                 yield split_groups(more, num_parts)
 
         incomplete: dict[int, dict[int, dict[str, np.ndarray]]] = {}

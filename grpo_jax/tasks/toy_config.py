@@ -43,36 +43,34 @@ PROMPT_FORMAT: Mapping[str, str] = {"kind": "plain", "template": PLAIN}
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Configuration of the toy model and its training.
-
-    Attributes:
-        seed: seed of the weights and the corpus.
-        min_terms, max_terms: number of terms of a sum.
-        batch_size: examples per update.
-        skill_steps: updates on the first part of the corpus.
-        skill_share: fraction of worked sums (and of best replies to errands) in the first part; the rest are guesses.
-        mixture_steps: updates on the second part.
-        worked_share: fraction of worked sums in the second part, and roughly how often the model will think.
-        chinese_share: fraction of the worked sums whose thoughts have Chinese digits.
-        errand_share: fraction of errands in the corpus. Their replies in the second part are careless ones.
-        learning_rate: peak learning rate, with linear decay to 0.
-        hidden_size: width of the model; feed-forward layers are twice as wide.
-        num_layers: number of layers.
-    """
+    """Configuration of the toy model and its training."""
 
     seed: int = 0
+    """Seed of the weights and the corpus."""
     min_terms: int = 4
+    """Smallest number of terms of a sum."""
     max_terms: int = 6
+    """Largest number of terms of a sum."""
     batch_size: int = 64
+    """Examples per update."""
     skill_steps: int = 450
+    """Updates on the first part of the corpus."""
     skill_share: float = 0.9
+    """Fraction of worked sums (and of best replies to errands) in the first part; the rest are guesses."""
     mixture_steps: int = 40
+    """Updates on the second part."""
     worked_share: float = 0.12
+    """Fraction of worked sums in the second part, and roughly how often the model will think."""
     chinese_share: float = 0.0
+    """Fraction of the worked sums whose thoughts have Chinese digits."""
     errand_share: float = 0.0
+    """Fraction of errands in the corpus. Their replies in the second part are careless ones."""
     learning_rate: float = 4e-3
+    """Peak learning rate, with linear decay to 0."""
     hidden_size: int = HF_CONFIG["hidden_size"]
+    """Width of the model; feed-forward layers are twice as wide."""
     num_layers: int = HF_CONFIG["num_hidden_layers"]
+    """Number of layers."""
 
     def __post_init__(self):
         for name in ("hidden_size", "num_layers"):

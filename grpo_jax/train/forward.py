@@ -206,11 +206,12 @@ def reward_model_scores(
     return last_unmasked(read_scalars(hidden, model.head(params))[..., 0], mask)
 
 
-def read_scalars(hidden: Float[Array, "B S D"], head: Float[Array, "N D"]) -> Float[Array, "B S N"]:
+def read_scalars(hidden: Float[Array, "B S D"], head: Float[Array, "N D"] | None) -> Float[Array, "B S N"]:
     """Outputs of N scalar heads at each hidden state, float32.
 
     Args:
         hidden: final norm applied.
-        head: weights of the heads.
+        head: weights of the heads; None if ``hidden`` are the outputs themselves.
     """
-    return hidden.astype(jnp.float32) @ head.T.astype(jnp.float32)
+    hidden = hidden.astype(jnp.float32)
+    return hidden if head is None else hidden @ head.T.astype(jnp.float32)
