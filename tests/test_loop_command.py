@@ -20,6 +20,7 @@ from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.jsonl import to_json
 from grpo_jax.loop.command import BUG, INTERRUPTED, MISTAKE, run_command
 from grpo_jax.loop.flags import flags_of, in_flags
+from grpo_jax.monitor.alarms import AlarmConfig
 
 SCRIPTS = sorted(
     path.stem
@@ -307,7 +308,8 @@ def test_help_is_two_screens_and_names_every_flag(capsys, monkeypatch):
     assert len(text.splitlines()) <= 110
     assert max(map(len, text.splitlines())) <= 120
     for flag in flags_of(GRPOConfig):
-        assert re.search(rf"{flag.flag}(\s|$)", text), flag.flag
+        assert flag.is_rare or re.search(rf"{flag.flag}(\s|$)", text), flag.flag
+    assert "rarely changed (--help-rare explains them): --toy.* (13) --reward-workers" in text
     for name, preset in GRPO_PRESETS.items():
         assert name in text
         assert preset.summary in text
@@ -318,7 +320,47 @@ def test_help_is_two_screens_and_names_every_flag(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run_script(script, ["--help-all"])
     assert ended.value.code == 0
-    assert "--sampling.top-p" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--sampling.top-p" in said
+    assert "--toy.worked-share" not in said
+    assert run_script(script, ["toy", "--alarms.truncation", "0.25", "--help-rare"]) == 0
+    said = capsys.readouterr().out
+    rare = [flag for flag in flags_of(GRPOConfig) if flag.is_rare]
+    assert len(flags_of(GRPOConfig)) - len(rare) <= 90
+    for flag in rare:
+        assert flag.help
+        assert f"  {flag.flag}\n" in said
+    assert "Fraction of completions that are truncated. [0.25]" in said
+
+
+def test_rare_flags_are_set_like_the_others(tmp_path):
+    args = ["--toy.worked-share", "0.25", "--num-steps", "3", "--alarms.stop-at", "hacking", "truncation"]
+    config = parsed("grpo", "toy", *args, "--alarms.kl_drift=none", "--reward-memory", "1000000")
+    assert (config.toy.worked_share, config.num_steps, config.rewards.reward_memory) == (0.25, 3, 1_000_000)
+    assert config.alarms == AlarmConfig(stop_at=("hacking", "truncation"), kl_drift=None)
+    assert config.toy.skill_steps == GRPO_PRESETS["toy"].config().toy.skill_steps
+    (tmp_path / "settings.yaml").write_text("toy: {worked_share: 0.5, chinese_share: 0.5}")
+    config = parsed("grpo", "toy", "--config", str(tmp_path / "settings.yaml"), "--toy.worked-share", "0.25")
+    assert (config.toy.worked_share, config.toy.chinese_share) == (0.25, 0.5)
+    assert parsed("r1", "--zero.toy.hidden-size", "64").zero.toy.hidden_size == 64
+    assert parsed("distill", "--student-toy.num-layers", "1").student_toy.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--toy.worked-share"], "--toy.worked-share needs a value"),
+        (["--toy.worked-share", "--plain"], "--toy.worked-share needs a value"),
+        (["--toy.worked-share", "much"], "--toy.worked-share is 'much'; it must be float"),
+        (["--toy.hidden-size", "8", "16"], "--toy.hidden-size is [8, 16]; it must be int"),
+        (["--toy.hidden-size", "0"], "--toy.hidden-size is 0; it must be at least 1"),
+        (["--reward-deadline=-1"], "--reward-deadline is -1.0; it must be above 0"),
+        (["--alarms.stop-at", "nonsense"], "--alarms.stop-at has unknown alarms ['nonsense']"),
+    ],
+)
+def test_mistakes_in_rare_flags_are_said(args, message, capsys):
+    assert run_script(importlib.import_module("experiments.grpo"), ["toy", *args]) == MISTAKE
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

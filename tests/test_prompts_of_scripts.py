@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from experiments import distill, evaluate, grpo, ppo, rejection_sampling, sample, sft
+from experiments import evaluate, grpo, ppo, rejection_sampling, sample, sft
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.distill import DistillConfig
 from grpo_jax.config.dpo import DPOConfig
 from grpo_jax.config.evaluation import EvaluationConfig
 from grpo_jax.config.grpo import GRPOConfig
@@ -146,12 +147,12 @@ def test_it_is_chatted_with_as_it_was_trained(taught, base):
         RejectionSamplingConfig,
         DPOConfig,
         RewardModelConfig,
-        distill.Config,
+        DistillConfig,
     ],
 )
 def test_every_script_takes_arguments_of_the_template(config):
     flags = ["--chat-template", "--template-kwargs", '{"enable_thinking": false}', "tone=dry", "--template-date", TODAY]
-    models = {distill.Config: ["--teacher", "t", "--student", "s"], PPOConfig: ["--model", "m", "--reward-model", "r"]}
+    models = {DistillConfig: ["--teacher", "t", "--student", "s"], PPOConfig: ["--model", "m", "--reward-model", "r"]}
     data = tyro.cli(config, args=[*models.get(config, ["--model", "m"]), *flags]).data
     assert data.template_variables == {"enable_thinking": False, "tone": "dry"}
     assert data.template_date == TODAY
