@@ -305,7 +305,7 @@ def test_what_is_told_beside_the_claims(ran, monkeypatch, capsys, tmp_path):
 
 def tiny_shapes(small):
     sizes = {"rows": 2, "num_micro_batches": 1, "max_prompt_length": 4, "max_completion_length": 4}
-    return bench_memory.Config(config=Path(small) / "config.json", **sizes)
+    return bench_memory.Config(model_config=Path(small) / "config.json", **sizes)
 
 
 def memory_of(config, method):

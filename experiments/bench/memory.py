@@ -5,7 +5,7 @@ arrays and further models. Prints one JSON line.
 
     python experiments/bench/memory.py --topology v5p:2x2x2            # by the TPU compiler; needs no TPU
     python experiments/bench/memory.py --shape small                   # the toy model, by this device's compiler
-    python experiments/bench/memory.py --config path/to/config.json    # any other model
+    python experiments/bench/memory.py --model-config path/to/config.json    # any other model
 
 With the CPU compiler remat saves almost nothing, so its results for large models do not carry over to other devices.
 The TPU compiler comes with the extra "tpu" and takes some minutes for each update.
@@ -43,8 +43,8 @@ class Config:
 
     shape: Literal["7b", "small"] = "7b"
     """The model: Qwen2.5-7B or the toy model."""
-    config: Path | None = None
-    """A config.json of another model."""
+    model_config: Path | None = None
+    """A Hugging Face config.json of another model."""
     rows: int = 16
     """Sequences per micro-batch over all devices; half as many pairs."""
     num_micro_batches: int = 4
@@ -77,7 +77,7 @@ class Config:
     @property
     def hf_config(self) -> Mapping[str, Any]:
         """Hugging Face config of the model in effect."""
-        return MODELS[self.shape] if self.config is None else json.loads(self.config.read_text())
+        return MODELS[self.shape] if self.model_config is None else json.loads(self.model_config.read_text())
 
     @property
     def mesh(self) -> Mesh:
