@@ -35,6 +35,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repository")
 
 
+QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_configure(config):
+    """Compile the fast suite's programs quickly: compiling them as well as XLA can takes half of its time.
+
+    Both flags choose how machine code is made of a program; the program is the same. Slow tests measure speed and run
+    long, and are compiled as a user's runs are.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] += QUICK  # read when the first array is made
+
+
 def pytest_collection_finish():
     """Exempt all that was imported from garbage collection, and collect less often: it took a tenth of the time."""
     gc.collect()

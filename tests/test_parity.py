@@ -120,7 +120,7 @@ def test_sampler_and_trainer_agree_beyond_the_original_length(case, checkpoint):
     assert int(rollout.completion_mask.sum(1).max()) + 12 > 16
     log_probs, _ = completion_log_probs(loaded.model, loaded.params, rollout)
     error = jnp.where(rollout.completion_mask, jnp.abs(log_probs - rollout.rollout_log_probs), 0)
-    assert error.max() <= 1e-5
+    assert error.max() <= 2.5e-6 * jnp.abs(log_probs).max()  # float32 keeps 1.2e-7 of each number
     if case != "qwen3_yarn":
         switching = from_pretrained(folder).model
         with pytest.raises(ValueError, match=r"it may pass the 16 tokens .* rope_length"):

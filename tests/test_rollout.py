@@ -56,6 +56,12 @@ def next_logits(model):
     return logits_of
 
 
+@cache
+def trainer(model):
+    """``(params, rollout, temperature) -> (log-probabilities, entropy)``, one program for all temperatures."""
+    return quick_jit(partial(completion_log_probs, model))
+
+
 def logits_after(tiny, ids):
     """The logits after all of ``ids``, by a forward pass over the whole sequence."""
     model, params = tiny
@@ -158,7 +164,7 @@ def test_t14_devices_do_not_change_the_samples(tiny):
 def test_t7_t15_sampler_and_trainer_agree(tiny, temperature):
     model, params = tiny
     rollout = roll(tiny, sampling=Sampling(temperature=temperature))
-    log_probs, _ = completion_log_probs(model, params, rollout, temperature=temperature)
+    log_probs, _ = trainer(model)(params, rollout, temperature=temperature)
     mask = np.asarray(rollout.completion_mask)
     np.testing.assert_allclose(np.asarray(rollout.rollout_log_probs)[mask], np.asarray(log_probs)[mask], atol=1e-5)
     assert (np.asarray(rollout.rollout_log_probs)[~mask] == 0).all()
@@ -168,7 +174,7 @@ def test_t8_a_token_is_scored_by_those_before_it(tiny):
     """The trainer's log-probabilities against a forward pass of each prefix; a shift by one would show."""
     model, params = tiny
     rollout = roll(tiny, group_size=2)
-    log_probs, entropy = completion_log_probs(model, params, rollout)
+    log_probs, entropy = trainer(model)(params, rollout)
     row = int(np.argmax(np.asarray(rollout.completion_mask.sum(1))))
     prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
     completion = rollout.completion_ids[row].tolist()
@@ -182,7 +188,7 @@ def test_t10_filters_give_the_truncated_distributions_log_probs(tiny):
     model, params = tiny
     rollout = roll(tiny, sampling=Sampling(top_k=3))
     mask = np.asarray(rollout.completion_mask)
-    log_probs, _ = completion_log_probs(model, params, rollout)
+    log_probs, _ = trainer(model)(params, rollout)
     gap = np.asarray(rollout.rollout_log_probs)[mask] - np.asarray(log_probs)[mask]
     assert (gap > -1e-5).all()  # kept tokens only become more likely
     assert gap.max() > 0.1
