@@ -35,7 +35,7 @@ def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
         ValueError: no model is named.
     """
     model = named_model(config)
-    return train_toy_model(run, replace(config.toy, seed=seed)) if model == TOY else model
+    return _train_toy_model(run, replace(config.toy, seed=seed)) if model == TOY else model
 
 
 def named_model(config: ModelConfig) -> str:
@@ -143,7 +143,7 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
     return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
 
 
-def train_toy_model(run: Run, recipe: ToyConfig) -> str:
+def _train_toy_model(run: Run, recipe: ToyConfig) -> str:
     """Folder of the toy model within the run's folder; trains the model if the folder does not exist."""
     folder = run.folder / TOY_FOLDER
     if not folder.exists():

@@ -49,7 +49,7 @@ class Sample:
         return {name: value for name, value in row.items() if value is not None or name not in ("reward", "advantage")}
 
 
-def can_show(character: str, encoding: str) -> bool:
+def _can_show(character: str, encoding: str) -> bool:
     """Whether a character is printable (not a control or invisible character) and in the encoding."""
     return character.isprintable() and character.encode(encoding, "ignore") != b""
 
@@ -60,7 +60,7 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     Disarms control characters, terminal sequences and bidirectional marks. The result can be encoded in ``encoding``.
     """
     return "".join(
-        character if can_show(character, encoding) else character.encode("unicode_escape").decode()
+        character if _can_show(character, encoding) else character.encode("unicode_escape").decode()
         for character in text
     )
 
@@ -158,7 +158,7 @@ def _text(text: str, encoding: str, limit: int) -> Text:
     result = Text()
     line_breaks = LINE_BREAKS
     for character in shorten(text, limit):
-        if can_show(character, encoding):
+        if _can_show(character, encoding):
             result.append(character)
         elif character == "\n" and line_breaks > 0:
             result.append(character)

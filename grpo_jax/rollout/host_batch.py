@@ -119,12 +119,12 @@ def batched(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, in
         waiting.append(more)
         joined = concatenated(waiting)
         while joined.ids.shape[0] >= size:
-            yield select_prompts(joined, np.arange(size)), size
-            joined = select_prompts(joined, np.arange(size, joined.ids.shape[0]))
+            yield _select_prompts(joined, np.arange(size)), size
+            joined = _select_prompts(joined, np.arange(size, joined.ids.shape[0]))
         waiting = [joined] if joined.ids.shape[0] else []
     for rest in waiting:
         num_real = rest.ids.shape[0]
-        yield select_prompts(rest, np.arange(size) % num_real), num_real
+        yield _select_prompts(rest, np.arange(size) % num_real), num_real
 
 
 def split_groups(prompts: Prompts, num_parts: int) -> Prompts:
@@ -146,6 +146,6 @@ def concatenated(parts: Sequence[Rows]) -> Rows:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
+def _select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
     """The prompts at some positions."""
     return jax.tree.map(lambda x: np.asarray(x)[index], prompts)
