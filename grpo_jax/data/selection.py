@@ -220,7 +220,12 @@ def _passes(problem: ProblemSamples, sample: int, settings: SelectionConfig) -> 
 
 
 def reaches(score: float | None, minimum: float) -> bool:
-    """Whether a score is present and at least ``minimum``, up to float32 rounding."""
+    """Whether a score is at least ``minimum``, up to float32 rounding.
+
+    Args:
+        score: the score; None, which is absent, never reaches it.
+        minimum: lower bound.
+    """
     return score is not None and score >= minimum - ROUNDING * max(1.0, abs(minimum))
 
 

@@ -62,7 +62,12 @@ class Finding:
 def finding(
     name: str, explanation: str, examples: Iterable[Example], rows: int, *, is_fault: bool = True
 ) -> list[Finding]:
-    """A list with the finding; empty without examples. Arguments as for ``Finding``."""
+    """A list with the finding; empty without examples.
+
+    Args:
+        name, explanation, rows, is_fault: as for ``Finding``.
+        examples: all examples; the finding counts them and keeps the first ``MAX_EXAMPLES``.
+    """
     examples = list(examples)
     if not examples:
         return []

@@ -187,7 +187,12 @@ def check_same_problems(keys: Sequence[Key], others: Sequence[Key], folder: Path
 
 
 def print_report(run: Run, report: Mapping[str, Any]) -> None:
-    """Print the metrics with their intervals, and the comparison if there is one."""
+    """Print the metrics with their intervals, and the comparison if there is one.
+
+    Args:
+        run: the run, whose console is printed to.
+        report: contents of the report.
+    """
     config, samples = report["config"], report["num_samples"]
     run.say(
         f"{report['provenance']['model']}: {report['num_problems']} problems of "

@@ -343,10 +343,15 @@ def _export(param: jax.Array, entry: Entry, dtype: Any) -> np.ndarray:
 
 
 def check_params(params: Params, config: DecoderConfig) -> None:
-    """Check that a tree of parameters has the paths, shapes and dtypes of ``config``.
+    """Check that a tree of parameters fits a config.
+
+    Args:
+        params: the parameters.
+        config: gives their paths and shapes.
 
     Raises:
-        ValueError: parameters that are missing, surplus, of another shape or of another dtype; one error lists all.
+        ValueError: parameters that are missing, surplus, of another shape or of a dtype other than float32, bfloat16
+            and float16; one error lists all.
     """
     expected = {path: leaf.shape for path, leaf in _flatten(param_shapes(config)).items()}
     given = _flatten(params)

@@ -234,7 +234,12 @@ def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any, deviation: 
 
 
 def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
-    """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array."""
+    """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array.
+
+    Args:
+        config: of the decoder.
+        param_dtype: of the parameters.
+    """
     first = replace(config, num_layers=min(config.num_layers, 1), windows=config.windows[:1], ropes=config.ropes[:1])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), _shapes_of_one_layer(first))
     layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf, shapes["layers_0"]) for i in range(config.num_layers)}

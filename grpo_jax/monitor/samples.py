@@ -55,9 +55,13 @@ def _can_show(character: str, encoding: str) -> bool:
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    r"""``text`` with unprintable characters escaped, such as ``\n``, ``\x1b`` and ``\u202e``.
+    r"""A text with unprintable characters escaped, such as ``\n``, ``\x1b`` and ``\u202e``.
 
-    Disarms control characters, terminal sequences and bidirectional marks. The result can be encoded in ``encoding``.
+    Disarms control characters, terminal sequences and bidirectional marks.
+
+    Args:
+        text: the text.
+        encoding: the result can be encoded in it.
     """
     return "".join(
         character if _can_show(character, encoding) else character.encode("unicode_escape").decode()
@@ -66,7 +70,11 @@ def printable(text: str, encoding: str = "utf-8") -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """``text``, shortened in the middle to ``limit`` characters, with a note of its full length there.
+    """A text, shortened in the middle with a note of its full length there.
+
+    Args:
+        text: the text.
+        limit: maximum number of characters.
 
     Raises:
         ValueError: ``limit`` is below 60, which leaves little room next to the note.

@@ -130,7 +130,13 @@ class GenerationLoop:
             yield from self.decode(running, -1)
 
     def prefill(self, prompts: Prompts, num_prompts: int, first_prompt: int) -> RunningBatch:
-        """Start a batch of prompts, of which the first ``num_prompts`` are real."""
+        """Start a batch of prompts.
+
+        Args:
+            prompts: N prompts.
+            num_prompts: how many of them, the first, are real.
+            first_prompt: number of the first prompt in the call's stream of prompts.
+        """
         steps, N = self.steps, prompts.ids.shape[0]
         B = N * steps.group_size
         self.add_stats(batches=1)
