@@ -150,6 +150,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def shard_rows(tree, mesh: Mesh):
     """A tree of arrays with their rows sharded over the mesh's ``data`` and ``fsdp`` axes.
 
+    Args:
+        tree: arrays whose first axis is the rows.
+        mesh: of ``make_mesh``.
+
     Raises:
         ValueError: the rows do not divide.
     """

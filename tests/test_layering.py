@@ -1,4 +1,7 @@
-"""Imports go down only: a file imports from layers below its own, and pure modules import nothing but jax."""
+"""Imports go down only: a file imports from layers below its own, and pure modules import nothing but jax.
+
+Files and functions are short, and public functions document their arguments.
+"""
 
 import ast
 import io
@@ -37,6 +40,8 @@ COMPUTE = ARRAYS | set(sys.stdlib_module_names) | {"numpy"}
 # Of jax itself: no placement, no compilation, no way out to the host.
 PLACED = {"jax.sharding", "jax.experimental", "jax.debug", "jax.jit", "jax.pmap", "jax.device_put", "jax.make_mesh"}
 HOST_CALLS = {"jax.pure_callback", "jax.device_get", "jax.shard_map", "jax.monitoring", "jax.profiler"}
+WITHOUT_ARGS = {"grpo_jax.rewards"}
+"""Modules whose public functions need not document their arguments."""
 BUILTIN_IO = {"print", "open", "input", "exec", "eval", "breakpoint", "__import__"}
 
 
@@ -202,6 +207,53 @@ def lines_of_code(text, tree):
     return len(lines - docs)
 
 
+def public_functions(body: list[ast.stmt], owner: ast.ClassDef | None = None):
+    """``(function, its class or None)`` for each public function, and each public method of a public class."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, node)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield node, owner
+
+
+def documents(function: ast.FunctionDef) -> bool:
+    return "Args:" in (ast.get_docstring(function) or "")
+
+
+def undocumented(sources: dict[str, str]) -> list[str]:
+    """Public functions with two or more parameters and no ``Args:`` in the docstring.
+
+    Exempt are overloads, and methods whose ``Args:`` are at a base class in the same sources.
+    """
+    trees = {module: ast.parse(source) for module, source in sources.items()}
+    classes = {n.name: n for tree in trees.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+
+    def has_arguments(function):
+        args = function.args
+        names = {arg.arg for arg in args.posonlyargs + args.args + args.kwonlyargs}
+        is_overload = any((dotted(each) or "").split(".")[-1] == "overload" for each in function.decorator_list)
+        return len(names - {"self", "cls"}) >= 2 and not is_overload
+
+    def inherits(owner, name):
+        bases = [classes[base.id] for base in owner.bases if isinstance(base, ast.Name) and base.id in classes]
+        methods = [node for base in bases for node in base.body if getattr(node, "name", None) == name]
+        return any(map(documents, methods)) or any(inherits(base, name) for base in bases)
+
+    return [
+        f"{module}:{function.name}"
+        for module, tree in trees.items()
+        for function, owner in public_functions(tree.body)
+        if has_arguments(function)
+        and not documents(function)
+        and not (owner is not None and inherits(owner, function.name))
+    ]
+
+
+def test_public_functions_document_their_arguments():
+    found = undocumented({module: path.read_text() for path, module, _ in files()})
+    assert [each for each in found if not within(each.split(":")[0], WITHOUT_ARGS)] == []
+
+
 def test_every_unit_of_the_layers_exists():
     assert {unit_of(module) for _, module, _ in files()} == set(FLOORS)
 
@@ -274,6 +326,44 @@ def test_the_checker_finds_a_planted_violation(module, source, culprit):
 )
 def test_the_checker_allows_what_is_allowed(module, source):
     assert violations(source, module) == []
+
+
+TRACKER = """
+class Tracker:
+    def log(self, metrics, step):
+        {docstring}
+
+class File(Tracker):
+    def log(self, metrics, step):
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def f(x, y):\n    'Sum.'", ["a:f"]),
+        ("async def f(x, *, y):\n    'Sum.'", ["a:f"]),
+        ("class A:\n    @classmethod\n    def f(cls, x, /, y): ...", ["a:f"]),
+        ("def f(x, y):\n    'Sum.\\n\\n    Args:\\n        x: one.'", []),
+        ("def f(x, **y): ...", []),
+        ("def _f(x, y): ...", []),
+        ("class _A:\n    def f(self, x, y): ...", []),
+        ("class A:\n    def __init__(self, x, y): ...\n    def f(self, x): ...", []),
+        ("@typing.overload\ndef f(x, y): ...", []),
+        (TRACKER.format(docstring="'Log.'"), ["a:log", "a:log"]),
+        (TRACKER.format(docstring="'Log. Args: all.'"), []),
+    ],
+)
+def test_the_checker_finds_functions_without_documented_arguments(source, found):
+    assert undocumented({"a": source}) == found
+
+
+def test_arguments_may_be_documented_at_a_base_class_in_another_module():
+    base = "class Base:\n    def f(self, x, y):\n        'Args: x and y.'"
+    derived = "class Middle(Base): ...\nclass A(Middle):\n    def f(self, x, y): ..."
+    assert undocumented({"a": base, "b": derived}) == []
+    assert undocumented({"b": derived}) == ["b:f"]
 
 
 def test_relative_imports_are_resolved_from_a_folder_as_from_a_file():

@@ -158,17 +158,23 @@ class CompareConfig(PipelineConfig, PolicyConfig):
         return self.run_dir / BASE / TOY_FOLDER if self.model == TOY else self.model
 
     def folder(self, method: str, number: int, part: str) -> Path:
-        """Run folder of a part of a round."""
+        """Run folder of a part of a round.
+
+        Args:
+            method: one of ``METHODS``.
+            number: the round, from 1.
+            part: ``drawn``, ``learnt`` or ``measured``.
+        """
         return self.run_dir / method / f"{number}_{part}"
 
-    def stage_config(self, stage: AnyConfig, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
+    def _stage_config(self, stage: AnyConfig, folder: Path, start: Path | str | None, **changes: Any) -> AnyConfig:
         """``stage`` with its own run folder, the comparison's shared fields and ``changes``."""
         shared = {name: getattr(self, name) for name in POLICY_FIELDS}
         return stage_config(stage, self, folder, start, **shared, **changes)
 
     def in_steps(self, method: str) -> GRPOConfig | PPOConfig:
         """Settings of an online method's run."""
-        return self.stage_config(
+        return self._stage_config(
             getattr(self, method),
             self.run_dir / method,
             self.origin,
@@ -181,17 +187,22 @@ class CompareConfig(PipelineConfig, PolicyConfig):
             eval_samples=self.eval_samples,
         )
 
-    def before(self, method: str, number: int) -> Path | str | None:
+    def _before(self, method: str, number: int) -> Path | str | None:
         """Model that a round starts from."""
         return self.origin if number == 1 else self.folder(method, number - 1, "learnt") / "model"
 
     def sampled(self, method: str, number: int) -> RejectionSamplingConfig:
-        """Settings of a round's sampling run, on problems that no earlier round used."""
+        """Settings of a round's sampling run, on problems that no earlier round used.
+
+        Args:
+            method: one of ``IN_ROUNDS``; only "dpo" makes pairs.
+            number: the round, from 1.
+        """
         num_problems = self.num_prompts * self.steps_of_a_round
-        return self.stage_config(
+        return self._stage_config(
             self.drawing,
             self.folder(method, number, "drawn"),
-            self.before(method, number),
+            self._before(method, number),
             data=self.data,
             rewards=self.rewards,
             num_samples=self.group_size,
@@ -202,7 +213,12 @@ class CompareConfig(PipelineConfig, PolicyConfig):
         )
 
     def trained(self, method: str, number: int) -> DPOConfig | SFTConfig:
-        """Settings of a round's training run on its samples."""
+        """Settings of a round's training run on its samples.
+
+        Args:
+            method: one of ``IN_ROUNDS``.
+            number: the round, from 1.
+        """
         stage = getattr(self, method)
         sampled = self.folder(method, number, "drawn")
         prompt_format = prompt_fields(self.data)
@@ -216,11 +232,16 @@ class CompareConfig(PipelineConfig, PolicyConfig):
             rows = stage.num_pairs if method == "dpo" else stage.num_sequences
             parts = self.in_steps("grpo").micro_batches_of(rows) * (2 if method == "dpo" else 1)
             changes["num_micro_batches"] = min(parts, rows)
-        return self.stage_config(stage, self.folder(method, number, "learnt"), self.before(method, number), **changes)
+        return self._stage_config(stage, self.folder(method, number, "learnt"), self._before(method, number), **changes)
 
     def measured(self, folder: Path, start: Path | str | None) -> EvaluationConfig:
-        """Settings of an evaluation of a model."""
-        return self.stage_config(
+        """Settings of an evaluation of a model.
+
+        Args:
+            folder: the evaluation's run folder.
+            start: the model; None for the comparison's own.
+        """
+        return self._stage_config(
             self.evaluation, folder, start, data=self.data, rewards=self.rewards, num_samples=self.eval_samples
         )
 

@@ -147,7 +147,13 @@ class DistillConfig(BatchInferenceConfig, PipelineConfig):
         )
 
     def measured(self, stage: str, model: str | None, **start: Any) -> EvaluationConfig:
-        """Evaluation of a model; of the trained student against the untrained one."""
+        """Evaluation of a model; of the trained student against the untrained one.
+
+        Args:
+            stage: ``TEACHER``, ``BEFORE`` or ``AFTER``.
+            model: folder or id of the model.
+            start: further fields of ``EvaluationConfig``.
+        """
         return EvaluationConfig(
             **self.shared,
             run_dir=self.folder(stage),

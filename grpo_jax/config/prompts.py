@@ -92,7 +92,12 @@ class PromptConfig:
 
 
 def with_format(settings: AnySettings, prompt_format: Mapping[str, Any]) -> AnySettings:
-    """``settings`` with the format ``prompt_format`` for any model, unless they choose a template themselves."""
+    """Settings with a given prompt format for any model, unless they choose a template themselves.
+
+    Args:
+        settings: the settings.
+        prompt_format: the format, as ``read_prompt_format`` reads it.
+    """
     if settings.says_template:
         return settings
     read = read_prompt_format(prompt_format)

@@ -132,7 +132,13 @@ class MeshConfig:
 
 
 def check_divides(count: int, mesh: Mesh, name: str) -> None:
-    """As ``MeshConfig.check_divides``, over a given mesh."""
+    """As ``MeshConfig.check_divides``, over a given mesh.
+
+    Args:
+        count: number of rows.
+        mesh: the mesh.
+        name: the rows' name or setting, for the error.
+    """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if count % parts:
         raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")

@@ -129,7 +129,12 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, source: str, today: str, chats: list[dict[str, Any]]) -> tuple[list[str], str | None]:
-        """Render conversations with the template ``source``.
+        """Render conversations with a template.
+
+        Args:
+            source: the chat template.
+            today: date for ``strftime_now``, such as "2026-11-27".
+            chats: variables of the template, for each conversation.
 
         Returns:
             The texts before the first error, and that error or None.

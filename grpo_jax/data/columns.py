@@ -27,7 +27,12 @@ MAX_CHARACTERS = 1_000_000
 
 
 def listed(columns: Iterable[str], most: int = 30) -> str:
-    """The first ``most`` column names as text, and how many more there are."""
+    """Column names as text.
+
+    Args:
+        columns: the names.
+        most: maximum number of names in the text; it ends with the number of the others.
+    """
     names = [*columns]
     return f"{names[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -57,7 +62,11 @@ def find_column(row: Mapping[str, Any], name: str) -> str | None:
 
 
 def column(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column, or of a path through objects and lists such as ``reward_model.ground_truth``.
+    """The value of a column.
+
+    Args:
+        row: the row.
+        name: the column, or a path through objects and lists such as ``reward_model.ground_truth``.
 
     Raises:
         KeyError: the row has no such column or path.
@@ -115,6 +124,10 @@ def text_length(value: Any) -> int:
 def check_length(value: Any, where: str) -> None:
     """Check that a text has at most ``MAX_CHARACTERS``, before it is tokenized.
 
+    Args:
+        value: a text, or lists and objects of texts.
+        where: source location, for the error.
+
     Raises:
         ValueError: it is longer.
     """
@@ -131,6 +144,10 @@ def check_length(value: Any, where: str) -> None:
 
 def prompt_column_of(row: Row, where: str) -> str:
     """The column of the prompt: the only one of ``PROMPT_COLUMNS``, or else the first of ``OTHER_PROMPT_COLUMNS``.
+
+    Args:
+        row: a row of the data.
+        where: source location, for the error.
 
     Raises:
         KeyError: the row has none of them, or several of ``PROMPT_COLUMNS``; the message lists its columns.

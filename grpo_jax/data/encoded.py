@@ -94,7 +94,13 @@ def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int])
 
 
 def decode_one(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
-    """As ``decode_completions``, for the token ids of one completion."""
+    """As ``decode_completions``, for one completion.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        ids: token ids of the completion, without padding.
+        eos_ids: ids of the ending tokens.
+    """
     return decode_following(tokenizer, [_without_end(ids, eos_ids)])[0]
 
 

@@ -93,7 +93,7 @@ def hh_messages(text: Any) -> list[Row] | None:
     return [{"role": HH_ROLES[role], "content": each.strip()} for role, each in zip(roles, contents, strict=True)]
 
 
-def with_system(messages: list[Row], row: Mapping[str, Any]) -> list[Row]:
+def _with_system(messages: list[Row], row: Mapping[str, Any]) -> list[Row]:
     """The messages, preceded by the column ``system`` of the row unless they begin with a system message."""
     system = row.get("system")
     has_system = messages[0]["role"] in ("system", "developer")
@@ -102,11 +102,11 @@ def with_system(messages: list[Row], row: Mapping[str, Any]) -> list[Row]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def with_system_before(prompt: Any, row: Mapping[str, Any]) -> Any:
-    """As ``with_system``, for a prompt that is a text or messages; a text stays a text without a system prompt."""
+def _with_system_before(prompt: Any, row: Mapping[str, Any]) -> Any:
+    """As ``_with_system``, for a prompt that is a text or messages; a text stays a text without a system prompt."""
     if not isinstance(row.get("system"), str) or not row["system"].strip() or not prompt:
         return prompt
-    return with_system([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, row)
+    return _with_system([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, row)
 
 
 def prompt_of(row: Row, name: str, where: str) -> Any:
@@ -128,13 +128,13 @@ def prompt_of(row: Row, name: str, where: str) -> Any:
     is_conversation = name in CONVERSATION_COLUMNS
     messages = as_messages(prompt) if not isinstance(prompt, str) or prompt.lstrip()[:1] == "[" else None
     if messages is not None:
-        messages = with_system(messages, row) if is_conversation else messages
+        messages = _with_system(messages, row) if is_conversation else messages
         ends_with_reply = is_conversation and len(messages) > 1 and messages[-1]["role"] == "assistant"
         return messages[:-1] if ends_with_reply else messages
     if not isinstance(prompt, str):
         return prompt
     if name == "instruction":
-        prompt = with_input(row, prompt)
+        prompt = _with_input(row, prompt)
     if name == "question":
         passages = [row[each].strip() for each in ("passage", "context") if isinstance(row.get(each), str)]
         prompt = "\n\n".join([*(each for each in passages if each and each not in prompt), prompt])
@@ -156,7 +156,7 @@ def prompt_of(row: Row, name: str, where: str) -> Any:
     return prompt
 
 
-def with_input(row: Mapping[str, Any], instruction: str) -> str:
+def _with_input(row: Mapping[str, Any], instruction: str) -> str:
     """The instruction, followed by the column ``input`` (Alpaca) or ``context`` (Dolly)."""
     added = next((row[name] for name in ("input", "context") if isinstance(row.get(name), str)), "")
     return f"{instruction.rstrip()}\n\n{added.strip()}" if added.strip() else instruction
@@ -256,7 +256,7 @@ def as_demonstration(row: Row, where: str) -> Row:
     for name in CONVERSATION_COLUMNS:
         messages = as_messages(row.get(name))
         if messages is not None and len(messages) > 1:
-            return {"messages": with_system(messages, row), **without(row, name, "messages", "system")}
+            return {"messages": _with_system(messages, row), **without(row, name, "messages", "system")}
         if row.get(name) is not None:
             raise ValueError(
                 f"{where}, column {name!r}: it must have at least two messages with role and content, or with from and "
@@ -286,11 +286,11 @@ def as_demonstration(row: Row, where: str) -> Row:
         )
     question = row[prompt]
     if prompt == "instruction" and isinstance(question, str):
-        question = with_history(with_input(row, question), row.get("history"), where)
+        question = with_history(_with_input(row, question), row.get("history"), where)
     question, reply = (as_messages(each) or each for each in (question, row[completion]))
     with_instruction = ("input", "context", "history") if prompt == "instruction" else ()
     rest = without(row, prompt, completion, "system", *with_instruction)
-    return {**rest, "prompt": with_system_before(question, row), "completion": reply}
+    return {**rest, "prompt": _with_system_before(question, row), "completion": reply}
 
 
 # Preferences ----------------------------------------------------------------------------------------------------------
@@ -328,12 +328,12 @@ def as_preference(row: Row, where: str) -> Row:
     question = None if prompt is None else as_messages(row[prompt]) or row[prompt]
     rest = without(row, chosen, rejected, prompt, "system", *(("input", "context") if prompt == "instruction" else ()))
     if prompt == "instruction" and isinstance(question, str):
-        question = with_input(row, question)
+        question = _with_input(row, question)
     if are_conversations and question is not None:
         _check_begins_with(sides, question, where)
         single = isinstance(question, str) and all(len(each) == 2 for each in sides)
         question, sides = (question, [each[-1:] for each in sides]) if single else (None, sides)
-    question = with_system_before(question, row)
+    question = _with_system_before(question, row)
     if question is None and all(isinstance(each, str) for each in sides):
         raise KeyError(
             f"{where}: chosen and rejected are texts without a prompt: no column is known as a prompt, and they are "

@@ -54,7 +54,11 @@ def prompt_format_of(rendering: Rendering, tokenizer: Any) -> dict[str, Any]:
 
 
 def check_date(text: Any, where: str) -> None:
-    """Check that ``text`` is an ISO date such as "2026-11-27".
+    """Check that a text is an ISO date such as "2026-11-27".
+
+    Args:
+        text: any value.
+        where: the setting or source location, for the error.
 
     Raises:
         ValueError: it is not.

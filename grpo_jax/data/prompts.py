@@ -66,7 +66,12 @@ class Conversation(NamedTuple):
         return self.messages[-1]["role"] == "assistant"
 
     def chat(self, messages: Messages, *, opens_turn: bool = False) -> Chat:
-        """Other messages, with the tools and arguments of this conversation."""
+        """Other messages, with the tools and arguments of this conversation.
+
+        Args:
+            messages: the messages.
+            opens_turn: whether the text ends with the beginning of the assistant's turn.
+        """
         return Chat(messages, self.tools, self.variables, opens_turn)
 
     def chats(self) -> list[Chat]:

@@ -169,7 +169,7 @@ def select(problem: ProblemSamples, settings: SelectionConfig) -> tuple[Selectio
     totals = {n: total for n, total in enumerate(problem.total) if total is not None}
     complete = complete_samples(problem)
     correct = [n for n in complete if reaches(totals[n], settings.threshold)]
-    required = [n for n in correct if passes(problem, n, settings)]
+    required = [n for n in correct if _passes(problem, n, settings)]
     best_first = sorted(required, key=lambda n: (-totals[n], n))
     by_text = {" ".join(problem.completions[n].split()): n for n in reversed(best_first)}
     distinct = sorted(by_text.values(), key=best_first.index)
@@ -197,8 +197,8 @@ def preference_pairs(problem: ProblemSamples, settings: SelectionConfig, *, max_
     by_text: dict[str, int] = {}
     for n in complete_samples(problem):
         by_text.setdefault(" ".join(problem.completions[n].split()), n)
-    chosen = [n for n in by_text.values() if passes(problem, n, settings)]
-    rejected = [n for n in by_text.values() if not passes(problem, n, settings)]
+    chosen = [n for n in by_text.values() if _passes(problem, n, settings)]
+    rejected = [n for n in by_text.values() if not _passes(problem, n, settings)]
     return list(zip(chosen, rejected, strict=False))[:max_pairs]
 
 
@@ -211,7 +211,7 @@ def complete_samples(problem: ProblemSamples) -> list[int]:
     ]
 
 
-def passes(problem: ProblemSamples, sample: int, settings: SelectionConfig) -> bool:
+def _passes(problem: ProblemSamples, sample: int, settings: SelectionConfig) -> bool:
     """Whether a sample reaches ``threshold`` and the minimum score of every required reward."""
     scores = [(problem.rewards.get(name), minimum) for name, minimum in settings.minima.items()]
     return reaches(problem.total[sample], settings.threshold) and all(
@@ -220,7 +220,12 @@ def passes(problem: ProblemSamples, sample: int, settings: SelectionConfig) -> b
 
 
 def reaches(score: float | None, minimum: float) -> bool:
-    """Whether a score is present and at least ``minimum``, up to float32 rounding."""
+    """Whether a score is at least ``minimum``, up to float32 rounding.
+
+    Args:
+        score: the score; None, which is absent, never reaches it.
+        minimum: lower bound.
+    """
     return score is not None and score >= minimum - ROUNDING * max(1.0, abs(minimum))
 
 

@@ -76,7 +76,7 @@ def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """The filter ``tojson``, without the HTML escapes of jinja2's own."""
     allowed = {name: options[name] for name in ("indent", "separators", "sort_keys") if name in options}
     return json.dumps(value, ensure_ascii=ensure_ascii, **allowed)
@@ -88,7 +88,7 @@ def compiled(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": raise_exception, "namespace": make_namespace}
     return environment.from_string(source)
 
@@ -144,7 +144,7 @@ def limited(source: str, variables: dict[str, Any], today: str, seconds: float) 
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def out_of_time(number: int, frame: Any) -> None:
+def _out_of_time(number: int, frame: Any) -> None:
     """Signal handler of the timer.
 
     Raises:
@@ -164,7 +164,7 @@ def read(stream: BinaryIO) -> bytes | None:
 
 def main() -> None:
     """Answer requests until stdin ends, with all texts of a request or those before the first error."""
-    signal.signal(signal.SIGPROF, out_of_time)
+    signal.signal(signal.SIGPROF, _out_of_time)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # nothing to write

@@ -259,7 +259,13 @@ def turn_borders(
 
 
 def missing_end(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
-    """The error message for a turn whose tokens ``ids`` contain none of ``eos_ids``."""
+    """The error message for a turn without an ending token.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        ids: token ids of the turn; the message proposes the last special token among them.
+        eos_ids: ids of the ending tokens.
+    """
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_encoder.values()}
     last = next((token for token in reversed(ids) if token in special), None)
     names = ", ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in eos_ids)

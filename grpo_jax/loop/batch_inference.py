@@ -87,7 +87,7 @@ def run_batch_inference(
 
     size = BATCHES_PER_BLOCK * config.num_prompts
     blocks = [places[first : first + size] for first in range(0, len(places), size)]
-    done = count_complete_blocks(run, blocks)
+    done = _count_complete_blocks(run, blocks)
     sampler = make_sampler(config, policy, mesh, group_size=config.num_samples)
     params = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)(policy.params)
     decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
@@ -161,7 +161,7 @@ def check_provenance(
     write_atomically(path, json.dumps(provenance, indent=2).encode() + b"\n")
 
 
-def count_complete_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:
+def _count_complete_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:
     """Number of complete blocks in the run's logs; rewinds the logs to the end of the last one."""
     counts = [0] * (len(blocks) + 1)
     with run.completions_log.path.open("rb") as lines:

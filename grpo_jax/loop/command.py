@@ -77,7 +77,7 @@ def run_command(
             print(rare_help(config_type, default))
             return 0
         config = _parse(config_type, flags, description or "", default)
-        check_numbers(config)
+        _check_numbers(config)
         return main(config) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -137,7 +137,7 @@ def starting_point(
     return default, flags
 
 
-def check_numbers(config: Any, name: str = "") -> None:
+def _check_numbers(config: Any, name: str = "") -> None:
     """Check that no setting is NaN, which no comparison with a bound finds.
 
     Raises:
@@ -147,7 +147,7 @@ def check_numbers(config: Any, name: str = "") -> None:
         raise ValueError(f"{name} is nan; it must be a number")
     if dataclasses.is_dataclass(config):
         for field in dataclasses.fields(config):
-            check_numbers(getattr(config, field.name), field.name)
+            _check_numbers(getattr(config, field.name), field.name)
 
 
 def _parse(config_type: type[AnyConfig], args: Sequence[str], description: str, default: AnyConfig | None) -> AnyConfig:

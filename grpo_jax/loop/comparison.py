@@ -25,12 +25,22 @@ COLOURS: Mapping[str, str] = {
 
 
 def seconds_of(rows: Sequence[Mapping[str, Any]], last: int | None = None) -> float:
-    """Seconds of all steps, or of the steps up to ``last``."""
+    """Seconds of a run's steps.
+
+    Args:
+        rows: the run's metrics rows.
+        last: last step to count; None for all.
+    """
     return sum(row.get("step_time", 0.0) for row in rows if last is None or row["step"] <= last)
 
 
 def reached(points: Sequence[Mapping[str, Any]], level: float) -> float | None:
-    """Number of samples at which pass@1 reaches ``level``, linearly interpolated; None if it never does."""
+    """Number of samples at which pass@1 reaches a level, linearly interpolated; None if it never does.
+
+    Args:
+        points: ``samples`` and ``pass@1`` of each evaluation, by samples.
+        level: of pass@1.
+    """
     if points[0]["pass@1"] >= level:
         return 0.0
     for before, after in pairwise(points):
@@ -49,7 +59,12 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def learning(figures: Mapping[str, Mapping[str, Any]], level: float) -> list[tuple[str, ...]]:
-    """Table of the methods' results; the first row is the header."""
+    """Table of the methods' results; the first row is the header.
+
+    Args:
+        figures: results of each method.
+        level: pass@1 that ``samples_to_level`` of the figures is for.
+    """
     rows = [("", "pass@1", "of the seeds", f"samples to {level:g}", "seconds", "of a step", "largest fall")]
     for method, results in figures.items():
         final = results["pass@1"]

@@ -62,7 +62,12 @@ class Finding:
 def finding(
     name: str, explanation: str, examples: Iterable[Example], rows: int, *, is_fault: bool = True
 ) -> list[Finding]:
-    """A list with the finding; empty without examples. Arguments as for ``Finding``."""
+    """A list with the finding; empty without examples.
+
+    Args:
+        name, explanation, rows, is_fault: as for ``Finding``.
+        examples: all examples; the finding counts them and keeps the first ``MAX_EXAMPLES``.
+    """
     examples = list(examples)
     if not examples:
         return []
@@ -84,7 +89,7 @@ def check_problems(problems: Sequence[tuple[str, Problem]], grader: Grader) -> l
     }
     keys = [(where, prompt_key(problem.prompt)) for where, problem in problems]
     answers = [problem.answer if grader in ("math", "exact") else None for _, problem in problems]
-    same = same_gold if grader == "math" else lambda a, b: a == b
+    same = _same_gold if grader == "math" else lambda a, b: a == b
     return [
         *check_duplicates(keys, "the prompt of an earlier row (case and blanks aside)"),
         *_check_contradictions(keys, answers, same),
@@ -161,11 +166,11 @@ def check_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Findin
     wrong, unfinished = [], []
     for row in demonstrations:
         if after_thought("", row.completion) is None:
-            unfinished.append(Example(row.where, short(row.completion[-200:])))
+            unfinished.append(Example(row.where, _short(row.completion[-200:])))
             continue
         answer = row.columns.get("answer")
         if isinstance(answer, (str, int, float)) and math_reward([""], [row.completion], answer=[str(answer)]) == [0]:
-            wrong.append(Example(row.where, f"answer {answer!r:.60}, completion ...{short(row.completion[-120:])}"))
+            wrong.append(Example(row.where, f"answer {answer!r:.60}, completion ...{_short(row.completion[-120:])}"))
     rows = len(demonstrations)
     return [
         *check_duplicates(keys, "the prompt and completion of an earlier row (case and blanks aside)"),
@@ -188,12 +193,12 @@ def check_preferences(preferences: Sequence[Preference]) -> list[Finding]:
     for row, (prompt, chosen, rejected) in zip(preferences, pairs, strict=True):
         first.setdefault((prompt, chosen, rejected), row.where)
         if chosen == rejected:
-            equal.append(Example(row.where, short(row.chosen)))
+            equal.append(Example(row.where, _short(row.chosen)))
         elif (prompt, rejected, chosen) in first:
-            opposite.append(Example(row.where, f"as {first[prompt, rejected, chosen]}: {short(row.chosen)}"))
+            opposite.append(Example(row.where, f"as {first[prompt, rejected, chosen]}: {_short(row.chosen)}"))
         strength = strength_of(row)
         if strength is not None and strength <= 0:
-            weak.append(Example(row.where, f"by {strength:g}: {short(row.chosen)}"))
+            weak.append(Example(row.where, f"by {strength:g}: {_short(row.chosen)}"))
         longer += len(row.chosen) > len(row.rejected)
     majority = max(longer, rows - longer) if rows >= MIN_ROWS_FOR_SHARES else 0
     side = "longer" if 2 * longer > rows else "shorter"
@@ -226,7 +231,7 @@ def strength_of(preference: Preference) -> float | None:
     return preference.margin
 
 
-def short(text: str | Messages, limit: int = 120) -> str:
+def _short(text: str | Messages, limit: int = 120) -> str:
     """A text, or the last message of a conversation, on one line of at most ``limit`` characters and an ellipsis."""
     if not isinstance(text, str):
         text = str(text[-1].get("content") or "")
@@ -234,7 +239,7 @@ def short(text: str | Messages, limit: int = 120) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def same_gold(answer: str, other: str) -> bool:
+def _same_gold(answer: str, other: str) -> bool:
     """Whether two gold answers are mathematically equal, or the same text where they cannot be parsed."""
     return answer == other or math_reward([""], [boxed(other)], answer=[answer]) == [1]
 
@@ -267,13 +272,13 @@ def _check_math(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
     for where, problem in problems:
         for answer in golds(problem):
             if read_answer(gold_answer(answer)) is None:
-                unread.append(Example(where, short(answer)))
+                unread.append(Example(where, _short(answer)))
                 continue
             score = math_reward([""], [boxed(answer)], answer=[answer])[0]
             if score != 1:
-                unequal.append(Example(where, f"{short(answer)} ({'scored wrong' if score == 0 else 'not graded'})"))
+                unequal.append(Example(where, f"{_short(answer)} ({'scored wrong' if score == 0 else 'not graded'})"))
             elif question_contains_answer(text_of(problem), gold_answer(answer)):
-                copied.append(Example(where, f"{short(answer)} in: {short(problem.prompt)}"))
+                copied.append(Example(where, f"{_short(answer)} in: {_short(problem.prompt)}"))
     rows = len(problems)
     return [
         *_without_answer(problems),
@@ -308,9 +313,9 @@ def _check_code(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
     for where, problem in problems:
         tests = problem.columns.get("tests")
         if not tests:
-            missing.append(Example(where, short(problem.prompt)))
+            missing.append(Example(where, _short(problem.prompt)))
         elif (reason := why_untestable(tests)) is not None:
-            untestable.append(Example(where, short(reason, 200)))
+            untestable.append(Example(where, _short(reason, 200)))
     rows = len(problems)
     return [
         *finding("missing tests", "have no tests: their programs get no score", missing, rows),
@@ -319,7 +324,7 @@ def _check_code(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
 
 
 def _without_answer(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
-    missing = [Example(where, short(problem.prompt)) for where, problem in problems if not any(golds(problem))]
+    missing = [Example(where, _short(problem.prompt)) for where, problem in problems if not any(golds(problem))]
     return finding("missing answers", "have no answer: their completions get no score", missing, len(problems))
 
 
@@ -330,7 +335,7 @@ def _check_variety(problems: Sequence[tuple[str, Problem]]) -> list[Finding]:
     answer, count = Counter(answers).most_common(1)[0]
     if 2 * count <= len(answers):
         return []
-    example = Example("all rows", f"{short(answer)} in {count} of {len(answers)}")
+    example = Example("all rows", f"{_short(answer)} in {count} of {len(answers)}")
     return finding("one answer", "always giving the same answer is right in most rows", [example], len(problems))
 
 

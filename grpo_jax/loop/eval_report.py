@@ -187,7 +187,12 @@ def check_same_problems(keys: Sequence[Key], others: Sequence[Key], folder: Path
 
 
 def print_report(run: Run, report: Mapping[str, Any]) -> None:
-    """Print the metrics with their intervals, and the comparison if there is one."""
+    """Print the metrics with their intervals, and the comparison if there is one.
+
+    Args:
+        run: the run, whose console is printed to.
+        report: contents of the report.
+    """
     config, samples = report["config"], report["num_samples"]
     run.say(
         f"{report['provenance']['model']}: {report['num_problems']} problems of "
@@ -195,7 +200,7 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
         f"sample{'s' if samples > 1 else ''} each, temperature {config['sampling']['temperature']:g}"
     )
     rows = [
-        (name, format_value(name, metric["mean"]), format_interval(name, metric), str(metric["problems"]))
+        (name, _format_value(name, metric["mean"]), format_interval(name, metric), str(metric["problems"]))
         for name, metric in report[FIGURES].items()
         if name != "ungraded" or metric["mean"]
     ]
@@ -206,7 +211,7 @@ def print_report(run: Run, report: Mapping[str, Any]) -> None:
         changes = [
             (
                 name,
-                *(format_value(name, metric[column]) for column in ("before", "after", "difference")),
+                *(_format_value(name, metric[column]) for column in ("before", "after", "difference")),
                 *(format_interval(name, metric), f"{metric['p']:.4f}", str(metric["problems"])),
             )
             for name, metric in comparison[FIGURES].items()
@@ -230,7 +235,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def format_value(name: str, value: float | None) -> str:
+def _format_value(name: str, value: float | None) -> str:
     """A metric as text: four decimals for shares, significant digits for others."""
     if value is None:
         return "absent"
@@ -245,4 +250,4 @@ def format_interval(name: str, metric: Mapping[str, Any]) -> str:
         metric: has ``low`` and ``high``.
     """
     low, high = metric["low"], metric["high"]
-    return "" if low is None else f"[{format_value(name, low)}, {format_value(name, high)}]"
+    return "" if low is None else f"[{_format_value(name, low)}, {_format_value(name, high)}]"

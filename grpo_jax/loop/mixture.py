@@ -32,7 +32,12 @@ class MixtureScorer:
         self.judge = "judge" if any(task.scorer.judge for task in tasks) else None
 
     def score(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> Scores:
-        """Like ``Scorer.score``, with a column ``TASK``; ``counted`` has ``task/reward``, 0 for other tasks."""
+        """Like ``Scorer.score``; ``counted`` has ``task/reward``, 0 for other tasks.
+
+        Args:
+            prompts, completions: ``[B]`` texts.
+            columns: ``[B]`` values each; the column ``TASK`` names each row's task.
+        """
         B = len(completions)
         total, outcome, notes = np.full(B, np.nan, np.float32), np.full(B, np.nan, np.float32), [""] * B
         parts: dict[str, np.ndarray] = {}
@@ -62,7 +67,12 @@ class MixtureScorer:
         eos_ids: Sequence[int],
         max_completion_length: int,
     ) -> Callable[[int, Sequence[int]], None] | None:
-        """Like ``Scorer.streaming_scorer``, with a column ``TASK``."""
+        """Like ``Scorer.streaming_scorer``.
+
+        Args:
+            columns: ``[B]`` values each, of the problems; the column ``TASK`` names each one's task.
+            prompts, decode, eos_ids, max_completion_length: as in ``Scorer.streaming_scorer``.
+        """
         watches: dict[int, tuple[Callable[[int, Sequence[int]], None], int]] = {}
         for task, rows in self._rows(columns[TASK]):
             watch = task.scorer.streaming_scorer(

@@ -143,7 +143,12 @@ def encode_problems(
     rendering: Rendering,
     first_index: int = 0,
 ) -> EncodedProblems:
-    """The problems as token ids; arguments and errors as for ``EncodedProblems``."""
+    """The problems as token ids; errors as for ``EncodedProblems``.
+
+    Args:
+        data: settings, for ``overlong_prompts``.
+        problems, tokenizer, pad_id, max_prompt_length, rendering, first_index: as for ``EncodedProblems``.
+    """
     return EncodedProblems(
         problems,
         tokenizer,

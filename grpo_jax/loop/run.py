@@ -191,7 +191,12 @@ class Run:
         return step, state, position["loop"]
 
     def has_row(self, step: int, name: str) -> bool:
-        """Whether the metric ``name`` was logged at ``step``."""
+        """Whether a metric was logged at a step.
+
+        Args:
+            step: the step.
+            name: the metric.
+        """
         return any(row["step"] == step and name in row for row in read_jsonl(self.metrics_log.path))
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
@@ -213,14 +218,25 @@ class Run:
             tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
     def log_samples(self, step: int, samples: Sequence[Sample], *, shown: Sequence[Sample]) -> None:
-        """Write ``samples`` to ``completions.jsonl``, print those in ``shown`` and log them to the trackers."""
+        """Write samples to ``completions.jsonl``.
+
+        Args:
+            step: the step.
+            samples: those to write.
+            shown: those to print and to log to the trackers.
+        """
         self.completions_log.append(*(sample.row(step) for sample in samples))
         for tracker in self.trackers if shown else ():
             tracker.log_samples([sample.row(step) for sample in shown], step)
         print_samples(shown, step, self.progress.console, plain=self.progress.plain)
 
     def log_reward_errors(self, step: int, errors: Sequence[RewardError]) -> None:
-        """Write reward errors to ``reward_errors.jsonl``; print their number and the first."""
+        """Write reward errors to ``reward_errors.jsonl``; print their number and the first.
+
+        Args:
+            step: the step.
+            errors: the errors of its scores; nothing is done if there are none.
+        """
         if errors:
             self.reward_errors_log.append(*({"step": step, **dataclasses.asdict(error)} for error in errors))
             first = f"{errors[0].reward} {errors[0].kind}: {errors[0].detail.strip().splitlines()[-1]}"

@@ -108,7 +108,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields
         new: nested settings.
         resumable_fields: top-level names to ignore.
     """
-    old, new = flatten(old, resumable_fields), flatten(new, resumable_fields)
+    old, new = _flatten(old, resumable_fields), _flatten(new, resumable_fields)
     names = [*old, *(name for name in new if name not in old)]
     absent = "(absent)"
     return [
@@ -118,13 +118,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields
     ]
 
 
-def flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+def _flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
     """Nested settings as a flat dict with dotted names, except the top-level names in ``without``."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if name in without:
             continue
-        flat |= flatten(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -35,7 +35,7 @@ def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
         ValueError: no model is named.
     """
     model = named_model(config)
-    return train_toy_model(run, replace(config.toy, seed=seed)) if model == TOY else model
+    return _train_toy_model(run, replace(config.toy, seed=seed)) if model == TOY else model
 
 
 def named_model(config: ModelConfig) -> str:
@@ -78,6 +78,11 @@ def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_h
 def load_policy(config: PolicyConfig, name_or_folder: str, mesh: Mesh) -> models.Pretrained:
     """The model to sample from, with ``config.stop_tokens`` among the tokens that end a sequence.
 
+    Args:
+        config: settings of the policy.
+        name_or_folder: the model, as for ``load_model``.
+        mesh: mesh over which its parameters are sharded.
+
     Raises:
         ValueError: as ``load_model`` and ``as_policy``.
     """
@@ -85,7 +90,11 @@ def load_policy(config: PolicyConfig, name_or_folder: str, mesh: Mesh) -> models
 
 
 def as_policy(config: PolicyConfig, model: models.Pretrained) -> models.Pretrained:
-    """``model`` with ``config.stop_tokens`` among the tokens that end a sequence.
+    """A model with ``config.stop_tokens`` among the tokens that end a sequence.
+
+    Args:
+        config: settings of the policy.
+        model: the model.
 
     Raises:
         ValueError: a stop token that is not one token of the model, or lengths beyond the model's positions.
@@ -95,7 +104,14 @@ def as_policy(config: PolicyConfig, model: models.Pretrained) -> models.Pretrain
 
 
 def make_sampler(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh, *, group_size: int) -> Sampler:
-    """A sampler of ``group_size`` completions for each prompt."""
+    """A sampler with the settings of a policy.
+
+    Args:
+        config: settings of the policy.
+        policy: the model, as of ``load_policy``.
+        mesh: mesh over which completions are sharded.
+        group_size: completions of each prompt.
+    """
     return Sampler(
         policy.model,
         config.sampling,
@@ -143,7 +159,7 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
     return replace(model, eos_ids=tuple(dict.fromkeys([*model.eos_ids, *more])))
 
 
-def train_toy_model(run: Run, recipe: ToyConfig) -> str:
+def _train_toy_model(run: Run, recipe: ToyConfig) -> str:
     """Folder of the toy model within the run's folder; trains the model if the folder does not exist."""
     folder = run.folder / TOY_FOLDER
     if not folder.exists():
@@ -158,7 +174,14 @@ def train_toy_model(run: Run, recipe: ToyConfig) -> str:
 
 
 def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh: Mesh) -> dict[str, str]:
-    """Devices, precision, model and size, for the run's header."""
+    """Devices, precision, model and size, for the run's header.
+
+    Args:
+        config: settings of the model.
+        start: folder or id that the model was loaded from.
+        model: the model.
+        mesh: the run's mesh.
+    """
     count = sum(x.size for x in jax.tree.leaves(model.params))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return {

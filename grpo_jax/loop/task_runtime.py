@@ -39,7 +39,12 @@ def asks_for_format(data: DataConfig) -> bool:
 
 
 def has_final_answers(data: DataConfig, problems: Sequence[Problem]) -> bool:
-    """Whether completions end in a short answer, so that majority votes are defined: not for code or without grader."""
+    """Whether completions end in a short answer, so that majority votes are defined: not for code or without grader.
+
+    Args:
+        data: dataset and grader.
+        problems: the problems.
+    """
     is_code = data.grader == "code" or (data.grader == "auto" and any("tests" in row.columns for row in problems))
     answered = any(problem.answer is not None for problem in problems)
     task = TASKS.get(data.dataset or "")

@@ -76,7 +76,13 @@ class KVSegment(NamedTuple):
         return x.reshape(N, B // N, K, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N, K, B // N * G * S, W)
 
     def ungroup(self, x: Float[Array, "N K M W"], heads: int, tokens: int) -> Float[Array, "B K G S W"]:
-        """The inverse of ``group``, for G = ``heads`` and S = ``tokens``."""
+        """The inverse of ``group``.
+
+        Args:
+            x: rows in the order of ``group``.
+            heads: G, query heads per KV head.
+            tokens: S, tokens of the call.
+        """
         (N, K, M, W), G, S = x.shape, heads, tokens
         R = M // (G * S)
         x = x.reshape(N, K, R, G, S, W).transpose(0, 2, 1, 3, 4, 5).reshape(N * R, K, G, S, W)

@@ -76,10 +76,15 @@ ALWAYS_ON = {"qwen2": ("qkv_bias", "use_qkv_bias"), "qwen3": ("use_qk_norm", "qk
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> float:
-    """The value as a float.
+    """The value of a field as a float.
+
+    Args:
+        name: the field, for the error.
+        value: its value.
+        zero: whether 0 is allowed.
 
     Raises:
-        ValueError: it is not a finite number above 0, or at least 0 with ``zero``.
+        ValueError: it is not a finite number, or is negative, or 0 where that is not allowed.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and math.isfinite(value) and (value > 0 or (zero and value == 0))):
@@ -90,6 +95,10 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
 
 def check_object(name: str, value: Any) -> None:
     """Check that an optional field is a JSON object.
+
+    Args:
+        name: the field, for the error.
+        value: its value; None where absent.
 
     Raises:
         ValueError: it is something else.

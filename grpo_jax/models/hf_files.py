@@ -16,7 +16,13 @@ OTHER_FORMATS = (".gguf", ".ggml", ".msgpack", ".h5", ".onnx", ".npz")
 
 
 def cut(items: Iterable[str], most: int = 10, *, separator: str = ", ") -> str:
-    """The first ``most`` items joined by ``separator``, and the number of the others."""
+    """The first items of a list as text, and the number of the others.
+
+    Args:
+        items: the items.
+        most: maximum number of items in the text.
+        separator: text between items.
+    """
     items = list(items)
     others = [f"... and {len(items) - most:,} more"] if len(items) > most else []
     return separator.join([*items[:most], *others])

@@ -247,7 +247,7 @@ def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.
             with np.errstate(over="ignore"):  # checked below
                 # A contiguous array may become a device array without a copy, which must not change with the file.
                 read[ranges] = part.astype(dtype, copy=part.flags.c_contiguous)
-            if not (is_finite(part) and (has_range_of(dtype, part.dtype) or is_finite(read[ranges]))):
+            if not (is_finite(part) and (_has_range_of(dtype, part.dtype) or is_finite(read[ranges]))):
                 counts.append(np.count_nonzero(~np.isfinite(read[ranges].astype(np.float32))))
         return read[ranges]
 
@@ -257,7 +257,7 @@ def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.
     return array, f"{sum(counts):,} of {array.size:,} in {dtype.name}" if counts else None
 
 
-def has_range_of(dtype: np.dtype, other: np.dtype) -> bool:
+def _has_range_of(dtype: np.dtype, other: np.dtype) -> bool:
     """Whether every finite number of ``other`` is finite in ``dtype``; both floating point."""
     return float(jnp.finfo(dtype).max) >= float(jnp.finfo(other).max)
 
@@ -343,10 +343,15 @@ def _export(param: jax.Array, entry: Entry, dtype: Any) -> np.ndarray:
 
 
 def check_params(params: Params, config: DecoderConfig) -> None:
-    """Check that a tree of parameters has the paths, shapes and dtypes of ``config``.
+    """Check that a tree of parameters fits a config.
+
+    Args:
+        params: the parameters.
+        config: gives their paths and shapes.
 
     Raises:
-        ValueError: parameters that are missing, surplus, of another shape or of another dtype; one error lists all.
+        ValueError: parameters that are missing, surplus, of another shape or of a dtype other than float32, bfloat16
+            and float16; one error lists all.
     """
     expected = {path: leaf.shape for path, leaf in _flatten(param_shapes(config)).items()}
     given = _flatten(params)

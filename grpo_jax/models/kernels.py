@@ -70,20 +70,20 @@ def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, ki
     """
     fastest: AttentionName = "cudnn" if kind == "cuda" else "splash" if kind == "tpu" else "plain"
     if name == "auto":
-        fits = dtype == jnp.bfloat16 and unsupported(fastest, config, dtype, tensor) is None
+        fits = dtype == jnp.bfloat16 and _unsupported(fastest, config, dtype, tensor) is None
         return fastest if fits else "plain"
     if name not in ("plain", fastest):
         raise ValueError(
             f"attention {name!r} does not run here: 'cudnn' runs on NVIDIA GPUs from Ampere on, 'splash' on TPUs; use "
             f"{fastest!r}, or 'auto' to select by hardware and model"
         )
-    problem = unsupported(name, config, dtype, tensor)
+    problem = _unsupported(name, config, dtype, tensor)
     if problem is not None:
         raise ValueError(f"attention {name!r} {problem}; use 'plain', which supports every model, or 'auto'")
     return name
 
 
-def unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor: int) -> str | None:
+def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor: int) -> str | None:
     """The reason why a kernel does not support a model; None if it does."""
     if name == "cudnn":
         if dtype != jnp.bfloat16:
@@ -133,14 +133,14 @@ def cudnn_attention(
             return attention(queries, keys, values, mask=(mask[:, :, None] == mask[:, None, :])[:, None])
     order = jnp.argsort(~mask, axis=1, stable=True)
     lengths = jnp.maximum(mask.sum(1, dtype=jnp.int32), 1)
-    queries, keys, values = (permute(x, order) for x in (queries, keys, values))
+    queries, keys, values = (_permute(x, order) for x in (queries, keys, values))
     with jax.numpy_dtype_promotion("standard"):
         # With query lengths, because padding beyond the window's reach would attend to nothing and be NaN.
         out = attention(queries, keys, values, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    return permute(out, jnp.argsort(order, axis=1))
+    return _permute(out, jnp.argsort(order, axis=1))
 
 
-def permute(x: Float[Array, "B S N E"], order: Int[Array, "B S"]) -> Float[Array, "B S N E"]:
+def _permute(x: Float[Array, "B S N E"], order: Int[Array, "B S"]) -> Float[Array, "B S N E"]:
     """The tokens of each row in the order of ``order``."""
 
     def row(x, order):
@@ -173,7 +173,7 @@ def splash_attention(
             on one device.
         interpret: interpret the kernel on any platform, for tests.
     """
-    on_device = partial(splash_on_device, window=window, softcap=softcap, interpret=interpret)
+    on_device = partial(_splash_on_device, window=window, softcap=softcap, interpret=interpret)
     if mesh is None:
         return on_device(queries, keys, values, mask)
     heads = P(*BATCH, None, "tensor", None)
@@ -187,7 +187,7 @@ def splash_attention(
     return split(queries, keys, values, mask)
 
 
-def splash_on_device(queries, keys, values, mask, *, window: int | None, softcap: float | None, interpret: bool):
+def _splash_on_device(queries, keys, values, mask, *, window: int | None, softcap: float | None, interpret: bool):
     """``splash_attention`` on one device's shard."""
     # Imported late: other attention needs nothing of Pallas.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

@@ -54,7 +54,15 @@ def write(entry: CacheEntry, new: CacheEntry, start: int | Int[Array, ""]) -> Ca
 
 
 def quantize(x: Float[Array, "B K _ _"], axis: int) -> tuple[Int[Array, "B K _ _"], Float[Array, "B K _"]]:
-    """``x`` as int8 times a scale for each vector along ``axis``, whose largest entry becomes 127."""
+    """``x`` as int8 times a scale for each vector, whose largest entry becomes 127.
+
+    Args:
+        x: keys or values.
+        axis: axis of the vectors: 2 for keys, 3 for values.
+
+    Returns:
+        The int8 entries, and the scales in float32 without ``axis``.
+    """
     x = x.astype(jnp.float32)
     scales = jnp.max(jnp.abs(x), axis, keepdims=True) / 127
     # A vector of zeros has scale 0, which must not be divided by.
@@ -63,7 +71,13 @@ def quantize(x: Float[Array, "B K _ _"], axis: int) -> tuple[Int[Array, "B K _ _
 
 
 def slice_columns(entry: CacheEntry, start: int, end: int) -> CacheEntry:
-    """The columns ``start`` to ``end - 1``."""
+    """Consecutive columns of a cache.
+
+    Args:
+        entry: the cache.
+        start: the first column.
+        end: the column after the last.
+    """
     return {name: jax.lax.slice_in_dim(x, start, end, axis=COLUMN_AXES[name]) for name, x in entry.items()}
 
 

@@ -94,7 +94,14 @@ class Layer(nn.Module):
         return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, name=name)
 
     def linear(self, name: str, features: int | tuple[int, ...], *, axis: Any = -1, bias: bool) -> nn.DenseGeneral:
-        """A linear map over ``axis``."""
+        """A linear map.
+
+        Args:
+            name: of its parameters in the tree.
+            features: sizes of the output axes.
+            axis: input axes.
+            bias: whether it has a bias.
+        """
         return nn.DenseGeneral(features, axis, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
 

@@ -64,7 +64,13 @@ def _kept_by_yarn(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotation:
-    """Cosine and sine of the angle at each position, times ``attention_factor``; float32, with a heads axis."""
+    """Cosine and sine of the angle at each position, times ``attention_factor``; float32, with a heads axis.
+
+    Args:
+        rope: base and scaling of the frequencies.
+        head_dim: components of a head.
+        positions: of each token, from 0.
+    """
     length = (jnp.max(positions) + 1).astype(jnp.float32) if rope.depends_on_length else None
     angles = (
         positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(rope, head_dim, length)[None, None, None]
@@ -75,7 +81,12 @@ def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotatio
 
 
 def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S N E"]:
-    """Rotate the pairs ``(x[i], x[i + E/2])`` by their angles, in float32."""
+    """Rotate the pairs ``(x[i], x[i + E/2])`` by their angles, in float32.
+
+    Args:
+        x: queries or keys.
+        rotation: as returned by ``rotation``, with ``half = E / 2``.
+    """
     cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -176,7 +176,12 @@ def stop_ids(tokenizer: Any, stop_tokens: Sequence[str], num_rows: int) -> list[
 
 
 def tokens_and_ids(tokens: Sequence[str], ids: Sequence[int]) -> str:
-    """Tokens with their ids for messages, ``'<a>' (322), '<b>' (323)``: the first five, and how many others."""
+    """Tokens with their ids for messages, ``'<a>' (322), '<b>' (323)``: the first five, and how many others.
+
+    Args:
+        tokens: texts of the tokens.
+        ids: their ids.
+    """
     pairs = list(zip(tokens, ids, strict=True))[:MAX_LISTED]
     text = ", ".join(f"{token!r} ({token_id})" for token, token_id in pairs)
     return text if len(ids) <= MAX_LISTED else f"{text} and {len(ids) - MAX_LISTED:,} more"

@@ -30,7 +30,7 @@ Rotations = dict[int, Rotation]
 """The rotation of each distinct ``Rope``, keyed by the first layer that has it."""
 
 
-def compute_rotations(config: DecoderConfig, positions: Int[Array, "B S"]) -> Rotations:
+def _compute_rotations(config: DecoderConfig, positions: Int[Array, "B S"]) -> Rotations:
     """Rotary cosines and sines of every distinct ``Rope`` of the layers."""
     return {config.ropes.index(rope): rotation(rope, config.head_dim, positions) for rope in config.ropes}
 
@@ -104,9 +104,9 @@ class Decoder(nn.Module):
             entries.append(entry)
         return self.final_norm(x), entries
 
-    def declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
+    def _declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
         """Use every parameter, so that ``init`` creates them all."""
-        self(token_ids, compute_rotations(self.config, token_ids), mask, None, 0)
+        self(token_ids, _compute_rotations(self.config, token_ids), mask, None, 0)
         if self.config.scalar_head:
             self.score.weights()
         elif not self.config.tie_word_embeddings:
@@ -164,7 +164,7 @@ def build_model(
         rotations = positions if isinstance(positions, dict) else rope(positions)
         return module.apply({"params": params}, token_ids, rotations, mask, cache, start, prefixes, block_bounds)  # pyright: ignore[reportReturnType]
 
-    rope = partial(compute_rotations, config)
+    rope = partial(_compute_rotations, config)
 
     def head(params: Params) -> Float[Array, "V D"]:
         if config.scalar_head:
@@ -234,7 +234,12 @@ def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any, deviation: 
 
 
 def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
-    """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array."""
+    """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array.
+
+    Args:
+        config: of the decoder.
+        param_dtype: of the parameters.
+    """
     first = replace(config, num_layers=min(config.num_layers, 1), windows=config.windows[:1], ropes=config.ropes[:1])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), _shapes_of_one_layer(first))
     layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf, shapes["layers_0"]) for i in range(config.num_layers)}
@@ -245,5 +250,5 @@ def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
 def _shapes_of_one_layer(config: DecoderConfig) -> Any:
     """The parameters of a decoder with at most one layer; all layers have the same shapes, so only one is traced."""
     one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
-    init = partial(Decoder(config).init, method=Decoder.declare)
+    init = partial(Decoder(config).init, method=Decoder._declare)
     return jax.eval_shape(init, jax.random.key(0), *one_token)["params"]

@@ -207,7 +207,7 @@ Condition = Callable[[History, float, float], str | None]
 """``(history, threshold, solved) -> text``; None if the condition does not hold."""
 
 
-def entropy_collapse(history: History, threshold: float, solved: float) -> str | None:
+def _entropy_collapse(history: History, threshold: float, solved: float) -> str | None:
     """Entropy has collapsed before the problems are solved."""
     now, start = history.last("entropy"), history.start("entropy")
     if now is None or not start or now >= threshold * start or history.is_solved(solved):
@@ -218,7 +218,7 @@ def entropy_collapse(history: History, threshold: float, solved: float) -> str |
     )
 
 
-def length_explosion(history: History, threshold: float, solved: float) -> str | None:
+def _length_explosion(history: History, threshold: float, solved: float) -> str | None:
     """Completions grow without a gain in solved problems."""
     lengths, success = history.values("completions/mean_length"), history.values(history.success_metric)
     if len(lengths) < 3 * WINDOW:
@@ -234,7 +234,7 @@ def length_explosion(history: History, threshold: float, solved: float) -> str |
     )
 
 
-def hacking(history: History, threshold: float, solved: float) -> str | None:
+def _hacking(history: History, threshold: float, solved: float) -> str | None:
     """Reward hacking: the training reward rises while the judge falls."""
     judge, reward = history.values("judge"), history.values("reward")
     if np.isfinite(judge).sum() < 2 * WINDOW:
@@ -313,8 +313,8 @@ def _below_start(key: str, text: str) -> Condition:
 
 
 CONDITIONS: dict[str, Condition] = {
-    "entropy_collapse": entropy_collapse,
-    "length_explosion": length_explosion,
+    "entropy_collapse": _entropy_collapse,
+    "length_explosion": _length_explosion,
     "truncation": _above(
         "completions/clipped_ratio",
         "{value:.0%} of completions are truncated before the answer (raise max_completion_length, set mask_truncated)",
@@ -350,7 +350,7 @@ CONDITIONS: dict[str, Condition] = {
         "length or certain words",
         beyond_start=True,
     ),
-    "hacking": hacking,
+    "hacking": _hacking,
     "empty_thought": _above(
         "completions/empty_thought_share",
         "{value:.0%} of completions have the right format and an empty thought ({start:.0%} initially): the reward "

@@ -136,7 +136,12 @@ def select_metrics(metrics: Iterable[DisplayMetric], keys: Iterable[str]) -> lis
 
 
 def matches(pattern: str, names: Iterable[str]) -> list[tuple[str, str]]:
-    """``(name, text)`` for each name that is ``pattern``, in which one ``*`` stands for any text."""
+    """``(name, text)`` for each name that matches a pattern.
+
+    Args:
+        pattern: a name, in which one ``*`` stands for any text, the ``text`` of the pair.
+        names: names of metrics.
+    """
     start, star, end = pattern.partition("*")
     return [
         (name, name[len(start) : len(name) - len(end)])

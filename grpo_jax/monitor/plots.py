@@ -125,14 +125,26 @@ PANELS = (
 
 
 def series(rows: Sequence[Row], key: str, *, x: str = "step", positive: bool = False) -> Float[np.ndarray, "N 2"]:
-    """``(x, value)`` pairs of the finite values of a metric, by x; with ``positive``, only positive values."""
+    """``(x, value)`` pairs of the finite values of a metric, by x.
+
+    Args:
+        rows: metrics rows.
+        key: name of the metric.
+        x: name of the x value.
+        positive: whether to leave out values that are not positive, for logarithmic axes.
+    """
     pairs = [(float(row[x]), float(row[key])) for row in rows if row.get(key) is not None]
     kept = sorted(pair for pair in pairs if math.isfinite(pair[1]) and not (positive and pair[1] <= 0))
     return np.asarray(kept, float).reshape(-1, 2)
 
 
 def running_mean(values: Float[np.ndarray, " N"], window: int) -> Float[np.ndarray, " N"]:
-    """The centred moving average over ``window`` (odd) values, over fewer at the ends."""
+    """The centred moving average; over fewer values at the ends.
+
+    Args:
+        values: the values.
+        window: number of values to average, odd.
+    """
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 

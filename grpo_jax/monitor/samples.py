@@ -49,24 +49,32 @@ class Sample:
         return {name: value for name, value in row.items() if value is not None or name not in ("reward", "advantage")}
 
 
-def can_show(character: str, encoding: str) -> bool:
+def _can_show(character: str, encoding: str) -> bool:
     """Whether a character is printable (not a control or invisible character) and in the encoding."""
     return character.isprintable() and character.encode(encoding, "ignore") != b""
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    r"""``text`` with unprintable characters escaped, such as ``\n``, ``\x1b`` and ``\u202e``.
+    r"""A text with unprintable characters escaped, such as ``\n``, ``\x1b`` and ``\u202e``.
 
-    Disarms control characters, terminal sequences and bidirectional marks. The result can be encoded in ``encoding``.
+    Disarms control characters, terminal sequences and bidirectional marks.
+
+    Args:
+        text: the text.
+        encoding: the result can be encoded in it.
     """
     return "".join(
-        character if can_show(character, encoding) else character.encode("unicode_escape").decode()
+        character if _can_show(character, encoding) else character.encode("unicode_escape").decode()
         for character in text
     )
 
 
 def shorten(text: str, limit: int) -> str:
-    """``text``, shortened in the middle to ``limit`` characters, with a note of its full length there.
+    """A text, shortened in the middle with a note of its full length there.
+
+    Args:
+        text: the text.
+        limit: maximum number of characters.
 
     Raises:
         ValueError: ``limit`` is below 60, which leaves little room next to the note.
@@ -158,7 +166,7 @@ def _text(text: str, encoding: str, limit: int) -> Text:
     result = Text()
     line_breaks = LINE_BREAKS
     for character in shorten(text, limit):
-        if can_show(character, encoding):
+        if _can_show(character, encoding):
             result.append(character)
         elif character == "\n" and line_breaks > 0:
             result.append(character)

@@ -22,11 +22,21 @@ class Tracker(Protocol):
     """An experiment tracker."""
 
     def log(self, metrics: Row, step: int) -> None:
-        """Log the numbers among ``metrics`` at ``step``."""
+        """Log numbers.
+
+        Args:
+            metrics: values by name; texts and None are left out.
+            step: the step.
+        """
         ...
 
     def log_samples(self, rows: Sequence[Row], step: int) -> None:
-        """Log completions as a table; ``rows`` are those of ``Sample.row``."""
+        """Log completions as a table.
+
+        Args:
+            rows: those of ``Sample.row``.
+            step: the step.
+        """
         ...
 
     def close(self) -> None:
@@ -38,7 +48,7 @@ def _numbers(metrics: Row) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items() if key != "step" and not isinstance(value, str | None)}
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """TensorBoard scalars in ``run_dir/tensorboard``, written with tensorboardX.
 
     Names cannot contain ``@``: ``eval/pass@1`` becomes ``eval/pass_at_1``. On resume, TensorBoard discards values that
@@ -68,7 +78,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
+class WandB(Tracker):
     """A Weights & Biases run, continued on resume.
 
     The project is the environment variable ``WANDB_PROJECT``, by default ``grpo_jax``. The x axis is ``step``; steps
@@ -104,7 +114,7 @@ class WandB:
         self._run.finish()
 
 
-class Trackio:
+class Trackio(Tracker):
     """A run in trackio's local dashboard, continued on resume; steps repeated after a resume are logged twice.
 
     The project is the environment variable ``TRACKIO_PROJECT``, by default ``grpo_jax``.

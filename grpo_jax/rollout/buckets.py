@@ -113,7 +113,11 @@ class MemoryLimits:
         )
 
     def prompts_per_batch(self, num_prompts: int, prompt_length: int) -> int:
-        """Prompts of one batch, at most ``num_prompts``, such that their groups fit; a multiple of the devices.
+        """Prompts of one batch, such that their groups fit; a multiple of the devices.
+
+        Args:
+            num_prompts: prompts to sample for; a batch has at most as many, or one for each device.
+            prompt_length: P.
 
         Raises:
             ValueError: ``num_prompts`` is below 1.

@@ -130,7 +130,13 @@ class GenerationLoop:
             yield from self.decode(running, -1)
 
     def prefill(self, prompts: Prompts, num_prompts: int, first_prompt: int) -> RunningBatch:
-        """Start a batch of prompts, of which the first ``num_prompts`` are real."""
+        """Start a batch of prompts.
+
+        Args:
+            prompts: N prompts.
+            num_prompts: how many of them, the first, are real.
+            first_prompt: number of the first prompt in the call's stream of prompts.
+        """
         steps, N = self.steps, prompts.ids.shape[0]
         B = N * steps.group_size
         self.add_stats(batches=1)
@@ -173,7 +179,7 @@ class GenerationLoop:
     def dispatch(self, running: RunningBatch) -> None:
         """Launch the next decode steps of all rows."""
         if running.step == sum(running.chunk_lengths[: running.num_opened]):
-            self.set_chunks(running, running.chunks(), running.num_opened + 1)
+            self._set_chunks(running, running.chunks(), running.num_opened + 1)
         running.state, tokens, log_probs = self.steps.decode(self.params, running.batch, running.state)
         running.pending.append(Dispatch(tokens, log_probs, running.step, running.host_index, running.host_row))
         running.step += STEPS
@@ -223,7 +229,7 @@ class GenerationLoop:
         unfinished = running.unfinished().reshape(self.steps.devices, -1)
         most = unfinished.sum(1).max()
         while most and running.bucket + 1 < len(running.buckets) and most <= running.buckets[running.bucket + 1].rows:
-            bookkeeping, indices = self.select_rows(running, running.buckets[running.bucket + 1])
+            bookkeeping, indices = self._select_rows(running, running.buckets[running.bucket + 1])
             running.bucket += 1
             join_chunks = len(running.chunk_lengths) == 1 or running.bucket >= SINGLE_CHUNK_BUCKET
             num_opened = running.num_opened
@@ -232,10 +238,10 @@ class GenerationLoop:
             )
             if join_chunks:
                 running.chunk_lengths, num_opened = (sum(running.chunk_lengths),), 1
-            self.set_chunks(running, chunks, num_opened)
+            self._set_chunks(running, chunks, num_opened)
             running.host_index, running.host_row, running.prompt_index = bookkeeping
 
-    def select_rows(self, running: RunningBatch, bucket: Bucket) -> tuple[tuple, tuple]:
+    def _select_rows(self, running: RunningBatch, bucket: Bucket) -> tuple[tuple, tuple]:
         """The unfinished rows and their prompts in a smaller bucket.
 
         Returns:
@@ -261,7 +267,7 @@ class GenerationLoop:
         bookkeeping = (host_index.reshape(-1), host_row.reshape(-1), prompt_index.reshape(-1))
         return bookkeeping, (rows, prompts, *prefix_indices)
 
-    def set_chunks(self, running: RunningBatch, chunks: list[Cache], num_opened: int) -> None:
+    def _set_chunks(self, running: RunningBatch, chunks: list[Cache], num_opened: int) -> None:
         """Give a batch its chunks; the last of the first ``num_opened`` is the active one."""
         starts = [sum(running.chunk_lengths[:i]) for i in range(num_opened)]
         running.batch = replace(

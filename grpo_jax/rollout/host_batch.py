@@ -71,7 +71,13 @@ class HostBatch:
     def empty(
         prompts: Prompts, first_prompt: int, num_prompts: int, group_size: int, max_length: int, pad_id: int
     ) -> HostBatch:
-        """A batch without sampled tokens; ``max_length`` is T."""
+        """A batch without sampled tokens.
+
+        Args:
+            prompts, first_prompt, num_prompts, group_size: as in ``HostBatch``.
+            max_length: T.
+            pad_id: token id of padding.
+        """
         B = prompts.ids.shape[0] * group_size
         return HostBatch(
             prompts,
@@ -107,9 +113,13 @@ class HostBatch:
 
 
 def batched(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, int]]:
-    """Prompts regrouped into batches of ``size``, each with the number of its prompts that are real.
+    """Prompts regrouped into batches of one size, each with the number of its prompts that are real.
 
     The last batch is filled up by repeating its prompts.
+
+    Args:
+        prompts: prompts of one length, any number at a time.
+        size: prompts of a batch.
     """
     waiting: list[Prompts] = []
     for more in prompts:
@@ -119,16 +129,21 @@ def batched(prompts: Iterable[Prompts], size: int) -> Iterator[tuple[Prompts, in
         waiting.append(more)
         joined = concatenated(waiting)
         while joined.ids.shape[0] >= size:
-            yield select_prompts(joined, np.arange(size)), size
-            joined = select_prompts(joined, np.arange(size, joined.ids.shape[0]))
+            yield _select_prompts(joined, np.arange(size)), size
+            joined = _select_prompts(joined, np.arange(size, joined.ids.shape[0]))
         waiting = [joined] if joined.ids.shape[0] else []
     for rest in waiting:
         num_real = rest.ids.shape[0]
-        yield select_prompts(rest, np.arange(size) % num_real), num_real
+        yield _select_prompts(rest, np.arange(size) % num_real), num_real
 
 
 def split_groups(prompts: Prompts, num_parts: int) -> Prompts:
-    """Every prompt repeated ``num_parts`` times, once for each part of its group; unchanged for one part."""
+    """Every prompt repeated, once for each part of its group; unchanged for one part.
+
+    Args:
+        prompts: the prompts.
+        num_parts: parts of a group.
+    """
     if num_parts == 1:
         return prompts
     N = prompts.ids.shape[0]
@@ -146,6 +161,6 @@ def concatenated(parts: Sequence[Rows]) -> Rows:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
+def _select_prompts(prompts: Prompts, index: np.ndarray) -> Prompts:
     """The prompts at some positions."""
     return jax.tree.map(lambda x: np.asarray(x)[index], prompts)

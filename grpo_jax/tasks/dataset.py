@@ -89,7 +89,11 @@ def load_placed_problems(
     require_answer: bool = True,
     skipped: list[str] | None = None,
 ) -> list[tuple[str, Problem]]:
-    """As ``load_problems``, as pairs ``(where, problem)`` with a location such as ``data.jsonl:3``."""
+    """As ``load_problems``, as pairs ``(where, problem)`` with a location such as ``data.jsonl:3``.
+
+    Args:
+        source, split, subset, prompt_column, answer_column, require_answer, skipped: as in ``load_problems``.
+    """
     columns: tuple[str, str | None] | None = None
 
     def parse(row: Row, where: str) -> tuple[str, Problem]:

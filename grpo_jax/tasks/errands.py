@@ -89,7 +89,12 @@ def sample_errands(rng: np.random.Generator, count: int, *, held_out: bool) -> l
 
 
 def careless_reply(errand: Errand, rng: np.random.Generator) -> str:
-    """Sample a reply of an untrained assistant: a quarter are best replies, the others incomplete, curt or harmful."""
+    """Sample a reply of an untrained assistant: a quarter are best replies, the others incomplete, curt or harmful.
+
+    Args:
+        errand: the errand.
+        rng: generator of the choice, advanced.
+    """
     digits, kind = errand.digits, rng.random()
     if kind < 0.25:
         return errand.best_reply
@@ -133,6 +138,9 @@ def errand_reward(prompts: list[str], completions: list[str], **_columns: object
     """The true quality of each reply; None for a prompt that is not an errand.
 
     For evaluation, and as a judge when training on a reward model.
+
+    Args:
+        prompts, completions: ``[B]`` texts.
     """
     return [
         Errand(prompt.removeprefix(ASK)).quality(completion) if prompt.startswith(ASK) else None

@@ -23,7 +23,11 @@ Row = TypeVar("Row")
 
 
 def ungraded(prompts: list[str], completions: list[str], **_columns: object) -> list[None]:
-    """The accuracy reward of prompts without a grader: always absent."""
+    """The accuracy reward of prompts without a grader: always absent.
+
+    Args:
+        prompts, completions: ``[B]`` texts.
+    """
     return [None] * len(completions)
 
 

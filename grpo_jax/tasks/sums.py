@@ -107,7 +107,12 @@ def worked(problem: Sum, *, in_chinese: bool = False) -> str:
 
 
 def blurted(problem: Sum, rng: np.random.Generator) -> str:
-    """A guess without a thought, ``<answer>19</answer>``: the total of other random digits, as many as the terms."""
+    """A guess without a thought, ``<answer>19</answer>``: the total of other random digits, as many as the terms.
+
+    Args:
+        problem: the sum.
+        rng: generator of the digits, advanced.
+    """
     return f"<answer>{rng.integers(10, size=len(problem.terms)).sum()}</answer>"
 
 
