@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 READMES = {path: (ROOT / path).read_text() for path in ("README.md", "experiments/README.md")}
 README = READMES["README.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-NO_FLAGS = {"--help", "--help-all", "--debug", "--config", "--index-url", "--xla_gpu_deterministic_ops"}
+NO_FLAGS = {"--help", "--help-all", "--help-rare", "--debug", "--config", "--index-url", "--xla_gpu_deterministic_ops"}
 """Flags of every command, of pip and of XLA."""
 
 
