@@ -282,7 +282,8 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
 def test_what_cannot_run_is_refused_before_the_first_step(config, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         grpo.main(replace(config, **change))
-    assert not read_jsonl(config.run_dir / "metrics.jsonl")
+    log = config.run_dir / "metrics.jsonl"
+    assert not log.exists() or not read_jsonl(log)
 
 
 def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monkeypatch):
@@ -467,6 +468,40 @@ def test_losses_advantages_and_optimizers_of_ones_own(config):
         PolicyLossConfig(loss="nonsense")
     with pytest.raises(ValueError, match="weight_decay is set, but optax:sgd has no weight_decay"):
         OptimizerConfig(optimizer="optax:sgd", weight_decay=0.1)
+
+
+def a_number(log_probs, advantages, mask):
+    return 3.0
+
+
+def wants_more(log_probs, advantages, mask, *, old_logps):
+    return log_probs.mean(), {}
+
+
+def wants_old(log_probs, advantages, mask, *, old_log_probs):
+    return masked.mean_pair(log_probs - old_log_probs, mask), {}
+
+
+def one_for_all(rewards):
+    return rewards.mean(keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": PolicyLossConfig(loss="tests.test_grpo:a_number")}, "a_number failed: Type"),
+        ({"policy": PolicyLossConfig(loss="tests.test_grpo:wants_more")}, "missing 1 required keyword-only argument"),
+        ({"policy": PolicyLossConfig(loss="tests.test_grpo:wants_old")}, "old_log_probs and ref_log_probs are None"),
+        ({"advantage": "tests.test_grpo:one_for_all"}, r"returned an array of shape \[1\] for 8 completions"),
+        ({"rewards": RewardConfig(reward=("tests.test_grpo:no_such_reward",))}, "has no function 'no_such_reward'"),
+        ({"rewards": RewardConfig(judge="no_such_module:f")}, "there is no module 'no_such_module'"),
+    ],
+)
+def test_mistakes_in_functions_of_ones_own_are_found_before_the_folder_is_made(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        grpo.main(replace(config, **change))
+    assert not config.run_dir.exists()
+    assert replace(config, policy=PolicyLossConfig(loss="tests.test_grpo:wants_old"), num_epochs=2).check() is None
 
 
 def forwards_options(log_probs, advantages, mask, **options):

@@ -287,6 +287,8 @@ def test_a_file_holds_what_config_json_holds_and_flags_win(tmp_path):
         ("num_steps: 3\nnum_steps: 4", "['num_steps'] occur twice"),
         ("preset: none", "there is no preset 'none'"),
         ("COMMON_FLAGS: x", "'COMMON_FLAGS' is not a setting"),
+        ("learning_rate: 0.1", "'learning_rate' is not a setting; it is nested, as 'toy.learning_rate' or 'optimizer."),
+        ("num-steps: 0", "--num-steps is 0; it must be at least 1"),
         ("num_steps: 1e5runs", "num_steps is '1e5runs'; it must be int"),
         ("- 3", "must be a mapping of settings"),
     ],

@@ -37,3 +37,8 @@ class BatchInferenceConfig(RunConfig, PolicyConfig):
                 f"sampling.temperature is 0, so all {self.num_samples} completions of a problem would be identical; "
                 "set num_samples to 1"
             )
+
+    def check(self) -> None:
+        """Check that rewards exist, and the mesh."""
+        self.rewards.check()
+        self.mesh.build()

@@ -17,6 +17,7 @@ from grpo_jax.config.ppo import TOY_ERRANDS
 from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.loss import hinge_preference, sigmoid_preference, squared_preference
+from grpo_jax.rewards.plugin import import_reward
 from grpo_jax.tasks.errands import ERRANDS
 
 OBJECTIVES: dict[str, Callable] = {
@@ -73,6 +74,12 @@ class DPOConfig(OfflineConfig, PolicyConfig):
         if self.loss != "sigmoid" and (self.label_smoothing or self.target_margin):
             raise ValueError(f"label_smoothing and target_margin belong to the loss sigmoid, not to {self.loss}")
         sigmoid_preference(jnp.zeros(1), label_smoothing=self.label_smoothing)  # checks its range
+
+    def check(self) -> None:
+        """Check that the judge exists, and that the pairs of a micro-batch divide over the mesh."""
+        OfflineConfig.check(self)
+        if self.judge is not None:
+            import_reward(self.judge)
 
     @property
     def by_token(self) -> bool:

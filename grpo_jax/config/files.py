@@ -85,9 +85,12 @@ def with_settings(config: AnyConfig, settings: Mapping[str, Any], where: str) ->
     assert not isinstance(config, type)
     hints = get_type_hints(type(config), include_extras=True)
     names = sorted(field.name for field in dataclasses.fields(config))  # class variables have hints too
-    unknown = [name for name in settings if name not in names]
-    if unknown:
-        raise ValueError(f"{where}: {unknown[0]!r} is not a setting; the settings are {', '.join(names)}")
+    settings = {name.replace("-", "_"): value for name, value in settings.items()}
+    unknown = next((name for name in settings if name not in names), None)
+    if unknown is not None:
+        paths = [f"{path}.{unknown}" for path in _holders(config, unknown)]
+        hint = f"it is nested, as {' or '.join(map(repr, paths))}" if paths else f"the settings are {names}"
+        raise ValueError(f"{where}: {unknown!r} is not a setting; {hint}")
     changes = {}
     for name, value in settings.items():
         inner = getattr(config, name)
@@ -99,6 +102,18 @@ def with_settings(config: AnyConfig, settings: Mapping[str, Any], where: str) ->
         return replace(config, **changes)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _holders(config: Any, name: str) -> list[str]:
+    """Paths of the nested dataclasses that have a field of this name."""
+    found = []
+    for field in dataclasses.fields(config):
+        inner = getattr(config, field.name)
+        if dataclasses.is_dataclass(inner):
+            if name in {each.name for each in dataclasses.fields(inner)}:
+                found.append(field.name)
+            found += [f"{field.name}.{path}" for path in _holders(inner, name)]
+    return found
 
 
 def typed(name: str, value: Any, annotation: Any, where: str) -> Any:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 from grpo_jax import advantage
 from grpo_jax.config.data import DataConfig
-from grpo_jax.config.functions import accepted, find_function
+from grpo_jax.config.functions import accepted, call_with, find_function
 from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.rewards import RewardConfig
@@ -90,6 +91,25 @@ class GRPOConfig(OnlineConfig):
             )
         if self.ref_refresh_every is not None and not self.has_reference:
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
+
+    def check(self) -> None:
+        """As ``OnlineConfig.check``, and call the loss and the advantage on small arrays."""
+        OnlineConfig.check(self)
+        self.policy.check(has_old=self.updates_per_step > 1, has_reference=bool(self.policy.kl_coef))
+        G = self.group_size
+        inputs = {
+            **{"rewards": jnp.arange(2.0 * G), "group_size": G, "require_all": False},
+            **{"reward_parts": jnp.ones((1, 2 * G)), "reward_weights": jnp.ones(1)},
+            **{"step_rewards": jnp.ones((2 * G, 1)), "is_step_end": jnp.ones((2 * G, 1), bool)},
+        }
+        advantages = call_with(self.advantage_function, **inputs)
+        shape = getattr(advantages, "shape", None)
+        if shape not in ((2 * G,), (2 * G, 1)):
+            kind = f"an array of shape {list(shape)}" if shape is not None else f"a {type(advantages).__name__}"
+            raise ValueError(
+                f"the advantage {self.advantage} returned {kind} for {2 * G} completions; it must return an array [B] "
+                "or [B, T]"
+            )
 
     @property
     def advantage_function(self) -> Callable[..., jax.Array]:

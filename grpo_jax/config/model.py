@@ -55,11 +55,11 @@ class ModelConfig:
             return self.toy.hf_config["max_position_embeddings"]
         return None if self.model is None else num_positions(self.model)
 
-    def check_devices(self) -> None:
-        """Check the mesh, and that batches divide over it, before anything is computed.
+    def check(self) -> None:
+        """Check what needs the devices or the user's modules, before the run's folder is made.
 
         Raises:
-            ValueError: the devices do not suit the settings.
+            ValueError: the devices do not suit the settings, or a function that they name does not exist.
         """
         self.mesh.build()
 

@@ -104,7 +104,7 @@ class OfflineConfig(RunConfig, ModelConfig):
         """Rows per update: sequences of SFT, pairs of DPO and reward models."""
         return getattr(self, self.ROWS)
 
-    def check_devices(self) -> None:
+    def check(self) -> None:
         """Check the mesh, and that the rows of a micro-batch divide over it."""
         unit = self.ROWS.removeprefix("num_")
         self.mesh.check_divides(self.num_rows // self.num_micro_batches, f"the {unit} of a micro-batch")

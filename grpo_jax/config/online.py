@@ -99,8 +99,10 @@ class OnlineConfig(RunConfig, PolicyConfig):
         """Micro-batches per update in effect."""
         return self.micro_batches_of(self.num_completions // self.num_minibatches)
 
-    def check_devices(self) -> None:
-        """Check the mesh, and that the prompts and the completions of a micro-batch divide over it."""
+    def check(self) -> None:
+        """Check that rewards exist, and that prompts and the completions of a micro-batch divide over the mesh."""
+        for task in self.mixture:
+            task.rewards.check()
         self.mesh.check_divides(self.num_prompts, "num_prompts")
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
         self.mesh.check_divides(rows, "the completions of a micro-batch")

@@ -87,6 +87,11 @@ class PPOConfig(OnlineConfig):
         if self.model not in (None, TOY) and not self.has_reward:
             raise ValueError("no reward has a weight; name a reward_model, or give a reward a weight above 0")
 
+    def check(self) -> None:
+        """As ``OnlineConfig.check``, and call the loss on small arrays."""
+        OnlineConfig.check(self)
+        self.policy.check(has_old=True, has_reference=False)
+
     @property
     def has_reward(self) -> bool:
         """Whether a reward has a weight; the toy preset trains a reward model if none has."""

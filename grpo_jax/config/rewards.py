@@ -9,7 +9,7 @@ import tyro
 
 from grpo_jax.rewards.format import pattern_reward
 from grpo_jax.rewards.language import language_share
-from grpo_jax.rewards.plugin import read_weighted
+from grpo_jax.rewards.plugin import import_reward, parse_call, read_weighted, reward_name
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class RewardConfig:
     steps_weight: float = 0.0
     """Weight of the reward for correct equations in a thought; with process supervision, given per step."""
     reward: tuple[str, ...] = ()
-    """User-defined rewards, module:function or module:function=WEIGHT (by default 1)."""
+    """User-defined rewards, module:function, module:function(max_length=24), each with =WEIGHT after it (by default
+    1)."""
     reward_model: str | None = None
     """Hugging Face id or folder of a reward model with a scalar head."""
     reward_model_weight: float = 1.0
@@ -62,7 +63,7 @@ class RewardConfig:
 
     def __post_init__(self):
         for text in self.reward:
-            read_weighted(text)
+            parse_call(read_weighted(text)[0], "reward")
         for name, least in (("reward_workers", 0), ("overlong_cache", 1), ("reward_memory", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -77,6 +78,17 @@ class RewardConfig:
         if self.format_pattern is not None:
             pattern_reward([], [], pattern=self.format_pattern)
 
+    def check(self) -> None:
+        """Import the user's rewards.
+
+        Raises:
+            ValueError: one does not exist, or does not take an argument that is given in parentheses.
+        """
+        for text in self.reward:
+            import_reward(read_weighted(text)[0])
+        if self.judge is not None:
+            import_reward(self.judge)
+
     @property
     def part_names(self) -> list[str]:
         """Names of the parts that ``open_scorer`` may measure."""
@@ -85,7 +97,7 @@ class RewardConfig:
             "overlong": self.overlong_cache is not None,
             "repetition": bool(self.repetition_weight),
             "steps": bool(self.steps_weight),
-            **{read_weighted(text)[0].rpartition(":")[2]: True for text in self.reward},
+            **{reward_name(read_weighted(text)[0]): True for text in self.reward},
             "judge": self.judge is not None,
             "reward_model": self.reward_model is not None,
         }

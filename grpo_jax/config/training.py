@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from grpo_jax import loss
 from grpo_jax.config.functions import accepted, call_with, find_function, parse_call
-from grpo_jax.train.optimizer import adamw, make_schedule
-from grpo_jax.train.step import LossFn
+from grpo_jax.train.optimizer import adamw, lion, make_schedule, muon
+from grpo_jax.train.step import LossFn, check_loss_output
 from grpo_jax.types import Batch, Mean, Metrics, Params
 
 LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
@@ -26,7 +28,12 @@ LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
     "sapo": loss.sapo_loss,
 }
 KL: dict[str, Callable] = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "lion": lion,
+    "adafactor": optax.adafactor,
+}
 # What the run passes to each, by name: arguments in parentheses cannot be these.
 OPTIMIZER_INPUTS = ("learning_rate", "weight_decay")
 LOSS_INPUTS = (
@@ -42,8 +49,8 @@ class OptimizerConfig:
     """Optimizer, learning-rate schedule and gradient clipping."""
 
     optimizer: str = "adamw"
-    """adamw, or module:function of your own with (learning_rate, ...) -> optax.GradientTransformation. Arguments in
-    parentheses: 'adamw(b2=0.95)', 'optax:adafactor', 'optax.contrib:muon'."""
+    """adamw, muon, lion, adafactor, or module:function of your own with (learning_rate, ...) ->
+    optax.GradientTransformation. Arguments in parentheses: 'adamw(b2=0.95)', 'optax:adabelief(b1=0.8)'."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     warmup_updates: int = 5
@@ -53,7 +60,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Clip gradients to this global norm."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; of adamw on matrices only."""
+    """Decoupled weight decay; of adamw, muon and lion on matrices only."""
 
     def __post_init__(self):
         for name in ("learning_rate", "max_grad_norm"):
@@ -143,6 +150,38 @@ class PolicyLossConfig:
         for name in ("epsilon_low", "epsilon_high", "entropy_coef", "importance_cap", "kl_coef", "kl_correction"):
             if getattr(self, name) and known is not None and name not in known:
                 raise ValueError(f"{name} is set, but the loss {self.loss} has no argument {name}; leave it out")
+
+    def check(self, *, has_old: bool, has_reference: bool) -> None:
+        """Trace the loss on small arrays, so that a mistake in the user's own is found before a model is loaded.
+
+        Args:
+            has_old: whether the run passes ``old_log_probs``, which it does with several updates per step.
+            has_reference: whether it passes ``ref_log_probs``.
+
+        Raises:
+            ValueError: the loss raises, or does not return a ``Mean`` and metrics.
+        """
+        tokens, mask = jnp.zeros((2, 3)), jnp.ones((2, 3), bool)
+        batch = Batch(
+            prompt_ids=jnp.zeros((2, 1), jnp.int32),
+            prompt_mask=mask[:, :1],
+            completion_ids=jnp.zeros((2, 3), jnp.int32),
+            completion_mask=mask,
+            loss_mask=mask,
+            advantages=jnp.zeros(2),
+            rollout_log_probs=tokens,
+            old_log_probs=tokens if has_old else None,
+            ref_log_probs=tokens if has_reference else None,
+        )
+        loss_fn = self.build(lambda *_: (tokens, tokens), max_completion_length=3, sampler_alters_policy=False)
+        try:
+            check_loss_output(jax.eval_shape(loss_fn, None, batch))
+        except Exception as error:
+            if ":" not in self.name:
+                raise
+            absent = [name for name in ("old_log_probs", "ref_log_probs") if getattr(batch, name) is None]
+            hint = f"; with these settings {' and '.join(absent)} are None" if absent else ""
+            raise ValueError(f"the loss {self.loss} failed: {type(error).__name__}: {error}{hint}") from error
 
     @property
     def name(self) -> str:

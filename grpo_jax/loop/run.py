@@ -309,7 +309,7 @@ def run_experiment(
         title: title of the live view.
         again: call ``train`` for a finished run too.
     """
-    config.check_devices()
+    config.check()
     enable_compilation_cache()
     # On a GPU or TPU the default precision of float32 products is lower than float32.
     exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()

@@ -94,9 +94,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def has_results(folder: Path) -> bool:
     """Whether a run's folder holds results; until then the run may be restarted with other settings."""
-    files = [
-        path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.json", START_DATE, ".lock")
-    ]
+    before_any = ("config.json", "data.json", START_DATE, ".lock")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in before_any]
     return any(path.stat().st_size for path in files)
 
 

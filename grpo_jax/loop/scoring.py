@@ -14,7 +14,7 @@ from grpo_jax.rewards.compose import RewardFn
 from grpo_jax.rewards.format import format_reward, pattern_reward
 from grpo_jax.rewards.language import language_reward
 from grpo_jax.rewards.length import soft_overlong_reward
-from grpo_jax.rewards.plugin import import_reward, read_weighted
+from grpo_jax.rewards.plugin import import_reward, read_weighted, reward_name
 from grpo_jax.rewards.repetition import repetition_reward
 from grpo_jax.rewards.scorer import Scorer, load_reward_model
 from grpo_jax.rewards.steps import equation_steps_reward
@@ -72,13 +72,13 @@ def open_scorer(
         rewards["steps"] = equation_steps_reward
         weights["steps"] = config.steps_weight
     for name, weight in map(read_weighted, config.reward):
-        short = name.rpartition(":")[2]
+        short = reward_name(name)
         if short in (*rewards, "format", "judge", "reward_model"):
             raise ValueError(
                 f"two rewards are named {short!r}; rename yours, the names in use are {[*rewards, 'judge']}"
             )
         rewards[short], weights[short] = import_reward(name), weight
-    user_rewards = [name.rpartition(":")[2] for name, _ in map(read_weighted, config.reward)]
+    user_rewards = [reward_name(name) for name, _ in map(read_weighted, config.reward)]
     judge = None
     if config.judge is not None:
         judge = "judge"

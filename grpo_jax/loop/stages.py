@@ -121,10 +121,10 @@ def check_stages(stages: Sequence[Stage]) -> None:
         FileNotFoundError: a model does not exist.
         ValueError: a model cannot be loaded or lacks a stop token; or a stage with results has other settings, or
             depends on a stage that will run again. The message lists the folders to remove. Also as
-            ``check_devices`` of a stage's settings.
+            ``check`` of a stage's settings.
     """
     for stage in stages:
-        stage.config.check_devices()
+        stage.config.check()
     check_models(stages)
     redone: set[Path] = set()
     reasons, remove = [], []

@@ -24,6 +24,7 @@ from grpo_jax.train import (
     completion_log_probs,
     completion_values,
     make_train_step,
+    opt_state_shardings,
     packed_log_probs,
     pair_log_probs,
 )
@@ -112,7 +113,7 @@ def update_memory(shapes: UpdateShapes, method: str, mesh: Mesh) -> dict[str, Me
     states = [state for _, state, _ in updates]
     total = sum(map(_bytes_of, states))
     peak = max(
-        total - _bytes_of(state) + _program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), optimizer, mesh)
+        total - _bytes_of(state) + _program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), mesh)
         for loss_fn, state, batch in updates
     )
     memory = {}
@@ -128,18 +129,11 @@ def _program_bytes(
     step: Callable[[TrainState, Any], Any],
     state: TrainState,
     batch: Any,
-    optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> int:
     """Peak memory of an update with its state, over all devices."""
     everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state.opt_state,
-        shardings,
-        transform_non_params=lambda _: everywhere,
-    )
+    moments = opt_state_shardings(state.opt_state, state.params, shardings, everywhere)
     placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
     shapes, form = jax.tree.flatten(state)
     state = form.unflatten(

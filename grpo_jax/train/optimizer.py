@@ -1,13 +1,24 @@
-"""Learning-rate schedules and the default optimizer."""
+"""Learning-rate schedules and optimizers."""
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
 import jax
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
+
+from grpo_jax.types import Params
 
 VECTORS = ("scale", "bias")
+MUON_AXES = (
+    (r"(^|/)(q|k|v)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))),
+    (r"(^|/)o/kernel$", MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=2)),
+    (r"(^|/)(gate|up|down)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=1)),
+)
+"""Patterns of the paths of the matrices that Muon updates, and the axes that are their rows and columns."""
 
 
 def make_schedule(
@@ -78,11 +89,81 @@ def adamw(
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
+    return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices)
 
-    def decayed(params):
-        def is_matrix(path, x):  # by name too: the bias of several heads has two axes
-            return x.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) not in VECTORS
 
-        return jax.tree.map_with_path(is_matrix, params)
+def lion(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.99
+) -> optax.GradientTransformation:
+    """Lion (arXiv 2302.06675) with weight decay on matrices only; its learning rate is a third to a tenth of AdamW's.
 
-    return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
+    Args:
+        learning_rate: a number, or update number -> learning rate.
+        weight_decay: decoupled; norms, biases and other vectors are not decayed.
+        b1: decay of the moment in the update's direction.
+        b2: decay of the moment that is kept.
+    """
+    return optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices)
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    beta: float = 0.95,
+    ns_steps: int = 5,
+    consistent_rms: float | None = 0.2,
+    b1: float = 0.9,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """Muon (Jordan, 2024): orthogonalized momentum for the matrices of attention and MLP, Adam for all else.
+
+    The heads of q, k, v and o are parts of one matrix, ``[D, heads * head_dim]`` or its transpose. Embeddings, output
+    embedding, norms and biases are updated by Adam. With ``consistent_rms`` 0.2 the updates are as large as AdamW's, so
+    that its learning rates apply (arXiv 2502.16982, equation 4).
+
+    Args:
+        learning_rate: a number, or update number -> learning rate.
+        weight_decay: decoupled, of the matrices that Muon updates.
+        beta: decay of the momentum.
+        ns_steps: Newton-Schulz iterations.
+        consistent_rms: root mean square of an update; None scales it by ``sqrt(max(1, fan_out / fan_in))``.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+
+    Raises:
+        ValueError: by ``init``, if no parameter is a matrix of attention or MLP.
+    """
+
+    def axes(params: Params) -> Params:
+        found = jax.tree.map_with_path(lambda path, _: _muon_axes(path), params)
+        if not any(isinstance(leaf, MuonDimensionNumbers) for leaf in jax.tree.leaves(found, is_leaf=_is_axes)):
+            raise ValueError("muon: no parameter is a matrix of attention (q, k, v, o) or MLP (gate, up, down)")
+        return found
+
+    return optax.contrib.muon(
+        learning_rate,
+        beta=beta,
+        ns_steps=ns_steps,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        consistent_rms=consistent_rms,
+        muon_weight_dimension_numbers=axes,
+    )
+
+
+def _muon_axes(path: Any) -> MuonDimensionNumbers | None:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return next((axes for pattern, axes in MUON_AXES if re.search(pattern, name)), None)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, MuonDimensionNumbers)
+
+
+def _matrices(params: Params) -> Params:
+    """True at matrices, by name too: the bias of several heads has two axes."""
+    return jax.tree.map_with_path(
+        lambda path, x: x.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) not in VECTORS, params
+    )

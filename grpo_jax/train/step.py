@@ -70,7 +70,7 @@ def make_train_step(
 
     def loss_sum(params, batch):
         output = loss_fn(params, batch)
-        _check_loss_output(output)
+        check_loss_output(output)
         loss, metrics = output
         return loss.sum, {**metrics, "loss": loss}
 
@@ -151,9 +151,7 @@ def shuffled_minibatches(batch: Batch, key: Key[Array, ""], num_minibatches: int
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, *, with_reference: bool, replicated: Sharding
 ) -> TrainState:
-    """The state before the first update; optimizer moments have the shardings of their parameters.
-
-    Moments of another shape than their parameter, such as Adafactor's rows and columns, are replicated.
+    """The state before the first update, with optimizer state as ``opt_state_shardings`` lays it out.
 
     Args:
         params: on their devices; the first train step donates them.
@@ -161,12 +159,8 @@ def init_state(
         with_reference: whether to keep a copy of the parameters as the reference policy.
         replicated: sharding of the state's scalars.
     """
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda moment, param: param.sharding if moment.shape == param.shape else replicated,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: replicated,
+    moments = opt_state_shardings(
+        jax.eval_shape(optimizer.init, params), params, jax.tree.map(lambda x: x.sharding, params), replicated
     )
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated),
@@ -176,14 +170,49 @@ def init_state(
     )
 
 
+def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: Sharding) -> Any:
+    """A sharding for each array of an optimizer's state, of any optax transformation.
+
+    An array whose path ends in the path of a parameter of the same shape, such as a moment, has the parameter's
+    sharding. All others, such as counters and Adafactor's rows and columns, are replicated.
+
+    Args:
+        opt_state: arrays or ``ShapeDtypeStruct``.
+        params: likewise.
+        shardings: of the parameters.
+        replicated: sharding of the other arrays.
+    """
+    of_param = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> Sharding:
+        for start in range(len(path)):
+            shape, sharding = of_param.get(path[start:], (None, None))
+            if sharding is not None and shape == leaf.shape:
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(of_leaf, opt_state)
+
+
 def with_fresh_reference(state: TrainState) -> TrainState:
     """The state with a copy of its current parameters as the reference policy (reference refresh)."""
     return TrainState(state.step, state.params, state.opt_state, jax.tree.map(jnp.copy, state.params))
 
 
-def _check_loss_output(output: Any) -> None:
+def check_loss_output(output: Any) -> None:
+    """Check what a ``LossFn`` returned.
+
+    Raises:
+        TypeError: it is not a ``Mean`` and a dict of ``Mean`` and ``Max``.
+    """
+
     def kind(x):
-        return "an array" if isinstance(x, jax.Array) else f"a {type(x).__name__}"
+        return "an array" if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else f"a {type(x).__name__}"
 
     wanted = "(loss, metrics): a Mean(sum, count), such as loss.token_mean(x, mask), and a dict of Mean or Max"
     if not isinstance(output, tuple) or len(output) != 2:
