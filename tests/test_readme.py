@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.config.grpo import PRESETS
+from grpo_jax.config.files import read_settings_file, with_settings
+from grpo_jax.config.grpo import PRESETS, GRPOConfig
 from grpo_jax.loop.flags import flags_of
 from tests.test_loop_command import SCRIPTS, config_type, run_script
 
@@ -141,3 +142,12 @@ def test_make_demo_runs_the_default_command():
     assert re.search(
         r"^demo:.*\n\t\$\(BIN\)/python experiments/grpo\.py$", (ROOT / "Makefile").read_text(), re.MULTILINE
     )
+
+
+def test_the_settings_file_is_one(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "settings.yaml").write_text(text)
+    settings = read_settings_file(tmp_path / "settings.yaml")
+    assert settings.pop("preset") in PRESETS
+    config = with_settings(GRPOConfig(), settings, "README.md")
+    assert (config.optimizer.learning_rate, config.alarms.stop_at) == (2e-6, ("hacking",))
