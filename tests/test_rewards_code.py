@@ -155,6 +155,10 @@ def test_a_program_does_not_see_what_is_expected_and_may_lie_only_by_plain_value
             "class A:\n  __sub__ = lambda s, x: s\n  __abs__ = lambda s: s\n  __bool__ = abs\ndef f(x): return A()",
             "assert not abs(f(2) - 5)",
         ),
+        (
+            "class A:\n  __sub__ = lambda s, x: 0 if isinstance(x, A) else s\ndef f(x): return A()",
+            "assert (f(2) - 5) - (f(3) - 7) == 0",
+        ),
         ("def f(x): raise StopIteration", "for a, b in zip(map(f, [1, 2]), [3, 4]): assert a == b"),
         ("def f(x): return True", {"fn_name": "f", "input": [1], "output": 1}),
         ("def f(x): return False", {"fn_name": "f", "input": [1], "output": 0}),
