@@ -177,7 +177,7 @@ def _graded(
 def with_typing(program: str) -> str:
     """The program with an import of the names of ``typing`` that it uses without importing, as LeetCode's code does."""
     tree = parsed(program)
-    names = sorted(free_names(tree) & set(PRELUDE["typing"])) if tree else []
+    names = sorted(free_names(tree) & set(PRELUDE["typing"].split())) if tree else []
     if not names or "from __future__" in program:
         return program
     return f"from typing import {', '.join(names)}\n{program}"

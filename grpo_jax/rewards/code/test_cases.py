@@ -23,38 +23,23 @@ Test = str | dict[str, Any]
   functions and classes that it defines are run as by pytest and unittest, and ``check(candidate)`` as by HumanEval.
 """
 PRELUDE = {
-    "bisect": ("bisect_left", "bisect_right", "insort"),
-    "collections": ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"),
-    "copy": ("deepcopy",),
-    "dataclasses": ("dataclass",),
-    "datetime": ("timedelta",),
-    "decimal": ("Decimal",),
-    "fractions": ("Fraction",),
-    "functools": ("cache", "cmp_to_key", "lru_cache", "partial", "reduce"),
-    "heapq": ("heapify", "heappop", "heappush", "nlargest", "nsmallest"),
-    "io": ("StringIO",),
-    "itertools": ("accumulate", "chain", "combinations", "groupby", "islice", "permutations", "product", "zip_longest"),
-    "math": (
-        "ceil",
-        "comb",
-        "cos",
-        "e",
-        "factorial",
-        "floor",
-        "gcd",
-        "inf",
-        "isclose",
-        "lcm",
-        "log",
-        "pi",
-        "sin",
-        "sqrt",
-    ),
-    "operator": ("attrgetter", "itemgetter"),
-    "typing": ("Any", "Callable", "Dict", "Iterable", "List", "Optional", "Set", "Tuple", "Union"),
+    "bisect": "bisect_left bisect_right insort",
+    "collections": "Counter OrderedDict defaultdict deque namedtuple",
+    "copy": "deepcopy",
+    "dataclasses": "dataclass",
+    "datetime": "timedelta",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "functools": "cache cmp_to_key lru_cache partial reduce",
+    "heapq": "heapify heappop heappush nlargest nsmallest",
+    "io": "StringIO",
+    "itertools": "accumulate chain combinations groupby islice permutations product zip_longest",
+    "math": "ceil comb cos e factorial floor gcd inf isclose lcm log pi sin sqrt",
+    "operator": "attrgetter itemgetter",
+    "typing": "Any Callable Dict Iterable List Optional Set Tuple Union",
 }
 """Names that tests use without importing them, because their data sets prepend these imports to every program."""
-FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names}
+FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names.split()}
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
 MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
 PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission", "main")
