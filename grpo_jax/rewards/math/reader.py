@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from grpo_jax.rewards.math.evaluation import TooLargeError, work_limit
 from grpo_jax.rewards.math.expression import Node, parse, variables
@@ -85,8 +85,9 @@ def _read(text: str) -> Answer | None:
         return _read(inner)
     if prefix := ANSWER_PREFIX.match(text):
         return _read(text[prefix.end() :].strip())
-    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _with_parameter, _congruence)
-    for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
+    congruence, relation = (partial(reader, parse_side=_read) for reader in (read_congruence, read_relation))
+    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _with_parameter, congruence)
+    for reader in (*readers, _alternatives, relation, _collection, _list, _expression):
         answer = reader(text)
         if answer is not None:
             return answer if answer.kind != "invalid" else None
@@ -135,14 +136,6 @@ def _alternatives(text: str) -> Answer | None:
     if len(known) == len(answers) and all(answer.kind == "text" and len(answer.value) > 1 for answer in known):
         return Answer("text", " or ".join(sorted(answer.value for answer in known)))
     return _read_items("list", parts)
-
-
-def _congruence(text: str) -> Answer | None:
-    return read_congruence(text, _read)
-
-
-def _relation(text: str) -> Answer | None:
-    return read_relation(text, _read)
 
 
 def _collection(text: str) -> Answer | None:
