@@ -77,7 +77,11 @@ def duplicate_share(group: Sequence[str]) -> float:
 
 
 def has_empty_thought(prompts: Sequence[str], completions: Sequence[str]) -> list[bool]:
-    """For each completion whether it has the format of ``format_reward`` and a thought of fewer than two words."""
+    """For each completion whether it has the format of ``format_reward`` and a thought of fewer than two words.
+
+    Args:
+        prompts, completions: ``[B]`` texts.
+    """
     formatted = format_reward(list(prompts), list(completions))
     thoughts = [completion.partition("</think>")[0].removeprefix("<think>") for completion in completions]
     return [
@@ -86,7 +90,12 @@ def has_empty_thought(prompts: Sequence[str], completions: Sequence[str]) -> lis
 
 
 def occurs_in(answer: str, prompt: str) -> bool:
-    """Whether the words and numbers of an answer occur consecutively in a prompt."""
+    """Whether the words and numbers of an answer occur consecutively in a prompt.
+
+    Args:
+        answer: a final answer; False if it has neither words nor numbers.
+        prompt: the text to search.
+    """
     tokens = [token.lower() for token in TOKEN.findall(NUMBER_BEFORE_SIGN.sub(" ", prompt))]
     sought = [token.lower() for token in TOKEN.findall(answer)]
     return bool(sought) and any(tokens[i : i + len(sought)] == sought for i in range(len(tokens) - len(sought) + 1))

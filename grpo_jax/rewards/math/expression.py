@@ -71,14 +71,22 @@ def constants(node: Node) -> frozenset[str]:
 
 
 def substitute(node: Node, old: Node, new: Node) -> Node:
-    """``node`` with every subexpression ``old`` replaced by ``new``."""
+    """``node`` with every subexpression ``old`` replaced by ``new``.
+
+    Args:
+        node, old, new: expressions.
+    """
     if node == old:
         return new
     return (node[0], *(substitute(part, old, new) if isinstance(part, tuple) else part for part in node[1:]))
 
 
 def difference(left: Node, right: Node) -> Node:
-    """``left - right``."""
+    """``left - right``.
+
+    Args:
+        left, right: expressions.
+    """
     return ("add", left, ("mul", MINUS_ONE, right))
 
 

@@ -119,6 +119,16 @@ class Connection:
         """The result of an operation on an object of the other side.
 
         Lists, dicts and sets among the arguments of a call are then changed as the call changed their copies.
+
+        Args:
+            operation: one of ``OPERATIONS``.
+            target: the id under which the other side knows the object.
+            args: further arguments of the operation; for ``call``, the arguments and the keyword arguments.
+
+        Raises:
+            ConnectionLost: the other side has ended.
+            CannotSend: an argument can be neither copied nor referred to.
+            Exception: what the operation raised, as ``exception_class`` stands for it.
         """
         self.send({"operation": operation, "target": target, "args": self.encode(args)})
         reply = self.receive()
@@ -126,13 +136,13 @@ class Connection:
             self.serve(reply)
             reply = self.receive()
         if "raised" in reply:
-            self.reraise(reply, operation)
+            self._reraise(reply, operation)
         if operation == "call":
             for value, changed in zip(args[0], self.decode(reply["args"])):
-                update(value, changed)
+                _update(value, changed)
         return self.decode(reply["value"])
 
-    def reraise(self, reply, operation):
+    def _reraise(self, reply, operation):
         name = reply["raised"][0]
         if name in EXITS:
             raise self.connection_lost("the program ended itself: {}".format(name))
@@ -174,10 +184,10 @@ class Connection:
             return str.__str__(value)
         for name, kind in CONTAINERS.items():
             if isinstance(value, kind):
-                return self.with_reference(value, {name: [self.encode(item) for item in kind.__iter__(value)]})
+                return self._with_reference(value, {name: [self.encode(item) for item in kind.__iter__(value)]})
         if isinstance(value, dict):
             pairs = [[self.encode(key), self.encode(item)] for key, item in dict.items(value)]
-            return self.with_reference(value, {"dict": pairs})
+            return self._with_reference(value, {"dict": pairs})
         for name, (kind, to_json, _) in COPIED.items():
             if isinstance(value, kind):
                 return {name: to_json(value)}
@@ -197,7 +207,7 @@ class Connection:
         error.from_test = type(value).__module__ in USER_MODULES
         raise error
 
-    def with_reference(self, value, copy):
+    def _with_reference(self, value, copy):
         """The copy of a container, and a reference where its class, which may have methods, is the program's own."""
         is_shared = self.shares_objects and type(value).__module__ in USER_MODULES
         return {"container": [self.reference(value), copy]} if is_shared else copy
@@ -259,7 +269,9 @@ class RaisedByProgram(Exception):
 def exception_class(names, known):
     """The local class for an exception of the other side.
 
-    It derives from the first of ``names`` (the exception's class and its bases) that is known or built in.
+    Args:
+        names: of the exception's class and its bases; the first that is known or built in is the base of the result.
+        known: local classes by name.
     """
     for name in names:
         base = known.get(name) or getattr(builtins, name, None)
@@ -278,7 +290,7 @@ def describe_exception(error):
     return {"raised": [kind.__name__ for kind in type(error).__mro__], "text": text}
 
 
-def update(value, changed):
+def _update(value, changed):
     """Change a list, dict or set in place to what it became on the other side."""
     if isinstance(value, (list, dict, set)) and type(value) is type(changed) and value != changed:
         value.clear()
