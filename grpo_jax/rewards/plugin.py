@@ -7,14 +7,14 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from grpo_jax.rewards.compose import RewardFn
 
 
 def import_reward(name: str) -> RewardFn:
     """The reward function that ``module:function`` names; errors as in ``import_function``."""
-    return cast(RewardFn, import_function(name, "reward"))
+    return import_function(name, "reward")
 
 
 def import_function(name: str, setting: str) -> Callable[..., Any]:

@@ -315,6 +315,4 @@ def _inside(name: str) -> str:
     return (resources.files("grpo_jax.rewards.code") / "inside" / f"{name}.py").read_text()
 
 
-@cache
-def _sandbox(limits: SandboxLimits) -> Sandbox:
-    return Sandbox(limits)
+_sandbox = cache(Sandbox)

@@ -169,11 +169,10 @@ class _RemoveMainCalls(ast.NodeTransformer):
         is_main = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in MAIN_CALLS
         return ast.copy_location(ast.Pass(), node) if is_main else node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
         return node
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return node
+    visit_ClassDef = visit_FunctionDef  # noqa: N815 - named by ast
 
 
 def _run_at_top_level(tree: ast.Module) -> set[str]:
