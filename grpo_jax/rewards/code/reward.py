@@ -101,11 +101,9 @@ def code_reward(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance is {tolerance}; it must be a finite number of at least 0")
-    sandbox = _sandbox(limits)
-    grade = partial(
-        _graded, sandbox=sandbox, partial_credit=partial_credit, tolerance=tolerance, total_seconds=total_seconds
-    )
-    return [grade(*row) for row in zip(prompts, completions, tests, strict=True)]
+    settings = {"sandbox": _sandbox(limits), "tolerance": tolerance, "total_seconds": total_seconds}
+    rows = zip(prompts, completions, tests, strict=True)
+    return [_graded(*row, partial_credit=partial_credit, **settings) for row in rows]
 
 
 def run_tests(
@@ -137,16 +135,8 @@ def run_tests(
     return Verdict(tuple(passed), len(tests), runnable, feedback[-MAX_FEEDBACK:])
 
 
-def _graded(
-    prompt: str,
-    completion: str,
-    tests: Any,
-    *,
-    sandbox: Sandbox,
-    partial_credit: bool,
-    tolerance: float | None,
-    total_seconds: float,
-) -> RewardOutput:
+def _graded(prompt: str, completion: str, tests: Any, *, partial_credit: bool, **settings: Any) -> RewardOutput:
+    """The output of ``code_reward`` for one completion; ``settings`` are those of ``run_tests``."""
     reason = why_untestable(tests)
     if reason is not None:
         return RewardOutput(None, note=reason)
@@ -159,14 +149,7 @@ def _graded(
         return RewardOutput(
             0.0, {"runnable": 0.0}, "no program: the completion has neither a fenced block of Python nor an <answer>"
         )
-    verdict = run_tests(
-        with_typing(program),
-        tests,
-        sandbox,
-        stop_at_failure=not partial_credit,
-        tolerance=tolerance,
-        total_seconds=total_seconds,
-    )
+    verdict = run_tests(with_typing(program), tests, stop_at_failure=not partial_credit, **settings)
     runnable = {"runnable": float(verdict.runnable)}
     if None in verdict.passed:
         return RewardOutput(None, runnable, verdict.feedback)
