@@ -196,6 +196,15 @@ def test_what_stands_in_the_way_of_one_test_does_not_stand_in_that_of_the_next(s
     )
 
 
+@needs_bubblewrap
+def test_grading_ends_at_an_invalid_test_and_at_a_program_that_does_not_load(sandbox):
+    assert run_tests("def f(x): return x", ["assert f(1) == expected", "assert f(1) == 1"], sandbox).passed == (None,)
+    assert run_tests("def f(", ["assert f(1) == 1"] * 3, sandbox).passed == (False,)
+    wrong = run_tests("def f(x): return 0", ["assert f(1) == 1", "assert f(2) == 2"], sandbox)
+    assert wrong.passed == (False, False)
+    assert wrong.feedback.startswith("test 1: ")
+
+
 # The sandbox alone --------------------------------------------------------------------------------------------------
 
 
