@@ -77,7 +77,8 @@ def code_reward(
     does not bind comes from Python, from the usual imports (``test_cases.PRELUDE``), or else from the program. Methods
     and comparisons of the program's own classes run the program's code where the test uses them. A test cannot inspect
     the types of the program's results, use a ``__contains__`` of the program, or see changes that the program makes to
-    a list after the call that passed it.
+    a list after the call that passed it. A program sees the name and the docstring of a function that a test passes to
+    it, and not its signature.
 
     Each entry is a ``RewardOutput``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or
     wrong, and ``note`` is the message of the interpreter or of the first test that did not pass.

@@ -202,7 +202,8 @@ class Connection:
         if isinstance(value, Iterator):
             return {"iterator": [self.encode(item) for item in value]}
         if callable(value):
-            return {"function": [self.reference(value), getattr(value, "__name__", "")]}
+            name, doc = getattr(value, "__name__", ""), getattr(value, "__doc__", None)
+            return {"function": [self.reference(value), name, doc]}
         error = CannotSend("an object of type {}; plain values and functions can be".format(type(value).__name__))
         error.from_test = type(value).__module__ in USER_MODULES
         raise error
@@ -243,7 +244,7 @@ class Connection:
         if kind == "container":
             vars(remote)["_rpc_plain"] = self.decode(content[1])
         elif kind == "function":
-            vars(remote)["__name__"] = content[1]
+            vars(remote).update(__name__=content[1], __doc__=content[2])
         return remote
 
     def remote(self, reference):
