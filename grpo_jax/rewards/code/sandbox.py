@@ -328,15 +328,14 @@ def _starter(limits: SandboxLimits, seconds: float, packages: Sequence[str], pro
         packages: folders to append to ``sys.path``.
         program: descriptor of the file that holds the program.
     """
-    bounds = {
-        "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_NPROC": limits.processes,
-        "RLIMIT_FSIZE": limits.file_bytes,
-        "RLIMIT_NOFILE": 64,
-        "RLIMIT_CORE": 0,
-    }
-    limits_set = list(bounds.items())
-    return STARTER.format(limits=limits_set, seconds=math.ceil(seconds), packages=list(packages), program=program)
+    bounds = [
+        ("RLIMIT_AS", limits.memory_bytes),
+        ("RLIMIT_NPROC", limits.processes),
+        ("RLIMIT_FSIZE", limits.file_bytes),
+        ("RLIMIT_NOFILE", 64),
+        ("RLIMIT_CORE", 0),
+    ]
+    return STARTER.format(limits=bounds, seconds=math.ceil(seconds), packages=list(packages), program=program)
 
 
 def _fill(file: int, content: bytes) -> None:
