@@ -40,8 +40,6 @@ COMPUTE = ARRAYS | set(sys.stdlib_module_names) | {"numpy"}
 # Of jax itself: no placement, no compilation, no way out to the host.
 PLACED = {"jax.sharding", "jax.experimental", "jax.debug", "jax.jit", "jax.pmap", "jax.device_put", "jax.make_mesh"}
 HOST_CALLS = {"jax.pure_callback", "jax.device_get", "jax.shard_map", "jax.monitoring", "jax.profiler"}
-WITHOUT_ARGS = {"grpo_jax.rewards"}
-"""Modules whose public functions need not document their arguments."""
 BUILTIN_IO = {"print", "open", "input", "exec", "eval", "breakpoint", "__import__"}
 
 
@@ -250,8 +248,7 @@ def undocumented(sources: dict[str, str]) -> list[str]:
 
 
 def test_public_functions_document_their_arguments():
-    found = undocumented({module: path.read_text() for path, module, _ in files()})
-    assert [each for each in found if not within(each.split(":")[0], WITHOUT_ARGS)] == []
+    assert undocumented({module: path.read_text() for path, module, _ in files()}) == []
 
 
 def test_every_unit_of_the_layers_exists():

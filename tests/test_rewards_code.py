@@ -155,6 +155,10 @@ def test_a_program_does_not_see_what_is_expected_and_may_lie_only_by_plain_value
             "class A:\n  __sub__ = lambda s, x: s\n  __abs__ = lambda s: s\n  __bool__ = abs\ndef f(x): return A()",
             "assert not abs(f(2) - 5)",
         ),
+        (
+            "class A:\n  __sub__ = lambda s, x: 0 if isinstance(x, A) else s\ndef f(x): return A()",
+            "assert (f(2) - 5) - (f(3) - 7) == 0",
+        ),
         ("def f(x): raise StopIteration", "for a, b in zip(map(f, [1, 2]), [3, 4]): assert a == b"),
         ("def f(x): return True", {"fn_name": "f", "input": [1], "output": 1}),
         ("def f(x): return False", {"fn_name": "f", "input": [1], "output": 0}),
@@ -190,6 +194,15 @@ def test_what_stands_in_the_way_of_one_test_does_not_stand_in_that_of_the_next(s
     assert run_tests(program, ["assert f(2) == 2", "assert f(3) == 3"], sandbox, stop_at_failure=True).passed == (
         False,
     )
+
+
+@needs_bubblewrap
+def test_grading_ends_at_an_invalid_test_and_at_a_program_that_does_not_load(sandbox):
+    assert run_tests("def f(x): return x", ["assert f(1) == expected", "assert f(1) == 1"], sandbox).passed == (None,)
+    assert run_tests("def f(", ["assert f(1) == 1"] * 3, sandbox).passed == (False,)
+    wrong = run_tests("def f(x): return 0", ["assert f(1) == 1", "assert f(2) == 2"], sandbox)
+    assert wrong.passed == (False, False)
+    assert wrong.feedback.startswith("test 1: ")
 
 
 # The sandbox alone --------------------------------------------------------------------------------------------------

@@ -274,6 +274,13 @@ METHOD = "  def test_f(self): assert f(1) == self.x"
             "assert f(1).x == 1",
             True,
         ),
+        # What a program sees of a function of the test.
+        (
+            "def f(g): return g.__name__, g.__doc__",
+            "def given(a):\n  'A doc.'\nassert f(given) == ('given', 'A doc.')",
+            True,
+        ),
+        ("import inspect\ndef f(g): return str(inspect.signature(g))", "assert 'secret' in f(lambda secret: 0)", False),
         ("def one(x): return x\ndef two(x): return x", "def check(candidate):\n  assert candidate(1) == 1", None),
         ("def f(x): return x", "def test_f(fixture):\n  assert f(1) == 1", None),
     ],

@@ -59,10 +59,7 @@ def warm_up(reward: Callable[..., Any]) -> None:
 
 
 def arguments(
-    reward: Callable[..., Any],
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
+    reward: Callable[..., Any], prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> Arguments:
     """The positional and keyword arguments with which to call a reward, selected by its signature.
 

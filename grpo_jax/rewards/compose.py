@@ -216,44 +216,42 @@ def as_reward_outputs(values: Any, completions: Sequence[str]) -> list[RewardOut
         raise InvalidScoresError(f"must return a list, and returned {type(values).__name__}")
     if len(values) != len(completions):
         raise InvalidScoresError(f"must return one entry for each completion: {len(completions)}, not {len(values)}")
-    return [_graded(value, completion) for value, completion in zip(values, completions, strict=True)]
+    outputs = []
+    for value, completion in zip(values, completions, strict=True):
+        try:
+            outputs.append(_graded(value, len(completion)))
+        except InvalidScoresError as error:
+            raise InvalidScoresError(f"{error}. The completion: {completion!r:.200}") from None
+    return outputs
 
 
-def _graded(value: Any, completion: str) -> RewardOutput:
+def _graded(value: Any, length: int) -> RewardOutput:
     if not isinstance(value, RewardOutput):
-        value = RewardOutput(_number(value, completion))
-    score = _number(value.score, completion)
+        value = RewardOutput(_number(value))
+    score = _number(value.score)
     is_nan = score is not None and math.isnan(score)
-    details = {str(name): _number(detail, completion) for name, detail in value.details.items()}
+    details = {str(name): _number(detail) for name, detail in value.details.items()}
     present = {name: detail for name, detail in details.items() if detail is not None}
     if not isinstance(value.steps, (list, tuple)):
-        raise InvalidScoresError(
-            f"returned {value.steps!r:.200} as steps; they must be a list. The completion: {completion!r:.200}"
-        )
-    steps = tuple(_step(step, completion) for step in value.steps)
+        raise InvalidScoresError(f"returned {value.steps!r:.200} as steps; they must be a list")
+    steps = tuple(_step(step, length) for step in value.steps)
     return RewardOutput(None if is_nan else score, present, str(value.note), steps, is_nan or bool(value.failed))
 
 
-def _step(step: Any, completion: str) -> tuple[int, float]:
+def _step(step: Any, length: int) -> tuple[int, float]:
     match step:
-        case (int() | np.integer() as end, reward) if not isinstance(end, bool) and 1 <= end <= len(completion):
-            number = _number(reward, completion)
+        case (int() | np.integer() as end, reward) if not isinstance(end, bool) and 1 <= end <= length:
+            number = _number(reward)
             if number is not None and not math.isnan(number):
                 return int(end), number
-    raise InvalidScoresError(
-        f"returned {step!r:.200} as a step; a step must be (end in characters, reward). "
-        f"The completion: {completion!r:.200}"
-    )
+    raise InvalidScoresError(f"returned {step!r:.200} as a step; a step must be (end in characters, reward)")
 
 
-def _number(value: Any, completion: str) -> float | None:
+def _number(value: Any) -> float | None:
     if value is None:
         return None
     if not isinstance(value, NUMBERS) or abs(value) > LARGEST_FLOAT32:
-        raise InvalidScoresError(
-            f"returned {value!r:.200}; an entry must be None or a number that float32 can hold. "
-            f"The completion: {completion!r:.200}"
-        )
+        raise InvalidScoresError(f"returned {value!r:.200}; an entry must be None or a number that float32 can hold")
     return float(value)
 
 

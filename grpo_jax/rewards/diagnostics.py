@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards.code.reward import extract_program
+from grpo_jax.rewards.code.program import extract_program, parsed
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.math.answer import canonical_answer, extract_answer, gold_answer
 from grpo_jax.rewards.repetition import repeated_share
@@ -77,7 +77,11 @@ def duplicate_share(group: Sequence[str]) -> float:
 
 
 def has_empty_thought(prompts: Sequence[str], completions: Sequence[str]) -> list[bool]:
-    """For each completion whether it has the format of ``format_reward`` and a thought of fewer than two words."""
+    """For each completion whether it has the format of ``format_reward`` and a thought of fewer than two words.
+
+    Args:
+        prompts, completions: ``[B]`` texts.
+    """
     formatted = format_reward(list(prompts), list(completions))
     thoughts = [completion.partition("</think>")[0].removeprefix("<think>") for completion in completions]
     return [
@@ -86,7 +90,12 @@ def has_empty_thought(prompts: Sequence[str], completions: Sequence[str]) -> lis
 
 
 def occurs_in(answer: str, prompt: str) -> bool:
-    """Whether the words and numbers of an answer occur consecutively in a prompt."""
+    """Whether the words and numbers of an answer occur consecutively in a prompt.
+
+    Args:
+        answer: a final answer; False if it has neither words nor numbers.
+        prompt: the text to search.
+    """
     tokens = [token.lower() for token in TOKEN.findall(NUMBER_BEFORE_SIGN.sub(" ", prompt))]
     sought = [token.lower() for token in TOKEN.findall(answer)]
     return bool(sought) and any(tokens[i : i + len(sought)] == sought for i in range(len(tokens) - len(sought) + 1))
@@ -103,7 +112,8 @@ def hard_coded(program: str, tests: Any) -> bool:
         tests: the tests, as ``code_reward`` takes them.
     """
     outputs = {output for test in tests or () for output in _expected(test) if len(output) > 1}
-    constants = _constants(program)
+    kinds = (ast.Constant, ast.List, ast.Tuple, ast.UnaryOp)
+    constants = {_plain(value) for node in _nodes(program) if isinstance(node, kinds) for value in _literal(node)}
     count = sum(output in constants for output in outputs)
     return count >= 2 and 2 * count >= len(outputs)
 
@@ -112,23 +122,13 @@ def _expected(test: Any) -> list[str]:
     if not isinstance(test, str):
         output = test.get("output") if isinstance(test, dict) else None
         return [_plain(output)]
-    return [_plain(value) for node in _nodes(test) if _is_equality(node) for value in _literal(node.comparators[0])]
-
-
-def _constants(program: str) -> set[str]:
-    kinds = (ast.Constant, ast.List, ast.Tuple, ast.UnaryOp)
-    return {_plain(value) for node in _nodes(program) if isinstance(node, kinds) for value in _literal(node)}
-
-
-def _is_equality(node: Any) -> bool:
-    return isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq)
+    comparisons = [node for node in _nodes(test) if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq)]
+    return [_plain(value) for node in comparisons for value in _literal(node.comparators[0])]
 
 
 def _nodes(source: str) -> list[Any]:
-    try:
-        return list(ast.walk(ast.parse(source)))
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return []
+    tree = parsed(source)
+    return [] if tree is None else list(ast.walk(tree))
 
 
 def _literal(node: Any) -> list[Any]:

@@ -24,37 +24,20 @@ LETTERS_PER_WORD = {2: ("Han", "Hiragana", "Katakana", "Bopomofo"), 4: ("Thai", 
 # The detector's languages by script.
 LANGUAGES = {
     "Arabic": "ar ary arz fa ps sdh ug ur uzs",
-    "Armenian": "hy",
     "Bengali": "as bn",
-    "Bopomofo": "yue wuu zh",
     "Cyrillic": "ba be bg kk ky mk mn ru sr tg tt uk uz",
     "Devanagari": "gom hi mr ne sa",
-    "Ethiopic": "am",
-    "Georgian": "ka",
     "Greek": "el grc",
-    "Gujarati": "gu",
-    "Gurmukhi": "pa",
-    "Han": "ja yue wuu zh",
-    "Hangul": "ko",
     "Hebrew": "hbo he",
-    "Hiragana": "ja",
-    "Kannada": "kn",
-    "Katakana": "ja",
-    "Khmer": "km",
-    "Lao": "lo",
     "Latin": (
         "ace af an az bcl br bs ca crh cs cy da de en eo es et eu ext fi fo fr fuv fy ga gcf gcr gd gl gug guw "
         "ha hr ht hu id ig is it jv kab kik ku la lb lg lij ln lt ltg lv mg ms mt nl nn no nso oc om pcm pl pt "
         "qu ro rw se sk sl sn so sq sr st sv sw tk tl tr uz vec vi vo wa xh yo zu"
     ),
-    "Malayalam": "ml",
-    "Myanmar": "my",
-    "Oriya": "or",
-    "Sinhala": "si",
-    "Tamil": "ta",
-    "Telugu": "te",
-    "Thai": "th",
-    "Tibetan": "dz",
+    **{"Bopomofo": "yue wuu zh", "Han": "ja yue wuu zh", "Hiragana": "ja", "Katakana": "ja", "Hangul": "ko"},
+    **{"Armenian": "hy", "Ethiopic": "am", "Georgian": "ka", "Gujarati": "gu", "Gurmukhi": "pa", "Kannada": "kn"},
+    **{"Khmer": "km", "Lao": "lo", "Malayalam": "ml", "Myanmar": "my", "Oriya": "or", "Sinhala": "si"},
+    **{"Tamil": "ta", "Telugu": "te", "Thai": "th", "Tibetan": "dz"},
 }
 VARIETIES = {"ar": ("ary", "arz"), "no": ("nn",), "zh": ("wuu", "yue")}
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from grpo_jax.rewards.compose import RewardFn
 
@@ -54,12 +54,14 @@ def import_reward(text: str) -> RewardFn:
     """
     name, arguments = parse_call(text, "reward")
     function = import_function(name, "reward")
+    if not arguments:
+        return function
     # Not into **columns, which would take a misspelt name without a word.
     named = [each.name for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
     unknown = [each for each in arguments if each not in named]
     if unknown:
         raise ValueError(f"reward: {name} has no argument {unknown[0]!r}; it has {', '.join(named)}")
-    return cast(RewardFn, partial(function, **arguments) if arguments else function)
+    return partial(function, **arguments)
 
 
 def bind(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, setting: str) -> Callable[..., Any]:

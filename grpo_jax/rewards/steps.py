@@ -15,7 +15,7 @@ from grpo_jax.rewards.compose import RewardOutput
 
 STEP = re.compile(r"[^;\n]+[;\n]?")
 TIMES, DIVIDED = "\u00d7", "\u00f7"
-ARITHMETIC = frozenset("0123456789.,()+-*/ \t" + TIMES + DIVIDED)
+ARITHMETIC = "0123456789.,()+-*/ \t" + TIMES + DIVIDED
 AS_PYTHON = str.maketrans({TIMES: "*", DIVIDED: "/", ",": None})
 MAX_LENGTH = 200
 MAX_NUMBER = 10**30
@@ -72,9 +72,7 @@ def _holds(step: str) -> bool | None:
 
 def _end_of(text: str) -> str:
     """The arithmetic at the end of a text; "" if it is part of a longer expression, as in ``2x + 3``."""
-    start = len(text)
-    while start and text[start - 1] in ARITHMETIC:
-        start -= 1
+    start = len(text.rstrip(ARITHMETIC))
     arithmetic = text[start:]
     is_part = _changes_number(text[start - 1 : start]) and not arithmetic[:1].isspace()
     return "" if is_part or arithmetic.lstrip()[:1] in ("+", "*", "/", TIMES, DIVIDED) else arithmetic
@@ -82,9 +80,7 @@ def _end_of(text: str) -> str:
 
 def _start_of(text: str) -> str:
     """The arithmetic at the start of a text; "" if it is part of a longer expression, as in ``5x``."""
-    end = 0
-    while end < len(text) and text[end] in ARITHMETIC:
-        end += 1
+    end = len(text) - len(text.lstrip(ARITHMETIC))
     arithmetic = text[:end]
     if _changes_number(text[end : end + 1]) and not arithmetic[-1:].isspace():
         return ""

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import re
 
+NAMES = ("thinking", "thought", "reasoning", "thoughts", "scratchpad", "reflection", "analysis")
 THOUGHTS = {
     "think": (r"<think[ \t]?>", r"</think[ \t]?>"),
-    "thinking": (r"<thinking>", r"</thinking>"),
-    "thought": (r"<thought>", r"</thought>"),
-    "reasoning": (r"<reasoning>", r"</reasoning>"),
-    "thoughts": (r"<thoughts>", r"</thoughts>"),
-    "scratchpad": (r"<scratchpad>", r"</scratchpad>"),
-    "reflection": (r"<reflection>", r"</reflection>"),
-    "analysis": (r"<analysis>", r"</analysis>"),
+    **{name: (f"<{name}>", f"</{name}>") for name in NAMES},
     "seed": (r"<seed:think>", r"</seed:think>"),
     "magistral": (r"\[think\]", r"\[/think\]"),
     "kimi": ("\u25c1think\u25b7", "\u25c1/think\u25b7"),

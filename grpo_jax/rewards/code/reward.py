@@ -7,12 +7,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_jax.rewards.calling import per_sample
 from grpo_jax.rewards.code.program import extract_program, free_names, parsed
@@ -77,7 +77,8 @@ def code_reward(
     does not bind comes from Python, from the usual imports (``test_cases.PRELUDE``), or else from the program. Methods
     and comparisons of the program's own classes run the program's code where the test uses them. A test cannot inspect
     the types of the program's results, use a ``__contains__`` of the program, or see changes that the program makes to
-    a list after the call that passed it.
+    a list after the call that passed it. A program sees the name and the docstring of a function that a test passes to
+    it, and not its signature.
 
     Each entry is a ``RewardOutput``: ``details["runnable"]`` is 1.0 for a program that ran without an error, right or
     wrong, and ``note`` is the message of the interpreter or of the first test that did not pass.
@@ -101,11 +102,9 @@ def code_reward(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance is {tolerance}; it must be a finite number of at least 0")
-    sandbox = _sandbox(limits)
-    grade = partial(
-        _graded, sandbox=sandbox, partial_credit=partial_credit, tolerance=tolerance, total_seconds=total_seconds
-    )
-    return [grade(*row) for row in zip(prompts, completions, tests, strict=True)]
+    settings = {"sandbox": _sandbox(limits), "tolerance": tolerance, "total_seconds": total_seconds}
+    rows = zip(prompts, completions, tests, strict=True)
+    return [_graded(*row, partial_credit=partial_credit, **settings) for row in rows]
 
 
 def run_tests(
@@ -131,22 +130,25 @@ def run_tests(
         ValueError: ``tests`` is malformed (``check_tests``).
     """
     tests = check_tests(tests)
-    run = partial(_run_with_input, tolerance=tolerance) if reads_input(tests[0]) else _run_with_calls
     until = time.monotonic() + total_seconds
-    passed, runnable, feedback = run(program, tests, sandbox, stop_at_failure, until)
+    if reads_input(tests[0]):
+        results = _run_with_input(program, tests, sandbox, tolerance, until)
+    else:
+        results = _run_with_calls(program, tests, sandbox, stop_at_failure, until)
+    passed: list[bool | None] = []
+    runnable, feedback = True, ""
+    for result in results:
+        passed.append(result.passed)
+        runnable = runnable and result.ran
+        if not result.passed and not feedback:
+            feedback = f"test {len(passed)}: {result.error}"
+        if result.passed is None or (stop_at_failure and not result.passed):
+            break
     return Verdict(tuple(passed), len(tests), runnable, feedback[-MAX_FEEDBACK:])
 
 
-def _graded(
-    prompt: str,
-    completion: str,
-    tests: Any,
-    *,
-    sandbox: Sandbox,
-    partial_credit: bool,
-    tolerance: float | None,
-    total_seconds: float,
-) -> RewardOutput:
+def _graded(prompt: str, completion: str, tests: Any, *, partial_credit: bool, **settings: Any) -> RewardOutput:
+    """The output of ``code_reward`` for one completion; ``settings`` are those of ``run_tests``."""
     reason = why_untestable(tests)
     if reason is not None:
         return RewardOutput(None, note=reason)
@@ -159,14 +161,7 @@ def _graded(
         return RewardOutput(
             0.0, {"runnable": 0.0}, "no program: the completion has neither a fenced block of Python nor an <answer>"
         )
-    verdict = run_tests(
-        with_typing(program),
-        tests,
-        sandbox,
-        stop_at_failure=not partial_credit,
-        tolerance=tolerance,
-        total_seconds=total_seconds,
-    )
+    verdict = run_tests(with_typing(program), tests, stop_at_failure=not partial_credit, **settings)
     runnable = {"runnable": float(verdict.runnable)}
     if None in verdict.passed:
         return RewardOutput(None, runnable, verdict.feedback)
@@ -177,35 +172,32 @@ def _graded(
 def with_typing(program: str) -> str:
     """The program with an import of the names of ``typing`` that it uses without importing, as LeetCode's code does."""
     tree = parsed(program)
-    names = sorted(free_names(tree) & set(PRELUDE["typing"])) if tree else []
+    names = sorted(free_names(tree) & set(PRELUDE["typing"].split())) if tree else []
     if not names or "from __future__" in program:
         return program
     return f"from typing import {', '.join(names)}\n{program}"
 
 
+class _Result(NamedTuple):
+    """A test's result as in ``Verdict.passed``, whether the program ran without an error, and the test's feedback."""
+
+    passed: bool | None
+    ran: bool
+    error: str
+
+
 def _run_with_input(
-    program: str,
-    tests: Sequence[Any],
-    sandbox: Sandbox,
-    stop_at_failure: bool,
-    until: float,
-    tolerance: float | None = None,
-) -> tuple[list[bool | None], bool, str]:
-    passed: list[bool | None] = []
-    runnable, feedback = True, ""
-    for number, test in enumerate(tests, 1):
+    program: str, tests: Sequence[Any], sandbox: Sandbox, tolerance: float | None, until: float
+) -> Iterator[_Result]:
+    for test in tests:
         output_bytes = 2 * len(test["output"].encode()) + sandbox.limits.output_bytes
         result = sandbox.run(program, stdin=test["input"], until=until, output_bytes=output_bytes)
         ran = result.status == "ended" and result.returncode == 0
         output = result.stdout.decode("utf-8", "replace")
-        passed.append(ran and same_output(output, test["output"], tolerance))
-        runnable = runnable and ran
-        if not passed[-1]:
-            error = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _error(result, sandbox.limits)
-            feedback = feedback or f"test {number}: {error}"
-            if stop_at_failure or result.status != "ended":
-                break
-    return passed, runnable, feedback
+        error = f"wrote {output!r:.500}, not {test['output']!r:.500}" if ran else _error(result, sandbox.limits)
+        yield _Result(ran and same_output(output, test["output"], tolerance), ran, error)
+        if result.status != "ended":
+            return
 
 
 def same_output(output: str, expected: str, tolerance: float | None) -> bool:
@@ -236,26 +228,20 @@ def _near(token: str, expected: str, *, tolerance: float) -> bool:
 
 def _run_with_calls(
     program: str, tests: Sequence[Any], sandbox: Sandbox, stop_at_failure: bool, until: float
-) -> tuple[list[bool | None], bool, str]:
-    passed: list[bool | None] = []
-    runnable, feedback = True, ""
-    tests = prepared(tests)
-    while len(passed) < len(tests):
+) -> Iterator[_Result]:
+    remaining = prepared(tests)
+    while remaining:
         # A program that ended in the middle of a test is started again for the next one.
-        verdicts, result, stderr = _session(program, tests[len(passed) :], sandbox, stop_at_failure, until)
+        verdicts, result, stderr = _session(program, remaining, sandbox, stop_at_failure, until)
         for verdict in verdicts:
-            passed.append(verdict["passed"])
-            runnable = runnable and verdict["ran"]
-            if not verdict["passed"] and not feedback:
-                feedback = f"test {len(passed)}: {verdict['error']}" + (f"\n{stderr}" if not verdict["ran"] else "")
-        if len(passed) < len(tests) and (result.status != "ended" or not verdicts):
-            passed.append(False)
-            runnable = False
-            feedback = feedback or f"test {len(passed)}: {_error(result, sandbox.limits)}"
-            break
-        if None in passed or not verdicts[-1]["loaded"] or (stop_at_failure and False in passed):
-            break
-    return passed, runnable, feedback
+            error = verdict["error"] if verdict["ran"] else f"{verdict['error']}\n{stderr}"
+            yield _Result(verdict["passed"], verdict["ran"], error)
+        remaining = remaining[len(verdicts) :]
+        if remaining and (result.status != "ended" or not verdicts):
+            yield _Result(False, False, _error(result, sandbox.limits))
+            return
+        if not verdicts[-1]["loaded"]:
+            return
 
 
 def _session(
@@ -315,6 +301,4 @@ def _inside(name: str) -> str:
     return (resources.files("grpo_jax.rewards.code") / "inside" / f"{name}.py").read_text()
 
 
-@cache
-def _sandbox(limits: SandboxLimits) -> Sandbox:
-    return Sandbox(limits)
+_sandbox = cache(Sandbox)

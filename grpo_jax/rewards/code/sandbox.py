@@ -144,7 +144,7 @@ class Sandbox:
             self._rules = system_call_filter()
         except OSError as error:
             raise SandboxUnavailable(str(error)) from error
-        if (python is not None or packages) and (why := refusal(self._python, self._packages)):
+        if (python is not None or packages) and (why := _refusal(self._python, self._packages)):
             shown = "".join(f" and {folder}" for folder in self._packages)
             raise SandboxUnavailable(f"no program can be run with {self._python}{shown}: {why}")
 
@@ -328,15 +328,14 @@ def _starter(limits: SandboxLimits, seconds: float, packages: Sequence[str], pro
         packages: folders to append to ``sys.path``.
         program: descriptor of the file that holds the program.
     """
-    bounds = {
-        "RLIMIT_AS": limits.memory_bytes,
-        "RLIMIT_NPROC": limits.processes,
-        "RLIMIT_FSIZE": limits.file_bytes,
-        "RLIMIT_NOFILE": 64,
-        "RLIMIT_CORE": 0,
-    }
-    limits_set = list(bounds.items())
-    return STARTER.format(limits=limits_set, seconds=math.ceil(seconds), packages=list(packages), program=program)
+    bounds = [
+        ("RLIMIT_AS", limits.memory_bytes),
+        ("RLIMIT_NPROC", limits.processes),
+        ("RLIMIT_FSIZE", limits.file_bytes),
+        ("RLIMIT_NOFILE", 64),
+        ("RLIMIT_CORE", 0),
+    ]
+    return STARTER.format(limits=bounds, seconds=math.ceil(seconds), packages=list(packages), program=program)
 
 
 def _fill(file: int, content: bytes) -> None:
@@ -382,14 +381,14 @@ def find_python() -> str:
     reasons = []
     candidates = [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "/usr/bin/python3"]
     for python in dict.fromkeys(map(os.path.realpath, candidates)):
-        why = refusal(python)
+        why = _refusal(python)
         if why is None:
             return python
         reasons.append(f"with {python}: {why}")
     raise SandboxUnavailable(f"no program can be run in a sandbox; {INSTALL}. {'. '.join(reasons)}")
 
 
-def refusal(python: str, packages: Sequence[str] = ()) -> str | None:
+def _refusal(python: str, packages: Sequence[str] = ()) -> str | None:
     """The reason why no program can be run with an interpreter and packages; None if one can."""
     source = f"import os\nfor folder in {list(packages)!r}: os.listdir(folder)\nprint('ready')"
     command = [*bubblewrap(python, packages, 1 << 20), *AS_FIRST_PROCESS, python, "-sSB", "-c", source]

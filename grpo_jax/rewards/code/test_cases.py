@@ -23,38 +23,23 @@ Test = str | dict[str, Any]
   functions and classes that it defines are run as by pytest and unittest, and ``check(candidate)`` as by HumanEval.
 """
 PRELUDE = {
-    "bisect": ("bisect_left", "bisect_right", "insort"),
-    "collections": ("Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"),
-    "copy": ("deepcopy",),
-    "dataclasses": ("dataclass",),
-    "datetime": ("timedelta",),
-    "decimal": ("Decimal",),
-    "fractions": ("Fraction",),
-    "functools": ("cache", "cmp_to_key", "lru_cache", "partial", "reduce"),
-    "heapq": ("heapify", "heappop", "heappush", "nlargest", "nsmallest"),
-    "io": ("StringIO",),
-    "itertools": ("accumulate", "chain", "combinations", "groupby", "islice", "permutations", "product", "zip_longest"),
-    "math": (
-        "ceil",
-        "comb",
-        "cos",
-        "e",
-        "factorial",
-        "floor",
-        "gcd",
-        "inf",
-        "isclose",
-        "lcm",
-        "log",
-        "pi",
-        "sin",
-        "sqrt",
-    ),
-    "operator": ("attrgetter", "itemgetter"),
-    "typing": ("Any", "Callable", "Dict", "Iterable", "List", "Optional", "Set", "Tuple", "Union"),
+    "bisect": "bisect_left bisect_right insort",
+    "collections": "Counter OrderedDict defaultdict deque namedtuple",
+    "copy": "deepcopy",
+    "dataclasses": "dataclass",
+    "datetime": "timedelta",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "functools": "cache cmp_to_key lru_cache partial reduce",
+    "heapq": "heapify heappop heappush nlargest nsmallest",
+    "io": "StringIO",
+    "itertools": "accumulate chain combinations groupby islice permutations product zip_longest",
+    "math": "ceil comb cos e factorial floor gcd inf isclose lcm log pi sin sqrt",
+    "operator": "attrgetter itemgetter",
+    "typing": "Any Callable Dict Iterable List Optional Set Tuple Union",
 }
 """Names that tests use without importing them, because their data sets prepend these imports to every program."""
-FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names}
+FROM_PRELUDE = {name: module for module, names in PRELUDE.items() for name in names.split()}
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib", "sp": "scipy", "tf": "tensorflow", "torch": "torch"}
 MAIN_CALLS = ("unittest.main", "pytest.main", "sys.exit", "exit")
 PROGRAM_MODULES = ("solution", "your_solution", "candidate", "submission", "main")
@@ -184,11 +169,10 @@ class _RemoveMainCalls(ast.NodeTransformer):
         is_main = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in MAIN_CALLS
         return ast.copy_location(ast.Pass(), node) if is_main else node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.AST) -> ast.AST:
         return node
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return node
+    visit_ClassDef = visit_FunctionDef  # noqa: N815 - named by ast
 
 
 def _run_at_top_level(tree: ast.Module) -> set[str]:

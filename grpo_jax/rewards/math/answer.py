@@ -83,7 +83,11 @@ def canonical_answer(text: str) -> Fraction | str:
 
 
 def same_text(answer: str, other: str) -> bool:
-    """Whether two answers have the same ``canonical_answer``: the comparison of ``answer_reward``."""
+    """Whether two answers have the same ``canonical_answer``: the comparison of ``answer_reward``.
+
+    Args:
+        answer, other: final answers.
+    """
     return canonical_answer(answer) == canonical_answer(other)
 
 

@@ -71,6 +71,9 @@ def same_answers(answer: str, other: str) -> bool:
     """Whether ``same_answer`` holds with either answer as the gold; False if one cannot be read.
 
     For majority votes. ``same_answer`` is stricter with the answer than with the gold.
+
+    Args:
+        answer, other: final answers, LaTeX or plain text.
     """
     for pair in ((answer, other), (other, answer)):
         with suppress(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -31,28 +32,16 @@ def to_common_kind(gold: Answer, answer: Answer) -> tuple[Answer, Answer]:
         return gold, as_interval(answer) or answer
     if kinds == ("tuple", "interval") and len(answer.value) == 1:
         return as_interval(gold) or gold, answer
-    if kinds == ("tuple", "matrix") or kinds == ("matrix", "tuple"):
-        return _as_tuple(gold), _as_tuple(answer)
-    if set(kinds) == {"tuple", "expression"}:
-        return _as_unit_vectors(gold), _as_unit_vectors(answer)
+    if convert := CONVERSIONS.get(frozenset(kinds)):
+        return convert(gold), convert(answer)
     if set(kinds) == {"equation", "expression"}:
         return _right_side(gold, answer), _right_side(answer, gold)
     if kinds == ("number", "equation") and re.fullmatch(r"[a-w](?:\+[a-w])+", answer.value[1] or ""):
         return gold, answer.value[2]  # m+n = 11
     if "congruence" in kinds:
         return _as_congruence(gold), _as_congruence(answer)
-    if kinds == ("text", "list") or kinds == ("list", "text"):
-        return _as_letters(gold), _as_letters(answer)
-    if set(kinds) == {"ratio", "expression"}:
-        return _as_fraction(gold), _as_fraction(answer)
-    if set(kinds) == {"set", "number"} or set(kinds) == {"set", "expression"}:
-        return _as_element(gold), _as_element(answer)
     if kinds == ("ratio", "time"):
         return gold, _as_ratio(answer)
-    if set(kinds) == {"ratio", "number"}:
-        return _as_fraction(gold), _as_fraction(answer)
-    if set(kinds) == {"set", "list"}:
-        return replace(gold, kind="set"), replace(answer, kind="set")
     if set(kinds) <= {"number", "expression"} and DEGREES in (gold.unit, answer.unit) and gold.unit != answer.unit:
         return _in_degrees(gold), _in_degrees(answer)
     if kinds == ("number", "expression") and gold.unit is not None:
@@ -177,3 +166,16 @@ def _monomial_unit(node: Node) -> tuple[Fraction | None, str]:
         return None, ""
     coefficient = Fraction(math.prod(number or 0 for number, _ in pairs))
     return coefficient, ("/" if name == "div" else " ").join(letters for _, letters in pairs if letters)
+
+
+CONVERSIONS: dict[frozenset[str], Callable[[Answer], Answer]] = {
+    frozenset(("tuple", "matrix")): _as_tuple,
+    frozenset(("tuple", "expression")): _as_unit_vectors,
+    frozenset(("text", "list")): _as_letters,
+    frozenset(("set", "number")): _as_element,
+    frozenset(("set", "expression")): _as_element,
+    frozenset(("set", "list")): lambda answer: replace(answer, kind="set"),
+    frozenset(("ratio", "number")): _as_fraction,
+    frozenset(("ratio", "expression")): _as_fraction,
+}
+"""Conversions of both answers, by the two kinds in either order."""

@@ -96,7 +96,11 @@ def is_zero(value: Any, digits: int) -> bool:
 
 
 def quotient(x: Any, y: Any) -> Any:
-    """``x / y``, exact if both are Fractions."""
+    """``x / y``, exact if both are Fractions.
+
+    Args:
+        x, y: Fractions or mpmath numbers.
+    """
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x / y
     return _inexact(x) / _inexact(y)
@@ -139,6 +143,10 @@ def close(x: Any, y: Any, places: int, digits: int) -> bool:
 
 def digits_needed(node: Node, bits: float) -> int:
     """Decimal digits needed to evaluate an expression at variables of magnitudes up to ``2 ** bits``.
+
+    Args:
+        node: expression.
+        bits: upper bound of ``|log2 |x||`` of every variable.
 
     Raises:
         TooLargeError: a bound exceeds ``MAX_BITS``.

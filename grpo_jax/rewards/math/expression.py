@@ -45,7 +45,7 @@ def parse(text: str) -> Node | None:
         node = parser.sum(0)
     except (_NotAnExpressionError, IndexError):
         return None
-    return node if parser.at_end() else None
+    return None if parser.peek() else node
 
 
 @lru_cache(maxsize=4096)
@@ -71,14 +71,22 @@ def constants(node: Node) -> frozenset[str]:
 
 
 def substitute(node: Node, old: Node, new: Node) -> Node:
-    """``node`` with every subexpression ``old`` replaced by ``new``."""
+    """``node`` with every subexpression ``old`` replaced by ``new``.
+
+    Args:
+        node, old, new: expressions.
+    """
     if node == old:
         return new
     return (node[0], *(substitute(part, old, new) if isinstance(part, tuple) else part for part in node[1:]))
 
 
 def difference(left: Node, right: Node) -> Node:
-    """``left - right``."""
+    """``left - right``.
+
+    Args:
+        left, right: expressions.
+    """
     return ("add", left, ("mul", MINUS_ONE, right))
 
 
@@ -93,9 +101,6 @@ class _Parser:
         self.tokens = tokens
         self.position = 0
         self.bars = 0
-
-    def at_end(self) -> bool:
-        return self.position == len(self.tokens)
 
     def peek(self) -> str:
         return self.tokens[self.position] if self.position < len(self.tokens) else ""
@@ -114,8 +119,6 @@ class _Parser:
         return True
 
     def sum(self, depth: int) -> Node:
-        if depth > MAX_DEPTH:
-            raise _NotAnExpressionError
         terms = [self.product(depth)]
         while self.peek() in ("+", "-"):
             sign = self.take()
@@ -125,8 +128,6 @@ class _Parser:
 
     def product(self, depth: int) -> Node:
         if self.peek() in ("+", "-"):
-            if depth > MAX_DEPTH:
-                raise _NotAnExpressionError
             return _negative(self.product(depth + 1)) if self.take() == "-" else self.product(depth + 1)
         node = self.power(depth)
         while True:
@@ -185,8 +186,6 @@ class _Parser:
         return False
 
     def exponent(self, depth: int) -> Node:
-        if depth > MAX_DEPTH:
-            raise _NotAnExpressionError
         if self.accept("-"):
             return _negative(self.exponent(depth + 1))
         self.accept("+")
@@ -194,6 +193,8 @@ class _Parser:
         return ("pow", node, self.exponent(depth + 1)) if self.accept("^") else node
 
     def atom(self, depth: int) -> Node:
+        if depth > MAX_DEPTH:
+            raise _NotAnExpressionError
         token = self.take()
         if token[-1].isdigit() and token[0] != "\\":
             return self.number(token, depth)
@@ -257,11 +258,6 @@ class _Parser:
                 self.position -= 1
                 self.tokens[self.position] = token[1:]
             return ("number", Fraction(token[0]))
-        return self.nested(depth)
-
-    def nested(self, depth: int) -> Node:
-        if depth > MAX_DEPTH:
-            raise _NotAnExpressionError
         return self.atom(depth + 1)
 
     def fraction(self, depth: int) -> Node:
@@ -302,7 +298,7 @@ class _Parser:
             if f"arc{name}" not in INVERSE_TRIGONOMETRIC:
                 raise _NotAnExpressionError
             name, exponent = f"arc{name}", None
-        inner = self.nested(depth) if self.peek() in ("(", "[", "{", "|") else self.factors(depth + 1)
+        inner = self.atom(depth + 1) if self.peek() in ("(", "[", "{", "|") else self.factors(depth + 1)
         if name == "exp":
             node: Node = ("pow", ("constant", "e"), inner)
         elif name == "lg" or base is not None:
@@ -313,7 +309,7 @@ class _Parser:
 
     def factors(self, depth: int) -> Node:
         """Argument of a function without brackets."""
-        if depth > MAX_DEPTH or not (self.starts_factor() or self.peek()[:1].isdigit()):
+        if not (self.starts_factor() or self.peek()[:1].isdigit()):
             raise _NotAnExpressionError
         node = self.power(depth)
         while self.starts_factor() and not self.is_function(self.peek()) and self.peek() not in ("(", "["):

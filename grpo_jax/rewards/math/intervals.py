@@ -62,7 +62,11 @@ def complement(intervals: tuple[Interval, ...]) -> tuple[Interval, ...]:
 
 
 def intersection(first: tuple[Interval, ...], second: tuple[Interval, ...]) -> tuple[Interval, ...] | None:
-    """The intersection of two ``union`` results; None if their ends cannot be compared."""
+    """The intersection of two sets of intervals; None if their ends cannot be compared.
+
+    Args:
+        first, second: results of ``union``.
+    """
     outside = union([*complement(first), *complement(second)])
     return None if outside is None else complement(outside)
 

@@ -176,7 +176,6 @@ def _measured(text: str) -> Answer | None:
         if not re.search(r"\d|\\pi", number) or not balanced(number) or not UNIT_TEXT.fullmatch(rest):
             continue
         words = " ".join(re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", rest).replace(" ^", "^").split()).strip(" .")
-        words = re.sub(r" ?\^ ?\{? ?(-?\d) ?\}?", r"^{\1}", words)
         if "degrees" in words and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", number):
             return None  # the degrees belong to the argument of the function
         value = exact_number(number)

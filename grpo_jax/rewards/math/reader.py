@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from grpo_jax.rewards.math.evaluation import TooLargeError, work_limit
 from grpo_jax.rewards.math.expression import Node, parse, variables
@@ -77,16 +77,17 @@ def read_answer(text: str) -> Answer | None:
 
 
 def _read(text: str) -> Answer | None:
+    text = re.sub(r"^\\approx ?", "", text)
     if not text:
         return None
-    text = re.sub(r"^\\approx ?", "", text)
-    inner = _ungrouped(text) if text else None
+    inner = _ungrouped(text)
     if inner is not None:
         return _read(inner)
     if prefix := ANSWER_PREFIX.match(text):
         return _read(text[prefix.end() :].strip())
-    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _with_parameter, _congruence)
-    for reader in (*readers, _alternatives, _relation, _collection, _list, _expression):
+    congruence, relation = (partial(reader, parse_side=_read) for reader in (read_congruence, read_relation))
+    readers = (read_numeral, _choice, read_number, read_ratio, _prose, _with_parameter, congruence)
+    for reader in (*readers, _alternatives, relation, _collection, _list, _expression):
         answer = reader(text)
         if answer is not None:
             return answer if answer.kind != "invalid" else None
@@ -128,21 +129,13 @@ def _alternatives(text: str) -> Answer | None:
     parts = split_top_level(text, OR)
     if len(parts) == 1:
         return None
-    answers = [_read(part) if part else None for part in parts]
+    answers = [_read(part) for part in parts]
     known = [answer for answer in answers if answer is not None]
     if len(known) == len(answers) and all(answer.kind == "interval" for answer in known):
         return _union(answers)
     if len(known) == len(answers) and all(answer.kind == "text" and len(answer.value) > 1 for answer in known):
         return Answer("text", " or ".join(sorted(answer.value for answer in known)))
     return _read_items("list", parts)
-
-
-def _congruence(text: str) -> Answer | None:
-    return read_congruence(text, _read)
-
-
-def _relation(text: str) -> Answer | None:
-    return read_relation(text, _read)
 
 
 def _collection(text: str) -> Answer | None:
@@ -159,12 +152,12 @@ def _collection(text: str) -> Answer | None:
         return Answer("text", f"the set {match[1]}{match[2] or ''}")
     parts = split_top_level(text, r"\\cup(?![a-z])")
     if len(parts) > 1:
-        return _union([_read(part) if part else None for part in parts])
+        return _union([_read(part) for part in parts])
     parts = split_top_level(
         re.sub(r"(\\mathbb ?\{ ?R ?\}) ?- ?(?=\\\{)", r"\1 \\setminus ", text), r"\\setminus(?![a-z])"
     )
     if len(parts) == 2:
-        base, removed = (_as_intervals(_read(part)) if part else None for part in parts)
+        base, removed = (_as_intervals(_read(part)) for part in parts)
         remaining = None if base is None or removed is None else intersection(base, complement(removed))
         return INVALID if remaining is None else Answer("interval", remaining)
     if (match := CASES.fullmatch(text)) and (r"{cases}" in text or "=" in text):
@@ -306,7 +299,7 @@ def _read_items(kind: str, parts: list[str]) -> Answer:
     """A set, list or tuple of the parsed parts, whose names are checked; ``INVALID`` if a part cannot be parsed."""
     items: list[Answer] = []
     for part in parts:
-        item = _read(part) if part else None
+        item = _read(part)
         if item is None:
             return INVALID
         is_pair = item.kind == "list" and r"\pm" in part  # the values of an expression with \pm
@@ -384,5 +377,5 @@ def _expression(text: str) -> Answer | None:
 
 
 def _scalar(text: str) -> Answer | None:
-    value = exact_number(text) if text else None
-    return Answer("number", value) if value is not None else _expression(text) if text else None
+    value = exact_number(text)
+    return _expression(text) if value is None else Answer("number", value)

@@ -274,11 +274,8 @@ def read_congruence(text: str, parse_side: Parser) -> Answer | None:
         return None
     modulus = int(match["modulus"])
     classes = [Answer("congruence", (int(value.value) % modulus, modulus)) for value in values]
-    return (
-        replace(classes[0], name=match["name"])
-        if len(classes) == 1
-        else Answer("list", tuple(classes), name=match["name"])
-    )
+    answer = classes[0] if len(classes) == 1 else Answer("list", tuple(classes))
+    return replace(answer, name=match["name"])
 
 
 def _absolute_value(sides: list[str], sign: str) -> Answer | None:

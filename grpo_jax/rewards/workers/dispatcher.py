@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import queue
 import selectors
@@ -69,6 +68,10 @@ class Dispatcher:
         self._control, self.process = start(rewards, memory_bytes, deadline)
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._waiting: dict[str | None, deque[Job]] = {}
+        self._active: list[Worker] = []
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
 
@@ -110,32 +113,27 @@ class Dispatcher:
     # The methods below run in the thread.
 
     def _run(self) -> None:
-        waiting: dict[str | None, deque[Job]] = {}
-        active: list[Worker] = []
         reason: Exception = CancelledError("the pool was closed")
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            try:
-                while self._serve(selector, waiting, active):
-                    continue
-            except Exception as error:
-                reason = RuntimeError(f"the pool has died: {type(error).__name__}: {error}")
+        try:
+            while self._serve():
+                continue
+        except Exception as error:
+            reason = RuntimeError(f"the pool has died: {type(error).__name__}: {error}")
+        self._selector.close()
         while not self._incoming.empty():
             job = self._incoming.get()
             if job is not None:
                 self._outstanding.add(job.future)
         for future in self._outstanding:
             future.set_exception(reason)
-        for worker in active:
+        for worker in self._active:
             worker.connection.close()
             os.close(worker.output)
 
-    def _serve(
-        self, selector: selectors.BaseSelector, waiting: dict[str | None, deque[Job]], active: list[Worker]
-    ) -> bool:
+    def _serve(self) -> bool:
         """Handle what has arrived, then deadlines, then assign jobs; False if the thread is to end."""
         now = time.monotonic()  # before select, so that replies that arrived by then are read before deadlines apply
-        for key, _ in selector.select(self._until_due(active)):
+        for key, _ in self._selector.select(self._until_due()):
             if key.fileobj is self._woken:
                 self._woken.recv(65536)
                 while not self._incoming.empty():
@@ -143,14 +141,14 @@ class Dispatcher:
                     if job is None:
                         return False
                     self._outstanding.add(job.future)
-                    waiting.setdefault(job.reward if job.is_batch else None, deque()).append(job)
-            elif key.data not in active:
+                    self._waiting.setdefault(job.reward if job.is_batch else None, deque()).append(job)
+            elif key.data not in self._active:
                 continue  # replaced in this round
             elif key.fileobj == key.data.output:
                 self._read_output(key.data)
             else:
-                self._receive_reply(key.data, selector, active)
-        for worker, job in [(worker, worker.job) for worker in active if worker.job is not None]:
+                self._receive_reply(key.data)
+        for worker, job in [(worker, worker.job) for worker in self._active if worker.job is not None]:
             if now >= worker.due:
                 cpu_seconds, is_runnable = processor_time(worker.pid)
                 used = cpu_seconds - worker.cpu_seconds_before
@@ -159,17 +157,17 @@ class Dispatcher:
                 worker.due = worker.started + allowed + min(waited, MAX_WAITING * allowed)
             if now >= worker.due:
                 detail = f"it took more than {self._allowed(job):g} seconds"
-                self._replace(worker, selector, active, "deadline", detail)
+                self._replace(worker, "deadline", detail)
             elif (
                 not (job.is_batch or worker.is_straggler)
                 and now - worker.started >= self._slow_after[job.reward]
-                and sum(each.is_straggler for each in active) < MAX_STRAGGLERS
+                and sum(each.is_straggler for each in self._active) < MAX_STRAGGLERS
             ):
                 worker.is_straggler = True
                 self._request("lower_priority", pid=worker.pid)
-        for batch_reward, jobs in waiting.items():
-            while jobs and (worker := self._free(selector, active, batch_reward)):
-                self._assign(worker, jobs.popleft(), selector, active)
+        for batch_reward, jobs in self._waiting.items():
+            while jobs and (worker := self._free(batch_reward)):
+                self._assign(worker, jobs.popleft())
         return True
 
     def _allowed(self, job: Job) -> float:
@@ -187,24 +185,21 @@ class Dispatcher:
                 self.num_printed[worker.reward] += len(lines)
                 self.printed[worker.reward].extend(line.decode(errors="replace")[:1000] for line in lines)
 
-    def _until_due(self, active: list[Worker]) -> float | None:
+    def _until_due(self) -> float | None:
         """Seconds until the next deadline, or until a worker becomes a straggler; None if no worker has a job."""
-        is_full = sum(worker.is_straggler for worker in active) >= MAX_STRAGGLERS
+        is_full = sum(worker.is_straggler for worker in self._active) >= MAX_STRAGGLERS
         due = [
-            min(
-                worker.due,
-                math.inf
-                if worker.is_straggler or is_full or job.is_batch
-                else worker.started + self._slow_after[job.reward],
-            )
-            for worker in active
+            worker.due
+            if worker.is_straggler or is_full or job.is_batch
+            else min(worker.due, worker.started + self._slow_after[job.reward])
+            for worker in self._active
             if (job := worker.job) is not None
         ]
         return max(min(due) - time.monotonic(), 0.001) if due else None
 
-    def _free(self, selector: selectors.BaseSelector, active: list[Worker], batch_reward: str | None) -> Worker | None:
+    def _free(self, batch_reward: str | None) -> Worker | None:
         """An idle worker for batches of a reward (None: for single samples), forked if there may be more; else None."""
-        workers = [worker for worker in active if worker.batch_reward == batch_reward]
+        workers = [worker for worker in self._active if worker.batch_reward == batch_reward]
         for worker in workers:
             if worker.job is None:
                 return worker
@@ -220,23 +215,23 @@ class Dispatcher:
         connection.settimeout(STUCK_SECONDS)
         worker = Worker(self._receive()["pid"], connection, output, batch_reward)
         for source in (output, connection):
-            selector.register(source, selectors.EVENT_READ, worker)
-        active.append(worker)
+            self._selector.register(source, selectors.EVENT_READ, worker)
+        self._active.append(worker)
         return worker
 
-    def _assign(self, worker: Worker, job: Job, selector: selectors.BaseSelector, active: list[Worker]) -> None:
+    def _assign(self, worker: Worker, job: Job) -> None:
         worker.job, worker.reward, worker.started = job, job.reward, time.monotonic()
         worker.cpu_seconds_before, _ = processor_time(worker.pid)
         worker.due = worker.started + self._allowed(job)
         try:
             send(worker.connection, job.body)
         except OSError:
-            self._replace(worker, selector, active)
+            self._replace(worker)
 
-    def _receive_reply(self, worker: Worker, selector: selectors.BaseSelector, active: list[Worker]) -> None:
+    def _receive_reply(self, worker: Worker) -> None:
         message = receive(worker.connection)
         if message is None:
-            self._replace(worker, selector, active)
+            self._replace(worker)
             return
         self._read_output(worker)
         job, worker.job = worker.job, None
@@ -249,12 +244,12 @@ class Dispatcher:
             self._finish(job, reply)
         is_old = worker.batch_reward is None and worker.jobs_done >= MAX_JOBS_PER_WORKER
         if reply.get("error") == "memory" or is_old:
-            self._replace(worker, selector, active)
+            self._replace(worker)
         elif worker.is_straggler:
             # Only root can raise a priority again; otherwise a new fork takes the worker's place.
             worker.is_straggler = not self._request("restore_priority", pid=worker.pid)["restored"]
             if worker.is_straggler:
-                self._replace(worker, selector, active)
+                self._replace(worker)
 
     def _finish(self, job: Job, reply: Mapping[str, Any]) -> None:
         """Resolve a job's future with its scores or with the error of the whole batch."""
@@ -271,22 +266,15 @@ class Dispatcher:
             return self._error_output(job, row, reply["error"], reply["detail"])
         return RewardOutput(**{**reply, "steps": tuple(map(tuple, reply["steps"]))})
 
-    def _replace(
-        self,
-        worker: Worker,
-        selector: selectors.BaseSelector,
-        active: list[Worker],
-        kind: str = "died",
-        detail: str | None = None,
-    ) -> None:
+    def _replace(self, worker: Worker, kind: str = "died", detail: str | None = None) -> None:
         """Kill a worker; its job, if it has one, fails. The detail defaults to how the process died."""
         self.replaced += 1
         self._read_output(worker)
         for source in (worker.connection, worker.output):
-            selector.unregister(source)
+            self._selector.unregister(source)
         worker.connection.close()
         os.close(worker.output)
-        active.remove(worker)
+        self._active.remove(worker)
         status = self._request("end", pid=worker.pid)["status"]
         if worker.job is not None:
             self._fail(worker.job, kind, detail or death(status))

@@ -5,6 +5,12 @@ import traceback
 
 
 def serve_program(source, connection):
+    """Run the program, send its names, and serve requests until the connection is lost.
+
+    Args:
+        source: Python.
+        connection: to the sandbox of the tests.
+    """
     # Not as __main__, so that a program does not do what it would as a script, such as reading its input.
     main = sys.modules["__main__"] = sys.modules["solution"] = type(sys)("solution")
     try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from fractions import Fraction
-from types import CoroutineType, SimpleNamespace
+from types import CoroutineType
 
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_JSON_INT = 1 << 62
@@ -20,14 +20,9 @@ USER_MODULES = ("__main__", "solution")
 """The modules in which tests and programs define their classes."""
 
 COMPARISONS = ("lt", "le", "gt", "ge")
-ARITHMETIC = ("add", "sub", "mul", "truediv", "matmul")
+REFLECTED = {"r" + name: name for name in ("add", "sub", "mul", "truediv", "matmul")}
+ARITHMETIC = (*REFLECTED, *REFLECTED.values())
 FORWARDED = ("next", "iter", "len", "str", "repr", "bool", "hash", "abs", "neg", "getitem", "setitem")
-
-
-def _reflected(operation):
-    return lambda target, other: operation(other, target)
-
-
 OPERATIONS = {
     "call": lambda function, args, kwargs: function(*args, **kwargs),
     "run": lambda coroutine: __import__("asyncio").run(coroutine),
@@ -35,9 +30,10 @@ OPERATIONS = {
     "setattr": setattr,
     "isinstance": lambda target, value: isinstance(value, target),
     **{name: getattr(builtins, name, None) or getattr(operator, name) for name in FORWARDED},
-    **{name: getattr(operator, name) for name in ("eq", *COMPARISONS, *ARITHMETIC)},
+    **{name: getattr(operator, name) for name in ("eq", *COMPARISONS, *REFLECTED.values())},
 }
-OPERATIONS.update({name + "_reflected": _reflected(OPERATIONS[name]) for name in ARITHMETIC})
+for _name, _operation in REFLECTED.items():
+    OPERATIONS[_name] = lambda target, other, operation=OPERATIONS[_operation]: operation(other, target)
 EXITS = ("SystemExit", "KeyboardInterrupt", "GeneratorExit")
 """Exceptions by which a program ends itself; a test cannot catch them."""
 
@@ -122,22 +118,31 @@ class Connection:
     def request(self, operation, target, *args):
         """The result of an operation on an object of the other side.
 
-        Lists, dicts and sets among the arguments are then changed as the operation changed their copies.
+        Lists, dicts and sets among the arguments of a call are then changed as the call changed their copies.
+
+        Args:
+            operation: one of ``OPERATIONS``.
+            target: the id under which the other side knows the object.
+            args: further arguments of the operation; for ``call``, the arguments and the keyword arguments.
+
+        Raises:
+            ConnectionLost: the other side has ended.
+            CannotSend: an argument can be neither copied nor referred to.
+            Exception: what the operation raised, as ``exception_class`` stands for it.
         """
-        self.send({"operation": operation, "target": target, "args": [self.encode(value) for value in args]})
+        self.send({"operation": operation, "target": target, "args": self.encode(args)})
         reply = self.receive()
         while "operation" in reply:
             self.serve(reply)
             reply = self.receive()
         if "raised" in reply:
-            self.reraise(reply, operation)
+            self._reraise(reply, operation)
         if operation == "call":
-            args = args[0]
-        for value, changed in zip(args, reply.get("args", [])):
-            update(value, self.decode(changed))
-        return self.decode(reply.get("value"))
+            for value, changed in zip(args[0], self.decode(reply["args"])):
+                _update(value, changed)
+        return self.decode(reply["value"])
 
-    def reraise(self, reply, operation):
+    def _reraise(self, reply, operation):
         name = reply["raised"][0]
         if name in EXITS:
             raise self.connection_lost("the program ended itself: {}".format(name))
@@ -153,12 +158,13 @@ class Connection:
             operation = request["operation"]
             if operation not in self.allowed:
                 raise AttributeError("the operation {} is not allowed".format(operation))
-            args = [self.decode(value) for value in request["args"]]
+            args = self.decode(request["args"])
             value = OPERATIONS[operation](self.objects[request["target"]], *args)
+            reply = {"value": self.encode(value)}
             if operation == "call":
-                args = args[0]
-            changed = [self.encode(value) if isinstance(value, (list, dict, set)) else None for value in args]
-            self.send({"value": self.encode(value), "args": changed})
+                changed = [each if isinstance(each, (list, dict, set)) else None for each in args[0]]
+                reply["args"] = self.encode(changed)
+            self.send(reply)
         except ConnectionLost:
             raise
         except BaseException as error:
@@ -178,10 +184,10 @@ class Connection:
             return str.__str__(value)
         for name, kind in CONTAINERS.items():
             if isinstance(value, kind):
-                return self.with_reference(value, {name: [self.encode(item) for item in kind.__iter__(value)]})
+                return self._with_reference(value, {name: [self.encode(item) for item in kind.__iter__(value)]})
         if isinstance(value, dict):
             pairs = [[self.encode(key), self.encode(item)] for key, item in dict.items(value)]
-            return self.with_reference(value, {"dict": pairs})
+            return self._with_reference(value, {"dict": pairs})
         for name, (kind, to_json, _) in COPIED.items():
             if isinstance(value, kind):
                 return {name: to_json(value)}
@@ -197,12 +203,12 @@ class Connection:
             return {"iterator": [self.encode(item) for item in value]}
         if callable(value):
             name, doc = getattr(value, "__name__", ""), getattr(value, "__doc__", None)
-            return {"function": [self.reference(value), name, doc, parameters(value)]}
+            return {"function": [self.reference(value), name, doc]}
         error = CannotSend("an object of type {}; plain values and functions can be".format(type(value).__name__))
         error.from_test = type(value).__module__ in USER_MODULES
         raise error
 
-    def with_reference(self, value, copy):
+    def _with_reference(self, value, copy):
         """The copy of a container, and a reference where its class, which may have methods, is the program's own."""
         is_shared = self.shares_objects and type(value).__module__ in USER_MODULES
         return {"container": [self.reference(value), copy]} if is_shared else copy
@@ -236,9 +242,9 @@ class Connection:
             return self.remote(content)
         remote = self.remote(content[0])
         if kind == "container":
-            object.__setattr__(remote, "_rpc_plain", self.decode(content[1]))
+            vars(remote)["_rpc_plain"] = self.decode(content[1])
         elif kind == "function":
-            set_metadata(remote, *content[1:])
+            vars(remote).update(__name__=content[1], __doc__=content[2])
         return remote
 
     def remote(self, reference):
@@ -264,7 +270,9 @@ class RaisedByProgram(Exception):
 def exception_class(names, known):
     """The local class for an exception of the other side.
 
-    It derives from the first of ``names`` (the exception's class and its bases) that is known or built in.
+    Args:
+        names: of the exception's class and its bases; the first that is known or built in is the base of the result.
+        known: local classes by name.
     """
     for name in names:
         base = known.get(name) or getattr(builtins, name, None)
@@ -283,36 +291,11 @@ def describe_exception(error):
     return {"raised": [kind.__name__ for kind in type(error).__mro__], "text": text}
 
 
-def parameters(function):
-    """The names and kinds of a function's parameters, for programs that inspect it; None if it has no signature."""
-    import inspect  # here, because it takes long to load
-
-    try:
-        return [[each.name, int(each.kind)] for each in inspect.signature(function).parameters.values()]
-    except (TypeError, ValueError):
-        return None
-
-
-def set_metadata(remote, name, doc, names_and_kinds):
-    """Give a remote function the name, docstring and signature that it has on the other side."""
-    import inspect
-
-    object.__setattr__(remote, "__name__", name)
-    object.__setattr__(remote, "__doc__", doc)
-    if names_and_kinds is not None:
-        signature = [inspect.Parameter(each, inspect._ParameterKind(kind)) for each, kind in names_and_kinds]
-        object.__setattr__(remote, "__signature__", inspect.Signature(signature))
-        object.__setattr__(remote, "__code__", SimpleNamespace(co_argcount=len(signature)))
-
-
-def update(value, changed):
+def _update(value, changed):
     """Change a list, dict or set in place to what it became on the other side."""
-    if isinstance(value, list) and isinstance(changed, list):
-        if value != changed:
-            value[:] = changed
-    elif isinstance(value, (dict, set)) and type(value) is type(changed) and value != changed:
+    if isinstance(value, (list, dict, set)) and type(value) is type(changed) and value != changed:
         value.clear()
-        value.update(changed)
+        (value.extend if isinstance(value, list) else value.update)(changed)
 
 
 class RemoteObject:
@@ -326,14 +309,15 @@ class RemoteObject:
     """
 
     def __init__(self, connection, reference, tainted=False):
-        object.__setattr__(self, "_rpc_connection", connection)
-        object.__setattr__(self, "_rpc_id", reference)
-        object.__setattr__(self, "_rpc_tainted", tainted)
-        object.__setattr__(self, "_rpc_plain", None)
+        vars(self).update(_rpc_connection=connection, _rpc_id=reference, _rpc_tainted=tainted, _rpc_plain=None)
 
     def _rpc_request(self, operation, *args):
         value = self._rpc_connection.request(operation, self._rpc_id, *args)
-        return as_tainted(value) if self._rpc_tainted else value
+        if not (self._rpc_tainted or (operation in ARITHMETIC and getattr(args[0], "_rpc_tainted", True))):
+            return value
+        if not isinstance(value, RemoteObject):
+            raise TypeError("an object of the program and a plain value gave a plain value, which could be the answer")
+        return RemoteObject(self._rpc_connection, value._rpc_id, tainted=True)
 
     def __call__(self, /, *args, **kwargs):
         return self._rpc_request("call", args, kwargs)
@@ -351,19 +335,9 @@ class RemoteObject:
             return self._rpc_connection.request("eq", self._rpc_id, other) is True
         return self._rpc_plain is not None and self._rpc_plain == other
 
-    def __ne__(self, other):
-        return not self == other
-
     def __instancecheck__(self, value):
-        return (
-            isinstance(value, RemoteObject) and self._rpc_connection.request("isinstance", self._rpc_id, value) is True
-        )
-
-
-def as_tainted(value):
-    if not isinstance(value, RemoteObject):
-        raise TypeError("an object of the program and a plain value gave a plain value, which could be the answer")
-    return RemoteObject(value._rpc_connection, value._rpc_id, tainted=True)
+        is_remote = isinstance(value, RemoteObject)
+        return is_remote and self._rpc_connection.request("isinstance", self._rpc_id, value) is True
 
 
 def _forwarded(operation):
@@ -378,18 +352,7 @@ def _comparison(operation):
     return compare
 
 
-def _arithmetic(operation):
-    def compute(self, other):
-        value = self._rpc_connection.request(operation, self._rpc_id, other)
-        return value if isinstance(other, RemoteObject) else as_tainted(value)
-
-    return compute
-
-
-for _name in FORWARDED:
+for _name in (*FORWARDED, *ARITHMETIC):
     setattr(RemoteObject, "__{}__".format(_name), _forwarded(_name))
 for _name in COMPARISONS:
     setattr(RemoteObject, "__{}__".format(_name), _comparison(_name))
-for _name in ARITHMETIC:
-    setattr(RemoteObject, "__{}__".format(_name), _arithmetic(_name))
-    setattr(RemoteObject, "__r{}__".format(_name), _arithmetic(_name + "_reflected"))

@@ -13,6 +13,13 @@ from types import CoroutineType, FunctionType
 
 
 def run_tests(tests, connection, stop_at_failure):
+    """Run tests and write their verdicts, until the program has ended or a test is itself at fault.
+
+    Args:
+        tests: as ``test_cases.prepared`` gives them.
+        connection: to the sandbox of the program.
+        stop_at_failure: whether to stop after the first test that fails.
+    """
     verdicts = os.dup(1)
     os.dup2(2, 1)  # so that what tests print is not read as a verdict
 
@@ -22,51 +29,51 @@ def run_tests(tests, connection, stop_at_failure):
     try:
         names = receive_names(connection)
     except (Exception, ConnectionLost) as error:
-        write(verdict(False, f"the program did not load: {error}", ran=False, loaded=False))
+        write(_verdict(False, f"the program did not load: {error}", ran=False, loaded=False))
         return
     for test in tests:
-        result = verdict_of(test, names, connection)
+        result = _verdict_of(test, names, connection)
         write(result)
         if connection.lost or result["passed"] is None or (stop_at_failure and not result["passed"]):
             return
 
 
-def verdict(passed, error="", ran=True, loaded=True):
+def _verdict(passed, error="", ran=True, loaded=True):
     """``passed`` is None where the test itself is at fault; ``ran`` is False for an error of the program."""
     return {"passed": passed, "error": error[-2000:], "ran": ran, "loaded": loaded}
 
 
-def verdict_of(test, names, connection):
+def _verdict_of(test, names, connection):
     try:
-        run_test(test, names)
+        _run_test(test, names)
         if connection.lost:  # the test has caught the exception
             raise ConnectionLost(connection.lost)
     except ConnectionLost as error:
-        return verdict(False, str(error), ran=False)
+        return _verdict(False, str(error), ran=False)
     except InvalidTest as error:
-        return verdict(None, str(error))
+        return _verdict(None, str(error))
     except MissingFunction as error:
-        return verdict(False, "{} in {}".format(error, text_of(test)), ran=False)
+        return _verdict(False, "{} in {}".format(error, text_of(test)), ran=False)
     except CannotSend as error:
         if error.from_test:
-            return verdict(None, f"the test passes the program an argument that cannot be sent: {error}")
-        return verdict(False, f"{error}")
+            return _verdict(None, f"the test passes the program an argument that cannot be sent: {error}")
+        return _verdict(False, f"{error}")
     except BaseException as error:
         by_program = isinstance(error, RaisedByProgram)
         if isinstance(error, (ImportError, NameError)):
             described = "{}: {}".format(type(error).__name__, error)
-            if not by_program and is_fault_of_test(error, test):
-                return verdict(None, f"the test cannot be run: {described}")
-            return verdict(False, "{} in {}".format(described, text_of(test)), ran=False)
+            if not by_program and _is_fault_of_test(error, test):
+                return _verdict(None, f"the test cannot be run: {described}")
+            return _verdict(False, "{} in {}".format(described, text_of(test)), ran=False)
         is_assertion = isinstance(error, AssertionError)
         described = "".join(traceback.format_exception_only(type(error), error))
-        if "text" in test and not by_program and fails_without_program(test, error):
+        if "text" in test and not by_program and _fails_without_program(test, error):
             shown = "" if is_assertion else f" ({described.strip()})"
-            return verdict(None, "the test fails whatever the program is{}: {}".format(shown, text_of(test)))
+            return _verdict(None, "the test fails whatever the program is{}: {}".format(shown, text_of(test)))
         if is_assertion:
-            return verdict(False, "failed: %s" % (str(error) or text_of(test)))
-        return verdict(False, "{}in {}".format(described, text_of(test)), ran=not by_program)
-    return verdict(True)
+            return _verdict(False, "failed: %s" % (str(error) or text_of(test)))
+        return _verdict(False, "{}in {}".format(described, text_of(test)), ran=not by_program)
+    return _verdict(True)
 
 
 class MissingFunction(Exception):
@@ -97,11 +104,11 @@ class Placeholder:
         locals()[method] = use
 
 
-def fails_without_program(test, error):
+def _fails_without_program(test, error):
     """Whether a test fails with the same error before it uses anything of the program, as ``f(1 / 0)`` does."""
     count, placeholder = ProgramUsed.count, Placeholder()
     try:
-        run_text(test, dict.fromkeys(test["names"], placeholder), lambda _names: placeholder)
+        _run_text(test, dict.fromkeys(test["names"], placeholder), lambda _names: placeholder)
     except BaseException as again:
         return ProgramUsed.count == count and type(again) is type(error) and str(again) == str(error)
     return False
@@ -127,7 +134,7 @@ def receive_names(connection):
     return names
 
 
-def is_fault_of_test(error, test):
+def _is_fault_of_test(error, test):
     """Whether the test is to blame for a missing import or name: any but the functions that it calls."""
     if "text" not in test or isinstance(error, ImportError):
         return True
@@ -135,21 +142,21 @@ def is_fault_of_test(error, test):
     return missing is None or missing.group(1) not in test["called"]
 
 
-def run_test(test, names):
+def _run_test(test, names):
     """Run a test as ``test_cases.prepared`` gives it; it raises if it fails."""
     if "text" in test:
-        run_text(test, names)
+        _run_text(test, names)
         return
     name = test["fn_name"]
     function = getattr(names["Solution"](), name) if name not in names and "Solution" in names else names.get(name)
     if not callable(function):
         raise MissingFunction("the program has no function {}".format(name))
     result = function(*test["input"])
-    if not equal_as_json(result, test["output"]):
+    if not _equal_as_json(result, test["output"]):
         raise AssertionError("%s gave %.500r, not %.500r" % (name, result, test["output"]))
 
 
-def run_text(test, names, candidate=None):
+def _run_text(test, names, candidate=None):
     """Run the text of a test, then the tests that it only defines: functions, classes, HumanEval's ``check``."""
     from_program = {name: names[name] for name in test["names"] if name in names}
     for name in test["names"]:
@@ -162,7 +169,7 @@ def run_text(test, names, candidate=None):
     scope = {"__name__": "__main__", **imported, **from_program}
     exec(compile(test["text"], "test.py", "exec"), scope)
     defined = {name: value for name, value in scope.items() if name not in from_program and name not in imported}
-    tests = [call for name, value in defined.items() for call in collect(name, value, test["run"])]
+    tests = [call for name, value in defined.items() for call in _collect(name, value, test["run"])]
     for call in tests:
         result = call()
         if isinstance(result, CoroutineType):
@@ -174,7 +181,7 @@ def run_text(test, names, candidate=None):
         raise InvalidTest("the test does not use the program (names of Python's own are not the program's)")
 
 
-def collect(name, value, already_run):
+def _collect(name, value, already_run):
     """The calls by which pytest or unittest would run a function or class that a test defines."""
     if is_function(value) and name.startswith("test") and name not in already_run:
         if required_parameters(value):
@@ -186,11 +193,11 @@ def collect(name, value, already_run):
     if unittest is not None and issubclass(value, unittest.TestCase):
         return [case.debug for case in unittest.defaultTestLoader.loadTestsFromTestCase(value)]
     if name.startswith("Test"):
-        return [partial(run_method, value, method) for method in dir(value) if method.startswith("test")]
+        return [partial(_run_method, value, method) for method in dir(value) if method.startswith("test")]
     return []
 
 
-def run_method(kind, name):
+def _run_method(kind, name):
     instance = kind()
     for hook, argument in (("setup_class", kind), ("setup_method", getattr(instance, name))):
         setup = getattr(instance, hook, None)
@@ -226,19 +233,19 @@ def only_function(names):
     return functions[0]
 
 
-def equal_as_json(result, expected):
+def _equal_as_json(result, expected):
     """Equality of JSON: lists equal tuples, and numbers with a fraction may differ in the last digits."""
     if isinstance(expected, list):
         return (
             isinstance(result, (list, tuple))
             and len(result) == len(expected)
-            and all(equal_as_json(*pair) for pair in zip(result, expected))
+            and all(_equal_as_json(*pair) for pair in zip(result, expected))
         )
     if isinstance(expected, dict):
         if not isinstance(result, dict) or len(result) != len(expected):
             return False
         by_text = {key if isinstance(key, str) else json.dumps(key): value for key, value in result.items()}
-        return all(key in by_text and equal_as_json(by_text[key], expected[key]) for key in expected)
+        return all(key in by_text and _equal_as_json(by_text[key], expected[key]) for key in expected)
     if isinstance(expected, float) and isinstance(result, (int, float)) and not isinstance(result, bool):
         return math.isclose(result, expected, rel_tol=1e-9, abs_tol=1e-12) or result == expected
     if isinstance(result, bool) != isinstance(expected, bool):
