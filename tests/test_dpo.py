@@ -98,7 +98,7 @@ def test_tokens_and_flops_of_a_step_are_those_of_its_pairs(finished):
     base = models.from_pretrained(finished.model)
     limits = {"max_prompt_length": 12, "max_completion_length": 8, "rendering": {"template": "{question}"}}
     preferences, _ = load_preference_sets(finished.data, 0)
-    learnt = encode_preference_set(finished.data, preferences, base, **limits)
+    learnt = encode_preferences(preferences, base, **limits)
     prompts, completions = pair_lengths(PairBatches(learnt, num_pairs=12, num_epochs=2)[0])
     row = next(row for row in read_jsonl(finished.run_dir / "metrics.jsonl") if "loss" in row)
     assert row["num_tokens"] == 2 * prompts.sum() + completions.sum()
