@@ -58,7 +58,8 @@ def train(config: GRPOConfig, run: Run) -> None:
     run.describe(
         {
             "loss": f"{config.policy.loss}, advantages {config.advantage}, "
-            f"KL coefficient {config.policy.kl_coef or config.kl_reward_coef:g}",
+            + (f"KL {config.policy.kl}, " if config.policy.kl_coef else "")
+            + f"KL coefficient {config.policy.kl_coef or config.kl_reward_coef:g}",
             "updates": f"{config.updates_per_step} a step, {config.micro_batches} micro-batches each; "
             + config.optimizer.description,
         }

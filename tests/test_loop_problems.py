@@ -141,6 +141,7 @@ def test_held_out_problems_are_a_sample_and_graded_by_their_own_verifier(tmp_pat
             lambda: OptimizerConfig(optimizer="adam"),
             "optimizer is 'adam'; it must be one of adamw, muon, lion, adafactor",
         ),
+        (lambda: PolicyLossConfig(kl="k2"), "kl is k2, but kl_coef is 0"),
         (lambda: PolicyLossConfig(importance_cap=0.0), "importance_cap is 0"),
         (lambda: PolicyLossConfig(epsilon_low=-0.1), "epsilon_low is -0.1"),
         (lambda: PolicyLossConfig(kl="k1", kl_coef=0.1), "gradient does not depend on the reference"),

@@ -28,6 +28,7 @@ LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
     "sapo": loss.sapo_loss,
 }
 KL: dict[str, Callable] = {"k1": loss.kl_k1, "k2": loss.kl_k2, "k3": loss.kl_k3}
+DEFAULT_KL = "k3"
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": adamw,
     "muon": muon,
@@ -126,7 +127,7 @@ class PolicyLossConfig:
     correction."""
     kl_coef: float = 0.0
     """Coefficient of the KL to the reference policy in the loss. (TRL: beta.)"""
-    kl: str = "k3"
+    kl: str = DEFAULT_KL
     """KL estimator in the loss: k1, k2, k3 or module:function(log_probs, ref_log_probs)."""
     kl_correction: bool = False
     """Weight the KL in the loss by the importance ratio, which makes its gradient that of the KL."""
@@ -143,6 +144,8 @@ class PolicyLossConfig:
                 "kl is k1 and kl_coef is not 0: as a loss, k1's gradient does not depend on the reference; use k2 or "
                 "k3, set kl_correction, or put the KL in the reward with kl_reward_coef"
             )
+        if self.kl != DEFAULT_KL and not self.kl_coef:
+            raise ValueError(f"kl is {self.kl}, but kl_coef is 0, so there is no KL in the loss; set kl_coef")
         if self.kl_correction and not self.kl_coef:
             raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
         find_function(self.kl, "kl", KL, ("log_probs", "ref_log_probs"))
