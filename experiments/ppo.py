@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
+from grpo_jax.config.pipeline import stage_config
 from grpo_jax.config.ppo import PRESETS, PPOConfig
 from grpo_jax.config.presets import preset
 from grpo_jax.loop.checks import check_finite
@@ -62,8 +63,7 @@ def main(config: PPOConfig) -> int:
     config.check()
     if not config.has_reward:
         folder = config.run_dir.with_name(f"{config.run_dir.name}_reward_model")
-        shared = {name: getattr(config, name) for name in ("model", "toy", "seed", "mesh", "plain")}
-        training = Stage(SCRIPTS / "reward_model.py", replace(preset("reward_model"), run_dir=folder, **shared))
+        training = Stage(SCRIPTS / "reward_model.py", stage_config(preset("reward_model"), config, folder, None))
         status = training.run()
         if status:
             return status
@@ -80,7 +80,7 @@ def train(config: PPOConfig, run: Run) -> None:
     run.describe(
         {
             "loss": f"{config.policy.loss}, critic {config.critic}, KL coefficient {config.kl_reward_coef:g}",
-            "updates": f"{learner.updates_per_step} a step, {config.micro_batches} micro-batches each; "
+            "updates": f"{config.updates_per_step} a step, {config.micro_batches} micro-batches each; "
             + config.optimizer.description,
         }
     )
@@ -159,13 +159,9 @@ class Learner:
         self.config, self.model, self.mesh = config, collector.policy.model, mesh
         self.sizes = collector.policy.config
         self.optimizer, self.schedule = config.optimizer.build(
-            total_updates=max(num_steps, 1) * self.updates_per_step,
+            total_updates=max(num_steps, 1) * config.updates_per_step,
         )
         self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
-
-    @property
-    def updates_per_step(self) -> int:
-        return self.config.num_epochs * self.config.num_minibatches
 
     def scorer(self, log_probs: Callable) -> Callable:
         parts = self.config.num_minibatches * self.config.micro_batches
@@ -242,7 +238,7 @@ class OwnCritic(Learner):
         check_same_tokens(critic, collector.policy)
         self.critic_sizes = critic.config
         critic_optimizer, _ = config.critic_optimizer.build(
-            total_updates=config.num_steps * self.updates_per_step,
+            total_updates=config.num_steps * config.updates_per_step,
         )
         log_probs = partial(completion_log_probs, self.model, temperature=config.sampling.temperature)
         values = partial(completion_values, critic.model)

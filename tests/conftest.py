@@ -39,7 +39,7 @@ QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 
 
 def pytest_configure(config):
-    """Compile the fast suite's programs quickly: compiling them as well as XLA can takes half of its time.
+    """Compile the fast suite's programs quickly: compiling them as well as XLA can takes two fifths of its time.
 
     Both flags choose how machine code is made of a program; the program is the same. Slow tests measure speed and run
     long, and are compiled as a user's runs are.

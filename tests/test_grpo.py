@@ -482,6 +482,14 @@ def wants_old(log_probs, advantages, mask, *, old_log_probs):
     return masked.mean_pair(log_probs - old_log_probs, mask), {}
 
 
+def broken_kl(log_probs, ref_log_probs):
+    raise LookupError("nothing")
+
+
+def broken_advantage(rewards):
+    raise LookupError("nothing")
+
+
 def one_for_all(rewards):
     return rewards.mean(keepdims=True)
 
@@ -493,6 +501,8 @@ def one_for_all(rewards):
         ({"policy": PolicyLossConfig(loss="tests.test_grpo:wants_more")}, "missing 1 required keyword-only argument"),
         ({"policy": PolicyLossConfig(loss="tests.test_grpo:wants_old")}, "old_log_probs and ref_log_probs are None"),
         ({"advantage": "tests.test_grpo:one_for_all"}, r"returned an array of shape \[1\] for 8 completions"),
+        ({"advantage": "tests.test_grpo:broken_advantage"}, "broken_advantage failed: LookupError: nothing"),
+        ({"policy": PolicyLossConfig(kl="tests.test_grpo:broken_kl", kl_coef=0.1)}, "failed: LookupError: nothing"),
         ({"rewards": RewardConfig(reward=("tests.test_grpo:no_such_reward",))}, "has no function 'no_such_reward'"),
         ({"rewards": RewardConfig(judge="no_such_module:f")}, "there is no module 'no_such_module'"),
     ],

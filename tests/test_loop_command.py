@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -27,15 +26,6 @@ SCRIPTS = sorted(
     for path in (Path(__file__).parent.parent / "experiments").glob("*.py")
     if "run_command(" in path.read_text()
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def experiments():
-    """Scripts import each other as they do when one of them is run."""
-    folder = str(Path(__file__).parent.parent / "experiments")
-    sys.path.insert(0, folder)
-    yield
-    sys.path.remove(folder)
 
 
 @dataclass(frozen=True)
@@ -333,6 +323,23 @@ def test_help_is_two_screens_and_names_every_flag(capsys, monkeypatch):
         assert flag.help
         assert f"  {flag.flag}\n" in said
     assert "Fraction of completions that are truncated. [0.25]" in said
+
+
+@dataclass(frozen=True)
+class WithRare:
+    names: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+
+@dataclass(frozen=True)
+class Inherits(WithRare):
+    size: int = 1
+
+
+def test_rare_flags_of_a_base_class_take_several_values():
+    kept = []
+    assert run_command(Inherits, kept.append, description="", args=["--names", "a", "b", "--size", "2"]) == 0
+    assert run_command(Inherits, kept.append, description="", args=["--names", "a"]) == 0
+    assert kept == [Inherits(names=("a", "b"), size=2), Inherits(names=("a",))]
 
 
 def test_rare_flags_are_set_like_the_others(tmp_path):

@@ -41,6 +41,7 @@ def test_updates_count_what_was_trained_on_in_every_pass(monkeypatch):
     flops = training_flops(LLAMA, np.array([2, 4]), np.array([3, 1]))
     assert update_metrics(experience, rows, [LLAMA, LLAMA], 0.5, mesh)["mfu"] == pytest.approx(2 * flops / 1e9 / 0.5)
     assert update_metrics(experience, rows, [], 0.5, mesh) == {"update_tokens_per_second": 0}
+    assert update_metrics(experience, rows, [LLAMA], 0.0, mesh) == {}  # no rate
 
 
 def test_lengths_of_packed_rows_and_of_pairs():

@@ -167,7 +167,7 @@ def test_a_real_model_goes_from_stage_to_stage_by_folder(stages, tmp_path, monke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general": "no/such.jsonl"}, "there is no file no/such.jsonl"),
+        ({"general": "no/such.jsonl"}, "general: the file no/such.jsonl does not exist"),
         ({"final": replace(TOY.final, model="org/other")}, "final names a model"),
         ({"target_language": "klingon"}, "klingon"),
         ({"seed": -1}, "seed is -1"),

@@ -13,7 +13,7 @@ from grpo_jax.config.data import DataConfig
 from grpo_jax.config.evaluation import EvaluationConfig
 from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.offline import DemonstrationConfig
-from grpo_jax.config.pipeline import PipelineConfig
+from grpo_jax.config.pipeline import SHARED_FIELDS, PipelineConfig
 from grpo_jax.config.presets import preset
 from grpo_jax.config.prompts import prompt_fields
 from grpo_jax.config.rejection_sampling import DATASET, RejectionSamplingConfig
@@ -91,9 +91,8 @@ class DistillConfig(BatchInferenceConfig, PipelineConfig):
     @property
     def shared(self) -> dict[str, Any]:
         """Fields that all stages share."""
-        names = ("seed", "save_every", "keep_checkpoints", "trackers", "plain", "dtype", "remat", "attention", "mesh")
         sampling = ("max_prompt_length", "max_completion_length", "sampling", "cache_dtype", "cache_bytes")
-        return {name: getattr(self, name) for name in (*names, *sampling)}
+        return {name: getattr(self, name) for name in (*SHARED_FIELDS, *sampling)}
 
     @property
     def teacher(self) -> str | None:

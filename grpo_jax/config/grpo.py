@@ -21,7 +21,7 @@ from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.tasks.generated import SUMS
 
-# What the run passes to an advantage, by name.
+# Names of the arguments that the run passes to an advantage.
 ADVANTAGE_INPUTS = (
     *("rewards", "group_size", "reward_parts", "reward_weights", "step_rewards", "is_step_end"),
     "require_all",  # False: a completion counts by the rewards that it has
@@ -98,11 +98,20 @@ class GRPOConfig(OnlineConfig):
         self.policy.check(has_old=self.updates_per_step > 1, has_reference=bool(self.policy.kl_coef))
         G = self.group_size
         inputs = {
-            **{"rewards": jnp.arange(2.0 * G), "group_size": G, "require_all": False},
-            **{"reward_parts": jnp.ones((1, 2 * G)), "reward_weights": jnp.ones(1)},
-            **{"step_rewards": jnp.ones((2 * G, 1)), "is_step_end": jnp.ones((2 * G, 1), bool)},
+            "rewards": jnp.arange(2.0 * G),
+            "group_size": G,
+            "reward_parts": jnp.ones((1, 2 * G)),
+            "reward_weights": jnp.ones(1),
+            "step_rewards": jnp.ones((2 * G, 1)),
+            "is_step_end": jnp.ones((2 * G, 1), bool),
+            "require_all": False,
         }
-        advantages = call_with(self.advantage_function, **inputs)
+        try:
+            advantages = call_with(self.advantage_function, **inputs)
+        except Exception as error:
+            if ":" not in self.advantage:
+                raise
+            raise ValueError(f"the advantage {self.advantage} failed: {type(error).__name__}: {error}") from error
         shape = getattr(advantages, "shape", None)
         if shape not in ((2 * G,), (2 * G, 1)):
             kind = f"an array of shape {list(shape)}" if shape is not None else f"a {type(advantages).__name__}"
@@ -159,7 +168,7 @@ PRESETS: dict[str, Preset[GRPOConfig]] = {
         ),
         "R1-Zero on grade-school mathematics from a 0.5B base model",
         paper="DeepSeek-R1-Zero (arXiv 2501.12948, section 2.2) at a small size",
-        hardware="a GPU with 40 GB, or TPU chips with 32 GB",
+        hardware="one large GPU, or several devices with --mesh.fsdp (only the memory of an update is planned)",
         memory="19 GB a device in an update over 4 devices, with 8 sequences of 1,536 tokens at once on each, in "
         "bfloat16 (by the TPU compiler's plan for v5e 2x2, experiments/bench/memory.py; nothing ran on it)",
         score="not measured here",

@@ -95,7 +95,7 @@ class R1Config(PipelineConfig, ModelConfig):
         if self.model is not None and not all(missing.values()):
             raise ValueError(f"the pipeline needs more data: {', '.join(n for n in missing if not missing[n])}")
         if self.general not in (None, TOY_GENERAL) and not Path(str(self.general)).is_file():
-            raise ValueError(f"general: there is no file {self.general}")
+            raise ValueError(f"general: the file {self.general} does not exist")
         for name in STAGES:  # checks each stage against the base model
             stage = getattr(self, name)
             self.stage_config(stage, name, None, **(self.reasoned(stage) if hasattr(stage, "rewards") else {}))

@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lion": lion,
     "adafactor": optax.adafactor,
 }
-# What the run passes to each, by name: arguments in parentheses cannot be these.
+# Names of the arguments that the run passes, which cannot be given in parentheses.
 OPTIMIZER_INPUTS = ("learning_rate", "weight_decay")
 LOSS_INPUTS = (
     *("log_probs", "advantages", "mask", "old_log_probs", "ref_log_probs", "rollout_log_probs", "entropy"),
@@ -145,7 +145,7 @@ class PolicyLossConfig:
                 "k3, set kl_correction, or put the KL in the reward with kl_reward_coef"
             )
         if self.kl != DEFAULT_KL and not self.kl_coef:
-            raise ValueError(f"kl is {self.kl}, but kl_coef is 0, so there is no KL in the loss; set kl_coef")
+            raise ValueError(f"kl is {self.kl}, but kl_coef is 0: the estimator has no effect; set kl_coef")
         if self.kl_correction and not self.kl_coef:
             raise ValueError("kl_correction is set, but kl_coef is 0, so there is no KL in the loss")
         find_function(self.kl, "kl", KL, ("log_probs", "ref_log_probs"))
@@ -180,7 +180,7 @@ class PolicyLossConfig:
         try:
             check_loss_output(jax.eval_shape(loss_fn, None, batch))
         except Exception as error:
-            if ":" not in self.name:
+            if ":" not in self.loss + self.kl:
                 raise
             absent = [name for name in ("old_log_probs", "ref_log_probs") if getattr(batch, name) is None]
             hint = f"; with these settings {' and '.join(absent)} are None" if absent else ""

@@ -128,7 +128,7 @@ def take_rare(flags: Sequence[Flag], args: Sequence[str]) -> tuple[dict[str, Any
         texts = [value] if has_value else rest[number + 1 : end]
         if not texts:
             raise ValueError(f"{name} needs a value")
-        is_list = "tuple" in str(flag.owner.__annotations__[flag.path[-1]])
+        is_list = "tuple" in str(get_type_hints(flag.owner)[flag.path[-1]])  # of its bases too
         values = [parse_value(text) for text in texts]
         inner = settings
         for each in flag.path[:-1]:

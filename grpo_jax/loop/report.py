@@ -95,10 +95,12 @@ def update_metrics(
 
     Returns:
         ``update_tokens_per_second``, tokens of prompts and completions in all passes per second, and the metrics of
-        ``device_metrics``.
+        ``device_metrics``; nothing if ``seconds`` is 0.
     """
     prompts = np.asarray(experience.rollout.prompt_mask).sum(1)[rows]
     completions = experience.lengths[rows]
+    if seconds <= 0:  # by the clock's resolution
+        return {}
     flops = sum((models.training_flops(config, prompts, completions) for config in passes), 0.0)
     rate = len(passes) * float((prompts + completions).sum()) / seconds
     return {"update_tokens_per_second": rate} | device_metrics(mesh, flops=flops, seconds=seconds)

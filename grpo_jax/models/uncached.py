@@ -28,11 +28,11 @@ def from_apply(
 ) -> Model:
     """A ``Model`` from ``(params, ids, positions, mask) -> logits or hidden states``, of any framework.
 
-    There is no KV cache: the cache holds token ids and positions, and each decode step recomputes its whole sequences
-    and keeps the last outputs. A completion of T tokens costs T forward passes over up to P + T columns (T rounded up
-    to 64s), O(T^2), as a warning says; training costs as much as with any model. ``Sampler(cache_bytes=...)`` counts
-    ids and positions, not the activations of a forward pass: limit its batches by ``max_rows``. On a mesh, rows are
-    sharded; ``params`` may be replicated, or sharded in any way that ``apply`` can be compiled for.
+    In place of keys and values, the cache holds token ids and positions: each decode step recomputes its whole
+    sequences and keeps the last outputs. A completion of T tokens costs T forward passes over up to P + T columns (T
+    rounded up to 64s), O(T^2), as a warning says; training costs as much as with any model. ``Sampler`` counts in
+    ``cache_bytes`` ids and positions, not the activations of a forward pass: limit its batches by ``max_rows``. On a
+    mesh, rows are sharded; ``params`` may be replicated, or sharded in any way that ``apply`` can be compiled for.
 
     Args:
         apply: must be causal: the output at a column, from which the next token is predicted, depends on the ids up to

@@ -53,18 +53,13 @@ def import_reward(text: str) -> RewardFn:
         ValueError: as ``parse_call`` and ``import_function``, or the function does not take an argument.
     """
     name, arguments = parse_call(text, "reward")
-    function = import_function(name, "reward")
-    if not arguments:
-        return function
     # Not into **columns, which would take a misspelt name without a word.
-    named = [each.name for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
-    unknown = [each for each in arguments if each not in named]
-    if unknown:
-        raise ValueError(f"reward: {name} has no argument {unknown[0]!r}; it has {', '.join(named)}")
-    return partial(function, **arguments)
+    return bind(import_function(name, "reward"), arguments, name, "reward", into_kwargs=False)
 
 
-def bind(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, setting: str) -> Callable[..., Any]:
+def bind(
+    function: Callable[..., Any], arguments: Mapping[str, Any], name: str, setting: str, *, into_kwargs: bool = True
+) -> Callable[..., Any]:
     """``function`` with keyword arguments bound.
 
     Args:
@@ -72,21 +67,29 @@ def bind(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, 
         arguments: to bind.
         name: of the function, for the error.
         setting: the setting that names it, for the error.
+        into_kwargs: whether ``**kwargs`` of the function take arguments of any name.
 
     Raises:
         ValueError: the function does not take an argument.
     """
-    known = accepted(function)
+    if not arguments:
+        return function
+    known = accepted(function, into_kwargs=into_kwargs)
     unknown = [] if known is None else [each for each in arguments if each not in known]
     if unknown:
         raise ValueError(f"{setting}: {name} has no argument {unknown[0]!r}; it has {', '.join(known or ())}")
-    return partial(function, **arguments) if arguments else function
+    return partial(function, **arguments)
 
 
-def accepted(function: Callable) -> list[str] | None:
-    """Names of the parameters that can be passed by keyword; None if any can."""
+def accepted(function: Callable, *, into_kwargs: bool = True) -> list[str] | None:
+    """Names of the parameters that can be passed by keyword; None if any can.
+
+    Args:
+        function: any function.
+        into_kwargs: whether ``**kwargs`` of the function count.
+    """
     parameters = inspect.signature(function).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+    if into_kwargs and any(each.kind is each.VAR_KEYWORD for each in parameters):
         return None
     return [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
 

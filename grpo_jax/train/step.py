@@ -178,7 +178,7 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
 
     Args:
         opt_state: arrays or ``ShapeDtypeStruct``.
-        params: likewise.
+        params: the parameters, in the same form.
         shardings: of the parameters.
         replicated: sharding of the other arrays.
     """
