@@ -22,6 +22,7 @@ import numpy as np
 
 from grpo_jax.config.grpo import PRESETS, GRPOConfig
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
@@ -29,7 +30,7 @@ from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs, pe
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.sharding import replicated, shard_rows
+from grpo_jax.sharding import replicated
 from grpo_jax.train import (
     completion_log_probs,
     init_state,
@@ -49,7 +50,10 @@ def train(config: GRPOConfig, run: Run) -> None:
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
     log_probs = partial(completion_log_probs, collector.policy.model, temperature=config.sampling.temperature)
-    log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
+    layout = BatchLayout(config, collector.policy.model, mesh)
+    log_prob_fn = layout.frozen(
+        make_log_prob_fn(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
+    )
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps * config.updates_per_step)
     policy_loss = config.policy.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
@@ -60,8 +64,7 @@ def train(config: GRPOConfig, run: Run) -> None:
             "loss": f"{config.policy.loss}, advantages {config.advantage}, "
             + (f"KL {config.policy.kl}, " if config.policy.kl_coef else "")
             + f"KL coefficient {config.policy.kl_coef or config.kl_reward_coef:g}",
-            "updates": f"{config.updates_per_step} a step, {config.micro_batches} micro-batches each; "
-            + config.optimizer.description,
+            "updates": f"{config.updates_per_step} a step; {layout.description}; " + config.optimizer.description,
         }
     )
     state = init_state(
@@ -97,7 +100,7 @@ def train(config: GRPOConfig, run: Run) -> None:
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
-                    state, update = train_step(state, shard_rows(minibatch, mesh))
+                    state, update = train_step(state, layout(minibatch))
                     updates.append(update)
             if config.ref_refresh_every and step % config.ref_refresh_every == 0:
                 state = with_fresh_reference(state)

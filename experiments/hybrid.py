@@ -28,6 +28,7 @@ from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.presets import preset
 from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
@@ -86,7 +87,8 @@ def train(config: HybridConfig, run: Run) -> None:
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
     log_probs = partial(completion_log_probs, collector.policy.model, temperature=config.sampling.temperature)
-    log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=config.micro_batches)
+    layout = BatchLayout(config, collector.policy.model, mesh)
+    log_prob_fn = layout.frozen(make_log_prob_fn(log_probs, num_micro_batches=config.micro_batches))
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps)
     policy_loss = config.policy.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
@@ -120,7 +122,7 @@ def train(config: HybridConfig, run: Run) -> None:
             )
             batch = with_hybrid_advantages(config, batch, rollout, scores, values, collector.policy.tokenizer)
             assert batch.returns is not None
-            state, update = train_step(state, replace(batch, returns=None))
+            state, update = train_step(state, layout(replace(batch, returns=None)))
             critic_batch = CriticBatch(hidden, batch.returns, batch.loss_mask)
             critic_state, critic_metrics = critic.update(critic_state, critic_batch)
             states = {"policy": state, "critic": critic_state}

@@ -29,6 +29,7 @@ from grpo_jax import advantage, loss
 from grpo_jax.config.pipeline import stage_config
 from grpo_jax.config.ppo import PRESETS, PPOConfig
 from grpo_jax.config.presets import preset
+from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
@@ -80,7 +81,7 @@ def train(config: PPOConfig, run: Run) -> None:
     run.describe(
         {
             "loss": f"{config.policy.loss}, critic {config.critic}, KL coefficient {config.kl_reward_coef:g}",
-            "updates": f"{config.updates_per_step} a step, {config.micro_batches} micro-batches each; "
+            "updates": f"{config.updates_per_step} a step; {learner.layout.description}; "
             + config.optimizer.description,
         }
     )
@@ -101,8 +102,7 @@ def train(config: PPOConfig, run: Run) -> None:
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
-                    minibatch = shard_rows(minibatch, mesh)
-                    states, update = learner.update(states, minibatch, critic_alone=critic_alone)
+                    states, update = learner.update(states, learner.layout(minibatch), critic_alone=critic_alone)
                     updates.append(update)
 
             metrics = over_updates(updates)
@@ -158,6 +158,7 @@ class Learner:
     def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh, *, num_steps: int):
         self.config, self.model, self.mesh = config, collector.policy.model, mesh
         self.sizes = collector.policy.config
+        self.layout = BatchLayout(config, self.model, mesh)
         self.optimizer, self.schedule = config.optimizer.build(
             total_updates=max(num_steps, 1) * config.updates_per_step,
         )
@@ -165,7 +166,7 @@ class Learner:
 
     def scorer(self, log_probs: Callable) -> Callable:
         parts = self.config.num_minibatches * self.config.micro_batches
-        return make_log_prob_fn(log_probs, num_micro_batches=parts)
+        return self.layout.frozen(make_log_prob_fn(log_probs, num_micro_batches=parts))
 
     def step(self, loss_fn: Callable, optimizer: Any) -> Callable:
         return make_train_step(loss_fn, optimizer, num_micro_batches=self.config.micro_batches)

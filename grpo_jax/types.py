@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 import chex
 import jax.numpy as jnp
@@ -65,6 +65,27 @@ class PrefixCache:
     scatter_index: Int[Array, "devices rows"] | None = None
 
 
+@pytree
+class Segments:
+    """The attention mask of packed rows in which several segments continue the same one, such as a group's prompt.
+
+    A token attends to tokens up to itself in its own segment and in the segment that its own continues.
+
+    Attributes:
+        ids: number of each token's segment within its row, from 1; 0 in padding.
+        prefix_ids: number of the segment that each token's own continues; 0 if it continues none.
+        positions: position of each token in its sequence, from 0, in which sliding windows are measured.
+    """
+
+    ids: Int[Array, "B S"]
+    prefix_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+
+
+Packing = Literal["shared", "separate"]
+"""How completions are packed into rows: a prompt once for several completions of its group, or for each completion."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A decoder as pure functions and numbers, without modules and state.
@@ -73,8 +94,8 @@ class Model:
         apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, prefixes, block_bounds) ->
             (hidden [B, S, D], cache)``. Token ``i`` of the call has slot ``start + i`` and attends to slots up to its
             own: to those of ``prefixes``, and to those of the cache where ``mask`` is True (None: to all). An integer
-            mask holds segment ids of packed sequences, 0 for padding; tokens attend within their segment. Without a
-            cache (None), C = S, ``start`` is 0, and the call's keys and values are returned as the cache. With one,
+            mask holds segment ids of packed sequences, 0 for padding; tokens attend within their segment. ``Segments``
+            are a mask too. Without a cache (None), C = S, ``start`` is 0, and the call's keys and values are returned as the cache. With one,
             they are written to columns ``start .. start + S - 1``. Attention sums over each prefix, and over each block
             of columns between ``block_bounds``, separately: two calls with the same blocks round identically.
             ``hidden`` is the input of the output embedding (final norm applied). A query that may attend to nothing
@@ -92,6 +113,8 @@ class Model:
         max_length: longest sequence that the model supports, in tokens; None if unknown.
         rope_switch_length: a call with longer sequences uses other rotary frequencies for all of its tokens (longrope
             and dynamic scaling); None if frequencies do not depend on the length.
+        packing: how prompts and completions are best packed for ``apply``: ``separate`` where an attention kernel takes
+            segment ids but not ``Segments``; None if they cannot be packed.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -104,6 +127,7 @@ class Model:
     logit_softcap: float | None = None
     max_length: int | None = None
     rope_switch_length: int | None = None
+    packing: Packing | None = None
 
 
 @pytree
@@ -147,8 +171,43 @@ class Rollout:
 
 
 @pytree
+class PackedRows:
+    """Prompts and completions packed into rows: the tokens that completion tokens are predicted from.
+
+    The last token of a completion predicts nothing and is left out. Where a prompt is shared, its last token is
+    repeated as the first of each completion's segment, so that every completion token has a place that predicts it.
+
+    Attributes:
+        token_ids: the tokens of each row, then padding.
+        segment_ids: number of each token's segment within its row, from 1; 0 in padding.
+        prefix_ids: as in ``Segments``; None if no prompt is shared.
+        positions: position of each token in its sequence, from 0.
+        target_ids: the completion token that each token predicts; any id where it predicts none.
+        target_mask: True at tokens that predict a completion token.
+        sequence_index: number of each of a row's at most K sequences in the batch; -1 at unused places.
+        starts: column that predicts the first completion token of each sequence.
+    """
+
+    token_ids: Int[Array, "*N R S"]
+    segment_ids: Int[Array, "*N R S"]
+    prefix_ids: Int[Array, "*N R S"] | None
+    positions: Int[Array, "*N R S"]
+    target_ids: Int[Array, "*N R S"]
+    target_mask: Bool[Array, "*N R S"]
+    sequence_index: Int[Array, "*N R K"]
+    starts: Int[Array, "*N R K"]
+
+    @property
+    def attention_mask(self) -> Int[Array, "R S"] | Segments:
+        """The rows' mask for ``Model.apply``."""
+        if self.prefix_ids is None:
+            return self.segment_ids
+        return Segments(self.segment_ids, self.prefix_ids, self.positions)
+
+
+@pytree
 class Batch:
-    """The data of a policy update; the first axis of every field is the batch of sequences.
+    """The data of a policy update; the first axis of every field but ``rows`` is the batch of sequences.
 
     Attributes:
         prompt_ids, prompt_mask, completion_ids, completion_mask: as in ``Rollout``.
@@ -160,6 +219,7 @@ class Batch:
         ref_log_probs: the reference policy's log-probabilities; None without a reference.
         old_values: the critic's values at the start of the update; None without a critic.
         returns: the critic's targets.
+        rows: the packed rows that hold the sequences, in a micro-batch of a ``PackedBatch``; B = R * K then.
     """
 
     prompt_ids: Int[Array, "B P"]
@@ -173,6 +233,7 @@ class Batch:
     ref_log_probs: Float[Array, "B T"] | None = None
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
+    rows: PackedRows | None = None
 
     @classmethod
     def from_rollout(
@@ -207,6 +268,21 @@ class Batch:
             old_values=old_values,
             returns=returns,
         )
+
+
+@pytree
+class PackedBatch:
+    """Sequences with the packed rows that hold them, in micro-batches of equal shape, as ``train.pack`` makes them.
+
+    Attributes:
+        sequences: the sequences, in their own order.
+        rows: stacked micro-batches; those after the first ``count`` are empty.
+        count: micro-batches that hold sequences.
+    """
+
+    sequences: Batch | Rollout
+    rows: PackedRows
+    count: Int[Array, ""]
 
 
 @pytree

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from grpo_jax.config.data import DataConfig
@@ -16,6 +17,8 @@ from grpo_jax.config.run import Export, RunConfig, require_at_least
 from grpo_jax.monitor.alarms import AlarmConfig
 
 MICRO_BATCH_TOKENS = 16_384
+CPU_PACKED_TOKENS = 1024
+"""Tokens of a micro-batch of packed rows on a CPU: its activations stay in the caches, and little is left unused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,10 @@ class OnlineConfig(RunConfig, PolicyConfig):
     num_micro_batches: int | None = None
     """Gradient accumulation: parts of each update (TRL: gradient_accumulation_steps). Results do not depend on it.
     Default: as few as keep a part within 16,384 tokens per device."""
+    packing: Annotated[Literal["auto", "shared", "separate", "none"], tyro.conf.Suppress] = "auto"
+    """Layout of updates and frozen-policy log-probabilities: shared packs the completions of a group into rows after
+    one copy of their prompt, separate packs whole sequences, none pads. auto: what the attention kernel supports, but
+    none in float32, where padded rows agree with the sampler to the last bits."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""
@@ -106,6 +113,15 @@ class OnlineConfig(RunConfig, PolicyConfig):
         self.mesh.check_divides(self.num_prompts, "num_prompts")
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
         self.mesh.check_divides(rows, "the completions of a micro-batch")
+
+    @property
+    def packed_micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch of packed rows on a device: those of a padded one, if their number is set."""
+        if self.num_micro_batches is not None:
+            rows = self.num_completions // (self.num_minibatches * self.num_micro_batches)
+            shape = self.mesh.build().shape
+            return rows * (self.prompt_length + self.completion_length) // (shape["data"] * shape["fsdp"])
+        return CPU_PACKED_TOKENS if jax.default_backend() == "cpu" else MICRO_BATCH_TOKENS
 
     def micro_batches_of(self, rows: int) -> int:
         """The smallest number of equal micro-batches that keeps each within ``MICRO_BATCH_TOKENS`` per device.

@@ -16,16 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.kv_cache import CacheEntry
+from grpo_jax.models.kv_cache import CacheEntry, slice_columns
 from grpo_jax.models.rope import Rotation
 from grpo_jax.sharding import take_rows
+from grpo_jax.types import Segments
 
 # Finite, so that the softmax of a row of masked scores and its gradient are finite.
 MASKED_SCORE = -0.5 * float(np.finfo(np.float32).max)
+QUERY_BLOCK = 128
 
 
 def attention_mask(
-    mask: Bool[Array, "N C"] | Int[Array, "N C"] | None,
+    mask: Bool[Array, "N C"] | Int[Array, "N C"] | Segments | None,
     slots: Int[Array, " S"],
     first: int | Int[Array, ""],
     columns: int,
@@ -35,7 +37,8 @@ def attention_mask(
 
     Args:
         mask: False at columns that no token may attend to; None if there are none (M is 1 then, N otherwise). Or
-            segment ids, 0 for padding: tokens attend within their segment.
+            segment ids, 0 for padding: tokens attend within their segment. Or ``Segments`` of the call's own tokens;
+            windows are then measured in positions.
         slots: slot of each token.
         first: slot of the first column.
         columns: C.
@@ -43,6 +46,12 @@ def attention_mask(
     """
     distances = slots[:, None] - (first + jnp.arange(columns))[None, :]
     reachable = distances >= 0
+    if isinstance(mask, Segments):
+        ids = mask.ids[:, None, :]
+        joined = (mask.ids[:, :, None] == ids) | (mask.prefix_ids[:, :, None] == ids)
+        if window is not None:
+            joined &= mask.positions[:, :, None] - mask.positions[:, None, :] < window
+        return joined & (ids > 0) & reachable[None]
     if window is not None:
         reachable &= distances < window
     if mask is None:
@@ -51,6 +60,11 @@ def attention_mask(
     if mask.dtype != bool:
         return (mask[:, slots, None] == mask[:, None, :]) & (mask > 0)[:, None, :] & reachable[None]
     return mask[:, None, :] & reachable[None]
+
+
+def is_packed_mask(mask: Bool[Array, "N C"] | Int[Array, "N C"] | Segments | None) -> bool:
+    """Whether a mask describes packed sequences."""
+    return isinstance(mask, Segments) or (mask is not None and mask.dtype != bool)
 
 
 class KVSegment(NamedTuple):
@@ -136,6 +150,27 @@ def attend(
     return functools.reduce(jnp.add, out)
 
 
+def attend_in_blocks(
+    queries: Float[Array, "B K G S E"], entry: CacheEntry, mask: Bool[Array, "B S S"], softcap: float | None
+) -> Float[Array, "B K G S E"]:
+    """``attend`` of a call's tokens among themselves, without the keys after each block of queries.
+
+    Over long rows this saves up to half of the scores. It rounds differently than ``attend``, which sums over all keys.
+
+    Args:
+        queries: scaled.
+        entry: the call's keys and values.
+        mask: as returned by ``attention_mask``.
+        softcap: as in ``attend``.
+    """
+    blocks = []
+    for start in range(0, queries.shape[3], QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, queries.shape[3])
+        seen = KVSegment(slice_columns(entry, 0, end), mask[:, start:end, :end])
+        blocks.append(attend(queries[:, :, :, start:end], [seen], softcap))
+    return jnp.concatenate(blocks, axis=3)
+
+
 class AttentionInputs(NamedTuple):
     """The inputs of a layer's attention other than the residual stream.
 
@@ -144,6 +179,8 @@ class AttentionInputs(NamedTuple):
         start: the cache column at which the call's keys and values are written.
         masks: attention mask over each block of the cache's columns (without a cache, of the call's own keys).
         prefixes: the segments before the cache.
+        packed_mask: if given, the call's tokens are packed sequences that attend among themselves; the mask over their
+            keys, as returned by ``attention_mask``. ``masks`` and ``prefixes`` are empty then.
         kernel_mask: if given, the call attends only to its own tokens and a fused kernel may compute it; the kernel's
             mask or segment ids. ``masks`` and ``prefixes`` are empty then.
     """
@@ -152,4 +189,5 @@ class AttentionInputs(NamedTuple):
     start: int | Int[Array, ""]
     masks: Sequence[Bool[Array, "M S _"]]
     prefixes: Sequence[KVSegment]
+    packed_mask: Bool[Array, "B S S"] | None = None
     kernel_mask: Bool[Array, "B S"] | Int[Array, "B S"] | None = None

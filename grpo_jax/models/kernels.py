@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.models.attention import attention_mask
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.sharding import BATCH
+from grpo_jax.types import Segments
 
 AttentionName = Literal["auto", "plain", "cudnn", "splash"]
 Kernel = Callable[..., Float[Array, "B S H E"]]
@@ -97,11 +99,16 @@ def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor:
     return None
 
 
+def takes_segments(kernel: Kernel) -> bool:
+    """Whether a kernel's mask may be ``types.Segments``."""
+    return kernel is cudnn_attention
+
+
 def cudnn_attention(
     queries: Float[Array, "B S H E"],
     keys: Float[Array, "B S K E"],
     values: Float[Array, "B S K E"],
-    mask: Bool[Array, "B S"] | Int[Array, "B S"],
+    mask: Bool[Array, "B S"] | Int[Array, "B S"] | Segments,
     *,
     window: int | None,
     softcap: None = None,
@@ -116,11 +123,19 @@ def cudnn_attention(
         queries: scaled.
         keys: each head serves ``H / K`` adjacent query heads.
         values: likewise.
-        mask: False at columns that no token may attend to, or segment ids, 0 for padding.
+        mask: False at columns that no token may attend to, or segment ids, 0 for padding, or ``Segments``.
         window: sliding window; None for full attention.
         softcap: not supported.
         implementation: "xla" computes the same on any platform, for tests.
     """
+    if isinstance(mask, Segments):
+        S = queries.shape[1]
+        # A token of padding attends to itself: a row that attends to nothing would be NaN.
+        seen = attention_mask(mask, jnp.arange(S), 0, S, window) | jnp.eye(S, dtype=bool)[None]
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                queries, keys, values, mask=seen[:, None], scale=1.0, implementation=implementation
+            )
     attention = partial(
         jax.nn.dot_product_attention,
         scale=1.0,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import AttentionInputs, KVSegment, attend
+from grpo_jax.models.attention import AttentionInputs, KVSegment, attend, attend_in_blocks
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
@@ -140,13 +140,16 @@ class Attention(Layer):
             out = self.kernel(queries, keys, values, inputs.kernel_mask, softcap=c.attention_softcap)
         else:
             queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-            segments, start = [*inputs.prefixes], 0
-            for mask in inputs.masks:
-                end = start + mask.shape[2]
-                segments.append(KVSegment(slice_columns(entry, start, end), mask))
-                start = end
-            out = attend(queries, segments, c.attention_softcap).astype(self.dtype)
-            out = out.transpose(0, 3, 1, 2, 4)
+            if inputs.packed_mask is not None:
+                out = attend_in_blocks(queries, entry, inputs.packed_mask, c.attention_softcap)
+            else:
+                segments, start = [*inputs.prefixes], 0
+                for mask in inputs.masks:
+                    end = start + mask.shape[2]
+                    segments.append(KVSegment(slice_columns(entry, start, end), mask))
+                    start = end
+                out = attend(queries, segments, c.attention_softcap)
+            out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4)
         out = out.reshape(-1, c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
         return out, entry

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask
+from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel
+from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import BATCH, constrain
-from grpo_jax.types import Cache, Model, Params, PrefixCache
+from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Segments
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         self,
         token_ids: Int[Array, "B S"],
         rotations: Rotations,
-        mask: Bool[Array, "B C"] | Int[Array, "B C"] | None,
+        mask: Bool[Array, "B C"] | Int[Array, "B C"] | Segments | None,
         cache: list[CacheEntry] | None,
         start: int | Int[Array, ""],
         prefixes: Sequence[PrefixCache] = (),
@@ -79,12 +79,17 @@ class Decoder(nn.Module):
         x = constrain(x, self.mesh, BATCH)
         slots = start + jnp.arange(S)
         kernel_mask = None
-        if self.kernel is not None and S > 1 and isinstance(start, int) and start == 0 and not prefixes:
-            kernel_mask = jnp.ones(token_ids.shape, bool) if mask is None else mask[:, :S]
-        masks, prefix_masks = {}, {}
+        is_alone = S > 1 and isinstance(start, int) and start == 0 and not prefixes
+        if self.kernel is not None and is_alone and (takes_segments(self.kernel) or not isinstance(mask, Segments)):
+            all_tokens = jnp.ones(token_ids.shape, bool)
+            kernel_mask = all_tokens if mask is None else mask if isinstance(mask, Segments) else mask[:, :S]
+        is_packed = kernel_mask is None and cache is None and is_packed_mask(mask)
+        masks, prefix_masks, packed_masks = {}, {}, {}
         for window in set(c.windows):
-            if kernel_mask is not None:
-                masks[window], prefix_masks[window] = [], []
+            masks[window], prefix_masks[window], packed_masks[window] = [], [], None
+            if is_packed:
+                packed_masks[window] = attention_mask(mask, slots, 0, columns, window)
+            if kernel_mask is not None or is_packed:
                 continue
             masks[window] = jnp.split(attention_mask(mask, slots, 0, columns, window), block_bounds, axis=2)
             prefix_masks[window] = [
@@ -98,7 +103,7 @@ class Decoder(nn.Module):
                 for prefix, prefix_mask in zip(prefixes, prefix_masks[window], strict=True)
             ]
             rotation = rotations[c.ropes.index(c.ropes[i])]
-            inputs = AttentionInputs(rotation, start, masks[window], segments, kernel_mask)
+            inputs = AttentionInputs(rotation, start, masks[window], segments, packed_masks[window], kernel_mask)
             x, entry = layer(x, inputs, None if cache is None else cache[i])
             x = constrain(x, self.mesh, BATCH)
             entries.append(entry)
@@ -149,16 +154,19 @@ def build_model(
         params: Params,
         token_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"] | Rotations,
-        mask: Bool[Array, "B C"] | Int[Array, "B C"] | None = None,
+        mask: Bool[Array, "B C"] | Int[Array, "B C"] | Segments | None = None,
         cache: Cache = None,
         start: int | Int[Array, ""] = 0,
         prefixes: Sequence[PrefixCache] = (),
         block_bounds: Sequence[int] = (),
     ) -> tuple[Float[Array, "B S D"], Cache]:
         columns = token_ids.shape[1] if cache is None else cache[0]["values"].shape[2]
-        if mask is not None and mask.shape[1] != columns:
+        mask_columns = columns if mask is None else (mask.ids if isinstance(mask, Segments) else mask).shape[1]
+        if mask_columns != columns:
             holder = "the call has tokens" if cache is None else "the cache"
-            raise ValueError(f"the mask must have as many columns as {holder}: {columns}, not {mask.shape[1]}")
+            raise ValueError(f"the mask must have as many columns as {holder}: {columns}, not {mask_columns}")
+        if isinstance(mask, Segments) and cache is not None:
+            raise ValueError("Segments are a mask of the call's own tokens: call without a cache")
         if token_ids.shape[1] > columns:
             raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
         rotations = positions if isinstance(positions, dict) else rope(positions)
@@ -196,7 +204,14 @@ def build_model(
         logit_softcap=config.logit_softcap,
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
+        packing=_best_packing(config, module.kernel),
     )
+
+
+def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | None:
+    if config.rope_switch_length is not None:
+        return None  # with frequencies by length, the sequences of a row would depend on each other
+    return "shared" if kernel is None or takes_segments(kernel) else "separate"
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.log_probs import chunked_log_probs
 from grpo_jax.masked import last_unmasked, positions
-from grpo_jax.types import Batch, Model, Packed, Pairs, Params, Rollout, cache_columns
+from grpo_jax.train.packing import by_sequence
+from grpo_jax.types import Batch, Model, Packed, PackedRows, Pairs, Params, Rollout, cache_columns
 
 Tokens = Float[Array, "B T"]
 Scalar = float | Float[Array, ""]
@@ -34,7 +35,7 @@ def completion_states(model: Model, params: Params, sequences: Sequences) -> Flo
     Args:
         model: the policy's decoder.
         params: the policy's parameters.
-        sequences: prompts and completions.
+        sequences: prompts and completions, in padded rows.
     """
     P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
     # Attention is split between prompt and completion, over a cache of the sampler's length: sums over keys then have
@@ -45,6 +46,27 @@ def completion_states(model: Model, params: Params, sequences: Sequences) -> Flo
     columns = jnp.pad(mask, ((0, 0), (0, cache_columns(T) - T)))
     hidden, _ = model.apply(params, ids, positions(mask), columns, cache, 0, block_bounds=(P,))
     return hidden[:, P - 1 : -1]
+
+
+class _Predicting(NamedTuple):
+    """Hidden states that predict completion tokens, in padded or packed rows."""
+
+    states: Float[Array, "R S D"]
+    target_ids: Int[Array, "R S"]
+    rows: PackedRows | None
+    length: int
+
+    def per_sequence(self, x: Float[Array, "R S"]) -> Tokens:
+        """``[R, S] -> [B, T]``."""
+        return x if self.rows is None else by_sequence(x, self.rows, self.length)
+
+
+def _predicting_states(model: Model, params: Params, sequences: Sequences) -> _Predicting:
+    rows, T = getattr(sequences, "rows", None), sequences.completion_ids.shape[1]
+    if rows is None:
+        return _Predicting(completion_states(model, params, sequences), sequences.completion_ids, None, T)
+    hidden, _ = model.apply(params, rows.token_ids, rows.positions, rows.attention_mask)
+    return _Predicting(hidden, rows.target_ids, rows, T)
 
 
 def completion_log_probs(
@@ -60,21 +82,23 @@ def completion_log_probs(
     Args:
         model: the policy's decoder.
         params: the policy's parameters.
-        sequences: prompts and completions.
+        sequences: prompts and completions, in padded rows or a micro-batch of packed ones.
         temperature: of the policy, as in sampling.
         chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
 
     Returns:
         Log-probabilities and entropies, float32; finite but meaningless at masked positions.
     """
-    return chunked_log_probs(
-        completion_states(model, params, sequences),
+    predicting = _predicting_states(model, params, sequences)
+    log_probs, entropy = chunked_log_probs(
+        predicting.states,
         model.head(params),
-        sequences.completion_ids,
+        predicting.target_ids,
         temperature=temperature,
         logit_softcap=model.logit_softcap,
         chunk_size=chunk_size,
     )
+    return predicting.per_sequence(log_probs), predicting.per_sequence(entropy)
 
 
 def completion_values(model: Model, params: Params, sequences: Sequences) -> Tokens:
@@ -83,9 +107,10 @@ def completion_values(model: Model, params: Params, sequences: Sequences) -> Tok
     Args:
         model: a decoder with a scalar head.
         params: the critic's parameters.
-        sequences: prompts and completions.
+        sequences: prompts and completions, in padded rows or a micro-batch of packed ones.
     """
-    return read_scalars(completion_states(model, params, sequences), model.head(params))[..., 0]
+    predicting = _predicting_states(model, params, sequences)
+    return predicting.per_sequence(read_scalars(predicting.states, model.head(params))[..., 0])
 
 
 def with_value_head(params: Params, hidden_size: int) -> Params:
@@ -112,22 +137,23 @@ def policy_and_values(
     Args:
         model: the policy's decoder.
         params: policy and value head, as ``with_value_head`` makes them.
-        sequences: prompts and completions.
+        sequences: prompts and completions, in padded rows or a micro-batch of packed ones.
         temperature: of the policy, as in sampling.
         chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
         shares_trunk: whether the gradient of the values flows into the policy; if not, it stops at the head.
     """
-    states = completion_states(model, params["policy"], sequences)
+    predicting = _predicting_states(model, params["policy"], sequences)
     log_probs, entropy = chunked_log_probs(
-        states,
+        predicting.states,
         model.head(params["policy"]),
-        sequences.completion_ids,
+        predicting.target_ids,
         temperature=temperature,
         logit_softcap=model.logit_softcap,
         chunk_size=chunk_size,
     )
-    states = states if shares_trunk else jax.lax.stop_gradient(states)
-    return log_probs, entropy, read_scalars(states, params["value"]["kernel"].T)[..., 0]
+    states = predicting.states if shares_trunk else jax.lax.stop_gradient(predicting.states)
+    values = read_scalars(states, params["value"]["kernel"].T)[..., 0]
+    return tuple(predicting.per_sequence(x) for x in (log_probs, entropy, values))  # pyright: ignore[reportReturnType]
 
 
 def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: int = 1024) -> Float[Array, "B 2 T"]:

@@ -14,22 +14,25 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Key
 
 from grpo_jax.sampling import check_key
-from grpo_jax.train.forward import Tokens
-from grpo_jax.types import Batch, Max, Mean, Metrics, Params, Rollout, TrainState
+from grpo_jax.train.forward import Sequences, Tokens
+from grpo_jax.train.packing import in_batch_order, micro_batch
+from grpo_jax.types import Batch, Max, Mean, Metrics, PackedBatch, Params, Rollout, TrainState
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
 """``(params, batch) -> (loss, metrics)``."""
 
 
 def make_log_prob_fn(
-    log_probs: Callable[[Params, Rollout], tuple[Tokens, Tokens]], *, num_micro_batches: int = 1
-) -> Callable[[Params, Rollout], Tokens]:
+    log_probs: Callable[[Params, Sequences], tuple[Tokens, Tokens]], *, num_micro_batches: int = 1
+) -> Callable[[Params, Rollout | PackedBatch], Tokens]:
     """A jitted ``(params, rollout) -> log-probabilities [B, T]`` of frozen policies: old and reference.
+
+    Of a ``PackedBatch``, the micro-batches that it has are computed, and those of completions without tokens are 0.
 
     Args:
         log_probs: ``(params, rollout) -> (log-probabilities, entropy)``, such as a ``partial`` of
             ``completion_log_probs``.
-        num_micro_batches: equal parts of the batch that are computed in turn, to save memory.
+        num_micro_batches: equal parts of a padded batch that are computed in turn, to save memory.
 
     Raises:
         ValueError: at trace time, when num_micro_batches does not divide the batch.
@@ -37,6 +40,14 @@ def make_log_prob_fn(
 
     @jax.jit
     def frozen_log_probs(params, rollout):
+        if isinstance(rollout, PackedBatch):
+
+            def one(index, out):
+                part = micro_batch(rollout, index)
+                assert part.rows is not None
+                return in_batch_order(log_probs(params, part)[0], part.rows, out)
+
+            return jax.lax.fori_loop(0, rollout.count, one, jnp.zeros(rollout.sequences.completion_ids.shape))
         parts = split_rows(rollout, num_micro_batches)
         stacked = jax.lax.map(lambda part: log_probs(params, part)[0], parts)
         return jnp.swapaxes(stacked, 0, 1).reshape(rollout.completion_ids.shape)
@@ -51,12 +62,14 @@ def make_train_step(
 
     The new state has the shardings of the old one. Called inside another jitted function, the step is traced into it.
 
-    Gradients are accumulated over ``num_micro_batches`` parts of the batch. Sums and counts are added over the parts
-    and divided at the end, so the update does not depend on the number of parts or the lengths of their sequences.
+    Gradients are accumulated over ``num_micro_batches`` parts of the batch, or over the micro-batches that a
+    ``PackedBatch`` has. Sums and counts are added over the parts and divided at the end, so the update does not depend
+    on the number of parts or the lengths of their sequences.
 
     Args:
         loss_fn: ``(params, batch) -> (loss, metrics)`` with the loss as a ``Mean`` and metrics as a dict of ``Mean`` or
-            ``Max``. ``batch`` may be any pytree of arrays whose first axis is the batch.
+            ``Max``. ``batch`` may be any pytree of arrays whose first axis is the batch; of a ``PackedBatch`` it is a
+            ``Batch`` with ``rows``.
         optimizer: any optax transformation.
         num_micro_batches: more parts take less memory and more time.
 
@@ -78,11 +91,24 @@ def make_train_step(
         new_grads, metrics = jax.grad(loss_sum, has_aux=True)(params, batch)
         return jax.tree.map(lambda sum, new: sum + new.astype(jnp.float32), grads, new_grads), metrics
 
+    def over_packed(params, zeros, packed):
+        def one(index, carry):
+            grads, merged = carry
+            grads, metrics = micro_step(params, grads, micro_batch(packed, index))
+            return grads, {name: _merge(merged[name], metric) for name, metric in metrics.items()}
+
+        _, metrics = jax.eval_shape(micro_step, params, zeros, jax.eval_shape(micro_batch, packed, 0))
+        nothing = {name: _nothing(metric) for name, metric in metrics.items()}
+        return jax.lax.fori_loop(0, packed.count, one, (zeros, nothing))
+
     def step(state: TrainState, batch):
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
-        parts = split_rows(batch, num_micro_batches)
-        grads, metrics = jax.lax.scan(lambda grads, part: micro_step(state.params, grads, part), zeros, parts)
-        merged = {name: metric.reduce() for name, metric in metrics.items()}
+        if isinstance(batch, PackedBatch):
+            grads, merged = over_packed(state.params, zeros, batch)
+        else:
+            parts = split_rows(batch, num_micro_batches)
+            grads, metrics = jax.lax.scan(lambda grads, part: micro_step(state.params, grads, part), zeros, parts)
+            merged = {name: metric.reduce() for name, metric in metrics.items()}
         loss = merged["loss"]
         assert isinstance(loss, Mean)
         grads = jax.tree.map(lambda g: g / jnp.where(loss.count > 0, loss.count, 1), grads)
@@ -105,6 +131,15 @@ def make_train_step(
         return jitted(treedef, tuple(leaf.sharding for leaf in leaves))(state, batch)
 
     return train_step
+
+
+def _merge(a: Mean | Max, b: Mean | Max) -> Mean | Max:
+    return jax.tree.map(lambda *parts: jnp.stack(parts), a, b).reduce()
+
+
+def _nothing(metric: Mean | Max) -> Mean | Max:
+    """The mean or maximum of no entries."""
+    return jax.tree.map(lambda x: jnp.full(x.shape, -jnp.inf if isinstance(metric, Max) else 0, x.dtype), metric)
 
 
 def split_rows(batch, parts: int):

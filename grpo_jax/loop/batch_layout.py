@@ -1,0 +1,115 @@
+"""The layout of a step's sequences for the passes of the trained model: packed rows, or padded rows cut to a bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.config.online import OnlineConfig
+from grpo_jax.sharding import shard_rows
+from grpo_jax.train import pack
+from grpo_jax.types import COLUMNS, Batch, Model, PackedBatch, Packing, Params, Rollout
+
+Sequences = TypeVar("Sequences", Batch, Rollout)
+
+
+class BatchLayout:
+    """Lays out the sequences of a step so that updates and frozen-policy log-probabilities cost the tokens there are.
+
+    Args:
+        config: ``packing``, lengths, micro-batches.
+        model: the trained model.
+        mesh: the devices.
+
+    Attributes:
+        packing: how rows are packed; None if they are padded.
+        description: the layout in a few words.
+
+    Raises:
+        ValueError: ``packing`` is set for a model whose sequences cannot be packed.
+    """
+
+    def __init__(self, config: OnlineConfig, model: Model, mesh: Mesh):
+        self.packing: Packing | None = _resolve(config, model)
+        self._mesh = mesh
+        self._micro_batch_tokens = config.packed_micro_batch_tokens
+        if self.packing is None:
+            self.description = f"padded rows in {config.micro_batches} micro-batches"
+        else:
+            prompts = "prompts once a group" if self.packing == "shared" else "prompts once a completion"
+            self.description = f"packed rows, {prompts}, {self._micro_batch_tokens} tokens a device in a micro-batch"
+
+    def __call__(self, sequences: Sequences) -> PackedBatch | Sequences:
+        """The sequences for a train step or ``make_log_prob_fn``, on the mesh."""
+        if self.packing is None:
+            return shard_rows(cut(sequences), self._mesh)
+        return pack(sequences, self.packing, micro_batch_tokens=self._micro_batch_tokens, mesh=self._mesh)
+
+    def frozen(self, log_prob_fn: Callable) -> Callable[[Params, Rollout], jnp.ndarray]:
+        """``(params, rollout) -> log-probabilities [B, T]``; 0 in the columns that were cut.
+
+        Args:
+            log_prob_fn: as ``train.make_log_prob_fn`` makes it.
+        """
+
+        def frozen_log_probs(params: Params, rollout: Rollout):
+            log_probs = log_prob_fn(params, self(rollout))
+            missing = rollout.completion_ids.shape[1] - log_probs.shape[1]
+            return jnp.pad(log_probs, ((0, 0), (0, missing)))
+
+        return frozen_log_probs
+
+
+def cut(sequences: Sequences) -> Sequences:
+    """Padded sequences without the columns that are padding in every row, up to a bucket's length.
+
+    Buckets are multiples of 64 columns, so that few programs are compiled and on a CPU the results keep their last bits
+    (``types.cache_columns``).
+
+    Args:
+        sequences: left-padded prompts and right-padded completions.
+    """
+    P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
+    prompts = bucket_length(int(np.asarray(sequences.prompt_mask).sum(1).max(initial=0)), P)
+    completions = bucket_length(int(np.asarray(sequences.completion_mask).sum(1).max(initial=0)), T)
+    if (prompts, completions) == (P, T):
+        return sequences
+
+    def field(name: str):
+        x = getattr(sequences, name)
+        if name.startswith("prompt"):
+            return x[:, P - prompts :]
+        return x[:, :completions] if x is not None and x.ndim == 2 else x
+
+    return type(sequences)(**{name: field(name) for name in sequences.__dataclass_fields__ if name != "rows"})
+
+
+def bucket_length(longest: int, limit: int) -> int:
+    """The smallest of 64, 128, 192, 256, 384, 512, 768, ... columns that holds ``longest`` tokens; at most ``limit``.
+
+    Args:
+        longest: tokens of the longest row.
+        limit: columns that there are.
+    """
+    lengths = [COLUMNS, 2 * COLUMNS, 3 * COLUMNS]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-2])
+    return min(limit, next(length for length in lengths if length >= longest))
+
+
+def _resolve(config: OnlineConfig, model: Model) -> Packing | None:
+    if config.packing == "none":
+        return None
+    if config.packing != "auto":
+        if model.packing is None:
+            raise ValueError(
+                f"packing is {config.packing}, but the rotary frequencies of this model depend on the length of a call, "
+                "so that the sequences of a row would change each other; use 'none'"
+            )
+        return config.packing
+    # In float32, padded rows agree with the sampler to the last bits, and packed ones up to rounding.
+    return None if config.compute_dtype == jnp.float32 else model.packing

@@ -1,0 +1,269 @@
+"""Prompts and completions packed into rows, so that an update pays for the tokens there are.
+
+A padded batch costs the maximum lengths. Here each row holds completions of several lengths, each group's prompt once
+(``shared``) or once for each completion (``separate``). Losses do not notice: log-probabilities come back as ``[B, T]``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.sharding import BATCH, replicated
+from grpo_jax.types import Batch, PackedBatch, PackedRows, Packing, Rollout
+
+SHORTEST_ROW = 256
+"""Tokens of the shortest rows: attention costs little over them, and shorter ones leave more room unused."""
+ATTENTION_TOKENS = 2048
+"""Length of a row at which attention is reckoned to cost as much as everything else, to choose between lengths."""
+TOKENS_PER_PLACE = 8
+"""A row has a place for a sequence per this many tokens. More places cost more work on arrays of ``[places, T]``."""
+LARGEST_SEQUENCE_ARRAY = 2**20
+"""Entries of a row's arrays of ``[places, T]``, which bound its places where completions are very long."""
+
+
+class Piece(NamedTuple):
+    """Completions of one prompt that stand in one row after one copy of the prompt."""
+
+    prompt: int
+    completions: list[int]
+
+
+def pack(
+    sequences: Batch | Rollout,
+    packing: Packing,
+    *,
+    micro_batch_tokens: int,
+    mesh: Mesh | None = None,
+    row_length: int | None = None,
+) -> PackedBatch:
+    """Micro-batches of packed rows that hold every completion once, on the mesh.
+
+    The number of micro-batches depends on the lengths; the shapes only on the number of sequences, the row length and
+    ``micro_batch_tokens``, so that a train step is compiled once for each row length.
+
+    Args:
+        sequences: B prompts with completions. Prompts that are equal are shared.
+        packing: ``shared`` or ``separate``; ``Model.packing`` says which is best.
+        micro_batch_tokens: tokens of a micro-batch on a device; at least one row is taken.
+        mesh: devices that the rows of a micro-batch are sharded over; None for one device.
+        row_length: S; None for the one of ``row_lengths`` that costs least.
+
+    Raises:
+        ValueError: a prompt is empty, a completion has a hole in its mask, or a sequence is longer than the row length.
+    """
+    host = jax.tree.map(np.asarray, sequences)
+    lengths = _completion_lengths(host.completion_mask)
+    prompts, prompt_of = _distinct_prompts(host.prompt_ids, host.prompt_mask)
+    sizes = np.array([len(prompt) for prompt in prompts])[prompt_of] - 1 + lengths
+    T = host.completion_ids.shape[1]
+    candidates = row_lengths(int(sizes.max(initial=1))) if row_length is None else [row_length]
+    if sizes.max(initial=1) > candidates[-1]:
+        raise ValueError(
+            f"a prompt and its completion take {sizes.max()} places in a row of {row_length}; increase row_length"
+        )
+    layouts = [
+        (length, _place(prompts, prompt_of, lengths, length, _places(length, T), packing)) for length in candidates
+    ]
+    S, placed = min(layouts, key=lambda each: len(each[1]) * each[0] * (1 + each[0] / ATTENTION_TOKENS))
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    R = devices * max(1, micro_batch_tokens // S)
+    # Every sequence may need a row of its own.
+    N = -(-len(lengths) // R)
+    rows = _fill(host, prompts, lengths, placed, shape=(N * R, S), places=_places(S, T), packing=packing)
+    rows = jax.tree.map(lambda x: x.reshape(N, R, *x.shape[1:]), rows)
+    packed = PackedBatch(sequences, rows, np.int32(-(-len(placed) // R)))
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, packed)
+    everywhere, by_row = replicated(mesh), NamedSharding(mesh, P(None, *BATCH))
+    return PackedBatch(
+        jax.device_put(sequences, everywhere), jax.device_put(rows, by_row), jax.device_put(packed.count, everywhere)
+    )
+
+
+def row_lengths(longest: int) -> list[int]:
+    """The lengths of rows to choose from: the first three of 256, 320, 384, 512, 640, ... that hold ``longest`` tokens.
+
+    Few lengths, so that few programs are compiled. They are the multiples of powers of two by 4, 5 and 6.
+    """
+    lengths = [SHORTEST_ROW, SHORTEST_ROW * 5 // 4, SHORTEST_ROW * 3 // 2]
+    while lengths[-3] < longest:
+        lengths.append(2 * lengths[-3])
+    return lengths[-3:]
+
+
+def micro_batch(packed: PackedBatch, index: Int[Array, ""] | int) -> Batch:
+    """A micro-batch: R rows and their R * K sequences, those of unused places with masks of False.
+
+    Args:
+        packed: the batch.
+        index: number of the micro-batch, which may be traced.
+    """
+    rows = jax.tree.map(lambda x: x[index], packed.rows)
+    places = rows.sequence_index.reshape(-1)
+    is_used = (places >= 0)[:, None]
+    taken = jax.tree.map(lambda x: x.at[places].get(mode="clip"), packed.sequences)
+    completion_mask = taken.completion_mask & is_used
+    if isinstance(taken, Rollout):
+        unused = jnp.zeros(len(places))
+        taken = Batch.from_rollout(taken, unused)
+    return replace(taken, completion_mask=completion_mask, loss_mask=taken.loss_mask & is_used, rows=rows)
+
+
+def by_sequence(x: Float[Array, "R S"], rows: PackedRows, length: int) -> Float[Array, "B T"]:
+    """Per-token outputs of packed rows as an array ``[R * K, T]`` of their sequences; meaningless at masked tokens.
+
+    Args:
+        x: at each token, about the completion token that it predicts.
+        rows: one micro-batch.
+        length: T.
+    """
+    (R, K), S = rows.starts.shape, x.shape[1]
+    columns = jnp.minimum(rows.starts[:, :, None] + jnp.arange(length)[None, None], S - 1)
+    return jnp.take_along_axis(x, columns.reshape(R, K * length), axis=1, mode="clip").reshape(R * K, length)
+
+
+def in_batch_order(x: Float[Array, "B T"], rows: PackedRows, out: Float[Array, "All T"]) -> Float[Array, "All T"]:
+    """``out`` with the sequences of a micro-batch written to their rows of the whole batch.
+
+    Args:
+        x: a row for each place of the micro-batch.
+        rows: the micro-batch.
+        out: a row for each sequence of the batch.
+    """
+    places = rows.sequence_index.reshape(-1)
+    return out.at[jnp.where(places < 0, out.shape[0], places)].set(x, mode="drop")
+
+
+def _places(row_length: int, completion_length: int) -> int:
+    """K, the sequences that a row has places for."""
+    return max(1, min(row_length // TOKENS_PER_PLACE, LARGEST_SEQUENCE_ARRAY // completion_length))
+
+
+def _completion_lengths(mask: np.ndarray) -> np.ndarray:
+    lengths = mask.sum(1)
+    if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
+        raise ValueError("completion_mask must be True from a completion's first token to its last, without holes")
+    return lengths
+
+
+def _distinct_prompts(ids: np.ndarray, mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The distinct prompts without padding, and the number of each sequence's prompt."""
+    numbers: dict[bytes, int] = {}
+    prompts, prompt_of = [], np.zeros(len(ids), np.int64)
+    for row, (tokens, real) in enumerate(zip(ids, mask, strict=True)):
+        prompt = tokens[real]
+        number = prompt_of[row] = numbers.setdefault(prompt.tobytes(), len(prompts))
+        if number == len(prompts):
+            prompts.append(prompt)
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt has no tokens, so its completion's first token cannot be predicted")
+    return prompts, prompt_of
+
+
+def _place(
+    prompts: Sequence[np.ndarray],
+    prompt_of: np.ndarray,
+    lengths: np.ndarray,
+    row_length: int,
+    places: int,
+    packing: Packing,
+) -> list[list[Piece]]:
+    """The pieces of each row: best-fit bin packing in which a row pays for a prompt once if it is shared.
+
+    A completion counts at least ``row_length / places`` tokens, so that no row has more than ``places``.
+    """
+    costs = np.maximum(lengths, -(-row_length // places))
+    members: list[list[int]] = [[] for _ in prompts]
+    for sequence in np.argsort(-costs, kind="stable"):
+        if lengths[sequence]:  # a completion without tokens has nothing to predict
+            members[prompt_of[sequence]].append(int(sequence))
+    rows: list[list[Piece]] = []
+    free: list[int] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for prompt in sorted(range(len(prompts)), key=lambda n: -sum(costs[i] for i in members[n])):
+        pieces: dict[int, Piece] = {}  # by row
+        prefix = len(prompts[prompt]) - 1
+        for sequence in members[prompt]:
+            cost = int(costs[sequence])
+            holding = [row for row in pieces if free[row] >= cost]
+            if holding:
+                row = min(holding, key=lambda row: free[row])
+                pieces[row].completions.append(sequence)
+            else:
+                # The least that a completion counts may not fit where the sequence itself does.
+                cost = min(cost + prefix, row_length)
+                found = bisect_left(room, (cost, -1))
+                if found == len(room):
+                    room.append((row_length, len(rows)))
+                    rows.append([])
+                    free.append(row_length)
+                row = room[found][1]
+                piece = Piece(prompt, [sequence])
+                rows[row].append(piece)
+                if packing == "shared":
+                    pieces[row] = piece
+            del room[bisect_left(room, (free[row], row))]
+            free[row] -= cost
+            insort(room, (free[row], row))
+    return rows
+
+
+def _fill(
+    host: Batch | Rollout,
+    prompts: Sequence[np.ndarray],
+    lengths: np.ndarray,
+    placed: Sequence[Sequence[Piece]],
+    *,
+    shape: tuple[int, int],
+    places: int,
+    packing: Packing,
+) -> PackedRows:
+    """Arrays of ``shape`` with the placed pieces."""
+    new = partial(np.zeros, shape, np.int32)
+    rows = PackedRows(
+        token_ids=new(),
+        segment_ids=new(),
+        prefix_ids=new() if packing == "shared" else None,
+        positions=new(),
+        target_ids=new(),
+        target_mask=np.zeros(shape, bool),
+        sequence_index=np.full((shape[0], places), -1, np.int32),
+        starts=np.zeros((shape[0], places), np.int32),
+    )
+    for r, pieces in enumerate(placed):
+        column = segment = place = 0
+        for prompt, completions in pieces:
+            ids = prompts[prompt]
+            before = len(ids) - 1
+            segment += 1
+            prefix = segment
+            rows.token_ids[r, column : column + before] = ids[:-1]
+            rows.segment_ids[r, column : column + before] = segment
+            rows.positions[r, column : column + before] = np.arange(before)
+            column += before
+            for sequence in completions:
+                n = int(lengths[sequence])
+                own = slice(column, column + n)
+                completion = host.completion_ids[sequence, :n]
+                if rows.prefix_ids is not None:
+                    segment += 1
+                    rows.prefix_ids[r, own] = prefix
+                rows.token_ids[r, own] = [ids[-1], *completion[:-1]]
+                rows.segment_ids[r, own] = segment
+                rows.positions[r, own] = np.arange(before, before + n)
+                rows.target_ids[r, own] = completion
+                rows.target_mask[r, own] = True
+                rows.sequence_index[r, place], rows.starts[r, place] = sequence, column
+                place, column = place + 1, column + n
+    return rows
