@@ -54,7 +54,7 @@ from grpo_jax.train import (
     shuffled_minibatches,
     with_value_head,
 )
-from grpo_jax.types import Batch, Mean, Params, Rollout, TrainState
+from grpo_jax.types import Batch, Mean, PackedBatch, Params, Rollout, TrainState
 
 SCRIPTS = Path(__file__).parent
 
@@ -273,7 +273,7 @@ class OwnCritic(Learner):
         return states["critic"].params
 
     def update(
-        self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool
+        self, states: dict[str, TrainState], batch: Batch | PackedBatch, *, critic_alone: bool
     ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
         """One update of the critic, and of the actor unless ``critic_alone``."""
         critic, metrics = self._critic_step(states["critic"], batch)
@@ -323,7 +323,7 @@ class SharedTrunk(Learner):
         return states["actor"].params["policy"]
 
     def update(
-        self, states: dict[str, TrainState], batch: Batch, *, critic_alone: bool
+        self, states: dict[str, TrainState], batch: Batch | PackedBatch, *, critic_alone: bool
     ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
         """One update of both losses, or of the value head if ``critic_alone``."""
         actor, metrics = self._steps[critic_alone](states["actor"], batch)

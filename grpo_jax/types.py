@@ -94,12 +94,12 @@ class Model:
         apply: ``(params, token_ids [B, S], positions [B, S], mask [B, C], cache, start, prefixes, block_bounds) ->
             (hidden [B, S, D], cache)``. Token ``i`` of the call has slot ``start + i`` and attends to slots up to its
             own: to those of ``prefixes``, and to those of the cache where ``mask`` is True (None: to all). An integer
-            mask holds segment ids of packed sequences, 0 for padding; tokens attend within their segment. ``Segments``
-            are a mask too. Without a cache (None), C = S, ``start`` is 0, and the call's keys and values are returned as the cache. With one,
-            they are written to columns ``start .. start + S - 1``. Attention sums over each prefix, and over each block
-            of columns between ``block_bounds``, separately: two calls with the same blocks round identically.
-            ``hidden`` is the input of the output embedding (final norm applied). A query that may attend to nothing
-            has a finite output.
+            mask holds segment ids of packed sequences, 0 for padding; tokens attend within their segment; ``Segments``
+            are a mask too. Without a cache (None), C = S, ``start`` is 0, and the call's keys and values are returned
+            as the cache. With one, they are written to columns ``start .. start + S - 1``. Attention sums over each
+            prefix, and over each block of columns between ``block_bounds``, separately: two calls with the same blocks
+            round identically. ``hidden`` is the input of the output embedding (final norm applied). A query that may
+            attend to nothing has a finite output.
         rope: ``positions [B, S] -> tree`` of rotary cosines and sines, each leaf ``[B, S, ...]``, which ``apply``
             accepts in place of positions. Decoding computes them for several steps at once.
         head: ``params -> [V, D]``, the output embedding; ``[1, D]`` for a reward model. None in its place if ``hidden``

@@ -1,4 +1,4 @@
-"""Sequence packing: examples of different lengths in rows of one length."""
+"""Sequence packing: examples of different lengths in rows of one length; lengths of padded rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from grpo_jax.data.conversations import Example
 from grpo_jax.data.iterator import epoch_order
-from grpo_jax.types import Packed
+from grpo_jax.types import COLUMNS, Packed
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -43,6 +43,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         if free:
             insort(room, (free, row))
     return rows
+
+
+def bucket_length(longest: int, limit: int) -> int:
+    """The smallest of 64, 128, 192, 256, 384, 512, 768, ... columns that holds ``longest`` tokens; at most ``limit``.
+
+    Args:
+        longest: tokens of the longest row.
+        limit: columns that there are.
+    """
+    lengths = [COLUMNS, 2 * COLUMNS, 3 * COLUMNS]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-2])
+    return min(limit, next(length for length in lengths if length >= longest))
 
 
 class PackedBatches:
@@ -96,10 +109,12 @@ class PackedBatches:
         return len(self._batches)
 
     def __getitem__(self, step: int) -> Packed:
+        rows = [[self._examples[n] for n in row] for row in self._batches[step]]
+        longest = max(sum(len(example.token_ids) for example in row) for row in rows)
         return packed_rows(
-            [[self._examples[n] for n in row] for row in self._batches[step]],
+            rows,
             num_sequences=self._num_sequences,
-            length=self._length,
+            length=bucket_length(longest, self._length),
             pad_id=self._pad_id,
         )
 

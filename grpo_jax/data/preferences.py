@@ -17,6 +17,7 @@ from grpo_jax.data.formats import Row
 from grpo_jax.data.iterator import epoch_order
 from grpo_jax.data.layouts import as_preference
 from grpo_jax.data.messages import Messages, checked_messages, content_text, is_message
+from grpo_jax.data.packing import bucket_length
 from grpo_jax.data.problems import checked_prompt, checked_text, parsed_rows
 from grpo_jax.data.prompts import Rendering, pad_prompts
 from grpo_jax.types import Pairs
@@ -145,8 +146,15 @@ class EncodedPreferences:
         return hashlib.sha256(repr((self._prompts, self._completions, self._margins)).encode()).hexdigest()[:16]
 
     def padded(self, positions: Sequence[int] | np.ndarray | range) -> Pairs:
-        """The pairs at ``positions`` of ``preferences``, padded; margins are None unless every preference has one."""
-        max_prompt_length, max_completion_length = self._limits
+        """The pairs at ``positions`` of ``preferences``, padded to the length of a bucket.
+
+        Margins are None unless every preference has one.
+        """
+        limits = self._limits
+        max_prompt_length = bucket_length(max(len(self._prompts[i]) for i in positions), limits[0])
+        max_completion_length = bucket_length(
+            max(len(completion) for i in positions for completion in self._completions[i]), limits[1]
+        )
         prompts = pad_prompts(
             [self._prompts[i] for i in positions],
             max_prompt_length=max_prompt_length,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.config.online import OnlineConfig
+from grpo_jax.data.packing import bucket_length
 from grpo_jax.sharding import shard_rows
 from grpo_jax.train import pack
-from grpo_jax.types import COLUMNS, Batch, Model, PackedBatch, Packing, Params, Rollout
+from grpo_jax.types import Batch, Model, PackedBatch, Packing, Params, Rollout
 
 Sequences = TypeVar("Sequences", Batch, Rollout)
 
@@ -67,8 +69,7 @@ class BatchLayout:
 def cut(sequences: Sequences) -> Sequences:
     """Padded sequences without the columns that are padding in every row, up to a bucket's length.
 
-    Buckets are multiples of 64 columns, so that few programs are compiled and on a CPU the results keep their last bits
-    (``types.cache_columns``).
+    Buckets are multiples of 64 columns (``types.cache_columns``) and few, so that few programs are compiled.
 
     Args:
         sequences: left-padded prompts and right-padded completions.
@@ -79,26 +80,12 @@ def cut(sequences: Sequences) -> Sequences:
     if (prompts, completions) == (P, T):
         return sequences
 
-    def field(name: str):
-        x = getattr(sequences, name)
-        if name.startswith("prompt"):
-            return x[:, P - prompts :]
-        return x[:, :completions] if x is not None and x.ndim == 2 else x
-
-    return type(sequences)(**{name: field(name) for name in sequences.__dataclass_fields__ if name != "rows"})
-
-
-def bucket_length(longest: int, limit: int) -> int:
-    """The smallest of 64, 128, 192, 256, 384, 512, 768, ... columns that holds ``longest`` tokens; at most ``limit``.
-
-    Args:
-        longest: tokens of the longest row.
-        limit: columns that there are.
-    """
-    lengths = [COLUMNS, 2 * COLUMNS, 3 * COLUMNS]
-    while lengths[-1] < longest:
-        lengths.append(2 * lengths[-2])
-    return min(limit, next(length for length in lengths if length >= longest))
+    cut_fields: dict[str, Any] = {
+        name: x[:, P - prompts :] if name.startswith("prompt") else x[:, :completions]
+        for name, x in vars(sequences).items()
+        if x is not None and x.ndim == 2
+    }
+    return replace(sequences, **cut_fields)
 
 
 def _resolve(config: OnlineConfig, model: Model) -> Packing | None:
@@ -107,8 +94,8 @@ def _resolve(config: OnlineConfig, model: Model) -> Packing | None:
     if config.packing != "auto":
         if model.packing is None:
             raise ValueError(
-                f"packing is {config.packing}, but the rotary frequencies of this model depend on the length of a call, "
-                "so that the sequences of a row would change each other; use 'none'"
+                f"packing is {config.packing}, but this model's rotary frequencies depend on the length of a call, so "
+                "that the sequences of a row would change each other; use 'none'"
             )
         return config.packing
     # In float32, padded rows agree with the sampler to the last bits, and packed ones up to rounding.

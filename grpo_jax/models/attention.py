@@ -190,4 +190,4 @@ class AttentionInputs(NamedTuple):
     masks: Sequence[Bool[Array, "M S _"]]
     prefixes: Sequence[KVSegment]
     packed_mask: Bool[Array, "B S S"] | None = None
-    kernel_mask: Bool[Array, "B S"] | Int[Array, "B S"] | None = None
+    kernel_mask: Bool[Array, "B S"] | Int[Array, "B S"] | Segments | None = None

@@ -1,7 +1,7 @@
 """Prompts and completions packed into rows, so that an update pays for the tokens there are.
 
-A padded batch costs the maximum lengths. Here each row holds completions of several lengths, each group's prompt once
-(``shared``) or once for each completion (``separate``). Losses do not notice: log-probabilities come back as ``[B, T]``.
+A padded batch costs the maximum lengths. Here each row holds completions of several lengths, after a prompt once for
+each group (``shared``) or for each completion (``separate``). Losses do not notice: log-probabilities are ``[B, T]``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,14 +80,14 @@ def pack(
     R = devices * max(1, micro_batch_tokens // S)
     # Every sequence may need a row of its own.
     N = -(-len(lengths) // R)
-    rows = _fill(host, prompts, lengths, placed, shape=(N * R, S), places=_places(S, T), packing=packing)
-    rows = jax.tree.map(lambda x: x.reshape(N, R, *x.shape[1:]), rows)
-    packed = PackedBatch(sequences, rows, np.int32(-(-len(placed) // R)))
+    arrays = _fill(host, prompts, lengths, placed, shape=(N * R, S), places=_places(S, T), packing=packing)
+    stacked: dict[str, Any] = {name: None if x is None else x.reshape(N, R, *x.shape[1:]) for name, x in arrays.items()}
+    rows, count = PackedRows(**stacked), np.int32(-(-len(placed) // R))
     if mesh is None:
-        return jax.tree.map(jnp.asarray, packed)
+        return PackedBatch(sequences, jax.tree.map(jnp.asarray, rows), jnp.asarray(count))
     everywhere, by_row = replicated(mesh), NamedSharding(mesh, P(None, *BATCH))
     return PackedBatch(
-        jax.device_put(sequences, everywhere), jax.device_put(rows, by_row), jax.device_put(packed.count, everywhere)
+        jax.device_put(sequences, everywhere), jax.device_put(rows, by_row), jax.device_put(count, everywhere)
     )
 
 
@@ -228,19 +228,13 @@ def _fill(
     shape: tuple[int, int],
     places: int,
     packing: Packing,
-) -> PackedRows:
-    """Arrays of ``shape`` with the placed pieces."""
+) -> dict[str, np.ndarray | None]:
+    """The fields of ``PackedRows`` with the placed pieces, arrays of ``shape``."""
     new = partial(np.zeros, shape, np.int32)
-    rows = PackedRows(
-        token_ids=new(),
-        segment_ids=new(),
-        prefix_ids=new() if packing == "shared" else None,
-        positions=new(),
-        target_ids=new(),
-        target_mask=np.zeros(shape, bool),
-        sequence_index=np.full((shape[0], places), -1, np.int32),
-        starts=np.zeros((shape[0], places), np.int32),
-    )
+    token_ids, segment_ids, prefix_ids, positions, target_ids = new(), new(), new(), new(), new()
+    target_mask = np.zeros(shape, bool)
+    starts = np.zeros((shape[0], places), np.int32)
+    sequence_index = np.full_like(starts, -1)
     for r, pieces in enumerate(placed):
         column = segment = place = 0
         for prompt, completions in pieces:
@@ -248,22 +242,31 @@ def _fill(
             before = len(ids) - 1
             segment += 1
             prefix = segment
-            rows.token_ids[r, column : column + before] = ids[:-1]
-            rows.segment_ids[r, column : column + before] = segment
-            rows.positions[r, column : column + before] = np.arange(before)
+            token_ids[r, column : column + before] = ids[:-1]
+            segment_ids[r, column : column + before] = segment
+            positions[r, column : column + before] = np.arange(before)
             column += before
             for sequence in completions:
                 n = int(lengths[sequence])
                 own = slice(column, column + n)
                 completion = host.completion_ids[sequence, :n]
-                if rows.prefix_ids is not None:
+                if packing == "shared":
                     segment += 1
-                    rows.prefix_ids[r, own] = prefix
-                rows.token_ids[r, own] = [ids[-1], *completion[:-1]]
-                rows.segment_ids[r, own] = segment
-                rows.positions[r, own] = np.arange(before, before + n)
-                rows.target_ids[r, own] = completion
-                rows.target_mask[r, own] = True
-                rows.sequence_index[r, place], rows.starts[r, place] = sequence, column
+                    prefix_ids[r, own] = prefix
+                token_ids[r, own] = [ids[-1], *completion[:-1]]
+                segment_ids[r, own] = segment
+                positions[r, own] = np.arange(before, before + n)
+                target_ids[r, own] = completion
+                target_mask[r, own] = True
+                sequence_index[r, place], starts[r, place] = sequence, column
                 place, column = place + 1, column + n
-    return rows
+    return {
+        "token_ids": token_ids,
+        "segment_ids": segment_ids,
+        "prefix_ids": prefix_ids if packing == "shared" else None,
+        "positions": positions,
+        "target_ids": target_ids,
+        "target_mask": target_mask,
+        "sequence_index": sequence_index,
+        "starts": starts,
+    }
