@@ -55,9 +55,10 @@ def config(base, tmp_path):
     )
 
 
-def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch):
+@pytest.mark.parametrize("packing", ["none", "shared"])
+def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch, packing):
     """With a reference, two inner epochs of two minibatches, and Adam's moments: all of it has to come back."""
-    config = replace(config, group_size=16, policy=PolicyLossConfig(kl_coef=0.05), ref_refresh_every=3)
+    config = replace(config, group_size=16, packing=packing, policy=PolicyLossConfig(kl_coef=0.05), ref_refresh_every=3)
     config = replace(config, num_epochs=2, num_minibatches=2, num_micro_batches=2)
     grpo.main(config)
 
@@ -113,10 +114,12 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
 
 
 @pytest.mark.slow
-def test_l2_eight_devices_give_the_losses_of_one(config):
+@pytest.mark.parametrize("packing", ["none", "shared"])
+def test_l2_eight_devices_give_the_losses_of_one(config, packing):
     config = replace(config, num_steps=5, group_size=16)
     grpo.main(config)
     eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    eight = replace(eight, packing=packing)
     grpo.main(eight)
     one, many = metrics_of(config), metrics_of(eight)
     assert max(row.get("reward_std", 0) for row in one) > 0  # losses that are not 0 for want of a signal

@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.models import build_model, from_hf_config, init_params, kernels, transformer
-from grpo_jax.models.attention import KVSegment, attend, attention_mask
+from grpo_jax.models.attention import KVSegment, attend, attend_in_blocks, attention_mask
 from grpo_jax.models.kernels import choose_kernel, cudnn_attention, hardware, resolve_attention, splash_attention
 from grpo_jax.rollout import Sampler
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, make_mesh
 from grpo_jax.train import completion_log_probs
+from grpo_jax.types import Segments
 
 SIZES = TINY | {"head_dim": 16, "sliding_window": 8}
 WINDOWED = from_hf_config(SIZES | {"model_type": "gemma3_text", "sliding_window_pattern": 2})
@@ -98,6 +99,41 @@ def test_a_kernel_computes_what_the_plain_path_does(monkeypatch, name, length, w
     found = at_real_tokens(KERNELS[name], inputs, mask, **options)
     chex.assert_trees_all_close(found, at_real_tokens(plain, inputs, mask, **options), atol=1e-5)
     chex.assert_tree_all_finite(KERNELS[name](*inputs, mask, **options))
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_cudnn_attends_to_a_shared_prompt(window):
+    """Two segments of 50 tokens continue one of 20, and another segment stands alone; then padding."""
+    inputs, _ = arrays(150, 16, "none")
+    ends = [20, 70, 120, 140]
+    ids = np.searchsorted(ends, np.arange(150), side="right") + 1
+    ids[140:] = 0
+    positions = np.arange(150) - np.array([0, 0, 50, 120, 140])[ids - 1]
+    segments = Segments(*(jnp.asarray(np.tile(x, (2, 1))) for x in (ids, np.isin(ids, [2, 3]).astype(int), positions)))
+
+    def outputs(attention):
+        def total(inputs):
+            out = jnp.where((segments.ids > 0)[:, :, None, None], attention(*inputs, segments, window=window), 0)
+            return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+        return jax.jit(jax.grad(total, has_aux=True))(inputs)
+
+    found = outputs(partial(KERNELS["cudnn"], softcap=None))
+    chex.assert_trees_all_close(found, outputs(partial(plain, softcap=None)), atol=1e-5)
+    chex.assert_tree_all_finite(KERNELS["cudnn"](*inputs, segments, window=window))
+    first_of_third = np.asarray(plain(*inputs, segments, window=window, softcap=None))[:, 70]
+    keys = [*range(20), 70]
+    alone = plain(*(x[:, keys] for x in inputs), jnp.ones((2, 21), bool), window=window, softcap=None)[:, -1]
+    np.testing.assert_allclose(first_of_third, alone, atol=1e-5)
+
+
+def test_packed_sequences_are_attended_to_in_blocks_of_queries():
+    inputs, mask = arrays(300, 16, "packed")
+    queries = inputs[0].reshape(2, 300, 2, 2, 16).transpose(0, 2, 3, 1, 4)
+    entry = {"keys": inputs[1].transpose(0, 2, 3, 1), "values": inputs[2].transpose(0, 2, 1, 3)}
+    allowed = attention_mask(mask, jnp.arange(300), 0, 300, None)
+    found = attend_in_blocks(queries, entry, allowed, 2.0)
+    np.testing.assert_allclose(found, attend(queries, [KVSegment(entry, allowed)], 2.0), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", KERNELS)
