@@ -26,7 +26,13 @@ from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs, per_completion, select_rows
+from grpo_jax.loop.estimators import (
+    make_train_batch,
+    old_and_ref_log_probs,
+    per_completion,
+    select_rows,
+    with_old_log_probs,
+)
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
@@ -100,6 +106,7 @@ def train(config: GRPOConfig, run: Run) -> None:
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
+                    minibatch = with_old_log_probs(minibatch, config.old_log_probs, is_first=not updates)
                     state, update = train_step(state, layout(minibatch))
                     updates.append(update)
             if config.ref_refresh_every and step % config.ref_refresh_every == 0:

@@ -33,6 +33,7 @@ from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.estimators import with_old_log_probs
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
@@ -102,6 +103,7 @@ def train(config: PPOConfig, run: Run) -> None:
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
+                    minibatch = with_old_log_probs(minibatch, config.old_log_probs, is_first=not updates)
                     states, update = learner.update(states, learner.layout(minibatch), critic_alone=critic_alone)
                     updates.append(update)
 
@@ -195,7 +197,9 @@ class Learner:
         """Log-probabilities of the actor and the reference, and values, before the update."""
         actor = states["actor"]
         ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
-        return self._log_probs(actor.params, rollout), ref, self._values(self.critic(states), rollout)
+        from_sampler = self.config.old_log_probs == "sampler"
+        old = rollout.rollout_log_probs if from_sampler else self._log_probs(actor.params, rollout)
+        return old, ref, self._values(self.critic(states), rollout)
 
     def learning_rate(self, states: dict[str, TrainState]) -> float:
         return float(jnp.asarray(self.schedule(max(int(states["actor"].step) - 1, 0))))

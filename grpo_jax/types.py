@@ -213,7 +213,7 @@ class Batch:
         prompt_ids, prompt_mask, completion_ids, completion_mask: as in ``Rollout``.
         loss_mask: True at the completion tokens that the loss includes (a subset of ``completion_mask``).
         advantages: one for each sequence, or for each token.
-        rollout_log_probs: log-probabilities from the sampler.
+        rollout_log_probs: log-probabilities from the sampler; None if nothing is compared with them.
         old_log_probs: the policy's log-probabilities at the start of the update; None in strictly on-policy training,
             where they equal those of the update's forward pass.
         ref_log_probs: the reference policy's log-probabilities; None without a reference.
@@ -228,7 +228,7 @@ class Batch:
     completion_mask: Bool[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
     advantages: Float[Array, " B"] | Float[Array, "B T"]
-    rollout_log_probs: Float[Array, "B T"]
+    rollout_log_probs: Float[Array, "B T"] | None
     old_log_probs: Float[Array, "B T"] | None = None
     ref_log_probs: Float[Array, "B T"] | None = None
     old_values: Float[Array, "B T"] | None = None

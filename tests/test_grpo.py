@@ -558,3 +558,32 @@ def test_the_minimal_loop_runs_as_it_stands(base, monkeypatch, capsys):
     assert "held-out pass@1 before" in out
     assert "step   1 reward" in out
     assert "held-out pass@1 after" in out
+
+
+def test_the_samplers_log_probs_stand_in_for_the_policys(config, monkeypatch):
+    """Two updates of the whole batch: the run is the one that computes them again, but for the gap of the sampler."""
+    config = replace(config, num_steps=2, eval_every=0, num_epochs=2)
+    runs = {}
+    for choice in ("recompute", "sampler"):
+        runs[choice] = replace(config, run_dir=config.run_dir.with_name(choice), old_log_probs=choice)
+        grpo.main(runs[choice])
+    recomputed, sampled = (
+        [row for row in metrics_of(runs[choice]) if "loss" in row] for choice in ("recompute", "sampler")
+    )
+    for row, other in zip(recomputed, sampled, strict=True):
+        assert other == pytest.approx(row, abs=1e-4)
+        assert 0 < row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert other["sampling/sampling_logp_difference/max"] == row["sampling/sampling_logp_difference/max"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "a step has one update, which needs none"),
+        ({"num_epochs": 2, "sampling": Sampling(top_p=0.9)}, "draws from a modified distribution"),
+        ({"num_epochs": 2, "policy": PolicyLossConfig(importance_cap=2.0)}, "importance_cap is 2.0, which corrects"),
+    ],
+)
+def test_the_samplers_log_probs_are_refused_where_they_do_not_serve(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, old_log_probs="sampler", **changes)

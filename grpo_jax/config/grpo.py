@@ -89,13 +89,19 @@ class GRPOConfig(OnlineConfig):
                 f"the advantage {self.advantage} needs rewards of reasoning steps: set steps_weight, or name a reward "
                 "of your own"
             )
+        self.check_old_log_probs(self.policy.importance_cap)
+        if self.old_log_probs == "sampler" and self.updates_per_step == 1 and not self.kl_reward_coef:
+            raise ValueError(
+                "old_log_probs is sampler, but a step has one update, which needs none: it is strictly on policy"
+            )
         if self.ref_refresh_every is not None and not self.has_reference:
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
 
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss and the advantage on small arrays."""
         OnlineConfig.check(self)
-        self.policy.check(has_old=self.updates_per_step > 1, has_reference=bool(self.policy.kl_coef))
+        for has_old in {self.updates_per_step > 1, self.updates_per_step > 1 and self.old_log_probs == "recompute"}:
+            self.policy.check(has_old=has_old, has_reference=bool(self.policy.kl_coef))
         G = self.group_size
         inputs = {
             "rewards": jnp.arange(2.0 * G),

@@ -60,6 +60,9 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Layout of updates and frozen-policy log-probabilities: shared packs the completions of a group into rows after
     one copy of their prompt, separate packs whole sequences, none pads. auto: what the attention kernel supports, but
     none in float32, where padded rows agree with the sampler to the last bits."""
+    old_log_probs: Annotated[Literal["recompute", "sampler"], tyro.conf.Suppress] = "recompute"
+    """Log-probabilities at the start of a step with several updates: recomputed by the trainer, or the sampler's own,
+    which saves a forward pass where both agree. The gap between them is then measured in the first update of a step."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""
@@ -113,6 +116,28 @@ class OnlineConfig(RunConfig, PolicyConfig):
         self.mesh.check_divides(self.num_prompts, "num_prompts")
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
         self.mesh.check_divides(rows, "the completions of a micro-batch")
+
+    def check_old_log_probs(self, importance_cap: float | None) -> None:
+        """Check that the sampler's log-probabilities can stand in for the policy's, if they are to.
+
+        Args:
+            importance_cap: of the policy loss.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.old_log_probs == "recompute":
+            return
+        if self.sampling.alters_policy:
+            raise ValueError(
+                "old_log_probs is sampler, but the sampler draws from a modified distribution (top-k, top-p, min-p, "
+                "penalties, biases), whose log-probabilities are not the policy's; use recompute"
+            )
+        if importance_cap is not None:
+            raise ValueError(
+                f"importance_cap is {importance_cap}, which corrects for the gap between old_log_probs and the "
+                "sampler's; with old_log_probs sampler there is none: use recompute, or leave importance_cap out"
+            )
 
     @property
     def packed_micro_batch_tokens(self) -> int:

@@ -82,6 +82,7 @@ class PPOConfig(OnlineConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.policy.kl_coef:
             raise ValueError("kl_coef is set, but PPO has the KL in the reward: set kl_reward_coef instead")
+        self.check_old_log_probs(self.policy.importance_cap)
         if self.kl_target is not None and not self.kl_reward_coef:
             raise ValueError("kl_target is set, but kl_reward_coef, which it would adapt, is 0")
         if self.model not in (None, TOY) and not self.has_reward:
@@ -90,7 +91,8 @@ class PPOConfig(OnlineConfig):
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss on small arrays."""
         OnlineConfig.check(self)
-        self.policy.check(has_old=True, has_reference=False)
+        for has_old in {True, self.old_log_probs == "recompute"}:
+            self.policy.check(has_old=has_old, has_reference=False)
 
     @property
     def has_reward(self) -> bool:

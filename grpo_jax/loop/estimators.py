@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,8 +34,11 @@ def old_and_ref_log_probs(
         state: of the policy, before the step's updates.
     """
     # A single update is strictly on policy: its own forward pass gives the old log-probabilities.
-    needs_old = config.updates_per_step > 1 or config.kl_reward_coef
-    old = log_prob_fn(state.params, rollout) if needs_old else None
+    old = None
+    if config.old_log_probs == "sampler":
+        old = rollout.rollout_log_probs
+    elif config.updates_per_step > 1 or config.kl_reward_coef:
+        old = log_prob_fn(state.params, rollout)
     return old, log_prob_fn(state.ref_params, rollout) if config.has_reference else None
 
 
@@ -92,6 +96,22 @@ def make_train_batch(
         ref_log_probs=ref_log_probs,
     )
     return shard_rows(batch, mesh)
+
+
+def with_old_log_probs(minibatch: Batch, old_log_probs: str, *, is_first: bool) -> Batch:
+    """The minibatch of an update, for the choice of ``OnlineConfig.old_log_probs``.
+
+    If they are the sampler's, the first update of a step takes its own log-probabilities, for the policy has not moved:
+    so they can be compared with the sampler's. Later updates have nothing to compare.
+
+    Args:
+        minibatch: with ``old_log_probs`` and ``rollout_log_probs``.
+        old_log_probs: ``recompute`` or ``sampler``.
+        is_first: whether it is the first update of a step.
+    """
+    if old_log_probs == "recompute":
+        return minibatch
+    return replace(minibatch, old_log_probs=None) if is_first else replace(minibatch, rollout_log_probs=None)
 
 
 def rewards_of_steps(rollout: Rollout, scores: Scores, tokenizer: Any, *, with_outcome: bool = False) -> jax.Array:

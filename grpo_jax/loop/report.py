@@ -27,9 +27,9 @@ def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]
     """Metrics of a step from those of its updates: the maximum of ``.../max``, the mean of the others.
 
     Args:
-        updates: metrics of each update.
+        updates: metrics of each update; the first has all of them.
     """
-    values = {name: [float(update[name]) for update in updates] for name in updates[0]}
+    values = {name: [float(update[name]) for update in updates if name in update] for name in updates[0]}
     return {
         # NumPy's maximum of NaN is NaN; Python's depends on the order.
         name: float(np.max(series)) if name.endswith("/max") else sum(series) / len(series)
