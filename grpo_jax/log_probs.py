@@ -10,10 +10,16 @@ batch would be by far the largest array of the step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jaxtyping import Array, Bool, Float, Int
 
 Scalar = float | Float[Array, ""]
 
@@ -86,11 +92,13 @@ def chunked_log_probs(
     temperature: Scalar = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int = 1024,
+    mask: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability and entropy of each token from hidden states, one chunk of tokens at a time.
 
     The same numbers as ``token_log_probs`` and ``token_entropy`` of ``output_logits(hidden, head)``. Logits exist for
-    one chunk at a time; the backward pass recomputes them, and accumulates the head's gradient in float32.
+    one chunk at a time; the backward pass computes them again, and accumulates the head's gradient in float32. Where
+    the entropy has no gradient, it costs nothing there.
 
     Args:
         hidden: ``hidden[:, t]`` is the state that predicts ``token_ids[:, t]``.
@@ -100,47 +108,268 @@ def chunked_log_probs(
         logit_softcap: as in ``output_logits``.
         chunk_size: approximate number of tokens in a chunk. Chunks are cut along T, never across B, so that a batch
             sharded over devices is not moved; a chunk has at least one token of every sequence.
+        mask: True at the tokens to score; None for all. Chunks without any are skipped; the outputs at other tokens are
+            finite and meaningless, and their gradients are those of their outputs, or 0 if they were skipped.
 
     Returns:
-        Log-probabilities and entropies, float32.
+        Log-probabilities and entropies, float32, differentiable in reverse mode.
 
     Raises:
         AssertionError: at trace time, for token_ids that are not [B, T] or a head that is not [V, D].
         ValueError: temperature is a number not above 0, or chunk_size is below 1.
     """
-    chex.assert_rank(hidden, 3, custom_message="hidden")
-    chex.assert_shape(token_ids, hidden.shape[:2], custom_message="token_ids: one per hidden state")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it counts tokens, at least 1")
-    B, T, _ = hidden.shape
-    width = min(T, max(1, chunk_size // B))
-    num_chunks = -(-T // width)
-    padding = num_chunks * width - T
-    if head is not None:
-        head = head.astype(jnp.float32)  # so that the gradient is accumulated over the chunks in float32
+    return scored(ChunkedHead(chunk_size, logit_softcap), hidden, head, token_ids, mask, temperature)
 
-    def split(x):
-        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+
+class HeadGradients(NamedTuple):
+    """Gradients of log-probabilities and entropies; None for an input that has none."""
+
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "V D"] | None
+    temperature: Float[Array, ""] | None
+
+
+@dataclass(frozen=True)
+class ChunkedHead:
+    """Log-probabilities from hidden states, forward and backward, one chunk of tokens at a time.
+
+    On one device, or inside ``shard_map`` with a part of the vocabulary on each device: then a chunk's states are
+    gathered from the devices that share the vocabulary, and sums over the vocabulary are sums over devices.
+
+    Attributes:
+        chunk_size: tokens of a chunk on a device.
+        logit_softcap: as in ``output_logits``.
+        vocab_axes: mesh axes over which the rows of the head are sharded.
+        row_axis: the one of them over which the sequences are sharded too.
+        vocab_size: V, if the head has more rows, of padding.
+    """
+
+    chunk_size: int
+    logit_softcap: float | None = None
+    vocab_axes: tuple[str, ...] = ()
+    row_axis: str | None = None
+    vocab_size: int | None = None
+
+    def forward(self, hidden: Array, head: Array | None, token_ids: Array, mask: Array | None, temperature: Array):
+        """Log-probabilities, entropies and logarithms of the normalizers, each [B, T]."""
+        cast = None if head is None else head.astype(hidden.dtype)
+
+        def score(states, ids):
+            logits, vocabulary = self._logits(self._gathered(states), cast)
+            ids = self._gathered(ids)
+            scaled = logits / temperature
+            # Relative to the largest logit, differences of large logits keep their digits.
+            peak = self._largest(scaled.max(-1))
+            shifted = scaled - peak[:, None]
+            weights = jnp.exp(shifted)
+            normalizer = jnp.log(self._total(weights.sum(-1)))
+            products = weights * jnp.where(jnp.isneginf(shifted), 0, shifted)
+            entropy = normalizer - self._total(products.sum(-1)) * jnp.exp(-normalizer)
+            if self.vocab_axes:
+                is_chosen = ids[:, None] == vocabulary[None]
+                chosen = self._total(jnp.where(is_chosen, shifted, 0).sum(-1))
+            else:
+                chosen = jnp.take_along_axis(shifted, ids[:, None], axis=-1)[:, 0]
+            return tuple(self._own(x) for x in (chosen - normalizer, entropy, normalizer + peak))
+
+        def score_chunk(_, chunk):
+            states, ids, is_wanted = chunk
+            nothing = jnp.zeros(ids.size, jnp.float32)
+            out = self._where_wanted(is_wanted, lambda: score(_flat(states), ids.reshape(-1)), (nothing,) * 3)
+            return None, tuple(x.reshape(ids.shape) for x in out)
+
+        chunks = tuple(self._split(x) for x in (hidden, token_ids, mask))
+        _, outputs = jax.lax.scan(score_chunk, None, chunks)
+        return tuple(_join(x, hidden.shape[1]) for x in outputs)
+
+    def backward(
+        self,
+        inputs: tuple[Array, Array | None, Array, Array | None, Array],
+        log_normalizers: Array,
+        entropies: Array,
+        log_prob_grads: Array,
+        entropy_grads: Array | None,
+        *,
+        for_temperature: bool,
+    ) -> HeadGradients:
+        """Gradients of the sum of outputs times ``log_prob_grads`` and ``entropy_grads``.
+
+        Args:
+            inputs: of ``forward``.
+            log_normalizers, entropies: of ``forward``.
+            log_prob_grads: [B, T].
+            entropy_grads: [B, T]; None for zeros.
+            for_temperature: whether to compute the temperature's gradient.
+        """
+        hidden, head, token_ids, mask, temperature = inputs
+        cast = None if head is None else head.astype(hidden.dtype)
+
+        def gradients(states, ids, normalizer, entropy, log_prob_grad, entropy_grad):
+            states = self._gathered(states)
+            logits, vocabulary = self._logits(states, cast)
+            scaled = logits / temperature
+            log_probs = scaled - self._gathered(normalizer)[:, None]
+            probabilities = jnp.exp(log_probs)
+            weight = self._gathered(log_prob_grad)[:, None]
+            is_chosen = self._gathered(ids)[:, None] == vocabulary[None]
+            grads = jnp.where(is_chosen, weight - weight * probabilities, -weight * probabilities)
+            if entropy_grad is not None:
+                surprise = jnp.where(probabilities > 0, log_probs, 0) + self._gathered(entropy)[:, None]
+                grads -= self._gathered(entropy_grad)[:, None] * probabilities * surprise
+            of_temperature = None
+            if for_temperature:
+                of_temperature = -(grads * jnp.where(jnp.isneginf(scaled), 0, scaled)).sum() / temperature
+            grads = grads / temperature
+            if self.logit_softcap is not None:
+                grads = grads * (1 - (logits / self.logit_softcap) ** 2)
+            if cast is None:
+                return grads, None, of_temperature
+            grads = grads.astype(hidden.dtype)
+            dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+            return self._summed_own(dot("tv,vd->td", grads, cast)), dot("tv,td->vd", grads, states), of_temperature
+
+        def add_chunk(totals, chunk):
+            *arrays, is_wanted = chunk
+            states, *rest = arrays
+
+            def added():
+                of_states, *of_others = gradients(_flat(states), *(x if x is None else x.reshape(-1) for x in rest))
+                return of_states.astype(states.dtype), jax.tree.map(jnp.add, totals, tuple(of_others))
+
+            of_states, totals = self._where_wanted(is_wanted, added, (jnp.zeros_like(_flat(states)), totals))
+            return totals, of_states.reshape(states.shape)
+
+        totals = (
+            None if head is None else jnp.zeros(head.shape, jnp.float32),
+            jnp.float32(0) if for_temperature else None,
+        )
+        chunks = (hidden, token_ids, log_normalizers, entropies, log_prob_grads, entropy_grads, mask)
+        totals, of_states = jax.lax.scan(add_chunk, totals, tuple(self._split(x) for x in chunks))
+        return HeadGradients(_join(of_states, hidden.shape[1]), *totals)
+
+    def _split(self, x: Array | None) -> Array | None:
+        """``[B, T, ...] -> [chunks, B, width, ...]``, padded with zeros."""
+        if x is None:
+            return None
+        B, T = x.shape[:2]
+        width = min(T, max(1, self.chunk_size // B))
+        num_chunks = -(-T // width)
+        padded = jnp.pad(x, [(0, 0), (0, num_chunks * width - T)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(B, num_chunks, width, *x.shape[2:]), 1, 0)
 
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(B, num_chunks * width)[:, :T]
+    def _where_wanted(self, is_wanted: Array | None, compute: Callable[[], Any], otherwise: Any) -> Any:
+        if is_wanted is None:
+            return compute()
+        found = is_wanted.any()
+        if self.row_axis is not None:  # where one device computes a chunk, those that it exchanges with must
+            found = jax.lax.pmax(found.astype(jnp.int32), self.row_axis) > 0
+        return jax.lax.cond(found, compute, lambda: otherwise)
 
-    @jax.checkpoint
-    def score(_, chunk):
-        states, ids = chunk
-        logits = output_logits(states, head, logit_softcap=logit_softcap)
-        log_probs = token_log_probs(logits, ids, temperature=temperature)
-        return None, (log_probs, token_entropy(logits, temperature=temperature))
+    def _logits(self, states: Array, head: Array | None) -> tuple[Array, Array]:
+        """Logits of this device's part of the vocabulary, and the ids of its tokens."""
+        logits = output_logits(states, head, logit_softcap=self.logit_softcap)
+        ids = jnp.arange(logits.shape[1])
+        if self.vocab_axes:
+            ids += jax.lax.axis_index(self.vocab_axes) * logits.shape[1]
+        if self.vocab_size is not None:
+            logits = jnp.where((ids < self.vocab_size)[None], logits, -jnp.inf)
+        return logits, ids
 
-    _, (log_probs, entropy) = jax.lax.scan(score, None, (split(hidden), split(token_ids)))
-    return join(log_probs), join(entropy)
+    def _gathered(self, x: Array) -> Array:
+        return x if self.row_axis is None else jax.lax.all_gather(x, self.row_axis, tiled=True)
+
+    def _own(self, x: Array) -> Array:
+        if self.row_axis is None:
+            return x
+        size = x.shape[0] // jax.lax.axis_size(self.row_axis)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.row_axis) * size, size)
+
+    def _summed_own(self, x: Array) -> Array:
+        """``_own`` of ``_total``."""
+        if self.row_axis is None:
+            return self._total(x)
+        others = tuple(axis for axis in self.vocab_axes if axis != self.row_axis)
+        return jax.lax.psum(jax.lax.psum_scatter(x, self.row_axis, tiled=True), others)
+
+    def _total(self, x: Array) -> Array:
+        return jax.lax.psum(x, self.vocab_axes) if self.vocab_axes else x
+
+    def _largest(self, x: Array) -> Array:
+        return jax.lax.pmax(x, self.vocab_axes) if self.vocab_axes else x
 
 
-def _scale_and_shift(logits, temperature):
+def scored(
+    method: Any, hidden: Array, head: Array | None, token_ids: Array, mask: Array | None, temperature: Any
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probabilities and entropies by ``method.forward``, with the gradients of ``method.backward``.
+
+    Args:
+        method: a ``ChunkedHead``, or what has its ``chunk_size``, ``forward`` and ``backward``; hashable.
+        hidden, head, token_ids, mask, temperature: as in ``chunked_log_probs``.
+
+    Raises:
+        AssertionError, ValueError: as ``chunked_log_probs``.
+    """
+    chex.assert_rank(hidden, 3, custom_message="hidden")
+    chex.assert_shape(token_ids, hidden.shape[:2], custom_message="token_ids: one per hidden state")
+    chex.assert_type(token_ids, int, custom_message="token_ids")
+    if head is not None:
+        chex.assert_shape(head, (None, hidden.shape[-1]), custom_message="head: [V, D] for hidden [..., D]")
+    _check_temperature(temperature)
+    if method.chunk_size < 1:
+        raise ValueError(f"chunk_size is {method.chunk_size}; it counts tokens, at least 1")
+    return _scored(method, hidden, head, token_ids, mask, jnp.asarray(temperature, jnp.float32))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scored(method, *inputs):
+    return method.forward(*inputs)[:2]
+
+
+def _scored_forward(method, *inputs):
+    values = jax.tree.map(lambda x: x.value, inputs, is_leaf=_is_primal)
+    log_probs, entropies, log_normalizers = method.forward(*values)
+    for_temperature = () if inputs[-1].perturbed else None  # a tree without leaves, for residuals hold arrays only
+    return (log_probs, entropies), (values, log_normalizers, entropies, for_temperature)
+
+
+def _scored_backward(method, saved, grads):
+    inputs, log_normalizers, entropies, for_temperature = saved
+    log_prob_grads, entropy_grads = (None if isinstance(g, SymbolicZero) else g for g in grads)
+    if log_prob_grads is None:
+        log_prob_grads = jnp.zeros_like(log_normalizers)
+    found = method.backward(
+        inputs, log_normalizers, entropies, log_prob_grads, entropy_grads, for_temperature=for_temperature is not None
+    )
+    head = None if inputs[1] is None else found.head.astype(inputs[1].dtype)
+    return found.hidden, head, None, None, found.temperature
+
+
+_scored.defvjp(_scored_forward, _scored_backward, symbolic_zeros=True)
+
+
+def _is_primal(x: Any) -> bool:
+    return isinstance(x, CustomVJPPrimal)
+
+
+def _flat(x: Float[Array, "B width D"]) -> Float[Array, "tokens D"]:
+    """One axis for all tokens: on CPU the gradient of a product with two axes takes almost twice as long."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _join(x: Float[Array, "chunks B width *rest"], length: int) -> Float[Array, "B T *rest"]:
+    joined = jnp.moveaxis(x, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _check_temperature(temperature):
     chex.assert_shape(temperature, (), custom_message="temperature")
     if not isinstance(temperature, jax.Array) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities are defined for a temperature above 0")
+
+
+def _scale_and_shift(logits, temperature):
+    _check_temperature(temperature)
     scaled = logits.astype(jnp.float32) / temperature
     # Relative to the largest logit, differences of large logits keep their digits.
     return scaled - jax.lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))

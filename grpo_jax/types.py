@@ -104,6 +104,8 @@ class Model:
             accepts in place of positions. Decoding computes them for several steps at once.
         head: ``params -> [V, D]``, the output embedding; ``[1, D]`` for a reward model. None in its place if ``hidden``
             are the logits themselves, D = V.
+        token_scores: ``(params, hidden [B, T, D], token_ids [B, T], *, temperature, chunk_size, mask) ->
+            (log-probabilities [B, T], entropies [B, T])``, as ``log_probs.chunked_log_probs`` of ``head(params)``.
         init_cache: ``(batch, length, dtype) -> cache`` of zeros. ``dtype`` None is the model's compute dtype; a coarser
             one rounds keys and values when they are written, and attention reads the rounded values.
         first_columns: ``(cache, length) -> cache`` with the first ``length`` columns.
@@ -120,6 +122,7 @@ class Model:
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
     rope: Callable[[Int[Array, "B S"]], Any]
     head: Callable[[Params], Float[Array, "V D"] | None]
+    token_scores: Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
     init_cache: Callable[..., Cache]
     first_columns: Callable[[Cache, int], Cache]
     join_columns: Callable[[Sequence[Cache]], Cache]
@@ -182,20 +185,26 @@ class PackedRows:
         segment_ids: number of each token's segment within its row, from 1; 0 in padding.
         prefix_ids: as in ``Segments``; None if no prompt is shared.
         positions: position of each token in its sequence, from 0.
-        target_ids: the completion token that each token predicts; any id where it predicts none.
-        target_mask: True at tokens that predict a completion token.
+        target_columns: columns that predict completion tokens, in ascending order, then zeros.
+        target_ids: the completion token that each of these columns predicts, then zeros.
+        target_mask: True at these, then False.
         sequence_index: number of each of a row's at most K sequences in the batch; -1 at unused places.
-        starts: column that predicts the first completion token of each sequence.
+        starts: place in ``target_ids`` of the first completion token of each sequence.
     """
 
     token_ids: Int[Array, "*N R S"]
     segment_ids: Int[Array, "*N R S"]
     prefix_ids: Int[Array, "*N R S"] | None
     positions: Int[Array, "*N R S"]
+    target_columns: Int[Array, "*N R S"]
     target_ids: Int[Array, "*N R S"]
     target_mask: Bool[Array, "*N R S"]
     sequence_index: Int[Array, "*N R K"]
     starts: Int[Array, "*N R K"]
+
+    def predicting(self, hidden: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
+        """The hidden states at ``target_columns``."""
+        return jnp.take_along_axis(hidden, self.target_columns[:, :, None], axis=1, mode="promise_in_bounds")
 
     @property
     def attention_mask(self) -> Int[Array, "R S"] | Segments:

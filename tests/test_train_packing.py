@@ -92,12 +92,13 @@ def test_every_completion_token_sees_its_prompt_and_the_tokens_before_it_and_not
                 prompt = batch.prompt_ids[sequence][batch.prompt_mask[sequence]]
                 completion = batch.completion_ids[sequence][batch.completion_mask[sequence]]
                 for t, token in enumerate(completion):
-                    column = int(rows.starts[r, place]) + t
+                    target = int(rows.starts[r, place]) + t
+                    column = rows.target_columns[r, target]
                     before = [*prompt, *completion[:t]]
                     assert rows.token_ids[r][visible[r, column]].tolist() == before
                     assert rows.positions[r][visible[r, column]].tolist() == list(range(len(before)))
-                    assert rows.target_ids[r, column] == token
-                    assert rows.target_mask[r, column]
+                    assert rows.target_ids[r, target] == token
+                    assert rows.target_mask[r, target]
     assert sorted(seen) == list(range(len(batch.advantages)))
     assert int(packed.rows.target_mask.sum()) == int(batch.completion_mask.sum())
     assert not packed.rows.segment_ids[int(packed.count) :].any()

@@ -19,6 +19,7 @@ from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
+from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import BATCH, constrain
@@ -197,6 +198,7 @@ def build_model(
         apply,
         rope,
         head,
+        make_token_scores(head, logit_softcap=config.logit_softcap, mesh=mesh),
         init_cache,
         first_columns,
         join_columns,

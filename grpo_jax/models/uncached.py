@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.masked import positions as positions_of
+from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.sharding import take_rows
 from grpo_jax.types import Cache, Model, Params, PrefixCache
 
@@ -99,6 +100,7 @@ def from_apply(
         apply_with_cache,
         rope=lambda positions: positions,
         head=output_embedding,
+        token_scores=make_token_scores(output_embedding, logit_softcap=None, mesh=None),
         init_cache=_init_cache,
         first_columns=lambda cache, length: jax.tree.map(lambda x: x[:, :length], cache),
         join_columns=lambda caches: jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *caches),

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.log_probs import chunked_log_probs
 from grpo_jax.masked import last_unmasked, positions
 from grpo_jax.train.packing import by_sequence
 from grpo_jax.types import Batch, Model, Packed, PackedRows, Pairs, Params, Rollout, cache_columns
 
+CHUNKS_OF_PACKED_ROWS = 8
 Tokens = Float[Array, "B T"]
 Scalar = float | Float[Array, ""]
 
@@ -53,8 +53,23 @@ class _Predicting(NamedTuple):
 
     states: Float[Array, "R S D"]
     target_ids: Int[Array, "R S"]
+    target_mask: Bool[Array, "R S"]
     rows: PackedRows | None
     length: int
+
+    def token_scores(self, model: Model, params: Params, *, temperature: Scalar, chunk_size: int):
+        """Log-probabilities and entropies [B, T]."""
+        if self.rows is not None:  # in chunks so small that few of the last ones have targets
+            chunk_size = min(chunk_size, max(1, self.target_ids.size // CHUNKS_OF_PACKED_ROWS))
+        scores = model.token_scores(
+            params,
+            self.states,
+            self.target_ids,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            mask=self.target_mask,
+        )
+        return tuple(self.per_sequence(x) for x in scores)
 
     def per_sequence(self, x: Float[Array, "R S"]) -> Tokens:
         """``[R, S] -> [B, T]``."""
@@ -64,9 +79,10 @@ class _Predicting(NamedTuple):
 def _predicting_states(model: Model, params: Params, sequences: Sequences) -> _Predicting:
     rows, T = getattr(sequences, "rows", None), sequences.completion_ids.shape[1]
     if rows is None:
-        return _Predicting(completion_states(model, params, sequences), sequences.completion_ids, None, T)
+        states = completion_states(model, params, sequences)
+        return _Predicting(states, sequences.completion_ids, sequences.completion_mask, None, T)
     hidden, _ = model.apply(params, rows.token_ids, rows.positions, rows.attention_mask)
-    return _Predicting(hidden, rows.target_ids, rows, T)
+    return _Predicting(rows.predicting(hidden), rows.target_ids, rows.target_mask, rows, T)
 
 
 def completion_log_probs(
@@ -84,21 +100,13 @@ def completion_log_probs(
         params: the policy's parameters.
         sequences: prompts and completions, in padded rows or a micro-batch of packed ones.
         temperature: of the policy, as in sampling.
-        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
+        chunk_size: number of tokens on a device whose logits exist at a time (``log_probs.chunked_log_probs``).
 
     Returns:
         Log-probabilities and entropies, float32; finite but meaningless at masked positions.
     """
     predicting = _predicting_states(model, params, sequences)
-    log_probs, entropy = chunked_log_probs(
-        predicting.states,
-        model.head(params),
-        predicting.target_ids,
-        temperature=temperature,
-        logit_softcap=model.logit_softcap,
-        chunk_size=chunk_size,
-    )
-    return predicting.per_sequence(log_probs), predicting.per_sequence(entropy)
+    return predicting.token_scores(model, params, temperature=temperature, chunk_size=chunk_size)
 
 
 def completion_values(model: Model, params: Params, sequences: Sequences) -> Tokens:
@@ -139,21 +147,16 @@ def policy_and_values(
         params: policy and value head, as ``with_value_head`` makes them.
         sequences: prompts and completions, in padded rows or a micro-batch of packed ones.
         temperature: of the policy, as in sampling.
-        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
+        chunk_size: number of tokens on a device whose logits exist at a time (``log_probs.chunked_log_probs``).
         shares_trunk: whether the gradient of the values flows into the policy; if not, it stops at the head.
     """
     predicting = _predicting_states(model, params["policy"], sequences)
-    log_probs, entropy = chunked_log_probs(
-        predicting.states,
-        model.head(params["policy"]),
-        predicting.target_ids,
-        temperature=temperature,
-        logit_softcap=model.logit_softcap,
-        chunk_size=chunk_size,
+    log_probs, entropy = predicting.token_scores(
+        model, params["policy"], temperature=temperature, chunk_size=chunk_size
     )
     states = predicting.states if shares_trunk else jax.lax.stop_gradient(predicting.states)
     values = read_scalars(states, params["value"]["kernel"].T)[..., 0]
-    return tuple(predicting.per_sequence(x) for x in (log_probs, entropy, values))  # pyright: ignore[reportReturnType]
+    return log_probs, entropy, predicting.per_sequence(values)
 
 
 def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: int = 1024) -> Float[Array, "B 2 T"]:
@@ -163,7 +166,7 @@ def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: in
         model: the policy's decoder.
         params: the policy's parameters.
         pairs: B prompts with two completions each.
-        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
+        chunk_size: number of tokens on a device whose logits exist at a time (``log_probs.chunked_log_probs``).
     """
     _, _, T = pairs.completion_ids.shape
     log_probs, _ = completion_log_probs(model, params, as_rows(pairs), chunk_size=chunk_size)
@@ -179,15 +182,11 @@ def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size
         model: the policy's decoder.
         params: the policy's parameters.
         packed: rows of packed sequences.
-        chunk_size: number of tokens whose logits exist at a time (``log_probs.chunked_log_probs``).
+        chunk_size: number of tokens on a device whose logits exist at a time (``log_probs.chunked_log_probs``).
     """
     hidden, _ = model.apply(params, packed.token_ids, packed.positions, packed.segment_ids)
-    log_probs, _ = chunked_log_probs(
-        hidden[:, :-1],
-        model.head(params),
-        packed.token_ids[:, 1:],
-        logit_softcap=model.logit_softcap,
-        chunk_size=chunk_size,
+    log_probs, _ = model.token_scores(
+        params, hidden[:, :-1], packed.token_ids[:, 1:], chunk_size=chunk_size, mask=packed.segment_ids[:, 1:] > 0
     )
     return jnp.pad(log_probs, ((0, 0), (1, 0)))
 

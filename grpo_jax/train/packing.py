@@ -124,7 +124,7 @@ def by_sequence(x: Float[Array, "R S"], rows: PackedRows, length: int) -> Float[
     """Per-token outputs of packed rows as an array ``[R * K, T]`` of their sequences; meaningless at masked tokens.
 
     Args:
-        x: at each token, about the completion token that it predicts.
+        x: for each of ``target_ids``.
         rows: one micro-batch.
         length: T.
     """
@@ -231,12 +231,12 @@ def _fill(
 ) -> dict[str, np.ndarray | None]:
     """The fields of ``PackedRows`` with the placed pieces, arrays of ``shape``."""
     new = partial(np.zeros, shape, np.int32)
-    token_ids, segment_ids, prefix_ids, positions, target_ids = new(), new(), new(), new(), new()
-    target_mask = np.zeros(shape, bool)
+    token_ids, segment_ids, prefix_ids, positions = new(), new(), new(), new()
+    target_columns, target_ids, target_mask = new(), new(), np.zeros(shape, bool)
     starts = np.zeros((shape[0], places), np.int32)
     sequence_index = np.full_like(starts, -1)
     for r, pieces in enumerate(placed):
-        column = segment = place = 0
+        column = segment = place = start = 0
         for prompt, completions in pieces:
             ids = prompts[prompt]
             before = len(ids) - 1
@@ -256,15 +256,18 @@ def _fill(
                 token_ids[r, own] = [ids[-1], *completion[:-1]]
                 segment_ids[r, own] = segment
                 positions[r, own] = np.arange(before, before + n)
-                target_ids[r, own] = completion
-                target_mask[r, own] = True
-                sequence_index[r, place], starts[r, place] = sequence, column
-                place, column = place + 1, column + n
+                targets = slice(start, start + n)
+                target_columns[r, targets] = np.arange(column, column + n)
+                target_ids[r, targets] = completion
+                target_mask[r, targets] = True
+                sequence_index[r, place], starts[r, place] = sequence, start
+                place, column, start = place + 1, column + n, start + n
     return {
         "token_ids": token_ids,
         "segment_ids": segment_ids,
         "prefix_ids": prefix_ids if packing == "shared" else None,
         "positions": positions,
+        "target_columns": target_columns,
         "target_ids": target_ids,
         "target_mask": target_mask,
         "sequence_index": sequence_index,

@@ -1,0 +1,139 @@
+"""Log-probabilities from hidden states on a mesh: the hidden states of a chunk travel, the output embedding does not.
+
+A head that is gathered in every chunk, and whose gradient is summed over devices in every chunk, takes almost all of an
+update's communication. Here its rows are sharded over ``fsdp`` and ``tensor`` for the duration of a call, and its
+gradient is accumulated where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.log_probs import ChunkedHead, HeadGradients, scored
+from grpo_jax.sharding import BATCH
+from grpo_jax.types import Params
+
+VOCAB_AXES = ("tensor", "fsdp")
+Scalar = float | Float[Array, ""]
+TokenScores = Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
+"""As ``types.Model.token_scores``."""
+
+
+def make_token_scores(
+    head: Callable[[Params], Float[Array, "V D"] | None], *, logit_softcap: float | None, mesh: Mesh | None
+) -> TokenScores:
+    """``types.Model.token_scores`` of an output embedding.
+
+    Args:
+        head: ``params -> [V, D]``, or None in its place.
+        logit_softcap: as in ``log_probs.output_logits``.
+        mesh: the devices; None for one.
+    """
+
+    def token_scores(
+        params: Params,
+        hidden: Float[Array, "B T D"],
+        token_ids: Int[Array, "B T"],
+        *,
+        temperature: Scalar = 1.0,
+        chunk_size: int = 1024,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        table = head(params)
+        method: Any = ChunkedHead(chunk_size, logit_softcap)
+        # Rows that do not divide over the devices are on each of them.
+        if table is not None and mesh is not None and mesh.size > 1 and hidden.shape[0] % _num_row_shards(mesh) == 0:
+            method = ShardedHead(chunk_size, logit_softcap, mesh)
+        return scored(method, hidden, table, token_ids, mask, temperature)
+
+    return token_scores
+
+
+@dataclass(frozen=True)
+class ShardedHead:
+    """``ChunkedHead`` over the devices of a mesh, with the vocabulary sharded over ``fsdp`` and ``tensor``.
+
+    Attributes:
+        chunk_size: tokens of a chunk on a device.
+        logit_softcap: as in ``log_probs.output_logits``.
+        mesh: the devices.
+    """
+
+    chunk_size: int
+    logit_softcap: float | None
+    mesh: Mesh
+
+    def forward(self, hidden: Array, head: Array, token_ids: Array, mask: Array | None, temperature: Array):
+        """As ``ChunkedHead.forward``."""
+        method = self._on_device(head)
+        run = self._over_devices(method.forward, (BATCH, _VOCAB, BATCH, BATCH, P()), BATCH)
+        return run(hidden, self._padded(head), token_ids, mask, temperature)
+
+    def backward(
+        self,
+        inputs: tuple[Array, Array, Array, Array | None, Array],
+        log_normalizers: Array,
+        entropies: Array,
+        log_prob_grads: Array,
+        entropy_grads: Array | None,
+        *,
+        for_temperature: bool,
+    ) -> HeadGradients:
+        """As ``ChunkedHead.backward``; sums over devices are in float32.
+
+        Args:
+            inputs, log_normalizers, entropies, log_prob_grads, entropy_grads, for_temperature: as there.
+        """
+        hidden, head, token_ids, mask, temperature = inputs
+        method = self._on_device(head)
+
+        def on_device(*args):
+            found = method.backward(*args, for_temperature=for_temperature)
+            of_temperature = found.temperature
+            if of_temperature is not None:
+                of_temperature = jax.lax.psum(of_temperature, self.mesh.axis_names)
+            return HeadGradients(found.hidden, jax.lax.psum(found.head, "data"), of_temperature)
+
+        specs = ((BATCH, _VOCAB, BATCH, BATCH, P()), BATCH, BATCH, BATCH, BATCH)
+        run = self._over_devices(on_device, specs, HeadGradients(BATCH, _VOCAB, P()))
+        inputs = (hidden, self._padded(head), token_ids, mask, temperature)
+        found = run(inputs, log_normalizers, entropies, log_prob_grads, entropy_grads)
+        return found._replace(head=found.head[: head.shape[0]])
+
+    def _on_device(self, head: Array) -> ChunkedHead:
+        rows = head.shape[0]
+        return ChunkedHead(
+            self.chunk_size,
+            self.logit_softcap,
+            vocab_axes=VOCAB_AXES,
+            row_axis="fsdp",
+            vocab_size=rows if rows % self._parts else None,
+        )
+
+    @property
+    def _parts(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in VOCAB_AXES)
+
+    def _padded(self, head: Array) -> Array:
+        return jnp.pad(head, ((0, -head.shape[0] % self._parts), (0, 0)))
+
+    def _over_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        # Without the check: sums over the vocabulary are equal on all devices of "tensor", which it cannot know.
+        return partial(jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+
+
+_VOCAB = P(VOCAB_AXES)
+
+
+def _num_row_shards(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
