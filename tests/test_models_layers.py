@@ -202,7 +202,7 @@ def test_norm(offset):
 
 def test_an_id_outside_the_vocabulary_gets_the_nearest_row():
     table = jnp.arange(6.0).reshape(3, 2)
-    found = Embedding(3, 2, jnp.float32).apply({"params": {"embedding": table}}, jnp.array([[-5, 1, 99]]))
+    found = Embedding(3, 2, jnp.float32).apply({"params": {"embedding": table}}, jnp.array([[-5, 1, 99]]), jnp.float32)
     np.testing.assert_array_equal(found, table[jnp.array([[0, 1, 2]])])
 
 

@@ -19,7 +19,7 @@ from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
 from grpo_jax.models.rope import rotate
-from grpo_jax.sharding import constrain
+from grpo_jax.sharding import constrain, lookup, lookup_divides, sharded_lookup
 
 
 class Embedding(nn.Module):
@@ -35,11 +35,18 @@ class Embedding(nn.Module):
         shape = (self.vocab_size, self.hidden_size)
         self.embedding = self.param("embedding", nn.initializers.zeros, shape, self.param_dtype)
 
-    def __call__(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """The rows of the tokens. Ids outside the vocabulary are clipped to it, so that padding may hold any id."""
+    def __call__(self, token_ids: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
+        """The rows of the tokens. Ids outside the vocabulary are clipped to it, so that padding may hold any id.
+
+        Args:
+            token_ids: of B sequences.
+            dtype: of the result.
+        """
+        if self.mesh is not None and lookup_divides(token_ids, self.embedding, self.mesh):
+            return sharded_lookup(self.embedding, token_ids, self.mesh).astype(dtype)
         # Gathered over fsdp, or the result would be sharded like the rows and have to be resharded.
-        table = constrain(self.embedding, self.mesh, P("tensor"))
-        return jnp.take(table, token_ids, axis=0, mode="clip")
+        table = constrain(self.embedding.astype(dtype), self.mesh, P("tensor"))
+        return lookup(table, token_ids)
 
     def table(self) -> Float[Array, "V D"]:
         """The table itself."""

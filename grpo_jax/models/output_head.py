@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from grpo_jax.sharding import BATCH
 from grpo_jax.types import Params
 
 VOCAB_AXES = ("tensor", "fsdp")
+_VOCAB = P(VOCAB_AXES)
 Scalar = float | Float[Array, ""]
 TokenScores = Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 """As ``types.Model.token_scores``."""
@@ -102,13 +102,13 @@ class ShardedHead:
             of_temperature = found.temperature
             if of_temperature is not None:
                 of_temperature = jax.lax.psum(of_temperature, self.mesh.axis_names)
-            return HeadGradients(found.hidden, jax.lax.psum(found.head, "data"), of_temperature)
+            return found.hidden, jax.lax.psum(found.head, "data"), of_temperature
 
         specs = ((BATCH, _VOCAB, BATCH, BATCH, P()), BATCH, BATCH, BATCH, BATCH)
-        run = self._over_devices(on_device, specs, HeadGradients(BATCH, _VOCAB, P()))
+        run = self._over_devices(on_device, specs, (BATCH, _VOCAB, P()))
         inputs = (hidden, self._padded(head), token_ids, mask, temperature)
-        found = run(inputs, log_normalizers, entropies, log_prob_grads, entropy_grads)
-        return found._replace(head=found.head[: head.shape[0]])
+        of_hidden, of_head, of_temperature = run(inputs, log_normalizers, entropies, log_prob_grads, entropy_grads)
+        return HeadGradients(of_hidden, of_head[: head.shape[0]], of_temperature)
 
     def _on_device(self, head: Array) -> ChunkedHead:
         rows = head.shape[0]
@@ -129,10 +129,7 @@ class ShardedHead:
 
     def _over_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         # Without the check: sums over the vocabulary are equal on all devices of "tensor", which it cannot know.
-        return partial(jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
-
-
-_VOCAB = P(VOCAB_AXES)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _num_row_shards(mesh: Mesh) -> int:

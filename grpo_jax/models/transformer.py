@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         c = self.config
         S = token_ids.shape[1]
         columns = S if cache is None else cache[0]["values"].shape[2]
-        x = self.embed(token_ids).astype(self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
+        x = self.embed(token_ids, self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
         x = constrain(x, self.mesh, BATCH)
         slots = start + jnp.arange(S)
         kernel_mask = None

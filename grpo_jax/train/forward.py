@@ -61,7 +61,7 @@ class _Predicting(NamedTuple):
         """Log-probabilities and entropies [B, T]."""
         if self.rows is not None:  # in chunks so small that few of the last ones have targets
             chunk_size = min(chunk_size, max(1, self.target_ids.size // CHUNKS_OF_PACKED_ROWS))
-        scores = model.token_scores(
+        log_probs, entropy = model.token_scores(
             params,
             self.states,
             self.target_ids,
@@ -69,7 +69,7 @@ class _Predicting(NamedTuple):
             chunk_size=chunk_size,
             mask=self.target_mask,
         )
-        return tuple(self.per_sequence(x) for x in scores)
+        return self.per_sequence(log_probs), self.per_sequence(entropy)
 
     def per_sequence(self, x: Float[Array, "R S"]) -> Tokens:
         """``[R, S] -> [B, T]``."""
