@@ -221,7 +221,8 @@ class ChunkedHead:
                 of_temperature = -(grads * jnp.where(jnp.isneginf(scaled), 0, scaled)).sum() / temperature
             grads = grads / temperature
             if self.logit_softcap is not None:
-                grads = grads * (1 - (logits / self.logit_softcap) ** 2)
+                capped = jnp.maximum(logits, -self.logit_softcap)  # without the -inf of rows of padding
+                grads = grads * (1 - (capped / self.logit_softcap) ** 2)
             if cast is None:
                 return grads, None, of_temperature
             grads = grads.astype(hidden.dtype)

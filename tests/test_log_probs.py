@@ -387,3 +387,70 @@ def test_a_chunk_size_below_1_is_refused_by_name_and_value(chunk_size):
     hidden, head, ids, *_ = problem()
     with pytest.raises(ValueError, match=f"chunk_size is {chunk_size}.*at least 1"):
         jax.eval_shape(partial(chunked_log_probs, chunk_size=chunk_size), hidden, head, ids)
+
+
+# Tokens that are not scored; inputs and outputs without a gradient ----------------------------------------------------
+
+
+def test_chunks_without_a_wanted_token_are_skipped_forward_and_backward():
+    hidden, head, ids, w1, w2 = problem()
+    hidden[:, 2:4] = np.nan  # would reach every gradient of the head
+    mask = np.zeros((B, T), bool)
+    mask[0, 0] = mask[2, 4] = True
+    score = partial(chunked_log_probs, chunk_size=2 * B, mask=jnp.asarray(mask))  # columns 0-1, 2-3, 4
+    weights = jnp.where(mask, w1, 0), jnp.where(mask, w2, 0)
+    (_, values), grads = weighted(score, ids, *weights)(hidden, head)
+    clean = np.nan_to_num(hidden)
+    (_, wanted), wanted_grads = weighted(plain_log_probs, ids, *weights)(clean, head)
+    for ours, theirs in zip(values, wanted, strict=True):
+        np.testing.assert_allclose(ours[mask], theirs[mask], rtol=1e-5)
+        np.testing.assert_array_equal(ours[:, 2:4], 0)
+    chex.assert_trees_all_close(grads, wanted_grads, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_of_false_scores_nothing():
+    hidden, head, ids, w1, w2 = problem()
+    score = partial(chunked_log_probs, mask=jnp.zeros((B, T), bool))
+    for x in jax.tree.leaves(weighted(score, ids, w1, w2)(hidden, head)):
+        np.testing.assert_array_equal(x, 0)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_gradient_of_a_traced_temperature(softcap):
+    hidden, head, ids, w1, w2 = problem()
+
+    def scalar(score, temperature):
+        arrays = (jnp.asarray(x) for x in (hidden, head, ids))
+        log_probs, entropy = score(*arrays, temperature=temperature, logit_softcap=softcap)
+        return (log_probs * w1 + entropy * w2).sum()
+
+    temperature = jnp.float32(0.7)
+    found, wanted = (
+        jax.jit(jax.value_and_grad(partial(scalar, score)))(temperature)
+        for score in (partial(chunked_log_probs, chunk_size=2 * B), plain_log_probs)
+    )
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+
+
+def test_the_entropy_costs_nothing_in_the_backward_pass_if_it_has_no_gradient():
+    hidden, head, ids, w1, w2 = problem()
+
+    def elementwise(of_entropy):
+        def scalar(hidden):
+            log_probs, entropy = chunked_log_probs(hidden, jnp.asarray(head), jnp.asarray(ids))
+            return (log_probs * w1).sum() + of_entropy(entropy * w2).sum(), entropy
+
+        return len(equations(jax.grad(scalar, has_aux=True), "mul", jnp.asarray(hidden)))
+
+    assert elementwise(jax.lax.stop_gradient) < elementwise(lambda x: x)
+
+
+def test_logits_are_computed_once_forward_and_once_backward():
+    hidden, head, ids, *_ = problem()
+
+    def scalar(hidden, head):
+        return chunked_log_probs(hidden, head, jnp.asarray(ids))[0].sum()
+
+    gradient = jax.value_and_grad(scalar, argnums=(0, 1))
+    products = equations(gradient, "dot_general", jnp.asarray(hidden), jnp.asarray(head))
+    assert len(products) == 4  # the logits twice, and a gradient each of hidden states and head
