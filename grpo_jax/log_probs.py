@@ -150,7 +150,7 @@ class ChunkedHead:
     row_axis: str | None = None
     vocab_size: int | None = None
 
-    def forward(self, hidden: Array, head: Array | None, token_ids: Array, mask: Array | None, temperature: Array):
+    def forward(self, hidden: Array, head: Array | None, token_ids: Array, mask: Array | None, temperature: Any):
         """Log-probabilities, entropies and logarithms of the normalizers, each [B, T]."""
         cast = None if head is None else head.astype(hidden.dtype)
 
@@ -184,7 +184,7 @@ class ChunkedHead:
 
     def backward(
         self,
-        inputs: tuple[Array, Array | None, Array, Array | None, Array],
+        inputs: tuple[Array, Array | None, Array, Array | None, Any],
         log_normalizers: Array,
         entropies: Array,
         log_prob_grads: Array,
@@ -319,23 +319,28 @@ def scored(
     _check_temperature(temperature)
     if method.chunk_size < 1:
         raise ValueError(f"chunk_size is {method.chunk_size}; it counts tokens, at least 1")
-    return _scored(method, hidden, head, token_ids, mask, jnp.asarray(temperature, jnp.float32))
+    if isinstance(temperature, jax.Array):
+        return _scored(method, None, hidden, head, token_ids, mask, temperature.astype(jnp.float32))
+    # A number is left to the compiler, which drops the division by 1.
+    return _scored(method, float(temperature), hidden, head, token_ids, mask, None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scored(method, *inputs):
-    return method.forward(*inputs)[:2]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scored(method, number, *inputs):
+    return method.forward(*_with_temperature(inputs, number))[:2]
 
 
-def _scored_forward(method, *inputs):
+def _scored_forward(method, number, *inputs):
     values = jax.tree.map(lambda x: x.value, inputs, is_leaf=_is_primal)
-    log_probs, entropies, log_normalizers = method.forward(*values)
-    for_temperature = () if inputs[-1].perturbed else None  # a tree without leaves, for residuals hold arrays only
+    log_probs, entropies, log_normalizers = method.forward(*_with_temperature(values, number))
+    # A tree without leaves, for residuals hold arrays only.
+    for_temperature = () if inputs[-1] is not None and inputs[-1].perturbed else None
     return (log_probs, entropies), (values, log_normalizers, entropies, for_temperature)
 
 
-def _scored_backward(method, saved, grads):
-    inputs, log_normalizers, entropies, for_temperature = saved
+def _scored_backward(method, number, saved, grads):
+    values, log_normalizers, entropies, for_temperature = saved
+    inputs = _with_temperature(values, number)
     log_prob_grads, entropy_grads = (None if isinstance(g, SymbolicZero) else g for g in grads)
     if log_prob_grads is None:
         log_prob_grads = jnp.zeros_like(log_normalizers)
@@ -347,6 +352,10 @@ def _scored_backward(method, saved, grads):
 
 
 _scored.defvjp(_scored_forward, _scored_backward, symbolic_zeros=True)
+
+
+def _with_temperature(inputs: tuple[Any, ...], number: float | None) -> tuple[Any, ...]:
+    return inputs if number is None else (*inputs[:-1], number)
 
 
 def _is_primal(x: Any) -> bool:

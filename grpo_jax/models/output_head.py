@@ -73,15 +73,20 @@ class ShardedHead:
     logit_softcap: float | None
     mesh: Mesh
 
-    def forward(self, hidden: Array, head: Array, token_ids: Array, mask: Array | None, temperature: Array):
+    def forward(self, hidden: Array, head: Array, token_ids: Array, mask: Array | None, temperature: Any):
         """As ``ChunkedHead.forward``."""
         method = self._on_device(head)
-        run = self._over_devices(method.forward, (BATCH, _VOCAB, BATCH, BATCH, P()), BATCH)
+        number, temperature = _number_or_array(temperature)
+
+        def on_device(hidden, head, token_ids, mask, array):
+            return method.forward(hidden, head, token_ids, mask, array if number is None else number)
+
+        run = self._over_devices(on_device, (BATCH, _VOCAB, BATCH, BATCH, P()), BATCH)
         return run(hidden, self._padded(head), token_ids, mask, temperature)
 
     def backward(
         self,
-        inputs: tuple[Array, Array, Array, Array | None, Array],
+        inputs: tuple[Array, Array, Array, Array | None, Any],
         log_normalizers: Array,
         entropies: Array,
         log_prob_grads: Array,
@@ -96,9 +101,11 @@ class ShardedHead:
         """
         hidden, head, token_ids, mask, temperature = inputs
         method = self._on_device(head)
+        number, temperature = _number_or_array(temperature)
 
-        def on_device(*args):
-            found = method.backward(*args, for_temperature=for_temperature)
+        def on_device(arrays, *args):
+            inputs = (*arrays[:-1], arrays[-1] if number is None else number)
+            found = method.backward(inputs, *args, for_temperature=for_temperature)
             of_temperature = found.temperature
             if of_temperature is not None:
                 of_temperature = jax.lax.psum(of_temperature, self.mesh.axis_names)
@@ -130,6 +137,11 @@ class ShardedHead:
     def _over_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         # Without the check: sums over the vocabulary are equal on all devices of "tensor", which it cannot know.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _number_or_array(temperature: Any) -> tuple[float | None, Array | None]:
+    """A number stays outside ``shard_map``, so that the compiler sees it."""
+    return (None, temperature) if isinstance(temperature, jax.Array) else (temperature, None)
 
 
 def _num_row_shards(mesh: Mesh) -> int:
