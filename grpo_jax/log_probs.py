@@ -151,7 +151,11 @@ class ChunkedHead:
     vocab_size: int | None = None
 
     def forward(self, hidden: Array, head: Array | None, token_ids: Array, mask: Array | None, temperature: Any):
-        """Log-probabilities, entropies and logarithms of the normalizers, each [B, T]."""
+        """Log-probabilities, entropies and logarithms of the normalizers, each [B, T].
+
+        Args:
+            hidden, head, token_ids, mask, temperature: as in ``chunked_log_probs``.
+        """
         cast = None if head is None else head.astype(hidden.dtype)
 
         def score(states, ids):

@@ -74,7 +74,11 @@ class ShardedHead:
     mesh: Mesh
 
     def forward(self, hidden: Array, head: Array, token_ids: Array, mask: Array | None, temperature: Any):
-        """As ``ChunkedHead.forward``."""
+        """As ``ChunkedHead.forward``.
+
+        Args:
+            hidden, head, token_ids, mask, temperature: as there; rows sharded over ``data`` and ``fsdp``.
+        """
         method = self._on_device(head)
         number, temperature = _number_or_array(temperature)
 
