@@ -74,8 +74,8 @@ def train(config: DPOConfig, run: Run) -> None:
         **rendering,
     )
 
-    log_probs = partial(pair_log_probs, policy.model)
-    sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
+    log_probs, prepare = partial(pair_log_probs, policy.model), policy.model.preparation.prepare
+    sums = jax.jit(lambda params, batch: masked_sum(log_probs(prepare(params), batch), batch.completion_mask, 2))
     sums_of = partial(sums_of_pairs, config, run, mesh, sums)
     reference = held_out_reference = None
     if not config.reference_free:

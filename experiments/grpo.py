@@ -48,13 +48,21 @@ def main(config: GRPOConfig) -> int:
 def train(config: GRPOConfig, run: Run) -> None:
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
-    log_probs = partial(completion_log_probs, collector.policy.model, temperature=config.sampling.temperature)
-    log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
+    model = collector.policy.model
+    log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
+    parts = config.num_minibatches * config.micro_batches
+    log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=model.preparation)
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps * config.updates_per_step)
     policy_loss = config.policy.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
-    train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
+    train_step = make_train_step(
+        policy_loss,
+        optimizer,
+        num_micro_batches=config.micro_batches,
+        preparation=model.preparation,
+        gradient_dtype=config.optimizer.gradient_dtype,
+    )
     run.describe(
         {
             "loss": f"{config.policy.loss}, advantages {config.advantage}, "

@@ -53,7 +53,7 @@ from grpo_jax.train import (
     shuffled_minibatches,
     with_value_head,
 )
-from grpo_jax.types import Batch, Mean, Params, Rollout, TrainState
+from grpo_jax.types import Batch, Mean, Params, Preparation, Rollout, TrainState
 
 SCRIPTS = Path(__file__).parent
 
@@ -163,12 +163,18 @@ class Learner:
         )
         self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
 
-    def scorer(self, log_probs: Callable) -> Callable:
+    def scorer(self, log_probs: Callable, preparation: Preparation) -> Callable:
         parts = self.config.num_minibatches * self.config.micro_batches
-        return make_log_prob_fn(log_probs, num_micro_batches=parts)
+        return make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=preparation)
 
-    def step(self, loss_fn: Callable, optimizer: Any) -> Callable:
-        return make_train_step(loss_fn, optimizer, num_micro_batches=self.config.micro_batches)
+    def step(self, loss_fn: Callable, optimizer: Any, preparation: Preparation) -> Callable:
+        return make_train_step(
+            loss_fn,
+            optimizer,
+            num_micro_batches=self.config.micro_batches,
+            preparation=preparation,
+            gradient_dtype=self.config.optimizer.gradient_dtype,
+        )
 
     def policy_loss(self, log_probs: Callable) -> Callable:
         config = self.config
@@ -253,9 +259,11 @@ class OwnCritic(Learner):
                 epsilon=config.value_epsilon,
             )
 
-        self._log_probs, self._values = self.scorer(log_probs), self.scorer(lambda *args: (values(*args), None))
-        self._actor_step = self.step(self.policy_loss(log_probs), self.optimizer)
-        self._critic_step = self.step(critic_loss, critic_optimizer)
+        actor_form, critic_form = self.model.preparation, critic.model.preparation
+        self._log_probs = self.scorer(log_probs, actor_form)
+        self._values = self.scorer(lambda *args: (values(*args), None), critic_form)
+        self._actor_step = self.step(self.policy_loss(log_probs), self.optimizer, actor_form)
+        self._critic_step = self.step(critic_loss, critic_optimizer, critic_form)
         with_reference = bool(config.kl_reward_coef)
         on_mesh = replicated(mesh)
         self.states = {
@@ -304,10 +312,11 @@ class SharedTrunk(Learner):
             total = policy_loss.sum + config.value_coef * value_loss.sum
             return Mean(total, policy_loss.count), metrics | policy_metrics
 
-        self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2])
-        self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None))
+        form = self.model.preparation.under("policy")
+        self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2], form)
+        self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None), form)
         self._steps = {
-            alone: self.step(partial(loss_of, critic_alone=alone), self.optimizer) for alone in (False, True)
+            alone: self.step(partial(loss_of, critic_alone=alone), self.optimizer, form) for alone in (False, True)
         }
         policy = collector.take_params()
         params = with_value_head(policy, jax.eval_shape(self.model.head, policy).shape[1])

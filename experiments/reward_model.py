@@ -59,7 +59,8 @@ def train(config: RewardModelConfig, run: Run) -> None:
         return bradley_terry_loss(pair_scores(scorer.model, params, batch), margins=margins, centring=config.centring)
 
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
-    score = jax.jit(partial(pair_scores, scorer.model))
+    prepare = scorer.model.preparation.prepare
+    score = jax.jit(lambda params, batch: pair_scores(scorer.model, prepare(params), batch))
     run.describe(
         {
             **model_facts(config, start, scorer, mesh),

@@ -63,7 +63,8 @@ def train(config: SFTConfig, run: Run) -> None:
         return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
 
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
-    held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
+    prepare = policy.model.preparation.prepare
+    held_out_loss = jax.jit(lambda params, batch: loss_fn(prepare(params), batch)[0])
     sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
     to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
     run.describe(

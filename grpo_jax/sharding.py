@@ -75,6 +75,16 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
+def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | None:
+    """The spec of the first rule that matches a parameter; None if none does.
+
+    Args:
+        name: path of the parameter, such as ``layers_0/attention/q/kernel``.
+        rules: as in ``param_shardings``.
+    """
+    return next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+
+
 def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> Params:
     """A sharding for each parameter, by its path.
 
@@ -91,7 +101,7 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
 
     def place(path, leaf):
         name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        spec = param_spec(name, rules)
         if spec is None:
             problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
             return None

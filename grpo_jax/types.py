@@ -65,6 +65,38 @@ class PrefixCache:
     scatter_index: Int[Array, "devices rows"] | None = None
 
 
+def _unchanged(params: Params) -> Params:
+    return params
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Parameters in the form that a train step computes with, and gradients back in the form of storage.
+
+    By default the parameters themselves.
+
+    Attributes:
+        prepare: ``params -> params`` in the compute dtype and layout, which ``Model.apply`` and ``Model.head`` accept
+            too. A step does it once, so that micro-batches and layers share one copy. With stacked layers ``apply``
+            takes whole sequences only (``start`` 0, no prefixes), and returns None in place of the cache.
+        constrain: prepared parameters, or a tree of their form, with the shardings of the parameters; gradients through
+            it are sharded likewise as soon as they are computed.
+        restore: a tree of the form of prepared parameters, such as gradients of any dtype, in the form of ``params``.
+    """
+
+    prepare: Callable[[Params], Params] = _unchanged
+    constrain: Callable[[Params], Params] = _unchanged
+    restore: Callable[[Params], Params] = _unchanged
+
+    def under(self, name: str) -> Preparation:
+        """The preparation of trees that have a model's parameters under ``name``; their other entries are kept."""
+
+        def entry(function: Callable[[Params], Params]) -> Callable[[Params], Params]:
+            return lambda tree: {**tree, name: function(tree[name])}
+
+        return Preparation(entry(self.prepare), entry(self.constrain), entry(self.restore))
+
+
 @dataclass(frozen=True)
 class Model:
     """A decoder as pure functions and numbers, without modules and state.
@@ -92,6 +124,7 @@ class Model:
         max_length: longest sequence that the model supports, in tokens; None if unknown.
         rope_switch_length: a call with longer sequences uses other rotary frequencies for all of its tokens (longrope
             and dynamic scaling); None if frequencies do not depend on the length.
+        preparation: of the parameters for a train step.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -104,6 +137,7 @@ class Model:
     logit_softcap: float | None = None
     max_length: int | None = None
     rope_switch_length: int | None = None
+    preparation: Preparation = Preparation()
 
 
 @pytree

@@ -418,7 +418,7 @@ def test_defaults_are_those_of_real_models_and_presets_are_complete():
     assert (real.prompt_length, real.completion_length) == (512, 1024)
     assert real.compute_dtype == jnp.float32  # on a CPU
     toy = PRESETS["toy"].config()
-    assert (toy.model, toy.data.dataset, toy.dtype, toy.remat) == ("toy", "sums", "float32", False)
+    assert (toy.model, toy.data.dataset, toy.dtype, toy.remat) == ("toy", "sums", "float32", "none")
     assert (toy.prompt_length, toy.completion_length, toy.micro_batches, toy.eval_samples) == (12, 48, 1, 16)
     assert replace(toy, max_completion_length=7).completion_length == 7
     assert replace(toy, dtype="bfloat16").compute_dtype == jnp.bfloat16

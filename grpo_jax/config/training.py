@@ -62,6 +62,8 @@ class OptimizerConfig:
     """Clip gradients to this global norm."""
     weight_decay: float = 0.0
     """Decoupled weight decay; of adamw, muon and lion on matrices only."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are accumulated over micro-batches; bfloat16 takes half the memory."""
 
     def __post_init__(self):
         for name in ("learning_rate", "max_grad_norm"):

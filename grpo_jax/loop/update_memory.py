@@ -18,6 +18,7 @@ from grpo_jax.config.run import check_divides
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
+from grpo_jax.models.remat import RematName
 from grpo_jax.sharding import BATCH, param_shardings, replicated
 from grpo_jax.train import (
     LossFn,
@@ -45,7 +46,7 @@ class UpdateShapes:
         num_micro_batches: micro-batches per update.
         max_prompt_length: in tokens.
         max_completion_length: in tokens.
-        remat: recompute activations in the backward pass.
+        remat: which activations the backward pass recomputes, as in ``build_model``.
         dtype: precision of the computation; weights, gradients and optimizer moments are float32.
     """
 
@@ -54,7 +55,7 @@ class UpdateShapes:
     num_micro_batches: int
     max_prompt_length: int
     max_completion_length: int
-    remat: bool
+    remat: RematName
     dtype: str
 
 

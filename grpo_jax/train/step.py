@@ -15,14 +15,17 @@ from jaxtyping import Array, Float, Key
 
 from grpo_jax.sampling import check_key
 from grpo_jax.train.forward import Tokens
-from grpo_jax.types import Batch, Max, Mean, Metrics, Params, Rollout, TrainState
+from grpo_jax.types import Batch, Max, Mean, Metrics, Params, Preparation, Rollout, TrainState
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
 """``(params, batch) -> (loss, metrics)``."""
 
 
 def make_log_prob_fn(
-    log_probs: Callable[[Params, Rollout], tuple[Tokens, Tokens]], *, num_micro_batches: int = 1
+    log_probs: Callable[[Params, Rollout], tuple[Tokens, Tokens]],
+    *,
+    num_micro_batches: int = 1,
+    preparation: Preparation = Preparation(),
 ) -> Callable[[Params, Rollout], Tokens]:
     """A jitted ``(params, rollout) -> log-probabilities [B, T]`` of frozen policies: old and reference.
 
@@ -30,6 +33,7 @@ def make_log_prob_fn(
         log_probs: ``(params, rollout) -> (log-probabilities, entropy)``, such as a ``partial`` of
             ``completion_log_probs``.
         num_micro_batches: equal parts of the batch that are computed in turn, to save memory.
+        preparation: of the parameters, once a call (``Model.preparation``).
 
     Raises:
         ValueError: at trace time, when num_micro_batches does not divide the batch.
@@ -37,6 +41,7 @@ def make_log_prob_fn(
 
     @jax.jit
     def frozen_log_probs(params, rollout):
+        params = preparation.prepare(params)
         parts = split_rows(rollout, num_micro_batches)
         stacked = jax.lax.map(lambda part: log_probs(params, part)[0], parts)
         return jnp.swapaxes(stacked, 0, 1).reshape(rollout.completion_ids.shape)
@@ -45,7 +50,12 @@ def make_log_prob_fn(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, num_micro_batches: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_micro_batches: int = 1,
+    preparation: Preparation = Preparation(),
+    gradient_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
 
@@ -59,6 +69,10 @@ def make_train_step(
             ``Max``. ``batch`` may be any pytree of arrays whose first axis is the batch.
         optimizer: any optax transformation.
         num_micro_batches: more parts take less memory and more time.
+        preparation: of the parameters, once an update (``Model.preparation``); gradients are taken with respect to
+            prepared parameters and accumulated in their form and layout.
+        gradient_dtype: dtype in which gradients are accumulated over the parts; bfloat16 takes half the memory of
+            float32 and loses what is small beside the sum. The optimizer gets float32.
 
     Returns:
         The step. Its metrics are scalars: those of ``loss_fn``, ``loss`` and ``grad_norm`` (before clipping).
@@ -69,19 +83,22 @@ def make_train_step(
     """
 
     def loss_sum(params, batch):
-        output = loss_fn(params, batch)
+        output = loss_fn(preparation.constrain(params), batch)
         check_loss_output(output)
         loss, metrics = output
         return loss.sum, {**metrics, "loss": loss}
 
     def micro_step(params, grads, batch):
         new_grads, metrics = jax.grad(loss_sum, has_aux=True)(params, batch)
-        return jax.tree.map(lambda sum, new: sum + new.astype(jnp.float32), grads, new_grads), metrics
+        sums = jax.tree.map(lambda sum, new: sum + new.astype(gradient_dtype), grads, new_grads)
+        return preparation.constrain(sums), metrics
 
     def step(state: TrainState, batch):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        params = preparation.prepare(state.params)
+        zeros = preparation.constrain(jax.tree.map(lambda x: jnp.zeros(x.shape, gradient_dtype), params))
         parts = split_rows(batch, num_micro_batches)
-        grads, metrics = jax.lax.scan(lambda grads, part: micro_step(state.params, grads, part), zeros, parts)
+        grads, metrics = jax.lax.scan(lambda grads, part: micro_step(params, grads, part), zeros, parts)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), preparation.restore(grads))
         merged = {name: metric.reduce() for name, metric in metrics.items()}
         loss = merged["loss"]
         assert isinstance(loss, Mean)
