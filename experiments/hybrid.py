@@ -87,9 +87,7 @@ def train(config: HybridConfig, run: Run) -> None:
     collector = Collector(config, run, mesh)
     model = collector.policy.model
     log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
-    log_prob_fn = make_log_prob_fn(
-        log_probs, num_micro_batches=config.micro_batches, preparation=model.preparation
-    )
+    log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=config.micro_batches, preparation=model.preparation)
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps)
     policy_loss = config.policy.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy

@@ -13,7 +13,6 @@ It saves a Hugging Face classifier with one label, for ``--reward-model`` of the
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import jax

@@ -97,6 +97,10 @@ class Preparation:
         return Preparation(entry(self.prepare), entry(self.constrain), entry(self.restore))
 
 
+AS_STORED = Preparation()
+"""The preparation that changes nothing."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A decoder as pure functions and numbers, without modules and state.
@@ -137,7 +141,7 @@ class Model:
     logit_softcap: float | None = None
     max_length: int | None = None
     rope_switch_length: int | None = None
-    preparation: Preparation = Preparation()
+    preparation: Preparation = AS_STORED
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""Parameters as a train step computes with them: matrices in the compute dtype, equal layers stacked for ``lax.scan``."""
+"""Parameters as a train step computes with them: in the compute dtype, equal layers stacked for ``lax.scan``."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class Repetition:
 
 
 def find_repetition(config: DecoderConfig) -> Repetition | None:
-    """The shortest period that repeats at least twice from the first layer on; layers after the last whole one are
-    left over. None if there is none.
+    """The shortest period that repeats at least twice from the first layer on; None if there is none.
+
+    Layers after its last whole repetition are left over.
 
     Args:
         config: windows and ropes of the layers.

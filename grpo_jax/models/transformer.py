@@ -78,8 +78,10 @@ class Decoder(nn.Module):
         block_bounds: Sequence[int] = (),
         stacked: Sequence[Params] = (),
     ) -> tuple[Float[Array, "B S D"], list[CacheEntry] | None]:
-        """Hidden states and cache; arguments as in ``Model.apply``, with rotations in place of positions, and the
-        stacked layers of prepared parameters."""
+        """Hidden states and cache; arguments as in ``Model.apply``, with rotations in place of positions.
+
+        Stacked layers of prepared parameters are an argument of their own.
+        """
         c = self.config
         S = token_ids.shape[1]
         columns = S if cache is None else cache[0]["values"].shape[2]
@@ -110,7 +112,7 @@ class Decoder(nn.Module):
 
         entries = []
         if stacked:
-            x = self._scan(x, stacked, [inputs_of(i) for i in range(len(stacked))], cache and cache[0])
+            x = self._scan(x, stacked, [inputs_of(i) for i in range(len(stacked))], None if cache is None else cache[0])
         for i in range(num_stacked({STACKED: stacked}), c.num_layers):
             x, entry = self.layers[i](x, inputs_of(i), None if cache is None else cache[i])
             x = constrain(x, self.mesh, BATCH)
@@ -182,13 +184,12 @@ def build_model(
             which may then give every device a part of every sequence.
         scan_layers: whether prepared parameters (``Model.preparation``) have equal layers stacked, for a ``lax.scan``
             over them: then neither memory for gathered weights nor time to compile grows with their number. None: on
-            all platforms but CPU, where unrolled layers are faster. Where no pattern of layers repeats, none is stacked.
+            all platforms but CPU, where unrolled layers are faster. If no pattern of layers repeats, none is stacked.
 
     Raises:
-        ValueError: for another ``dtype``, a kernel that does not support this model, or ``remat`` that the devices do
-            not support; and by ``apply``, at trace
-            time, if the mask has another number of columns than the cache (than tokens, without a cache), or the call
-            more tokens than the cache has columns.
+        ValueError: for another ``dtype``, a kernel that does not support this model, or a ``remat`` that the devices do
+            not support; and by ``apply``, at trace time, if the mask has another number of columns than the cache (than
+            tokens, without a cache), or the call more tokens than the cache has columns.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
@@ -216,7 +217,9 @@ def build_model(
             raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
         stacked = params.get(STACKED, ())
         if stacked and (prefixes or not isinstance(start, int) or start):
-            raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, without prefixes")
+            raise ValueError(
+                "parameters with stacked layers are for whole sequences: start must be 0, without prefixes"
+            )
         rotations = positions if isinstance(positions, dict) else rope(positions)
         variables = {"params": {name: value for name, value in params.items() if name != STACKED}}
         return module.apply(  # pyright: ignore[reportReturnType]
@@ -230,33 +233,36 @@ def build_model(
             return params["score"]["kernel"].T
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
-    def init_cache(batch: int, length: int, cache_dtype: Any = None) -> Cache:
-        supported = {jnp.dtype(each).name: each for each in CACHE_DTYPES}
-        name = str(getattr(cache_dtype, "__name__", cache_dtype))
-        entry_dtype = dtype if cache_dtype is None else supported.get(name)
-        if entry_dtype is None:
-            raise ValueError(f"cache_dtype must be one of {', '.join(supported)}, not {name}")
-        return [init_entry(config, batch, length, entry_dtype) for _ in range(config.num_layers)]
-
-    def first_columns(cache: Cache, length: int) -> Cache:
-        return [slice_columns(entry, 0, length) for entry in cache]
-
-    def join_columns(caches: Sequence[Cache]) -> Cache:
-        return [concatenate_columns(entries) for entries in zip(*caches, strict=True)]
-
     return Model(
         apply,
         rope,
         head,
-        init_cache,
-        first_columns,
-        join_columns,
+        partial(_init_cache, config, dtype),
+        _first_columns,
+        _join_columns,
         vocab_size=1 if config.scalar_head else config.vocab_size,
         logit_softcap=config.logit_softcap,
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
         preparation=preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None),
     )
+
+
+def _init_cache(config: DecoderConfig, dtype: Any, batch: int, length: int, cache_dtype: Any = None) -> Cache:
+    supported = {jnp.dtype(each).name: each for each in CACHE_DTYPES}
+    name = str(getattr(cache_dtype, "__name__", cache_dtype))
+    entry_dtype = dtype if cache_dtype is None else supported.get(name)
+    if entry_dtype is None:
+        raise ValueError(f"cache_dtype must be one of {', '.join(supported)}, not {name}")
+    return [init_entry(config, batch, length, entry_dtype) for _ in range(config.num_layers)]
+
+
+def _first_columns(cache: Cache, length: int) -> Cache:
+    return [slice_columns(entry, 0, length) for entry in cache]
+
+
+def _join_columns(caches: Sequence[Cache]) -> Cache:
+    return [concatenate_columns(entries) for entries in zip(*caches, strict=True)]
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from grpo_jax.sampling import check_key
 from grpo_jax.train.forward import Tokens
-from grpo_jax.types import Batch, Max, Mean, Metrics, Params, Preparation, Rollout, TrainState
+from grpo_jax.types import AS_STORED, Batch, Max, Mean, Metrics, Params, Preparation, Rollout, TrainState
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
 """``(params, batch) -> (loss, metrics)``."""
@@ -25,7 +25,7 @@ def make_log_prob_fn(
     log_probs: Callable[[Params, Rollout], tuple[Tokens, Tokens]],
     *,
     num_micro_batches: int = 1,
-    preparation: Preparation = Preparation(),
+    preparation: Preparation = AS_STORED,
 ) -> Callable[[Params, Rollout], Tokens]:
     """A jitted ``(params, rollout) -> log-probabilities [B, T]`` of frozen policies: old and reference.
 
@@ -54,7 +54,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     num_micro_batches: int = 1,
-    preparation: Preparation = Preparation(),
+    preparation: Preparation = AS_STORED,
     gradient_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
