@@ -167,13 +167,13 @@ class Learner:
         parts = self.config.num_minibatches * self.config.micro_batches
         return make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=preparation)
 
-    def step(self, loss_fn: Callable, optimizer: Any, preparation: Preparation) -> Callable:
+    def step(self, loss_fn: Callable, optimizer: Any, preparation: Preparation, gradient_dtype: str) -> Callable:
         return make_train_step(
             loss_fn,
             optimizer,
             num_micro_batches=self.config.micro_batches,
             preparation=preparation,
-            gradient_dtype=self.config.optimizer.gradient_dtype,
+            gradient_dtype=gradient_dtype,
         )
 
     def policy_loss(self, log_probs: Callable) -> Callable:
@@ -262,8 +262,12 @@ class OwnCritic(Learner):
         actor_form, critic_form = self.model.preparation, critic.model.preparation
         self._log_probs = self.scorer(log_probs, actor_form)
         self._values = self.scorer(lambda *args: (values(*args), None), critic_form)
-        self._actor_step = self.step(self.policy_loss(log_probs), self.optimizer, actor_form)
-        self._critic_step = self.step(critic_loss, critic_optimizer, critic_form)
+        self._actor_step = self.step(
+            self.policy_loss(log_probs), self.optimizer, actor_form, config.optimizer.gradient_dtype
+        )
+        self._critic_step = self.step(
+            critic_loss, critic_optimizer, critic_form, config.critic_optimizer.gradient_dtype
+        )
         with_reference = bool(config.kl_reward_coef)
         on_mesh = replicated(mesh)
         self.states = {
@@ -316,7 +320,10 @@ class SharedTrunk(Learner):
         self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2], form)
         self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None), form)
         self._steps = {
-            alone: self.step(partial(loss_of, critic_alone=alone), self.optimizer, form) for alone in (False, True)
+            alone: self.step(
+                partial(loss_of, critic_alone=alone), self.optimizer, form, config.optimizer.gradient_dtype
+            )
+            for alone in (False, True)
         }
         policy = collector.take_params()
         params = with_value_head(policy, jax.eval_shape(self.model.head, policy).shape[1])

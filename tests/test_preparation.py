@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from grpo_jax.loss import supervised_loss
 from grpo_jax.models import build_model, from_hf_config, init_params
 from grpo_jax.models.preparation import STACKED, Repetition, find_repetition, stack_layers
-from grpo_jax.models.remat import resolve_remat
+from grpo_jax.models.remat import check_remat
 from grpo_jax.sharding import make_mesh, param_shardings, replicated, shard_rows
 from grpo_jax.train import (
     completion_log_probs,
@@ -251,12 +251,11 @@ def device(platform, *kinds):
     return SimpleNamespace(platform=platform, device_kind="a device", addressable_memories=lambda: memories)
 
 
-def test_rematerialization_by_platform_and_without_host_memory():
-    assert resolve_remat("auto", device("cpu")) == "none"
-    assert resolve_remat("auto", device("tpu", "device", "pinned_host")) == "block"
-    assert resolve_remat("offload", device("tpu", "device", "pinned_host")) == "offload"
+def test_offload_without_host_memory_is_refused():
+    check_remat("block", device("tpu", "device"))
+    check_remat("offload", device("tpu", "device", "pinned_host"))
     with pytest.raises(ValueError, match="remat is offload, which needs pinned_host memory; a device has device: use"):
-        resolve_remat("offload", device("tpu", "device"))
+        check_remat("offload", device("tpu", "device"))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -31,7 +31,7 @@ from grpo_jax.loop.benchmark import SHAPES
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.update_memory import METHODS, UpdateShapes, size_of, update_memory
 from grpo_jax.models import from_hf_config, param_shapes
-from grpo_jax.models.remat import RematName
+from grpo_jax.models.remat import Remat
 from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.toy_config import HF_CONFIG
 
@@ -54,7 +54,7 @@ class Config:
     """In tokens."""
     max_completion_length: int = 1024
     """In tokens."""
-    remat: RematName = "block"
+    remat: Remat = "block"
     """Which activations the backward pass recomputes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; weights, gradients and optimizer moments are float32."""

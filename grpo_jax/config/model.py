@@ -12,7 +12,7 @@ import tyro
 from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.positions import num_positions
-from grpo_jax.models.remat import RematName
+from grpo_jax.models.remat import Remat
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
 
@@ -38,9 +38,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; parameters and optimizer state are float32. auto: bfloat16 on a GPU or TPU, float32
     on a CPU."""
-    remat: RematName = "auto"
+    remat: Remat = "block"
     """Activations in the backward pass (gradient checkpointing). none: all stored; block: recomputed from the input of
-    each block; offload: likewise, with these inputs in the host's memory. auto: none on a CPU, else block."""
+    each block; offload: likewise, with these inputs in the host's memory."""
     attention: AttentionName = "auto"
     """Attention kernel for whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU, where they
     support the model; otherwise plain."""

@@ -18,7 +18,7 @@ from grpo_jax.config.run import check_divides
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
-from grpo_jax.models.remat import RematName
+from grpo_jax.models.remat import Remat
 from grpo_jax.sharding import BATCH, param_shardings, replicated
 from grpo_jax.train import (
     LossFn,
@@ -55,7 +55,7 @@ class UpdateShapes:
     num_micro_batches: int
     max_prompt_length: int
     max_completion_length: int
-    remat: RematName
+    remat: Remat
     dtype: str
 
 

@@ -31,7 +31,7 @@ from grpo_jax.models.hf_weights import (
 )
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.pretrained import Pretrained
-from grpo_jax.models.remat import RematName
+from grpo_jax.models.remat import Remat
 from grpo_jax.models.transformer import build_model, param_shapes
 from grpo_jax.types import Params
 
@@ -50,7 +50,7 @@ def from_pretrained(
     *,
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
-    remat: RematName = "none",
+    remat: Remat = "none",
     attention: AttentionName = "plain",
     mesh: Mesh | None = None,
     shardings: Callable[[Any], Any] | None = None,

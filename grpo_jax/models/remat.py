@@ -7,36 +7,33 @@ from typing import Any, Literal
 
 import jax
 
-RematName = Literal["auto", "none", "block", "offload"]
 Remat = Literal["none", "block", "offload"]
+
+"""``none`` keeps all activations; ``block`` keeps the input of each block and recomputes the rest in the backward pass;
+``offload`` is ``block`` with these inputs in the host's memory."""
 
 BLOCK_INPUT = "block_input"
 """Checkpoint name of the residual stream before each block."""
 OFFLOAD_MEMORY = "pinned_host"
 
 
-def resolve_remat(name: RematName, device: Any) -> Remat:
-    """The policy in effect on a device.
+def check_remat(remat: Remat, device: Any) -> None:
+    """Check that a device supports a policy.
 
     Args:
-        name: ``none`` keeps all activations; ``block`` keeps the input of each block and recomputes the rest;
-            ``offload`` is ``block`` with these inputs in the host's memory; ``auto`` is ``none`` on a CPU, where it is
-            faster and recomputing saves little memory, and ``block`` elsewhere.
+        remat: the policy.
         device: one of those that compute.
 
     Raises:
         ValueError: ``offload`` on a device without pinned host memory.
     """
-    if name == "auto":
-        return "none" if device.platform == "cpu" else "block"
-    if name == "offload":
+    if remat == "offload":
         kinds = sorted(memory.kind for memory in device.addressable_memories())
         if OFFLOAD_MEMORY not in kinds:
             raise ValueError(
                 f"remat is offload, which needs {OFFLOAD_MEMORY} memory; {device.device_kind} has {', '.join(kinds)}: "
                 "use block"
             )
-    return name
 
 
 def remat_policy(remat: Remat) -> Callable[..., Any] | None:

@@ -20,7 +20,7 @@ from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
 from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
-from grpo_jax.models.remat import Remat, RematName, remat_policy, resolve_remat
+from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import BATCH, constrain
@@ -163,7 +163,7 @@ def build_model(
     config: DecoderConfig,
     *,
     dtype: Any = jnp.float32,
-    remat: RematName = "none",
+    remat: Remat = "none",
     attention: AttentionName = "plain",
     mesh: Mesh | None = None,
     scan_layers: bool | None = None,
@@ -177,14 +177,15 @@ def build_model(
         config: sizes and switches of the decoder.
         dtype: of matrix products and the residual stream, float32 or bfloat16. Parameters are cast to it where they are
             used.
-        remat: which activations the backward pass recomputes, as in ``remat.resolve_remat``.
+        remat: which activations the backward pass recomputes.
         attention: the attention kernel of training and prefill, as in ``kernels.choose_kernel``; decode steps use the
             plain path.
         mesh: mesh that activations are sharded over; None for one device, or to leave their sharding to the compiler,
             which may then give every device a part of every sequence.
         scan_layers: whether prepared parameters (``Model.preparation``) have equal layers stacked, for a ``lax.scan``
-            over them: then neither memory for gathered weights nor time to compile grows with their number. None: on
-            all platforms but CPU, where unrolled layers are faster. If no pattern of layers repeats, none is stacked.
+            over them: then neither memory for gathered weights nor time to compile grows with their number. None:
+            except on a CPU with ``remat`` none, where unrolled layers are faster; a CPU's program of unrolled layers
+            that are recomputed takes as much memory as without. If no pattern of layers repeats, none is stacked.
 
     Raises:
         ValueError: for another ``dtype``, a kernel that does not support this model, or a ``remat`` that the devices do
@@ -195,8 +196,10 @@ def build_model(
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     kernel = choose_kernel(attention, config, dtype, mesh)
-    module = Decoder(config, dtype, remat=resolve_remat(remat, device), kernel=kernel, mesh=mesh)
-    scan_layers = device.platform != "cpu" if scan_layers is None else scan_layers
+    check_remat(remat, device)
+    module = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
+    if scan_layers is None:
+        scan_layers = device.platform != "cpu" or remat != "none"
     repetition = find_repetition(config) if scan_layers else None
 
     def apply(
