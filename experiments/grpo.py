@@ -73,7 +73,11 @@ def train(config: GRPOConfig, run: Run) -> None:
         }
     )
     state = init_state(
-        collector.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
+        collector.take_params(),
+        optimizer,
+        with_reference=config.has_reference,
+        replicated=replicated(mesh),
+        ref_dtype=config.compute_dtype,
     )
     first, state, saved = run.resume(state)
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)

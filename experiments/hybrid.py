@@ -101,7 +101,11 @@ def train(config: HybridConfig, run: Run) -> None:
     )
     critic = make_critic(config, collector, mesh)
     policy = init_state(
-        collector.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
+        collector.take_params(),
+        optimizer,
+        with_reference=config.has_reference,
+        replicated=replicated(mesh),
+        ref_dtype=config.compute_dtype,
     )
     first, states, saved = run.resume({"policy": policy, "critic": critic.initial_state})
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)

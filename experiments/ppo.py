@@ -176,6 +176,15 @@ class Learner:
             gradient_dtype=gradient_dtype,
         )
 
+    def init(self, params: Params) -> TrainState:
+        return init_state(
+            params,
+            self.optimizer,
+            with_reference=self.config.has_reference,
+            replicated=replicated(self.mesh),
+            ref_dtype=self.config.compute_dtype,
+        )
+
     def policy_loss(self, log_probs: Callable) -> Callable:
         config = self.config
         return config.policy.build(
@@ -268,12 +277,9 @@ class OwnCritic(Learner):
         self._critic_step = self.step(
             critic_loss, critic_optimizer, critic_form, config.critic_optimizer.gradient_dtype
         )
-        with_reference = bool(config.kl_reward_coef)
         on_mesh = replicated(mesh)
         self.states = {
-            "actor": init_state(
-                collector.take_params(), self.optimizer, with_reference=with_reference, replicated=on_mesh
-            ),
+            "actor": self.init(collector.take_params()),
             "critic": init_state(critic.params, critic_optimizer, with_reference=False, replicated=on_mesh),
         }
 
@@ -328,11 +334,7 @@ class SharedTrunk(Learner):
         policy = collector.take_params()
         params = with_value_head(policy, jax.eval_shape(self.model.head, policy).shape[1])
         params["value"] = jax.device_put(params["value"], replicated(mesh))
-        self.states = {
-            "actor": init_state(
-                params, self.optimizer, with_reference=bool(config.kl_reward_coef), replicated=replicated(mesh)
-            )
-        }
+        self.states = {"actor": self.init(params)}
 
     def actor(self, states: dict[str, TrainState]) -> Params:
         return states["actor"].params["policy"]

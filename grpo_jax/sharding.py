@@ -152,6 +152,16 @@ def bytes_on_devices(tree: Any) -> int:
     return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
 
 
+def device_bytes(devices: Sequence[Any]) -> int | None:
+    """The memory of the smallest of some devices; None where devices do not report theirs (CPU).
+
+    Args:
+        devices: of this process.
+    """
+    sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return min(sizes) if all(sizes) else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, P())

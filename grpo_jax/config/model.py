@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import tyro
 
 from grpo_jax.config.run import MeshConfig, require_at_least
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.kernels import AttentionName
-from grpo_jax.models.positions import num_positions
+from grpo_jax.models.positions import num_positions, read_decoder_config
 from grpo_jax.models.remat import Remat
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
@@ -56,6 +58,13 @@ class ModelConfig:
         if self.model == TOY:
             return self.toy.hf_config["max_position_embeddings"]
         return None if self.model is None else num_positions(self.model)
+
+    @property
+    def decoder(self) -> DecoderConfig | None:
+        """Sizes of the model, read without its weights; None if they cannot be."""
+        if self.model == TOY:
+            return from_hf_config(self.toy.hf_config)
+        return None if self.model is None else read_decoder_config(self.model)
 
     def check(self) -> None:
         """Check what needs the devices or the user's modules, before the run's folder is made.

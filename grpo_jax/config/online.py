@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.memory import check_memory, micro_batch_tokens, warn_of_narrow_shards
 from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
 from grpo_jax.monitor.alarms import AlarmConfig
-
-MICRO_BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Updates per pass."""
     num_micro_batches: int | None = None
     """Gradient accumulation: parts of each update (TRL: gradient_accumulation_steps). Results do not depend on it.
-    Default: as few as keep a part within 16,384 tokens per device."""
+    Default: as few as the devices' memory allows by an estimate; where it is unknown (CPU), as few as keep a part
+    within 16,384 tokens per device."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""
@@ -85,6 +86,11 @@ class OnlineConfig(RunConfig, PolicyConfig):
         return read_tasks(self.tasks, self.data, self.rewards)
 
     @property
+    def trained_models(self) -> int:
+        """Models of the policy's size that are trained, with an optimizer state each."""
+        return 1
+
+    @property
     def num_completions(self) -> int:
         """Completions per step."""
         return self.num_prompts * self.group_size
@@ -100,15 +106,18 @@ class OnlineConfig(RunConfig, PolicyConfig):
         return self.micro_batches_of(self.num_completions // self.num_minibatches)
 
     def check(self) -> None:
-        """Check that rewards exist, and that prompts and the completions of a micro-batch divide over the mesh."""
+        """Check rewards, the memory of the devices, and that prompts and completions divide over the mesh."""
         for task in self.mixture:
             task.rewards.check()
+        check_memory(self)
+        if jax.local_devices()[0].platform == "tpu" and self.decoder is not None:
+            warn_of_narrow_shards(self.decoder.hidden_size, self.mesh.build().shape)
         self.mesh.check_divides(self.num_prompts, "num_prompts")
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
         self.mesh.check_divides(rows, "the completions of a micro-batch")
 
     def micro_batches_of(self, rows: int) -> int:
-        """The smallest number of equal micro-batches that keeps each within ``MICRO_BATCH_TOKENS`` per device.
+        """The smallest number of equal micro-batches that keeps each within ``micro_batch_tokens`` per device.
 
         Args:
             rows: sequences of an update.
@@ -117,6 +126,6 @@ class OnlineConfig(RunConfig, PolicyConfig):
             return self.num_micro_batches
         parts = self.mesh.build().shape
         devices = parts["data"] * parts["fsdp"]
-        most = max(devices, devices * MICRO_BATCH_TOKENS // (self.prompt_length + self.completion_length))
+        most = max(devices, devices * micro_batch_tokens(self) // (self.prompt_length + self.completion_length))
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
         return min(fitting, default=1)

@@ -166,7 +166,12 @@ def shuffled_minibatches(batch: Batch, key: Key[Array, ""], num_minibatches: int
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, *, with_reference: bool, replicated: Sharding
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    with_reference: bool,
+    replicated: Sharding,
+    ref_dtype: Any = None,
 ) -> TrainState:
     """The state before the first update, with optimizer state as ``opt_state_shardings`` lays it out.
 
@@ -175,6 +180,8 @@ def init_state(
         optimizer: of the train step.
         with_reference: whether to keep a copy of the parameters as the reference policy.
         replicated: sharding of the state's scalars.
+        ref_dtype: dtype of the reference's matrices; in that of the computation its log-probabilities are the same.
+            None for that of the parameters.
     """
     moments = opt_state_shardings(
         jax.eval_shape(optimizer.init, params), params, jax.tree.map(lambda x: x.sharding, params), replicated
@@ -183,8 +190,13 @@ def init_state(
         step=jax.device_put(jnp.int32(0), replicated),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=moments)(params),
-        ref_params=jax.tree.map(jnp.copy, params) if with_reference else None,
+        ref_params=_frozen_copy(params, ref_dtype) if with_reference else None,
     )
+
+
+def _frozen_copy(params: Params, dtype: Any) -> Params:
+    """A copy with matrices of a dtype, which does not share memory with ``params``: these are donated."""
+    return jax.tree.map(lambda x: jnp.array(x, x.dtype if dtype is None or x.ndim < 2 else dtype), params)
 
 
 def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: Sharding) -> Any:
@@ -217,8 +229,13 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
 
 
 def with_fresh_reference(state: TrainState) -> TrainState:
-    """The state with a copy of its current parameters as the reference policy (reference refresh)."""
-    return TrainState(state.step, state.params, state.opt_state, jax.tree.map(jnp.copy, state.params))
+    """The state with a copy of its current parameters as the reference policy, in the precision of the one before.
+
+    Reference refresh.
+    """
+    dtypes = {x.dtype for x in jax.tree.leaves(state.ref_params) if x.ndim > 1}
+    ref_params = _frozen_copy(state.params, dtypes.pop() if dtypes else None)
+    return TrainState(state.step, state.params, state.opt_state, ref_params)
 
 
 def check_loss_output(output: Any) -> None:
