@@ -66,7 +66,7 @@ def test_what_a_7b_run_holds(config):
     smaller = memory.reckon(small, DECODER, {"tensor": 1})
     assert smaller.state < 0.34 * need.state
     assert need.update - smaller.update == 2 * WEIGHTS
-    ppo = PPOConfig(run_dir=Path("run"), model=config.model, rewards=config.rewards, dtype="bfloat16", kl_reward_coef=0)
+    ppo = PPOConfig(run_dir=Path("run"), model=config.model, rewards=config.rewards, dtype="bfloat16", kl_reward_coef=0.0)
     assert memory.reckon(ppo, DECODER, {"tensor": 1}).state == 2 * need.state
     assert memory.reckon(replace(ppo, critic="head"), DECODER, {"tensor": 1}).state == need.state
 
