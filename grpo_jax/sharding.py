@@ -75,6 +75,30 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
+def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
+    """The devices of a mesh for sampling: ``tensor`` of them share the model's heads, and groups of them the batch.
+
+    Its devices are in the same order, so that a jitted function may take arrays of both meshes.
+
+    Args:
+        mesh: of ``make_mesh``.
+        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x tensor``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    sizes = mesh.shape
+    if tensor == sizes["tensor"]:
+        return mesh
+    if tensor < 1 or tensor % sizes["tensor"] or sizes["fsdp"] * sizes["tensor"] % tensor:
+        raise ValueError(
+            f"mesh.rollout_tensor is {tensor}; it must be a multiple of mesh.tensor = {sizes['tensor']} that divides "
+            f"mesh.fsdp x mesh.tensor = {sizes['fsdp'] * sizes['tensor']}"
+        )
+    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | None:
     """The spec of the first rule that matches a parameter; None if none does.
 
@@ -120,7 +144,28 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     return shardings
 
 
-def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
+def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
+    """Shardings on the way from training to sampling with more devices on the ``tensor`` axis.
+
+    From them on, parameters need only be gathered. Without this step, the compiler would give every device all of them
+    to take its part from.
+
+    Args:
+        shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
+        mesh: mesh of training; ``tensor`` divides its ``fsdp x tensor``.
+        tensor: size of the axis in sampling.
+    """
+    sizes, inner = mesh.shape, tensor // mesh.shape["tensor"]
+    devices = mesh.devices.reshape(sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
+    split = Mesh(devices, ("data", "fsdp", "inner", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    rules = [
+        (pattern, P(*(("inner", "tensor") if axes == "tensor" else axes for axes in spec)))
+        for pattern, spec in PARAM_RULES
+    ]
+    return param_shardings(shapes, split, rules)
+
+
+def make_reshard(shardings: Params, dtype: Any, *, steps: Sequence[Params] = ()) -> Callable[[Params], Params]:
     """A jitted function ``params -> params`` that changes sharding and dtype.
 
     Parameters that have both already are returned without a copy. The function keeps no reference to its results: if
@@ -129,6 +174,7 @@ def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
     Args:
         shardings: a sharding for each parameter.
         dtype: of the matrices; vectors, such as the scales of norms, keep theirs.
+        steps: shardings that parameters pass through on the way.
     """
 
     def target_dtype(x: Array) -> Any:
@@ -136,7 +182,10 @@ def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
 
     @partial(jax.jit, out_shardings=shardings)
     def move(params: Params) -> Params:
-        return jax.tree.map(lambda x: x.astype(target_dtype(x)), params)
+        params = jax.tree.map(lambda x: x.astype(target_dtype(x)), params)
+        for step in steps:
+            params = jax.tree.map(jax.lax.with_sharding_constraint, params, step)
+        return params
 
     def reshard(params: Params) -> Params:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)

@@ -66,7 +66,9 @@ def test_what_a_7b_run_holds(config):
     smaller = memory.reckon(small, DECODER, {"tensor": 1})
     assert smaller.state < 0.34 * need.state
     assert need.update - smaller.update == 2 * WEIGHTS
-    ppo = PPOConfig(run_dir=Path("run"), model=config.model, rewards=config.rewards, dtype="bfloat16", kl_reward_coef=0.0)
+    ppo = PPOConfig(
+        run_dir=Path("run"), model=config.model, rewards=config.rewards, dtype="bfloat16", kl_reward_coef=0.0
+    )
     assert memory.reckon(ppo, DECODER, {"tensor": 1}).state == 2 * need.state
     assert memory.reckon(replace(ppo, critic="head"), DECODER, {"tensor": 1}).state == need.state
 
@@ -133,6 +135,15 @@ def test_the_samplers_weights_are_sharded_as_far_as_they_must(config):
     devices = [memory.rollout_tensor(need, DECODER, axes, None, limit) for limit in (None, H100, 16 * 10**9, 10**9)]
     assert devices == [1, 1, 2, 4]  # at most the four KV heads
     assert memory.rollout_tensor(need, DECODER, axes, 4, H100) == 4
+
+
+def test_kv_heads_are_not_split(config):
+    axes = {"data": 1, "fsdp": 8, "tensor": 1}
+    assert memory.choose_rollout_tensor(config, DECODER, axes) == 1
+    assert memory.choose_rollout_tensor(replace(config, mesh=MeshConfig(rollout_tensor=2)), DECODER, axes) == 2
+    for tensor in (0, 8):
+        with pytest.raises(ValueError, match=rf"rollout_tensor is {tensor}; .* 4 KV heads: one of \[1, 2, 4\]"):
+            memory.choose_rollout_tensor(replace(config, mesh=MeshConfig(rollout_tensor=tensor)), DECODER, axes)
 
 
 def test_shards_narrower_than_a_tile_are_warned_of():

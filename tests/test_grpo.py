@@ -113,10 +113,12 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
 
 
 @pytest.mark.slow
-def test_l2_eight_devices_give_the_losses_of_one(config):
+@pytest.mark.parametrize("rollout_tensor", [None, 4])
+def test_l2_eight_devices_give_the_losses_of_one(config, rollout_tensor):
     config = replace(config, num_steps=5, group_size=16)
     grpo.main(config)
-    eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2, rollout_tensor=rollout_tensor)
+    eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=mesh)
     grpo.main(eight)
     one, many = metrics_of(config), metrics_of(eight)
     assert max(row.get("reward_std", 0) for row in one) > 0  # losses that are not 0 for want of a signal

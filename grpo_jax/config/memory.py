@@ -171,6 +171,28 @@ def rollout_tensor(need: Reckoning, decoder: DecoderConfig, axes: Axes, wanted: 
     return min(fitting, default=max(sizes, default=axes["tensor"]))
 
 
+def choose_rollout_tensor(config: Any, decoder: DecoderConfig, axes: Axes) -> int:
+    """``rollout_tensor`` of a run with a policy, on the devices of this process.
+
+    Args:
+        config: of the run.
+        decoder: sizes of the policy.
+        axes: sizes of the mesh's axes.
+
+    Raises:
+        ValueError: mesh.rollout_tensor is set to a number that does not divide the KV heads.
+    """
+    wanted, limit = config.mesh.rollout_tensor, device_bytes(jax.local_devices())
+    if wanted is not None and (wanted < 1 or decoder.num_kv_heads % wanted):
+        raise ValueError(
+            f"mesh.rollout_tensor is {wanted}; it must divide the model's {decoder.num_kv_heads} KV heads: one of "
+            f"{divisors(decoder.num_kv_heads)}"
+        )
+    if wanted is not None or limit is None or not config.trained_models:
+        return wanted or axes["tensor"]
+    return rollout_tensor(reckon(config, decoder, axes), decoder, axes, wanted, limit)
+
+
 def warn_of_narrow_shards(hidden_size: int, axes: Axes) -> None:
     """Warn of a mesh whose shards of weights are narrower than a TPU's tile.
 

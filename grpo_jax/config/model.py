@@ -66,6 +66,16 @@ class ModelConfig:
             return from_hf_config(self.toy.hf_config)
         return None if self.model is None else read_decoder_config(self.model)
 
+    @property
+    def trained_models(self) -> int:
+        """Models of this size that the run trains, with an optimizer state each."""
+        return 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is kept."""
+        return False
+
     def check(self) -> None:
         """Check what needs the devices or the user's modules, before the run's folder is made.
 

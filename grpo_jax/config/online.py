@@ -87,7 +87,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
 
     @property
     def trained_models(self) -> int:
-        """Models of the policy's size that are trained, with an optimizer state each."""
+        """The policy."""
         return 1
 
     @property

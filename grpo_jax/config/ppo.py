@@ -94,7 +94,7 @@ class PPOConfig(OnlineConfig):
 
     @property
     def trained_models(self) -> int:
-        """Models of the policy's size that are trained: the actor, and a critic of its own."""
+        """The actor, and a critic of its own."""
         return 2 if self.critic == "model" else 1
 
     @property
