@@ -40,13 +40,13 @@ from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, start_model
+from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, rollout_layout, start_model
 from grpo_jax.loss import dpo_loss
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import RewardFn, as_reward_outputs
 from grpo_jax.rewards.plugin import import_reward
-from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, shard_rows
+from grpo_jax.sharding import shard_rows
 from grpo_jax.train import pair_log_probs
 from grpo_jax.types import Pairs, Params
 
@@ -74,8 +74,8 @@ def train(config: DPOConfig, run: Run) -> None:
         **rendering,
     )
 
-    log_probs = partial(pair_log_probs, policy.model)
-    sums = jax.jit(lambda params, batch: masked_sum(log_probs(params, batch), batch.completion_mask, 2))
+    log_probs, prepare = partial(pair_log_probs, policy.model), policy.model.preparation.prepare
+    sums = jax.jit(lambda params, batch: masked_sum(log_probs(prepare(params), batch), batch.completion_mask, 2))
     sums_of = partial(sums_of_pairs, config, run, mesh, sums)
     reference = held_out_reference = None
     if not config.reference_free:
@@ -97,8 +97,8 @@ def train(config: DPOConfig, run: Run) -> None:
         )
 
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
-    sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
-    to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    layout = rollout_layout(config, policy, mesh)
+    sampler = make_sampler(config, policy, layout, group_size=config.eval_samples)
     run.describe(
         {
             **model_facts(config, start, policy, mesh),
@@ -122,7 +122,7 @@ def train(config: DPOConfig, run: Run) -> None:
             }
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = sampler(to_rollout(params), prompts.padded(range(len(prompts))), key)
+                rollout = sampler(layout.reshard(params), prompts.padded(range(len(prompts))), key)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 phase.update(len(held_out_pairs) + len(prompts))
                 metrics["eval/mean_length"] = float(np.asarray(rollout.completion_mask.sum(1)).mean())

@@ -55,16 +55,22 @@ def main(config: GRPOConfig) -> int:
 def train(config: GRPOConfig, run: Run) -> None:
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
-    log_probs = partial(completion_log_probs, collector.policy.model, temperature=config.sampling.temperature)
-    layout = BatchLayout(config, collector.policy.model, mesh)
-    log_prob_fn = layout.frozen(
-        make_log_prob_fn(log_probs, num_micro_batches=config.num_minibatches * config.micro_batches)
-    )
+    model = collector.policy.model
+    log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
+    layout = BatchLayout(config, model, mesh)
+    parts = config.num_minibatches * config.micro_batches
+    log_prob_fn = layout.frozen(make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=model.preparation))
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps * config.updates_per_step)
     policy_loss = config.policy.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
-    train_step = make_train_step(policy_loss, optimizer, num_micro_batches=config.micro_batches)
+    train_step = make_train_step(
+        policy_loss,
+        optimizer,
+        num_micro_batches=config.micro_batches,
+        preparation=model.preparation,
+        gradient_dtype=config.optimizer.gradient_dtype,
+    )
     run.describe(
         {
             "loss": f"{config.policy.loss}, advantages {config.advantage}, "
@@ -74,7 +80,11 @@ def train(config: GRPOConfig, run: Run) -> None:
         }
     )
     state = init_state(
-        collector.take_params(), optimizer, with_reference=config.has_reference, replicated=replicated(mesh)
+        collector.take_params(),
+        optimizer,
+        with_reference=config.has_reference,
+        replicated=replicated(mesh),
+        ref_dtype=config.compute_dtype,
     )
     first, state, saved = run.resume(state)
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)

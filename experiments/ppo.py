@@ -55,7 +55,7 @@ from grpo_jax.train import (
     shuffled_minibatches,
     with_value_head,
 )
-from grpo_jax.types import Batch, Mean, PackedBatch, Params, Rollout, TrainState
+from grpo_jax.types import Batch, Mean, PackedBatch, Params, Preparation, Rollout, TrainState
 
 SCRIPTS = Path(__file__).parent
 
@@ -166,12 +166,28 @@ class Learner:
         )
         self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
 
-    def scorer(self, log_probs: Callable) -> Callable:
+    def scorer(self, log_probs: Callable, preparation: Preparation) -> Callable:
         parts = self.config.num_minibatches * self.config.micro_batches
-        return self.layout.frozen(make_log_prob_fn(log_probs, num_micro_batches=parts))
+        log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=preparation)
+        return self.layout.frozen(log_prob_fn)
 
-    def step(self, loss_fn: Callable, optimizer: Any) -> Callable:
-        return make_train_step(loss_fn, optimizer, num_micro_batches=self.config.micro_batches)
+    def step(self, loss_fn: Callable, optimizer: Any, preparation: Preparation, gradient_dtype: str) -> Callable:
+        return make_train_step(
+            loss_fn,
+            optimizer,
+            num_micro_batches=self.config.micro_batches,
+            preparation=preparation,
+            gradient_dtype=gradient_dtype,
+        )
+
+    def init(self, params: Params) -> TrainState:
+        return init_state(
+            params,
+            self.optimizer,
+            with_reference=self.config.has_reference,
+            replicated=replicated(self.mesh),
+            ref_dtype=self.config.compute_dtype,
+        )
 
     def policy_loss(self, log_probs: Callable) -> Callable:
         config = self.config
@@ -258,15 +274,18 @@ class OwnCritic(Learner):
                 epsilon=config.value_epsilon,
             )
 
-        self._log_probs, self._values = self.scorer(log_probs), self.scorer(lambda *args: (values(*args), None))
-        self._actor_step = self.step(self.policy_loss(log_probs), self.optimizer)
-        self._critic_step = self.step(critic_loss, critic_optimizer)
-        with_reference = bool(config.kl_reward_coef)
+        actor_form, critic_form = self.model.preparation, critic.model.preparation
+        self._log_probs = self.scorer(log_probs, actor_form)
+        self._values = self.scorer(lambda *args: (values(*args), None), critic_form)
+        self._actor_step = self.step(
+            self.policy_loss(log_probs), self.optimizer, actor_form, config.optimizer.gradient_dtype
+        )
+        self._critic_step = self.step(
+            critic_loss, critic_optimizer, critic_form, config.critic_optimizer.gradient_dtype
+        )
         on_mesh = replicated(mesh)
         self.states = {
-            "actor": init_state(
-                collector.take_params(), self.optimizer, with_reference=with_reference, replicated=on_mesh
-            ),
+            "actor": self.init(collector.take_params()),
             "critic": init_state(critic.params, critic_optimizer, with_reference=False, replicated=on_mesh),
         }
 
@@ -309,19 +328,19 @@ class SharedTrunk(Learner):
             total = policy_loss.sum + config.value_coef * value_loss.sum
             return Mean(total, policy_loss.count), metrics | policy_metrics
 
-        self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2])
-        self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None))
+        form = self.model.preparation.under("policy")
+        self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2], form)
+        self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None), form)
         self._steps = {
-            alone: self.step(partial(loss_of, critic_alone=alone), self.optimizer) for alone in (False, True)
+            alone: self.step(
+                partial(loss_of, critic_alone=alone), self.optimizer, form, config.optimizer.gradient_dtype
+            )
+            for alone in (False, True)
         }
         policy = collector.take_params()
         params = with_value_head(policy, jax.eval_shape(self.model.head, policy).shape[1])
         params["value"] = jax.device_put(params["value"], replicated(mesh))
-        self.states = {
-            "actor": init_state(
-                params, self.optimizer, with_reference=bool(config.kl_reward_coef), replicated=replicated(mesh)
-            )
-        }
+        self.states = {"actor": self.init(params)}
 
     def actor(self, states: dict[str, TrainState]) -> Params:
         return states["actor"].params["policy"]

@@ -13,7 +13,6 @@ It saves a Hugging Face classifier with one label, for ``--reward-model`` of the
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import jax
@@ -59,7 +58,8 @@ def train(config: RewardModelConfig, run: Run) -> None:
         return bradley_terry_loss(pair_scores(scorer.model, params, batch), margins=margins, centring=config.centring)
 
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
-    score = jax.jit(partial(pair_scores, scorer.model))
+    prepare = scorer.model.preparation.prepare
+    score = jax.jit(lambda params, batch: pair_scores(scorer.model, prepare(params), batch))
     run.describe(
         {
             **model_facts(config, start, scorer, mesh),

@@ -34,11 +34,11 @@ from grpo_jax.loop.offline import packed_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, start_model
+from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, rollout_layout, start_model
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.math.reward import math_reward
-from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, shard_rows
+from grpo_jax.sharding import shard_rows
 from grpo_jax.train import packed_log_probs
 from grpo_jax.types import Packed, Params
 
@@ -63,9 +63,10 @@ def train(config: SFTConfig, run: Run) -> None:
         return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
 
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
-    held_out_loss = jax.jit(lambda params, batch: loss_fn(params, batch)[0])
-    sampler = make_sampler(config, policy, mesh, group_size=config.eval_samples)
-    to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
+    prepare = policy.model.preparation.prepare
+    held_out_loss = jax.jit(lambda params, batch: loss_fn(prepare(params), batch)[0])
+    layout = rollout_layout(config, policy, mesh)
+    sampler = make_sampler(config, policy, layout, group_size=config.eval_samples)
     run.describe(
         {
             **model_facts(config, start, policy, mesh),
@@ -89,7 +90,7 @@ def train(config: SFTConfig, run: Run) -> None:
             metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = sampler(to_rollout(params), prompts.padded(range(len(prompts))), key)
+                rollout = sampler(layout.reshard(params), prompts.padded(range(len(prompts))), key)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 lengths = np.asarray(rollout.completion_mask.sum(1))
                 metrics |= grade(prompts, completions, lengths, config.eval_samples)

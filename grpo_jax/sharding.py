@@ -76,6 +76,40 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
+def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
+    """The devices of a mesh for sampling: ``tensor`` of them share the model's heads, and groups of them the batch.
+
+    Its devices are in the same order, so that a jitted function may take arrays of both meshes.
+
+    Args:
+        mesh: of ``make_mesh``.
+        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x tensor``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    sizes = mesh.shape
+    if tensor == sizes["tensor"]:
+        return mesh
+    if tensor < 1 or tensor % sizes["tensor"] or sizes["fsdp"] * sizes["tensor"] % tensor:
+        raise ValueError(
+            f"mesh.rollout_tensor is {tensor}; it must be a multiple of mesh.tensor = {sizes['tensor']} that divides "
+            f"mesh.fsdp x mesh.tensor = {sizes['fsdp'] * sizes['tensor']}"
+        )
+    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | None:
+    """The spec of the first rule that matches a parameter; None if none does.
+
+    Args:
+        name: path of the parameter, such as ``layers_0/attention/q/kernel``.
+        rules: as in ``param_shardings``.
+    """
+    return next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+
+
 def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> Params:
     """A sharding for each parameter, by its path.
 
@@ -92,7 +126,7 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
 
     def place(path, leaf):
         name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        spec = param_spec(name, rules)
         if spec is None:
             problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
             return None
@@ -111,7 +145,28 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     return shardings
 
 
-def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
+def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
+    """Shardings on the way from training to sampling with more devices on the ``tensor`` axis.
+
+    From them on, parameters need only be gathered. Without this step, the compiler would give every device all of them
+    to take its part from.
+
+    Args:
+        shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
+        mesh: mesh of training; ``tensor`` divides its ``fsdp x tensor``.
+        tensor: size of the axis in sampling.
+    """
+    sizes, inner = mesh.shape, tensor // mesh.shape["tensor"]
+    devices = mesh.devices.reshape(sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
+    split = Mesh(devices, ("data", "fsdp", "inner", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    rules = [
+        (pattern, P(*(("inner", "tensor") if axes == "tensor" else axes for axes in spec)))
+        for pattern, spec in PARAM_RULES
+    ]
+    return param_shardings(shapes, split, rules)
+
+
+def make_reshard(shardings: Params, dtype: Any, *, steps: Sequence[Params] = ()) -> Callable[[Params], Params]:
     """A jitted function ``params -> params`` that changes sharding and dtype.
 
     Parameters that have both already are returned without a copy. The function keeps no reference to its results: if
@@ -120,6 +175,7 @@ def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
     Args:
         shardings: a sharding for each parameter.
         dtype: of the matrices; vectors, such as the scales of norms, keep theirs.
+        steps: shardings that parameters pass through on the way.
     """
 
     def target_dtype(x: Array) -> Any:
@@ -127,7 +183,10 @@ def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
 
     @partial(jax.jit, out_shardings=shardings)
     def move(params: Params) -> Params:
-        return jax.tree.map(lambda x: x.astype(target_dtype(x)), params)
+        params = jax.tree.map(lambda x: x.astype(target_dtype(x)), params)
+        for step in steps:
+            params = jax.tree.map(jax.lax.with_sharding_constraint, params, step)
+        return params
 
     def reshard(params: Params) -> Params:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
@@ -141,6 +200,16 @@ def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
 def bytes_on_devices(tree: Any) -> int:
     """Bytes of a tree's arrays, summed over this process's devices."""
     return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
+
+
+def device_bytes(devices: Sequence[Any]) -> int | None:
+    """The memory of the smallest of some devices; None where devices do not report theirs (CPU).
+
+    Args:
+        devices: of this process.
+    """
+    sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return min(sizes) if all(sizes) else None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -226,7 +295,9 @@ def lookup_divides(token_ids: Int[Array, "B S"], table: Array, mesh: Mesh) -> bo
     return S > 1 and sizes["fsdp"] * sizes["tensor"] > 1 and divides
 
 
-def sharded_lookup(table: Float[Array, "V D"], token_ids: Int[Array, "B S"], mesh: Mesh) -> Float[Array, "B S D"]:
+def sharded_lookup(
+    table: Float[Array, "V D"], token_ids: Int[Array, "B S"], mesh: Mesh, dtype: Any
+) -> Float[Array, "B S D"]:
     """``table[clip(token_ids)]`` with ids and results sent between devices instead of the table or its gradient.
 
     Each device looks up its slice of the width for the sequences of all devices of ``fsdp``, then they exchange slices.
@@ -235,6 +306,7 @@ def sharded_lookup(table: Float[Array, "V D"], token_ids: Int[Array, "B S"], mes
         table: rows sharded over ``tensor``, columns over ``fsdp``.
         token_ids: sequences sharded over ``data`` and ``fsdp``.
         mesh: the devices; its axes divide the arrays.
+        dtype: of the result, in which it travels.
     """
     last = table.shape[0] - 1
 
@@ -242,7 +314,7 @@ def sharded_lookup(table: Float[Array, "V D"], token_ids: Int[Array, "B S"], mes
         ids = jnp.clip(jax.lax.all_gather(ids, "fsdp", tiled=True), 0, last)
         local = ids - jax.lax.axis_index("tensor") * part.shape[0]
         is_here = (local >= 0) & (local < part.shape[0])
-        found = jnp.where(is_here[..., None], lookup(part, local), 0)
+        found = jnp.where(is_here[..., None], lookup(part, local).astype(dtype), 0)
         found = jax.lax.psum(found, "tensor")  # one device has the row, the others 0
         return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
 

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any
 
-import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-T = TypeVar("T")
-
-
-@dataclass_transform(frozen_default=True)
-def pytree(cls: type[T]) -> type[T]:
-    """A frozen ``chex.dataclass`` that is constructed with positional or keyword arguments.
-
-    JAX rebuilds it without the constructor, so that a tree of shardings, of ``ShapeDtypeStruct`` or of stacked arrays
-    has the same class. (A decorator of its own because pyright does not see through that of chex.)
-    """
-    return chex.dataclass(cls, frozen=True, mappable_dataclass=False)  # pyright: ignore[reportReturnType]
-
+from grpo_jax.packed import Packed as Packed
+from grpo_jax.packed import PackedRows as PackedRows
+from grpo_jax.packed import Packing as Packing
+from grpo_jax.packed import Segments as Segments
+from grpo_jax.packed import pytree as pytree
 
 Params = Any
 """A pytree of parameter arrays."""
@@ -65,25 +57,40 @@ class PrefixCache:
     scatter_index: Int[Array, "devices rows"] | None = None
 
 
-@pytree
-class Segments:
-    """The attention mask of packed rows in which several segments continue the same one, such as a group's prompt.
+def _unchanged(params: Params) -> Params:
+    return params
 
-    A token attends to tokens up to itself in its own segment and in the segment that its own continues.
+
+@dataclass(frozen=True)
+class Preparation:
+    """Parameters in the form that a train step computes with, and gradients back in the form of storage.
+
+    By default the parameters themselves.
 
     Attributes:
-        ids: number of each token's segment within its row, from 1; 0 in padding.
-        prefix_ids: number of the segment that each token's own continues; 0 if it continues none.
-        positions: position of each token in its sequence, from 0, in which sliding windows are measured.
+        prepare: ``params -> params`` in the compute dtype and layout, which ``Model.apply`` and ``Model.head`` accept
+            too. A step does it once, so that micro-batches and layers share one copy. With stacked layers ``apply``
+            takes whole sequences only (``start`` 0, no prefixes), and returns None in place of the cache.
+        constrain: prepared parameters, or a tree of their form, with the shardings of the parameters; gradients through
+            it are sharded likewise as soon as they are computed.
+        restore: a tree of the form of prepared parameters, such as gradients of any dtype, in the form of ``params``.
     """
 
-    ids: Int[Array, "B S"]
-    prefix_ids: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
+    prepare: Callable[[Params], Params] = _unchanged
+    constrain: Callable[[Params], Params] = _unchanged
+    restore: Callable[[Params], Params] = _unchanged
+
+    def under(self, name: str) -> Preparation:
+        """The preparation of trees that have a model's parameters under ``name``; their other entries are kept."""
+
+        def entry(function: Callable[[Params], Params]) -> Callable[[Params], Params]:
+            return lambda tree: {**tree, name: function(tree[name])}
+
+        return Preparation(entry(self.prepare), entry(self.constrain), entry(self.restore))
 
 
-Packing = Literal["shared", "separate"]
-"""How completions are packed into rows: a prompt once for several completions of its group, or for each completion."""
+AS_STORED = Preparation()
+"""The preparation that changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Model:
             and dynamic scaling); None if frequencies do not depend on the length.
         packing: how prompts and completions are best packed for ``apply``: ``separate`` where an attention kernel takes
             segment ids but not ``Segments``; None if they cannot be packed.
+        preparation: of the parameters for a train step.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -131,6 +139,7 @@ class Model:
     max_length: int | None = None
     rope_switch_length: int | None = None
     packing: Packing | None = None
+    preparation: Preparation = AS_STORED
 
 
 @pytree
@@ -171,47 +180,6 @@ class Rollout:
     completion_mask: Bool[Array, "B T"]
     rollout_log_probs: Float[Array, "B T"]
     truncated: Bool[Array, " B"]
-
-
-@pytree
-class PackedRows:
-    """Prompts and completions packed into rows: the tokens that completion tokens are predicted from.
-
-    The last token of a completion predicts nothing and is left out. Where a prompt is shared, its last token is
-    repeated as the first of each completion's segment, so that every completion token has a place that predicts it.
-
-    Attributes:
-        token_ids: the tokens of each row, then padding.
-        segment_ids: number of each token's segment within its row, from 1; 0 in padding.
-        prefix_ids: as in ``Segments``; None if no prompt is shared.
-        positions: position of each token in its sequence, from 0.
-        target_columns: columns that predict completion tokens, in ascending order, then zeros.
-        target_ids: the completion token that each of these columns predicts, then zeros.
-        target_mask: True at these, then False.
-        sequence_index: number of each of a row's at most K sequences in the batch; -1 at unused places.
-        starts: place in ``target_ids`` of the first completion token of each sequence.
-    """
-
-    token_ids: Int[Array, "*N R S"]
-    segment_ids: Int[Array, "*N R S"]
-    prefix_ids: Int[Array, "*N R S"] | None
-    positions: Int[Array, "*N R S"]
-    target_columns: Int[Array, "*N R S"]
-    target_ids: Int[Array, "*N R S"]
-    target_mask: Bool[Array, "*N R S"]
-    sequence_index: Int[Array, "*N R K"]
-    starts: Int[Array, "*N R K"]
-
-    def predicting(self, hidden: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
-        """The hidden states at ``target_columns``."""
-        return jnp.take_along_axis(hidden, self.target_columns[:, :, None], axis=1, mode="promise_in_bounds")
-
-    @property
-    def attention_mask(self) -> Int[Array, "R S"] | Segments:
-        """The rows' mask for ``Model.apply``."""
-        if self.prefix_ids is None:
-            return self.segment_ids
-        return Segments(self.segment_ids, self.prefix_ids, self.positions)
 
 
 @pytree
@@ -292,23 +260,6 @@ class PackedBatch:
     sequences: Batch | Rollout
     rows: PackedRows
     count: Int[Array, ""]
-
-
-@pytree
-class Packed:
-    """Sequences packed into rows, for supervised fine-tuning.
-
-    Attributes:
-        token_ids: the concatenated sequences of each row, then padding.
-        segment_ids: number of each token's sequence within its row, from 1; 0 in padding.
-        positions: position of each token in its sequence, from 0.
-        loss_mask: True at the tokens that the loss includes; never at the first token of a sequence.
-    """
-
-    token_ids: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
-    loss_mask: Bool[Array, "B S"]
 
 
 @pytree

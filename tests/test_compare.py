@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -313,9 +314,8 @@ def memory_of(config, method):
 
 
 def test_memory_is_of_one_model_more_where_there_is_a_critic(small, monkeypatch):
-    monkeypatch.setattr(
-        update_memory, "_program_bytes", lambda step, state, *rest: update_memory._bytes_of(state) + 100
-    )
+    monkeypatch.setattr(update_memory, "_compiled", lambda step, state, *rest: SimpleNamespace(compiled=state))
+    monkeypatch.setattr(update_memory, "program_bytes", lambda state: update_memory._bytes_of(state) + 100)
     grpo, ppo = (memory_of(tiny_shapes(small), method) for method in ("grpo", "ppo"))
     copies = [each.copies for each in (*grpo.values(), *ppo.values())]
     assert copies == pytest.approx([1, 3, 2, 4], abs=0.02)  # the scalar head is not an output embedding

@@ -114,12 +114,12 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["none", "shared"])
-def test_l2_eight_devices_give_the_losses_of_one(config, packing):
+@pytest.mark.parametrize(("packing", "rollout_tensor"), [("none", None), ("shared", 4)])
+def test_l2_eight_devices_give_the_losses_of_one(config, packing, rollout_tensor):
     config = replace(config, num_steps=5, group_size=16)
     grpo.main(config)
-    eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    eight = replace(eight, packing=packing)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2, rollout_tensor=rollout_tensor)
+    eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=mesh, packing=packing)
     grpo.main(eight)
     one, many = metrics_of(config), metrics_of(eight)
     assert max(row.get("reward_std", 0) for row in one) > 0  # losses that are not 0 for want of a signal
@@ -421,7 +421,7 @@ def test_defaults_are_those_of_real_models_and_presets_are_complete():
     assert (real.prompt_length, real.completion_length) == (512, 1024)
     assert real.compute_dtype == jnp.float32  # on a CPU
     toy = PRESETS["toy"].config()
-    assert (toy.model, toy.data.dataset, toy.dtype, toy.remat) == ("toy", "sums", "float32", False)
+    assert (toy.model, toy.data.dataset, toy.dtype, toy.remat) == ("toy", "sums", "float32", "none")
     assert (toy.prompt_length, toy.completion_length, toy.micro_batches, toy.eval_samples) == (12, 48, 1, 16)
     assert replace(toy, max_completion_length=7).completion_length == 7
     assert replace(toy, dtype="bfloat16").compute_dtype == jnp.bfloat16

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_jax"
 
 LAYERS = (
-    {"types", "log_probs", "sampling", "evaluate", "checkpoint", "jsonl"},
+    {"packed", "types", "log_probs", "sampling", "evaluate", "checkpoint", "jsonl"},
     {"masked", "sharding", "data", "monitor"},
     {"models", "rollout", "loss", "advantage"},
     {"train"},
@@ -29,7 +29,7 @@ LAYERS = (
     {"loop"},
 )
 FLOORS = {unit: floor for floor, units in enumerate(LAYERS) for unit in units}
-PURE_UNITS = {"types", "masked", "log_probs", "sampling", "advantage", "loss"}
+PURE_UNITS = {"packed", "types", "masked", "log_probs", "sampling", "advantage", "loss"}
 """Arrays in, arrays out: no placement, no compilation, no I/O."""
 UPSTAIRS = {"experiments", "notebooks", "tests"}
 

@@ -188,7 +188,7 @@ def test_a_model_with_a_kernel_trains_and_samples_as_the_plain_one(monkeypatch, 
         return KERNELS[name](*args, **options)
 
     monkeypatch.setattr(transformer, "choose_kernel", lambda *_: counted)
-    models["kernel"] = build_model(config, remat=True)
+    models["kernel"] = build_model(config, remat="block")
     prompts = pad_prompts([[3] * 20, [7, 8]], max_prompt_length=20, pad_id=0, index=range(2))
     drawn, grads = {}, {}
     for each, model in models.items():

@@ -106,7 +106,7 @@ def test_a_lookup_over_devices_is_that_on_one(sizes):
 
     wanted = jax.jit(jax.value_and_grad(partial(scalar, lambda t, i: t[jnp.clip(i, 0, V - 1)]), has_aux=True))(table)
     placed = jax.device_put(table, NamedSharding(mesh, P("tensor", "fsdp")))
-    for look_up in (partial(sharded_lookup, mesh=mesh), lookup):
+    for look_up in (partial(sharded_lookup, mesh=mesh, dtype=jnp.float32), lookup):
         found = jax.jit(jax.value_and_grad(partial(scalar, look_up), has_aux=True))(placed)
         chex.assert_trees_all_close(found, wanted, rtol=1e-6, atol=1e-6)
 

@@ -195,10 +195,10 @@ def test_rematerialization_changes_neither_values_nor_gradients():
 
         return jax.grad(total)
 
-    plain, again = quick_jit(gradient(False))(params), quick_jit(gradient(True))(params)
+    plain, again = quick_jit(gradient("none"))(params), quick_jit(gradient("block"))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max()), plain, again)
-    assert "remat" in str(jax.make_jaxpr(gradient(True))(params))
-    assert "remat" not in str(jax.make_jaxpr(gradient(False))(params))
+    assert "remat" in str(jax.make_jaxpr(gradient("block"))(params))
+    assert "remat" not in str(jax.make_jaxpr(gradient("none"))(params))
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])

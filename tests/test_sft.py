@@ -288,7 +288,7 @@ def test_settings_have_one_default_and_the_toy_is_a_preset():
     toy = preset("sft")
     assert (toy.model, toy.data.dataset, toy.data.num_generated) == ("toy", "sums", 256)
     assert (toy.prompt_length, toy.completion_length, toy.row_length) == (12, 48, 128)
-    assert (toy.optimizer.learning_rate, toy.remat, toy.compute_dtype) == (1e-3, False, jnp.float32)
+    assert (toy.optimizer.learning_rate, toy.remat, toy.compute_dtype) == (1e-3, "none", jnp.float32)
 
 
 @pytest.mark.parametrize(

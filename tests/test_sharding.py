@@ -16,6 +16,8 @@ from grpo_jax.sharding import (
     make_mesh,
     make_reshard,
     param_shardings,
+    rollout_mesh,
+    rollout_steps,
     shard_rows,
     take_rows,
 )
@@ -115,6 +117,32 @@ def test_parameters_are_moved_from_the_training_to_the_rollout_layout(tiny):
     assert {x.dtype for x in jax.tree.leaves(small) if x.ndim > 1} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves(small) if x.ndim == 1} == {jnp.dtype(jnp.float32)}
     assert bytes_on_devices(moved) / 2 <= bytes_on_devices(small) < 0.52 * bytes_on_devices(moved)
+
+
+@pytest.mark.parametrize(("sizes", "tensor"), [({"data": 1, "fsdp": 8}, 2), ({"data": 2, "fsdp": 2, "tensor": 2}, 4)])
+def test_the_sampler_has_the_heads_of_a_model_on_more_devices_than_training(sizes, tensor, capfd):
+    config = from_hf_config(TINY | {"num_key_value_heads": 4})
+    params = init_params(config, jax.random.key(0))
+    mesh = make_mesh(**sizes)
+    sampling = rollout_mesh(mesh, tensor)
+    assert dict(sampling.shape) == {"data": 8 // tensor, "fsdp": 1, "tensor": tensor}
+    assert list(sampling.devices.flat) == list(mesh.devices.flat)
+    trained = jax.device_put(params, param_shardings(params, mesh))
+    wanted = param_shardings(params, sampling, ROLLOUT_RULES)
+    capfd.readouterr()
+    moved = make_reshard(wanted, jnp.float32, steps=[rollout_steps(params, mesh, tensor)])(trained)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    chex.assert_trees_all_equal(moved, params)
+    assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), moved, wanted))
+    assert bytes_on_devices(moved) < 1.1 * 8 / tensor * bytes_on_devices(jax.device_put(params, jax.devices()[0]))
+
+
+def test_a_layout_of_the_sampler_that_does_not_fit_the_mesh():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    assert rollout_mesh(mesh, 2) is mesh
+    for tensor in (0, 1, 3, 8):
+        with pytest.raises(ValueError, match=r"multiple of mesh.tensor = 2 that divides mesh.fsdp x mesh.tensor = 4"):
+            rollout_mesh(mesh, tensor)
 
 
 def test_parameters_that_lie_right_already_are_not_copied(tiny):

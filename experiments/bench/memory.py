@@ -1,14 +1,17 @@
-"""Memory of a training step of GRPO, PPO, DPO and SFT by the compiler's analysis, without allocating weights.
+"""Memory, traffic and compile time of a training step of GRPO, PPO, DPO and SFT by the compiler, without weights.
 
-Compiles each update at the shapes of a model with 7 billion parameters and reads the memory of state, batch, temporary
-arrays and further models. Prints one JSON line.
+Compiles each update as a run does (mesh, attention kernel, rematerialization) at the shapes of a model with 7 billion
+parameters, and reads the memory of state, batch, temporary arrays and further models. Prints one JSON line.
 
-    python experiments/bench/memory.py --topology v5p:2x2x2            # by the TPU compiler; needs no TPU
+    python experiments/bench/memory.py --topology v5e:4x4 --dtype bfloat16 --rows 128 --num-micro-batches 2
+    python experiments/bench/memory.py --topology h100:8 --dtype bfloat16 --rows 64 --num-micro-batches 4 --methods grpo
     python experiments/bench/memory.py --shape small                   # the toy model, by this device's compiler
     python experiments/bench/memory.py --model-config path/to/config.json    # any other model
 
-With the CPU compiler remat saves almost nothing, so its results for large models do not carry over to other devices.
-The TPU compiler comes with the extra "tpu" and takes some minutes for each update.
+With --topology no device is needed. The line then has for each program, by device: memory, matrix products, memory
+traffic, bytes on the wire, the seconds that each takes at the device's published speed, and for GRPO the model FLOPs
+utilization if they follow one another ("mfu_bound"): an upper bound for a step without overlap. The TPU compiler comes
+with the extra "tpu", the CUDA compiler with "cuda".
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -29,12 +33,65 @@ from grpo_jax.config.compare import WITH_REWARD_MODEL
 from grpo_jax.config.run import require_at_least
 from grpo_jax.loop.benchmark import SHAPES
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.update_memory import METHODS, UpdateShapes, size_of, update_memory
-from grpo_jax.models import from_hf_config, param_shapes
+from grpo_jax.loop.program_cost import program_cost
+from grpo_jax.loop.update_memory import METHODS, Program, UpdateShapes, program_bytes, size_of, update_memory
+from grpo_jax.models import from_hf_config, param_shapes, training_flops
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.remat import Remat
+from grpo_jax.monitor.devices import peak_flops
 from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.toy_config import HF_CONFIG
 
 MODELS = {"7b": SHAPES["qwen2.5-7b"] | {"max_position_embeddings": 131_072}, "small": HF_CONFIG}
+
+
+class Speed(NamedTuple):
+    """Published figures of a device.
+
+    Attributes:
+        memory: bytes/s of its main memory.
+        wire: bytes/s that it sends over all of its links.
+        capacity: bytes of its main memory.
+    """
+
+    memory: float
+    wire: float
+    capacity: float
+
+
+SPEEDS = {
+    "TPU v5 lite": Speed(819e9, 4 * 45e9, 16e9),
+    "TPU v5": Speed(2765e9, 6 * 90e9, 95e9),
+    "NVIDIA H100 80GB HBM3": Speed(3352e9, 450e9, 80e9),
+}
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""The device that ``--topology h100:N`` compiles for, in the CUDA compiler's format."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +102,8 @@ class Config:
     """The model: Qwen2.5-7B or the toy model."""
     model_config: Path | None = None
     """A Hugging Face config.json of another model."""
+    num_layers: int | None = None
+    """Number of layers, if not the model's."""
     rows: int = 16
     """Sequences per micro-batch over all devices; half as many pairs."""
     num_micro_batches: int = 4
@@ -53,51 +112,158 @@ class Config:
     """In tokens."""
     max_completion_length: int = 1024
     """In tokens."""
-    remat: bool = True
-    """Recompute activations in the backward pass."""
+    remat: Remat = "block"
+    """Activations in the backward pass, as in training."""
+    attention: AttentionName = "auto"
+    """Attention kernel, as in training."""
+    scan_layers: bool | None = None
+    """Loop over stacked layers. Default: as in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation; weights, gradients and optimizer moments are float32."""
+    """Precision of the computation; weights and optimizer moments are float32."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are accumulated."""
     topology: str | None = None
-    """Compile for a TPU topology such as v5p:2x2x2, with weights, moments and rows sharded over all its devices.
-    Default: one device of this machine."""
+    """Compile for a TPU topology such as v5p:2x2x2, or for GPUs (h100:8). Default: one device of this machine."""
+    fsdp: int | None = None
+    """Devices of the topology that weights and moments are sharded over. Default: all that tensor leaves."""
+    tensor: int = 1
+    """Devices of the topology that heads and hidden units are sharded over."""
+    compiler_options: tuple[str, ...] = ()
+    """Options of the compiler, such as exec_time_optimization_effort=-1."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
     """Methods to compare."""
 
     def __post_init__(self):
         require_at_least(self, rows=2, num_micro_batches=1, max_prompt_length=1, max_completion_length=1)
+        require_at_least(self, num_layers=1, fsdp=1, tensor=1)
         if self.rows % 2:
             raise ValueError(f"rows is {self.rows}; it must be even, because DPO has two sequences per pair")
+        for option in self.compiler_options:
+            if "=" not in option:
+                raise ValueError(f"compiler_options: {option!r} is not name=value")
 
     @property
     def shapes(self) -> UpdateShapes:
         """Model and batch in effect."""
-        names = ("rows", "num_micro_batches", "max_prompt_length", "max_completion_length", "remat", "dtype")
+        names = (
+            *("rows", "num_micro_batches", "max_prompt_length", "max_completion_length", "remat", "dtype"),
+            *("attention", "scan_layers", "gradient_dtype"),
+        )
         return UpdateShapes(hf_config=self.hf_config, **{name: getattr(self, name) for name in names})
 
     @property
     def hf_config(self) -> Mapping[str, Any]:
         """Hugging Face config of the model in effect."""
-        return MODELS[self.shape] if self.model_config is None else json.loads(self.model_config.read_text())
+        config = MODELS[self.shape] if self.model_config is None else json.loads(self.model_config.read_text())
+        return config if self.num_layers is None else {**config, "num_hidden_layers": self.num_layers}
 
     @property
     def mesh(self) -> Mesh:
-        """The devices to compile for, with everything sharded by fsdp."""
+        """The devices to compile for."""
         if self.topology is None:
             return make_mesh(devices=jax.devices()[:1])
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler runs without a TPU
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
-        return make_mesh(data=1, fsdp=len(devices), devices=devices)
+        devices = topology_devices(self.topology)
+        fsdp = len(devices) // self.tensor if self.fsdp is None else self.fsdp
+        return make_mesh(fsdp=fsdp, tensor=self.tensor, devices=devices)
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        """Compiler options in effect."""
+        pairs = dict(option.split("=", 1) for option in self.compiler_options)
+        return {name: float(x) if x.lstrip("-").replace(".", "").isdigit() else x for name, x in pairs.items()} or None
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Devices to compile for that need not be there.
+
+    Args:
+        name: a TPU topology such as ``v5p:2x2x2``, or ``h100:N``.
+
+    Raises:
+        ValueError: there is no such topology, or its compiler is not installed.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler runs without a TPU
+    kind, _, size = name.partition(":")
+    try:
+        if kind == "h100":
+            found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{size}")
+        else:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # the compilers' own classes
+        raise ValueError(f"topology is {name}: {error}") from error
+    return list(found.devices)
+
+
+def kernel_flops(config: DecoderConfig, rows: int, length: int, remat: Remat) -> float:
+    """Floating-point operations of fused causal attention, which a program's text does not show.
+
+    Of ``S^2 H E`` each, since half of the pairs are masked: two products forward, once more if recomputed, and seven
+    backward (three for the queries' gradient, four for the keys' and values').
+
+    Args:
+        config: sizes of the model.
+        rows: sequences.
+        length: S, in tokens.
+        remat: of the step.
+    """
+    products = 2 * (1 if remat == "none" else 2) + 7
+    return float(products * config.num_layers * config.num_heads * config.head_dim * length**2 * rows)
+
+
+def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[str, Any]:
+    """A program's memory and work on one device, and how long it takes at the least.
+
+    Args:
+        config: model and batch.
+        mesh: the devices.
+        method: what is updated.
+        program: the compiled update.
+    """
+    kind, decoder = mesh.devices.flat[0].device_kind, from_hf_config(config.hf_config)
+    text, analysis = program.compiled.as_text() or "", program.compiled.memory_analysis()
+    cost, rows = program_cost(text), config.rows * config.num_micro_batches
+    is_fused = "custom-call" in text and config.attention != "plain" and config.dtype == "bfloat16"
+    length = config.max_prompt_length + config.max_completion_length
+    flops = cost.flops + is_fused * kernel_flops(decoder, rows, length, config.remat) / mesh.size
+    assert analysis is not None
+    result = {
+        "method": method,
+        "compile_seconds": round(program.seconds, 1),
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+        "device_bytes": program_bytes(program.compiled),
+        "peak_bytes": getattr(analysis, "peak_memory_in_bytes", None),
+        "hlo_lines": text.count("\n"),
+        "flops": flops,
+        "memory_traffic_bytes": cost.traffic,
+        "wire_bytes": cost.wire,
+        "collective_bytes": cost.collectives,
+    }
+    peak, speed = peak_flops(kind), SPEEDS.get(kind)
+    if peak is None or speed is None:
+        return result
+    seconds = {"compute": flops / peak, "memory": cost.traffic / speed.memory, "wire": cost.wire / speed.wire}
+    result |= {"fits": result["device_bytes"] <= speed.capacity, "seconds": seconds}
+    if method == "grpo":
+        prompts, completions = (np.full(rows, n) for n in (config.max_prompt_length, config.max_completion_length))
+        ideal = training_flops(decoder, prompts, completions) / (mesh.size * peak)
+        result["mfu_bound"] = round(ideal / sum(seconds.values()), 3)
+    return result
 
 
 def main(config: Config) -> None:
-    memory = {}
+    memory, programs, mesh = {}, [], config.mesh
     for name in config.methods:
-        memory |= (step := update_memory(config.shapes, name, config.mesh))
+        found: list[Program] = []
+        memory |= (
+            step := update_memory(config.shapes, name, mesh, compiler_options=config.options, on_program=found.append)
+        )
         print(f"{name}: {step}", file=sys.stderr)  # compiling for another device takes minutes
-    devices = config.mesh.devices
+        programs += [describe(config, mesh, name, program) for program in found]
     result = {
         "bench": "memory",
-        "devices": f"{devices.size} x {devices.flat[0].device_kind}",
+        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "parameters": size_of(param_shapes(from_hf_config(config.hf_config))),
         "tokens_at_once": config.rows * (config.max_prompt_length + config.max_completion_length),
         "dtype": config.dtype,
@@ -107,7 +273,7 @@ def main(config: Config) -> None:
         grpo, ppo = memory.get(f"grpo{suffix}"), memory.get(f"ppo{suffix}")
         if grpo and ppo:
             result[f"grpo_of_ppo{suffix}"] = round(grpo.peak_bytes / ppo.peak_bytes, 3)
-    print(json.dumps(result))
+    print(json.dumps(result | {"programs": programs}))
 
 
 if __name__ == "__main__":

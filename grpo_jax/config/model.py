@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import tyro
 
 from grpo_jax.config.run import MeshConfig, require_at_least
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.kernels import AttentionName
-from grpo_jax.models.positions import num_positions
+from grpo_jax.models.positions import num_positions, read_decoder_config
+from grpo_jax.models.remat import Remat
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
 
 PROMPT_AND_COMPLETION = "max_prompt_length + max_completion_length"
 PROMPT_LENGTH, COMPLETION_LENGTH = 512, 1024
-TOY_MODEL: dict[str, Any] = {"model": TOY, "dtype": "float32", "remat": False}
+TOY_MODEL: dict[str, Any] = {"model": TOY, "dtype": "float32", "remat": "none"}
 TOY_LENGTHS: dict[str, Any] = {
     "max_prompt_length": MAX_PROMPT_LENGTH,
     "max_completion_length": MAX_COMPLETION_LENGTH,
@@ -37,8 +40,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the computation; parameters and optimizer state are float32. auto: bfloat16 on a GPU or TPU, float32
     on a CPU."""
-    remat: bool = True
-    """Recompute activations of each block in the backward pass instead of storing them (gradient checkpointing)."""
+    remat: Remat = "block"
+    """Activations in the backward pass (gradient checkpointing). none: all stored; block: recomputed from the input of
+    each block; offload: likewise, with these inputs in the host's memory."""
     attention: AttentionName = "auto"
     """Attention kernel for whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU, where they
     support the model; otherwise plain."""
@@ -54,6 +58,23 @@ class ModelConfig:
         if self.model == TOY:
             return self.toy.hf_config["max_position_embeddings"]
         return None if self.model is None else num_positions(self.model)
+
+    @property
+    def decoder(self) -> DecoderConfig | None:
+        """Sizes of the model, read without its weights; None if they cannot be."""
+        if self.model == TOY:
+            return from_hf_config(self.toy.hf_config)
+        return None if self.model is None else read_decoder_config(self.model)
+
+    @property
+    def trained_models(self) -> int:
+        """Models of this size that the run trains, with an optimizer state each."""
+        return 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is kept."""
+        return False
 
     def check(self) -> None:
         """Check what needs the devices or the user's modules, before the run's folder is made.

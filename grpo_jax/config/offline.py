@@ -100,6 +100,11 @@ class OfflineConfig(RunConfig, ModelConfig):
             raise ValueError("the toy model has no chat template; name a model, or leave chat_template out")
 
     @property
+    def trained_models(self) -> int:
+        """The model."""
+        return 1
+
+    @property
     def num_rows(self) -> int:
         """Rows per update: sequences of SFT, pairs of DPO and reward models."""
         return getattr(self, self.ROWS)

@@ -10,13 +10,13 @@ import jax
 import tyro
 
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.memory import check_memory, micro_batch_tokens, warn_of_narrow_shards
 from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
 from grpo_jax.monitor.alarms import AlarmConfig
 
-MICRO_BATCH_TOKENS = 16_384
 CPU_PACKED_TOKENS = 1024
 """Tokens of a micro-batch of packed rows on a CPU: its activations stay in the caches, and little is left unused."""
 
@@ -55,7 +55,8 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Updates per pass."""
     num_micro_batches: int | None = None
     """Gradient accumulation: parts of each update (TRL: gradient_accumulation_steps). Results do not depend on it.
-    Default: as few as keep a part within 16,384 tokens per device."""
+    Default: as few as the devices' memory allows by an estimate; where it is unknown (CPU), as few as keep a part
+    within 16,384 tokens per device."""
     packing: Annotated[Literal["auto", "shared", "separate", "none"], tyro.conf.Suppress] = "auto"
     """Layout of updates and frozen-policy log-probabilities: shared packs the completions of a group into rows after
     one copy of their prompt, separate packs whole sequences, none pads. auto: what the attention kernel supports, but
@@ -95,6 +96,11 @@ class OnlineConfig(RunConfig, PolicyConfig):
         return read_tasks(self.tasks, self.data, self.rewards)
 
     @property
+    def trained_models(self) -> int:
+        """The policy."""
+        return 1
+
+    @property
     def num_completions(self) -> int:
         """Completions per step."""
         return self.num_prompts * self.group_size
@@ -110,9 +116,12 @@ class OnlineConfig(RunConfig, PolicyConfig):
         return self.micro_batches_of(self.num_completions // self.num_minibatches)
 
     def check(self) -> None:
-        """Check that rewards exist, and that prompts and the completions of a micro-batch divide over the mesh."""
+        """Check rewards, the memory of the devices, and that prompts and completions divide over the mesh."""
         for task in self.mixture:
             task.rewards.check()
+        check_memory(self)
+        if jax.local_devices()[0].platform == "tpu" and self.decoder is not None:
+            warn_of_narrow_shards(self.decoder.hidden_size, self.mesh.build().shape)
         self.mesh.check_divides(self.num_prompts, "num_prompts")
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
         self.mesh.check_divides(rows, "the completions of a micro-batch")
@@ -146,10 +155,10 @@ class OnlineConfig(RunConfig, PolicyConfig):
             rows = self.num_completions // (self.num_minibatches * self.num_micro_batches)
             shape = self.mesh.build().shape
             return rows * (self.prompt_length + self.completion_length) // (shape["data"] * shape["fsdp"])
-        return CPU_PACKED_TOKENS if jax.default_backend() == "cpu" else MICRO_BATCH_TOKENS
+        return CPU_PACKED_TOKENS if jax.default_backend() == "cpu" else micro_batch_tokens(self)
 
     def micro_batches_of(self, rows: int) -> int:
-        """The smallest number of equal micro-batches that keeps each within ``MICRO_BATCH_TOKENS`` per device.
+        """The smallest number of equal micro-batches that keeps each within ``micro_batch_tokens`` per device.
 
         Args:
             rows: sequences of an update.
@@ -158,6 +167,6 @@ class OnlineConfig(RunConfig, PolicyConfig):
             return self.num_micro_batches
         parts = self.mesh.build().shape
         devices = parts["data"] * parts["fsdp"]
-        most = max(devices, devices * MICRO_BATCH_TOKENS // (self.prompt_length + self.completion_length))
+        most = max(devices, devices * micro_batch_tokens(self) // (self.prompt_length + self.completion_length))
         fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
         return min(fitting, default=1)

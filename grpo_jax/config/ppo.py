@@ -95,6 +95,16 @@ class PPOConfig(OnlineConfig):
             self.policy.check(has_old=has_old, has_reference=False)
 
     @property
+    def trained_models(self) -> int:
+        """The actor, and a critic of its own."""
+        return 2 if self.critic == "model" else 1
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference policy is kept."""
+        return bool(self.kl_reward_coef)
+
+    @property
     def has_reward(self) -> bool:
         """Whether a reward has a weight; the toy preset trains a reward model if none has."""
         weights = (self.rewards.accuracy_weight, self.rewards.format_weight, self.rewards.language_weight)

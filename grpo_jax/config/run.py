@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
+import tyro
 from jax.sharding import Mesh
 
 from grpo_jax.sharding import make_mesh
@@ -109,6 +110,9 @@ class MeshConfig:
     """Devices that parameters and optimizer state are sharded over."""
     tensor: int = 1
     """Devices that attention heads and hidden units are sharded over."""
+    rollout_tensor: Annotated[int | None, tyro.conf.Suppress] = None
+    """Devices that the sampler's weights are sharded over, a multiple of tensor that divides the KV heads. Default:
+    tensor, or as many as it takes for them to fit beside the state of training."""
 
     def build(self) -> Mesh:
         """The mesh.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from jaxtyping import Array, Float
 
 from grpo_jax import loss
@@ -62,6 +63,8 @@ class OptimizerConfig:
     """Clip gradients to this global norm."""
     weight_decay: float = 0.0
     """Decoupled weight decay; of adamw, muon and lion on matrices only."""
+    gradient_dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.Suppress] = "float32"
+    """Precision in which gradients are accumulated over micro-batches; bfloat16 takes half the memory."""
 
     def __post_init__(self):
         for name in ("learning_rate", "max_grad_norm"):

@@ -24,9 +24,8 @@ from grpo_jax.data.problems import Problem, reward_columns
 from grpo_jax.data.selection import ProblemSamples
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.run import Run
-from grpo_jax.loop.setup import load_policy, make_sampler, start_model
+from grpo_jax.loop.setup import load_policy, make_sampler, rollout_layout, start_model
 from grpo_jax.loop.task_runtime import ProblemSet, TaskRuntime
-from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings
 from grpo_jax.types import Rollout
 
 BATCHES_PER_BLOCK = 4
@@ -88,8 +87,9 @@ def run_batch_inference(
     size = BATCHES_PER_BLOCK * config.num_prompts
     blocks = [places[first : first + size] for first in range(0, len(places), size)]
     done = _count_complete_blocks(run, blocks)
-    sampler = make_sampler(config, policy, mesh, group_size=config.num_samples)
-    params = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)(policy.params)
+    layout = rollout_layout(config, policy, mesh)
+    sampler = make_sampler(config, policy, layout, group_size=config.num_samples)
+    params = layout.reshard(policy.params)
     decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
     with run.progress.phase("completions", len(places), start=sum(map(len, blocks[:done]))) as phase:
         for number, block in enumerate(blocks[done:], done + 1):

@@ -26,13 +26,13 @@ from grpo_jax.loop.mixture import TASK, MixtureScorer
 from grpo_jax.loop.report import step_metrics, to_samples, update_metrics
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.setup import load_policy, make_sampler, model_facts, start_model
+from grpo_jax.loop.setup import load_policy, make_sampler, model_facts, rollout_layout, start_model
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.alarms import Alarms
 from grpo_jax.monitor.samples import spot_checks
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.host_batch import concatenated
-from grpo_jax.sharding import ROLLOUT_RULES, bytes_on_devices, make_reshard, param_shardings, shard_rows
+from grpo_jax.sharding import bytes_on_devices, shard_rows
 from grpo_jax.types import Params, Prompts
 
 
@@ -81,11 +81,11 @@ class Collector:
             ProblemIterator(task.problems.problems, num_prompts=count, seed=config.seed)
             for task, count in zip(self.tasks, shares(mixture, config.num_prompts), strict=True)
         ]
+        self._layout = rollout_layout(config, policy, mesh)
         self._samplers = {
-            size: make_sampler(config, policy, mesh, group_size=size)
+            size: make_sampler(config, policy, self._layout, group_size=size)
             for size in {config.group_size, config.eval_samples}
         }
-        self._to_rollout = make_reshard(param_shardings(policy.params, mesh, ROLLOUT_RULES), config.compute_dtype)
         self._noise, self.shuffle, self._evaluation = jax.random.split(jax.random.key(config.seed), 3)
         self._decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
         self._decode_ids = partial(decode_one, policy.tokenizer, eos_ids=policy.eos_ids)
@@ -150,7 +150,7 @@ class Collector:
         config, group_size = self._config, self._config.group_size
         started = time.monotonic()
         prompts, texts, problems, names = self._next_prompts()
-        rollout_params = jax.block_until_ready(self._to_rollout(params))
+        rollout_params = jax.block_until_ready(self._layout.reshard(params))
         resharded = time.monotonic()
         texts = [text for text in texts for _ in range(group_size)]
         columns = reward_columns(problems, group_size=group_size)
@@ -167,6 +167,7 @@ class Collector:
         if attempt:  # counted from the far end: from the near one, the key would be that of a prompt
             noise = jax.random.fold_in(noise, np.uint32(2**32 - attempt))
         rollout = self._samplers[group_size](rollout_params, prompts, noise, on_tokens=on_tokens)
+        rollout = shard_rows(rollout, self.mesh)
         sampled = time.monotonic()
         lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)
         columns |= {"completion_length": lengths.tolist(), "truncated": truncated.tolist()}
@@ -286,7 +287,7 @@ class Collector:
             return {}
         stream = partial(
             self._samplers[config.eval_samples].stream,
-            self._to_rollout(params),
+            self._layout.reshard(params),
             key=jax.random.fold_in(self._evaluation, step),
             num_prompts=config.num_prompts,
         )
@@ -304,6 +305,8 @@ class Collector:
         for task in self.tasks:
             suffix = "" if task.name is None else f" of {task.name}"
             facts |= {f"{name}{suffix}": value for name, value in task.facts().items()}
+        if self._layout.mesh is not self.mesh:
+            facts["sampler"] = f"weights sharded over {self._layout.mesh.shape['tensor']} devices (mesh.rollout_tensor)"
         return facts | {
             "lengths": f"{config.prompt_length} + {config.completion_length} tokens of prompt and completion",
             "steps": f"{config.num_steps}, each {config.num_prompts} prompts x {config.group_size} samples at "
@@ -321,7 +324,7 @@ class Collector:
             texts += [task.problems.texts[i] for i in index]
             problems += chosen
             names += [task.name] * len(chosen)
-        return shard_rows(concatenated(prompts), self.mesh), texts, problems, names
+        return shard_rows(concatenated(prompts), self._layout.mesh), texts, problems, names
 
     def _encode(self, policy: models.Pretrained) -> None:
         first = first_held_out = 0

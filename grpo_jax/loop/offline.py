@@ -78,7 +78,7 @@ def train_offline(
         ValueError: the run was started with other data, or has taken more steps.
     """
     compilations = count_compilations()
-    train_step = make_train_step(loss_fn, optimizer, num_micro_batches=config.num_micro_batches)
+    train_step = _make_step(config, model, loss_fn, optimizer)
     state = init_state(model.params, optimizer, with_reference=False, replicated=replicated(mesh))
     first, state, saved = run.resume(state)
     check_same_data(saved, digest, run)
@@ -134,6 +134,18 @@ def train_offline(
         summary={"seed": config.seed},
         prompt_format=prompt_format,
         exported_step=step,
+    )
+
+
+def _make_step(
+    config: Any, model: models.Pretrained, loss_fn: LossFn, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    return make_train_step(
+        loss_fn,
+        optimizer,
+        num_micro_batches=config.num_micro_batches,
+        preparation=model.model.preparation,
+        gradient_dtype=config.optimizer.gradient_dtype,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -11,14 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax import models
+from grpo_jax.config.memory import choose_rollout_tensor
 from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, PolicyConfig
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
 from grpo_jax.rollout import Sampler
-from grpo_jax.sharding import param_shardings
+from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, rollout_mesh, rollout_steps
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER, ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
+from grpo_jax.types import Model, Params
 
 
 def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
@@ -103,17 +105,53 @@ def as_policy(config: PolicyConfig, model: models.Pretrained) -> models.Pretrain
     return with_stop_tokens(model, config.stop_tokens)
 
 
-def make_sampler(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh, *, group_size: int) -> Sampler:
+@dataclass(frozen=True)
+class RolloutLayout:
+    """Devices and layout of sampling.
+
+    Attributes:
+        mesh: the devices, of which ``tensor`` share the model's heads.
+        model: the policy's model on them.
+        reshard: parameters as they are trained -> as they are sampled from, in the precision of the computation.
+    """
+
+    mesh: Mesh
+    model: Model
+    reshard: Callable[[Params], Params]
+
+
+def rollout_layout(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh) -> RolloutLayout:
+    """The layout of sampling from a policy that is trained on a mesh, by ``config.mesh.rollout_tensor``.
+
+    Args:
+        config: settings of the policy.
+        policy: the model, as of ``load_policy``.
+        mesh: mesh of training.
+
+    Raises:
+        ValueError: ``rollout_tensor`` suits neither the mesh nor the model.
+    """
+    tensor = choose_rollout_tensor(config, policy.config, mesh.shape)
+    sampling, dtype = rollout_mesh(mesh, tensor), config.compute_dtype
+    shardings = param_shardings(policy.params, sampling, ROLLOUT_RULES)
+    if sampling is mesh:
+        return RolloutLayout(mesh, policy.model, make_reshard(shardings, dtype))
+    model = models.build_model(policy.config, mesh=sampling, dtype=dtype, attention=config.attention)
+    steps = [rollout_steps(policy.params, mesh, tensor)]
+    return RolloutLayout(sampling, model, make_reshard(shardings, dtype, steps=steps))
+
+
+def make_sampler(config: PolicyConfig, policy: models.Pretrained, layout: RolloutLayout, *, group_size: int) -> Sampler:
     """A sampler with the settings of a policy.
 
     Args:
         config: settings of the policy.
         policy: the model, as of ``load_policy``.
-        mesh: mesh over which completions are sharded.
+        layout: of ``rollout_layout``.
         group_size: completions of each prompt.
     """
     return Sampler(
-        policy.model,
+        layout.model,
         config.sampling,
         group_size=group_size,
         max_completion_length=config.completion_length,
@@ -121,7 +159,7 @@ def make_sampler(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh, *,
         pad_id=policy.pad_id,
         cache_bytes=config.cache_bytes,
         cache_dtype=config.cache_dtype,
-        mesh=mesh,
+        mesh=layout.mesh,
     )
 
 

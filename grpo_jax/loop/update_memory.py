@@ -1,7 +1,8 @@
-"""Memory of an update of each method by the compiler's analysis, without allocating weights."""
+"""Memory and work of an update of each method by the compiler's analysis, without allocating weights."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.stages import Compiled
 
 from grpo_jax import loss
 from grpo_jax.config.compare import WITH_REWARD_MODEL
@@ -18,6 +20,8 @@ from grpo_jax.config.run import check_divides
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.models import build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
+from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.remat import Remat
 from grpo_jax.sharding import BATCH, param_shardings, replicated
 from grpo_jax.train import (
     LossFn,
@@ -45,8 +49,11 @@ class UpdateShapes:
         num_micro_batches: micro-batches per update.
         max_prompt_length: in tokens.
         max_completion_length: in tokens.
-        remat: recompute activations in the backward pass.
-        dtype: precision of the computation; weights, gradients and optimizer moments are float32.
+        remat: which activations the backward pass recomputes, as in ``build_model``.
+        dtype: precision of the computation; weights and optimizer moments are float32.
+        attention: kernel, as in ``build_model``.
+        scan_layers: as in ``build_model``.
+        gradient_dtype: as in ``make_train_step``.
     """
 
     hf_config: Mapping[str, Any]
@@ -54,8 +61,11 @@ class UpdateShapes:
     num_micro_batches: int
     max_prompt_length: int
     max_completion_length: int
-    remat: bool
+    remat: Remat
     dtype: str
+    attention: AttentionName = "auto"
+    scan_layers: bool | None = None
+    gradient_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,27 @@ class Memory:
     peak_bytes: int
 
 
-def update_memory(shapes: UpdateShapes, method: str, mesh: Mesh) -> dict[str, Memory]:
+@dataclass(frozen=True)
+class Program:
+    """A compiled update.
+
+    Attributes:
+        compiled: the program.
+        seconds: time that it took to compile.
+    """
+
+    compiled: Compiled
+    seconds: float
+
+
+def update_memory(
+    shapes: UpdateShapes,
+    method: str,
+    mesh: Mesh,
+    *,
+    compiler_options: Mapping[str, Any] | None = None,
+    on_program: Callable[[Program], None] | None = None,
+) -> dict[str, Memory]:
     """Memory of a method's update by its name, with rule-based rewards and without KL.
 
     Online methods are also measured with a reward model and a reference policy, under the suffix ``WITH_REWARD_MODEL``.
@@ -84,6 +114,8 @@ def update_memory(shapes: UpdateShapes, method: str, mesh: Mesh) -> dict[str, Me
         shapes: model and batch.
         method: one of ``METHODS``.
         mesh: the devices to compile for.
+        compiler_options: of ``jax.stages.Lowered.compile``.
+        on_program: called with each compiled update.
 
     Raises:
         ValueError: the rows do not divide over the devices.
@@ -91,31 +123,49 @@ def update_memory(shapes: UpdateShapes, method: str, mesh: Mesh) -> dict[str, Me
     """
     decoder, scoring = from_hf_config(shapes.hf_config), from_hf_config(with_scalar_head(shapes.hf_config))
     check_divides(shapes.rows // 2 if method == "dpo" else shapes.rows, mesh, f"the rows of a micro-batch of {method}")
-    build = partial(build_model, dtype=jnp.dtype(shapes.dtype).type, remat=shapes.remat)
+    build = partial(
+        build_model,
+        dtype=jnp.dtype(shapes.dtype).type,
+        remat=shapes.remat,
+        attention=shapes.attention,
+        mesh=mesh,
+        scan_layers=shapes.scan_layers,
+    )
     model, critic_model = build(decoder), build(scoring)
     weights, scalar_head_weights = param_shapes(decoder), param_shapes(scoring)
     optimizer, _ = OptimizerConfig().build(total_updates=100)
-    make_step = partial(make_train_step, optimizer=optimizer, num_micro_batches=shapes.num_micro_batches)
+    make_step = partial(
+        make_train_step,
+        optimizer=optimizer,
+        num_micro_batches=shapes.num_micro_batches,
+        gradient_dtype=shapes.gradient_dtype,
+    )
     actor = _state_of(weights, optimizer)
     critic = _state_of(scalar_head_weights, optimizer)
 
-    updates: list[tuple[LossFn, TrainState, Callable[[], Any]]]
+    updates: list[tuple[LossFn, Model, TrainState, Callable[[], Any]]]
     if method == "grpo":
-        updates = [(_policy_loss(model, shapes, "grpo"), actor, partial(_policy_batch, shapes, with_values=False))]
+        batch = partial(_policy_batch, shapes, with_values=False)
+        updates = [(_policy_loss(model, shapes, "grpo"), model, actor, batch)]
     elif method == "ppo":
         batch = partial(_policy_batch, shapes, with_values=True)
-        updates = [(_policy_loss(model, shapes, "ppo"), actor, batch), (_critic_loss(critic_model), critic, batch)]
+        updates = [
+            (_policy_loss(model, shapes, "ppo"), model, actor, batch),
+            (_critic_loss(critic_model), critic_model, critic, batch),
+        ]
     elif method == "dpo":
-        updates = [(_preference_loss(model), actor, partial(_pairs, shapes))]
+        updates = [(_preference_loss(model), model, actor, partial(_pairs, shapes))]
     else:
-        updates = [(_sft_loss(model), actor, partial(_packed, shapes))]
+        updates = [(_sft_loss(model), model, actor, partial(_packed, shapes))]
 
-    states = [state for _, state, _ in updates]
-    total = sum(map(_bytes_of, states))
-    peak = max(
-        total - _bytes_of(state) + _program_bytes(make_step(loss_fn), state, jax.eval_shape(batch), mesh)
-        for loss_fn, state, batch in updates
-    )
+    states = [state for _, _, state, _ in updates]
+    total, peak = sum(map(_bytes_of, states)), 0
+    for loss_fn, trained, state, batch in updates:
+        step = make_step(loss_fn, preparation=trained.preparation)
+        program = _compiled(step, state, jax.eval_shape(batch), mesh, compiler_options)
+        if on_program is not None:
+            on_program(program)
+        peak = max(peak, total - _bytes_of(state) + mesh.size * program_bytes(program.compiled))
     memory = {}
     for suffix, frozen in (("", []), (WITH_REWARD_MODEL, [weights, scalar_head_weights])):
         if not frozen or method in ONLINE:
@@ -125,13 +175,27 @@ def update_memory(shapes: UpdateShapes, method: str, mesh: Mesh) -> dict[str, Me
     return memory
 
 
-def _program_bytes(
+def program_bytes(compiled: Compiled) -> int:
+    """Memory of a program on a device: arguments, results that do not take their place, and temporary arrays.
+
+    Raises:
+        RuntimeError: the compiler gives no memory analysis.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("the compiler gives no memory analysis")
+    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return kept + analysis.temp_size_in_bytes
+
+
+def _compiled(
     step: Callable[[TrainState, Any], Any],
     state: TrainState,
     batch: Any,
     mesh: Mesh,
-) -> int:
-    """Peak memory of an update with its state, over all devices."""
+    compiler_options: Mapping[str, Any] | None,
+) -> Program:
+    """An update with its state laid out as a run's."""
     everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
     moments = opt_state_shardings(state.opt_state, state.params, shardings, everywhere)
     placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
@@ -141,12 +205,10 @@ def _program_bytes(
     )
     batch = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, BATCH)), batch)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    program = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch).compile()
-    analysis = program.memory_analysis()
-    if analysis is None:
-        raise RuntimeError(f"the compiler for {mesh.devices.flat[0].device_kind} gives no memory analysis")
-    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return mesh.size * (kept + analysis.temp_size_in_bytes)
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch)
+    started = time.monotonic()
+    compiled = lowered.compile(None if compiler_options is None else dict(compiler_options))
+    return Program(compiled, time.monotonic() - started)
 
 
 def _put(shape: Any, sharding: Sharding) -> Any:

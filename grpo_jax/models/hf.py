@@ -31,6 +31,7 @@ from grpo_jax.models.hf_weights import (
 )
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.pretrained import Pretrained
+from grpo_jax.models.remat import Remat
 from grpo_jax.models.transformer import build_model, param_shapes
 from grpo_jax.types import Params
 
@@ -49,7 +50,7 @@ def from_pretrained(
     *,
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
-    remat: bool = False,
+    remat: Remat = "none",
     attention: AttentionName = "plain",
     mesh: Mesh | None = None,
     shardings: Callable[[Any], Any] | None = None,
@@ -67,7 +68,7 @@ def from_pretrained(
         dtype: compute dtype, float32 or bfloat16.
         param_dtype: dtype of the parameters (float32, bfloat16 or float16), whatever that of the checkpoint; None for
             float32, which the small steps of an optimizer need.
-        remat: whether to recompute each block in the backward pass, as in ``build_model``.
+        remat: which activations the backward pass recomputes, as in ``build_model``.
         attention: the attention kernel of training and prefill, as in ``kernels.choose_kernel``.
         mesh: mesh that activations are sharded over, as in ``build_model``.
         shardings: from the parameters' tree of ``ShapeDtypeStruct`` to a tree of ``jax.sharding.Sharding``; None puts

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -18,6 +19,7 @@ from grpo_jax.models.attention import AttentionInputs, KVSegment, attend, attend
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
+from grpo_jax.models.remat import BLOCK_INPUT
 from grpo_jax.models.rope import rotate
 from grpo_jax.sharding import constrain, lookup, lookup_divides, sharded_lookup
 
@@ -43,10 +45,10 @@ class Embedding(nn.Module):
             dtype: of the result.
         """
         if self.mesh is not None and lookup_divides(token_ids, self.embedding, self.mesh):
-            return sharded_lookup(self.embedding, token_ids, self.mesh).astype(dtype)
+            return sharded_lookup(self.embedding, token_ids, self.mesh, dtype)
         # Gathered over fsdp, or the result would be sharded like the rows and have to be resharded.
-        table = constrain(self.embedding.astype(dtype), self.mesh, P("tensor"))
-        return lookup(table, token_ids)
+        table = constrain(self.embedding, self.mesh, P("tensor"))
+        return lookup(table, token_ids).astype(dtype)
 
     def table(self) -> Float[Array, "V D"]:
         """The table itself."""
@@ -187,6 +189,7 @@ class Block(Layer):
         self, x: Float[Array, "B S D"], inputs: AttentionInputs, entry: CacheEntry | None
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Apply the block; arguments as in ``Attention``."""
+        x = checkpoint_name(x, BLOCK_INPUT)
         attention = Attention(self.config, self.dtype, self.param_dtype, self.kernel, name="attention")
         out, entry = attention(self.norm("attention_norm")(x), inputs, entry)
         if self.config.post_norms:

@@ -1,10 +1,13 @@
-"""The number of positions of a checkpoint, read without its weights."""
+"""The configuration of a checkpoint, its sizes and number of positions, read without weights."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.hf_files import read_json
 
 
@@ -17,13 +20,39 @@ def num_positions(name_or_folder: str | Path) -> int | None:
     Returns:
         None if the configuration has no such field or cannot be read; ``from_pretrained`` raises with the reason.
     """
+    value = (read_hf_config(name_or_folder) or {}).get("max_position_embeddings")
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def read_decoder_config(name_or_folder: str | Path) -> DecoderConfig | None:
+    """The sizes of a checkpoint.
+
+    Args:
+        name_or_folder: a folder, or a hub id.
+
+    Returns:
+        None if the configuration cannot be read or is not supported; ``from_pretrained`` raises with the reason.
+    """
+    hf_config = read_hf_config(name_or_folder)
+    try:
+        return None if hf_config is None else from_hf_config(hf_config)
+    except ValueError:
+        return None
+
+
+def read_hf_config(name_or_folder: str | Path) -> dict[str, Any] | None:
+    """Contents of the ``config.json`` of a checkpoint; None if it cannot be read.
+
+    Args:
+        name_or_folder: a folder, or a hub id.
+    """
     folder = Path(name_or_folder).expanduser()
     path = folder / "config.json" if folder.exists() else _fetched(str(name_or_folder))
     try:
-        value = None if path is None else read_json(path).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
+        contents = None if path is None else read_json(path)
+    except (OSError, ValueError):
         return None
-    return value if isinstance(value, int) and value > 0 else None
+    return contents if isinstance(contents, dict) else None
 
 
 @cache

@@ -20,6 +20,8 @@ from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
 from grpo_jax.models.output_head import make_token_scores
+from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
+from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import BATCH, constrain
@@ -45,22 +47,26 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
     kernel: Kernel | None = None
     mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Declare the parameters."""
         c = self.config
-        block = nn.remat(Block) if self.remat else Block
-        kernels = {window: self.kernel and partial(self.kernel, window=window) for window in set(c.windows)}
+        block = Block if self.remat == "none" else nn.remat(Block, policy=remat_policy(self.remat))
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype, self.mesh)
-        self.layers = [block(c, self.dtype, self.param_dtype, kernels[window]) for window in c.windows]
+        self.layers = [block(**self._settings(window)) for window in c.windows]
         self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype)
         if c.scalar_head:
             self.score = ScalarHead(c.hidden_size, self.param_dtype)
         elif not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
+
+    def _settings(self, window: int | None) -> dict[str, Any]:
+        """Arguments of a layer's ``Block``."""
+        kernel = self.kernel and partial(self.kernel, window=window)
+        return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype, "kernel": kernel}
 
     def __call__(
         self,
@@ -71,8 +77,12 @@ class Decoder(nn.Module):
         start: int | Int[Array, ""],
         prefixes: Sequence[PrefixCache] = (),
         block_bounds: Sequence[int] = (),
-    ) -> tuple[Float[Array, "B S D"], list[CacheEntry]]:
-        """Hidden states and cache; arguments as in ``Model.apply``, with rotations in place of positions."""
+        stacked: Sequence[Params] = (),
+    ) -> tuple[Float[Array, "B S D"], list[CacheEntry] | None]:
+        """Hidden states and cache; arguments as in ``Model.apply``, with rotations in place of positions.
+
+        Stacked layers of prepared parameters are an argument of their own.
+        """
         c = self.config
         S = token_ids.shape[1]
         columns = S if cache is None else cache[0]["values"].shape[2]
@@ -97,18 +107,55 @@ class Decoder(nn.Module):
                 attention_mask(prefix.mask, slots, prefix.start, prefix.cache[0]["values"].shape[2], window)
                 for prefix in prefixes
             ]
-        entries = []
-        for i, (layer, window) in enumerate(zip(self.layers, c.windows, strict=True)):
+
+        def inputs_of(i: int) -> AttentionInputs:
+            window = c.windows[i]
             segments = [
                 KVSegment(prefix.cache[i], prefix_mask, prefix.gather_index, prefix.scatter_index)
                 for prefix, prefix_mask in zip(prefixes, prefix_masks[window], strict=True)
             ]
             rotation = rotations[c.ropes.index(c.ropes[i])]
-            inputs = AttentionInputs(rotation, start, masks[window], segments, packed_masks[window], kernel_mask)
-            x, entry = layer(x, inputs, None if cache is None else cache[i])
+            return AttentionInputs(rotation, start, masks[window], segments, packed_masks[window], kernel_mask)
+
+        entries = []
+        if stacked:
+            x = self._scan(x, stacked, [inputs_of(i) for i in range(len(stacked))], None if cache is None else cache[0])
+        for i in range(num_stacked({STACKED: stacked}), c.num_layers):
+            x, entry = self.layers[i](x, inputs_of(i), None if cache is None else cache[i])
             x = constrain(x, self.mesh, BATCH)
             entries.append(entry)
-        return self.final_norm(x), entries
+        return self.final_norm(x), None if stacked else entries
+
+    def _scan(
+        self,
+        x: Float[Array, "B S D"],
+        stacked: Sequence[Params],
+        inputs: Sequence[AttentionInputs],
+        like: CacheEntry | None,
+    ) -> Float[Array, "B S D"]:
+        """The residual stream after the stacked layers, one repetition of their period after the other.
+
+        A call at slot 0 overwrites all columns of the cache that it attends to, so that each layer may start from a
+        cache of zeros of the given form, and none has to be kept.
+        """
+
+        def layer(place: int, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+            block = Block(**self._settings(self.config.windows[place]), parent=None)
+            entry = None if like is None else jax.tree.map(jnp.zeros_like, like)
+            return block.apply({"params": params}, x, inputs[place], entry)[0]  # pyright: ignore[reportReturnType]
+
+        def repetition(x: Float[Array, "B S D"], groups: Sequence[Params]) -> tuple[Float[Array, "B S D"], None]:
+            for place, params in enumerate(groups):
+                apply = partial(layer, place)
+                if self.remat != "none":
+                    # A loop's body is not merged with its recomputation, so that it needs no barriers against it.
+                    apply = jax.checkpoint(apply, prevent_cse=False, policy=remat_policy(self.remat))
+                # Constrained here, each layer's gradient is reduced to its shards within the loop.
+                params = params if self.mesh is None else constrain_params(params, self.mesh)
+                x = constrain(apply(params, x), self.mesh, BATCH)
+            return x, None
+
+        return jax.lax.scan(repetition, x, tuple(stacked))[0]
 
     def _declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
         """Use every parameter, so that ``init`` creates them all."""
@@ -123,9 +170,10 @@ def build_model(
     config: DecoderConfig,
     *,
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     attention: AttentionName = "plain",
     mesh: Mesh | None = None,
+    scan_layers: bool | None = None,
 ) -> Model:
     """The pure functions of a decoder, as ``types.Model`` documents them.
 
@@ -136,20 +184,30 @@ def build_model(
         config: sizes and switches of the decoder.
         dtype: of matrix products and the residual stream, float32 or bfloat16. Parameters are cast to it where they are
             used.
-        remat: whether to recompute each block in the backward pass instead of storing its activations.
+        remat: which activations the backward pass recomputes.
         attention: the attention kernel of training and prefill, as in ``kernels.choose_kernel``; decode steps use the
             plain path.
         mesh: mesh that activations are sharded over; None for one device, or to leave their sharding to the compiler,
             which may then give every device a part of every sequence.
+        scan_layers: whether prepared parameters (``Model.preparation``) have equal layers stacked, for a ``lax.scan``
+            over them: then neither memory for gathered weights nor time to compile grows with their number. None:
+            except on a CPU with ``remat`` none, where unrolled layers are faster; a CPU's program of unrolled layers
+            that are recomputed takes as much memory as without. If no pattern of layers repeats, none is stacked.
 
     Raises:
-        ValueError: for another ``dtype``, or a kernel that does not support this model; and by ``apply``, at trace
-            time, if the mask has another number of columns than the cache (than tokens, without a cache), or the call
-            more tokens than the cache has columns.
+        ValueError: for another ``dtype``, a kernel that does not support this model, or a ``remat`` that the devices do
+            not support; and by ``apply``, at trace time, if the mask has another number of columns than the cache (than
+            tokens, without a cache), or the call more tokens than the cache has columns.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
-    module = Decoder(config, dtype, remat=remat, kernel=choose_kernel(attention, config, dtype, mesh), mesh=mesh)
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    kernel = choose_kernel(attention, config, dtype, mesh)
+    check_remat(remat, device)
+    module = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
+    if scan_layers is None:
+        scan_layers = device.platform != "cpu" or remat != "none"
+    repetition = find_repetition(config) if scan_layers else None
 
     def apply(
         params: Params,
@@ -170,8 +228,16 @@ def build_model(
             raise ValueError("Segments are a mask of the call's own tokens: call without a cache")
         if token_ids.shape[1] > columns:
             raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
+        stacked = params.get(STACKED, ())
+        if stacked and (prefixes or not isinstance(start, int) or start):
+            raise ValueError(
+                "parameters with stacked layers are for whole sequences: start must be 0, without prefixes"
+            )
         rotations = positions if isinstance(positions, dict) else rope(positions)
-        return module.apply({"params": params}, token_ids, rotations, mask, cache, start, prefixes, block_bounds)  # pyright: ignore[reportReturnType]
+        variables = {"params": {name: value for name, value in params.items() if name != STACKED}}
+        return module.apply(  # pyright: ignore[reportReturnType]
+            variables, token_ids, rotations, mask, cache, start, prefixes, block_bounds, stacked
+        )
 
     rope = partial(_compute_rotations, config)
 
@@ -180,33 +246,20 @@ def build_model(
             return params["score"]["kernel"].T
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
-    def init_cache(batch: int, length: int, cache_dtype: Any = None) -> Cache:
-        supported = {jnp.dtype(each).name: each for each in CACHE_DTYPES}
-        name = str(getattr(cache_dtype, "__name__", cache_dtype))
-        entry_dtype = dtype if cache_dtype is None else supported.get(name)
-        if entry_dtype is None:
-            raise ValueError(f"cache_dtype must be one of {', '.join(supported)}, not {name}")
-        return [init_entry(config, batch, length, entry_dtype) for _ in range(config.num_layers)]
-
-    def first_columns(cache: Cache, length: int) -> Cache:
-        return [slice_columns(entry, 0, length) for entry in cache]
-
-    def join_columns(caches: Sequence[Cache]) -> Cache:
-        return [concatenate_columns(entries) for entries in zip(*caches, strict=True)]
-
     return Model(
         apply,
         rope,
         head,
         make_token_scores(head, logit_softcap=config.logit_softcap, mesh=mesh),
-        init_cache,
-        first_columns,
-        join_columns,
+        partial(_init_cache, config, dtype),
+        _first_columns,
+        _join_columns,
         vocab_size=1 if config.scalar_head else config.vocab_size,
         logit_softcap=config.logit_softcap,
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
-        packing=_best_packing(config, module.kernel),
+        packing=_best_packing(config, kernel),
+        preparation=preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None),
     )
 
 
@@ -214,6 +267,23 @@ def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | Non
     if config.rope_switch_length is not None:
         return None  # with frequencies by length, the sequences of a row would depend on each other
     return "shared" if kernel is None or takes_segments(kernel) else "separate"
+
+
+def _init_cache(config: DecoderConfig, dtype: Any, batch: int, length: int, cache_dtype: Any = None) -> Cache:
+    supported = {jnp.dtype(each).name: each for each in CACHE_DTYPES}
+    name = str(getattr(cache_dtype, "__name__", cache_dtype))
+    entry_dtype = dtype if cache_dtype is None else supported.get(name)
+    if entry_dtype is None:
+        raise ValueError(f"cache_dtype must be one of {', '.join(supported)}, not {name}")
+    return [init_entry(config, batch, length, entry_dtype) for _ in range(config.num_layers)]
+
+
+def _first_columns(cache: Cache, length: int) -> Cache:
+    return [slice_columns(entry, 0, length) for entry in cache]
+
+
+def _join_columns(caches: Sequence[Cache]) -> Cache:
+    return [concatenate_columns(entries) for entries in zip(*caches, strict=True)]
 
 
 def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:

@@ -83,7 +83,9 @@ class LearnedReward:
         self._params, self._mesh = params, mesh
         self._encode = encode or partial(encode_text, tokenizer, eos_id)
         self._max_length, self._batch_size = max_length, batch_size
-        self._score = jax.jit(partial(reward_model_scores, model))
+        self._score = jax.jit(
+            lambda params, ids, mask: reward_model_scores(model, model.preparation.prepare(params), ids, mask)
+        )
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """The score of each completion; None if its sequence is empty or longer than ``max_length``.

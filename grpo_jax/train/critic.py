@@ -139,5 +139,6 @@ def micro_batched_states(
         sequences: B prompts with completions.
         num_micro_batches: number of parts; divides B.
     """
-    parts = jax.lax.map(partial(completion_states, model, params), split_rows(sequences, num_micro_batches))
+    states_of = partial(completion_states, model, model.preparation.prepare(params))
+    parts = jax.lax.map(states_of, split_rows(sequences, num_micro_batches))
     return jnp.swapaxes(parts, 0, 1).reshape(*sequences.completion_ids.shape, -1)

@@ -16,14 +16,17 @@ from jaxtyping import Array, Float, Key
 from grpo_jax.sampling import check_key
 from grpo_jax.train.forward import Sequences, Tokens
 from grpo_jax.train.packing import in_batch_order, micro_batch
-from grpo_jax.types import Batch, Max, Mean, Metrics, PackedBatch, Params, Rollout, TrainState
+from grpo_jax.types import AS_STORED, Batch, Max, Mean, Metrics, PackedBatch, Params, Preparation, Rollout, TrainState
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
 """``(params, batch) -> (loss, metrics)``."""
 
 
 def make_log_prob_fn(
-    log_probs: Callable[[Params, Sequences], tuple[Tokens, Tokens]], *, num_micro_batches: int = 1
+    log_probs: Callable[[Params, Sequences], tuple[Tokens, Tokens]],
+    *,
+    num_micro_batches: int = 1,
+    preparation: Preparation = AS_STORED,
 ) -> Callable[[Params, Rollout | PackedBatch], Tokens]:
     """A jitted ``(params, rollout) -> log-probabilities [B, T]`` of frozen policies: old and reference.
 
@@ -33,6 +36,7 @@ def make_log_prob_fn(
         log_probs: ``(params, rollout) -> (log-probabilities, entropy)``, such as a ``partial`` of
             ``completion_log_probs``.
         num_micro_batches: equal parts of a padded batch that are computed in turn, to save memory.
+        preparation: of the parameters, once a call (``Model.preparation``).
 
     Raises:
         ValueError: at trace time, when num_micro_batches does not divide the batch.
@@ -40,6 +44,7 @@ def make_log_prob_fn(
 
     @jax.jit
     def frozen_log_probs(params, rollout):
+        params = preparation.prepare(params)
         if isinstance(rollout, PackedBatch):
 
             def one(index, out):
@@ -56,7 +61,12 @@ def make_log_prob_fn(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, num_micro_batches: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_micro_batches: int = 1,
+    preparation: Preparation = AS_STORED,
+    gradient_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
 
@@ -72,6 +82,10 @@ def make_train_step(
             ``Batch`` with ``rows``.
         optimizer: any optax transformation.
         num_micro_batches: more parts take less memory and more time.
+        preparation: of the parameters, once an update (``Model.preparation``); gradients are taken with respect to
+            prepared parameters and accumulated in their form and layout.
+        gradient_dtype: dtype in which gradients are accumulated over the parts; bfloat16 takes half the memory of
+            float32 and loses what is small beside the sum. The optimizer gets float32.
 
     Returns:
         The step. Its metrics are scalars: those of ``loss_fn``, ``loss`` and ``grad_norm`` (before clipping).
@@ -82,14 +96,15 @@ def make_train_step(
     """
 
     def loss_sum(params, batch):
-        output = loss_fn(params, batch)
+        output = loss_fn(preparation.constrain(params), batch)
         check_loss_output(output)
         loss, metrics = output
         return loss.sum, {**metrics, "loss": loss}
 
     def micro_step(params, grads, batch):
         new_grads, metrics = jax.grad(loss_sum, has_aux=True)(params, batch)
-        return jax.tree.map(lambda sum, new: sum + new.astype(jnp.float32), grads, new_grads), metrics
+        sums = jax.tree.map(lambda sum, new: sum + new.astype(gradient_dtype), grads, new_grads)
+        return preparation.constrain(sums), metrics
 
     def over_packed(params, zeros, packed):
         def one(index, carry):
@@ -102,13 +117,15 @@ def make_train_step(
         return jax.lax.fori_loop(0, packed.count, one, (zeros, nothing))
 
     def step(state: TrainState, batch):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        params = preparation.prepare(state.params)
+        zeros = preparation.constrain(jax.tree.map(lambda x: jnp.zeros(x.shape, gradient_dtype), params))
         if isinstance(batch, PackedBatch):
-            grads, merged = over_packed(state.params, zeros, batch)
+            grads, merged = over_packed(params, zeros, batch)
         else:
             parts = split_rows(batch, num_micro_batches)
-            grads, metrics = jax.lax.scan(lambda grads, part: micro_step(state.params, grads, part), zeros, parts)
+            grads, metrics = jax.lax.scan(lambda grads, part: micro_step(params, grads, part), zeros, parts)
             merged = {name: metric.reduce() for name, metric in metrics.items()}
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), preparation.restore(grads))
         loss = merged["loss"]
         assert isinstance(loss, Mean)
         grads = jax.tree.map(lambda g: g / jnp.where(loss.count > 0, loss.count, 1), grads)
@@ -184,7 +201,12 @@ def shuffled_minibatches(batch: Batch, key: Key[Array, ""], num_minibatches: int
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, *, with_reference: bool, replicated: Sharding
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    with_reference: bool,
+    replicated: Sharding,
+    ref_dtype: Any = None,
 ) -> TrainState:
     """The state before the first update, with optimizer state as ``opt_state_shardings`` lays it out.
 
@@ -193,6 +215,8 @@ def init_state(
         optimizer: of the train step.
         with_reference: whether to keep a copy of the parameters as the reference policy.
         replicated: sharding of the state's scalars.
+        ref_dtype: dtype of the reference's matrices; in that of the computation its log-probabilities are the same.
+            None for that of the parameters.
     """
     moments = opt_state_shardings(
         jax.eval_shape(optimizer.init, params), params, jax.tree.map(lambda x: x.sharding, params), replicated
@@ -201,8 +225,13 @@ def init_state(
         step=jax.device_put(jnp.int32(0), replicated),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=moments)(params),
-        ref_params=jax.tree.map(jnp.copy, params) if with_reference else None,
+        ref_params=_frozen_copy(params, ref_dtype) if with_reference else None,
     )
+
+
+def _frozen_copy(params: Params, dtype: Any) -> Params:
+    """A copy with matrices of a dtype, which does not share memory with ``params``: these are donated."""
+    return jax.tree.map(lambda x: jnp.array(x, x.dtype if dtype is None or x.ndim < 2 else dtype), params)
 
 
 def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: Sharding) -> Any:
@@ -235,8 +264,13 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
 
 
 def with_fresh_reference(state: TrainState) -> TrainState:
-    """The state with a copy of its current parameters as the reference policy (reference refresh)."""
-    return TrainState(state.step, state.params, state.opt_state, jax.tree.map(jnp.copy, state.params))
+    """The state with a copy of its current parameters as the reference policy, in the precision of the one before.
+
+    Reference refresh.
+    """
+    dtypes = {x.dtype for x in jax.tree.leaves(state.ref_params) if x.ndim > 1}
+    ref_params = _frozen_copy(state.params, dtypes.pop() if dtypes else None)
+    return TrainState(state.step, state.params, state.opt_state, ref_params)
 
 
 def check_loss_output(output: Any) -> None:

@@ -1,0 +1,226 @@
+"""Whether a run fits its devices, and how many tokens an update takes at once: reckoned from the model's sizes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.sharding import device_bytes, divisors
+
+if TYPE_CHECKING:
+    from grpo_jax.models.config import DecoderConfig
+
+MICRO_BATCH_TOKENS = 16_384
+"""Tokens of a micro-batch on a device whose memory is unknown, such as a CPU."""
+USABLE = 0.9
+"""Share of a device's memory that is planned for; the rest is lost between arrays."""
+HEAD_CHUNK = 1024
+"""Tokens whose logits exist at a time."""
+LANES = 128
+"""Columns of a tile of a TPU."""
+Axes = Mapping[str, int]
+"""Sizes of a mesh's axes."""
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """Memory of online RL in bytes, before it is divided by axes of the mesh.
+
+    Attributes:
+        state: weights in float32, optimizer state and the reference policy.
+        update: beside the state, in an update: gradients, weights in the precision of the computation, logits.
+        rollout: the sampler's weights.
+        token: an update's activations for each token.
+        rollout_is_shared: whether the sampler uses the float32 weights if they lie as it needs them.
+    """
+
+    state: int
+    update: int
+    rollout: int
+    token: int
+    rollout_is_shared: bool
+
+    def state_on(self, axes: Axes) -> int:
+        """State on each device of a mesh."""
+        return self.state // (axes["fsdp"] * axes["tensor"])
+
+    def rollout_on(self, axes: Axes, rollout_tensor: int) -> int:
+        """The sampler's weights on each device, beside the state.
+
+        Args:
+            axes: sizes of the mesh's axes.
+            rollout_tensor: devices that they are sharded over.
+        """
+        is_shared = self.rollout_is_shared and axes["fsdp"] == 1 and axes["tensor"] == rollout_tensor
+        return 0 if is_shared else self.rollout // rollout_tensor
+
+    def tokens_on(self, axes: Axes, limit: int) -> int:
+        """Tokens of a micro-batch that a device has memory for.
+
+        Args:
+            axes: sizes of the mesh's axes.
+            limit: the device's memory, in bytes.
+        """
+        held = (self.state + self.update) // (axes["fsdp"] * axes["tensor"])
+        return max(0, int(USABLE * limit) - held) // self.token
+
+
+def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
+    """The memory of a run of online RL.
+
+    Args:
+        config: of the run.
+        decoder: sizes of the model.
+        axes: sizes of the mesh's axes.
+    """
+    from grpo_jax.models import param_shapes  # late, since it imports flax
+    from grpo_jax.models.kernels import hardware, resolve_attention
+    from grpo_jax.models.memory import activation_bytes
+
+    optimizer, _ = config.optimizer.build(total_updates=1)
+    shapes, dtype = param_shapes(decoder), config.compute_dtype
+    count, itemsize = sum(leaf.size for leaf in jax.tree.leaves(shapes)), jnp.dtype(dtype).itemsize
+    moments = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
+    trained = 4 * count + sum(leaf.size * leaf.dtype.itemsize for leaf in moments)
+    gradients = jnp.dtype(config.optimizer.gradient_dtype).itemsize * count
+    kind = hardware(jax.local_devices()[0])
+    attention = resolve_attention(config.attention, decoder, dtype, kind, axes["tensor"])
+    return Reckoning(
+        state=config.trained_models * trained + config.has_reference * itemsize * count,
+        update=gradients + (itemsize < 4) * itemsize * count + 12 * HEAD_CHUNK * decoder.vocab_size,
+        rollout=itemsize * count,
+        token=activation_bytes(
+            decoder,
+            length=config.prompt_length + config.completion_length,
+            itemsize=itemsize,
+            remat=config.remat,
+            fused_attention=attention in ("cudnn", "splash"),
+            tensor=axes["tensor"],
+        ),
+        rollout_is_shared=itemsize == 4,
+    )
+
+
+def micro_batch_tokens(config: Any) -> int:
+    """Tokens of a micro-batch on each device: ``MICRO_BATCH_TOKENS``, or by the memory of devices that report theirs.
+
+    Args:
+        config: of a run of online RL.
+    """
+    limit = device_bytes(jax.local_devices())
+    decoder = None if limit is None else config.decoder
+    if limit is None or decoder is None:
+        return MICRO_BATCH_TOKENS
+    axes = config.mesh.build().shape
+    return reckon(config, decoder, axes).tokens_on(axes, limit)
+
+
+def check_memory(config: Any) -> None:
+    """Check that each device has memory for the state of a run and for the sampler's weights.
+
+    Where devices do not report their memory, or the model's configuration cannot be read yet, nothing is checked.
+
+    Args:
+        config: of a run of online RL.
+
+    Raises:
+        ValueError: it has not; the message has the numbers, and meshes of the same devices that would do.
+    """
+    limit = device_bytes(jax.local_devices())
+    decoder = None if limit is None else config.decoder
+    if limit is None or decoder is None:
+        return
+    mesh = config.mesh.build()
+    need, axes = reckon(config, decoder, mesh.shape), mesh.shape
+    tensor = rollout_tensor(need, decoder, axes, config.mesh.rollout_tensor, limit)
+    state, rollout = need.state_on(axes), need.rollout_on(axes, tensor)
+    if state + rollout <= limit:
+        return
+    found = [
+        f"--mesh.fsdp {other['fsdp']} --mesh.tensor {other['tensor']}"
+        for other in _meshes(mesh.size, decoder)
+        if need.state_on(other) + need.rollout_on(other, rollout_tensor(need, decoder, other, None, limit)) <= limit
+    ]
+    advice = f"of the meshes of these {mesh.size} devices, {found[0]} does" if found else "no mesh of them does"
+    raise ValueError(
+        f"{config.model} does not fit devices of {_gb(limit)}: weights, optimizer state and reference take "
+        f"{_gb(state)} on each (mesh.fsdp {axes['fsdp']} x mesh.tensor {axes['tensor']}), and the sampler's weights "
+        f"{_gb(rollout)} (mesh.rollout_tensor {tensor}); {advice}"
+    )
+
+
+def rollout_tensor(need: Reckoning, decoder: DecoderConfig, axes: Axes, wanted: int | None, limit: int | None) -> int:
+    """Devices that the sampler's weights are sharded over: the fewest that leave room for the state.
+
+    Args:
+        need: memory of the run.
+        decoder: sizes of the model; KV heads are not split.
+        axes: sizes of the mesh's axes.
+        wanted: mesh.rollout_tensor, if it is set.
+        limit: memory of a device in bytes; None if unknown, and ``axes["tensor"]`` is the result.
+    """
+    if wanted is not None or limit is None:
+        return wanted or axes["tensor"]
+    sizes = [axes["tensor"] * n for n in divisors(axes["fsdp"]) if decoder.num_kv_heads % (axes["tensor"] * n) == 0]
+    fitting = [n for n in sizes if need.state_on(axes) + need.rollout_on(axes, n) <= USABLE * limit]
+    return min(fitting, default=max(sizes, default=axes["tensor"]))
+
+
+def choose_rollout_tensor(config: Any, decoder: DecoderConfig, axes: Axes) -> int:
+    """``rollout_tensor`` of a run with a policy, on the devices of this process.
+
+    Args:
+        config: of the run.
+        decoder: sizes of the policy.
+        axes: sizes of the mesh's axes.
+
+    Raises:
+        ValueError: mesh.rollout_tensor is set to a number that does not divide the KV heads.
+    """
+    wanted, limit = config.mesh.rollout_tensor, device_bytes(jax.local_devices())
+    if wanted is not None and (wanted < 1 or decoder.num_kv_heads % wanted):
+        raise ValueError(
+            f"mesh.rollout_tensor is {wanted}; it must divide the model's {decoder.num_kv_heads} KV heads: one of "
+            f"{divisors(decoder.num_kv_heads)}"
+        )
+    if wanted is not None or limit is None or not config.trained_models:
+        return wanted or axes["tensor"]
+    return rollout_tensor(reckon(config, decoder, axes), decoder, axes, wanted, limit)
+
+
+def warn_of_narrow_shards(hidden_size: int, axes: Axes) -> None:
+    """Warn of a mesh whose shards of weights are narrower than a TPU's tile.
+
+    They are summed over all devices instead of gathered, by twice the traffic.
+
+    Args:
+        hidden_size: the model's width, which fsdp splits.
+        axes: sizes of the mesh's axes.
+    """
+    fsdp = axes["fsdp"]
+    if fsdp == 1 or hidden_size // fsdp >= LANES:
+        return
+    most = max(n for n in divisors(fsdp) if n == 1 or hidden_size // n >= LANES)
+    warnings.warn(
+        f"mesh.fsdp {fsdp} leaves {hidden_size // fsdp} of the model's {hidden_size} columns on a device, fewer than "
+        f"the {LANES} of a tile, which doubles the traffic of weights on a TPU; --mesh.fsdp {most} --mesh.data "
+        f"{axes['data'] * fsdp // most} does not",
+        stacklevel=2,
+    )
+
+
+def _meshes(devices: int, decoder: DecoderConfig) -> Iterator[Axes]:
+    """Meshes of some devices that divide the model, those with the smallest tensor and fsdp axes first."""
+    for tensor in divisors(devices):
+        for fsdp in divisors(devices // tensor):
+            if decoder.num_kv_heads % tensor == 0 and decoder.hidden_size % fsdp == 0:
+                yield {"data": devices // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor}
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

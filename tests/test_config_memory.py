@@ -1,0 +1,176 @@
+"""Memory reckoned from a model's sizes: micro-batches, refusals and the reference's precision."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from checkpoints import quick_jit
+
+from grpo_jax.config import memory
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.config.ppo import PPOConfig
+from grpo_jax.config.rewards import RewardConfig
+from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.models import from_hf_config
+from grpo_jax.models.memory import activation_bytes
+from grpo_jax.sharding import make_mesh, replicated
+from grpo_jax.train import completion_log_probs, init_state, with_fresh_reference
+from grpo_jax.train.forward import Rows
+
+SEVEN_B = {
+    "model_type": "qwen2",
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768,
+}
+DECODER = from_hf_config(SEVEN_B)
+WEIGHTS = 7_615_616_512
+V5E, H100 = 16 * 10**9, 80 * 10**9
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN_B))
+    return GRPOConfig(
+        run_dir=Path("run"),
+        model=str(tmp_path),
+        data=DataConfig(dataset="rows.jsonl"),
+        rewards=RewardConfig(format_weight=0.2),
+        dtype="bfloat16",
+        num_prompts=32,
+        group_size=8,
+        max_prompt_length=512,
+        max_completion_length=1024,
+        mesh=MeshConfig(data=1, fsdp=8),
+    )
+
+
+def test_what_a_7b_run_holds(config):
+    need = memory.reckon(config, DECODER, {"data": 1, "fsdp": 16, "tensor": 1})
+    assert need.state == pytest.approx(3 * 4 * WEIGHTS, rel=1e-6)
+    assert need.rollout == 2 * WEIGHTS
+    assert need.state_on({"data": 1, "fsdp": 4, "tensor": 4}) == need.state // 16
+    with_reference = replace(config, policy=PolicyLossConfig(kl_coef=0.01))
+    assert memory.reckon(with_reference, DECODER, {"tensor": 1}).state - need.state == 2 * WEIGHTS
+    small = replace(config, optimizer=OptimizerConfig(optimizer="adafactor", gradient_dtype="bfloat16"))
+    smaller = memory.reckon(small, DECODER, {"tensor": 1})
+    assert smaller.state < 0.34 * need.state
+    assert need.update - smaller.update == 2 * WEIGHTS
+    ppo = PPOConfig(
+        run_dir=Path("run"), model=config.model, rewards=config.rewards, dtype="bfloat16", kl_reward_coef=0.0
+    )
+    assert memory.reckon(ppo, DECODER, {"tensor": 1}).state == 2 * need.state
+    assert memory.reckon(replace(ppo, critic="head"), DECODER, {"tensor": 1}).state == need.state
+
+
+def test_the_sampler_shares_float32_weights_that_lie_as_it_needs_them(config):
+    need = memory.reckon(replace(config, dtype="float32"), DECODER, {"tensor": 1})
+    assert need.rollout_on({"data": 8, "fsdp": 1, "tensor": 1}, 1) == 0
+    assert need.rollout_on({"data": 4, "fsdp": 2, "tensor": 1}, 1) == 4 * WEIGHTS
+    assert need.rollout_on({"data": 4, "fsdp": 2, "tensor": 1}, 2) == 2 * WEIGHTS
+
+
+@pytest.mark.parametrize(("remat", "fused"), [("none", True), ("block", True), ("block", False), ("offload", True)])
+def test_activations_of_a_7b_model(remat, fused):
+    count = activation_bytes(DECODER, length=1536, itemsize=2, remat=remat, fused_attention=fused, tensor=1)
+    layer, inputs, scores = 2 * (4 * 3584 + 2 * 92 * 128 + 6 * 18_944) + 8 * 3584, 28 * 2 * 3584, 12 * 28 * 1536
+    assert (
+        count
+        == {
+            ("none", True): 28 * layer,
+            ("block", True): layer + inputs,
+            ("block", False): layer + inputs + scores,
+            ("offload", True): layer,
+        }[remat, fused]
+    )
+
+
+def test_micro_batches_follow_the_memory_of_the_devices(config, monkeypatch):
+    assert config.micro_batches == 4  # of 8 rows on each of 8 devices: 12,288 tokens
+    found = {}
+    for limit in (V5E, H100, 10 * H100):
+        monkeypatch.setattr(memory, "device_bytes", lambda devices, limit=limit: limit)
+        found[limit] = config.micro_batches, memory.micro_batch_tokens(config)
+    assert found[V5E] == (32, 0)  # one row a device at a time is the least
+    assert found[H100][0] == 1
+    state = memory.reckon(config, DECODER, {"tensor": 1})
+    assert found[H100][1] == int(0.9 * H100 - (state.state + state.update) // 8) // state.token
+    assert replace(config, num_micro_batches=2).micro_batches == 2
+
+
+def test_a_run_that_cannot_fit_is_refused_with_a_mesh_that_does(config, monkeypatch):
+    memory.check_memory(config)  # no device says how much memory it has
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: V5E)
+    with pytest.raises(ValueError, match=r"does not fit devices of 16.0 GB: .* take 11.4 GB on each \(mesh.fsdp 8 x"):
+        memory.check_memory(replace(config, mesh=MeshConfig(data=1, fsdp=8, rollout_tensor=1)))
+    with pytest.raises(
+        ValueError, match=r"sampler's weights 15.2 GB \(mesh.rollout_tensor 1\); of the meshes of these"
+    ):
+        memory.check_memory(replace(config, mesh=MeshConfig(data=1, fsdp=8, rollout_tensor=1)))
+    with pytest.raises(
+        ValueError, match=r"take 91.4 GB on each .*of the meshes of these 8 devices, --mesh.fsdp 8 --mes"
+    ):
+        memory.check_memory(replace(config, mesh=MeshConfig()))
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: 12 * 10**9)
+    with pytest.raises(ValueError, match="no mesh of them does"):
+        memory.check_memory(config)
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: H100)
+    memory.check_memory(config)
+    memory.check_memory(replace(config, model="org/unknown"))
+
+
+def test_the_samplers_weights_are_sharded_as_far_as_they_must(config):
+    axes = {"data": 1, "fsdp": 16, "tensor": 1}
+    need = memory.reckon(config, DECODER, axes)
+    devices = [memory.rollout_tensor(need, DECODER, axes, None, limit) for limit in (None, H100, 16 * 10**9, 10**9)]
+    assert devices == [1, 1, 2, 4]  # at most the four KV heads
+    assert memory.rollout_tensor(need, DECODER, axes, 4, H100) == 4
+
+
+def test_kv_heads_are_not_split(config):
+    axes = {"data": 1, "fsdp": 8, "tensor": 1}
+    assert memory.choose_rollout_tensor(config, DECODER, axes) == 1
+    assert memory.choose_rollout_tensor(replace(config, mesh=MeshConfig(rollout_tensor=2)), DECODER, axes) == 2
+    for tensor in (0, 8):
+        with pytest.raises(ValueError, match=rf"rollout_tensor is {tensor}; .* 4 KV heads: one of \[1, 2, 4\]"):
+            memory.choose_rollout_tensor(replace(config, mesh=MeshConfig(rollout_tensor=tensor)), DECODER, axes)
+
+
+def test_shards_narrower_than_a_tile_are_warned_of():
+    with pytest.warns(UserWarning, match="leaves 56 of the model's 3584 columns .* --mesh.fsdp 16 --mesh.data 4 does"):
+        memory.warn_of_narrow_shards(3584, {"data": 1, "fsdp": 64, "tensor": 1})
+
+
+@pytest.mark.filterwarnings("error")
+def test_shards_of_a_tile_are_not_warned_of():
+    memory.warn_of_narrow_shards(3584, {"data": 1, "fsdp": 28, "tensor": 1})
+    memory.warn_of_narrow_shards(64, {"data": 8, "fsdp": 1, "tensor": 1})
+
+
+def test_a_bfloat16_reference_has_the_log_probs_of_the_float32_weights(tiny):
+    from conftest import TINY
+
+    from grpo_jax.models import build_model
+
+    _, params = tiny
+    model = build_model(from_hf_config(TINY), dtype=jnp.bfloat16)
+    everywhere = replicated(make_mesh(data=1))
+    state = init_state(params, optax.sgd(1.0), with_reference=True, replicated=everywhere, ref_dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(state.ref_params) if x.ndim > 1} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(state.ref_params) if x.ndim == 1} == {jnp.dtype(jnp.float32)}
+    ids = jax.random.randint(jax.random.key(0), (2, 6), 0, 32)
+    rows = Rows(ids, jnp.ones((2, 6), bool), ids, jnp.ones((2, 6), bool))
+    score = quick_jit(lambda params: completion_log_probs(model, params, rows)[0])
+    assert (score(state.ref_params) == score(params)).all()
+    fresh = with_fresh_reference(state)
+    assert {x.dtype for x in jax.tree.leaves(fresh.ref_params)} == {x.dtype for x in jax.tree.leaves(state.ref_params)}
