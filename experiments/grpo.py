@@ -40,8 +40,6 @@ from grpo_jax.sharding import replicated
 from grpo_jax.train import (
     completion_log_probs,
     init_state,
-    make_log_prob_fn,
-    make_train_step,
     shuffled_minibatches,
     with_fresh_reference,
 )
@@ -58,19 +56,12 @@ def train(config: GRPOConfig, run: Run) -> None:
     model = collector.policy.model
     log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
     layout = BatchLayout(config, model, mesh)
-    parts = config.num_minibatches * config.micro_batches
-    log_prob_fn = layout.frozen(make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=model.preparation))
+    log_prob_fn = layout.make_log_prob_fn(log_probs)
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps * config.updates_per_step)
     policy_loss = config.policy.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
-    train_step = make_train_step(
-        policy_loss,
-        optimizer,
-        num_micro_batches=config.micro_batches,
-        preparation=model.preparation,
-        gradient_dtype=config.optimizer.gradient_dtype,
-    )
+    train_step = layout.make_train_step(policy_loss, optimizer, config.optimizer)
     run.describe(
         {
             "loss": f"{config.policy.loss}, advantages {config.advantage}, "

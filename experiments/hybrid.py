@@ -38,7 +38,7 @@ from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import replicated
-from grpo_jax.train import completion_log_probs, init_state, make_log_prob_fn, make_train_step
+from grpo_jax.train import completion_log_probs, init_state
 from grpo_jax.train.critic import CriticBatch, MLPCritic
 from grpo_jax.types import Batch, Rollout
 
@@ -89,20 +89,12 @@ def train(config: HybridConfig, run: Run) -> None:
     model = collector.policy.model
     log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
     layout = BatchLayout(config, model, mesh)
-    log_prob_fn = layout.frozen(
-        make_log_prob_fn(log_probs, num_micro_batches=config.micro_batches, preparation=model.preparation)
-    )
+    log_prob_fn = layout.make_log_prob_fn(log_probs)
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps)
     policy_loss = config.policy.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
-    train_step = make_train_step(
-        policy_loss,
-        optimizer,
-        num_micro_batches=config.micro_batches,
-        preparation=model.preparation,
-        gradient_dtype=config.optimizer.gradient_dtype,
-    )
+    train_step = layout.make_train_step(policy_loss, optimizer, config.optimizer)
     critic = make_critic(config, collector, mesh)
     policy = init_state(
         collector.take_params(),

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +48,11 @@ from grpo_jax.train import (
     completion_log_probs,
     completion_values,
     init_state,
-    make_log_prob_fn,
-    make_train_step,
     policy_and_values,
     shuffled_minibatches,
     with_value_head,
 )
-from grpo_jax.types import Batch, Mean, PackedBatch, Params, Preparation, Rollout, TrainState
+from grpo_jax.types import Batch, Mean, PackedBatch, Params, Rollout, TrainState
 
 SCRIPTS = Path(__file__).parent
 
@@ -166,20 +163,6 @@ class Learner:
         )
         self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
 
-    def scorer(self, log_probs: Callable, preparation: Preparation) -> Callable:
-        parts = self.config.num_minibatches * self.config.micro_batches
-        log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=preparation)
-        return self.layout.frozen(log_prob_fn)
-
-    def step(self, loss_fn: Callable, optimizer: Any, preparation: Preparation, gradient_dtype: str) -> Callable:
-        return make_train_step(
-            loss_fn,
-            optimizer,
-            num_micro_batches=self.config.micro_batches,
-            preparation=preparation,
-            gradient_dtype=gradient_dtype,
-        )
-
     def init(self, params: Params) -> TrainState:
         return init_state(
             params,
@@ -274,15 +257,12 @@ class OwnCritic(Learner):
                 epsilon=config.value_epsilon,
             )
 
-        actor_form, critic_form = self.model.preparation, critic.model.preparation
-        self._log_probs = self.scorer(log_probs, actor_form)
-        self._values = self.scorer(lambda *args: (values(*args), None), critic_form)
-        self._actor_step = self.step(
-            self.policy_loss(log_probs), self.optimizer, actor_form, config.optimizer.gradient_dtype
-        )
-        self._critic_step = self.step(
-            critic_loss, critic_optimizer, critic_form, config.critic_optimizer.gradient_dtype
-        )
+        critic_form = critic.model.preparation
+        layout = self.layout
+        self._log_probs = layout.make_log_prob_fn(log_probs)
+        self._values = layout.make_log_prob_fn(lambda *args: (values(*args), None), critic_form)
+        self._actor_step = layout.make_train_step(self.policy_loss(log_probs), self.optimizer, config.optimizer)
+        self._critic_step = layout.make_train_step(critic_loss, critic_optimizer, config.critic_optimizer, critic_form)
         on_mesh = replicated(mesh)
         self.states = {
             "actor": self.init(collector.take_params()),
@@ -329,12 +309,11 @@ class SharedTrunk(Learner):
             return Mean(total, policy_loss.count), metrics | policy_metrics
 
         form = self.model.preparation.under("policy")
-        self._log_probs = self.scorer(lambda params, rollout: outputs(params, rollout)[:2], form)
-        self._values = self.scorer(lambda params, rollout: (outputs(params, rollout)[2], None), form)
+        layout = self.layout
+        self._log_probs = layout.make_log_prob_fn(lambda params, rollout: outputs(params, rollout)[:2], form)
+        self._values = layout.make_log_prob_fn(lambda params, rollout: (outputs(params, rollout)[2], None), form)
         self._steps = {
-            alone: self.step(
-                partial(loss_of, critic_alone=alone), self.optimizer, form, config.optimizer.gradient_dtype
-            )
+            alone: layout.make_train_step(partial(loss_of, critic_alone=alone), self.optimizer, config.optimizer, form)
             for alone in (False, True)
         }
         policy = collector.take_params()

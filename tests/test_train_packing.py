@@ -340,7 +340,10 @@ def test_padded_rows_are_cut_to_a_bucket_and_log_probs_have_their_old_shape(tiny
     log_prob_fn = make_log_prob_fn(partial(completion_log_probs, model))
     layout = BatchLayout(config(dtype="float32"), model, make_mesh(data=1))
     assert layout.packing is None
-    ours, expected = layout.frozen(log_prob_fn)(params, rollout), log_prob_fn(params, rollout)
+    ours, expected = (
+        layout.make_log_prob_fn(partial(completion_log_probs, model))(params, rollout),
+        log_prob_fn(params, rollout),
+    )
     assert ours.shape == (8, 300)
     mask = np.asarray(rollout.completion_mask)
     np.testing.assert_allclose(np.asarray(ours)[mask], np.asarray(expected)[mask], atol=1e-5)

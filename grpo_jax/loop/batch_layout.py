@@ -1,4 +1,4 @@
-"""The layout of a step's sequences for the passes of the trained model: packed rows, or padded rows cut to a bucket."""
+"""The layout of a step's sequences, packed rows or padded rows cut to a bucket, and the programs that take it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from grpo_jax.config.online import OnlineConfig
+from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.packing import bucket_length
 from grpo_jax.sharding import shard_rows
-from grpo_jax.train import pack
-from grpo_jax.types import Batch, Model, PackedBatch, Packing, Params, Rollout
+from grpo_jax.train import LossFn, make_log_prob_fn, make_train_step, pack
+from grpo_jax.types import Batch, Model, PackedBatch, Packing, Params, Preparation, Rollout
 
 Sequences = TypeVar("Sequences", Batch, Rollout)
 
@@ -37,7 +40,7 @@ class BatchLayout:
 
     def __init__(self, config: OnlineConfig, model: Model, mesh: Mesh):
         self.packing: Packing | None = _resolve(config, model)
-        self._mesh = mesh
+        self._config, self._mesh, self._preparation = config, mesh, model.preparation
         self._micro_batch_tokens = config.packed_micro_batch_tokens
         if self.packing is None:
             self.description = f"padded rows in {config.micro_batches} micro-batches"
@@ -51,12 +54,41 @@ class BatchLayout:
             return shard_rows(cut(sequences), self._mesh)
         return pack(sequences, self.packing, micro_batch_tokens=self._micro_batch_tokens, mesh=self._mesh)
 
-    def frozen(self, log_prob_fn: Callable) -> Callable[[Params, Rollout], jnp.ndarray]:
-        """``(params, rollout) -> log-probabilities [B, T]``; 0 in the columns that were cut.
+    def make_train_step(
+        self,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        settings: OptimizerConfig,
+        preparation: Preparation | None = None,
+    ) -> Callable:
+        """``train.make_train_step`` for batches of this layout.
 
         Args:
-            log_prob_fn: as ``train.make_log_prob_fn`` makes it.
+            loss_fn: as there.
+            optimizer: as there.
+            settings: of the optimizer, for the dtype of gradients.
+            preparation: of the parameters; None for that of the trained model.
         """
+        return make_train_step(
+            loss_fn,
+            optimizer,
+            num_micro_batches=self._config.micro_batches,
+            preparation=preparation or self._preparation,
+            gradient_dtype=settings.gradient_dtype,
+        )
+
+    def make_log_prob_fn(
+        self, log_probs: Callable, preparation: Preparation | None = None
+    ) -> Callable[[Params, Rollout], Float[Array, "B T"]]:
+        """``train.make_log_prob_fn`` for whole rollouts, which are laid out first; 0 in the columns that were cut.
+
+        Args:
+            log_probs: as there.
+            preparation: of the parameters; None for that of the trained model.
+        """
+        parts = self._config.num_minibatches * self._config.micro_batches
+        preparation = preparation or self._preparation
+        log_prob_fn = make_log_prob_fn(log_probs, num_micro_batches=parts, preparation=preparation)
 
         def frozen_log_probs(params: Params, rollout: Rollout):
             log_probs = log_prob_fn(params, self(rollout))
