@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key
 
 from grpo_jax.sampling import check_key
@@ -174,7 +174,9 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
     """A sharding for each array of an optimizer's state, of any optax transformation.
 
     An array whose path ends in the path of a parameter of the same shape, such as a moment, has the parameter's
-    sharding. All others, such as counters and Adafactor's rows and columns, are replicated.
+    sharding. So has one of another length along its last axis only, such as the scales of a quantized moment's blocks,
+    if its last axis divides into as many parts; if not, that axis is not sharded. All others, such as counters and
+    Adafactor's rows and columns, are replicated.
 
     Args:
         opt_state: arrays or ``ShapeDtypeStruct``.
@@ -194,6 +196,11 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
             shape, sharding = of_param.get(path[start:], (None, None))
             if sharding is not None and shape == leaf.shape:
                 return sharding
+            if isinstance(sharding, NamedSharding) and leaf.shape and shape[:-1] == leaf.shape[:-1]:
+                spec = PartitionSpec(*(*sharding.spec, *[None] * len(shape))[: len(shape) - 1])
+                whole_last = NamedSharding(sharding.mesh, spec)
+                parts = shape[-1] // sharding.shard_shape(shape)[-1]
+                return sharding if leaf.shape[-1] % parts == 0 else whole_last
         return replicated
 
     return jax.tree_util.tree_map_with_path(of_leaf, opt_state)
