@@ -139,8 +139,3 @@ def test_on_a_mesh_moments_and_scales_lie_with_their_parameters(moments):
         assert scales.shape == (32, 2)
         assert scales.sharding.shard_shape(scales.shape) == (16, 1)
         assert adam.mu["final_norm"]["scale"].dtype == jnp.float32
-
-
-def test_moments_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="moments is '4bit'; it must be one of float32, bfloat16, 8bit"):
-        adamw(1e-3, moments="4bit")

@@ -158,16 +158,48 @@ def init_state(
         optimizer: of the train step.
         with_reference: whether to keep a copy of the parameters as the reference policy.
         replicated: sharding of the state's scalars.
+
+    Raises:
+        ValueError: as ``opt_state_shapes``, before anything is computed.
     """
-    moments = opt_state_shardings(
-        jax.eval_shape(optimizer.init, params), params, jax.tree.map(lambda x: x.sharding, params), replicated
-    )
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    moments = opt_state_shardings(opt_state_shapes(optimizer, params), params, shardings, replicated)
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=moments)(params),
         ref_params=jax.tree.map(jnp.copy, params) if with_reference else None,
     )
+
+
+def opt_state_shapes(optimizer: optax.GradientTransformation, params: Params) -> Any:
+    """The state of an optimizer as ``ShapeDtypeStruct``, after a trace of its first update.
+
+    Args:
+        optimizer: any optax transformation.
+        params: arrays or ``ShapeDtypeStruct``.
+
+    Raises:
+        ValueError: its ``init`` or ``update`` raises, such as one that needs more than gradients, or an update is not
+            of the parameters' shapes, or changes the shapes of the state.
+    """
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: x.shape, tree)
+
+    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            state = jax.eval_shape(optimizer.init, params)
+            updates, next_state = jax.eval_shape(optimizer.update, grads, state, params)
+    except Exception as error:
+        raise ValueError(f"the optimizer cannot update these parameters: {type(error).__name__}: {error}") from error
+    for found, expected, name in ((updates, params, "parameters"), (next_state, state, "state")):
+        if shapes(found) != shapes(expected):
+            raise ValueError(
+                f"the optimizer cannot update these parameters: its update has other shapes than the {name}"
+            )
+    return state
 
 
 def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: Sharding) -> Any:
