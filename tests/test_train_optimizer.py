@@ -112,3 +112,38 @@ def test_weight_decay_spares_vectors(tiny):
 def test_muon_refuses_parameters_without_its_matrices():
     with pytest.raises(ValueError, match="muon: no parameter is a matrix of attention"):
         muon(1e-3).init({"w": jnp.zeros((4, 4))})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (optax.GradientTransformation(lambda params: params["head"], None), "cannot update these .* KeyError: 'head'"),
+        (optax.contrib.reduce_on_plateau(), "cannot update these parameters: TypeError: .*'value'"),
+        (optax.GradientTransformation(lambda params: (), lambda *_: (jnp.zeros(2), ())), "shapes than the parameters"),
+        (optax.GradientTransformation(lambda params: (), lambda grads, *_: (grads, jnp.zeros(1))), "than the state"),
+    ],
+)
+def test_an_optimizer_without_a_usable_state_is_refused(optimizer, message):
+    params = {"w": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=message):
+        init_state(params, optimizer, with_reference=False, replicated=replicated(make_mesh()))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "optax:constant_schedule",
+            "optimizer optax:constant_schedule returned a function; it must return an optax.Gr",
+        ),
+        ("tests.test_train_optimizer:failing", "optimizer tests.test_train_optimizer:failing failed: KeyError: 'b3'"),
+        ("adamw(moments='4bit')", "moments is '4bit'; it must be one of float32, bfloat16, 8bit"),
+    ],
+)
+def test_what_is_not_an_optimizer_is_refused_with_the_settings(name, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(optimizer=name)
+
+
+def failing(learning_rate):
+    return {}["b3"]

@@ -52,7 +52,8 @@ class OptimizerConfig:
 
     optimizer: str = "adamw"
     """adamw, muon, lion, adafactor, or module:function of your own with (learning_rate, ...) ->
-    optax.GradientTransformation. Arguments in parentheses: 'adamw(b2=0.95)', 'optax:adabelief(b1=0.8)'."""
+    optax.GradientTransformation. Arguments in parentheses: 'adamw(b2=0.95)', 'optax:adabelief(b1=0.8)'. Less memory:
+    "adamw(moments='bfloat16')" for the first moment, "adamw(moments='8bit')" for both, lion, or adafactor."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     warmup_updates: int = 5
@@ -96,7 +97,7 @@ class OptimizerConfig:
             total_updates: of the run.
 
         Raises:
-            ValueError: as ``train.make_schedule``.
+            ValueError: as ``train.make_schedule``; the optimizer's function raises, or returns something else.
         """
         is_constant = self.decay == "constant"
         schedule = make_schedule(
@@ -109,7 +110,18 @@ class OptimizerConfig:
         # A function with a default of its own, such as optax.adamw's 1e-4, must not decay where the setting says 0.
         is_named = "weight_decay" in (accepted(make) or ())
         given: dict[str, Any] = {"weight_decay": self.weight_decay} if self.weight_decay or is_named else {}
-        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), call_with(make, schedule, **given)), schedule
+        try:
+            optimizer = call_with(make, schedule, **given)
+        except Exception as error:
+            if ":" not in self.optimizer:
+                raise
+            raise ValueError(f"the optimizer {self.optimizer} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise ValueError(
+                f"the optimizer {self.optimizer} returned a {type(optimizer).__name__}; it must return an "
+                "optax.GradientTransformation"
+            )
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), optimizer), schedule
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import resource
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
@@ -53,6 +55,39 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Hugging Face configs by name, without the number of positions."""
+
+
+class Seconds(NamedTuple):
+    """CPU seconds, of all threads of a process, and wall seconds."""
+
+    cpu: float
+    wall: float
+
+
+class Measured(NamedTuple):
+    """A training step: seconds of its phases (sampling, reference, update), and the lengths of its completions."""
+
+    phases: dict[str, Seconds]
+    lengths: np.ndarray
+
+    @property
+    def total(self) -> Seconds:
+        """Of all phases."""
+        return Seconds(*(sum(times) for times in zip(*self.phases.values(), strict=True)))
+
+
+def timed(phases: dict[str, Seconds], name: str, function: Callable[[], Any]) -> Any:
+    """The output of a function, when its arrays are computed.
+
+    Args:
+        phases: the seconds that it took are put into it.
+        name: of the phase.
+        function: without arguments.
+    """
+    cpu, wall = time.process_time(), time.perf_counter()
+    output = jax.block_until_ready(function())
+    phases[name] = Seconds(time.process_time() - cpu, time.perf_counter() - wall)
+    return output
 
 
 def machine_limits(dtype) -> tuple[float, float]:

@@ -6,12 +6,15 @@ import re
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
+from grpo_jax.train.quantized_moments import scale_by_quantized_adam
 from grpo_jax.types import Params
 
+MOMENTS = ("float32", "bfloat16", "8bit")
 VECTORS = ("scale", "bias")
 MUON_AXES = (
     (r"(^|/)(q|k|v)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))),
@@ -73,7 +76,12 @@ def make_optimizer(
 
 
 def adamw(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    moments: str = "float32",
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with weight decay on matrices only.
 
@@ -82,14 +90,23 @@ def adamw(
         weight_decay: decoupled; norms, biases and other vectors are not decayed.
         b1: decay of the first moment.
         b2: decay of the second moment.
+        moments: float32, bfloat16 or 8bit: a state of 8, 6 or about 2 bytes per parameter. bfloat16 applies to the
+            first moment; the second stays in float32, because an update changes it by less than bfloat16 resolves. 8bit
+            applies to both (``scale_by_quantized_adam``).
 
     Raises:
-        ValueError: ``b1`` or ``b2`` is not in [0, 1).
+        ValueError: ``b1`` or ``b2`` is not in [0, 1), or there are no such ``moments``.
     """
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
-    return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices)
+    if moments not in MOMENTS:
+        raise ValueError(f"moments is {moments!r}; it must be one of {', '.join(MOMENTS)}")
+    if moments == "8bit":
+        decay = optax.add_decayed_weights(weight_decay, _matrices)
+        return optax.chain(scale_by_quantized_adam(b1=b1, b2=b2), decay, optax.scale_by_learning_rate(learning_rate))
+    mu_dtype = jnp.bfloat16 if moments == "bfloat16" else None
+    return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices, mu_dtype=mu_dtype)
 
 
 def lion(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key
 
 from grpo_jax.sampling import check_key
@@ -217,10 +217,12 @@ def init_state(
         replicated: sharding of the state's scalars.
         ref_dtype: dtype of the reference's matrices; in that of the computation its log-probabilities are the same.
             None for that of the parameters.
+
+    Raises:
+        ValueError: as ``opt_state_shapes``, before anything is computed.
     """
-    moments = opt_state_shardings(
-        jax.eval_shape(optimizer.init, params), params, jax.tree.map(lambda x: x.sharding, params), replicated
-    )
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    moments = opt_state_shardings(opt_state_shapes(optimizer, params), params, shardings, replicated)
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated),
         params=params,
@@ -234,11 +236,43 @@ def _frozen_copy(params: Params, dtype: Any) -> Params:
     return jax.tree.map(lambda x: jnp.array(x, x.dtype if dtype is None or x.ndim < 2 else dtype), params)
 
 
+def opt_state_shapes(optimizer: optax.GradientTransformation, params: Params) -> Any:
+    """The state of an optimizer as ``ShapeDtypeStruct``, after a trace of its first update.
+
+    Args:
+        optimizer: any optax transformation.
+        params: arrays or ``ShapeDtypeStruct``.
+
+    Raises:
+        ValueError: its ``init`` or ``update`` raises, such as one that needs more than gradients, or an update is not
+            of the parameters' shapes, or changes the shapes of the state.
+    """
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: x.shape, tree)
+
+    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            state = jax.eval_shape(optimizer.init, params)
+            updates, next_state = jax.eval_shape(optimizer.update, grads, state, params)
+    except Exception as error:
+        raise ValueError(f"the optimizer cannot update these parameters: {type(error).__name__}: {error}") from error
+    for found, expected, name in ((updates, params, "parameters"), (next_state, state, "state")):
+        if shapes(found) != shapes(expected):
+            raise ValueError(
+                f"the optimizer cannot update these parameters: its update has other shapes than the {name}"
+            )
+    return state
+
+
 def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: Sharding) -> Any:
     """A sharding for each array of an optimizer's state, of any optax transformation.
 
     An array whose path ends in the path of a parameter of the same shape, such as a moment, has the parameter's
-    sharding. All others, such as counters and Adafactor's rows and columns, are replicated.
+    sharding. So has one of another length along its last axis only, such as the scales of a quantized moment's blocks,
+    if its last axis divides into as many parts; if not, that axis is not sharded. All others, such as counters and
+    Adafactor's rows and columns, are replicated.
 
     Args:
         opt_state: arrays or ``ShapeDtypeStruct``.
@@ -258,6 +292,11 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
             shape, sharding = of_param.get(path[start:], (None, None))
             if sharding is not None and shape == leaf.shape:
                 return sharding
+            if isinstance(sharding, NamedSharding) and leaf.shape and shape[:-1] == leaf.shape[:-1]:
+                spec = PartitionSpec(*(*sharding.spec, *[None] * len(shape))[: len(shape) - 1])
+                whole_last = NamedSharding(sharding.mesh, spec)
+                parts = shape[-1] // sharding.shard_shape(shape)[-1]
+                return sharding if leaf.shape[-1] % parts == 0 else whole_last
         return replicated
 
     return jax.tree_util.tree_map_with_path(of_leaf, opt_state)
