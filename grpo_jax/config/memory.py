@@ -33,8 +33,8 @@ class Reckoning:
 
     Attributes:
         state: weights in float32, optimizer state and the reference policy.
-        update: beside the state, in an update: summed gradients, those of a micro-batch, weights in the precision of the
-            computation, logits.
+        update: beside the state, in an update: gradients, summed and of a micro-batch; weights in the precision of the
+            computation; logits.
         rollout: the sampler's weights.
         token: an update's activations for each token.
         rollout_is_shared: whether the sampler uses the float32 weights if they lie as it needs them.
