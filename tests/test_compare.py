@@ -332,6 +332,27 @@ def test_an_update_takes_a_gradient_on_top_of_its_state_at_least(small):
     assert found.peak_bytes > found.state_bytes + found.state_bytes / 3
 
 
+def test_a_report_describes_each_program(small, tmp_path, capsys):
+    bench_memory.main(replace(tiny_shapes(small), methods=("sft",), dtype="bfloat16"))
+    line = capsys.readouterr().out
+    report = json.loads(line)
+    (program,) = report["programs"]
+    assert program["device_bytes"] == report["sft"]["peak_bytes"] > report["sft"]["state_bytes"]
+    assert program["flops"] > 0
+    assert program["wire_bytes"] == 0
+    (tmp_path / "report.json").write_text(line)
+    assert set(replace(TOY, memory_report=tmp_path / "report.json").larger) == {"sft"}
+
+
+def test_a_topology_that_is_not_there_and_options_without_values():
+    with pytest.raises(ValueError, match="topology is v5p:nonsense: "):
+        bench_memory.topology_devices("v5p:nonsense")
+    with pytest.raises(ValueError, match="'effort' is not name=value"):
+        bench_memory.Config(compiler_options=("effort",))
+    options = bench_memory.Config(compiler_options=("xla_a=true", "effort=-1", "b=0.5")).options
+    assert options == {"xla_a": "true", "effort": -1.0, "b": 0.5}
+
+
 def test_rows_are_even_for_pairs_are_two_of_them(small):
     with pytest.raises(ValueError, match="rows is 3; it must be even, because DPO has two sequences per pair"):
         replace(tiny_shapes(small), rows=3)

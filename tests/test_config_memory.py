@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from checkpoints import quick_jit
@@ -135,6 +137,15 @@ def test_the_samplers_weights_are_sharded_as_far_as_they_must(config):
     devices = [memory.rollout_tensor(need, DECODER, axes, None, limit) for limit in (None, H100, 16 * 10**9, 10**9)]
     assert devices == [1, 1, 2, 4]  # at most the four KV heads
     assert memory.rollout_tensor(need, DECODER, axes, 4, H100) == 4
+
+
+def test_offload_is_refused_before_a_run_begins(config, monkeypatch):
+    memories = [SimpleNamespace(kind="device")]
+    device = SimpleNamespace(device_kind="a device", addressable_memories=lambda: memories)
+    mesh = SimpleNamespace(devices=np.array([device]))
+    monkeypatch.setattr(MeshConfig, "build", lambda self: mesh)
+    with pytest.raises(ValueError, match="remat is offload, which needs pinned_host memory; a device has device"):
+        replace(config, remat="offload").check()
 
 
 def test_kv_heads_are_not_split(config):

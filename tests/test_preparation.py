@@ -29,7 +29,7 @@ from grpo_jax.train import (
     policy_and_values,
     with_value_head,
 )
-from grpo_jax.types import Batch, Mean, Metrics, Model, Packed, Params
+from grpo_jax.types import Batch, Mean, Metrics, Model, Packed, Params, TrainState
 
 WINDOWS = {"sliding_window": 4, "sliding_window_pattern": 2, "head_dim": 16}
 CONFIGS = {
@@ -138,17 +138,24 @@ def test_gradients_lie_as_the_parameters_do(batch):
     wanted = param_shardings(params, mesh)
 
     @quick_jit
-    def gradients(params, batch):
+    def gradient(params, batch):
         def loss(prepared):
             return policy_loss(model, model.preparation.constrain(prepared), batch)[0].sum
 
-        found = jax.grad(loss)(model.preparation.prepare(params))
-        return found, model.preparation.restore(found)
+        return jax.grad(loss)(model.preparation.prepare(params))
 
-    stacked, found = gradients(jax.device_put(params, wanted), shard_rows(batch, mesh))
-    jax.tree.map(lambda x, s: chex.assert_equal(x.sharding.is_equivalent_to(s, x.ndim), True), found, wanted)
-    kernel = stacked[STACKED][0]["mlp"]["up"]["kernel"]
+    @quick_jit
+    def accumulated(params, batch):
+        """Traced into another function, a step has no shardings of its own."""
+        loss_fn, settings = partial(policy_loss, model), {"num_micro_batches": 2, "preparation": model.preparation}
+        state = TrainState(jnp.int32(0), params, optax.trace(0.0).init(params))
+        return make_train_step(loss_fn, optax.trace(0.0), **settings)(state, batch)[0].opt_state.trace
+
+    params, batch = jax.device_put(params, wanted), shard_rows(batch, mesh)
+    kernel = gradient(params, batch)[STACKED][0]["mlp"]["up"]["kernel"]
     assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "fsdp", "tensor")), 3)
+    found = accumulated(params, batch)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), found, wanted))
 
 
 def test_the_program_of_a_step_does_not_grow_with_the_layers(batch):

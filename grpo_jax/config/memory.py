@@ -33,7 +33,8 @@ class Reckoning:
 
     Attributes:
         state: weights in float32, optimizer state and the reference policy.
-        update: beside the state, in an update: gradients, weights in the precision of the computation, logits.
+        update: beside the state, in an update: gradients, summed and of a micro-batch; weights in the precision of the
+            computation; logits.
         rollout: the sampler's weights.
         token: an update's activations for each token.
         rollout_is_shared: whether the sampler uses the float32 weights if they lie as it needs them.
@@ -92,7 +93,7 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     attention = resolve_attention(config.attention, decoder, dtype, kind, axes["tensor"])
     return Reckoning(
         state=config.trained_models * trained + config.has_reference * itemsize * count,
-        update=gradients + (itemsize < 4) * itemsize * count + 12 * HEAD_CHUNK * decoder.vocab_size,
+        update=gradients + (1 + (itemsize < 4)) * itemsize * count + 12 * HEAD_CHUNK * decoder.vocab_size,
         rollout=itemsize * count,
         token=activation_bytes(
             decoder,

@@ -14,7 +14,7 @@ from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.positions import num_positions, read_decoder_config
-from grpo_jax.models.remat import Remat
+from grpo_jax.models.remat import Remat, check_remat
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
 
@@ -82,7 +82,7 @@ class ModelConfig:
         Raises:
             ValueError: the devices do not suit the settings, or a function that they name does not exist.
         """
-        self.mesh.build()
+        check_remat(self.remat, self.mesh.build().devices.flat[0])
 
     def check_positions(self, length: int, name: str) -> None:
         """Check, before any weights are loaded, that the model has a position for every token.

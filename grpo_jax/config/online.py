@@ -119,6 +119,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
         """Check rewards, the memory of the devices, and that prompts and completions divide over the mesh."""
         for task in self.mixture:
             task.rewards.check()
+        PolicyConfig.check(self)
         check_memory(self)
         if jax.local_devices()[0].platform == "tpu" and self.decoder is not None:
             warn_of_narrow_shards(self.decoder.hidden_size, self.mesh.build().shape)
