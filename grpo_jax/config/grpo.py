@@ -93,8 +93,9 @@ class GRPOConfig(OnlineConfig):
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
 
     def check(self) -> None:
-        """As ``OnlineConfig.check``, and call the loss and the advantage on small arrays."""
+        """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""
         OnlineConfig.check(self)
+        self.optimizer.check()
         self.policy.check(has_old=self.updates_per_step > 1, has_reference=bool(self.policy.kl_coef))
         G = self.group_size
         inputs = {

@@ -105,6 +105,7 @@ class OfflineConfig(RunConfig, ModelConfig):
         return getattr(self, self.ROWS)
 
     def check(self) -> None:
-        """Check the mesh, and that the rows of a micro-batch divide over it."""
+        """Check the optimizer, the mesh, and that the rows of a micro-batch divide over it."""
+        self.optimizer.check()
         unit = self.ROWS.removeprefix("num_")
         self.mesh.check_divides(self.num_rows // self.num_micro_batches, f"the {unit} of a micro-batch")

@@ -88,8 +88,10 @@ class PPOConfig(OnlineConfig):
             raise ValueError("no reward has a weight; name a reward_model, or give a reward a weight above 0")
 
     def check(self) -> None:
-        """As ``OnlineConfig.check``, and call the loss on small arrays."""
+        """As ``OnlineConfig.check``, and call the loss and the optimizers on small arrays."""
         OnlineConfig.check(self)
+        self.optimizer.check()
+        self.critic_optimizer.check()
         self.policy.check(has_old=True, has_reference=False)
 
     @property
