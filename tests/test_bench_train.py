@@ -112,7 +112,7 @@ def test_long_tailed_lengths_have_the_mean_and_the_limit():
 def test_settings_without_meaning_are_refused(changes, message, monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        replace(TINY_STEP, **changes)
+        replace(TINY_STEP, **changes).check()
 
 
 def test_the_process_of_a_peer_takes_a_step_for_each_request(tmp_path, monkeypatch):

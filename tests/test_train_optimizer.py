@@ -145,5 +145,11 @@ def test_what_is_not_an_optimizer_is_refused_with_the_settings(name, message):
         OptimizerConfig(optimizer=name)
 
 
+def test_what_needs_more_than_gradients_is_refused_before_a_model_is_loaded():
+    with pytest.raises(ValueError, match=r"optimizer is optax.contrib:momo: the optimizer cannot update .*'value'"):
+        OptimizerConfig(optimizer="optax.contrib:momo").check()
+    OptimizerConfig(optimizer="muon").check()
+
+
 def failing(learning_rate):
     return {}["b3"]

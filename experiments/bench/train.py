@@ -148,6 +148,9 @@ class Config:
                 "against is maxima: actual_prompt_length and actual_completion_length must be set, to lengths up to "
                 f"other_max_prompt_length = {others[0]} and other_max_completion_length = {others[1]}"
             )
+
+    def check(self) -> None:
+        """Check that the interpreter of TRL exists."""
         if self.against == "trl" and self.trl_python is None and importlib.util.find_spec("trl") is None:
             raise ValueError("against is trl, but this interpreter has no trl; name one that has it with trl_python")
         if self.trl_python is not None and not self.trl_python.exists():
@@ -175,6 +178,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    config.check()
     jax.config.update("jax_enable_compilation_cache", False)
     compiles: list[float] = []
 

@@ -98,8 +98,9 @@ class GRPOConfig(OnlineConfig):
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
 
     def check(self) -> None:
-        """As ``OnlineConfig.check``, and call the loss and the advantage on small arrays."""
+        """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""
         OnlineConfig.check(self)
+        self.optimizer.check()
         for has_old in {self.updates_per_step > 1, self.updates_per_step > 1 and self.old_log_probs == "recompute"}:
             self.policy.check(has_old=has_old, has_reference=bool(self.policy.kl_coef))
         G = self.group_size

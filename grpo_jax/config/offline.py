@@ -110,7 +110,8 @@ class OfflineConfig(RunConfig, ModelConfig):
         return getattr(self, self.ROWS)
 
     def check(self) -> None:
-        """As ``ModelConfig.check``, and check that the rows of a micro-batch divide over the mesh."""
+        """As ``ModelConfig.check``, and check the optimizer and that the rows of a micro-batch divide over the mesh."""
         ModelConfig.check(self)
+        self.optimizer.check()
         unit = self.ROWS.removeprefix("num_")
         self.mesh.check_divides(self.num_rows // self.num_micro_batches, f"the {unit} of a micro-batch")

@@ -89,8 +89,10 @@ class PPOConfig(OnlineConfig):
             raise ValueError("no reward has a weight; name a reward_model, or give a reward a weight above 0")
 
     def check(self) -> None:
-        """As ``OnlineConfig.check``, and call the loss on small arrays."""
+        """As ``OnlineConfig.check``, and call the loss and the optimizers on small arrays."""
         OnlineConfig.check(self)
+        self.optimizer.check()
+        self.critic_optimizer.check()
         for has_old in {True, self.old_log_probs == "recompute"}:
             self.policy.check(has_old=has_old, has_reference=False)
 

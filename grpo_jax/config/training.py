@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from grpo_jax import loss
 from grpo_jax.config.functions import accepted, call_with, find_function, parse_call
 from grpo_jax.train.optimizer import adamw, lion, make_schedule, muon
-from grpo_jax.train.step import LossFn, check_loss_output
+from grpo_jax.train.step import LossFn, check_loss_output, opt_state_shapes
 from grpo_jax.types import Batch, Mean, Metrics, Params
 
 LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
@@ -38,6 +38,13 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 # Names of the arguments that the run passes, which cannot be given in parentheses.
 OPTIMIZER_INPUTS = ("learning_rate", "weight_decay")
+SMALL_MODEL = {
+    "model_type": "qwen3",
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 8),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1),
+    "head_dim": 8,
+}
+"""Hugging Face config of the model that an optimizer is tried on."""
 LOSS_INPUTS = (
     *("log_probs", "advantages", "mask", "old_log_probs", "ref_log_probs", "rollout_log_probs", "entropy"),
     *("epsilon_low", "epsilon_high", "kl", "kl_coef", "kl_correction", "entropy_coef", "importance_cap"),
@@ -78,6 +85,20 @@ class OptimizerConfig:
         if self.weight_decay and known is not None and "weight_decay" not in known:
             raise ValueError(f"weight_decay is set, but {self.optimizer} has no weight_decay; set it to 0")
         self.build(total_updates=1)  # checks the optimizer's arguments
+
+    def check(self) -> None:
+        """Trace the first update of a small model, so that a mistake in the user's own is found before one is loaded.
+
+        Raises:
+            ValueError: as ``train.opt_state_shapes``.
+        """
+        from grpo_jax.models import from_hf_config, param_shapes  # imports flax, which --help does not wait for
+
+        optimizer, _ = self.build(total_updates=1)
+        try:
+            opt_state_shapes(optimizer, param_shapes(from_hf_config(SMALL_MODEL)))
+        except ValueError as error:
+            raise ValueError(f"optimizer is {self.optimizer}: {error}") from error
 
     @property
     def description(self) -> str:

@@ -224,7 +224,7 @@ def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return {
         "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",
-        "precision": f"{jnp.dtype(config.compute_dtype).name}, weights and optimizer in float32",
+        "precision": f"{jnp.dtype(config.compute_dtype).name}, weights in float32",
         "model": f"{model.hf_config.get('model_type')} from {start}, {count:,} parameters, "
         f"{model.hf_config.get('max_position_embeddings') or 'any number of'} positions",
     }

@@ -23,6 +23,7 @@ from grpo_jax.train.step import LossFn as LossFn
 from grpo_jax.train.step import init_state as init_state
 from grpo_jax.train.step import make_log_prob_fn as make_log_prob_fn
 from grpo_jax.train.step import make_train_step as make_train_step
+from grpo_jax.train.step import opt_state_shapes as opt_state_shapes
 from grpo_jax.train.step import opt_state_shardings as opt_state_shardings
 from grpo_jax.train.step import shuffled_minibatches as shuffled_minibatches
 from grpo_jax.train.step import split_rows as split_rows
