@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
@@ -32,6 +33,10 @@ PARAM_RULES = (
     (r"down/kernel$", P("tensor", "fsdp")),
     (r"(o|down)/bias$", P()),
     (r"(score|value)/kernel$", P("fsdp", None)),
+    (r"(q|k|v|gate|up)/kernel_lora_a$", P("fsdp", None)),
+    (r"(q|k|v|gate|up)/kernel_lora_b$", P(None, "tensor")),
+    (r"(o|down)/kernel_lora_a$", P("tensor", None)),
+    (r"(o|down)/kernel_lora_b$", P(None, "fsdp")),
     (r"/scale$", P()),
 )
 """Patterns of parameter paths and the sharding of their dimensions; the first match applies."""
@@ -91,10 +96,17 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
 
     def place(path, leaf):
         name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        matrix, _, part = name.rpartition("/")
+        is_scale = part == "scale" and matrix.endswith("/kernel")  # of a quantized matrix, as is qvalue
+        pattern_name = matrix if is_scale or part == "qvalue" else name
+        spec = next((spec for pattern, spec in rules if re.search(pattern, pattern_name)), None)
         if spec is None:
             problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
             return None
+        if is_scale:  # it has fewer entries than the matrix where several share one
+            spec = P(
+                *(axes if _divides(mesh, axes, size) else None for size, axes in zip(leaf.shape, spec, strict=True))
+            )
         for dimension, axes in enumerate(spec):
             size = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
             if leaf.shape[dimension] % size:
@@ -110,6 +122,10 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     return shardings
 
 
+def _divides(mesh: Mesh, axes: Any, size: int) -> bool:
+    return size % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
+
+
 def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
     """A jitted function ``params -> params`` that changes sharding and dtype.
 
@@ -118,11 +134,11 @@ def make_reshard(shardings: Params, dtype: Any) -> Callable[[Params], Params]:
 
     Args:
         shardings: a sharding for each parameter.
-        dtype: of the matrices; vectors, such as the scales of norms, keep theirs.
+        dtype: of the matrices; vectors, such as the scales of norms, and integers, of quantized matrices, keep theirs.
     """
 
     def target_dtype(x: Array) -> Any:
-        return dtype if x.ndim > 1 else x.dtype
+        return dtype if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
 
     @partial(jax.jit, out_shardings=shardings)
     def move(params: Params) -> Params:

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from grpo_jax import models
 from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.positions import num_positions
 from grpo_jax.sampling import Sampling
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
@@ -62,6 +64,15 @@ class ModelConfig:
             ValueError: the devices do not suit the settings, or a function that they name does not exist.
         """
         self.mesh.build()
+
+    def check_lora(self, lora: LoRA) -> None:
+        """Check that adapters fit the toy model, before it is trained; a checkpoint is checked before it is read.
+
+        Raises:
+            ValueError: they do not fit, as ``LoRA.check``.
+        """
+        if lora.rank is not None and self.model == TOY:
+            lora.check(models.from_hf_config(self.toy.hf_config))
 
     def check_positions(self, length: int, name: str) -> None:
         """Check, before any weights are loaded, that the model has a position for every token.

@@ -19,6 +19,7 @@ from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import BATCH, constrain
@@ -125,6 +126,7 @@ def build_model(
     remat: bool = False,
     attention: AttentionName = "plain",
     mesh: Mesh | None = None,
+    lora: LoRA | None = None,
 ) -> Model:
     """The pure functions of a decoder, as ``types.Model`` documents them.
 
@@ -140,15 +142,22 @@ def build_model(
             plain path.
         mesh: mesh that activations are sharded over; None for one device, or to leave their sharding to the compiler,
             which may then give every device a part of every sequence.
+        lora: adapters that the parameters have, as of ``lora.add_adapters``; None for a decoder without.
 
     Raises:
-        ValueError: for another ``dtype``, or a kernel that does not support this model; and by ``apply``, at trace
-            time, if the mask has another number of columns than the cache (than tokens, without a cache), or the call
-            more tokens than the cache has columns.
+        ValueError: adapters that do not fit, as ``LoRA.check``; another ``dtype``; or a kernel that does not support
+            this model; and by ``apply``, at trace time, if the mask has another number of columns than the cache (than
+            tokens, without a cache), or the call more tokens than the cache has columns.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
-    module = Decoder(config, dtype, remat=remat, kernel=choose_kernel(attention, config, dtype, mesh), mesh=mesh)
+    module: Any = Decoder(config, dtype, remat=remat, kernel=choose_kernel(attention, config, dtype, mesh), mesh=mesh)
+    bound = _unchanged
+    if lora is not None:
+        from grpo_jax.models.lora import bind, with_interception  # late: qwix is imported only where it is used
+
+        module = with_interception(module, config, lora)
+        bound = partial(bind, config=config, lora=lora, dtype=dtype)
 
     def apply(
         params: Params,
@@ -170,7 +179,7 @@ def build_model(
         if token_ids.shape[1] > columns:
             raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
         rotations = positions if isinstance(positions, dict) else rope(positions)
-        return module.apply({"params": params}, token_ids, rotations, mask, cache, start, prefixes, block_bounds)  # pyright: ignore[reportReturnType]
+        return module.apply({"params": bound(params)}, token_ids, rotations, mask, cache, start, prefixes, block_bounds)  # pyright: ignore[reportReturnType]
 
     rope = partial(_compute_rotations, config)
 
@@ -206,6 +215,10 @@ def build_model(
         rope_switch_length=config.rope_switch_length,
         packing=_best_packing(config, module.kernel),
     )
+
+
+def _unchanged(params: Params) -> Params:
+    return params
 
 
 def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | None:

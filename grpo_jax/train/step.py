@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 from grpo_jax.sampling import check_key
 from grpo_jax.train.forward import Sequences, Tokens
 from grpo_jax.train.packing import in_batch_order, micro_batch
+from grpo_jax.train.trainable import join, trainable_part
 from grpo_jax.types import Batch, Max, Mean, Metrics, PackedBatch, Params, Rollout, TrainState
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
@@ -60,7 +61,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
 
-    The new state has the shardings of the old one. Called inside another jitted function, the step is traced into it.
+    Parameters with LoRA adapters are trained as ``trainable_part`` says, all others as a whole. The new state has the
+    shardings of the old one. Called inside another jitted function, the step is traced into it.
 
     Gradients are accumulated over ``num_micro_batches`` parts of the batch, or over the micro-batches that a
     ``PackedBatch`` has. Sums and counts are added over the parts and divided at the end, so the update does not depend
@@ -81,14 +83,14 @@ def make_train_step(
         ValueError: at trace time, when num_micro_batches does not divide the batch.
     """
 
-    def loss_sum(params, batch):
-        output = loss_fn(params, batch)
+    def loss_sum(trainable, params, batch):
+        output = loss_fn(join(trainable, params), batch)
         check_loss_output(output)
         loss, metrics = output
         return loss.sum, {**metrics, "loss": loss}
 
     def micro_step(params, grads, batch):
-        new_grads, metrics = jax.grad(loss_sum, has_aux=True)(params, batch)
+        new_grads, metrics = jax.grad(loss_sum, has_aux=True)(trainable_part(params), params, batch)
         return jax.tree.map(lambda sum, new: sum + new.astype(jnp.float32), grads, new_grads), metrics
 
     def over_packed(params, zeros, packed):
@@ -102,7 +104,8 @@ def make_train_step(
         return jax.lax.fori_loop(0, packed.count, one, (zeros, nothing))
 
     def step(state: TrainState, batch):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        trainable = trainable_part(state.params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
         if isinstance(batch, PackedBatch):
             grads, merged = over_packed(state.params, zeros, batch)
         else:
@@ -113,8 +116,8 @@ def make_train_step(
         assert isinstance(loss, Mean)
         grads = jax.tree.map(lambda g: g / jnp.where(loss.count > 0, loss.count, 1), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer counters with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+            params = join(optax.apply_updates(trainable, updates), state.params)
         scalars = {name: metric.value for name, metric in merged.items()}
         scalars["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state, state.ref_params), scalars
@@ -188,20 +191,23 @@ def init_state(
 ) -> TrainState:
     """The state before the first update, with optimizer state as ``opt_state_shardings`` lays it out.
 
+    With LoRA adapters, the optimizer's state and the reference policy are of ``trainable_part(params)`` alone.
+
     Args:
         params: on their devices; the first train step donates them.
         optimizer: of the train step.
         with_reference: whether to keep a copy of the parameters as the reference policy.
         replicated: sharding of the state's scalars.
     """
+    trainable = trainable_part(params)
     moments = opt_state_shardings(
-        jax.eval_shape(optimizer.init, params), params, jax.tree.map(lambda x: x.sharding, params), replicated
+        jax.eval_shape(optimizer.init, trainable), trainable, jax.tree.map(lambda x: x.sharding, trainable), replicated
     )
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated),
         params=params,
-        opt_state=jax.jit(optimizer.init, out_shardings=moments)(params),
-        ref_params=jax.tree.map(jnp.copy, params) if with_reference else None,
+        opt_state=jax.jit(optimizer.init, out_shardings=moments)(trainable),
+        ref_params=jax.tree.map(jnp.copy, trainable) if with_reference else None,
     )
 
 
@@ -236,7 +242,18 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
 
 def with_fresh_reference(state: TrainState) -> TrainState:
     """The state with a copy of its current parameters as the reference policy (reference refresh)."""
-    return TrainState(state.step, state.params, state.opt_state, jax.tree.map(jnp.copy, state.params))
+    return TrainState(state.step, state.params, state.opt_state, jax.tree.map(jnp.copy, trainable_part(state.params)))
+
+
+def reference_params(state: TrainState) -> Params:
+    """The reference policy's parameters; of a state with LoRA adapters, with the frozen ones.
+
+    Raises:
+        ValueError: the state has no reference.
+    """
+    if state.ref_params is None:
+        raise ValueError("the state has no reference: init_state(..., with_reference=True) keeps one")
+    return join(state.ref_params, state.params)
 
 
 def check_loss_output(output: Any) -> None:
