@@ -40,14 +40,22 @@ from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, rollout_layout, start_model
+from grpo_jax.loop.setup import (
+    adapters_of,
+    load_model,
+    load_policy,
+    make_sampler,
+    model_facts,
+    rollout_layout,
+    start_model,
+)
 from grpo_jax.loss import dpo_loss
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import RewardFn, as_reward_outputs
 from grpo_jax.rewards.plugin import import_reward
 from grpo_jax.sharding import shard_rows
-from grpo_jax.train import pair_log_probs
+from grpo_jax.train import pair_log_probs, trainable_part
 from grpo_jax.types import Pairs, Params
 
 
@@ -61,7 +69,7 @@ def train(config: DPOConfig, run: Run) -> None:
     sets = load_sets(config, run, load_preference_sets)
     judge = None if config.judge is None else import_reward(config.judge)
     start = start_model(config, run, seed=config.seed)
-    policy = load_policy(config, start, mesh)
+    policy = load_policy(config, start, mesh, **adapters_of(config))
     rendering = resolve_rendering(config.data, policy, say=run.say, today=run.start_date)
     pairs, held_out_pairs = encode_preference_sets(run, sets, policy, lengths=config.lengths, rendering=rendering)
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
@@ -79,7 +87,7 @@ def train(config: DPOConfig, run: Run) -> None:
     sums_of = partial(sums_of_pairs, config, run, mesh, sums)
     reference = held_out_reference = None
     if not config.reference_free:
-        run.checkpoints.require_space(policy.params)
+        run.checkpoints.require_space(trainable_part(policy.params))
         reference, held_out_reference = (
             reference_log_probs(run, name, partial(sums_of, policy.params), data)
             for name, data in (("reference", pairs), ("held_out_reference", held_out_pairs))
@@ -146,7 +154,7 @@ def train(config: DPOConfig, run: Run) -> None:
         evaluate=evaluate,
         evaluated="eval/accuracy",
         prompt_format=prompt_format_of(rendering, policy.tokenizer),
-        reload=lambda: load_model(config, start, mesh).params,
+        reload=lambda: load_model(config, start, mesh, **adapters_of(config)).params,
     )
 
 

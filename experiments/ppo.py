@@ -49,6 +49,7 @@ from grpo_jax.train import (
     completion_values,
     init_state,
     policy_and_values,
+    reference_params,
     shuffled_minibatches,
     with_value_head,
 )
@@ -195,7 +196,7 @@ class Learner:
     def before(self, states: dict[str, TrainState], rollout: Rollout) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """Log-probabilities of the actor and the reference, and values, before the update."""
         actor = states["actor"]
-        ref = None if actor.ref_params is None else self._log_probs(actor.ref_params, rollout)
+        ref = None if actor.ref_params is None else self._log_probs(reference_params(actor), rollout)
         from_sampler = self.config.old_log_probs == "sampler"
         old = rollout.rollout_log_probs if from_sampler else self._log_probs(actor.params, rollout)
         return old, ref, self._values(self.critic(states), rollout)

@@ -13,6 +13,7 @@ It saves a Hugging Face classifier with one label, for ``--reward-model`` of the
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import load_model, model_facts, start_model, with_stop_tokens
+from grpo_jax.loop.setup import adapters_of, load_model, model_facts, start_model, with_stop_tokens
 from grpo_jax.loss import bradley_terry_loss
 from grpo_jax.sharding import shard_rows
 from grpo_jax.train import pair_scores
@@ -47,7 +48,8 @@ def train(config: RewardModelConfig, run: Run) -> None:
     mesh = config.mesh.build()
     sets = load_sets(config, run, load_preference_sets)
     start = start_model(config, run, seed=config.seed)
-    scorer = with_stop_tokens(load_model(config, start, mesh, scalar_head=True), config.stop_tokens)
+    load = partial(load_model, config, start, mesh, scalar_head=True, **adapters_of(config))
+    scorer = with_stop_tokens(load(), config.stop_tokens)
     check_length(sum(config.lengths), scorer, PROMPT_AND_COMPLETION)
     rendering = resolve_rendering(config.data, scorer, say=run.say, today=run.start_date)
     pairs, held_out_pairs = encode_preference_sets(run, sets, scorer, lengths=config.lengths, rendering=rendering)
@@ -95,7 +97,7 @@ def train(config: RewardModelConfig, run: Run) -> None:
         evaluate=evaluate,
         evaluated="eval/accuracy",
         prompt_format=prompt_format_of(rendering, scorer.tokenizer),
-        reload=lambda: load_model(config, start, mesh, scalar_head=True).params,
+        reload=lambda: load().params,
     )
 
 

@@ -34,7 +34,15 @@ from grpo_jax.loop.offline import packed_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import load_model, load_policy, make_sampler, model_facts, rollout_layout, start_model
+from grpo_jax.loop.setup import (
+    adapters_of,
+    load_model,
+    load_policy,
+    make_sampler,
+    model_facts,
+    rollout_layout,
+    start_model,
+)
 from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.math.reward import math_reward
@@ -52,7 +60,7 @@ def train(config: SFTConfig, run: Run) -> None:
     mesh = config.mesh.build()
     demonstrations, held_out = load_sets(config, run, load_demonstration_sets)
     start = start_model(config, run, seed=config.seed)
-    policy = load_policy(config, start, mesh)
+    policy = load_policy(config, start, mesh, **adapters_of(config))
     check_length(config.row_length, policy, "max_length")
     rendering = resolve_rendering(config.data, policy, say=run.say, today=run.start_date)
     batches = pack(config, run, demonstrations, policy, rendering, config.num_epochs)
@@ -113,7 +121,7 @@ def train(config: SFTConfig, run: Run) -> None:
         evaluate=evaluate,
         evaluated="eval/loss",
         prompt_format=prompt_format_of(rendering, policy.tokenizer),
-        reload=lambda: load_model(config, start, mesh).params,
+        reload=lambda: load_model(config, start, mesh, **adapters_of(config)).params,
         lengths=packed_lengths,
     )
 

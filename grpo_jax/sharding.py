@@ -33,6 +33,10 @@ PARAM_RULES = (
     (r"down/kernel$", P("tensor", "fsdp")),
     (r"(o|down)/bias$", P()),
     (r"(score|value)/kernel$", P("fsdp", None)),
+    (r"(q|k|v|gate|up)/kernel_lora_a$", P("fsdp", None)),
+    (r"(q|k|v|gate|up)/kernel_lora_b$", P(None, "tensor")),
+    (r"(o|down)/kernel_lora_a$", P("tensor", None)),
+    (r"(o|down)/kernel_lora_b$", P(None, "fsdp")),
     (r"/scale$", P()),
 )
 """Patterns of parameter paths and the sharding of their dimensions; the first match applies."""
@@ -126,10 +130,16 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
 
     def place(path, leaf):
         name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        spec = param_spec(name, rules)
+        matrix, _, part = name.rpartition("/")
+        is_scale = part == "scale" and matrix.endswith("/kernel")  # of a quantized matrix, as is qvalue
+        spec = param_spec(matrix if is_scale or part == "qvalue" else name, rules)
         if spec is None:
             problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
             return None
+        if is_scale:  # it has fewer entries than the matrix where several share one
+            spec = P(
+                *(axes if _divides(mesh, axes, size) else None for size, axes in zip(leaf.shape, spec, strict=True))
+            )
         for dimension, axes in enumerate(spec):
             size = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
             if leaf.shape[dimension] % size:
@@ -143,6 +153,10 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     if problems:
         raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
     return shardings
+
+
+def _divides(mesh: Mesh, axes: Any, size: int) -> bool:
+    return size % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
 
 
 def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
@@ -174,12 +188,12 @@ def make_reshard(shardings: Params, dtype: Any, *, steps: Sequence[Params] = ())
 
     Args:
         shardings: a sharding for each parameter.
-        dtype: of the matrices; vectors, such as the scales of norms, keep theirs.
+        dtype: of the matrices; vectors, such as the scales of norms, and integers, of quantized matrices, keep theirs.
         steps: shardings that parameters pass through on the way.
     """
 
     def target_dtype(x: Array) -> Any:
-        return dtype if x.ndim > 1 else x.dtype
+        return dtype if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
 
     @partial(jax.jit, out_shardings=shardings)
     def move(params: Params) -> Params:

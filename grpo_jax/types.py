@@ -289,9 +289,9 @@ class TrainState:
 
     Attributes:
         step: number of updates applied.
-        params: the parameters, in their storage dtype.
-        opt_state: the optimizer's state.
-        ref_params: the reference policy's parameters; None without a reference.
+        params: the parameters, in their storage dtype; with LoRA adapters, the frozen ones, too.
+        opt_state: the optimizer's state, of the parameters that are trained.
+        ref_params: the reference policy's parameters, of those that are trained; None without a reference.
     """
 
     step: Int[Array, ""]

@@ -32,12 +32,13 @@ class Reckoning:
     """Memory of online RL in bytes, before it is divided by axes of the mesh.
 
     Attributes:
-        state: weights in float32, optimizer state and the reference policy.
+        state: weights (float32; with LoRA adapters, frozen ones in the precision of the computation), optimizer state
+            and the reference policy.
         update: beside the state, in an update: gradients, summed and of a micro-batch; weights in the precision of the
             computation; logits.
         rollout: the sampler's weights.
         token: an update's activations for each token.
-        rollout_is_shared: whether the sampler uses the float32 weights if they lie as it needs them.
+        rollout_is_shared: whether the sampler uses the weights that are trained if they lie as it needs them.
     """
 
     state: int
@@ -87,13 +88,19 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     shapes, dtype = param_shapes(decoder), config.compute_dtype
     count, itemsize = sum(leaf.size for leaf in jax.tree.leaves(shapes)), jnp.dtype(dtype).itemsize
     moments = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
-    trained = 4 * count + sum(leaf.size * leaf.dtype.itemsize for leaf in moments)
-    gradients = jnp.dtype(config.optimizer.gradient_dtype).itemsize * count
+    has_adapters, trained = config.lora.rank is not None, count
+    if has_adapters:
+        trained = config.lora.rank * decoder.num_layers * sum(map(sum, config.lora.matrices(decoder).values()))
+    # The rest is frozen, in the precision of the computation: the sampler's weights too, and the reference's.
+    frozen = itemsize * count if has_adapters else 0
+    of_each = 4 + sum(leaf.size * leaf.dtype.itemsize for leaf in moments) / count
+    gradients = jnp.dtype(config.optimizer.gradient_dtype).itemsize * trained
+    prepared = 0 if has_adapters else (1 + (itemsize < 4)) * itemsize * count
     kind = hardware(jax.local_devices()[0])
     attention = resolve_attention(config.attention, decoder, dtype, kind, axes["tensor"])
     return Reckoning(
-        state=config.trained_models * trained + config.has_reference * itemsize * count,
-        update=gradients + (1 + (itemsize < 4)) * itemsize * count + 12 * HEAD_CHUNK * decoder.vocab_size,
+        state=config.trained_models * (int(of_each * trained) + frozen) + config.has_reference * itemsize * trained,
+        update=gradients + prepared + 12 * HEAD_CHUNK * decoder.vocab_size,
         rollout=itemsize * count,
         token=activation_bytes(
             decoder,
@@ -103,7 +110,7 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
             fused_attention=attention in ("cudnn", "splash"),
             tensor=axes["tensor"],
         ),
-        rollout_is_shared=itemsize == 4,
+        rollout_is_shared=itemsize == 4 or has_adapters,
     )
 
 

@@ -13,6 +13,7 @@ from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.positions import num_positions, read_decoder_config
 from grpo_jax.models.remat import Remat, check_remat
 from grpo_jax.sampling import Sampling
@@ -83,6 +84,15 @@ class ModelConfig:
             ValueError: the devices do not suit the settings, or a function that they name does not exist.
         """
         check_remat(self.remat, self.mesh.build().devices.flat[0])
+
+    def check_lora(self, lora: LoRA) -> None:
+        """Check that adapters fit the toy model, before it is trained; a checkpoint is checked before it is read.
+
+        Raises:
+            ValueError: they do not fit, as ``LoRA.check``.
+        """
+        if lora.rank is not None and self.model == TOY:
+            lora.check(from_hf_config(self.toy.hf_config))
 
     def check_positions(self, length: int, name: str) -> None:
         """Check, before any weights are loaded, that the model has a position for every token.

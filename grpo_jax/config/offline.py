@@ -12,6 +12,7 @@ from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.data.conversations import TrainOn
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.tasks.toy_config import TOY
 
 
@@ -85,6 +86,8 @@ class OfflineConfig(RunConfig, ModelConfig):
     """Gradient accumulation: parts of each update. Results do not depend on it."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
     """Optimizer."""
+    lora: LoRA = LoRA()
+    """LoRA adapters."""
     eval_every: int = 20
     """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
     export: Export = "last"
@@ -112,6 +115,7 @@ class OfflineConfig(RunConfig, ModelConfig):
     def check(self) -> None:
         """As ``ModelConfig.check``, and check the optimizer and that the rows of a micro-batch divide over the mesh."""
         ModelConfig.check(self)
+        self.check_lora(self.lora)
         self.optimizer.check()
         unit = self.ROWS.removeprefix("num_")
         self.mesh.check_divides(self.num_rows // self.num_micro_batches, f"the {unit} of a micro-batch")

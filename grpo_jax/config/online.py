@@ -15,6 +15,7 @@ from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.monitor.alarms import AlarmConfig
 
 CPU_PACKED_TOKENS = 1024
@@ -49,6 +50,8 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Completions per held-out problem, for pass@1 and the majority vote."""
     samples_every: int = 10
     """Steps between tables of sample completions in the terminal; completions.jsonl has all."""
+    lora: LoRA = LoRA()
+    """LoRA adapters."""
     num_epochs: int = 1
     """Passes over each step's completions."""
     num_minibatches: int = 1
@@ -117,6 +120,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
 
     def check(self) -> None:
         """Check rewards, the memory of the devices, and that prompts and completions divide over the mesh."""
+        self.check_lora(self.lora)
         for task in self.mixture:
             task.rewards.check()
         PolicyConfig.check(self)

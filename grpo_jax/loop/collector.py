@@ -26,7 +26,7 @@ from grpo_jax.loop.mixture import TASK, MixtureScorer
 from grpo_jax.loop.report import step_metrics, to_samples, update_metrics
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.setup import load_policy, make_sampler, model_facts, rollout_layout, start_model
+from grpo_jax.loop.setup import adapters_of, load_policy, make_sampler, model_facts, rollout_layout, start_model
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.alarms import Alarms
 from grpo_jax.monitor.samples import spot_checks
@@ -75,7 +75,7 @@ class Collector:
         self.tasks = [make_task(task) for task in mixture]
         self.scorer = self.tasks[0].scorer if config.tasks is None else MixtureScorer(self.tasks)
         self.start = start_model(config, run, seed=config.seed)
-        policy = load_policy(config, self.start, mesh)
+        policy = load_policy(config, self.start, mesh, **adapters_of(config))
         self._encode(policy)
         self._batches = [
             ProblemIterator(task.problems.problems, num_prompts=count, seed=config.seed)
@@ -97,7 +97,7 @@ class Collector:
 
     def reload(self) -> Params:
         """The parameters that the run started from, loaded again."""
-        return load_policy(self._config, self.start, self.mesh).params
+        return load_policy(self._config, self.start, self.mesh, **adapters_of(self._config)).params
 
     def take_params(self) -> Params:
         """The parameters to start from; the collector keeps no reference, so that they can be donated."""

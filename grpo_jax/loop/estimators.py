@@ -19,6 +19,7 @@ from grpo_jax.loop.experience import has_reward_variance
 from grpo_jax.masked import masked_sum
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import shard_rows
+from grpo_jax.train import reference_params
 from grpo_jax.types import Batch, Rollout, TrainState
 
 
@@ -39,7 +40,7 @@ def old_and_ref_log_probs(
         old = rollout.rollout_log_probs
     elif config.updates_per_step > 1 or config.kl_reward_coef:
         old = log_prob_fn(state.params, rollout)
-    return old, log_prob_fn(state.ref_params, rollout) if config.has_reference else None
+    return old, log_prob_fn(reference_params(state), rollout) if config.has_reference else None
 
 
 def make_train_batch(

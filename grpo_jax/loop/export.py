@@ -13,8 +13,10 @@ from grpo_jax import models
 from grpo_jax.jsonl import Row
 from grpo_jax.loop.run import Run
 from grpo_jax.monitor.display import best_evaluation, number, ranking_metric
+from grpo_jax.train.trainable import with_frozen, without_frozen
 from grpo_jax.types import Params
 
+ADAPTER_FOLDER = "adapter"
 AnyState = TypeVar("AnyState")
 
 
@@ -41,9 +43,12 @@ def exported_params(
     best = best_evaluation([row for row in run.rows() if row["step"] in available])
     if config.export == "last" or best is None or best["step"] == steps:
         return params_of(state), steps
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    jax.tree.map(lambda x: x.delete(), state)
-    return (params_of(run.checkpoints.read(best["step"], shapes)) if best["step"] else start()), best["step"]
+    saved = without_frozen(state)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
+    jax.tree.map(lambda x: x.delete(), saved if best["step"] else state)
+    if not best["step"]:
+        return start(), 0
+    return params_of(with_frozen(run.checkpoints.read(best["step"], shapes), state)), best["step"]
 
 
 def check_steps(run: Run, first: int, total: int, *, setting: str, decay: str) -> None:
@@ -106,7 +111,8 @@ def save_trained(
 ) -> None:
     """Save the trained model as a Hugging Face folder, ``model/``, and finish the run.
 
-    Its ``eos_token_id`` lists every token that ended a sequence in training.
+    Its ``eos_token_id`` lists every token that ended a sequence in training. LoRA adapters are merged in it, and are
+    saved for PEFT in ``adapter/``, too.
 
     Args:
         run: the run; its summary has the metrics of the evaluations before training and at the exported step.
@@ -118,7 +124,11 @@ def save_trained(
         exported_step: step of ``params``. Default: the last.
     """
     folder = run.folder / "model"
-    shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed before the summary
+    for left in (folder, run.folder / ADAPTER_FOLDER):  # by a process that was killed before the summary
+        shutil.rmtree(left, ignore_errors=True)
+    if like.lora is not None:
+        models.save_adapters(run.folder / ADAPTER_FOLDER, params, like)
+        params = models.merge_adapters(params, like.config, like.lora)
     models.save_pretrained(
         folder,
         params,

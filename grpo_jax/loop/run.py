@@ -26,6 +26,7 @@ from grpo_jax.monitor.progress import Progress
 from grpo_jax.monitor.samples import Sample, print_samples, printable
 from grpo_jax.monitor.trackers import Tracker, open_trackers
 from grpo_jax.rewards.workers.pool import RewardError
+from grpo_jax.train.trainable import with_frozen, without_frozen
 
 Entered = TypeVar("Entered")
 
@@ -174,12 +175,13 @@ class Run:
 
         Args:
             like: the state of a new run. A checkpoint is restored with its shapes and shardings, and its arrays are
-                deleted.
+                deleted, except for frozen parameters, which become part of the state.
         """
-        self.checkpoints.require_space(like)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        saved = without_frozen(like)
+        self.checkpoints.require_space(saved)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
         if self.checkpoints.steps():
-            jax.tree.map(lambda x: x.delete(), like)  # so that the state is in memory once, not twice
+            jax.tree.map(lambda x: x.delete(), saved)  # so that the state is in memory once, not twice
         restored = self.checkpoints.restore(shapes)
         step, state, position = (-1, like, {}) if restored is None else restored
         for log in (self.metrics_log, self.completions_log, self.alarms_log, self.reward_errors_log):
@@ -188,7 +190,7 @@ class Run:
             return 0, state, position
         self._earlier_seconds = position["seconds"]
         self.say(f"resumed at step {step} from {self.checkpoints.folder}")
-        return step, state, position["loop"]
+        return step, with_frozen(state, like), position["loop"]
 
     def has_row(self, step: int, name: str) -> bool:
         """Whether a metric was logged at a step.
@@ -204,12 +206,14 @@ class Run:
 
         Args:
             step: the step.
-            state: a pytree of arrays.
+            state: a pytree of arrays; of a ``TrainState`` with LoRA adapters, the frozen parameters are left out.
             position: JSON state of the loop, returned by ``resume``.
         """
         best = best_evaluation(self.rows())
         protected = () if best is None else (best["step"],)
-        self.checkpoints.save(step, state, {"seconds": self.seconds, "loop": dict(position)}, protected=protected)
+        self.checkpoints.save(
+            step, without_frozen(state), {"seconds": self.seconds, "loop": dict(position)}, protected=protected
+        )
 
     def log(self, row: Row) -> None:
         """Log a row of metrics, with its ``step``, to ``metrics.jsonl`` and the trackers."""

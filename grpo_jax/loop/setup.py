@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,17 @@ from jax.sharding import Mesh
 from grpo_jax import models
 from grpo_jax.config.memory import choose_rollout_tensor
 from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, PolicyConfig
+from grpo_jax.config.offline import OfflineConfig
+from grpo_jax.config.online import OnlineConfig
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.rollout import Sampler
 from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, rollout_mesh, rollout_steps
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER, ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
+from grpo_jax.train import trainable_part
 from grpo_jax.types import Model, Params
 
 
@@ -51,7 +56,20 @@ def named_model(config: ModelConfig) -> str:
     return config.model
 
 
-def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_head: bool = False) -> models.Pretrained:
+def adapters_of(config: OnlineConfig | OfflineConfig) -> dict[str, Any]:
+    """The arguments of ``load_model`` and ``load_policy`` for the model that a run trains: its LoRA adapters."""
+    return {"lora": config.lora, "seed": config.seed}
+
+
+def load_model(
+    config: ModelConfig,
+    name_or_folder: str,
+    mesh: Mesh,
+    *,
+    scalar_head: bool = False,
+    lora: LoRA | None = None,
+    seed: int = 0,
+) -> models.Pretrained:
     """A model in the run's precision, sharded over ``mesh``.
 
     Args:
@@ -59,6 +77,8 @@ def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_h
         name_or_folder: a Hugging Face id or local folder.
         mesh: the devices.
         scalar_head: replace the output embedding by a scalar head, with zero weights unless the checkpoint has one.
+        lora: adapters to train in place of the model; None for none.
+        seed: of the adapters.
 
     Raises:
         ValueError: the model has no tokenizer, or is a reward model although ``scalar_head`` is False; and as
@@ -73,22 +93,28 @@ def load_model(config: ModelConfig, name_or_folder: str, mesh: Mesh, *, scalar_h
         shardings=partial(param_shardings, mesh=mesh),
         scalar_head=scalar_head,
         rope_length=config.rope_length,
+        lora=lora,
+        seed=seed,
     )
     return checked_model(loaded, name_or_folder, scalar_head=scalar_head)
 
 
-def load_policy(config: PolicyConfig, name_or_folder: str, mesh: Mesh) -> models.Pretrained:
+def load_policy(
+    config: PolicyConfig, name_or_folder: str, mesh: Mesh, *, lora: LoRA | None = None, seed: int = 0
+) -> models.Pretrained:
     """The model to sample from, with ``config.stop_tokens`` among the tokens that end a sequence.
 
     Args:
         config: settings of the policy.
         name_or_folder: the model, as for ``load_model``.
         mesh: mesh over which its parameters are sharded.
+        lora: adapters to train in place of the model; None for none.
+        seed: of the adapters.
 
     Raises:
         ValueError: as ``load_model`` and ``as_policy``.
     """
-    return as_policy(config, load_model(config, name_or_folder, mesh))
+    return as_policy(config, load_model(config, name_or_folder, mesh, lora=lora, seed=seed))
 
 
 def as_policy(config: PolicyConfig, model: models.Pretrained) -> models.Pretrained:
@@ -222,9 +248,17 @@ def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh:
     """
     count = sum(x.size for x in jax.tree.leaves(model.params))
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    weights = "weights in float32"
+    if model.lora is not None:
+        trained = sum(x.size for x in jax.tree.leaves(trainable_part(model.params)))
+        frozen = model.lora.quantize or jnp.dtype(config.compute_dtype).name
+        weights = (
+            f"frozen weights in {frozen}, {trained:,} trained parameters (LoRA of rank {model.lora.rank}) in float32"
+        )
+        count = sum(x.size for x in jax.tree.leaves(models.param_shapes(model.config)))
     return {
         "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",
-        "precision": f"{jnp.dtype(config.compute_dtype).name}, weights in float32",
+        "precision": f"{jnp.dtype(config.compute_dtype).name}, {weights}",
         "model": f"{model.hf_config.get('model_type')} from {start}, {count:,} parameters, "
         f"{model.hf_config.get('max_position_embeddings') or 'any number of'} positions",
     }

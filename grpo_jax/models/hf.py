@@ -17,6 +17,7 @@ import numpy as np
 from huggingface_hub import list_repo_files, snapshot_download
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
 from grpo_jax.models.config import DecoderConfig, with_rope_length
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
@@ -30,6 +31,7 @@ from grpo_jax.models.hf_weights import (
     save_params,
 )
 from grpo_jax.models.kernels import AttentionName
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.models.remat import Remat
 from grpo_jax.models.transformer import build_model, param_shapes
@@ -57,6 +59,8 @@ def from_pretrained(
     scalar_head: bool = False,
     revision: str | None = None,
     rope_length: int | None = None,
+    lora: LoRA | None = None,
+    seed: int = 0,
 ) -> Pretrained:
     """Load a model from a local folder or the Hugging Face hub.
 
@@ -79,24 +83,34 @@ def from_pretrained(
         rope_length: for longrope and dynamic rope scaling, the longest sequence of the run in tokens, which fixes the
             frequencies for sequences of every length; None selects them for each call by its largest position, as
             transformers does.
+        lora: adapters to add, as ``lora.add_adapters`` does; the model is unchanged until they are trained. None, or
+            a rank of None, for none.
+        seed: of the adapters.
 
     Raises:
         FileNotFoundError: no such folder or repository; no config or safetensors weights; or files of a tokenizer
             without ``tokenizer.json``.
         NotADirectoryError: the path of a file.
         ValueError: a config that is not supported (as ``from_hf_config``); a vocabulary with more ids than the
-            embedding has rows; tensors that do not fit the config (one error lists all); a damaged file; or no EOS id.
+            embedding has rows; tensors that do not fit the config (one error lists all); a damaged file; no EOS id; or
+            adapters that do not fit, before any weights are read.
     """
+    lora = None if lora is None or lora.rank is None else lora
     param_dtype = jnp.float32 if param_dtype is None else param_dtype
     if param_dtype not in PARAM_DTYPES:
         raise ValueError(f"param_dtype must be float32, bfloat16 or float16, not {jnp.dtype(param_dtype).name}")
     folder = _find_folder(name_or_folder, revision)
-    building = {"dtype": dtype, "remat": remat, "attention": attention, "mesh": mesh}
+    building = {"dtype": dtype, "remat": remat, "attention": attention, "mesh": mesh, "lora": lora}
     stored, described = _described(folder, scalar_head, rope_length, param_dtype, building)
     params = load_params(folder, stored, param_dtype=param_dtype, shardings=shardings)
     if described.config != stored:
         params = with_new_head(params, described.config, param_dtype=param_dtype, shardings=shardings)
-    return replace(described, params=params)
+    if lora is not None:
+        from grpo_jax.models.lora import add_adapters  # late: qwix is imported only where it is used
+
+        key = jax.random.key(seed)
+        params = add_adapters(params, described.config, lora, key, dtype=dtype, shardings=shardings)
+    return replace(described, params=params, source=str(name_or_folder), lora=lora)
 
 
 def describe_pretrained(
@@ -335,6 +349,32 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _wait_for_all(f"{folder} is written")
+
+
+def save_adapters(folder: str | Path, params: Params, like: Pretrained) -> None:
+    """Write LoRA adapters as a folder that PEFT loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    It is written as ``save_pretrained`` does, by a rename.
+
+    Args:
+        folder: does not exist.
+        params: with adapters.
+        like: the model that they were added to.
+
+    Raises:
+        FileExistsError: ``folder`` exists.
+    """
+    from grpo_jax.models.lora_files import adapter_config, adapter_tensors
+
+    folder = Path(folder).expanduser()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; remove it or choose another name")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(adapter_tensors(params, like), partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_json(partial / "adapter_config.json", adapter_config(like))
+    partial.replace(folder)
 
 
 def _with_eos_ids(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.types import Model, Params
 
 
@@ -25,6 +26,8 @@ class Pretrained:
         pad_id: the tokenizer's pad id, else that of ``generation_config`` or ``hf_config``, else the first of
             ``eos_ids``; ids outside the vocabulary are ignored. It may be an EOS id: no mask is derived from it.
         prompt_format: contents of ``prompt_format.json``, the prompt format of training; None if there is none.
+        source: the folder or hub id it was loaded from.
+        lora: the adapters that ``params`` have; None if there are none.
     """
 
     model: Model
@@ -36,3 +39,5 @@ class Pretrained:
     eos_ids: tuple[int, ...]
     pad_id: int
     prompt_format: dict[str, Any] | None = None
+    source: str = ""
+    lora: LoRA | None = None

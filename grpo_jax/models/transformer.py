@@ -19,13 +19,14 @@ from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
 from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import BATCH, constrain
-from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Segments
+from grpo_jax.types import AS_STORED, Cache, Model, Packing, Params, PrefixCache, Segments
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -174,6 +175,7 @@ def build_model(
     attention: AttentionName = "plain",
     mesh: Mesh | None = None,
     scan_layers: bool | None = None,
+    lora: LoRA | None = None,
 ) -> Model:
     """The pure functions of a decoder, as ``types.Model`` documents them.
 
@@ -192,11 +194,14 @@ def build_model(
         scan_layers: whether prepared parameters (``Model.preparation``) have equal layers stacked, for a ``lax.scan``
             over them: then neither memory for gathered weights nor time to compile grows with their number. None:
             except on a CPU with ``remat`` none, where unrolled layers are faster; a CPU's program of unrolled layers
-            that are recomputed takes as much memory as without. If no pattern of layers repeats, none is stacked.
+            that are recomputed takes as much memory as without. If no pattern of layers repeats, or with ``lora``, none
+            is stacked.
+        lora: adapters that the parameters have, as of ``lora.add_adapters``; None for a decoder without.
 
     Raises:
-        ValueError: for another ``dtype``, a kernel that does not support this model, or a ``remat`` that the devices do
-            not support; and by ``apply``, at trace time, if the mask has another number of columns than the cache (than
+        ValueError: for another ``dtype``, a kernel that does not support this model, a ``remat`` that the devices do
+            not support, or adapters that do not fit, as ``LoRA.check``; and by ``apply``, at trace time, if the mask
+            has another number of columns than the cache (than
             tokens, without a cache), or the call more tokens than the cache has columns.
     """
     if dtype not in COMPUTE_DTYPES:
@@ -204,10 +209,17 @@ def build_model(
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     kernel = choose_kernel(attention, config, dtype, mesh)
     check_remat(remat, device)
-    module = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
+    module: Any = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
     if scan_layers is None:
         scan_layers = device.platform != "cpu" or remat != "none"
     repetition = find_repetition(config) if scan_layers else None
+    bound, prepared = _unchanged, preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None)
+    if lora is not None:
+        from grpo_jax.models.lora import bind, with_interception  # late: qwix is imported only where it is used
+
+        module = with_interception(module, config, lora)
+        # Frozen matrices are stored in the compute dtype already, and the library intercepts unrolled layers only.
+        bound, prepared = partial(bind, config=config, lora=lora, dtype=dtype), AS_STORED
 
     def apply(
         params: Params,
@@ -234,7 +246,7 @@ def build_model(
                 "parameters with stacked layers are for whole sequences: start must be 0, without prefixes"
             )
         rotations = positions if isinstance(positions, dict) else rope(positions)
-        variables = {"params": {name: value for name, value in params.items() if name != STACKED}}
+        variables = {"params": {name: value for name, value in bound(params).items() if name != STACKED}}
         return module.apply(  # pyright: ignore[reportReturnType]
             variables, token_ids, rotations, mask, cache, start, prefixes, block_bounds, stacked
         )
@@ -259,8 +271,12 @@ def build_model(
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
         packing=_best_packing(config, kernel),
-        preparation=preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None),
+        preparation=prepared,
     )
+
+
+def _unchanged(params: Params) -> Params:
+    return params
 
 
 def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | None:

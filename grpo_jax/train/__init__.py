@@ -25,6 +25,8 @@ from grpo_jax.train.step import make_log_prob_fn as make_log_prob_fn
 from grpo_jax.train.step import make_train_step as make_train_step
 from grpo_jax.train.step import opt_state_shapes as opt_state_shapes
 from grpo_jax.train.step import opt_state_shardings as opt_state_shardings
+from grpo_jax.train.step import reference_params as reference_params
 from grpo_jax.train.step import shuffled_minibatches as shuffled_minibatches
 from grpo_jax.train.step import split_rows as split_rows
 from grpo_jax.train.step import with_fresh_reference as with_fresh_reference
+from grpo_jax.train.trainable import trainable_part as trainable_part

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 from grpo_jax.sampling import check_key
 from grpo_jax.train.forward import Sequences, Tokens
 from grpo_jax.train.packing import in_batch_order, micro_batch
+from grpo_jax.train.trainable import join, trainable_part
 from grpo_jax.types import AS_STORED, Batch, Max, Mean, Metrics, PackedBatch, Params, Preparation, Rollout, TrainState
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
@@ -70,7 +71,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
 
-    The new state has the shardings of the old one. Called inside another jitted function, the step is traced into it.
+    Parameters with LoRA adapters are trained as ``trainable_part`` says, all others as a whole. The new state has the
+    shardings of the old one. Called inside another jitted function, the step is traced into it.
 
     Gradients are accumulated over ``num_micro_batches`` parts of the batch, or over the micro-batches that a
     ``PackedBatch`` has. Sums and counts are added over the parts and divided at the end, so the update does not depend
@@ -95,14 +97,14 @@ def make_train_step(
         ValueError: at trace time, when num_micro_batches does not divide the batch.
     """
 
-    def loss_sum(params, batch):
-        output = loss_fn(preparation.constrain(params), batch)
+    def loss_sum(trainable, params, batch):
+        output = loss_fn(preparation.constrain(join(trainable, params)), batch)
         check_loss_output(output)
         loss, metrics = output
         return loss.sum, {**metrics, "loss": loss}
 
     def micro_step(params, grads, batch):
-        new_grads, metrics = jax.grad(loss_sum, has_aux=True)(params, batch)
+        new_grads, metrics = jax.grad(loss_sum, has_aux=True)(trainable_part(params), params, batch)
         sums = jax.tree.map(lambda sum, new: sum + new.astype(gradient_dtype), grads, new_grads)
         return preparation.constrain(sums), metrics
 
@@ -118,7 +120,8 @@ def make_train_step(
 
     def step(state: TrainState, batch):
         params = preparation.prepare(state.params)
-        zeros = preparation.constrain(jax.tree.map(lambda x: jnp.zeros(x.shape, gradient_dtype), params))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, gradient_dtype), trainable_part(params))
+        zeros = preparation.constrain(zeros)
         if isinstance(batch, PackedBatch):
             grads, merged = over_packed(params, zeros, batch)
         else:
@@ -130,8 +133,9 @@ def make_train_step(
         assert isinstance(loss, Mean)
         grads = jax.tree.map(lambda g: g / jnp.where(loss.count > 0, loss.count, 1), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer counters with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            trainable = trainable_part(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+            params = join(optax.apply_updates(trainable, updates), state.params)
         scalars = {name: metric.value for name, metric in merged.items()}
         scalars["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, opt_state, state.ref_params), scalars
@@ -210,6 +214,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first update, with optimizer state as ``opt_state_shardings`` lays it out.
 
+    With LoRA adapters, the optimizer's state and the reference policy are of ``trainable_part(params)`` alone.
+
     Args:
         params: on their devices; the first train step donates them.
         optimizer: of the train step.
@@ -221,13 +227,14 @@ def init_state(
     Raises:
         ValueError: as ``opt_state_shapes``, before anything is computed.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    moments = opt_state_shardings(opt_state_shapes(optimizer, params), params, shardings, replicated)
+    trainable = trainable_part(params)
+    shardings = jax.tree.map(lambda x: x.sharding, trainable)
+    moments = opt_state_shardings(opt_state_shapes(optimizer, trainable), trainable, shardings, replicated)
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated),
         params=params,
-        opt_state=jax.jit(optimizer.init, out_shardings=moments)(params),
-        ref_params=_frozen_copy(params, ref_dtype) if with_reference else None,
+        opt_state=jax.jit(optimizer.init, out_shardings=moments)(trainable),
+        ref_params=_frozen_copy(trainable, ref_dtype) if with_reference else None,
     )
 
 
@@ -308,8 +315,19 @@ def with_fresh_reference(state: TrainState) -> TrainState:
     Reference refresh.
     """
     dtypes = {x.dtype for x in jax.tree.leaves(state.ref_params) if x.ndim > 1}
-    ref_params = _frozen_copy(state.params, dtypes.pop() if dtypes else None)
+    ref_params = _frozen_copy(trainable_part(state.params), dtypes.pop() if dtypes else None)
     return TrainState(state.step, state.params, state.opt_state, ref_params)
+
+
+def reference_params(state: TrainState) -> Params:
+    """The reference policy's parameters; of a state with LoRA adapters, with the frozen ones.
+
+    Raises:
+        ValueError: the state has no reference.
+    """
+    if state.ref_params is None:
+        raise ValueError("the state has no reference: init_state(..., with_reference=True) keeps one")
+    return join(state.ref_params, state.params)
 
 
 def check_loss_output(output: Any) -> None:

@@ -1,0 +1,99 @@
+"""Settings of LoRA adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from grpo_jax.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters: ``x W + (alpha / rank) x A B``, with W frozen and A and B trained.
+
+    After Hu et al. (arXiv 2106.09685); with ``quantize``, QLoRA of Dettmers et al. (arXiv 2305.14314).
+    """
+
+    rank: int | None = None
+    """Rank of the LoRA adapters, which are trained in place of the model; usual learning rates are 10 times those of
+    full training. Default: train the whole model."""
+    alpha: Annotated[float, tyro.conf.Suppress] = 32.0
+    """Scale of the adapters, which are multiplied by alpha / rank."""
+    targets: Annotated[tuple[str, ...], tyro.conf.Suppress] = ("attention/(q|k|v|o)", "mlp/(gate|up|down)")
+    """Regular expressions of the matrices that get adapters, in every layer."""
+    quantize: Annotated[Literal["int8", "int4", "nf4"] | None, tyro.conf.Suppress] = None
+    """Store the frozen matrices that have adapters in this type (QLoRA). Default: in the precision of the
+    computation."""
+
+    def __post_init__(self):
+        if self.rank is None:
+            if self.quantize is not None:
+                raise ValueError(f"lora.quantize is {self.quantize}, but lora.rank is not set; set it, too")
+            return
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}; it must be at least 1; leave it out to train the whole model")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0")
+        if not self.targets:
+            raise ValueError("lora.targets is empty; name at least one matrix, such as attention/q")
+        for pattern in self.targets:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"lora.targets: {pattern!r} is not a regular expression: {error}") from error
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``."""
+        return self.alpha / (self.rank or 1)
+
+    def check(self, config: DecoderConfig) -> None:
+        """Check that the adapters fit a model.
+
+        Raises:
+            ValueError: a target matches no matrix, or the rank exceeds the smaller side of a matrix.
+        """
+        self.matrices(config)
+
+    def matrices(self, config: DecoderConfig) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the matrices of a layer that get adapters, by their path such as ``attention/q``.
+
+        Raises:
+            ValueError: as ``check``.
+        """
+        known = linear_sizes(config)
+        for pattern in self.targets:
+            if not any(re.fullmatch(pattern, path) for path in known):
+                raise ValueError(f"lora.targets: {pattern!r} matches none of the matrices {', '.join(known)}")
+        chosen = {path: sizes for path, sizes in known.items() if _matches(self.targets, path)}
+        for path, (inputs, outputs) in chosen.items():
+            if self.rank is not None and self.rank > min(inputs, outputs):
+                raise ValueError(
+                    f"lora.rank is {self.rank}; it must be at most {min(inputs, outputs)}, the smaller side of "
+                    f"{path} ({inputs} x {outputs})"
+                )
+        return chosen
+
+
+def linear_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the matrices of a layer, by their path."""
+    D, F = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "attention/q": (D, queries),
+        "attention/k": (D, keys),
+        "attention/v": (D, keys),
+        "attention/o": (queries, D),
+        "mlp/gate": (D, F),
+        "mlp/up": (D, F),
+        "mlp/down": (F, D),
+    }
+
+
+def _matches(patterns: Sequence[str], path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)

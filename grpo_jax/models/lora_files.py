@@ -1,0 +1,66 @@
+"""LoRA adapters in the layout of PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.models.hf_keys import key_table
+from grpo_jax.models.pretrained import Pretrained
+from grpo_jax.types import Params
+
+PREFIX = "base_model.model."
+
+
+def adapter_tensors(params: Params, like: Pretrained) -> dict[str, np.ndarray]:
+    """The tensors of ``adapter_model.safetensors``, with those of a scalar head, which is trained as a whole.
+
+    Args:
+        params: with adapters.
+        like: the model that they were added to.
+    """
+    assert like.lora is not None
+    table, tensors = key_table(like.config), {}
+    for layer in range(like.config.num_layers):
+        for path in like.lora.matrices(like.config):
+            module: Mapping[str, Any] = params[f"layers_{layer}"]
+            for name in path.split("/"):
+                module = module[name]
+            stored = PREFIX + table[f"layers_{layer}/{path}/kernel"].name.removesuffix(".weight")
+            for letter in "ab":
+                matrix = np.asarray(module[f"kernel_lora_{letter}"], np.float32)
+                tensors[f"{stored}.lora_{letter.upper()}.weight"] = np.ascontiguousarray(matrix.T)
+    if like.config.scalar_head:
+        head = np.asarray(params["score"]["kernel"], np.float32)
+        tensors[f"{PREFIX}{table['score/kernel'].name}"] = np.ascontiguousarray(head.T)
+    return tensors
+
+
+def adapter_config(like: Pretrained) -> dict[str, Any]:
+    """The contents of ``adapter_config.json``.
+
+    Args:
+        like: the model that the adapters were added to.
+    """
+    assert like.lora is not None
+    table = key_table(like.config)
+    modules = [
+        table[f"layers_0/{path}/kernel"].name.removesuffix(".weight").rpartition(".")[2]
+        for path in like.lora.matrices(like.config)
+    ]
+    alpha = like.lora.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if like.config.scalar_head else "CAUSAL_LM",
+        "base_model_name_or_path": like.source,
+        "r": like.lora.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": modules,
+        "modules_to_save": ["score"] if like.config.scalar_head else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
