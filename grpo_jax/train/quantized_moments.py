@@ -20,13 +20,13 @@ class QuantizedAdamState(NamedTuple):
     """State of ``scale_by_quantized_adam``; trees like the parameters.
 
     Attributes:
-        num_updates: so far.
+        count: updates.
         mu: first moments: int8 levels in the parameter's shape, float32 where it is small.
         nu: second moments, likewise in uint8.
         mu_scales, nu_scales: the largest magnitude of each block, float32; no leaf where a parameter is small.
     """
 
-    num_updates: Int[Array, ""]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: Any
     nu: Any
     mu_scales: Any
@@ -61,9 +61,9 @@ def scale_by_quantized_adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, QuantizedAdamState]:
         del params
-        count = jnp.asarray(optax.safe_increment(state.num_updates))
+        grads, count = updates, jnp.asarray(optax.safe_increment(state.count))
         key = jax.random.fold_in(jax.random.key(0), count)
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves, treedef = jax.tree.flatten(grads)
         old = [treedef.flatten_up_to(tree) for tree in state[1:]]
         new = []
         for number, (grad, mu, nu, mu_scale, nu_scale) in enumerate(zip(leaves, *old, strict=True)):
