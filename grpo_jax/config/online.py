@@ -48,7 +48,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
     eval_samples: int = 4
     """Completions per held-out problem, for pass@1 and the majority vote."""
-    samples_every: int = 10
+    samples_every: Annotated[int, tyro.conf.Suppress] = 10
     """Steps between tables of sample completions in the terminal; completions.jsonl has all."""
     lora: LoRA = LoRA()
     """LoRA adapters."""

@@ -252,9 +252,7 @@ def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh:
     if model.lora is not None:
         trained = sum(x.size for x in jax.tree.leaves(trainable_part(model.params)))
         frozen = model.lora.quantize or jnp.dtype(config.compute_dtype).name
-        weights = (
-            f"frozen weights in {frozen}, {trained:,} trained parameters (LoRA of rank {model.lora.rank}) in float32"
-        )
+        weights = f"frozen weights in {frozen}, {trained:,} trained in float32 (LoRA of rank {model.lora.rank})"
         count = sum(x.size for x in jax.tree.leaves(models.param_shapes(model.config)))
     return {
         "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",

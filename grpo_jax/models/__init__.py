@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from grpo_jax.models.flops import training_flops as training_flops
     from grpo_jax.models.hf import describe_pretrained as describe_pretrained
     from grpo_jax.models.hf import from_pretrained as from_pretrained
-    from grpo_jax.models.hf import save_adapters as save_adapters
     from grpo_jax.models.hf import save_pretrained as save_pretrained
     from grpo_jax.models.hf import weights_digest as weights_digest
     from grpo_jax.models.hf_config import from_hf_config as from_hf_config
     from grpo_jax.models.lora import add_adapters as add_adapters
     from grpo_jax.models.lora import merge_adapters as merge_adapters
     from grpo_jax.models.lora_config import LoRA as LoRA
+    from grpo_jax.models.lora_files import save_adapters as save_adapters
     from grpo_jax.models.positions import num_positions as num_positions
     from grpo_jax.models.pretrained import Pretrained as Pretrained
     from grpo_jax.models.tokenizers import stop_ids as stop_ids
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 EXPORTS = {
     "config": ("DecoderConfig",),
     "flops": ("training_flops",),
-    "hf": ("describe_pretrained", "from_pretrained", "save_adapters", "save_pretrained", "weights_digest"),
+    "hf": ("describe_pretrained", "from_pretrained", "save_pretrained", "weights_digest"),
     "hf_config": ("from_hf_config",),
     "lora": ("add_adapters", "merge_adapters"),
     "lora_config": ("LoRA",),
+    "lora_files": ("save_adapters",),
     "positions": ("num_positions",),
     "pretrained": ("Pretrained",),
     "tokenizers": ("stop_ids",),

@@ -17,7 +17,6 @@ import numpy as np
 from huggingface_hub import list_repo_files, snapshot_download
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from grpo_jax.models.config import DecoderConfig, with_rope_length
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
@@ -349,32 +348,6 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _wait_for_all(f"{folder} is written")
-
-
-def save_adapters(folder: str | Path, params: Params, like: Pretrained) -> None:
-    """Write LoRA adapters as a folder that PEFT loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    It is written as ``save_pretrained`` does, by a rename.
-
-    Args:
-        folder: does not exist.
-        params: with adapters.
-        like: the model that they were added to.
-
-    Raises:
-        FileExistsError: ``folder`` exists.
-    """
-    from grpo_jax.models.lora_files import adapter_config, adapter_tensors
-
-    folder = Path(folder).expanduser()
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; remove it or choose another name")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(adapter_tensors(params, like), partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write_json(partial / "adapter_config.json", adapter_config(like))
-    partial.replace(folder)
 
 
 def _with_eos_ids(

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from grpo_jax.models.hf_keys import key_table
 from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.types import Params
 
 PREFIX = "base_model.model."
+
+
+def save_adapters(folder: str | Path, params: Params, like: Pretrained) -> None:
+    """Write LoRA adapters as a folder that PEFT loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    It is written into a hidden folder that is then renamed, as by ``save_pretrained``.
+
+    Args:
+        folder: does not exist.
+        params: with adapters.
+        like: the model that they were added to.
+
+    Raises:
+        FileExistsError: ``folder`` exists.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; remove it or choose another name")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "adapter_model.safetensors").write_bytes(save(adapter_tensors(params, like), {"format": "pt"}))
+    (partial / "adapter_config.json").write_text(json.dumps(adapter_config(like), indent=2) + "\n")
+    partial.replace(folder)
 
 
 def adapter_tensors(params: Params, like: Pretrained) -> dict[str, np.ndarray]:
