@@ -213,6 +213,9 @@ def kernel_flops(config: DecoderConfig, rows: int, length: int, remat: Remat) ->
 def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[str, Any]:
     """A program's memory and work on one device, and how long it takes at the least.
 
+    ``peak_bytes`` is the most that is in use at a time, ``device_bytes`` with what is lost between arrays, where the
+    compiler counts it. A TPU's compiler refuses a program that does not fit.
+
     Args:
         config: model and batch.
         mesh: the devices.
@@ -243,7 +246,7 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
     if peak is None or speed is None:
         return result
     seconds = {"compute": flops / peak, "memory": cost.traffic / speed.memory, "wire": cost.wire / speed.wire}
-    result |= {"fits": result["device_bytes"] <= speed.capacity, "seconds": seconds}
+    result |= {"fits": (result["peak_bytes"] or result["device_bytes"]) <= speed.capacity, "seconds": seconds}
     if method == "grpo":
         prompts, completions = (np.full(rows, n) for n in (config.max_prompt_length, config.max_completion_length))
         ideal = training_flops(decoder, prompts, completions) / (mesh.size * peak)
