@@ -129,7 +129,7 @@ class Config:
     tensor: int = 1
     """Devices of the topology that heads and hidden units are sharded over."""
     compiler_options: tuple[str, ...] = ()
-    """Options of the compiler, such as exec_time_optimization_effort=-1."""
+    """Options of the compiler in addition to those of a run, such as exec_time_optimization_effort=-1."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
     """Methods to compare."""
 
@@ -259,7 +259,7 @@ def main(config: Config) -> None:
     for name in config.methods:
         found: list[Program] = []
         memory |= (
-            step := update_memory(config.shapes, name, mesh, compiler_options=config.options, on_program=found.append)
+            step := update_memory(config.shapes, name, mesh, more_options=config.options, on_program=found.append)
         )
         print(f"{name}: {step}", file=sys.stderr)  # compiling for another device takes minutes
         programs += [describe(config, mesh, name, program) for program in found]
