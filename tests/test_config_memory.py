@@ -134,8 +134,10 @@ def test_a_run_that_cannot_fit_is_refused_with_a_mesh_that_does(config, monkeypa
 def test_the_samplers_weights_are_sharded_as_far_as_they_must(config):
     axes = {"data": 1, "fsdp": 16, "tensor": 1}
     need = memory.reckon(config, DECODER, axes)
-    devices = [memory.rollout_tensor(need, DECODER, axes, None, limit) for limit in (None, H100, 16 * 10**9, 10**9)]
-    assert devices == [1, 1, 2, 4]  # at most the four KV heads
+    devices = [
+        memory.rollout_tensor(need, DECODER, axes, None, limit) for limit in (None, H100, 20 * 10**9, V5E, 10**9)
+    ]
+    assert devices == [1, 1, 2, 4, 4]  # at most the four KV heads
     assert memory.rollout_tensor(need, DECODER, axes, 4, H100) == 4
 
 

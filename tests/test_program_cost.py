@@ -93,10 +93,59 @@ ENTRY %main (param: bf16[64,32]) -> bf16[64,32] {
 def test_a_tpus_program():
     """Trip counts in conditions, products as convolutions, reduce-scatters as fusions, arrays in vector memory."""
     cost = program_cost(TPU)
-    x, y, part = (2 * math.prod(shape) for shape in ((64, 32), (64, 16), (8, 32)))
+    x, y = (2 * math.prod(shape) for shape in ((64, 32), (64, 16)))
     assert cost.flops == 6 * 2 * 64 * 32 * 16
     assert cost.collectives == {"reduce-scatter": 6 * x}
-    assert cost.traffic == 6 * (x + y + x + part)
+    assert cost.traffic == 6 * (x + y + 2 * x)
+    assert cost.wire == 6 * x
+
+
+def test_a_loop_whose_counter_the_compiler_has_unrolled():
+    text = TPU.replace(
+        "ROOT %out = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}) tuple(%count.1, %x)",
+        """%one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%count.1, %one)
+  %after = s32[]{:T(128)} add(%one, %next)
+  ROOT %out = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}) tuple(%after, %x)""",
+    )
+    assert program_cost(text).flops == program_cost(TPU).flops / 2
+
+
+ASYNC = """HloModule jit_step
+
+%begin (p.0: bf16[8,32]) -> (bf16[8,32], bf16[64,32]) {
+  %p.0 = bf16[8,32] parameter(0)
+  %all-gather.1 = bf16[64,32] all-gather(%p.0), channel_id=7, dimensions={0}
+  ROOT %tuple.0 = (bf16[8,32], bf16[64,32]) tuple(%p.0, %all-gather.1)
+}
+
+%meanwhile (p.1: bf16[8,32], p.2: bf16[64,32], p.3: f32[16,16]) -> (f32[16,16], bf16[64,32]) {
+  %p.1 = bf16[8,32] parameter(0)
+  %p.2 = bf16[64,32] parameter(1)
+  %p.3 = f32[16,16] parameter(2)
+  %all-gather.2 = bf16[64,32] all-gather(%p.1), channel_id=7, dimensions={0}
+  %doubled = f32[16,16] add(%p.3, %p.3)
+  ROOT %tuple.1 = (f32[16,16], bf16[64,32]) tuple(%doubled, %p.2)
+}
+
+ENTRY %main (param: bf16[8,32], other: f32[16,16]) -> f32[16,16] {
+  %param = bf16[8,32] parameter(0)
+  %other = f32[16,16] parameter(1)
+  %started = (bf16[8,32], bf16[64,32]) fusion(%param), calls=%begin, output_to_operand_aliasing={{0}: (0, {})}
+  %gathered = bf16[64,32] get-tuple-element(%started), index=1
+  %fused = (f32[16,16], bf16[64,32]) fusion(%param, %gathered, %other), calls=%meanwhile, IN_PLACE
+  ROOT %result = f32[16,16] get-tuple-element(%fused), index=0
+}
+""".replace("IN_PLACE", "output_to_operand_aliasing={{1}: (1, {})}")
+
+
+def test_a_collective_in_several_steps_is_one():
+    assert program_cost(ASYNC).collectives == {"all-gather": 2 * 64 * 32}
+
+
+def test_an_operand_that_stays_where_it_is_is_not_moved():
+    elsewhere = program_cost(ASYNC.replace("output_to_operand_aliasing={{1}: (1, {})}", "metadata={}"))
+    assert elsewhere.traffic - program_cost(ASYNC).traffic == 2 * 2 * 64 * 32
 
 
 @pytest.mark.parametrize(

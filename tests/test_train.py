@@ -20,6 +20,7 @@ from grpo_jax.models import build_model, from_hf_config, init_params
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.sharding import make_mesh, param_shardings, replicated, shard_rows
 from grpo_jax.train import (
+    compiler_options,
     completion_log_probs,
     completion_values,
     init_state,
@@ -612,3 +613,8 @@ def test_mlp_values_of_initial_weights_are_0_and_of_bfloat16_states_float32(key)
     chex.assert_shape(values, (2, 3))
     chex.assert_type(values, jnp.float32)
     np.testing.assert_array_equal(values, 0)
+
+
+def test_programs_of_a_tpu_gather_weights_before_products():
+    assert compiler_options("tpu") == {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+    assert compiler_options("cpu") is compiler_options("gpu") is None

@@ -129,7 +129,7 @@ class Config:
     tensor: int = 1
     """Devices of the topology that heads and hidden units are sharded over."""
     compiler_options: tuple[str, ...] = ()
-    """Options of the compiler, such as exec_time_optimization_effort=-1."""
+    """Options of the compiler in addition to those of a run, such as exec_time_optimization_effort=-1."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
     """Methods to compare."""
 
@@ -213,6 +213,9 @@ def kernel_flops(config: DecoderConfig, rows: int, length: int, remat: Remat) ->
 def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[str, Any]:
     """A program's memory and work on one device, and how long it takes at the least.
 
+    ``peak_bytes`` is the most that is in use at a time, ``device_bytes`` with what is lost between arrays, where the
+    compiler counts it. A TPU's compiler refuses a program that does not fit.
+
     Args:
         config: model and batch.
         mesh: the devices.
@@ -243,7 +246,7 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
     if peak is None or speed is None:
         return result
     seconds = {"compute": flops / peak, "memory": cost.traffic / speed.memory, "wire": cost.wire / speed.wire}
-    result |= {"fits": result["device_bytes"] <= speed.capacity, "seconds": seconds}
+    result |= {"fits": (result["peak_bytes"] or result["device_bytes"]) <= speed.capacity, "seconds": seconds}
     if method == "grpo":
         prompts, completions = (np.full(rows, n) for n in (config.max_prompt_length, config.max_completion_length))
         ideal = training_flops(decoder, prompts, completions) / (mesh.size * peak)
@@ -256,7 +259,7 @@ def main(config: Config) -> None:
     for name in config.methods:
         found: list[Program] = []
         memory |= (
-            step := update_memory(config.shapes, name, mesh, compiler_options=config.options, on_program=found.append)
+            step := update_memory(config.shapes, name, mesh, more_options=config.options, on_program=found.append)
         )
         print(f"{name}: {step}", file=sys.stderr)  # compiling for another device takes minutes
         programs += [describe(config, mesh, name, program) for program in found]

@@ -176,7 +176,7 @@ PRESETS: dict[str, Preset[GRPOConfig]] = {
         "R1-Zero on grade-school mathematics from a 0.5B base model",
         paper="DeepSeek-R1-Zero (arXiv 2501.12948, section 2.2) at a small size",
         hardware="one large GPU, or several devices with --mesh.fsdp (only the memory of an update is planned)",
-        memory="19 GB a device in an update over 4 devices, with 8 sequences of 1,536 tokens at once on each, in "
+        memory="5.4 GB a device in an update over 4 devices, with 8 sequences of 1,536 tokens at once on each, in "
         "bfloat16 (by the TPU compiler's plan for v5e 2x2, experiments/bench/memory.py; nothing ran on it)",
         score="not measured here",
     ),

@@ -19,6 +19,8 @@ MICRO_BATCH_TOKENS = 16_384
 """Tokens of a micro-batch on a device whose memory is unknown, such as a CPU."""
 USABLE = 0.9
 """Share of a device's memory that is planned for; the rest is lost between arrays."""
+CACHE = 0.2
+"""Share that the KV cache has by default (``rollout.buckets.default_cache_bytes``)."""
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at a time."""
 LANES = 128
@@ -163,7 +165,7 @@ def check_memory(config: Any) -> None:
 
 
 def rollout_tensor(need: Reckoning, decoder: DecoderConfig, axes: Axes, wanted: int | None, limit: int | None) -> int:
-    """Devices that the sampler's weights are sharded over: the fewest that leave room for the state.
+    """Devices that the sampler's weights are sharded over: the fewest that leave room for state and KV cache.
 
     Args:
         need: memory of the run.
@@ -175,7 +177,7 @@ def rollout_tensor(need: Reckoning, decoder: DecoderConfig, axes: Axes, wanted: 
     if wanted is not None or limit is None:
         return wanted or axes["tensor"]
     sizes = [axes["tensor"] * n for n in divisors(axes["fsdp"]) if decoder.num_kv_heads % (axes["tensor"] * n) == 0]
-    fitting = [n for n in sizes if need.state_on(axes) + need.rollout_on(axes, n) <= USABLE * limit]
+    fitting = [n for n in sizes if need.state_on(axes) + need.rollout_on(axes, n) <= (USABLE - CACHE) * limit]
     return min(fitting, default=max(sizes, default=axes["tensor"]))
 
 

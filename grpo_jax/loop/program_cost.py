@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1} | {
@@ -80,26 +80,42 @@ class Cost:
 
     Attributes:
         flops: of matrix products; custom kernels are not counted.
-        traffic: bytes read from and written to the device's main memory, at most.
-        collectives: bytes that each kind of collective operation gathers, scatters, permutes or sums.
+        local_traffic: bytes that other instructions than collectives read from and write to the device's main memory,
+            at most.
+        channels: bytes of each collective operation, by its kind and channel: what it gathers, scatters, permutes or
+            sums. A TPU runs one collective in several steps, which name the same channel.
     """
 
     flops: float = 0.0
-    traffic: float = 0.0
-    collectives: dict[str, float] = field(default_factory=dict)
+    local_traffic: float = 0.0
+    channels: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def plus(self, other: Cost, times: int = 1) -> Cost:
-        """The sum of two costs.
+    def plus(self, other: Cost) -> Cost:
+        """The sum of two costs of one run of a computation, in which each channel is used once."""
+        names = {*self.channels, *other.channels}
+        channels = {name: max(self.channels.get(name, 0.0), other.channels.get(name, 0.0)) for name in names}
+        return Cost(self.flops + other.flops, self.local_traffic + other.local_traffic, channels)
+
+    def repeated(self, times: int, name: str) -> Cost:
+        """The cost of a loop.
 
         Args:
-            other: the second.
-            times: how often it is incurred.
+            times: how often it runs.
+            name: of the loop: other loops may use its channels too.
         """
-        both = {
-            name: self.collectives.get(name, 0.0) + times * other.collectives.get(name, 0.0)
-            for name in {*self.collectives, *other.collectives}
-        }
-        return Cost(self.flops + times * other.flops, self.traffic + times * other.traffic, both)
+        channels = {(kind, f"{name}/{channel}"): times * size for (kind, channel), size in self.channels.items()}
+        return Cost(times * self.flops, times * self.local_traffic, channels)
+
+    @property
+    def collectives(self) -> dict[str, float]:
+        """Bytes of each kind of collective operation."""
+        kinds = sorted({kind for kind, _ in self.channels})
+        return {kind: sum(size for (other, _), size in self.channels.items() if other == kind) for kind in kinds}
+
+    @property
+    def traffic(self) -> float:
+        """Bytes read from and written to the device's main memory, at most; collectives read and write theirs."""
+        return self.local_traffic + sum(2 * size for size in self.channels.values())
 
     @property
     def wire(self) -> float:
@@ -119,24 +135,26 @@ def program_cost(text: str) -> Cost:
     def cost_of(name: str) -> Cost:
         if name not in known:
             program = computations.get(name, {})
-            known[name] = reduce(Cost.plus, (instruction_cost(each, program) for each in program.values()), Cost())
+            costs = (instruction_cost(place, each, program) for place, each in program.items())
+            known[name] = reduce(Cost.plus, costs, Cost())
         return known[name]
 
-    def instruction_cost(each: Instruction, program: Computation) -> Cost:
+    def instruction_cost(name: str, each: Instruction, program: Computation) -> Cost:
         called = CALLED.findall(each.attributes) + [
-            name.strip().lstrip("%") for names in BRANCHES.findall(each.attributes) for name in names.split(",")
+            branch.strip().lstrip("%") for names in BRANCHES.findall(each.attributes) for branch in names.split(",")
         ]
         kind = each.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return Cost(0.0, _moved(each, program), {kind: _collective_bytes(each, program)})
+            return Cost(channels={(kind, _channel(each, name)): _collective_bytes(each, program)})
         if each.opcode == "fusion":
             inner = computations.get(called[0], {})
-            if any(other.opcode == "all-reduce" for other in inner.values()):  # a TPU's reduce-scatter
+            summed = [other for other in inner.values() if other.opcode == "all-reduce"]
+            if summed and "all-reduce-scatter" in called[0]:  # a TPU's reduce-scatter
                 size = sum((operand.size for operand in _operands(each, program)), 0.0)
-                return Cost(0.0, _moved(each, program), {"reduce-scatter": size})
-            return Cost(cost_of(called[0]).flops, _fusion_traffic(each, inner, program), cost_of(called[0]).collectives)
+                return Cost(channels={("reduce-scatter", _channel(summed[0], name)): size})
+            return replace(cost_of(called[0]), local_traffic=_fusion_traffic(each, inner, program))
         if each.opcode == "while":
-            return Cost().plus(cost_of(called[0]), trip_count(each, computations))
+            return cost_of(called[0]).repeated(trip_count(each, computations), name)
         if each.opcode in ("call", "conditional", "async-start"):
             return max((cost_of(name) for name in called), key=lambda cost: cost.flops, default=Cost())
         if each.opcode in FREE or each.opcode.endswith(("-done", "-update")):
@@ -174,8 +192,37 @@ def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> in
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
     program = computations.get(condition[1], {}) if condition else {}
-    constants = [each.arguments for each in program.values() if each.opcode == "constant"]
-    return max((int(each) for each in constants if each.isdigit()), default=1)
+    bound = max((_constant(name, program) for name in program), default=0)
+    return -(-bound // _increment(loop, program, computations)) if bound else 1
+
+
+def _increment(loop: Instruction, condition: Computation, computations: Mapping[str, Computation]) -> int:
+    """How much an iteration adds to the loop's counter: more than 1 where the compiler has unrolled it."""
+    counters = [each for each in condition.values() if each.opcode == "get-tuple-element"]
+    body = re.search(r"body=%?([\w.-]+)", loop.attributes)
+    program = computations.get(body[1], {}) if body else {}
+    root = next((each for each in program.values() if each.is_root), None)
+    place = re.search(r"index=(\d+)", counters[0].attributes) if counters else None
+    if root is None or place is None or int(place[1]) >= len(root.operands):
+        return 1
+    total, name = 0, root.operands[int(place[1])]
+    while name in program and program[name].opcode in ("add", "copy", "bitcast"):
+        first, *others = program[name].operands
+        steps = [_constant(other, program) for other in (first, *others)]
+        total += max(steps)
+        name = others[0] if others and steps[0] else first
+    return max(total, 1)
+
+
+def _constant(name: str, program: Computation) -> int:
+    """The value of a whole number above 0; 0 for other instructions."""
+    each = program.get(name)
+    return int(each.arguments) if each is not None and each.opcode == "constant" and each.arguments.isdigit() else 0
+
+
+def _channel(each: Instruction, name: str) -> str:
+    channel = re.search(r"channel_id=(\d+)", each.attributes)
+    return channel[1] if channel else name
 
 
 def _instruction(text: str, *, is_root: bool) -> Instruction:
@@ -219,6 +266,9 @@ def _collective_bytes(each: Instruction, program: Computation) -> float:
 def _moved(each: Instruction, program: Computation) -> float:
     """Bytes that an instruction reads and writes: slices of arrays, where it takes or updates a slice."""
     operands = _operands(each, program)
+    if each.opcode in ("slice-start", "copy-start") and len(each.arrays) > 1:  # the result beside the operand
+        copied = each.arrays[1 if each.opcode == "slice-start" else 0]
+        return copied.size * ((not copied.is_near) + (operands[0].stored > 0 if operands else 1))
     if each.opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * each.stored
     if each.opcode in ("dynamic-update-slice", "scatter"):
@@ -227,7 +277,13 @@ def _moved(each: Instruction, program: Computation) -> float:
 
 
 def _fusion_traffic(each: Instruction, inner: Computation, program: Computation) -> float:
-    """Bytes that a fusion reads and writes; of an operand that it only slices or updates, the slice."""
+    """Bytes that a fusion reads and writes; of an operand that it only slices or updates, the slice.
+
+    A result in the place of an operand, such as one that another engine fills meanwhile, is not written.
+    """
+    aliases = re.search(r"output_to_operand_aliasing=\{(.*?)\}(?:,|$) ?\w", each.attributes + ", x")
+    pairs = re.findall(r"\{(\d*)\}: \((\d+)", aliases[1]) if aliases else []
+    kept_results, kept_operands = {int(place or 0) for place, _ in pairs}, {int(number) for _, number in pairs}
     users: dict[str, list[Instruction]] = {}
     for other in inner.values():
         for name in other.operands:
@@ -236,17 +292,19 @@ def _fusion_traffic(each: Instruction, inner: Computation, program: Computation)
     total = 0.0
     for number, operand in enumerate(_operands(each, program)):
         uses, name = users.get(parameters.get(number, ""), []), parameters.get(number)
+        if number in kept_operands and not any(use.opcode == "dynamic-slice" for use in uses):
+            continue
         if uses and all(use.opcode in ("dynamic-slice", "gather") and use.operands[0] == name for use in uses):
             total += min(operand.stored, sum(use.size for use in uses))
         elif not all(use.opcode == "dynamic-update-slice" and use.operands[0] == name for use in uses) or not uses:
             total += operand.stored
     roots = [other for other in inner.values() if other.is_root]
     results = [r for root in roots for r in (_operands(root, inner) if root.opcode == "tuple" else [root])]
-    for result, array in zip(results, each.arrays, strict=False):
+    for place, (result, array) in enumerate(zip(results, each.arrays, strict=False)):
         while result.opcode == "bitcast" and result.operands[0] in inner:
             result = inner[result.operands[0]]
         is_update = result.opcode == "dynamic-update-slice"
-        written = inner[result.operands[1]].size if is_update else array.size
+        written = inner[result.operands[1]].size if is_update else 0 if place in kept_results else array.size
         total += 0 if array.is_near else written
     return total
 

@@ -25,6 +25,7 @@ from grpo_jax.models.remat import Remat
 from grpo_jax.sharding import BATCH, param_shardings, replicated
 from grpo_jax.train import (
     LossFn,
+    compiler_options,
     completion_log_probs,
     completion_values,
     make_train_step,
@@ -101,7 +102,7 @@ def update_memory(
     method: str,
     mesh: Mesh,
     *,
-    compiler_options: Mapping[str, Any] | None = None,
+    more_options: Mapping[str, Any] | None = None,
     on_program: Callable[[Program], None] | None = None,
 ) -> dict[str, Memory]:
     """Memory of a method's update by its name, with rule-based rewards and without KL.
@@ -114,7 +115,7 @@ def update_memory(
         shapes: model and batch.
         method: one of ``METHODS``.
         mesh: the devices to compile for.
-        compiler_options: of ``jax.stages.Lowered.compile``.
+        more_options: options of the compiler, in addition to those of a train step.
         on_program: called with each compiled update.
 
     Raises:
@@ -162,7 +163,7 @@ def update_memory(
     total, peak = sum(map(_bytes_of, states)), 0
     for loss_fn, trained, state, batch in updates:
         step = make_step(loss_fn, preparation=trained.preparation)
-        program = _compiled(step, state, jax.eval_shape(batch), mesh, compiler_options)
+        program = _compiled(step, state, jax.eval_shape(batch), mesh, more_options)
         if on_program is not None:
             on_program(program)
         peak = max(peak, total - _bytes_of(state) + mesh.size * program_bytes(program.compiled))
@@ -193,7 +194,7 @@ def _compiled(
     state: TrainState,
     batch: Any,
     mesh: Mesh,
-    compiler_options: Mapping[str, Any] | None,
+    more_options: Mapping[str, Any] | None,
 ) -> Program:
     """An update with its state laid out as a run's."""
     everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
@@ -207,7 +208,8 @@ def _compiled(
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch)
     started = time.monotonic()
-    compiled = lowered.compile(None if compiler_options is None else dict(compiler_options))
+    options = {**(compiler_options(mesh.devices.flat[0].platform) or {}), **(more_options or {})}
+    compiled = lowered.compile(options or None)
     return Program(compiled, time.monotonic() - started)
 
 
