@@ -55,7 +55,7 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:from_apply")
 def test_python_examples_run(base):
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     names = {}
     for block in BLOCKS:
         exec(block.replace("runs/grpo/model", base), names)

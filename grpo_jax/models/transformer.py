@@ -201,8 +201,8 @@ def build_model(
     Raises:
         ValueError: for another ``dtype``, a kernel that does not support this model, a ``remat`` that the devices do
             not support, or adapters that do not fit, as ``LoRA.check``; and by ``apply``, at trace time, if the mask
-            has another number of columns than the cache (than
-            tokens, without a cache), or the call more tokens than the cache has columns.
+            has another number of columns than the cache (than tokens, without a cache), or the call more tokens than
+            the cache has columns.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
@@ -231,15 +231,7 @@ def build_model(
         prefixes: Sequence[PrefixCache] = (),
         block_bounds: Sequence[int] = (),
     ) -> tuple[Float[Array, "B S D"], Cache]:
-        columns = token_ids.shape[1] if cache is None else cache[0]["values"].shape[2]
-        mask_columns = columns if mask is None else (mask.ids if isinstance(mask, Segments) else mask).shape[1]
-        if mask_columns != columns:
-            holder = "the call has tokens" if cache is None else "the cache"
-            raise ValueError(f"the mask must have as many columns as {holder}: {columns}, not {mask_columns}")
-        if isinstance(mask, Segments) and cache is not None:
-            raise ValueError("Segments are a mask of the call's own tokens: call without a cache")
-        if token_ids.shape[1] > columns:
-            raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
+        _check_columns(token_ids, mask, cache)
         stacked = params.get(STACKED, ())
         if stacked and (prefixes or not isinstance(start, int) or start):
             raise ValueError(
@@ -273,6 +265,18 @@ def build_model(
         packing=_best_packing(config, kernel),
         preparation=prepared,
     )
+
+
+def _check_columns(token_ids: Array, mask: Array | Segments | None, cache: Cache) -> None:
+    columns = token_ids.shape[1] if cache is None else cache[0]["values"].shape[2]
+    mask_columns = columns if mask is None else (mask.ids if isinstance(mask, Segments) else mask).shape[1]
+    if mask_columns != columns:
+        holder = "the call has tokens" if cache is None else "the cache"
+        raise ValueError(f"the mask must have as many columns as {holder}: {columns}, not {mask_columns}")
+    if isinstance(mask, Segments) and cache is not None:
+        raise ValueError("Segments are a mask of the call's own tokens: call without a cache")
+    if token_ids.shape[1] > columns:
+        raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
 
 
 def _unchanged(params: Params) -> Params:
