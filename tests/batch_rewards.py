@@ -50,3 +50,8 @@ async def delayed_length(prompts, completions):
         raise KeyError("no such thing")
     await asyncio.sleep({"hang": 60.0}.get(completion, 0.3))
     return [float(len(completion))]
+
+
+def brevity(completions, **kwargs):
+    """Differs among completions of a model that was taught nothing."""
+    return [-float(len(completion)) for completion in completions]

@@ -1,4 +1,4 @@
-"""LoRA adapters of a decoder: exact at zero, applied as merged, gradients by the chain rule, PEFT's layout, refusals."""
+"""LoRA adapters of a decoder: exact at zero, applied as merged, gradients by the chain rule, PEFT, refusals."""
 
 import json
 from dataclasses import replace
@@ -215,6 +215,7 @@ def test_targets_choose_matrices(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::FutureWarning")  # of PEFT's use of transformers
 @pytest.mark.parametrize("scalar_head", [False, True])
 def test_peft_loads_the_adapters(small, tmp_path, scalar_head):
     peft = pytest.importorskip("peft")

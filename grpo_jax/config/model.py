@@ -91,7 +91,7 @@ class ModelConfig:
         Raises:
             ValueError: they do not fit, as ``LoRA.check``.
         """
-        if lora.rank is not None and self.model == TOY:
+        if lora.is_used and self.model == TOY:
             lora.check(from_hf_config(self.toy.hf_config))
 
     def check_positions(self, length: int, name: str) -> None:

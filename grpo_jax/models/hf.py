@@ -94,7 +94,7 @@ def from_pretrained(
             embedding has rows; tensors that do not fit the config (one error lists all); a damaged file; no EOS id; or
             adapters that do not fit, before any weights are read.
     """
-    lora = None if lora is None or lora.rank is None else lora
+    lora = lora if lora is not None and lora.is_used else None
     param_dtype = jnp.float32 if param_dtype is None else param_dtype
     if param_dtype not in PARAM_DTYPES:
         raise ValueError(f"param_dtype must be float32, bfloat16 or float16, not {jnp.dtype(param_dtype).name}")

@@ -31,11 +31,7 @@ class LoRA:
     computation."""
 
     def __post_init__(self):
-        if self.rank is None:
-            if self.quantize is not None:
-                raise ValueError(f"lora.quantize is {self.quantize}, but lora.rank is not set; set it, too")
-            return
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; it must be at least 1; leave it out to train the whole model")
         if not self.alpha > 0:
             raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0")
@@ -46,6 +42,17 @@ class LoRA:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"lora.targets: {pattern!r} is not a regular expression: {error}") from error
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are adapters.
+
+        Raises:
+            ValueError: ``quantize`` is set without a rank. (Not when the object is made: flags are set one by one.)
+        """
+        if self.rank is None and self.quantize is not None:
+            raise ValueError(f"lora.quantize is {self.quantize}, but lora.rank is not set; set it, too")
+        return self.rank is not None
 
     @property
     def scale(self) -> float:

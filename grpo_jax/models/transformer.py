@@ -214,7 +214,7 @@ def build_model(
         scan_layers = device.platform != "cpu" or remat != "none"
     repetition = find_repetition(config) if scan_layers else None
     bound, prepared = _unchanged, preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None)
-    if lora is not None:
+    if lora is not None and lora.is_used:
         from grpo_jax.models.lora import bind, with_interception  # late: qwix is imported only where it is used
 
         module = with_interception(module, config, lora)
