@@ -151,13 +151,14 @@ def test_ppo_trains_its_critic_as_a_whole(small, tmp_path, critic):
 
 @pytest.mark.slow
 def test_grpo_on_a_mesh_as_on_one_device(small, tmp_path):
-    losses = []
+    norms = []
     for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)):
         settings = online(tmp_path / str(mesh.data), small) | {"mesh": mesh, "num_prompts": 8}
         config = GRPOConfig(**settings, policy=PolicyLossConfig(kl_coef=0.1))
         assert grpo.main(config) == 0
-        losses.append([row["kl"] for row in steps_of(config) if "kl" in row])
-    np.testing.assert_allclose(*losses, atol=1e-5)
+        norms.append([row["grad_norm"] for row in steps_of(config)])
+    assert all(norm > 0 for norm in norms[0])
+    np.testing.assert_allclose(*norms, rtol=1e-3)
     assert jax.device_count() == 8
 
 
