@@ -175,6 +175,8 @@ def test_the_flags_of_qlora_are_taken_together():
         (["--lora.rank", "65"], "--lora.rank is 65; it must be at most 64"),
         (["--lora.rank", "2", "--lora.targets", "q_proj"], "'q_proj' matches none of the matrices attention/q"),
         (["--lora.quantize", "int8"], "--lora.quantize is int8, but"),
+        (["--lora.alpha", "64"], "--lora.alpha is 64.0, but --lora.rank is not set"),
+        (["--lora.targets", "mlp/up", "mlp/down"], "--lora.targets is mlp/up mlp/down, but --lora.rank is not set"),
         (["--lora.rank", "2", "--lora.quantize", "int2"], "quantize is 'int2'; it must be"),
     ],
 )

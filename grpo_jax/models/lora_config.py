@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import tyro
@@ -48,10 +48,13 @@ class LoRA:
         """Whether there are adapters.
 
         Raises:
-            ValueError: ``quantize`` is set without a rank. (Not when the object is made: flags are set one by one.)
+            ValueError: another field is set without a rank. (Not when the object is made: flags are set one by one.)
         """
-        if self.rank is None and self.quantize is not None:
-            raise ValueError(f"lora.quantize is {self.quantize}, but lora.rank is not set; set it, too")
+        for field in fields(self) if self.rank is None else ():
+            value = getattr(self, field.name)
+            if value != field.default:
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                raise ValueError(f"lora.{field.name} is {shown}, but lora.rank is not set; set it, too")
         return self.rank is not None
 
     @property
