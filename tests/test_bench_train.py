@@ -87,6 +87,22 @@ def test_other_maxima_change_padding_only():
     assert found[0][1].size == 4 * 2
 
 
+def test_rows_that_are_not_packed_are_cut_except_those_of_the_comparison(result_of, monkeypatch):
+    columns = []
+
+    def make_update(config, model):
+        def update(state, batch):
+            columns.append((batch.prompt_ids.shape[1], batch.completion_ids.shape[1]))
+            return state, {}
+
+        return update
+
+    monkeypatch.setattr(bench, "make_update", make_update)
+    lengths = {"max_prompt_length": 128, "max_completion_length": 256, "actual_prompt_length": 3}
+    result_of(replace(TINY_STEP, **lengths, packing="none", actual_completion_length=2, against="padded"))
+    assert set(columns) == {(64, 64), (128, 256)}
+
+
 def test_long_tailed_lengths_have_the_mean_and_the_limit():
     config = bench.Config(num_prompts=500, lengths="long-tailed", max_completion_length=256)
     assert config.completion_lengths.mean() == pytest.approx(48, rel=0.1)

@@ -7,10 +7,10 @@ large matrix product. With ``--whole-step``, sampling and the reference's log-pr
 
 With ``--against`` another implementation does the same work in turns, and ratios of tokens per second are reported:
 ``padded`` is the update of rows padded to the maximum lengths, with blocks recomputed and micro-batches of 16,384
-tokens, as it was before rows were packed; ``maxima`` the same update with other maximum lengths,
-``trl`` is TRL's GRPOTrainer in a process of its own, whose completions are made as long as ours. Peak memory is that of
-the process (of the device, where it reports it) after two steps, before anything else runs in it. Compilation is timed
-without the persistent cache. Prints one JSON line.
+tokens, as it was before rows were cut and packed, but with the present output layer; ``maxima`` is the same update with
+other maximum lengths, ``trl`` TRL's GRPOTrainer in a process of its own, whose completions are made as long as ours.
+Peak memory is that of the process (of the device, where it reports it) after two steps, before anything else runs in
+it. Compilation is timed without the persistent cache. Prints one JSON line.
 
     python experiments/bench/train.py --lengths long-tailed --max-completion-length 256 --against padded
     python experiments/bench/train.py --lengths long-tailed --max-completion-length 256 --group-size 16 --against padded
@@ -45,6 +45,7 @@ from grpo_jax.config.memory import MICRO_BATCH_TOKENS
 from grpo_jax.config.online import CPU_PACKED_TOKENS
 from grpo_jax.config.run import require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.loop.batch_layout import cut
 from grpo_jax.loop.benchmark import SHAPES, Measured, Seconds, machine_limits, peak_memory, timed
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.trl_process import TrlProcess
@@ -74,7 +75,7 @@ class Config:
     """Precision of the computation; weights, gradients and optimizer moments are float32."""
     packing: Literal["none", "shared", "separate"] = "shared"
     """How the update lays out its rows: shared packs completions after one copy of their prompt, separate packs whole
-    sequences, none pads them to the maximum lengths."""
+    sequences, none pads them to a bucket of the longest."""
     micro_batch_tokens: int = CPU_PACKED_TOKENS
     """Tokens of a micro-batch of packed rows."""
     num_prompts: int = 8
@@ -203,7 +204,7 @@ def main(config: Config) -> None:
         if config.against == "trl":
             other = stack.enter_context(trl_process(config, hf_config, params))
         elif config.against is not None:
-            other = JaxStep(counterpart(config), decoder, params)
+            other = JaxStep(counterpart(config), decoder, params, cuts_padding=config.against != "padded")
         if other is not None:
             other(first.lengths)
         for _ in range(config.repeats):
@@ -287,10 +288,11 @@ def make_update(config: Config, model: Model) -> Update:
 
 
 class JaxStep:
-    """A step of this package."""
+    """A step of this package; ``cuts_padding`` is of rows that are not packed."""
 
-    def __init__(self, config: Config, decoder: DecoderConfig, params: Params):
+    def __init__(self, config: Config, decoder: DecoderConfig, params: Params, *, cuts_padding: bool = True):
         self.config = config
+        self.cuts_padding = cuts_padding
         model = build_model(decoder, dtype=jnp.dtype(config.dtype).type, remat=config.remat, attention="auto")
         optimizer, _ = config.optimizer.build(total_updates=1_000_000)
         mesh = make_mesh(devices=jax.devices()[:1])
@@ -337,7 +339,7 @@ class JaxStep:
     def laid_out(self, sequences: Any) -> Any:
         """Sequences as the update takes them."""
         if self.config.packing == "none":
-            return sequences
+            return cut(sequences) if self.cuts_padding else sequences
         return pack(sequences, self.config.packing, micro_batch_tokens=self.config.micro_batch_tokens)
 
 
