@@ -2,8 +2,8 @@
 
 Weights are random. Completions all have the maximum length, or geometric lengths (``--lengths long-tailed``), or
 ``--actual-completion-length``. Useful tokens are those of prompts and completions without padding, each prompt once for
-each of its completions. MFU is ``models.training_flops`` of the update over its best time and the measured rate of a
-large matrix product. With ``--whole-step``, sampling and the reference's log-probabilities come before the update.
+each of its completions. MFU is the model FLOPs of the update (a prompt that packed rows share counts once) over its
+best time and the best measured rate of a large matrix product. With ``--whole-step``, sampling and the reference's log-probabilities come before the update.
 
 With ``--against`` another implementation does the same work in turns, and ratios of tokens per second are reported:
 ``padded`` is the update of rows padded to the maximum lengths, with blocks recomputed and micro-batches of 16,384
@@ -46,10 +46,10 @@ from grpo_jax.config.online import CPU_PACKED_TOKENS
 from grpo_jax.config.run import require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.loop.batch_layout import cut
-from grpo_jax.loop.benchmark import SHAPES, Measured, Seconds, machine_limits, peak_memory, timed
+from grpo_jax.loop.benchmark import SHAPES, Measured, Seconds, machine_limits, peak_memory, timed, update_flops
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.trl_process import TrlProcess
-from grpo_jax.models import build_model, from_hf_config, init_params, training_flops
+from grpo_jax.models import build_model, from_hf_config, init_params
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.remat import Remat
 from grpo_jax.rollout import Sampler
@@ -199,6 +199,7 @@ def main(config: Config) -> None:
     peak_bytes = peak_memory()
     measured: list[Measured] = []
     others: list[Measured] = []
+    peak_rate = 0.0
     with contextlib.ExitStack() as stack:
         other = None
         if config.against == "trl":
@@ -211,10 +212,12 @@ def main(config: Config) -> None:
             measured.append(ours())
             if other is not None:
                 others.append(other(measured[-1].lengths))
+            # In every turn: other processes slow a single measurement by up to a half, which would raise the MFU.
+            peak_rate = max(peak_rate, machine_limits(jnp.dtype(config.dtype).type)[0])
     if config.against == "trl" and not config.whole_step:
         others = [Measured({"update": each.phases["update"]}, each.lengths) for each in others]
-    peak_rate, _ = machine_limits(jnp.dtype(config.dtype).type)
-    flops = training_flops(decoder, np.repeat(config.prompt_lengths, config.group_size), measured[-1].lengths)
+    is_shared = config.packing == "shared"
+    flops = update_flops(decoder, config.prompt_lengths, measured[-1].lengths, prompts_are_shared=is_shared)
     ours_summary = summary(config, measured)
     result = {
         "bench": "train",
