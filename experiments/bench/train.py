@@ -3,7 +3,8 @@
 Weights are random. Completions all have the maximum length, or geometric lengths (``--lengths long-tailed``), or
 ``--actual-completion-length``. Useful tokens are those of prompts and completions without padding, each prompt once for
 each of its completions. MFU is the model FLOPs of the update (a prompt that packed rows share counts once) over its
-best time and the best measured rate of a large matrix product. With ``--whole-step``, sampling and the reference's log-probabilities come before the update.
+best time and the best measured rate of a large matrix product. With ``--whole-step``, sampling and the reference's
+log-probabilities come before the update.
 
 With ``--against`` another implementation does the same work in turns, and ratios of tokens per second are reported:
 ``padded`` is the update of rows padded to the maximum lengths, with blocks recomputed and micro-batches of 16,384
