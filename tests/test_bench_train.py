@@ -13,8 +13,9 @@ import pytest
 from experiments.bench import train as bench
 from grpo_jax.config.training import PolicyLossConfig
 from grpo_jax.loop import trl_process, trl_worker
+from grpo_jax.loop.benchmark import update_flops
 from grpo_jax.loop.trl_process import TrlProcess
-from grpo_jax.models import from_hf_config, init_params
+from grpo_jax.models import from_hf_config, init_params, training_flops
 from grpo_jax.types import Prompts
 from tests.conftest import TINY
 
@@ -85,6 +86,39 @@ def test_other_maxima_change_padding_only():
     chex.assert_trees_all_equal(*found)
     assert found[0][0].size == 4 * 3
     assert found[0][1].size == 4 * 2
+
+
+def test_rows_that_are_not_packed_are_cut_except_those_of_the_comparison(result_of, monkeypatch):
+    columns = []
+
+    def make_update(config, model):
+        def update(state, batch):
+            columns.append((batch.prompt_ids.shape[1], batch.completion_ids.shape[1]))
+            return state, {}
+
+        return update
+
+    monkeypatch.setattr(bench, "make_update", make_update)
+    lengths = {"max_prompt_length": 128, "max_completion_length": 256, "actual_prompt_length": 3}
+    result_of(replace(TINY_STEP, **lengths, packing="none", actual_completion_length=2, against="padded"))
+    assert set(columns) == {(64, 64), (128, 256)}
+
+
+def test_a_shared_prompt_counts_once():
+    decoder = from_hf_config(TINY)
+    prompts, lengths = np.array([5, 3]), np.array([2, 7, 4, 1])
+
+    def flops(is_shared):
+        return update_flops(decoder, prompts, lengths, prompts_are_shared=is_shared)
+
+    assert flops(False) == training_flops(decoder, np.array([5, 5, 3, 3]), lengths)
+    # By hand: two groups of two, so that the first 4 and 2 tokens of the prompts are saved once each.
+    body = training_flops(decoder, np.array([1]), np.array([0])) - 12 * decoder.num_heads * decoder.head_dim * (
+        decoder.num_layers
+    )
+    pairs = 4 * 5 / 2 + 2 * 3 / 2
+    saved = 6 * body + 12 * decoder.num_heads * decoder.head_dim * decoder.num_layers * pairs
+    assert flops(False) - flops(True) == pytest.approx(saved)
 
 
 def test_long_tailed_lengths_have_the_mean_and_the_limit():

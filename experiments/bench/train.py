@@ -2,15 +2,16 @@
 
 Weights are random. Completions all have the maximum length, or geometric lengths (``--lengths long-tailed``), or
 ``--actual-completion-length``. Useful tokens are those of prompts and completions without padding, each prompt once for
-each of its completions. MFU is ``models.training_flops`` of the update over its best time and the measured rate of a
-large matrix product. With ``--whole-step``, sampling and the reference's log-probabilities come before the update.
+each of its completions. MFU is the model FLOPs of the update (a prompt that packed rows share counts once) over its
+best time and the best measured rate of a large matrix product. With ``--whole-step``, sampling and the reference's
+log-probabilities come before the update.
 
 With ``--against`` another implementation does the same work in turns, and ratios of tokens per second are reported:
 ``padded`` is the update of rows padded to the maximum lengths, with blocks recomputed and micro-batches of 16,384
-tokens, as it was before rows were packed; ``maxima`` the same update with other maximum lengths,
-``trl`` is TRL's GRPOTrainer in a process of its own, whose completions are made as long as ours. Peak memory is that of
-the process (of the device, where it reports it) after two steps, before anything else runs in it. Compilation is timed
-without the persistent cache. Prints one JSON line.
+tokens, as it was before rows were cut and packed, but with the present output layer; ``maxima`` is the same update with
+other maximum lengths, ``trl`` TRL's GRPOTrainer in a process of its own, whose completions are made as long as ours.
+Peak memory is that of the process (of the device, where it reports it) after two steps, before anything else runs in
+it. Compilation is timed without the persistent cache. Prints one JSON line.
 
     python experiments/bench/train.py --lengths long-tailed --max-completion-length 256 --against padded
     python experiments/bench/train.py --lengths long-tailed --max-completion-length 256 --group-size 16 --against padded
@@ -45,10 +46,11 @@ from grpo_jax.config.memory import MICRO_BATCH_TOKENS
 from grpo_jax.config.online import CPU_PACKED_TOKENS
 from grpo_jax.config.run import require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
-from grpo_jax.loop.benchmark import SHAPES, Measured, Seconds, machine_limits, peak_memory, timed
+from grpo_jax.loop.batch_layout import cut
+from grpo_jax.loop.benchmark import SHAPES, Measured, Seconds, machine_limits, peak_memory, timed, update_flops
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.trl_process import TrlProcess
-from grpo_jax.models import build_model, from_hf_config, init_params, training_flops
+from grpo_jax.models import build_model, from_hf_config, init_params
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.remat import Remat
 from grpo_jax.rollout import Sampler
@@ -74,7 +76,7 @@ class Config:
     """Precision of the computation; weights, gradients and optimizer moments are float32."""
     packing: Literal["none", "shared", "separate"] = "shared"
     """How the update lays out its rows: shared packs completions after one copy of their prompt, separate packs whole
-    sequences, none pads them to the maximum lengths."""
+    sequences, none pads them to a bucket of the longest."""
     micro_batch_tokens: int = CPU_PACKED_TOKENS
     """Tokens of a micro-batch of packed rows."""
     num_prompts: int = 8
@@ -198,22 +200,25 @@ def main(config: Config) -> None:
     peak_bytes = peak_memory()
     measured: list[Measured] = []
     others: list[Measured] = []
+    peak_rate = 0.0
     with contextlib.ExitStack() as stack:
         other = None
         if config.against == "trl":
             other = stack.enter_context(trl_process(config, hf_config, params))
         elif config.against is not None:
-            other = JaxStep(counterpart(config), decoder, params)
+            other = JaxStep(counterpart(config), decoder, params, cuts_padding=config.against != "padded")
         if other is not None:
             other(first.lengths)
         for _ in range(config.repeats):
             measured.append(ours())
             if other is not None:
                 others.append(other(measured[-1].lengths))
+            # In every turn: other processes slow a single measurement by up to a half, which would raise the MFU.
+            peak_rate = max(peak_rate, machine_limits(jnp.dtype(config.dtype).type)[0])
     if config.against == "trl" and not config.whole_step:
         others = [Measured({"update": each.phases["update"]}, each.lengths) for each in others]
-    peak_rate, _ = machine_limits(jnp.dtype(config.dtype).type)
-    flops = training_flops(decoder, np.repeat(config.prompt_lengths, config.group_size), measured[-1].lengths)
+    is_shared = config.packing == "shared"
+    flops = update_flops(decoder, config.prompt_lengths, measured[-1].lengths, prompts_are_shared=is_shared)
     ours_summary = summary(config, measured)
     result = {
         "bench": "train",
@@ -287,10 +292,11 @@ def make_update(config: Config, model: Model) -> Update:
 
 
 class JaxStep:
-    """A step of this package."""
+    """A step of this package; ``cuts_padding`` is of rows that are not packed."""
 
-    def __init__(self, config: Config, decoder: DecoderConfig, params: Params):
+    def __init__(self, config: Config, decoder: DecoderConfig, params: Params, *, cuts_padding: bool = True):
         self.config = config
+        self.cuts_padding = cuts_padding
         model = build_model(decoder, dtype=jnp.dtype(config.dtype).type, remat=config.remat, attention="auto")
         optimizer, _ = config.optimizer.build(total_updates=1_000_000)
         mesh = make_mesh(devices=jax.devices()[:1])
@@ -337,7 +343,7 @@ class JaxStep:
     def laid_out(self, sequences: Any) -> Any:
         """Sequences as the update takes them."""
         if self.config.packing == "none":
-            return sequences
+            return cut(sequences) if self.cuts_padding else sequences
         return pack(sequences, self.config.packing, micro_batch_tokens=self.config.micro_batch_tokens)
 
 
