@@ -47,6 +47,7 @@ from grpo_jax.loop.setup import (
     make_sampler,
     model_facts,
     rollout_layout,
+    sample_all,
     start_model,
 )
 from grpo_jax.loss import dpo_loss
@@ -130,7 +131,7 @@ def train(config: DPOConfig, run: Run) -> None:
             }
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = sampler(layout.reshard(params), prompts.padded(range(len(prompts))), key)
+                rollout = sample_all(sampler, layout.reshard(params), prompts, key, group_size=config.eval_samples)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 phase.update(len(held_out_pairs) + len(prompts))
                 metrics["eval/mean_length"] = float(np.asarray(rollout.completion_mask.sum(1)).mean())

@@ -41,6 +41,7 @@ from grpo_jax.loop.setup import (
     make_sampler,
     model_facts,
     rollout_layout,
+    sample_all,
     start_model,
 )
 from grpo_jax.loss import supervised_loss
@@ -98,7 +99,7 @@ def train(config: SFTConfig, run: Run) -> None:
             metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = sampler(layout.reshard(params), prompts.padded(range(len(prompts))), key)
+                rollout = sample_all(sampler, layout.reshard(params), prompts, key, group_size=config.eval_samples)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 lengths = np.asarray(rollout.completion_mask.sum(1))
                 metrics |= grade(prompts, completions, lengths, config.eval_samples)

@@ -9,13 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from grpo_jax import models
 from grpo_jax.config.memory import choose_rollout_tensor
 from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, PolicyConfig
 from grpo_jax.config.offline import OfflineConfig
 from grpo_jax.config.online import OnlineConfig
+from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
@@ -25,7 +28,7 @@ from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, roll
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER, ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
 from grpo_jax.train import trainable_part
-from grpo_jax.types import Model, Params
+from grpo_jax.types import Model, Params, Rollout
 
 
 def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
@@ -187,6 +190,25 @@ def make_sampler(config: PolicyConfig, policy: models.Pretrained, layout: Rollou
         cache_dtype=config.cache_dtype,
         mesh=layout.mesh,
     )
+
+
+def sample_all(sampler: Sampler, params: Params, problems: EncodedProblems, key: Array, *, group_size: int) -> Rollout:
+    """Completions of all problems, also where their number does not divide over the devices: the last is repeated.
+
+    Args:
+        sampler: of the policy.
+        params: in the sampler's layout.
+        problems: at least one.
+        key: random key.
+        group_size: of the sampler.
+    """
+    count, devices = len(problems), jax.device_count()
+    more = next(n for n in range(devices) if (count + n) * group_size % devices == 0)
+    prompts = problems.padded([*range(count), *[count - 1] * more])
+    index = np.asarray(prompts.index)
+    index = np.concatenate([index[:count], index.max() + 1 + np.arange(more, dtype=index.dtype)])
+    rollout = sampler(params, replace(prompts, index=jnp.asarray(index)), key)
+    return jax.tree.map(lambda x: x[: count * group_size], rollout) if more else rollout
 
 
 def checked_model(model: models.Pretrained, name: str, *, scalar_head: bool = False) -> models.Pretrained:
