@@ -204,10 +204,12 @@ def sample_all(sampler: Sampler, params: Params, problems: EncodedProblems, key:
     """
     count, devices = len(problems), jax.device_count()
     more = next(n for n in range(devices) if (count + n) * group_size % devices == 0)
-    prompts = problems.padded([*range(count), *[count - 1] * more])
-    index = np.asarray(prompts.index)
-    index = np.concatenate([index[:count], index.max() + 1 + np.arange(more, dtype=index.dtype)])
-    rollout = sampler(params, replace(prompts, index=jnp.asarray(index)), key)
+    prompts = problems.padded(range(count))
+    if more:
+        repeated = jax.tree.map(lambda x: np.pad(np.asarray(x), [(0, more)] + [(0, 0)] * (x.ndim - 1), "edge"), prompts)
+        repeated.index[count:] = repeated.index[:count].max() + 1 + np.arange(more)
+        prompts = jax.tree.map(jnp.asarray, repeated)
+    rollout = sampler(params, prompts, key)
     return jax.tree.map(lambda x: x[: count * group_size], rollout) if more else rollout
 
 
