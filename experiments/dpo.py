@@ -131,7 +131,7 @@ def train(config: DPOConfig, run: Run) -> None:
             }
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = sample_all(sampler, layout.reshard(params), prompts, key, group_size=config.eval_samples)
+                rollout = sample_all(sampler, layout.reshard(params), prompts, key)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 phase.update(len(held_out_pairs) + len(prompts))
                 metrics["eval/mean_length"] = float(np.asarray(rollout.completion_mask.sum(1)).mean())

@@ -99,7 +99,7 @@ def train(config: SFTConfig, run: Run) -> None:
             metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = sample_all(sampler, layout.reshard(params), prompts, key, group_size=config.eval_samples)
+                rollout = sample_all(sampler, layout.reshard(params), prompts, key)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 lengths = np.asarray(rollout.completion_mask.sum(1))
                 metrics |= grade(prompts, completions, lengths, config.eval_samples)

@@ -22,6 +22,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 Scalar = float | Float[Array, ""]
+CHUNK_SIZE = 1024
+"""Tokens on a device whose logits exist at a time."""
 
 
 def output_logits(
@@ -91,7 +93,7 @@ def chunked_log_probs(
     *,
     temperature: Scalar = 1.0,
     logit_softcap: float | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
     mask: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability and entropy of each token from hidden states, one chunk of tokens at a time.
@@ -139,15 +141,19 @@ class ChunkedHead:
     Attributes:
         chunk_size: tokens of a chunk on a device.
         logit_softcap: as in ``output_logits``.
+        min_chunks: more than 1 for narrow chunks, of which a mask may leave many out.
         vocab_axes: mesh axes over which the rows of the head are sharded.
         row_axis: the one of them over which the sequences are sharded too.
+        batch_axes: all mesh axes over which the sequences are sharded.
         vocab_size: V, if the head has more rows, of padding.
     """
 
     chunk_size: int
     logit_softcap: float | None = None
+    min_chunks: int = 1
     vocab_axes: tuple[str, ...] = ()
     row_axis: str | None = None
+    batch_axes: tuple[str, ...] = ()
     vocab_size: int | None = None
 
     def forward(self, hidden: Array, head: Array | None, token_ids: Array, mask: Array | None, temperature: Any):
@@ -182,7 +188,7 @@ class ChunkedHead:
             out = self._where_wanted(is_wanted, lambda: score(_flat(states), ids.reshape(-1)), (nothing,) * 3)
             return None, tuple(x.reshape(ids.shape) for x in out)
 
-        chunks = tuple(self._split(x) for x in (hidden, token_ids, mask))
+        chunks = self._split(hidden, token_ids, mask)
         _, outputs = jax.lax.scan(score_chunk, None, chunks)
         return tuple(_join(x, hidden.shape[1]) for x in outputs)
 
@@ -248,26 +254,28 @@ class ChunkedHead:
             None if head is None else jnp.zeros(head.shape, jnp.float32),
             jnp.float32(0) if for_temperature else None,
         )
-        chunks = (hidden, token_ids, log_normalizers, entropies, log_prob_grads, entropy_grads, mask)
-        totals, of_states = jax.lax.scan(add_chunk, totals, tuple(self._split(x) for x in chunks))
+        chunks = self._split(hidden, token_ids, log_normalizers, entropies, log_prob_grads, entropy_grads, mask)
+        totals, of_states = jax.lax.scan(add_chunk, totals, chunks)
         return HeadGradients(_join(of_states, hidden.shape[1]), *totals)
 
-    def _split(self, x: Array | None) -> Array | None:
-        """``[B, T, ...] -> [chunks, B, width, ...]``, padded with zeros."""
-        if x is None:
-            return None
-        B, T = x.shape[:2]
-        width = min(T, max(1, self.chunk_size // B))
+    def _split(self, hidden: Array, *others: Array | None) -> tuple[Array | None, ...]:
+        """``[B, T, ...] -> [chunks, B, width, ...]`` of each array, padded with zeros."""
+        B, T = hidden.shape[:2]
+        width = min(-(-T // self.min_chunks), max(1, self.chunk_size // B))
         num_chunks = -(-T // width)
-        padded = jnp.pad(x, [(0, 0), (0, num_chunks * width - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(B, num_chunks, width, *x.shape[2:]), 1, 0)
+
+        def split(x: Array) -> Array:
+            padded = jnp.pad(x, [(0, 0), (0, num_chunks * width - T)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.moveaxis(padded.reshape(B, num_chunks, width, *x.shape[2:]), 1, 0)
+
+        return tuple(None if x is None else split(x) for x in (hidden, *others))
 
     def _where_wanted(self, is_wanted: Array | None, compute: Callable[[], Any], otherwise: Any) -> Any:
         if is_wanted is None:
             return compute()
         found = is_wanted.any()
-        if self.row_axis is not None:  # where one device computes a chunk, those that it exchanges with must
-            found = jax.lax.pmax(found.astype(jnp.int32), self.row_axis) > 0
+        if self.batch_axes:  # all devices take the same branch, since it exchanges arrays
+            found = jax.lax.pmax(found.astype(jnp.int32), self.batch_axes) > 0
         return jax.lax.cond(found, compute, lambda: otherwise)
 
     def _logits(self, states: Array, head: Array | None) -> tuple[Array, Array]:

@@ -71,8 +71,8 @@ class Preparation:
         prepare: ``params -> params`` in the compute dtype and layout, which ``Model.apply`` and ``Model.head`` accept
             too. A step does it once, so that micro-batches and layers share one copy. With stacked layers ``apply``
             takes whole sequences only (``start`` 0, no prefixes), and returns None in place of the cache.
-        constrain: prepared parameters, or a tree of their form, with the shardings of the parameters; gradients through
-            it are sharded likewise as soon as they are computed.
+        constrain: sharding constraints on prepared parameters, or on a tree of their form; their gradients are
+            constrained too.
         restore: a tree of the form of prepared parameters, such as gradients of any dtype, in the form of ``params``.
     """
 
@@ -111,8 +111,9 @@ class Model:
             accepts in place of positions. Decoding computes them for several steps at once.
         head: ``params -> [V, D]``, the output embedding; ``[1, D]`` for a reward model. None in its place if ``hidden``
             are the logits themselves, D = V.
-        token_scores: ``(params, hidden [B, T, D], token_ids [B, T], *, temperature, chunk_size, mask) ->
-            (log-probabilities [B, T], entropies [B, T])``, as ``log_probs.chunked_log_probs`` of ``head(params)``.
+        token_scores: ``(params, hidden [B, T, D], token_ids [B, T], *, temperature, chunk_size, mask, min_chunks) ->
+            (log-probabilities [B, T], entropies [B, T])``, as ``log_probs.chunked_log_probs`` of ``head(params)``;
+            ``chunk_size`` counts tokens on a device, ``min_chunks`` is as in ``log_probs.ChunkedHead``.
         init_cache: ``(batch, length, dtype) -> cache`` of zeros. ``dtype`` None is the model's compute dtype; a coarser
             one rounds keys and values when they are written, and attention reads the rounded values.
         first_columns: ``(cache, length) -> cache`` with the first ``length`` columns.

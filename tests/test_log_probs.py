@@ -13,7 +13,8 @@ from hypothesis import given
 from jax.sharding import NamedSharding, PartitionSpec
 from oracle import f32, f64
 
-from grpo_jax.log_probs import chunked_log_probs, output_logits, token_entropy, token_log_probs
+from grpo_jax.log_probs import ChunkedHead, chunked_log_probs, output_logits, token_entropy, token_log_probs
+from grpo_jax.log_probs import scored as scored_by
 
 B, T, D, V = 3, 5, 4, 7
 
@@ -406,6 +407,15 @@ def test_chunks_without_a_wanted_token_are_skipped_forward_and_backward():
         np.testing.assert_allclose(ours[mask], theirs[mask], rtol=1e-5)
         np.testing.assert_array_equal(ours[:, 2:4], 0)
     chex.assert_trees_all_close(grads, wanted_grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("chunk_size", "min_chunks", "length"), [(1024, 8, 7), (4, 8, 10), (1024, 1, 1)])
+def test_chunks_are_no_wider_than_a_share_of_the_columns(chunk_size, min_chunks, length):
+    """Of 20 columns an eighth, rounded up, are 3; a chunk of 4 tokens of 2 sequences has 2."""
+    arrays = jnp.ones((2, 20, D)), jnp.ones((V, D)), jnp.zeros((2, 20), jnp.int32), None
+    method = ChunkedHead(chunk_size, min_chunks=min_chunks)
+    (scan,) = equations(lambda *args: scored_by(method, *args, 1.0), "scan", *arrays)
+    assert scan.params["length"] == length
 
 
 def test_a_mask_of_false_scores_nothing():

@@ -64,6 +64,15 @@ def test_a_head_over_devices_scores_as_on_one(sizes, vocab, softcap, chunk_size,
         np.testing.assert_allclose(np.asarray(ours)[wanted_tokens], np.asarray(theirs)[wanted_tokens], rtol=1e-5)
 
 
+def test_rows_that_do_not_divide_are_scored_with_a_warning():
+    mesh = make_mesh(data=2, fsdp=4)
+    hidden, head, ids, *_ = problem()
+    scores = make_token_scores(lambda head: head, logit_softcap=None, mesh=mesh)
+    with pytest.warns(UserWarning, match="6 rows do not divide over data x fsdp = 8 devices"):
+        found, _ = scores(head, hidden[:6], ids[:6])
+    np.testing.assert_allclose(found, chunked_log_probs(hidden[:6], head, ids[:6])[0], rtol=1e-6)
+
+
 def test_the_heads_gradient_is_summed_over_devices_in_float32():
     """The gradients of 8 devices, 1 and then 2**-9 seven times: in bfloat16 the sum of the two largest would be 1."""
     mesh = make_mesh(data=8)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.sharding import device_bytes, divisors
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ USABLE = 0.9
 """Share of a device's memory that is planned for; the rest is lost between arrays."""
 CACHE = 0.2
 """Share that the KV cache has by default (``rollout.buckets.default_cache_bytes``)."""
-HEAD_CHUNK = 1024
-"""Tokens whose logits exist at a time."""
+QUANTIZED_BYTES = {"int8": 1, "int4": 0.5, "nf4": 0.5}
+"""Of a frozen weight, without its scale."""
 LANES = 128
 """Columns of a tile of a TPU."""
 Axes = Mapping[str, int]
@@ -90,11 +91,14 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     shapes, dtype = param_shapes(decoder), config.compute_dtype
     count, itemsize = sum(leaf.size for leaf in jax.tree.leaves(shapes)), jnp.dtype(dtype).itemsize
     moments = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
-    has_adapters, trained = config.lora.rank is not None, count
+    has_adapters, trained, rollout = config.lora.rank is not None, count, itemsize * count
     if has_adapters:
-        trained = config.lora.rank * decoder.num_layers * sum(map(sum, config.lora.matrices(decoder).values()))
-    # The rest is frozen, in the precision of the computation: the sampler's weights too, and the reference's.
-    frozen = itemsize * count if has_adapters else 0
+        sizes = config.lora.matrices(decoder).values()
+        trained = config.lora.rank * decoder.num_layers * sum(map(sum, sizes))
+        quantized = decoder.num_layers * sum(inputs * outputs for inputs, outputs in sizes)
+        rollout -= int(quantized * (itemsize - QUANTIZED_BYTES.get(config.lora.quantize, itemsize)))
+    # The rest is frozen, as the sampler and the reference compute with it.
+    frozen = rollout if has_adapters else 0
     of_each = 4 + sum(leaf.size * leaf.dtype.itemsize for leaf in moments) / count
     gradients = jnp.dtype(config.optimizer.gradient_dtype).itemsize * trained
     prepared = 0 if has_adapters else (1 + (itemsize < 4)) * itemsize * count
@@ -102,8 +106,8 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     attention = resolve_attention(config.attention, decoder, dtype, kind, axes["tensor"])
     return Reckoning(
         state=config.trained_models * (int(of_each * trained) + frozen) + config.has_reference * itemsize * trained,
-        update=gradients + prepared + 12 * HEAD_CHUNK * decoder.vocab_size,
-        rollout=itemsize * count,
+        update=gradients + prepared + 12 * CHUNK_SIZE * decoder.vocab_size,
+        rollout=rollout,
         token=activation_bytes(
             decoder,
             length=config.prompt_length + config.completion_length,

@@ -42,8 +42,8 @@ class ModelConfig:
     """Precision of the computation; parameters and optimizer state are float32. auto: bfloat16 on a GPU or TPU, float32
     on a CPU."""
     remat: Remat = "block"
-    """Activations in the backward pass (gradient checkpointing). none: all stored; block: recomputed from the input of
-    each block; offload: likewise, with these inputs in the host's memory."""
+    """Gradient checkpointing. none: store all activations; block: store each block's input and recompute the rest in
+    the backward pass; offload: as block, with these inputs in the host's memory."""
     attention: AttentionName = "auto"
     """Attention kernel for whole sequences. auto: in bfloat16 cuDNN on a GPU and splash attention on a TPU, where they
     support the model; otherwise plain."""

@@ -257,7 +257,7 @@ def _operands(each: Instruction, program: Computation) -> list[Instruction]:
 
 
 def _collective_bytes(each: Instruction, program: Computation) -> float:
-    """What a collective gathers (its result), or scatters and sums (its operands)."""
+    """Bytes of a collective: of its result if it gathers, else of its operands."""
     gathers = each.opcode.startswith(("all-gather", "collective-broadcast"))
     given = sum((operand.size for operand in _operands(each, program)), 0.0)
     return each.size - given * each.opcode.endswith("-start") if gathers else given

@@ -192,7 +192,7 @@ def make_sampler(config: PolicyConfig, policy: models.Pretrained, layout: Rollou
     )
 
 
-def sample_all(sampler: Sampler, params: Params, problems: EncodedProblems, key: Array, *, group_size: int) -> Rollout:
+def sample_all(sampler: Sampler, params: Params, problems: EncodedProblems, key: Array) -> Rollout:
     """Completions of all problems, also where their number does not divide over the devices: the last is repeated.
 
     Args:
@@ -200,9 +200,8 @@ def sample_all(sampler: Sampler, params: Params, problems: EncodedProblems, key:
         params: in the sampler's layout.
         problems: at least one.
         key: random key.
-        group_size: of the sampler.
     """
-    count, devices = len(problems), jax.device_count()
+    count, group_size, devices = len(problems), sampler.limits.group_size, sampler.limits.devices
     more = next(n for n in range(devices) if (count + n) * group_size % devices == 0)
     prompts = problems.padded(range(count))
     if more:

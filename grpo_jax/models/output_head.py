@@ -8,6 +8,7 @@ gradient is accumulated where they are.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.log_probs import ChunkedHead, HeadGradients, scored
+from grpo_jax.log_probs import CHUNK_SIZE, ChunkedHead, HeadGradients, scored
 from grpo_jax.sharding import BATCH
 from grpo_jax.types import Params
 
@@ -46,14 +47,21 @@ def make_token_scores(
         token_ids: Int[Array, "B T"],
         *,
         temperature: Scalar = 1.0,
-        chunk_size: int = 1024,
+        chunk_size: int = CHUNK_SIZE,
         mask: Bool[Array, "B T"] | None = None,
+        min_chunks: int = 1,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         table = head(params)
-        method: Any = ChunkedHead(chunk_size, logit_softcap)
-        # Rows that do not divide over the devices are on each of them.
-        if table is not None and mesh is not None and mesh.size > 1 and hidden.shape[0] % _num_row_shards(mesh) == 0:
-            method = ShardedHead(chunk_size, logit_softcap, mesh)
+        method: Any = ChunkedHead(chunk_size, logit_softcap, min_chunks)
+        if table is not None and mesh is not None and mesh.size > 1:
+            if hidden.shape[0] % _num_row_shards(mesh) == 0:
+                method = ShardedHead(chunk_size, logit_softcap, min_chunks, mesh)
+            else:
+                warnings.warn(
+                    f"{hidden.shape[0]} rows do not divide over data x fsdp = {_num_row_shards(mesh)} devices: logits "
+                    "are exchanged between them in every chunk",
+                    stacklevel=2,
+                )
         return scored(method, hidden, table, token_ids, mask, temperature)
 
     return token_scores
@@ -66,11 +74,13 @@ class ShardedHead:
     Attributes:
         chunk_size: tokens of a chunk on a device.
         logit_softcap: as in ``log_probs.output_logits``.
+        min_chunks: as in ``ChunkedHead``.
         mesh: the devices.
     """
 
     chunk_size: int
     logit_softcap: float | None
+    min_chunks: int
     mesh: Mesh
 
     def forward(self, hidden: Array, head: Array, token_ids: Array, mask: Array | None, temperature: Any):
@@ -126,8 +136,10 @@ class ShardedHead:
         return ChunkedHead(
             self.chunk_size,
             self.logit_softcap,
+            self.min_chunks,
             vocab_axes=VOCAB_AXES,
             row_axis="fsdp",
+            batch_axes=("data", "fsdp"),
             vocab_size=rows if rows % self._parts else None,
         )
 

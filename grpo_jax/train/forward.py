@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.masked import last_unmasked, positions
 from grpo_jax.train.packing import by_sequence
 from grpo_jax.types import Batch, Model, Packed, PackedRows, Pairs, Params, Rollout, cache_columns
 
 CHUNKS_OF_PACKED_ROWS = 8
+"""Fewest chunks of logits: targets come first in a packed row, and chunks without any are skipped."""
 Tokens = Float[Array, "B T"]
 Scalar = float | Float[Array, ""]
 
@@ -59,8 +61,6 @@ class _Predicting(NamedTuple):
 
     def token_scores(self, model: Model, params: Params, *, temperature: Scalar, chunk_size: int):
         """Log-probabilities and entropies [B, T]."""
-        if self.rows is not None:  # in chunks so small that few of the last ones have targets
-            chunk_size = min(chunk_size, max(1, self.target_ids.size // CHUNKS_OF_PACKED_ROWS))
         log_probs, entropy = model.token_scores(
             params,
             self.states,
@@ -68,6 +68,7 @@ class _Predicting(NamedTuple):
             temperature=temperature,
             chunk_size=chunk_size,
             mask=self.target_mask,
+            min_chunks=1 if self.rows is None else CHUNKS_OF_PACKED_ROWS,
         )
         return self.per_sequence(log_probs), self.per_sequence(entropy)
 
@@ -91,7 +92,7 @@ def completion_log_probs(
     sequences: Sequences,
     *,
     temperature: Scalar = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tokens, Tokens]:
     """Log-probability and entropy (nats) of each completion token given the tokens before it.
 
@@ -137,7 +138,7 @@ def policy_and_values(
     sequences: Sequences,
     *,
     temperature: Scalar = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
     shares_trunk: bool = True,
 ) -> tuple[Tokens, Tokens, Tokens]:
     """Log-probabilities, entropies and values of completion tokens in one forward pass.
@@ -159,7 +160,9 @@ def policy_and_values(
     return log_probs, entropy, predicting.per_sequence(values)
 
 
-def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: int = 1024) -> Float[Array, "B 2 T"]:
+def pair_log_probs(
+    model: Model, params: Params, pairs: Pairs, *, chunk_size: int = CHUNK_SIZE
+) -> Float[Array, "B 2 T"]:
     """Log-probability of each token of both completions of each pair.
 
     Args:
@@ -173,7 +176,7 @@ def pair_log_probs(model: Model, params: Params, pairs: Pairs, *, chunk_size: in
     return log_probs.reshape(-1, 2, T)
 
 
-def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size: int = 1024) -> Tokens:
+def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size: int = CHUNK_SIZE) -> Tokens:
     """Log-probability of each token given those before it in its own sequence; 0 in the first column.
 
     Finite but meaningless at the first token of a sequence and in padding.

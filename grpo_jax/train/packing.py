@@ -25,7 +25,7 @@ from grpo_jax.types import Batch, PackedBatch, PackedRows, Packing, Rollout
 SHORTEST_ROW = 256
 """Tokens of the shortest rows: attention costs little over them, and shorter ones leave more room unused."""
 ATTENTION_TOKENS = 2048
-"""Length of a row at which attention is reckoned to cost as much as everything else, to choose between lengths."""
+"""Row length at which attention is taken to cost as much as all other work: an estimate, to choose between lengths."""
 TOKENS_PER_PLACE = 8
 """A row has a place for a sequence per this many tokens. More places cost more work on arrays of ``[places, T]``."""
 LARGEST_SEQUENCE_ARRAY = 2**20

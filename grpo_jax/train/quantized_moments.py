@@ -20,9 +20,9 @@ class QuantizedAdamState(NamedTuple):
     """State of ``scale_by_quantized_adam``; trees like the parameters.
 
     Attributes:
-        count: updates.
-        mu: first moments: int8 levels in the parameter's shape, float32 where it is small.
-        nu: second moments, likewise in uint8.
+        count: number of updates.
+        mu: first moments: int8 levels in the parameter's shape; float32 for small parameters.
+        nu: second moments: uint8 levels in the parameter's shape; float32 for small parameters.
         mu_scales, nu_scales: the largest magnitude of each block, float32; no leaf where a parameter is small.
     """
 
