@@ -119,7 +119,10 @@ def train(config: GRPOConfig, run: Run) -> None:
             advantages = np.full(len(experience.completions), np.nan, np.float32)
             advantages[rows] = per_completion(batch)
             passes = [collector.policy.config] * config.num_epochs
-            wants_checkpoint = collector.log_step(experience, scores, metrics, advantages, passes=passes)
+            is_shared = layout.packing == "shared"
+            wants_checkpoint = collector.log_step(
+                experience, scores, metrics, advantages, passes=passes, prompts_are_shared=is_shared
+            )
             if collector.save_is_due(step, wants_checkpoint):
                 run.save(step, state, collector.state_dict())
             run.stop_if_requested()

@@ -136,7 +136,10 @@ def train(config: HybridConfig, run: Run) -> None:
             check_finite(metrics, step, run)
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
             passes = [collector.policy.config]
-            wants_checkpoint = collector.log_step(experience, scores, metrics, per_completion(batch), passes=passes)
+            is_shared = layout.packing == "shared"
+            wants_checkpoint = collector.log_step(
+                experience, scores, metrics, per_completion(batch), passes=passes, prompts_are_shared=is_shared
+            )
             if collector.save_is_due(step, wants_checkpoint):
                 run.save(step, states, collector.state_dict())
             run.stop_if_requested()

@@ -122,7 +122,10 @@ def train(config: PPOConfig, run: Run) -> None:
                 )
             per_completion = np.asarray(masked_sum(batch.advantages, batch.loss_mask, 1))
             passes = config.num_epochs * learner.trained(critic_alone=critic_alone)
-            wants_checkpoint = collector.log_step(experience, scores, metrics, per_completion, passes=passes)
+            is_shared = learner.layout.packing == "shared"
+            wants_checkpoint = collector.log_step(
+                experience, scores, metrics, per_completion, passes=passes, prompts_are_shared=is_shared
+            )
             if collector.save_is_due(step, wants_checkpoint):
                 run.save(step, states, {**collector.state_dict(), "kl_coef": kl_coef})
             run.stop_if_requested()
@@ -258,12 +261,14 @@ class OwnCritic(Learner):
                 epsilon=config.value_epsilon,
             )
 
-        critic_form = critic.model.preparation
+        critic_preparation = critic.model.preparation
         layout = self.layout
         self._log_probs = layout.make_log_prob_fn(log_probs)
-        self._values = layout.make_log_prob_fn(lambda *args: (values(*args), None), critic_form)
+        self._values = layout.make_log_prob_fn(lambda *args: (values(*args), None), critic_preparation)
         self._actor_step = layout.make_train_step(self.policy_loss(log_probs), self.optimizer, config.optimizer)
-        self._critic_step = layout.make_train_step(critic_loss, critic_optimizer, config.critic_optimizer, critic_form)
+        self._critic_step = layout.make_train_step(
+            critic_loss, critic_optimizer, config.critic_optimizer, critic_preparation
+        )
         on_mesh = replicated(mesh)
         self.states = {
             "actor": self.init(collector.take_params()),
@@ -309,12 +314,14 @@ class SharedTrunk(Learner):
             total = policy_loss.sum + config.value_coef * value_loss.sum
             return Mean(total, policy_loss.count), metrics | policy_metrics
 
-        form = self.model.preparation.under("policy")
+        preparation = self.model.preparation.under("policy")
         layout = self.layout
-        self._log_probs = layout.make_log_prob_fn(lambda params, rollout: outputs(params, rollout)[:2], form)
-        self._values = layout.make_log_prob_fn(lambda params, rollout: (outputs(params, rollout)[2], None), form)
+        self._log_probs = layout.make_log_prob_fn(lambda params, rollout: outputs(params, rollout)[:2], preparation)
+        self._values = layout.make_log_prob_fn(lambda params, rollout: (outputs(params, rollout)[2], None), preparation)
         self._steps = {
-            alone: layout.make_train_step(partial(loss_of, critic_alone=alone), self.optimizer, config.optimizer, form)
+            alone: layout.make_train_step(
+                partial(loss_of, critic_alone=alone), self.optimizer, config.optimizer, preparation
+            )
             for alone in (False, True)
         }
         policy = collector.take_params()

@@ -13,7 +13,6 @@ import pytest
 from experiments.bench import train as bench
 from grpo_jax.config.training import PolicyLossConfig
 from grpo_jax.loop import trl_process, trl_worker
-from grpo_jax.loop.benchmark import update_flops
 from grpo_jax.loop.trl_process import TrlProcess
 from grpo_jax.models import from_hf_config, init_params, training_flops
 from grpo_jax.types import Prompts
@@ -109,7 +108,7 @@ def test_a_shared_prompt_counts_once():
     prompts, lengths = np.array([5, 3]), np.array([2, 7, 4, 1])
 
     def flops(is_shared):
-        return update_flops(decoder, prompts, lengths, prompts_are_shared=is_shared)
+        return training_flops(decoder, np.repeat(prompts, 2), lengths, group_size=2 if is_shared else 1)
 
     assert flops(False) == training_flops(decoder, np.array([5, 5, 3, 3]), lengths)
     # By hand: two groups of two, so that the first 4 and 2 tokens of the prompts are saved once each.

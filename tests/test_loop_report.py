@@ -40,6 +40,10 @@ def test_updates_count_what_was_trained_on_in_every_pass(monkeypatch):
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e9)
     flops = training_flops(LLAMA, np.array([2, 4]), np.array([3, 1]))
     assert update_metrics(experience, rows, [LLAMA, LLAMA], 0.5, mesh)["mfu"] == pytest.approx(2 * flops / 1e9 / 0.5)
+    both = np.array([True, True, False])
+    shared = update_metrics(experience, both, [LLAMA], 0.5, mesh, group_size=2)["mfu"]
+    once = training_flops(LLAMA, np.array([2, 2]), np.array([3, 5]), group_size=2)
+    assert shared == pytest.approx(once / 1e9 / 0.5)
     assert update_metrics(experience, rows, [], 0.5, mesh) == {"update_tokens_per_second": 0}
     assert update_metrics(experience, rows, [LLAMA], 0.0, mesh) == {}  # no rate
 

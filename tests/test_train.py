@@ -11,10 +11,11 @@ import optax
 import pytest
 from checkpoints import quick_jit, random_params
 from conftest import TINY
+from policy_losses import loss_of
 
 from grpo_jax.data.conversations import Example
 from grpo_jax.data.packing import PackedBatches, packed_rows
-from grpo_jax.loss import grpo_loss, supervised_loss, token_mean
+from grpo_jax.loss import supervised_loss, token_mean
 from grpo_jax.masked import mean_pair, positions
 from grpo_jax.models import build_model, from_hf_config, init_params
 from grpo_jax.models.hf_config import with_scalar_head
@@ -56,23 +57,6 @@ def make_batch(seed=0, rows=B):
         advantages=jnp.asarray(rng.normal(size=rows), jnp.float32),
         rollout_log_probs=jnp.asarray(-rng.random((rows, T)), jnp.float32),
     )
-
-
-def loss_of(model, **options):
-    def loss_fn(params, batch):
-        log_probs, entropy = completion_log_probs(model, params, batch)
-        return grpo_loss(
-            log_probs,
-            batch.advantages,
-            batch.loss_mask,
-            old_log_probs=batch.old_log_probs,
-            ref_log_probs=batch.ref_log_probs,
-            rollout_log_probs=batch.rollout_log_probs,
-            entropy=entropy,
-            **options,
-        )
-
-    return loss_fn
 
 
 def start(params, optimizer, mesh=None, **options):

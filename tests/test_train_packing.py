@@ -13,13 +13,14 @@ from checkpoints import quick_jit
 from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_losses import loss_of
 
 from grpo_jax import loss
 from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.data.packing import bucket_length
 from grpo_jax.loop.batch_layout import BatchLayout, cut
-from grpo_jax.loss import grpo_loss, value_loss
+from grpo_jax.loss import value_loss
 from grpo_jax.models import build_model, from_hf_config, init_params
 from grpo_jax.models.attention import attention_mask
 from grpo_jax.models.hf_config import with_scalar_head
@@ -113,23 +114,6 @@ def test_a_prompt_is_in_a_row_once_if_it_is_shared():
     assert used["shared"] == completions + prompts[::GROUP].sum()
 
 
-def loss_of(model, policy_loss=grpo_loss, **options):
-    def loss_fn(params, batch):
-        log_probs, entropy = completion_log_probs(model, params, batch, temperature=0.8)
-        return policy_loss(
-            log_probs,
-            batch.advantages,
-            batch.loss_mask,
-            old_log_probs=batch.old_log_probs,
-            ref_log_probs=batch.ref_log_probs,
-            rollout_log_probs=batch.rollout_log_probs,
-            entropy=entropy,
-            **options,
-        )
-
-    return loss_fn
-
-
 def stepped(params, loss_fn, batch, *, mesh=None, parts=1):
     """Parameters after a step of SGD with a learning rate of 1, which show the gradient, and metrics."""
     mesh = mesh or make_mesh(data=1)
@@ -144,7 +128,7 @@ def assert_same(result, expected):
     chex.assert_trees_all_close(result[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
-TERMS = {"kl_coef": 0.04, "entropy_coef": 0.01}
+TERMS = {"temperature": 0.8, "kl_coef": 0.04, "entropy_coef": 0.01}
 
 
 @pytest.fixture(scope="module")

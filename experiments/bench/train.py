@@ -47,10 +47,10 @@ from grpo_jax.config.online import CPU_PACKED_TOKENS
 from grpo_jax.config.run import require_at_least
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.loop.batch_layout import cut
-from grpo_jax.loop.benchmark import SHAPES, Measured, Seconds, machine_limits, peak_memory, timed, update_flops
+from grpo_jax.loop.benchmark import SHAPES, Measured, Seconds, machine_limits, peak_memory, timed
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.trl_process import TrlProcess
-from grpo_jax.models import build_model, from_hf_config, init_params
+from grpo_jax.models import build_model, from_hf_config, init_params, training_flops
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.remat import Remat
 from grpo_jax.rollout import Sampler
@@ -217,8 +217,9 @@ def main(config: Config) -> None:
             peak_rate = max(peak_rate, machine_limits(jnp.dtype(config.dtype).type)[0])
     if config.against == "trl" and not config.whole_step:
         others = [Measured({"update": each.phases["update"]}, each.lengths) for each in others]
-    is_shared = config.packing == "shared"
-    flops = update_flops(decoder, config.prompt_lengths, measured[-1].lengths, prompts_are_shared=is_shared)
+    prompts = np.repeat(config.prompt_lengths, config.group_size)
+    shared_by = config.group_size if config.packing == "shared" else 1
+    flops = training_flops(decoder, prompts, measured[-1].lengths, group_size=shared_by)
     ours_summary = summary(config, measured)
     result = {
         "bench": "train",

@@ -11,9 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import training_flops
-from grpo_jax.models.config import DecoderConfig
-
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
         "model_type": "qwen3",
@@ -116,21 +113,3 @@ def peak_memory() -> int:
     """Peak memory in bytes: of the device if it reports it, else of the process."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def update_flops(
-    decoder: DecoderConfig, prompt_lengths: np.ndarray, lengths: np.ndarray, *, prompts_are_shared: bool
-) -> float:
-    """Model FLOPs of an update of groups of completions.
-
-    Args:
-        decoder: sizes of the model.
-        prompt_lengths: ``[N]``, tokens of each prompt.
-        lengths: ``[N * G]``, tokens of each completion.
-        prompts_are_shared: whether a prompt, but for its last token, is computed once for its group.
-    """
-    G = len(lengths) // len(prompt_lengths)
-    flops = training_flops(decoder, np.repeat(prompt_lengths, G), lengths)
-    if prompts_are_shared:
-        flops -= training_flops(decoder, np.repeat(prompt_lengths - 1, G - 1), np.zeros(1, int))
-    return flops

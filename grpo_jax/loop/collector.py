@@ -227,6 +227,7 @@ class Collector:
         advantages: np.ndarray,
         *,
         passes: Sequence[models.DecoderConfig],
+        prompts_are_shared: bool,
     ) -> bool:
         """Log a step: metrics, alarms, reward errors, sample completions.
 
@@ -236,6 +237,7 @@ class Collector:
             metrics: of the updates; the step's other metrics are added to it.
             advantages: ``[B]``; NaN for completions that were not trained on.
             passes: sizes of the trained model, for each pass of the updates over the completions.
+            prompts_are_shared: whether a pass computes a prompt once for its group.
 
         Returns:
             Whether an alarm asks for a checkpoint.
@@ -247,7 +249,9 @@ class Collector:
             "tokens_per_second": float(experience.lengths.sum() / metrics["step_time"]),
             "compilations": self._compilations(),
         }
-        metrics |= update_metrics(experience, ~np.isnan(advantages), passes, metrics["update_time"], self.mesh)
+        shared_by = config.group_size if prompts_are_shared else 1
+        rows, seconds = ~np.isnan(advantages), metrics["update_time"]
+        metrics |= update_metrics(experience, rows, passes, seconds, self.mesh, group_size=shared_by)
         self._run.log({"step": step, **metrics})
         self._run.log_reward_errors(step, self.scorer.take_errors())
         wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))

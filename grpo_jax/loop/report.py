@@ -79,7 +79,13 @@ def step_metrics(
 
 
 def update_metrics(
-    experience: Experience, rows: np.ndarray, passes: Sequence[models.DecoderConfig], seconds: float, mesh: Mesh
+    experience: Experience,
+    rows: np.ndarray,
+    passes: Sequence[models.DecoderConfig],
+    seconds: float,
+    mesh: Mesh,
+    *,
+    group_size: int = 1,
 ) -> dict[str, float]:
     """Speed of a step's updates, and device memory.
 
@@ -92,6 +98,7 @@ def update_metrics(
         passes: sizes of the trained model, for each pass of the updates over them.
         seconds: of the updates.
         mesh: the devices.
+        group_size: completions that an update computes a prompt once for.
 
     Returns:
         ``update_tokens_per_second``, tokens of prompts and completions in all passes per second, and the metrics of
@@ -101,7 +108,7 @@ def update_metrics(
     completions = experience.lengths[rows]
     if seconds <= 0:  # by the clock's resolution
         return {}
-    flops = sum((models.training_flops(config, prompts, completions) for config in passes), 0.0)
+    flops = sum((models.training_flops(config, prompts, completions, group_size=group_size) for config in passes), 0.0)
     rate = len(passes) * float((prompts + completions).sum()) / seconds
     return {"update_tokens_per_second": rate} | device_metrics(mesh, flops=flops, seconds=seconds)
 

@@ -11,7 +11,13 @@ from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.transformer import param_shapes
 
 
-def training_flops(config: DecoderConfig, prompt_lengths: np.ndarray | int, completion_lengths: np.ndarray) -> float:
+def training_flops(
+    config: DecoderConfig,
+    prompt_lengths: np.ndarray | int,
+    completion_lengths: np.ndarray,
+    *,
+    group_size: int = 1,
+) -> float:
     """Floating-point operations of one forward and backward pass over sequences.
 
         6 (N tokens + V D completion_tokens) + 12 heads head_dim pairs
@@ -26,7 +32,13 @@ def training_flops(config: DecoderConfig, prompt_lengths: np.ndarray | int, comp
         config: sizes of the model.
         prompt_lengths: ``[...]``, tokens of each sequence whose next token is not predicted.
         completion_lengths: ``[...]``, the other tokens of each sequence.
+        group_size: of adjacent sequences ``[N * G]`` of one prompt which, but for its last token, is computed once for
+            all of them; 1 if it is computed for each.
     """
+    if group_size > 1:
+        again = np.repeat(np.asarray(prompt_lengths)[::group_size] - 1, group_size - 1)
+        repeated = training_flops(config, again, np.zeros(1, int))
+        return training_flops(config, prompt_lengths, completion_lengths) - repeated
     lengths = np.asarray(prompt_lengths + completion_lengths, float)
     head = 0 if config.scalar_head else config.vocab_size * config.hidden_size
     pairs = 0.0
