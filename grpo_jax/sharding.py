@@ -108,9 +108,11 @@ def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | N
     """The spec of the first rule that matches a parameter; None if none does.
 
     Args:
-        name: path of the parameter, such as ``layers_0/attention/q/kernel``.
+        name: path of the parameter, such as ``layers_0/attention/q/kernel``. The values and scales of a quantized
+            matrix are laid out as the matrix.
         rules: as in ``param_shardings``.
     """
+    name = re.sub(r"/kernel/(qvalue|scale)$", "/kernel", name)
     return next((spec for pattern, spec in rules if re.search(pattern, name)), None)
 
 
@@ -130,13 +132,11 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
 
     def place(path, leaf):
         name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        matrix, _, part = name.rpartition("/")
-        is_scale = part == "scale" and matrix.endswith("/kernel")  # of a quantized matrix, as is qvalue
-        spec = param_spec(matrix if is_scale or part == "qvalue" else name, rules)
+        spec = param_spec(name, rules)
         if spec is None:
             problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
             return None
-        if is_scale:  # it has fewer entries than the matrix where several share one
+        if name.endswith("/kernel/scale"):  # of a quantized matrix: fewer entries, where several share one
             spec = P(
                 *(axes if _divides(mesh, axes, size) else None for size, axes in zip(leaf.shape, spec, strict=True))
             )

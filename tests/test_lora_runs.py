@@ -20,6 +20,7 @@ from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.sft import SFTConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.setup import load_policy, rollout_layout
 from grpo_jax.models import LoRA
 from grpo_jax.tasks.demonstrations import errand_preferences, worked_sums
 from tests.runs import kill_in_second_save, metrics_of, steps_of, write_rows
@@ -160,6 +161,26 @@ def test_grpo_on_a_mesh_as_on_one_device(small, tmp_path):
     assert all(norm > 0 for norm in norms[0])
     np.testing.assert_allclose(*norms, rtol=1e-3)
     assert jax.device_count() == 8
+
+
+def test_adapters_are_sampled_from_where_more_devices_share_the_heads(small, tmp_path):
+    mesh = MeshConfig(data=1, fsdp=2, rollout_tensor=2)
+    config = GRPOConfig(**online(tmp_path, small) | {"mesh": mesh})
+    policy = load_policy(config, small, mesh.build(), lora=LORA)
+
+    def move(path, x):
+        return x + 0.1 if path[-1].key == "kernel_lora_b" else x
+
+    params = jax.tree.map_with_path(move, policy.params)
+    layout = rollout_layout(config, policy, mesh.build())
+    assert layout.mesh.shape["tensor"] == 2
+    ids = np.arange(12).reshape(2, 6)
+    states = [
+        np.asarray(jax.jit(model.apply)(tree, ids, np.tile(np.arange(6), (2, 1)))[0])
+        for model, tree in ((policy.model, params), (policy.model, policy.params), (layout.model, layout.reshard(params)))
+    ]
+    assert np.abs(states[0] - states[1]).max() > 0.01
+    np.testing.assert_allclose(states[2], states[0], atol=1e-5)
 
 
 def test_the_flags_of_qlora_are_taken_together():

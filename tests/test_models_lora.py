@@ -20,6 +20,7 @@ from grpo_jax.models import (
     param_shapes,
     save_adapters,
 )
+from grpo_jax.models.preparation import STACKED
 from grpo_jax.sharding import ROLLOUT_RULES, make_mesh, make_reshard, param_shardings, replicated, shard_rows
 from grpo_jax.train import init_state, make_train_step, packed_log_probs, trainable_part, with_fresh_reference
 from grpo_jax.train.step import reference_params
@@ -159,8 +160,8 @@ def test_state_reference_and_checkpoint_have_one_base(tiny):
         reference_params(replace(new, ref_params=None))
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_on_a_mesh_of_three_axes_as_on_one_device(tiny, quantize):
+@pytest.mark.parametrize(("quantize", "scan_layers"), [(None, True), ("nf4", True), ("int8", False)])
+def test_on_a_mesh_of_three_axes_as_on_one_device(tiny, quantize, scan_layers):
     _, params = tiny
     lora = replace(RANK, quantize=quantize)
     losses = []
@@ -175,8 +176,10 @@ def test_on_a_mesh_of_three_axes_as_on_one_device(tiny, quantize):
         assert jax.tree.structure(rollout) == jax.tree.structure(placed)
         optimizer = optax.sgd(0.5)
         state = init_state(placed, optimizer, with_reference=True, replicated=replicated(mesh))
-        model = build_model(CONFIG, lora=lora, mesh=mesh)
-        step = make_train_step(loss_of(model), optimizer)
+        model = build_model(CONFIG, lora=lora, mesh=mesh, scan_layers=scan_layers and mesh.size > 1)
+        step = make_train_step(loss_of(model), optimizer, preparation=model.preparation)
+        is_stacked = STACKED in jax.eval_shape(model.preparation.prepare, placed)
+        assert is_stacked == (scan_layers and mesh.size > 1)
         rows = shard_rows(jax.tree.map(lambda x: jnp.tile(x, (2, 1)), batch()), mesh)
         for _ in range(2):
             state, metrics = step(state, rows)

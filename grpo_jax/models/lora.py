@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Key
 
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.lora_config import LoRA
+from grpo_jax.models.preparation import STACKED
 from grpo_jax.sampling import check_key
 from grpo_jax.types import Params
 
@@ -48,7 +49,7 @@ def with_interception(module: nn.Module, config: DecoderConfig, lora: LoRA) -> n
             tiles = of_heads if path == "attention/o" else math.gcd(inputs, TILE)
         rules.append(
             qwix.LoraRule(
-                module_path=rf"layers_\d+/{path}",
+                module_path=rf"(layers_\d+/)?{path}",  # stacked layers are modules of their own
                 rank=lora.rank,  # pyright: ignore[reportArgumentType]
                 alpha=lora.alpha,
                 weight_qtype=lora.quantize,
@@ -62,7 +63,7 @@ def bind(params: Params, config: DecoderConfig, lora: LoRA, dtype: Any) -> Param
     """The parameters as qwix takes them, at trace time: adapters in ``dtype``, quantized matrices in its own type.
 
     Args:
-        params: with adapters.
+        params: with adapters; layers may be stacked (``preparation.stack_layers``).
         config: of the decoder.
         lora: as in ``add_adapters``.
         dtype: of the computation.
@@ -193,12 +194,14 @@ def _template(config: DecoderConfig, lora: LoRA, path: str) -> Any:
 
 
 def _adapted_modules(params: Params, config: DecoderConfig, lora: LoRA) -> Iterator[tuple[str, dict[str, Any]]]:
-    for layer in range(config.num_layers):
+    names = [f"layers_{i}" for i in range(config.num_layers)]
+    layers = [params[name] for name in names if name in params]
+    for layer in [*layers, *params.get(STACKED, ())]:
         for path in lora.matrices(config):
             block, name = path.split("/")
-            yield path, params[f"layers_{layer}"][block][name]
+            yield path, layer[block][name]
 
 
 def _copied(tree: Params) -> dict[str, Any]:
-    """The nested dict with the same arrays."""
-    return {name: _copied(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    """New dicts and tuples with the same arrays."""
+    return jax.tree.map(lambda x: x, tree)

@@ -51,8 +51,8 @@ def find_repetition(config: DecoderConfig) -> Repetition | None:
 def preparation(dtype: Any, repetition: Repetition | None, mesh: Mesh | None) -> Preparation:
     """The preparation of a decoder's parameters, as ``types.Preparation`` documents it.
 
-    The matrices of the layers are cast to ``dtype``. Vectors, embeddings and heads keep their precision: the gradient
-    of an embedding's row is a sum over all of its tokens.
+    The matrices of the layers, LoRA adapters among them, are cast to ``dtype``. Vectors, embeddings, heads and
+    quantized values keep their precision: the gradient of an embedding's row is a sum over all of its tokens.
 
     Args:
         dtype: compute dtype.
@@ -61,7 +61,8 @@ def preparation(dtype: Any, repetition: Repetition | None, mesh: Mesh | None) ->
     """
 
     def cast(path: Any, x: Array) -> Array:
-        return x.astype(dtype) if x.ndim > 1 and path[0].key.startswith("layers_") else x
+        is_matrix = x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(dtype) if is_matrix and path[0].key.startswith("layers_") else x
 
     def constrained(params: Params) -> Params:
         return params if mesh is None else constrain_params(params, mesh)

@@ -26,7 +26,7 @@ from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import BATCH, constrain
-from grpo_jax.types import AS_STORED, Cache, Model, Packing, Params, PrefixCache, Segments
+from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Segments
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -194,8 +194,9 @@ def build_model(
         scan_layers: whether prepared parameters (``Model.preparation``) have equal layers stacked, for a ``lax.scan``
             over them: then neither memory for gathered weights nor time to compile grows with their number. None:
             except on a CPU with ``remat`` none, where unrolled layers are faster; a CPU's program of unrolled layers
-            that are recomputed takes as much memory as without. If no pattern of layers repeats, or with ``lora``, none
-            is stacked.
+            that are recomputed takes as much memory as without; and with ``lora`` where weights are not sharded over
+            ``fsdp``, since the stacked copy of frozen weights would be their second. If no pattern of layers repeats,
+            none is stacked.
         lora: adapters that the parameters have, as of ``lora.add_adapters``; None for a decoder without.
 
     Raises:
@@ -211,15 +212,16 @@ def build_model(
     check_remat(remat, device)
     module: Any = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
     if scan_layers is None:
-        scan_layers = device.platform != "cpu" or remat != "none"
+        is_sharded = mesh is not None and mesh.shape["fsdp"] > 1
+        has_adapters = lora is not None and lora.is_used
+        scan_layers = (device.platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
     repetition = find_repetition(config) if scan_layers else None
     bound, prepared = _unchanged, preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None)
     if lora is not None and lora.is_used:
         from grpo_jax.models.lora import bind, with_interception  # late: qwix is imported only where it is used
 
         module = with_interception(module, config, lora)
-        # Frozen matrices are stored in the compute dtype already, and the library intercepts unrolled layers only.
-        bound, prepared = partial(bind, config=config, lora=lora, dtype=dtype), AS_STORED
+        bound = partial(bind, config=config, lora=lora, dtype=dtype)
 
     def apply(
         params: Params,
@@ -232,13 +234,14 @@ def build_model(
         block_bounds: Sequence[int] = (),
     ) -> tuple[Float[Array, "B S D"], Cache]:
         _check_columns(token_ids, mask, cache)
-        stacked = params.get(STACKED, ())
-        if stacked and (prefixes or not isinstance(start, int) or start):
+        if STACKED in params and (prefixes or not isinstance(start, int) or start):
             raise ValueError(
                 "parameters with stacked layers are for whole sequences: start must be 0, without prefixes"
             )
         rotations = positions if isinstance(positions, dict) else rope(positions)
-        variables = {"params": {name: value for name, value in bound(params).items() if name != STACKED}}
+        params = bound(params)
+        stacked = params.get(STACKED, ())
+        variables = {"params": {name: value for name, value in params.items() if name != STACKED}}
         return module.apply(  # pyright: ignore[reportReturnType]
             variables, token_ids, rotations, mask, cache, start, prefixes, block_bounds, stacked
         )

@@ -16,6 +16,8 @@ HEADS = ("score", "value")
 
 def has_adapters(params: Params) -> bool:
     """Whether some matrix has LoRA adapters."""
+    if isinstance(params, tuple):
+        return any(map(has_adapters, params))
     if not isinstance(params, dict):
         return False
     return any(name in ADAPTERS or has_adapters(value) for name, value in params.items())
@@ -25,7 +27,7 @@ def trainable_part(params: Params) -> Params:
     """The parameters that are trained: with LoRA adapters, these and scalar heads; otherwise all of them.
 
     Args:
-        params: any pytree; adapters are found in nested dicts.
+        params: any pytree; adapters are found in nested dicts, and in the tuple of stacked layers.
 
     Returns:
         The tree itself, or a nested dict of some of its arrays.
@@ -33,12 +35,14 @@ def trainable_part(params: Params) -> Params:
     return _adapters_and_heads(params) if has_adapters(params) else params
 
 
-def _adapters_and_heads(params: dict[str, Any]) -> dict[str, Any]:
+def _adapters_and_heads(params: Any) -> Any:
+    if isinstance(params, tuple):
+        return tuple(map(_adapters_and_heads, params))
     part = {}
     for name, value in params.items():
         if name in ADAPTERS or name in HEADS:
             part[name] = value
-        elif isinstance(value, dict) and (inner := _adapters_and_heads(value)):
+        elif isinstance(value, dict | tuple) and (inner := _adapters_and_heads(value)):
             part[name] = inner
     return part
 
@@ -56,6 +60,8 @@ def join(trainable: Params, params: Params) -> Params:
 
 
 def _joined(part: Any, whole: Any) -> Any:
+    if isinstance(part, tuple):
+        return tuple(map(_joined, part, whole))
     if not isinstance(part, dict):
         return part
     return {**whole, **{name: _joined(value, whole[name]) for name, value in part.items()}}
