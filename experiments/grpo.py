@@ -76,6 +76,7 @@ def train(config: GRPOConfig, run: Run) -> None:
         with_reference=config.has_reference,
         replicated=replicated(mesh),
         ref_dtype=config.compute_dtype,
+        offload=config.offload,
     )
     first, state, saved = run.resume(state)
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
@@ -118,7 +119,7 @@ def train(config: GRPOConfig, run: Run) -> None:
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
             advantages = np.full(len(experience.completions), np.nan, np.float32)
             advantages[rows] = per_completion(batch)
-            passes = [collector.policy.config] * config.num_epochs
+            passes = [collector.policy] * config.num_epochs
             is_shared = layout.packing == "shared"
             wants_checkpoint = collector.log_step(
                 experience, scores, metrics, advantages, passes=passes, prompts_are_shared=is_shared

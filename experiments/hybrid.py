@@ -102,6 +102,7 @@ def train(config: HybridConfig, run: Run) -> None:
         with_reference=config.has_reference,
         replicated=replicated(mesh),
         ref_dtype=config.compute_dtype,
+        offload=config.offload,
     )
     first, states, saved = run.resume({"policy": policy, "critic": critic.initial_state})
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
@@ -135,7 +136,7 @@ def train(config: HybridConfig, run: Run) -> None:
             metrics = over_updates([update]) | critic_metrics
             check_finite(metrics, step, run)
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
-            passes = [collector.policy.config]
+            passes = [collector.policy]
             is_shared = layout.packing == "shared"
             wants_checkpoint = collector.log_step(
                 experience, scores, metrics, per_completion(batch), passes=passes, prompts_are_shared=is_shared

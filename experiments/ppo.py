@@ -40,7 +40,7 @@ from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model
 from grpo_jax.loop.stages import Stage
 from grpo_jax.masked import masked_mean, masked_sum
-from grpo_jax.models import DecoderConfig, Pretrained
+from grpo_jax.models import Pretrained
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import replicated, shard_rows
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER
@@ -160,7 +160,7 @@ class Learner:
 
     def __init__(self, config: PPOConfig, collector: Collector, mesh: Mesh, *, num_steps: int):
         self.config, self.model, self.mesh = config, collector.policy.model, mesh
-        self.sizes = collector.policy.config
+        self.policy = collector.policy
         self.layout = BatchLayout(config, self.model, mesh)
         self.optimizer, self.schedule = config.optimizer.build(
             total_updates=max(num_steps, 1) * config.updates_per_step,
@@ -174,6 +174,7 @@ class Learner:
             with_reference=self.config.has_reference,
             replicated=replicated(self.mesh),
             ref_dtype=self.config.compute_dtype,
+            offload=self.config.offload,
         )
 
     def policy_loss(self, log_probs: Callable) -> Callable:
@@ -188,9 +189,9 @@ class Learner:
         """Parameters of the policy to sample from."""
         return states["actor"].params
 
-    def trained(self, *, critic_alone: bool) -> list[DecoderConfig]:
-        """Sizes of the models that an update trains."""
-        return [] if critic_alone else [self.sizes]
+    def trained(self, *, critic_alone: bool) -> list[Pretrained]:
+        """The models that an update trains."""
+        return [] if critic_alone else [self.policy]
 
     def critic(self, states: dict[str, TrainState]) -> Params:
         """Parameters of the value function."""
@@ -244,7 +245,7 @@ class OwnCritic(Learner):
         start = config.rewards.reward_model or collector.start
         critic = load_model(config, start, mesh, scalar_head=True)
         check_same_tokens(critic, collector.policy)
-        self.critic_sizes = critic.config
+        self.critic_model = replace(critic, params={})  # the train step donates them
         critic_optimizer, _ = config.critic_optimizer.build(
             total_updates=config.num_steps * config.updates_per_step,
         )
@@ -272,11 +273,13 @@ class OwnCritic(Learner):
         on_mesh = replicated(mesh)
         self.states = {
             "actor": self.init(collector.take_params()),
-            "critic": init_state(critic.params, critic_optimizer, with_reference=False, replicated=on_mesh),
+            "critic": init_state(
+                critic.params, critic_optimizer, with_reference=False, replicated=on_mesh, offload=config.offload
+            ),
         }
 
-    def trained(self, *, critic_alone: bool) -> list[DecoderConfig]:
-        return [self.critic_sizes, *super().trained(critic_alone=critic_alone)]
+    def trained(self, *, critic_alone: bool) -> list[Pretrained]:
+        return [self.critic_model, *super().trained(critic_alone=critic_alone)]
 
     def critic(self, states: dict[str, TrainState]) -> Params:
         return states["critic"].params

@@ -171,10 +171,10 @@ class ChunkedHead:
             # Relative to the largest logit, differences of large logits keep their digits.
             peak = self._largest(scaled.max(-1))
             shifted = scaled - peak[:, None]
-            weights = jnp.exp(shifted)
-            normalizer = jnp.log(self._total(weights.sum(-1)))
-            products = weights * jnp.where(jnp.isneginf(shifted), 0, shifted)
-            entropy = normalizer - self._total(products.sum(-1)) * jnp.exp(-normalizer)
+            normalizer = jnp.log(self._total(jnp.exp(shifted).sum(-1)))
+            # Not from one exponential: if it served both sums, the normalizer would differ from the sampler's by a bit.
+            products = jnp.exp(shifted - normalizer[:, None]) * jnp.where(jnp.isneginf(shifted), 0, shifted)
+            entropy = normalizer - self._total(products.sum(-1))
             if self.vocab_axes:
                 is_chosen = ids[:, None] == vocabulary[None]
                 chosen = self._total(jnp.where(is_chosen, shifted, 0).sum(-1))

@@ -164,6 +164,8 @@ def test_offload_is_refused_before_a_run_begins(config, monkeypatch):
     monkeypatch.setattr(MeshConfig, "build", lambda self: mesh)
     with pytest.raises(ValueError, match="remat is offload, which needs pinned_host memory; a device has device"):
         replace(config, remat="offload").check()
+    with pytest.raises(ValueError, match="offload is optimizer, which needs pinned_host memory; a device has device"):
+        replace(config, offload=("optimizer",)).check()
 
 
 def test_kv_heads_are_not_split(config):

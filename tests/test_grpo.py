@@ -55,11 +55,11 @@ def config(base, tmp_path):
     )
 
 
-@pytest.mark.parametrize("packing", ["none", "shared"])
-def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch, packing):
+@pytest.mark.parametrize(("packing", "offload"), [("none", ()), ("shared", ("optimizer", "reference"))])
+def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch, packing, offload):
     """With a reference, two inner epochs of two minibatches, and Adam's moments: all of it has to come back."""
     config = replace(config, group_size=16, packing=packing, policy=PolicyLossConfig(kl_coef=0.05), ref_refresh_every=3)
-    config = replace(config, num_epochs=2, num_minibatches=2, num_micro_batches=2)
+    config = replace(config, num_epochs=2, num_minibatches=2, num_micro_batches=2, offload=offload)
     grpo.main(config)
 
     broken = replace(config, run_dir=config.run_dir.with_name("broken"))
@@ -280,6 +280,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
         ({"model": "no/such/folder"}, "no/such/folder"),
         ({"data": DataConfig(dataset="sums", chat_template=True)}, "chat template"),
         ({"max_prompt_length": 4}, "longer than max_prompt_length=4"),
+        ({"offload": ("reference",)}, "offload is reference, but the run has no reference policy"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_step(config, change, message):

@@ -11,7 +11,7 @@ from grpo_jax.data.packing import packed_rows
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.offline import packed_lengths, pair_lengths
 from grpo_jax.loop.report import update_metrics
-from grpo_jax.models import from_hf_config, training_flops
+from grpo_jax.models import Pretrained, build_model, from_hf_config, training_flops
 from grpo_jax.monitor.devices import PEAK_FLOPS
 from grpo_jax.sharding import make_mesh
 from grpo_jax.types import Pairs, Rollout
@@ -35,17 +35,18 @@ def test_updates_count_what_was_trained_on_in_every_pass(monkeypatch):
     )
     lengths = np.array([3, 5, 1])
     experience = Experience(1, [], [], [], {}, rollout, [], lengths, 0.0)
+    model = Pretrained(build_model(LLAMA), {}, LLAMA, {}, None, None, (), 0)
     rows, mesh = np.array([True, False, True]), make_mesh(data=1, devices=jax.devices()[:1])
-    assert update_metrics(experience, rows, [LLAMA, LLAMA], 0.5, mesh) == {"update_tokens_per_second": 2 * 10 / 0.5}
+    assert update_metrics(experience, rows, [model, model], 0.5, mesh) == {"update_tokens_per_second": 2 * 10 / 0.5}
     monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e9)
     flops = training_flops(LLAMA, np.array([2, 4]), np.array([3, 1]))
-    assert update_metrics(experience, rows, [LLAMA, LLAMA], 0.5, mesh)["mfu"] == pytest.approx(2 * flops / 1e9 / 0.5)
+    assert update_metrics(experience, rows, [model, model], 0.5, mesh)["mfu"] == pytest.approx(2 * flops / 1e9 / 0.5)
     both = np.array([True, True, False])
-    shared = update_metrics(experience, both, [LLAMA], 0.5, mesh, group_size=2)["mfu"]
+    shared = update_metrics(experience, both, [model], 0.5, mesh, group_size=2)["mfu"]
     once = training_flops(LLAMA, np.array([2, 2]), np.array([3, 5]), group_size=2)
     assert shared == pytest.approx(once / 1e9 / 0.5)
     assert update_metrics(experience, rows, [], 0.5, mesh) == {"update_tokens_per_second": 0}
-    assert update_metrics(experience, rows, [LLAMA], 0.0, mesh) == {}  # no rate
+    assert update_metrics(experience, rows, [model], 0.0, mesh) == {}  # no rate
 
 
 def test_lengths_of_packed_rows_and_of_pairs():

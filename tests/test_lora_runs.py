@@ -177,7 +177,11 @@ def test_adapters_are_sampled_from_where_more_devices_share_the_heads(small, tmp
     ids = np.arange(12).reshape(2, 6)
     states = [
         np.asarray(jax.jit(model.apply)(tree, ids, np.tile(np.arange(6), (2, 1)))[0])
-        for model, tree in ((policy.model, params), (policy.model, policy.params), (layout.model, layout.reshard(params)))
+        for model, tree in (
+            (policy.model, params),
+            (policy.model, policy.params),
+            (layout.model, layout.reshard(params)),
+        )
     ]
     assert np.abs(states[0] - states[1]).max() > 0.01
     np.testing.assert_allclose(states[2], states[0], atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import SMALL
 
-from grpo_jax.models import build_model, from_hf_config, param_shapes, training_flops
+from grpo_jax.models import LoRA, build_model, from_hf_config, param_shapes, training_flops
 from grpo_jax.train import packed_log_probs
 from grpo_jax.types import Packed
 
@@ -43,6 +43,16 @@ def test_the_embedding_counts_where_it_is_multiplied():
     scalar = dataclasses.replace(LLAMA, scalar_head=True)
     less = training_flops(LLAMA, 0, np.array([5])) - training_flops(scalar, 0, np.array([5]))
     assert less == 6 * 5 * (V * D - D)
+
+
+def test_frozen_weights_have_no_gradient():
+    lora = LoRA(rank=2, targets=("attention/q", "mlp/up"))
+    F, prompt = LLAMA.intermediate_size, np.array([3])
+    adapters = 2 * L * (D + HEADS + D + F)
+    attention = 12 * L * HEADS * sum(range(1, 9))
+    found = training_flops(LLAMA, prompt, np.array([5]), lora=lora)
+    assert found == 4 * (8 * BODY + 5 * V * D) + 6 * 8 * adapters + attention
+    assert training_flops(LLAMA, prompt, np.array([5]), lora=LoRA()) == training_flops(LLAMA, prompt, np.array([5]))
 
 
 def test_the_compiler_counts_about_as_many():

@@ -229,6 +229,28 @@ def test_the_reference_stays_until_it_is_refreshed(tiny):
     step(fresh, batch.replace(ref_log_probs=log_prob_fn(fresh.ref_params, batch)))  # donates without a clash
 
 
+def test_what_is_offloaded_lies_on_the_host_between_updates_that_are_the_same(tiny):
+    model, params = tiny
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    optimizer = optax.adam(0.1)
+    step = make_train_step(loss_of(model, kl_coef=0.1), optimizer)
+    log_prob_fn = make_log_prob_fn(partial(completion_log_probs, model))
+    batch = shard_rows(make_batch(), mesh)
+    found = []
+    for offload in ((), ("optimizer", "reference")):
+        state = start(params, optimizer, mesh, with_reference=True, offload=offload)
+        for _ in range(2):
+            reference = log_prob_fn(state.ref_params, batch)
+            state, _ = step(with_fresh_reference(state), batch.replace(ref_log_probs=reference))
+        found.append(state)
+        moments = adam_moments(state.opt_state)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves((moments, state.ref_params))}
+        assert kinds == ({"pinned_host"} if offload else {"device"})
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
+        assert moments["embed"]["embedding"].sharding.spec == state.params["embed"]["embedding"].sharding.spec
+    chex.assert_trees_all_equal(*jax.device_get(found))
+
+
 def test_moments_lie_as_their_parameters(tiny):
     _, params = tiny
     optimizer = make_optimizer(make_schedule(1e-3, warmup_steps=0, total_steps=1, decay="constant"))

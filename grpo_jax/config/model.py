@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.positions import num_positions, read_decoder_config
 from grpo_jax.models.remat import Remat, check_remat
 from grpo_jax.sampling import Sampling
+from grpo_jax.sharding import check_host_memory
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
 
 PROMPT_AND_COMPLETION = "max_prompt_length + max_completion_length"
@@ -93,6 +95,21 @@ class ModelConfig:
         """
         if lora.is_used and self.model == TOY:
             lora.check(from_hf_config(self.toy.hf_config))
+
+    def check_offload(self, offload: Sequence[str]) -> None:
+        """Check that there is what is to be offloaded, and memory for it.
+
+        Args:
+            offload: as in ``train.init_state``.
+
+        Raises:
+            ValueError: the run has no reference policy, or its devices have no memory of the host's.
+        """
+        if "reference" in offload and not self.has_reference:
+            raise ValueError("offload is reference, but the run has no reference policy (its KL coefficient is 0)")
+        if offload:
+            device = self.mesh.build().devices.flat[0]
+            check_host_memory(device, f"offload is {' '.join(offload)}", "leave it out")
 
     def check_positions(self, length: int, name: str) -> None:
         """Check, before any weights are loaded, that the model has a position for every token.

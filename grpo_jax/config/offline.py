@@ -74,7 +74,7 @@ class OfflineConfig(RunConfig, ModelConfig):
     """
 
     ROWS: ClassVar[str] = "num_pairs"
-    RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every")
+    RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every", "offload")
     EXTENDABLE_FIELDS = ("num_epochs", "export")
 
     data: Annotated[OfflineDataConfig, tyro.conf.arg(name="")] = OfflineDataConfig()
@@ -88,6 +88,8 @@ class OfflineConfig(RunConfig, ModelConfig):
     """Optimizer."""
     lora: LoRA = LoRA()
     """LoRA adapters."""
+    offload: Annotated[tuple[Literal["optimizer"], ...], tyro.conf.Suppress] = ()
+    """optimizer: its state lies in the host's memory, and on the devices only during the optimizer's update."""
     eval_every: int = 20
     """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
     export: Export = "last"
@@ -116,6 +118,7 @@ class OfflineConfig(RunConfig, ModelConfig):
         """As ``ModelConfig.check``, and check the optimizer and that the rows of a micro-batch divide over the mesh."""
         ModelConfig.check(self)
         self.check_lora(self.lora)
+        self.check_offload(self.offload)
         self.optimizer.check()
         unit = self.ROWS.removeprefix("num_")
         self.mesh.check_divides(self.num_rows // self.num_micro_batches, f"the {unit} of a micro-batch")

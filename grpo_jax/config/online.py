@@ -17,6 +17,7 @@ from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.monitor.alarms import AlarmConfig
+from grpo_jax.train.step import Offloaded
 
 CPU_PACKED_TOKENS = 1024
 """Tokens of a micro-batch of packed rows on a CPU: its activations stay in the caches, and little is left unused."""
@@ -26,7 +27,7 @@ CPU_PACKED_TOKENS = 1024
 class OnlineConfig(RunConfig, PolicyConfig):
     """Problems, rewards, batch sizes and evaluation of online RL."""
 
-    RESUMABLE_FIELDS = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches")
+    RESUMABLE_FIELDS = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches", "offload")
     EXTENDABLE_FIELDS = ("num_steps", "export")
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
     """Problems."""
@@ -52,6 +53,9 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Steps between tables of sample completions in the terminal; completions.jsonl has all."""
     lora: LoRA = LoRA()
     """LoRA adapters."""
+    offload: Annotated[tuple[Offloaded, ...], tyro.conf.Suppress] = ()
+    """What lies in the host's memory, and on the devices only while they compute with it: optimizer, its state;
+    reference, the reference policy."""
     num_epochs: int = 1
     """Passes over each step's completions."""
     num_minibatches: int = 1
@@ -121,6 +125,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
     def check(self) -> None:
         """Check rewards, the memory of the devices, and that prompts and completions divide over the mesh."""
         self.check_lora(self.lora)
+        self.check_offload(self.offload)
         for task in self.mixture:
             task.rewards.check()
         PolicyConfig.check(self)

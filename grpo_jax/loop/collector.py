@@ -226,7 +226,7 @@ class Collector:
         metrics: dict[str, float],
         advantages: np.ndarray,
         *,
-        passes: Sequence[models.DecoderConfig],
+        passes: Sequence[models.Pretrained],
         prompts_are_shared: bool,
     ) -> bool:
         """Log a step: metrics, alarms, reward errors, sample completions.
@@ -236,7 +236,7 @@ class Collector:
             scores: their rewards.
             metrics: of the updates; the step's other metrics are added to it.
             advantages: ``[B]``; NaN for completions that were not trained on.
-            passes: sizes of the trained model, for each pass of the updates over the completions.
+            passes: the trained model, for each pass of the updates over the completions.
             prompts_are_shared: whether a pass computes a prompt once for its group.
 
         Returns:

@@ -79,7 +79,9 @@ def train_offline(
     """
     compilations = count_compilations()
     train_step = _make_step(config, model, loss_fn, optimizer)
-    state = init_state(model.params, optimizer, with_reference=False, replicated=replicated(mesh))
+    state = init_state(
+        model.params, optimizer, with_reference=False, replicated=replicated(mesh), offload=config.offload
+    )
     first, state, saved = run.resume(state)
     check_same_data(saved, digest, run)
     check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
@@ -106,7 +108,7 @@ def train_offline(
             seconds = time.monotonic() - started
             prompts, completions = lengths(batch)
             num_tokens += (tokens := int((prompts + completions).sum()))
-            flops = models.training_flops(model.config, prompts, completions)
+            flops = models.training_flops(model.config, prompts, completions, lora=model.lora)
             metrics |= device_metrics(mesh, flops=flops, seconds=seconds)
             metrics |= {
                 "num_tokens": num_tokens,

@@ -81,7 +81,7 @@ def step_metrics(
 def update_metrics(
     experience: Experience,
     rows: np.ndarray,
-    passes: Sequence[models.DecoderConfig],
+    passes: Sequence[models.Pretrained],
     seconds: float,
     mesh: Mesh,
     *,
@@ -95,7 +95,7 @@ def update_metrics(
     Args:
         experience: the step's completions.
         rows: ``[B]`` bool, the completions in the updates.
-        passes: sizes of the trained model, for each pass of the updates over them.
+        passes: the trained model, for each pass of the updates over them.
         seconds: of the updates.
         mesh: the devices.
         group_size: completions that an update computes a prompt once for.
@@ -108,7 +108,11 @@ def update_metrics(
     completions = experience.lengths[rows]
     if seconds <= 0:  # by the clock's resolution
         return {}
-    flops = sum((models.training_flops(config, prompts, completions, group_size=group_size) for config in passes), 0.0)
+    of_passes = (
+        models.training_flops(model.config, prompts, completions, group_size=group_size, lora=model.lora)
+        for model in passes
+    )
+    flops = sum(of_passes, 0.0)
     rate = len(passes) * float((prompts + completions).sum()) / seconds
     return {"update_tokens_per_second": rate} | device_metrics(mesh, flops=flops, seconds=seconds)
 

@@ -165,9 +165,7 @@ def rollout_layout(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh) 
     shardings = param_shardings(policy.params, sampling, ROLLOUT_RULES)
     if sampling is mesh:
         return RolloutLayout(mesh, policy.model, make_reshard(shardings, dtype))
-    model = models.build_model(
-        policy.config, mesh=sampling, dtype=dtype, attention=config.attention, lora=policy.lora
-    )
+    model = models.build_model(policy.config, mesh=sampling, dtype=dtype, attention=config.attention, lora=policy.lora)
     steps = [rollout_steps(policy.params, mesh, tensor)]
     return RolloutLayout(sampling, model, make_reshard(shardings, dtype, steps=steps))
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
 from grpo_jax import loss
 from grpo_jax.config.compare import WITH_REWARD_MODEL
 from grpo_jax.config.run import check_divides
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
-from grpo_jax.models import build_model, from_hf_config, param_shapes
+from grpo_jax.models import LoRA, add_adapters, build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.remat import Remat
@@ -30,10 +32,12 @@ from grpo_jax.train import (
     completion_values,
     make_train_step,
     opt_state_shardings,
+    pack,
     packed_log_probs,
     pair_log_probs,
+    trainable_part,
 )
-from grpo_jax.types import Batch, Model, Packed, Pairs, Params, TrainState
+from grpo_jax.types import Batch, Model, Packed, PackedBatch, Packing, Pairs, Params, TrainState
 
 METHODS = ("grpo", "ppo", "dpo", "sft")
 ONLINE = ("grpo", "ppo")
@@ -55,6 +59,10 @@ class UpdateShapes:
         attention: kernel, as in ``build_model``.
         scan_layers: as in ``build_model``.
         gradient_dtype: as in ``make_train_step``.
+        packing: layout of the completions of GRPO and PPO, as in ``OnlineConfig``.
+        group_size: completions of each prompt.
+        lora: adapters to train in place of the model; not for PPO's critic.
+        offload_optimizer: whether its state lies in the host's memory.
     """
 
     hf_config: Mapping[str, Any]
@@ -67,6 +75,16 @@ class UpdateShapes:
     attention: AttentionName = "auto"
     scan_layers: bool | None = None
     gradient_dtype: str = "float32"
+    packing: Literal["auto", "shared", "separate", "none"] = "auto"
+    group_size: int = 8
+    lora: LoRA = LoRA()
+    offload_optimizer: bool = False
+
+    def packing_of(self, model: Model) -> Packing | None:
+        """The packing in effect."""
+        if self.packing == "auto":
+            return None if self.dtype == "float32" else model.packing
+        return None if self.packing == "none" else self.packing
 
 
 @dataclass(frozen=True)
@@ -132,8 +150,12 @@ def update_memory(
         mesh=mesh,
         scan_layers=shapes.scan_layers,
     )
-    model, critic_model = build(decoder), build(scoring)
+    model, critic_model = build(decoder, lora=shapes.lora), build(scoring)
     weights, scalar_head_weights = param_shapes(decoder), param_shapes(scoring)
+    policy = weights
+    if shapes.lora.is_used:
+        adapted = partial(add_adapters, config=decoder, lora=shapes.lora, dtype=jnp.dtype(shapes.dtype).type)
+        policy = jax.eval_shape(lambda params, key: adapted(params, key=key), weights, jax.random.key(0))
     optimizer, _ = OptimizerConfig().build(total_updates=100)
     make_step = partial(
         make_train_step,
@@ -141,15 +163,15 @@ def update_memory(
         num_micro_batches=shapes.num_micro_batches,
         gradient_dtype=shapes.gradient_dtype,
     )
-    actor = _state_of(weights, optimizer)
+    actor = _state_of(policy, optimizer)
     critic = _state_of(scalar_head_weights, optimizer)
 
     updates: list[tuple[LossFn, Model, TrainState, Callable[[], Any]]]
     if method == "grpo":
-        batch = partial(_policy_batch, shapes, with_values=False)
+        batch = partial(_policy_batch, shapes, mesh, shapes.packing_of(model), with_values=False)
         updates = [(_policy_loss(model, shapes, "grpo"), model, actor, batch)]
     elif method == "ppo":
-        batch = partial(_policy_batch, shapes, with_values=True)
+        batch = partial(_policy_batch, shapes, mesh, shapes.packing_of(model), with_values=True)
         updates = [
             (_policy_loss(model, shapes, "ppo"), model, actor, batch),
             (_critic_loss(critic_model), critic_model, critic, batch),
@@ -163,7 +185,7 @@ def update_memory(
     total, peak = sum(map(_bytes_of, states)), 0
     for loss_fn, trained, state, batch in updates:
         step = make_step(loss_fn, preparation=trained.preparation)
-        program = _compiled(step, state, jax.eval_shape(batch), mesh, more_options)
+        program = _compiled(step, state, batch(), mesh, more_options, offload_optimizer=shapes.offload_optimizer)
         if on_program is not None:
             on_program(program)
         peak = max(peak, total - _bytes_of(state) + mesh.size * program_bytes(program.compiled))
@@ -171,7 +193,7 @@ def update_memory(
     for suffix, frozen in (("", []), (WITH_REWARD_MODEL, [weights, scalar_head_weights])):
         if not frozen or method in ONLINE:
             trees, more = [*(state.params for state in states), *frozen], sum(map(_bytes_of, frozen))
-            copies = sum(map(size_of, trees)) / size_of(weights)
+            copies = sum(map(size_of, trees)) / size_of(policy)
             memory[method + suffix] = Memory(round(copies, 2), total + more, peak + more)
     return memory
 
@@ -195,16 +217,26 @@ def _compiled(
     batch: Any,
     mesh: Mesh,
     more_options: Mapping[str, Any] | None,
+    *,
+    offload_optimizer: bool,
 ) -> Program:
-    """An update with its state laid out as a run's."""
+    """An update with state and batch laid out as a run's."""
     everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
-    moments = opt_state_shardings(state.opt_state, state.params, shardings, everywhere)
+    trained = trainable_part(state.params), trainable_part(shardings)
+    moments = opt_state_shardings(state.opt_state, *trained, everywhere, on_host=offload_optimizer)
     placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
     shapes, form = jax.tree.flatten(state)
     state = form.unflatten(
         _put(shape, sharding) for shape, sharding in zip(shapes, jax.tree.leaves(placed), strict=True)
     )
-    batch = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, BATCH)), batch)
+    if isinstance(batch, PackedBatch):
+        count, unpacked = batch.count, step
+        # A constant, so that the program says how often its loop runs.
+        step = lambda state, batch: unpacked(state, replace(batch, count=count))  # noqa: E731
+        rows = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, P(None, *BATCH))), batch.rows)
+        batch = PackedBatch(jax.tree.map(partial(_put, sharding=everywhere), batch.sequences), rows, count)
+    else:
+        batch = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, BATCH)), batch)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch)
     started = time.monotonic()
@@ -219,7 +251,9 @@ def _put(shape: Any, sharding: Sharding) -> Any:
 
 def _state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes of the train state for parameter shapes ``params``."""
-    return jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), params)
+    return jax.eval_shape(
+        lambda params: TrainState(jnp.int32(0), params, optimizer.init(trainable_part(params))), params
+    )
 
 
 def _policy_loss(model: Model, shapes: UpdateShapes, name: str) -> LossFn:
@@ -254,22 +288,28 @@ def _sft_loss(model: Model) -> LossFn:
     return supervised_loss
 
 
-def _policy_batch(shapes: UpdateShapes, *, with_values: bool) -> Batch:
-    """A batch of GRPO, or of PPO ``with_values``; both with old log-probabilities."""
+def _policy_batch(
+    shapes: UpdateShapes, mesh: Mesh, packing: Packing | None, *, with_values: bool
+) -> Batch | PackedBatch:
+    """A batch of GRPO, or of PPO ``with_values``, of the greatest lengths; both with old log-probabilities."""
     B, P, T = shapes.rows * shapes.num_micro_batches, shapes.max_prompt_length, shapes.max_completion_length
-    per_token = jnp.zeros((B, T)) if with_values else None
-    return Batch(
-        prompt_ids=jnp.zeros((B, P), jnp.int32),
-        prompt_mask=jnp.ones((B, P), bool),
-        completion_ids=jnp.zeros((B, T), jnp.int32),
-        completion_mask=jnp.ones((B, T), bool),
-        loss_mask=jnp.ones((B, T), bool),
-        advantages=jnp.zeros(B) if per_token is None else per_token,
-        rollout_log_probs=jnp.zeros((B, T)),
-        old_log_probs=jnp.zeros((B, T)),
-        old_values=per_token,
-        returns=per_token,
+    per_token = np.zeros((B, T), np.float32)
+    prompts = np.repeat(np.arange(-(-B // shapes.group_size)), shapes.group_size)[:B]
+    batch = Batch(
+        prompt_ids=np.broadcast_to(prompts[:, None], (B, P)).astype(np.int32),  # pyright: ignore[reportArgumentType]
+        prompt_mask=np.ones((B, P), bool),  # pyright: ignore[reportArgumentType]
+        completion_ids=np.zeros((B, T), np.int32),  # pyright: ignore[reportArgumentType]
+        completion_mask=np.ones((B, T), bool),  # pyright: ignore[reportArgumentType]
+        loss_mask=np.ones((B, T), bool),  # pyright: ignore[reportArgumentType]
+        advantages=per_token if with_values else np.zeros(B, np.float32),  # pyright: ignore[reportArgumentType]
+        rollout_log_probs=per_token,  # pyright: ignore[reportArgumentType]
+        old_log_probs=per_token,  # pyright: ignore[reportArgumentType]
+        old_values=per_token if with_values else None,  # pyright: ignore[reportArgumentType]
+        returns=per_token if with_values else None,  # pyright: ignore[reportArgumentType]
     )
+    if packing is None:
+        return batch
+    return pack(batch, packing, micro_batch_tokens=shapes.rows * (P + T))
 
 
 def _pairs(shapes: UpdateShapes) -> Pairs:

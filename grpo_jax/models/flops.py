@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.transformer import param_shapes
 
 
@@ -17,6 +18,7 @@ def training_flops(
     completion_lengths: np.ndarray,
     *,
     group_size: int = 1,
+    lora: LoRA | None = None,
 ) -> float:
     """Floating-point operations of one forward and backward pass over sequences.
 
@@ -34,18 +36,26 @@ def training_flops(
         completion_lengths: ``[...]``, the other tokens of each sequence.
         group_size: of adjacent sequences ``[N * G]`` of one prompt which, but for its last token, is computed once for
             all of them; 1 if it is computed for each.
+        lora: adapters, with which the frozen weights have no gradient, so that 4 takes the place of 6, and
+            ``6 N_adapters tokens`` are added.
+
+    Raises:
+        ValueError: the adapters do not fit the model, as ``LoRA.check``.
     """
     if group_size > 1:
         again = np.repeat(np.asarray(prompt_lengths)[::group_size] - 1, group_size - 1)
-        repeated = training_flops(config, again, np.zeros(1, int))
-        return training_flops(config, prompt_lengths, completion_lengths) - repeated
+        repeated = training_flops(config, again, np.zeros(1, int), lora=lora)
+        return training_flops(config, prompt_lengths, completion_lengths, lora=lora) - repeated
     lengths = np.asarray(prompt_lengths + completion_lengths, float)
     head = 0 if config.scalar_head else config.vocab_size * config.hidden_size
     pairs = 0.0
     for window in config.windows:
         reach = lengths if window is None else np.minimum(lengths, window)
         pairs += (reach * (reach + 1) / 2 + (lengths - reach) * reach).sum()
-    weights = 6 * (_body_size(config) * lengths.sum() + head * np.sum(completion_lengths))
+    has_adapters = lora is not None and lora.is_used
+    weights = (4 if has_adapters else 6) * (_body_size(config) * lengths.sum() + head * np.sum(completion_lengths))
+    if has_adapters:
+        weights += 6 * lora.size(config) * lengths.sum()
     return float(weights + 12 * config.num_heads * config.head_dim * pairs)
 
 

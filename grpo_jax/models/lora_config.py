@@ -70,6 +70,14 @@ class LoRA:
         """
         self.matrices(config)
 
+    def size(self, config: DecoderConfig) -> int:
+        """Number of parameters of all adapters of a model.
+
+        Raises:
+            ValueError: as ``check``.
+        """
+        return (self.rank or 0) * config.num_layers * sum(map(sum, self.matrices(config).values()))
+
     def matrices(self, config: DecoderConfig) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the matrices of a layer that get adapters, by their path such as ``attention/q``.
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import jax
 
+from grpo_jax.sharding import HOST_MEMORY, check_host_memory
+
 Remat = Literal["none", "block", "offload"]
 
 """``none`` keeps all activations; ``block`` keeps the input of each block and recomputes the rest in the backward pass;
@@ -14,7 +16,6 @@ Remat = Literal["none", "block", "offload"]
 
 BLOCK_INPUT = "block_input"
 """Checkpoint name of the residual stream before each block."""
-OFFLOAD_MEMORY = "pinned_host"
 
 
 def check_remat(remat: Remat, device: Any) -> None:
@@ -28,12 +29,7 @@ def check_remat(remat: Remat, device: Any) -> None:
         ValueError: ``offload`` on a device without pinned host memory.
     """
     if remat == "offload":
-        kinds = sorted(memory.kind for memory in device.addressable_memories())
-        if kinds and OFFLOAD_MEMORY not in kinds:  # none are known of a device that is only compiled for
-            raise ValueError(
-                f"remat is offload, which needs {OFFLOAD_MEMORY} memory; {device.device_kind} has {', '.join(kinds)}: "
-                "use block"
-            )
+        check_host_memory(device, "remat is offload", "use block")
 
 
 def remat_policy(remat: Remat) -> Callable[..., Any] | None:
@@ -44,5 +40,5 @@ def remat_policy(remat: Remat) -> Callable[..., Any] | None:
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[BLOCK_INPUT],
         offload_src="device",
-        offload_dst=OFFLOAD_MEMORY,
+        offload_dst=HOST_MEMORY,
     )

@@ -20,6 +20,7 @@ from grpo_jax.train.packing import micro_batch as micro_batch
 from grpo_jax.train.packing import pack as pack
 from grpo_jax.train.quantized_moments import scale_by_quantized_adam as scale_by_quantized_adam
 from grpo_jax.train.step import LossFn as LossFn
+from grpo_jax.train.step import Offloaded as Offloaded
 from grpo_jax.train.step import compiler_options as compiler_options
 from grpo_jax.train.step import init_state as init_state
 from grpo_jax.train.step import make_log_prob_fn as make_log_prob_fn

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key
 
 from grpo_jax.sampling import check_key
+from grpo_jax.sharding import HOST_MEMORY, check_host_memory, to_device
 from grpo_jax.train.forward import Sequences, Tokens
 from grpo_jax.train.packing import in_batch_order, micro_batch
 from grpo_jax.train.trainable import join, trainable_part
@@ -21,6 +23,8 @@ from grpo_jax.types import AS_STORED, Batch, Max, Mean, Metrics, PackedBatch, Pa
 
 LossFn = Callable[[Params, Any], tuple[Mean, Metrics]]
 """``(params, batch) -> (loss, metrics)``."""
+Offloaded = Literal["optimizer", "reference"]
+"""Parts of a ``TrainState`` that may lie in the host's memory: the optimizer's state, the reference policy."""
 
 
 def make_log_prob_fn(
@@ -45,7 +49,7 @@ def make_log_prob_fn(
 
     @partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
     def frozen_log_probs(params, rollout):
-        params = preparation.prepare(params)
+        params = preparation.prepare(to_device(params))
         if isinstance(rollout, PackedBatch):
 
             def one(index, out):
@@ -72,7 +76,8 @@ def make_train_step(
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
 
     Parameters with LoRA adapters are trained as ``trainable_part`` says, all others as a whole. The new state has the
-    shardings of the old one. Called inside another jitted function, the step is traced into it.
+    shardings of the old one, and its optimizer state is in the same memory. Called inside another jitted function, the
+    step is traced into it.
 
     Gradients are accumulated over ``num_micro_batches`` parts of the batch, or over the micro-batches that a
     ``PackedBatch`` has. Sums and counts are added over the parts and divided at the end, so the update does not depend
@@ -134,11 +139,11 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.where(loss.count > 0, loss.count, 1), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer counters with floats
             trainable = trainable_part(state.params)
-            updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+            updates, opt_state = optimizer.update(grads, to_device(state.opt_state), trainable)
             params = join(optax.apply_updates(trainable, updates), state.params)
         scalars = {name: metric.value for name, metric in merged.items()}
         scalars["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, opt_state, state.ref_params), scalars
+        return TrainState(state.step + 1, params, opt_state), scalars
 
     @cache
     def jitted(treedef, shardings):
@@ -148,10 +153,13 @@ def make_train_step(
         return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
 
     def train_step(state: TrainState, batch):
+        reference, state = state.ref_params, replace(state, ref_params=None)
         leaves, treedef = jax.tree.flatten(state)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return step(state, batch)
-        return jitted(treedef, tuple(leaf.sharding for leaf in leaves))(state, batch)
+            state, metrics = step(state, batch)
+        else:
+            state, metrics = jitted(treedef, tuple(leaf.sharding for leaf in leaves))(state, batch)
+        return replace(state, ref_params=reference), metrics
 
     return train_step
 
@@ -226,6 +234,7 @@ def init_state(
     with_reference: bool,
     replicated: Sharding,
     ref_dtype: Any = None,
+    offload: Collection[Offloaded] = (),
 ) -> TrainState:
     """The state before the first update, with optimizer state as ``opt_state_shardings`` lays it out.
 
@@ -238,24 +247,36 @@ def init_state(
         replicated: sharding of the state's scalars.
         ref_dtype: dtype of the reference's matrices; in that of the computation its log-probabilities are the same.
             None for that of the parameters.
+        offload: what lies in the host's memory, and on the devices only while a program computes with it.
 
     Raises:
-        ValueError: as ``opt_state_shapes``, before anything is computed.
+        ValueError: as ``opt_state_shapes`` and ``sharding.check_host_memory``, before anything is computed.
     """
+    if offload:
+        device = next(iter(replicated.device_set))
+        check_host_memory(device, f"offload is {' '.join(offload)}", "leave it out")
     trainable = trainable_part(params)
     shardings = jax.tree.map(lambda x: x.sharding, trainable)
-    moments = opt_state_shardings(opt_state_shapes(optimizer, trainable), trainable, shardings, replicated)
+    shapes = opt_state_shapes(optimizer, trainable)
+    moments = opt_state_shardings(shapes, trainable, shardings, replicated, on_host="optimizer" in offload)
+    reference = _frozen_copy(trainable, ref_dtype) if with_reference else None
+    if "reference" in offload:
+        reference = jax.tree.map(lambda x: jax.device_put(x, _on_host(x.sharding)), reference)
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=moments)(trainable),
-        ref_params=_frozen_copy(trainable, ref_dtype) if with_reference else None,
+        ref_params=reference,
     )
 
 
 def _frozen_copy(params: Params, dtype: Any) -> Params:
     """A copy with matrices of a dtype, which does not share memory with ``params``: these are donated."""
     return jax.tree.map(lambda x: jnp.array(x, x.dtype if dtype is None or x.ndim < 2 else dtype), params)
+
+
+def _on_host(sharding: Sharding) -> Sharding:
+    return sharding.with_memory_kind(HOST_MEMORY)
 
 
 def opt_state_shapes(optimizer: optax.GradientTransformation, params: Params) -> Any:
@@ -288,7 +309,9 @@ def opt_state_shapes(optimizer: optax.GradientTransformation, params: Params) ->
     return state
 
 
-def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: Sharding) -> Any:
+def opt_state_shardings(
+    opt_state: Any, params: Params, shardings: Params, replicated: Sharding, *, on_host: bool = False
+) -> Any:
     """A sharding for each array of an optimizer's state, of any optax transformation.
 
     An array whose path ends in the path of a parameter of the same shape, such as a moment, has the parameter's
@@ -301,6 +324,7 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
         params: the parameters, in the same form.
         shardings: of the parameters.
         replicated: sharding of the other arrays.
+        on_host: whether all arrays but scalars lie in the host's memory.
     """
     of_param = {
         path: (leaf.shape, sharding)
@@ -321,17 +345,23 @@ def opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repli
                 return sharding if leaf.shape[-1] % parts == 0 else whole_last
         return replicated
 
-    return jax.tree_util.tree_map_with_path(of_leaf, opt_state)
+    found = jax.tree_util.tree_map_with_path(of_leaf, opt_state)
+    if not on_host:
+        return found
+    return jax.tree.map(lambda sharding, x: _on_host(sharding) if x.ndim else sharding, found, opt_state)
 
 
 def with_fresh_reference(state: TrainState) -> TrainState:
-    """The state with a copy of its current parameters as the reference policy, in the precision of the one before.
+    """The state with a copy of its current parameters as the reference policy, where and as precise as the one before.
 
     Reference refresh.
     """
-    dtypes = {x.dtype for x in jax.tree.leaves(state.ref_params) if x.ndim > 1}
-    ref_params = _frozen_copy(trainable_part(state.params), dtypes.pop() if dtypes else None)
-    return TrainState(state.step, state.params, state.opt_state, ref_params)
+    params, before = trainable_part(state.params), state.ref_params
+    dtypes = {x.dtype for x in jax.tree.leaves(before) if x.ndim > 1}
+    ref_params = _frozen_copy(params, dtypes.pop() if dtypes else None)
+    if before is not None:
+        ref_params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), ref_params, before)
+    return replace(state, ref_params=ref_params)
 
 
 def reference_params(state: TrainState) -> Params:
