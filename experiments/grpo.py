@@ -36,10 +36,9 @@ from grpo_jax.loop.estimators import (
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.sharding import replicated
+from grpo_jax.loop.setup import policy_state
 from grpo_jax.train import (
     completion_log_probs,
-    init_state,
     shuffled_minibatches,
     with_fresh_reference,
 )
@@ -70,14 +69,7 @@ def train(config: GRPOConfig, run: Run) -> None:
             "updates": f"{config.updates_per_step} a step; {layout.description}; " + config.optimizer.description,
         }
     )
-    state = init_state(
-        collector.take_params(),
-        optimizer,
-        with_reference=config.has_reference,
-        replicated=replicated(mesh),
-        ref_dtype=config.compute_dtype,
-        offload=config.offload,
-    )
+    state = policy_state(config, collector.take_params(), optimizer, mesh)
     first, state, saved = run.resume(state)
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
     collector.restore(saved)

@@ -36,9 +36,9 @@ from grpo_jax.loop.estimators import make_train_batch, per_completion, rewards_o
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
+from grpo_jax.loop.setup import policy_state
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.sharding import replicated
-from grpo_jax.train import completion_log_probs, init_state, reference_params
+from grpo_jax.train import completion_log_probs, reference_params
 from grpo_jax.train.critic import CriticBatch, MLPCritic
 from grpo_jax.types import Batch, Rollout
 
@@ -96,14 +96,7 @@ def train(config: HybridConfig, run: Run) -> None:
     )
     train_step = layout.make_train_step(policy_loss, optimizer, config.optimizer)
     critic = make_critic(config, collector, mesh)
-    policy = init_state(
-        collector.take_params(),
-        optimizer,
-        with_reference=config.has_reference,
-        replicated=replicated(mesh),
-        ref_dtype=config.compute_dtype,
-        offload=config.offload,
-    )
+    policy = policy_state(config, collector.take_params(), optimizer, mesh)
     first, states, saved = run.resume({"policy": policy, "critic": critic.initial_state})
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
     collector.restore(saved)

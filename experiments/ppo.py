@@ -37,7 +37,7 @@ from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
-from grpo_jax.loop.setup import load_model
+from grpo_jax.loop.setup import load_model, policy_state
 from grpo_jax.loop.stages import Stage
 from grpo_jax.masked import masked_mean, masked_sum
 from grpo_jax.models import Pretrained
@@ -168,14 +168,7 @@ class Learner:
         self.advantages = jax.jit(partial(token_advantages, gamma=config.gamma, lam=config.lam, scale=config.whiten))
 
     def init(self, params: Params) -> TrainState:
-        return init_state(
-            params,
-            self.optimizer,
-            with_reference=self.config.has_reference,
-            replicated=replicated(self.mesh),
-            ref_dtype=self.config.compute_dtype,
-            offload=self.config.offload,
-        )
+        return policy_state(self.config, params, self.optimizer, self.mesh)
 
     def policy_loss(self, log_probs: Callable) -> Callable:
         config = self.config

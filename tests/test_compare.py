@@ -18,6 +18,7 @@ from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop import update_memory
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.stages import Stage
+from grpo_jax.models import LoRA
 from tests.runs import kill_in_second_save, parsed_commands, record_stages, write_rows
 
 STEPS, PROMPTS, GROUP = 6, 4, 4
@@ -314,7 +315,9 @@ def memory_of(config, method):
 
 
 def test_memory_is_of_one_model_more_where_there_is_a_critic(small, monkeypatch):
-    monkeypatch.setattr(update_memory, "_compiled", lambda step, state, *rest: SimpleNamespace(compiled=state))
+    monkeypatch.setattr(
+        update_memory, "_compiled", lambda step, state, *rest, **options: SimpleNamespace(compiled=state)
+    )
     monkeypatch.setattr(update_memory, "program_bytes", lambda state: update_memory._bytes_of(state) + 100)
     grpo, ppo = (memory_of(tiny_shapes(small), method) for method in ("grpo", "ppo"))
     copies = [each.copies for each in (*grpo.values(), *ppo.values())]
@@ -342,6 +345,21 @@ def test_a_report_describes_each_program(small, tmp_path, capsys):
     assert program["wire_bytes"] == 0
     (tmp_path / "report.json").write_text(line)
     assert set(replace(TOY, memory_report=tmp_path / "report.json").larger) == {"sft"}
+
+
+def test_a_report_of_packed_rows_with_adapters(small, capsys):
+    config = replace(tiny_shapes(small), methods=("grpo",), rows=4, num_micro_batches=2, group_size=4)
+    found = {}
+    for name, settings in {
+        "padded": {"packing": "none"},
+        "shared": {"packing": "shared"},
+        "adapters": {"packing": "shared", "lora": LoRA(rank=2), "offload_optimizer": True},
+    }.items():
+        bench_memory.main(replace(config, **settings))
+        report = json.loads(capsys.readouterr().out)
+        found[name] = report["grpo"]["state_bytes"], report["programs"][0]["flops"]
+    assert found["shared"][0] == found["padded"][0] > 2 * found["adapters"][0]
+    assert found["adapters"][1] < found["shared"][1]  # frozen weights have no gradient
 
 
 def test_a_topology_that_is_not_there_and_options_without_values():

@@ -14,10 +14,15 @@ from checkpoints import quick_jit
 
 from grpo_jax.config import memory
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.dpo import DPOConfig
 from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.config.memory import MICRO_BATCH_TOKENS
+from grpo_jax.config.offline import DemonstrationConfig, PreferenceConfig
 from grpo_jax.config.ppo import PPOConfig
+from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.sft import SFTConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.models import from_hf_config
 from grpo_jax.models.lora_config import LoRA
@@ -64,16 +69,16 @@ def test_what_a_7b_run_holds(config):
     assert need.rollout == 2 * WEIGHTS
     assert need.state_on({"data": 1, "fsdp": 4, "tensor": 4}) == need.state // 16
     with_reference = replace(config, policy=PolicyLossConfig(kl_coef=0.01))
-    assert memory.reckon(with_reference, DECODER, {"tensor": 1}).state - need.state == 2 * WEIGHTS
+    assert memory.reckon(with_reference, DECODER, {"fsdp": 1, "tensor": 1}).state - need.state == 2 * WEIGHTS
     small = replace(config, optimizer=OptimizerConfig(optimizer="adafactor", gradient_dtype="bfloat16"))
-    smaller = memory.reckon(small, DECODER, {"tensor": 1})
+    smaller = memory.reckon(small, DECODER, {"fsdp": 1, "tensor": 1})
     assert smaller.state < 0.34 * need.state
     assert need.update - smaller.update == 2 * WEIGHTS
     ppo = PPOConfig(
         run_dir=Path("run"), model=config.model, rewards=config.rewards, dtype="bfloat16", kl_reward_coef=0.0
     )
-    assert memory.reckon(ppo, DECODER, {"tensor": 1}).state == 2 * need.state
-    assert memory.reckon(replace(ppo, critic="head"), DECODER, {"tensor": 1}).state == need.state
+    assert memory.reckon(ppo, DECODER, {"fsdp": 1, "tensor": 1}).state == 2 * need.state
+    assert memory.reckon(replace(ppo, critic="head"), DECODER, {"fsdp": 1, "tensor": 1}).state == need.state
 
 
 def test_what_a_7b_run_with_adapters_holds(config):
@@ -81,7 +86,9 @@ def test_what_a_7b_run_with_adapters_holds(config):
     matrices = LoRA(rank=16).matrices(DECODER).values()
     adapters = 28 * 16 * sum(inputs + outputs for inputs, outputs in matrices)
     needs = {
-        quantize: memory.reckon(replace(config, lora=LoRA(rank=16, quantize=quantize)), DECODER, {"tensor": 1})
+        quantize: memory.reckon(
+            replace(config, lora=LoRA(rank=16, quantize=quantize)), DECODER, {"fsdp": 1, "tensor": 1}
+        )
         for quantize in (None, "int8", "nf4")
     }
     assert needs[None].state == pytest.approx(2 * WEIGHTS + 3 * 4 * adapters, rel=1e-6)
@@ -91,8 +98,57 @@ def test_what_a_7b_run_with_adapters_holds(config):
         assert needs[None].rollout - needs[quantize].rollout == saved * quantized
 
 
+def test_what_is_offloaded_is_on_the_devices_in_an_update_alone(config):
+    axes = {"fsdp": 1, "tensor": 1}
+    config = replace(config, policy=PolicyLossConfig(kl_coef=0.01))
+    need, less = (
+        memory.reckon(replace(config, offload=offload), DECODER, axes) for offload in ((), ("optimizer", "reference"))
+    )
+    assert need.state - less.state == pytest.approx((2 * 4 + 2) * WEIGHTS)
+    assert less.update - need.update == pytest.approx(2 * 4 * WEIGHTS)
+
+
+def test_what_ppo_trains_as_a_whole_beside_adapters(config):
+    ppo = PPOConfig(
+        run_dir=Path("run"),
+        model=config.model,
+        rewards=config.rewards,
+        dtype="bfloat16",
+        kl_reward_coef=0.0,
+        lora=LoRA(rank=16),
+    )
+    axes = {"fsdp": 1, "tensor": 1}
+    actor = memory.reckon(replace(config, lora=LoRA(rank=16)), DECODER, axes)
+    whole = memory.reckon(config, DECODER, axes)
+    both = memory.reckon(ppo, DECODER, axes)
+    assert both.state == pytest.approx(actor.state + whole.state, rel=1e-9)
+    assert both.update == whole.update
+    stacked = memory.reckon(replace(config, lora=LoRA(rank=16)), DECODER, {"fsdp": 8, "tensor": 1})
+    assert stacked.update - actor.update == 2 * WEIGHTS  # the frozen weights once more
+
+
+def test_offline_training_follows_the_memory_of_the_devices(config, monkeypatch):
+    shared = {"run_dir": Path("run"), "model": config.model, "dtype": "bfloat16", "mesh": MeshConfig(data=1, fsdp=8)}
+    sft = SFTConfig(**shared, data=DemonstrationConfig(dataset="rows.jsonl"), num_sequences=128, num_eval_prompts=0)
+    pairs = PreferenceConfig(dataset="rows.jsonl")
+    dpo = DPOConfig(**shared, data=pairs, num_pairs=128)
+    scores = RewardModelConfig(**shared, data=pairs, num_pairs=128)
+    rows = MICRO_BATCH_TOKENS // 2048 * 8, MICRO_BATCH_TOKENS // (2 * 1536) * 8
+    assert [each.micro_batches for each in (sft, dpo, scores)] == [128 // rows[0], *[-(-128 // rows[1])] * 2]
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: V5E)
+    for each in (sft, dpo, scores):
+        assert each.micro_batches == 16  # one row a device at a time is the least
+        memory.check_memory(each)
+        with pytest.raises(ValueError, match=r"does not fit devices of 16.0 GB: weights and optimizer state take 22.8"):
+            memory.check_memory(replace(each, mesh=MeshConfig(data=2, fsdp=4)))
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: 13 * 10**9)
+    memory.check_memory(sft)  # 11.4 GB, and no sampler
+    with pytest.raises(ValueError, match=r"and the sampler's weights 3.8 GB \(mesh.rollout_tensor 4\)"):
+        memory.check_memory(dpo)
+
+
 def test_the_sampler_shares_float32_weights_that_lie_as_it_needs_them(config):
-    need = memory.reckon(replace(config, dtype="float32"), DECODER, {"tensor": 1})
+    need = memory.reckon(replace(config, dtype="float32"), DECODER, {"fsdp": 1, "tensor": 1})
     assert need.rollout_on({"data": 8, "fsdp": 1, "tensor": 1}, 1) == 0
     assert need.rollout_on({"data": 4, "fsdp": 2, "tensor": 1}, 1) == 4 * WEIGHTS
     assert need.rollout_on({"data": 4, "fsdp": 2, "tensor": 1}, 2) == 2 * WEIGHTS
@@ -121,7 +177,7 @@ def test_micro_batches_follow_the_memory_of_the_devices(config, monkeypatch):
         found[limit] = config.micro_batches, memory.micro_batch_tokens(config)
     assert found[V5E] == (32, 0)  # one row a device at a time is the least
     assert found[H100][0] == 1
-    state = memory.reckon(config, DECODER, {"tensor": 1})
+    state = memory.reckon(config, DECODER, {"fsdp": 1, "tensor": 1})
     assert found[H100][1] == int(0.9 * H100 - (state.state + state.update) // 8) // state.token
     assert replace(config, num_micro_batches=2).micro_batches == 2
 

@@ -4,6 +4,7 @@ Compiles each update as a run does (mesh, attention kernel, rematerialization) a
 parameters, and reads the memory of state, batch, temporary arrays and further models. Prints one JSON line.
 
     python experiments/bench/memory.py --topology v5e:4x4 --dtype bfloat16 --rows 128 --num-micro-batches 2
+    python experiments/bench/memory.py --topology v5e:4x4 --dtype bfloat16 --rows 256 --lora.rank 16 --methods grpo
     python experiments/bench/memory.py --topology h100:8 --dtype bfloat16 --rows 64 --num-micro-batches 4 --methods grpo
     python experiments/bench/memory.py --shape small                   # the toy model, by this device's compiler
     python experiments/bench/memory.py --model-config path/to/config.json    # any other model
@@ -35,7 +36,7 @@ from grpo_jax.loop.benchmark import SHAPES
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.program_cost import program_cost
 from grpo_jax.loop.update_memory import METHODS, Program, UpdateShapes, program_bytes, size_of, update_memory
-from grpo_jax.models import from_hf_config, param_shapes, training_flops
+from grpo_jax.models import LoRA, from_hf_config, param_shapes, training_flops
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.remat import Remat
@@ -122,6 +123,14 @@ class Config:
     """Precision of the computation; weights and optimizer moments are float32."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients are accumulated."""
+    packing: Literal["auto", "shared", "separate", "none"] = "auto"
+    """Layout of the completions of GRPO and PPO, as in training; all have the greatest length."""
+    group_size: int = 8
+    """Completions of each prompt, which packed rows may share."""
+    lora: LoRA = LoRA()
+    """LoRA adapters to train in place of the model."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory between updates."""
     topology: str | None = None
     """Compile for a TPU topology such as v5p:2x2x2, or for GPUs (h100:8). Default: one device of this machine."""
     fsdp: int | None = None
@@ -135,9 +144,11 @@ class Config:
 
     def __post_init__(self):
         require_at_least(self, rows=2, num_micro_batches=1, max_prompt_length=1, max_completion_length=1)
-        require_at_least(self, num_layers=1, fsdp=1, tensor=1)
+        require_at_least(self, num_layers=1, fsdp=1, tensor=1, group_size=1)
         if self.rows % 2:
             raise ValueError(f"rows is {self.rows}; it must be even, because DPO has two sequences per pair")
+        if self.lora.is_used and "ppo" in self.methods:
+            raise ValueError("methods has ppo, whose critic has no adapters; with lora.rank, name grpo, dpo or sft")
         for option in self.compiler_options:
             if "=" not in option:
                 raise ValueError(f"compiler_options: {option!r} is not name=value")
@@ -147,7 +158,7 @@ class Config:
         """Model and batch in effect."""
         names = (
             *("rows", "num_micro_batches", "max_prompt_length", "max_completion_length", "remat", "dtype"),
-            *("attention", "scan_layers", "gradient_dtype"),
+            *("attention", "scan_layers", "gradient_dtype", "packing", "group_size", "lora", "offload_optimizer"),
         )
         return UpdateShapes(hf_config=self.hf_config, **{name: getattr(self, name) for name in names})
 
@@ -233,6 +244,7 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
         "method": method,
         "compile_seconds": round(program.seconds, 1),
         "argument_bytes": analysis.argument_size_in_bytes,
+        "host_argument_bytes": analysis.host_argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes,
         "device_bytes": program_bytes(program.compiled),
         "peak_bytes": getattr(analysis, "peak_memory_in_bytes", None),
@@ -249,7 +261,7 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
     result |= {"fits": (result["peak_bytes"] or result["device_bytes"]) <= speed.capacity, "seconds": seconds}
     if method == "grpo":
         prompts, completions = (np.full(rows, n) for n in (config.max_prompt_length, config.max_completion_length))
-        ideal = training_flops(decoder, prompts, completions) / (mesh.size * peak)
+        ideal = training_flops(decoder, prompts, completions, lora=config.lora) / (mesh.size * peak)
         result["mfu_bound"] = round(ideal / sum(seconds.values()), 3)
     return result
 

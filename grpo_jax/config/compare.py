@@ -228,7 +228,7 @@ class CompareConfig(PipelineConfig, PolicyConfig):
             longest = self.prompt_length + self.completion_length
             changes["max_length"] = stage.max_length or max(longest, min(ROW_LENGTH, self.positions or ROW_LENGTH))
         # As many sequences per micro-batch as GRPO has.
-        if self.grpo.num_micro_batches is None and stage.num_micro_batches == 1:
+        if self.grpo.num_micro_batches is None and stage.num_micro_batches is None:
             rows = stage.num_pairs if method == "dpo" else stage.num_sequences
             parts = self.in_steps("grpo").micro_batches_of(rows) * (2 if method == "dpo" else 1)
             changes["num_micro_batches"] = min(parts, rows)

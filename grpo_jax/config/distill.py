@@ -63,8 +63,8 @@ class DistillConfig(BatchInferenceConfig, PipelineConfig):
     max_length: int | None = None
     """Tokens per row, and of the longest demonstration. Default: 2048, or less where the student has fewer
     positions."""
-    num_micro_batches: int = 1
-    """Gradient accumulation: parts of each update. Results do not depend on it."""
+    num_micro_batches: int | None = None
+    """Gradient accumulation: parts of each update. Results do not depend on it. Default: by the devices' memory."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
     """Optimizer."""
     eval_samples: int = 4

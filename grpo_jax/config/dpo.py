@@ -82,6 +82,16 @@ class DPOConfig(OfflineConfig, PolicyConfig):
             import_reward(self.judge)
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return sum(self.lengths)
+
+    @property
+    def has_sampler(self) -> bool:
+        """Whether completions are sampled."""
+        return self.num_eval_prompts > 0
+
+    @property
     def by_token(self) -> bool:
         """Whether log-probabilities are divided by the number of tokens."""
         return self.loss == "ipo" if self.per_token is None else self.per_token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,13 +32,13 @@ Axes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Reckoning:
-    """Memory of online RL in bytes, before it is divided by axes of the mesh.
+    """Memory of training in bytes, before it is divided by axes of the mesh.
 
     Attributes:
         state: weights (float32; with LoRA adapters, frozen ones in the precision of the computation), optimizer state
-            and the reference policy.
+            and the reference policy, without what is offloaded.
         update: beside the state, in an update: gradients, summed and of a micro-batch; weights in the precision of the
-            computation; logits.
+            computation, stacked; offloaded optimizer state; logits.
         rollout: the sampler's weights.
         token: an update's activations for each token.
         rollout_is_shared: whether the sampler uses the weights that are trained if they lie as it needs them.
@@ -76,7 +76,7 @@ class Reckoning:
 
 
 def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
-    """The memory of a run of online RL.
+    """The memory of a run that trains a model.
 
     Args:
         config: of the run.
@@ -91,26 +91,40 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     shapes, dtype = param_shapes(decoder), config.compute_dtype
     count, itemsize = sum(leaf.size for leaf in jax.tree.leaves(shapes)), jnp.dtype(dtype).itemsize
     moments = jax.tree.leaves(jax.eval_shape(optimizer.init, shapes))
-    has_adapters, trained, rollout = config.lora.rank is not None, count, itemsize * count
+    has_adapters, trained, rollout = config.lora.is_used, count, itemsize * count
     if has_adapters:
-        sizes = config.lora.matrices(decoder).values()
-        trained = config.lora.rank * decoder.num_layers * sum(map(sum, sizes))
-        quantized = decoder.num_layers * sum(inputs * outputs for inputs, outputs in sizes)
+        trained = config.lora.size(decoder)
+        quantized = decoder.num_layers * sum(
+            inputs * outputs for inputs, outputs in config.lora.matrices(decoder).values()
+        )
         rollout -= int(quantized * (itemsize - QUANTIZED_BYTES.get(config.lora.quantize, itemsize)))
     # The rest is frozen, as the sampler and the reference compute with it.
     frozen = rollout if has_adapters else 0
-    of_each = 4 + sum(leaf.size * leaf.dtype.itemsize for leaf in moments) / count
-    gradients = jnp.dtype(config.optimizer.gradient_dtype).itemsize * trained
-    prepared = 0 if has_adapters else (1 + (itemsize < 4)) * itemsize * count
+    of_moments = sum(leaf.size * leaf.dtype.itemsize for leaf in moments) / count
+    # PPO's own critic is trained as a whole.
+    all_trained = trained + (config.trained_models - 1) * count
+    most_trained = max(trained, count if config.trained_models > 1 else 0)
+    state = 4 * all_trained + frozen
+    update = jnp.dtype(config.optimizer.gradient_dtype).itemsize * most_trained + 12 * CHUNK_SIZE * decoder.vocab_size
+    if most_trained == count:
+        update += (1 + (itemsize < 4)) * itemsize * count
+    elif axes["fsdp"] > 1:  # only there are layers with adapters stacked
+        update += frozen
+    if "optimizer" in config.offload:
+        update += int(of_moments * most_trained)
+    else:
+        state += int(of_moments * all_trained)
+    if config.has_reference and "reference" not in config.offload:
+        state += itemsize * trained
     kind = hardware(jax.local_devices()[0])
     attention = resolve_attention(config.attention, decoder, dtype, kind, axes["tensor"])
     return Reckoning(
-        state=config.trained_models * (int(of_each * trained) + frozen) + config.has_reference * itemsize * trained,
-        update=gradients + prepared + 12 * CHUNK_SIZE * decoder.vocab_size,
+        state=state,
+        update=update,
         rollout=rollout,
         token=activation_bytes(
             decoder,
-            length=config.prompt_length + config.completion_length,
+            length=config.sequence_length,
             itemsize=itemsize,
             remat=config.remat,
             fused_attention=attention in ("cudnn", "splash"),
@@ -124,7 +138,7 @@ def micro_batch_tokens(config: Any) -> int:
     """Tokens of a micro-batch on each device: ``MICRO_BATCH_TOKENS``, or by the memory of devices that report theirs.
 
     Args:
-        config: of a run of online RL.
+        config: of a run that trains a model.
     """
     limit = device_bytes(jax.local_devices())
     decoder = None if limit is None else config.decoder
@@ -134,13 +148,28 @@ def micro_batch_tokens(config: Any) -> int:
     return reckon(config, decoder, axes).tokens_on(axes, limit)
 
 
+def fewest_micro_batches(config: Any, rows: int, row_tokens: int) -> int:
+    """The smallest number of equal micro-batches that keeps each within ``micro_batch_tokens`` per device.
+
+    Args:
+        config: of a run that trains a model.
+        rows: of an update.
+        row_tokens: tokens of a row, at most.
+    """
+    parts = config.mesh.build().shape
+    devices = parts["data"] * parts["fsdp"]
+    most = max(devices, devices * micro_batch_tokens(config) // row_tokens)
+    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
+    return min(fitting, default=1)
+
+
 def check_memory(config: Any) -> None:
     """Check that each device has memory for the state of a run and for the sampler's weights.
 
     Where devices do not report their memory, or the model's configuration cannot be read yet, nothing is checked.
 
     Args:
-        config: of a run of online RL.
+        config: of a run that trains a model.
 
     Raises:
         ValueError: it has not; the message has the numbers, and meshes of the same devices that would do.
@@ -151,6 +180,8 @@ def check_memory(config: Any) -> None:
         return
     mesh = config.mesh.build()
     need, axes = reckon(config, decoder, mesh.shape), mesh.shape
+    if not config.has_sampler:
+        need = replace(need, rollout=0)
     tensor = rollout_tensor(need, decoder, axes, config.mesh.rollout_tensor, limit)
     state, rollout = need.state_on(axes), need.rollout_on(axes, tensor)
     if state + rollout <= limit:
@@ -161,10 +192,11 @@ def check_memory(config: Any) -> None:
         if need.state_on(other) + need.rollout_on(other, rollout_tensor(need, decoder, other, None, limit)) <= limit
     ]
     advice = f"of the meshes of these {mesh.size} devices, {found[0]} does" if found else "no mesh of them does"
+    held = "weights, optimizer state and reference" if config.has_reference else "weights and optimizer state"
+    sampler = f", and the sampler's weights {_gb(rollout)} (mesh.rollout_tensor {tensor})" if config.has_sampler else ""
     raise ValueError(
-        f"{config.model} does not fit devices of {_gb(limit)}: weights, optimizer state and reference take "
-        f"{_gb(state)} on each (mesh.fsdp {axes['fsdp']} x mesh.tensor {axes['tensor']}), and the sampler's weights "
-        f"{_gb(rollout)} (mesh.rollout_tensor {tensor}); {advice}"
+        f"{config.model} does not fit devices of {_gb(limit)}: {held} take {_gb(state)} on each (mesh.fsdp "
+        f"{axes['fsdp']} x mesh.tensor {axes['tensor']}){sampler}; {advice}"
     )
 
 

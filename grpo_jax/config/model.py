@@ -79,6 +79,11 @@ class ModelConfig:
         """Whether a reference policy is kept."""
         return False
 
+    @property
+    def has_sampler(self) -> bool:
+        """Whether completions are sampled."""
+        return False
+
     def check(self) -> None:
         """Check what needs the devices or the user's modules, before the run's folder is made.
 
@@ -167,6 +172,16 @@ class PolicyConfig(ModelConfig):
     def completion_length(self) -> int:
         """The completion length in effect."""
         return self.lengths[1]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return sum(self.lengths)
+
+    @property
+    def has_sampler(self) -> bool:
+        """Whether completions are sampled."""
+        return True
 
 
 def fitting_lengths(config: ModelConfig, prompt: int | None, completion: int | None) -> tuple[int, int]:

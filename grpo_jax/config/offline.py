@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from grpo_jax.config.memory import check_memory, fewest_micro_batches
 from grpo_jax.config.model import ModelConfig
 from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
@@ -82,8 +83,9 @@ class OfflineConfig(RunConfig, ModelConfig):
     num_epochs: int = 1
     """Passes over the data. A finished run continues when this is raised; with a decaying learning rate, later steps
     follow the new schedule."""
-    num_micro_batches: int = 1
-    """Gradient accumulation: parts of each update. Results do not depend on it."""
+    num_micro_batches: int | None = None
+    """Gradient accumulation: parts of each update. Results do not depend on it. Default: as few as the devices' memory
+    allows by an estimate; where it is unknown (CPU), as few as keep a part within 16,384 tokens per device."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig(learning_rate=1e-5)
     """Optimizer."""
     lora: LoRA = LoRA()
@@ -99,7 +101,7 @@ class OfflineConfig(RunConfig, ModelConfig):
     def __post_init__(self):
         RunConfig.__post_init__(self)
         require_at_least(self, num_epochs=1, num_micro_batches=1, eval_every=0, **{self.ROWS: 1})
-        if self.num_rows % self.num_micro_batches:
+        if self.num_rows % (self.num_micro_batches or 1):
             raise ValueError(f"{self.ROWS} = {self.num_rows} do not divide into {self.num_micro_batches} micro-batches")
         if self.model == TOY and self.data.chat_template:
             raise ValueError("the toy model has no chat template; name a model, or leave chat_template out")
@@ -114,11 +116,23 @@ class OfflineConfig(RunConfig, ModelConfig):
         """Rows per update: sequences of SFT, pairs of DPO and reward models."""
         return getattr(self, self.ROWS)
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence."""
+        raise NotImplementedError
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per update in effect."""
+        sequences = 2 if self.ROWS == "num_pairs" else 1
+        return self.num_micro_batches or fewest_micro_batches(self, self.num_rows, sequences * self.sequence_length)
+
     def check(self) -> None:
-        """As ``ModelConfig.check``, and check the optimizer and that the rows of a micro-batch divide over the mesh."""
+        """As ``ModelConfig.check``, and check the optimizer, the devices' memory and the rows of a micro-batch."""
         ModelConfig.check(self)
         self.check_lora(self.lora)
         self.check_offload(self.offload)
         self.optimizer.check()
+        check_memory(self)
         unit = self.ROWS.removeprefix("num_")
-        self.mesh.check_divides(self.num_rows // self.num_micro_batches, f"the {unit} of a micro-batch")
+        self.mesh.check_divides(self.num_rows // self.micro_batches, f"the {unit} of a micro-batch")

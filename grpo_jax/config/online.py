@@ -10,7 +10,7 @@ import jax
 import tyro
 
 from grpo_jax.config.data import DataConfig
-from grpo_jax.config.memory import check_memory, micro_batch_tokens, warn_of_narrow_shards
+from grpo_jax.config.memory import check_memory, fewest_micro_batches, micro_batch_tokens, warn_of_narrow_shards
 from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
@@ -164,19 +164,13 @@ class OnlineConfig(RunConfig, PolicyConfig):
         if self.num_micro_batches is not None:
             rows = self.num_completions // (self.num_minibatches * self.num_micro_batches)
             shape = self.mesh.build().shape
-            return rows * (self.prompt_length + self.completion_length) // (shape["data"] * shape["fsdp"])
+            return rows * self.sequence_length // (shape["data"] * shape["fsdp"])
         return CPU_PACKED_TOKENS if jax.default_backend() == "cpu" else micro_batch_tokens(self)
 
     def micro_batches_of(self, rows: int) -> int:
-        """The smallest number of equal micro-batches that keeps each within ``micro_batch_tokens`` per device.
+        """``num_micro_batches``, or as few as the devices' memory allows.
 
         Args:
             rows: sequences of an update.
         """
-        if self.num_micro_batches is not None:
-            return self.num_micro_batches
-        parts = self.mesh.build().shape
-        devices = parts["data"] * parts["fsdp"]
-        most = max(devices, devices * micro_batch_tokens(self) // (self.prompt_length + self.completion_length))
-        fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
-        return min(fitting, default=1)
+        return self.num_micro_batches or fewest_micro_batches(self, rows, self.sequence_length)

@@ -60,6 +60,11 @@ class RewardModelConfig(OfflineConfig):
         """The prompt and completion lengths in effect."""
         return fitting_lengths(self, self.max_prompt_length, self.max_completion_length)
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return sum(self.lengths)
+
 
 PRESETS: dict[str, Preset[RewardModelConfig]] = {
     "toy": Preset(

@@ -56,6 +56,16 @@ class SFTConfig(OfflineConfig, PolicyConfig):
         """Tokens per row in effect."""
         return self.max_length or min(ROW_LENGTH, self.positions or ROW_LENGTH)
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.row_length
+
+    @property
+    def has_sampler(self) -> bool:
+        """Whether completions are sampled."""
+        return self.num_eval_prompts > 0
+
 
 PRESETS: dict[str, Preset[SFTConfig]] = {
     "toy": Preset(

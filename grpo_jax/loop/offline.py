@@ -145,7 +145,7 @@ def _make_step(
     return make_train_step(
         loss_fn,
         optimizer,
-        num_micro_batches=config.num_micro_batches,
+        num_micro_batches=config.micro_batches,
         preparation=model.model.preparation,
         gradient_dtype=config.optimizer.gradient_dtype,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -24,11 +25,11 @@ from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.rollout import Sampler
-from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, rollout_mesh, rollout_steps
+from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, rollout_mesh, rollout_steps
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER, ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
-from grpo_jax.train import trainable_part
-from grpo_jax.types import Model, Params, Rollout
+from grpo_jax.train import init_state, trainable_part
+from grpo_jax.types import Model, Params, Rollout, TrainState
 
 
 def start_model(config: ModelConfig, run: Run, *, seed: int) -> str:
@@ -132,6 +133,27 @@ def as_policy(config: PolicyConfig, model: models.Pretrained) -> models.Pretrain
     """
     check_length(config.prompt_length + config.completion_length, model, PROMPT_AND_COMPLETION)
     return with_stop_tokens(model, config.stop_tokens)
+
+
+def policy_state(
+    config: OnlineConfig, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state of a policy before the first update, with a reference policy if the run has one.
+
+    Args:
+        config: of the run.
+        params: of the policy; the first update donates them.
+        optimizer: of the updates.
+        mesh: the devices.
+    """
+    return init_state(
+        params,
+        optimizer,
+        with_reference=config.has_reference,
+        replicated=replicated(mesh),
+        ref_dtype=config.compute_dtype,
+        offload=config.offload,
+    )
 
 
 @dataclass(frozen=True)

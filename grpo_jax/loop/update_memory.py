@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ class UpdateShapes:
     gradient_dtype: str = "float32"
     packing: Literal["auto", "shared", "separate", "none"] = "auto"
     group_size: int = 8
-    lora: LoRA = LoRA()
+    lora: LoRA = field(default_factory=LoRA)
     offload_optimizer: bool = False
 
     def packing_of(self, model: Model) -> Packing | None:

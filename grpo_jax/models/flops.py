@@ -52,10 +52,9 @@ def training_flops(
     for window in config.windows:
         reach = lengths if window is None else np.minimum(lengths, window)
         pairs += (reach * (reach + 1) / 2 + (lengths - reach) * reach).sum()
-    has_adapters = lora is not None and lora.is_used
-    weights = (4 if has_adapters else 6) * (_body_size(config) * lengths.sum() + head * np.sum(completion_lengths))
-    if has_adapters:
-        weights += 6 * lora.size(config) * lengths.sum()
+    factor, adapters = (6, 0) if lora is None or not lora.is_used else (4, lora.size(config))
+    weights = factor * (_body_size(config) * lengths.sum() + head * np.sum(completion_lengths))
+    weights += 6 * adapters * lengths.sum()
     return float(weights + 12 * config.num_heads * config.head_dim * pairs)
 
 
