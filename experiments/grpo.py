@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config.grpo import PRESETS, GRPOConfig
-from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
@@ -81,7 +80,7 @@ def train(config: GRPOConfig, run: Run) -> None:
                 rollout, rows = experience.rollout, slice(None)
             else:
                 experience, scores, rows = collector.sample_dynamically(step, state.params, most=config.max_draws)
-                rollout = select_rows(experience.rollout, rows, mesh)
+                rollout = select_rows(experience.rollout, rows)
             # Dispatched before the host scores: the devices compute meanwhile.
             old, ref = old_and_ref_log_probs(config, rollout, log_prob_fn, state)
             scores = collector.score(experience) if scores is None else scores
@@ -91,7 +90,6 @@ def train(config: GRPOConfig, run: Run) -> None:
                 scores.at(rows),
                 reward_weights=collector.scorer.weights,
                 tokenizer=collector.policy.tokenizer,
-                mesh=mesh,
                 old_log_probs=old,
                 ref_log_probs=ref,
             )
@@ -122,7 +120,7 @@ def train(config: GRPOConfig, run: Run) -> None:
             metrics |= collector.evaluate_if_due(step, state.params)
             phase.update(step, metrics)
     gap = "sampling/sampling_logp_difference/max"
-    gaps = [row[gap] for row in read_jsonl(run.metrics_log.path) if gap in row]
+    gaps = [row[gap] for row in run.rows() if gap in row]
     params, step = exported_params(
         config,
         run,

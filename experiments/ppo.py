@@ -28,6 +28,7 @@ from grpo_jax import advantage, loss
 from grpo_jax.config.pipeline import stage_config
 from grpo_jax.config.ppo import PRESETS, PPOConfig
 from grpo_jax.config.presets import preset
+from grpo_jax.hosts import fetch
 from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
@@ -42,7 +43,7 @@ from grpo_jax.loop.stages import Stage
 from grpo_jax.masked import masked_mean, masked_sum
 from grpo_jax.models import Pretrained
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.sharding import replicated, shard_rows
+from grpo_jax.sharding import place, replicated
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER
 from grpo_jax.train import (
     completion_log_probs,
@@ -211,7 +212,9 @@ class Learner:
         kl_coef: float,
     ) -> tuple[Batch, float, float]:
         """Training batch, and the mean KL to the reference in nats per completion and per token."""
-        rollout, rewards = experience.rollout, jnp.asarray(scores.total)
+        # All processes compute the same on their own devices.
+        rollout, old, ref, values = jax.tree.map(jnp.asarray, fetch((experience.rollout, old, ref, values)))
+        rewards = jnp.asarray(scores.total)
         mask = rollout.completion_mask & ~jnp.isnan(rewards)[:, None]
         advantages, returns, *kl = self.advantages(rewards, old, ref, values, mask, jnp.float32(kl_coef))
         batch = Batch(
@@ -226,7 +229,7 @@ class Learner:
             old_values=values,
             returns=returns,
         )
-        return shard_rows(batch, self.mesh), float(kl[0]), float(kl[1])
+        return batch, float(kl[0]), float(kl[1])
 
 
 class OwnCritic(Learner):
@@ -322,7 +325,7 @@ class SharedTrunk(Learner):
         }
         policy = collector.take_params()
         params = with_value_head(policy, jax.eval_shape(self.model.head, policy).shape[1])
-        params["value"] = jax.device_put(params["value"], replicated(mesh))
+        params["value"] = place(params["value"], replicated(mesh))
         self.states = {"actor": self.init(params)}
 
     def actor(self, states: dict[str, TrainState]) -> Params:

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from grpo_jax.hosts import agree, gather, on_main
+
 
 def _abstract(tree: Any) -> Any:
     """The shapes, dtypes and shardings of a tree of arrays."""
@@ -44,7 +46,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps with a complete checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        return agree(sorted(self._manager.all_steps()), "the list of checkpoints")
 
     def save(self, step: int, state: Any, position: dict, *, protected: Collection[int] = ()) -> None:
         """Write a checkpoint, wait until it is complete, and delete those that are not kept.
@@ -65,9 +67,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             free = shutil.disk_usage(self.folder).free
+            complete = sorted(self._manager.all_steps()) or "none"
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder} "
-                f"({free / 2**20:.0f} MiB free there); complete checkpoints: {self.steps() or 'none'}"
+                f"({free / 2**20:.0f} MiB free there); complete checkpoints: {complete}"
             ) from error
         for old in self.steps()[: -self._keep]:
             if old not in protected:
@@ -108,18 +111,21 @@ class Checkpoints:
         template = _abstract(like)
         failures = []
         for step in steps:
+            restored, failure = None, None
             try:
                 restored = self._manager.restore(
                     step,
                     args=ocp.args.Composite(state=ocp.args.StandardRestore(template), position=ocp.args.JsonRestore()),
                 )
+            except Exception as error:
+                failure = f"{self.folder / str(step)}: {str(error).splitlines()[0][:200] if str(error) else error!r}"
+            # A checkpoint that one process cannot read is damaged for all.
+            failure = next((each for each in gather(failure, f"the checkpoint of step {step}") if each), None)
+            if failure is None and restored is not None:
                 self._set_aside(steps[: steps.index(step)])
                 return step, restored["state"], restored["position"]
-            except Exception as error:
-                failures.append(
-                    f"{self.folder / str(step)}: {str(error).splitlines()[0][:200] if str(error) else error!r}"
-                )
-                warnings.warn(f"damaged checkpoint, not used: {failures[-1]}", stacklevel=2)
+            failures.append(failure)
+            warnings.warn(f"damaged checkpoint, not used: {failure}", stacklevel=2)
         if failures:
             raise RuntimeError(
                 "no checkpoint can be read; remove the folder to start again:\n  " + "\n  ".join(failures)
@@ -138,7 +144,7 @@ class Checkpoints:
         """
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         needed = size * (self._keep + 2 - len(self.steps()))
-        free = shutil.disk_usage(self.folder).free
+        free = agree(shutil.disk_usage(self.folder).free, "the space for checkpoints")
         if free < needed:
             raise OSError(
                 f"{self.folder} has {free / 2**30:.2f} GiB free; {self._keep} checkpoints, the best one and "
@@ -147,8 +153,11 @@ class Checkpoints:
             )
 
     def _set_aside(self, damaged: list[int]) -> None:
-        for step in damaged:  # so that the step can be saved again when the run comes back to it
-            (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+        def rename() -> None:
+            for step in damaged:  # so that the step can be saved again when the run comes back to it
+                (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+
+        on_main(rename, "setting damaged checkpoints aside")
         self._manager.reload()
 
     def close(self) -> None:

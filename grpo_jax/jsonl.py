@@ -165,3 +165,21 @@ class JsonlLog:
         if not isinstance(row.get("step"), int):
             raise ValueError(f"{self.path}, line {number}: expected an integer 'step' among {sorted(row)}")
         return row["step"]
+
+
+class NoLog:
+    """In place of a ``JsonlLog`` on a process that writes none.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, *rows: Row) -> None:
+        """Do nothing."""
+
+    def rewind(self, step: int) -> int:
+        """Do nothing."""
+        return 0

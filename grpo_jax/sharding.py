@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -228,6 +229,26 @@ def device_bytes(devices: Sequence[Any]) -> int | None:
     return min(sizes) if all(sizes) else None
 
 
+def place(tree: Any, sharding: Sharding | None) -> Any:
+    """A tree of arrays laid out over devices, also those of other processes.
+
+    Args:
+        tree: arrays, the same on all processes: nothing is compared or sent. Arrays that are sharded over several
+            processes already are laid out anew by all of them together.
+        sharding: of each array; None for the default device.
+    """
+    if sharding is None or jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x: Any) -> Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=sharding)(x)
+        on_host = np.asarray(x)
+        return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
+
+    return jax.tree.map(one, tree)
+
+
 def check_host_memory(device: Any, setting: str, advice: str) -> None:
     """Check that a device can keep arrays in the host's memory.
 
@@ -279,7 +300,7 @@ def shard_rows(tree, mesh: Mesh):
     for x in jax.tree.leaves(tree):
         if x.shape[0] % parts:
             raise ValueError(f"{x.shape[0]} rows do not divide over data x fsdp = {parts} devices")
-    return jax.device_put(tree, NamedSharding(mesh, BATCH))
+    return place(tree, NamedSharding(mesh, BATCH))
 
 
 def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:

@@ -13,7 +13,10 @@ from jax.sharding import Mesh
 from grpo_jax.sharding import make_mesh
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
-LAYOUT_FIELDS = ("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints")
+LAYOUT_FIELDS = (
+    *("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints"),
+    "distributed",
+)
 """Fields of every run that may change on resume: they affect results by rounding at most."""
 
 Export = Literal["last", "best"]
@@ -43,6 +46,46 @@ class Preset(Generic[AnyConfig]):
     score: str = ""
 
 
+def require_at_least(config: Any, **least: int) -> None:
+    """Check lower bounds of fields; fields that are None are skipped.
+
+    Args:
+        config: any object with these attributes.
+        least: the smallest allowed value of each field.
+
+    Raises:
+        ValueError: a value is below its bound.
+    """
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run on several hosts. On TPU pods, SLURM and Open MPI, ``auto`` is enough."""
+
+    auto: bool = False
+    """Find the other processes by what the cluster says: a TPU pod, SLURM or Open MPI."""
+    coordinator: str | None = None
+    """Address of the first process, host:port, where the cluster does not say."""
+    num_processes: int | None = None
+    """Number of processes."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+
+    def __post_init__(self):
+        given = [self.coordinator, self.num_processes, self.process_id]
+        if any(value is not None for value in given) and any(value is None for value in given):
+            raise ValueError("coordinator, num_processes and process_id belong together; set all three")
+        require_at_least(self, num_processes=1, process_id=0)
+        if self.process_id is not None and self.process_id >= (self.num_processes or 0):
+            raise ValueError(f"process_id is {self.process_id}; it must be below num_processes = {self.num_processes}")
+        if self.auto and self.coordinator is not None:
+            raise ValueError("auto is set, and so is coordinator; set one of them")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run folder, checkpoints and logs.
@@ -69,6 +112,8 @@ class RunConfig:
     """Experiment trackers to log to, in addition to the run folder."""
     plain: bool = False
     """Print plain lines instead of the live view."""
+    distributed: Annotated[DistributedConfig, tyro.conf.Suppress] = DistributedConfig()
+    """Several hosts."""
 
     def __post_init__(self):
         require_at_least(self, seed=0, save_every=1, keep_checkpoints=1)
@@ -82,22 +127,6 @@ class RunConfig:
     def extendable_fields(self) -> tuple[str, ...]:
         """Fields with which a finished run continues when they change."""
         return self.EXTENDABLE_FIELDS
-
-
-def require_at_least(config: Any, **least: int) -> None:
-    """Check lower bounds of fields; fields that are None are skipped.
-
-    Args:
-        config: any object with these attributes.
-        least: the smallest allowed value of each field.
-
-    Raises:
-        ValueError: a value is below its bound.
-    """
-    for name, smallest in least.items():
-        value = getattr(config, name)
-        if value is not None and value < smallest:
-            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo_jax.hosts import is_main
+
 Item = TypeVar("Item")
 MAX_REASONS = 5
 
@@ -39,12 +41,14 @@ class DataStatistics:
         ]
 
     def report(self, say: Callable[[str], None], path: Path) -> None:
-        """Print the lines and write all statistics to a JSON file.
+        """Print the lines and write all statistics to a JSON file; of several processes, the first one does.
 
         Args:
             say: prints a line.
             path: path of the JSON file; its folder must exist.
         """
+        if not is_main():
+            return
         for line in self.lines():
             say(line)
         skipped = {"skipped": len(self.skipped), "skipped_because": self.skipped[:100]}

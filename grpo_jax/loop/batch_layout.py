@@ -93,7 +93,7 @@ class BatchLayout:
         def frozen_log_probs(params: Params, rollout: Rollout):
             log_probs = log_prob_fn(params, self(rollout))
             missing = rollout.completion_ids.shape[1] - log_probs.shape[1]
-            return jnp.pad(log_probs, ((0, 0), (0, missing)))
+            return jnp.pad(log_probs, ((0, 0), (0, missing))) if missing else log_probs
 
         return frozen_log_probs
 

@@ -18,6 +18,7 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.problems import Problem, reward_columns
+from grpo_jax.hosts import fetch, on_main
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.experience import Experience, concatenate, has_reward_variance
@@ -32,7 +33,7 @@ from grpo_jax.monitor.alarms import Alarms
 from grpo_jax.monitor.samples import spot_checks
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.host_batch import concatenated
-from grpo_jax.sharding import bytes_on_devices, shard_rows
+from grpo_jax.sharding import bytes_on_devices
 from grpo_jax.types import Params, Prompts
 
 
@@ -136,8 +137,8 @@ class Collector:
             for batches, position in zip(self._batches, state["batches"], strict=True):
                 batches.set_state(position)
             self._num_tokens = state["num_tokens"]
-        fired_before = {row["alarm"] for row in read_jsonl(self._run.alarms_log.path)}
-        self._alarms = Alarms(self._config.alarms, read_jsonl(self._run.metrics_log.path), fired_before)
+        alarms = on_main(lambda: read_jsonl(self._run.alarms_log.path), "reading the alarms")
+        self._alarms = Alarms(self._config.alarms, self._run.rows(), {row["alarm"] for row in alarms})
 
     def sample(self, step: int, params: Params, *, attempt: int = 0) -> Experience:
         """Sample completions of the next prompts.
@@ -166,10 +167,10 @@ class Collector:
         noise = jax.random.fold_in(self._noise, step)
         if attempt:  # counted from the far end: from the near one, the key would be that of a prompt
             noise = jax.random.fold_in(noise, np.uint32(2**32 - attempt))
-        rollout = self._samplers[group_size](rollout_params, prompts, noise, on_tokens=on_tokens)
-        rollout = shard_rows(rollout, self.mesh)
+        # On the host, whole on every process; updates lay out what they take.
+        rollout = fetch(self._samplers[group_size](rollout_params, prompts, noise, on_tokens=on_tokens))
         sampled = time.monotonic()
-        lengths, truncated = np.asarray(rollout.completion_mask.sum(1)), np.asarray(rollout.truncated)
+        lengths, truncated = rollout.completion_mask.sum(1), rollout.truncated
         columns |= {"completion_length": lengths.tolist(), "truncated": truncated.tolist()}
         times = {
             "rollout_time": sampled - resharded,
@@ -328,7 +329,7 @@ class Collector:
             texts += [task.problems.texts[i] for i in index]
             problems += chosen
             names += [task.name] * len(chosen)
-        return shard_rows(concatenated(prompts), self._layout.mesh), texts, problems, names
+        return concatenated(prompts), texts, problems, names
 
     def _encode(self, policy: models.Pretrained) -> None:
         first = first_held_out = 0

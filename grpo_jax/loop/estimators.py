@@ -9,16 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
 from grpo_jax.config.functions import call_with
 from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.data.encoded import last_tokens
+from grpo_jax.hosts import fetch
 from grpo_jax.loop.experience import has_reward_variance
 from grpo_jax.masked import masked_sum
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.sharding import shard_rows
 from grpo_jax.train import reference_params
 from grpo_jax.types import Batch, Rollout, TrainState
 
@@ -50,11 +49,10 @@ def make_train_batch(
     *,
     reward_weights: Mapping[str, float],
     tokenizer: Any,
-    mesh: Mesh,
     old_log_probs: jax.Array | None,
     ref_log_probs: jax.Array | None,
 ) -> Batch:
-    """The batch of a step, sharded over the mesh.
+    """The batch of a step, on the host.
 
     Args:
         config: the advantage and what is left out of the loss.
@@ -62,10 +60,11 @@ def make_train_batch(
         scores: their rewards; completions without a reward are left out of the loss.
         reward_weights: the weight of each reward by name.
         tokenizer: finds the tokens at which reasoning steps end.
-        mesh: the devices.
         old_log_probs: ``[B, T]`` of the policy before the step's updates; None if it is updated once.
         ref_log_probs: ``[B, T]`` of the reference policy; None without one.
     """
+    # All processes compute the same on their own devices.
+    rollout, old_log_probs, ref_log_probs = jax.tree.map(jnp.asarray, fetch((rollout, old_log_probs, ref_log_probs)))
     rewards = jnp.asarray(scores.total)
     if old_log_probs is not None and ref_log_probs is not None and config.kl_reward_coef:
         kl = loss.kl_k1(old_log_probs, ref_log_probs)
@@ -85,7 +84,7 @@ def make_train_batch(
         step_rewards = rewards_of_steps(rollout, scores, tokenizer, with_outcome=True)
         inputs["step_rewards"] = step_rewards
         inputs["is_step_end"] = ~jnp.isnan(step_rewards) & ~jnp.isnan(rewards)[:, None]
-    batch = Batch(
+    return Batch(
         prompt_ids=rollout.prompt_ids,
         prompt_mask=rollout.prompt_mask,
         completion_ids=rollout.completion_ids,
@@ -96,7 +95,6 @@ def make_train_batch(
         old_log_probs=old_log_probs if config.updates_per_step > 1 else None,
         ref_log_probs=ref_log_probs,
     )
-    return shard_rows(batch, mesh)
 
 
 def with_old_log_probs(minibatch: Batch, old_log_probs: str, *, is_first: bool) -> Batch:
@@ -135,15 +133,14 @@ def rewards_of_steps(rollout: Rollout, scores: Scores, tokenizer: Any, *, with_o
     return jnp.asarray(rewards)
 
 
-def select_rows(rollout: Rollout, rows: np.ndarray, mesh: Mesh) -> Rollout:
-    """Some rows of a rollout, sharded over the mesh.
+def select_rows(rollout: Rollout, rows: np.ndarray) -> Rollout:
+    """Some rows of a rollout on the host.
 
     Args:
         rollout: B completions.
         rows: their numbers.
-        mesh: the devices.
     """
-    return shard_rows(jax.tree.map(lambda x: np.asarray(x)[rows], rollout), mesh)
+    return jax.tree.map(lambda x: x[rows], rollout)
 
 
 def per_completion(batch: Batch) -> np.ndarray:

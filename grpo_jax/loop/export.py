@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import jax
 
 from grpo_jax import models
+from grpo_jax.hosts import fetch, on_main
 from grpo_jax.jsonl import Row
 from grpo_jax.loop.run import Run
 from grpo_jax.monitor.display import best_evaluation, number, ranking_metric
-from grpo_jax.train.trainable import with_frozen, without_frozen
+from grpo_jax.train.trainable import trainable_part, with_frozen, without_frozen
 from grpo_jax.types import Params
 
 ADAPTER_FOLDER = "adapter"
@@ -124,10 +125,15 @@ def save_trained(
         exported_step: step of ``params``. Default: the last.
     """
     folder = run.folder / "model"
-    for left in (folder, run.folder / ADAPTER_FOLDER):  # by a process that was killed before the summary
-        shutil.rmtree(left, ignore_errors=True)
+
+    def remove() -> None:
+        for left in (folder, run.folder / ADAPTER_FOLDER):  # by a process that was killed before the summary
+            shutil.rmtree(left, ignore_errors=True)
+
+    on_main(remove, "removing an unfinished export")
     if like.lora is not None:
-        models.save_adapters(run.folder / ADAPTER_FOLDER, params, like)
+        adapters = fetch(trainable_part(params))
+        on_main(lambda: models.save_adapters(run.folder / ADAPTER_FOLDER, adapters, like), "writing the adapters")
         params = models.merge_adapters(params, like.config, like.lora)
     models.save_pretrained(
         folder,

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.text import Text
 
-from grpo_jax.jsonl import JsonlLog, Row, read_jsonl, to_json, write_atomically
+from grpo_jax.config.run import DistributedConfig
+from grpo_jax.hosts import any_of, gather, is_main, on_main
+from grpo_jax.jsonl import JsonlLog, NoLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
-from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, package_versions
+from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, differences, package_versions
 from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.display import best_evaluation, closing_line
 from grpo_jax.monitor.plots import plot_curves
@@ -29,6 +31,10 @@ from grpo_jax.rewards.workers.pool import RewardError
 from grpo_jax.train.trainable import with_frozen, without_frozen
 
 Entered = TypeVar("Entered")
+
+
+CONNECTION_TIMEOUT = 60
+"""Seconds in which the processes of a run must have found each other."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -57,7 +63,8 @@ class Run:
     Raises:
         ValueError: the folder holds a run with another configuration (the differences are listed), or files but no run.
         RuntimeError: another process is running in the folder.
-        NotImplementedError: JAX runs on several hosts.
+
+    Of several processes, the first holds the folder, writes the logs and prints.
     """
 
     def __init__(
@@ -72,13 +79,13 @@ class Run:
         plain: bool | None = None,
         console: Console | None = None,
     ):
-        if jax.process_count() > 1:
-            raise NotImplementedError("a run on several hosts is not supported yet; start it on one")
         self.folder = Path(folder)
-        self.settings = to_json(dataclasses.asdict(config))
-        self.stop_requested = False
+        self.settings = settings_of(config)
+        self._stop_requested = False
         self._earlier_seconds = 0.0
         self._started = time.monotonic()
+        if not is_main():
+            console, plain = Console(quiet=True), True
         self.progress = Progress(title, console=console, plain=plain)
         self.previous: dict[str, Any] | None = None
         with ExitStack() as stack:  # closes what is open if a later step fails
@@ -90,16 +97,25 @@ class Run:
     ) -> None:
         from grpo_jax.checkpoint import Checkpoints  # late, because it imports orbax
 
-        claim = claim_folder(self.folder, self.settings, resumable_fields)
-        stack.enter_context(claim)
-        self.previous = claim.previous
-        self.metrics_log = JsonlLog(self.folder / "metrics.jsonl")
-        self.completions_log = JsonlLog(self.folder / "completions.jsonl")
-        self.alarms_log = JsonlLog(self.folder / "alarms.jsonl")
-        self.reward_errors_log = JsonlLog(self.folder / "reward_errors.jsonl")
+        def claim() -> dict[str, Any] | None:
+            claimed = claim_folder(self.folder, self.settings, resumable_fields)
+            stack.enter_context(claimed)
+            return claimed.previous
+
+        self.previous = on_main(claim, "opening the run's folder")
+        log = JsonlLog if is_main() else NoLog
+        self.metrics_log = log(self.folder / "metrics.jsonl")
+        self.completions_log = log(self.folder / "completions.jsonl")
+        self.alarms_log = log(self.folder / "alarms.jsonl")
+        self.reward_errors_log = log(self.folder / "reward_errors.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep_checkpoints)
         stack.callback(self.checkpoints.close)
-        self.trackers: list[Tracker] = open_trackers(trackers, self.folder, self.settings, first_step=self._next_step())
+        first_step, self.trackers = self._next_step(), []
+
+        def track() -> None:
+            self.trackers: list[Tracker] = open_trackers(trackers, self.folder, self.settings, first_step=first_step)
+
+        on_main(track, "opening the trackers")
         for tracker in self.trackers:
             stack.callback(tracker.close)
 
@@ -125,18 +141,19 @@ class Run:
     @property
     def start_date(self) -> str:
         """The date on which the run was first started, such as "2026-11-27"; kept on resume."""
-        return (self.folder / START_DATE).read_text().strip()
+        return on_main((self.folder / START_DATE).read_text, "reading the run's date").strip()
 
     @property
     def is_finished(self) -> bool:
         """Whether the folder has a ``summary.json``."""
-        return (self.folder / "summary.json").exists()
+        return on_main((self.folder / "summary.json").exists, "looking for the run's summary")
 
     def is_finished_with(self, names: Collection[str]) -> bool:
         """Whether the run is finished and was finished with the present values of these settings."""
         if not self.is_finished:
             return False
-        config = json.loads((self.folder / "summary.json").read_text()).get("config", {})
+        summary = on_main((self.folder / "summary.json").read_text, "reading the run's summary")
+        config = json.loads(summary).get("config", {})
         return all(config.get(name, self.settings.get(name)) == self.settings.get(name) for name in names)
 
     def changed(self, name: str) -> tuple[Any, Any] | None:
@@ -147,7 +164,16 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``."""
-        return read_jsonl(self.metrics_log.path)
+        return on_main(lambda: read_jsonl(self.metrics_log.path), "reading the metrics")
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a stop was requested of any process; all must ask at the same time."""
+        return any_of(self._stop_requested, "asking whether to stop")
+
+    def request_stop(self) -> None:
+        """Request a stop."""
+        self._stop_requested = True
 
     def describe(self, facts: Mapping[str, object]) -> None:
         """Print facts about the run, a line with name and value for each."""
@@ -199,7 +225,7 @@ class Run:
             step: the step.
             name: the metric.
         """
-        return any(row["step"] == step and name in row for row in read_jsonl(self.metrics_log.path))
+        return any(row["step"] == step and name in row for row in self.rows())
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
         """Write a checkpoint; that of the best evaluation so far is kept along with the newest.
@@ -254,7 +280,7 @@ class Run:
         for alarm in fired:
             self.alarms_log.append(alarm.row())
             self.say(f"ALARM at step {alarm.step}: {alarm.name} ({alarm.level}): {alarm.text}")
-            self.stop_requested |= alarm.level == "stop"
+            self._stop_requested |= alarm.level == "stop"
         return any(alarm.level != "warn" for alarm in fired)
 
     def finish(self, before: Row, after: Row, *, steps: int, summary: Mapping[str, Any]) -> None:
@@ -267,9 +293,12 @@ class Run:
             summary: the experiment's entries; ``steps``, the first step of each alarm, and the entries of
                 ``write_summary`` are added.
         """
-        plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
-        alarms = {alarm["alarm"]: alarm["step"] for alarm in reversed(read_jsonl(self.alarms_log.path))}
-        self.write_summary({**summary, "steps": steps, "alarms": alarms})
+        def write() -> None:
+            plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
+            alarms = {alarm["alarm"]: alarm["step"] for alarm in reversed(read_jsonl(self.alarms_log.path))}
+            self.write_summary({**summary, "steps": steps, "alarms": alarms})
+
+        on_main(write, "writing the summary")
         self.say(closing_line(before, after, steps=steps, seconds=self.seconds, run_dir=self.folder))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -282,20 +311,60 @@ class Run:
         defaults = {"seconds": self.seconds, "device": device_summary(), "versions": package_versions()}
         entries = {**summary, **{name: value for name, value in defaults.items() if name not in summary}}
         entries["config"] = self.settings
-        write_atomically(self.folder / "summary.json", json.dumps(to_json(entries), indent=2).encode() + b"\n")
+        if is_main():
+            write_atomically(self.folder / "summary.json", json.dumps(to_json(entries), indent=2).encode() + b"\n")
 
     def _next_step(self) -> int:
         steps = self.checkpoints.steps()
         return max(steps) + 1 if steps else 0
 
     def _request_stop(self, number: int, _frame: Any) -> None:
-        if self.stop_requested and number == signal.SIGINT:
+        if self._stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop_requested = True
+        self._stop_requested = True
         self.say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings of a run as JSON, without those of a single process."""
+    return {name: value for name, value in to_json(dataclasses.asdict(config)).items() if name != "distributed"}
+
+
+def connect(config: DistributedConfig) -> None:
+    """Connect with the other processes of a run, before JAX is used.
+
+    Args:
+        config: which they are.
+
+    Raises:
+        RuntimeError: they cannot be found or do not answer.
+    """
+    if jax.distributed.is_initialized() or not (config.auto or config.coordinator):
+        return
+    jax.distributed.initialize(
+        config.coordinator, config.num_processes, config.process_id, initialization_timeout=CONNECTION_TIMEOUT
+    )
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Check that all processes were started alike.
+
+    Args:
+        facts: nested settings that must be equal.
+
+    Raises:
+        ValueError: a process differs from the first; the differences are listed.
+    """
+    first, *others = gather(facts, "the settings")
+    for process, other in enumerate(others, 1):
+        different = differences(first, other)
+        if different:
+            raise ValueError(
+                f"process {process} was started differently from process 0:\n  " + "\n  ".join(different)
+            )
 
 
 def run_experiment(
@@ -313,6 +382,8 @@ def run_experiment(
         title: title of the live view.
         again: call ``train`` for a finished run too.
     """
+    connect(config.distributed)
+    check_same({"settings": settings_of(config), "versions": package_versions()})
     config.check()
     enable_compilation_cache()
     # On a GPU or TPU the default precision of float32 products is lower than float32.

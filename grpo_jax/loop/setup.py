@@ -20,6 +20,7 @@ from grpo_jax.config.model import PROMPT_AND_COMPLETION, ModelConfig, PolicyConf
 from grpo_jax.config.offline import OfflineConfig
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import EncodedProblems
+from grpo_jax.hosts import on_main
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
@@ -271,14 +272,19 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
 def _train_toy_model(run: Run, recipe: ToyConfig) -> str:
     """Folder of the toy model within the run's folder; trains the model if the folder does not exist."""
     folder = run.folder / TOY_FOLDER
-    if not folder.exists():
+
+    def make() -> None:
         with run.progress.phase("toy model", recipe.steps) as phase:
 
             def report(step: int, row: dict[str, float]) -> None:
                 phase.update(step, row if step % 50 == 0 else None)
-                run.stop_if_requested()
+                if jax.process_count() == 1:
+                    run.stop_if_requested()
 
             make_toy_model(folder, recipe, report=report)
+
+    if not on_main(folder.exists, "looking for the toy model"):
+        on_main(make, "training the toy model", timeout=3600)
     return str(folder)
 
 

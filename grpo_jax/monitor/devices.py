@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 from jax.sharding import Mesh
 
 PEAK_FLOPS = {
@@ -54,7 +55,8 @@ def device_metrics(mesh: Mesh, *, flops: float, seconds: float) -> dict[str, flo
         (CPUs do not); ``mfu``, if ``flops`` is not 0 and the device is in ``PEAK_FLOPS``.
     """
     devices = mesh.devices.flatten().tolist()
-    stats = [device.memory_stats() or {} for device in devices]
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() or {} for device in own]
     peak = peak_flops(devices[0].device_kind)
     metrics = {}
     if all("peak_bytes_in_use" in each for each in stats):

@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from grpo_jax import models
+from grpo_jax.hosts import gather
 from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
@@ -62,6 +64,8 @@ class Scorer:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
+            rewards = {name: shared_out(name, reward) for name, reward in rewards.items()}
+            self.held_out = shared_out(HELD_OUT, self.held_out)
             parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
             self.score: Callable[..., Scores] = weighted(
                 parts, weights, gates=gates, clip=clip, may_abstain=may_abstain
@@ -121,6 +125,8 @@ class Scorer:
         sampled: dict[int, list[int]] = {}
 
         def on_tokens(row: int, ids: Sequence[int]) -> None:
+            if row not in own_rows(len(prompts)):
+                return
             completion_ids = sampled.setdefault(row, [])
             completion_ids.extend(map(int, ids))
             ended = bool(completion_ids) and completion_ids[-1] in eos_ids
@@ -132,9 +138,44 @@ class Scorer:
         return on_tokens
 
     def take_errors(self) -> list[RewardError]:
-        """The errors of worker processes since the last call."""
+        """The errors of worker processes since the last call, those of all hosts."""
         pools = [pool for pool in (self._pool, self._held_out_pool) if pool is not None]
-        return [error for pool in pools for error in pool.take_errors()]
+        own = [error for pool in pools for error in pool.take_errors()]
+        return [error for errors in gather(own, "the errors of rewards") for error in errors]
+
+
+def own_rows(count: int) -> range:
+    """The rows that this process scores of ``count``, in which the processes take turns."""
+    return range(jax.process_index(), count, jax.process_count())
+
+
+def shared_out(name: str, reward: RewardFn) -> RewardFn:
+    """A reward of which each process computes a part of the rows for all.
+
+    Args:
+        name: of the reward.
+        reward: on the host.
+    """
+    if jax.process_count() == 1:
+        return reward
+
+    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[Any]:
+        rows = own_rows(len(completions))
+        outputs, error = [], None
+        try:
+            if rows:
+                own = {column: [values[i] for i in rows] for column, values in columns.items()}
+                outputs = list(reward([prompts[i] for i in rows], [completions[i] for i in rows], **own))
+        except Exception as caught:
+            error = caught
+        parts = gather((outputs, error), f"the reward {name}")
+        for _, failed in parts:
+            if failed is not None:
+                raise failed
+        turns = jax.process_count()
+        return [parts[i % turns][0][i // turns] for i in range(len(completions))]
+
+    return score
 
 
 def check_reward_model(model: models.Pretrained, name: str) -> None:

@@ -55,13 +55,14 @@ def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
 
 
 def default_cache_bytes(devices: Sequence[Any]) -> int | None:
-    """A fifth of the memory of all devices; None where devices do not report theirs (CPU).
+    """A fifth of the memory of all devices, as large as this process's; None where devices report none (CPU).
 
     The limit applies to one batch of prompts. With copies during compaction and deferred batches, the KV cache may take
     up to about half of the memory; the rest is left to parameters and training.
     """
-    sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
-    return sum(sizes) // 5 if all(sizes) else None
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in own]
+    return len(devices) * sum(sizes) // (5 * len(own)) if all(sizes) else None
 
 
 @dataclass(frozen=True)

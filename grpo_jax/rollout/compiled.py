@@ -18,7 +18,7 @@ from grpo_jax.rollout.buckets import (
 )
 from grpo_jax.rollout.decode import DecodeBatch, DecodeState, decode_steps, gather_rows, merge, prefill
 from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import BATCH, replicated
+from grpo_jax.sharding import BATCH, place, replicated
 from grpo_jax.types import Model, Params, Prompts
 
 StopFn = Callable[[Sequence[int], int], int | None]
@@ -64,6 +64,9 @@ class CompiledSteps:
         @partial(jax.jit, donate_argnums=2)
         def compiled_decode(params: Params, batch: DecodeBatch, state: DecodeState):
             state, tokens, log_probs = decode_steps(model, params, batch, state, sampling, eos_ids=eos_ids, count=STEPS)
+            if mesh is not None and jax.process_count() > 1:  # a few kilobytes, so that every host knows all tokens
+                everywhere = NamedSharding(mesh, P())
+                tokens, log_probs = jax.lax.with_sharding_constraint((tokens, log_probs), everywhere)
             return self.constrain(state), tokens, log_probs
 
         self.prefill, self.decode = compiled_prefill, compiled_decode
@@ -89,4 +92,4 @@ class CompiledSteps:
 
     def replicate(self, numbers: int | list[int]) -> Array:
         """Numbers of the host, on every device."""
-        return jax.device_put(np.array(numbers, np.int32), None if self.mesh is None else replicated(self.mesh))
+        return place(np.array(numbers, np.int32), None if self.mesh is None else replicated(self.mesh))

@@ -26,7 +26,7 @@ from grpo_jax.rollout.buckets import (
 from grpo_jax.rollout.compiled import CompiledSteps
 from grpo_jax.rollout.decode import DecodeBatch, DecodeState
 from grpo_jax.rollout.host_batch import HostBatch, RolloutStats
-from grpo_jax.sharding import BATCH
+from grpo_jax.sharding import BATCH, place
 from grpo_jax.types import Cache, Params, Prompts
 
 OnTokensFn = Callable[[int, Sequence[int]], None]
@@ -141,7 +141,7 @@ class GenerationLoop:
         B = N * steps.group_size
         self.add_stats(batches=1)
         # Always in one layout: prompts in another would need another program.
-        placed = jax.device_put(prompts, None if steps.mesh is None else NamedSharding(steps.mesh, BATCH))
+        placed = place(prompts, None if steps.mesh is None else NamedSharding(steps.mesh, BATCH))
         batch, state, empty_chunks = steps.prefill(self.params, placed, self.key)
         return RunningBatch(
             batch,

@@ -19,7 +19,7 @@ from grpo_jax.rollout.compiled import CompiledSteps, StopFn
 from grpo_jax.rollout.engine import GenerationLoop, OnTokensFn
 from grpo_jax.rollout.host_batch import RolloutStats, batched, concatenated_fields, split_groups
 from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import BATCH
+from grpo_jax.sharding import BATCH, place
 from grpo_jax.types import Model, Params, Prompts, Rollout
 
 
@@ -138,7 +138,7 @@ class Sampler:
         fields = concatenated_fields(
             [batch.rollout_fields(slice(0, batch.num_prompts)) for _, batch in sorted(batches.items())]
         )
-        return Rollout(**jax.device_put(fields, None if self.mesh is None else NamedSharding(self.mesh, BATCH)))
+        return Rollout(**place(fields, None if self.mesh is None else NamedSharding(self.mesh, BATCH)))
 
     def stream(
         self, params: Params, prompts: Iterable[Prompts], key: Key[Array, ""], *, num_prompts: int

@@ -49,7 +49,7 @@ def make_toy_model(
         return supervised_loss(log_probs, batch.loss_mask), {}
 
     train_step = make_train_step(loss_fn, optimizer)
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = make_mesh(devices=jax.local_devices()[:1])
     params = jax.device_put(models.init_params(config, jax.random.key(toy.seed)), replicated(mesh))
     state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
     for step, batch in enumerate(corpus(toy), 1):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.sharding import BATCH, replicated
+from grpo_jax.sharding import BATCH, place, replicated
 from grpo_jax.types import Batch, PackedBatch, PackedRows, Packing, Rollout
 
 SHORTEST_ROW = 256
@@ -86,9 +86,7 @@ def pack(
     if mesh is None:
         return PackedBatch(sequences, jax.tree.map(jnp.asarray, rows), jnp.asarray(count))
     everywhere, by_row = replicated(mesh), NamedSharding(mesh, P(None, *BATCH))
-    return PackedBatch(
-        jax.device_put(sequences, everywhere), jax.device_put(rows, by_row), jax.device_put(count, everywhere)
-    )
+    return PackedBatch(place(sequences, everywhere), place(rows, by_row), place(count, everywhere))
 
 
 def row_lengths(longest: int) -> list[int]:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key
 
 from grpo_jax.sampling import check_key
-from grpo_jax.sharding import HOST_MEMORY, check_host_memory, to_device
+from grpo_jax.sharding import HOST_MEMORY, check_host_memory, place, to_device
 from grpo_jax.train.forward import Sequences, Tokens
 from grpo_jax.train.packing import in_batch_order, micro_batch
 from grpo_jax.train.trainable import join, trainable_part
@@ -263,7 +263,7 @@ def init_state(
     if "reference" in offload:
         reference = jax.tree.map(lambda x: jax.device_put(x, _on_host(x.sharding)), reference)
     return TrainState(
-        step=jax.device_put(jnp.int32(0), replicated),
+        step=place(jnp.int32(0), replicated),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=moments)(trainable),
         ref_params=reference,

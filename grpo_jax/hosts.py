@@ -1,0 +1,145 @@
+"""Several processes that run one program: what they tell each other, and what one of them does for all.
+
+All processes run the same code on the same host data, so that every one of these functions is called by all, in the
+same order. What they exchange goes through JAX's coordination service, not through the devices: a process that does not
+come is named after a time, and one that has come somewhere else is found out.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+TIMEOUT = 600.0
+"""Seconds that a process waits for the others."""
+CHUNK = 2**20
+"""Bytes of a value in the coordination service, whose messages are limited."""
+_calls = 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints for all: the first one."""
+    return jax.process_index() == 0
+
+
+def gather(value: T, name: str, *, timeout: float = TIMEOUT) -> list[T]:
+    """The values of all processes, in their order.
+
+    Args:
+        value: any object that can be pickled.
+        name: what is exchanged, in errors.
+        timeout: seconds to wait for the other processes.
+
+    Raises:
+        RuntimeError: a process did not come in time, or exchanges something else.
+    """
+    count, own = jax.process_count(), jax.process_index()
+    if count == 1:
+        return [value]
+    global _calls
+    number, _calls = _calls, _calls + 1
+    client = _client()
+    data = pickle.dumps((name, value))
+    parts = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+    for i, part in enumerate(parts):
+        client.key_value_set_bytes(f"grpo_jax/{number}/{own}/{i}", part)
+    client.key_value_set_bytes(f"grpo_jax/{number}/{own}", str(len(parts)).encode())
+    deadline, values = time.monotonic() + timeout, []
+    for process in range(count):
+        prefix = f"grpo_jax/{number}/{process}"
+        size = int(_read(prefix, deadline, process, name, timeout))
+        whole = b"".join(_read(f"{prefix}/{i}", deadline, process, name, timeout) for i in range(size))
+        its_name, its_value = pickle.loads(whole)
+        if its_name != name:
+            raise RuntimeError(
+                f"the processes are out of step: process {own} is at {name!r}, process {process} at {its_name!r}"
+            )
+        values.append(its_value)
+    # Whoever has come here has read what was exchanged before.
+    if number > 0:
+        client.key_value_delete(f"grpo_jax/{number - 1}/{own}")
+    return values
+
+
+def agree(value: T, name: str, *, timeout: float = TIMEOUT) -> T:
+    """The value of the first process.
+
+    Args:
+        value: of this process.
+        name, timeout: as in ``gather``.
+    """
+    return gather(value if is_main() else None, name, timeout=timeout)[0]  # pyright: ignore[reportReturnType]
+
+
+def any_of(flag: bool, name: str) -> bool:
+    """Whether the flag is set on any process.
+
+    Args:
+        flag: of this process.
+        name: as in ``gather``.
+    """
+    return any(gather(bool(flag), name))
+
+
+def on_main(function: Callable[[], T], name: str, *, timeout: float = TIMEOUT) -> T:
+    """The result of a function that the first process calls for all; its error is raised on all.
+
+    Args:
+        function: its result can be pickled.
+        name: what it does, in errors.
+        timeout: seconds that the others wait for it.
+    """
+    result: Any = None
+    error: Exception | None = None
+    if is_main():
+        try:
+            result = function()
+        except Exception as caught:
+            if jax.process_count() == 1:
+                raise
+            error = caught
+    result, error = agree((result, error), name, timeout=timeout)
+    if error is not None:
+        raise error
+    return result
+
+
+def fetch(tree: Any) -> Any:
+    """A tree of arrays as NumPy arrays, whole on every process.
+
+    Args:
+        tree: arrays that may be sharded over the processes.
+    """
+
+    def one(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
+def _read(key: str, deadline: float, process: int, name: str, timeout: float) -> bytes:
+    try:
+        return _client().blocking_key_value_get_bytes(key, max(1, int(1000 * (deadline - time.monotonic()))))
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(
+            f"process {process} of {jax.process_count()} did not come to {name!r} within {timeout:g} s; it is hung, "
+            "has ended, or is out of step (its own output says more)"
+        ) from error
+
+
+def _client() -> Any:
+    # There is no public way to the service: multihost_utils goes through the devices, and would wait for ever.
+    from jax._src import distributed
+
+    return distributed.global_state.client
