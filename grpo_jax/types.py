@@ -22,6 +22,8 @@ Cache = Any
 """A KV cache: a pytree of arrays whose first axis is the batch."""
 
 COLUMNS = 64
+ATTENTION_LENGTH = 2048.0
+"""``Model.attention_length`` of a model that does not say; that of a width of about 350."""
 
 
 def cache_columns(max_completion_length: int) -> int:
@@ -125,6 +127,7 @@ class Model:
             and dynamic scaling); None if frequencies do not depend on the length.
         packing: how prompts and completions are best packed for ``apply``: ``separate`` where an attention kernel takes
             segment ids but not ``Segments``; None if they cannot be packed.
+        attention_length: length of rows over which attention costs as much as all other work, in tokens.
         preparation: of the parameters for a train step.
     """
 
@@ -140,6 +143,7 @@ class Model:
     max_length: int | None = None
     rope_switch_length: int | None = None
     packing: Packing | None = None
+    attention_length: float = ATTENTION_LENGTH
     preparation: Preparation = AS_STORED
 
 

@@ -98,14 +98,14 @@ def test_what_a_7b_run_with_adapters_holds(config):
         assert needs[None].rollout - needs[quantize].rollout == saved * quantized
 
 
-def test_what_is_offloaded_is_on_the_devices_in_an_update_alone(config):
+def test_what_is_offloaded_leaves_room_on_the_devices(config):
     axes = {"fsdp": 1, "tensor": 1}
     config = replace(config, policy=PolicyLossConfig(kl_coef=0.01))
     need, less = (
         memory.reckon(replace(config, offload=offload), DECODER, axes) for offload in ((), ("optimizer", "reference"))
     )
     assert need.state - less.state == pytest.approx((2 * 4 + 2) * WEIGHTS)
-    assert less.update - need.update == pytest.approx(2 * 4 * WEIGHTS)
+    assert less.update == need.update
 
 
 def test_what_ppo_trains_as_a_whole_beside_adapters(config):

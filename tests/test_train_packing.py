@@ -256,6 +256,20 @@ def test_other_lengths_need_no_other_program(tiny):
     assert len(traced) == traced_once
 
 
+def test_a_wide_model_shares_prompts_in_longer_rows():
+    """Of prompts of 300 tokens with two completions of 200, one fits a row of 512 tokens and both one of 768."""
+    prompts = np.repeat(np.arange(2), 2)[:, None] + np.zeros((4, 300), np.int32)
+    ids, mask, numbers = np.zeros((4, 200), np.int32), np.ones((4, 200), bool), np.zeros((4, 200), np.float32)
+    batch = jax.tree.map(
+        jnp.asarray, Batch(prompts, np.ones((4, 300), bool), ids, mask, mask, np.zeros(4, np.float32), numbers)
+    )
+    lengths = [
+        pack(batch, "shared", micro_batch_tokens=768, attention_length=length).rows.token_ids.shape[-1]
+        for length in (100.0, 50_000.0)
+    ]
+    assert lengths == [512, 768]
+
+
 def test_row_lengths_are_few():
     assert row_lengths(1) == [256, 320, 384]
     assert row_lengths(257) == [320, 384, 512]

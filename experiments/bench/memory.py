@@ -235,19 +235,23 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
     """
     kind, decoder = mesh.devices.flat[0].device_kind, from_hf_config(config.hf_config)
     text, analysis = program.compiled.as_text() or "", program.compiled.memory_analysis()
-    cost, rows = program_cost(text), config.rows * config.num_micro_batches
+    cost = program_cost(text)
     is_fused = "custom-call" in text and config.attention != "plain" and config.dtype == "bfloat16"
-    length = config.max_prompt_length + config.max_completion_length
-    flops = cost.flops + is_fused * kernel_flops(decoder, rows, length, config.remat) / mesh.size
+    flops = cost.flops + is_fused * kernel_flops(decoder, program.rows, program.row_length, config.remat) / mesh.size
     assert analysis is not None
+    peak_bytes = getattr(analysis, "peak_memory_in_bytes", None)
+    if peak_bytes is not None:  # which counts arrays in the host's memory, too
+        peak_bytes -= analysis.host_argument_size_in_bytes
     result = {
         "method": method,
         "compile_seconds": round(program.seconds, 1),
+        "row_length": program.row_length,
+        "prompts_are_shared": program.prompts_are_shared,
         "argument_bytes": analysis.argument_size_in_bytes,
         "host_argument_bytes": analysis.host_argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes,
         "device_bytes": program_bytes(program.compiled),
-        "peak_bytes": getattr(analysis, "peak_memory_in_bytes", None),
+        "peak_bytes": peak_bytes,
         "hlo_lines": text.count("\n"),
         "flops": flops,
         "memory_traffic_bytes": cost.traffic,
@@ -258,10 +262,13 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
     if peak is None or speed is None:
         return result
     seconds = {"compute": flops / peak, "memory": cost.traffic / speed.memory, "wire": cost.wire / speed.wire}
-    result |= {"fits": (result["peak_bytes"] or result["device_bytes"]) <= speed.capacity, "seconds": seconds}
+    result |= {"fits": (peak_bytes or result["device_bytes"]) <= speed.capacity, "seconds": seconds}
     if method == "grpo":
-        prompts, completions = (np.full(rows, n) for n in (config.max_prompt_length, config.max_completion_length))
-        ideal = training_flops(decoder, prompts, completions, lora=config.lora) / (mesh.size * peak)
+        lengths = config.max_prompt_length, config.max_completion_length
+        prompts, completions = (np.full(config.rows * config.num_micro_batches, n) for n in lengths)
+        shared_by = config.group_size if program.prompts_are_shared else 1
+        ideal = training_flops(decoder, prompts, completions, group_size=shared_by, lora=config.lora)
+        ideal /= mesh.size * peak
         result["mfu_bound"] = round(ideal / sum(seconds.values()), 3)
     return result
 

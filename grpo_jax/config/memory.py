@@ -38,7 +38,7 @@ class Reckoning:
         state: weights (float32; with LoRA adapters, frozen ones in the precision of the computation), optimizer state
             and the reference policy, without what is offloaded.
         update: beside the state, in an update: gradients, summed and of a micro-batch; weights in the precision of the
-            computation, stacked; offloaded optimizer state; logits.
+            computation, stacked; logits. Offloaded optimizer state comes when these have gone.
         rollout: the sampler's weights.
         token: an update's activations for each token.
         rollout_is_shared: whether the sampler uses the weights that are trained if they lie as it needs them.
@@ -110,9 +110,7 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
         update += (1 + (itemsize < 4)) * itemsize * count
     elif axes["fsdp"] > 1:  # only there are layers with adapters stacked
         update += frozen
-    if "optimizer" in config.offload:
-        update += int(of_moments * most_trained)
-    else:
+    if "optimizer" not in config.offload:
         state += int(of_moments * all_trained)
     if config.has_reference and "reference" not in config.offload:
         state += itemsize * trained

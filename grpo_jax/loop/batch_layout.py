@@ -41,6 +41,7 @@ class BatchLayout:
     def __init__(self, config: OnlineConfig, model: Model, mesh: Mesh):
         self.packing: Packing | None = _resolve(config, model)
         self._config, self._mesh, self._preparation = config, mesh, model.preparation
+        self._attention_length = model.attention_length
         self._micro_batch_tokens = config.packed_micro_batch_tokens
         if self.packing is None:
             self.description = f"padded rows in {config.micro_batches} micro-batches"
@@ -52,7 +53,13 @@ class BatchLayout:
         """The sequences for a train step or ``make_log_prob_fn``, on the mesh."""
         if self.packing is None:
             return shard_rows(cut(sequences), self._mesh)
-        return pack(sequences, self.packing, micro_batch_tokens=self._micro_batch_tokens, mesh=self._mesh)
+        return pack(
+            sequences,
+            self.packing,
+            micro_batch_tokens=self._micro_batch_tokens,
+            mesh=self._mesh,
+            attention_length=self._attention_length,
+        )
 
     def make_train_step(
         self,

@@ -109,10 +109,16 @@ class Program:
     Attributes:
         compiled: the program.
         seconds: time that it took to compile.
+        rows: that an update computes.
+        row_length: tokens of each.
+        prompts_are_shared: whether a row has a prompt once for several completions.
     """
 
     compiled: Compiled
     seconds: float
+    rows: int
+    row_length: int
+    prompts_are_shared: bool
 
 
 def update_memory(
@@ -168,10 +174,10 @@ def update_memory(
 
     updates: list[tuple[LossFn, Model, TrainState, Callable[[], Any]]]
     if method == "grpo":
-        batch = partial(_policy_batch, shapes, mesh, shapes.packing_of(model), with_values=False)
+        batch = partial(_policy_batch, shapes, model, with_values=False)
         updates = [(_policy_loss(model, shapes, "grpo"), model, actor, batch)]
     elif method == "ppo":
-        batch = partial(_policy_batch, shapes, mesh, shapes.packing_of(model), with_values=True)
+        batch = partial(_policy_batch, shapes, model, with_values=True)
         updates = [
             (_policy_loss(model, shapes, "ppo"), model, actor, batch),
             (_critic_loss(critic_model), critic_model, critic, batch),
@@ -185,7 +191,7 @@ def update_memory(
     total, peak = sum(map(_bytes_of, states)), 0
     for loss_fn, trained, state, batch in updates:
         step = make_step(loss_fn, preparation=trained.preparation)
-        program = _compiled(step, state, batch(), mesh, more_options, offload_optimizer=shapes.offload_optimizer)
+        program = _compiled(step, state, batch(), mesh, shapes, more_options)
         if on_program is not None:
             on_program(program)
         peak = max(peak, total - _bytes_of(state) + mesh.size * program_bytes(program.compiled))
@@ -216,33 +222,35 @@ def _compiled(
     state: TrainState,
     batch: Any,
     mesh: Mesh,
+    shapes: UpdateShapes,
     more_options: Mapping[str, Any] | None,
-    *,
-    offload_optimizer: bool,
 ) -> Program:
     """An update with state and batch laid out as a run's."""
     everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
     trained = trainable_part(state.params), trainable_part(shardings)
-    moments = opt_state_shardings(state.opt_state, *trained, everywhere, on_host=offload_optimizer)
+    moments = opt_state_shardings(state.opt_state, *trained, everywhere, on_host=shapes.offload_optimizer)
     placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
-    shapes, form = jax.tree.flatten(state)
-    state = form.unflatten(
-        _put(shape, sharding) for shape, sharding in zip(shapes, jax.tree.leaves(placed), strict=True)
-    )
+    leaves, form = jax.tree.flatten(state)
+    state = form.unflatten(_put(leaf, sharding) for leaf, sharding in zip(leaves, jax.tree.leaves(placed), strict=True))
+    is_shared = False
     if isinstance(batch, PackedBatch):
+        _, rows_at_once, row_length = batch.rows.token_ids.shape
+        num_rows, is_shared = int(batch.count) * rows_at_once, batch.rows.prefix_ids is not None
         count, unpacked = batch.count, step
         # A constant, so that the program says how often its loop runs.
         step = lambda state, batch: unpacked(state, replace(batch, count=count))  # noqa: E731
         rows = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, P(None, *BATCH))), batch.rows)
         batch = PackedBatch(jax.tree.map(partial(_put, sharding=everywhere), batch.sequences), rows, count)
     else:
+        num_rows = shapes.rows * shapes.num_micro_batches
+        row_length = shapes.max_prompt_length + shapes.max_completion_length
         batch = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, BATCH)), batch)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     lowered = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch)
     started = time.monotonic()
     options = {**(compiler_options(mesh.devices.flat[0].platform) or {}), **(more_options or {})}
     compiled = lowered.compile(options or None)
-    return Program(compiled, time.monotonic() - started)
+    return Program(compiled, time.monotonic() - started, num_rows, row_length, is_shared)
 
 
 def _put(shape: Any, sharding: Sharding) -> Any:
@@ -288,9 +296,7 @@ def _sft_loss(model: Model) -> LossFn:
     return supervised_loss
 
 
-def _policy_batch(
-    shapes: UpdateShapes, mesh: Mesh, packing: Packing | None, *, with_values: bool
-) -> Batch | PackedBatch:
+def _policy_batch(shapes: UpdateShapes, model: Model, *, with_values: bool) -> Batch | PackedBatch:
     """A batch of GRPO, or of PPO ``with_values``, of the greatest lengths; both with old log-probabilities."""
     B, P, T = shapes.rows * shapes.num_micro_batches, shapes.max_prompt_length, shapes.max_completion_length
     per_token = np.zeros((B, T), np.float32)
@@ -307,9 +313,10 @@ def _policy_batch(
         old_values=per_token if with_values else None,  # pyright: ignore[reportArgumentType]
         returns=per_token if with_values else None,  # pyright: ignore[reportArgumentType]
     )
+    packing = shapes.packing_of(model)
     if packing is None:
         return batch
-    return pack(batch, packing, micro_batch_tokens=shapes.rows * (P + T))
+    return pack(batch, packing, micro_batch_tokens=shapes.rows * (P + T), attention_length=model.attention_length)
 
 
 def _pairs(shapes: UpdateShapes) -> Pairs:

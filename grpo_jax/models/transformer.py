@@ -19,7 +19,7 @@ from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
-from grpo_jax.models.lora_config import LoRA
+from grpo_jax.models.lora_config import LoRA, linear_sizes
 from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
 from grpo_jax.models.remat import Remat, check_remat, remat_policy
@@ -266,6 +266,7 @@ def build_model(
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
         packing=_best_packing(config, kernel),
+        attention_length=_attention_length(config),
         preparation=prepared,
     )
 
@@ -284,6 +285,12 @@ def _check_columns(token_ids: Array, mask: Array | Segments | None, cache: Cache
 
 def _unchanged(params: Params) -> Params:
     return params
+
+
+def _attention_length(config: DecoderConfig) -> float:
+    """Tokens of a row for which attention multiplies as often as the matrices of a layer: masked pairs are computed."""
+    weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
+    return weights / (2 * config.num_heads * config.head_dim)
 
 
 def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | None:

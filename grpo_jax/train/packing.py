@@ -20,12 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.sharding import BATCH, place, replicated
-from grpo_jax.types import Batch, PackedBatch, PackedRows, Packing, Rollout
+from grpo_jax.types import ATTENTION_LENGTH, Batch, PackedBatch, PackedRows, Packing, Rollout
 
 SHORTEST_ROW = 256
 """Tokens of the shortest rows: attention costs little over them, and shorter ones leave more room unused."""
-ATTENTION_TOKENS = 2048
-"""Row length at which attention is taken to cost as much as all other work: an estimate, to choose between lengths."""
 TOKENS_PER_PLACE = 8
 """A row has a place for a sequence per this many tokens. More places cost more work on arrays of ``[places, T]``."""
 LARGEST_SEQUENCE_ARRAY = 2**20
@@ -46,6 +44,7 @@ def pack(
     micro_batch_tokens: int,
     mesh: Mesh | None = None,
     row_length: int | None = None,
+    attention_length: float = ATTENTION_LENGTH,
 ) -> PackedBatch:
     """Micro-batches of packed rows that hold every completion once, on the mesh.
 
@@ -58,6 +57,7 @@ def pack(
         micro_batch_tokens: tokens of a micro-batch on a device; at least one row is taken.
         mesh: devices that the rows of a micro-batch are sharded over; None for one device.
         row_length: S; None for the one of ``row_lengths`` that costs least.
+        attention_length: row length at which attention costs as much as all other work (``Model.attention_length``).
 
     Raises:
         ValueError: a prompt is empty, a completion has a hole in its mask, or a sequence is longer than the row length.
@@ -75,7 +75,7 @@ def pack(
     layouts = [
         (length, _place(prompts, prompt_of, lengths, length, _places(length, T), packing)) for length in candidates
     ]
-    S, placed = min(layouts, key=lambda each: len(each[1]) * each[0] * (1 + each[0] / ATTENTION_TOKENS))
+    S, placed = min(layouts, key=lambda each: len(each[1]) * each[0] * (1 + each[0] / attention_length))
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     R = devices * max(1, micro_batch_tokens // S)
     # Every sequence may need a row of its own.
