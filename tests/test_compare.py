@@ -360,6 +360,8 @@ def test_a_report_of_packed_rows_with_adapters(small, capsys):
         found[name] = report["grpo"]["state_bytes"], report["programs"][0]["flops"]
     assert found["shared"][0] == found["padded"][0] > 2 * found["adapters"][0]
     assert found["adapters"][1] < found["shared"][1]  # frozen weights have no gradient
+    with pytest.raises(ValueError, match="methods has ppo, whose critic has no adapters"):
+        bench_memory.main(replace(config, lora=LoRA(rank=2), methods=("ppo",)))
 
 
 def test_a_topology_that_is_not_there_and_options_without_values():

@@ -147,8 +147,6 @@ class Config:
         require_at_least(self, num_layers=1, fsdp=1, tensor=1, group_size=1)
         if self.rows % 2:
             raise ValueError(f"rows is {self.rows}; it must be even, because DPO has two sequences per pair")
-        if self.lora.is_used and "ppo" in self.methods:
-            raise ValueError("methods has ppo, whose critic has no adapters; with lora.rank, name grpo, dpo or sft")
         for option in self.compiler_options:
             if "=" not in option:
                 raise ValueError(f"compiler_options: {option!r} is not name=value")
@@ -274,6 +272,8 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
 
 
 def main(config: Config) -> None:
+    if config.lora.is_used and "ppo" in config.methods:
+        raise ValueError("methods has ppo, whose critic has no adapters; with lora.rank, name grpo, dpo or sft")
     memory, programs, mesh = {}, [], config.mesh
     for name in config.methods:
         found: list[Program] = []

@@ -293,6 +293,7 @@ class Run:
             summary: the experiment's entries; ``steps``, the first step of each alarm, and the entries of
                 ``write_summary`` are added.
         """
+
         def write() -> None:
             plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)
             alarms = {alarm["alarm"]: alarm["step"] for alarm in reversed(read_jsonl(self.alarms_log.path))}
@@ -362,9 +363,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     for process, other in enumerate(others, 1):
         different = differences(first, other)
         if different:
-            raise ValueError(
-                f"process {process} was started differently from process 0:\n  " + "\n  ".join(different)
-            )
+            raise ValueError(f"process {process} was started differently from process 0:\n  " + "\n  ".join(different))
 
 
 def run_experiment(

@@ -32,11 +32,11 @@ from grpo_jax.train import (
     completion_values,
     make_train_step,
     opt_state_shardings,
-    pack,
     packed_log_probs,
     pair_log_probs,
     trainable_part,
 )
+from grpo_jax.train.packing import pack_on_host
 from grpo_jax.types import Batch, Model, Packed, PackedBatch, Packing, Pairs, Params, TrainState
 
 METHODS = ("grpo", "ppo", "dpo", "sft")
@@ -174,10 +174,10 @@ def update_memory(
 
     updates: list[tuple[LossFn, Model, TrainState, Callable[[], Any]]]
     if method == "grpo":
-        batch = partial(_policy_batch, shapes, model, with_values=False)
+        batch = partial(_policy_batch, shapes, model, mesh, with_values=False)
         updates = [(_policy_loss(model, shapes, "grpo"), model, actor, batch)]
     elif method == "ppo":
-        batch = partial(_policy_batch, shapes, model, with_values=True)
+        batch = partial(_policy_batch, shapes, model, mesh, with_values=True)
         updates = [
             (_policy_loss(model, shapes, "ppo"), model, actor, batch),
             (_critic_loss(critic_model), critic_model, critic, batch),
@@ -296,7 +296,7 @@ def _sft_loss(model: Model) -> LossFn:
     return supervised_loss
 
 
-def _policy_batch(shapes: UpdateShapes, model: Model, *, with_values: bool) -> Batch | PackedBatch:
+def _policy_batch(shapes: UpdateShapes, model: Model, mesh: Mesh, *, with_values: bool) -> Batch | PackedBatch:
     """A batch of GRPO, or of PPO ``with_values``, of the greatest lengths; both with old log-probabilities."""
     B, P, T = shapes.rows * shapes.num_micro_batches, shapes.max_prompt_length, shapes.max_completion_length
     per_token = np.zeros((B, T), np.float32)
@@ -316,7 +316,15 @@ def _policy_batch(shapes: UpdateShapes, model: Model, *, with_values: bool) -> B
     packing = shapes.packing_of(model)
     if packing is None:
         return batch
-    return pack(batch, packing, micro_batch_tokens=shapes.rows * (P + T), attention_length=model.attention_length)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return pack_on_host(
+        batch,
+        packing,
+        micro_batch_tokens=shapes.rows * (P + T) // devices,
+        devices=devices,
+        row_length=None,
+        attention_length=model.attention_length,
+    )
 
 
 def _pairs(shapes: UpdateShapes) -> Pairs:

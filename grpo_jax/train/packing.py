@@ -62,6 +62,36 @@ def pack(
     Raises:
         ValueError: a prompt is empty, a completion has a hole in its mask, or a sequence is longer than the row length.
     """
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    packed = pack_on_host(
+        sequences,
+        packing,
+        micro_batch_tokens=micro_batch_tokens,
+        devices=devices,
+        row_length=row_length,
+        attention_length=attention_length,
+    )
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, packed)
+    everywhere, by_row = replicated(mesh), NamedSharding(mesh, P(None, *BATCH))
+    return PackedBatch(place(packed.sequences, everywhere), place(packed.rows, by_row), place(packed.count, everywhere))
+
+
+def pack_on_host(
+    sequences: Batch | Rollout,
+    packing: Packing,
+    *,
+    micro_batch_tokens: int,
+    devices: int,
+    row_length: int | None,
+    attention_length: float,
+) -> PackedBatch:
+    """``pack`` with NumPy arrays as its result.
+
+    Args:
+        sequences, packing, micro_batch_tokens, row_length, attention_length: as there.
+        devices: that the rows of a micro-batch are sharded over.
+    """
     host = jax.tree.map(np.asarray, sequences)
     lengths = _completion_lengths(host.completion_mask)
     prompts, prompt_of = _distinct_prompts(host.prompt_ids, host.prompt_mask)
@@ -75,18 +105,22 @@ def pack(
     layouts = [
         (length, _place(prompts, prompt_of, lengths, length, _places(length, T), packing)) for length in candidates
     ]
-    S, placed = min(layouts, key=lambda each: len(each[1]) * each[0] * (1 + each[0] / attention_length))
-    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    R = devices * max(1, micro_batch_tokens // S)
+
+    def rows_at_once(length: int) -> int:
+        return devices * max(1, micro_batch_tokens // length)
+
+    def cost(layout: tuple[int, list[list[Piece]]]) -> float:
+        length, rows = layout
+        computed = -(-len(rows) // rows_at_once(length)) * rows_at_once(length)  # of whole micro-batches
+        return computed * length * (1 + length / attention_length)
+
+    S, placed = min(layouts, key=cost)
+    R = rows_at_once(S)
     # Every sequence may need a row of its own.
     N = -(-len(lengths) // R)
     arrays = _fill(host, prompts, lengths, placed, shape=(N * R, S), places=_places(S, T), packing=packing)
     stacked: dict[str, Any] = {name: None if x is None else x.reshape(N, R, *x.shape[1:]) for name, x in arrays.items()}
-    rows, count = PackedRows(**stacked), np.int32(-(-len(placed) // R))
-    if mesh is None:
-        return PackedBatch(sequences, jax.tree.map(jnp.asarray, rows), jnp.asarray(count))
-    everywhere, by_row = replicated(mesh), NamedSharding(mesh, P(None, *BATCH))
-    return PackedBatch(place(sequences, everywhere), place(rows, by_row), place(count, everywhere))
+    return PackedBatch(host, PackedRows(**stacked), np.array(-(-len(placed) // R), np.int32))  # pyright: ignore[reportArgumentType]
 
 
 def row_lengths(longest: int) -> list[int]:
