@@ -110,10 +110,11 @@ class Run:
         self.reward_errors_log = log(self.folder / "reward_errors.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep_checkpoints)
         stack.callback(self.checkpoints.close)
-        first_step, self.trackers = self._next_step(), []
+        first_step = self._next_step()
+        self.trackers: list[Tracker] = []
 
         def track() -> None:
-            self.trackers: list[Tracker] = open_trackers(trackers, self.folder, self.settings, first_step=first_step)
+            self.trackers = open_trackers(trackers, self.folder, self.settings, first_step=first_step)
 
         on_main(track, "opening the trackers")
         for tracker in self.trackers:
