@@ -34,6 +34,7 @@ from grpo_jax.data.preferences import EncodedPreferences, PairBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import template_columns
+from grpo_jax.hosts import fetch, on_main
 from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline import pair_lengths, train_offline
@@ -201,7 +202,7 @@ def sums_of_pairs(
     """
     log_probs = []
     for positions, real in padded_batches(len(pairs), config.num_pairs):
-        log_probs.append(np.asarray(sums(params, shard_rows(pairs.padded(positions), mesh)))[:real])
+        log_probs.append(fetch(sums(params, shard_rows(pairs.padded(positions), mesh)))[:real])
         report(sum(map(len, log_probs)))
         run.stop_if_requested()
     return np.concatenate(log_probs)
@@ -210,13 +211,14 @@ def sums_of_pairs(
 def reference_log_probs(run: Run, name: str, sums_of: Callable, pairs: EncodedPreferences) -> np.ndarray:
     """``[pairs, 2]``, the reference's log-probabilities of whole completions; cached in ``<name>.npy``."""
     path = run.folder / f"{name}.npy"
-    if path.exists() and run.checkpoints.steps():  # with a checkpoint, the data were checked to be the same
-        return np.load(path)
+    # With a checkpoint, the data were checked to be the same.
+    if on_main(path.exists, f"looking for {path.name}") and run.checkpoints.steps():
+        return on_main(lambda: np.load(path), f"reading {path.name}")
     with run.progress.phase(name.replace("_", " "), len(pairs)) as phase:
         log_probs = sums_of(pairs, phase.update)
     buffer = BytesIO()
     np.save(buffer, log_probs)
-    write_atomically(path, buffer.getvalue())
+    on_main(lambda: write_atomically(path, buffer.getvalue()), f"writing {path.name}")
     return log_probs
 
 

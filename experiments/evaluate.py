@@ -14,17 +14,19 @@ When it is run again, it prints the report without sampling; ``--k`` and ``--aga
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.config.evaluation import PRESETS, EvaluationConfig
 from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.data.problems import Problem
+from grpo_jax.hosts import on_main
 from grpo_jax.loop.batch_inference import read_provenance, read_samples, run_batch_inference
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.eval_report import (
     COMPARISON,
     FIGURES,
+    Key,
     applicable_metrics,
     check_same_problems,
     compare_metrics,
@@ -47,7 +49,7 @@ def main(config: EvaluationConfig) -> int:
 
 
 def evaluate(config: EvaluationConfig, run: Run) -> None:
-    report = read_report(run.folder) if run.is_finished else None
+    report = on_main(lambda: read_report(run.folder), "reading the report") if run.is_finished else None
     if report is None or differences(report["config"], run.settings, LAYOUT_FIELDS):
         report = make_report(config, run, report)
     print_report(run, report)
@@ -71,6 +73,23 @@ def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | 
     if before is None:
         problem_set = "held_out" if config.held_out else "evaluation"
         run_batch_inference(config, run, config.mesh.build(), problem_set=problem_set, check=check)
+    return on_main(lambda: write_report(config, run, before, against, others), "writing the report")
+
+
+def write_report(
+    config: EvaluationConfig,
+    run: Run,
+    before: Mapping[str, Any] | None,
+    against: Mapping[str, Any] | None,
+    others: Sequence[Key],
+) -> dict[str, Any]:
+    """Compute and write the report of the run's completions.
+
+    Args:
+        config, run, before: as in ``make_report``.
+        against: report of the run to compare with; None for none.
+        others: keys of its problems.
+    """
     keys = problem_keys(samples.problem for samples in read_samples(run.folder))
     figures = applicable_metrics(
         config, run.folder, metrics_per_problem(read_samples(run.folder), config.ks, same_answers_of(config.data))

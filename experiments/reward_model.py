@@ -24,6 +24,7 @@ from grpo_jax.config.reward_model import PRESETS, RewardModelConfig
 from grpo_jax.data.iterator import padded_batches
 from grpo_jax.data.preferences import PairBatches
 from grpo_jax.data.prompt_format import prompt_format_of
+from grpo_jax.hosts import fetch
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline import pair_lengths, train_offline
@@ -77,7 +78,7 @@ def train(config: RewardModelConfig, run: Run) -> None:
             scores = []
             for positions, real in padded_batches(len(held_out_pairs), config.num_pairs):
                 batch = shard_rows(held_out_pairs.padded(positions), mesh)
-                scores.append(np.asarray(score(params, batch))[:real])
+                scores.append(fetch(score(params, batch))[:real])
                 phase.update(sum(map(len, scores)))
                 run.stop_if_requested()
         return accuracy_and_calibration(np.concatenate(scores))

@@ -58,12 +58,6 @@ def test_a_run_that_failed_before_anything_was_computed_may_be_started_different
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 4
 
 
-def test_several_hosts_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(NotImplementedError, match="several hosts"):
-        open_run(tmp_path / "run")
-
-
 def test_what_changes_no_result_may_change(tmp_path):
     with open_run(tmp_path / "run"):
         pass

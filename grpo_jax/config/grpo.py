@@ -214,7 +214,7 @@ PRESETS: dict[str, Preset[GRPOConfig]] = {
         ),
         "DAPO on competition mathematics from a 32B base model; needs --mesh",
         paper="DAPO (arXiv 2503.14476)",
-        hardware="a pod: the paper used 128 H20 GPUs; runs on several hosts are not supported yet",
+        hardware="a pod: the paper used 128 H20 GPUs",
         score="50 % on AIME 2024 (avg@32) as published; not measured here",
     ),
     "rloo": Preset(

@@ -22,6 +22,7 @@ from grpo_jax.config.mixture import TaskConfig
 from grpo_jax.data.encoded import EncodedProblems, decode_completions
 from grpo_jax.data.problems import Problem, reward_columns
 from grpo_jax.data.selection import ProblemSamples
+from grpo_jax.hosts import on_main
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.setup import load_policy, make_sampler, rollout_layout, start_model
@@ -86,7 +87,7 @@ def run_batch_inference(
 
     size = BATCHES_PER_BLOCK * config.num_prompts
     blocks = [places[first : first + size] for first in range(0, len(places), size)]
-    done = _count_complete_blocks(run, blocks)
+    done = on_main(lambda: _count_complete_blocks(run, blocks), "counting completions")
     layout = rollout_layout(config, policy, mesh)
     sampler = make_sampler(config, policy, layout, group_size=config.num_samples)
     params = layout.reshard(policy.params)
@@ -149,8 +150,9 @@ def check_provenance(
         }
     )
     path = run.folder / PROVENANCE
-    if path.exists():
-        before = read_provenance(run.folder)
+
+    def check() -> None:
+        before = read_provenance(run.folder) if path.exists() else provenance
         different = [name for name in provenance if before.get(name) != provenance[name]]
         if different:
             raise ValueError(
@@ -158,7 +160,9 @@ def check_provenance(
                 f"{', '.join(f'{name} ({before.get(name)!r} -> {provenance[name]!r})' for name in different)}. Choose "
                 "another run_dir, or restore the settings and model that it was started with"
             )
-    write_atomically(path, json.dumps(provenance, indent=2).encode() + b"\n")
+        write_atomically(path, json.dumps(provenance, indent=2).encode() + b"\n")
+
+    on_main(check, "checking the provenance of completions")
 
 
 def _count_complete_blocks(run: Run, blocks: Sequence[Sequence[int]]) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
+
 from grpo_jax import models
 from grpo_jax.config.batch_inference import BatchInferenceConfig
 from grpo_jax.config.model import PolicyConfig
@@ -58,7 +60,15 @@ class Stage:
         write_atomically(path, json.dumps(to_json(asdict(self.config)), indent=2).encode() + b"\n")
 
     def run(self) -> int:
-        """Run or resume the stage by its command, in this process; the exit status of the script."""
+        """Run or resume the stage by its command, in this process; the exit status of the script.
+
+        Raises:
+            NotImplementedError: there are several processes.
+        """
+        if jax.process_count() > 1:
+            raise NotImplementedError(
+                "a pipeline on several hosts is not supported yet; run the commands of its stages, which --dry-run prints"
+            )
         self.write_settings()
         status = run_script(self.script, self.args)
         if status not in (0, INTERRUPTED):

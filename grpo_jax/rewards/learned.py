@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.hosts import fetch
 from grpo_jax.sharding import shard_rows
 from grpo_jax.train import reward_model_scores
 from grpo_jax.types import Model, Params
@@ -121,4 +122,4 @@ class LearnedReward:
             ids[row, : len(sequence)] = sequence
             mask[row, : len(sequence)] = True
         batch = (ids, mask) if self._mesh is None else shard_rows((ids, mask), self._mesh)
-        return np.asarray(self._score(self._params, *batch))[: len(token_ids)]
+        return fetch(self._score(self._params, *batch))[: len(token_ids)]
