@@ -85,6 +85,8 @@ def main(config: HybridConfig) -> int:
 
 
 def train(config: HybridConfig, run: Run) -> None:
+    if jax.process_count() > 1:
+        raise NotImplementedError("hybrid.py does not support several hosts yet; start it on one")
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
     model = collector.policy.model

@@ -67,7 +67,7 @@ class Stage:
         """
         if jax.process_count() > 1:
             raise NotImplementedError(
-                "a pipeline on several hosts is not supported yet; run the commands of its stages, which --dry-run prints"
+                "a pipeline on several hosts is not supported yet; run the commands that --dry-run prints"
             )
         self.write_settings()
         status = run_script(self.script, self.args)
