@@ -132,11 +132,12 @@ def train(config: DPOConfig, run: Run) -> None:
             }
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = sample_all(sampler, layout.reshard(params), prompts, key)
+                rollout = fetch(sample_all(sampler, layout.reshard(params), prompts, key))
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 phase.update(len(held_out_pairs) + len(prompts))
-                metrics["eval/mean_length"] = float(np.asarray(rollout.completion_mask.sum(1)).mean())
-                samples, scores = judge_samples(prompts, completions, judge, config.eval_samples)
+                metrics["eval/mean_length"] = float(rollout.completion_mask.sum(1).mean())
+                judged = partial(judge_samples, prompts, completions, judge, config.eval_samples)
+                samples, scores = on_main(judged, "judging samples")
                 metrics |= {"eval/judge": float(np.mean(scores))} if scores else {}
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
         return metrics

@@ -19,9 +19,28 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 TIMEOUT = 600.0
 """Seconds that a process waits for the others."""
+CONNECTION_TIMEOUT = 60
+"""Seconds in which the processes must have found each other."""
 CHUNK = 2**20
 """Bytes of a value in the coordination service, whose messages are limited."""
 _calls = 0
+
+
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connect with the other processes, before JAX is used otherwise; again, it does nothing.
+
+    Args:
+        coordinator: address of the first process, host:port; None, and None for the others, if the cluster tells (TPU
+            pods, SLURM, Open MPI).
+        num_processes: how many there are.
+        process_id: number of this one.
+
+    Raises:
+        RuntimeError: the others do not answer in time, or JAX was used before.
+        ValueError: the cluster does not tell.
+    """
+    if not jax.distributed.is_initialized():
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=CONNECTION_TIMEOUT)
 
 
 def is_main() -> bool:

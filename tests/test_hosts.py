@@ -27,13 +27,11 @@ def test_one_process_agrees_with_itself():
 TALK = """
 import sys, time
 import jax
-from grpo_jax.config.run import DistributedConfig
-from grpo_jax.loop.run import connect
-from grpo_jax.hosts import agree, any_of, gather, on_main
+from grpo_jax.hosts import agree, any_of, connect, gather, on_main
 
 number = int(sys.argv[sys.argv.index("--distributed.process-id") + 1])
 address = sys.argv[sys.argv.index("--distributed.coordinator") + 1]
-connect(DistributedConfig(coordinator=address, num_processes=2, process_id=number))
+connect(address, 2, number)
 long = bytes(3_000_000)
 for turn in range(3):
     assert gather((number, long), "a long value") == [(0, long), (1, long)]

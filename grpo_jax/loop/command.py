@@ -18,7 +18,8 @@ import jax
 import tyro
 
 from grpo_jax.config.files import read_settings_file, with_settings
-from grpo_jax.config.run import Preset
+from grpo_jax.config.run import DistributedConfig, Preset
+from grpo_jax.hosts import connect
 from grpo_jax.loop.flags import flags_of, in_flags, rare_help, short_help, take_rare
 from grpo_jax.tasks.toy_config import TOY
 
@@ -72,6 +73,10 @@ def run_command(
     wants_rare = "--help-rare" in given
     given = ["--help" if arg == "--help-all" else arg for arg in given if arg != "--help-rare"]
     try:
+        rare, _ = take_rare(flags_of(config_type), given)
+        if "distributed" in rare:  # first of all, since some settings compute when they are made
+            distributed = with_settings(DistributedConfig(), rare["distributed"], "command line")
+            connect(distributed.coordinator, distributed.num_processes, distributed.process_id)
         default, flags = starting_point(config_type, presets, given)
         if wants_rare:
             print(rare_help(config_type, default))

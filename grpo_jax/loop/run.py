@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.text import Text
 
-from grpo_jax.config.run import DistributedConfig
-from grpo_jax.hosts import any_of, gather, is_main, on_main
+from grpo_jax.hosts import any_of, connect, gather, is_main, on_main
 from grpo_jax.jsonl import JsonlLog, NoLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
 from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, differences, package_versions
@@ -31,10 +30,6 @@ from grpo_jax.rewards.workers.pool import RewardError
 from grpo_jax.train.trainable import with_frozen, without_frozen
 
 Entered = TypeVar("Entered")
-
-
-CONNECTION_TIMEOUT = 60
-"""Seconds in which the processes of a run must have found each other."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -335,22 +330,6 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {name: value for name, value in to_json(dataclasses.asdict(config)).items() if name != "distributed"}
 
 
-def connect(config: DistributedConfig) -> None:
-    """Connect with the other processes of a run, before JAX is used.
-
-    Args:
-        config: which they are.
-
-    Raises:
-        RuntimeError: they cannot be found or do not answer.
-    """
-    if jax.distributed.is_initialized() or not (config.auto or config.coordinator):
-        return
-    jax.distributed.initialize(
-        config.coordinator, config.num_processes, config.process_id, initialization_timeout=CONNECTION_TIMEOUT
-    )
-
-
 def check_same(facts: Mapping[str, Any]) -> None:
     """Check that all processes were started alike.
 
@@ -382,7 +361,9 @@ def run_experiment(
         title: title of the live view.
         again: call ``train`` for a finished run too.
     """
-    connect(config.distributed)
+    distributed = config.distributed
+    if distributed.auto or distributed.coordinator:
+        connect(distributed.coordinator, distributed.num_processes, distributed.process_id)
     check_same({"settings": settings_of(config), "versions": package_versions()})
     config.check()
     enable_compilation_cache()
