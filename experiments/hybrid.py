@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from grpo_jax.types import Params
 
@@ -320,77 +320,6 @@ def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:
         if dimension % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())):
             return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-@jax.custom_vjp
-def lookup(table: Float[Array, "V D"], token_ids: Int[Array, "*tokens"]) -> Float[Array, "*tokens D"]:
-    """``table[clip(token_ids)]``, with a gradient that is accumulated in float32 whatever the table's dtype.
-
-    In bfloat16, the gradient of a frequent token would lose all but the largest of its terms.
-
-    Args:
-        table: embeddings.
-        token_ids: clipped to the table's rows.
-    """
-    return jnp.take(table, token_ids, axis=0, mode="clip")
-
-
-def _lookup_forward(table, token_ids):
-    return lookup(table, token_ids), (token_ids, jnp.zeros((table.shape[0], 0), table.dtype))
-
-
-def _lookup_backward(saved, grads):
-    token_ids, like = saved
-    total = jnp.zeros((like.shape[0], grads.shape[-1]), jnp.float32)
-    total = total.at[jnp.clip(token_ids, 0, like.shape[0] - 1)].add(grads.astype(jnp.float32))
-    return total.astype(like.dtype), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
-
-
-def lookup_divides(token_ids: Int[Array, "B S"], table: Array, mesh: Mesh) -> bool:
-    """Whether ``sharded_lookup`` applies: for several tokens, on a mesh whose axes divide the arrays.
-
-    A decode step, with one token of each sequence, looks up in tables that are replicated over ``fsdp``.
-
-    Args:
-        token_ids: of B sequences.
-        table: [V, D].
-        mesh: the devices.
-    """
-    sizes, (B, S), (V, D) = mesh.shape, token_ids.shape, table.shape
-    divides = B % (sizes["data"] * sizes["fsdp"]) == 0 and V % sizes["tensor"] == 0 and D % sizes["fsdp"] == 0
-    return S > 1 and sizes["fsdp"] * sizes["tensor"] > 1 and divides
-
-
-def sharded_lookup(
-    table: Float[Array, "V D"], token_ids: Int[Array, "B S"], mesh: Mesh, dtype: Any
-) -> Float[Array, "B S D"]:
-    """``table[clip(token_ids)]`` with ids and results sent between devices instead of the table or its gradient.
-
-    Each device looks up its slice of the width for the sequences of all devices of ``fsdp``, then they exchange slices.
-
-    Args:
-        table: rows sharded over ``tensor``, columns over ``fsdp``.
-        token_ids: sequences sharded over ``data`` and ``fsdp``.
-        mesh: the devices; its axes divide the arrays.
-        dtype: of the result, in which it travels.
-    """
-    last = table.shape[0] - 1
-
-    def on_device(part: Array, ids: Array) -> Array:
-        ids = jnp.clip(jax.lax.all_gather(ids, "fsdp", tiled=True), 0, last)
-        local = ids - jax.lax.axis_index("tensor") * part.shape[0]
-        is_here = (local >= 0) & (local < part.shape[0])
-        found = jnp.where(is_here[..., None], lookup(part, local).astype(dtype), 0)
-        found = jax.lax.psum(found, "tensor")  # one device has the row, the others 0
-        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
-
-    specs = {"in_specs": (P("tensor", "fsdp"), BATCH), "out_specs": BATCH}
-    # Without the check, which would ask the gradient of a lookup for the sum over "data" that is taken outside.
-    run = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
-    return run(table, token_ids)
 
 
 def take_rows(x: Array, rows: Int[Array, "devices taken"]) -> Array:

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.log_probs import chunked_log_probs
 from grpo_jax.models import build_model, from_hf_config, init_params
+from grpo_jax.models.lookup import lookup, sharded_lookup
 from grpo_jax.models.output_head import make_token_scores
-from grpo_jax.sharding import BATCH, lookup, make_mesh, param_shardings, shard_rows, sharded_lookup
+from grpo_jax.sharding import BATCH, make_mesh, param_shardings, shard_rows
 
 B, T, D, V = 8, 6, 8, 24
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 2, 4)]

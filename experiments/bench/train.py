@@ -299,7 +299,7 @@ class JaxStep:
         self.config = config
         self.cuts_padding = cuts_padding
         model = build_model(decoder, dtype=jnp.dtype(config.dtype).type, remat=config.remat, attention="auto")
-        self.attention_length = model.attention_length
+        self.pack = partial(pack, attention_length=model.attention_length)
         optimizer, _ = config.optimizer.build(total_updates=1_000_000)
         mesh = make_mesh(devices=jax.devices()[:1])
         self.samples_with_reference = config.whole_step and config.policy.kl_coef > 0
@@ -331,8 +331,7 @@ class JaxStep:
     def __call__(self, lengths: np.ndarray | None = None) -> Measured:
         """Take a step; ``lengths`` are those of the batch, or sampled."""
         phases: dict[str, Seconds] = {}
-        batch = self.batch
-        if batch is None:
+        if (batch := self.batch) is None:
             key = jax.random.key(self.config.seed)
             rollout = timed(phases, "sampling", lambda: self.sampler(self.state.params, self.prompts, key))
             ref = None
@@ -346,12 +345,7 @@ class JaxStep:
         """Sequences as the update takes them."""
         if self.config.packing == "none":
             return cut(sequences) if self.cuts_padding else sequences
-        return pack(
-            sequences,
-            self.config.packing,
-            micro_batch_tokens=self.config.micro_batch_tokens,
-            attention_length=self.attention_length,
-        )
+        return self.pack(sequences, self.config.packing, micro_batch_tokens=self.config.micro_batch_tokens)
 
 
 def padded_prompts(config: Config, vocab_size: int) -> Prompts:

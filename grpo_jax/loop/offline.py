@@ -79,9 +79,8 @@ def train_offline(
     """
     compilations = count_compilations()
     train_step = _make_step(config, model, loss_fn, optimizer)
-    state = init_state(
-        model.params, optimizer, with_reference=False, replicated=replicated(mesh), offload=config.offload
-    )
+    on_mesh, offload = replicated(mesh), config.offload
+    state = init_state(model.params, optimizer, with_reference=False, replicated=on_mesh, offload=offload)
     first, state, saved = run.resume(state)
     check_same_data(saved, digest, run)
     check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)

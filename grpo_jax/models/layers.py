@@ -19,9 +19,10 @@ from grpo_jax.models.attention import AttentionInputs, KVSegment, attend, attend
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
+from grpo_jax.models.lookup import lookup, lookup_divides, sharded_lookup
 from grpo_jax.models.remat import BLOCK_INPUT
 from grpo_jax.models.rope import rotate
-from grpo_jax.sharding import constrain, lookup, lookup_divides, sharded_lookup
+from grpo_jax.sharding import constrain
 
 
 class Embedding(nn.Module):

@@ -212,9 +212,7 @@ def build_model(
     check_remat(remat, device)
     module: Any = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
     if scan_layers is None:
-        is_sharded = mesh is not None and mesh.shape["fsdp"] > 1
-        has_adapters = lora is not None and lora.is_used
-        scan_layers = (device.platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
+        scan_layers = _is_scanned(device.platform, remat, mesh, lora)
     repetition = find_repetition(config) if scan_layers else None
     bound, prepared = _unchanged, preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None)
     if lora is not None and lora.is_used:
@@ -269,6 +267,13 @@ def build_model(
         attention_length=_attention_length(config),
         preparation=prepared,
     )
+
+
+def _is_scanned(platform: str, remat: Remat, mesh: Mesh | None, lora: LoRA | None) -> bool:
+    """The default of ``scan_layers``."""
+    is_sharded = mesh is not None and mesh.shape["fsdp"] > 1
+    has_adapters = lora is not None and lora.is_used
+    return (platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
 
 
 def _check_columns(token_ids: Array, mask: Array | Segments | None, cache: Cache) -> None:
