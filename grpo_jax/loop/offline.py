@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -79,9 +80,8 @@ def train_offline(
     """
     compilations = count_compilations()
     train_step = _make_step(config, model, loss_fn, optimizer)
-    on_mesh, offload = replicated(mesh), config.offload
-    state = init_state(model.params, optimizer, with_reference=False, replicated=on_mesh, offload=offload)
-    first, state, saved = run.resume(state)
+    make_state = partial(init_state, with_reference=False, replicated=replicated(mesh), offload=config.offload)
+    first, state, saved = run.resume(make_state(model.params, optimizer))
     check_same_data(saved, digest, run)
     check_steps(run, first, len(batches), setting="num_epochs", decay=config.optimizer.decay)
     num_tokens = saved.get("num_tokens", 0)
