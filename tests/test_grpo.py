@@ -55,7 +55,10 @@ def config(base, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("packing", "offload"), [("none", ()), ("shared", ("optimizer", "reference"))])
+@pytest.mark.parametrize(
+    ("packing", "offload"),
+    [pytest.param("none", (), marks=pytest.mark.slow), ("shared", ("optimizer", "reference"))],
+)
 def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypatch, packing, offload):
     """With a reference, two inner epochs of two minibatches, and Adam's moments: all of it has to come back."""
     config = replace(config, group_size=16, packing=packing, policy=PolicyLossConfig(kl_coef=0.05), ref_refresh_every=3)
@@ -333,7 +336,6 @@ def learn(config, rewards, policy=0.0, reference=0.0):
         scores,
         reward_weights={"accuracy": 1.0},
         tokenizer=None,
-        mesh=config.mesh.build(),
         old_log_probs=old,
         ref_log_probs=ref,
     )

@@ -104,7 +104,6 @@ def train_batch(config, rollout, scores, collector, old=None, ref=None):
         scores,
         reward_weights=collector.scorer.weights,
         tokenizer=collector.policy.tokenizer,
-        mesh=collector.mesh,
         old_log_probs=old,
         ref_log_probs=ref,
     )
@@ -323,7 +322,7 @@ def test_no_more_is_drawn_than_is_allowed_and_what_fills_up_is_not_learnt_from(l
     assert drawn.times["frac_groups_with_reward_variance"] == 0.25  # the first of each draw
     assert sorted({*(rows // GROUP).tolist()}) == [0, 1, 2, 4]
     config = replace(loop.config, max_draws=2)
-    rollout = select_rows(drawn.rollout, rows, collector.mesh)
+    rollout = select_rows(drawn.rollout, rows)
     batch = train_batch(config, rollout, scores.at(rows), collector)
     learnt = np.asarray(batch.loss_mask).any(1)
     np.testing.assert_array_equal(learnt.reshape(-1, GROUP).all(1), [True, False, False, True])

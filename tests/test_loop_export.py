@@ -148,6 +148,7 @@ def config(small, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_given_more_steps_becomes_the_longer_run(config, capsys, monkeypatch):
     def pays_digits(prompts, completions, **columns):  # something that untrained models differ in
         return [float(sum(c.isdigit() for c in text) % 2) for text in completions]

@@ -160,7 +160,14 @@ def test_state_reference_and_checkpoint_have_one_base(tiny):
         reference_params(replace(new, ref_params=None))
 
 
-@pytest.mark.parametrize(("quantize", "scan_layers"), [(None, True), ("nf4", True), ("int8", False)])
+@pytest.mark.parametrize(
+    ("quantize", "scan_layers"),
+    [
+        pytest.param(None, True, marks=pytest.mark.slow),
+        ("nf4", True),
+        pytest.param("int8", False, marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_mesh_of_three_axes_as_on_one_device(tiny, quantize, scan_layers):
     _, params = tiny
     lora = replace(RANK, quantize=quantize)

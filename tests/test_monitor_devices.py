@@ -10,7 +10,7 @@ from grpo_jax.monitor.devices import device_metrics, peak_flops
 
 class Device:
     def __init__(self, kind, stats):
-        self.device_kind, self._stats = kind, stats
+        self.device_kind, self.process_index, self._stats = kind, 0, stats
 
     def memory_stats(self):
         return self._stats

@@ -234,6 +234,7 @@ def test_no_model_is_the_default(tmp_path):
         r1.main(replace(real(tmp_path), model=None))
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_with_its_own_settings_alone(stages, tmp_path):
     config = toy(tmp_path)
     assert r1.main(config) == 0

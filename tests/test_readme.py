@@ -70,11 +70,12 @@ def test_python_examples_run(base):
 
 
 @pytest.mark.parametrize(("script", "args"), commands())
-def test_commands_parse(script, args, workspace, capsys):
+def test_commands_parse(script, args, workspace, capsys, monkeypatch):
     assert (ROOT / "experiments" / f"{script.replace('.', '/')}.py").is_file()
     if script == "minimal_grpo":  # has no settings
         return
     module = importlib.import_module(f"experiments.{script}")
+    monkeypatch.setattr("grpo_jax.loop.command.connect", lambda *processes: None)
     assert run_script(module, args, main=lambda config: None) == 0, capsys.readouterr().err
 
 

@@ -1,5 +1,7 @@
 """Batch sizes and cache lengths."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from grpo_jax.data.prompts import pad_prompts
@@ -70,7 +72,7 @@ def test_a_group_that_does_not_fit_is_divided_into_the_fewest_equal_parts(tiny):
 
 def test_the_cache_takes_a_fifth_of_the_memory_of_devices_that_report_it():
     def devices(*all_stats):
-        return [type("Device", (), {"memory_stats": lambda self, stats=stats: stats})() for stats in all_stats]
+        return [SimpleNamespace(process_index=0, memory_stats=lambda stats=stats: stats) for stats in all_stats]
 
     assert default_cache_bytes(devices({"bytes_limit": 1000}, {"bytes_limit": 500})) == 300
     assert default_cache_bytes(devices({"bytes_limit": 1000}, None)) is None

@@ -195,7 +195,7 @@ def test_frozen_log_probs_are_in_the_order_of_the_batch(tiny):
     assert not np.asarray(ours)[~mask.any(1)].any()
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", [pytest.param("shared", marks=pytest.mark.slow), "separate"])
 def test_values_and_their_loss_are_those_of_padded_rows(tiny, packing):
     _, params = tiny
     config = from_hf_config(with_scalar_head(TINY))

@@ -36,7 +36,7 @@ def old_and_ref_log_probs(
     # A single update is strictly on policy: its own forward pass gives the old log-probabilities.
     old = None
     if config.old_log_probs == "sampler":
-        old = rollout.rollout_log_probs
+        old = jnp.asarray(rollout.rollout_log_probs)
     elif config.updates_per_step > 1 or config.kl_reward_coef:
         old = log_prob_fn(state.params, rollout)
     return old, log_prob_fn(reference_params(state), rollout) if config.has_reference else None

@@ -284,7 +284,7 @@ def _train_toy_model(run: Run, recipe: ToyConfig) -> str:
             make_toy_model(folder, recipe, report=report)
 
     if not on_main(folder.exists, "looking for the toy model"):
-        on_main(make, "training the toy model", timeout=3600)
+        on_main(make, "training the toy model", timeout=3600.0)
     return str(folder)
 
 
