@@ -221,6 +221,8 @@ def memory_of_steps(config: CompareConfig, report: Callable[[int], None]) -> dic
         max_completion_length=config.completion_length,
         remat=config.remat,
         dtype="float32" if config.compute_dtype == jnp.float32 else "bfloat16",
+        packing=grpo.packing,
+        group_size=grpo.group_size,
     )
     device = make_mesh(devices=jax.devices()[:1])
     memory: dict[str, dict[str, Any]] = {}

@@ -60,7 +60,7 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
     num_problems = run_batch_inference(
         config, run, mesh, problem_set="training", skip=config.skip_problems, max_problems=config.max_problems
     )
-    on_main(lambda: write_selected(config, run, num_problems), "selecting completions")
+    on_main(lambda: write_selected(config, run, num_problems), "selecting completions", timeout=3600.0)
 
 
 def write_selected(config: RejectionSamplingConfig, run: Run, num_problems: int) -> None:

@@ -115,19 +115,42 @@ def on_main(function: Callable[[], T], name: str, *, timeout: float = TIMEOUT) -
         name: what it does, in errors.
         timeout: seconds that the others wait for it.
     """
+    if jax.process_count() == 1:
+        return function()
     result: Any = None
-    error: Exception | None = None
+    own: BaseException | None = None
     if is_main():
-        try:
-            result = function()
-        except Exception as caught:
-            if jax.process_count() == 1:
-                raise
-            error = caught
-    result, error = agree((result, error), name, timeout=timeout)
+        result, own = outcome(function)
+    result, error = agree((result, portable(own)), name, timeout=timeout)
+    error = own or error  # its own has the traceback
     if error is not None:
         raise error
     return result
+
+
+def outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """The result of a call, or the exception that it raised, to be told to the other processes.
+
+    Args:
+        function: also interruptions are caught.
+    """
+    try:
+        return function(), None
+    except BaseException as error:
+        return None, error
+
+
+def portable(error: BaseException | None) -> BaseException | None:
+    """An exception that can be sent to other processes, or a ``RuntimeError`` that says what it was.
+
+    Args:
+        error: None for none.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def fetch(tree: Any) -> Any:

@@ -7,10 +7,17 @@ import time
 import numpy as np
 import pytest
 
-from grpo_jax.hosts import agree, any_of, fetch, gather, on_main
+from grpo_jax.hosts import agree, any_of, fetch, gather, on_main, outcome, portable
 from grpo_jax.jsonl import read_jsonl
 from tests import processes
 from tests.runs import TIMING
+
+
+class UnportableError(Exception):
+    """Cannot be unpickled: its argument is named."""
+
+    def __init__(self, *, reason):
+        super().__init__(reason)
 
 
 def test_one_process_agrees_with_itself():
@@ -21,6 +28,11 @@ def test_one_process_agrees_with_itself():
     assert on_main(lambda: 5, "a call") == 5
     with pytest.raises(KeyError, match="missing"):
         on_main(lambda: {}["missing"], "a call")
+    assert outcome(lambda: 5) == (5, None)
+    result, error = outcome(lambda: 1 / 0)
+    assert result is None
+    assert portable(error) is error
+    assert str(portable(UnportableError(reason="a lock"))) == "UnportableError: a lock"
     np.testing.assert_array_equal(fetch({"x": np.arange(3)})["x"], [0, 1, 2])
 
 
@@ -81,6 +93,7 @@ def grpo(base, folder, **flags):
         "eval-every": 2,
         "save-every": 1,
         "format-weight": 0.5,
+        "reward": "tests.batch_rewards:brevity",
         "kl-coef": 0.05,
         "num-minibatches": 2,
         "learning-rate": 3e-3,

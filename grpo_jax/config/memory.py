@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.hosts import gather
 from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.sharding import device_bytes, divisors
 
@@ -138,12 +140,25 @@ def micro_batch_tokens(config: Any) -> int:
     Args:
         config: of a run that trains a model.
     """
-    limit = device_bytes(jax.local_devices())
+    limit = memory_limit()
     decoder = None if limit is None else config.decoder
     if limit is None or decoder is None:
         return MICRO_BATCH_TOKENS
     axes = config.mesh.build().shape
     return reckon(config, decoder, axes).tokens_on(axes, limit)
+
+
+def memory_limit() -> int | None:
+    """Memory of the smallest device of all processes, in bytes; None where devices do not report theirs (CPU)."""
+    limit = device_bytes(jax.local_devices())
+    return limit if jax.process_count() == 1 else _smallest_of_all(limit)
+
+
+@cache
+def _smallest_of_all(limit: int | None) -> int | None:
+    limits = gather(limit, "the memory of the devices")
+    known = [each for each in limits if each is not None]
+    return min(known) if len(known) == len(limits) else None
 
 
 def fewest_micro_batches(config: Any, rows: int, row_tokens: int) -> int:
@@ -172,7 +187,7 @@ def check_memory(config: Any) -> None:
     Raises:
         ValueError: it has not; the message has the numbers, and meshes of the same devices that would do.
     """
-    limit = device_bytes(jax.local_devices())
+    limit = memory_limit()
     decoder = None if limit is None else config.decoder
     if limit is None or decoder is None:
         return
@@ -226,7 +241,7 @@ def choose_rollout_tensor(config: Any, decoder: DecoderConfig, axes: Axes) -> in
     Raises:
         ValueError: mesh.rollout_tensor is set to a number that does not divide the KV heads.
     """
-    wanted, limit = config.mesh.rollout_tensor, device_bytes(jax.local_devices())
+    wanted, limit = config.mesh.rollout_tensor, memory_limit()
     if wanted is not None and (wanted < 1 or decoder.num_kv_heads % wanted):
         raise ValueError(
             f"mesh.rollout_tensor is {wanted}; it must divide the model's {decoder.num_kv_heads} KV heads: one of "

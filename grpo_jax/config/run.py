@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
+import jax
 import tyro
 from jax.sharding import Mesh
 
@@ -74,6 +75,11 @@ class DistributedConfig:
     """Number of processes."""
     process_id: int | None = None
     """Number of this process, from 0."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are several processes to connect."""
+        return self.auto or self.coordinator is not None
 
     def __post_init__(self):
         given = [self.coordinator, self.num_processes, self.process_id]
@@ -147,9 +153,15 @@ class MeshConfig:
         """The mesh.
 
         Raises:
-            ValueError: the axes do not fit the number of devices.
+            ValueError: the axes do not fit the number of devices, or leave out some of several hosts.
         """
-        return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        mesh = make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        if jax.process_count() > 1 and mesh.size != jax.device_count():
+            raise ValueError(
+                f"mesh.data x mesh.fsdp x mesh.tensor is {mesh.size}; on several hosts it must be all "
+                f"{jax.device_count()} devices"
+            )
+        return mesh
 
     def check_divides(self, count: int, name: str) -> None:
         """Check that rows divide evenly over the devices that share a batch, ``data x fsdp``.

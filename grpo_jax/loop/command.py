@@ -76,7 +76,8 @@ def run_command(
         rare, _ = take_rare(flags_of(config_type), given)
         if "distributed" in rare:  # first of all, since some settings compute when they are made
             distributed = with_settings(DistributedConfig(), rare["distributed"], "command line")
-            connect(distributed.coordinator, distributed.num_processes, distributed.process_id)
+            if distributed.is_used:
+                connect(distributed.coordinator, distributed.num_processes, distributed.process_id)
         default, flags = starting_point(config_type, presets, given)
         if wants_rare:
             print(rare_help(config_type, default))

@@ -57,7 +57,7 @@ def train_offline(
     """Train on batches in order, with evaluations, checkpoints and resumption; export the model at the end.
 
     Args:
-        config: with ``num_epochs``, ``num_micro_batches``, ``optimizer``, ``eval_every``, ``save_every``, ``export``.
+        config: of the run.
         run: the run.
         mesh: the devices.
         title: of the progress bar.

@@ -42,7 +42,7 @@ class Run:
     The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``,
     ``reward_errors.jsonl``, ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering an existing
     run's folder with the same configuration resumes the run. SIGTERM and Ctrl-C request a stop after the current step
-    (``stop_requested``); a second Ctrl-C interrupts.
+    (``stop_if_requested``); a second Ctrl-C interrupts.
 
     Args:
         folder: created if it does not exist.
@@ -362,7 +362,7 @@ def run_experiment(
         again: call ``train`` for a finished run too.
     """
     distributed = config.distributed
-    if distributed.auto or distributed.coordinator:
+    if distributed.is_used:
         connect(distributed.coordinator, distributed.num_processes, distributed.process_id)
     check_same({"settings": settings_of(config), "versions": package_versions()})
     config.check()

@@ -272,19 +272,15 @@ def with_stop_tokens(model: models.Pretrained, stop_tokens: Sequence[str]) -> mo
 def _train_toy_model(run: Run, recipe: ToyConfig) -> str:
     """Folder of the toy model within the run's folder; trains the model if the folder does not exist."""
     folder = run.folder / TOY_FOLDER
-
-    def make() -> None:
+    if not on_main(folder.exists, "looking for the toy model"):
         with run.progress.phase("toy model", recipe.steps) as phase:
 
             def report(step: int, row: dict[str, float]) -> None:
                 phase.update(step, row if step % 50 == 0 else None)
-                if jax.process_count() == 1:
+                if jax.process_count() == 1:  # the others wait
                     run.stop_if_requested()
 
             make_toy_model(folder, recipe, report=report)
-
-    if not on_main(folder.exists, "looking for the toy model"):
-        on_main(make, "training the toy model", timeout=3600.0)
     return str(folder)
 
 

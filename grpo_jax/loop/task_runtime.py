@@ -15,6 +15,7 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import R1_ZERO
 from grpo_jax.data.statistics import DataStatistics
 from grpo_jax.data.turns import check_turn_end
+from grpo_jax.hosts import is_main
 from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run
@@ -120,7 +121,7 @@ class TaskRuntime:
                 mesh=mesh,
                 dtype=dtype,
                 today=run.start_date,
-                show=run.say,
+                show=run.say if is_main() else print,
                 measures_format=measures_format or asks_for_format(task.data),
             )
         )

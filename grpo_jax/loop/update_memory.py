@@ -93,7 +93,7 @@ class Memory:
 
     Attributes:
         copies: copies of the model's weights, including reward model and critic.
-        state_bytes: all weights and optimizer moments.
+        state_bytes: all weights and optimizer moments, but for offloaded ones.
         peak_bytes: ``state_bytes`` plus the temporary memory and batch of the largest update.
     """
 
@@ -188,15 +188,17 @@ def update_memory(
         updates = [(_sft_loss(model), model, actor, partial(_packed, shapes))]
 
     states = [state for _, _, state, _ in updates]
-    total, peak = sum(map(_bytes_of, states)), 0
+    on_devices = partial(_device_bytes, is_offloaded=shapes.offload_optimizer)
+    total, peak = sum(map(on_devices, states)), 0
     for loss_fn, trained, state, batch in updates:
         step = make_step(loss_fn, preparation=trained.preparation)
         program = _compiled(step, state, batch(), mesh, shapes, more_options)
         if on_program is not None:
             on_program(program)
-        peak = max(peak, total - _bytes_of(state) + mesh.size * program_bytes(program.compiled))
+        peak = max(peak, total - on_devices(state) + mesh.size * program_bytes(program.compiled))
     memory = {}
-    for suffix, frozen in (("", []), (WITH_REWARD_MODEL, [weights, scalar_head_weights])):
+    reference = trainable_part(policy)  # with adapters, the rest is that of the policy
+    for suffix, frozen in (("", []), (WITH_REWARD_MODEL, [reference, scalar_head_weights])):
         if not frozen or method in ONLINE:
             trees, more = [*(state.params for state in states), *frozen], sum(map(_bytes_of, frozen))
             copies = sum(map(size_of, trees)) / size_of(policy)
@@ -351,6 +353,10 @@ def _packed(shapes: UpdateShapes) -> Packed:
 def size_of(tree: Any) -> int:
     """Number of elements of all arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _device_bytes(state: TrainState, *, is_offloaded: bool) -> int:
+    return _bytes_of(replace(state, opt_state=()) if is_offloaded else state)
 
 
 def _bytes_of(tree: Any) -> int:

@@ -11,14 +11,17 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax import models
-from grpo_jax.hosts import gather
-from grpo_jax.rewards.compose import RewardFn, Scores, score_with, weighted
+from grpo_jax.hosts import gather, is_main, outcome, portable
+from grpo_jax.rewards.calling import is_per_sample
+from grpo_jax.rewards.compose import RewardFn, RewardOutput, Scores, score_with, weighted
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
 from grpo_jax.rewards.workers.pool import RewardError, RewardPool
 from grpo_jax.sharding import param_shardings
 
 HELD_OUT = "held-out accuracy"
+REWARD_TIMEOUT = 3600.0
+"""Seconds that a process waits for the scores of the others."""
 
 
 class Scorer:
@@ -60,12 +63,13 @@ class Scorer:
         self.held_out = held_out
         with ExitStack() as stack:
             self._pool = self._held_out_pool = None
+            is_split = {name: is_per_sample(reward) for name, reward in {**rewards, HELD_OUT: held_out}.items()}
             if workers:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
-            rewards = {name: shared_out(name, reward) for name, reward in rewards.items()}
-            self.held_out = shared_out(HELD_OUT, self.held_out)
+            rewards = {name: shared_out(name, reward, is_split[name]) for name, reward in rewards.items()}
+            self.held_out = shared_out(HELD_OUT, self.held_out, is_split[HELD_OUT])
             parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
             self.score: Callable[..., Scores] = weighted(
                 parts, weights, gates=gates, clip=clip, may_abstain=may_abstain
@@ -149,31 +153,33 @@ def own_rows(count: int) -> range:
     return range(jax.process_index(), count, jax.process_count())
 
 
-def shared_out(name: str, reward: RewardFn) -> RewardFn:
-    """A reward of which each process computes a part of the rows for all.
+def shared_out(name: str, reward: RewardFn, is_split: bool) -> RewardFn:
+    """A reward that is computed once, not by each process, and known to all.
 
     Args:
         name: of the reward.
         reward: on the host.
+        is_split: whether each process scores a part of the rows; otherwise the first one scores all.
     """
     if jax.process_count() == 1:
         return reward
 
-    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[Any]:
-        rows = own_rows(len(completions))
-        outputs, error = [], None
-        try:
-            if rows:
-                own = {column: [values[i] for i in rows] for column, values in columns.items()}
-                outputs = list(reward([prompts[i] for i in rows], [completions[i] for i in rows], **own))
-        except Exception as caught:
-            error = caught
-        parts = gather((outputs, error), f"the reward {name}")
-        for _, failed in parts:
-            if failed is not None:
-                raise failed
+    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
+        count = len(completions)
+        rows = own_rows(count) if is_split else range(count if is_main() else 0)
+        own_prompts, own_completions = [prompts[i] for i in rows], [completions[i] for i in rows]
+        own = {column: [values[i] for i in rows] for column, values in columns.items()}
+        outputs, error = outcome(lambda: score_with(name, reward, own_prompts, own_completions, own) if rows else [])
+        parts: list[Any] = gather((outputs, portable(error)), f"the reward {name}", timeout=REWARD_TIMEOUT)
+        if error is not None:
+            raise error
+        for _, other in parts:
+            if other is not None:
+                raise other
+        if not is_split:
+            return parts[0][0]
         turns = jax.process_count()
-        return [parts[i % turns][0][i // turns] for i in range(len(completions))]
+        return [parts[i % turns][0][i // turns] for i in range(count)]
 
     return score
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from grpo_jax.hosts import gather
 from grpo_jax.types import Model, cache_columns
 
 STEPS = 8
@@ -55,14 +56,15 @@ def chunk_lengths(max_completion_length: int) -> tuple[int, ...]:
 
 
 def default_cache_bytes(devices: Sequence[Any]) -> int | None:
-    """A fifth of the memory of all devices, as large as this process's; None where devices report none (CPU).
+    """A fifth of the memory of all devices; None where devices do not report theirs (CPU).
 
     The limit applies to one batch of prompts. With copies during compaction and deferred batches, the KV cache may take
     up to about half of the memory; the rest is left to parameters and training.
     """
     own = [device for device in devices if device.process_index == jax.process_index()]
     sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in own]
-    return len(devices) * sum(sizes) // (5 * len(own)) if all(sizes) else None
+    totals = gather(sum(sizes) if all(sizes) else None, "the memory for KV caches")
+    return None if None in totals else sum(filter(None, totals)) // 5
 
 
 @dataclass(frozen=True)

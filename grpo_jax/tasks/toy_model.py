@@ -16,8 +16,8 @@ import numpy as np
 
 from grpo_jax import models
 from grpo_jax.data.prompts import pad_prompts
+from grpo_jax.hosts import on_main
 from grpo_jax.loss import supervised_loss
-from grpo_jax.sharding import make_mesh, replicated
 from grpo_jax.tasks.errands import careless_reply, sample_errands
 from grpo_jax.tasks.sums import Sum, blurted, make_tokenizer, sample_sums, worked
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, PROMPT_FORMAT, ToyConfig
@@ -49,15 +49,20 @@ def make_toy_model(
         return supervised_loss(log_probs, batch.loss_mask), {}
 
     train_step = make_train_step(loss_fn, optimizer)
-    mesh = make_mesh(devices=jax.local_devices()[:1])
-    params = jax.device_put(models.init_params(config, jax.random.key(toy.seed)), replicated(mesh))
-    state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
-    for step, batch in enumerate(corpus(toy), 1):
-        state, metrics = train_step(state, batch)
-        if report is not None:
-            report(step, {name: float(value) for name, value in metrics.items()})
+
+    def trained() -> Params:
+        on_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        params = jax.device_put(models.init_params(config, jax.random.key(toy.seed)), on_device)
+        state = init_state(params, optimizer, with_reference=False, replicated=on_device)
+        for step, batch in enumerate(corpus(toy), 1):
+            state, metrics = train_step(state, batch)
+            if report is not None:
+                report(step, {name: float(value) for name, value in metrics.items()})
+        return jax.device_get(state.params)
+
+    params = jax.tree.map(jnp.asarray, on_main(trained, "training the toy model", timeout=3600.0))
     models.save_pretrained(
-        folder, state.params, hf_config=toy.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
+        folder, params, hf_config=toy.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
     )
 
 
