@@ -167,10 +167,6 @@ class Run:
         """Whether a stop was requested of any process; all must ask at the same time."""
         return any_of(self._stop_requested, "asking whether to stop")
 
-    def request_stop(self) -> None:
-        """Request a stop."""
-        self._stop_requested = True
-
     def describe(self, facts: Mapping[str, object]) -> None:
         """Print facts about the run, a line with name and value for each."""
         width = max(map(len, facts), default=0)
