@@ -56,6 +56,7 @@ def test_a_whole_step_has_three_phases_and_no_more_programs_than_parts(result_of
     assert result["peak_memory_mib"] > 0
 
 
+@pytest.mark.slow
 def test_updates_of_the_same_sequences_are_compared(result_of):
     config = replace(
         TINY_STEP,

@@ -130,7 +130,11 @@ def test_log_probs_and_gradients_are_those_of_the_cached_decoder(tiny, with_head
 
 @pytest.mark.parametrize(
     ("schedule", "batches"),
-    [({}, 1), ({"max_rows": 64, "ahead": 2}, 3), pytest.param({"max_rows": 4}, 32, marks=pytest.mark.slow)],
+    [
+        ({}, 1),
+        pytest.param({"max_rows": 64, "ahead": 2}, 3, marks=pytest.mark.slow),
+        pytest.param({"max_rows": 4}, 32, marks=pytest.mark.slow),
+    ],
     ids=["compacted", "merged", "split groups"],
 )
 def test_every_schedule_of_the_sampler_gives_the_samples_of_the_cached_decoder(tiny, schedule, batches):

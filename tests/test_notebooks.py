@@ -7,15 +7,10 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-SLOW = "02", "03", "04"
-"""Notebooks that train for about a minute or more."""
-PARAMETERS = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith(SLOW) else [])
-    for path in NOTEBOOKS
-]
 
 
-@pytest.mark.parametrize("path", PARAMETERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from the kernel's transport; the notebook's code runs in another process

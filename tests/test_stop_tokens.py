@@ -117,7 +117,7 @@ def test_preference_tuning_exports_what_it_stopped_at(base, rows, tmp_path):
     assert exported_params(config.run_dir / "model") == family("chatml_llama2").ids(["</s>", "<|im_end|>"])
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_reinforcement_learning_exports_what_it_stopped_at(base, scorer, rows, tmp_path, algorithm):
     if algorithm == "grpo":
         config, main = GRPOConfig(**drawn(base, rows, tmp_path), group_size=2), grpo.main
