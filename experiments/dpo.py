@@ -132,7 +132,7 @@ def train(config: DPOConfig, run: Run) -> None:
             }
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = fetch(sample_all(sampler, layout.reshard(params), prompts, key))
+                rollout = sample_all(sampler, layout.reshard(params), prompts, key)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
                 phase.update(len(held_out_pairs) + len(prompts))
                 metrics["eval/mean_length"] = float(rollout.completion_mask.sum(1).mean())

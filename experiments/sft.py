@@ -28,7 +28,6 @@ from grpo_jax.data.packing import PackedBatches
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import Rendering, template_columns
-from grpo_jax.hosts import fetch
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.offline import packed_lengths, train_offline
@@ -100,9 +99,9 @@ def train(config: SFTConfig, run: Run) -> None:
             metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
             if len(prompts):
                 key = jax.random.fold_in(evaluation, step)
-                rollout = fetch(sample_all(sampler, layout.reshard(params), prompts, key))
+                rollout = sample_all(sampler, layout.reshard(params), prompts, key)
                 completions = decode_completions(policy.tokenizer, rollout, policy.eos_ids)
-                lengths = rollout.completion_mask.sum(1)
+                lengths = np.asarray(rollout.completion_mask).sum(1)
                 metrics |= grade(prompts, completions, lengths, config.eval_samples)
                 phase.update(len(held_out_batches) + len(prompts))
                 samples = as_samples(prompts, completions, config.eval_samples)

@@ -1,8 +1,8 @@
 """Several processes that run one program: what they tell each other, and what one of them does for all.
 
-All processes run the same code on the same host data, so that every one of these functions is called by all, in the
-same order. What they exchange goes through JAX's coordination service, not through the devices: a process that does not
-come is named after a time, and one that has come somewhere else is found out.
+Every process calls each of these functions, in the same order, since all run the same code on the same host data. They
+exchange values through JAX's coordination service rather than through the devices. So an error names the process that
+is missing after a timeout, and both places if two processes are at different ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 TIMEOUT = 600.0
 """Seconds that a process waits for the others."""
+LONG_TIMEOUT = 3600.0
+"""Seconds that it waits for work that takes the others long, such as scores or a report."""
 CONNECTION_TIMEOUT = 60
 """Seconds in which the processes must have found each other."""
 CHUNK = 2**20
@@ -81,7 +83,7 @@ def gather(value: T, name: str, *, timeout: float = TIMEOUT) -> list[T]:
                 f"the processes are out of step: process {own} is at {name!r}, process {process} at {its_name!r}"
             )
         values.append(its_value)
-    # Whoever has come here has read what was exchanged before.
+    # All have sent this value, so all have read the one before.
     if number > 0:
         client.key_value_delete(f"grpo_jax/{number - 1}/{own}")
     return values
@@ -181,7 +183,7 @@ def _read(key: str, deadline: float, process: int, name: str, timeout: float) ->
 
 
 def _client() -> Any:
-    # There is no public way to the service: multihost_utils goes through the devices, and would wait for ever.
+    # Private, for lack of a public API: multihost_utils runs collectives on the devices, which have no timeout.
     from jax._src import distributed
 
     return distributed.global_state.client

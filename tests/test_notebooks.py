@@ -16,7 +16,8 @@ def test_notebook_runs(path):
         warnings.simplefilter("ignore")  # from the kernel's transport; the notebook's code runs in another process
         from nbclient import NotebookClient
 
-        NotebookClient(nbformat.read(path, as_version=4), timeout=900, kernel_name="python3").execute()
+        notebook = NotebookClient(nbformat.read(path, as_version=4), timeout=900, kernel_name="python3").execute()
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

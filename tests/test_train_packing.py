@@ -256,7 +256,7 @@ def test_other_lengths_need_no_other_program(tiny):
     assert len(traced) == traced_once
 
 
-def test_a_wide_model_shares_prompts_in_longer_rows():
+def test_a_wide_model_shares_prompts_in_longer_rows(tiny):
     """Of prompts of 300 tokens with two completions of 200, one fits a row of 512 tokens and both one of 768."""
     prompts = np.repeat(np.arange(2), 2)[:, None] + np.zeros((4, 300), np.int32)
     ids, mask, numbers = np.zeros((4, 200), np.int32), np.ones((4, 200), bool), np.zeros((4, 200), np.float32)
@@ -268,6 +268,17 @@ def test_a_wide_model_shares_prompts_in_longer_rows():
         for length in (100.0, 50_000.0)
     ]
     assert lengths == [512, 768]
+    for length, row_length in ((100.0, 512), (50_000.0, 768)):
+        model = replace(tiny[0], attention_length=length)
+        layout = BatchLayout(config(packing="shared"), model, make_mesh(data=1))
+        assert layout(batch).rows.token_ids.shape[-1] == row_length
+
+
+def test_attention_costs_as_much_as_the_matrices_of_a_layer():
+    decoder = from_hf_config({**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    D, F = decoder.hidden_size, decoder.intermediate_size
+    weights = D * (64 + 32 + 32) + 64 * D + 3 * D * F  # q, k and v, o, the MLP
+    assert build_model(decoder).attention_length == weights / (2 * 64)
 
 
 def test_row_lengths_are_few():

@@ -82,11 +82,6 @@ class DPOConfig(OfflineConfig, PolicyConfig):
             import_reward(self.judge)
 
     @property
-    def sequence_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return sum(self.lengths)
-
-    @property
     def has_sampler(self) -> bool:
         """Whether completions are sampled."""
         return self.num_eval_prompts > 0

@@ -161,17 +161,17 @@ def _smallest_of_all(limit: int | None) -> int | None:
     return min(known) if len(known) == len(limits) else None
 
 
-def fewest_micro_batches(config: Any, rows: int, row_tokens: int) -> int:
+def fewest_micro_batches(config: Any, rows: int, *, sequences_per_row: int = 1) -> int:
     """The smallest number of equal micro-batches that keeps each within ``micro_batch_tokens`` per device.
 
     Args:
         config: of a run that trains a model.
         rows: of an update.
-        row_tokens: tokens of a row, at most.
+        sequences_per_row: 2 for pairs.
     """
     parts = config.mesh.build().shape
     devices = parts["data"] * parts["fsdp"]
-    most = max(devices, devices * micro_batch_tokens(config) // row_tokens)
+    most = max(devices, devices * micro_batch_tokens(config) // (sequences_per_row * config.sequence_length))
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
     return min(fitting, default=1)
 

@@ -117,15 +117,10 @@ class OfflineConfig(RunConfig, ModelConfig):
         return getattr(self, self.ROWS)
 
     @property
-    def sequence_length(self) -> int:
-        """Tokens of the longest sequence."""
-        raise NotImplementedError
-
-    @property
     def micro_batches(self) -> int:
         """Micro-batches per update in effect."""
         sequences = 2 if self.ROWS == "num_pairs" else 1
-        return self.num_micro_batches or fewest_micro_batches(self, self.num_rows, sequences * self.sequence_length)
+        return self.num_micro_batches or fewest_micro_batches(self, self.num_rows, sequences_per_row=sequences)
 
     def check(self) -> None:
         """As ``ModelConfig.check``, and check the optimizer, the devices' memory and the rows of a micro-batch."""

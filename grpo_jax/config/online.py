@@ -173,4 +173,4 @@ class OnlineConfig(RunConfig, PolicyConfig):
         Args:
             rows: sequences of an update.
         """
-        return self.num_micro_batches or fewest_micro_batches(self, rows, self.sequence_length)
+        return self.num_micro_batches or fewest_micro_batches(self, rows)

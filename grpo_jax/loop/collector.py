@@ -18,7 +18,7 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.problems import Problem, reward_columns
-from grpo_jax.hosts import fetch, on_main
+from grpo_jax.hosts import on_main
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.experience import Experience, concatenate, has_reward_variance
@@ -167,10 +167,9 @@ class Collector:
         noise = jax.random.fold_in(self._noise, step)
         if attempt:  # counted from the far end: from the near one, the key would be that of a prompt
             noise = jax.random.fold_in(noise, np.uint32(2**32 - attempt))
-        # On the host, whole on every process; updates lay out what they take.
-        rollout = fetch(self._samplers[group_size](rollout_params, prompts, noise, on_tokens=on_tokens))
+        rollout = self._samplers[group_size].on_host(rollout_params, prompts, noise, on_tokens=on_tokens)
         sampled = time.monotonic()
-        lengths, truncated = rollout.completion_mask.sum(1), rollout.truncated
+        lengths, truncated = np.asarray(rollout.completion_mask).sum(1), rollout.truncated
         columns |= {"completion_length": lengths.tolist(), "truncated": truncated.tolist()}
         times = {
             "rollout_time": sampled - resharded,

@@ -42,7 +42,8 @@ class Run:
     The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``,
     ``reward_errors.jsonl``, ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering an existing
     run's folder with the same configuration resumes the run. SIGTERM and Ctrl-C request a stop after the current step
-    (``stop_if_requested``); a second Ctrl-C interrupts.
+    (``stop_if_requested``); a second Ctrl-C interrupts. Of several processes, the first holds the folder, writes the
+    logs and prints.
 
     Args:
         folder: created if it does not exist.
@@ -58,8 +59,6 @@ class Run:
     Raises:
         ValueError: the folder holds a run with another configuration (the differences are listed), or files but no run.
         RuntimeError: another process is running in the folder.
-
-    Of several processes, the first holds the folder, writes the logs and prints.
     """
 
     def __init__(

@@ -216,7 +216,9 @@ def make_sampler(config: PolicyConfig, policy: models.Pretrained, layout: Rollou
 
 
 def sample_all(sampler: Sampler, params: Params, problems: EncodedProblems, key: Array) -> Rollout:
-    """Completions of all problems, also where their number does not divide over the devices: the last is repeated.
+    """Completions of all problems on the host, also where their number does not divide over the devices.
+
+    The last problem is repeated then.
 
     Args:
         sampler: of the policy.
@@ -231,7 +233,7 @@ def sample_all(sampler: Sampler, params: Params, problems: EncodedProblems, key:
         repeated = jax.tree.map(lambda x: np.pad(np.asarray(x), [(0, more)] + [(0, 0)] * (x.ndim - 1), "edge"), prompts)
         repeated.index[count:] = repeated.index[:count].max() + 1 + np.arange(more)
         prompts = jax.tree.map(jnp.asarray, repeated)
-    rollout = sampler(params, prompts, key)
+    rollout = sampler.on_host(params, prompts, key)
     return jax.tree.map(lambda x: x[: count * group_size], rollout) if more else rollout
 
 

@@ -75,8 +75,8 @@ class UpdateShapes:
     attention: AttentionName = "auto"
     scan_layers: bool | None = None
     gradient_dtype: str = "float32"
-    packing: Literal["auto", "shared", "separate", "none"] = "auto"
-    group_size: int = 8
+    packing: Literal["auto", "shared", "separate", "none"]
+    group_size: int
     lora: LoRA = field(default_factory=LoRA)
     offload_optimizer: bool = False
 
@@ -238,11 +238,9 @@ def _compiled(
     if isinstance(batch, PackedBatch):
         _, rows_at_once, row_length = batch.rows.token_ids.shape
         num_rows, is_shared = int(batch.count) * rows_at_once, batch.rows.prefix_ids is not None
-        count, unpacked = batch.count, step
-        # A constant, so that the program says how often its loop runs.
-        step = lambda state, batch: unpacked(state, replace(batch, count=count))  # noqa: E731
+        step = _with_count(step, batch.count)
         rows = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, P(None, *BATCH))), batch.rows)
-        batch = PackedBatch(jax.tree.map(partial(_put, sharding=everywhere), batch.sequences), rows, count)
+        batch = PackedBatch(jax.tree.map(partial(_put, sharding=everywhere), batch.sequences), rows, batch.count)
     else:
         num_rows = shapes.rows * shapes.num_micro_batches
         row_length = shapes.max_prompt_length + shapes.max_completion_length
@@ -253,6 +251,11 @@ def _compiled(
     options = {**(compiler_options(mesh.devices.flat[0].platform) or {}), **(more_options or {})}
     compiled = lowered.compile(options or None)
     return Program(compiled, time.monotonic() - started, num_rows, row_length, is_shared)
+
+
+def _with_count(step: Callable[[TrainState, Any], Any], count: Any) -> Callable[[TrainState, Any], Any]:
+    """A step whose number of micro-batches is a constant, so that the program says how often its loop runs."""
+    return lambda state, batch: step(state, replace(batch, count=count))
 
 
 def _put(shape: Any, sharding: Sharding) -> Any:

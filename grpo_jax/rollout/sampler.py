@@ -128,6 +128,20 @@ class Sampler:
             ValueError: before anything is compiled, as ``checks.check_prompts``; for a sample that does not fit the
                 limits; and for completions that do not divide over the mesh.
         """
+        rollout = self.on_host(params, prompts, key, on_tokens=on_tokens)
+        return place(rollout, None if self.mesh is None else NamedSharding(self.mesh, BATCH))
+
+    def on_host(
+        self, params: Params, prompts: Prompts, key: Key[Array, ""], *, on_tokens: OnTokensFn | None = None
+    ) -> Rollout:
+        """As ``__call__``, with NumPy arrays as its result; on several hosts, whole on each of them.
+
+        Args:
+            params, prompts, key, on_tokens: as there.
+
+        Raises:
+            ValueError: as there.
+        """
         self.limits.check_divisible(prompts.ids.shape[0])
         self._check_prompts(prompts)
         num_parts, batch_size = self._plan(*prompts.ids.shape)
@@ -138,7 +152,7 @@ class Sampler:
         fields = concatenated_fields(
             [batch.rollout_fields(slice(0, batch.num_prompts)) for _, batch in sorted(batches.items())]
         )
-        return Rollout(**place(fields, None if self.mesh is None else NamedSharding(self.mesh, BATCH)))
+        return Rollout(**fields)  # pyright: ignore[reportArgumentType]
 
     def stream(
         self, params: Params, prompts: Iterable[Prompts], key: Key[Array, ""], *, num_prompts: int
