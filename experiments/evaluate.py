@@ -20,7 +20,7 @@ from typing import Any
 from grpo_jax.config.evaluation import PRESETS, EvaluationConfig
 from grpo_jax.config.run import LAYOUT_FIELDS
 from grpo_jax.data.problems import Problem
-from grpo_jax.hosts import LONG_TIMEOUT, on_main
+from grpo_jax.hosts import on_main
 from grpo_jax.loop.batch_inference import read_provenance, read_samples, run_batch_inference
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.eval_report import (
@@ -74,7 +74,7 @@ def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | 
         problem_set = "held_out" if config.held_out else "evaluation"
         run_batch_inference(config, run, config.mesh.build(), problem_set=problem_set, check=check)
     return on_main(
-        lambda: write_report(config, run, before, against, others), "writing the report", timeout=LONG_TIMEOUT
+        lambda: write_report(config, run, before, against, others), "writing the report", is_long=True
     )
 
 

@@ -38,7 +38,7 @@ from grpo_jax.data.selection import (
     preference_pairs,
     select,
 )
-from grpo_jax.hosts import LONG_TIMEOUT, on_main
+from grpo_jax.hosts import on_main
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.batch_inference import read_provenance, read_samples, run_batch_inference
 from grpo_jax.loop.command import run_command
@@ -60,7 +60,7 @@ def sample_and_select(config: RejectionSamplingConfig, run: Run) -> None:
     num_problems = run_batch_inference(
         config, run, mesh, problem_set="training", skip=config.skip_problems, max_problems=config.max_problems
     )
-    on_main(lambda: write_selected(config, run, num_problems), "selecting completions", timeout=LONG_TIMEOUT)
+    on_main(lambda: write_selected(config, run, num_problems), "selecting completions", is_long=True)
 
 
 def write_selected(config: RejectionSamplingConfig, run: Run, num_problems: int) -> None:

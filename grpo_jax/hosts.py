@@ -1,8 +1,9 @@
-"""Several processes that run one program: what they tell each other, and what one of them does for all.
+"""Several processes that run one program: values that they exchange, and work that one of them does for all.
 
 Every process calls each of these functions, in the same order, since all run the same code on the same host data. They
 exchange values through JAX's coordination service rather than through the devices. So an error names the process that
-is missing after a timeout, and both places if two processes are at different ones.
+is missing after a timeout, and both places if two processes are at different ones. ``watch`` ends a process whose
+computations would wait for ever for another one.
 """
 
 from __future__ import annotations
@@ -18,31 +19,36 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 TIMEOUT = 600.0
-"""Seconds that a process waits for the others."""
-LONG_TIMEOUT = 3600.0
-"""Seconds that it waits for work that takes the others long, such as scores or a report."""
-CONNECTION_TIMEOUT = 60
-"""Seconds in which the processes must have found each other."""
+"""Seconds that a process waits for the others, unless ``set_timeout`` changes them."""
+LONGER = 6
+"""Times as long that it waits for work that takes the others long, such as scores or a report."""
 CHUNK = 2**20
 """Bytes of a value in the coordination service, whose messages are limited."""
 _calls = 0
+_place = "the start"
+_timeout = TIMEOUT
 
 
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connect with the other processes, before JAX is used otherwise; again, it does nothing.
+def set_timeout(seconds: float) -> None:
+    """Set the seconds that this process waits for the others; ``LONGER`` times as many for long work."""
+    global _timeout
+    _timeout = seconds
 
-    Args:
-        coordinator: address of the first process, host:port; None, and None for the others, if the cluster tells (TPU
-            pods, SLURM, Open MPI).
-        num_processes: how many there are.
-        process_id: number of this one.
 
-    Raises:
-        RuntimeError: the others do not answer in time, or JAX was used before.
-        ValueError: the cluster does not tell.
-    """
-    if not jax.distributed.is_initialized():
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=CONNECTION_TIMEOUT)
+def place() -> tuple[int, str, float]:
+    """Number and name of the latest exchange of this process, and the seconds that it waits for others."""
+    return _calls, _place, _timeout
+
+
+def membership() -> tuple[int, int]:
+    """Number of this process and of all, without starting JAX's devices."""
+    state = _state()
+    return state.process_id, state.num_processes
+
+
+def client() -> Any:
+    """The client of JAX's coordination service."""
+    return _state().client
 
 
 def is_main() -> bool:
@@ -50,13 +56,13 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def gather(value: T, name: str, *, timeout: float = TIMEOUT) -> list[T]:
+def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
     """The values of all processes, in their order.
 
     Args:
         value: any object that can be pickled.
         name: what is exchanged, in errors.
-        timeout: seconds to wait for the other processes.
+        is_long: whether the other processes may need long until they come.
 
     Raises:
         RuntimeError: a process did not come in time, or exchanges something else.
@@ -64,14 +70,15 @@ def gather(value: T, name: str, *, timeout: float = TIMEOUT) -> list[T]:
     count, own = jax.process_count(), jax.process_index()
     if count == 1:
         return [value]
-    global _calls
-    number, _calls = _calls, _calls + 1
-    client = _client()
+    global _calls, _place
+    number, _calls, _place = _calls, _calls + 1, name
+    timeout = _timeout * (LONGER if is_long else 1)
+    service = client()
     data = pickle.dumps((name, value))
     parts = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
     for i, part in enumerate(parts):
-        client.key_value_set_bytes(f"grpo_jax/{number}/{own}/{i}", part)
-    client.key_value_set_bytes(f"grpo_jax/{number}/{own}", str(len(parts)).encode())
+        service.key_value_set_bytes(f"grpo_jax/{number}/{own}/{i}", part)
+    service.key_value_set_bytes(f"grpo_jax/{number}/{own}", str(len(parts)).encode())
     deadline, values = time.monotonic() + timeout, []
     for process in range(count):
         prefix = f"grpo_jax/{number}/{process}"
@@ -85,18 +92,18 @@ def gather(value: T, name: str, *, timeout: float = TIMEOUT) -> list[T]:
         values.append(its_value)
     # All have sent this value, so all have read the one before.
     if number > 0:
-        client.key_value_delete(f"grpo_jax/{number - 1}/{own}")
+        service.key_value_delete(f"grpo_jax/{number - 1}/{own}")
     return values
 
 
-def agree(value: T, name: str, *, timeout: float = TIMEOUT) -> T:
+def agree(value: T, name: str, *, is_long: bool = False) -> T:
     """The value of the first process.
 
     Args:
         value: of this process.
-        name, timeout: as in ``gather``.
+        name, is_long: as in ``gather``.
     """
-    return gather(value if is_main() else None, name, timeout=timeout)[0]  # pyright: ignore[reportReturnType]
+    return gather(value if is_main() else None, name, is_long=is_long)[0]  # pyright: ignore[reportReturnType]
 
 
 def any_of(flag: bool, name: str) -> bool:
@@ -109,13 +116,13 @@ def any_of(flag: bool, name: str) -> bool:
     return any(gather(bool(flag), name))
 
 
-def on_main(function: Callable[[], T], name: str, *, timeout: float = TIMEOUT) -> T:
+def on_main(function: Callable[[], T], name: str, *, is_long: bool = False) -> T:
     """The result of a function that the first process calls for all; its error is raised on all.
 
     Args:
         function: its result can be pickled.
         name: what it does, in errors.
-        timeout: seconds that the others wait for it.
+        is_long: whether it may take long.
     """
     if jax.process_count() == 1:
         return function()
@@ -123,7 +130,7 @@ def on_main(function: Callable[[], T], name: str, *, timeout: float = TIMEOUT) -
     own: BaseException | None = None
     if is_main():
         result, own = outcome(function)
-    result, error = agree((result, portable(own)), name, timeout=timeout)
+    result, error = agree((result, portable(own)), name, is_long=is_long)
     error = own or error  # its own has the traceback
     if error is not None:
         raise error
@@ -174,7 +181,7 @@ def fetch(tree: Any) -> Any:
 
 def _read(key: str, deadline: float, process: int, name: str, timeout: float) -> bytes:
     try:
-        return _client().blocking_key_value_get_bytes(key, max(1, int(1000 * (deadline - time.monotonic()))))
+        return client().blocking_key_value_get_bytes(key, max(1, int(1000 * (deadline - time.monotonic()))))
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
             f"process {process} of {jax.process_count()} did not come to {name!r} within {timeout:g} s; it is hung, "
@@ -182,8 +189,8 @@ def _read(key: str, deadline: float, process: int, name: str, timeout: float) ->
         ) from error
 
 
-def _client() -> Any:
+def _state() -> Any:
     # Private, for lack of a public API: multihost_utils runs collectives on the devices, which have no timeout.
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state

@@ -1,6 +1,8 @@
-"""Runs of scripts by several processes on this host, as on several hosts."""
+"""Runs of scripts by several processes on this host, as on several hosts, also with an address for each of them."""
 
+import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,11 +13,66 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def start(args, *, processes, devices, more=()):
-    """One process of a command for each of ``processes``, each with some CPU devices; ``more`` are flags of each."""
+@contextlib.contextmanager
+def network(count):
+    """Names of network namespaces with an address for each, joined by a bridge; None where this is not allowed.
+
+    The interface of namespace i in the first one, which has the bridge, is called ``to{i}``.
+    """
+    names = [f"grpo{os.getpid()}n{i}" for i in range(count)]
+
+    def ip(*args):
+        return subprocess.run(["ip", *args], capture_output=True).returncode == 0
+
+    try:
+        if shutil.which("ip") is None or not all(ip("netns", "add", name) for name in names):
+            yield None
+            return
+        first = names[0]
+        ip("-n", first, "link", "add", "bridge", "type", "bridge")
+        ip("-n", first, "link", "set", "bridge", "up")
+        for i, name in enumerate(names):
+            if i > 0:
+                ip("-n", first, "link", "add", f"to{i}", "type", "veth", "peer", "name", "wire", "netns", name)
+                ip("-n", first, "link", "set", f"to{i}", "master", "bridge", "up")
+                ip("-n", name, "link", "set", "wire", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "addr", "add", f"{address(i)}/24", "dev", "wire" if i else "bridge")
+            hosts = Path("/etc/netns") / name / "hosts"  # laid over /etc/hosts; gloo listens at the host's name
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text(f"127.0.0.1 localhost\n{address(i)} {socket.gethostname()}\n")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def cut(namespaces, number):
+    """Cut the network between a process and the others."""
+    subprocess.run(["ip", "-n", namespaces[0], "link", "set", f"to{number}", "down"], check=True)
+
+
+def read(output):
+    """The output of a process so far, at whose end its file then is."""
+    output.seek(0)
+    return output.read()
+
+
+def address(number):
+    """Address of a process in its namespace."""
+    return f"10.77.0.{number + 1}"
+
+
+def start(args, *, processes, devices, more=(), namespaces=None):
+    """One process of a command for each of ``processes``, each with some CPU devices; ``more`` are flags of each.
+
+    ``namespaces`` are those of ``network``.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
+    host = address(0) if namespaces else "localhost"
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -25,10 +82,11 @@ def start(args, *, processes, devices, more=()):
     started = []
     for number in range(processes):
         flags = [
-            *("--distributed.coordinator", f"localhost:{port}", "--distributed.num-processes", str(processes)),
+            *("--distributed.coordinator", f"{host}:{port}", "--distributed.num-processes", str(processes)),
             *("--distributed.process-id", str(number)),
         ]
-        command = [sys.executable, *map(str, args), *(flags if processes > 1 else []), *(more[number] if more else [])]
+        within = ["ip", "netns", "exec", namespaces[number]] if namespaces else []
+        command = [*within, sys.executable, *map(str, args), *(flags if processes > 1 else []), *(more[number] if more else [])]
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by finish; a full pipe would stop the process
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         started.append((process, output))

@@ -39,7 +39,8 @@ def test_one_process_agrees_with_itself():
 TALK = """
 import sys, time
 import jax
-from grpo_jax.hosts import agree, any_of, connect, gather, on_main
+from grpo_jax.heartbeat import connect
+from grpo_jax.hosts import agree, any_of, gather, on_main, set_timeout
 
 number = int(sys.argv[sys.argv.index("--distributed.process-id") + 1])
 address = sys.argv[sys.argv.index("--distributed.coordinator") + 1]
@@ -57,9 +58,10 @@ try:
     gather(0, "here" if number == 0 else "there")
 except RuntimeError as error:
     print(error)
+set_timeout(2)
 if number == 0:
     try:
-        gather(0, "the next step", timeout=2)
+        gather(0, "the next step")
     except RuntimeError as error:
         print(error, flush=True)
 else:
@@ -77,6 +79,88 @@ def test_processes_talk_and_say_who_is_missing(tmp_path):
         assert "both know: division by zero" in output
     assert "out of step: process 0 is at 'here', process 1 at 'there'" in first
     assert "process 1 of 2 did not come to 'the next step' within 2 s" in first
+
+
+LOSE = """
+import os, signal, sys, time
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from grpo_jax import heartbeat, hosts
+from grpo_jax.loop.command import run_command
+from dataclasses import dataclass
+
+heartbeat.BEAT, heartbeat.SILENCE, heartbeat.GRACE = 0.2, 6.0, 2.0
+mode = sys.argv.pop(1)
+number = int(sys.argv[sys.argv.index("--distributed.process-id") + 1])
+address = sys.argv[sys.argv.index("--distributed.coordinator") + 1]
+heartbeat.connect(address, 2, number, timeout=2)
+lost = int(mode[-1])
+
+@dataclass
+class Config:
+    pass
+
+def main(config):
+    for step in range(3):
+        hosts.agree(step, f"step {step}")
+        if number == lost and step == 2:
+            if mode.startswith("kill"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if mode.startswith("stop"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if mode.startswith("cut"):
+                print("cut", flush=True)
+                time.sleep(100)
+            if mode.startswith("hang"):
+                hosts.place = lambda: (1, "step 0", 1.0)
+                time.sleep(100)
+            if mode.startswith("raise"):
+                raise ValueError("its disk is full")
+        multihost_utils.process_allgather(jnp.ones(3))  # a computation, which has no timeout
+        print("computed", step, flush=True)
+    time.sleep(100)
+
+sys.exit(run_command(Config, main, description="", args=[]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_ends_the_others_with_its_name(tmp_path):
+    script = tmp_path / "lose.py"
+    script.write_text(LOSE)
+    modes = {"kill1": 75, "stop1": 75, "hang1": 75, "raise1": 2, "raise0": 2, "kill0": -signal.SIGABRT}
+    started = {mode: processes.start([script, mode], processes=2, devices=1) for mode in modes}
+    deadline = time.monotonic() + 90
+    with processes.network(2) as namespaces:
+        if namespaces is not None:
+            modes["cut1"] = 75
+            started["cut1"] = processes.start([script, "cut1"], processes=2, devices=1, namespaces=namespaces)
+            output = started["cut1"][1][1]
+            while "cut\n" not in processes.read(output):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            processes.cut(namespaces, 1)
+            assert started["cut1"][1][0].wait(60) == 75
+            assert "error: process 0 of 2 on" in processes.read(output)
+        ended = {}
+        for mode, pair in started.items():
+            left = pair[1 - int(mode[-1])][0]
+            ended[mode] = left.wait(max(1, deadline - time.monotonic()))
+    for pair in started.values():
+        for process, _ in pair:
+            process.kill()
+    outputs = {
+        mode: processes.finish(pair)[1 - int(mode[-1])][1].partition("computed 1")[2] for mode, pair in started.items()
+    }
+    assert ended == modes
+    assert "error: process 1 of 2 on" in outputs["kill1"]
+    for mode in {"kill1", "stop1", "cut1"} & set(modes):
+        assert "has not been heard of for 6 s; it was killed or stopped, or the network was cut" in outputs[mode], mode
+    assert "process 1 of 2 on" in outputs["hang1"]
+    assert "at or after 'step 0' for 12 s, while this one is at or after 'step 2'; it is hung" in outputs["hang1"]
+    for mode, number in (("raise1", 1), ("raise0", 0)):
+        assert f"error: process {number} of 2 on" in outputs[mode]
+        assert "ended with an error: its disk is full" in outputs[mode]
 
 
 def grpo(base, folder, **flags):
@@ -114,9 +198,13 @@ def results(folder):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_also_after_a_stop(base, tmp_path):
-    """Bit for bit, on as many devices; SIGTERM to the second stops both after a step, and they go on from there."""
+    """Bit for bit, on as many devices; SIGTERM to the second stops both after a step, and they go on from there.
+
+    Where it is allowed, each process has a network and an address of its own.
+    """
     processes.run(grpo(base, tmp_path / "one"), processes=1, devices=2)
-    processes.run(grpo(base, tmp_path / "two"), processes=2, devices=1)
+    with processes.network(2) as namespaces:
+        processes.run(grpo(base, tmp_path / "two"), processes=2, devices=1, namespaces=namespaces)
     assert results(tmp_path / "two") == results(tmp_path / "one")
     assert "distributed" not in json.loads((tmp_path / "two" / "config.json").read_text())
 

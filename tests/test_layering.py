@@ -20,7 +20,7 @@ PACKAGE = ROOT / "grpo_jax"
 
 LAYERS = (
     {"packed", "hosts"},
-    {"types", "log_probs", "sampling", "evaluate", "checkpoint", "jsonl"},
+    {"heartbeat", "types", "log_probs", "sampling", "evaluate", "checkpoint", "jsonl"},
     {"masked", "sharding", "data", "monitor"},
     {"models", "rollout", "loss", "advantage"},
     {"train"},

@@ -75,7 +75,7 @@ def test_commands_parse(script, args, workspace, capsys, monkeypatch):
     if script == "minimal_grpo":  # has no settings
         return
     module = importlib.import_module(f"experiments.{script}")
-    monkeypatch.setattr("grpo_jax.loop.command.connect", lambda *processes: None)
+    monkeypatch.setattr("grpo_jax.config.run.connect", lambda *processes, **options: None)
     assert run_script(module, args, main=lambda config: None) == 0, capsys.readouterr().err
 
 

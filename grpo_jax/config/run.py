@@ -11,6 +11,8 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from grpo_jax.heartbeat import CONNECTION_TIMEOUT, connect
+from grpo_jax.hosts import TIMEOUT
 from grpo_jax.sharding import make_mesh
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
@@ -75,17 +77,32 @@ class DistributedConfig:
     """Number of processes."""
     process_id: int | None = None
     """Number of this process, from 0."""
+    connection_timeout: int = CONNECTION_TIMEOUT
+    """Seconds in which all processes must have been started."""
+    timeout: int = int(TIMEOUT)
+    """Seconds that processes wait for each other; six times as many for scores and reports."""
 
     @property
     def is_used(self) -> bool:
         """Whether there are several processes to connect."""
         return self.auto or self.coordinator is not None
 
+    def connect(self) -> None:
+        """Connect with the other processes, if there are some to connect with; again, it does nothing."""
+        if self.is_used:
+            connect(
+                self.coordinator,
+                self.num_processes,
+                self.process_id,
+                timeout=self.timeout,
+                connection_timeout=self.connection_timeout,
+            )
+
     def __post_init__(self):
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(value is not None for value in given) and any(value is None for value in given):
             raise ValueError("coordinator, num_processes and process_id belong together; set all three")
-        require_at_least(self, num_processes=1, process_id=0)
+        require_at_least(self, num_processes=1, process_id=0, connection_timeout=1, timeout=1)
         if self.process_id is not None and self.process_id >= (self.num_processes or 0):
             raise ValueError(f"process_id is {self.process_id}; it must be below num_processes = {self.num_processes}")
         if self.auto and self.coordinator is not None:

@@ -19,7 +19,7 @@ import tyro
 
 from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.run import DistributedConfig, Preset
-from grpo_jax.hosts import connect
+from grpo_jax.heartbeat import await_verdict, report_failure
 from grpo_jax.loop.flags import flags_of, in_flags, rare_help, short_help, take_rare
 from grpo_jax.tasks.toy_config import TOY
 
@@ -76,8 +76,7 @@ def run_command(
         rare, _ = take_rare(flags_of(config_type), given)
         if "distributed" in rare:  # first of all, since some settings compute when they are made
             distributed = with_settings(DistributedConfig(), rare["distributed"], "command line")
-            if distributed.is_used:
-                connect(distributed.coordinator, distributed.num_processes, distributed.process_id)
+            distributed.connect()
         default, flags = starting_point(config_type, presets, given)
         if wants_rare:
             print(rare_help(config_type, default))
@@ -87,8 +86,14 @@ def run_command(
         return main(config) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        report_failure("interrupted", INTERRUPTED)
         return INTERRUPTED
+    except SystemExit as ended:  # of tyro
+        if ended.code:
+            report_failure("its flags cannot be parsed", MISTAKE)
+        raise
     except Exception as error:
+        await_verdict(error)
         is_mistake = _is_mistake(error)
         if debug or not is_mistake:
             traceback.print_exception(error)
@@ -98,7 +103,9 @@ def run_command(
         print(f"error: {text}", file=sys.stderr)
         if not debug and is_mistake:
             print(f"({DEBUG} shows the traceback)", file=sys.stderr)
-        return MISTAKE if is_mistake else BUG
+        status = MISTAKE if is_mistake else BUG
+        report_failure(text, status)
+        return status
 
 
 def starting_point(

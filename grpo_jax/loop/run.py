@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.text import Text
 
-from grpo_jax.hosts import any_of, connect, gather, is_main, on_main
+from grpo_jax.hosts import any_of, gather, is_main, on_main
 from grpo_jax.jsonl import JsonlLog, NoLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
 from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, differences, package_versions
@@ -356,9 +356,7 @@ def run_experiment(
         title: title of the live view.
         again: call ``train`` for a finished run too.
     """
-    distributed = config.distributed
-    if distributed.is_used:
-        connect(distributed.coordinator, distributed.num_processes, distributed.process_id)
+    config.distributed.connect()
     check_same({"settings": settings_of(config), "versions": package_versions()})
     config.check()
     enable_compilation_cache()

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax import models
-from grpo_jax.hosts import LONG_TIMEOUT, gather, is_main, outcome, portable
+from grpo_jax.hosts import gather, is_main, outcome, portable
 from grpo_jax.rewards.calling import is_per_sample
 from grpo_jax.rewards.compose import RewardFn, RewardOutput, Scores, score_with, weighted
 from grpo_jax.rewards.learned import LearnedReward
@@ -168,7 +168,7 @@ def shared_out(name: str, reward: RewardFn, is_split: bool) -> RewardFn:
         own_prompts, own_completions = [prompts[i] for i in rows], [completions[i] for i in rows]
         own = {column: [values[i] for i in rows] for column, values in columns.items()}
         outputs, error = outcome(lambda: score_with(name, reward, own_prompts, own_completions, own) if rows else [])
-        parts: list[Any] = gather((outputs, portable(error)), f"the reward {name}", timeout=LONG_TIMEOUT)
+        parts: list[Any] = gather((outputs, portable(error)), f"the reward {name}", is_long=True)
         if error is not None:
             raise error
         for _, other in parts:

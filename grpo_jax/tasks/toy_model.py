@@ -16,7 +16,7 @@ import numpy as np
 
 from grpo_jax import models
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.hosts import LONG_TIMEOUT, on_main
+from grpo_jax.hosts import on_main
 from grpo_jax.loss import supervised_loss
 from grpo_jax.tasks.errands import careless_reply, sample_errands
 from grpo_jax.tasks.sums import Sum, blurted, make_tokenizer, sample_sums, worked
@@ -60,7 +60,7 @@ def make_toy_model(
                 report(step, {name: float(value) for name, value in metrics.items()})
         return jax.device_get(state.params)
 
-    params = jax.tree.map(jnp.asarray, on_main(trained, "training the toy model", timeout=LONG_TIMEOUT))
+    params = jax.tree.map(jnp.asarray, on_main(trained, "training the toy model", is_long=True))
     models.save_pretrained(
         folder, params, hf_config=toy.hf_config, tokenizer=make_tokenizer(), prompt_format=PROMPT_FORMAT
     )
