@@ -73,9 +73,7 @@ def make_report(config: EvaluationConfig, run: Run, before: Mapping[str, Any] | 
     if before is None:
         problem_set = "held_out" if config.held_out else "evaluation"
         run_batch_inference(config, run, config.mesh.build(), problem_set=problem_set, check=check)
-    return on_main(
-        lambda: write_report(config, run, before, against, others), "writing the report", is_long=True
-    )
+    return on_main(lambda: write_report(config, run, before, against, others), "writing the report", is_long=True)
 
 
 def write_report(

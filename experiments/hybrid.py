@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -29,6 +28,7 @@ from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.presets import preset
 from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.hosts import fetch
 from grpo_jax.loop.batch_layout import BatchLayout
 from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
@@ -86,8 +86,6 @@ def main(config: HybridConfig) -> int:
 
 
 def train(config: HybridConfig, run: Run) -> None:
-    if jax.process_count() > 1:
-        raise NotImplementedError("hybrid.py does not support several hosts yet; start it on one")
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
     model = collector.policy.model
@@ -122,10 +120,11 @@ def train(config: HybridConfig, run: Run) -> None:
                 old_log_probs=None,
                 ref_log_probs=ref,
             )
+            values = jnp.asarray(fetch(values))
             batch = with_hybrid_advantages(config, batch, rollout, scores, values, collector.policy.tokenizer)
             assert batch.returns is not None
             state, update = train_step(state, layout(replace(batch, returns=None)))
-            critic_batch = CriticBatch(hidden, batch.returns, batch.loss_mask)
+            critic_batch = CriticBatch(hidden, *shard_rows((batch.returns, batch.loss_mask), mesh))
             critic_state, critic_metrics = critic.update(critic_state, critic_batch)
             states = {"policy": state, "critic": critic_state}
 

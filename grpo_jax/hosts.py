@@ -26,6 +26,8 @@ CHUNK = 2**20
 """Bytes of a value in the coordination service, whose messages are limited."""
 _calls = 0
 _place = "the start"
+_alone = False
+"""Whether this process is in a function that ``on_main`` calls, in which it does not exchange anything."""
 _timeout = TIMEOUT
 
 
@@ -65,11 +67,13 @@ def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
         is_long: whether the other processes may need long until they come.
 
     Raises:
-        RuntimeError: a process did not come in time, or exchanges something else.
+        RuntimeError: a process did not come in time, or exchanges something else; or this is within ``on_main``.
     """
     count, own = jax.process_count(), jax.process_index()
     if count == 1:
         return [value]
+    if _alone:
+        raise RuntimeError(f"{name}: the others do not come, since the first process is at work for all")
     global _calls, _place
     number, _calls, _place = _calls, _calls + 1, name
     timeout = _timeout * (LONGER if is_long else 1)
@@ -97,39 +101,44 @@ def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
 
 
 def agree(value: T, name: str, *, is_long: bool = False) -> T:
-    """The value of the first process.
+    """The value of the first process; within ``on_main``, that of this one.
 
     Args:
         value: of this process.
         name, is_long: as in ``gather``.
     """
-    return gather(value if is_main() else None, name, is_long=is_long)[0]  # pyright: ignore[reportReturnType]
+    return value if _alone else gather(value if is_main() else None, name, is_long=is_long)[0]  # pyright: ignore[reportReturnType]
 
 
 def any_of(flag: bool, name: str) -> bool:
-    """Whether the flag is set on any process.
+    """Whether the flag is set on any process; within ``on_main``, on this one.
 
     Args:
         flag: of this process.
         name: as in ``gather``.
     """
-    return any(gather(bool(flag), name))
+    return flag if _alone else any(gather(bool(flag), name))
 
 
 def on_main(function: Callable[[], T], name: str, *, is_long: bool = False) -> T:
     """The result of a function that the first process calls for all; its error is raised on all.
+
+    The function may use ``agree``, ``any_of`` and ``on_main``, and so whatever decides by them.
 
     Args:
         function: its result can be pickled.
         name: what it does, in errors.
         is_long: whether it may take long.
     """
-    if jax.process_count() == 1:
+    global _alone
+    if _alone or jax.process_count() == 1:
         return function()
     result: Any = None
     own: BaseException | None = None
     if is_main():
+        _alone = True
         result, own = outcome(function)
+        _alone = False
     result, error = agree((result, portable(own)), name, is_long=is_long)
     error = own or error  # its own has the traceback
     if error is not None:

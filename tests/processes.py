@@ -86,7 +86,8 @@ def start(args, *, processes, devices, more=(), namespaces=None):
             *("--distributed.process-id", str(number)),
         ]
         within = ["ip", "netns", "exec", namespaces[number]] if namespaces else []
-        command = [*within, sys.executable, *map(str, args), *(flags if processes > 1 else []), *(more[number] if more else [])]
+        own = [*(flags if processes > 1 else []), *(more[number] if more else [])]
+        command = [*within, sys.executable, *map(str, args), *own]
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by finish; a full pipe would stop the process
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         started.append((process, output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
@@ -67,6 +68,12 @@ class EncodedProblems:
 
     def __len__(self) -> int:
         return len(self.problems)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the prompts' tokens and of the answers."""
+        answers = [problem.answer for problem in self.problems]
+        return hashlib.sha256(repr((self._token_ids, answers)).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
     def padded(self, positions: Sequence[int] | np.ndarray | range) -> Prompts:
         """The prompts at ``positions`` of ``problems``, left-padded. A prompt's position decides its sampling noise."""

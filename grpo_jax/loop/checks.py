@@ -9,6 +9,7 @@ from typing import Any
 from grpo_jax import models
 from grpo_jax.config.model import check_positions
 from grpo_jax.loop.run import Run
+from grpo_jax.loop.same_start import check_same
 
 
 def check_length(length: int, policy: models.Pretrained, name: str) -> None:
@@ -40,8 +41,9 @@ def check_same_data(position: Mapping[str, Any], digest: str, run: Run) -> None:
         run: the run, for the error.
 
     Raises:
-        ValueError: the digest in ``position`` differs.
+        ValueError: the digest in ``position`` differs, or that of another process.
     """
+    check_same("has other training rows or tokens than", {"rows": digest})
     if position and position["data"] != digest:
         raise ValueError(
             f"the data differ from those that {run.folder} was started with; restore them, or choose another run_dir"

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.text import Text
 
-from grpo_jax.hosts import any_of, gather, is_main, on_main
+from grpo_jax.hosts import any_of, is_main, on_main
 from grpo_jax.jsonl import JsonlLog, NoLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
-from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, differences, package_versions
+from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, package_versions
+from grpo_jax.loop.same_start import check_folder_is_shared, check_same_start, settings_of
 from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.display import best_evaluation, closing_line
 from grpo_jax.monitor.plots import plot_curves
@@ -97,6 +98,7 @@ class Run:
             return claimed.previous
 
         self.previous = on_main(claim, "opening the run's folder")
+        check_folder_is_shared(self.folder)
         log = JsonlLog if is_main() else NoLog
         self.metrics_log = log(self.folder / "metrics.jsonl")
         self.completions_log = log(self.folder / "completions.jsonl")
@@ -320,27 +322,6 @@ class Run:
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """The settings of a run as JSON, without those of a single process."""
-    return {name: value for name, value in to_json(dataclasses.asdict(config)).items() if name != "distributed"}
-
-
-def check_same(facts: Mapping[str, Any]) -> None:
-    """Check that all processes were started alike.
-
-    Args:
-        facts: nested settings that must be equal.
-
-    Raises:
-        ValueError: a process differs from the first; the differences are listed.
-    """
-    first, *others = gather(facts, "the settings")
-    for process, other in enumerate(others, 1):
-        different = differences(first, other)
-        if different:
-            raise ValueError(f"process {process} was started differently from process 0:\n  " + "\n  ".join(different))
-
-
 def run_experiment(
     config: AnyConfig,
     train: Callable[[AnyConfig, Run], None],
@@ -357,7 +338,7 @@ def run_experiment(
         again: call ``train`` for a finished run too.
     """
     config.distributed.connect()
-    check_same({"settings": settings_of(config), "versions": package_versions()})
+    check_same_start(config)
     config.check()
     enable_compilation_cache()
     # On a GPU or TPU the default precision of float32 products is lower than float32.

@@ -7,10 +7,9 @@ import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import jax
 
 from grpo_jax import models
 from grpo_jax.config.batch_inference import BatchInferenceConfig
@@ -18,10 +17,12 @@ from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.offline import OfflineConfig
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.reward_model import RewardModelConfig
+from grpo_jax.hosts import is_main, on_main
 from grpo_jax.jsonl import to_json, write_atomically
 from grpo_jax.loop.command import DEBUG, INTERRUPTED
 from grpo_jax.loop.run import AnyConfig, Run, run_experiment
 from grpo_jax.loop.run_folder import claim_folder, differences, has_results, read_settings
+from grpo_jax.loop.same_start import check_same_start, settings_of
 from grpo_jax.loop.setup import checked_model, named_model, with_stop_tokens
 from grpo_jax.rewards.scorer import check_reward_model
 from grpo_jax.tasks.toy_config import TOY
@@ -60,18 +61,10 @@ class Stage:
         write_atomically(path, json.dumps(to_json(asdict(self.config)), indent=2).encode() + b"\n")
 
     def run(self) -> int:
-        """Run or resume the stage by its command, in this process; the exit status of the script.
-
-        Raises:
-            NotImplementedError: there are several processes.
-        """
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                "a pipeline on several hosts is not supported yet; run the commands that --dry-run prints"
-            )
-        self.write_settings()
+        """Run or resume the stage by its command, in this process; the exit status of the script."""
+        on_main(self.write_settings, "writing the settings of a stage")
         status = run_script(self.script, self.args)
-        if status not in (0, INTERRUPTED):
+        if status not in (0, INTERRUPTED) and is_main():
             print(f"the stage in {self.config.run_dir} failed: {self.command}", file=sys.stderr)
         return status
 
@@ -218,16 +211,31 @@ def run_stages(
         check: called before anything else, once the folder is claimed; it may raise.
         again: whether ``write_summary`` is called for a finished pipeline too.
     """
-    with claim_folder(config.run_dir, to_json(asdict(config)), config.resumable_fields):
-        if check is not None:
-            check(config)
-        plan = stages(config)
-        check_stages(plan)
-        if config.dry_run:
-            for stage in plan:
+    config.distributed.connect()
+    check_same_start(config)
+    with ExitStack() as stack:
+
+        def begin() -> int:
+            stack.enter_context(claim_folder(config.run_dir, settings_of(config), config.resumable_fields))
+            if check is not None:
+                check(config)
+            plan = stages(config)
+            check_stages(plan)
+            for stage in plan if config.dry_run else ():
                 stage.write_settings()
                 print(stage.command)
-            return 0
-        # Planned again before each stage: settings of a stage may depend on results of earlier ones (prompt format).
-        status = next((status for number in range(len(plan)) if (status := stages(config)[number].run())), 0)
-    return status or run_experiment(config, write_summary, title=title, again=again)
+            return len(plan)
+
+        count = on_main(begin, "checking all stages", is_long=True)
+        for number in range(0 if config.dry_run else count):
+            # Planned again before each stage: its settings may depend on results of earlier ones (prompt format).
+            status = on_main(lambda number=number: stages(config)[number], "planning a stage").run()
+            if status:
+                return status
+    if config.dry_run:
+        return 0
+
+    def summarize(config: AnyConfig, run: Run) -> None:
+        on_main(lambda: write_summary(config, run), "writing the summary", is_long=True)
+
+    return run_experiment(config, summarize, title=title, again=again)

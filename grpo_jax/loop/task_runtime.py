@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
 from grpo_jax.config.data import DataConfig
@@ -19,6 +20,7 @@ from grpo_jax.hosts import is_main
 from grpo_jax.loop.problems import encode_problems, load_evaluation_problems, load_problem_sets, same_answers_of
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run
+from grpo_jax.loop.same_start import check_same
 from grpo_jax.loop.scoring import open_scorer
 from grpo_jax.models import Pretrained
 from grpo_jax.rewards.scorer import Scorer
@@ -164,6 +166,9 @@ class TaskRuntime:
         self.problems = encoded(self._problems, first)
         is_same = self._held_out is self._problems
         self.held_out = self.problems if is_same else encoded(self._held_out, first_held_out)
+        if jax.process_count() > 1:
+            digests = {"problems": self.problems.digest, "held_out": self.held_out.digest}
+            check_same("has other problems or tokens than", digests)
 
     def facts(self) -> dict[str, str]:
         """Rows, columns and rewards for the run's header; requires ``encode``."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from grpo_jax.loss import value_loss
 from grpo_jax.sampling import check_key
-from grpo_jax.sharding import replicated
+from grpo_jax.sharding import place, replicated
 from grpo_jax.train.forward import Sequences, completion_states
 from grpo_jax.train.step import init_state, make_train_step, split_rows
 from grpo_jax.types import Mean, Metrics, Model, Params, TrainState
@@ -60,7 +60,7 @@ class MLPCritic:
         mesh: Mesh,
     ):
         self.num_epochs = num_epochs
-        params = jax.device_put(init_mlp(jax.random.key(seed), hidden_size), replicated(mesh))
+        params = place(init_mlp(jax.random.key(seed), hidden_size), replicated(mesh))
         self.initial_state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
         self._states = jax.jit(partial(micro_batched_states, model, num_micro_batches=num_micro_batches))
         self._values = jax.jit(mlp_values)

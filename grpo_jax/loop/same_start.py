@@ -1,0 +1,120 @@
+"""Checks at the start of a run on several hosts: all were started alike, and all see its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import grpo_jax
+from grpo_jax.hosts import agree, gather
+from grpo_jax.jsonl import to_json
+from grpo_jax.loop.run_folder import differences, package_versions
+
+VISIBLE_WITHIN = 30.0
+"""Seconds that a network file system may take to show a new file to other hosts."""
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings of a run as JSON, without those of a single process.
+
+    Args:
+        config: a dataclass.
+    """
+    return {name: value for name, value in to_json(dataclasses.asdict(config)).items() if name != "distributed"}
+
+
+def check_same_start(config: Any) -> None:
+    """Check that all processes have the same settings, versions, code and devices.
+
+    Args:
+        config: the run's settings, a dataclass.
+
+    Raises:
+        ValueError: a process differs from the first; the differences are listed.
+    """
+    if jax.process_count() == 1:
+        return
+    devices = jax.local_devices()
+    check_same(
+        "was started differently from",
+        {
+            "settings": settings_of(config),
+            "versions": {"python": sys.version.split()[0], **package_versions()},
+            "code": code_digest(Path(sys.argv[0])),
+            "devices": f"{len(devices)} x {devices[0].device_kind}",
+        },
+    )
+
+
+def check_same(how: str, facts: Any) -> None:
+    """Check that facts are the same on all processes.
+
+    Args:
+        how: what a process does that has others, such as "reads other data than".
+        facts: nested dictionaries.
+
+    Raises:
+        ValueError: a process differs from the first; the differences are listed.
+    """
+    (first_host, first), *others = gather((socket.gethostname(), facts), f"whether a process {how} another")
+    for process, (host, other) in enumerate(others, 1):
+        different = differences(first, other)
+        if different:
+            raise ValueError(f"process {process} ({host}) {how} process 0 ({first_host}):\n  " + "\n  ".join(different))
+
+
+def code_digest(script: Path) -> dict[str, str]:
+    """A digest of the package's code and of the script that runs.
+
+    Args:
+        script: path of the script.
+    """
+    package = Path(grpo_jax.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    text = script.read_bytes() if script.is_file() else b""
+    return {"grpo_jax": digest.hexdigest()[:12], script.name: hashlib.sha256(text).hexdigest()[:12]}
+
+
+def check_folder_is_shared(folder: Path) -> None:
+    """Check that all processes see a folder, and each what the others write there.
+
+    Args:
+        folder: exists on the first process.
+
+    Raises:
+        ValueError: a process sees another folder or none, or cannot write there.
+    """
+    if jax.process_count() == 1:
+        return
+    token = agree(secrets.token_hex(4), "the name of probe files")
+    own = folder / f".probe-{token}-{jax.process_index()}"
+    problem = None
+    try:
+        own.touch()
+    except OSError as error:
+        problem = f"it cannot write there ({error.strerror or error})"
+    gather(None, "writing probe files")
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    wanted = [folder / f".probe-{token}-{process}" for process in range(jax.process_count())]
+    while problem is None and (missing := [path.name for path in wanted if not path.exists()]):
+        if time.monotonic() > deadline:
+            problem = f"it does not see the file of process {missing[0].rpartition('-')[2]} there"
+        time.sleep(0.1)
+    problems = gather((socket.gethostname(), problem), "looking for probe files", is_long=True)
+    own.unlink(missing_ok=True)
+    for process, (host, problem) in enumerate(problems):
+        if problem is not None:
+            raise ValueError(
+                f"run_dir: {folder} is not a folder that all processes share: process {process} ({host}) says that "
+                f"{problem}; name a folder on storage that every host mounts"
+            )
