@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 import grpo_jax
+from grpo_jax.config.memory import memory_limit
 from grpo_jax.hosts import agree, gather
 from grpo_jax.jsonl import to_json
 from grpo_jax.loop.run_folder import differences, package_versions
@@ -42,6 +43,7 @@ def check_same_start(config: Any) -> None:
     """
     if jax.process_count() == 1:
         return
+    memory_limit()  # exchanged once, and here, where all come
     devices = jax.local_devices()
     check_same(
         "was started differently from",
