@@ -4,7 +4,7 @@ Exchanges of values have timeouts (``hosts``); computations that span the proces
 JAX's coordination service, with the place where it is, and watches the others. It ends, with a message that names the
 process and its host, if another one
 
-- has not beaten for ``SILENCE`` seconds: it was killed or stopped, or the network was cut;
+- has not beaten for ``silence`` seconds: it was killed or stopped, or the network was cut;
 - has ended with an error, which the message repeats;
 - is behind this one for longer than an exchange may take: it is hung, or computes something else.
 
@@ -32,7 +32,7 @@ from grpo_jax import hosts
 BEAT = 2.0
 """Seconds between beats."""
 SILENCE = 60.0
-"""Seconds without a beat after which a process counts as lost: fewer than the 100 after which JAX ends the others."""
+"""Seconds without a beat after which a process counts as lost."""
 GRACE = 15.0
 """Seconds that a process which knows of another one's error has to end by itself."""
 LOST = 75
@@ -51,6 +51,7 @@ def connect(
     *,
     timeout: float = hosts.TIMEOUT,
     connection_timeout: float = CONNECTION_TIMEOUT,
+    silence: float = SILENCE,
 ) -> None:
     """Connect with the other processes and watch them, before JAX is used otherwise; again, it does nothing.
 
@@ -63,6 +64,7 @@ def connect(
         process_id: number of this one.
         timeout: seconds that processes wait for each other, as in ``hosts.set_timeout``.
         connection_timeout: seconds in which all must have been started.
+        silence: seconds without a beat after which a process counts as lost.
 
     Raises:
         RuntimeError: JAX was used before.
@@ -79,11 +81,15 @@ def connect(
     waiting.start()
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=int(2 * connection_timeout + 60)
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=int(2 * connection_timeout + 60),  # its own end has no message
+            heartbeat_timeout_seconds=int(2 * silence),
         )
     finally:
         waiting.cancel()
-    _own = Watch()
+    _own = Watch(silence)
     atexit.register(_own.close)
 
 
@@ -107,7 +113,7 @@ def await_verdict(error: BaseException) -> None:
         error: the error.
     """
     if _own is not None and str(error).startswith(COMMUNICATION):
-        time.sleep(SILENCE + 3 * BEAT)
+        time.sleep(_own.silence + 3 * BEAT)
 
 
 @dataclass
@@ -129,9 +135,13 @@ class Watch:
     """Beats of this process, and an eye on those of the others.
 
     One thread talks to the service, which may not answer; another one judges by what is known.
+
+    Args:
+        silence: seconds without a beat after which a process counts as lost.
     """
 
-    def __init__(self):
+    def __init__(self, silence: float):
+        self.silence = silence
         self._number, self._error, self._status = 0, None, 0
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -210,10 +220,10 @@ class Watch:
             name = f"process {process} of {len(self._beats)} on {value['host']}"
             if value["error"] is not None and now - beat.moved > GRACE - 2 * BEAT:
                 self._leave(f"{name} ended with an error: {value['error']}", value["status"])
-            if now - beat.seen > SILENCE and value["error"] is None:
+            if now - beat.seen > self.silence and value["error"] is None:
                 self._leave(
-                    f"{name} has not been heard of for {SILENCE:g} s; it was killed or stopped, or the network was cut "
-                    f"(it was at or after {value['place']!r})",
+                    f"{name} has not been heard of for {self.silence:g} s; it was killed or stopped, or the network "
+                    f"was cut (it was at or after {value['place']!r})",
                     LOST,
                 )
             longest = timeout * hosts.LONGER

@@ -53,6 +53,11 @@ def cut(namespaces, number):
     subprocess.run(["ip", "-n", namespaces[0], "link", "set", f"to{number}", "down"], check=True)
 
 
+def mend(namespaces, number):
+    """Join it to the others again."""
+    subprocess.run(["ip", "-n", namespaces[0], "link", "set", f"to{number}", "up"], check=True)
+
+
 def read(output):
     """The output of a process so far, at whose end its file then is."""
     output.seek(0)

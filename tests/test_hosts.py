@@ -89,11 +89,11 @@ from grpo_jax import heartbeat, hosts
 from grpo_jax.loop.command import run_command
 from dataclasses import dataclass
 
-heartbeat.BEAT, heartbeat.SILENCE, heartbeat.GRACE = 0.2, 6.0, 2.0
+heartbeat.BEAT, heartbeat.GRACE = 0.2, 2.0
 mode = sys.argv.pop(1)
 number = int(sys.argv[sys.argv.index("--distributed.process-id") + 1])
 address = sys.argv[sys.argv.index("--distributed.coordinator") + 1]
-heartbeat.connect(address, 2, number, timeout=2)
+heartbeat.connect(address, 2, number, timeout=2, silence=6)
 lost = int(mode[-1])
 
 @dataclass

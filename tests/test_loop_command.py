@@ -301,7 +301,7 @@ def test_help_is_two_screens_and_names_every_flag(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
     for flag in flags_of(GRPOConfig):
         assert flag.is_rare or re.search(rf"{flag.flag}(\s|$)", text), flag.flag
-    assert "rarely changed (--help-rare explains them): --toy.* (13) --mesh.* (1) --distributed.* (6)" in text
+    assert "rarely changed (--help-rare explains them): --toy.* (13) --mesh.* (1) --distributed.* (7)" in text
     for name, preset in GRPO_PRESETS.items():
         assert name in text
         assert preset.summary in text

@@ -11,7 +11,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from grpo_jax.heartbeat import CONNECTION_TIMEOUT, connect
+from grpo_jax.heartbeat import CONNECTION_TIMEOUT, SILENCE, connect
 from grpo_jax.hosts import TIMEOUT
 from grpo_jax.sharding import make_mesh
 
@@ -81,6 +81,8 @@ class DistributedConfig:
     """Seconds in which all processes must have been started."""
     timeout: int = int(TIMEOUT)
     """Seconds that processes wait for each other; six times as many for scores and reports."""
+    silence: int = int(SILENCE)
+    """Seconds without a sign of life after which a process counts as lost, and the others end."""
 
     @property
     def is_used(self) -> bool:
@@ -96,13 +98,14 @@ class DistributedConfig:
                 self.process_id,
                 timeout=self.timeout,
                 connection_timeout=self.connection_timeout,
+                silence=self.silence,
             )
 
     def __post_init__(self):
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(value is not None for value in given) and any(value is None for value in given):
             raise ValueError("coordinator, num_processes and process_id belong together; set all three")
-        require_at_least(self, num_processes=1, process_id=0, connection_timeout=1, timeout=1)
+        require_at_least(self, num_processes=1, process_id=0, connection_timeout=1, timeout=1, silence=5)
         if self.process_id is not None and self.process_id >= (self.num_processes or 0):
             raise ValueError(f"process_id is {self.process_id}; it must be below num_processes = {self.num_processes}")
         if self.auto and self.coordinator is not None:
