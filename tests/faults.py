@@ -33,7 +33,7 @@ SILENCE = 8
 """Seconds after which the processes count a silent one as lost."""
 LIMIT = SILENCE + 40
 """Seconds in which processes must have ended after a fault: the silence, the grace of an error, and a busy machine."""
-DISK = 3 * 2**20
+DISK = 24 * 2**20
 """Bytes of the disk of a run."""
 
 
