@@ -7,8 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from grpo_jax.heartbeat import connect
 from grpo_jax.hosts import agree, any_of, fetch, gather, on_main, outcome, portable
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop import same_start
 from tests import processes
 from tests.runs import TIMING
 
@@ -161,6 +163,71 @@ def test_a_process_that_is_lost_ends_the_others_with_its_name(tmp_path):
     for mode, number in (("raise1", 1), ("raise0", 0)):
         assert f"error: process {number} of 2 on" in outputs[mode]
         assert "ended with an error: its disk is full" in outputs[mode]
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other_say_so(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import sys\n"
+        "from grpo_jax.heartbeat import connect\n"
+        "connect('localhost:1' if sys.argv[1] == '1' else sys.argv[3], 2, int(sys.argv[1]), connection_timeout=3)\n"
+    )
+    for number, text in (
+        (0, "not all of the 2 processes connected to process 0 at"),
+        (1, "process 0 did not answer at"),
+    ):
+        started = processes.start([script, number], processes=2, devices=1)
+        started[1 - number][0].kill()
+        assert started[number][0].wait(60) == 2
+        assert text in processes.finish(started)[number][1]
+
+
+def test_an_address_without_port_is_refused():
+    with pytest.raises(ValueError, match="it must be host:port"):
+        connect("host0", 2, 0)
+
+
+def test_processes_with_other_facts_are_listed(monkeypatch):
+    """Also a fact that only one of them has."""
+
+    def gather(value, name):
+        return [value, ("other", {"code": {"grpo_jax": "abc"}, "devices": "2 x cpu"}), value]
+
+    monkeypatch.setattr(same_start, "gather", gather)
+    with pytest.raises(ValueError, match=r"process 1 \(other\) was started differently from process 0") as error:
+        same_start.check_same("was started differently from", {"code": {"grpo_jax": "abd"}, "devices": "4 x cpu"})
+    assert str(error.value).splitlines()[1:] == [
+        "  code.grpo_jax: 'abd' -> 'abc'",
+        "  devices: '4 x cpu' -> '2 x cpu'",
+    ]
+
+
+def test_a_digest_of_the_code_follows_the_script(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text("1")
+    first = same_start.code_digest(script)
+    script.write_text("2")
+    second = same_start.code_digest(script)
+    assert first["grpo_jax"] == second["grpo_jax"]
+    assert first["run.py"] != second["run.py"]
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path, monkeypatch, sees):
+    monkeypatch.setattr(same_start.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(same_start, "VISIBLE_WITHIN", 0.2)
+    monkeypatch.setattr(same_start, "agree", lambda value, name: "token")
+    monkeypatch.setattr(same_start, "gather", lambda value, name, **options: [value])
+    if sees:
+        (tmp_path / ".probe-token-1").touch()
+        same_start.check_folder_is_shared(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".probe-token-1"]  # the other process removes its own
+    else:
+        with pytest.raises(ValueError, match="does not see the file of process 1 there; name a folder on storage"):
+            same_start.check_folder_is_shared(tmp_path)
+        with pytest.raises(ValueError, match="cannot write there"):
+            same_start.check_folder_is_shared(tmp_path / "absent")
 
 
 def grpo(base, folder, **flags):

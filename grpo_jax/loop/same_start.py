@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 
-import grpo_jax
 from grpo_jax.config.memory import memory_limit
 from grpo_jax.hosts import agree, gather
 from grpo_jax.jsonl import to_json
@@ -79,7 +78,7 @@ def code_digest(script: Path) -> dict[str, str]:
     Args:
         script: path of the script.
     """
-    package = Path(grpo_jax.__file__).parent
+    package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
