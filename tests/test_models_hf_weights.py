@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import socket
@@ -288,10 +289,10 @@ def test_two_processes_read_their_shards_and_write_one_checkpoint(biased, tmp_pa
     code = """
         import sys
         import jax, numpy as np
-        folder, export, address, process = sys.argv[1:]
+        folder, export, damaged, address, process = sys.argv[1:]
         jax.distributed.initialize(address, 2, int(process))
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from grpo_jax.models import from_pretrained, hf_weights, save_pretrained
+        from grpo_jax.models import from_pretrained, hf_reading, hf_weights, save_pretrained
 
         sizes, read_slice = {}, hf_weights.read_slice
         def watched(tensor, entry, ranges):
@@ -301,14 +302,33 @@ def test_two_processes_read_their_shards_and_write_one_checkpoint(biased, tmp_pa
         hf_weights.read_slice = watched
         mesh = Mesh(np.array(jax.devices()), ("fsdp",))
         sharding = lambda leaf: NamedSharding(mesh, P("fsdp") if leaf.shape[0] % 4 == 0 else P())
-        loaded = from_pretrained(folder, shardings=lambda shapes: jax.tree.map(sharding, shapes))
+        shardings = lambda shapes: jax.tree.map(sharding, shapes)
+        loaded = from_pretrained(folder, shardings=shardings)
         print("read", sizes["model.embed_tokens.weight"], jax.device_count(), jax.local_device_count())
+        sizes.clear()
+        hf_reading.SMALL_BYTES = 0
+        exchanged = from_pretrained(folder, shardings=shardings)
+        print("rows", sizes["model.embed_tokens.weight"], sizes["model.layers.0.mlp.gate_proj.weight"])
+        local = lambda tree: [np.asarray(part.data) for x in jax.tree.leaves(tree) for part in x.addressable_shards]
+        for x, y in zip(local(loaded.params), local(exchanged.params), strict=True):
+            np.testing.assert_array_equal(x, y)
+        try:
+            from_pretrained(damaged, shardings=shardings)
+        except ValueError as error:
+            print("refused", "have NaN or infinity" in str(error), "gate_proj" in str(error))
         save_pretrained(export, loaded.params, hf_config=loaded.hf_config)
         from_pretrained(export)
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     export = tmp_path / "export"
-    processes = [run_python(code, biased, export, address, i, environment=flags) for i in range(2)]
+    damaged = shutil.copytree(biased, tmp_path / "damaged")
+    gate = hf_weights.read_headers(weight_files(damaged))["model.layers.0.mlp.gate_proj.weight"]
+    with gate.file.open("r+b") as opened:  # a NaN in the last row, which only the second process reads
+        opened.seek(gate.offset + 2 * (math.prod(gate.shape) - 1))
+        opened.write(b"\xff\xff")
+    processes = [run_python(code, biased, export, damaged, address, i, environment=flags) for i in range(2)]
     for output in finish(*processes):
         assert f"read {96 * 32 // 2} 4 2\n" in output
+        assert f"rows {96 * 32 // 2} {math.prod(gate.shape) // 2}\n" in output
+        assert "refused True True\n" in output
     chex.assert_trees_all_equal(from_pretrained(biased).params, from_pretrained(export).params)

@@ -5,12 +5,23 @@ memory and reads a weight only when it is used, so each process also reads every
 that. Seconds exclude imports, memory includes them. Prints one JSON line.
 
     python experiments/bench/loading.py
+
+With ``--processes N``: the bytes that each of N processes reads of a checkpoint of 0.2 GB in several files, with one
+device each and ``fsdp`` N, beside one process with N devices. Every process has a copy of the checkpoint that is not
+in the page cache, as on hosts of their own. ``asked`` are the bytes of the slices that the loader takes, ``storage``
+those that the kernel reads for them: whole pages, and ahead. ``shards`` is the same with each process reading its
+shards as they are, without the exchange of ``hf_reading``.
+
+    python experiments/bench/loading.py --processes 4
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +46,16 @@ SHAPE = {
     "eos_token_id": 1,
     "torch_dtype": "bfloat16",
 }
+# One layer of Qwen2.5-3B: matrices of the size of a real model's, since the kernel reads up to megabytes ahead.
+SMALLER = {
+    **SHAPE,
+    "vocab_size": 16_384,
+    "hidden_size": 2048,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+}
+FILE_BYTES = 50_000_000
 LIBRARIES = ("grpo_jax", "transformers")
 
 
@@ -50,6 +71,14 @@ class Config:
     """Load with this library only, in this process, from --folder."""
     folder: Path | None = None
     """Checkpoint to load. Default: a temporary one with random weights."""
+    processes: int | None = None
+    """Count the bytes that so many processes read."""
+    process_id: int | None = None
+    """Load as this process, with those at --coordinator."""
+    coordinator: str | None = None
+    """Address of the first process."""
+    exchange: bool = True
+    """Read rows and exchange them, as the loader does."""
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -153,8 +182,131 @@ def compare(folder: Path, config: Config) -> dict:
     }
 
 
+def make_files(folder: Path) -> None:
+    """Write random weights of ``SMALLER`` in several files."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from grpo_jax import models
+    from grpo_jax.models.transformer import param_shapes
+
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.02, jnp.bfloat16),
+        param_shapes(models.from_hf_config(SMALLER)),
+    )
+    models.save_pretrained(folder, params, hf_config=SMALLER, max_shard_bytes=FILE_BYTES)
+
+
+def read_part(config: Config, folder: Path) -> dict[str, float]:
+    """Bytes and CPU seconds of this process, one of ``config.processes`` if they have a coordinator."""
+    import jax
+    import jax.numpy as jnp
+
+    from grpo_jax import models
+    from grpo_jax.models import hf_weights
+    from grpo_jax.sharding import make_mesh, param_shardings
+
+    if config.coordinator is not None:
+        jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
+    asked, read_slice = 0, hf_weights.read_slice
+
+    def counted(*args):
+        nonlocal asked
+        part = read_slice(*args)
+        asked += part.nbytes
+        return part
+
+    hf_weights.read_slice = counted
+    if not config.exchange:
+        hf_weights.reading_sharding = lambda sharding, *_: sharding
+    mesh = make_mesh(fsdp=config.processes or 1)
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before, seconds = storage_bytes(), time.process_time()
+    params = models.from_pretrained(
+        folder, param_dtype=jnp.bfloat16, shardings=lambda shapes: param_shardings(shapes, mesh)
+    ).params
+    jax.block_until_ready(params)
+    return {
+        "asked": asked,
+        "storage": storage_bytes() - before,
+        "cpu_s": time.process_time() - seconds,
+        "held": sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards),
+        "files": len(files),
+        "file_bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def storage_bytes() -> int:
+    """Bytes that this process has had the kernel read from storage."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+def read_in_processes(config: Config, folder: Path, count: int, exchange: bool) -> list[dict[str, float]]:
+    """``read_part`` of ``count`` processes at once, each with a copy of the folder."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    devices = (config.processes or 1) // count
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    copies = [shutil.copytree(folder, folder.with_name(f"copy{number}")) for number in range(count)]
+    os.sync()  # pages that are not written yet stay in the cache
+    started = []
+    for number, copy in enumerate(copies):
+        arguments = [f"--folder={copy}", f"--processes={config.processes}", f"--process-id={number}"]
+        arguments += [f"--coordinator={coordinator}"] if count > 1 else []
+        arguments += [] if exchange else ["--no-exchange"]
+        command = [sys.executable, __file__, *arguments]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in started]
+    for copy in copies:
+        shutil.rmtree(copy)
+    if any(process.returncode for process in started):
+        raise RuntimeError("a process failed; its output is above")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def count_bytes(config: Config, folder: Path) -> dict:
+    """Megabytes that each process reads, of one process and of several."""
+    count = config.processes or 1
+    runs = {
+        "one": read_in_processes(config, folder, 1, True),
+        "several": read_in_processes(config, folder, count, True),
+        "shards": read_in_processes(config, folder, count, False),
+    }
+    first = runs["one"][0]
+    return {
+        "processes": count,
+        "files": first["files"],
+        "file_mb": round(first["file_bytes"] / 1e6, 1),
+        **{
+            f"{run}_{name}_mb": [round(part[name] / 1e6, 1) for part in parts]
+            for run, parts in runs.items()
+            for name in ("asked", "storage", "held")
+        },
+        **{f"{run}_cpu_s": [round(part["cpu_s"], 2) for part in parts] for run, parts in runs.items()},
+    }
+
+
 def main(config: Config) -> None:
-    """Measure one library in this process, or compare both."""
+    """Measure in this process what a parent asks for, or compare libraries or numbers of processes."""
+    if config.process_id is not None:
+        if config.folder is None:
+            raise ValueError("--process-id needs --folder, the checkpoint to load")
+        print(json.dumps(read_part(config, config.folder)))
+        return
+    if config.processes is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = config.folder or Path(temporary) / "model"
+            if config.folder is None:
+                make_files(folder)
+            print(json.dumps(count_bytes(config, folder)))
+        return
     if config.library is not None:
         if config.folder is None:
             raise ValueError("--library needs --folder, the checkpoint to load")

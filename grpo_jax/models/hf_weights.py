@@ -19,9 +19,11 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from grpo_jax import hosts
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
 from grpo_jax.models.hf_keys import EMBEDDING_SUFFIX, LAYER, Entry, _flatten, key_table
+from grpo_jax.models.hf_reading import place, reading_sharding
 from grpo_jax.models.transformer import param_shapes
 from grpo_jax.types import Params
 
@@ -60,6 +62,9 @@ def load_params(
 ) -> Params:
     """Read a checkpoint's weights onto their devices, one tensor at a time and only its local shards.
 
+    With shardings over several processes, all call this together; each reads its part of the rows of a tensor, and
+    the devices exchange them.
+
     Args:
         folder: the checkpoint.
         config: sizes and switches of the decoder.
@@ -87,9 +92,15 @@ def load_params(
     # The largest tensors of a file first, while few others are in memory.
     for path in sorted(table, key=lambda path: (str(stored[names[path]].file), -math.prod(table[path].shape))):
         tensor = stored[names[path]].mapped()
-        params[path], problem = _load(tensor, table[path], placement[path], np.dtype(param_dtype))
+        sharding = reading_sharding(placement[path], table[path], np.dtype(param_dtype).itemsize)
+        array, problem = _load(tensor, table[path], sharding, np.dtype(param_dtype))
+        params[path] = place(array, placement[path])
         if problem:
             not_finite[path] = f"{names[path]}: {problem}"
+    if not all(sharding.is_fully_addressable for sharding in placement.values()):
+        # The process that read such a value knows it, and all must stop.
+        of_all = hosts.gather(not_finite, "the weights", timeout=hosts.LONG_TIMEOUT)
+        not_finite = {path: problem for of_one in of_all for path, problem in of_one.items()}
     if not_finite:
         listed = cut([not_finite[path] for path in table if path in not_finite], separator="\n  ")
         raise ValueError(
