@@ -99,7 +99,7 @@ def load_params(
             not_finite[path] = f"{names[path]}: {problem}"
     if not all(sharding.is_fully_addressable for sharding in placement.values()):
         # The process that read such a value knows it, and all must stop.
-        of_all = hosts.gather(not_finite, "the weights", timeout=hosts.LONG_TIMEOUT)
+        of_all = hosts.gather(not_finite, "the weights", is_long=True)
         not_finite = {path: problem for of_one in of_all for path, problem in of_one.items()}
     if not_finite:
         listed = cut([not_finite[path] for path in table if path in not_finite], separator="\n  ")
