@@ -34,6 +34,7 @@ from rich.console import Console
 
 from grpo_jax.config.dpo import DPOConfig
 from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.config.memory import choose_rollout_tensor
 from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.presets import SCRIPTS
 from grpo_jax.config.reward_model import RewardModelConfig
@@ -41,6 +42,7 @@ from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.config.sft import SFTConfig
 from grpo_jax.devices import planning_for
 from grpo_jax.loop.command import DEBUG, run_command
+from grpo_jax.loop.compilation import enable_compilation_cache
 from grpo_jax.loop.flags import Flag, flags_of
 from grpo_jax.loop.topologies import capacity_of, rates_of, topology_devices
 
@@ -162,6 +164,7 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> i
     from grpo_jax.loop.plan_search import rank_meshes, read_meshes
     from grpo_jax.loop.planned_model import hf_config_of
 
+    enable_compilation_cache()
     devices = topology_devices(config.topology)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
     rates, capacity = rates_of(devices), capacity_of(devices)
@@ -233,15 +236,19 @@ def check_meshes(run: Any, meshes: Sequence[MeshConfig], num_devices: int) -> No
     from grpo_jax.loop.plan import check_divides
     from grpo_jax.loop.planned_model import decoder_of, hf_config_of
     from grpo_jax.models import param_shapes
-    from grpo_jax.sharding import param_shardings
+    from grpo_jax.sharding import param_shardings, rollout_mesh
 
-    shapes = param_shapes(decoder_of(run, hf_config_of(run)))
+    decoder = decoder_of(run, hf_config_of(run))
+    shapes = param_shapes(decoder)
     for mesh in meshes:
         built = mesh.build()
         if built.size != num_devices:
             raise ValueError(f"the mesh takes {built.size} of the {num_devices} devices of --topology")
         param_shardings(shapes, built)
-        check_divides(replace(run, mesh=mesh))
+        tried = replace(run, mesh=mesh)
+        check_divides(tried)
+        if isinstance(run, GRPOConfig | PPOConfig):
+            rollout_mesh(built, choose_rollout_tensor(tried, decoder, built.shape))
 
 
 def check_lengths(config: PlanConfig, run: Any) -> None:

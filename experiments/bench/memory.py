@@ -149,7 +149,7 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
     text, analysis = program.compiled.as_text() or "", program.compiled.memory_analysis()
     is_fused = "custom-call" in text and config.attention != "plain" and config.dtype == "bfloat16"
     fused = is_fused * kernel_flops(decoder, program.rows, program.row_length, config.remat) / mesh.size
-    measured = measure(program.compiled, more_flops=fused)
+    measured = measure(program.compiled, devices[0].platform, more_flops=fused)
     assert analysis is not None
     result = {
         "method": method,
@@ -158,7 +158,7 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
         "prompts_are_shared": program.prompts_are_shared,
         "argument_bytes": measured.arguments,
         "host_argument_bytes": analysis.host_argument_size_in_bytes,
-        "temporary_bytes": measured.temporary,
+        "temporary_bytes": analysis.temp_size_in_bytes,
         "device_bytes": program_bytes(program.compiled),
         "peak_bytes": measured.peak,
         "hlo_lines": text.count("\n"),

@@ -19,10 +19,11 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.loop.compiled_updates import bytes_on_device
+from grpo_jax.loop.planned_learner import Learner, Work
 from grpo_jax.loop.planned_model import Lengths, decoder_of, hf_config_of, planned_model, spread
 from grpo_jax.loop.planned_rollout import Rollout, plan_rollout
-from grpo_jax.loop.planned_updates import Learner, Work, plan_grpo, plan_offline, plan_ppo
-from grpo_jax.loop.roofline import Measured
+from grpo_jax.loop.planned_updates import plan_grpo, plan_offline, plan_ppo
+from grpo_jax.loop.roofline import Measured, Number
 from grpo_jax.loop.topologies import Rates
 from grpo_jax.models import training_flops
 from grpo_jax.models.config import DecoderConfig
@@ -49,17 +50,17 @@ class Phase:
 
     name: str
     programs: Mapping[str, tuple[Measured, int]]
-    memory: Mapping[str, float]
+    memory: Mapping[str, Number]
     layers: tuple[int, int] | None = None
-    refused: float | None = None
+    refused: Number | None = None
 
     @property
-    def held(self) -> float:
+    def held(self) -> Number:
         """Bytes on a device; where the compiler refuses a program, what it would need for it, or all that is known."""
         known = sum(self.memory.values())
         return known if self.refused is None or math.isnan(self.refused) else max(known, self.refused)
 
-    def fits(self, capacity: float | None) -> bool:
+    def fits(self, capacity: Number | None) -> bool:
         """Whether it fits a device.
 
         Args:
@@ -67,7 +68,7 @@ class Phase:
         """
         return self.refused is None and (capacity is None or self.held <= capacity)
 
-    def seconds(self, rates: Rates) -> dict[str, float]:
+    def seconds(self, rates: Rates) -> dict[str, Number]:
         """Seconds of the phase in a step: of each bound, the ``longest`` of each program, and the ``sum`` of all.
 
         Args:
@@ -80,7 +81,7 @@ class Phase:
             total = {name: total[name] + times * each[name] for name in total}
         return total
 
-    def total(self, quantity: str) -> float:
+    def total(self, quantity: str) -> Number:
         """The sum of a quantity of ``Measured`` over the phase's programs in a step.
 
         Args:
@@ -89,7 +90,7 @@ class Phase:
         return sum(times * getattr(measured, quantity) for measured, times in self.programs.values())
 
     @property
-    def collectives(self) -> dict[str, float]:
+    def collectives(self) -> dict[str, Number]:
         """Bytes of each kind of collective operation in a step."""
         kinds = sorted({kind for measured, _ in self.programs.values() for kind in measured.collectives})
         return {
@@ -118,10 +119,10 @@ class Plan:
     rollout_tensor: int | None
     num_micro_batches: int
     phases: Sequence[Phase]
-    capacity: float | None
+    capacity: Number | None
     rates: Rates | None
     tokens: int
-    flops: float
+    flops: Number
     num_steps: int | None
 
     @property
@@ -143,7 +144,7 @@ class Plan:
         return all(phase.fits(self.capacity) for phase in self.phases)
 
     @property
-    def held(self) -> float:
+    def held(self) -> Number:
         """Bytes on a device in the phase that needs most."""
         return max(phase.held for phase in self.phases)
 
@@ -152,7 +153,7 @@ class Plan:
         """Whether the time of a step is known: the devices' speeds are, and no program is refused."""
         return self.rates is not None and all(phase.refused is None for phase in self.phases)
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> dict[str, Number]:
         """Seconds of a step, as ``Phase.seconds``.
 
         Raises:
@@ -163,7 +164,7 @@ class Plan:
         parts = [phase.seconds(self.rates) for phase in self.phases]
         return {name: sum(part[name] for part in parts) for name in (*BOUNDS, "longest", "sum")}
 
-    def mfu(self, seconds: float) -> float:
+    def mfu(self, seconds: Number) -> float:
         """Model FLOPs utilization.
 
         Args:
@@ -173,7 +174,7 @@ class Plan:
         return self.flops / (seconds * self.devices * self.rates.compute)
 
     @property
-    def update_seconds(self) -> dict[str, float]:
+    def update_seconds(self) -> dict[str, Number]:
         """Seconds of a step's updates, as ``Phase.seconds``."""
         assert self.rates is not None
         parts = [phase.seconds(self.rates) for phase in self.phases if phase.name.endswith("update")]
@@ -191,9 +192,9 @@ def make_plan(
     mesh: Mesh,
     *,
     rates: Rates | None,
-    capacity: float | None,
-    mean_prompt_length: float | None = None,
-    mean_completion_length: float | None = None,
+    capacity: Number | None,
+    mean_prompt_length: Number | None = None,
+    mean_completion_length: Number | None = None,
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
@@ -276,7 +277,7 @@ def check_divides(config: Any) -> None:
         config.mesh.check_divides(config.num_rows // config.micro_batches, f"the {unit} of a micro-batch")
 
 
-def rollout_phases(rollout: Rollout, held: Mapping[str, float]) -> list[Phase]:
+def rollout_phases(rollout: Rollout, held: Mapping[str, Number]) -> list[Phase]:
     """The phases of sampling, with the memory of each.
 
     Args:
@@ -301,7 +302,7 @@ def rollout_phases(rollout: Rollout, held: Mapping[str, float]) -> list[Phase]:
     return phases
 
 
-def work_phase(work: Work, held: Mapping[str, float]) -> Phase:
+def work_phase(work: Work, held: Mapping[str, Number]) -> Phase:
     """The phase of an update, or of frozen-policy log-probabilities, with its memory.
 
     Args:
@@ -314,7 +315,7 @@ def work_phase(work: Work, held: Mapping[str, float]) -> Phase:
     return Phase(work.name, {work.name: (measured, work.times)}, memory, refused=measured.refused)
 
 
-def _ordered(memory: Mapping[str, float]) -> dict[str, float]:
+def _ordered(memory: Mapping[str, Number]) -> dict[str, Number]:
     return {kind: memory[kind] for kind in KINDS if memory.get(kind)}
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.plan import BOUNDS, KINDS, Phase, Plan
+from grpo_jax.loop.roofline import Number
 from grpo_jax.monitor.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PALETTE, PURPLE
 
 COLOURS = dict(zip(KINDS, (BLUE, PURPLE, "#db2777", "#dc2626", "#ca8a04", "#0891b2", GREEN, ORANGE, GREY), strict=True))
@@ -66,13 +67,13 @@ def show_ranking(plans: Sequence[Plan], console: Console) -> None:
 def best_first(plans: Sequence[Plan]) -> list[Plan]:
     """Plans in order: those that fit, then those with the shortest step without overlap."""
 
-    def rank(plan: Plan) -> tuple[bool, float]:
+    def rank(plan: Plan) -> tuple[bool, Number]:
         return not plan.fits, plan.seconds()["sum"] if plan.is_timed else math.inf
 
     return sorted(plans, key=rank)
 
 
-def facts_of(plan: Plan, *, price: float | None, device: str, length: str) -> list[tuple[str, str]]:
+def facts_of(plan: Plan, *, price: Number | None, device: str, length: str) -> list[tuple[str, str]]:
     """The summary of a plan, line by line, as names and values.
 
     Args:
@@ -111,7 +112,7 @@ def facts_of(plan: Plan, *, price: float | None, device: str, length: str) -> li
     return facts
 
 
-def to_json(plan: Plan, *, price: float | None) -> dict[str, Any]:
+def to_json(plan: Plan, *, price: Number | None) -> dict[str, Any]:
     """A plan as JSON.
 
     Args:
@@ -255,17 +256,17 @@ def _verdict(fits: bool, phase: Phase | None = None) -> Text:
     return Text("fits", style="green") if fits else Text("refused" if refused else "too large", style="bold red")
 
 
-def _bar(share: float, width: int = 16) -> Text:
+def _bar(share: Number, width: int = 16) -> Text:
     filled = min(width, round(share * width))
     colour = "green" if share <= 0.9 else "yellow" if share <= 1 else "red"
     return Text("█" * filled, style=colour) + Text("·" * (width - filled), style="dim") + Text(f" {share:.0%}")
 
 
-def _gb(size: float) -> str:
+def _gb(size: Number) -> str:
     return f"{size / 1e9:.1f}" if size >= 5e7 or not size else f"{size / 1e9:.2g}"
 
 
-def _number(value: float) -> str:
+def _number(value: Number) -> str:
     """Three digits, and thousands separators."""
     if value >= 100 or value == 0:
         return f"{value:,.0f}"
@@ -353,5 +354,5 @@ def _draw_times(plan: Plan, axes: Any) -> None:
     axes.legend(fontsize=9, framealpha=0.8, edgecolor="none", labelcolor=INK, loc="best")
 
 
-def _before(phase: Phase, kind: str) -> float:
+def _before(phase: Phase, kind: str) -> Number:
     return sum(phase.memory.get(each, 0.0) for each in KINDS[: KINDS.index(kind)])

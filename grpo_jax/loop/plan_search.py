@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.config.memory import LANES, USABLE, choose_rollout_tensor, reckon
 from grpo_jax.config.online import OnlineConfig
@@ -104,7 +105,7 @@ def _estimate(config: Any, decoder: DecoderConfig, axes: Any, limit: int | None,
     rows = config.num_completions if is_online else config.num_rows * (2 if config.ROWS == "num_pairs" else 1)
     updates = config.updates_per_step if is_online else 1
     tokens = rows * length // (axes["data"] * fsdp)
-    flops = training_flops(decoder, 0, jnp.full(rows, length)) / n * (4 / 3 if config.remat != "none" else 1)
+    flops = training_flops(decoder, 0, np.full(rows, length)) / n * (4 / 3 if config.remat != "none" else 1)
     narrow = 2 if fsdp > 1 and decoder.hidden_size // fsdp < LANES else 1
     micro = config.micro_batches * updates
     wire = micro * narrow * 3 * weights / tensor * (fsdp > 1)

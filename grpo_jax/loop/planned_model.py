@@ -40,7 +40,7 @@ class Lengths(NamedTuple):
     completions: np.ndarray
 
 
-def spread(mean: float, most: int, count: int) -> np.ndarray:
+def spread(mean: float | int, most: int, count: int) -> np.ndarray:
     """``count`` lengths with a mean, evenly spread over the widest range up to ``most``, in a fixed random order.
 
     Args:
@@ -48,7 +48,7 @@ def spread(mean: float, most: int, count: int) -> np.ndarray:
         most: the longest possible.
         count: how many.
     """
-    low, high = max(1.0, 2 * mean - most), min(float(most), 2 * mean - 1)
+    low, high = max(1.0, 2 * mean - most), min(float(most), 2.0 * mean - 1)
     lengths = np.rint(np.linspace(low, high, count)).astype(np.int64)
     return np.random.default_rng(0).permutation(lengths)
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from grpo_jax.config.memory import choose_rollout_tensor
 from grpo_jax.config.online import OnlineConfig
+from grpo_jax.devices import platform
 from grpo_jax.loop.compiled_updates import placed, with_sharding
 from grpo_jax.loop.planned_model import Lengths, first_layers, planned_model
 from grpo_jax.loop.roofline import Measured, compile_measured, extrapolated, kernel_flops
@@ -196,7 +197,7 @@ def _programs(
     pairs = zip(jax.tree.leaves(policy.params), jax.tree.leaves(params), strict=True)
     if not all(x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim) for x, y in pairs):
         reshard = jax.jit(layout.reshard, out_shardings=shardings)
-        found["reshard"] = compile_measured(lambda: reshard.lower(policy.params), options)[1], 1
+        found["reshard"] = compile_measured(lambda: reshard.lower(policy.params), platform(), options)[1], 1
     devices, per_device, group = shape
     steps = CompiledSteps(
         layout.model,
@@ -220,7 +221,9 @@ def _programs(
         config.attention, policy.config, config.compute_dtype, kind, layout.mesh.shape["tensor"]
     )
     more = kernel_flops(policy.config, N, P, None) / mesh.size if attention in ("cudnn", "splash") else 0.0
-    program, measured = compile_measured(lambda: steps.prefill.lower(params, prompts, key), options, more_flops=more)
+    program, measured = compile_measured(
+        lambda: steps.prefill.lower(params, prompts, key), platform(), options, more_flops=more
+    )
     found["prefill"] = measured, len(lengths)
     if program is None:
         return found
@@ -284,6 +287,8 @@ def _decode_programs(
             active_start=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
         )
         active = replace(state, active_chunk=chunks[opened - 1])
-        _, measured = compile_measured(lambda now=now, active=active: steps.decode.lower(params, now, active), options)
+        _, measured = compile_measured(
+            lambda now=now, active=active: steps.decode.lower(params, now, active), platform(), options
+        )
         found[(bucket, opened, is_joined)] = measured, devices * buckets[bucket].rows
     return found

@@ -16,6 +16,7 @@ from grpo_jax.loop.topologies import Rates
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.remat import Remat
 
+Number = float | int
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -30,22 +31,26 @@ class Measured:
         wire: bytes sent.
         collectives: bytes of each kind of collective operation.
         arguments, results, temporary: bytes of arguments in the device's memory, of results in memory of their own, and
-            of temporary arrays, with what is lost between them.
-        peak: most bytes in use at a time, arguments included, where the compiler counts them; else their sum.
+            of temporary arrays: those in use at a time, by which a TPU's compiler refuses a program; of a CPU with what
+            is lost between them.
         seconds: to compile.
         refused: bytes that the compiler would need where it refuses the program, of which then nothing else is known.
     """
 
-    flops: float = 0.0
-    traffic: float = 0.0
-    wire: float = 0.0
-    collectives: Mapping[str, float] = field(default_factory=dict)
-    arguments: float = 0.0
-    results: float = 0.0
-    temporary: float = 0.0
-    peak: float = 0.0
-    seconds: float = 0.0
-    refused: float | None = None
+    flops: Number = 0.0
+    traffic: Number = 0.0
+    wire: Number = 0.0
+    collectives: Mapping[str, Number] = field(default_factory=dict)
+    arguments: Number = 0.0
+    results: Number = 0.0
+    temporary: Number = 0.0
+    seconds: Number = 0.0
+    refused: Number | None = None
+
+    @property
+    def peak(self) -> Number:
+        """Bytes of the program with its arguments."""
+        return self.arguments + self.results + self.temporary
 
     def times(self, rates: Rates) -> dict[str, float]:
         """Seconds of compute, memory traffic and wire, each by itself.
@@ -60,11 +65,12 @@ class Measured:
         }
 
 
-def measure(compiled: Compiled, *, more_flops: float = 0.0, seconds: float = 0.0) -> Measured:
+def measure(compiled: Compiled, platform: str, *, more_flops: Number = 0.0, seconds: Number = 0.0) -> Measured:
     """The work and memory of a program.
 
     Args:
         compiled: the program.
+        platform: of its devices, such as ``tpu``.
         more_flops: of kernels, which its text does not show.
         seconds: that it took to compile.
 
@@ -76,9 +82,10 @@ def measure(compiled: Compiled, *, more_flops: float = 0.0, seconds: float = 0.0
         raise RuntimeError("the compiler gives no memory analysis")
     arguments, temporary = float(analysis.argument_size_in_bytes), float(analysis.temp_size_in_bytes)
     results = float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    peak = getattr(analysis, "peak_memory_in_bytes", None)
-    if peak is not None:  # which counts arrays in the host's memory, too
-        peak -= analysis.host_argument_size_in_bytes
+    if platform != "cpu":
+        # Of the peak, arrays in the host's memory are a part.
+        in_use = analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes
+        temporary = max(0.0, in_use - arguments - results)
     return Measured(
         flops=cost.flops + more_flops,
         traffic=cost.traffic,
@@ -87,18 +94,18 @@ def measure(compiled: Compiled, *, more_flops: float = 0.0, seconds: float = 0.0
         arguments=arguments,
         results=results,
         temporary=temporary,
-        peak=float(peak or arguments + results + temporary),
         seconds=seconds,
     )
 
 
 def compile_measured(
-    lower: Callable[[], Any], options: Mapping[str, Any] | None = None, *, more_flops: float = 0.0
+    lower: Callable[[], Any], platform: str, options: Mapping[str, Any] | None = None, *, more_flops: Number = 0.0
 ) -> tuple[Compiled | None, Measured]:
     """A compiled program with its work and memory; None in its place if it does not fit the device.
 
     Args:
         lower: returns the lowered program.
+        platform: of its devices, such as ``tpu``.
         options: of the compiler.
         more_flops: as in ``measure``.
     """
@@ -111,7 +118,7 @@ def compile_measured(
             raise
         needed = float(used[1]) * UNITS[used[2]] if used else float("nan")
         return None, Measured(seconds=time.monotonic() - started, refused=needed)
-    return compiled, measure(compiled, more_flops=more_flops, seconds=time.monotonic() - started)
+    return compiled, measure(compiled, platform, more_flops=more_flops, seconds=time.monotonic() - started)
 
 
 def extrapolated(small: Measured, large: Measured, layers: tuple[int, int], num_layers: int) -> Measured:
