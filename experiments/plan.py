@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -42,9 +42,12 @@ from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.config.sft import SFTConfig
 from grpo_jax.devices import planning_for
 from grpo_jax.loop.command import DEBUG, run_command
-from grpo_jax.loop.compilation import enable_compilation_cache
+from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
 from grpo_jax.loop.flags import Flag, flags_of
-from grpo_jax.loop.topologies import capacity_of, rates_of, topology_devices
+from grpo_jax.loop.topologies import Rates, capacity_of, rates_of, topology_devices
+
+if TYPE_CHECKING:
+    from grpo_jax.loop.plan import Plan
 
 WIDTH = 150
 """Of the tables where stderr is not a terminal."""
@@ -159,7 +162,7 @@ def main(config: PlanConfig, arguments: Arguments) -> int:
 
 
 def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> int:
-    from grpo_jax.loop.plan import make_plan
+    """Compile and report the plan of a run, or of several meshes of it."""
     from grpo_jax.loop.plan_report import best_first, draw_plan, facts_of, show_plan, show_ranking, to_json
     from grpo_jax.loop.plan_search import rank_meshes, read_meshes
     from grpo_jax.loop.planned_model import hf_config_of
@@ -178,28 +181,10 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> i
     elif is_search:
         ranked = rank_meshes(run, len(devices), limit=capacity, rates=rates)
         meshes = [each.mesh for each in ranked[: config.num_meshes]]
-        console.print(f"{len(ranked)} meshes suit the run; the first by arithmetic: {ranked[0].mesh}", highlight=False)
+        first = ", ".join(f"{name} {size}" for name, size in meshes[0].build().shape.items())
+        console.print(f"{len(ranked)} meshes suit the run, the first by arithmetic is {first}", highlight=False)
     check_meshes(run, meshes, len(devices))
-    plans = []
-    for number, mesh in enumerate(meshes, 1):
-        with console.status("") as status:
-
-            def say(text: str, number: int = number, status: Any = status) -> None:
-                status.update(f"mesh {number} of {len(meshes)}: {text}")
-
-            plans.append(
-                make_plan(
-                    replace(run, mesh=mesh),
-                    mesh.build(),
-                    rates=rates,
-                    capacity=capacity,
-                    mean_prompt_length=config.mean_prompt_length,
-                    mean_completion_length=config.mean_completion_length,
-                    options=config.options,
-                    say=say,
-                )
-            )
-    plans = best_first(plans)
+    plans = best_first(compiled(config, run, meshes, rates, capacity, console))
     name = named(config, run)
     for each in reversed(plans):
         title = f"{experiment} of {name} on {len(devices)} {devices[0].device_kind} ({config.topology}), {each.mesh}, "
@@ -227,13 +212,48 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> i
     return 0
 
 
+def compiled(
+    config: PlanConfig,
+    run: Any,
+    meshes: Sequence[MeshConfig],
+    rates: Rates | None,
+    capacity: int | None,
+    console: Console,
+) -> list[Plan]:
+    """The plan of each mesh."""
+    from grpo_jax.loop.plan import make_plan
+
+    plans, said = [], ""
+    with console.status(said) as status:
+
+        def say(text: str) -> None:
+            nonlocal said
+            said = f"mesh {len(plans) + 1} of {len(meshes)}: {text}"
+            status.update(said)
+
+        with reporting_compilations(lambda program: status.update(said + (f" ({program})" if program else ""))):
+            for mesh in meshes:
+                made = make_plan(
+                    replace(run, mesh=mesh),
+                    mesh.build(),
+                    rates=rates,
+                    capacity=capacity,
+                    mean_prompt_length=config.mean_prompt_length,
+                    mean_completion_length=config.mean_completion_length,
+                    options=config.options,
+                    say=say,
+                )
+                plans.append(made)
+    return plans
+
+
 def check_meshes(run: Any, meshes: Sequence[MeshConfig], num_devices: int) -> None:
     """Check all meshes before anything is compiled.
 
     Raises:
         ValueError: one does not fit the devices, the model or the batch.
     """
-    from grpo_jax.loop.plan import check_divides
+    from grpo_jax.loop.plan import check_layout
     from grpo_jax.loop.planned_model import decoder_of, hf_config_of
     from grpo_jax.models import param_shapes
     from grpo_jax.sharding import param_shardings, rollout_mesh
@@ -246,7 +266,7 @@ def check_meshes(run: Any, meshes: Sequence[MeshConfig], num_devices: int) -> No
             raise ValueError(f"the mesh takes {built.size} of the {num_devices} devices of --topology")
         param_shardings(shapes, built)
         tried = replace(run, mesh=mesh)
-        check_divides(tried)
+        check_layout(tried)
         if isinstance(run, GRPOConfig | PPOConfig):
             rollout_mesh(built, choose_rollout_tensor(tried, decoder, built.shape))
 

@@ -207,7 +207,7 @@ def program_bytes(compiled: Compiled) -> int:
     return kept + analysis.temp_size_in_bytes
 
 
-def bytes_on_device(tree: Any) -> int:
+def bytes_on_device(tree: Any) -> float:
     """Bytes of a tree in the memory of each device, without arrays in the host's memory.
 
     Args:
@@ -221,4 +221,4 @@ def bytes_on_device(tree: Any) -> int:
             return 0
         return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
-    return sum(map(one, jax.tree.leaves(tree)))
+    return float(sum(map(one, jax.tree.leaves(tree))))

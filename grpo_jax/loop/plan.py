@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.loop.compiled_updates import bytes_on_device
 from grpo_jax.loop.planned_learner import Learner, Work
-from grpo_jax.loop.planned_model import Lengths, decoder_of, hf_config_of, planned_model, spread
+from grpo_jax.loop.planned_model import Lengths, decoder_of, hf_config_of, judge_of, planned_model, spread
 from grpo_jax.loop.planned_rollout import Rollout, plan_rollout
 from grpo_jax.loop.planned_updates import plan_grpo, plan_offline, plan_ppo
 from grpo_jax.loop.roofline import Measured, Number
@@ -215,7 +215,7 @@ def make_plan(
     """
     hf_config = hf_config_of(config)
     decoder = decoder_of(config, hf_config, scalar_head=isinstance(config, RewardModelConfig))
-    check_divides(config)
+    check_layout(config)
     say("reading the shapes of the model")
     policy = planned_model(config, decoder, mesh, config.lora)
     learner = Learner(config, mesh, policy, options=options)
@@ -226,7 +226,7 @@ def make_plan(
             spread(mean_prompt_length or P, P, config.num_prompts), spread(mean_completion_length or T, T, B)
         )
         if config.rewards.reward_model is not None:
-            judge = planned_model(config, decoder_of(config, hf_config, scalar_head=True), mesh)
+            judge = planned_model(config, judge_of(config, hf_config), mesh)
             learner.note("reward model", bytes_on_device(judge.params))
         say("compiling the programs of sampling")
         rollout = plan_rollout(config, policy, mesh, lengths, options)
@@ -234,7 +234,7 @@ def make_plan(
         is_ppo = isinstance(config, PPOConfig)
         works = plan_ppo(learner, lengths, hf_config) if is_ppo else plan_grpo(learner, lengths)
         tokens, num_steps = int(lengths.completions.sum()), config.num_steps
-        flops = _online_flops(config, decoder, lengths, works[-1])
+        flops = _online_flops(config, decoder, judge_of(config, hf_config), lengths, works[-1])
     else:
         say("compiling the programs of an update")
         works = plan_offline(learner)
@@ -257,7 +257,7 @@ def make_plan(
     )
 
 
-def check_divides(config: Any) -> None:
+def check_layout(config: Any) -> None:
     """Check that prompts and the rows of a micro-batch divide over the mesh, as a run does.
 
     Args:
@@ -319,11 +319,13 @@ def _ordered(memory: Mapping[str, Number]) -> dict[str, Number]:
     return {kind: memory[kind] for kind in KINDS if memory.get(kind)}
 
 
-def _online_flops(config: GRPOConfig | PPOConfig, decoder: DecoderConfig, lengths: Lengths, update: Work) -> float:
+def _online_flops(
+    config: GRPOConfig | PPOConfig, decoder: DecoderConfig, critic: DecoderConfig, lengths: Lengths, update: Work
+) -> float:
     """Model FLOPs of the updates of a step."""
     prompts = np.repeat(lengths.prompts, config.group_size)
     shared_by = config.group_size if update.prompts_are_shared else 1
     flops = training_flops(decoder, prompts, lengths.completions, group_size=shared_by, lora=config.lora)
     if isinstance(config, PPOConfig) and config.critic == "model":
-        flops += training_flops(replace(decoder, scalar_head=True), prompts, lengths.completions, group_size=shared_by)
+        flops += training_flops(critic, prompts, lengths.completions, group_size=shared_by)
     return config.num_epochs * flops

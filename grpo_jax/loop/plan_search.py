@@ -13,7 +13,7 @@ from grpo_jax.config.memory import LANES, USABLE, choose_rollout_tensor, reckon
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.run import MeshConfig
-from grpo_jax.loop.plan import check_divides
+from grpo_jax.loop.plan import check_layout
 from grpo_jax.loop.planned_model import decoder_of, hf_config_of
 from grpo_jax.loop.topologies import Rates
 from grpo_jax.models import param_shapes, training_flops
@@ -81,7 +81,7 @@ def rank_meshes(config: Any, num_devices: int, *, limit: int | None, rates: Rate
                 param_shardings(shapes, mesh.build())
                 if decoder.num_kv_heads % tensor:
                     raise ValueError(f"mesh.tensor is {tensor}; it must divide {decoder.num_kv_heads} KV heads")
-                check_divides(tried)
+                check_layout(tried)
                 found.append(_estimate(tried, decoder, axes, limit, rates))
             except ValueError as error:
                 problem = str(error)

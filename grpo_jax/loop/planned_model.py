@@ -85,6 +85,18 @@ def decoder_of(config: ModelConfig, hf_config: Mapping[str, Any], *, scalar_head
     return decoder if config.rope_length is None else with_rope_length(decoder, config.rope_length)
 
 
+def judge_of(config: OnlineConfig, hf_config: Mapping[str, Any]) -> DecoderConfig:
+    """Sizes of the reward model of a run, from which PPO's critic starts; those of the policy if it has none.
+
+    Args:
+        config: of the run.
+        hf_config: of the policy.
+    """
+    name = config.rewards.reward_model
+    found = None if name is None else read_hf_config(name)
+    return decoder_of(config, found or hf_config, scalar_head=True)
+
+
 def first_layers(decoder: DecoderConfig, count: int) -> DecoderConfig:
     """A decoder without its last layers.
 

@@ -34,8 +34,8 @@ from grpo_jax.loop.planned_learner import Learner, Work
 from grpo_jax.loop.planned_model import (
     Lengths,
     as_rollout,
-    decoder_of,
     host_batch,
+    judge_of,
     online_layout,
     packed_batch,
     pairs_batch,
@@ -84,7 +84,7 @@ def plan_ppo(learner: Learner, lengths: Lengths, hf_config: Mapping[str, Any]) -
     Args:
         learner: of the run.
         lengths: of the step's sequences.
-        hf_config: of the policy, whose sizes the critic has.
+        hf_config: of the policy.
     """
     config: PPOConfig = learner.config
     policy, model, mesh = learner.policy, learner.policy.model, learner.mesh
@@ -97,7 +97,7 @@ def plan_ppo(learner: Learner, lengths: Lengths, hf_config: Mapping[str, Any]) -
     if config.critic == "head":
         return _shared_trunk(learner, layout, of_all, optimizer)
     state = learner.state(policy.params, optimizer, "weights", "optimizer")
-    critic = planned_model(config, decoder_of(config, hf_config, scalar_head=True), mesh)
+    critic = planned_model(config, judge_of(config, hf_config), mesh)
     of_critic, _ = config.critic_optimizer.build(total_updates=total)
     critic_state = learner.state(critic.params, of_critic, "critic")
     note_reference(learner)

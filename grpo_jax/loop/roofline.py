@@ -131,7 +131,7 @@ def extrapolated(small: Measured, large: Measured, layers: tuple[int, int], num_
     """
     share = (num_layers - layers[0]) / (layers[1] - layers[0])
 
-    def at(a: float, b: float) -> float:
+    def at(a: Number, b: Number) -> Number:
         return max(0.0, a + share * (b - a))
 
     kinds = {*small.collectives, *large.collectives}
