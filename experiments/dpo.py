@@ -37,6 +37,7 @@ from grpo_jax.data.prompts import template_columns
 from grpo_jax.hosts import fetch, on_main
 from grpo_jax.jsonl import write_atomically
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.losses import preference_loss
 from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
@@ -51,7 +52,6 @@ from grpo_jax.loop.setup import (
     sample_all,
     start_model,
 )
-from grpo_jax.loss import dpo_loss
 from grpo_jax.masked import masked_sum
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.compose import RewardFn, as_reward_outputs
@@ -93,17 +93,6 @@ def train(config: DPOConfig, run: Run) -> None:
         reference, held_out_reference = (
             reference_log_probs(run, name, partial(sums_of, policy.params), data)
             for name, data in (("reference", pairs), ("held_out_reference", held_out_pairs))
-        )
-
-    def loss_fn(params: Params, batch: Pairs):
-        return dpo_loss(
-            log_probs(params, batch),
-            batch.completion_mask,
-            ref_log_probs=batch.ref_log_probs,
-            beta=config.beta,
-            objective=config.objective,
-            per_token=config.by_token,
-            sft_coef=config.sft_coef,
         )
 
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
@@ -148,7 +137,7 @@ def train(config: DPOConfig, run: Run) -> None:
         mesh,
         title="DPO",
         model=policy,
-        loss_fn=loss_fn,
+        loss_fn=preference_loss(config, policy.model),
         optimizer=optimizer,
         schedule=schedule,
         batches=batches if reference is None else WithReference(batches, reference),

@@ -36,6 +36,7 @@ from grpo_jax.loop.command import run_command
 from grpo_jax.loop.estimators import with_old_log_probs
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.losses import critic_loss, policy_loss, shared_trunk_loss
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, policy_state
@@ -54,7 +55,7 @@ from grpo_jax.train import (
     shuffled_minibatches,
     with_value_head,
 )
-from grpo_jax.types import Batch, Mean, PackedBatch, Params, Rollout, TrainState
+from grpo_jax.types import Batch, PackedBatch, Params, Rollout, TrainState
 
 SCRIPTS = Path(__file__).parent
 
@@ -171,14 +172,6 @@ class Learner:
     def init(self, params: Params) -> TrainState:
         return policy_state(self.config, params, self.optimizer, self.mesh)
 
-    def policy_loss(self, log_probs: Callable) -> Callable:
-        config = self.config
-        return config.policy.build(
-            log_probs,
-            max_completion_length=config.completion_length,
-            sampler_alters_policy=config.sampling.alters_policy,
-        )
-
     def actor(self, states: dict[str, TrainState]) -> Params:
         """Parameters of the policy to sample from."""
         return states["actor"].params
@@ -248,23 +241,13 @@ class OwnCritic(Learner):
         log_probs = partial(completion_log_probs, self.model, temperature=config.sampling.temperature)
         values = partial(completion_values, critic.model)
 
-        def critic_loss(params: Params, batch: Batch):
-            assert batch.returns is not None
-            return loss.value_loss(
-                values(params, batch),
-                batch.returns,
-                batch.loss_mask,
-                old_values=batch.old_values,
-                epsilon=config.value_epsilon,
-            )
-
         critic_preparation = critic.model.preparation
         layout = self.layout
         self._log_probs = layout.make_log_prob_fn(log_probs)
         self._values = layout.make_log_prob_fn(lambda *args: (values(*args), None), critic_preparation)
-        self._actor_step = layout.make_train_step(self.policy_loss(log_probs), self.optimizer, config.optimizer)
+        self._actor_step = layout.make_train_step(policy_loss(config, self.model), self.optimizer, config.optimizer)
         self._critic_step = layout.make_train_step(
-            critic_loss, critic_optimizer, config.critic_optimizer, critic_preparation
+            critic_loss(config, critic.model), critic_optimizer, config.critic_optimizer, critic_preparation
         )
         on_mesh = replicated(mesh)
         self.states = {
@@ -299,27 +282,13 @@ class SharedTrunk(Learner):
         super().__init__(config, collector, mesh, num_steps=config.num_steps)
         outputs = partial(policy_and_values, self.model, temperature=config.sampling.temperature)
 
-        def loss_of(params: Params, batch: Batch, *, critic_alone: bool):
-            log_probs, entropy, values = outputs(params, batch, shares_trunk=not critic_alone)
-            assert batch.returns is not None
-            value_loss, metrics = loss.value_loss(
-                values, batch.returns, batch.loss_mask, old_values=batch.old_values, epsilon=config.value_epsilon
-            )
-            metrics["value/loss"] = value_loss
-            if critic_alone:
-                return value_loss, metrics
-            policy_loss, policy_metrics = self.policy_loss(lambda *_: (log_probs, entropy))(params, batch)
-            # Both are means over the same tokens, so their counts are equal.
-            total = policy_loss.sum + config.value_coef * value_loss.sum
-            return Mean(total, policy_loss.count), metrics | policy_metrics
-
         preparation = self.model.preparation.under("policy")
         layout = self.layout
         self._log_probs = layout.make_log_prob_fn(lambda params, rollout: outputs(params, rollout)[:2], preparation)
         self._values = layout.make_log_prob_fn(lambda params, rollout: (outputs(params, rollout)[2], None), preparation)
         self._steps = {
             alone: layout.make_train_step(
-                partial(loss_of, critic_alone=alone), self.optimizer, config.optimizer, preparation
+                shared_trunk_loss(config, self.model, critic_alone=alone), self.optimizer, config.optimizer, preparation
             )
             for alone in (False, True)
         }

@@ -27,15 +27,14 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.hosts import fetch
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.losses import reward_model_loss
 from grpo_jax.loop.offline import pair_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_preference_sets, load_preference_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import adapters_of, load_model, model_facts, start_model, with_stop_tokens
-from grpo_jax.loss import bradley_terry_loss
 from grpo_jax.sharding import shard_rows
 from grpo_jax.train import pair_scores
-from grpo_jax.types import Pairs, Params
 
 CALIBRATION_BINS = 10
 
@@ -55,10 +54,6 @@ def train(config: RewardModelConfig, run: Run) -> None:
     rendering = resolve_rendering(config.data, scorer, say=run.say, today=run.start_date)
     pairs, held_out_pairs = encode_preference_sets(run, sets, scorer, lengths=config.lengths, rendering=rendering)
     batches = PairBatches(pairs, num_pairs=config.num_pairs, num_epochs=config.num_epochs, seed=config.seed)
-
-    def loss_fn(params: Params, batch: Pairs):
-        margins = batch.margins if config.use_margins else None
-        return bradley_terry_loss(pair_scores(scorer.model, params, batch), margins=margins, centring=config.centring)
 
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
     prepare = scorer.model.preparation.prepare
@@ -89,7 +84,7 @@ def train(config: RewardModelConfig, run: Run) -> None:
         mesh,
         title="reward model",
         model=scorer,
-        loss_fn=loss_fn,
+        loss_fn=reward_model_loss(config, scorer.model),
         optimizer=optimizer,
         schedule=schedule,
         batches=batches,

@@ -30,6 +30,7 @@ from grpo_jax.data.prompt_format import prompt_format_of
 from grpo_jax.data.prompts import Rendering, template_columns
 from grpo_jax.loop.checks import check_length
 from grpo_jax.loop.command import run_command
+from grpo_jax.loop.losses import demonstration_loss
 from grpo_jax.loop.offline import packed_lengths, train_offline
 from grpo_jax.loop.offline_data import encode_demonstration_set, load_demonstration_sets, load_sets
 from grpo_jax.loop.rendering import resolve_rendering
@@ -44,12 +45,10 @@ from grpo_jax.loop.setup import (
     sample_all,
     start_model,
 )
-from grpo_jax.loss import supervised_loss
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.math.reward import math_reward
 from grpo_jax.sharding import shard_rows
-from grpo_jax.train import packed_log_probs
-from grpo_jax.types import Packed, Params
+from grpo_jax.types import Params
 
 
 def main(config: SFTConfig) -> int:
@@ -68,9 +67,7 @@ def train(config: SFTConfig, run: Run) -> None:
     held_out_batches = pack(config, run, held_out, policy, rendering, 1)
     prompts = held_out_prompts(config, held_out, policy, rendering)
 
-    def loss_fn(params: Params, batch: Packed):
-        return supervised_loss(packed_log_probs(policy.model, params, batch), batch.loss_mask), {}
-
+    loss_fn = demonstration_loss(policy.model)
     optimizer, schedule = config.optimizer.build(total_updates=len(batches))
     prepare = policy.model.preparation.prepare
     held_out_loss = jax.jit(lambda params, batch: loss_fn(prepare(params), batch)[0])

@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from grpo_jax.devices import all_devices
 from grpo_jax.types import Params
 
 AXES = ("data", "fsdp", "tensor")
@@ -62,7 +64,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     Raises:
         ValueError: the sizes do not fit the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = all_devices() if devices is None else list(devices)
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
         raise ValueError(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: sizes must be at least 1 (data may be -1: all others)"
@@ -187,7 +189,8 @@ def make_reshard(shardings: Params, dtype: Any, *, steps: Sequence[Params] = ())
     """A jitted function ``params -> params`` that changes sharding and dtype.
 
     Parameters that have both already are returned without a copy. The function keeps no reference to its results: if
-    the caller drops them before the next call, memory holds one copy.
+    the caller drops them before the next call, memory holds one copy. Called inside another jitted function, it is
+    traced into it.
 
     Args:
         shardings: a sharding for each parameter.
@@ -206,6 +209,8 @@ def make_reshard(shardings: Params, dtype: Any, *, steps: Sequence[Params] = ())
         return params
 
     def reshard(params: Params) -> Params:
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
+            return move(params)
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
         if all(x.dtype == target_dtype(x) and x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs):
             return params

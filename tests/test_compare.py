@@ -316,7 +316,7 @@ def memory_of(config, method):
 
 def test_memory_is_of_one_model_more_where_there_is_a_critic(small, monkeypatch):
     monkeypatch.setattr(
-        update_memory, "_compiled", lambda step, state, *rest, **options: SimpleNamespace(compiled=state)
+        update_memory, "compile_update", lambda step, state, *rest, **options: SimpleNamespace(compiled=state)
     )
     monkeypatch.setattr(update_memory, "program_bytes", lambda state: update_memory._bytes_of(state) + 100)
     grpo, ppo = (memory_of(tiny_shapes(small), method) for method in ("grpo", "ppo"))

@@ -52,7 +52,7 @@ def launch(tmp_path):
 
 def check_command(words, capsys, monkeypatch):
     """A command of experiments/ parses as the script's own settings; returns them."""
-    monkeypatch.setattr("grpo_jax.loop.command.connect", lambda *processes: None)
+    monkeypatch.setattr("grpo_jax.config.run.connect", lambda *processes, **options: None)
     script, *flags = words
     assert (FOLDER.parent.parent / script).is_file()
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))

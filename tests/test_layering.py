@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_jax"
 
 LAYERS = (
-    {"packed", "hosts"},
+    {"packed", "hosts", "devices"},
     {"heartbeat", "types", "log_probs", "sampling", "evaluate", "checkpoint", "jsonl"},
     {"masked", "sharding", "data", "monitor"},
     {"models", "rollout", "loss", "advantage"},

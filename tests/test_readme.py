@@ -1,10 +1,11 @@
-"""Examples, commands, flags and links in the READMEs."""
+"""Examples, commands, flags and links in the READMEs and the page on plans."""
 
 import importlib
 import re
 import shlex
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from grpo_jax.loop.flags import flags_of
 from tests.test_loop_command import SCRIPTS, config_type, run_script
 
 ROOT = Path(__file__).parent.parent
-READMES = {path: (ROOT / path).read_text() for path in ("README.md", "experiments/README.md")}
+READMES = {path: (ROOT / path).read_text() for path in ("README.md", "experiments/README.md", "docs/plans.md")}
 README = READMES["README.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 NO_FLAGS = {"--help", "--help-all", "--help-rare", "--debug", "--config", "--index-url", "--xla_gpu_deterministic_ops"}
@@ -46,6 +47,8 @@ def workspace(tmp_path, monkeypatch):
         "def politeness(completions, **kwargs):\n    return [0.0 for _ in completions]\n\n\nquality = politeness\n"
     )
     (tmp_path / "chats.jsonl").write_text("")
+    for name in ("qwen2.5-7b", "qwen2.5-32b", "llama-3.1-70b"):
+        (tmp_path / f"{name}.json").write_text('{"max_position_embeddings": 131072}')
     (tmp_path / "tasks.json").write_text(re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)[0])
     (tmp_path / "runs/gsm8k").mkdir(parents=True)
     (tmp_path / "runs/gsm8k/config.json").write_text('{"model": "Qwen/Qwen2.5-0.5B", "num_steps": 3}')
@@ -76,6 +79,11 @@ def test_commands_parse(script, args, workspace, capsys, monkeypatch):
         return
     module = importlib.import_module(f"experiments.{script}")
     monkeypatch.setattr("grpo_jax.config.run.connect", lambda *processes, **options: None)
+    if script == "plan":  # the flags of an experiment among its own
+        monkeypatch.setattr(module, "topology_devices", lambda name: jax.devices("cpu"))
+        monkeypatch.setattr(module, "plan", lambda *config, is_search: 0)
+        assert module.command(args) == 0, capsys.readouterr().err
+        return
     assert run_script(module, args, main=lambda config: None) == 0, capsys.readouterr().err
 
 

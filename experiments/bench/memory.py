@@ -18,81 +18,31 @@ with the extra "tpu", the CUDA compiler with "cuda".
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from grpo_jax.config.compare import WITH_REWARD_MODEL
 from grpo_jax.config.run import require_at_least
 from grpo_jax.loop.benchmark import SHAPES
 from grpo_jax.loop.command import run_command
-from grpo_jax.loop.program_cost import program_cost
-from grpo_jax.loop.update_memory import METHODS, Program, UpdateShapes, program_bytes, size_of, update_memory
+from grpo_jax.loop.compiled_updates import Program, program_bytes
+from grpo_jax.loop.roofline import kernel_flops, measure
+from grpo_jax.loop.topologies import capacity_of, rates_of, topology_devices
+from grpo_jax.loop.update_memory import METHODS, UpdateShapes, size_of, update_memory
 from grpo_jax.models import LoRA, from_hf_config, param_shapes, training_flops
-from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.remat import Remat
-from grpo_jax.monitor.devices import peak_flops
 from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.toy_config import HF_CONFIG
 
 MODELS = {"7b": SHAPES["qwen2.5-7b"] | {"max_position_embeddings": 131_072}, "small": HF_CONFIG}
-
-
-class Speed(NamedTuple):
-    """Published figures of a device.
-
-    Attributes:
-        memory: bytes/s of its main memory.
-        wire: bytes/s that it sends over all of its links.
-        capacity: bytes of its main memory.
-    """
-
-    memory: float
-    wire: float
-    capacity: float
-
-
-SPEEDS = {
-    "TPU v5 lite": Speed(819e9, 4 * 45e9, 16e9),
-    "TPU v5": Speed(2765e9, 6 * 90e9, 95e9),
-    "NVIDIA H100 80GB HBM3": Speed(3352e9, 450e9, 80e9),
-}
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""The device that ``--topology h100:N`` compiles for, in the CUDA compiler's format."""
 
 
 @dataclass(frozen=True)
@@ -182,43 +132,6 @@ class Config:
         return {name: float(x) if x.lstrip("-").replace(".", "").isdigit() else x for name, x in pairs.items()} or None
 
 
-def topology_devices(name: str) -> list[Any]:
-    """Devices to compile for that need not be there.
-
-    Args:
-        name: a TPU topology such as ``v5p:2x2x2``, or ``h100:N``.
-
-    Raises:
-        ValueError: there is no such topology, or its compiler is not installed.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler runs without a TPU
-    kind, _, size = name.partition(":")
-    try:
-        if kind == "h100":
-            found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{size}")
-        else:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:  # the compilers' own classes
-        raise ValueError(f"topology is {name}: {error}") from error
-    return list(found.devices)
-
-
-def kernel_flops(config: DecoderConfig, rows: int, length: int, remat: Remat) -> float:
-    """Floating-point operations of fused causal attention, which a program's text does not show.
-
-    Of ``S^2 H E`` each, since half of the pairs are masked: two products forward, once more if recomputed, and seven
-    backward (three for the queries' gradient, four for the keys' and values').
-
-    Args:
-        config: sizes of the model.
-        rows: sequences.
-        length: S, in tokens.
-        remat: of the step.
-    """
-    products = 2 * (1 if remat == "none" else 2) + 7
-    return float(products * config.num_layers * config.num_heads * config.head_dim * length**2 * rows)
-
-
 def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[str, Any]:
     """A program's memory and work on one device, and how long it takes at the least.
 
@@ -231,42 +144,39 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
         method: what is updated.
         program: the compiled update.
     """
-    kind, decoder = mesh.devices.flat[0].device_kind, from_hf_config(config.hf_config)
+    devices, decoder = list(mesh.devices.flat), from_hf_config(config.hf_config)
+    rates, capacity = rates_of(devices), capacity_of(devices)
     text, analysis = program.compiled.as_text() or "", program.compiled.memory_analysis()
-    cost = program_cost(text)
     is_fused = "custom-call" in text and config.attention != "plain" and config.dtype == "bfloat16"
-    flops = cost.flops + is_fused * kernel_flops(decoder, program.rows, program.row_length, config.remat) / mesh.size
+    fused = is_fused * kernel_flops(decoder, program.rows, program.row_length, config.remat) / mesh.size
+    measured = measure(program.compiled, devices[0].platform, more_flops=fused)
     assert analysis is not None
-    peak_bytes = getattr(analysis, "peak_memory_in_bytes", None)
-    if peak_bytes is not None:  # which counts arrays in the host's memory, too
-        peak_bytes -= analysis.host_argument_size_in_bytes
     result = {
         "method": method,
         "compile_seconds": round(program.seconds, 1),
         "row_length": program.row_length,
         "prompts_are_shared": program.prompts_are_shared,
-        "argument_bytes": analysis.argument_size_in_bytes,
+        "argument_bytes": measured.arguments,
         "host_argument_bytes": analysis.host_argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes,
         "device_bytes": program_bytes(program.compiled),
-        "peak_bytes": peak_bytes,
+        "peak_bytes": measured.peak,
         "hlo_lines": text.count("\n"),
-        "flops": flops,
-        "memory_traffic_bytes": cost.traffic,
-        "wire_bytes": cost.wire,
-        "collective_bytes": cost.collectives,
+        "flops": measured.flops,
+        "memory_traffic_bytes": measured.traffic,
+        "wire_bytes": measured.wire,
+        "collective_bytes": measured.collectives,
     }
-    peak, speed = peak_flops(kind), SPEEDS.get(kind)
-    if peak is None or speed is None:
+    if rates is None or capacity is None:
         return result
-    seconds = {"compute": flops / peak, "memory": cost.traffic / speed.memory, "wire": cost.wire / speed.wire}
-    result |= {"fits": (peak_bytes or result["device_bytes"]) <= speed.capacity, "seconds": seconds}
+    seconds = measured.times(rates)
+    result |= {"fits": measured.peak <= capacity, "seconds": seconds}
     if method == "grpo":
         lengths = config.max_prompt_length, config.max_completion_length
         prompts, completions = (np.full(config.rows * config.num_micro_batches, n) for n in lengths)
         shared_by = config.group_size if program.prompts_are_shared else 1
         ideal = training_flops(decoder, prompts, completions, group_size=shared_by, lora=config.lora)
-        ideal /= mesh.size * peak
+        ideal /= mesh.size * rates.compute
         result["mfu_bound"] = round(ideal / sum(seconds.values()), 3)
     return result
 

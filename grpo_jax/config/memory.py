@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.devices import first_device, planned
 from grpo_jax.hosts import gather
 from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.sharding import device_bytes, divisors
@@ -116,7 +117,7 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
         state += int(of_moments * all_trained)
     if config.has_reference and "reference" not in config.offload:
         state += itemsize * trained
-    kind = hardware(jax.local_devices()[0])
+    kind = hardware(first_device())
     attention = resolve_attention(config.attention, decoder, dtype, kind, axes["tensor"])
     return Reckoning(
         state=state,
@@ -150,6 +151,9 @@ def micro_batch_tokens(config: Any) -> int:
 
 def memory_limit() -> int | None:
     """Memory of the smallest device of all processes, in bytes; None where devices do not report theirs (CPU)."""
+    plan = planned()
+    if plan is not None:
+        return plan.memory
     limit = device_bytes(jax.local_devices())
     return limit if jax.process_count() == 1 else _smallest_of_all(limit)
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 
 from grpo_jax.config.run import MeshConfig, require_at_least
+from grpo_jax.devices import platform
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.kernels import AttentionName
@@ -131,7 +131,7 @@ class ModelConfig:
     @property
     def compute_dtype(self):
         """The dtype in effect."""
-        automatic = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        automatic = "float32" if platform() == "cpu" else "bfloat16"
         return jnp.dtype(automatic if self.dtype == "auto" else self.dtype).type
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import tyro
 
 from grpo_jax.config.data import DataConfig
@@ -15,6 +14,7 @@ from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.devices import first_device, platform
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.monitor.alarms import AlarmConfig
 from grpo_jax.train.step import Offloaded
@@ -130,7 +130,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
             task.rewards.check()
         PolicyConfig.check(self)
         check_memory(self)
-        if jax.local_devices()[0].platform == "tpu" and self.decoder is not None:
+        if first_device().platform == "tpu" and self.decoder is not None:
             warn_of_narrow_shards(self.decoder.hidden_size, self.mesh.build().shape)
         self.mesh.check_divides(self.num_prompts, "num_prompts")
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
@@ -165,7 +165,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
             rows = self.num_completions // (self.num_minibatches * self.num_micro_batches)
             shape = self.mesh.build().shape
             return rows * self.sequence_length // (shape["data"] * shape["fsdp"])
-        return CPU_PACKED_TOKENS if jax.default_backend() == "cpu" else micro_batch_tokens(self)
+        return CPU_PACKED_TOKENS if platform() == "cpu" else micro_batch_tokens(self)
 
     def micro_batches_of(self, rows: int) -> int:
         """``num_micro_batches``, or as few as the devices' memory allows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,28 +10,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, Sharding
-from jax.sharding import PartitionSpec as P
-from jax.stages import Compiled
+from jax.sharding import Mesh
 
 from grpo_jax import loss
 from grpo_jax.config.compare import WITH_REWARD_MODEL
 from grpo_jax.config.run import check_divides
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.loop.compiled_updates import Program, compile_update, program_bytes, state_shapes
+from grpo_jax.loop.losses import demonstration_loss
 from grpo_jax.models import LoRA, add_adapters, build_model, from_hf_config, param_shapes
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.remat import Remat
-from grpo_jax.sharding import BATCH, param_shardings, replicated
 from grpo_jax.train import (
     LossFn,
-    compiler_options,
     completion_log_probs,
     completion_values,
     make_train_step,
-    opt_state_shardings,
-    packed_log_probs,
     pair_log_probs,
     trainable_part,
 )
@@ -102,25 +96,6 @@ class Memory:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class Program:
-    """A compiled update.
-
-    Attributes:
-        compiled: the program.
-        seconds: time that it took to compile.
-        rows: that an update computes.
-        row_length: tokens of each.
-        prompts_are_shared: whether a row has a prompt once for several completions.
-    """
-
-    compiled: Compiled
-    seconds: float
-    rows: int
-    row_length: int
-    prompts_are_shared: bool
-
-
 def update_memory(
     shapes: UpdateShapes,
     method: str,
@@ -169,8 +144,8 @@ def update_memory(
         num_micro_batches=shapes.num_micro_batches,
         gradient_dtype=shapes.gradient_dtype,
     )
-    actor = _state_of(policy, optimizer)
-    critic = _state_of(scalar_head_weights, optimizer)
+    actor = state_shapes(policy, optimizer)
+    critic = state_shapes(scalar_head_weights, optimizer)
 
     updates: list[tuple[LossFn, Model, TrainState, Callable[[], Any]]]
     if method == "grpo":
@@ -185,14 +160,16 @@ def update_memory(
     elif method == "dpo":
         updates = [(_preference_loss(model), model, actor, partial(_pairs, shapes))]
     else:
-        updates = [(_sft_loss(model), model, actor, partial(_packed, shapes))]
+        updates = [(demonstration_loss(model), model, actor, partial(_packed, shapes))]
 
     states = [state for _, _, state, _ in updates]
     on_devices = partial(_device_bytes, is_offloaded=shapes.offload_optimizer)
     total, peak = sum(map(on_devices, states)), 0
     for loss_fn, trained, state, batch in updates:
         step = make_step(loss_fn, preparation=trained.preparation)
-        program = _compiled(step, state, batch(), mesh, shapes, more_options)
+        program = compile_update(
+            step, state, batch(), mesh, offload_optimizer=shapes.offload_optimizer, more_options=more_options
+        )
         if on_program is not None:
             on_program(program)
         peak = max(peak, total - on_devices(state) + mesh.size * program_bytes(program.compiled))
@@ -204,69 +181,6 @@ def update_memory(
             copies = sum(map(size_of, trees)) / size_of(policy)
             memory[method + suffix] = Memory(round(copies, 2), total + more, peak + more)
     return memory
-
-
-def program_bytes(compiled: Compiled) -> int:
-    """Memory of a program on a device: arguments, results that do not take their place, and temporary arrays.
-
-    Raises:
-        RuntimeError: the compiler gives no memory analysis.
-    """
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise RuntimeError("the compiler gives no memory analysis")
-    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return kept + analysis.temp_size_in_bytes
-
-
-def _compiled(
-    step: Callable[[TrainState, Any], Any],
-    state: TrainState,
-    batch: Any,
-    mesh: Mesh,
-    shapes: UpdateShapes,
-    more_options: Mapping[str, Any] | None,
-) -> Program:
-    """An update with state and batch laid out as a run's."""
-    everywhere, shardings = replicated(mesh), param_shardings(state.params, mesh)
-    trained = trainable_part(state.params), trainable_part(shardings)
-    moments = opt_state_shardings(state.opt_state, *trained, everywhere, on_host=shapes.offload_optimizer)
-    placed = {"step": everywhere, "params": shardings, "opt_state": moments}  # flattened by field name, as a TrainState
-    leaves, form = jax.tree.flatten(state)
-    state = form.unflatten(_put(leaf, sharding) for leaf, sharding in zip(leaves, jax.tree.leaves(placed), strict=True))
-    is_shared = False
-    if isinstance(batch, PackedBatch):
-        _, rows_at_once, row_length = batch.rows.token_ids.shape
-        num_rows, is_shared = int(batch.count) * rows_at_once, batch.rows.prefix_ids is not None
-        step = _with_count(step, batch.count)
-        rows = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, P(None, *BATCH))), batch.rows)
-        batch = PackedBatch(jax.tree.map(partial(_put, sharding=everywhere), batch.sequences), rows, batch.count)
-    else:
-        num_rows = shapes.rows * shapes.num_micro_batches
-        row_length = shapes.max_prompt_length + shapes.max_completion_length
-        batch = jax.tree.map(partial(_put, sharding=NamedSharding(mesh, BATCH)), batch)
-    state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    lowered = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None)).lower(state, batch)
-    started = time.monotonic()
-    options = {**(compiler_options(mesh.devices.flat[0].platform) or {}), **(more_options or {})}
-    compiled = lowered.compile(options or None)
-    return Program(compiled, time.monotonic() - started, num_rows, row_length, is_shared)
-
-
-def _with_count(step: Callable[[TrainState, Any], Any], count: Any) -> Callable[[TrainState, Any], Any]:
-    """A step whose number of micro-batches is a constant, so that the program says how often its loop runs."""
-    return lambda state, batch: step(state, replace(batch, count=count))
-
-
-def _put(shape: Any, sharding: Sharding) -> Any:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
-def _state_of(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes of the train state for parameter shapes ``params``."""
-    return jax.eval_shape(
-        lambda params: TrainState(jnp.int32(0), params, optimizer.init(trainable_part(params))), params
-    )
 
 
 def _policy_loss(model: Model, shapes: UpdateShapes, name: str) -> LossFn:
@@ -292,13 +206,6 @@ def _preference_loss(model: Model) -> LossFn:
         return loss.dpo_loss(log_probs, batch.completion_mask, ref_log_probs=batch.ref_log_probs, beta=0.1)
 
     return dpo_loss
-
-
-def _sft_loss(model: Model) -> LossFn:
-    def supervised_loss(params: Params, batch: Packed):
-        return loss.supervised_loss(packed_log_probs(model, params, batch), batch.loss_mask), {}
-
-    return supervised_loss
 
 
 def _policy_batch(shapes: UpdateShapes, model: Model, mesh: Mesh, *, with_values: bool) -> Batch | PackedBatch:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from grpo_jax.devices import planned
 from grpo_jax.hosts import gather
 from grpo_jax.types import Model, cache_columns
 
@@ -61,6 +62,9 @@ def default_cache_bytes(devices: Sequence[Any]) -> int | None:
     The limit applies to one batch of prompts. With copies during compaction and deferred batches, the KV cache may take
     up to about half of the memory; the rest is left to parameters and training.
     """
+    plan = planned()
+    if plan is not None:
+        return None if plan.memory is None else plan.memory * len(devices) // 5
     own = [device for device in devices if device.process_index == jax.process_index()]
     sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in own]
     totals = gather(sum(sizes) if all(sizes) else None, "the memory for KV caches")

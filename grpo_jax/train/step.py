@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key
 
+from grpo_jax.devices import platform
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import HOST_MEMORY, check_host_memory, place, to_device
 from grpo_jax.train.forward import Sequences, Tokens
@@ -47,7 +48,7 @@ def make_log_prob_fn(
         ValueError: at trace time, when num_micro_batches does not divide the batch.
     """
 
-    @partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
+    @partial(jax.jit, compiler_options=compiler_options(platform()))
     def frozen_log_probs(params, rollout):
         params = preparation.prepare(to_device(params))
         if isinstance(rollout, PackedBatch):

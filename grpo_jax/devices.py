@@ -1,0 +1,65 @@
+"""The devices that programs are made for: this machine's, or those of a plan, which are compiled for but not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Planned(NamedTuple):
+    """Devices of a plan.
+
+    Attributes:
+        devices: all of them.
+        memory: of each, in bytes; None if unknown.
+    """
+
+    devices: tuple[Any, ...]
+    memory: int | None
+
+
+_planned: ContextVar[Planned | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planning_for(devices: Sequence[Any], memory: int | None) -> Iterator[None]:
+    """A context in which settings and programs are made for other devices than this machine's.
+
+    Nothing can be computed on them: programs are lowered and compiled from shapes.
+
+    Args:
+        devices: of a topology.
+        memory: of each, in bytes; None if unknown, as of a CPU.
+    """
+    token = _planned.set(Planned(tuple(devices), memory))
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def planned() -> Planned | None:
+    """The devices that are planned for; None outside of ``planning_for``."""
+    return _planned.get()
+
+
+def all_devices() -> list[Any]:
+    """The devices of all processes, or those that are planned for."""
+    plan = planned()
+    return jax.devices() if plan is None else list(plan.devices)
+
+
+def first_device() -> Any:
+    """A device of this process, or one that is planned for."""
+    plan = planned()
+    return jax.local_devices()[0] if plan is None else plan.devices[0]
+
+
+def platform() -> str:
+    """The platform that programs are compiled for by default: ``cpu``, ``gpu`` or ``tpu``."""
+    plan = planned()
+    return jax.default_backend() if plan is None else plan.devices[0].platform

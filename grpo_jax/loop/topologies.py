@@ -1,0 +1,185 @@
+"""Devices that programs can be compiled for without having them, and their published figures."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from grpo_jax.monitor.devices import peak_flops
+
+
+class Speed(NamedTuple):
+    """Published figures of a device.
+
+    Attributes:
+        memory: bytes/s of its main memory.
+        wire: bytes/s that it sends over all of its links.
+        capacity: bytes of its main memory.
+        network: bytes/s that it sends to other hosts, where these are not on the same links; None if they are.
+    """
+
+    memory: float
+    wire: float
+    capacity: float
+    network: float | None = None
+
+
+SPEEDS = {
+    "TPU v4": Speed(1228e9, 6 * 45e9, 32e9),
+    "TPU v5 lite": Speed(819e9, 4 * 45e9, 16e9),
+    "TPU v5": Speed(2765e9, 6 * 90e9, 95e9),
+    "TPU v6 lite": Speed(1640e9, 4 * 90e9, 32e9),
+    "NVIDIA A100-SXM4-80GB": Speed(2039e9, 300e9, 80e9, 25e9),
+    "NVIDIA H100 80GB HBM3": Speed(3352e9, 450e9, 80e9, 50e9),
+    "NVIDIA H200": Speed(4800e9, 450e9, 141e9, 50e9),
+}
+"""By ``device_kind``. TPUs: links in one direction. GPUs: NVLink within a host, and an InfiniBand port of 200 (A100) or
+400 Gbit/s for each GPU between hosts."""
+
+TPUS = ("v4", "v5e", "v5p", "v6e")
+HOPPER = {
+    "core_count": 132,
+    "shared_memory_per_core": 233_472,
+    "shared_memory_per_block_optin": 232_448,
+    "l2_cache_size": 52_428_800,
+    "clock_rate_ghz": 1.98,
+}
+GPUS: dict[str, dict[str, Any]] = {
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB",
+        "generation": 8,
+        "memory_bandwidth": 2_039_000_000_000,
+        "device_memory_size": 85_198_045_184,
+        "core_count": 108,
+        "shared_memory_per_core": 167_936,
+        "shared_memory_per_block_optin": 166_912,
+        "l2_cache_size": 41_943_040,
+        "clock_rate_ghz": 1.41,
+    },
+    "h100": HOPPER
+    | {
+        "name": "NVIDIA H100 80GB HBM3",
+        "generation": 9,
+        "memory_bandwidth": 3_352_320_000_000,
+        "device_memory_size": 84_929_347_584,
+    },
+    "h200": HOPPER
+    | {
+        "name": "NVIDIA H200",
+        "generation": 9,
+        "memory_bandwidth": 4_800_000_000_000,
+        "device_memory_size": 150_754_820_096,
+    },
+}
+"""What the CUDA compiler wants to know of a GPU."""
+TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_memory_per_core}
+  threads_per_core_limit: 2048
+  core_count: {core_count}
+  fpus_per_core: {fpus_per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {memory_bandwidth}
+  l2_cache_size: {l2_cache_size}
+  clock_rate_ghz: {clock_rate_ghz}
+  device_memory_size: {device_memory_size}
+  shared_memory_per_block_optin: {shared_memory_per_block_optin}
+  cuda_compute_capability {{ major: {generation} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+KINDS = f"{', '.join(f'{name}:4x4' for name in TPUS)} (the chips along each axis), {', '.join(GPUS)} as in h100:8 or \
+h100:2x8 (hosts x GPUs), and cpu:N"
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Devices to compile for that need not be there.
+
+    Args:
+        name: a TPU topology such as ``v5p:2x2x2``; ``h100:8``, or ``h100:2x8`` for two hosts of eight; ``cpu:N`` for
+            this machine's, which are there.
+
+    Raises:
+        ValueError: there is no such topology, or its compiler is not installed.
+    """
+    kind, _, size = name.partition(":")
+    is_gpu = kind in GPUS
+    if kind not in (*TPUS, *GPUS, "cpu") or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        raise ValueError(f"topology is {name}: it must be one of {KINDS}")
+    if kind == "cpu":
+        found = jax.devices("cpu")
+        if not size.isdigit() or int(size) > len(found):
+            raise ValueError(f"topology is {name}: this machine has {len(found)} CPU devices")
+        return found[: int(size)]
+    installed = ("jax_cuda13_plugin", "jax_cuda12_plugin") if is_gpu else ("libtpu",)
+    if not any(map(find_spec, installed)):
+        extra = "cuda13" if is_gpu else "tpu"
+        raise ValueError(f"topology is {name}: its compiler is not installed: pip install 'grpo_jax[{extra}]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler runs without a TPU
+    try:
+        if not is_gpu:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        hosts, _, gpus = size.rpartition("x")
+        if not (hosts or "1").isdigit():
+            raise ValueError("a GPU topology is the number of GPUs, or hosts x GPUs")
+        fpus = 64 if GPUS[kind]["generation"] == 8 else 128
+        target = TARGET.format(**GPUS[kind], fpus_per_core=fpus)
+        form = f"1x{hosts or 1}x{gpus}"
+        return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=form).devices)
+    except Exception as error:  # the compilers' own classes
+        raise ValueError(f"topology is {name}: {str(error).splitlines()[0]}") from error
+
+
+class Rates(NamedTuple):
+    """Work that a device does in a second.
+
+    Attributes:
+        compute: dense bfloat16 FLOP.
+        memory: bytes of its main memory.
+        wire: bytes that it sends.
+    """
+
+    compute: float
+    memory: float
+    wire: float
+
+
+def rates_of(devices: list[Any]) -> Rates | None:
+    """Published speeds of devices that compute together; None if they are unknown, as of a CPU.
+
+    Over several hosts of GPUs, everything is counted as sent over the network, which is slower than their links.
+
+    Args:
+        devices: of one kind.
+    """
+    kind = devices[0].device_kind
+    peak, speed = peak_flops(kind), SPEEDS.get(kind)
+    if peak is None or speed is None:
+        return None
+    is_networked = speed.network is not None and len({device.process_index for device in devices}) > 1
+    return Rates(peak, speed.memory, (speed.network or 0.0) if is_networked else speed.wire)
+
+
+def capacity_of(devices: list[Any]) -> int | None:
+    """Memory of a device in bytes; None if it is unknown.
+
+    Args:
+        devices: of one kind.
+    """
+    speed = SPEEDS.get(devices[0].device_kind)
+    return None if speed is None else int(speed.capacity)
