@@ -79,6 +79,8 @@ def connect(
     waiting = threading.Timer(connection_timeout, _not_connected, (coordinator, num_processes, process_id))
     waiting.daemon = True
     waiting.start()
+    # JAX's notice of preemption would catch SIGTERM until the run does, and nothing would come of it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,

@@ -31,7 +31,9 @@ KINDS = ("kill", "kill both", "SIGTERM", "stop", "pause", "cut", "disk full")
 PHASES = ("start", "rollout", "scoring", "save", "export")
 SILENCE = 8
 """Seconds after which the processes count a silent one as lost."""
-LIMIT = SILENCE + 40
+CONNECTION = 30
+"""Seconds in which they must have found each other."""
+LIMIT = CONNECTION + 40
 """Seconds in which processes must have ended after a fault: the silence, the grace of an error, and a busy machine."""
 DISK = 24 * 2**20
 """Bytes of the disk of a run."""
@@ -65,6 +67,7 @@ def command(model, folder):
         "learning-rate": 3e-3,
         "run-dir": folder,
         "distributed.silence": SILENCE,
+        "distributed.connection-timeout": CONNECTION,
     }
     return ["experiments/grpo.py", *(x for name, value in flags.items() for x in (f"--{name}", value)), "--plain"]
 
@@ -207,7 +210,8 @@ def campaign(model, count, seed, folder, namespaces):
             seen = runs.fault(rng.choice(runs.kinds), rng.choice(PHASES))
             if seen["victim"] is not None:
                 rows.append(seen)
-                print({k: v for k, v in seen.items() if k != "output"}, file=sys.stderr, flush=True)
+                shown = {k: v for k, v in seen.items() if k != "output"}
+                print(shown, *([seen["output"]] if seen["hung"] else []), file=sys.stderr, flush=True)
             if runs.is_finished or len(rows) >= count:
                 if not runs.is_finished:
                     processes.finish(runs.start())
