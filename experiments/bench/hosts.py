@@ -5,7 +5,7 @@ All devices are threads of this machine, so wall time says nothing: reported are
 ``cpu_per_device`` is that of all processes for a step and device, ``overhead_percent`` its excess over the first run.
 ``main_thread`` has the CPU milliseconds of the Python thread for a step of a process, the largest over processes:
 exchanges between processes, prompts, decoding, scoring, logging, and the rest, which is dispatch, the sampler's loop on
-the host, and small programs that JAX runs in the calling thread. ``other_threads`` are those of XLA.
+the host, and small programs that JAX runs in the calling thread. ``other_threads`` are those of XLA, by name.
 ``exchanges`` has their number by name, and the kilobytes sent, for a step. Prints one JSON line.
 
     python experiments/bench/hosts.py
@@ -13,6 +13,7 @@ the host, and small programs that JAX runs in the calling thread. ``other_thread
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -60,6 +61,7 @@ class Meter:
         self._inner = [0.0]
         self._current: dict[str, float] = defaultdict(float)
         self._started: tuple[float, float] | None = None
+        self._threads: list[dict[str, float]] = []
 
     def begin_step(self) -> None:
         """End the step before, if there is one, and begin the next."""
@@ -67,7 +69,13 @@ class Meter:
         if self._started is not None:
             self._current |= {"main": now[0] - self._started[0], "process": now[1] - self._started[1]}
             self.steps.append(dict(self._current))
+        self._threads.append(thread_seconds())
         self._current, self._started = defaultdict(float), now
+
+    def threads(self) -> dict[str, float]:
+        """CPU seconds of a step in the other threads, by their names; means, since the kernel counts in 10 ms."""
+        first, last, count = self._threads[WARM_UP], self._threads[-1], len(self._threads) - 1 - WARM_UP
+        return {name: (seconds - first.get(name, 0.0)) / count for name, seconds in last.items()}
 
     def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, with its time added to a phase, less that of phases within it."""
@@ -97,6 +105,19 @@ class Meter:
         return counted
 
 
+def thread_seconds() -> dict[str, float]:
+    """CPU seconds so far of this process's threads but the main one, by their names."""
+    seconds: dict[str, float] = defaultdict(float)
+    for task in Path("/proc/self/task").iterdir():
+        if int(task.name) == os.getpid():
+            continue
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            user, system = fields.split()[11:13]
+            seconds[name.rstrip("0123456789/:-")] += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return dict(seconds)
+
+
 def run_measured(args: list[str], out: Path) -> None:
     """Run the script in this process and write the steps' measurements."""
     from grpo_jax import hosts
@@ -123,7 +144,7 @@ def run_measured(args: list[str], out: Path) -> None:
     except SystemExit as ended:
         if ended.code:
             raise
-    out.write_text(json.dumps(meter.steps[WARM_UP:]))
+    out.write_text(json.dumps({"steps": meter.steps[WARM_UP:], "threads": meter.threads()}))
 
 
 def make_model(folder: Path) -> None:
@@ -177,7 +198,8 @@ def measure(config: Config, model: Path, folder: Path, processes: int, devices: 
     for process, out in zip(started, outs, strict=True):
         if process.wait():
             raise RuntimeError(f"a process failed:\n{out.with_suffix('.log').read_text()[-2000:]}")
-    steps = [json.loads(out.read_text()) for out in outs]
+    measured = [json.loads(out.read_text()) for out in outs]
+    steps = [of_one["steps"] for of_one in measured]
 
     def median(name: str) -> list[float]:
         return [statistics.median(step.get(name, 0.0) for step in of_one) for of_one in steps]
@@ -193,7 +215,9 @@ def measure(config: Config, model: Path, folder: Path, processes: int, devices: 
         "devices": processes * devices,
         "cpu_per_device": sum(median("process")) / (processes * devices),
         "main_thread": {name: round(1000 * seconds, 2) for name, seconds in thread.items()},
-        "other_threads": round(1000 * (max(median("process")) - max(median("main"))), 2),
+        "other_threads": {
+            name: round(1000 * seconds, 1) for name, seconds in measured[0]["threads"].items() if seconds >= 0.0005
+        },
         "exchanges": {
             "count": max(median("count")),
             "kilobytes": round(max(median("bytes")) / 1000, 2),

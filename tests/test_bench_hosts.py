@@ -1,0 +1,35 @@
+"""The bench of the work on the host: time by phase and exchanges by name."""
+
+import time
+
+from experiments.bench.hosts import WARM_UP, Meter, thread_seconds
+
+
+def work(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_phase_has_its_time_without_that_of_the_phases_in_it():
+    meter = Meter()
+
+    def gather(value, name, *, timeout=1.0):
+        work(0.02)
+        return [value]
+
+    exchange = meter.exchange(gather)
+    score = meter.wrap("scoring", lambda: (work(0.04), exchange(b"x" * 1000, "the reward accuracy")))
+    for _ in range(WARM_UP + 1):
+        meter.begin_step()
+        score()
+        score()
+    meter.begin_step()
+    assert len(meter.steps) == WARM_UP + 1
+    for step in meter.steps:
+        assert 0.04 <= step["exchanges"] < 0.06
+        assert 0.08 <= step["scoring"] < 0.11
+        assert step["scoring"] + step["exchanges"] <= step["main"] <= step["process"] + 0.001
+        assert (step["count"], step["exchange: the reward accuracy"]) == (2, 2)
+        assert 2000 < step["bytes"] < 2200
+    assert set(meter.threads()) == set(thread_seconds())
