@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,7 +25,12 @@ LONGER = 6
 """Times as long that it waits for work that takes the others long, such as scores or a report."""
 CHUNK = 2**20
 """Bytes of a value in the coordination service, whose messages are limited."""
+MARGIN = 20.0
+"""Further seconds that a process waits for the first one, which may wait for others."""
+PREFIX = "grpo_jax"
 _calls = 0
+_read_by_all: deque[int] = deque()
+"""Numbers of the exchanges whose values are in the service still; of the first process."""
 _place = "the start"
 _alone = False
 """Whether this process is in a function that ``on_main`` calls, in which it does not exchange anything."""
@@ -74,29 +80,23 @@ def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
         return [value]
     if _alone:
         raise RuntimeError(f"{name}: the others do not come, since the first process is at work for all")
-    global _calls, _place
-    number, _calls, _place = _calls, _calls + 1, name
-    timeout = _timeout * (LONGER if is_long else 1)
-    service = client()
-    data = pickle.dumps((name, value))
-    parts = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
-    for i, part in enumerate(parts):
-        service.key_value_set_bytes(f"grpo_jax/{number}/{own}/{i}", part)
-    service.key_value_set_bytes(f"grpo_jax/{number}/{own}", str(len(parts)).encode())
-    deadline, values = time.monotonic() + timeout, []
-    for process in range(count):
-        prefix = f"grpo_jax/{number}/{process}"
-        size = int(_read(prefix, deadline, process, name, timeout))
-        whole = b"".join(_read(f"{prefix}/{i}", deadline, process, name, timeout) for i in range(size))
-        its_name, its_value = pickle.loads(whole)
-        if its_name != name:
-            raise RuntimeError(
-                f"the processes are out of step: process {own} is at {name!r}, process {process} at {its_name!r}"
-            )
-        values.append(its_value)
-    # All have sent this value, so all have read the one before.
-    if number > 0:
-        service.key_value_delete(f"grpo_jax/{number - 1}/{own}")
+    number, timeout = _begin(name, is_long)
+    if own > 0:
+        _send(f"{number}/{own}", (name, value))
+        return _from_main(number, name, timeout)
+    values: list[T] = [value]
+    try:
+        for process in range(1, count):
+            its_name, its_value = _receive(f"{number}/{process}", process, name, timeout)
+            _check_place(name, process, its_name)
+            values.append(its_value)
+    except RuntimeError as error:
+        _send(f"{number}/all", (name, None, str(error)))
+        raise
+    _send(f"{number}/all", (name, values, None))
+    # All have sent this value, so all have read the ones before.
+    while _read_by_all and _read_by_all[0] < number:
+        client().key_value_delete(f"{PREFIX}/{_read_by_all.popleft()}")
     return values
 
 
@@ -107,7 +107,14 @@ def agree(value: T, name: str, *, is_long: bool = False) -> T:
         value: of this process.
         name, is_long: as in ``gather``.
     """
-    return value if _alone else gather(value if is_main() else None, name, is_long=is_long)[0]  # pyright: ignore[reportReturnType]
+    if _alone or jax.process_count() == 1:
+        return value
+    number, timeout = _begin(name, is_long)
+    if is_main():  # without waiting for the others
+        _send(f"{number}/all", (name, value, None))
+        return value
+    _send(f"{number}/{jax.process_index()}", (name, None))
+    return _from_main(number, name, timeout)
 
 
 def any_of(flag: bool, name: str) -> bool:
@@ -188,14 +195,56 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _read(key: str, deadline: float, process: int, name: str, timeout: float) -> bytes:
-    try:
-        return client().blocking_key_value_get_bytes(key, max(1, int(1000 * (deadline - time.monotonic()))))
-    except jax.errors.JaxRuntimeError as error:
+def _begin(name: str, is_long: bool) -> tuple[int, float]:
+    """Number of an exchange, and the seconds to wait in it."""
+    global _calls, _place
+    number, _calls, _place = _calls, _calls + 1, name
+    if is_main():
+        _read_by_all.append(number)
+    return number, _timeout * (LONGER if is_long else 1)
+
+
+def _from_main(number: int, name: str, timeout: float) -> Any:
+    """The result that the first process sends; it comes later than the others, since it waits for all of them."""
+    its_name, result, problem = _receive(f"{number}/all", 0, name, timeout + MARGIN)
+    if problem is not None:
+        raise RuntimeError(problem)
+    _check_place(name, 0, its_name)
+    return result
+
+
+def _check_place(name: str, process: int, its_name: str) -> None:
+    if its_name != name:
         raise RuntimeError(
-            f"process {process} of {jax.process_count()} did not come to {name!r} within {timeout:g} s; it is hung, "
-            "has ended, or is out of step (its own output says more)"
-        ) from error
+            f"the processes are out of step: process {jax.process_index()} is at {name!r}, process {process} at "
+            f"{its_name!r}"
+        )
+
+
+def _send(key: str, message: Any) -> None:
+    data = pickle.dumps(message)
+    parts = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+    for i, part in enumerate(parts[1:], 1):
+        client().key_value_set_bytes(f"{PREFIX}/{key}/{i}", part)
+    client().key_value_set_bytes(f"{PREFIX}/{key}", len(parts).to_bytes(4, "big") + parts[0])
+
+
+def _receive(key: str, process: int, name: str, timeout: float) -> Any:
+    deadline = time.monotonic() + timeout
+
+    def read(key: str) -> bytes:
+        left = max(1, int(1000 * (deadline - time.monotonic())))
+        try:
+            return client().blocking_key_value_get_bytes(f"{PREFIX}/{key}", left)
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError(
+                f"process {process} of {jax.process_count()} did not come to {name!r} within {timeout:g} s; it is "
+                "hung, has ended, or is out of step (its own output says more)"
+            ) from error
+
+    first = read(key)
+    parts = [first[4:], *(read(f"{key}/{i}") for i in range(1, int.from_bytes(first[:4], "big")))]
+    return pickle.loads(b"".join(parts))
 
 
 def _state() -> Any:
