@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,8 +119,39 @@ def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | N
     return next((spec for pattern, spec in rules if re.search(pattern, name)), None)
 
 
+def fitted_spec(name: str, shape: Sequence[int], axes: Mapping[str, int], rules: Sequence[tuple[str, P]]) -> P | None:
+    """``param_spec`` for a parameter whose dimensions the mesh's axes may not divide.
+
+    An axis that does not divide its dimension splits another dimension that the rule splits, if it divides that one;
+    otherwise the parameter is replicated over it.
+
+    Args:
+        name: as in ``param_spec``.
+        shape: of the parameter.
+        axes: sizes of the mesh's axes.
+        rules: as in ``param_shardings``.
+    """
+    spec = param_spec(name, rules)
+    if spec is None:
+        return None
+    wanted = [_names(entry) for entry in spec]
+
+    def divides(names: tuple[str, ...], dimension: int) -> bool:
+        return shape[dimension] % math.prod(axes[axis] for axis in names) == 0
+
+    fitted = [names if divides(names, dimension) else () for dimension, names in enumerate(wanted)]
+    # Scales of a quantized matrix lie as the matrix or whole: several of its entries may share one.
+    moved = [] if name.endswith("/kernel/scale") else [n for n, kept in zip(wanted, fitted, strict=True) if n != kept]
+    for names in moved:
+        for dimension, kept in enumerate(fitted):
+            if wanted[dimension] and divides(kept + names, dimension):
+                fitted[dimension] = kept + names
+                break
+    return P(*(None if not names else names[0] if len(names) == 1 else names for names in fitted))
+
+
 def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> Params:
-    """A sharding for each parameter, by its path.
+    """A sharding for each parameter, by its path, as ``fitted_spec``.
 
     Args:
         shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -128,28 +159,16 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
         rules: pairs of a regular expression on the path and a spec; the first match applies.
 
     Raises:
-        ValueError: parameters without a rule, or dimensions that their mesh axes do not divide; one error lists all,
-            with the axis sizes that would divide.
+        ValueError: parameters without a rule; one error lists all.
     """
     problems = []
 
     def place(path, leaf):
-        name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        spec = param_spec(name, rules)
+        name = _name(path)
+        spec = fitted_spec(name, leaf.shape, mesh.shape, rules)
         if spec is None:
             problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
             return None
-        if name.endswith("/kernel/scale"):  # of a quantized matrix: fewer entries, where several share one
-            spec = P(
-                *(axes if _divides(mesh, axes, size) else None for size, axes in zip(leaf.shape, spec, strict=True))
-            )
-        for dimension, axes in enumerate(spec):
-            size = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-            if leaf.shape[dimension] % size:
-                problems.append(
-                    f"{name}: dimension {dimension} of shape {tuple(leaf.shape)} does not divide by mesh axis "
-                    f"{axes!r} of size {size}; sizes that would do: {divisors(leaf.shape[dimension])}"
-                )
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(place, shapes)
@@ -158,8 +177,50 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     return shardings
 
 
-def _divides(mesh: Mesh, axes: Any, size: int) -> bool:
-    return size % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
+def uneven_params(shapes: Params, mesh: Mesh) -> str:
+    """The parameters whose dimensions a mesh's axes do not divide, and how they are laid out; empty if there are none.
+
+    Args:
+        shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
+        mesh: a mesh of ``make_mesh``.
+    """
+    found: dict[str, list[str]] = {}
+    for name, shape in params_by_name(shapes):
+        wanted, fitted = param_spec(name), fitted_spec(name, shape, mesh.shape, PARAM_RULES)
+        if wanted is None or fitted is None or not name.endswith(("kernel", "embedding")):  # others are small
+            continue
+        for dimension, axis in enumerate(wanted):
+            if axis is None or axis in _names(fitted[dimension]):
+                continue
+            other = any(axis in _names(entry) for entry in fitted)
+            size = f"{axis} {mesh.shape[axis]}"
+            how = f"{size} splits another dimension of" if other else f"replicated over {size}:"
+            short = re.sub(r"layers_\d+/|/(kernel|embedding)$", "", name) + f" ({shape[dimension]})"
+            found.setdefault(how, []).append(short)
+    return "; ".join(f"{how} {', '.join(dict.fromkeys(names))}" for how, names in found.items())
+
+
+def params_by_name(shapes: Params) -> list[tuple[str, tuple[int, ...]]]:
+    """Path and shape of each parameter."""
+    return [(_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+
+
+def num_shards(spec: P | None, axes: Mapping[str, int]) -> int:
+    """Distinct parts of an array over a mesh.
+
+    Args:
+        spec: of the array; None for a replicated one.
+        axes: sizes of the mesh's axes.
+    """
+    return math.prod(axes[axis] for entry in spec or () for axis in _names(entry))
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(entry, "key", entry)) for entry in path)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
@@ -317,7 +378,7 @@ def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:
     if mesh is None:
         return x
     for dimension, axes in zip(x.shape, spec, strict=False):
-        if dimension % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())):
+        if dimension % math.prod(mesh.shape[axis] for axis in _names(axes)):
             return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

@@ -54,16 +54,6 @@ def test_every_parameter_has_a_place(tiny):
     assert shardings["embed"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
 
 
-def test_a_mesh_that_does_not_divide_names_parameter_dimension_and_sizes(tiny):
-    _, params = tiny
-    with pytest.raises(ValueError, match="does not fit the model") as error:
-        param_shardings(params, make_mesh(data=1, tensor=8))
-    text = str(error.value)
-    assert "layers_0/attention/k/kernel: dimension 1 of shape (32, 2, 8)" in text
-    assert "mesh axis 'tensor' of size 8; sizes that would do: [1, 2]" in text
-    assert "layers_1/attention/q/kernel" in text  # all are listed, not only the first
-
-
 def test_a_parameter_without_a_rule_is_named():
     with pytest.raises(ValueError, match="router/weights: no sharding rule"):
         param_shardings({"router": {"weights": jnp.zeros((2, 2))}}, make_mesh(data=1))

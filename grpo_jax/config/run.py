@@ -146,7 +146,7 @@ class MeshConfig:
     tensor: int = 1
     """Devices that attention heads and hidden units are sharded over."""
     rollout_tensor: Annotated[int | None, tyro.conf.Suppress] = None
-    """Devices that the sampler's weights are sharded over, a multiple of tensor that divides the KV heads. Default:
+    """Devices that the sampler's weights are sharded over, a multiple of tensor that divides fsdp x tensor. Default:
     tensor, or as many as it takes for them to fit beside the state of training."""
 
     def build(self) -> Mesh:

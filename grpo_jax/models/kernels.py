@@ -44,7 +44,7 @@ def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: 
         ValueError: the kernel does not support this model or this hardware; the message gives the reason.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    chosen = resolve_attention(name, config, dtype, hardware(device), 1 if mesh is None else mesh.shape["tensor"])
+    chosen = resolve_attention(name, config, dtype, hardware(device))
     kernels = {"cudnn": cudnn_attention, "splash": partial(splash_attention, mesh=mesh)}
     return kernels.get(chosen)
 
@@ -57,7 +57,7 @@ def hardware(device: Any) -> str:
     return "cuda" if device.platform == "gpu" and generation.isdigit() and int(generation) >= 8 else "other"
 
 
-def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, kind: str, tensor: int) -> AttentionName:
+def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, kind: str) -> AttentionName:
     """The name of the kernel that ``auto`` selects; other names are checked and returned.
 
     Args:
@@ -65,27 +65,26 @@ def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, ki
         config: sizes and switches of the decoder.
         dtype: compute dtype.
         kind: hardware, as returned by ``hardware``.
-        tensor: devices that heads are sharded over.
 
     Raises:
         ValueError: as ``choose_kernel``.
     """
     fastest: AttentionName = "cudnn" if kind == "cuda" else "splash" if kind == "tpu" else "plain"
     if name == "auto":
-        fits = dtype == jnp.bfloat16 and _unsupported(fastest, config, dtype, tensor) is None
+        fits = dtype == jnp.bfloat16 and _unsupported(fastest, config, dtype) is None
         return fastest if fits else "plain"
     if name not in ("plain", fastest):
         raise ValueError(
             f"attention {name!r} does not run here: 'cudnn' runs on NVIDIA GPUs from Ampere on, 'splash' on TPUs; use "
             f"{fastest!r}, or 'auto' to select by hardware and model"
         )
-    problem = _unsupported(name, config, dtype, tensor)
+    problem = _unsupported(name, config, dtype)
     if problem is not None:
         raise ValueError(f"attention {name!r} {problem}; use 'plain', which supports every model, or 'auto'")
     return name
 
 
-def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor: int) -> str | None:
+def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any) -> str | None:
     """The reason why a kernel does not support a model; None if it does."""
     if name == "cudnn":
         if dtype != jnp.bfloat16:
@@ -94,8 +93,6 @@ def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor:
             return "has no soft cap, which this model needs"
         if config.head_dim % 8 or config.head_dim > 128:
             return f"needs a head_dim that is a multiple of 8 up to 128, not {config.head_dim}"
-    if name == "splash" and config.num_kv_heads % tensor:
-        return f"cannot shard {config.num_kv_heads} KV heads over tensor = {tensor} devices"
     return None
 
 
@@ -184,8 +181,8 @@ def splash_attention(
         mask: False at columns that no token may attend to, or segment ids, 0 for padding.
         window: sliding window; None for full attention.
         softcap: ``c`` in ``c * tanh(score / c)``; None without.
-        mesh: sequences are sharded over ``data`` and ``fsdp``, heads over ``tensor``; they must divide. None for arrays
-            on one device.
+        mesh: sequences are sharded over ``data`` and ``fsdp``, heads over ``tensor``; they must divide, as those of
+            ``head_layout`` do. None for arrays on one device.
         interpret: interpret the kernel on any platform, for tests.
     """
     on_device = partial(_splash_on_device, window=window, softcap=softcap, interpret=interpret)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attend, attend_in_blocks
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
+from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
 from grpo_jax.models.lookup import lookup, lookup_divides, sharded_lookup
@@ -48,7 +49,8 @@ class Embedding(nn.Module):
         if self.mesh is not None and lookup_divides(token_ids, self.embedding, self.mesh):
             return sharded_lookup(self.embedding, token_ids, self.mesh, dtype)
         # Gathered over fsdp, or the result would be sharded like the rows and have to be resharded.
-        table = constrain(self.embedding, self.mesh, P("tensor"))
+        divides = self.mesh is not None and self.vocab_size % self.mesh.shape["tensor"] == 0
+        table = constrain(self.embedding, self.mesh, P("tensor") if divides else P())
         return lookup(table, token_ids).astype(dtype)
 
     def table(self) -> Float[Array, "V D"]:
@@ -98,6 +100,7 @@ class Layer(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    mesh: Mesh | None = None
 
     def norm(self, name: str) -> Norm:
         """A norm with the config's settings."""
@@ -141,15 +144,16 @@ class Attention(Layer):
         )
         if c.qk_norm:
             queries, keys = self.norm("q_norm")(queries), self.norm("k_norm")(keys)
-        queries = (rotate(queries, inputs.rotation) * c.query_scale).astype(self.dtype)
-        keys = rotate(keys, inputs.rotation).astype(self.dtype)
+        heads = head_layout(c, self.mesh)
+        queries = heads.queries((rotate(queries, inputs.rotation) * c.query_scale).astype(self.dtype))
+        keys, values = heads.keys(rotate(keys, inputs.rotation).astype(self.dtype)), heads.keys(values)
         # With columns last, the product of a few queries with all keys reads the keys in memory order.
         new = {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}
         entry = new if entry is None else write(entry, new, inputs.start)
         if self.kernel is not None and inputs.kernel_mask is not None:
             out = self.kernel(queries, keys, values, inputs.kernel_mask, softcap=c.attention_softcap)
         else:
-            queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+            queries = queries.reshape(B, S, heads.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
             if inputs.packed_mask is not None:
                 out = attend_in_blocks(queries, entry, inputs.packed_mask, c.attention_softcap)
             else:
@@ -159,8 +163,8 @@ class Attention(Layer):
                     segments.append(KVSegment(slice_columns(entry, start, end), mask))
                     start = end
                 out = attend(queries, segments, c.attention_softcap)
-            out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4)
-        out = out.reshape(-1, c.num_heads, c.head_dim)
+            out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, -1, c.head_dim)
+        out = heads.restored(out).reshape(-1, c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
         return out, entry
 
@@ -191,12 +195,13 @@ class Block(Layer):
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Apply the block; arguments as in ``Attention``."""
         x = checkpoint_name(x, BLOCK_INPUT)
-        attention = Attention(self.config, self.dtype, self.param_dtype, self.kernel, name="attention")
+        settings = (self.config, self.dtype, self.param_dtype, self.mesh)
+        attention = Attention(*settings, self.kernel, name="attention")
         out, entry = attention(self.norm("attention_norm")(x), inputs, entry)
         if self.config.post_norms:
             out = self.norm("post_attention_norm")(out)
         x = x + out
-        out = MLP(self.config, self.dtype, self.param_dtype, name="mlp")(self.norm("mlp_norm")(x))
+        out = MLP(*settings, name="mlp")(self.norm("mlp_norm")(x))
         if self.config.post_norms:
             out = self.norm("post_mlp_norm")(out)
         return x + out, entry

@@ -51,7 +51,8 @@ def lookup_divides(token_ids: Int[Array, "B S"], table: Array, mesh: Mesh) -> bo
         mesh: the devices.
     """
     sizes, (B, S), (V, D) = mesh.shape, token_ids.shape, table.shape
-    divides = B % (sizes["data"] * sizes["fsdp"]) == 0 and V % sizes["tensor"] == 0 and D % sizes["fsdp"] == 0
+    columns = sizes["fsdp"] * (1 if V % sizes["tensor"] == 0 else sizes["tensor"])
+    divides = B % (sizes["data"] * sizes["fsdp"]) == 0 and D % columns == 0
     return S > 1 and sizes["fsdp"] * sizes["tensor"] > 1 and divides
 
 
@@ -63,22 +64,28 @@ def sharded_lookup(
     Each device looks up its slice of the width for the sequences of all devices of ``fsdp``, then they exchange slices.
 
     Args:
-        table: rows sharded over ``tensor``, columns over ``fsdp``.
+        table: rows sharded over ``tensor``, columns over ``fsdp``; or columns over both, where ``tensor`` does not
+            divide the rows.
         token_ids: sequences sharded over ``data`` and ``fsdp``.
         mesh: the devices; its axes divide the arrays.
         dtype: of the result, in which it travels.
     """
-    last = table.shape[0] - 1
+    last, rows_divide = table.shape[0] - 1, table.shape[0] % mesh.shape["tensor"] == 0
 
-    def on_device(part: Array, ids: Array) -> Array:
-        ids = jnp.clip(jax.lax.all_gather(ids, "fsdp", tiled=True), 0, last)
+    def found_rows(part: Array, ids: Array) -> Array:
+        if not rows_divide:
+            return jax.lax.all_gather(lookup(part, ids).astype(dtype), "tensor", axis=2, tiled=True)
         local = ids - jax.lax.axis_index("tensor") * part.shape[0]
         is_here = (local >= 0) & (local < part.shape[0])
         found = jnp.where(is_here[..., None], lookup(part, local).astype(dtype), 0)
-        found = jax.lax.psum(found, "tensor")  # one device has the row, the others 0
-        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(found, "tensor")  # one device has the row, the others 0
 
-    specs = {"in_specs": (P("tensor", "fsdp"), BATCH), "out_specs": BATCH}
+    def on_device(part: Array, ids: Array) -> Array:
+        ids = jnp.clip(jax.lax.all_gather(ids, "fsdp", tiled=True), 0, last)
+        return jax.lax.all_to_all(found_rows(part, ids), "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    of_table = P("tensor", "fsdp") if rows_divide else P(None, ("fsdp", "tensor"))
+    specs = {"in_specs": (of_table, BATCH), "out_specs": BATCH}
     # Without the check, which would ask the gradient of a lookup for the sum over "data" that is taken outside.
     run = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
     return run(table, token_ids)

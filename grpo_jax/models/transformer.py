@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
@@ -67,7 +68,8 @@ class Decoder(nn.Module):
     def _settings(self, window: int | None) -> dict[str, Any]:
         """Arguments of a layer's ``Block``."""
         kernel = self.kernel and partial(self.kernel, window=window)
-        return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype, "kernel": kernel}
+        shared = {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype, "mesh": self.mesh}
+        return {**shared, "kernel": kernel}
 
     def __call__(
         self,
@@ -256,7 +258,7 @@ def build_model(
         rope,
         head,
         make_token_scores(head, logit_softcap=config.logit_softcap, mesh=mesh),
-        partial(_init_cache, config, dtype),
+        partial(_init_cache, replace(config, num_kv_heads=head_layout(config, mesh).kv_heads), dtype),
         _first_columns,
         _join_columns,
         vocab_size=1 if config.scalar_head else config.vocab_size,
