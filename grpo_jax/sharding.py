@@ -1,7 +1,8 @@
 """The device mesh and the shardings of parameters and batches.
 
-Three axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
-are sharded and gathered when used; the batch is sharded here too) and ``tensor`` (heads and hidden units are sharded).
+Four axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
+are sharded and gathered when used; the batch is sharded here too), ``context`` (tokens of each sequence are sharded, and
+parameters as over ``fsdp``) and ``tensor`` (heads and hidden units are sharded).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from jaxtyping import Array, Int
 
 from grpo_jax.types import Params
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = P(("data", "fsdp"))
+TOKENS = P(("data", "fsdp"), "context")
+"""Rows and tokens of activations in training."""
 HOST_MEMORY = "pinned_host"
 """The host's memory that devices copy from and to by themselves."""
 
@@ -50,61 +53,69 @@ ROLLOUT_RULES = tuple(
 """The rules for sampling: replicated over ``data`` and ``fsdp``, so that no decode step gathers parameters."""
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of ``data x fsdp x tensor`` devices.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of ``data x fsdp x context x tensor`` devices.
 
     Args:
         data: size of the axis; -1 for all devices that the other axes leave.
         fsdp: size of the axis.
+        context: size of the axis.
         tensor: size of the axis.
-        devices: devices to use, of which the first ``data * fsdp * tensor`` are taken; by default all.
+        devices: devices to use, of which as many as the axes take are taken; by default all.
 
     Raises:
         ValueError: the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
-        raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: sizes must be at least 1 (data may be -1: all others)"
-        )
+    others = {"fsdp": fsdp, "context": context, "tensor": tensor}
+    if min(others.values()) < 1 or (data < 1 and data != -1):
+        sizes = ", ".join(f"{name}={size}" for name, size in {"data": data, **others}.items())
+        raise ValueError(f"mesh {sizes}: sizes must be at least 1 (data may be -1: all others)")
+    # An axis that few use is named only where it is used.
+    named = " x ".join(f"{name}={size}" for name, size in others.items() if name != "context" or size > 1)
+    size = math.prod(others.values())
     if data == -1:
-        data = len(devices) // (fsdp * tensor)
-        if data * fsdp * tensor != len(devices):
+        data = len(devices) // size
+        if data * size != len(devices):
             raise ValueError(
-                f"mesh fsdp={fsdp} x tensor={tensor} does not divide the {len(devices)} devices; "
+                f"mesh {named} does not divide the {len(devices)} devices; "
                 f"their product must be one of {divisors(len(devices))}"
             )
-    size = data * fsdp * tensor
+    size *= data
     if size > len(devices):
-        raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} takes {size} devices; there are {len(devices)}"
-        )
+        raise ValueError(f"mesh data={data} x {named} takes {size} devices; there are {len(devices)}")
     # Auto: the compiler propagates shardings from the arguments, so that the mathematics does not name a mesh.
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+    shape = (data, fsdp, context, tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:size])
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
     """The devices of a mesh for sampling: ``tensor`` of them share the model's heads, and groups of them the batch.
 
-    Its devices are in the same order, so that a jitted function may take arrays of both meshes.
+    Its devices are in the same order, so that a jitted function may take arrays of both meshes. Those of ``context``
+    share the batch too.
 
     Args:
         mesh: of ``make_mesh``.
-        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x tensor``.
+        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x context x tensor``.
 
     Raises:
         ValueError: it is not.
     """
     sizes = mesh.shape
-    if tensor == sizes["tensor"]:
+    if tensor == sizes["tensor"] and sizes["context"] == 1:
         return mesh
-    if tensor < 1 or tensor % sizes["tensor"] or sizes["fsdp"] * sizes["tensor"] % tensor:
+    most = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
+    if tensor < 1 or tensor % sizes["tensor"] or most % tensor:
+        axes = "mesh.fsdp x mesh.tensor" if sizes["context"] == 1 else "mesh.fsdp x mesh.context x mesh.tensor"
         raise ValueError(
             f"mesh.rollout_tensor is {tensor}; it must be a multiple of mesh.tensor = {sizes['tensor']} that divides "
-            f"mesh.fsdp x mesh.tensor = {sizes['fsdp'] * sizes['tensor']}"
+            f"{axes} = {most}"
         )
-    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    shape = {"data": mesh.size // tensor, "fsdp": 1, "context": 1, "tensor": tensor}
+    return Mesh(mesh.devices.reshape(*shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | None:
@@ -134,19 +145,21 @@ def fitted_spec(name: str, shape: Sequence[int], axes: Mapping[str, int], rules:
     spec = param_spec(name, rules)
     if spec is None:
         return None
-    wanted = [_names(entry) for entry in spec]
+    wanted = [axis_names(entry) for entry in spec]
+    if axes.get("context", 1) > 1:  # as fsdp
+        wanted = [sum((("fsdp", "context") if axis == "fsdp" else (axis,) for axis in n), ()) for n in wanted]
+    fitted: list[tuple[str, ...]] = [()] * len(wanted)
 
-    def divides(names: tuple[str, ...], dimension: int) -> bool:
-        return shape[dimension] % math.prod(axes[axis] for axis in names) == 0
+    def placed(axis: str, dimension: int) -> bool:
+        names = (*fitted[dimension], axis)
+        if shape[dimension] % math.prod(axes[name] for name in names) == 0:
+            fitted[dimension] = names
+        return axis in fitted[dimension]
 
-    fitted = [names if divides(names, dimension) else () for dimension, names in enumerate(wanted)]
+    missing = [axis for dimension, names in enumerate(wanted) for axis in names if not placed(axis, dimension)]
     # Scales of a quantized matrix lie as the matrix or whole: several of its entries may share one.
-    moved = [] if name.endswith("/kernel/scale") else [n for n, kept in zip(wanted, fitted, strict=True) if n != kept]
-    for names in moved:
-        for dimension, kept in enumerate(fitted):
-            if wanted[dimension] and divides(kept + names, dimension):
-                fitted[dimension] = kept + names
-                break
+    for axis in missing if not name.endswith("/kernel/scale") else ():
+        next((dimension for dimension, names in enumerate(wanted) if names and placed(axis, dimension)), None)
     return P(*(None if not names else names[0] if len(names) == 1 else names for names in fitted))
 
 
@@ -177,29 +190,6 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     return shardings
 
 
-def uneven_params(shapes: Params, mesh: Mesh) -> str:
-    """The parameters whose dimensions a mesh's axes do not divide, and how they are laid out; empty if there are none.
-
-    Args:
-        shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
-        mesh: a mesh of ``make_mesh``.
-    """
-    found: dict[str, list[str]] = {}
-    for name, shape in params_by_name(shapes):
-        wanted, fitted = param_spec(name), fitted_spec(name, shape, mesh.shape, PARAM_RULES)
-        if wanted is None or fitted is None or not name.endswith(("kernel", "embedding")):  # others are small
-            continue
-        for dimension, axis in enumerate(wanted):
-            if axis is None or axis in _names(fitted[dimension]):
-                continue
-            other = any(axis in _names(entry) for entry in fitted)
-            size = f"{axis} {mesh.shape[axis]}"
-            how = f"{size} splits another dimension of" if other else f"replicated over {size}:"
-            short = re.sub(r"layers_\d+/|/(kernel|embedding)$", "", name) + f" ({shape[dimension]})"
-            found.setdefault(how, []).append(short)
-    return "; ".join(f"{how} {', '.join(dict.fromkeys(names))}" for how, names in found.items())
-
-
 def params_by_name(shapes: Params) -> list[tuple[str, tuple[int, ...]]]:
     """Path and shape of each parameter."""
     return [(_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
@@ -212,14 +202,15 @@ def num_shards(spec: P | None, axes: Mapping[str, int]) -> int:
         spec: of the array; None for a replicated one.
         axes: sizes of the mesh's axes.
     """
-    return math.prod(axes[axis] for entry in spec or () for axis in _names(entry))
+    return math.prod(axes[axis] for entry in spec or () for axis in axis_names(entry))
 
 
 def _name(path: Any) -> str:
     return "/".join(str(getattr(entry, "key", entry)) for entry in path)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a ``PartitionSpec``."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -231,11 +222,12 @@ def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
 
     Args:
         shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
-        mesh: mesh of training; ``tensor`` divides its ``fsdp x tensor``.
+        mesh: mesh of training; ``tensor`` divides its ``fsdp x context x tensor``.
         tensor: size of the axis in sampling.
     """
     sizes, inner = mesh.shape, tensor // mesh.shape["tensor"]
-    devices = mesh.devices.reshape(sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
+    outer = sizes["fsdp"] * sizes["context"] // inner
+    devices = mesh.devices.reshape(sizes["data"], outer, inner, sizes["tensor"])
     split = Mesh(devices, ("data", "fsdp", "inner", "tensor"), axis_types=(AxisType.Auto,) * 4)
     rules = [
         (pattern, P(*(("inner", "tensor") if axes == "tensor" else axes for axes in spec)))
@@ -378,7 +370,7 @@ def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:
     if mesh is None:
         return x
     for dimension, axes in zip(x.shape, spec, strict=False):
-        if dimension % math.prod(mesh.shape[axis] for axis in _names(axes)):
+        if dimension % math.prod(mesh.shape[axis] for axis in axis_names(axes)):
             return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

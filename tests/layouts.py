@@ -13,9 +13,11 @@ from grpo_jax.rollout import Sampler
 from grpo_jax.sampling import Sampling
 from grpo_jax.sharding import BATCH, ROLLOUT_RULES, make_mesh, param_shardings, place, rollout_mesh, shard_rows
 from grpo_jax.train import completion_log_probs, completion_values, micro_batch, pack, packed_log_probs
+from grpo_jax.train.packing import in_batch_order
 from grpo_jax.types import Batch, Packed
 
 P, T, GROUP, GROUPS = 5, 9, 4, 6
+ROWS, ROW_LENGTH = 12, 30
 
 
 def config_of(case, **sizes):
@@ -55,9 +57,12 @@ def sequences_of(layout, batch, mesh):
         segments = np.where(columns < first, 1, np.where(columns < both, 2, 0)).astype(np.int32)
         positions = np.where(columns < first, columns, columns - first).astype(np.int32)
         return shard_rows(Packed(ids, segments, positions, segments > 0), mesh)
-    packed = micro_batch(pack(batch, layout, micro_batch_tokens=10**4, mesh=mesh, row_length=30), 0)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    tokens = ROWS * ROW_LENGTH // (devices * mesh.shape["context"])
+    packed = pack(batch, layout, micro_batch_tokens=tokens, mesh=mesh, row_length=ROW_LENGTH)
+    assert int(packed.count) == 1
     return jax.tree.map(
-        lambda x: place(x, NamedSharding(mesh, Spec(*BATCH) if x.shape[0] % 8 == 0 else Spec())), packed
+        lambda x: place(x, NamedSharding(mesh, BATCH if x.shape[0] % devices == 0 else Spec())), micro_batch(packed, 0)
     )
 
 
@@ -81,6 +86,8 @@ def scored(config, params, mesh, layout, *, value=False, **options):
             mask = sequences.completion_mask
             scores = scores + 0.1 * entropies
         scores = jnp.where(mask, scores, 0)
+        if getattr(sequences, "rows", None) is not None:
+            scores = in_batch_order(scores, sequences.rows, jnp.zeros((GROUP * GROUPS, T)))
         rows, columns = scores.shape
         return (scores * jnp.resize(weights, (rows, columns))).sum() / rows, scores
 
@@ -105,6 +112,6 @@ def sampled(config, params, mesh, tensor):
     return sampler.on_host(params, padded, jax.random.key(0))
 
 
-def mesh_of(*sizes):
-    """A mesh of data x fsdp x tensor devices."""
-    return make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+def mesh_of(data, fsdp, tensor, context=1):
+    """A mesh of these sizes."""
+    return make_mesh(data=data, fsdp=fsdp, context=context, tensor=tensor)

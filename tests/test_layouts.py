@@ -8,9 +8,10 @@ from checkpoints import random_params
 from jax.sharding import PartitionSpec as Spec
 from layouts import assert_close, config_of, mesh_of, sampled, scored
 
+from grpo_jax.loop.layout_note import uneven_params
 from grpo_jax.models import build_model
 from grpo_jax.models.head_layout import head_layout
-from grpo_jax.sharding import param_shardings, uneven_params
+from grpo_jax.sharding import param_shardings
 
 UNEVEN = {
     "vocab_size": 99,

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.models import build_model, from_hf_config, init_params, kernels, transformer
+from grpo_jax.models import build_model, from_hf_config, init_params, kernels, splash, transformer
 from grpo_jax.models.attention import KVSegment, attend, attend_in_blocks, attention_mask
 from grpo_jax.models.kernels import choose_kernel, cudnn_attention, hardware, resolve_attention, splash_attention
 from grpo_jax.rollout import Sampler
@@ -93,7 +93,7 @@ def at_real_tokens(attention, inputs, mask, **options):
     ],
 )
 def test_a_kernel_computes_what_the_plain_path_does(monkeypatch, name, length, width, kind, window, softcap):
-    monkeypatch.setattr(kernels, "LARGEST_BLOCK", 128)  # two blocks
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # two blocks
     inputs, mask = arrays(length, width, kind)
     options = {"window": window, "softcap": softcap}
     found = at_real_tokens(KERNELS[name], inputs, mask, **options)

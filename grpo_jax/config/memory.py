@@ -211,7 +211,8 @@ def fewest_micro_batches(config: Any, rows: int, *, sequences_per_row: int = 1) 
     """
     parts = config.mesh.build().shape
     devices = parts["data"] * parts["fsdp"]
-    most = max(devices, devices * micro_batch_tokens(config) // (sequences_per_row * config.sequence_length))
+    tokens = devices * parts["context"] * micro_batch_tokens(config)
+    most = max(devices, tokens // (sequences_per_row * config.sequence_length))
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
     return min(fitting, default=1)
 
@@ -265,7 +266,8 @@ def rollout_tensor(need: Reckoning, decoder: DecoderConfig, axes: Axes, wanted: 
     """
     if wanted is not None or limit is None:
         return axes["tensor"] if wanted is None else wanted
-    sizes = [axes["tensor"] * n for n in divisors(axes["fsdp"]) if decoder.num_heads % (axes["tensor"] * n) == 0]
+    most = axes["fsdp"] * axes.get("context", 1)
+    sizes = [axes["tensor"] * n for n in divisors(most) if decoder.num_heads % (axes["tensor"] * n) == 0]
     fitting = [n for n in sizes if need.state_on(axes) + need.rollout_on(axes, n) <= (USABLE - CACHE) * limit]
     return min(fitting, default=max(sizes, default=axes["tensor"]))
 

@@ -22,9 +22,9 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.hosts import on_main
 from grpo_jax.loop.checks import check_length
+from grpo_jax.loop.layout_note import layout_note
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
-from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.rollout import Sampler
 from grpo_jax.sharding import (
@@ -34,7 +34,6 @@ from grpo_jax.sharding import (
     replicated,
     rollout_mesh,
     rollout_steps,
-    uneven_params,
 )
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER, ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
@@ -305,17 +304,17 @@ def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh:
         mesh: the run's mesh.
     """
     count = sum(x.size for x in jax.tree.leaves(model.params))
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if name != "context" or size > 1)
     weights = "weights in float32"
     if model.lora is not None:
         trained = sum(x.size for x in jax.tree.leaves(trainable_part(model.params)))
         frozen = model.lora.quantize or jnp.dtype(config.compute_dtype).name
         weights = f"frozen weights in {frozen}, {trained:,} trained in float32 (LoRA of rank {model.lora.rank})"
         count = sum(x.size for x in jax.tree.leaves(models.param_shapes(model.config)))
-    uneven = [head_layout(model.config, mesh).description, uneven_params(model.params, mesh)]
+    layout = layout_note(model, mesh)
     return {
         "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",
-        **({"layout": "; ".join(filter(None, uneven))} if any(uneven) else {}),
+        **({"layout": layout} if layout else {}),
         "precision": f"{jnp.dtype(config.compute_dtype).name}, {weights}",
         "model": f"{model.hf_config.get('model_type')} from {start}, {count:,} parameters, "
         f"{model.hf_config.get('max_position_embeddings') or 'any number of'} positions",

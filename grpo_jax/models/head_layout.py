@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.sharding import BATCH, constrain
+from grpo_jax.sharding import TOKENS, constrain
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class HeadLayout:
         return grouped[:, :, :, : self.group].reshape(B, S, -1, E)
 
     def _over_devices(self, x: Float[Array, "B S N E"]) -> Float[Array, "B S N E"]:
-        return constrain(x, self.mesh, P(*BATCH, None, "tensor"))
+        return constrain(x, self.mesh, P(*TOKENS, "tensor"))
 
 
 def head_layout(config: DecoderConfig, mesh: Mesh | None) -> HeadLayout:

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import attention_mask
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.context import ContextAttention
+from grpo_jax.models.splash import block_of, splash_kernel
 from grpo_jax.sharding import BATCH
 from grpo_jax.types import Segments
 
@@ -26,12 +28,9 @@ Kernel = Callable[..., Float[Array, "B S H E"]]
 attends to unmasked tokens up to itself and less than ``window`` before it; the output of a masked one is finite and
 meaningless. An integer mask holds segment ids, 0 for padding: tokens attend within their segment."""
 
-LANES = 128
-LARGEST_BLOCK = 512
-
 
 def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> Kernel | None:
-    """The attention kernel of a name; None for the plain path.
+    """The attention kernel of a name; None for the plain path of a mesh without ``context``.
 
     Args:
         name: ``auto`` selects the platform's kernel if it supports the model in bfloat16. In float32 it is the plain
@@ -45,6 +44,8 @@ def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: 
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     chosen = resolve_attention(name, config, dtype, hardware(device))
+    if mesh is not None and mesh.shape["context"] > 1:
+        return ContextAttention(chosen, mesh)  # pyright: ignore[reportArgumentType]
     kernels = {"cudnn": cudnn_attention, "splash": partial(splash_attention, mesh=mesh)}
     return kernels.get(chosen)
 
@@ -98,7 +99,7 @@ def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any) -> str 
 
 def takes_segments(kernel: Kernel) -> bool:
     """Whether a kernel's mask may be ``types.Segments``."""
-    return kernel is cudnn_attention
+    return kernel is cudnn_attention or (isinstance(kernel, ContextAttention) and kernel.takes_segments)
 
 
 def cudnn_attention(
@@ -201,34 +202,18 @@ def splash_attention(
 
 def _splash_on_device(queries, keys, values, mask, *, window: int | None, softcap: float | None, interpret: bool):
     """``splash_attention`` on one device's shard."""
-    # Imported late: other attention needs nothing of Pallas.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # late, as in splash_kernel
 
     S, H = queries.shape[1:3]
-    blocks = -(-S // LARGEST_BLOCK)
-    block = -(-S // (blocks * LANES)) * LANES
-    length = blocks * block
+    block = block_of(S)
+    length = -(-S // block) * block
 
     def padded(x: Float[Array, "B S N E"]) -> Float[Array, "B N length E"]:
         return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, length - S), (0, 0)))
 
-    causal = splash_mask.LocalMask((length, length), (None if window is None else window - 1, 0), offset=0)
-    kernel = splash.make_splash_mha_single_device(
-        splash_mask.MultiHeadMask([causal] * H),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
-        attn_logits_soft_cap=softcap,
-        interpret=interpret,
-    )
+    kernel = splash_kernel(length, H, block, window=window, softcap=softcap, shards=1, interpret=interpret)
     # Masked tokens are a segment of their own and attend at least to themselves: a row that attends to nothing would be
     # divided by zero.
     segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, length - S)))
-    out: Array = jax.vmap(kernel)(padded(queries), padded(keys), padded(values), splash.SegmentIds(segments, segments))  # pyright: ignore[reportAssignmentType]
+    out: Array = jax.vmap(kernel)(padded(queries), padded(keys), padded(values), SegmentIds(segments, segments))
     return out[:, :, :S].transpose(0, 2, 1, 3)

@@ -26,6 +26,16 @@ from grpo_jax.models.rope import rotate
 from grpo_jax.sharding import constrain
 
 
+def as_tokens(x: Float[Array, "*shape D"], mesh: Mesh | None) -> Float[Array, "*tokens D"]:
+    """One axis for all tokens, unless ``context`` splits those of each sequence: two split axes cannot be merged.
+
+    Args:
+        x: an activation.
+        mesh: the devices; None for one.
+    """
+    return x if mesh is not None and mesh.shape["context"] > 1 else x.reshape(-1, x.shape[-1])
+
+
 class Embedding(nn.Module):
     """An embedding table with a row for each token."""
 
@@ -79,6 +89,7 @@ class Norm(nn.Module):
     epsilon: float
     offset: float
     param_dtype: Any
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
@@ -89,9 +100,10 @@ class Norm(nn.Module):
         # on all tokens give the same bits. XLA fuses a mean with the epsilon in one of them and not in the other, and
         # computes the rsqrt of a vector differently from that of a scalar.
         D = x.shape[-1]
-        tokens = x.astype(jnp.float32).reshape(-1, D)
+        tokens = as_tokens(x.astype(jnp.float32), self.mesh)
         sizes = jnp.sqrt(D / (jnp.sum(tokens**2, axis=-1, keepdims=True) + D * self.epsilon))
-        return (tokens * sizes * scale[None, :]).astype(x.dtype).reshape(x.shape)
+        scales = scale.reshape((1,) * (tokens.ndim - 1) + (D,))
+        return (tokens * sizes * scales).astype(x.dtype).reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -104,7 +116,7 @@ class Layer(nn.Module):
 
     def norm(self, name: str) -> Norm:
         """A norm with the config's settings."""
-        return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, name=name)
+        return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, self.mesh, name=name)
 
     def linear(self, name: str, features: int | tuple[int, ...], *, axis: Any = -1, bias: bool) -> nn.DenseGeneral:
         """A linear map.
@@ -136,7 +148,7 @@ class Attention(Layer):
         """
         c = self.config
         B, S, D = x.shape
-        tokens = x.reshape(-1, D)
+        tokens = as_tokens(x, self.mesh)
         queries = self.linear("q", (c.num_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_heads, -1)
         keys = self.linear("k", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_kv_heads, -1)
         values = self.linear("v", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(
@@ -164,7 +176,7 @@ class Attention(Layer):
                     start = end
                 out = attend(queries, segments, c.attention_softcap)
             out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, -1, c.head_dim)
-        out = heads.restored(out).reshape(-1, c.num_heads, c.head_dim)
+        out = heads.restored(out).reshape(*tokens.shape[:-1], c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
         return out, entry
 
@@ -177,7 +189,7 @@ class MLP(Layer):
         """Apply the MLP."""
         c = self.config
         # One axis for all tokens: on CPU the gradient of a product with two axes takes almost twice as long.
-        tokens = x.reshape(-1, c.hidden_size)
+        tokens = as_tokens(x, self.mesh)
         gate = self.linear("gate", c.intermediate_size, bias=c.mlp_bias)(tokens)
         up = self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens)
         out = self.linear("down", c.hidden_size, bias=c.mlp_bias)(ACTIVATIONS[c.activation](gate) * up)
