@@ -1,8 +1,8 @@
 """The device mesh and the shardings of parameters and batches.
 
 Four axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
-are sharded and gathered when used; the batch is sharded here too), ``context`` (tokens of each sequence are sharded, and
-parameters as over ``fsdp``) and ``tensor`` (heads and hidden units are sharded).
+are sharded and gathered when used; the batch is sharded here too), ``context`` (tokens of each sequence are sharded,
+and parameters as over ``fsdp``) and ``tensor`` (heads and hidden units are sharded).
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
             mesh = self.mesh.build()
             sampling = rollout_mesh(mesh, self.mesh.rollout_tensor or mesh.shape["tensor"])
             check_divides(
-                self.num_completions, sampling, "num_prompts x group_size in the sampler, over mesh.context too"
+                self.num_completions, sampling, "num_prompts x group_size, in the sampler over mesh.context too"
             )
 
     def check_old_log_probs(self, importance_cap: float | None) -> None:
