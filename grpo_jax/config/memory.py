@@ -295,12 +295,13 @@ def warn_of_narrow_shards(hidden_size: int, axes: Axes) -> None:
         hidden_size: the model's width, which fsdp splits.
         axes: sizes of the mesh's axes.
     """
-    fsdp = axes["fsdp"]
-    if fsdp == 1 or hidden_size // fsdp >= LANES:
+    fsdp, context = axes["fsdp"], axes.get("context", 1)
+    width = hidden_size // (fsdp * context)
+    if fsdp == 1 or width >= LANES:
         return
-    most = max(n for n in divisors(fsdp) if n == 1 or hidden_size // n >= LANES)
+    most = max(n for n in divisors(fsdp) if n == 1 or hidden_size // (n * context) >= LANES)
     warnings.warn(
-        f"mesh.fsdp {fsdp} leaves {hidden_size // fsdp} of the model's {hidden_size} columns on a device, fewer than "
+        f"mesh.fsdp {fsdp} leaves {width} of the model's {hidden_size} columns on a device, fewer than "
         f"the {LANES} of a tile, which doubles the traffic of weights on a TPU; --mesh.fsdp {most} --mesh.data "
         f"{axes['data'] * fsdp // most} does not",
         stacklevel=2,
