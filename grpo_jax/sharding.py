@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
@@ -87,8 +88,12 @@ def make_mesh(
     if size > len(devices):
         raise ValueError(f"mesh data={data} x {named} takes {size} devices; there are {len(devices)}")
     # Auto: the compiler propagates shardings from the arguments, so that the mathematics does not name a mesh.
-    shape = (data, fsdp, context, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:size])
+    shape, types = (data, fsdp, context, tensor), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:size])
+    except NotImplementedError:  # an axis that is not a product of whole axes of a TPU's torus
+        split = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
