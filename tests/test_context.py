@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as Spec
 from layouts import T, assert_close, config_of, mesh_of, sampled, scored
 
 from grpo_jax.models import build_model, kernels
-from grpo_jax.models.context import ContextAttention
+from grpo_jax.models.context import ContextAttention, dealt_out, in_order
+from grpo_jax.models.splash import dealt_slots
 from grpo_jax.sharding import param_shardings, rollout_mesh
 
 EXPECTED = {}
@@ -55,15 +56,16 @@ def test_stacked_layers_that_are_recomputed_over_context():
 
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
 def test_kernels_over_context_are_plain_attention(name):
-    mesh, S = mesh_of(1, 2, 1, 2), 256
+    mesh, S = mesh_of(1, 2, 1, 2), 512
     rng = np.random.default_rng(0)
     queries, keys, values = (jnp.asarray(rng.normal(size=(2, S, n, 16)), jnp.float32) for n in (4, 2, 2))
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, S)), axis=1)[:, ::-1].copy(), jnp.int32)
+    is_real = dealt_out(segments, 2) > 0
 
     def outputs(kernel):
         def loss(*inputs):
             out = kernel(*inputs, segments, window=150, softcap=None)
-            return jnp.where(segments[:, :, None, None] > 0, jnp.tanh(out), 0).sum()
+            return jnp.where(is_real[:, :, None, None], jnp.tanh(out), 0).sum()
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(queries, keys, values)
 
@@ -107,5 +109,15 @@ def test_the_kernel_over_context(monkeypatch):
     monkeypatch.setattr(kernels, "hardware", lambda _: "tpu")
     chosen = kernels.choose_kernel("auto", config, jnp.bfloat16, mesh)
     assert chosen == ContextAttention("splash", mesh)
-    assert chosen.token_multiple == 256
+    assert chosen.token_multiple == 512
     assert not kernels.takes_segments(chosen)
+
+
+@pytest.mark.parametrize("context", [2, 4])
+def test_blocks_are_dealt_out_for_equal_work_and_sent_back(context):
+    mesh, S = mesh_of(1, 2, 1, context), 4 * context
+    x = jnp.arange(2.0 * S).reshape(2, S, 1)
+    dealt = dealt_out(x[:, :, 0], context)
+    assert len({int(slots.sum()) for slots in dealt_slots(S, context).reshape(context, -1)}) == 1
+    assert not np.array_equal(dealt, x[:, :, 0])
+    assert np.array_equal(in_order(dealt[:, :, None], mesh), x)

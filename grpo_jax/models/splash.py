@@ -23,6 +23,19 @@ def even_block_of(length: int) -> int:
     return next(block for block in range(LARGEST_BLOCK, 0, -LANES) if length % block == 0)
 
 
+def dealt_slots(length: int, shards: int) -> np.ndarray:
+    """Slots of the tokens that each of some devices has, one device after the other.
+
+    Device ``i`` of ``N`` has blocks ``i`` and ``2 N - 1 - i`` of ``2 N``: causal attention is equal work for all.
+
+    Args:
+        length: tokens of the sequence, a multiple of ``2 * shards``.
+        shards: N.
+    """
+    blocks = np.arange(length, dtype=np.int32).reshape(2, shards, -1)
+    return np.stack([blocks[0], blocks[1, ::-1]], axis=1).reshape(-1)
+
+
 @lru_cache(maxsize=16)
 def splash_kernel(
     length: int, heads: int, block: int, *, window: int | None, softcap: float | None, shards: int, interpret: bool
@@ -35,7 +48,7 @@ def splash_kernel(
         block: tokens of a block of queries and of keys.
         window: sliding window; None for full attention.
         softcap: ``c`` in ``c * tanh(score / c)``; None without.
-        shards: devices over which the queries are split.
+        shards: devices over which the queries are split, as ``dealt_slots``.
         interpret: interpret the kernel on any platform, for tests.
     """
     # Imported late: other attention needs nothing of Pallas.
@@ -43,6 +56,8 @@ def splash_kernel(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
     causal = splash_mask.LocalMask((length, length), (None if window is None else window - 1, 0), offset=0)
+    if shards > 1:
+        causal.q_sequence = dealt_slots(length, shards)
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
             splash_mask.MultiHeadMask([causal] * heads),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.context import ContextAttention, padded_tokens
+from grpo_jax.models.context import ContextAttention, dealt_out, in_order, padded_tokens
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
@@ -246,6 +246,7 @@ def build_model(
                 raise ValueError("over mesh.context, a model takes whole sequences with positions and no cache")
             mask = jnp.ones(token_ids.shape, bool) if mask is None else mask
             token_ids, positions, mask = padded_tokens((token_ids, positions, mask), context.token_multiple)
+            token_ids, positions = dealt_out((token_ids, positions), context.mesh.shape["context"])
         rotations = positions if isinstance(positions, dict) else rope(positions)
         params = bound(params)
         stacked = params.get(STACKED, ())
@@ -253,7 +254,7 @@ def build_model(
         hidden, cache = module.apply(  # pyright: ignore[reportAssignmentType]
             variables, token_ids, rotations, mask, cache, start, prefixes, block_bounds, stacked
         )
-        return (hidden, cache) if context is None else (hidden[:, :num_tokens], None)
+        return (hidden, cache) if context is None else (in_order(hidden, context.mesh)[:, :num_tokens], None)
 
     rope = partial(_compute_rotations, config)
 
