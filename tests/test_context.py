@@ -39,7 +39,6 @@ def test_tokens_over_context_give_the_gradients_of_one_device(sizes, context, la
 @pytest.mark.parametrize(
     ("case", "sizes", "layout", "value"),
     [
-        ("qwen2", (1, 1, 2), "separate", False),
         ("qwen3_sliding_bias", (1, 2, 1), "documents", False),
         ("llama_longrope", (1, 2, 1), "padded", True),
         ("gemma3", (1, 1, 1), "shared", True),

@@ -21,8 +21,8 @@ UNEVEN = {
     "num_hidden_layers": 2,
     "layer_types": None,
 }
-MESHES = [(1, 1, 8), (2, 2, 2), (1, 4, 2), (1, 3, 2), (3, 1, 2)]
-FAMILIES = ["gemma2", "gemma3", "llama_longrope"]
+MESHES = [(1, 1, 8), (3, 1, 2)]
+FAMILIES = ["llama_longrope"]
 EXPECTED = {}
 
 
@@ -43,7 +43,9 @@ def check_mesh(case, sizes, layout):
     assert_close(run(mesh_of(*sizes)), one_device(case, layout, run))
 
 
-@pytest.mark.parametrize(("sizes", "layout"), [((1, 2, 4), "padded"), ((1, 1, 3), "shared")])
+@pytest.mark.parametrize(
+    ("sizes", "layout"), [((1, 2, 4), "padded"), pytest.param((1, 1, 3), "shared", marks=pytest.mark.slow)]
+)
 def test_a_mesh_that_divides_nothing_gives_the_gradients_of_one_device(sizes, layout):
     check_mesh("qwen2", sizes, layout)
 
@@ -60,15 +62,11 @@ def test_families_on_a_mesh_that_divides_nothing(case):
     check_mesh(case, (1, 2, 4), "padded")
 
 
-@pytest.mark.parametrize(
-    ("sizes", "tensor"),
-    [((1, 2, 4), 4), pytest.param((1, 8, 1), 8, marks=pytest.mark.slow)],
-)
-def test_devices_that_divide_nothing_do_not_change_the_samples(sizes, tensor):
+def test_devices_that_divide_nothing_do_not_change_the_samples():
     config = config_of("qwen2", **UNEVEN)
     params = random_params(config)
     expected = one_device("qwen2", "sampled", lambda mesh: sampled(config, params, mesh, 1))
-    found = sampled(config, params, mesh_of(*sizes), tensor)
+    found = sampled(config, params, mesh_of(1, 2, 4), 4)
     assert np.array_equal(found.completion_ids, expected.completion_ids)
     np.testing.assert_allclose(found.rollout_log_probs, expected.rollout_log_probs, atol=1e-5)
 
