@@ -126,7 +126,7 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     update = jnp.dtype(config.optimizer.gradient_dtype).itemsize * most_trained + 12 * CHUNK_SIZE * decoder.vocab_size
     if most_trained == count:
         update += (1 + (itemsize < 4)) * itemsize * count
-    elif axes["fsdp"] > 1:  # only there are layers with adapters stacked
+    elif axes["fsdp"] * axes.get("context", 1) > 1:  # only there are layers with adapters stacked
         update += frozen
     if "optimizer" not in config.offload:
         state += int(of_moments * all_trained)

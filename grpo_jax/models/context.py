@@ -44,7 +44,7 @@ class ContextAttention:
 
     @property
     def takes_segments(self) -> bool:
-        """Whether the mask may be ``types.Segments``."""
+        """Whether the named attention takes ``types.Segments`` as a mask; others are given to plain attention."""
         return self.name != "splash"
 
     @property
@@ -71,7 +71,7 @@ class ContextAttention:
         heads = P(*TOKENS, "tensor", None)
         run = partial(jax.shard_map, mesh=self.mesh, out_specs=heads, check_vma=False)
         specs = (heads, heads, heads, BATCH)
-        if self.name != "splash":
+        if self.name != "splash" or isinstance(mask, Segments):
             attention = partial(_cudnn, interpret=self.interpret) if self.name == "cudnn" else _plain
             function = partial(_masked, attention=attention, window=window, softcap=softcap)
             return run(function, in_specs=specs)(queries, keys, values, mask)

@@ -97,7 +97,7 @@ def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any) -> str 
     return None
 
 
-def takes_segments(kernel: Kernel) -> bool:
+def takes_segments(kernel: Kernel | None) -> bool:
     """Whether a kernel's mask may be ``types.Segments``."""
     return kernel is cudnn_attention or (isinstance(kernel, ContextAttention) and kernel.takes_segments)
 

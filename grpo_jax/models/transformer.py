@@ -95,7 +95,10 @@ class Decoder(nn.Module):
         slots = start + jnp.arange(S)
         kernel_mask = None
         is_alone = S > 1 and isinstance(start, int) and start == 0 and not prefixes
-        if self.kernel is not None and is_alone and (takes_segments(self.kernel) or not isinstance(mask, Segments)):
+        fits = (
+            not isinstance(mask, Segments) or takes_segments(self.kernel) or isinstance(self.kernel, ContextAttention)
+        )
+        if self.kernel is not None and is_alone and fits:
             all_tokens = jnp.ones(token_ids.shape, bool)
             kernel_mask = all_tokens if mask is None else mask if isinstance(mask, Segments) else mask[:, :S]
         is_packed = kernel_mask is None and cache is None and is_packed_mask(mask)
@@ -242,7 +245,7 @@ def build_model(
             )
         num_tokens = token_ids.shape[1]
         if context is not None:
-            if cache is not None or isinstance(positions, dict):
+            if cache is not None or prefixes or isinstance(positions, dict):
                 raise ValueError("over mesh.context, a model takes whole sequences with positions and no cache")
             mask = jnp.ones(token_ids.shape, bool) if mask is None else mask
             token_ids, positions, mask = padded_tokens((token_ids, positions, mask), context.token_multiple)
@@ -284,7 +287,7 @@ def build_model(
 
 def _is_scanned(platform: str, remat: Remat, mesh: Mesh | None, lora: LoRA | None) -> bool:
     """The default of ``scan_layers``."""
-    is_sharded = mesh is not None and mesh.shape["fsdp"] > 1
+    is_sharded = mesh is not None and mesh.shape["fsdp"] * mesh.shape["context"] > 1
     has_adapters = lora is not None and lora.is_used
     return (platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
 
