@@ -58,11 +58,9 @@ def make_token_scores(
                 method = ShardedHead(chunk_size, logit_softcap, min_chunks, mesh)
                 T, more = hidden.shape[1], -hidden.shape[1] % mesh.shape["context"]
                 if more:
-                    padded = [
-                        None if x is None else jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
-                        for x in (hidden, token_ids, mask)
-                    ]
-                    log_probs, entropies = scored(method, padded[0], table, padded[1], padded[2], temperature)
+                    wanted = None if mask is None else _padded_tokens(mask, more)
+                    hidden, token_ids = _padded_tokens(hidden, more), _padded_tokens(token_ids, more)
+                    log_probs, entropies = scored(method, hidden, table, token_ids, wanted, temperature)
                     return log_probs[:, :T], entropies[:, :T]
             else:
                 warnings.warn(
@@ -163,6 +161,10 @@ class ShardedHead:
     def _over_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         # Without the check: sums over the vocabulary are equal on all devices of "tensor", which it cannot know.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _padded_tokens(x: Array, more: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _number_or_array(temperature: Any) -> tuple[float | None, Array | None]:

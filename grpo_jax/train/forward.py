@@ -109,7 +109,8 @@ def _predicting_states(model: Model, params: Params, sequences: Sequences) -> _P
         return _Predicting(states, sequences.completion_ids, sequences.completion_mask, None, T)
     hidden, _ = model.apply(params, rows.token_ids, rows.positions, rows.attention_mask)
     if model.token_shards > 1:
-        return _Predicting(hidden, *rows.by_column(), rows, T, columns=rows.target_columns)
+        target_ids, target_mask = rows.by_column()
+        return _Predicting(hidden, target_ids, target_mask, rows, T, columns=rows.target_columns)
     return _Predicting(rows.predicting(hidden), rows.target_ids, rows.target_mask, rows, T)
 
 
