@@ -143,8 +143,8 @@ class ChunkedHead:
         logit_softcap: as in ``output_logits``.
         min_chunks: more than 1 for narrow chunks, of which a mask may leave many out.
         vocab_axes: mesh axes over which the rows of the head are sharded.
-        row_axis: the one of them over which the sequences are sharded too.
-        batch_axes: all mesh axes over which the sequences are sharded.
+        token_axes: those of them over which the tokens are sharded too.
+        batch_axes: all mesh axes over which the tokens are sharded.
         vocab_size: V, if the head has more rows, of padding.
     """
 
@@ -152,7 +152,7 @@ class ChunkedHead:
     logit_softcap: float | None = None
     min_chunks: int = 1
     vocab_axes: tuple[str, ...] = ()
-    row_axis: str | None = None
+    token_axes: tuple[str, ...] = ()
     batch_axes: tuple[str, ...] = ()
     vocab_size: int | None = None
 
@@ -289,20 +289,20 @@ class ChunkedHead:
         return logits, ids
 
     def _gathered(self, x: Array) -> Array:
-        return x if self.row_axis is None else jax.lax.all_gather(x, self.row_axis, tiled=True)
+        return jax.lax.all_gather(x, self.token_axes, tiled=True) if self.token_axes else x
 
     def _own(self, x: Array) -> Array:
-        if self.row_axis is None:
+        if not self.token_axes:
             return x
-        size = x.shape[0] // jax.lax.axis_size(self.row_axis)
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.row_axis) * size, size)
+        size = x.shape[0] // jax.lax.axis_size(self.token_axes)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.token_axes) * size, size)
 
     def _summed_own(self, x: Array) -> Array:
         """``_own`` of ``_total``."""
-        if self.row_axis is None:
+        if not self.token_axes:
             return self._total(x)
-        others = tuple(axis for axis in self.vocab_axes if axis != self.row_axis)
-        return jax.lax.psum(jax.lax.psum_scatter(x, self.row_axis, tiled=True), others)
+        others = tuple(axis for axis in self.vocab_axes if axis not in self.token_axes)
+        return jax.lax.psum(jax.lax.psum_scatter(x, self.token_axes, tiled=True), others)
 
     def _total(self, x: Array) -> Array:
         return jax.lax.psum(x, self.vocab_axes) if self.vocab_axes else x

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeVar, dataclass_transform
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -74,6 +75,17 @@ class PackedRows:
     def predicting(self, hidden: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
         """The hidden states at ``target_columns``."""
         return jnp.take_along_axis(hidden, self.target_columns[:, :, None], axis=1, mode="promise_in_bounds")
+
+    def by_column(self) -> tuple[Int[Array, "R S"], Bool[Array, "R S"]]:
+        """The completion token that each column predicts, and True at columns that predict one."""
+
+        def row(columns, mask, ids):
+            places = jnp.where(mask, columns, len(columns))  # dropped, where nothing is predicted
+            return jnp.zeros_like(ids).at[places].set(ids, mode="drop"), jnp.zeros_like(mask).at[places].set(
+                True, mode="drop"
+            )
+
+        return jax.vmap(row)(self.target_columns, self.target_mask, self.target_ids)
 
     @property
     def attention_mask(self) -> Int[Array, "R S"] | Segments:

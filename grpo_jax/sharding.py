@@ -1,14 +1,15 @@
 """The device mesh and the shardings of parameters and batches.
 
-Three axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
-are sharded and gathered when used; the batch is sharded here too) and ``tensor`` (heads and hidden units are sharded).
+Four axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
+are sharded and gathered when used; the batch is sharded here too), ``context`` (tokens of each sequence are sharded,
+and parameters as over ``fsdp``) and ``tensor`` (heads and hidden units are sharded).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
@@ -23,8 +25,10 @@ from jaxtyping import Array, Int
 from grpo_jax.devices import all_devices
 from grpo_jax.types import Params
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = P(("data", "fsdp"))
+TOKENS = P(("data", "fsdp"), "context")
+"""Rows and tokens of activations in training."""
 HOST_MEMORY = "pinned_host"
 """The host's memory that devices copy from and to by themselves."""
 
@@ -52,61 +56,73 @@ ROLLOUT_RULES = tuple(
 """The rules for sampling: replicated over ``data`` and ``fsdp``, so that no decode step gathers parameters."""
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of ``data x fsdp x tensor`` devices.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of ``data x fsdp x context x tensor`` devices.
 
     Args:
         data: size of the axis; -1 for all devices that the other axes leave.
         fsdp: size of the axis.
+        context: size of the axis.
         tensor: size of the axis.
-        devices: devices to use, of which the first ``data * fsdp * tensor`` are taken; by default all.
+        devices: devices to use, of which as many as the axes take are taken; by default all.
 
     Raises:
         ValueError: the sizes do not fit the number of devices.
     """
     devices = all_devices() if devices is None else list(devices)
-    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
-        raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: sizes must be at least 1 (data may be -1: all others)"
-        )
+    others = {"fsdp": fsdp, "context": context, "tensor": tensor}
+    if min(others.values()) < 1 or (data < 1 and data != -1):
+        sizes = ", ".join(f"{name}={size}" for name, size in {"data": data, **others}.items())
+        raise ValueError(f"mesh {sizes}: sizes must be at least 1 (data may be -1: all others)")
+    # An axis that few use is named only where it is used.
+    named = " x ".join(f"{name}={size}" for name, size in others.items() if name != "context" or size > 1)
+    size = math.prod(others.values())
     if data == -1:
-        data = len(devices) // (fsdp * tensor)
-        if data * fsdp * tensor != len(devices):
+        data = len(devices) // size
+        if data * size != len(devices):
             raise ValueError(
-                f"mesh fsdp={fsdp} x tensor={tensor} does not divide the {len(devices)} devices; "
+                f"mesh {named} does not divide the {len(devices)} devices; "
                 f"their product must be one of {divisors(len(devices))}"
             )
-    size = data * fsdp * tensor
+    size *= data
     if size > len(devices):
-        raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} takes {size} devices; there are {len(devices)}"
-        )
+        raise ValueError(f"mesh data={data} x {named} takes {size} devices; there are {len(devices)}")
     # Auto: the compiler propagates shardings from the arguments, so that the mathematics does not name a mesh.
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+    shape, types = (data, fsdp, context, tensor), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:size])
+    except NotImplementedError:  # an axis that is not a product of whole axes of a TPU's torus
+        split = mesh_utils.create_device_mesh(shape, devices[:size], allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
     """The devices of a mesh for sampling: ``tensor`` of them share the model's heads, and groups of them the batch.
 
-    Its devices are in the same order, so that a jitted function may take arrays of both meshes.
+    Its devices are in the same order, so that a jitted function may take arrays of both meshes. Those of ``context``
+    share the batch too.
 
     Args:
         mesh: of ``make_mesh``.
-        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x tensor``.
+        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x context x tensor``.
 
     Raises:
         ValueError: it is not.
     """
     sizes = mesh.shape
-    if tensor == sizes["tensor"]:
+    if tensor == sizes["tensor"] and sizes["context"] == 1:
         return mesh
-    if tensor < 1 or tensor % sizes["tensor"] or sizes["fsdp"] * sizes["tensor"] % tensor:
+    most = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
+    if tensor < 1 or tensor % sizes["tensor"] or most % tensor:
+        axes = "mesh.fsdp x mesh.tensor" if sizes["context"] == 1 else "mesh.fsdp x mesh.context x mesh.tensor"
         raise ValueError(
             f"mesh.rollout_tensor is {tensor}; it must be a multiple of mesh.tensor = {sizes['tensor']} that divides "
-            f"mesh.fsdp x mesh.tensor = {sizes['fsdp'] * sizes['tensor']}"
+            f"{axes} = {most}"
         )
-    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    shape = {"data": mesh.size // tensor, "fsdp": 1, "context": 1, "tensor": tensor}
+    return Mesh(mesh.devices.reshape(*shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | None:
@@ -121,8 +137,41 @@ def param_spec(name: str, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> P | N
     return next((spec for pattern, spec in rules if re.search(pattern, name)), None)
 
 
+def fitted_spec(name: str, shape: Sequence[int], axes: Mapping[str, int], rules: Sequence[tuple[str, P]]) -> P | None:
+    """``param_spec`` for a parameter whose dimensions the mesh's axes may not divide.
+
+    An axis that does not divide its dimension splits another dimension that the rule splits, if it divides that one;
+    otherwise the parameter is replicated over it.
+
+    Args:
+        name: as in ``param_spec``.
+        shape: of the parameter.
+        axes: sizes of the mesh's axes.
+        rules: as in ``param_shardings``.
+    """
+    spec = param_spec(name, rules)
+    if spec is None:
+        return None
+    wanted = [axis_names(entry) for entry in spec]
+    if axes.get("context", 1) > 1:  # as fsdp
+        wanted = [sum((("fsdp", "context") if axis == "fsdp" else (axis,) for axis in n), ()) for n in wanted]
+    fitted: list[tuple[str, ...]] = [()] * len(wanted)
+
+    def placed(axis: str, dimension: int) -> bool:
+        names = (*fitted[dimension], axis)
+        if shape[dimension] % math.prod(axes[name] for name in names) == 0:
+            fitted[dimension] = names
+        return axis in fitted[dimension]
+
+    missing = [axis for dimension, names in enumerate(wanted) for axis in names if not placed(axis, dimension)]
+    # Scales of a quantized matrix lie as the matrix or whole: several of its entries may share one.
+    for axis in missing if not name.endswith("/kernel/scale") else ():
+        next((dimension for dimension, names in enumerate(wanted) if names and placed(axis, dimension)), None)
+    return P(*(None if not names else names[0] if len(names) == 1 else names for names in fitted))
+
+
 def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = PARAM_RULES) -> Params:
-    """A sharding for each parameter, by its path.
+    """A sharding for each parameter, by its path, as ``fitted_spec``.
 
     Args:
         shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -130,28 +179,16 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
         rules: pairs of a regular expression on the path and a spec; the first match applies.
 
     Raises:
-        ValueError: parameters without a rule, or dimensions that their mesh axes do not divide; one error lists all,
-            with the axis sizes that would divide.
+        ValueError: parameters without a rule; one error lists all.
     """
     problems = []
 
     def place(path, leaf):
-        name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        spec = param_spec(name, rules)
+        name = _name(path)
+        spec = fitted_spec(name, leaf.shape, mesh.shape, rules)
         if spec is None:
             problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
             return None
-        if name.endswith("/kernel/scale"):  # of a quantized matrix: fewer entries, where several share one
-            spec = P(
-                *(axes if _divides(mesh, axes, size) else None for size, axes in zip(leaf.shape, spec, strict=True))
-            )
-        for dimension, axes in enumerate(spec):
-            size = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-            if leaf.shape[dimension] % size:
-                problems.append(
-                    f"{name}: dimension {dimension} of shape {tuple(leaf.shape)} does not divide by mesh axis "
-                    f"{axes!r} of size {size}; sizes that would do: {divisors(leaf.shape[dimension])}"
-                )
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(place, shapes)
@@ -160,8 +197,28 @@ def param_shardings(shapes: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] =
     return shardings
 
 
-def _divides(mesh: Mesh, axes: Any, size: int) -> bool:
-    return size % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())) == 0
+def params_by_name(shapes: Params) -> list[tuple[str, tuple[int, ...]]]:
+    """Path and shape of each parameter."""
+    return [(_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+
+
+def num_shards(spec: P | None, axes: Mapping[str, int]) -> int:
+    """Distinct parts of an array over a mesh.
+
+    Args:
+        spec: of the array; None for a replicated one.
+        axes: sizes of the mesh's axes.
+    """
+    return math.prod(axes[axis] for entry in spec or () for axis in axis_names(entry))
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(entry, "key", entry)) for entry in path)
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a ``PartitionSpec``."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
@@ -172,11 +229,12 @@ def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
 
     Args:
         shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
-        mesh: mesh of training; ``tensor`` divides its ``fsdp x tensor``.
+        mesh: mesh of training; ``tensor`` divides its ``fsdp x context x tensor``.
         tensor: size of the axis in sampling.
     """
     sizes, inner = mesh.shape, tensor // mesh.shape["tensor"]
-    devices = mesh.devices.reshape(sizes["data"], sizes["fsdp"] // inner, inner, sizes["tensor"])
+    outer = sizes["fsdp"] * sizes["context"] // inner
+    devices = mesh.devices.reshape(sizes["data"], outer, inner, sizes["tensor"])
     split = Mesh(devices, ("data", "fsdp", "inner", "tensor"), axis_types=(AxisType.Auto,) * 4)
     rules = [
         (pattern, P(*(("inner", "tensor") if axes == "tensor" else axes for axes in spec)))
@@ -322,7 +380,7 @@ def constrain(x: Array, mesh: Mesh | None, spec: P) -> Array:
     if mesh is None:
         return x
     for dimension, axes in zip(x.shape, spec, strict=False):
-        if dimension % math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())):
+        if dimension % math.prod(mesh.shape[axis] for axis in axis_names(axes)):
             return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

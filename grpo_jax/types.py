@@ -129,6 +129,8 @@ class Model:
             segment ids but not ``Segments``; None if they cannot be packed.
         attention_length: length of rows over which attention costs as much as all other work, in tokens.
         preparation: of the parameters for a train step.
+        token_shards: devices over which the tokens of a sequence are split. With more than one, ``apply`` takes whole
+            sequences without a cache.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -145,6 +147,7 @@ class Model:
     packing: Packing | None = None
     attention_length: float = ATTENTION_LENGTH
     preparation: Preparation = AS_STORED
+    token_shards: int = 1
 
 
 @pytree

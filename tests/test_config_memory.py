@@ -224,13 +224,21 @@ def test_offload_is_refused_before_a_run_begins(config, monkeypatch):
         replace(config, offload=("optimizer",)).check()
 
 
-def test_kv_heads_are_not_split(config):
+def test_the_number_of_devices_for_the_sampler_that_is_set_is_taken(config):
     axes = {"data": 1, "fsdp": 8, "tensor": 1}
     assert memory.choose_rollout_tensor(config, DECODER, axes) == 1
-    assert memory.choose_rollout_tensor(replace(config, mesh=MeshConfig(rollout_tensor=2)), DECODER, axes) == 2
-    for tensor in (0, 8):
-        with pytest.raises(ValueError, match=rf"rollout_tensor is {tensor}; .* 4 KV heads: one of \[1, 2, 4\]"):
-            memory.choose_rollout_tensor(replace(config, mesh=MeshConfig(rollout_tensor=tensor)), DECODER, axes)
+    for tensor in (0, 2, 8):  # rollout_mesh refuses 0; the 4 KV heads are repeated over 8 devices
+        chosen = replace(config, mesh=MeshConfig(rollout_tensor=tensor))
+        assert memory.choose_rollout_tensor(chosen, DECODER, axes) == tensor
+
+
+def test_memory_of_weights_that_the_axes_do_not_divide(config):
+    need = memory.reckon(config, DECODER, {"fsdp": 1, "tensor": 1})
+    assert need.state_on({"fsdp": 5, "tensor": 1}) == need.state  # divides nothing
+    assert need.state_on({"fsdp": 16, "tensor": 8}) == need.state // 128  # 4 KV heads: split along the width
+    attention = 2 * 28 * 2 * 3584 * (3584 + 512)  # bytes; 28 heads are whole on each of the sampler's 8 devices
+    wanted = (2 * WEIGHTS - attention) / 8 + attention
+    assert need.rollout_on({"fsdp": 8, "tensor": 1}, 8) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_shards_narrower_than_a_tile_are_warned_of():

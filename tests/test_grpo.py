@@ -117,11 +117,16 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("packing", "rollout_tensor"), [("none", None), ("shared", 4)])
-def test_l2_eight_devices_give_the_losses_of_one(config, packing, rollout_tensor):
+@pytest.mark.parametrize(
+    ("packing", "mesh"),
+    [
+        ("none", MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("shared", MeshConfig(data=1, fsdp=2, context=2, tensor=2, rollout_tensor=4)),
+    ],
+)
+def test_l2_eight_devices_give_the_losses_of_one(config, packing, mesh):
     config = replace(config, num_steps=5, group_size=16)
     grpo.main(config)
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2, rollout_tensor=rollout_tensor)
     eight = replace(config, run_dir=config.run_dir.with_name("eight"), mesh=mesh, packing=packing)
     grpo.main(eight)
     one, many = metrics_of(config), metrics_of(eight)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.data.prompts import pad_prompts
-from grpo_jax.models import build_model, from_hf_config, init_params, kernels, transformer
+from grpo_jax.models import build_model, from_hf_config, init_params, kernels, splash, transformer
 from grpo_jax.models.attention import KVSegment, attend, attend_in_blocks, attention_mask
 from grpo_jax.models.kernels import choose_kernel, cudnn_attention, hardware, resolve_attention, splash_attention
 from grpo_jax.rollout import Sampler
@@ -93,7 +93,7 @@ def at_real_tokens(attention, inputs, mask, **options):
     ],
 )
 def test_a_kernel_computes_what_the_plain_path_does(monkeypatch, name, length, width, kind, window, softcap):
-    monkeypatch.setattr(kernels, "LARGEST_BLOCK", 128)  # two blocks
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)  # two blocks
     inputs, mask = arrays(length, width, kind)
     options = {"window": window, "softcap": softcap}
     found = at_real_tokens(KERNELS[name], inputs, mask, **options)
@@ -225,12 +225,7 @@ QWEN = from_hf_config(SIZES | {"use_sliding_window": False})
     ],
 )
 def test_auto_takes_what_the_hardware_has_for_the_model(kind, config, dtype, expected):
-    assert resolve_attention("auto", config, dtype, kind, 1) == expected
-
-
-def test_auto_does_not_split_heads_that_do_not_divide():
-    assert resolve_attention("auto", QWEN, jnp.bfloat16, "tpu", 4) == "plain"
-    assert resolve_attention("auto", QWEN, jnp.bfloat16, "tpu", 2) == "splash"
+    assert resolve_attention("auto", config, dtype, kind) == expected
 
 
 @pytest.mark.parametrize(
@@ -260,23 +255,21 @@ def test_the_kernel_of_a_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "dtype", "tensor", "message"),
+    ("name", "config", "dtype", "message"),
     [
         (
             "cudnn",
             QWEN,
             jnp.float32,
-            1,
             "'cudnn' computes in bfloat16, not float32; use 'plain', which supports",
         ),
-        ("cudnn", CAPPED, jnp.bfloat16, 1, "no soft cap"),
-        ("cudnn", replace(QWEN, head_dim=20), jnp.bfloat16, 1, "multiple of 8 up to 128, not 20"),
-        ("splash", QWEN, jnp.bfloat16, 4, "cannot shard 2 KV heads over tensor = 4"),
+        ("cudnn", CAPPED, jnp.bfloat16, "no soft cap"),
+        ("cudnn", replace(QWEN, head_dim=20), jnp.bfloat16, "multiple of 8 up to 128, not 20"),
     ],
 )
-def test_a_kernel_that_does_not_fit_is_refused(name, config, dtype, tensor, message):
+def test_a_kernel_that_does_not_fit_is_refused(name, config, dtype, message):
     with pytest.raises(ValueError, match=message):
-        resolve_attention(name, config, dtype, "cuda" if name == "cudnn" else "tpu", tensor)
+        resolve_attention(name, config, dtype, "cuda")
 
 
 def test_a_model_is_not_built_with_a_kernel_that_does_not_run_here():

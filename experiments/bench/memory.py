@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -82,11 +81,13 @@ class Config:
     offload_optimizer: bool = False
     """Keep the optimizer's state in the host's memory between updates."""
     topology: str | None = None
-    """Compile for a TPU topology such as v5p:2x2x2, or for GPUs (h100:8). Default: one device of this machine."""
+    """Compile for a TPU topology such as v5p:2x2x2, or for GPUs (h100:8). Default: devices of this machine."""
     fsdp: int | None = None
-    """Devices of the topology that weights and moments are sharded over. Default: all that tensor leaves."""
+    """Devices of the topology that weights and moments are sharded over. Default: all that the others leave."""
     tensor: int = 1
     """Devices of the topology that heads and hidden units are sharded over."""
+    context: int = 1
+    """Devices of the topology that the tokens of each sequence are sharded over."""
     compiler_options: tuple[str, ...] = ()
     """Options of the compiler in addition to those of a run, such as exec_time_optimization_effort=-1."""
     methods: tuple[Literal[METHODS], ...] = METHODS  # pyright: ignore[reportInvalidTypeForm]
@@ -94,7 +95,7 @@ class Config:
 
     def __post_init__(self):
         require_at_least(self, rows=2, num_micro_batches=1, max_prompt_length=1, max_completion_length=1)
-        require_at_least(self, num_layers=1, fsdp=1, tensor=1, group_size=1)
+        require_at_least(self, num_layers=1, fsdp=1, tensor=1, context=1, group_size=1)
         if self.rows % 2:
             raise ValueError(f"rows is {self.rows}; it must be even, because DPO has two sequences per pair")
         for option in self.compiler_options:
@@ -120,10 +121,10 @@ class Config:
     def mesh(self) -> Mesh:
         """The devices to compile for."""
         if self.topology is None:
-            return make_mesh(devices=jax.devices()[:1])
+            return make_mesh(data=1, fsdp=self.fsdp or 1, context=self.context, tensor=self.tensor)
         devices = topology_devices(self.topology)
-        fsdp = len(devices) // self.tensor if self.fsdp is None else self.fsdp
-        return make_mesh(fsdp=fsdp, tensor=self.tensor, devices=devices)
+        fsdp = len(devices) // (self.tensor * self.context) if self.fsdp is None else self.fsdp
+        return make_mesh(fsdp=fsdp, context=self.context, tensor=self.tensor, devices=devices)
 
     @property
     def options(self) -> dict[str, Any] | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +17,15 @@ import jax.numpy as jnp
 from grpo_jax.devices import first_device, planned
 from grpo_jax.hosts import gather
 from grpo_jax.log_probs import CHUNK_SIZE
-from grpo_jax.sharding import device_bytes, divisors
+from grpo_jax.sharding import (
+    PARAM_RULES,
+    ROLLOUT_RULES,
+    device_bytes,
+    divisors,
+    fitted_spec,
+    num_shards,
+    params_by_name,
+)
 
 if TYPE_CHECKING:
     from grpo_jax.models.config import DecoderConfig
@@ -45,6 +56,8 @@ class Reckoning:
         rollout: the sampler's weights.
         token: an update's activations for each token.
         rollout_is_shared: whether the sampler uses the weights that are trained if they lie as it needs them.
+        matrices: path within a layer and shape of each of the model's matrices, whose sizes axes may not divide, and
+            their number.
     """
 
     state: int
@@ -52,10 +65,11 @@ class Reckoning:
     rollout: int
     token: int
     rollout_is_shared: bool
+    matrices: Mapping[tuple[str, tuple[int, ...]], int]
 
     def state_on(self, axes: Axes) -> int:
         """State on each device of a mesh."""
-        return self.state // (axes["fsdp"] * axes["tensor"])
+        return int(self.state * share_on(self.matrices, axes, PARAM_RULES))
 
     def rollout_on(self, axes: Axes, rollout_tensor: int) -> int:
         """The sampler's weights on each device, beside the state.
@@ -64,8 +78,10 @@ class Reckoning:
             axes: sizes of the mesh's axes.
             rollout_tensor: devices that they are sharded over.
         """
-        is_shared = self.rollout_is_shared and axes["fsdp"] == 1 and axes["tensor"] == rollout_tensor
-        return 0 if is_shared else self.rollout // rollout_tensor
+        share = share_on(self.matrices, {"fsdp": 1, "tensor": rollout_tensor}, ROLLOUT_RULES)
+        lies_right = axes["fsdp"] == 1 and axes["tensor"] == rollout_tensor
+        is_shared = self.rollout_is_shared and lies_right and share == share_on(self.matrices, axes, PARAM_RULES)
+        return 0 if is_shared else int(self.rollout * share)
 
     def tokens_on(self, axes: Axes, limit: int) -> int:
         """Tokens of a micro-batch that a device has memory for.
@@ -74,7 +90,7 @@ class Reckoning:
             axes: sizes of the mesh's axes.
             limit: the device's memory, in bytes.
         """
-        held = (self.state + self.update) // (axes["fsdp"] * axes["tensor"])
+        held = int((self.state + self.update) * share_on(self.matrices, axes, PARAM_RULES))
         return max(0, int(USABLE * limit) - held) // self.token
 
 
@@ -111,14 +127,14 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     update = jnp.dtype(config.optimizer.gradient_dtype).itemsize * most_trained + 12 * CHUNK_SIZE * decoder.vocab_size
     if most_trained == count:
         update += (1 + (itemsize < 4)) * itemsize * count
-    elif axes["fsdp"] > 1:  # only there are layers with adapters stacked
+    elif axes["fsdp"] * axes.get("context", 1) > 1:  # only there are layers with adapters stacked
         update += frozen
     if "optimizer" not in config.offload:
         state += int(of_moments * all_trained)
     if config.has_reference and "reference" not in config.offload:
         state += itemsize * trained
     kind = hardware(first_device())
-    attention = resolve_attention(config.attention, decoder, dtype, kind, axes["tensor"])
+    attention = resolve_attention(config.attention, decoder, dtype, kind)
     return Reckoning(
         state=state,
         update=update,
@@ -132,6 +148,30 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
             tensor=axes["tensor"],
         ),
         rollout_is_shared=itemsize == 4 or has_adapters,
+        matrices=_matrices(shapes),
+    )
+
+
+def share_on(matrices: Mapping[tuple[str, tuple[int, ...]], int], axes: Axes, rules: Any) -> float:
+    """The part of a model's matrices that each device of a mesh has.
+
+    Args:
+        matrices: as in ``Reckoning``.
+        axes: sizes of the mesh's axes.
+        rules: as in ``sharding.param_shardings``.
+    """
+    whole = on_device = 0.0
+    for (name, shape), count in matrices.items():
+        size = count * math.prod(shape)
+        whole += size
+        on_device += size / num_shards(fitted_spec(name, shape, axes, rules), axes)
+    return on_device / whole
+
+
+def _matrices(shapes: Any) -> Mapping[tuple[str, tuple[int, ...]], int]:
+    found = params_by_name(shapes)
+    return Counter(
+        (re.sub(r"^layers_\d+/", "", name), shape) for name, shape in found if name.endswith(("kernel", "embedding"))
     )
 
 
@@ -175,7 +215,8 @@ def fewest_micro_batches(config: Any, rows: int, *, sequences_per_row: int = 1) 
     """
     parts = config.mesh.build().shape
     devices = parts["data"] * parts["fsdp"]
-    most = max(devices, devices * micro_batch_tokens(config) // (sequences_per_row * config.sequence_length))
+    tokens = devices * parts["context"] * micro_batch_tokens(config)
+    most = max(devices, tokens // (sequences_per_row * config.sequence_length))
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
     return min(fitting, default=1)
 
@@ -222,14 +263,15 @@ def rollout_tensor(need: Reckoning, decoder: DecoderConfig, axes: Axes, wanted: 
 
     Args:
         need: memory of the run.
-        decoder: sizes of the model; KV heads are not split.
+        decoder: sizes of the model; only numbers that divide its query heads are chosen.
         axes: sizes of the mesh's axes.
         wanted: mesh.rollout_tensor, if it is set.
         limit: memory of a device in bytes; None if unknown, and ``axes["tensor"]`` is the result.
     """
     if wanted is not None or limit is None:
-        return wanted or axes["tensor"]
-    sizes = [axes["tensor"] * n for n in divisors(axes["fsdp"]) if decoder.num_kv_heads % (axes["tensor"] * n) == 0]
+        return axes["tensor"] if wanted is None else wanted
+    most = axes["fsdp"] * axes.get("context", 1)
+    sizes = [axes["tensor"] * n for n in divisors(most) if decoder.num_heads % (axes["tensor"] * n) == 0]
     fitting = [n for n in sizes if need.state_on(axes) + need.rollout_on(axes, n) <= (USABLE - CACHE) * limit]
     return min(fitting, default=max(sizes, default=axes["tensor"]))
 
@@ -241,18 +283,10 @@ def choose_rollout_tensor(config: Any, decoder: DecoderConfig, axes: Axes) -> in
         config: of the run.
         decoder: sizes of the policy.
         axes: sizes of the mesh's axes.
-
-    Raises:
-        ValueError: mesh.rollout_tensor is set to a number that does not divide the KV heads.
     """
     wanted, limit = config.mesh.rollout_tensor, memory_limit()
-    if wanted is not None and (wanted < 1 or decoder.num_kv_heads % wanted):
-        raise ValueError(
-            f"mesh.rollout_tensor is {wanted}; it must divide the model's {decoder.num_kv_heads} KV heads: one of "
-            f"{divisors(decoder.num_kv_heads)}"
-        )
     if wanted is not None or limit is None or not config.trained_models:
-        return wanted or axes["tensor"]
+        return axes["tensor"] if wanted is None else wanted
     return rollout_tensor(reckon(config, decoder, axes), decoder, axes, wanted, limit)
 
 
@@ -265,12 +299,13 @@ def warn_of_narrow_shards(hidden_size: int, axes: Axes) -> None:
         hidden_size: the model's width, which fsdp splits.
         axes: sizes of the mesh's axes.
     """
-    fsdp = axes["fsdp"]
-    if fsdp == 1 or hidden_size // fsdp >= LANES:
+    fsdp, context = axes["fsdp"], axes.get("context", 1)
+    width = hidden_size // (fsdp * context)
+    if fsdp == 1 or width >= LANES:
         return
-    most = max(n for n in divisors(fsdp) if n == 1 or hidden_size // n >= LANES)
+    most = max(n for n in divisors(fsdp) if n == 1 or hidden_size // (n * context) >= LANES)
     warnings.warn(
-        f"mesh.fsdp {fsdp} leaves {hidden_size // fsdp} of the model's {hidden_size} columns on a device, fewer than "
+        f"mesh.fsdp {fsdp} leaves {width} of the model's {hidden_size} columns on a device, fewer than "
         f"the {LANES} of a tile, which doubles the traffic of weights on a TPU; --mesh.fsdp {most} --mesh.data "
         f"{axes['data'] * fsdp // most} does not",
         stacklevel=2,

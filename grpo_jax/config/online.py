@@ -13,10 +13,11 @@ from grpo_jax.config.memory import check_memory, fewest_micro_batches, micro_bat
 from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
-from grpo_jax.config.run import Export, RunConfig, require_at_least
+from grpo_jax.config.run import Export, RunConfig, check_divides, require_at_least
 from grpo_jax.devices import first_device, platform
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.monitor.alarms import AlarmConfig
+from grpo_jax.sharding import rollout_mesh
 from grpo_jax.train.step import Offloaded
 
 CPU_PACKED_TOKENS = 1024
@@ -135,6 +136,12 @@ class OnlineConfig(RunConfig, PolicyConfig):
         self.mesh.check_divides(self.num_prompts, "num_prompts")
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
         self.mesh.check_divides(rows, "the completions of a micro-batch")
+        if self.mesh.context > 1:
+            mesh = self.mesh.build()
+            sampling = rollout_mesh(mesh, self.mesh.rollout_tensor or mesh.shape["tensor"])
+            check_divides(
+                self.num_completions, sampling, "num_prompts x group_size, in the sampler over mesh.context too"
+            )
 
     def check_old_log_probs(self, importance_cap: float | None) -> None:
         """Check that the sampler's log-probabilities can stand in for the policy's, if they are to.
@@ -164,7 +171,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
         if self.num_micro_batches is not None:
             rows = self.num_completions // (self.num_minibatches * self.num_micro_batches)
             shape = self.mesh.build().shape
-            return rows * self.sequence_length // (shape["data"] * shape["fsdp"])
+            return rows * self.sequence_length // (shape["data"] * shape["fsdp"] * shape["context"])
         return CPU_PACKED_TOKENS if platform() == "cpu" else micro_batch_tokens(self)
 
     def micro_batches_of(self, rows: int) -> int:

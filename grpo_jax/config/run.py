@@ -165,9 +165,12 @@ class MeshConfig:
     """Devices that parameters and optimizer state are sharded over."""
     tensor: int = 1
     """Devices that attention heads and hidden units are sharded over."""
+    context: Annotated[int, tyro.conf.Suppress] = 1
+    """Devices that the tokens of each sequence are sharded over in training, and parameters as over fsdp: for sequences
+    that are too long for one device. The sampler has them as replicas."""
     rollout_tensor: Annotated[int | None, tyro.conf.Suppress] = None
-    """Devices that the sampler's weights are sharded over, a multiple of tensor that divides the KV heads. Default:
-    tensor, or as many as it takes for them to fit beside the state of training."""
+    """Devices that the sampler's weights are sharded over, a multiple of tensor that divides fsdp x context x
+    tensor. Default: tensor, or as many as it takes for them to fit beside the state of training."""
 
     def build(self) -> Mesh:
         """The mesh.
@@ -175,10 +178,10 @@ class MeshConfig:
         Raises:
             ValueError: the axes do not fit the number of devices, or leave out some of several hosts.
         """
-        mesh = make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        mesh = make_mesh(data=self.data, fsdp=self.fsdp, context=self.context, tensor=self.tensor)
         if jax.process_count() > 1 and mesh.size != jax.device_count():
             raise ValueError(
-                f"mesh.data x mesh.fsdp x mesh.tensor is {mesh.size}; on several hosts it must be all "
+                f"mesh.data x mesh.fsdp x mesh.context x mesh.tensor is {mesh.size}; on several hosts it must be all "
                 f"{jax.device_count()} devices"
             )
         return mesh

@@ -102,7 +102,7 @@ class Learner:
     def is_fused(self, model: Pretrained) -> bool:
         """Whether an attention kernel computes whole sequences."""
         kind, config = hardware(self.mesh.devices.flat[0]), self.config
-        name = resolve_attention(config.attention, model.config, config.compute_dtype, kind, self.mesh.shape["tensor"])
+        name = resolve_attention(config.attention, model.config, config.compute_dtype, kind)
         return name in ("cudnn", "splash")
 
     def update(

@@ -201,7 +201,7 @@ def online_layout(config: OnlineConfig, model: Model, mesh: Mesh, sequences: Bat
     packed = pack_on_host(
         sequences,
         layout.packing,
-        micro_batch_tokens=config.packed_micro_batch_tokens,
+        micro_batch_tokens=config.packed_micro_batch_tokens * mesh.shape["context"],
         devices=mesh.shape["data"] * mesh.shape["fsdp"],
         row_length=None,
         attention_length=model.attention_length,

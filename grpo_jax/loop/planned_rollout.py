@@ -217,9 +217,7 @@ def _programs(
     prompts = placed(Prompts(*shapes), NamedSharding(layout.mesh, BATCH))
     key = jax.eval_shape(lambda: jax.random.key(0))
     kind = hardware(mesh.devices.flat[0])
-    attention = resolve_attention(
-        config.attention, policy.config, config.compute_dtype, kind, layout.mesh.shape["tensor"]
-    )
+    attention = resolve_attention(config.attention, policy.config, config.compute_dtype, kind)
     more = kernel_flops(policy.config, N, P, None) / mesh.size if attention in ("cudnn", "splash") else 0.0
     program, measured = compile_measured(
         lambda: steps.prefill.lower(params, prompts, key), platform(), options, more_flops=more

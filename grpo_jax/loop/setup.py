@@ -22,11 +22,19 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import EncodedProblems
 from grpo_jax.hosts import on_main
 from grpo_jax.loop.checks import check_length
+from grpo_jax.loop.layout_note import layout_note
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.rollout import Sampler
-from grpo_jax.sharding import ROLLOUT_RULES, make_reshard, param_shardings, replicated, rollout_mesh, rollout_steps
+from grpo_jax.sharding import (
+    ROLLOUT_RULES,
+    make_reshard,
+    param_shardings,
+    replicated,
+    rollout_mesh,
+    rollout_steps,
+)
 from grpo_jax.tasks.toy_config import TOY, TOY_FOLDER, ToyConfig
 from grpo_jax.tasks.toy_model import make_toy_model
 from grpo_jax.train import init_state, trainable_part
@@ -296,15 +304,17 @@ def model_facts(config: ModelConfig, start: str, model: models.Pretrained, mesh:
         mesh: the run's mesh.
     """
     count = sum(x.size for x in jax.tree.leaves(model.params))
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if name != "context" or size > 1)
     weights = "weights in float32"
     if model.lora is not None:
         trained = sum(x.size for x in jax.tree.leaves(trainable_part(model.params)))
         frozen = model.lora.quantize or jnp.dtype(config.compute_dtype).name
         weights = f"frozen weights in {frozen}, {trained:,} trained in float32 (LoRA of rank {model.lora.rank})"
         count = sum(x.size for x in jax.tree.leaves(models.param_shapes(model.config)))
+    layout = layout_note(model, mesh)
     return {
         "devices": f"{device_summary()}, of them in use {mesh.size} (mesh: {axes})",
+        **({"layout": layout} if layout else {}),
         "precision": f"{jnp.dtype(config.compute_dtype).name}, {weights}",
         "model": f"{model.hf_config.get('model_type')} from {start}, {count:,} parameters, "
         f"{model.hf_config.get('max_position_embeddings') or 'any number of'} positions",

@@ -48,9 +48,9 @@ def attention_mask(
     reachable = distances >= 0
     if isinstance(mask, Segments):
         ids = mask.ids[:, None, :]
-        joined = (mask.ids[:, :, None] == ids) | (mask.prefix_ids[:, :, None] == ids)
+        joined = (mask.ids[:, slots, None] == ids) | (mask.prefix_ids[:, slots, None] == ids)
         if window is not None:
-            joined &= mask.positions[:, :, None] - mask.positions[:, None, :] < window
+            joined &= mask.positions[:, slots, None] - mask.positions[:, None, :] < window
         return joined & (ids > 0) & reachable[None]
     if window is not None:
         reachable &= distances < window

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import attention_mask
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.context import ContextAttention
+from grpo_jax.models.splash import block_of, splash_kernel
 from grpo_jax.sharding import BATCH
 from grpo_jax.types import Segments
 
@@ -26,12 +28,9 @@ Kernel = Callable[..., Float[Array, "B S H E"]]
 attends to unmasked tokens up to itself and less than ``window`` before it; the output of a masked one is finite and
 meaningless. An integer mask holds segment ids, 0 for padding: tokens attend within their segment."""
 
-LANES = 128
-LARGEST_BLOCK = 512
-
 
 def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> Kernel | None:
-    """The attention kernel of a name; None for the plain path.
+    """The attention kernel of a name; None for the plain path of a mesh without ``context``.
 
     Args:
         name: ``auto`` selects the platform's kernel if it supports the model in bfloat16. In float32 it is the plain
@@ -44,7 +43,9 @@ def choose_kernel(name: AttentionName, config: DecoderConfig, dtype: Any, mesh: 
         ValueError: the kernel does not support this model or this hardware; the message gives the reason.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    chosen = resolve_attention(name, config, dtype, hardware(device), 1 if mesh is None else mesh.shape["tensor"])
+    chosen = resolve_attention(name, config, dtype, hardware(device))
+    if mesh is not None and mesh.shape["context"] > 1:
+        return ContextAttention(chosen, mesh)  # pyright: ignore[reportArgumentType]
     kernels = {"cudnn": cudnn_attention, "splash": partial(splash_attention, mesh=mesh)}
     return kernels.get(chosen)
 
@@ -57,7 +58,7 @@ def hardware(device: Any) -> str:
     return "cuda" if device.platform == "gpu" and generation.isdigit() and int(generation) >= 8 else "other"
 
 
-def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, kind: str, tensor: int) -> AttentionName:
+def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, kind: str) -> AttentionName:
     """The name of the kernel that ``auto`` selects; other names are checked and returned.
 
     Args:
@@ -65,27 +66,26 @@ def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, ki
         config: sizes and switches of the decoder.
         dtype: compute dtype.
         kind: hardware, as returned by ``hardware``.
-        tensor: devices that heads are sharded over.
 
     Raises:
         ValueError: as ``choose_kernel``.
     """
     fastest: AttentionName = "cudnn" if kind == "cuda" else "splash" if kind == "tpu" else "plain"
     if name == "auto":
-        fits = dtype == jnp.bfloat16 and _unsupported(fastest, config, dtype, tensor) is None
+        fits = dtype == jnp.bfloat16 and _unsupported(fastest, config, dtype) is None
         return fastest if fits else "plain"
     if name not in ("plain", fastest):
         raise ValueError(
             f"attention {name!r} does not run here: 'cudnn' runs on NVIDIA GPUs from Ampere on, 'splash' on TPUs; use "
             f"{fastest!r}, or 'auto' to select by hardware and model"
         )
-    problem = _unsupported(name, config, dtype, tensor)
+    problem = _unsupported(name, config, dtype)
     if problem is not None:
         raise ValueError(f"attention {name!r} {problem}; use 'plain', which supports every model, or 'auto'")
     return name
 
 
-def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor: int) -> str | None:
+def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any) -> str | None:
     """The reason why a kernel does not support a model; None if it does."""
     if name == "cudnn":
         if dtype != jnp.bfloat16:
@@ -94,14 +94,12 @@ def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any, tensor:
             return "has no soft cap, which this model needs"
         if config.head_dim % 8 or config.head_dim > 128:
             return f"needs a head_dim that is a multiple of 8 up to 128, not {config.head_dim}"
-    if name == "splash" and config.num_kv_heads % tensor:
-        return f"cannot shard {config.num_kv_heads} KV heads over tensor = {tensor} devices"
     return None
 
 
-def takes_segments(kernel: Kernel) -> bool:
+def takes_segments(kernel: Kernel | None) -> bool:
     """Whether a kernel's mask may be ``types.Segments``."""
-    return kernel is cudnn_attention
+    return kernel is cudnn_attention or (isinstance(kernel, ContextAttention) and kernel.takes_segments)
 
 
 def cudnn_attention(
@@ -184,8 +182,8 @@ def splash_attention(
         mask: False at columns that no token may attend to, or segment ids, 0 for padding.
         window: sliding window; None for full attention.
         softcap: ``c`` in ``c * tanh(score / c)``; None without.
-        mesh: sequences are sharded over ``data`` and ``fsdp``, heads over ``tensor``; they must divide. None for arrays
-            on one device.
+        mesh: sequences are sharded over ``data`` and ``fsdp``, heads over ``tensor``; they must divide, as those of
+            ``head_layout`` do. None for arrays on one device.
         interpret: interpret the kernel on any platform, for tests.
     """
     on_device = partial(_splash_on_device, window=window, softcap=softcap, interpret=interpret)
@@ -204,34 +202,18 @@ def splash_attention(
 
 def _splash_on_device(queries, keys, values, mask, *, window: int | None, softcap: float | None, interpret: bool):
     """``splash_attention`` on one device's shard."""
-    # Imported late: other attention needs nothing of Pallas.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # late, as in splash_kernel
 
     S, H = queries.shape[1:3]
-    blocks = -(-S // LARGEST_BLOCK)
-    block = -(-S // (blocks * LANES)) * LANES
-    length = blocks * block
+    block = block_of(S)
+    length = -(-S // block) * block
 
     def padded(x: Float[Array, "B S N E"]) -> Float[Array, "B N length E"]:
         return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, length - S), (0, 0)))
 
-    causal = splash_mask.LocalMask((length, length), (None if window is None else window - 1, 0), offset=0)
-    kernel = splash.make_splash_mha_single_device(
-        splash_mask.MultiHeadMask([causal] * H),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
-        attn_logits_soft_cap=softcap,
-        interpret=interpret,
-    )
+    kernel = splash_kernel(length, H, block, window=window, softcap=softcap, shards=1, interpret=interpret)
     # Masked tokens are a segment of their own and attend at least to themselves: a row that attends to nothing would be
     # divided by zero.
     segments = jnp.pad(mask.astype(jnp.int32), ((0, 0), (0, length - S)))
-    out: Array = jax.vmap(kernel)(padded(queries), padded(keys), padded(values), splash.SegmentIds(segments, segments))  # pyright: ignore[reportAssignmentType]
+    out: Array = jax.vmap(kernel)(padded(queries), padded(keys), padded(values), SegmentIds(segments, segments))
     return out[:, :, :S].transpose(0, 2, 1, 3)

@@ -17,12 +17,23 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attend, attend_in_blocks
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
+from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
 from grpo_jax.models.lookup import lookup, lookup_divides, sharded_lookup
 from grpo_jax.models.remat import BLOCK_INPUT
 from grpo_jax.models.rope import rotate
 from grpo_jax.sharding import constrain
+
+
+def as_tokens(x: Float[Array, "*shape D"], mesh: Mesh | None) -> Float[Array, "*tokens D"]:
+    """One axis for all tokens, unless ``context`` splits those of each sequence: two split axes cannot be merged.
+
+    Args:
+        x: an activation.
+        mesh: the devices; None for one.
+    """
+    return x if mesh is not None and mesh.shape["context"] > 1 else x.reshape(-1, x.shape[-1])
 
 
 class Embedding(nn.Module):
@@ -48,7 +59,8 @@ class Embedding(nn.Module):
         if self.mesh is not None and lookup_divides(token_ids, self.embedding, self.mesh):
             return sharded_lookup(self.embedding, token_ids, self.mesh, dtype)
         # Gathered over fsdp, or the result would be sharded like the rows and have to be resharded.
-        table = constrain(self.embedding, self.mesh, P("tensor"))
+        divides = self.mesh is not None and self.vocab_size % self.mesh.shape["tensor"] == 0
+        table = constrain(self.embedding, self.mesh, P("tensor") if divides else P())
         return lookup(table, token_ids).astype(dtype)
 
     def table(self) -> Float[Array, "V D"]:
@@ -77,6 +89,7 @@ class Norm(nn.Module):
     epsilon: float
     offset: float
     param_dtype: Any
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
@@ -87,9 +100,10 @@ class Norm(nn.Module):
         # on all tokens give the same bits. XLA fuses a mean with the epsilon in one of them and not in the other, and
         # computes the rsqrt of a vector differently from that of a scalar.
         D = x.shape[-1]
-        tokens = x.astype(jnp.float32).reshape(-1, D)
+        tokens = as_tokens(x.astype(jnp.float32), self.mesh)
         sizes = jnp.sqrt(D / (jnp.sum(tokens**2, axis=-1, keepdims=True) + D * self.epsilon))
-        return (tokens * sizes * scale[None, :]).astype(x.dtype).reshape(x.shape)
+        scales = scale.reshape((1,) * (tokens.ndim - 1) + (D,))
+        return (tokens * sizes * scales).astype(x.dtype).reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -98,10 +112,11 @@ class Layer(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    mesh: Mesh | None = None
 
     def norm(self, name: str) -> Norm:
         """A norm with the config's settings."""
-        return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, name=name)
+        return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, self.mesh, name=name)
 
     def linear(self, name: str, features: int | tuple[int, ...], *, axis: Any = -1, bias: bool) -> nn.DenseGeneral:
         """A linear map.
@@ -133,7 +148,7 @@ class Attention(Layer):
         """
         c = self.config
         B, S, D = x.shape
-        tokens = x.reshape(-1, D)
+        tokens = as_tokens(x, self.mesh)
         queries = self.linear("q", (c.num_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_heads, -1)
         keys = self.linear("k", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_kv_heads, -1)
         values = self.linear("v", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(
@@ -141,15 +156,16 @@ class Attention(Layer):
         )
         if c.qk_norm:
             queries, keys = self.norm("q_norm")(queries), self.norm("k_norm")(keys)
-        queries = (rotate(queries, inputs.rotation) * c.query_scale).astype(self.dtype)
-        keys = rotate(keys, inputs.rotation).astype(self.dtype)
+        heads = head_layout(c, self.mesh)
+        queries = heads.queries((rotate(queries, inputs.rotation) * c.query_scale).astype(self.dtype))
+        keys, values = heads.keys(rotate(keys, inputs.rotation).astype(self.dtype)), heads.keys(values)
         # With columns last, the product of a few queries with all keys reads the keys in memory order.
         new = {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}
         entry = new if entry is None else write(entry, new, inputs.start)
         if self.kernel is not None and inputs.kernel_mask is not None:
             out = self.kernel(queries, keys, values, inputs.kernel_mask, softcap=c.attention_softcap)
         else:
-            queries = queries.reshape(B, S, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+            queries = queries.reshape(B, S, heads.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
             if inputs.packed_mask is not None:
                 out = attend_in_blocks(queries, entry, inputs.packed_mask, c.attention_softcap)
             else:
@@ -159,8 +175,8 @@ class Attention(Layer):
                     segments.append(KVSegment(slice_columns(entry, start, end), mask))
                     start = end
                 out = attend(queries, segments, c.attention_softcap)
-            out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4)
-        out = out.reshape(-1, c.num_heads, c.head_dim)
+            out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, -1, c.head_dim)
+        out = heads.restored(out).reshape(*tokens.shape[:-1], c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
         return out, entry
 
@@ -173,7 +189,7 @@ class MLP(Layer):
         """Apply the MLP."""
         c = self.config
         # One axis for all tokens: on CPU the gradient of a product with two axes takes almost twice as long.
-        tokens = x.reshape(-1, c.hidden_size)
+        tokens = as_tokens(x, self.mesh)
         gate = self.linear("gate", c.intermediate_size, bias=c.mlp_bias)(tokens)
         up = self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens)
         out = self.linear("down", c.hidden_size, bias=c.mlp_bias)(ACTIVATIONS[c.activation](gate) * up)
@@ -191,12 +207,13 @@ class Block(Layer):
     ) -> tuple[Float[Array, "B S D"], CacheEntry]:
         """Apply the block; arguments as in ``Attention``."""
         x = checkpoint_name(x, BLOCK_INPUT)
-        attention = Attention(self.config, self.dtype, self.param_dtype, self.kernel, name="attention")
+        settings = (self.config, self.dtype, self.param_dtype, self.mesh)
+        attention = Attention(*settings, self.kernel, name="attention")
         out, entry = attention(self.norm("attention_norm")(x), inputs, entry)
         if self.config.post_norms:
             out = self.norm("post_attention_norm")(out)
         x = x + out
-        out = MLP(self.config, self.dtype, self.param_dtype, name="mlp")(self.norm("mlp_norm")(x))
+        out = MLP(*settings, name="mlp")(self.norm("mlp_norm")(x))
         if self.config.post_norms:
             out = self.norm("post_mlp_norm")(out)
         return x + out, entry

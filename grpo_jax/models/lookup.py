@@ -10,7 +10,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.sharding import BATCH
+from grpo_jax.sharding import TOKENS
+
+TOKEN_AXES = ("fsdp", "context")
+"""Mesh axes over which both the tokens and the table's columns are sharded."""
 
 
 @jax.custom_vjp
@@ -51,8 +54,10 @@ def lookup_divides(token_ids: Int[Array, "B S"], table: Array, mesh: Mesh) -> bo
         mesh: the devices.
     """
     sizes, (B, S), (V, D) = mesh.shape, token_ids.shape, table.shape
-    divides = B % (sizes["data"] * sizes["fsdp"]) == 0 and V % sizes["tensor"] == 0 and D % sizes["fsdp"] == 0
-    return S > 1 and sizes["fsdp"] * sizes["tensor"] > 1 and divides
+    width = sizes["fsdp"] * sizes["context"]
+    divides = B % (sizes["data"] * sizes["fsdp"]) == 0 and S % sizes["context"] == 0
+    divides &= D % (width if V % sizes["tensor"] == 0 else width * sizes["tensor"]) == 0
+    return S > 1 and width * sizes["tensor"] > 1 and divides
 
 
 def sharded_lookup(
@@ -60,25 +65,33 @@ def sharded_lookup(
 ) -> Float[Array, "B S D"]:
     """``table[clip(token_ids)]`` with ids and results sent between devices instead of the table or its gradient.
 
-    Each device looks up its slice of the width for the sequences of all devices of ``fsdp``, then they exchange slices.
+    Each device looks up its slice of the width for the tokens of all devices of ``TOKEN_AXES``, then they exchange
+    slices.
 
     Args:
-        table: rows sharded over ``tensor``, columns over ``fsdp``.
-        token_ids: sequences sharded over ``data`` and ``fsdp``.
+        table: rows sharded over ``tensor``, columns over ``TOKEN_AXES``; or columns over all, where ``tensor`` does not
+            divide the rows.
+        token_ids: sequences sharded over ``data`` and ``fsdp``, their tokens over ``context``.
         mesh: the devices; its axes divide the arrays.
         dtype: of the result, in which it travels.
     """
-    last = table.shape[0] - 1
+    last, rows_divide = table.shape[0] - 1, table.shape[0] % mesh.shape["tensor"] == 0
 
-    def on_device(part: Array, ids: Array) -> Array:
-        ids = jnp.clip(jax.lax.all_gather(ids, "fsdp", tiled=True), 0, last)
+    def found_rows(part: Array, ids: Array) -> Array:
+        if not rows_divide:
+            return jax.lax.all_gather(lookup(part, ids).astype(dtype), "tensor", axis=1, tiled=True)
         local = ids - jax.lax.axis_index("tensor") * part.shape[0]
         is_here = (local >= 0) & (local < part.shape[0])
-        found = jnp.where(is_here[..., None], lookup(part, local).astype(dtype), 0)
-        found = jax.lax.psum(found, "tensor")  # one device has the row, the others 0
-        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        found = jnp.where(is_here[:, None], lookup(part, local).astype(dtype), 0)
+        return jax.lax.psum(found, "tensor")  # one device has the row, the others 0
 
-    specs = {"in_specs": (P("tensor", "fsdp"), BATCH), "out_specs": BATCH}
+    def on_device(part: Array, ids: Array) -> Array:
+        everyones = jnp.clip(jax.lax.all_gather(ids.reshape(-1), TOKEN_AXES, tiled=True), 0, last)
+        found = jax.lax.all_to_all(found_rows(part, everyones), TOKEN_AXES, split_axis=0, concat_axis=1, tiled=True)
+        return found.reshape(*ids.shape, -1)
+
+    of_table = P("tensor", TOKEN_AXES) if rows_divide else P(None, (*TOKEN_AXES, "tensor"))
+    specs = {"in_specs": (of_table, TOKENS), "out_specs": TOKENS}
     # Without the check, which would ask the gradient of a lookup for the sum over "data" that is taken outside.
     run = jax.shard_map(on_device, mesh=mesh, check_vma=False, **specs)
     return run(table, token_ids)

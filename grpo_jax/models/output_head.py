@@ -2,7 +2,7 @@
 
 A head that is gathered in every chunk, and whose gradient is summed over devices in every chunk, takes almost all of an
 update's communication. Here its rows are sharded over ``fsdp`` and ``tensor`` for the duration of a call, and its
-gradient is accumulated where they are.
+gradient is accumulated where they are. Where ``context`` splits the tokens of a sequence, it splits the vocabulary too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.log_probs import CHUNK_SIZE, ChunkedHead, HeadGradients, scored
-from grpo_jax.sharding import BATCH
+from grpo_jax.sharding import TOKENS
 from grpo_jax.types import Params
 
-VOCAB_AXES = ("tensor", "fsdp")
+VOCAB_AXES = ("tensor", "fsdp", "context")
 _VOCAB = P(VOCAB_AXES)
 Scalar = float | Float[Array, ""]
 TokenScores = Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
@@ -56,6 +56,12 @@ def make_token_scores(
         if table is not None and mesh is not None and mesh.size > 1:
             if hidden.shape[0] % _num_row_shards(mesh) == 0:
                 method = ShardedHead(chunk_size, logit_softcap, min_chunks, mesh)
+                T, more = hidden.shape[1], -hidden.shape[1] % mesh.shape["context"]
+                if more:
+                    wanted = None if mask is None else _padded_tokens(mask, more)
+                    hidden, token_ids = _padded_tokens(hidden, more), _padded_tokens(token_ids, more)
+                    log_probs, entropies = scored(method, hidden, table, token_ids, wanted, temperature)
+                    return log_probs[:, :T], entropies[:, :T]
             else:
                 warnings.warn(
                     f"{hidden.shape[0]} rows do not divide over data x fsdp = {_num_row_shards(mesh)} devices: logits "
@@ -69,7 +75,7 @@ def make_token_scores(
 
 @dataclass(frozen=True)
 class ShardedHead:
-    """``ChunkedHead`` over the devices of a mesh, with the vocabulary sharded over ``fsdp`` and ``tensor``.
+    """``ChunkedHead`` over the devices of a mesh, with the vocabulary sharded over ``VOCAB_AXES``.
 
     Attributes:
         chunk_size: tokens of a chunk on a device.
@@ -87,7 +93,8 @@ class ShardedHead:
         """As ``ChunkedHead.forward``.
 
         Args:
-            hidden, head, token_ids, mask, temperature: as there; rows sharded over ``data`` and ``fsdp``.
+            hidden, head, token_ids, mask, temperature: as there; rows sharded over ``data`` and ``fsdp``, tokens over
+                ``context``.
         """
         method = self._on_device(head)
         number, temperature = _number_or_array(temperature)
@@ -95,7 +102,7 @@ class ShardedHead:
         def on_device(hidden, head, token_ids, mask, array):
             return method.forward(hidden, head, token_ids, mask, array if number is None else number)
 
-        run = self._over_devices(on_device, (BATCH, _VOCAB, BATCH, BATCH, P()), BATCH)
+        run = self._over_devices(on_device, (TOKENS, _VOCAB, TOKENS, TOKENS, P()), TOKENS)
         return run(hidden, self._padded(head, hidden.dtype), token_ids, mask, temperature)
 
     def backward(
@@ -125,8 +132,8 @@ class ShardedHead:
                 of_temperature = jax.lax.psum(of_temperature, self.mesh.axis_names)
             return found.hidden, jax.lax.psum(found.head, "data"), of_temperature
 
-        specs = ((BATCH, _VOCAB, BATCH, BATCH, P()), BATCH, BATCH, BATCH, BATCH)
-        run = self._over_devices(on_device, specs, (BATCH, _VOCAB, P()))
+        specs = ((TOKENS, _VOCAB, TOKENS, TOKENS, P()), TOKENS, TOKENS, TOKENS, TOKENS)
+        run = self._over_devices(on_device, specs, (TOKENS, _VOCAB, P()))
         inputs = (hidden, self._padded(head, hidden.dtype), token_ids, mask, temperature)
         of_hidden, of_head, of_temperature = run(inputs, log_normalizers, entropies, log_prob_grads, entropy_grads)
         return HeadGradients(of_hidden, of_head[: head.shape[0]], of_temperature)
@@ -138,8 +145,8 @@ class ShardedHead:
             self.logit_softcap,
             self.min_chunks,
             vocab_axes=VOCAB_AXES,
-            row_axis="fsdp",
-            batch_axes=("data", "fsdp"),
+            token_axes=("fsdp", "context"),
+            batch_axes=("data", "fsdp", "context"),
             vocab_size=rows if rows % self._parts else None,
         )
 
@@ -154,6 +161,10 @@ class ShardedHead:
     def _over_devices(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         # Without the check: sums over the vocabulary are equal on all devices of "tensor", which it cannot know.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _padded_tokens(x: Array, more: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _number_or_array(temperature: Any) -> tuple[float | None, Array | None]:

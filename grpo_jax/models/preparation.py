@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.sharding import constrain, param_spec
+from grpo_jax.sharding import PARAM_RULES, constrain, fitted_spec
 from grpo_jax.types import Params, Preparation
 
 STACKED = "layers"
@@ -105,7 +105,7 @@ def unstack_layers(tree: Params) -> Params:
 def constrain_params(params: Params, mesh: Mesh) -> Params:
     """The same values with the sharding constraints of ``PARAM_RULES``, which also hold for their gradients.
 
-    Parameters without a rule, and those that their axes do not divide, have no constraint.
+    Parameters without a rule have no constraint.
 
     Args:
         params: parameters, whole or of a layer, stacked or not; or a tree of the same paths, such as gradients.
@@ -114,10 +114,9 @@ def constrain_params(params: Params, mesh: Mesh) -> Params:
 
     def place(path: Any, x: Array) -> Array:
         names = [str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path]
-        spec = param_spec("/".join(names))
-        if spec is None:
-            return x
-        return constrain(x, mesh, P(None, *spec) if names[0] == STACKED else spec)
+        leading = int(names[0] == STACKED)
+        spec = fitted_spec("/".join(names), x.shape[leading:], mesh.shape, PARAM_RULES)
+        return x if spec is None else constrain(x, mesh, P(*[None] * leading, *spec))
 
     return jax.tree.map_with_path(place, params)
 

@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.context import ContextAttention, dealt_out, in_order, padded_tokens
+from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
 from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
@@ -25,7 +27,7 @@ from grpo_jax.models.preparation import STACKED, constrain_params, find_repetiti
 from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sampling import check_key
-from grpo_jax.sharding import BATCH, constrain
+from grpo_jax.sharding import TOKENS, constrain
 from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Segments
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
@@ -58,7 +60,7 @@ class Decoder(nn.Module):
         block = Block if self.remat == "none" else nn.remat(Block, policy=remat_policy(self.remat))
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype, self.mesh)
         self.layers = [block(**self._settings(window)) for window in c.windows]
-        self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype)
+        self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype, self.mesh)
         if c.scalar_head:
             self.score = ScalarHead(c.hidden_size, self.param_dtype)
         elif not c.tie_word_embeddings:
@@ -67,7 +69,8 @@ class Decoder(nn.Module):
     def _settings(self, window: int | None) -> dict[str, Any]:
         """Arguments of a layer's ``Block``."""
         kernel = self.kernel and partial(self.kernel, window=window)
-        return {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype, "kernel": kernel}
+        shared = {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype, "mesh": self.mesh}
+        return {**shared, "kernel": kernel}
 
     def __call__(
         self,
@@ -88,11 +91,14 @@ class Decoder(nn.Module):
         S = token_ids.shape[1]
         columns = S if cache is None else cache[0]["values"].shape[2]
         x = self.embed(token_ids, self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
-        x = constrain(x, self.mesh, BATCH)
+        x = constrain(x, self.mesh, TOKENS)
         slots = start + jnp.arange(S)
         kernel_mask = None
         is_alone = S > 1 and isinstance(start, int) and start == 0 and not prefixes
-        if self.kernel is not None and is_alone and (takes_segments(self.kernel) or not isinstance(mask, Segments)):
+        fits = (
+            not isinstance(mask, Segments) or takes_segments(self.kernel) or isinstance(self.kernel, ContextAttention)
+        )
+        if self.kernel is not None and is_alone and fits:
             all_tokens = jnp.ones(token_ids.shape, bool)
             kernel_mask = all_tokens if mask is None else mask if isinstance(mask, Segments) else mask[:, :S]
         is_packed = kernel_mask is None and cache is None and is_packed_mask(mask)
@@ -123,7 +129,7 @@ class Decoder(nn.Module):
             x = self._scan(x, stacked, [inputs_of(i) for i in range(len(stacked))], None if cache is None else cache[0])
         for i in range(num_stacked({STACKED: stacked}), c.num_layers):
             x, entry = self.layers[i](x, inputs_of(i), None if cache is None else cache[i])
-            x = constrain(x, self.mesh, BATCH)
+            x = constrain(x, self.mesh, TOKENS)
             entries.append(entry)
         return self.final_norm(x), None if stacked else entries
 
@@ -153,7 +159,7 @@ class Decoder(nn.Module):
                     apply = jax.checkpoint(apply, prevent_cse=False, policy=remat_policy(self.remat))
                 # Constrained here, each layer's gradient is reduced to its shards within the loop.
                 params = params if self.mesh is None else constrain_params(params, self.mesh)
-                x = constrain(apply(params, x), self.mesh, BATCH)
+                x = constrain(apply(params, x), self.mesh, TOKENS)
             return x, None
 
         return jax.lax.scan(repetition, x, tuple(stacked))[0]
@@ -209,6 +215,7 @@ def build_model(
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     kernel = choose_kernel(attention, config, dtype, mesh)
+    context = kernel if isinstance(kernel, ContextAttention) else None
     check_remat(remat, device)
     module: Any = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
     if scan_layers is None:
@@ -236,13 +243,21 @@ def build_model(
             raise ValueError(
                 "parameters with stacked layers are for whole sequences: start must be 0, without prefixes"
             )
+        num_tokens = token_ids.shape[1]
+        if context is not None:
+            if cache is not None or prefixes or isinstance(positions, dict):
+                raise ValueError("over mesh.context, a model takes whole sequences with positions and no cache")
+            mask = jnp.ones(token_ids.shape, bool) if mask is None else mask
+            token_ids, positions, mask = padded_tokens((token_ids, positions, mask), context.token_multiple)
+            token_ids, positions = dealt_out((token_ids, positions), context.mesh.shape["context"])
         rotations = positions if isinstance(positions, dict) else rope(positions)
         params = bound(params)
         stacked = params.get(STACKED, ())
         variables = {"params": {name: value for name, value in params.items() if name != STACKED}}
-        return module.apply(  # pyright: ignore[reportReturnType]
+        hidden, cache = module.apply(  # pyright: ignore[reportAssignmentType]
             variables, token_ids, rotations, mask, cache, start, prefixes, block_bounds, stacked
         )
+        return (hidden, cache) if context is None else (in_order(hidden, context.mesh)[:, :num_tokens], None)
 
     rope = partial(_compute_rotations, config)
 
@@ -256,7 +271,7 @@ def build_model(
         rope,
         head,
         make_token_scores(head, logit_softcap=config.logit_softcap, mesh=mesh),
-        partial(_init_cache, config, dtype),
+        partial(_init_cache, replace(config, num_kv_heads=head_layout(config, mesh).kv_heads), dtype),
         _first_columns,
         _join_columns,
         vocab_size=1 if config.scalar_head else config.vocab_size,
@@ -266,12 +281,13 @@ def build_model(
         packing=_best_packing(config, kernel),
         attention_length=_attention_length(config),
         preparation=prepared,
+        token_shards=1 if mesh is None else mesh.shape["context"],
     )
 
 
 def _is_scanned(platform: str, remat: Remat, mesh: Mesh | None, lora: LoRA | None) -> bool:
     """The default of ``scan_layers``."""
-    is_sharded = mesh is not None and mesh.shape["fsdp"] > 1
+    is_sharded = mesh is not None and mesh.shape["fsdp"] * mesh.shape["context"] > 1
     has_adapters = lora is not None and lora.is_used
     return (platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
 

@@ -40,6 +40,8 @@ def completion_states(model: Model, params: Params, sequences: Sequences) -> Flo
         sequences: prompts and completions, in padded rows.
     """
     P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
+    if model.token_shards > 1:
+        return _whole_states(model, params, sequences)[0][:, P - 1 : -1]
     # Attention is split between prompt and completion, over a cache of the sampler's length: sums over keys then have
     # the same terms in the same order, and round identically. The last token, which predicts nothing, is kept for it.
     ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
@@ -50,14 +52,29 @@ def completion_states(model: Model, params: Params, sequences: Sequences) -> Flo
     return hidden[:, P - 1 : -1]
 
 
+def _whole_states(
+    model: Model, params: Params, sequences: Sequences
+) -> tuple[Float[Array, "B S D"], Int[Array, "B S"]]:
+    """Hidden states of prompts and completions, and their token ids."""
+    ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
+    mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
+    return model.apply(params, ids, positions(mask), mask)[0], ids
+
+
 class _Predicting(NamedTuple):
-    """Hidden states that predict completion tokens, in padded or packed rows."""
+    """Hidden states that predict completion tokens, in padded or packed rows.
+
+    Where devices share the tokens of a row, ``states`` are those of all tokens, since moving them to the places of the
+    completion tokens would send them to other devices; numbers for each token are moved instead.
+    """
 
     states: Float[Array, "R S D"]
     target_ids: Int[Array, "R S"]
     target_mask: Bool[Array, "R S"]
     rows: PackedRows | None
     length: int
+    first: int = 0
+    columns: Int[Array, "R S"] | None = None
 
     def token_scores(self, model: Model, params: Params, *, temperature: Scalar, chunk_size: int):
         """Log-probabilities and entropies [B, T]."""
@@ -74,15 +91,26 @@ class _Predicting(NamedTuple):
 
     def per_sequence(self, x: Float[Array, "R S"]) -> Tokens:
         """``[R, S] -> [B, T]``."""
-        return x if self.rows is None else by_sequence(x, self.rows, self.length)
+        if self.rows is None:
+            return x[:, self.first : self.first + self.length]
+        x = x if self.columns is None else jnp.take_along_axis(x, self.columns, axis=1, mode="promise_in_bounds")
+        return by_sequence(x, self.rows, self.length)
 
 
 def _predicting_states(model: Model, params: Params, sequences: Sequences) -> _Predicting:
     rows, T = getattr(sequences, "rows", None), sequences.completion_ids.shape[1]
+    if rows is None and model.token_shards > 1:
+        first, mask = sequences.prompt_ids.shape[1] - 1, sequences.completion_mask
+        states, ids = _whole_states(model, params, sequences)
+        targets = jnp.pad(mask, ((0, 0), (first, 1)))
+        return _Predicting(states, jnp.roll(ids, -1, axis=1), targets, None, T, first)
     if rows is None:
         states = completion_states(model, params, sequences)
         return _Predicting(states, sequences.completion_ids, sequences.completion_mask, None, T)
     hidden, _ = model.apply(params, rows.token_ids, rows.positions, rows.attention_mask)
+    if model.token_shards > 1:
+        target_ids, target_mask = rows.by_column()
+        return _Predicting(hidden, target_ids, target_mask, rows, T, columns=rows.target_columns)
     return _Predicting(rows.predicting(hidden), rows.target_ids, rows.target_mask, rows, T)
 
 
@@ -188,10 +216,11 @@ def packed_log_probs(model: Model, params: Params, packed: Packed, *, chunk_size
         chunk_size: number of tokens on a device whose logits exist at a time (``log_probs.chunked_log_probs``).
     """
     hidden, _ = model.apply(params, packed.token_ids, packed.positions, packed.segment_ids)
-    log_probs, _ = model.token_scores(
-        params, hidden[:, :-1], packed.token_ids[:, 1:], chunk_size=chunk_size, mask=packed.segment_ids[:, 1:] > 0
-    )
-    return jnp.pad(log_probs, ((0, 0), (1, 0)))
+    # Token ids are moved, not hidden states, whose tokens several devices may share.
+    next_ids, is_token = jnp.roll(packed.token_ids, -1, axis=1), packed.segment_ids > 0
+    mask = jnp.pad(is_token[:, 1:], ((0, 0), (0, 1)))
+    log_probs, _ = model.token_scores(params, hidden, next_ids, chunk_size=chunk_size, mask=mask)
+    return jnp.pad(log_probs[:, :-1], ((0, 0), (1, 0)))
 
 
 def pair_scores(model: Model, params: Params, pairs: Pairs) -> Float[Array, "B 2"]:

@@ -54,7 +54,8 @@ def pack(
     Args:
         sequences: B prompts with completions. Prompts that are equal are shared.
         packing: ``shared`` or ``separate``; ``Model.packing`` says which is best.
-        micro_batch_tokens: tokens of a micro-batch on a device; at least one row is taken.
+        micro_batch_tokens: tokens of a micro-batch on a device; at least one row is taken, over the devices of
+            ``context``.
         mesh: devices that the rows of a micro-batch are sharded over; None for one device.
         row_length: S; None for the one of ``row_lengths`` that costs least.
         attention_length: row length at which attention costs as much as all other work (``Model.attention_length``).
@@ -62,11 +63,11 @@ def pack(
     Raises:
         ValueError: a prompt is empty, a completion has a hole in its mask, or a sequence is longer than the row length.
     """
-    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    devices, shards = (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])
     packed = pack_on_host(
         sequences,
         packing,
-        micro_batch_tokens=micro_batch_tokens,
+        micro_batch_tokens=micro_batch_tokens * shards,
         devices=devices,
         row_length=row_length,
         attention_length=attention_length,
@@ -90,7 +91,7 @@ def pack_on_host(
 
     Args:
         sequences, packing, micro_batch_tokens, row_length, attention_length: as there.
-        devices: that the rows of a micro-batch are sharded over.
+        devices: that the rows of a micro-batch are sharded over; ``micro_batch_tokens`` are of each row's.
     """
     host = jax.tree.map(np.asarray, sequences)
     lengths = _completion_lengths(host.completion_mask)
