@@ -260,8 +260,7 @@ def test_the_plan_and_the_experiments_share_no_flag():
         (["grpo", "--topology", "cpu:4", "--price=-1"], "error: --price is -1.0; it must be at least 0"),
         (["grpo", "--topology", "cpu:4", "--mesh.fsdp", "3"], "does not divide the 4 devices"),
         (["grpo", "--topology", "cpu:4", "--mesh.tensor", "8"], "does not divide the 4 devices"),
-        (["grpo", "toy", "--topology", "cpu:8", "--mesh.tensor", "8"], "sizes that would do: [1, 2, 4]"),
-        (["grpo", "--topology", "cpu:4", "--meshes", "rollout_tensor=3"], "--mesh.rollout-tensor is 3; it must divide"),
+        (["grpo", "--topology", "cpu:4", "--meshes", "rollout_tensor=3"], "--mesh.rollout-tensor is 3; it must be a multiple"),
         (["grpo", "--topology", "cpu:4", "--meshes", "a=1"], "error: --meshes has a=1; a mesh is written as"),
         (["grpo", "--topology", "cpu:4", "--meshes", "fsdp=4", "--mesh.fsdp", "4"], "name one of them"),
         (
@@ -301,7 +300,7 @@ def test_a_plan_of_grpo(tmp_path, capsys, monkeypatch):
     assert json.loads(output.read_text()) == report
     assert picture.stat().st_size > 10_000
     (found,) = report["meshes"]
-    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     names = [phase["name"] for phase in found["phases"]]
     assert names == ["reshard", "prefill", "decode", "log-probs (reference)", "update"]
     kinds = {phase["name"]: phase["bytes_by_kind"] for phase in found["phases"]}
