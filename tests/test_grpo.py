@@ -282,7 +282,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made(config, change
     [
         ({"mesh": MeshConfig(data=8), "num_prompts": 4}, "num_prompts: 4 do not divide over mesh data x fsdp = 8"),
         ({"mesh": MeshConfig(data=8), "num_micro_batches": 8}, "completions of a micro-batch: 4 do not divide"),
-        ({"mesh": MeshConfig(data=1, tensor=8)}, "layers_0/attention/k/kernel: dimension 1"),
+        ({"mesh": MeshConfig(data=1, context=8), "group_size": 2, "num_prompts": 2}, "over mesh.context too: 4 do not"),
         ({"rewards": RewardConfig(accuracy_weight=0.0)}, "weights must be finite and not all 0"),
         ({"rewards": RewardConfig(reward=("no_such_module:f",))}, "no module 'no_such_module'"),
         ({"model": "no/such/folder"}, "no/such/folder"),

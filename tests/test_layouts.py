@@ -88,6 +88,13 @@ def test_heads_are_repeated_and_padded_until_they_divide(heads, kv_heads, tensor
     assert layout.restored(served).ravel().tolist() == np.repeat(np.arange(kv_heads), heads // kv_heads).tolist()
 
 
+def test_the_header_says_how_heads_are_repeated():
+    config = config_of("llama2", hidden_size=56, num_attention_heads=14, num_key_value_heads=2)
+    assert head_layout(config, mesh_of(1, 1, 2)).description == ""
+    described = head_layout(config, mesh_of(1, 1, 8)).description
+    assert described == "2 KV heads repeated 4 times, 14 query heads padded to 16"
+
+
 def test_the_cache_of_the_sampler_holds_a_part_of_the_heads_on_each_device():
     config = config_of("qwen2", **UNEVEN)
     cache = jax.eval_shape(lambda: build_model(config, mesh=mesh_of(1, 1, 4)).init_cache(2, 8))

@@ -7,11 +7,12 @@ and ``2 N - 1 - i``, so that causal attention is equal work for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.models.attention import KVSegment, attend, attention_mask
 from grpo_jax.models.splash import LANES, dealt_slots, even_block_of, splash_kernel
 from grpo_jax.sharding import BATCH, TOKENS
-from grpo_jax.types import Segments
+from grpo_jax.types import Params, Segments
 
 Mask = Bool[Array, "B S"] | Int[Array, "B S"] | Segments
 
@@ -89,14 +90,37 @@ class ContextAttention:
         return run(_splash, in_specs=(*specs, of_kernel))(queries, keys, values, mask, kernel)
 
 
-def padded_tokens(tree: Any, multiple: int) -> Any:
-    """Arrays ``[B, S]`` of each token, with zeros up to a multiple of a number of tokens: padding of position 0.
+def over_context(apply: Callable[..., Any], attention: ContextAttention) -> Callable[..., Any]:
+    """``types.Model.apply`` with tokens over ``context``, of whole sequences without a cache.
+
+    Sequences are padded to a multiple of tokens that divides, with padding of position 0.
 
     Args:
-        tree: the arrays.
-        multiple: of the tokens.
+        apply: of tokens in the order of ``dealt_out``.
+        attention: of the model.
     """
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple))), tree)
+
+    def apply_to_whole(
+        params: Params,
+        token_ids: Int[Array, "B S"],
+        positions: Any,
+        mask: Mask | None = None,
+        cache: Any = None,
+        start: Any = 0,
+        prefixes: Sequence[Any] = (),
+        block_bounds: Sequence[int] = (),
+    ) -> tuple[Float[Array, "B S D"], None]:
+        if cache is not None or prefixes or block_bounds or isinstance(positions, dict) or start != 0:
+            raise ValueError("over mesh.context, a model takes whole sequences with positions and no cache")
+        mask = jnp.ones(token_ids.shape, bool) if mask is None else mask
+        chex.assert_equal_shape([token_ids, positions, *jax.tree.leaves(mask)])
+        more = -token_ids.shape[1] % attention.token_multiple
+        padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more))), (token_ids, positions, mask))
+        dealt = dealt_out(padded[:2], attention.mesh.shape["context"])
+        hidden, _ = apply(params, *dealt, padded[2])
+        return in_order(hidden, attention.mesh)[:, : token_ids.shape[1]], None
+
+    return apply_to_whole
 
 
 def dealt_out(tree: Any, shards: int) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.context import ContextAttention, dealt_out, in_order, padded_tokens
+from grpo_jax.models.context import ContextAttention, over_context
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
 from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
@@ -215,7 +215,6 @@ def build_model(
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     kernel = choose_kernel(attention, config, dtype, mesh)
-    context = kernel if isinstance(kernel, ContextAttention) else None
     check_remat(remat, device)
     module: Any = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
     if scan_layers is None:
@@ -240,24 +239,14 @@ def build_model(
     ) -> tuple[Float[Array, "B S D"], Cache]:
         _check_columns(token_ids, mask, cache)
         if STACKED in params and (prefixes or not isinstance(start, int) or start):
-            raise ValueError(
-                "parameters with stacked layers are for whole sequences: start must be 0, without prefixes"
-            )
-        num_tokens = token_ids.shape[1]
-        if context is not None:
-            if cache is not None or prefixes or isinstance(positions, dict):
-                raise ValueError("over mesh.context, a model takes whole sequences with positions and no cache")
-            mask = jnp.ones(token_ids.shape, bool) if mask is None else mask
-            token_ids, positions, mask = padded_tokens((token_ids, positions, mask), context.token_multiple)
-            token_ids, positions = dealt_out((token_ids, positions), context.mesh.shape["context"])
+            raise ValueError("parameters with stacked layers are for whole sequences: start is 0, without prefixes")
         rotations = positions if isinstance(positions, dict) else rope(positions)
         params = bound(params)
         stacked = params.get(STACKED, ())
         variables = {"params": {name: value for name, value in params.items() if name != STACKED}}
-        hidden, cache = module.apply(  # pyright: ignore[reportAssignmentType]
+        return module.apply(  # pyright: ignore[reportReturnType]
             variables, token_ids, rotations, mask, cache, start, prefixes, block_bounds, stacked
         )
-        return (hidden, cache) if context is None else (in_order(hidden, context.mesh)[:, :num_tokens], None)
 
     rope = partial(_compute_rotations, config)
 
@@ -267,7 +256,7 @@ def build_model(
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
     return Model(
-        apply,
+        over_context(apply, kernel) if isinstance(kernel, ContextAttention) else apply,
         rope,
         head,
         make_token_scores(head, logit_softcap=config.logit_softcap, mesh=mesh),
