@@ -154,14 +154,14 @@ def main(config: PlanConfig, arguments: Arguments) -> int:
         with planning_for(devices, capacity_of(devices)):
             return run_command(
                 EXPERIMENTS[name],
-                partial(plan, config, name, is_search=not any(arg.startswith("--mesh.") for arg in args)),
+                partial(plan, config, name, has_mesh=any(arg.startswith("--mesh.") for arg in args)),
                 description=f"The flags of {name}.py.",
                 presets=SCRIPTS[name],
                 args=args,
             )
 
 
-def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> int:
+def plan(config: PlanConfig, experiment: str, run: Any, *, has_mesh: bool) -> int:
     """Compile and report the plan of a run, or of several meshes of it."""
     from grpo_jax.loop.plan_report import best_first, draw_plan, facts_of, show_plan, show_ranking, to_json
     from grpo_jax.loop.plan_search import rank_meshes, read_meshes
@@ -175,10 +175,10 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> i
     hf_config_of(run)
     meshes = [run.mesh]
     if config.meshes:
-        if not is_search:
+        if has_mesh:
             raise ValueError("--meshes is set, and so is --mesh.*; name one of them")
         meshes = read_meshes(config.meshes, len(devices))
-    elif is_search:
+    elif not has_mesh and run.mesh == MeshConfig():
         ranked = rank_meshes(run, len(devices), limit=capacity, rates=rates)
         meshes = [each.mesh for each in ranked[: config.num_meshes]]
         first = ", ".join(f"{name} {size}" for name, size in meshes[0].build().shape.items())
