@@ -136,7 +136,7 @@ def own_flags() -> list[Flag]:
 def main(config: PlanConfig, arguments: Arguments) -> int:
     """Plan a run, and return the exit status: 0 also if it does not fit."""
     name, args = arguments.experiment, list(arguments.others)
-    if name not in EXPERIMENTS:
+    if name is None or name not in EXPERIMENTS:
         known = ", ".join(EXPERIMENTS)
         said = "the first argument names an experiment" if name is None else f"there is no experiment {name!r}"
         raise ValueError(f"{said}: one of {known}")

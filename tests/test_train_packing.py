@@ -147,6 +147,12 @@ def test_an_update_of_packed_rows_is_that_of_padded_ones(tiny, padded, packing, 
     assert_same(stepped(params, loss_of(model, **TERMS), packed), padded)
 
 
+def test_a_micro_batch_has_no_more_rows_than_there_are_sequences():
+    batch = make_batch()
+    rows = packed_of(batch, "separate", micro_batch_tokens=10**6).rows.token_ids
+    assert rows.shape[:2] == (1, len(batch.advantages))
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_an_update_of_packed_rows_over_eight_devices_is_that_of_one(tiny, padded, sizes, packing):

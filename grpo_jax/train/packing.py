@@ -107,7 +107,8 @@ def pack_on_host(
     ]
 
     def rows_at_once(length: int) -> int:
-        return devices * max(1, micro_batch_tokens // length)
+        # Every sequence may need a row of its own; more would be empty, and computed.
+        return devices * max(1, min(micro_batch_tokens // length, -(-len(lengths) // devices)))
 
     def cost(layout: tuple[int, list[list[Piece]]]) -> float:
         length, rows = layout
@@ -116,7 +117,6 @@ def pack_on_host(
 
     S, placed = min(layouts, key=cost)
     R = rows_at_once(S)
-    # Every sequence may need a row of its own.
     N = -(-len(lengths) // R)
     arrays = _fill(host, prompts, lengths, placed, shape=(N * R, S), places=_places(S, T), packing=packing)
     stacked: dict[str, Any] = {name: None if x is None else x.reshape(N, R, *x.shape[1:]) for name, x in arrays.items()}
