@@ -311,7 +311,10 @@ def work_phase(work: Work, held: Mapping[str, Number]) -> Phase:
     measured = work.measured
     activations = max(0.0, measured.temporary - work.gradients) + measured.results + work.batch
     memory = _ordered({**held, "gradients": work.gradients, "activations": activations})
-    return Phase(work.name, {work.name: (measured, work.times)}, memory, refused=measured.refused)
+    # The compiler knows of the program's own state alone.
+    others = max(0.0, sum(held.values()) - work.own)
+    refused = None if measured.refused is None else measured.refused + others
+    return Phase(work.name, {work.name: (measured, work.times)}, memory, refused=refused)
 
 
 def _ordered(memory: Mapping[str, Number]) -> dict[str, Number]:

@@ -42,7 +42,8 @@ class Work:
         name: of its phase.
         measured: its work and memory.
         times: how often it runs in a step.
-        batch: bytes of its arguments on a device that are not part of a state.
+        own: bytes of its parameters or its state on a device.
+        batch: bytes of its other arguments.
         gradients: bytes of the accumulated gradients on a device.
         rows, row_length: sequences that it computes, and tokens of each.
         prompts_are_shared: whether a row has a prompt once for several completions.
@@ -52,6 +53,7 @@ class Work:
     name: str
     measured: Measured
     times: int
+    own: float
     batch: float
     gradients: float
     rows: int
@@ -203,7 +205,8 @@ class Learner:
         if self.is_fused(model):
             more = kernel_flops(model.config, layout.rows, layout.row_length, remat) / self.mesh.size
         _, measured = compile_measured(lower, platform(), options_of(self.mesh, self.options), more_flops=more)
-        batch = max(0.0, measured.arguments - bytes_on_device(own))
+        held = bytes_on_device(own)
+        batch = max(0.0, measured.arguments - held)
         count = int(layout.batch.count) if isinstance(layout.batch, PackedBatch) else self.config.micro_batches
         shape = layout.rows, layout.row_length, layout.prompts_are_shared, count
-        return Work(name, measured, times, batch, float(gradients or 0), *shape)
+        return Work(name, measured, times, held, batch, float(gradients or 0), *shape)
