@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 from rich.console import Console
 
 from grpo_jax.config.dpo import DPOConfig
@@ -42,7 +43,7 @@ from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.config.sft import SFTConfig
 from grpo_jax.devices import planning_for
 from grpo_jax.loop.command import DEBUG, run_command
-from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
+from grpo_jax.loop.compilation import reporting_compilations
 from grpo_jax.loop.flags import Flag, flags_of
 from grpo_jax.loop.topologies import Rates, capacity_of, rates_of, topology_devices
 
@@ -151,6 +152,8 @@ def main(config: PlanConfig, arguments: Arguments) -> int:
             shutil.copyfile(config.model_config, Path(folder) / "config.json")
             args += ["--model", folder]
         devices = topology_devices(config.topology)
+        if devices[0].platform != "cpu":  # programs for devices that are not there cannot be read from the cache
+            jax.config.update("jax_enable_compilation_cache", False)
         with planning_for(devices, capacity_of(devices)):
             return run_command(
                 EXPERIMENTS[name],
@@ -167,7 +170,6 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, has_mesh: bool) -> in
     from grpo_jax.loop.plan_search import rank_meshes, read_meshes
     from grpo_jax.loop.planned_model import hf_config_of
 
-    enable_compilation_cache()
     devices = topology_devices(config.topology)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
     rates, capacity = rates_of(devices), capacity_of(devices)
