@@ -72,7 +72,7 @@ class PlanConfig:
     """A Hugging Face config.json, in the place of --model."""
     meshes: tuple[str, ...] = ()
     """Meshes to compare, such as fsdp=16 and fsdp=4,tensor=4. Default: that of --mesh.*, or a search."""
-    num_meshes: int = 1
+    num_meshes: int = 2
     """Meshes that are compiled by a search: the first by arithmetic."""
     mean_prompt_length: float | None = None
     """Mean prompt length in tokens; lengths are evenly spread around it. Default: the maximum, the worst case."""
@@ -190,7 +190,7 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, has_mesh: bool) -> in
     name = named(config, run)
     for each in reversed(plans):
         title = f"{experiment} of {name} on {len(devices)} {devices[0].device_kind} ({config.topology}), {each.mesh}, "
-        title += f"{each.num_micro_batches} micro-batches"
+        title += f"{each.num_micro_batches} micro-batch{'es' if each.num_micro_batches > 1 else ''} an update"
         facts = facts_of(each, price=config.price, device=devices[0].device_kind, length=assumption(config, run))
         show_plan(each, console, title=title, facts=facts)
     if len(plans) > 1:

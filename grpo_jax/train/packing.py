@@ -107,8 +107,9 @@ def pack_on_host(
     ]
 
     def rows_at_once(length: int) -> int:
-        # Every sequence may need a row of its own; more would be empty, and computed.
-        return devices * max(1, min(micro_batch_tokens // length, -(-len(lengths) // devices)))
+        # Every sequence may need a row of its own. Micro-batches are then equal: empty rows are computed, too.
+        most, needed = max(1, micro_batch_tokens // length), -(-len(lengths) // devices)
+        return devices * -(-needed // -(-needed // most))
 
     def cost(layout: tuple[int, list[list[Piece]]]) -> float:
         length, rows = layout
