@@ -168,7 +168,7 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert report["device_bytes"] == 4e10
     assert "seconds" not in report
     sentence = dict(plan_report.facts_of(plan, price=None, device="chip", length="all"))["verdict"]
-    assert sentence == ("does not fit: 40.0 of the 16.0 GB of a chip; too large: update (the compiler refuses update)")
+    assert sentence == ("does not fit: 40.0 of the 16.0 GB of chip; too large: update (the compiler refuses update)")
 
 
 # Devices -------------------------------------------------------------------------------------------------------------
