@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 from rich.console import Console
 
 from grpo_jax.config.dpo import DPOConfig
@@ -42,7 +43,7 @@ from grpo_jax.config.run import MeshConfig, require_at_least
 from grpo_jax.config.sft import SFTConfig
 from grpo_jax.devices import planning_for
 from grpo_jax.loop.command import DEBUG, run_command
-from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
+from grpo_jax.loop.compilation import reporting_compilations
 from grpo_jax.loop.flags import Flag, flags_of
 from grpo_jax.loop.topologies import Rates, capacity_of, rates_of, topology_devices
 
@@ -71,7 +72,7 @@ class PlanConfig:
     """A Hugging Face config.json, in the place of --model."""
     meshes: tuple[str, ...] = ()
     """Meshes to compare, such as fsdp=16 and fsdp=4,tensor=4. Default: that of --mesh.*, or a search."""
-    num_meshes: int = 1
+    num_meshes: int = 2
     """Meshes that are compiled by a search: the first by arithmetic."""
     mean_prompt_length: float | None = None
     """Mean prompt length in tokens; lengths are evenly spread around it. Default: the maximum, the worst case."""
@@ -136,7 +137,7 @@ def own_flags() -> list[Flag]:
 def main(config: PlanConfig, arguments: Arguments) -> int:
     """Plan a run, and return the exit status: 0 also if it does not fit."""
     name, args = arguments.experiment, list(arguments.others)
-    if name not in EXPERIMENTS:
+    if name is None or name not in EXPERIMENTS:
         known = ", ".join(EXPERIMENTS)
         said = "the first argument names an experiment" if name is None else f"there is no experiment {name!r}"
         raise ValueError(f"{said}: one of {known}")
@@ -151,23 +152,24 @@ def main(config: PlanConfig, arguments: Arguments) -> int:
             shutil.copyfile(config.model_config, Path(folder) / "config.json")
             args += ["--model", folder]
         devices = topology_devices(config.topology)
+        if devices[0].platform != "cpu":  # programs for devices that are not there cannot be read from the cache
+            jax.config.update("jax_enable_compilation_cache", False)
         with planning_for(devices, capacity_of(devices)):
             return run_command(
                 EXPERIMENTS[name],
-                partial(plan, config, name, is_search=not any(arg.startswith("--mesh.") for arg in args)),
+                partial(plan, config, name, has_mesh=any(arg.startswith("--mesh.") for arg in args)),
                 description=f"The flags of {name}.py.",
                 presets=SCRIPTS[name],
                 args=args,
             )
 
 
-def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> int:
+def plan(config: PlanConfig, experiment: str, run: Any, *, has_mesh: bool) -> int:
     """Compile and report the plan of a run, or of several meshes of it."""
     from grpo_jax.loop.plan_report import best_first, draw_plan, facts_of, show_plan, show_ranking, to_json
     from grpo_jax.loop.plan_search import rank_meshes, read_meshes
     from grpo_jax.loop.planned_model import hf_config_of
 
-    enable_compilation_cache()
     devices = topology_devices(config.topology)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
     rates, capacity = rates_of(devices), capacity_of(devices)
@@ -175,10 +177,10 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> i
     hf_config_of(run)
     meshes = [run.mesh]
     if config.meshes:
-        if not is_search:
+        if has_mesh:
             raise ValueError("--meshes is set, and so is --mesh.*; name one of them")
         meshes = read_meshes(config.meshes, len(devices))
-    elif is_search:
+    elif not has_mesh and run.mesh == MeshConfig():
         ranked = rank_meshes(run, len(devices), limit=capacity, rates=rates)
         meshes = [each.mesh for each in ranked[: config.num_meshes]]
         first = ", ".join(f"{name} {size}" for name, size in meshes[0].build().shape.items())
@@ -188,7 +190,7 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, is_search: bool) -> i
     name = named(config, run)
     for each in reversed(plans):
         title = f"{experiment} of {name} on {len(devices)} {devices[0].device_kind} ({config.topology}), {each.mesh}, "
-        title += f"{each.num_micro_batches} micro-batches"
+        title += f"{each.num_micro_batches} micro-batch{'es' if each.num_micro_batches > 1 else ''} an update"
         facts = facts_of(each, price=config.price, device=devices[0].device_kind, length=assumption(config, run))
         show_plan(each, console, title=title, facts=facts)
     if len(plans) > 1:

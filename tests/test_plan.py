@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.devices import planning_for
 from grpo_jax.loop import plan_report, plan_search, topologies
 from grpo_jax.loop.flags import flags_of
-from grpo_jax.loop.plan import Phase, Plan, make_plan
-from grpo_jax.loop.planned_model import spread
-from grpo_jax.loop.planned_rollout import layers_to_compile, schedule
+from grpo_jax.loop.plan import Phase, Plan
+from grpo_jax.loop.planned_model import Lengths, planned_model, spread
+from grpo_jax.loop.planned_rollout import layers_to_compile, plan_rollout, schedule
 from grpo_jax.loop.roofline import Measured, extrapolated, kernel_flops
 from grpo_jax.loop.topologies import Rates, Speed, capacity_of, rates_of, topology_devices
 from grpo_jax.models import from_hf_config, param_shapes
@@ -169,7 +168,7 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert report["device_bytes"] == 4e10
     assert "seconds" not in report
     sentence = dict(plan_report.facts_of(plan, price=None, device="chip", length="all"))["verdict"]
-    assert sentence == ("does not fit: 40.0 of the 16.0 GB of a chip; too large: update (the compiler refuses update)")
+    assert sentence == ("does not fit: 40.0 of the 16.0 GB of chip; too large: update (the compiler refuses update)")
 
 
 # Devices -------------------------------------------------------------------------------------------------------------
@@ -359,23 +358,27 @@ def test_every_experiment_has_a_plan(args, names, capsys):
     report, _ = planned([args[0], "toy", "--topology", "cpu:1", *args[1:], *sizes], capsys)
     (found,) = report["meshes"]
     assert [phase["name"] for phase in found["phases"]] == names
-    assert all(phase["flops"] > 0 for phase in found["phases"])
+    assert all(each["flops"] > 0 for phase in found["phases"] for each in phase["programs"].values())
 
 
 @pytest.mark.slow
 def test_unrolled_layers_are_extrapolated_to_what_all_of_them_take(small, monkeypatch):
-    hf_config = json.loads((Path(small) / "config.json").read_text()) | {"num_hidden_layers": 6}
     config = GRPOConfig(num_prompts=2, group_size=2, max_prompt_length=4, max_completion_length=8, model=small)
-    monkeypatch.setattr("grpo_jax.loop.plan.hf_config_of", lambda config: hf_config)
+    decoder = from_hf_config({**TINY, "num_hidden_layers": 6})
     with planning_for(jax.devices()[:2], None):
         config = replace(config, mesh=MeshConfig(fsdp=2))
-        short = make_plan(config, config.mesh.build(), rates=None, capacity=None)
+        mesh, lengths = config.mesh.build(), Lengths(np.full(2, 4), np.full(4, 8))
+        policy = planned_model(config, decoder, mesh)
+        short = plan_rollout(config, policy, mesh, lengths, None)
         monkeypatch.setattr("grpo_jax.loop.planned_rollout.layers_to_compile", lambda decoder: None)
-        whole = make_plan(config, config.mesh.build(), rates=None, capacity=None)
-    for a, b in zip(short.phases[:3], whole.phases[:3], strict=True):
-        assert (a.layers, b.layers) == ((2, 4), None)
+        whole = plan_rollout(config, policy, mesh, lengths, None)
+    assert (short.layers, whole.layers) == ((2, 4), None)
+    assert short.weights == whole.weights > 0
+    assert short.times == whole.times
+    for name, program in whole.programs.items():
         for quantity, within in (("flops", 1e-6), ("wire", 0.02), ("traffic", 0.1), ("arguments", 0.01)):
-            assert a.total(quantity) == pytest.approx(b.total(quantity), rel=within), (a.name, quantity)
+            found, wanted = (getattr(each, quantity) for each in (short.programs[name], program))
+            assert found == pytest.approx(wanted, rel=within), (name, quantity)
 
 
 @pytest.mark.slow

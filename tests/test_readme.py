@@ -81,7 +81,7 @@ def test_commands_parse(script, args, workspace, capsys, monkeypatch):
     monkeypatch.setattr("grpo_jax.config.run.connect", lambda *processes, **options: None)
     if script == "plan":  # the flags of an experiment among its own
         monkeypatch.setattr(module, "topology_devices", lambda name: jax.devices("cpu"))
-        monkeypatch.setattr(module, "plan", lambda *config, is_search: 0)
+        monkeypatch.setattr(module, "plan", lambda *config, has_mesh: 0)
         assert module.command(args) == 0, capsys.readouterr().err
         return
     assert run_script(module, args, main=lambda config: None) == 0, capsys.readouterr().err

@@ -147,6 +147,16 @@ def test_an_update_of_packed_rows_is_that_of_padded_ones(tiny, padded, packing, 
     assert_same(stepped(params, loss_of(model, **TERMS), packed), padded)
 
 
+def test_micro_batches_are_equal_if_every_sequence_needs_a_row():
+    batch = make_batch()
+    B = len(batch.advantages)
+    for most in (1, 2, 5, B - 1, 10**6):
+        count, rows, _ = packed_of(batch, "separate", micro_batch_tokens=20 * most).rows.token_ids.shape
+        assert rows <= most
+        assert count == -(-B // min(most, B))  # as few as fit
+        assert count * rows - B < count  # with at most one empty row in each
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_an_update_of_packed_rows_over_eight_devices_is_that_of_one(tiny, padded, sizes, packing):

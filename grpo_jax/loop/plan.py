@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.reward_model import RewardModelConfig
@@ -74,7 +73,7 @@ class Phase:
         Args:
             rates: of a device.
         """
-        total = dict.fromkeys((*BOUNDS, "longest", "sum"), 0.0)
+        total: dict[str, Number] = dict.fromkeys((*BOUNDS, "longest", "sum"), 0.0)
         for measured, times in self.programs.values():
             each = measured.times(rates)
             each |= {"longest": max(each.values()), "sum": sum(each.values())}
@@ -247,7 +246,7 @@ def make_plan(
     return Plan(
         axes=dict(mesh.shape),
         rollout_tensor=None if rollout is None else rollout.tensor,
-        num_micro_batches=config.micro_batches,
+        num_micro_batches=works[-1].num_micro_batches,
         phases=[*phases, *(work_phase(work, learner.held) for work in works)],
         capacity=capacity,
         rates=rates,
@@ -312,7 +311,10 @@ def work_phase(work: Work, held: Mapping[str, Number]) -> Phase:
     measured = work.measured
     activations = max(0.0, measured.temporary - work.gradients) + measured.results + work.batch
     memory = _ordered({**held, "gradients": work.gradients, "activations": activations})
-    return Phase(work.name, {work.name: (measured, work.times)}, memory, refused=measured.refused)
+    # The compiler knows of the program's own state alone.
+    others = max(0.0, sum(held.values()) - work.own)
+    refused = None if measured.refused is None else measured.refused + others
+    return Phase(work.name, {work.name: (measured, work.times)}, memory, refused=refused)
 
 
 def _ordered(memory: Mapping[str, Number]) -> dict[str, Number]:
@@ -320,7 +322,7 @@ def _ordered(memory: Mapping[str, Number]) -> dict[str, Number]:
 
 
 def _online_flops(
-    config: GRPOConfig | PPOConfig, decoder: DecoderConfig, critic: DecoderConfig, lengths: Lengths, update: Work
+    config: OnlineConfig, decoder: DecoderConfig, critic: DecoderConfig, lengths: Lengths, update: Work
 ) -> float:
     """Model FLOPs of the updates of a step."""
     prompts = np.repeat(lengths.prompts, config.group_size)

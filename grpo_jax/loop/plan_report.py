@@ -107,7 +107,9 @@ def facts_of(plan: Plan, *, price: Number | None, device: str, length: str) -> l
     facts.append(("lengths", length))
     for small, large in sorted(unrolled):
         facts.append(("sampling", f"its layers are unrolled: from programs of {small} and {large} layers, linearly"))
-    facts.append(("not counted", "evaluations, rewards, the host; compaction; latency of each transfer and program"))
+    facts.append(
+        ("not counted", "evaluations, rewards, further draws, the host; compaction; latency of transfers and programs")
+    )
     facts.append(("all figures are", MARK))
     return facts
 
@@ -236,7 +238,7 @@ def _time_table(plan: Plan) -> Table:
 def _sentence(plan: Plan, device: str) -> str:
     if plan.capacity is None:
         return f"the memory of {device} is unknown; the largest phase takes {_gb(plan.held)} GB"
-    of = f"{_gb(plan.held)} of the {_gb(plan.capacity)} GB of a {device}"
+    of = f"{_gb(plan.held)} of the {_gb(plan.capacity)} GB of {device}"
     worst = max(plan.phases, key=lambda phase: phase.held)
     if plan.fits:
         return f"fits: {of} in the largest phase, {worst.name}"

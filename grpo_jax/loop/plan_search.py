@@ -43,7 +43,7 @@ def read_meshes(texts: Sequence[str], num_devices: int) -> list[MeshConfig]:
     """
     meshes = []
     for text in texts:
-        values = dict(each.partition("=")[::2] for each in text.split(","))
+        values = {name: value for name, _, value in (each.partition("=") for each in text.split(","))}
         unknown = [name for name in values if name.replace("-", "_") not in NAMES]
         if unknown or not all(value.isdigit() and int(value) for value in values.values()):
             raise ValueError(

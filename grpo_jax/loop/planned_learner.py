@@ -31,7 +31,7 @@ from grpo_jax.train import (
     make_train_step,
     trainable_part,
 )
-from grpo_jax.types import Params, Preparation, TrainState
+from grpo_jax.types import PackedBatch, Params, Preparation, TrainState
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,24 @@ class Work:
         name: of its phase.
         measured: its work and memory.
         times: how often it runs in a step.
-        batch: bytes of its arguments on a device that are not part of a state.
+        own: bytes of its parameters or its state on a device.
+        batch: bytes of its other arguments.
         gradients: bytes of the accumulated gradients on a device.
         rows, row_length: sequences that it computes, and tokens of each.
         prompts_are_shared: whether a row has a prompt once for several completions.
+        num_micro_batches: that it computes in turn.
     """
 
     name: str
     measured: Measured
     times: int
+    own: float
     batch: float
     gradients: float
     rows: int
     row_length: int
     prompts_are_shared: bool
+    num_micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,8 @@ class Learner:
         if self.is_fused(model):
             more = kernel_flops(model.config, layout.rows, layout.row_length, remat) / self.mesh.size
         _, measured = compile_measured(lower, platform(), options_of(self.mesh, self.options), more_flops=more)
-        batch = max(0.0, measured.arguments - bytes_on_device(own))
-        shape = layout.rows, layout.row_length, layout.prompts_are_shared
-        return Work(name, measured, times, batch, float(gradients or 0), *shape)
+        held = bytes_on_device(own)
+        batch = max(0.0, measured.arguments - held)
+        count = int(layout.batch.count) if isinstance(layout.batch, PackedBatch) else self.config.micro_batches
+        shape = layout.rows, layout.row_length, layout.prompts_are_shared, count
+        return Work(name, measured, times, held, batch, float(gradients or 0), *shape)

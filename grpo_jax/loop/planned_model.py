@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.config.model import ModelConfig
 from grpo_jax.config.online import OnlineConfig
-from grpo_jax.loop.batch_layout import BatchLayout, cut
+from grpo_jax.loop.batch_layout import BatchLayout, Sequences, cut
 from grpo_jax.loop.compiled_updates import Layout, lay_out, with_sharding
 from grpo_jax.models import LoRA, add_adapters, build_model, from_hf_config, param_shapes
 from grpo_jax.models.config import DecoderConfig, with_rope_length
@@ -186,7 +186,7 @@ def as_rollout(batch: Batch) -> Rollout:
     return Rollout(**rollout, truncated=np.zeros(len(batch.prompt_ids), bool))  # pyright: ignore[reportArgumentType]
 
 
-def online_layout(config: OnlineConfig, model: Model, mesh: Mesh, sequences: Batch | Rollout) -> Layout:
+def online_layout(config: OnlineConfig, model: Model, mesh: Mesh, sequences: Sequences) -> Layout:
     """Sequences of a step laid out as ``BatchLayout`` does.
 
     Args:

@@ -141,7 +141,12 @@ def plan_rollout(
     else:
         small, large = compiled(layers[0]), compiled(layers[1])
         found = {
-            name: (extrapolated(small[name][0], program, layers, policy.config.num_layers), times)
+            name: (
+                program
+                if program.refused is not None
+                else extrapolated(small[name][0], program, layers, policy.config.num_layers),
+                times,
+            )
             for name, (program, times) in large.items()
         }
     return Rollout(

@@ -184,9 +184,7 @@ def plan_offline(learner: Learner) -> list[Work]:
                 return pair_log_probs(model, prepare(params), batch).sum(2)
 
             lower = partial(jax.jit(sums).lower, policy.params, layout.batch)
-            works.append(
-                learner._work("reference (before the first step)", policy, lower, layout, policy.params, 0, None)
-            )
+            works.append(learner.work(REFERENCE_ONCE, policy, lower, layout, policy.params, 0, None))
     dtype = config.optimizer.gradient_dtype
     work = learner.update("update", policy, loss_fn, state, optimizer, layout, times=1, gradient_dtype=dtype)
     return [*works, work]

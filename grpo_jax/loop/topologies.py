@@ -107,6 +107,16 @@ KINDS = f"{', '.join(f'{name}:4x4' for name in TPUS)} (the chips along each axis
 h100:2x8 (hosts x GPUs), and cpu:N"
 
 
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Environment with which the TPU's compiler neither looks for a TPU, nor warns that there is none, nor locks it."""
+
+
 def topology_devices(name: str) -> list[Any]:
     """Devices to compile for that need not be there.
 
@@ -130,7 +140,8 @@ def topology_devices(name: str) -> list[Any]:
     if not any(map(find_spec, installed)):
         extra = "cuda13" if is_gpu else "tpu"
         raise ValueError(f"topology is {name}: its compiler is not installed: pip install 'grpo_jax[{extra}]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the compiler runs without a TPU
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
     try:
         if not is_gpu:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)

@@ -54,8 +54,8 @@ def pack(
     Args:
         sequences: B prompts with completions. Prompts that are equal are shared.
         packing: ``shared`` or ``separate``; ``Model.packing`` says which is best.
-        micro_batch_tokens: tokens of a micro-batch on a device; at least one row is taken, over the devices of
-            ``context``.
+        micro_batch_tokens: most tokens of a micro-batch on a device, but at least a row over the devices of ``context``.
+            Micro-batches are equal and as few as hold a row for each sequence.
         mesh: devices that the rows of a micro-batch are sharded over; None for one device.
         row_length: S; None for the one of ``row_lengths`` that costs least.
         attention_length: row length at which attention costs as much as all other work (``Model.attention_length``).
@@ -108,7 +108,9 @@ def pack_on_host(
     ]
 
     def rows_at_once(length: int) -> int:
-        return devices * max(1, micro_batch_tokens // length)
+        # Every sequence may need a row of its own. Micro-batches are then equal: empty rows are computed, too.
+        most, needed = max(1, micro_batch_tokens // length), -(-len(lengths) // devices)
+        return devices * -(-needed // -(-needed // most))
 
     def cost(layout: tuple[int, list[list[Piece]]]) -> float:
         length, rows = layout
@@ -117,7 +119,6 @@ def pack_on_host(
 
     S, placed = min(layouts, key=cost)
     R = rows_at_once(S)
-    # Every sequence may need a row of its own.
     N = -(-len(lengths) // R)
     arrays = _fill(host, prompts, lengths, placed, shape=(N * R, S), places=_places(S, T), packing=packing)
     stacked: dict[str, Any] = {name: None if x is None else x.reshape(N, R, *x.shape[1:]) for name, x in arrays.items()}
