@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +18,11 @@ from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Preset, require_at_least
-from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.config.training import LOSS_INPUTS, LOSSES, OptimizerConfig, PolicyLossConfig
 from grpo_jax.tasks.generated import SUMS
 
+STALE_CAP = 2.0
+"""Default cap of the importance weights of stale samples (verl: rollout_is_threshold, of the same default)."""
 # Names of the arguments that the run passes to an advantage.
 ADVANTAGE_INPUTS = (
     *("rewards", "group_size", "reward_parts", "reward_weights", "step_rewards", "is_step_end"),
@@ -67,10 +69,14 @@ class GRPOConfig(OnlineConfig):
     non-constant rewards. 1: off."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss."""
+    staleness: int = 0
+    """Steps that sampling is ahead of training: batch n is sampled from the policy after step n - 1 - staleness, while
+    earlier batches are scored. Importance weights correct for it (importance_cap, or old_log_probs sampler). 0: on
+    policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
 
     def __post_init__(self):
         OnlineConfig.__post_init__(self)
-        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1)
+        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1, staleness=0)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 completions per prompt")
         if self.policy.kl_coef and self.kl_reward_coef:
@@ -90,19 +96,39 @@ class GRPOConfig(OnlineConfig):
                 "of your own"
             )
         self.check_old_log_probs(self.policy.importance_cap)
-        if self.old_log_probs == "sampler" and self.updates_per_step == 1 and not self.kl_reward_coef:
+        if self.staleness:
+            self._check_staleness()
+        elif self.old_log_probs == "sampler" and self.updates_per_step == 1 and not self.kl_reward_coef:
             raise ValueError(
                 "old_log_probs is sampler, but a step has one update, which needs none: it is strictly on policy"
             )
         if self.ref_refresh_every is not None and not self.has_reference:
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
 
+    def _check_staleness(self) -> None:
+        if self.max_draws > 1:
+            raise ValueError(
+                f"staleness is {self.staleness} and max_draws is {self.max_draws}: whether to sample again is known "
+                "once the samples are scored, so that sampling could not run ahead; set one of them to its default"
+            )
+        known = accepted(find_function(self.policy.loss, "loss", LOSSES, LOSS_INPUTS))
+        is_sampler = self.old_log_probs == "sampler"
+        lacking = {"old_log_probs"} if is_sampler else {"importance_cap", "rollout_log_probs"}
+        if known is not None and (lacking := lacking - set(known)):
+            other = "recompute" if is_sampler else "sampler"
+            raise ValueError(
+                f"staleness is {self.staleness}, but the loss {self.policy.loss} has no argument "
+                f"{' and no argument '.join(sorted(lacking))}, so that it would not correct for samples of an earlier "
+                f"policy; use another loss, or old_log_probs {other}"
+            )
+
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""
         OnlineConfig.check(self)
         self.optimizer.check()
-        for has_old in {self.updates_per_step > 1, self.updates_per_step > 1 and self.old_log_probs == "recompute"}:
-            self.policy.check(has_old=has_old, has_reference=bool(self.policy.kl_coef))
+        first_has_old = self.has_old_log_probs and (self.old_log_probs == "recompute" or self.staleness > 0)
+        for has_old in {self.has_old_log_probs, first_has_old}:
+            self.policy_loss.check(has_old=has_old, has_reference=bool(self.policy.kl_coef))
         G = self.group_size
         inputs = {
             "rewards": jnp.arange(2.0 * G),
@@ -137,6 +163,21 @@ class GRPOConfig(OnlineConfig):
         """Names of the inputs that the advantage function takes."""
         known = accepted(self.advantage_function)
         return ["rewards", "group_size"] if known is None else known
+
+    @property
+    def policy_loss(self) -> PolicyLossConfig:
+        """``policy``, with an importance cap if samples are stale and nothing else corrects for it.
+
+        The objective is then the decoupled one (arXiv 2110.00641, 2505.24298): ratios and clip refer to the policy at
+        the start of the step, and its probabilities over those of the policy that sampled are a weight.
+        """
+        is_corrected = self.policy.importance_cap is not None or self.old_log_probs == "sampler"
+        return self.policy if is_corrected or not self.staleness else replace(self.policy, importance_cap=STALE_CAP)
+
+    @property
+    def has_old_log_probs(self) -> bool:
+        """Whether updates get old log-probabilities: later ones of a step, or all of them those of stale samples."""
+        return self.updates_per_step > 1 or (self.old_log_probs == "sampler" and self.staleness > 0)
 
     @property
     def has_reference(self) -> bool:

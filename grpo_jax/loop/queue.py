@@ -1,0 +1,175 @@
+"""Sampling ahead of training, by a fixed number of steps.
+
+With staleness K, batch n is sampled from the policy after step ``max(0, n - 1 - K)``, whatever the timing: so a run is
+reproducible, on any number of processes, and its staleness is not only bounded but known. In step n, batch n + K is
+sampled, and then batch n is trained on, whose rewards had K steps to be computed in the background::
+
+    devices   | sample n+1 | train n | sample n+2 | train n+1 | ...       K = 1
+    rewards   |        of n          |       of n+1          | ...
+
+Programs are dispatched, and values exchanged between processes, by the main thread alone, in an order that is the same
+on all processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.hosts import fetch
+from grpo_jax.loop.collector import Collector
+from grpo_jax.loop.experience import Experience
+from grpo_jax.sharding import BATCH, place
+from grpo_jax.types import Params, Prompts, Rollout, TrainState
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A batch that was sampled and not trained on yet.
+
+    Attributes:
+        experience: the batch.
+        policy: the step after which its policy was the current one.
+    """
+
+    experience: Experience
+    policy: int
+
+
+class RolloutQueue:
+    """Batches in the order of steps, sampled ``staleness`` steps ahead of training; 0 samples them when needed.
+
+    The queue is part of a checkpoint: completions and the sampler's log-probabilities as arrays, positions of the
+    problems as JSON. Rewards are computed again, being functions of these.
+
+    Args:
+        config: of the run.
+        collector: samples and scores.
+    """
+
+    def __init__(self, config: GRPOConfig, collector: Collector):
+        self._config, self._collector = config, collector
+        self._staleness = config.staleness
+        self._waiting: deque[Waiting] = deque()
+        self._sharding = NamedSharding(collector.mesh, P(None, *BATCH))
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Staleness and its correction, for the run's header."""
+        if not self._staleness:
+            return {}
+        correction = (
+            "ratios to the policy that sampled"
+            if self._config.old_log_probs == "sampler"
+            else f"importance weights up to {self._config.policy_loss.importance_cap:g}"
+        )
+        return {
+            "off policy": f"batch n is sampled from the policy after step n - 1 - {self._staleness}, and scored in the "
+            f"background (staleness); corrected by {correction}"
+        }
+
+    def next(self, step: int, params: Params) -> Experience:
+        """The batch of a step, after sampling the one that is due from the present policy.
+
+        Args:
+            step: the number of the step.
+            params: of the policy before the step.
+        """
+        if not self._staleness:
+            return self._collector.sample(step, params)
+        started = time.monotonic()
+        first = self._waiting[-1].experience.step + 1 if self._waiting else step
+        for number in range(first, min(step + self._staleness, self._config.num_steps) + 1):
+            self._append(self._collector.sample(number, params), policy=step - 1)
+        waiting = self._waiting.popleft()
+        experience, now = waiting.experience, time.monotonic()
+        experience.started = started
+        experience.times |= {"staleness": step - 1 - waiting.policy, "rollout_wait": now - started}
+        return experience
+
+    def with_state(self, state: TrainState) -> Any:
+        """The tree of a checkpoint: the state, and with it the queue if there is one.
+
+        Args:
+            state: of the policy.
+        """
+        if not self._staleness:
+            return state
+        B, T = self._config.num_completions, self._config.completion_length
+        # Always as many places, so that a checkpoint's shapes are known before it is read.
+        arrays = {
+            "completion_ids": np.zeros((self._staleness, B, T), np.int32),
+            "rollout_log_probs": np.zeros((self._staleness, B, T), np.float32),
+            "lengths": np.zeros((self._staleness, B), np.int32),
+            "truncated": np.zeros((self._staleness, B), bool),
+        }
+        for slot, waiting in enumerate(self._waiting):
+            experience = waiting.experience
+            arrays["lengths"][slot] = experience.lengths
+            for name in ("completion_ids", "rollout_log_probs", "truncated"):
+                arrays[name][slot] = getattr(experience.rollout, name)
+        return {"policy": state, "queue": place(arrays, self._sharding)}
+
+    def state_of(self, saved: Any) -> TrainState:
+        """The state in a tree of ``with_state``."""
+        return saved["policy"] if self._staleness else saved
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not an array of the queue, as JSON; empty without one."""
+        if not self._staleness:
+            return {}
+        return {
+            "queue": [
+                {
+                    "step": waiting.experience.step,
+                    "policy": waiting.policy,
+                    "positions": [index.tolist() for index in waiting.experience.positions],
+                    "times": waiting.experience.times,
+                }
+                for waiting in self._waiting
+            ]
+        }
+
+    def restore(self, saved: Any, position: Mapping[str, Any]) -> TrainState:
+        """The state of a checkpoint; its batches are put into the queue, and scored again.
+
+        Args:
+            saved: tree of ``with_state``.
+            position: with ``state_dict``; empty for a new run.
+        """
+        rows = position.get("queue", [])
+        arrays = fetch(saved["queue"]) if rows else {}
+        for slot, row in enumerate(rows):
+            own = {name: values[slot] for name, values in arrays.items()}
+            positions = [np.array(index, np.int32) for index in row["positions"]]
+            rollout_of = partial(_rollout, own, group_size=self._config.group_size)
+            experience = self._collector.sampled_before(row["step"], positions, rollout_of)
+            experience.times = dict(row["times"])
+            self._append(experience, policy=row["policy"])
+        return self.state_of(saved)
+
+    def _append(self, experience: Experience, *, policy: int) -> None:
+        self._collector.start_scoring(experience)
+        self._waiting.append(Waiting(experience, policy))
+
+
+def _rollout(arrays: Mapping[str, np.ndarray], prompts: Prompts, *, group_size: int) -> Rollout:
+    ids, mask = (np.repeat(np.asarray(x), group_size, axis=0) for x in (prompts.ids, prompts.mask))
+    columns = np.arange(arrays["completion_ids"].shape[1])
+    return Rollout(
+        prompt_ids=ids,
+        prompt_mask=mask,
+        completion_ids=arrays["completion_ids"],
+        completion_mask=columns < arrays["lengths"][:, None],
+        rollout_log_probs=arrays["rollout_log_probs"],
+        truncated=arrays["truncated"],
+    )  # pyright: ignore[reportArgumentType]
