@@ -51,7 +51,7 @@ def main(config: GRPOConfig) -> int:
 
 def train(config: GRPOConfig, run: Run) -> None:
     mesh = config.mesh.build()
-    collector = Collector(config, run, mesh)
+    collector = Collector(config, run, mesh, config.sampling_mesh())
     model = collector.policy.model
     log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
     layout = BatchLayout(config, model, mesh)
@@ -61,7 +61,7 @@ def train(config: GRPOConfig, run: Run) -> None:
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
     train_step = layout.make_train_step(policy_loss, optimizer, config.optimizer)
-    queue = RolloutQueue(config, collector)
+    queue = RolloutQueue(config, collector, run)
     run.describe(
         {
             "loss": f"{config.policy.loss}, advantages {config.advantage}, "

@@ -1,6 +1,7 @@
 """Sampling ahead of training: from the policy that is said, whatever the timing, and resumed bit for bit."""
 
 import random
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -59,6 +60,18 @@ def config(small, tmp_path):
     )
 
 
+def dying_at(*steps):
+    """In place of ``check_finite``, which is called before a step is saved: the run dies there, once in each step."""
+    left = [*steps]
+
+    def check(metrics, step, run):
+        if step in left:
+            left.remove(step)
+            raise KeyboardInterrupt
+
+    return check
+
+
 def test_each_batch_is_of_the_policy_that_staleness_says(config, monkeypatch):
     """The sampler's log-probabilities are those of the parameters after step n - 1 - K, and of no later ones."""
     config = replace(config, staleness=2, num_steps=5)
@@ -99,10 +112,11 @@ def test_each_batch_is_of_the_policy_that_staleness_says(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("deaths", "changes"),
     [
-        {},
+        ((2,), {}),
         pytest.param(
+            (2, 3),
             {
                 "staleness": 2,
                 "old_log_probs": "sampler",
@@ -114,28 +128,18 @@ def test_each_batch_is_of_the_policy_that_staleness_says(config, monkeypatch):
         ),
     ],
 )
-def test_neither_delays_nor_stops_change_a_run(config, monkeypatch, changes):
-    """The rewards take their time, the run dies in every step and goes on: all of it is that of the unbroken one."""
+def test_neither_delays_nor_stops_change_a_run(config, monkeypatch, deaths, changes):
+    """The rewards take their time, the run dies in some steps and goes on: all of it is that of the unbroken one."""
     config = replace(config, num_steps=3, **changes)
     grpo.main(config)
     broken = replace(config, run_dir=config.run_dir.with_name("broken"))
-    sum_up, seen = grpo.over_updates, []
-
-    def killed_when_first_reached(updates):
-        metrics = sum_up(updates)
-        if metrics["loss"] not in seen:
-            seen.append(metrics["loss"])
-            raise KeyboardInterrupt
-        return metrics
-
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "over_updates", killed_when_first_reached)
+        patch.setattr(grpo, "check_finite", dying_at(*deaths))
         patch.setattr("tests.test_loop_queue.DELAY", [0.05])
-        for _ in range(config.num_steps):
+        for _ in deaths:
             with pytest.raises(KeyboardInterrupt):
                 grpo.main(broken)
         assert grpo.main(broken) == 0
-    assert len(seen) == config.num_steps
     assert metrics_of(broken) == metrics_of(config)
     for name in ("completions.jsonl", "model/model.safetensors"):
         assert (broken.run_dir / name).read_bytes() == (config.run_dir / name).read_bytes(), name
@@ -168,6 +172,8 @@ def no_ratio(log_probs, advantages, mask):
             "no_ratio has no argument old_log_probs, so that it would not correct",
         ),
         ({"old_log_probs": "sampler", "sampling": Sampling(top_p=0.9)}, "draws from a modified distribution"),
+        ({"rollout_mesh": 0}, "rollout_mesh is 0; it must be at least 1"),
+        ({"rollout_mesh": 1, "staleness": 0}, "rollout_mesh is 1 and staleness is 0: on policy, sampling and training"),
     ],
 )
 def test_what_would_not_be_corrected_for_is_refused(config, changes, message):
@@ -188,10 +194,51 @@ def test_stale_samples_are_corrected_for_unless_ratios_do_it(config):
         HybridConfig(staleness=1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout_mesh": 8}, r"rollout_mesh is 8, .* is 1 .*; there are 8 devices: lower it"),
+        ({"rollout_mesh": 2, "mesh": MeshConfig(fsdp=2)}, "is 8 .*; there are 8 devices: set mesh.data to 3"),
+        ({"rollout_mesh": 3, "mesh": MeshConfig(data=1, tensor=2)}, "must be a multiple of the 2 devices"),
+        ({"rollout_mesh": 3}, "num_prompts: 4 do not divide over mesh data x fsdp = 3"),
+    ],
+)
+def test_devices_that_sample_are_found_before_a_model_is_loaded(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes).check()
+
+
+@pytest.mark.slow
+def test_devices_of_their_own_sample_the_same(config, monkeypatch):
+    """Training goes on while they sample; the run dies while both are at work, and goes on."""
+    config = replace(config, staleness=2)
+    grpo.main(config)
+    mesh = MeshConfig(data=2, fsdp=1)
+    beside = replace(config, run_dir=config.run_dir.with_name("beside"), rollout_mesh=2, mesh=mesh)
+    sample, used = Collector.sample, set()
+
+    def spied(self, number, params):
+        used.update(device.id for device in jax.tree.leaves(params)[0].devices())
+        assert threading.current_thread() is not threading.main_thread()
+        return sample(self, number, params)
+
+    monkeypatch.setattr(Collector, "sample", spied)
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "check_finite", dying_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            grpo.main(beside)
+    assert grpo.main(beside) == 0
+    assert used == {6, 7}
+    for row, other in zip(metrics_of(config), metrics_of(beside), strict=True):
+        assert other == pytest.approx(row, abs=1e-5, rel=1e-5)
+    texts = [[row["completion"] for row in read_jsonl(c.run_dir / "completions.jsonl")] for c in (config, beside)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.slow
 def test_two_processes_are_as_stale_as_one(small, tmp_path):
     """Bit for bit, on as many devices; rewards of whole batches and of samples, scored by both in the background."""
-    flags = {"staleness": 1, "eval-every": 0}
+    flags = {"staleness": 1, "eval-every": 0, "num-minibatches": 1, "kl-coef": 0}
     processes.run(grpo_command(small, tmp_path / "one", **flags), processes=1, devices=2)
     processes.run(grpo_command(small, tmp_path / "two", **flags), processes=2, devices=1)
     assert results(tmp_path / "two") == results(tmp_path / "one")

@@ -10,6 +10,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 
 from grpo_jax import advantage
 from grpo_jax.config.data import DataConfig
@@ -17,8 +18,9 @@ from grpo_jax.config.functions import accepted, call_with, find_function
 from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.rewards import RewardConfig
-from grpo_jax.config.run import Preset, require_at_least
+from grpo_jax.config.run import Preset, check_divides, require_at_least
 from grpo_jax.config.training import LOSS_INPUTS, LOSSES, OptimizerConfig, PolicyLossConfig
+from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.generated import SUMS
 
 STALE_CAP = 2.0
@@ -49,6 +51,7 @@ class GRPOConfig(OnlineConfig):
         "--reward --reward-model --eval-every --mesh.fsdp --trackers"
     )
 
+    RESUMABLE_FIELDS = (*OnlineConfig.RESUMABLE_FIELDS, "rollout_mesh")
     run_dir: Path = Path("runs/grpo")
     """Folder of the run: logs, checkpoints, curves, the trained model."""
     advantage: str = "group_relative"
@@ -73,10 +76,13 @@ class GRPOConfig(OnlineConfig):
     """Steps that sampling is ahead of training: batch n is sampled from the policy after step n - 1 - staleness, while
     earlier batches are scored. Importance weights correct for it (importance_cap, or old_log_probs sampler). 0: on
     policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
+    rollout_mesh: int | None = None
+    """Sample on this many devices, the last ones, while the first mesh.data x mesh.fsdp x mesh.tensor train. Needs
+    staleness. Default: all devices of the mesh do both in turn."""
 
     def __post_init__(self):
         OnlineConfig.__post_init__(self)
-        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1, staleness=0)
+        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1, staleness=0, rollout_mesh=1)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 completions per prompt")
         if self.policy.kl_coef and self.kl_reward_coef:
@@ -96,6 +102,11 @@ class GRPOConfig(OnlineConfig):
                 "of your own"
             )
         self.check_old_log_probs(self.policy.importance_cap)
+        if self.rollout_mesh is not None and not self.staleness:
+            raise ValueError(
+                f"rollout_mesh is {self.rollout_mesh} and staleness is 0: on policy, sampling and training wait for "
+                "each other, and a part of the devices would be idle at any time; set staleness to 1 or more"
+            )
         if self.staleness:
             self._check_staleness()
         elif self.old_log_probs == "sampler" and self.updates_per_step == 1 and not self.kl_reward_coef:
@@ -125,6 +136,8 @@ class GRPOConfig(OnlineConfig):
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""
         OnlineConfig.check(self)
+        if (sampling := self.sampling_mesh()) is not None:
+            check_divides(self.num_prompts, sampling, "num_prompts")
         self.optimizer.check()
         first_has_old = self.has_old_log_probs and (self.old_log_probs == "recompute" or self.staleness > 0)
         for has_old in {self.has_old_log_probs, first_has_old}:
@@ -163,6 +176,35 @@ class GRPOConfig(OnlineConfig):
         """Names of the inputs that the advantage function takes."""
         known = accepted(self.advantage_function)
         return ["rewards", "group_size"] if known is None else known
+
+    def sampling_mesh(self) -> Mesh | None:
+        """The devices of ``rollout_mesh``; None if sampling has none of its own.
+
+        Raises:
+            ValueError: there are not as many beside those of training, or they belong to several processes.
+        """
+        if self.rollout_mesh is None:
+            return None
+        devices, wanted = jax.devices(), self.rollout_mesh
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"rollout_mesh is {wanted}, and the run has {jax.process_count()} processes; weights are handed to "
+                "other devices of one process only: leave rollout_mesh out"
+            )
+        training, axes = self.mesh.build().size, self.mesh
+        if training + wanted > len(devices):
+            left = len(devices) - wanted
+            hint = f"set mesh.data to {left // (axes.fsdp * axes.tensor)}" if left > 0 else "lower it"
+            raise ValueError(
+                f"rollout_mesh is {wanted}, and mesh.data x mesh.fsdp x mesh.tensor is {training} (mesh.data -1 is "
+                f"all); there are {len(devices)} devices: {hint}"
+            )
+        tensor = axes.rollout_tensor or axes.tensor
+        if wanted % tensor:
+            raise ValueError(
+                f"rollout_mesh is {wanted}; it must be a multiple of the {tensor} devices on its tensor axis"
+            )
+        return make_mesh(data=wanted // tensor, tensor=tensor, devices=devices[-wanted:])
 
     @property
     def policy_loss(self) -> PolicyLossConfig:

@@ -27,13 +27,20 @@ from grpo_jax.loop.mixture import TASK, MixtureScorer
 from grpo_jax.loop.report import step_metrics, to_samples, update_metrics
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.setup import adapters_of, load_policy, make_sampler, model_facts, rollout_layout, start_model
+from grpo_jax.loop.setup import (
+    adapters_of,
+    load_policy,
+    make_sampler,
+    model_facts,
+    rollout_layout,
+    start_model,
+)
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.alarms import Alarms
 from grpo_jax.monitor.samples import spot_checks
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.host_batch import concatenated
-from grpo_jax.sharding import bytes_on_devices
+from grpo_jax.sharding import bytes_on_devices, place, replicated
 from grpo_jax.types import Params, Prompts, Rollout
 
 
@@ -46,6 +53,7 @@ class Collector:
         config: problems, rewards, batch sizes.
         run: its folder and logs.
         mesh: the devices.
+        sampling_mesh: other devices to sample on; None for the same.
 
     Attributes:
         start: folder or Hugging Face id of the model that the run starts from.
@@ -59,7 +67,7 @@ class Collector:
         ValueError: whatever cannot run; before a model is loaded where it can be known.
     """
 
-    def __init__(self, config: OnlineConfig, run: Run, mesh: Mesh):
+    def __init__(self, config: OnlineConfig, run: Run, mesh: Mesh, sampling_mesh: Mesh | None = None):
         self._config, self._run, self.mesh = config, run, mesh
         self._compilations = count_compilations()
         mixture = config.mixture
@@ -82,12 +90,14 @@ class Collector:
             ProblemIterator(task.problems.problems, num_prompts=count, seed=config.seed)
             for task, count in zip(self.tasks, shares(mixture, config.num_prompts), strict=True)
         ]
-        self._layout = rollout_layout(config, policy, mesh)
+        self._layout = rollout_layout(config, policy, mesh, sampling_mesh)
         self._samplers = {
             size: make_sampler(config, policy, self._layout, group_size=size)
             for size in {config.group_size, config.eval_samples}
         }
         self._noise, self.shuffle, self._evaluation = jax.random.split(jax.random.key(config.seed), 3)
+        if sampling_mesh is not None:  # keys that are computed beside the training would wait for it
+            self._noise, self._evaluation = place((self._noise, self._evaluation), replicated(sampling_mesh))
         self._decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
         self._decode_ids = partial(decode_one, policy.tokenizer, eos_ids=policy.eos_ids)
         self._num_tokens = 0
@@ -186,6 +196,10 @@ class Collector:
         """
         batch = self._batch_at(positions)
         return self._experience(step, batch, rollout_of(batch.prompts), time.monotonic())
+
+    def reshard(self, params: Params) -> Params:
+        """Parameters in the sampler's layout, which ``sample`` takes too."""
+        return self._layout.reshard(params)
 
     def start_scoring(self, experience: Experience) -> None:
         """Start to score a step's completions in the background; ``score`` then waits for it.
@@ -329,7 +343,7 @@ class Collector:
             suffix = "" if task.name is None else f" of {task.name}"
             facts |= {f"{name}{suffix}": value for name, value in task.facts().items()}
         if self._layout.mesh is not self.mesh:
-            facts["sampler"] = f"weights sharded over {self._layout.mesh.shape['tensor']} devices (mesh.rollout_tensor)"
+            facts["sampler"] = self._layout.description
         return facts | {
             "lengths": f"{config.prompt_length} + {config.completion_length} tokens of prompt and completion",
             "steps": f"{config.num_steps}, each {config.num_prompts} prompts x {config.group_size} samples at "

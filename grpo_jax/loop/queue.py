@@ -7,19 +7,22 @@ sampled, and then batch n is trained on, whose rewards had K steps to be compute
     devices   | sample n+1 | train n | sample n+2 | train n+1 | ...       K = 1
     rewards   |        of n          |       of n+1          | ...
 
-Programs are dispatched, and values exchanged between processes, by the main thread alone, in an order that is the same
-on all processes.
+On several processes, programs are dispatched and values exchanged by the main thread alone, in an order that is the
+same on all of them.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,25 +31,34 @@ from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.hosts import fetch
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.experience import Experience
+from grpo_jax.loop.run import Run
 from grpo_jax.sharding import BATCH, place
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A batch that was sampled and not trained on yet.
+    """A batch that was sampled, or is being sampled, and not trained on yet.
 
     Attributes:
-        experience: the batch.
+        step: the number of its step.
         policy: the step after which its policy was the current one.
+        sampled: gives the batch.
     """
 
-    experience: Experience
+    step: int
     policy: int
+    sampled: Future[Experience]
 
 
 class RolloutQueue:
     """Batches in the order of steps, sampled ``staleness`` steps ahead of training; 0 samples them when needed.
+
+    On devices of its own (``rollout_mesh``), sampling runs in a thread beside training::
+
+        sampler   | sample n+1 | sample n+2 | ...       K = 1
+        trainer   | train n    | train n+1  | ...
+        rewards   |    of n+1       of n+2  | ...
 
     The queue is part of a checkpoint: completions and the sampler's log-probabilities as arrays, positions of the
     problems as JSON. Rewards are computed again, being functions of these.
@@ -54,13 +66,15 @@ class RolloutQueue:
     Args:
         config: of the run.
         collector: samples and scores.
+        run: ends the thread.
     """
 
-    def __init__(self, config: GRPOConfig, collector: Collector):
+    def __init__(self, config: GRPOConfig, collector: Collector, run: Run):
         self._config, self._collector = config, collector
         self._staleness = config.staleness
         self._waiting: deque[Waiting] = deque()
         self._sharding = NamedSharding(collector.mesh, P(None, *BATCH))
+        self._thread = run.enter(_thread()) if config.rollout_mesh is not None else None
 
     @property
     def facts(self) -> dict[str, str]:
@@ -78,7 +92,7 @@ class RolloutQueue:
         }
 
     def next(self, step: int, params: Params) -> Experience:
-        """The batch of a step, after sampling the one that is due from the present policy.
+        """The batch of a step, after sampling, or beginning to sample, the one that is due from the present policy.
 
         Args:
             step: the number of the step.
@@ -87,17 +101,43 @@ class RolloutQueue:
         if not self._staleness:
             return self._collector.sample(step, params)
         started = time.monotonic()
-        first = self._waiting[-1].experience.step + 1 if self._waiting else step
-        for number in range(first, min(step + self._staleness, self._config.num_steps) + 1):
-            self._append(self._collector.sample(number, params), policy=step - 1)
+        due = range(
+            self._waiting[-1].step + 1 if self._waiting else step,
+            min(step + self._staleness, self._config.num_steps) + 1,
+        )
+        if self._thread is not None and due:
+            params = self._collector.reshard(params)  # before the update donates them
+        for number in due:
+            self._waiting.append(Waiting(number, step - 1, self._begin(partial(self._sample, number, params))))
         waiting = self._waiting.popleft()
-        experience, now = waiting.experience, time.monotonic()
-        experience.started = started
-        experience.times |= {"staleness": step - 1 - waiting.policy, "rollout_wait": now - started}
+        experience = waiting.sampled.result()
+        experience.started, waited = started, time.monotonic() - started
+        experience.times |= {"staleness": step - 1 - waiting.policy, "rollout_wait": waited}
         return experience
+
+    def _sample(self, step: int, params: Params) -> Experience:
+        experience = self._collector.sample(step, params)
+        self._collector.start_scoring(experience)
+        return experience
+
+    def _begin(self, function: Callable[[], Experience]) -> Future[Experience]:
+        """The result of a function, called in the thread if there is one."""
+        if self._thread is not None:
+            precision = jax.config.jax_default_matmul_precision  # of this thread alone, if it was set by a context
+
+            def with_precision() -> Experience:
+                with jax.default_matmul_precision(precision):
+                    return function()
+
+            return self._thread.submit(with_precision)
+        future: Future[Experience] = Future()
+        future.set_result(function())
+        return future
 
     def with_state(self, state: TrainState) -> Any:
         """The tree of a checkpoint: the state, and with it the queue if there is one.
+
+        It waits until all batches are sampled, so that the evaluation of the step, too, has the devices alone.
 
         Args:
             state: of the policy.
@@ -113,7 +153,7 @@ class RolloutQueue:
             "truncated": np.zeros((self._staleness, B), bool),
         }
         for slot, waiting in enumerate(self._waiting):
-            experience = waiting.experience
+            experience = waiting.sampled.result()
             arrays["lengths"][slot] = experience.lengths
             for name in ("completion_ids", "rollout_log_probs", "truncated"):
                 arrays[name][slot] = getattr(experience.rollout, name)
@@ -130,10 +170,10 @@ class RolloutQueue:
         return {
             "queue": [
                 {
-                    "step": waiting.experience.step,
+                    "step": waiting.step,
                     "policy": waiting.policy,
-                    "positions": [index.tolist() for index in waiting.experience.positions],
-                    "times": waiting.experience.times,
+                    "positions": [index.tolist() for index in waiting.sampled.result().positions],
+                    "times": waiting.sampled.result().times,
                 }
                 for waiting in self._waiting
             ]
@@ -154,12 +194,21 @@ class RolloutQueue:
             rollout_of = partial(_rollout, own, group_size=self._config.group_size)
             experience = self._collector.sampled_before(row["step"], positions, rollout_of)
             experience.times = dict(row["times"])
-            self._append(experience, policy=row["policy"])
+            self._collector.start_scoring(experience)
+            sampled: Future[Experience] = Future()
+            sampled.set_result(experience)
+            self._waiting.append(Waiting(row["step"], row["policy"], sampled))
         return self.state_of(saved)
 
-    def _append(self, experience: Experience, *, policy: int) -> None:
-        self._collector.start_scoring(experience)
-        self._waiting.append(Waiting(experience, policy))
+
+@contextmanager
+def _thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread; leaving waits for the call that is running, and forgets the others."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sampler") as thread:
+        try:
+            yield thread
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def _rollout(arrays: Mapping[str, np.ndarray], prompts: Prompts, *, group_size: int) -> Rollout:

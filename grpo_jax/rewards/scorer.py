@@ -126,7 +126,9 @@ class Scorer:
             ValueError: as the function that ``weighted`` returns.
         """
         with self._turn:
-            return self._score(prompts, completions, **columns)
+            scores = self._score(prompts, completions, **columns)
+        self._drop_ahead()
+        return scores
 
     def start(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Scoring:
         """Start to score completions in the background: host-side rewards in worker processes or in a thread.
@@ -142,6 +144,7 @@ class Scorer:
         for name in self._host_rewards:
             futures_of_reward, waits[name] = self._start_reward(name, prompts, completions, columns)
             futures += futures_of_reward
+        self._drop_ahead()
         if self._learned is not None:
             learned = self._learned
             waits["reward_model"] = lambda: score_with("reward_model", learned, prompts, completions, columns)
@@ -167,6 +170,11 @@ class Scorer:
         if jax.process_count() == 1:
             return futures, wait
         return futures, lambda: exchanged(name, *outcome(wait), count=count, is_split=is_split)
+
+    def _drop_ahead(self) -> None:
+        """Scores of the streaming scorer that the batch has not taken, such as those of an interrupted step."""
+        if self._pool is not None:
+            self._pool.drop_ahead()
 
     def _score_in_turn(
         self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]

@@ -96,8 +96,7 @@ class RewardPool:
     def score_ahead(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
         """Start to score a sample with every ``per_sample`` reward while other completions are still being sampled.
 
-        A later call of the rewards with the same row returns these scores. Scores that are not used by then are dropped
-        by ``take_errors``.
+        A later call of the rewards with the same row returns these scores; ``drop_ahead`` drops those that are left.
 
         Args:
             prompt, completion: the texts.
@@ -112,8 +111,11 @@ class RewardPool:
         """The errors of scores that were returned since the last call, at most the newest thousand."""
         errors = [*self._errors]
         self._errors.clear()
-        self._ahead.clear()
         return errors
+
+    def drop_ahead(self) -> None:
+        """Forget the scores of ``score_ahead`` that no batch has taken."""
+        self._ahead.clear()
 
     def probe(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
         """Score one sample with every reward, to find rewards that cannot run before compute is spent.
