@@ -21,8 +21,12 @@ from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.collector import Collector
+from grpo_jax.loop.experience import Experience
+from grpo_jax.loop.queue import RolloutQueue
+from grpo_jax.loop.run import Run
 from grpo_jax.sampling import Sampling
 from grpo_jax.train import completion_log_probs
+from grpo_jax.types import TrainState
 from tests import processes
 from tests.runs import metrics_of, steps_of
 from tests.test_hosts import grpo as grpo_command
@@ -148,6 +152,19 @@ def test_neither_delays_nor_stops_change_a_run(config, monkeypatch, deaths, chan
     assert min(row["grad_norm"] for row in rows) > 0
     if config.old_log_probs == "sampler":  # the first update has ratios to the policy that sampled, as the later ones
         assert all("sampling/sampling_logp_difference/max" not in row for row in rows)
+
+
+def test_on_policy_there_is_no_queue(config):
+    asked, drawn = [], object.__new__(Experience)
+    collector = object.__new__(Collector)
+    collector.mesh, collector.sample = config.mesh.build(), lambda *args: asked.append(args) or drawn
+    queue = RolloutQueue(replace(config, staleness=0), collector, object.__new__(Run))
+    state = TrainState(step=jnp.int32(0), params={}, opt_state=())
+    assert queue.with_state(state) is state
+    assert queue.restore(state, {}) is state
+    assert queue.state_dict() == queue.facts == {}
+    assert queue.next(3, "params") is drawn
+    assert asked == [(3, "params")]
 
 
 def only_ratio(log_probs, advantages, mask, *, old_log_probs):

@@ -32,7 +32,7 @@ from grpo_jax.hosts import fetch
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.run import Run
-from grpo_jax.sharding import BATCH, place
+from grpo_jax.sharding import BATCH, bytes_on_devices, place
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
 
 
@@ -117,13 +117,16 @@ class RolloutQueue:
 
     def _sample(self, step: int, params: Params) -> Experience:
         experience = self._collector.sample(step, params)
+        if self._thread is not None:  # which finds them in its layout
+            experience.times["reshard_bytes"] = bytes_on_devices(params)
         self._collector.start_scoring(experience)
         return experience
 
     def _begin(self, function: Callable[[], Experience]) -> Future[Experience]:
         """The result of a function, called in the thread if there is one."""
         if self._thread is not None:
-            precision = jax.config.jax_default_matmul_precision  # of this thread alone, if it was set by a context
+            # Of this thread alone, if a context has set it.
+            precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
             def with_precision() -> Experience:
                 with jax.default_matmul_precision(precision):
@@ -186,6 +189,9 @@ class RolloutQueue:
             saved: tree of ``with_state``.
             position: with ``state_dict``; empty for a new run.
         """
+        for waiting in self._waiting:  # of a loop that goes back to a checkpoint
+            waiting.sampled.result()
+        self._waiting.clear()
         rows = position.get("queue", [])
         arrays = fetch(saved["queue"]) if rows else {}
         for slot, row in enumerate(rows):
@@ -212,13 +218,11 @@ def _thread() -> Iterator[ThreadPoolExecutor]:
 
 
 def _rollout(arrays: Mapping[str, np.ndarray], prompts: Prompts, *, group_size: int) -> Rollout:
-    ids, mask = (np.repeat(np.asarray(x), group_size, axis=0) for x in (prompts.ids, prompts.mask))
     columns = np.arange(arrays["completion_ids"].shape[1])
-    return Rollout(
-        prompt_ids=ids,
-        prompt_mask=mask,
-        completion_ids=arrays["completion_ids"],
-        completion_mask=columns < arrays["lengths"][:, None],
-        rollout_log_probs=arrays["rollout_log_probs"],
-        truncated=arrays["truncated"],
-    )  # pyright: ignore[reportArgumentType]
+    fields = {
+        "prompt_ids": np.repeat(np.asarray(prompts.ids), group_size, axis=0),
+        "prompt_mask": np.repeat(np.asarray(prompts.mask), group_size, axis=0),
+        "completion_mask": columns < arrays["lengths"][:, None],
+        **{name: arrays[name] for name in ("completion_ids", "rollout_log_probs", "truncated")},
+    }
+    return Rollout(**fields)  # pyright: ignore[reportArgumentType]
