@@ -135,8 +135,9 @@ class GRPOConfig(OnlineConfig):
 
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""
+        sampling = self.sampling_mesh()
         OnlineConfig.check(self)
-        if (sampling := self.sampling_mesh()) is not None:
+        if sampling is not None:
             check_divides(self.num_prompts, sampling, "num_prompts")
         self.optimizer.check()
         first_has_old = self.has_old_log_probs and (self.old_log_probs == "recompute" or self.staleness > 0)
