@@ -33,6 +33,7 @@ from grpo_jax.loop.estimators import (
     with_old_log_probs,
 )
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.queue import RolloutQueue
 from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import policy_state
@@ -50,33 +51,36 @@ def main(config: GRPOConfig) -> int:
 
 def train(config: GRPOConfig, run: Run) -> None:
     mesh = config.mesh.build()
-    collector = Collector(config, run, mesh)
+    collector = Collector(config, run, mesh, config.sampling_mesh())
     model = collector.policy.model
     log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
     layout = BatchLayout(config, model, mesh)
     log_prob_fn = layout.make_log_prob_fn(log_probs)
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps * config.updates_per_step)
-    policy_loss = config.policy.build(
+    policy_loss = config.policy_loss.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
     train_step = layout.make_train_step(policy_loss, optimizer, config.optimizer)
+    queue = RolloutQueue(config, collector, run)
     run.describe(
         {
             "loss": f"{config.policy.loss}, advantages {config.advantage}, "
             + (f"KL {config.policy.kl}, " if config.policy.kl_coef else "")
             + f"KL coefficient {config.policy.kl_coef or config.kl_reward_coef:g}",
+            **queue.facts,
             "updates": f"{config.updates_per_step} a step; {layout.description}; " + config.optimizer.description,
         }
     )
     state = policy_state(config, collector.take_params(), optimizer, mesh)
-    first, state, saved = run.resume(state)
+    first, state_and_queue, saved = run.resume(queue.with_state(state))
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
     collector.restore(saved)
+    state = queue.restore(state_and_queue, saved)
     collector.evaluate_if_due(first, state.params)
     with run.progress.phase("GRPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
             if config.max_draws == 1:
-                experience, scores = collector.sample(step, state.params), None
+                experience, scores = queue.next(step, state.params), None
                 rollout, rows = experience.rollout, slice(None)
             else:
                 experience, scores, rows = collector.sample_dynamically(step, state.params, most=config.max_draws)
@@ -98,7 +102,8 @@ def train(config: GRPOConfig, run: Run) -> None:
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
-                    minibatch = with_old_log_probs(minibatch, config.old_log_probs, is_first=not updates)
+                    is_first = not updates and not config.staleness
+                    minibatch = with_old_log_probs(minibatch, config.old_log_probs, is_first=is_first)
                     state, update = train_step(state, layout(minibatch))
                     updates.append(update)
             if config.ref_refresh_every and step % config.ref_refresh_every == 0:
@@ -115,7 +120,7 @@ def train(config: GRPOConfig, run: Run) -> None:
                 experience, scores, metrics, advantages, passes=passes, prompts_are_shared=is_shared
             )
             if collector.save_is_due(step, wants_checkpoint):
-                run.save(step, state, collector.state_dict())
+                run.save(step, queue.with_state(state), {**collector.state_dict(), **queue.state_dict()})
             run.stop_if_requested()
             metrics |= collector.evaluate_if_due(step, state.params)
             phase.update(step, metrics)
@@ -124,9 +129,9 @@ def train(config: GRPOConfig, run: Run) -> None:
     params, step = exported_params(
         config,
         run,
-        state,
+        queue.with_state(state),
         steps=config.num_steps,
-        params_of=lambda state: state.params,
+        params_of=lambda saved: queue.state_of(saved).params,
         start=collector.reload,
     )
     save_trained(

@@ -61,7 +61,7 @@ class HybridConfig(GRPOConfig):
     def __post_init__(self):
         GRPOConfig.__post_init__(self)
         require_at_least(self, critic_epochs=1)
-        fixed = {"advantage": "group_relative", "max_draws": 1, "num_epochs": 1, "num_minibatches": 1}
+        fixed = {"advantage": "group_relative", "max_draws": 1, "staleness": 0, "num_epochs": 1, "num_minibatches": 1}
         for name, value in fixed.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {getattr(self, name)}; with a critic it must be {value}")

@@ -15,7 +15,7 @@ from grpo_jax.loop.stages import Stage
 
 TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
 TIMING += ("scoring_time", "update_time", "update_tokens_per_second", "reshard_time", "reshard_bytes")
-TIMING += ("mfu", "peak_memory_bytes")
+TIMING += ("mfu", "peak_memory_bytes", "rollout_wait", "scoring_wait")
 
 
 def write_rows(path, rows):

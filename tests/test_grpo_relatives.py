@@ -261,6 +261,15 @@ def test_an_evaluation_tells_of_each_task_and_of_their_mean(loop, monkeypatch):
     assert loop.collector.evaluate_if_due(1, loop.params) == {}  # it is not due
 
 
+def test_completions_that_were_sampled_before_make_the_same_experience(loop):
+    drawn = loop.at_start().sample(1, loop.params)
+    again = loop.collector.sampled_before(1, drawn.positions, lambda prompts: drawn.rollout)
+    assert [*map(len, drawn.positions)] == [drawn.tasks.count("sums"), drawn.tasks.count("errands")]
+    for name in ("step", "problems", "tasks", "prompts", "columns", "completions"):
+        assert getattr(again, name) == getattr(drawn, name), name
+    np.testing.assert_array_equal(again.lengths, drawn.lengths)
+
+
 def same_rows(some, others, count):
     for name in ("prompt_ids", "completion_ids", "completion_mask", "rollout_log_probs", "truncated"):
         np.testing.assert_array_equal(

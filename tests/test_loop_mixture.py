@@ -286,6 +286,9 @@ def test_what_was_begun_while_others_were_drawn_is_found_again(opened):
     assert sum(map(len, pool._ahead.values())) == 0
     np.testing.assert_array_equal(found.total, [1.875, 2 * (1 + len(TEXTS[1])), 0.25, 6, np.nan, 0.25])
     assert mixed.take_errors() == []
+    in_the_background = mixed.start([""] * 6, TEXTS, **COLUMNS).result()
+    np.testing.assert_array_equal(in_the_background.total, found.total)
+    assert in_the_background.notes == found.notes
     assert (
         MixtureScorer(opened[:1]).streaming_scorer(
             [""], {"answer": ["5"], "terms": [2], TASK: ["sums"]}, str, eos_ids=[99], max_completion_length=4

@@ -259,7 +259,10 @@ def test_the_plan_and_the_experiments_share_no_flag():
         (["grpo", "--topology", "cpu:4", "--price=-1"], "error: --price is -1.0; it must be at least 0"),
         (["grpo", "--topology", "cpu:4", "--mesh.fsdp", "3"], "does not divide the 4 devices"),
         (["grpo", "--topology", "cpu:4", "--mesh.tensor", "8"], "does not divide the 4 devices"),
-        (["grpo", "--topology", "cpu:4", "--meshes", "rollout_tensor=3"], "--mesh.rollout-tensor is 3; it must be a multiple"),
+        (
+            ["grpo", "--topology", "cpu:4", "--meshes", "rollout_tensor=3"],
+            "--mesh.rollout-tensor is 3; it must be a multiple",
+        ),
         (["grpo", "--topology", "cpu:4", "--meshes", "a=1"], "error: --meshes has a=1; a mesh is written as"),
         (["grpo", "--topology", "cpu:4", "--meshes", "fsdp=4", "--mesh.fsdp", "4"], "name one of them"),
         (

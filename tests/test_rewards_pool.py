@@ -156,7 +156,7 @@ def test_what_was_begun_ahead_is_taken_and_not_scored_again(pool):
         assert len(small._ahead) == 2
         assert [each.score for each in small.rewards["answer"](["p", "p"], ["c", "c"], answer=["7", "7"])] == [7.0, 7.0]
         assert sum(map(len, small._ahead.values())) == 1
-        small.take_errors()
+        small.drop_ahead()
         assert small._ahead == {}
 
 

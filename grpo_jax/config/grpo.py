@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 
 from grpo_jax import advantage
 from grpo_jax.config.data import DataConfig
@@ -17,10 +18,13 @@ from grpo_jax.config.functions import accepted, call_with, find_function
 from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.rewards import RewardConfig
-from grpo_jax.config.run import Preset, require_at_least
-from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
+from grpo_jax.config.run import Preset, check_divides, require_at_least
+from grpo_jax.config.training import LOSS_INPUTS, LOSSES, OptimizerConfig, PolicyLossConfig
+from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.generated import SUMS
 
+STALE_CAP = 2.0
+"""Default cap of the importance weights of stale samples (verl: rollout_is_threshold, of the same default)."""
 # Names of the arguments that the run passes to an advantage.
 ADVANTAGE_INPUTS = (
     *("rewards", "group_size", "reward_parts", "reward_weights", "step_rewards", "is_step_end"),
@@ -47,6 +51,7 @@ class GRPOConfig(OnlineConfig):
         "--reward --reward-model --eval-every --mesh.fsdp --trackers"
     )
 
+    RESUMABLE_FIELDS = (*OnlineConfig.RESUMABLE_FIELDS, "rollout_mesh")
     run_dir: Path = Path("runs/grpo")
     """Folder of the run: logs, checkpoints, curves, the trained model."""
     advantage: str = "group_relative"
@@ -67,10 +72,17 @@ class GRPOConfig(OnlineConfig):
     non-constant rewards. 1: off."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss."""
+    staleness: int = 0
+    """Steps that sampling is ahead of training: batch n is sampled from the policy after step n - 1 - staleness, while
+    earlier batches are scored. Importance weights correct for it (importance_cap, or old_log_probs sampler). 0: on
+    policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
+    rollout_mesh: int | None = None
+    """Sample on this many devices, the last ones, while the first mesh.data x mesh.fsdp x mesh.tensor train. Needs
+    staleness. Default: all devices of the mesh do both in turn."""
 
     def __post_init__(self):
         OnlineConfig.__post_init__(self)
-        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1)
+        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1, staleness=0, rollout_mesh=1)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 completions per prompt")
         if self.policy.kl_coef and self.kl_reward_coef:
@@ -90,19 +102,47 @@ class GRPOConfig(OnlineConfig):
                 "of your own"
             )
         self.check_old_log_probs(self.policy.importance_cap)
-        if self.old_log_probs == "sampler" and self.updates_per_step == 1 and not self.kl_reward_coef:
+        if self.rollout_mesh is not None and not self.staleness:
+            raise ValueError(
+                f"rollout_mesh is {self.rollout_mesh} and staleness is 0: on policy, sampling and training wait for "
+                "each other, and a part of the devices would be idle at any time; set staleness to 1 or more"
+            )
+        if self.staleness:
+            self._check_staleness()
+        elif self.old_log_probs == "sampler" and self.updates_per_step == 1 and not self.kl_reward_coef:
             raise ValueError(
                 "old_log_probs is sampler, but a step has one update, which needs none: it is strictly on policy"
             )
         if self.ref_refresh_every is not None and not self.has_reference:
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
 
+    def _check_staleness(self) -> None:
+        if self.max_draws > 1:
+            raise ValueError(
+                f"staleness is {self.staleness} and max_draws is {self.max_draws}: whether to sample again is known "
+                "once the samples are scored, so that sampling could not run ahead; set one of them to its default"
+            )
+        known = accepted(find_function(self.policy.loss, "loss", LOSSES, LOSS_INPUTS))
+        is_sampler = self.old_log_probs == "sampler"
+        lacking = {"old_log_probs"} if is_sampler else {"importance_cap", "rollout_log_probs"}
+        if known is not None and (lacking := lacking - set(known)):
+            other = "recompute" if is_sampler else "sampler"
+            raise ValueError(
+                f"staleness is {self.staleness}, but the loss {self.policy.loss} has no argument "
+                f"{' and no argument '.join(sorted(lacking))}, so that it would not correct for samples of an earlier "
+                f"policy; use another loss, or old_log_probs {other}"
+            )
+
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""
+        sampling = self.sampling_mesh()
         OnlineConfig.check(self)
+        if sampling is not None:
+            check_divides(self.num_prompts, sampling, "num_prompts")
         self.optimizer.check()
-        for has_old in {self.updates_per_step > 1, self.updates_per_step > 1 and self.old_log_probs == "recompute"}:
-            self.policy.check(has_old=has_old, has_reference=bool(self.policy.kl_coef))
+        first_has_old = self.has_old_log_probs and (self.old_log_probs == "recompute" or self.staleness > 0)
+        for has_old in {self.has_old_log_probs, first_has_old}:
+            self.policy_loss.check(has_old=has_old, has_reference=bool(self.policy.kl_coef))
         G = self.group_size
         inputs = {
             "rewards": jnp.arange(2.0 * G),
@@ -137,6 +177,50 @@ class GRPOConfig(OnlineConfig):
         """Names of the inputs that the advantage function takes."""
         known = accepted(self.advantage_function)
         return ["rewards", "group_size"] if known is None else known
+
+    def sampling_mesh(self) -> Mesh | None:
+        """The devices of ``rollout_mesh``; None if sampling has none of its own.
+
+        Raises:
+            ValueError: there are not as many beside those of training, or they belong to several processes.
+        """
+        if self.rollout_mesh is None:
+            return None
+        devices, wanted = jax.devices(), self.rollout_mesh
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"rollout_mesh is {wanted}, and the run has {jax.process_count()} processes; weights are handed to "
+                "other devices of one process only: leave rollout_mesh out"
+            )
+        training, axes = self.mesh.build().size, self.mesh
+        if training + wanted > len(devices):
+            left = len(devices) - wanted
+            hint = f"set mesh.data to {left // (axes.fsdp * axes.tensor)}" if left > 0 else "lower it"
+            raise ValueError(
+                f"rollout_mesh is {wanted}, and mesh.data x mesh.fsdp x mesh.tensor is {training} (mesh.data -1 is "
+                f"all); there are {len(devices)} devices: {hint}"
+            )
+        tensor = axes.rollout_tensor or axes.tensor
+        if wanted % tensor:
+            raise ValueError(
+                f"rollout_mesh is {wanted}; it must be a multiple of the {tensor} devices on its tensor axis"
+            )
+        return make_mesh(data=wanted // tensor, tensor=tensor, devices=devices[-wanted:])
+
+    @property
+    def policy_loss(self) -> PolicyLossConfig:
+        """``policy``, with an importance cap if samples are stale and nothing else corrects for it.
+
+        The objective is then the decoupled one (arXiv 2110.00641, 2505.24298): ratios and clip refer to the policy at
+        the start of the step, and its probabilities over those of the policy that sampled are a weight.
+        """
+        is_corrected = self.policy.importance_cap is not None or self.old_log_probs == "sampler"
+        return self.policy if is_corrected or not self.staleness else replace(self.policy, importance_cap=STALE_CAP)
+
+    @property
+    def has_old_log_probs(self) -> bool:
+        """Whether updates get old log-probabilities: later ones of a step, or all of them those of stale samples."""
+        return self.updates_per_step > 1 or (self.old_log_probs == "sampler" and self.staleness > 0)
 
     @property
     def has_reference(self) -> bool:

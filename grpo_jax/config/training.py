@@ -160,7 +160,7 @@ class PolicyLossConfig:
     """Coefficient of the entropy bonus."""
     importance_cap: float | None = None
     """Cap of the truncated importance weights that correct for the gap between sampler and policy. Default: no
-    correction."""
+    correction; with staleness, 2."""
     kl_coef: float = 0.0
     """Coefficient of the KL to the reference policy in the loss. (TRL: beta.)"""
     kl: str = DEFAULT_KL

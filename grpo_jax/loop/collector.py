@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,24 +17,31 @@ from grpo_jax.config.mixture import as_settings, shares
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
-from grpo_jax.data.problems import Problem, reward_columns
+from grpo_jax.data.problems import reward_columns
 from grpo_jax.hosts import on_main
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.compilation import count_compilations
-from grpo_jax.loop.experience import Experience, concatenate, has_reward_variance
+from grpo_jax.loop.experience import Experience, ProblemBatch, concatenate, has_reward_variance
 from grpo_jax.loop.held_out import evaluate_tasks
 from grpo_jax.loop.mixture import TASK, MixtureScorer
 from grpo_jax.loop.report import step_metrics, to_samples, update_metrics
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.setup import adapters_of, load_policy, make_sampler, model_facts, rollout_layout, start_model
+from grpo_jax.loop.setup import (
+    adapters_of,
+    load_policy,
+    make_sampler,
+    model_facts,
+    rollout_layout,
+    start_model,
+)
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.alarms import Alarms
 from grpo_jax.monitor.samples import spot_checks
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.host_batch import concatenated
-from grpo_jax.sharding import bytes_on_devices
-from grpo_jax.types import Params, Prompts
+from grpo_jax.sharding import bytes_on_devices, place, replicated
+from grpo_jax.types import Params, Prompts, Rollout
 
 
 class Collector:
@@ -46,6 +53,7 @@ class Collector:
         config: problems, rewards, batch sizes.
         run: its folder and logs.
         mesh: the devices.
+        sampling_mesh: other devices to sample on; None for the same.
 
     Attributes:
         start: folder or Hugging Face id of the model that the run starts from.
@@ -59,7 +67,7 @@ class Collector:
         ValueError: whatever cannot run; before a model is loaded where it can be known.
     """
 
-    def __init__(self, config: OnlineConfig, run: Run, mesh: Mesh):
+    def __init__(self, config: OnlineConfig, run: Run, mesh: Mesh, sampling_mesh: Mesh | None = None):
         self._config, self._run, self.mesh = config, run, mesh
         self._compilations = count_compilations()
         mixture = config.mixture
@@ -82,12 +90,14 @@ class Collector:
             ProblemIterator(task.problems.problems, num_prompts=count, seed=config.seed)
             for task, count in zip(self.tasks, shares(mixture, config.num_prompts), strict=True)
         ]
-        self._layout = rollout_layout(config, policy, mesh)
+        self._layout = rollout_layout(config, policy, mesh, sampling_mesh)
         self._samplers = {
             size: make_sampler(config, policy, self._layout, group_size=size)
             for size in {config.group_size, config.eval_samples}
         }
         self._noise, self.shuffle, self._evaluation = jax.random.split(jax.random.key(config.seed), 3)
+        if sampling_mesh is not None:  # keys that are computed beside the training would wait for it
+            self._noise, self._evaluation = place((self._noise, self._evaluation), replicated(sampling_mesh))
         self._decode = partial(decode_completions, policy.tokenizer, eos_ids=policy.eos_ids)
         self._decode_ids = partial(decode_one, policy.tokenizer, eos_ids=policy.eos_ids)
         self._num_tokens = 0
@@ -148,38 +158,56 @@ class Collector:
             params: of the policy.
             attempt: 0, or the number of a further attempt within the step (dynamic sampling).
         """
-        config, group_size = self._config, self._config.group_size
         started = time.monotonic()
-        prompts, texts, problems, names = self._next_prompts()
+        batch = self._batch_at([next(batches)[0] for batches in self._batches])
         rollout_params = jax.block_until_ready(self._layout.reshard(params))
         resharded = time.monotonic()
-        texts = [text for text in texts for _ in range(group_size)]
-        columns = reward_columns(problems, group_size=group_size)
-        if config.tasks is not None:
-            columns[TASK] = [name for name in names for _ in range(group_size)]
         on_tokens = self.scorer.streaming_scorer(
-            texts,
-            columns,
+            batch.texts,
+            batch.columns,
             self._decode_ids,
             eos_ids=self.policy.eos_ids,
-            max_completion_length=config.completion_length,
+            max_completion_length=self._config.completion_length,
         )
         noise = jax.random.fold_in(self._noise, step)
         if attempt:  # counted from the far end: from the near one, the key would be that of a prompt
             noise = jax.random.fold_in(noise, np.uint32(2**32 - attempt))
-        rollout = self._samplers[group_size].on_host(rollout_params, prompts, noise, on_tokens=on_tokens)
+        sampler = self._samplers[self._config.group_size]
+        rollout = sampler.on_host(rollout_params, batch.prompts, noise, on_tokens=on_tokens)
         sampled = time.monotonic()
-        lengths, truncated = np.asarray(rollout.completion_mask).sum(1), rollout.truncated
-        columns |= {"completion_length": lengths.tolist(), "truncated": truncated.tolist()}
-        times = {
+        experience = self._experience(step, batch, rollout, started)
+        experience.times = {
             "rollout_time": sampled - resharded,
-            "rollout_tokens_per_second": float(lengths.sum() / (sampled - resharded)),
+            "rollout_tokens_per_second": float(experience.lengths.sum() / (sampled - resharded)),
             "reshard_time": resharded - started,
             "reshard_bytes": 0 if rollout_params is params else bytes_on_devices(rollout_params),
         }
-        self._num_tokens += int(lengths.sum() + rollout.prompt_mask.sum())
-        completions = self._decode(rollout)
-        return Experience(step, problems, names, texts, columns, rollout, completions, lengths, started, times)
+        return experience
+
+    def sampled_before(
+        self, step: int, positions: Sequence[np.ndarray], rollout_of: Callable[[Prompts], Rollout]
+    ) -> Experience:
+        """The experience of completions that were sampled before the run was resumed.
+
+        Args:
+            step: the number of their step.
+            positions: of their problems, an array for each task.
+            rollout_of: gives the completions of the prompts.
+        """
+        batch = self._batch_at(positions)
+        return self._experience(step, batch, rollout_of(batch.prompts), time.monotonic())
+
+    def reshard(self, params: Params) -> Params:
+        """Parameters in the sampler's layout, which ``sample`` takes too."""
+        return self._layout.reshard(params)
+
+    def start_scoring(self, experience: Experience) -> None:
+        """Start to score a step's completions in the background; ``score`` then waits for it.
+
+        Args:
+            experience: of ``sample``.
+        """
+        experience.scoring = self.scorer.start(experience.prompts, experience.completions, **experience.columns)
 
     def score(self, experience: Experience) -> Scores:
         """The rewards of a step's completions.
@@ -187,9 +215,14 @@ class Collector:
         Args:
             experience: of ``sample``; the seconds are added to its ``times``.
         """
-        started = time.monotonic()
-        scores = self.scorer.score(experience.prompts, experience.completions, **experience.columns)
-        experience.times["scoring_time"] = time.monotonic() - started
+        started, scoring, times = time.monotonic(), experience.scoring, experience.times
+        if scoring is None:
+            scores = self.scorer.score(experience.prompts, experience.completions, **experience.columns)
+            times["scoring_time"] = time.monotonic() - started
+        else:
+            scores = scoring.result()
+            times |= {"scoring_time": scoring.seconds, "scoring_wait": time.monotonic() - started}
+        self._num_tokens += int(experience.lengths.sum() + experience.rollout.prompt_mask.sum())
         return scores
 
     def sample_dynamically(self, step: int, params: Params, *, most: int) -> tuple[Experience, Scores, np.ndarray]:
@@ -310,7 +343,7 @@ class Collector:
             suffix = "" if task.name is None else f" of {task.name}"
             facts |= {f"{name}{suffix}": value for name, value in task.facts().items()}
         if self._layout.mesh is not self.mesh:
-            facts["sampler"] = f"weights sharded over {self._layout.mesh.shape['tensor']} devices (mesh.rollout_tensor)"
+            facts["sampler"] = self._layout.description
         return facts | {
             "lengths": f"{config.prompt_length} + {config.completion_length} tokens of prompt and completion",
             "steps": f"{config.num_steps}, each {config.num_prompts} prompts x {config.group_size} samples at "
@@ -319,16 +352,36 @@ class Collector:
             f"last; {config.eval_samples} samples a problem",
         }
 
-    def _next_prompts(self) -> tuple[Prompts, list[str], list[Problem], list[str | None]]:
-        """The next prompts, their texts, problems and task names, one task after the other."""
+    def _batch_at(self, positions: Sequence[np.ndarray]) -> ProblemBatch:
+        """The problems at some positions, one task after the other."""
         prompts, texts, problems, names = [], [], [], []
-        for task, batches in zip(self.tasks, self._batches, strict=True):
-            index, chosen = next(batches)
+        for task, index in zip(self.tasks, positions, strict=True):
             prompts.append(task.problems.padded(index))
             texts += [task.problems.texts[i] for i in index]
-            problems += chosen
-            names += [task.name] * len(chosen)
-        return concatenated(prompts), texts, problems, names
+            problems += [task.problems.problems[i] for i in index]
+            names += [task.name] * len(index)
+        group_size = self._config.group_size
+        columns = reward_columns(problems, group_size=group_size)
+        if self._config.tasks is not None:
+            columns[TASK] = [name for name in names for _ in range(group_size)]
+        texts = [text for text in texts for _ in range(group_size)]
+        return ProblemBatch([*positions], problems, names, concatenated(prompts), texts, columns)
+
+    def _experience(self, step: int, batch: ProblemBatch, rollout: Rollout, started: float) -> Experience:
+        lengths = np.asarray(rollout.completion_mask).sum(1)
+        columns = {"completion_length": lengths.tolist(), "truncated": np.asarray(rollout.truncated).tolist()}
+        return Experience(
+            step,
+            batch.problems,
+            batch.tasks,
+            batch.texts,
+            batch.columns | columns,
+            rollout,
+            self._decode(rollout),
+            lengths,
+            started,
+            positions=batch.positions,
+        )
 
     def _encode(self, policy: models.Pretrained) -> None:
         first = first_held_out = 0

@@ -34,6 +34,7 @@ def old_and_ref_log_probs(
         state: of the policy, before the step's updates.
     """
     # A single update is strictly on policy: its own forward pass gives the old log-probabilities.
+    # So it does of stale samples, whose importance weights correct for the way from the sampling policy to it.
     old = None
     if config.old_log_probs == "sampler":
         old = jnp.asarray(rollout.rollout_log_probs)
@@ -60,7 +61,7 @@ def make_train_batch(
         scores: their rewards; completions without a reward are left out of the loss.
         reward_weights: the weight of each reward by name.
         tokenizer: finds the tokens at which reasoning steps end.
-        old_log_probs: ``[B, T]`` of the policy before the step's updates; None if it is updated once.
+        old_log_probs: ``[B, T]`` of the policy before the step's updates, or that sampled; None if neither is needed.
         ref_log_probs: ``[B, T]`` of the reference policy; None without one.
     """
     # All processes compute the same on their own devices.
@@ -92,7 +93,7 @@ def make_train_batch(
         loss_mask=rollout.completion_mask & kept[:, None],
         advantages=call_with(config.advantage_function, **inputs),
         rollout_log_probs=rollout.rollout_log_probs,
-        old_log_probs=old_log_probs if config.updates_per_step > 1 else None,
+        old_log_probs=old_log_probs if config.has_old_log_probs else None,
         ref_log_probs=ref_log_probs,
     )
 
@@ -101,12 +102,12 @@ def with_old_log_probs(minibatch: Batch, old_log_probs: str, *, is_first: bool) 
     """The minibatch of an update, for the choice of ``OnlineConfig.old_log_probs``.
 
     If they are the sampler's, the first update of a step takes its own log-probabilities, for the policy has not moved:
-    so they can be compared with the sampler's. Later updates have nothing to compare.
+    so they can be compared with the sampler's. Later updates, and all of a stale batch, have nothing to compare.
 
     Args:
         minibatch: with ``old_log_probs`` and ``rollout_log_probs``.
         old_log_probs: ``recompute`` or ``sampler``.
-        is_first: whether it is the first update of a step.
+        is_first: whether it is the first update of a step, of the policy that sampled.
     """
     if old_log_probs == "recompute":
         return minibatch

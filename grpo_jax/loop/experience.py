@@ -9,8 +9,30 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.data.problems import Problem
+from grpo_jax.rewards.scorer import Scoring
 from grpo_jax.rollout.host_batch import concatenated
-from grpo_jax.types import Rollout
+from grpo_jax.types import Prompts, Rollout
+
+
+@dataclass(frozen=True)
+class ProblemBatch:
+    """The problems of a step, before they are sampled for.
+
+    Attributes:
+        positions: of the problems, an array for each task.
+        problems: the problems, one task after the other.
+        tasks: the name of each one's task; None if there is one task.
+        prompts: their tokens.
+        texts: ``[B]``, the text of each completion's prompt.
+        columns: ``[B]`` each, columns of the problems for rewards.
+    """
+
+    positions: list[np.ndarray]
+    problems: list[Problem]
+    tasks: list[str | None]
+    prompts: Prompts
+    texts: list[str]
+    columns: dict[str, list[Any]]
 
 
 @dataclass
@@ -28,6 +50,8 @@ class Experience:
         lengths: ``[B]``, in tokens.
         started: ``time.monotonic()`` at the start of the step.
         times: seconds of its phases, and bytes resharded.
+        positions: of its problems, as in ``ProblemBatch``; of several sampling attempts, those of the first.
+        scoring: its rewards, if they are computed in the background.
     """
 
     step: int
@@ -40,6 +64,8 @@ class Experience:
     lengths: np.ndarray
     started: float
     times: dict[str, float] = field(default_factory=dict)
+    positions: list[np.ndarray] = field(default_factory=list)
+    scoring: Scoring | None = None
 
     @property
     def group_size(self) -> int:
@@ -91,4 +117,5 @@ def concatenate(attempts: Sequence[Experience]) -> Experience:
             "rollout_tokens_per_second": float(lengths.sum() / times["rollout_time"]),
             "reshard_bytes": attempts[0].times["reshard_bytes"],
         },
+        positions=attempts[0].positions,
     )

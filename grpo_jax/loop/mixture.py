@@ -9,6 +9,7 @@ import numpy as np
 
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.rewards.compose import Scores
+from grpo_jax.rewards.scorer import Scoring
 from grpo_jax.rewards.workers.pool import RewardError
 
 TASK = "mixture/task"
@@ -38,15 +39,43 @@ class MixtureScorer:
             prompts, completions: ``[B]`` texts.
             columns: ``[B]`` values each; the column ``TASK`` names each row's task.
         """
-        B = len(completions)
+        selections = self._selections(prompts, completions, columns)
+        return self._merged([(task, rows, task.scorer.score(*texts, **own)) for task, rows, texts, own in selections])
+
+    def start(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> Scoring:
+        """Like ``Scorer.start``.
+
+        Args:
+            prompts, completions, columns: as for ``score``.
+        """
+        selections = self._selections(prompts, completions, columns)
+        started = [(task, rows, task.scorer.start(*texts, **own)) for task, rows, texts, own in selections]
+        return Scoring(
+            [future for _, _, scoring in started for future in scoring.futures],
+            lambda: self._merged([(task, rows, scoring.result()) for task, rows, scoring in started]),
+        )
+
+    def _selections(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> list[tuple[TaskRuntime, list[int], tuple[list[str], list[str]], dict[str, list[Any]]]]:
+        """The rows of each task, with their texts and columns."""
+        return [
+            (
+                task,
+                rows,
+                ([prompts[row] for row in rows], [completions[row] for row in rows]),
+                _select(columns, rows, task),
+            )
+            for task, rows in self._rows(columns[TASK])
+        ]
+
+    def _merged(self, scored: Sequence[tuple[TaskRuntime, list[int], Scores]]) -> Scores:
+        B = sum(len(rows) for _, rows, _ in scored)
         total, outcome, notes = np.full(B, np.nan, np.float32), np.full(B, np.nan, np.float32), [""] * B
         parts: dict[str, np.ndarray] = {}
         counted = {name: np.zeros(B, np.float32) for name in self.weights}
         steps: list[tuple[tuple[int, float], ...]] = [()] * B
-        for task, rows in self._rows(columns[TASK]):
-            scores = task.scorer.score(
-                [prompts[row] for row in rows], [completions[row] for row in rows], **_select(columns, rows, task)
-            )
+        for task, rows, scores in scored:
             total[rows], outcome[rows] = scores.total, scores.outcome
             judge = task.scorer.judge
             named = scores.parts if judge is None else {**scores.parts, "judge": scores.parts[judge]}

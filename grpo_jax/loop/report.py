@@ -55,7 +55,9 @@ def step_metrics(
 
     Returns:
         ``reward...``, ``rewards/...``, ``completions/...``, ``tasks/<task>/...`` of a mixture, and seconds:
-        ``rollout_time``, ``scoring_time``, ``reshard_time``, ``step_time`` and the rest, ``update_time``.
+        ``rollout_time``, ``scoring_time``, ``reshard_time``, ``step_time`` and the rest, ``update_time``. Of a batch
+        that was sampled ahead (``RolloutQueue``), the first three are of that time, and the step itself has
+        ``rollout_wait`` and ``scoring_wait``.
     """
     metrics = reward_metrics(scores.total, scores.parts, group_size=config.group_size)
     if config.tasks is not None:
@@ -74,7 +76,9 @@ def step_metrics(
         if f"rewards/{part}/mean" in metrics:
             metrics[name] = metrics[f"rewards/{part}/mean"]
     seconds = time.monotonic() - experience.started
-    phases = sum(experience.times.get(name, 0.0) for name in ("rollout_time", "scoring_time", "reshard_time"))
+    is_ahead = "rollout_wait" in experience.times  # sampled and scored in other steps
+    names = ("rollout_wait", "scoring_wait") if is_ahead else ("rollout_time", "scoring_time", "reshard_time")
+    phases = sum(experience.times.get(name, 0.0) for name in names)
     return metrics | experience.times | {"update_time": max(seconds - phases, 0.0), "step_time": seconds}
 
 

@@ -173,25 +173,37 @@ class RolloutLayout:
         mesh: the devices, of which ``tensor`` share the model's heads.
         model: the policy's model on them.
         reshard: parameters as they are trained -> as they are sampled from, in the precision of the computation.
+        where: the devices in words, if they do not train.
     """
 
     mesh: Mesh
     model: Model
     reshard: Callable[[Params], Params]
+    where: str = ""
+
+    @property
+    def description(self) -> str:
+        """The layout in a few words."""
+        return f"{self.where}weights sharded over {self.mesh.shape['tensor']} devices (mesh.rollout_tensor)"
 
 
-def rollout_layout(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh) -> RolloutLayout:
+def rollout_layout(
+    config: PolicyConfig, policy: models.Pretrained, mesh: Mesh, sampling: Mesh | None = None
+) -> RolloutLayout:
     """The layout of sampling from a policy that is trained on a mesh, by ``config.mesh.rollout_tensor``.
 
     Args:
         config: settings of the policy.
         policy: the model, as of ``load_policy``.
         mesh: mesh of training.
+        sampling: other devices of this process to sample on; None for those of training.
 
     Raises:
         ValueError: ``rollout_tensor`` suits neither the mesh nor the model.
     """
     tensor = choose_rollout_tensor(config, policy.config, mesh.shape)
+    if sampling is not None:
+        return _disjoint_layout(config, policy, sampling)
     sampling, dtype = rollout_mesh(mesh, tensor), config.compute_dtype
     shardings = param_shardings(policy.params, sampling, ROLLOUT_RULES)
     if sampling is mesh:
@@ -199,6 +211,20 @@ def rollout_layout(config: PolicyConfig, policy: models.Pretrained, mesh: Mesh) 
     model = models.build_model(policy.config, mesh=sampling, dtype=dtype, attention=config.attention, lora=policy.lora)
     steps = [rollout_steps(policy.params, mesh, tensor)]
     return RolloutLayout(sampling, model, make_reshard(shardings, dtype, steps=steps))
+
+
+def _disjoint_layout(config: PolicyConfig, policy: models.Pretrained, sampling: Mesh) -> RolloutLayout:
+    """Weights are cast where they are trained, and copied in the sampler's layout from there."""
+    dtype = config.compute_dtype
+    shardings = param_shardings(policy.params, sampling, ROLLOUT_RULES)
+    cast = make_reshard(jax.tree.map(lambda x: x.sharding, policy.params), dtype)
+    model = models.build_model(policy.config, mesh=sampling, dtype=dtype, attention=config.attention, lora=policy.lora)
+
+    def reshard(params: Params) -> Params:
+        is_there = jax.tree.leaves(params)[0].sharding.device_set == set(sampling.devices.flat)
+        return params if is_there else jax.device_put(cast(params), shardings)
+
+    return RolloutLayout(sampling, model, reshard, f"{sampling.size} devices of its own (rollout_mesh), ")
 
 
 def make_sampler(config: PolicyConfig, policy: models.Pretrained, layout: RolloutLayout, *, group_size: int) -> Sampler:

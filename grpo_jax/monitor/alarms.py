@@ -332,8 +332,8 @@ CONDITIONS: dict[str, Condition] = {
     ),
     "sampler_gap": _above(
         "sampling/sampling_logp_difference/mean",
-        "sampler and trainer differ by {value:.3f} nats per token: the samples are off-policy (set importance_cap, use "
-        "a more precise cache_dtype)",
+        "sampler and trainer differ by {value:.3f} nats per token: the samples are off-policy (set importance_cap or a "
+        "smaller staleness, use a more precise cache_dtype)",
     ),
     "absent_rewards": _above(
         "frac_reward_absent", "{value:.0%} of completions have no reward: reward_errors.jsonl has the errors"

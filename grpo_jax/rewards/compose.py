@@ -147,32 +147,51 @@ def weighted(
         if len(set(lengths.values())) != 1:
             raise ValueError(f"prompts, completions and columns must have the same length: {lengths}")
         graded = {name: score_with(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
-        parts = {name: _array(entry.score for entry in entries) for name, entries in graded.items()}
-        counted = {name: _gated(parts, name, gates) for name, weight in weights.items() if weight}
-        abstains = {
-            name: np.array(
-                [name in may_abstain and entry.score is None and not entry.failed for entry in graded[name]], bool
-            )
-            for name in counted
-        }
-        nothing = np.logical_and.reduce([*abstains.values()])
-        summed = {name: np.where(abstains[name], 0, weights[name] * part) for name, part in counted.items()}
-        total = np.where(nothing, np.nan, sum(summed.values(), np.zeros(len(completions))))
-        counted = {name: np.where(np.isnan(total), np.nan, part) for name, part in counted.items()}
-        for name, entries in graded.items():
-            for detail in dict.fromkeys(key for entry in entries for key in entry.details):
-                parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
-        has_steps = {name: np.array([bool(entry.steps) for entry in graded[name]], bool) for name in counted}
-        outcomes = [np.where(has_steps[name], 0, part) for name, part in summed.items()]
-        only_steps = nothing | np.logical_and.reduce([has_steps[name] | abstains[name] for name in counted])
-        outcome = np.where(only_steps, np.nan, sum(outcomes, np.zeros(len(completions))))
-        if clip is not None:
-            total, outcome = np.clip(total, *clip), np.clip(outcome, *clip)
-        steps = _steps({name: graded[name] for name in counted}, weights, len(completions))
-        single = total.astype(np.float32), outcome.astype(np.float32)
-        return Scores(single[0], _single(parts), _single(counted), _notes(graded), single[1], steps)
+        return combined(graded, weights, len(completions), gates=gates, clip=clip, may_abstain=may_abstain)
 
     return score
+
+
+def combined(
+    graded: Mapping[str, list[RewardOutput]],
+    weights: Mapping[str, float],
+    count: int,
+    *,
+    gates: Mapping[str, str],
+    clip: tuple[float, float] | None,
+    may_abstain: Collection[str],
+) -> Scores:
+    """The scores of completions from the outputs of their rewards, as ``weighted`` says.
+
+    Args:
+        graded: ``[B]`` outputs by name of the reward.
+        weights, gates, clip, may_abstain: as there.
+        count: B.
+    """
+    parts = {name: _array(entry.score for entry in entries) for name, entries in graded.items()}
+    counted = {name: _gated(parts, name, gates) for name, weight in weights.items() if weight}
+    abstains = {
+        name: np.array(
+            [name in may_abstain and entry.score is None and not entry.failed for entry in graded[name]], bool
+        )
+        for name in counted
+    }
+    nothing = np.logical_and.reduce([*abstains.values()])
+    summed = {name: np.where(abstains[name], 0, weights[name] * part) for name, part in counted.items()}
+    total = np.where(nothing, np.nan, sum(summed.values(), np.zeros(count)))
+    counted = {name: np.where(np.isnan(total), np.nan, part) for name, part in counted.items()}
+    for name, entries in graded.items():
+        for detail in dict.fromkeys(key for entry in entries for key in entry.details):
+            parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
+    has_steps = {name: np.array([bool(entry.steps) for entry in graded[name]], bool) for name in counted}
+    outcomes = [np.where(has_steps[name], 0, part) for name, part in summed.items()]
+    only_steps = nothing | np.logical_and.reduce([has_steps[name] | abstains[name] for name in counted])
+    outcome = np.where(only_steps, np.nan, sum(outcomes, np.zeros(count)))
+    if clip is not None:
+        total, outcome = np.clip(total, *clip), np.clip(outcome, *clip)
+    steps = _steps({name: graded[name] for name in counted}, weights, count)
+    single = total.astype(np.float32), outcome.astype(np.float32)
+    return Scores(single[0], _single(parts), _single(counted), _notes(graded), single[1], steps)
 
 
 def _steps(

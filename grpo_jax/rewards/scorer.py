@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,13 +16,42 @@ from jax.sharding import Mesh
 from grpo_jax import models
 from grpo_jax.hosts import gather, is_main, outcome, portable
 from grpo_jax.rewards.calling import is_per_sample
-from grpo_jax.rewards.compose import RewardFn, RewardOutput, Scores, score_with, weighted
+from grpo_jax.rewards.compose import RewardFn, RewardOutput, Scores, combined, score_with, weighted
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
 from grpo_jax.rewards.workers.pool import RewardError, RewardPool
 from grpo_jax.sharding import param_shardings
 
 HELD_OUT = "held-out accuracy"
+
+
+class Scoring:
+    """Scores that are being computed in the background.
+
+    Args:
+        futures: of the parts that are computed there.
+        finish: waits for them and returns the scores; may use the devices and other processes.
+    """
+
+    def __init__(self, futures: Sequence[Future[Any]], finish: Callable[[], Scores]):
+        self.futures = futures
+        self._finish, self._started = finish, time.monotonic()
+        self._done = [self._started]
+        for future in futures:
+            future.add_done_callback(lambda _: self._done.append(time.monotonic()))
+
+    def result(self) -> Scores:
+        """The scores, waited for; to be called once, on all processes in the same order.
+
+        Raises:
+            ValueError: as ``Scorer.score``.
+        """
+        return self._finish()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the start until the last part in the background was there."""
+        return max(self._done) - self._started
 
 
 class Scorer:
@@ -39,7 +71,6 @@ class Scorer:
         judge: as given.
         weights: the nonzero weights.
         held_out: the reward of held-out problems, in worker processes if there are any.
-        score: ``(prompts, completions, **columns) -> Scores``.
     """
 
     def __init__(
@@ -62,6 +93,10 @@ class Scorer:
         with ExitStack() as stack:
             self._pool = self._held_out_pool = None
             is_split = {name: is_per_sample(reward) for name, reward in {**rewards, HELD_OUT: held_out}.items()}
+            self._host_rewards, self._learned, self._is_split = dict(rewards), learned, is_split
+            # One thread, and never beside a call in this one: a reward need not be safe for threads.
+            self._thread, self._turn = ThreadPoolExecutor(1, thread_name_prefix="scores"), threading.Lock()
+            stack.callback(self._thread.shutdown, wait=False, cancel_futures=True)
             if workers:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
@@ -69,9 +104,9 @@ class Scorer:
             rewards = {name: shared_out(name, reward, is_split[name]) for name, reward in rewards.items()}
             self.held_out = shared_out(HELD_OUT, self.held_out, is_split[HELD_OUT])
             parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
-            self.score: Callable[..., Scores] = weighted(
-                parts, weights, gates=gates, clip=clip, may_abstain=may_abstain
-            )
+            rules: dict[str, Any] = {"gates": gates, "clip": clip, "may_abstain": may_abstain}
+            self._score = weighted(parts, weights, **rules)
+            self._combined = partial(combined, weights=weights, **rules)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Scorer:
@@ -79,6 +114,73 @@ class Scorer:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Scores:
+        """The rewards of completions.
+
+        Args:
+            prompts, completions: ``[B]`` texts.
+            columns: ``[B]`` values each.
+
+        Raises:
+            ValueError: as the function that ``weighted`` returns.
+        """
+        with self._turn:
+            scores = self._score(prompts, completions, **columns)
+        self._drop_ahead()
+        return scores
+
+    def start(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Scoring:
+        """Start to score completions in the background: host-side rewards in worker processes or in a thread.
+
+        A reward model computes on the devices, in ``Scoring.result``. There, too, several processes exchange the scores
+        of their rows: only the thread that dispatches programs keeps an order that is the same on all of them.
+
+        Args:
+            prompts, completions, columns: as for ``score``.
+        """
+        futures: list[Future[Any]] = []
+        waits: dict[str, Callable[[], list[RewardOutput]]] = {}
+        for name in self._host_rewards:
+            futures_of_reward, waits[name] = self._start_reward(name, prompts, completions, columns)
+            futures += futures_of_reward
+        self._drop_ahead()
+        if self._learned is not None:
+            learned = self._learned
+            waits["reward_model"] = lambda: score_with("reward_model", learned, prompts, completions, columns)
+
+        def finish() -> Scores:
+            return self._combined({name: wait() for name, wait in waits.items()}, count=len(completions))
+
+        return Scoring(futures, finish)
+
+    def _start_reward(
+        self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+    ) -> tuple[Sequence[Future[Any]], Callable[[], list[RewardOutput]]]:
+        count, is_split, pool = len(completions), self._is_split[name], self._pool
+        rows = scored_here(count, is_split)
+        own = selected(rows, prompts, completions, columns)
+        if pool is not None:
+            jobs = pool.start(name, *own)
+            futures, wait = [job.future for job in jobs], partial(pool.result, jobs)
+        else:
+            future = self._thread.submit(self._score_in_turn, name, *own) if rows else None
+            futures = [] if future is None else [future]
+            wait = (lambda: []) if future is None else future.result
+        if jax.process_count() == 1:
+            return futures, wait
+        return futures, lambda: exchanged(name, *outcome(wait), count=count, is_split=is_split)
+
+    def _drop_ahead(self) -> None:
+        """Scores of the streaming scorer that the batch has not taken, such as those of an interrupted step."""
+        if self._pool is not None:
+            self._pool.drop_ahead()
+
+    def _score_in_turn(
+        self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+    ) -> list[RewardOutput]:
+        with self._turn:
+            return score_with(name, self._host_rewards[name], prompts, completions, columns)
 
     def probe(self, columns: Mapping[str, Any], held_out_columns: Mapping[str, Any]) -> None:
         """Score an empty completion, to find rewards that cannot run before compute is spent.
@@ -151,6 +253,33 @@ def own_rows(count: int) -> range:
     return range(jax.process_index(), count, jax.process_count())
 
 
+def scored_here(count: int, is_split: bool) -> range:
+    """The rows of a batch that this process scores with one reward.
+
+    Args:
+        count: rows of the batch.
+        is_split: whether each process scores a part of them; otherwise the first one scores all.
+    """
+    return own_rows(count) if is_split else range(count if is_main() else 0)
+
+
+def selected(
+    rows: Sequence[int], prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+    """Some rows of prompts, completions and columns.
+
+    Args:
+        rows: their numbers.
+        prompts, completions: ``[B]`` texts.
+        columns: ``[B]`` values each.
+    """
+    return (
+        [prompts[i] for i in rows],
+        [completions[i] for i in rows],
+        {column: [values[i] for i in rows] for column, values in columns.items()},
+    )
+
+
 def shared_out(name: str, reward: RewardFn, is_split: bool) -> RewardFn:
     """A reward that is computed once, not by each process, and known to all.
 
@@ -164,22 +293,36 @@ def shared_out(name: str, reward: RewardFn, is_split: bool) -> RewardFn:
 
     def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
         count = len(completions)
-        rows = own_rows(count) if is_split else range(count if is_main() else 0)
-        own_prompts, own_completions = [prompts[i] for i in rows], [completions[i] for i in rows]
-        own = {column: [values[i] for i in rows] for column, values in columns.items()}
-        outputs, error = outcome(lambda: score_with(name, reward, own_prompts, own_completions, own) if rows else [])
-        parts: list[Any] = gather((outputs, portable(error)), f"the reward {name}", is_long=True)
-        if error is not None:
-            raise error
-        for _, other in parts:
-            if other is not None:
-                raise other
-        if not is_split:
-            return parts[0][0]
-        turns = jax.process_count()
-        return [parts[i % turns][0][i // turns] for i in range(count)]
+        rows = scored_here(count, is_split)
+        own = selected(rows, prompts, completions, columns)
+        outputs, error = outcome(lambda: score_with(name, reward, *own) if rows else [])
+        return exchanged(name, outputs, error, count=count, is_split=is_split)
 
     return score
+
+
+def exchanged(
+    name: str, outputs: list[RewardOutput] | None, error: BaseException | None, *, count: int, is_split: bool
+) -> list[RewardOutput]:
+    """The outputs of a reward for all rows, from those that each process scored; an error is raised on all processes.
+
+    Args:
+        name: of the reward.
+        outputs: of this process's rows; None after an error.
+        error: of this process; None for none.
+        count: rows of the batch.
+        is_split: as for ``scored_here``.
+    """
+    parts: list[Any] = gather((outputs, portable(error)), f"the reward {name}", is_long=True)
+    if error is not None:
+        raise error
+    for _, other in parts:
+        if other is not None:
+            raise other
+    if not is_split:
+        return parts[0][0]
+    turns = jax.process_count()
+    return [parts[i % turns][0][i // turns] for i in range(count)]
 
 
 def check_reward_model(model: models.Pretrained, name: str) -> None:

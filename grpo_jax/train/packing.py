@@ -54,8 +54,8 @@ def pack(
     Args:
         sequences: B prompts with completions. Prompts that are equal are shared.
         packing: ``shared`` or ``separate``; ``Model.packing`` says which is best.
-        micro_batch_tokens: most tokens of a micro-batch on a device, but at least a row over the devices of ``context``.
-            Micro-batches are equal and as few as hold a row for each sequence.
+        micro_batch_tokens: most tokens of a micro-batch on a device, but at least a row over the devices of
+            ``context``. Micro-batches are equal and as few as hold a row for each sequence.
         mesh: devices that the rows of a micro-batch are sharded over; None for one device.
         row_length: S; None for the one of ``row_lengths`` that costs least.
         attention_length: row length at which attention costs as much as all other work (``Model.attention_length``).

@@ -30,7 +30,6 @@ MAX_WAITING = 3.0
 """Upper bound, in deadlines, of the time that a worker waits for a processor and that is added to its deadline."""
 MAX_JOBS_PER_WORKER = 2000
 """A worker is replaced after this many samples, which bounds memory leaks of rewards."""
-MAX_ERRORS = 1000
 STUCK_SECONDS = 10
 """A worker that pauses for this long within a message counts as dead."""
 MAX_LINES = 20
@@ -41,7 +40,6 @@ class Dispatcher:
     """The thread that manages the workers of a ``RewardPool``, whose arguments it shares.
 
     Attributes:
-        errors: samples that could not be scored, at most the newest thousand.
         printed, num_printed: by reward, the last lines that it printed and the number of all.
         replaced: number of workers that were killed or died.
         process: the process that has loaded the rewards and forks workers.
@@ -58,7 +56,6 @@ class Dispatcher:
     ):
         self._workers, self._deadline, self._batch_deadline = workers, deadline, batch_deadline
         self._functions = dict(rewards)
-        self.errors: deque[RewardError] = deque(maxlen=MAX_ERRORS)
         self.printed: dict[str, deque[str]] = {name: deque(maxlen=MAX_LINES) for name in rewards}
         self.num_printed = dict.fromkeys(rewards, 0)
         self.replaced = 0
@@ -297,7 +294,7 @@ class Dispatcher:
         self._resolve(job, [first] * len(job.completions))
 
     def _error_output(self, job: Job, row: int, kind: str, detail: str) -> RewardOutput:
-        self.errors.append(RewardError(job.reward, kind, detail, job.prompts[row], job.completions[row]))
+        job.errors.append(RewardError(job.reward, kind, detail, job.prompts[row], job.completions[row]))
         return RewardOutput(None, note=f"{kind}: {detail.strip().splitlines()[-1]}", failed=True)
 
     def _resolve(self, job: Job, outputs: list[RewardOutput]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from grpo_jax.rewards.compose import RewardOutput
 
@@ -37,6 +37,7 @@ class Job:
         body: the pickled arguments, as sent to the worker.
         is_batch: whether the reward is called with a whole batch.
         future: receives one ``RewardOutput`` for each sample.
+        errors: of samples that could not be scored; complete once the future is done.
     """
 
     reward: str
@@ -45,6 +46,7 @@ class Job:
     body: bytes
     is_batch: bool
     future: Future[list[RewardOutput]]
+    errors: list[RewardError] = field(default_factory=list)
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ from grpo_jax.rewards.calling import arguments, is_async, is_per_sample
 from grpo_jax.rewards.compose import RewardFn, RewardOutput
 from grpo_jax.rewards.workers.dispatcher import MAX_LINES, Dispatcher
 from grpo_jax.rewards.workers.jobs import Job, RewardError
+
+MAX_ERRORS = 1000
 
 
 class RewardPool:
@@ -71,7 +74,8 @@ class RewardPool:
         self._functions = dict(rewards)
         self._sampled = [name for name, reward in rewards.items() if is_per_sample(reward) and not is_async(reward)]
         self._show = show
-        self._ahead: dict[bytes, list[Future[list[RewardOutput]]]] = {}
+        self._ahead: dict[bytes, list[Job]] = {}
+        self._errors: deque[RewardError] = deque(maxlen=MAX_ERRORS)
         self._dispatcher = Dispatcher(rewards, memory_bytes=memory_bytes, **sizes)
 
     def __enter__(self) -> RewardPool:
@@ -92,8 +96,7 @@ class RewardPool:
     def score_ahead(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
         """Start to score a sample with every ``per_sample`` reward while other completions are still being sampled.
 
-        A later call of the rewards with the same row returns these scores. Scores that are not used by then are dropped
-        by ``take_errors``.
+        A later call of the rewards with the same row returns these scores; ``drop_ahead`` drops those that are left.
 
         Args:
             prompt, completion: the texts.
@@ -101,14 +104,18 @@ class RewardPool:
         """
         for name in self._sampled:
             job = self._job(name, [prompt], [completion], {key: [value] for key, value in columns.items()})
-            self._ahead.setdefault(job.body, []).append(job.future)
+            self._ahead.setdefault(job.body, []).append(job)
             self._dispatcher.submit(job)
 
     def take_errors(self) -> list[RewardError]:
-        """The errors since the last call, at most the newest thousand."""
-        errors = [self._dispatcher.errors.popleft() for _ in range(len(self._dispatcher.errors))]
-        self._ahead.clear()
+        """The errors of scores that were returned since the last call, at most the newest thousand."""
+        errors = [*self._errors]
+        self._errors.clear()
         return errors
+
+    def drop_ahead(self) -> None:
+        """Forget the scores of ``score_ahead`` that no batch has taken."""
+        self._ahead.clear()
 
     def probe(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> None:
         """Score one sample with every reward, to find rewards that cannot run before compute is spent.
@@ -129,32 +136,52 @@ class RewardPool:
                 f"{error.detail}"
             )
 
-    def _score(self, name: str, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
+    def start(
+        self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+    ) -> list[Job]:
+        """Start to score a batch with one reward; ``result`` waits for the scores.
+
+        Args:
+            name: of the reward.
+            prompts, completions: ``[B]`` texts.
+            columns: ``[B]`` values each.
+        """
         if not completions:
             return []
         if name in self._sampled:
-            futures = [
-                self._future(name, prompt, completion, {key: [values[row]] for key, values in columns.items()})
+            return [
+                self._started(name, prompt, completion, {key: [values[row]] for key, values in columns.items()})
                 for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
             ]
-        else:
-            job = self._job(name, prompts, completions, columns)
-            self._dispatcher.submit(job)
-            futures = [job.future]
+        job = self._job(name, prompts, completions, columns)
+        self._dispatcher.submit(job)
+        return [job]
+
+    def result(self, jobs: Sequence[Job]) -> list[RewardOutput]:
+        """Wait for the scores of a batch.
+
+        Args:
+            jobs: of ``start``.
+        """
+        outputs = []
         try:
-            return [output for future in futures for output in self._dispatcher.result(future)]
+            for job in jobs:
+                outputs += self._dispatcher.result(job.future)
+                self._errors.extend(job.errors)
         finally:
             self._show_printed()
+        return outputs
 
-    def _future(
-        self, name: str, prompt: str, completion: str, columns: Mapping[str, list[Any]]
-    ) -> Future[list[RewardOutput]]:
-        """The future of a sample's score: that of ``score_ahead`` if there is one."""
+    def _score(self, name: str, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
+        return self.result(self.start(name, prompts, completions, columns))
+
+    def _started(self, name: str, prompt: str, completion: str, columns: Mapping[str, list[Any]]) -> Job:
+        """The job of a sample: that of ``score_ahead`` if there is one."""
         job = self._job(name, [prompt], [completion], columns)
-        if futures := self._ahead.get(job.body):
-            return futures.pop()
+        if jobs := self._ahead.get(job.body):
+            return jobs.pop()
         self._dispatcher.submit(job)
-        return job.future
+        return job
 
     def _show_printed(self) -> None:
         dispatcher = self._dispatcher
