@@ -108,7 +108,8 @@ def test_the_kernel_over_context(monkeypatch):
     monkeypatch.setattr(kernels, "hardware", lambda _: "tpu")
     chosen = kernels.choose_kernel("auto", config, jnp.bfloat16, mesh)
     assert chosen == ContextAttention("splash", mesh)
-    assert chosen.token_multiple == 512
+    assert [chosen.padded_length(n) for n in (14, 512, 600, 1900, 33_792)] == [512, 512, 1024, 2048, 33_792]
+    assert ContextAttention("splash", mesh_of(1, 1, 1, 8)).padded_length(33_792) == 36_864  # blocks of 384, not of 128
     assert not kernels.takes_segments(chosen)
 
 

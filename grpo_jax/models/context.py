@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import KVSegment, attend, attention_mask
-from grpo_jax.models.splash import LANES, dealt_slots, even_block_of, splash_kernel
+from grpo_jax.models.splash import best_block_of, dealt_slots, even_block_of, splash_kernel
 from grpo_jax.sharding import BATCH, TOKENS
 from grpo_jax.types import Params, Segments
 
@@ -48,10 +48,11 @@ class ContextAttention:
         """Whether the named attention takes ``types.Segments`` as a mask; others are given to plain attention."""
         return self.name != "splash"
 
-    @property
-    def token_multiple(self) -> int:
-        """A number that the tokens of a call must be a multiple of."""
-        return 2 * self.mesh.shape["context"] * (LANES if self.name == "splash" else 1)
+    def padded_length(self, tokens: int) -> int:
+        """Tokens of a call with the padding that blocks need."""
+        parts = 2 * self.mesh.shape["context"]
+        block = best_block_of(-(-tokens // parts)) if self.name == "splash" else 1
+        return -(-tokens // (parts * block)) * parts * block
 
     def __call__(
         self,
@@ -93,7 +94,7 @@ class ContextAttention:
 def over_context(apply: Callable[..., Any], attention: ContextAttention) -> Callable[..., Any]:
     """``types.Model.apply`` with tokens over ``context``, of whole sequences without a cache.
 
-    Sequences are padded to a multiple of tokens that divides, with padding of position 0.
+    Sequences are padded to a length that divides, with padding of position 0.
 
     Args:
         apply: of tokens in the order of ``dealt_out``.
@@ -114,7 +115,7 @@ def over_context(apply: Callable[..., Any], attention: ContextAttention) -> Call
             raise ValueError("over mesh.context, a model takes whole sequences with positions and no cache")
         mask = jnp.ones(token_ids.shape, bool) if mask is None else mask
         chex.assert_equal_shape([token_ids, positions, *jax.tree.leaves(mask)])
-        more = -token_ids.shape[1] % attention.token_multiple
+        more = attention.padded_length(token_ids.shape[1]) - token_ids.shape[1]
         padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more))), (token_ids, positions, mask))
         dealt = dealt_out(padded[:2], attention.mesh.shape["context"])
         hidden, _ = apply(params, *dealt, padded[2])

@@ -23,6 +23,12 @@ def even_block_of(length: int) -> int:
     return next(block for block in range(LARGEST_BLOCK, 0, -LANES) if length % block == 0)
 
 
+def best_block_of(length: int) -> int:
+    """Tokens of a block for the least work over a length that is padded: padding is work, and small blocks are slow."""
+    sizes = range(LARGEST_BLOCK, 0, -LANES)
+    return min(sizes, key=lambda block: -(-length // block) * block * (1 + LANES / (4 * block)))
+
+
 def dealt_slots(length: int, shards: int) -> np.ndarray:
     """Slots of the tokens that each of some devices has, one device after the other.
 

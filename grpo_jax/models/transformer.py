@@ -239,7 +239,7 @@ def build_model(
     ) -> tuple[Float[Array, "B S D"], Cache]:
         _check_columns(token_ids, mask, cache)
         if STACKED in params and (prefixes or not isinstance(start, int) or start):
-            raise ValueError("parameters with stacked layers are for whole sequences: start is 0, without prefixes")
+            raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
         rotations = positions if isinstance(positions, dict) else rope(positions)
         params = bound(params)
         stacked = params.get(STACKED, ())
