@@ -62,7 +62,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
         devices: devices to use, of which the first ``data * fsdp * tensor`` are taken; by default all.
 
     Raises:
-        ValueError: the sizes do not fit the number of devices.
+        ValueError: the sizes do not fit the number of devices, or the axes of a TPU slice.
     """
     devices = all_devices() if devices is None else list(devices)
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
@@ -82,7 +82,13 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} takes {size} devices; there are {len(devices)}"
         )
     # Auto: the compiler propagates shardings from the arguments, so that the mathematics does not name a mesh.
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+    try:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+    except NotImplementedError as error:  # of a TPU slice whose axes would have to be split
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not follow the chips of the slice: each size must "
+            f"be a product of some of its axes ({error})"
+        ) from error
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:

@@ -222,6 +222,15 @@ def test_meshes_of_the_command_line():
                 plan_search.read_meshes([text], 4)
 
 
+def test_a_mesh_that_splits_an_axis_of_a_slice_is_refused(monkeypatch):
+    def make_mesh(*args, **kwargs):
+        raise NotImplementedError("4x4x4")
+
+    monkeypatch.setattr(jax, "make_mesh", make_mesh)
+    with pytest.raises(ValueError, match=r"mesh data=1 x fsdp=8 x tensor=1 does not follow the chips .*4x4x4"):
+        MeshConfig(fsdp=8).build()
+
+
 def test_meshes_are_ranked_by_what_they_send_and_what_fits(small):
     config = GRPOConfig(model=small, num_prompts=4, group_size=2, max_prompt_length=4, max_completion_length=8)
     with planning_for(jax.devices()[:4], None):
