@@ -237,6 +237,8 @@ def test_meshes_are_ranked_by_what_they_send_and_what_fits(small):
         ranked = plan_search.rank_meshes(config, 4, limit=None, rates=None)
         sizes = {(each.mesh.data, each.mesh.fsdp, each.mesh.tensor) for each in ranked}
         assert sizes == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)}  # 2 KV heads
+        assert {each.mesh.rollout_tensor for each in ranked if each.mesh.tensor == 1} == {1, 2}
+        assert {each.mesh.rollout_tensor for each in ranked if each.mesh.tensor == 2} == {2}
         assert [each.seconds for each in ranked] == sorted(each.seconds for each in ranked)
         state = 12 * sum(x.size for x in jax.tree.leaves(param_shapes(config.decoder)))
     with planning_for(jax.devices()[:4], state):
