@@ -183,7 +183,7 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, has_mesh: bool) -> in
     elif not has_mesh and run.mesh == MeshConfig():
         ranked = rank_meshes(run, len(devices), limit=capacity, rates=rates)
         meshes = [each.mesh for each in ranked[: config.num_meshes]]
-        first = ", ".join(f"{name} {size}" for name, size in meshes[0].build().shape.items())
+        first = ", ".join(f"{name} {size}" for name, size in vars(meshes[0]).items() if size)
         console.print(f"{len(ranked)} meshes suit the run, the first by arithmetic is {first}", highlight=False)
     check_meshes(run, meshes, len(devices))
     plans = best_first(compiled(config, run, meshes, rates, capacity, console))

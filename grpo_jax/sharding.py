@@ -282,6 +282,105 @@ def bytes_on_devices(tree: Any) -> int:
     return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
 
 
+def place(path, leaf):
+        name = _name(path)
+        spec = fitted_spec(name, leaf.shape, mesh.shape, rules)
+        if spec is None:
+            problems.append(f"{name}: no sharding rule matches; add (pattern, PartitionSpec) for it")
+            return None
+        return NamedSharding(mesh, spec)
+
+    shardings = jax.tree_util.tree_map_with_path(place, shapes)
+    if problems:
+        raise ValueError("the mesh does not fit the model:\n  " + "\n  ".join(problems))
+    return shardings
+
+
+def params_by_name(shapes: Params) -> list[tuple[str, tuple[int, ...]]]:
+    """Path and shape of each parameter."""
+    return [(_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+
+
+def num_shards(spec: P | None, axes: Mapping[str, int]) -> int:
+    """Distinct parts of an array over a mesh.
+
+    Args:
+        spec: of the array; None for a replicated one.
+        axes: sizes of the mesh's axes.
+    """
+    return math.prod(axes[axis] for entry in spec or () for axis in axis_names(entry))
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(entry, "key", entry)) for entry in path)
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a ``PartitionSpec``."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
+    """Shardings on the way from training to sampling with more devices on the ``tensor`` axis.
+
+    From them on, parameters need only be gathered. Without this step, the compiler would give every device all of them
+    to take its part from.
+
+    Args:
+        shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
+        mesh: mesh of training; ``tensor`` divides its ``fsdp x context x tensor``.
+        tensor: size of the axis in sampling.
+    """
+    sizes, inner = mesh.shape, tensor // mesh.shape["tensor"]
+    outer = sizes["fsdp"] * sizes["context"] // inner
+    devices = mesh.devices.reshape(sizes["data"], outer, inner, sizes["tensor"])
+    split = Mesh(devices, ("data", "fsdp", "inner", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    rules = [
+        (pattern, P(*(("inner", "tensor") if axes == "tensor" else axes for axes in spec)))
+        for pattern, spec in PARAM_RULES
+    ]
+    return param_shardings(shapes, split, rules)
+
+
+def make_reshard(shardings: Params, dtype: Any, *, steps: Sequence[Params] = ()) -> Callable[[Params], Params]:
+    """A jitted function ``params -> params`` that changes sharding and dtype.
+
+    Parameters that have both already are returned without a copy. The function keeps no reference to its results: if
+    the caller drops them before the next call, memory holds one copy. Called inside another jitted function, it is
+    traced into it.
+
+    Args:
+        shardings: a sharding for each parameter.
+        dtype: of the matrices; vectors, such as the scales of norms, and integers, of quantized matrices, keep theirs.
+        steps: shardings that parameters pass through on the way.
+    """
+
+    def target_dtype(x: Array) -> Any:
+        return dtype if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+
+    @partial(jax.jit, out_shardings=shardings)
+    def move(params: Params) -> Params:
+        params = jax.tree.map(lambda x: x.astype(target_dtype(x)), params)
+        for step in steps:
+            params = jax.tree.map(jax.lax.with_sharding_constraint, params, step)
+        return params
+
+    def reshard(params: Params) -> Params:
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
+            return move(params)
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+        if all(x.dtype == target_dtype(x) and x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs):
+            return params
+        return move(params)
+
+    return reshard
+
+
+def bytes_on_devices(tree: Any) -> int:
+    """Bytes of a tree's arrays, summed over this process's devices."""
+    return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
+
+
 def device_bytes(devices: Sequence[Any]) -> int | None:
     """The memory of the smallest of some devices; None where devices do not report theirs (CPU).
 

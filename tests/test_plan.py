@@ -222,12 +222,22 @@ def test_meshes_of_the_command_line():
                 plan_search.read_meshes([text], 4)
 
 
+def test_a_mesh_may_split_an_axis_of_a_slice(monkeypatch):
+    def make_mesh(*args, **kwargs):
+        raise NotImplementedError("4x4x4")
+
+    monkeypatch.setattr(jax, "make_mesh", make_mesh)
+    assert MeshConfig(data=1, fsdp=8).build().shape == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+
+
 def test_meshes_are_ranked_by_what_they_send_and_what_fits(small):
     config = GRPOConfig(model=small, num_prompts=4, group_size=2, max_prompt_length=4, max_completion_length=8)
     with planning_for(jax.devices()[:4], None):
         ranked = plan_search.rank_meshes(config, 4, limit=None, rates=None)
         sizes = {(each.mesh.data, each.mesh.fsdp, each.mesh.tensor) for each in ranked}
         assert sizes == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)}  # 2 KV heads
+        assert {each.mesh.rollout_tensor for each in ranked if each.mesh.tensor == 1} == {1, 2}
+        assert {each.mesh.rollout_tensor for each in ranked if each.mesh.tensor == 2} == {2}
         assert [each.seconds for each in ranked] == sorted(each.seconds for each in ranked)
         state = 12 * sum(x.size for x in jax.tree.leaves(param_shapes(config.decoder)))
     with planning_for(jax.devices()[:4], state):

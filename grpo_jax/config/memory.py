@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.devices import first_device, planned
+from grpo_jax.devices import device_bytes, first_device, planned
 from grpo_jax.hosts import gather
 from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.sharding import (
     PARAM_RULES,
     ROLLOUT_RULES,
-    device_bytes,
     divisors,
     fitted_spec,
     num_shards,

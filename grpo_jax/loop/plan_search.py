@@ -82,12 +82,22 @@ def rank_meshes(config: Any, num_devices: int, *, limit: int | None, rates: Rate
                 if decoder.num_kv_heads % tensor:
                     raise ValueError(f"mesh.tensor is {tensor}; it must divide {decoder.num_kv_heads} KV heads")
                 check_layout(tried)
-                found.append(_estimate(tried, decoder, axes, limit, rates))
+                for sampling in _rollout_tensors(tried, decoder, fsdp, tensor):
+                    tried = replace(config, mesh=replace(mesh, rollout_tensor=sampling))
+                    found.append(_estimate(tried, decoder, axes, limit, rates))
             except ValueError as error:
                 problem = str(error)
     if not found:
         raise ValueError(f"no mesh of {num_devices} devices suits the run: {problem}")
     return sorted(found, key=lambda each: (not each.fits, each.seconds))
+
+
+def _rollout_tensors(config: Any, decoder: DecoderConfig, fsdp: int, tensor: int) -> list[int | None]:
+    """Devices that the sampler's weights may be sharded over: the run's own choice may be slower than more of them."""
+    if not isinstance(config, OnlineConfig):
+        return [None]
+    sizes = divisors(fsdp * tensor)
+    return [n for n in sizes if n % tensor == 0 and decoder.num_kv_heads % n == 0]
 
 
 def _estimate(config: Any, decoder: DecoderConfig, axes: Any, limit: int | None, rates: Rates | None) -> Estimate:
@@ -117,6 +127,9 @@ def _estimate(config: Any, decoder: DecoderConfig, axes: Any, limit: int | None,
         sampling = choose_rollout_tensor(config, decoder, axes)
         cache = 2 * itemsize * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * rows * length / n
         seconds += config.completion_length * (need.rollout / sampling + cache / 2) / rates.memory
+        rows_each = rows * sampling / n * (sampling > 1)  # whose states are summed over the devices
+        moved = 4 * decoder.num_layers * rows_each * config.completion_length * decoder.hidden_size * itemsize
+        seconds += moved / rates.wire
         held += need.rollout_on(axes, sampling)
     fits = limit is None or (held <= USABLE * limit and need.tokens_on(axes, limit) >= length)
     return Estimate(replace(config.mesh, data=axes["data"]), float(seconds), bool(fits))
