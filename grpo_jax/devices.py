@@ -63,3 +63,13 @@ def platform() -> str:
     """The platform that programs are compiled for by default: ``cpu``, ``gpu`` or ``tpu``."""
     plan = planned()
     return jax.default_backend() if plan is None else plan.devices[0].platform
+
+
+def device_bytes(devices: Sequence[Any]) -> int | None:
+    """The memory of the smallest of some devices; None where devices do not report theirs (CPU).
+
+    Args:
+        devices: of this process.
+    """
+    sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return min(sizes) if all(sizes) else None
