@@ -37,6 +37,10 @@ _alone = False
 _timeout = TIMEOUT
 
 
+class MissingProcessError(RuntimeError):
+    """A process did not come to an exchange in time."""
+
+
 def set_timeout(seconds: float) -> None:
     """Set the seconds that this process waits for the others; ``LONGER`` times as many for long work."""
     global _timeout
@@ -73,7 +77,8 @@ def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
         is_long: whether the other processes may need long until they come.
 
     Raises:
-        RuntimeError: a process did not come in time, or exchanges something else; or this is within ``on_main``.
+        MissingProcessError: a process did not come in time.
+        RuntimeError: a process exchanges something else; or this is within ``on_main``.
     """
     count, own = jax.process_count(), jax.process_index()
     if count == 1:
@@ -91,7 +96,7 @@ def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
             _check_place(name, process, its_name)
             values.append(its_value)
     except RuntimeError as error:
-        _send(f"{number}/all", (name, None, str(error)))
+        _send(f"{number}/all", (name, None, error))
         raise
     _send(f"{number}/all", (name, values, None))
     # All have sent this value, so all have read the ones before.
@@ -208,7 +213,7 @@ def _from_main(number: int, name: str, timeout: float) -> Any:
     """The result that the first process sends; it comes later than the others, since it waits for all of them."""
     its_name, result, problem = _receive(f"{number}/all", 0, name, timeout + MARGIN)
     if problem is not None:
-        raise RuntimeError(problem)
+        raise problem
     _check_place(name, 0, its_name)
     return result
 
@@ -237,7 +242,7 @@ def _receive(key: str, process: int, name: str, timeout: float) -> Any:
         try:
             return client().blocking_key_value_get_bytes(f"{PREFIX}/{key}", left)
         except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(
+            raise MissingProcessError(
                 f"process {process} of {jax.process_count()} did not come to {name!r} within {timeout:g} s; it is "
                 "hung, has ended, or is out of step (its own output says more)"
             ) from error

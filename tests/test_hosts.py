@@ -64,7 +64,7 @@ set_timeout(2)
 if number == 0:
     try:
         gather(0, "the next step")
-    except RuntimeError as error:
+    except hosts.MissingProcessError as error:
         print(error, flush=True)
 else:
     time.sleep(4)

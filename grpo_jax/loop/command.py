@@ -19,7 +19,8 @@ import tyro
 
 from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.run import DistributedConfig, Preset
-from grpo_jax.heartbeat import await_verdict, report_failure
+from grpo_jax.heartbeat import LOST, await_verdict, report_failure
+from grpo_jax.hosts import MissingProcessError
 from grpo_jax.loop.flags import flags_of, in_flags, rare_help, short_help, take_rare
 from grpo_jax.tasks.toy_config import TOY
 
@@ -57,7 +58,7 @@ def run_command(
 
     Returns:
         What ``main`` returns; 2 for a mistake in settings, data or files, or a result that is not finite; 1 for any
-        other exception; 130 after Ctrl-C.
+        other exception; 130 after Ctrl-C; 75 if another process was lost.
 
     Raises:
         SystemExit: with status 2 for an unknown flag or a value that cannot be parsed, after tyro's own message; with
@@ -103,7 +104,7 @@ def run_command(
         print(f"error: {text}", file=sys.stderr)
         if not debug and is_mistake:
             print(f"({DEBUG} shows the traceback)", file=sys.stderr)
-        status = MISTAKE if is_mistake else BUG
+        status = LOST if isinstance(error, MissingProcessError) else MISTAKE if is_mistake else BUG
         report_failure(text, status)
         return status
 
