@@ -42,7 +42,7 @@ TALK = """
 import sys, time
 import jax
 from grpo_jax.heartbeat import connect
-from grpo_jax.hosts import agree, any_of, gather, on_main, set_timeout
+from grpo_jax.hosts import MissingProcessError, agree, any_of, gather, on_main, set_timeout
 
 number = int(sys.argv[sys.argv.index("--distributed.process-id") + 1])
 address = sys.argv[sys.argv.index("--distributed.coordinator") + 1]
@@ -64,7 +64,7 @@ set_timeout(2)
 if number == 0:
     try:
         gather(0, "the next step")
-    except hosts.MissingProcessError as error:
+    except MissingProcessError as error:
         print(error, flush=True)
 else:
     time.sleep(4)
