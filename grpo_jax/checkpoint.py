@@ -130,9 +130,6 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         self._manager.reload()
         complete = [number for number in sorted(self._manager.all_steps()) if number != step] or "none"
-        reason = (isinstance(error, OSError) and error.strerror) or _first_line(error).split(": ")[-1].split(
-            " [os_error"
-        )[0]
         return OSError(
             f"the checkpoint of step {step} could not be written to {self.folder} ({free / 2**20:.0f} MiB free there): "
             f"{_reason(error)}; complete checkpoints: {complete}"

@@ -49,7 +49,7 @@ class Run:
         folder: created if it does not exist.
         config: the experiment's configuration, a dataclass.
         title: title of the live view.
-        resumable_fields: top-level fields of ``config`` that may change on resume because they do not change results.
+        resumable_fields: fields of ``config`` that may change on resume, those of nested settings with dots.
         trackers: among ``tensorboard``, ``wandb`` and ``trackio``; they receive the metrics, and the samples that are
             shown.
         keep_checkpoints: number of newest checkpoints to keep.
