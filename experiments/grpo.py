@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config.grpo import PRESETS, GRPOConfig
+from grpo_jax.loop.bad_updates import check_updates
 from grpo_jax.loop.batch_layout import BatchLayout
-from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.estimators import (
@@ -34,7 +34,6 @@ from grpo_jax.loop.estimators import (
 )
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.queue import RolloutQueue
-from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import policy_state
 from grpo_jax.train import (
@@ -109,8 +108,7 @@ def train(config: GRPOConfig, run: Run) -> None:
             if config.ref_refresh_every and step % config.ref_refresh_every == 0:
                 state = with_fresh_reference(state)
 
-            metrics = over_updates(updates)
-            check_finite(metrics, step, run)
+            metrics = check_updates(updates, step, config, run)
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
             advantages = np.full(len(experience.completions), np.nan, np.float32)
             advantages[rows] = per_completion(batch)

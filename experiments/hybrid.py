@@ -29,13 +29,12 @@ from grpo_jax.config.presets import preset
 from grpo_jax.config.run import Preset, require_at_least
 from grpo_jax.config.training import OptimizerConfig
 from grpo_jax.hosts import fetch
+from grpo_jax.loop.bad_updates import check_updates
 from grpo_jax.loop.batch_layout import BatchLayout
-from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.estimators import make_train_batch, per_completion, rewards_of_steps
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
-from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import policy_state
 from grpo_jax.rewards.compose import Scores
@@ -128,8 +127,7 @@ def train(config: HybridConfig, run: Run) -> None:
             critic_state, critic_metrics = critic.update(critic_state, critic_batch)
             states = {"policy": state, "critic": critic_state}
 
-            metrics = over_updates([update]) | critic_metrics
-            check_finite(metrics, step, run)
+            metrics = check_updates([update | critic_metrics], step, config, run)
             metrics["learning_rate"] = float(jnp.asarray(schedule(int(state.step) - 1)))
             passes = [collector.policy]
             is_shared = layout.packing == "shared"
@@ -168,6 +166,7 @@ def make_critic(config: HybridConfig, collector: Collector, mesh: Mesh) -> MLPCr
         optimizer=optimizer,
         num_micro_batches=config.micro_batches,
         num_epochs=config.critic_epochs,
+        skip_grad_norm=config.critic_optimizer.skip_grad_norm,
         seed=config.seed,
         mesh=mesh,
     )

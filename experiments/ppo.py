@@ -29,15 +29,14 @@ from grpo_jax.config.pipeline import stage_config
 from grpo_jax.config.ppo import PRESETS, PPOConfig
 from grpo_jax.config.presets import preset
 from grpo_jax.hosts import fetch
+from grpo_jax.loop.bad_updates import check_updates
 from grpo_jax.loop.batch_layout import BatchLayout
-from grpo_jax.loop.checks import check_finite
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.estimators import with_old_log_probs
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.losses import critic_loss, policy_loss, shared_trunk_loss
-from grpo_jax.loop.report import over_updates
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, policy_state
 from grpo_jax.loop.stages import Stage
@@ -107,8 +106,7 @@ def train(config: PPOConfig, run: Run) -> None:
                     states, update = learner.update(states, learner.layout(minibatch), critic_alone=critic_alone)
                     updates.append(update)
 
-            metrics = over_updates(updates)
-            check_finite(metrics, step, run)
+            metrics = check_updates(updates, step, config, run)
             if config.kl_reward_coef:
                 metrics |= {"kl": token_kl, "kl_completion": kl, "kl_reward_coef": kl_coef}
             metrics["learning_rate"] = learner.learning_rate(states)
@@ -268,7 +266,7 @@ class OwnCritic(Learner):
     ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
         """One update of the critic, and of the actor unless ``critic_alone``."""
         critic, metrics = self._critic_step(states["critic"], batch)
-        metrics |= {"value/loss": metrics["loss"], "value/grad_norm": metrics["grad_norm"]}
+        metrics |= {f"value/{name}": metrics[name] for name in ("loss", "grad_norm", "skipped_updates")}
         if critic_alone:
             return {**states, "critic": critic}, metrics
         actor, actor_metrics = self._actor_step(states["actor"], batch)

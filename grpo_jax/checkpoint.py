@@ -1,7 +1,8 @@
 """Saving and restoring of a run's state.
 
 A checkpoint is a pytree of arrays and a small JSON object (the state of the data iterator). It is written under a
-temporary name and renamed when complete, so that a kill at any moment leaves the previous checkpoint intact.
+temporary name and renamed when complete, so that a kill at any moment leaves the previous checkpoint intact. The run
+goes on while it is written: ``save`` returns once the state is copied.
 """
 
 from __future__ import annotations
@@ -17,10 +18,34 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.hosts import agree, gather, on_main
 
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""Part of the name under which orbax writes a checkpoint."""
+
 
 def _abstract(tree: Any) -> Any:
     """The shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _copied(x: jax.Array) -> jax.Array:
+    """The array, or a copy of one in the host's memory.
+
+    orbax transfers an array from its devices before ``save`` returns, but reads one in the host's memory in place while
+    the next update, to which the state is donated, may overwrite it.
+    """
+    is_on_host = x.sharding.memory_kind not in (None, "device") or next(iter(x.sharding.device_set)).platform == "cpu"
+    return jax.device_put(x, x.sharding, may_alias=False) if is_on_host else x
+
+
+def _reason(error: Exception) -> str:
+    """The last part of an error of TensorStore, such as "No space left on device"."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _first_line(error).split(": ")[-1].split(" [os_error")[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 class Checkpoints:
@@ -39,17 +64,20 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}; it must be at least 1, or the run could not be resumed")
         self.folder = Path(folder).absolute()
         self._keep = keep
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True),
-        )
+        self._writing: tuple[int, frozenset[int]] | None = None
+        on_main(self._remove_unfinished, "removing unfinished checkpoints")
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=True))
 
     def steps(self) -> list[int]:
-        """The steps with a complete checkpoint, ascending."""
+        """The steps with a complete checkpoint, ascending; waits for one that is being written."""
+        self.wait()
         return agree(sorted(self._manager.all_steps()), "the list of checkpoints")
 
     def save(self, step: int, state: Any, position: dict, *, protected: Collection[int] = ()) -> None:
-        """Write a checkpoint, wait until it is complete, and delete those that are not kept.
+        """Copy a state and start to write it; the arrays may be donated as soon as this returns.
+
+        Waits for the checkpoint before, so that one is written at a time. Once this one is complete, those that are not
+        kept are deleted: by ``wait``, which ``save``, ``steps``, ``read`` and ``restore`` call first.
 
         Args:
             step: number of completed steps.
@@ -60,21 +88,58 @@ class Checkpoints:
         Raises:
             OSError: the disk is full or the folder is not writable; earlier checkpoints are unchanged.
         """
+        self.wait()
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(jax.tree.map(_copied, state)), position=ocp.args.JsonSave(position)
+        )
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
-            )
+            self._manager.save(step, args=args, force=True)  # an error, not False, for a step that has a checkpoint
+        except Exception as error:
+            raise self._not_written(step, error) from error
+        self._writing = step, frozenset(protected)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process has ended writing a checkpoint, or failed to, and ``wait`` was not called since."""
+        return self._writing is not None and not self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete, and delete those that are not kept.
+
+        Raises:
+            OSError: it could not be written, as ``save``; raised once.
+        """
+        if self._writing is None:
+            return
+        (step, protected), self._writing = self._writing, None
+        failure = None
+        try:
             self._manager.wait_until_finished()
         except Exception as error:
-            free = shutil.disk_usage(self.folder).free
-            complete = sorted(self._manager.all_steps()) or "none"
-            raise OSError(
-                f"the checkpoint of step {step} could not be written to {self.folder} "
-                f"({free / 2**20:.0f} MiB free there); complete checkpoints: {complete}"
-            ) from error
-        for old in self.steps()[: -self._keep]:
+            failure = self._not_written(step, error)
+            failure.__cause__ = error
+        # A checkpoint that one process could not write is complete for none.
+        texts = gather(failure and str(failure), f"the checkpoint of step {step}", is_long=True)
+        if text := next(filter(None, texts), None):
+            raise failure or OSError(text)
+        for old in sorted(self._manager.all_steps())[: -self._keep]:
             if old not in protected:
                 self._manager.delete(old)
+
+    def _not_written(self, step: int, error: Exception) -> OSError:
+        free = shutil.disk_usage(self.folder).free
+        self._manager.reload()
+        complete = [number for number in sorted(self._manager.all_steps()) if number != step] or "none"
+        return OSError(
+            f"the checkpoint of step {step} could not be written to {self.folder} ({free / 2**20:.0f} MiB free there): "
+            f"{_reason(error)}; complete checkpoints: {complete}"
+        )
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a process that was killed left of a checkpoint: it takes the space of a whole one."""
+        for path in self.folder.glob(f"*{UNFINISHED}*"):
+            warnings.warn(f"half-written checkpoint, removed: {path}", stacklevel=2)
+            shutil.rmtree(path)
 
     def read(self, step: int, like: Any) -> Any:
         """The state in the checkpoint of a step.
@@ -86,6 +151,7 @@ class Checkpoints:
         Raises:
             RuntimeError: there is no checkpoint of this step, or it cannot be read.
         """
+        self.wait()
         template = _abstract(like)
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
@@ -118,7 +184,7 @@ class Checkpoints:
                     args=ocp.args.Composite(state=ocp.args.StandardRestore(template), position=ocp.args.JsonRestore()),
                 )
             except Exception as error:
-                failure = f"{self.folder / str(step)}: {str(error).splitlines()[0][:200] if str(error) else error!r}"
+                failure = f"{self.folder / str(step)}: {_first_line(error)[:200]}"
             # A checkpoint that one process cannot read is damaged for all.
             failure = next((each for each in gather(failure, f"the checkpoint of step {step}") if each), None)
             if failure is None and restored is not None:
@@ -161,5 +227,13 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Close the checkpoint manager."""
-        self._manager.close()
+        """Wait for the checkpoint that is being written, without the other processes, and close the manager.
+
+        Raises:
+            OSError: it could not be written, as ``save``.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise (self._not_written(writing[0], error) if writing else error) from error

@@ -1,13 +1,17 @@
 """Checkpoints: restoring the newest readable one, damaged ones, retention, and free space."""
 
 import shutil
+import subprocess
+import threading
 from collections import namedtuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from grpo_jax import checkpoint
 from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.sharding import make_mesh, param_shardings
 from grpo_jax.types import TrainState
@@ -75,6 +79,7 @@ def test_s2_restores_onto_another_number_of_devices(checkpoints):
 def test_s3_a_damaged_one_is_named_and_set_aside(checkpoints):
     for step in (1, 2):
         checkpoints.save(step, make_state(step), {"at": step})
+    checkpoints.wait()
     for path in (checkpoints.folder / "2" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"damaged")
@@ -93,13 +98,16 @@ def test_s3_one_that_is_being_written_does_not_count(tmp_path):
     first.close()
     complete = tmp_path / "checkpoints" / "1"
     shutil.copytree(complete, tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-123")
-    second = Checkpoints(tmp_path / "checkpoints")
+    with pytest.warns(UserWarning, match=r"half-written checkpoint, removed: .*/2\.orbax-checkpoint-tmp-123"):
+        second = Checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in second.folder.iterdir()] == ["1"]
     assert second.restore(make_state())[0] == 1
     second.close()
 
 
 def test_when_none_can_be_read_the_run_does_not_start_anew(checkpoints):
     checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
     shutil.rmtree(checkpoints.folder / "1" / "state")
     with (
         pytest.warns(UserWarning, match="damaged checkpoint"),
@@ -128,6 +136,91 @@ def test_a_disk_that_fills_up_loses_nothing(checkpoints, monkeypatch):
         with pytest.raises(OSError, match=r"step 2 could not be written.*complete checkpoints: \[1\]"):
             checkpoints.save(2, make_state(2), {})
     assert checkpoints.restore(make_state())[0] == 1
+
+
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_the_state_at_the_time_of_save_is_written_though_it_is_donated_at_once(tmp_path, memory):
+    """What is written is not the buffers that the next updates overwrite, or that they take once these are freed."""
+    sharding = jax.NamedSharding(make_mesh(data=2, fsdp=4), jax.P("fsdp"))
+    update = jax.jit(lambda x: x * 2 + 1, donate_argnums=0, out_shardings=sharding)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in range(1, 11):
+        x = jax.device_put(np.arange(step, step + 2**20, dtype=np.int32), sharding)
+        state = {"x": jax.device_put(x, sharding.with_memory_kind(memory)), "n": jnp.int32(step)}
+        assert memory != "device" or state["x"] is x
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        checkpoints.save(step, state, {})
+        jax.tree.map(lambda x: x.delete(), {**state, "x": None} if memory == "device" else state)
+        for _ in range(3):
+            x = update(x)
+        others = [jax.device_put(np.full(2**20, -1, np.int32), sharding) for _ in range(3)]
+        jax.block_until_ready((x, others))
+        _, restored, _ = checkpoints.restore(like)
+        np.testing.assert_array_equal(restored["x"], np.arange(step, step + 2**20))
+        assert restored["x"].sharding == like["x"].sharding
+    checkpoints.close()
+
+
+def test_what_lies_in_the_hosts_memory_is_copied():
+    def buffer(x):
+        return x.addressable_data(0).unsafe_buffer_pointer()
+
+    for memory in ("device", "pinned_host"):
+        x = jax.device_put(np.zeros(64, np.float32), jax.devices()[0])
+        x = jax.device_put(x, x.sharding.with_memory_kind(memory))
+        copied = checkpoint._copied(x)
+        assert buffer(copied) != buffer(x)
+        assert copied.sharding == x.sharding
+
+
+def test_save_returns_while_the_checkpoint_is_written_and_deletes_older_ones_once_it_is_complete(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    handler, may_go_on = checkpoints._manager._checkpointer.handler, threading.Event()
+    finalize = handler.finalize
+    monkeypatch.setattr(handler, "finalize", lambda *args: (may_go_on.wait(60), finalize(*args)))
+    checkpoints.save(2, make_state(2), {})
+    assert not checkpoints.is_written
+    assert (tmp_path / "1").is_dir()
+    assert not (tmp_path / "2").exists()
+    may_go_on.set()
+    assert checkpoints.steps() == [2]
+    assert not (tmp_path / "1").exists()
+    checkpoints.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("asks", ["wait", "steps", "save", "read", "restore", "close"])
+def test_an_error_of_the_writing_in_the_background_is_raised_at_the_next_opportunity(small_disk, asks):
+    checkpoints = Checkpoints(small_disk / "checkpoints")
+    checkpoints.save(1, make_state(1), {})
+    large = {"x": jax.random.normal(jax.random.key(0), (2**20,))}
+    checkpoints.save(2, large, {})
+    arguments = {"save": (3, make_state(3), {}), "read": (1, make_state()), "restore": (make_state(),)}.get(asks, ())
+    with pytest.raises(
+        OSError,
+        match=r"step 2 could not be written to .*checkpoints \([0-2] MiB free there\): No space left on device.*; "
+        r"complete checkpoints: \[1\]",
+    ):
+        getattr(checkpoints, asks)(*arguments)
+    if asks == "close":
+        with pytest.warns(UserWarning, match="half-written checkpoint, removed"):
+            checkpoints = Checkpoints(small_disk / "checkpoints")
+    assert checkpoints.steps() == [1]  # raised once
+    checkpoints.save(2, make_state(2), {})
+    assert checkpoints.restore(make_state())[0] == 2
+    checkpoints.close()
 
 
 def test_keeps_at_least_one(tmp_path):

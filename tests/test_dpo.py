@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -330,15 +331,15 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
-    check = offline.check_finite
+    loss = dpo.dpo_loss
     monkeypatch.setattr(
-        offline,
-        "check_finite",
-        lambda metrics, step, run: check({**metrics, "loss": math.nan if step else 0.0}, step, run),
+        dpo, "dpo_loss", lambda *args, **settings: jax.tree.map(lambda x: x * jnp.nan, loss(*args, **settings))
     )
-    with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
+    monkeypatch.setattr(offline, "check_finite", lambda *_: None)  # of the evaluation
+    with pytest.raises(FloatingPointError, match=r"step 1: .*loss is nan.* with bad_updates skip"):
         dpo.main(replace(config, num_eval_prompts=0))
     assert [row["step"] for row in metrics_of(config)] == [0]
+    assert not (config.run_dir / "model").exists()
 
 
 def test_settings_have_one_default_and_the_toy_is_a_preset():

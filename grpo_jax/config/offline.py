@@ -11,7 +11,7 @@ from grpo_jax.config.memory import check_memory, fewest_micro_batches
 from grpo_jax.config.model import ModelConfig
 from grpo_jax.config.prompts import PromptConfig
 from grpo_jax.config.run import Export, RunConfig, require_at_least
-from grpo_jax.config.training import OptimizerConfig
+from grpo_jax.config.training import GUARD_FIELDS, BadUpdates, OptimizerConfig
 from grpo_jax.data.conversations import TrainOn
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.tasks.toy_config import TOY
@@ -75,7 +75,7 @@ class OfflineConfig(RunConfig, ModelConfig):
     """
 
     ROWS: ClassVar[str] = "num_pairs"
-    RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every", "offload")
+    RESUMABLE_FIELDS = ("num_micro_batches", "cache_bytes", "eval_every", "offload", *GUARD_FIELDS)
     EXTENDABLE_FIELDS = ("num_epochs", "export")
 
     data: Annotated[OfflineDataConfig, tyro.conf.arg(name="")] = OfflineDataConfig()
@@ -94,6 +94,9 @@ class OfflineConfig(RunConfig, ModelConfig):
     """optimizer: its state lies in the host's memory, and on the devices only during the optimizer's update."""
     eval_every: int = 20
     """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
+    bad_updates: Annotated[BadUpdates, tyro.conf.Suppress] = "refuse"
+    """Updates with a loss or gradient that is not finite, or a gradient above skip_grad_norm, are never applied. refuse
+    ends the run at the first with an error; skip goes on without them, for up to 10 steps in a row."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""

@@ -14,6 +14,7 @@ from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Export, RunConfig, check_divides, require_at_least
+from grpo_jax.config.training import GUARD_FIELDS, BadUpdates
 from grpo_jax.devices import first_device, platform
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.monitor.alarms import AlarmConfig
@@ -28,7 +29,10 @@ CPU_PACKED_TOKENS = 1024
 class OnlineConfig(RunConfig, PolicyConfig):
     """Problems, rewards, batch sizes and evaluation of online RL."""
 
-    RESUMABLE_FIELDS = ("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches", "offload")
+    RESUMABLE_FIELDS = (
+        *("cache_bytes", "samples_every", "eval_every", "alarms", "num_micro_batches", "offload"),
+        *GUARD_FIELDS,
+    )
     EXTENDABLE_FIELDS = ("num_steps", "export")
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
     """Problems."""
@@ -72,6 +76,9 @@ class OnlineConfig(RunConfig, PolicyConfig):
     old_log_probs: Annotated[Literal["recompute", "sampler"], tyro.conf.Suppress] = "recompute"
     """Log-probabilities at the start of a step with several updates: recomputed by the trainer, or the sampler's own,
     which saves a forward pass where both agree. The gap between them is then measured in the first update of a step."""
+    bad_updates: Annotated[BadUpdates, tyro.conf.Suppress] = "refuse"
+    """Updates with a loss or gradient that is not finite, or a gradient above skip_grad_norm, are never applied. refuse
+    ends the run at the first with an error; skip goes on without them, for up to 10 steps in a row."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""

@@ -50,6 +50,10 @@ LOSS_INPUTS = (
     *("epsilon_low", "epsilon_high", "kl", "kl_coef", "kl_correction", "entropy_coef", "importance_cap"),
     "max_completion_length",
 )
+BadUpdates = Literal["refuse", "skip"]
+"""Whether a run ends at an update that cannot be applied, or goes on without it."""
+GUARD_FIELDS = ("bad_updates", "optimizer.skip_grad_norm", "critic_optimizer.skip_grad_norm")
+"""Fields that may change on resume, so that a run can go on past a bad update."""
 LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 
 
@@ -73,10 +77,13 @@ class OptimizerConfig:
     """Decoupled weight decay; of adamw, muon and lion on matrices only."""
     gradient_dtype: Annotated[Literal["float32", "bfloat16"], tyro.conf.Suppress] = "float32"
     """Precision in which gradients are accumulated over micro-batches; bfloat16 takes half the memory."""
+    skip_grad_norm: Annotated[float | None, tyro.conf.Suppress] = None
+    """An update whose gradient has a larger global norm, before clipping, is bad (bad_updates), as one that is not
+    finite always is. Default: no bound."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "max_grad_norm", "skip_grad_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("warmup_updates", "weight_decay"):
             if getattr(self, name) < 0:

@@ -73,7 +73,7 @@ class BatchLayout:
         Args:
             loss_fn: as there.
             optimizer: as there.
-            settings: of the optimizer, for the dtype of gradients.
+            settings: of the optimizer, for the dtype of gradients and the bound on their norm.
             preparation: of the parameters; None for that of the trained model.
         """
         return make_train_step(
@@ -82,6 +82,7 @@ class BatchLayout:
             num_micro_batches=self._config.micro_batches,
             preparation=preparation or self._preparation,
             gradient_dtype=settings.gradient_dtype,
+            skip_grad_norm=settings.skip_grad_norm,
         )
 
     def make_log_prob_fn(

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import models
+from grpo_jax.loop.bad_updates import check_updates
 from grpo_jax.loop.checks import check_finite, check_same_data
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
@@ -74,7 +75,7 @@ def train_offline(
         lengths: tokens of the prompt and of the completion of each sequence of a batch, such as ``pair_lengths``.
 
     Raises:
-        FloatingPointError: a metric is not finite.
+        FloatingPointError: as ``check_updates``; or a metric of an evaluation is not finite.
         Stopped: a stop was requested.
         ValueError: the run was started with other data, or has taken more steps.
     """
@@ -102,8 +103,7 @@ def train_offline(
             started = time.monotonic()
             batch = batches[step - 1]
             state, update = train_step(state, shard_rows(batch, mesh))
-            metrics = {name: float(value) for name, value in update.items()}
-            check_finite(metrics, step, run)
+            metrics = check_updates([update], step, config, run)
             seconds = time.monotonic() - started
             prompts, completions = lengths(batch)
             num_tokens += (tokens := int((prompts + completions).sum()))
@@ -147,6 +147,7 @@ def _make_step(
         num_micro_batches=config.micro_batches,
         preparation=model.model.preparation,
         gradient_dtype=config.optimizer.gradient_dtype,
+        skip_grad_norm=config.optimizer.skip_grad_norm,
     )
 
 

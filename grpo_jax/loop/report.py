@@ -23,7 +23,7 @@ from grpo_jax.rewards.diagnostics import text_metrics
 from grpo_jax.rewards.scorer import Scorer
 
 
-def over_updates(updates: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+def over_updates(updates: Sequence[Mapping[str, jax.Array | float]]) -> dict[str, float]:
     """Metrics of a step from those of its updates: the maximum of ``.../max``, the mean of the others.
 
     Args:

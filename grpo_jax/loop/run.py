@@ -50,7 +50,7 @@ class Run:
         folder: created if it does not exist.
         config: the experiment's configuration, a dataclass.
         title: title of the live view.
-        resumable_fields: top-level fields of ``config`` that may change on resume because they do not change results.
+        resumable_fields: fields of ``config`` that may change on resume, those of nested settings with dots.
         trackers: among ``tensorboard``, ``wandb`` and ``trackio``; they receive the metrics, and the samples that are
             shown.
         keep_checkpoints: number of newest checkpoints to keep.
@@ -123,8 +123,13 @@ class Run:
             self._stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
         return self
 
-    def __exit__(self, *error) -> None:
-        self._stack.close()
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        try:
+            self._stack.close()
+        except OSError as failure:  # a checkpoint that could not be written
+            if error is None:
+                raise
+            self.say(f"error: {failure}")
 
     def enter(self, context: AbstractContextManager[Entered]) -> Entered:
         """Enter a context that is exited with the run."""
@@ -221,7 +226,7 @@ class Run:
         return any(row["step"] == step and name in row for row in self.rows())
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Write a checkpoint; that of the best evaluation so far is kept along with the newest.
+        """Start to write a checkpoint; that of the best evaluation so far is kept along with the newest.
 
         Args:
             step: the step.
@@ -286,6 +291,7 @@ class Run:
             summary: the experiment's entries; ``steps``, the first step of each alarm, and the entries of
                 ``write_summary`` are added.
         """
+        self.checkpoints.wait()  # the summary marks the run as finished
 
         def write() -> None:
             plot_curves(read_jsonl(self.metrics_log.path), self.folder / "curves.png", title=self.folder.name)

@@ -25,7 +25,7 @@ class claim_folder:  # noqa: N801 - used as a function
     Args:
         folder: created if it does not exist.
         settings: the run's settings as JSON.
-        resumable_fields: top-level settings that may differ from the folder's.
+        resumable_fields: settings that may differ from the folder's, those of nested settings with dots.
 
     Attributes:
         previous: settings of the previous process; None if it computed nothing.
@@ -105,7 +105,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields
     Args:
         old: nested settings.
         new: nested settings.
-        resumable_fields: top-level names to ignore.
+        resumable_fields: names to ignore, those of nested settings with dots.
     """
     old, new = _flatten(old, resumable_fields), _flatten(new, resumable_fields)
     names = [*old, *(name for name in new if name not in old)]
@@ -118,12 +118,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields
 
 
 def _flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Nested settings as a flat dict with dotted names, except the top-level names in ``without``."""
+    """Nested settings as a flat dict with dotted names, except those in ``without``."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if name in without:
-            continue
-        flat |= _flatten(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        dotted = f"{prefix}{name}"
+        if dotted not in without:
+            flat |= _flatten(value, without, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
     return flat
 
 

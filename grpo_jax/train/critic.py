@@ -43,6 +43,7 @@ class MLPCritic:
         num_epochs: passes over the completions of each step.
         seed: of the initial weights.
         mesh: devices that the weights are replicated over.
+        skip_grad_norm: as for ``make_train_step``.
 
     Attributes:
         initial_state: the state before any update.
@@ -58,13 +59,16 @@ class MLPCritic:
         num_epochs: int,
         seed: int,
         mesh: Mesh,
+        skip_grad_norm: float | None = None,
     ):
         self.num_epochs = num_epochs
         params = place(init_mlp(jax.random.key(seed), hidden_size), replicated(mesh))
         self.initial_state = init_state(params, optimizer, with_reference=False, replicated=replicated(mesh))
         self._states = jax.jit(partial(micro_batched_states, model, num_micro_batches=num_micro_batches))
         self._values = jax.jit(mlp_values)
-        self._train_step = make_train_step(mlp_loss, optimizer, num_micro_batches=num_micro_batches)
+        self._train_step = make_train_step(
+            mlp_loss, optimizer, num_micro_batches=num_micro_batches, skip_grad_norm=skip_grad_norm
+        )
 
     def states_and_values(
         self, state: TrainState, policy_params: Params, sequences: Sequences
@@ -80,15 +84,19 @@ class MLPCritic:
         return hidden, self._values(state.params, hidden)
 
     def update(self, state: TrainState, batch: CriticBatch) -> tuple[TrainState, dict[str, float]]:
-        """The state after ``num_epochs`` passes over a batch, and the metrics of the last pass as ``value/...``.
+        """The state after ``num_epochs`` passes over a batch, and metrics as ``value/...``.
+
+        They are of the last pass, or of the last one whose update was bad and not applied.
 
         Args:
             state: the critic's; donated.
             batch: hidden states and returns of a step's completions.
         """
-        metrics = {}
+        passes = []
         for _ in range(self.num_epochs):
             state, metrics = self._train_step(state, batch)
+            passes.append(metrics)
+        metrics = next((metrics for metrics in reversed(passes) if metrics["skipped_updates"]), passes[-1])
         return state, {f"value/{name.removeprefix('value/')}": float(value) for name, value in metrics.items()}
 
 

@@ -18,6 +18,7 @@ from grpo_jax.devices import platform
 from grpo_jax.sampling import check_key
 from grpo_jax.sharding import HOST_MEMORY, check_host_memory, place, to_device
 from grpo_jax.train.forward import Sequences, Tokens
+from grpo_jax.train.guard import guarded_update
 from grpo_jax.train.packing import in_batch_order, micro_batch
 from grpo_jax.train.trainable import join, trainable_part
 from grpo_jax.types import AS_STORED, Batch, Max, Mean, Metrics, PackedBatch, Params, Preparation, Rollout, TrainState
@@ -73,8 +74,11 @@ def make_train_step(
     num_micro_batches: int = 1,
     preparation: Preparation = AS_STORED,
     gradient_dtype: Any = jnp.float32,
+    skip_grad_norm: float | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A jitted ``(state, batch) -> (state, metrics)`` that applies one update and donates the old state.
+
+    A bad update, such as one with a gradient that is not finite, is not applied (``guarded_update``).
 
     Parameters with LoRA adapters are trained as ``trainable_part`` says, all others as a whole. The new state has the
     shardings of the old one, and its optimizer state is in the same memory. Called inside another jitted function, the
@@ -94,9 +98,10 @@ def make_train_step(
             prepared parameters and accumulated in their form and layout.
         gradient_dtype: dtype in which gradients are accumulated over the parts; bfloat16 takes half the memory of
             float32 and loses what is small beside the sum. The optimizer gets float32.
+        skip_grad_norm: an update whose gradient has a larger norm is bad.
 
     Returns:
-        The step. Its metrics are scalars: those of ``loss_fn``, ``loss`` and ``grad_norm`` (before clipping).
+        The step. Its metrics are scalars: those of ``loss_fn``, ``loss`` and those of ``guarded_update``.
 
     Raises:
         TypeError: at trace time, when loss_fn returns something else, such as a scalar.
@@ -138,13 +143,8 @@ def make_train_step(
         loss = merged["loss"]
         assert isinstance(loss, Mean)
         grads = jax.tree.map(lambda g: g / jnp.where(loss.count > 0, loss.count, 1), grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer counters with floats
-            trainable = trainable_part(state.params)
-            updates, opt_state = optimizer.update(grads, to_device(state.opt_state), trainable)
-            params = join(optax.apply_updates(trainable, updates), state.params)
-        scalars = {name: metric.value for name, metric in merged.items()}
-        scalars["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(state.step + 1, params, opt_state), scalars
+        state, of_update = guarded_update(optimizer, grads, state, loss=loss.value, max_norm=skip_grad_norm)
+        return state, {name: metric.value for name, metric in merged.items()} | of_update
 
     @cache
     def jitted(treedef, shardings):
