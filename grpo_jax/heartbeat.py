@@ -35,8 +35,9 @@ SILENCE = 60.0
 """Seconds without a beat after which a process counts as lost."""
 GRACE = 15.0
 """Seconds that a process which knows of another one's error has to end by itself."""
-LOST = 75
-"""Exit status of a process that ends because another was lost: the same commands go on from the last checkpoint."""
+TRY_AGAIN = 75
+"""Exit status (EX_TEMPFAIL of sysexits.h) if the same commands go on from the last checkpoint: another process was
+lost, or this one was preempted."""
 CONNECTION_TIMEOUT = 60
 """Seconds in which all processes must have been started."""
 COMMUNICATION = tuple(f"{code}: " for code in ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEEDED"))
@@ -226,14 +227,14 @@ class Watch:
                 self._leave(
                     f"{name} has not been heard of for {self.silence:g} s; it was killed or stopped, or the network "
                     f"was cut (it was at or after {value['place']!r})",
-                    LOST,
+                    TRY_AGAIN,
                 )
             longest = timeout * hosts.LONGER
             if value["calls"] < calls and now - beat.moved > longest:
                 self._leave(
                     f"{name} has been at or after {value['place']!r} for {longest:g} s, while this one is at or after "
                     f"{place!r}; it is hung or out of step",
-                    LOST,
+                    TRY_AGAIN,
                 )
 
     def _leave(self, text: str, status: int) -> NoReturn:

@@ -17,8 +17,9 @@ from grpo_jax.config.functions import parse_call
 from grpo_jax.config.grpo import PRESETS as GRPO_PRESETS
 from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.jsonl import to_json
-from grpo_jax.loop.command import BUG, INTERRUPTED, MISTAKE, run_command
+from grpo_jax.loop.command import BUG, MISTAKE, run_command
 from grpo_jax.loop.flags import flags_of, in_flags
+from grpo_jax.loop.stop import INTERRUPTED
 from grpo_jax.monitor.alarms import AlarmConfig
 
 SCRIPTS = sorted(
