@@ -35,6 +35,7 @@ from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import adapters_of, load_model, model_facts, start_model, with_stop_tokens
 from grpo_jax.sharding import shard_rows
 from grpo_jax.train import pair_scores
+from grpo_jax.types import Params
 
 CALIBRATION_BINS = 10
 

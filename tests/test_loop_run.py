@@ -232,17 +232,27 @@ def test_an_error_of_a_checkpoint_that_is_being_written_ends_the_run_after_the_s
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    def save(run):
+        monkeypatch.setattr(run.checkpoints._manager._checkpointer.handler, "finalize", full)
+        run.save(1, {"x": jnp.zeros(1)}, {})
+
+    def go_on(run):
+        with run:
+            save(run)
+            for _ in range(600):
+                run.save_is_due(False)
+                time.sleep(0.1)
+
+    def fail(run):
+        with run:
+            save(run)
+            raise KeyError("of the loop")
+
+    with pytest.raises(OSError, match=r"step 1 could not be written .* No space left on device"):
+        go_on(open_run(tmp_path / "run"))
     run = open_run(tmp_path / "run")
-    with pytest.raises(OSError, match=r"step 1 could not be written .* No space left on device"), run:
-        monkeypatch.setattr(run.checkpoints._manager._checkpointer.handler, "finalize", full)
-        run.save(1, {"x": jnp.zeros(1)}, {})
-        for _ in range(600):
-            run.save_is_due(False)
-            time.sleep(0.1)
-    with pytest.raises(KeyError, match="of the loop"), open_run(tmp_path / "run") as run:  # which is not hidden
-        monkeypatch.setattr(run.checkpoints._manager._checkpointer.handler, "finalize", full)
-        run.save(1, {"x": jnp.zeros(1)}, {})
-        raise KeyError("of the loop")
+    with pytest.raises(KeyError, match="of the loop"):  # which is not hidden
+        fail(run)
     assert "error: the checkpoint of step 1 could not be written" in run.progress.console.export_text()
 
 

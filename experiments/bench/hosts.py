@@ -128,7 +128,7 @@ def run_measured(args: list[str], out: Path) -> None:
     from grpo_jax.loop.collector import Collector
 
     collector.decode_completions = meter.wrap("decoding", collector.decode_completions)
-    Collector._next_prompts = meter.wrap("prompts", Collector._next_prompts)
+    Collector._batch_at = meter.wrap("prompts", Collector._batch_at)
     Collector.score = meter.wrap("scoring", Collector.score)
     Collector.log_step = meter.wrap("logging", Collector.log_step)
     sample = Collector.sample

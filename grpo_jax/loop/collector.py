@@ -275,24 +275,28 @@ class Collector:
         Returns:
             Whether an alarm asks for a checkpoint.
         """
-        config, step = self._config, experience.step
-        metrics |= step_metrics(config, self.tasks, self.scorer, experience, scores)
-        metrics |= {
-            "num_tokens": self._num_tokens,
-            "tokens_per_second": float(experience.lengths.sum() / metrics["step_time"]),
-            "compilations": self._compilations(),
-        }
-        shared_by = config.group_size if prompts_are_shared else 1
-        rows, seconds = ~np.isnan(advantages), metrics["update_time"]
-        metrics |= update_metrics(experience, rows, passes, seconds, self.mesh, group_size=shared_by)
-        self._run.log({"step": step, **metrics})
-        self._run.log_reward_errors(step, self.scorer.take_errors())
-        wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))
-        samples = to_samples(experience, scores, advantages)
-        is_shown = step % config.samples_every == 0 or step == config.num_steps
-        shown = spot_checks(samples, group_size=config.group_size, seed=step) if is_shown else []
-        self._run.log_samples(step, samples, shown=shown)
-        return wants_checkpoint
+        config, step, errors = self._config, experience.step, self.scorer.take_errors()
+
+        def log() -> bool:
+            metrics.update(step_metrics(config, self.tasks, self.scorer, experience, scores))
+            metrics.update(
+                num_tokens=self._num_tokens,
+                tokens_per_second=float(experience.lengths.sum() / metrics["step_time"]),
+                compilations=self._compilations(),
+            )
+            shared_by = config.group_size if prompts_are_shared else 1
+            rows, seconds = ~np.isnan(advantages), metrics["update_time"]
+            metrics.update(update_metrics(experience, rows, passes, seconds, self.mesh, group_size=shared_by))
+            self._run.log({"step": step, **metrics})
+            self._run.log_reward_errors(step, errors)
+            wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))
+            samples = to_samples(experience, scores, advantages)
+            is_shown = step % config.samples_every == 0 or step == config.num_steps
+            shown = spot_checks(samples, group_size=config.group_size, seed=step) if is_shown else []
+            self._run.log_samples(step, samples, shown=shown)
+            return wants_checkpoint
+
+        return on_main(log, "logging the step")
 
     def save_is_due(self, step: int, wants_checkpoint: bool) -> bool:
         """Whether to save a checkpoint after a step.
