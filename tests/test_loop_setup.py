@@ -75,6 +75,12 @@ def test_settings_that_are_too_small_are_refused_with_what_would_do():
         require_at_least(config, rate=1)
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_no_folder(address):
+    with pytest.raises(ValueError, match="an address; it must be a folder: mount the bucket"):
+        RunConfig(run_dir=Path(address))
+
+
 def test_a_model_needs_a_position_for_every_token(policy):
     check_length(128, policy, "max_length")
     with pytest.raises(ValueError, match="max_length is 129, and the model has 128 positions"):

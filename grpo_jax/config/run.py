@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,11 @@ class RunConfig:
 
     def __post_init__(self):
         require_at_least(self, seed=0, save_every=1, save_minutes=0, keep_checkpoints=1)
+        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.run_dir)):  # a Path has one of the two slashes
+            raise ValueError(
+                f"run_dir is {self.run_dir}, an address; it must be a folder: mount the bucket (gcsfuse, Filestore, "
+                "FSx) and name the folder where it is mounted"
+            )
 
     @property
     def resumable_fields(self) -> tuple[str, ...]:
