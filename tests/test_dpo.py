@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from experiments import dpo
+from grpo_jax import loss as losses
 from grpo_jax import models
 from grpo_jax.config.dpo import DPOConfig
 from grpo_jax.config.offline import PreferenceConfig
@@ -331,9 +332,9 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
-    loss = dpo.dpo_loss
+    loss = losses.dpo_loss
     monkeypatch.setattr(
-        dpo, "dpo_loss", lambda *args, **settings: jax.tree.map(lambda x: x * jnp.nan, loss(*args, **settings))
+        losses, "dpo_loss", lambda *args, **settings: jax.tree.map(lambda x: x * jnp.nan, loss(*args, **settings))
     )
     monkeypatch.setattr(offline, "check_finite", lambda *_: None)  # of the evaluation
     with pytest.raises(FloatingPointError, match=r"step 1: grad_norm is nan.* with bad_updates skip"):

@@ -65,13 +65,14 @@ def config(small, tmp_path):
 
 
 def dying_at(*steps):
-    """In place of ``check_finite``, which is called before a step is saved: the run dies there, once in each step."""
-    left = [*steps]
+    """In place of ``check_updates``, which is called before a step is saved: the run dies there, once in each step."""
+    left, check_updates = [*steps], grpo.check_updates
 
-    def check(metrics, step, run):
+    def check(updates, step, *args):
         if step in left:
             left.remove(step)
             raise KeyboardInterrupt
+        return check_updates(updates, step, *args)
 
     return check
 
@@ -138,7 +139,7 @@ def test_neither_delays_nor_stops_change_a_run(config, monkeypatch, deaths, chan
     grpo.main(config)
     broken = replace(config, run_dir=config.run_dir.with_name("broken"))
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "check_finite", dying_at(*deaths))
+        patch.setattr(grpo, "check_updates", dying_at(*deaths))
         patch.setattr("tests.test_loop_queue.DELAY", [0.05])
         for _ in deaths:
             with pytest.raises(KeyboardInterrupt):
@@ -241,7 +242,7 @@ def test_devices_of_their_own_sample_the_same(config, monkeypatch):
 
     monkeypatch.setattr(Collector, "sample", spied)
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "check_finite", dying_at(2))
+        patch.setattr(grpo, "check_updates", dying_at(2))
         with pytest.raises(KeyboardInterrupt):
             grpo.main(beside)
     assert grpo.main(beside) == 0

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import run as run_module
-from grpo_jax.loop.compilation import count_compilations, processor, reporting_compilations
+from grpo_jax.loop.compilation import count_compilations, processor
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
 from grpo_jax.loop.stop import Stopped, first_reason
@@ -214,7 +214,7 @@ def test_minutes_between_checkpoints_are_of_a_clock_that_is_not_set(tmp_path, mo
     clock = SimpleNamespace(monotonic=lambda: now, time=lambda: pytest.fail("the system's clock was read"))
     now = 1000.0
     monkeypatch.setattr(run_module, "time", clock)
-    with open_run(tmp_path / "run", save_minutes=2) as run:
+    with open_run(tmp_path / "run", save_minutes=2.0) as run:
         assert run.save_is_due(True)
         assert not run.save_is_due(False)
         now += 119
@@ -228,31 +228,39 @@ def test_minutes_between_checkpoints_are_of_a_clock_that_is_not_set(tmp_path, mo
         assert run.seconds == 241
 
 
-def test_an_error_of_a_checkpoint_that_is_being_written_ends_the_run_after_the_step(tmp_path, monkeypatch):
+def save_in_vain(run, monkeypatch):
+    """Start to write a checkpoint that fails when it is complete."""
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    def save(run):
-        monkeypatch.setattr(run.checkpoints._manager._checkpointer.handler, "finalize", full)
-        run.save(1, {"x": jnp.zeros(1)}, {})
+    monkeypatch.setattr(run.checkpoints._manager._checkpointer.handler, "finalize", full)
+    run.save(1, {"x": jnp.zeros(1)}, {})
 
+
+def test_an_error_of_a_checkpoint_that_is_being_written_ends_the_run_after_the_step(tmp_path, monkeypatch):
     def go_on(run):
-        with run:
-            save(run)
-            for _ in range(600):
-                run.save_is_due(False)
-                time.sleep(0.1)
+        for _ in range(600):
+            run.save_is_due(False)
+            time.sleep(0.1)
 
-    def fail(run):
+    with open_run(tmp_path / "run") as run:
+        save_in_vain(run, monkeypatch)
+        with pytest.raises(OSError, match=r"step 1 could not be written .* No space left on device"):
+            go_on(run)
+
+
+def test_an_error_of_the_last_checkpoint_is_raised_and_does_not_hide_that_of_the_loop(tmp_path, monkeypatch):
+    def train(run, *errors):
         with run:
-            save(run)
-            raise KeyError("of the loop")
+            save_in_vain(run, monkeypatch)
+            for error in errors:
+                raise error
 
     with pytest.raises(OSError, match=r"step 1 could not be written .* No space left on device"):
-        go_on(open_run(tmp_path / "run"))
-    run = open_run(tmp_path / "run")
-    with pytest.raises(KeyError, match="of the loop"):  # which is not hidden
-        fail(run)
+        train(open_run(tmp_path / "first"))
+    with pytest.raises(KeyError, match="of the loop"):
+        train(run := open_run(tmp_path / "second"), KeyError("of the loop"))
     assert "error: the checkpoint of step 1 could not be written" in run.progress.console.export_text()
 
 
@@ -363,20 +371,3 @@ def test_a_folder_that_cannot_be_is_named(tmp_path, monkeypatch):
     (tmp_path / "run" / "config.json").write_text('{"steps": ')
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         open_run(tmp_path / "run")
-
-
-def test_what_a_run_works_with_is_said_in_aligned_lines(tmp_path):
-    with open_run(tmp_path / "run") as run:
-        run.describe({"model": "a\nb", "data": 3})
-        assert run.progress.console.export_text().splitlines()[-2:] == ["  model  a\\nb", "  data   3"]
-
-
-def test_the_program_that_is_being_compiled_is_told():
-    said = []
-    with reporting_compilations(said.append):
-        jax.jit(lambda x: jnp.sin(x) * 17.0 + x, static_argnums=())(jnp.arange(13.0))
-    assert "<lambda>" in said
-    assert said[-1] is None
-    before = len(said)
-    jax.jit(lambda x: x - 19.0)(jnp.arange(13.0))
-    assert len(said) == before

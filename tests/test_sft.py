@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from experiments import sft
+from grpo_jax import loss as losses
 from grpo_jax import models
 from grpo_jax.config.offline import DemonstrationConfig
 from grpo_jax.config.presets import preset
@@ -268,10 +269,12 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, change, messag
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(brief, monkeypatch):
-    loss = sft.supervised_loss
-    monkeypatch.setattr(
-        sft, "supervised_loss", lambda *args, **settings: jax.tree.map(lambda x: x * jnp.nan, loss(*args, **settings))
-    )
+    loss = losses.supervised_loss
+
+    def broken(*args, **settings):
+        return jax.tree.map(lambda x: x * jnp.nan, loss(*args, **settings))
+
+    monkeypatch.setattr(losses, "supervised_loss", broken)
     monkeypatch.setattr(offline, "check_finite", lambda *_: None)  # of the evaluation
     with pytest.raises(FloatingPointError, match=r"step 1: grad_norm is nan.* with bad_updates skip"):
         sft.main(brief)

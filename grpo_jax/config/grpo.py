@@ -72,11 +72,11 @@ class GRPOConfig(OnlineConfig):
     non-constant rewards. 1: off."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss."""
-    staleness: int = 0
+    staleness: Annotated[int, tyro.conf.Suppress] = 0
     """Steps that sampling is ahead of training: batch n is sampled from the policy after step n - 1 - staleness, while
     earlier batches are scored. Importance weights correct for it (importance_cap, or old_log_probs sampler). 0: on
     policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
-    rollout_mesh: int | None = None
+    rollout_mesh: Annotated[int | None, tyro.conf.Suppress] = None
     """Sample on this many devices, the last ones, while the first mesh.data x mesh.fsdp x mesh.tensor train. Needs
     staleness. Default: all devices of the mesh do both in turn."""
 
