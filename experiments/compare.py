@@ -47,7 +47,7 @@ SCRIPT_OF = {"rloo": "grpo"}
 
 
 def main(config: CompareConfig) -> int:
-    """Run or resume; returns exit status 0 if all stages finished and 130 if one was stopped."""
+    """Run or resume; returns exit status 0 if all stages finished, 75 or 130 if one was stopped."""
     return run_stages(config, learn_all, write_summary, title="comparison", check=check_data, again=True)
 
 

@@ -33,7 +33,7 @@ SCRIPTS = Path(__file__).parent
 
 
 def main(config: DistillConfig) -> int:
-    """Run or resume; returns exit status 0 if all stages finished and 130 if one was stopped."""
+    """Run or resume; returns exit status 0 if all stages finished, 75 or 130 if one was stopped."""
     return run_stages(config, stages, write_summary, title="distillation")
 
 

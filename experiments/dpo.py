@@ -62,7 +62,7 @@ from grpo_jax.types import Pairs, Params
 
 
 def main(config: DPOConfig) -> int:
-    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
+    """Run or resume; returns exit status 0 if the run finished, 75 or 130 if it was stopped."""
     return run_experiment(config, train, title="DPO")
 
 

@@ -44,7 +44,7 @@ SETTINGS_WITHOUT_EFFECT = ("against", "k", "cache_bytes", "num_prompts")
 
 
 def main(config: EvaluationConfig) -> int:
-    """Evaluate or resume; returns exit status 0 if the evaluation finished and 130 if it was stopped."""
+    """Evaluate or resume; returns exit status 0 if the evaluation finished, 75 or 130 if it was stopped."""
     return run_experiment(config, evaluate, title="Evaluation", again=True)
 
 

@@ -43,7 +43,7 @@ from grpo_jax.train import (
 
 
 def main(config: GRPOConfig) -> int:
-    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
+    """Run or resume; returns exit status 0 if the run finished, 75 or 130 if it was stopped."""
     return run_experiment(config, train, title="GRPO")
 
 

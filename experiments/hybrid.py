@@ -80,7 +80,7 @@ PRESETS: dict[str, Preset[HybridConfig]] = {
 
 
 def main(config: HybridConfig) -> int:
-    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
+    """Run or resume; returns exit status 0 if the run finished, 75 or 130 if it was stopped."""
     return run_experiment(config, train, title="hybrid")
 
 

@@ -59,7 +59,7 @@ SCRIPTS = Path(__file__).parent
 
 
 def main(config: PPOConfig) -> int:
-    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
+    """Run or resume; returns exit status 0 if the run finished, 75 or 130 if it was stopped."""
     config.check()
     if not config.has_reward:
         folder = config.run_dir.with_name(f"{config.run_dir.name}_reward_model")

@@ -59,7 +59,7 @@ FIGURES = {
 
 
 def main(config: R1Config) -> int:
-    """Run or resume; returns exit status 0 if all stages finished and 130 if one was stopped."""
+    """Run or resume; returns exit status 0 if all stages finished, 75 or 130 if one was stopped."""
     return run_stages(config, chain, write_summary, title="R1", check=check_data)
 
 

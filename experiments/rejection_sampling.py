@@ -49,7 +49,7 @@ PASS_RATE_BINS = 4
 
 
 def main(config: RejectionSamplingConfig) -> int:
-    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
+    """Run or resume; returns exit status 0 if the run finished, 75 or 130 if it was stopped."""
     return run_experiment(config, sample_and_select, title="rejection sampling")
 
 

@@ -41,7 +41,7 @@ CALIBRATION_BINS = 10
 
 
 def main(config: RewardModelConfig) -> int:
-    """Run or resume; returns exit status 0 if the run finished and 130 if it was stopped."""
+    """Run or resume; returns exit status 0 if the run finished, 75 or 130 if it was stopped."""
     return run_experiment(config, train, title="reward model")
 
 

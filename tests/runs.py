@@ -9,9 +9,10 @@ import jax
 from grpo_jax.config.presets import SCRIPTS, preset
 from grpo_jax.data.preferences import EncodedPreferences
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop.command import INTERRUPTED, run_command
+from grpo_jax.loop.command import run_command
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.stages import Stage
+from grpo_jax.loop.stop import INTERRUPTED
 
 TIMING = ("tokens_per_second", "step_time", "rollout_tokens_per_second", "rollout_time", "compilations")
 TIMING += ("scoring_time", "update_time", "update_tokens_per_second", "reshard_time", "reshard_bytes")

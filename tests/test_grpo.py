@@ -22,7 +22,7 @@ from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import LOSSES, OptimizerConfig, PolicyLossConfig
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop import collector, scoring
+from grpo_jax.loop import bad_updates, collector, scoring
 from grpo_jax.loop.estimators import make_train_batch, old_and_ref_log_probs
 from grpo_jax.loop.setup import as_policy
 from grpo_jax.loss import grpo_loss
@@ -66,17 +66,17 @@ def test_s1_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, monkeypat
     grpo.main(config)
 
     broken = replace(config, run_dir=config.run_dir.with_name("broken"))
-    sum_up = grpo.over_updates
+    check = grpo.check_updates
     calls = []
 
-    def killed_in_the_third_step(updates):
+    def killed_in_the_third_step(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return sum_up(updates)
+        return check(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "over_updates", killed_in_the_third_step)
+        patch.setattr(grpo, "check_updates", killed_in_the_third_step)
         with pytest.raises(KeyboardInterrupt):
             grpo.main(broken)
     grpo.main(broken)
@@ -108,9 +108,9 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_as_if_it_had_not_been(c
         return asking
 
     with monkeypatch.context() as patch:
-        module, name = (collector, "decode_completions") if moment == "evaluation" else (grpo, "over_updates")
+        module, name = (collector, "decode_completions") if moment == "evaluation" else (grpo, "check_updates")
         patch.setattr(module, name, ask(getattr(module, name), 1))
-        assert grpo.main(config) == 130
+        assert grpo.main(config) == 75
     assert not (config.run_dir / "summary.json").exists()
     assert grpo.main(config) == 0
     assert metrics_of(config) == metrics_of(finished)
@@ -304,8 +304,8 @@ def test_a_reward_that_cannot_run_is_found_before_a_model_is_loaded(config, monk
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config, monkeypatch):
-    sum_up = grpo.over_updates
-    monkeypatch.setattr(grpo, "over_updates", lambda updates: sum_up(updates) | {"loss": math.nan})
+    sum_up = bad_updates.over_updates
+    monkeypatch.setattr(bad_updates, "over_updates", lambda updates: sum_up(updates) | {"loss": math.nan})
     with pytest.raises(FloatingPointError, match="step 1: loss is nan"):
         grpo.main(config)
     assert [row["step"] for row in metrics_of(config)] == [0]

@@ -129,7 +129,7 @@ def test_two_processes_do_what_one_does_also_after_a_stop(base, tmp_path):
         time.sleep(0.1)
     started[1][0].send_signal(signal.SIGTERM)
     ended = processes.finish(started)
-    assert [status for status, _ in ended] == [130, 130], ended
+    assert [status for status, _ in ended] == [75, 75], ended
     assert "stopped; checkpoints of steps" in ended[0][1]
     processes.run(grpo(base, stopped), processes=2, devices=1)
     assert results(stopped) == results(tmp_path / "one")

@@ -17,8 +17,9 @@ from grpo_jax.config.functions import parse_call
 from grpo_jax.config.grpo import PRESETS as GRPO_PRESETS
 from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.jsonl import to_json
-from grpo_jax.loop.command import BUG, INTERRUPTED, MISTAKE, run_command
+from grpo_jax.loop.command import BUG, MISTAKE, run_command
 from grpo_jax.loop.flags import flags_of, in_flags
+from grpo_jax.loop.stop import INTERRUPTED
 from grpo_jax.monitor.alarms import AlarmConfig
 
 SCRIPTS = sorted(
@@ -301,7 +302,10 @@ def test_help_is_two_screens_and_names_every_flag(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
     for flag in flags_of(GRPOConfig):
         assert flag.is_rare or re.search(rf"{flag.flag}(\s|$)", text), flag.flag
-    assert "rarely changed (--help-rare explains them): --toy.* (13) --mesh.* (1) --distributed.* (4)" in text
+    assert (
+        "rarely changed (--help-rare explains them): --toy.* (13) --mesh.* (1) --save-minutes --distributed.* (4)"
+        in text
+    )
     for name, preset in GRPO_PRESETS.items():
         assert name in text
         assert preset.summary in text

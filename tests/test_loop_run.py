@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,11 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop import run as run_module
 from grpo_jax.loop.compilation import count_compilations, processor, reporting_compilations
-from grpo_jax.loop.run import Run, Stopped
+from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
+from grpo_jax.loop.stop import Stopped, first_reason
 from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.workers.pool import RewardError
@@ -148,9 +152,11 @@ def test_alarms_are_said_and_written_and_may_ask_for_a_checkpoint_or_a_stop(tmp_
         assert not run.raise_alarms([])
         assert not run.raise_alarms([Alarm(1, "truncation", "warn", "too long")])
         assert run.raise_alarms([Alarm(2, "hacking", "checkpoint", "it pays")])
-        assert not run.stop_requested
+        run.stop_if_requested()
         assert run.raise_alarms([Alarm(3, "hacking", "stop", "it pays")])
-        assert run.stop_requested
+        with pytest.raises(Stopped) as stopped:
+            run.stop_if_requested()
+        assert stopped.value.status == 130
         assert [row["level"] for row in read_jsonl(run.alarms_log.path)] == ["warn", "checkpoint", "stop"]
         assert "ALARM at step 2: hacking (checkpoint): it pays" in run.progress.console.export_text()
 
@@ -169,20 +175,93 @@ def test_faults_are_written_and_the_first_is_said(tmp_path):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_ask_for_a_stop_after_the_step(tmp_path, number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_ask_for_a_stop_after_the_step(tmp_path, number, status):
     before = signal.getsignal(number)
     with open_run(tmp_path / "run") as run:
         run.stop_if_requested()
         os.kill(os.getpid(), number)
-        assert run.stop_requested
-        with pytest.raises(Stopped):
+        assert run.save_is_due(False)
+        with pytest.raises(Stopped) as stopped:
             run.stop_if_requested()
+        assert stopped.value.status == status
         assert "stopping at the next safe place" in run.progress.console.export_text()
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_of_several_reasons_to_stop_the_users_counts():
+    assert first_reason([None, None]) is None
+    assert first_reason([None, "SIGTERM"]) == "SIGTERM"
+    assert first_reason(["SIGTERM", "alarm"]) == "alarm"
+    assert first_reason(["SIGTERM", "alarm", "SIGINT"]) == "SIGINT"
+
+
+def test_a_signal_after_the_question_whether_to_save_stops_the_run_after_the_next_step(tmp_path):
+    """Otherwise the step would not have been saved."""
+    with open_run(tmp_path / "run") as run:
+        assert not run.save_is_due(False)
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.stop_if_requested()
+        assert run.save_is_due(False)
+        with pytest.raises(Stopped):
+            run.stop_if_requested()
+
+
+def test_minutes_between_checkpoints_are_of_a_clock_that_is_not_set(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: now, time=lambda: pytest.fail("the system's clock was read"))
+    now = 1000.0
+    monkeypatch.setattr(run_module, "time", clock)
+    with open_run(tmp_path / "run", save_minutes=2.0) as run:
+        assert run.save_is_due(True)
+        assert not run.save_is_due(False)
+        now += 119
+        assert not run.save_is_due(False)
+        now += 1
+        assert run.save_is_due(False)
+        run.save(1, {"x": jnp.zeros(1)}, {})
+        assert not run.save_is_due(False)
+        now += 121
+        assert run.save_is_due(False)
+        assert run.seconds == 241
+
+
+def save_in_vain(run, monkeypatch):
+    """Start to write a checkpoint that fails when it is complete."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.checkpoints._manager._checkpointer.handler, "finalize", full)
+    run.save(1, {"x": jnp.zeros(1)}, {})
+
+
+def test_an_error_of_a_checkpoint_that_is_being_written_ends_the_run_after_the_step(tmp_path, monkeypatch):
+    def go_on(run):
+        for _ in range(600):
+            run.save_is_due(False)
+            time.sleep(0.1)
+
+    with open_run(tmp_path / "run") as run:
+        save_in_vain(run, monkeypatch)
+        with pytest.raises(OSError, match=r"step 1 could not be written .* No space left on device"):
+            go_on(run)
+
+
+def test_an_error_of_the_last_checkpoint_is_raised_and_does_not_hide_that_of_the_loop(tmp_path, monkeypatch):
+    def train(run, *errors):
+        with run:
+            save_in_vain(run, monkeypatch)
+            for error in errors:
+                raise error
+
+    with pytest.raises(OSError, match=r"step 1 could not be written .* No space left on device"):
+        train(open_run(tmp_path / "first"))
+    with pytest.raises(KeyError, match="of the loop"):
+        train(run := open_run(tmp_path / "second"), KeyError("of the loop"))
+    assert "error: the checkpoint of step 1 could not be written" in run.progress.console.export_text()
 
 
 def test_finish_writes_curves_and_summary_and_says_what_was_gained(tmp_path):
@@ -238,6 +317,7 @@ def test_compilations_are_counted():
 def test_programs_are_found_again_by_a_second_run_that_compiles_nothing(tmp_path):
     code = """
 import jax
+from grpo_jax.loop import run as run_module
 from grpo_jax.loop.compilation import count_compilations, enable_compilation_cache
 enable_compilation_cache()
 count = count_compilations()
@@ -291,6 +371,16 @@ def test_a_folder_that_cannot_be_is_named(tmp_path, monkeypatch):
     (tmp_path / "run" / "config.json").write_text('{"steps": ')
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_an_address_is_refused_with_what_works_and_makes_no_folder(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"run_dir: {address[:2]}:/bucket/run is an address.* mount the {address[:2]}"
+    ):
+        open_run(address)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_works_with_is_said_in_aligned_lines(tmp_path):

@@ -26,9 +26,10 @@ from grpo_jax.loop import setup
 from grpo_jax.loop.checks import check_finite, check_length, check_same_data
 from grpo_jax.loop.export import save_trained
 from grpo_jax.loop.report import over_updates
-from grpo_jax.loop.run import Run, Stopped, run_experiment
+from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, start_model
 from grpo_jax.loop.stages import Stage, check_models, run_script
+from grpo_jax.loop.stop import Stopped
 from grpo_jax.models import from_hf_config, from_pretrained, save_pretrained
 from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.toy_config import ToyConfig
@@ -167,7 +168,7 @@ def test_the_exit_status_tells_a_run_that_is_finished_from_one_that_was_asked_to
             pytest.fail("it went on")
         run.finish({"step": 0}, {"step": 1}, steps=1, summary={})
 
-    assert run_experiment(config, train, title="a test") == 130
+    assert run_experiment(config, train, title="a test") == 75
     assert "stopped; checkpoints of steps [3]; the same command resumes" in capsys.readouterr().out
     assert run_experiment(config, train, title="a test") == 0
     assert len(calls) == 2
@@ -264,7 +265,7 @@ if __name__ == "__main__":
     pathlib.Path({str(said)!r}).write_text(json.dumps([os.getpid(), *sys.argv]))
     sys.exit(int(sys.argv[1]))
 """)
-    for status in (0, 2, 130):
+    for status in (0, 2, 75, 130):
         assert run_script(script, [str(status), "--config", "a b.json"]) == status
         assert json.loads(said.read_text()) == [os.getpid(), str(script), str(status), "--config", "a b.json"]
     assert sys.argv == ["r1.py", "--plain"]

@@ -10,7 +10,10 @@ from typing import Any
 from grpo_jax.config.run import LAYOUT_FIELDS, AnyConfig, RunConfig
 from grpo_jax.tasks.toy_config import TOY
 
-SHARED_FIELDS = ("seed", "plain", "mesh", "dtype", "remat", "attention", "save_every", "keep_checkpoints", "trackers")
+SHARED_FIELDS = (
+    *("seed", "plain", "mesh", "dtype", "remat", "attention", "trackers"),
+    *("save_every", "save_minutes", "keep_checkpoints"),
+)
 """Fields that a pipeline sets for all of its stages."""
 
 

@@ -16,7 +16,7 @@ from grpo_jax.sharding import make_mesh
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 LAYOUT_FIELDS = (
     *("run_dir", "mesh", "remat", "attention", "trackers", "plain", "save_every", "keep_checkpoints"),
-    "distributed",
+    *("save_minutes", "distributed"),
 )
 """Fields of every run that may change on resume: they affect results by rounding at most."""
 
@@ -112,6 +112,8 @@ class RunConfig:
     """Seed of data order, initialization and sampling."""
     save_every: int = 10
     """Steps between checkpoints."""
+    save_minutes: Annotated[float | None, tyro.conf.Suppress] = None
+    """Minutes between checkpoints, in addition to those of save_every. Default: no limit."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -122,7 +124,7 @@ class RunConfig:
     """Several hosts."""
 
     def __post_init__(self):
-        require_at_least(self, seed=0, save_every=1, keep_checkpoints=1)
+        require_at_least(self, seed=0, save_every=1, save_minutes=0, keep_checkpoints=1)
 
     @property
     def resumable_fields(self) -> tuple[str, ...]:

@@ -269,7 +269,7 @@ class Collector:
             wants_checkpoint: of ``log_step``.
         """
         is_due = self.evaluation_is_due(step) or step % self._config.save_every == 0
-        return is_due or wants_checkpoint or self._run.stop_requested
+        return self._run.save_is_due(is_due or wants_checkpoint)
 
     def evaluation_is_due(self, step: int) -> bool:
         """Whether there is an evaluation after a step."""

@@ -21,11 +21,12 @@ from grpo_jax.config.files import read_settings_file, with_settings
 from grpo_jax.config.run import DistributedConfig, Preset
 from grpo_jax.hosts import connect
 from grpo_jax.loop.flags import flags_of, in_flags, rare_help, short_help, take_rare
+from grpo_jax.loop.stop import INTERRUPTED
 from grpo_jax.tasks.toy_config import TOY
 
 DEBUG, DEBUG_VARIABLE = "--debug", "GRPO_JAX_DEBUG"
-MISTAKE, BUG, INTERRUPTED = 2, 1, 130
-"""Exit statuses: settings, data, files or results that a user can change; any other exception; Ctrl-C."""
+MISTAKE, BUG = 2, 1
+"""Exit statuses: settings, data, files or results that a user can change; any other exception."""
 MOST_CHARACTERS = 4000
 AnyConfig = TypeVar("AnyConfig")
 
@@ -57,7 +58,8 @@ def run_command(
 
     Returns:
         What ``main`` returns; 2 for a mistake in settings, data or files, or a result that is not finite; 1 for any
-        other exception; 130 after Ctrl-C.
+        other exception; 130 after Ctrl-C. Of a run that was stopped after a step, ``main`` returns 130 after Ctrl-C or
+        an alarm, and 75 after SIGTERM, so that a launcher knows when to start the command again.
 
     Raises:
         SystemExit: with status 2 for an unknown flag or a value that cannot be parsed, after tyro's own message; with

@@ -118,7 +118,7 @@ def train_offline(
                 "compilations": compilations(),
             }
             run.log({"step": step, **metrics})
-            if evaluation_is_due(step) or step % config.save_every == 0 or run.stop_requested:
+            if run.save_is_due(evaluation_is_due(step) or step % config.save_every == 0):
                 run.save(step, state, {"num_tokens": num_tokens, "data": digest})
             run.stop_if_requested()
             if evaluation_is_due(step):

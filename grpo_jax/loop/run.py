@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.text import Text
 
-from grpo_jax.hosts import any_of, connect, gather, is_main, on_main
+from grpo_jax.hosts import connect, gather, is_main, on_main
 from grpo_jax.jsonl import JsonlLog, NoLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
-from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, differences, package_versions
+from grpo_jax.loop.run_folder import START_DATE, check_same, claim_folder, device_summary, package_versions
+from grpo_jax.loop.stop import Reason, Stopped, StopSignals, first_reason
 from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.display import best_evaluation, closing_line
 from grpo_jax.monitor.plots import plot_curves
@@ -32,18 +32,14 @@ from grpo_jax.train.trainable import with_frozen, without_frozen
 Entered = TypeVar("Entered")
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """A run stopped on request."""
-
-
 class Run:
     """A context in which an experiment runs in its own folder.
 
     The folder holds ``config.json``, ``metrics.jsonl``, ``completions.jsonl``, ``alarms.jsonl``,
     ``reward_errors.jsonl``, ``checkpoints/``, and at the end ``curves.png`` and ``summary.json``. Entering an existing
     run's folder with the same configuration resumes the run. SIGTERM and Ctrl-C request a stop after the current step
-    (``stop_if_requested``); a second Ctrl-C interrupts. Of several processes, the first holds the folder, writes the
-    logs and prints.
+    (``StopSignals``, ``stop_if_requested``). Of several processes, the first holds the folder, writes the logs and
+    prints.
 
     Args:
         folder: created if it does not exist.
@@ -53,6 +49,7 @@ class Run:
         trackers: among ``tensorboard``, ``wandb`` and ``trackio``; they receive the metrics, and the samples that are
             shown.
         keep_checkpoints: number of newest checkpoints to keep.
+        save_minutes: minutes between checkpoints, besides those that the loop asks for.
         plain: print plain lines instead of the live view. Default: where there is no terminal.
         console: rich console to print to.
 
@@ -70,14 +67,18 @@ class Run:
         resumable_fields: Collection[str] = (),
         trackers: Sequence[str] = (),
         keep_checkpoints: int = 2,
+        save_minutes: float | None = None,
         plain: bool | None = None,
         console: Console | None = None,
     ):
         self.folder = Path(folder)
         self.settings = settings_of(config)
-        self._stop_requested = False
+        self._signals = StopSignals(self.say)
+        self._stop: Reason | None = None
+        self._was_asked = False
+        self._save_minutes = save_minutes
         self._earlier_seconds = 0.0
-        self._started = time.monotonic()
+        self._started = self._saved = time.monotonic()
         if not is_main():
             console, plain = Console(quiet=True), True
         self.progress = Progress(title, console=console, plain=plain)
@@ -117,8 +118,7 @@ class Run:
     def __enter__(self) -> Run:
         self._stack.enter_context(self.progress)
         self._stack.enter_context(reporting_compilations(self.progress.compiling))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
+        self._stack.enter_context(self._signals)
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
@@ -166,10 +166,24 @@ class Run:
         """The rows of ``metrics.jsonl``."""
         return on_main(lambda: read_jsonl(self.metrics_log.path), "reading the metrics")
 
-    @property
-    def stop_requested(self) -> bool:
-        """Whether a stop was requested of any process; all must ask at the same time."""
-        return any_of(self._stop_requested, "asking whether to stop")
+    def save_is_due(self, is_due: bool) -> bool:
+        """Whether to save after a step: if the loop says so, save_minutes have passed, or a stop was requested.
+
+        ``stop_if_requested`` acts on the same request, so that no step is left unsaved by a signal between the two.
+
+        Args:
+            is_due: what the loop says, the same on every process.
+        """
+        minutes = (time.monotonic() - self._saved) / 60  # a change of the system's clock does not matter
+        told = gather(
+            (self._signals.reason, self.checkpoints.is_written, minutes), "asking whether to stop, and what is written"
+        )
+        reasons, are_written, (minutes, *_) = zip(*told, strict=True)
+        if all(are_written):
+            self.checkpoints.wait()  # an error of the writing ends the run now, not at the next checkpoint
+        self._stop, self._was_asked = first_reason(reasons), True
+        passed = self._save_minutes is not None and minutes >= self._save_minutes
+        return is_due or passed or self._stop is not None
 
     def describe(self, facts: Mapping[str, object]) -> None:
         """Print facts about the run, a line with name and value for each."""
@@ -181,10 +195,13 @@ class Run:
         """Raise if a stop was requested. Call it where a stop loses no work.
 
         Raises:
-            Stopped: a stop was requested.
+            Stopped: a stop was requested of any process; all must ask at the same time.
         """
-        if self.stop_requested:
-            raise Stopped
+        if not self._was_asked:
+            self.save_is_due(False)
+        self._was_asked = False
+        if self._stop is not None:
+            raise Stopped(self._stop)
 
     def say(self, text: str) -> None:
         """Print a line above the live view."""
@@ -231,6 +248,7 @@ class Run:
             state: a pytree of arrays; of a ``TrainState`` with LoRA adapters, the frozen parameters are left out.
             position: JSON state of the loop, returned by ``resume``.
         """
+        self._saved = time.monotonic()
         best = best_evaluation(self.rows())
         protected = () if best is None else (best["step"],)
         self.checkpoints.save(
@@ -276,7 +294,8 @@ class Run:
         for alarm in fired:
             self.alarms_log.append(alarm.row())
             self.say(f"ALARM at step {alarm.step}: {alarm.name} ({alarm.level}): {alarm.text}")
-            self._stop_requested |= alarm.level == "stop"
+            if alarm.level == "stop":
+                self._signals.request("alarm")
         return any(alarm.level != "warn" for alarm in fired)
 
     def finish(self, before: Row, after: Row, *, steps: int, summary: Mapping[str, Any]) -> None:
@@ -316,12 +335,6 @@ class Run:
         steps = self.checkpoints.steps()
         return max(steps) + 1 if steps else 0
 
-    def _request_stop(self, number: int, _frame: Any) -> None:
-        if self._stop_requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._stop_requested = True
-        self.say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
-
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
@@ -331,22 +344,6 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {name: value for name, value in to_json(dataclasses.asdict(config)).items() if name != "distributed"}
 
 
-def check_same(facts: Mapping[str, Any]) -> None:
-    """Check that all processes were started alike.
-
-    Args:
-        facts: nested settings that must be equal.
-
-    Raises:
-        ValueError: a process differs from the first; the differences are listed.
-    """
-    first, *others = gather(facts, "the settings")
-    for process, other in enumerate(others, 1):
-        different = differences(first, other)
-        if different:
-            raise ValueError(f"process {process} was started differently from process 0:\n  " + "\n  ".join(different))
-
-
 def run_experiment(
     config: AnyConfig,
     train: Callable[[AnyConfig, Run], None],
@@ -354,7 +351,7 @@ def run_experiment(
     title: str,
     again: bool = False,
 ) -> int:
-    """Run or resume an experiment; returns exit status 0 if it finished and 130 if it was stopped.
+    """Run or resume an experiment; returns exit status 0 if it finished, or that of ``Stopped``.
 
     Args:
         config: a dataclass with the fields of ``RunConfig`` and ``ModelConfig``.
@@ -379,6 +376,7 @@ def run_experiment(
             resumable_fields=config.resumable_fields,
             trackers=config.trackers,
             keep_checkpoints=config.keep_checkpoints,
+            save_minutes=config.save_minutes,
             plain=config.plain or None,
         ) as run,
     ):
@@ -387,7 +385,7 @@ def run_experiment(
                 run.say(f"this run is finished; everything is in {run.folder}")
             else:
                 train(config, run)
-        except Stopped:
+        except Stopped as stopped:
             run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command resumes from the last")
-            return 130
+            return stopped.status
     return 0

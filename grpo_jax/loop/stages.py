@@ -19,10 +19,11 @@ from grpo_jax.config.offline import OfflineConfig
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.jsonl import to_json, write_atomically
-from grpo_jax.loop.command import DEBUG, INTERRUPTED
+from grpo_jax.loop.command import DEBUG
 from grpo_jax.loop.run import AnyConfig, Run, run_experiment
 from grpo_jax.loop.run_folder import claim_folder, differences, has_results, read_settings
 from grpo_jax.loop.setup import checked_model, named_model, with_stop_tokens
+from grpo_jax.loop.stop import INTERRUPTED, PREEMPTED
 from grpo_jax.rewards.scorer import check_reward_model
 from grpo_jax.tasks.toy_config import TOY
 
@@ -71,7 +72,7 @@ class Stage:
             )
         self.write_settings()
         status = run_script(self.script, self.args)
-        if status not in (0, INTERRUPTED):
+        if status not in (0, INTERRUPTED, PREEMPTED):
             print(f"the stage in {self.config.run_dir} failed: {self.command}", file=sys.stderr)
         return status
 

@@ -1,0 +1,70 @@
+"""Requests to stop a run, by signals and alarms, and the exit status that says which it was."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, Literal
+
+Reason = Literal["SIGINT", "alarm", "SIGTERM"]
+INTERRUPTED, PREEMPTED = 130, 75
+"""Exit statuses of a stopped run: by Ctrl-C or an alarm; by SIGTERM, as of a preempted machine, after which a launcher
+may start the same command again (75 is EX_TEMPFAIL of sysexits.h)."""
+STATUSES: dict[Reason, int] = {"SIGINT": INTERRUPTED, "alarm": INTERRUPTED, "SIGTERM": PREEMPTED}
+"""Exit status by reason; the first of several reasons counts, for a launcher must not undo what a user decided."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A run stopped on request.
+
+    Args:
+        reason: why.
+
+    Attributes:
+        status: exit status of the process.
+    """
+
+    def __init__(self, reason: Reason = "SIGINT"):
+        super().__init__(f"stopped by {reason}")
+        self.status = STATUSES[reason]
+
+
+def first_reason(reasons: Iterable[Reason | None]) -> Reason | None:
+    """The reason that counts among those of all processes; None if there is none."""
+    return min(filter(None, reasons), key=list(STATUSES).index, default=None)
+
+
+class StopSignals:
+    """A context in which SIGTERM and Ctrl-C request a stop instead of ending the process; a second Ctrl-C interrupts.
+
+    Args:
+        say: prints a line.
+
+    Attributes:
+        reason: why this process was requested to stop; None if it was not.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self.reason: Reason | None = None
+        self._say = say
+
+    def __enter__(self) -> StopSignals:
+        with ExitStack() as stack:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, number, signal.signal(number, self._handle))
+            self._restore = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore.close()
+
+    def request(self, reason: Reason) -> None:
+        """Request a stop."""
+        self.reason = first_reason((self.reason, reason))
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.reason is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.request("SIGINT" if number == signal.SIGINT else "SIGTERM")
+        self._say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
