@@ -65,17 +65,17 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, critic, monk
     ppo.main(config)
     steps = steps_of(config)
     broken = replace(config, run_dir=config.run_dir.with_name("broken"))
-    sum_up = ppo.over_updates
+    check = ppo.check_updates
     calls = []
 
-    def dies(updates):
+    def dies(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return sum_up(updates)
+        return check(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "over_updates", dies)
+        patch.setattr(ppo, "check_updates", dies)
         with pytest.raises(KeyboardInterrupt):
             ppo.main(broken)
     ppo.main(broken)
