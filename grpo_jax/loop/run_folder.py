@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import platform
-import re
 from collections.abc import Collection, Mapping
 from datetime import date
 from importlib.metadata import version
@@ -14,7 +13,6 @@ from typing import Any
 
 import jax
 
-from grpo_jax.hosts import gather
 from grpo_jax.jsonl import write_atomically
 
 START_DATE = "begun.txt"
@@ -40,11 +38,6 @@ class claim_folder:  # noqa: N801 - used as a function
     def __init__(self, folder: Path, settings: Mapping[str, Any], resumable_fields: Collection[str]):
         self.previous: dict[str, Any] | None = None
         known = folder / "config.json"
-        if found := re.match(r"([a-z][a-z0-9+.-]*):/", str(folder)):
-            raise ValueError(
-                f"run_dir: {folder} is an address, and a run needs a folder of a file system; mount the {found[1]} "
-                "bucket or share, and name the folder there"
-            )
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"run_dir: {folder} is a file; name a folder")
         if not known.exists() and folder.exists() and any(folder.iterdir()):
@@ -122,22 +115,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields
         for n in names
         if old.get(n, absent) != new.get(n, absent)
     ]
-
-
-def check_same(facts: Mapping[str, Any]) -> None:
-    """Check that all processes were started alike.
-
-    Args:
-        facts: nested settings that must be equal.
-
-    Raises:
-        ValueError: a process differs from the first; the differences are listed.
-    """
-    first, *others = gather(facts, "the settings")
-    for process, other in enumerate(others, 1):
-        different = differences(first, other)
-        if different:
-            raise ValueError(f"process {process} was started differently from process 0:\n  " + "\n  ".join(different))
 
 
 def _flatten(settings: Mapping[str, Any], without: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
