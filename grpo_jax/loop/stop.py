@@ -32,7 +32,8 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 def first_reason(reasons: Iterable[Reason | None]) -> Reason | None:
     """The reason that counts among those of all processes; None if there is none."""
-    return min(filter(None, reasons), key=list(STATUSES).index, default=None)
+    given = set(reasons)
+    return next((reason for reason in STATUSES if reason in given), None)
 
 
 class StopSignals:
