@@ -74,7 +74,7 @@ def packed_of(batch, packing, **options):
     return pack(batch, packing, **{"row_length": 20, "micro_batch_tokens": 40, **options})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(PACKINGS), st.integers(14, 60), st.integers(1, 5), st.booleans())
 def test_every_completion_token_sees_its_prompt_and_the_tokens_before_it_and_nothing_else(
     seed, packing, row_length, group, shuffled
