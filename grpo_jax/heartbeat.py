@@ -90,6 +90,13 @@ def connect(
             initialization_timeout=int(2 * connection_timeout + 60),  # its own end has no message
             heartbeat_timeout_seconds=int(2 * silence),
         )
+    except ValueError as error:
+        if coordinator is not None:
+            raise
+        raise ValueError(
+            "distributed.auto is set, and JAX finds no cluster that it knows (a TPU pod, SLURM, Open MPI 4); set "
+            "distributed.coordinator, distributed.num_processes and distributed.process_id instead"
+        ) from error
     finally:
         waiting.cancel()
     _own = Watch(silence)

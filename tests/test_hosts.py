@@ -188,6 +188,16 @@ def test_an_address_without_port_is_refused():
         connect("host0", 2, 0)
 
 
+def test_a_cluster_that_is_not_known_is_said(monkeypatch):
+    def initialize(*args, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    with pytest.raises(ValueError, match=r"distributed.auto is set, and JAX finds no cluster .* set distributed.coord"):
+        connect(None, None, None)
+    jax.config.update("jax_enable_preemption_service", True)
+
+
 def test_processes_with_other_facts_are_listed(monkeypatch):
     """Also a fact that only one of them has."""
 

@@ -71,7 +71,7 @@ class DistributedConfig:
     """The processes of a run on several hosts. On TPU pods, SLURM and Open MPI, ``auto`` is enough."""
 
     auto: bool = False
-    """Find the other processes by what the cluster says: a TPU pod, SLURM or Open MPI."""
+    """Find the other processes by what the cluster says: a TPU pod, SLURM or Open MPI 4."""
     coordinator: str | None = None
     """Address of the first process, host:port, where the cluster does not say."""
     num_processes: int | None = None
