@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
