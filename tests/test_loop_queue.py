@@ -27,10 +27,7 @@ from grpo_jax.loop.run import Run
 from grpo_jax.sampling import Sampling
 from grpo_jax.train import completion_log_probs
 from grpo_jax.types import TrainState
-from tests import processes
 from tests.runs import metrics_of, steps_of
-from tests.test_hosts import grpo as grpo_command
-from tests.test_hosts import results
 
 DELAYS = random.Random(0)
 DELAY = [0.0]
@@ -251,14 +248,3 @@ def test_devices_of_their_own_sample_the_same(config, monkeypatch):
         assert other == pytest.approx(row, abs=1e-5, rel=1e-5)
     texts = [[row["completion"] for row in read_jsonl(c.run_dir / "completions.jsonl")] for c in (config, beside)]
     assert texts[0] == texts[1]
-
-
-@pytest.mark.slow
-def test_two_processes_are_as_stale_as_one(small, tmp_path):
-    """Bit for bit, on as many devices; rewards of whole batches and of samples, scored by both in the background."""
-    flags = {"staleness": 1, "eval-every": 0, "num-minibatches": 1, "kl-coef": 0}
-    processes.run(grpo_command(small, tmp_path / "one", **flags), processes=1, devices=2)
-    processes.run(grpo_command(small, tmp_path / "two", **flags), processes=2, devices=1)
-    assert results(tmp_path / "two") == results(tmp_path / "one")
-    rows = [row for row in read_jsonl(tmp_path / "two" / "metrics.jsonl") if "loss" in row]
-    assert [row["staleness"] for row in rows] == [0, 1, 1]
