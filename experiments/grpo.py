@@ -33,6 +33,7 @@ from grpo_jax.loop.estimators import (
     with_old_log_probs,
 )
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.losses import policy_loss
 from grpo_jax.loop.queue import RolloutQueue
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import policy_state
@@ -56,10 +57,7 @@ def train(config: GRPOConfig, run: Run) -> None:
     layout = BatchLayout(config, model, mesh)
     log_prob_fn = layout.make_log_prob_fn(log_probs)
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps * config.updates_per_step)
-    policy_loss = config.policy_loss.build(
-        log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
-    )
-    train_step = layout.make_train_step(policy_loss, optimizer, config.optimizer)
+    train_step = layout.make_train_step(policy_loss(config, model), optimizer, config.optimizer)
     queue = RolloutQueue(config, collector, run)
     run.describe(
         {

@@ -35,6 +35,7 @@ from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.estimators import make_train_batch, per_completion, rewards_of_steps
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
+from grpo_jax.loop.losses import policy_loss
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import policy_state
 from grpo_jax.rewards.compose import Scores
@@ -92,10 +93,7 @@ def train(config: HybridConfig, run: Run) -> None:
     layout = BatchLayout(config, model, mesh)
     log_prob_fn = layout.make_log_prob_fn(log_probs)
     optimizer, schedule = config.optimizer.build(total_updates=config.num_steps)
-    policy_loss = config.policy.build(
-        log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
-    )
-    train_step = layout.make_train_step(policy_loss, optimizer, config.optimizer)
+    train_step = layout.make_train_step(policy_loss(config, model), optimizer, config.optimizer)
     critic = make_critic(config, collector, mesh)
     policy = policy_state(config, collector.take_params(), optimizer, mesh)
     first, states, saved = run.resume({"policy": policy, "critic": critic.initial_state})

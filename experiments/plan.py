@@ -94,7 +94,7 @@ class PlanConfig:
                 raise ValueError(f"compiler_options: {option!r} is not name=value")
         for path in (self.picture, self.output):
             if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"there is no folder {path.parent} for {path.name}")
+                raise ValueError(f"{path} cannot be written: the folder {path.parent} does not exist")
 
     @property
     def options(self) -> dict[str, Any] | None:
@@ -139,8 +139,8 @@ def main(config: PlanConfig, arguments: Arguments) -> int:
     name, args = arguments.experiment, list(arguments.others)
     if name is None or name not in EXPERIMENTS:
         known = ", ".join(EXPERIMENTS)
-        said = "the first argument names an experiment" if name is None else f"there is no experiment {name!r}"
-        raise ValueError(f"{said}: one of {known}")
+        problem = "no experiment is named" if name is None else f"{name!r} is not an experiment"
+        raise ValueError(f"{problem}; the first argument must be one of {known}")
     if any(arg.startswith("--distributed") for arg in args):
         raise ValueError("--distributed connects the processes of a run; a plan is made by one, for all devices")
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def main(config: PlanConfig, arguments: Arguments) -> int:
             if any(arg.partition("=")[0] == "--model" for arg in args):
                 raise ValueError("model_config is set, and so is --model; name one of them")
             if not config.model_config.is_file():
-                raise ValueError(f"model_config: there is no file {config.model_config}")
+                raise ValueError(f"model_config: the file {config.model_config} does not exist")
             shutil.copyfile(config.model_config, Path(folder) / "config.json")
             args += ["--model", folder]
         devices = topology_devices(config.topology)
@@ -174,6 +174,10 @@ def plan(config: PlanConfig, experiment: str, run: Any, *, has_mesh: bool) -> in
     console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH)
     rates, capacity = rates_of(devices), capacity_of(devices)
     check_lengths(config, run)
+    if isinstance(run, GRPOConfig) and run.rollout_mesh is not None:
+        raise ValueError(
+            f"rollout_mesh is {run.rollout_mesh}; plans are of devices that sample and train in turn: leave it out"
+        )
     hf_config_of(run)
     meshes = [run.mesh]
     if config.meshes:
@@ -273,16 +277,23 @@ def check_meshes(run: Any, meshes: Sequence[MeshConfig], num_devices: int) -> No
             rollout_mesh(built, choose_rollout_tensor(tried, decoder, built.shape))
 
 
+def lengths_of(config: PlanConfig, run: GRPOConfig | PPOConfig) -> list[tuple[str, float | None, int]]:
+    """Name, mean (None if not set) and maximum of the lengths of prompts and of completions."""
+    return [
+        ("prompt", config.mean_prompt_length, run.prompt_length),
+        ("completion", config.mean_completion_length, run.completion_length),
+    ]
+
+
 def check_lengths(config: PlanConfig, run: Any) -> None:
-    for name, most in (("prompt", "max_prompt_length"), ("completion", "max_completion_length")):
-        mean = getattr(config, f"mean_{name}_length")
-        if mean is None:
-            continue
-        if not isinstance(run, GRPOConfig | PPOConfig):
-            raise ValueError(f"--mean-{name}-length is of completions that are sampled; this experiment trains on rows")
-        limit = getattr(run, f"{name}_length")
-        if mean > limit:
-            raise ValueError(f"--mean-{name}-length is {mean:g}; {most} is {limit}")
+    if not isinstance(run, GRPOConfig | PPOConfig):
+        for name, mean in (("prompt", config.mean_prompt_length), ("completion", config.mean_completion_length)):
+            if mean is not None:
+                raise ValueError(f"--mean-{name}-length is for experiments that sample; this one trains on rows")
+        return
+    for name, mean, limit in lengths_of(config, run):
+        if mean is not None and mean > limit:
+            raise ValueError(f"--mean-{name}-length is {mean:g}; max_{name}_length is {limit}")
 
 
 def assumption(config: PlanConfig, run: Any) -> str:
@@ -290,8 +301,7 @@ def assumption(config: PlanConfig, run: Any) -> str:
     if not isinstance(run, GRPOConfig | PPOConfig):
         return f"every row has {run.sequence_length} tokens"
     parts = []
-    for name in ("prompt", "completion"):
-        mean, most = getattr(config, f"mean_{name}_length"), getattr(run, f"{name}_length")
+    for name, mean, most in lengths_of(config, run):
         said = f"all of the longest, {most}" if mean is None else f"evenly spread around {mean:g}, at most {most}"
         parts.append(f"{name}s {said}")
     return f"{run.num_prompts} prompts x {run.group_size}; {', '.join(parts)} tokens"

@@ -59,8 +59,8 @@ def connect(
     If they do not come in time, the process ends with a message, since JAX cannot be interrupted here.
 
     Args:
-        coordinator: address of the first process, host:port; None, and None for the others, if the cluster tells (TPU
-            pods, SLURM, Open MPI).
+        coordinator: address of the first process, host:port; None, and None for the others, where JAX finds them
+            (TPU pods, SLURM, Open MPI 4).
         num_processes: how many there are.
         process_id: number of this one.
         timeout: seconds that processes wait for each other, as in ``hosts.set_timeout``.
@@ -69,7 +69,7 @@ def connect(
 
     Raises:
         RuntimeError: JAX was used before.
-        ValueError: the cluster does not tell, or the address is none.
+        ValueError: JAX finds no cluster, or the address has no port.
     """
     global _own
     if jax.distributed.is_initialized():
@@ -197,7 +197,7 @@ class Watch:
         return process == self._own or self._beats[process].value["error"] is not None
 
     def _beat(self) -> None:
-        calls, place, _ = hosts.place()
+        calls, place, _ = hosts.latest_exchange()
         with self._lock:
             self._number += 1
             beat = {"number": self._number, "calls": calls, "place": place, "host": socket.gethostname()}
@@ -220,7 +220,7 @@ class Watch:
                 self._beats[process] = Beat(value, now, last.moved if is_same else now)
 
     def _judge(self) -> None:
-        now, (calls, place, timeout) = time.monotonic(), hosts.place()
+        now, (calls, place, timeout) = time.monotonic(), hosts.latest_exchange()
         if self._error is not None:  # it is about to end
             return
         for process, beat in self._beats.items():

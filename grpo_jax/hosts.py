@@ -47,7 +47,7 @@ def set_timeout(seconds: float) -> None:
     _timeout = seconds
 
 
-def place() -> tuple[int, str, float]:
+def latest_exchange() -> tuple[int, str, float]:
     """Number and name of the latest exchange of this process, and the seconds that it waits for others."""
     return _calls, _place, _timeout
 

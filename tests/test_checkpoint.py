@@ -140,7 +140,7 @@ def test_a_disk_that_fills_up_loses_nothing(checkpoints, monkeypatch):
 
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])
 def test_the_state_at_the_time_of_save_is_written_though_it_is_donated_at_once(tmp_path, memory):
-    """What is written is not the buffers that the next updates overwrite, or that they take once these are freed."""
+    """Later updates, which reuse the buffers of a donated state, do not change the checkpoint."""
     sharding = jax.NamedSharding(make_mesh(data=2, fsdp=4), jax.P("fsdp"))
     update = jax.jit(lambda x: x * 2 + 1, donate_argnums=0, out_shardings=sharding)
     checkpoints = Checkpoints(tmp_path, keep=1)

@@ -116,7 +116,7 @@ def main(config):
                 print("cut", flush=True)
                 time.sleep(100)
             if mode.startswith("hang"):
-                hosts.place = lambda: (1, "step 0", 1.0)
+                hosts.latest_exchange = lambda: (1, "step 0", 1.0)
                 time.sleep(100)
             if mode.startswith("raise"):
                 raise ValueError("its disk is full")

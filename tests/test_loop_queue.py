@@ -20,13 +20,14 @@ from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.jsonl import read_jsonl
+from grpo_jax.loop import losses
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.queue import RolloutQueue
 from grpo_jax.loop.run import Run
 from grpo_jax.sampling import Sampling
 from grpo_jax.train import completion_log_probs
-from grpo_jax.types import TrainState
+from grpo_jax.types import Batch, TrainState
 from tests.runs import metrics_of, steps_of
 
 DELAYS = random.Random(0)
@@ -111,6 +112,30 @@ def test_each_batch_is_of_the_policy_that_staleness_says(config, monkeypatch):
     assert min(gaps[1:]) > 1e-3
     waits = {"rollout_wait", "scoring_wait"}
     assert all(waits <= set(row) for row in read_jsonl(config.run_dir / "metrics.jsonl") if "loss" in row)
+
+
+@pytest.mark.parametrize(("staleness", "weights"), [(0, [1.0, 1.0]), (1, [2.0, 0.5])])
+def test_the_loss_of_a_run_and_of_its_plan_weighs_stale_samples(config, staleness, weights):
+    """By the probability over that of the policy that sampled, at most ``STALE_CAP``: of 4 and of 1/2."""
+    rollout_log_probs = jnp.log(jnp.array([[0.1], [0.4]]))
+    log_probs = jnp.log(jnp.array([[0.4], [0.2]]))
+    ones = jnp.ones((2, 1), bool)
+    batch = Batch(
+        prompt_ids=jnp.zeros((2, 1), jnp.int32),
+        prompt_mask=ones,
+        completion_ids=jnp.zeros((2, 1), jnp.int32),
+        completion_mask=ones,
+        loss_mask=ones,
+        advantages=jnp.array([1.0, 3.0]),
+        rollout_log_probs=rollout_log_probs,
+    )
+    loss_fn = losses.policy_loss(
+        replace(config, staleness=staleness),
+        models.from_pretrained(config.model).model,
+        log_probs=lambda params, batch: (log_probs, jnp.zeros((2, 1))),
+    )
+    loss, _ = loss_fn({}, batch)
+    assert float(loss.value) == pytest.approx(-(weights[0] * 1 + weights[1] * 3) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(

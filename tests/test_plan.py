@@ -261,8 +261,11 @@ def test_the_plan_and_the_experiments_share_no_flag():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--topology", "cpu:4"], "error: the first argument names an experiment: one of dpo, grpo, "),
-        (["rlhf", "--topology", "cpu:4"], "error: there is no experiment 'rlhf': one of dpo, grpo, "),
+        (["--topology", "cpu:4"], "error: no experiment is named; the first argument must be one of dpo, grpo, "),
+        (
+            ["rlhf", "--topology", "cpu:4"],
+            "error: 'rlhf' is not an experiment; the first argument must be one of dpo, grpo, ",
+        ),
         (["grpo", "--topology", "v9:2"], "error: --topology is v9:2: it must be one of v4:4x4, "),
         (["grpo", "nonsense", "--topology", "cpu:4"], "error: there is no preset 'nonsense'"),
         (["grpo", "--topology", "cpu:4", "--num-prompts", "0"], "error: --num-prompts is 0; it must be at least 1"),
@@ -283,11 +286,15 @@ def test_the_plan_and_the_experiments_share_no_flag():
         (["sft", "--topology", "cpu:4", "--mean-completion-length", "10"], "trains on rows"),
         (
             ["grpo", "--topology", "cpu:4", "--model-config", "no.json"],
-            "error: --model-config: there is no file no.json",
+            "error: --model-config: the file no.json does not exist",
         ),
         (["grpo", "--topology", "cpu:4", "--model", "no/folder"], "whose config.json cannot be read; pass the file"),
         (["grpo", "--topology", "cpu:4", "--distributed.auto", "true"], "a plan is made by one"),
-        (["grpo", "--topology", "cpu:4", "--picture", "no/folder/plan.png"], "there is no folder no/folder"),
+        (["grpo", "--topology", "cpu:4", "--picture", "no/folder/plan.png"], "the folder no/folder does not exist"),
+        (
+            ["grpo", "--topology", "cpu:4", "--mesh.data", "2", "--staleness", "1", "--rollout-mesh", "2"],
+            "error: --rollout-mesh is 2; plans are of devices that sample and train in turn: leave it out",
+        ),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

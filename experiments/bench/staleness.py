@@ -33,7 +33,7 @@ FIRST_STEPS = 5
 
 @dataclass(frozen=True)
 class Config:
-    """What is compared."""
+    """Runs of the comparison."""
 
     seconds: float = 1.0
     """Time that scoring a batch takes."""

@@ -195,10 +195,11 @@ class GRPOConfig(OnlineConfig):
         training, axes = self.mesh.build().size, self.mesh
         if training + wanted > len(devices):
             left = len(devices) - wanted
-            hint = f"set mesh.data to {left // (axes.fsdp * axes.tensor)}" if left > 0 else "lower it"
+            data = left // (axes.fsdp * axes.context * axes.tensor)
+            hint = f"set mesh.data to {data}" if data > 0 else "lower it"
             raise ValueError(
-                f"rollout_mesh is {wanted}, and mesh.data x mesh.fsdp x mesh.tensor is {training} (mesh.data -1 is "
-                f"all); there are {len(devices)} devices: {hint}"
+                f"rollout_mesh is {wanted}, and mesh.data x mesh.fsdp x mesh.context x mesh.tensor is {training} "
+                f"(mesh.data -1 is all); there are {len(devices)} devices: {hint}"
             )
         tensor = axes.rollout_tensor or axes.tensor
         if wanted % tensor:

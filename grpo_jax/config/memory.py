@@ -78,8 +78,8 @@ class Reckoning:
             rollout_tensor: devices that they are sharded over.
         """
         share = share_on(self.matrices, {"fsdp": 1, "tensor": rollout_tensor}, ROLLOUT_RULES)
-        lies_right = axes["fsdp"] == 1 and axes["tensor"] == rollout_tensor
-        is_shared = self.rollout_is_shared and lies_right and share == share_on(self.matrices, axes, PARAM_RULES)
+        is_in_place = axes["fsdp"] == 1 and axes["tensor"] == rollout_tensor
+        is_shared = self.rollout_is_shared and is_in_place and share == share_on(self.matrices, axes, PARAM_RULES)
         return 0 if is_shared else int(self.rollout * share)
 
     def tokens_on(self, axes: Axes, limit: int) -> int:

@@ -18,7 +18,7 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.data.encoded import decode_completions, decode_one
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.problems import reward_columns
-from grpo_jax.hosts import on_main
+from grpo_jax.hosts import is_main, on_main
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.experience import Experience, ProblemBatch, concatenate, has_reward_variance
@@ -335,12 +335,13 @@ class Collector:
         metrics = evaluate_tasks(self.tasks, stream, self._decode, run, group_size=config.eval_samples)
         run.log_reward_errors(step, self.scorer.take_errors())
         run.log({"step": step, **metrics})
-        run.raise_alarms(self._alarms.update({"step": step, **metrics}))
+        if is_main():  # as in log_step; a stop is agreed on
+            run.raise_alarms(self._alarms.update({"step": step, **metrics}))
         run.stop_if_requested()
         return metrics
 
     def _facts(self, policy: models.Pretrained) -> dict[str, str]:
-        """What the run works with, for its first lines."""
+        """Model, data and settings, for the run's header."""
         config = self._config
         facts = model_facts(config, self.start, policy, self.mesh)
         for task in self.tasks:

@@ -23,7 +23,7 @@ from grpo_jax.types import Batch, Mean, Model, Packed, Pairs, Params
 
 
 def policy_loss(config: GRPOConfig | PPOConfig, model: Model, *, log_probs: LogProbs | None = None) -> LossFn:
-    """The loss of a policy.
+    """The loss of a policy, with the correction for stale samples if there are any.
 
     Args:
         config: of the run.
@@ -32,7 +32,8 @@ def policy_loss(config: GRPOConfig | PPOConfig, model: Model, *, log_probs: LogP
     """
     if log_probs is None:
         log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
-    return config.policy.build(
+    settings = config.policy_loss if isinstance(config, GRPOConfig) else config.policy
+    return settings.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
 

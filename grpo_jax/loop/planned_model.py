@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.model import ModelConfig
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.loop.batch_layout import BatchLayout, Sequences, cut
@@ -160,7 +161,7 @@ def host_batch(config: OnlineConfig, lengths: Lengths, *, has_token_advantages: 
     numbers = np.repeat(np.arange(len(lengths.prompts)), config.group_size)
     per_token = np.broadcast_to(np.float32(0), (B, T))
     mask = np.arange(T) < lengths.completions[:, None]
-    has_old = has_values or config.updates_per_step > 1
+    has_old = has_values or (isinstance(config, GRPOConfig) and config.has_old_log_probs)
     fields: dict[str, Any] = {
         "prompt_ids": np.broadcast_to(numbers[:, None], (B, P)).astype(np.int32),
         "prompt_mask": np.arange(P) >= P - prompt_lengths[:, None],

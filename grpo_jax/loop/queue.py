@@ -167,7 +167,7 @@ class RolloutQueue:
         return saved["policy"] if self._staleness else saved
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not an array of the queue, as JSON; empty without one."""
+        """Steps, policies, positions and times of the waiting batches, as JSON; empty without a queue."""
         if not self._staleness:
             return {}
         return {

@@ -50,7 +50,7 @@ class Run:
         trackers: among ``tensorboard``, ``wandb`` and ``trackio``; they receive the metrics, and the samples that are
             shown.
         keep_checkpoints: number of newest checkpoints to keep.
-        save_minutes: minutes between checkpoints, besides those that the loop asks for.
+        save_minutes: minutes between checkpoints, in addition to those of the loop.
         plain: print plain lines instead of the live view. Default: where there is no terminal.
         console: rich console to print to.
 
@@ -177,10 +177,10 @@ class Run:
             is_due: what the loop says, the same on every process.
         """
         minutes = (time.monotonic() - self._saved) / 60  # a change of the system's clock does not matter
-        told = gather(
+        answers = gather(
             (self._signals.reason, self.checkpoints.is_written, minutes), "asking whether to stop, and what is written"
         )
-        reasons, are_written, (minutes, *_) = zip(*told, strict=True)
+        reasons, are_written, (minutes, *_) = zip(*answers, strict=True)
         if all(are_written):
             self.checkpoints.wait()  # an error of the writing ends the run now, not at the next checkpoint
         self._stop, self._was_asked = first_reason(reasons), True

@@ -76,7 +76,7 @@ GPUS: dict[str, dict[str, Any]] = {
         "device_memory_size": 150_754_820_096,
     },
 }
-"""What the CUDA compiler wants to know of a GPU."""
+"""The GPUs that ``--topology`` names, with the fields of ``TARGET``."""
 TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024

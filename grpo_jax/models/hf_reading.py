@@ -61,7 +61,7 @@ def row_spec(spec: PartitionSpec, sizes: dict[str, int], entry: Entry) -> Partit
     return PartitionSpec(*(tuple(axes) or None for axes in names))
 
 
-def place(array: jax.Array, sharding: Sharding) -> jax.Array:
+def redistributed(array: jax.Array, sharding: Sharding) -> jax.Array:
     """A parameter that was read in one sharding, in that of the run.
 
     Args:

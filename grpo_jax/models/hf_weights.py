@@ -23,7 +23,7 @@ from grpo_jax import hosts
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
 from grpo_jax.models.hf_keys import EMBEDDING_SUFFIX, LAYER, Entry, _flatten, key_table
-from grpo_jax.models.hf_reading import place, reading_sharding
+from grpo_jax.models.hf_reading import reading_sharding, redistributed
 from grpo_jax.models.transformer import param_shapes
 from grpo_jax.types import Params
 
@@ -94,7 +94,7 @@ def load_params(
         tensor = stored[names[path]].mapped()
         sharding = reading_sharding(placement[path], table[path], np.dtype(param_dtype).itemsize)
         array, problem = _load(tensor, table[path], sharding, np.dtype(param_dtype))
-        params[path] = place(array, placement[path])
+        params[path] = redistributed(array, placement[path])
         if problem:
             not_finite[path] = f"{names[path]}: {problem}"
     if not all(sharding.is_fully_addressable for sharding in placement.values()):
