@@ -2,15 +2,17 @@
 
     python -m tests.faults --faults 200 --seed 0 --model runs/grpo/model
 
-Each fault strikes a run at a random moment of a phase (start, rollout, scoring, save, export). The processes must end
-within the time that the settings state; the same commands then go on. A finished run is compared with the unbroken one,
-and the next begins. Prints a table and one JSON line. Faults of the network need network namespaces, and those of the
-disk a small file system of its own: both are left out where they are not allowed.
+Each fault strikes a run at a random moment of a phase (start, rollout, scoring, save, export); every pair of a kind and
+a phase comes equally often. The processes must end within the time that the settings state; the same commands then go
+on. A finished run is compared with the unbroken one, and the next begins. Prints a table and one JSON line. Faults of
+the network need network namespaces, and those of the disk a small file system of its own: both are left out where they
+are not allowed.
 """
 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -29,6 +31,7 @@ from tests.runs import TIMING
 
 KINDS = ("kill", "kill both", "SIGTERM", "stop", "pause", "cut", "disk full")
 PHASES = ("start", "rollout", "scoring", "save", "export")
+STEPS = 4
 SILENCE = 8
 """Seconds after which the processes count a silent one as lost."""
 CONNECTION = 30
@@ -53,7 +56,7 @@ def command(model, folder):
         "model": model,
         "dataset": "sums",
         "template": "{question}",
-        "num-steps": 4,
+        "num-steps": STEPS,
         "num-prompts": 8,
         "group-size": 4,
         "max-prompt-length": 12,
@@ -101,6 +104,8 @@ class Campaign:
         self.has_disk = mounted.returncode == 0
         self.marker = folder / "scoring"
         os.environ["GRPO_JAX_FAULTS"] = str(self.marker)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         absent = {"cut": namespaces is None, "disk full": not self.has_disk}
         self.kinds = [kind for kind in KINDS if not absent.get(kind)]
         self.run = self.disk / "run"
@@ -112,23 +117,38 @@ class Campaign:
     def start(self):
         return processes.start(command(self.model, self.run), processes=2, devices=1, namespaces=self.namespaces)
 
-    def has_begun(self, phase):
+    @property
+    def is_trained(self):
+        return (self.run / "checkpoints" / str(STEPS)).is_dir()
+
+    def next_fault(self, deck):
+        """Take the next kind and phase that a run in this state comes to; None if none of the deck is left."""
+        possible = [fault for fault in deck if not self.is_trained or fault[1] in ("start", "export")]
+        if possible:
+            deck.remove(possible[0])
+        return possible[0] if possible else None
+
+    def is_in(self, phase):
         """Whether a run is in a phase now, by its files."""
         if phase == "scoring":
             return self.marker.exists()
         if phase == "save":
             return any("tmp" in path.name for path in self.run.glob("checkpoints/*"))
         if phase == "export":
-            return (self.run / "checkpoints" / "4").is_dir()
+            return self.is_trained
         return phase == "start" or any(self.run.glob("metrics.jsonl"))
 
     def strike(self, kind, phase, started):
-        """Wait for the phase and do it; None if the run ended before."""
-        while not self.has_begun(phase):
+        """Wait for a moment in the phase and do it; None if the run ended before."""
+        longest = {"start": 5.0, "rollout": 3.0, "export": 1.5}.get(phase, 0.2)
+        while True:
             if any(process.poll() is not None for process, _ in started):
                 return None
             time.sleep(0.005)
-        time.sleep(self.rng.random() * {"start": 8.0, "rollout": 3.0}.get(phase, 0.3))
+            if self.is_in(phase):
+                time.sleep(self.rng.random() * longest)
+                if self.is_in(phase):
+                    break
         if any(process.poll() is not None for process, _ in started):
             return None
         victim = self.rng.randrange(2)
@@ -206,14 +226,23 @@ def campaign(model, count, seed, folder, namespaces):
         unbroken = results(runs.run)
         shutil.rmtree(runs.run)
         finished = 0
+        deck = []
         while len(rows) < count:
-            seen = runs.fault(rng.choice(runs.kinds), rng.choice(PHASES))
-            if seen["victim"] is not None:
+            if not deck:
+                pairs = list(itertools.product(runs.kinds, PHASES))
+                deck = rng.sample(pairs, len(pairs))
+            is_unbroken = True
+            if (pair := runs.next_fault(deck)) is None:
+                processes.finish(runs.start())
+            elif (seen := runs.fault(*pair))["victim"] is None:  # the run ended before
+                deck.append(pair)
+            else:
+                is_unbroken = False
                 rows.append(seen)
                 shown = {k: v for k, v in seen.items() if k != "output"}
                 print(shown, *([seen["output"]] if seen["hung"] else []), file=sys.stderr, flush=True)
-            if runs.is_finished or len(rows) >= count:
-                if not runs.is_finished:
+            if runs.is_finished or is_unbroken or len(rows) >= count:
+                if not runs.is_finished and not is_unbroken:
                     processes.finish(runs.start())
                 finished += 1
                 found = results(runs.run) if runs.is_finished else None

@@ -92,7 +92,8 @@ def start(args, *, processes, devices, more=(), namespaces=None):
         ]
         within = ["ip", "netns", "exec", namespaces[number]] if namespaces else []
         own = [*(flags if processes > 1 else []), *(more[number] if more else [])]
-        command = [*within, sys.executable, *map(str, args), *own]
+        cached = ["-m", "tests.cached"] if processes > 1 else []
+        command = [*within, sys.executable, *cached, *map(str, args), *own]
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by finish; a full pipe would stop the process
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         started.append((process, output))
