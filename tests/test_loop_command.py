@@ -117,7 +117,6 @@ def test_flags_that_cannot_be_parsed_are_tyros_to_explain(capsys, args, message)
         (FloatingPointError("step 3: loss is nan"), "step 3: loss is nan"),
         (RuntimeError("another process is running"), "another process is running"),
         (ImportError("no package"), "no package"),
-        (NotImplementedError("several hosts"), "several hosts"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), "a device is out of memory: RESOURCE"),
     ],
 )

@@ -197,7 +197,7 @@ def _checked_class(error: BaseException) -> type | None:
 def _is_mistake(error: Exception) -> bool:
     if isinstance(error, KeyError):  # of a lookup that failed, the only argument is the key
         return bool(error.args) and " " in str(error.args[0])
-    mistakes = (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError, MemoryError)
+    mistakes = (ValueError, OSError, FloatingPointError, ImportError, MemoryError)
     return isinstance(error, mistakes) or type(error) is RuntimeError or _is_out_of_memory(error)
 
 
