@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from grpo_jax.heartbeat import connect
 from grpo_jax.hosts import agree, any_of, fetch, gather, on_main, outcome, portable
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import same_start
+from grpo_jax.models import hf_sameness
+from grpo_jax.models.hf_sameness import check_same_checkpoint, fingerprints
+from grpo_jax.rewards.plugin import import_function
 from tests import processes
 from tests.runs import TIMING
 
@@ -223,6 +229,48 @@ def test_a_digest_of_the_code_follows_the_script(tmp_path):
     second = same_start.code_digest(script)
     assert first["grpo_jax"] == second["grpo_jax"]
     assert first["run.py"] != second["run.py"]
+
+
+def test_a_digest_of_the_code_follows_modules_of_the_user_and_not_installed_ones(tmp_path, monkeypatch):
+    (tmp_path / "my_own_rewards.py").write_text("def reward(completions): return [1.0 for _ in completions]")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert callable(import_function("my_own_rewards:reward", "reward"))
+    first = same_start.code_digest(Path("run.py"))
+    (tmp_path / "my_own_rewards.py").write_text("def reward(completions): return [2.0 for _ in completions]")
+    second = same_start.code_digest(Path("run.py"))
+    assert [name for name in first if first[name] != second[name]] == ["my_own_rewards"]
+    assert not {"jax", "numpy", "json", "grpo_jax.hosts"} & {*first}
+
+
+def test_compiler_options_that_change_a_program_are_compared(monkeypatch):
+    first = same_start.compiler_options()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true --xla_dump_to=/tmp/here " + first["XLA_FLAGS"])
+    changed = {**jax.config.values, "jax_debug_nans": True, "jax_compilation_cache_dir": "/elsewhere"}
+    monkeypatch.setattr(type(jax.config), "values", changed)
+    second = same_start.compiler_options()
+    assert [name for name in first if first[name] != second[name]] == ["jax_debug_nans", "XLA_FLAGS"]
+    assert "fast_math" in second["XLA_FLAGS"]
+    assert "dump" not in second["XLA_FLAGS"]
+
+
+def test_another_checkpoint_of_the_same_shapes_is_refused(base, tmp_path, monkeypatch):
+    """Of one process: the same shapes and another value somewhere in each matrix, another template, a file less."""
+    base = Path(base)
+    first = fingerprints(base)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: value * 1.01 for name, value in tensors.items()}, other / "model.safetensors")
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    (other / "tokenizer_config.json").unlink()
+    monkeypatch.setattr(hf_sameness.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hf_sameness, "gather", lambda value, name: [value, ("other", fingerprints(other))])
+    with pytest.raises(ValueError, match=r"process 1 \(other\) has another checkpoint in .* than process 0 ") as error:
+        check_same_checkpoint(base)
+    assert str(error.value).count("chat_template.jinja, model.safetensors, tokenizer_config.json;") == 1
+    assert fingerprints(base) == first
+    monkeypatch.setattr(hf_sameness, "gather", lambda value, name: [value, ("other", fingerprints(base))])
+    check_same_checkpoint(base)
 
 
 @pytest.mark.parametrize("sees", [True, False])

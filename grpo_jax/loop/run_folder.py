@@ -16,7 +16,18 @@ import jax
 from grpo_jax.jsonl import write_atomically
 
 START_DATE = "begun.txt"
-PACKAGES = ("grpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+PACKAGES = (
+    "grpo_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "grain",
+    "orbax-checkpoint",
+)
 
 
 class claim_folder:  # noqa: N801 - used as a function

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import secrets
 import socket
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from grpo_jax.loop.run_folder import differences, package_versions
 
 VISIBLE_WITHIN = 30.0
 """Seconds that a network file system may take to show a new file to other hosts."""
+OF_ONE_HOST = ("address", "_cache", "_dir", "dump", "_log", "platform", "timeout", "traceback", "visible_devices")
+"""Parts of names of JAX's settings that may differ between hosts, since they change no program."""
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def check_same_start(config: Any) -> None:
-    """Check that all processes have the same settings, versions, code and devices.
+    """Check that all processes have the same settings, versions, code, compiler options and devices.
 
     Args:
         config: the run's settings, a dataclass.
@@ -50,6 +54,7 @@ def check_same_start(config: Any) -> None:
             "settings": settings_of(config),
             "versions": {"python": sys.version.split()[0], **package_versions()},
             "code": code_digest(Path(sys.argv[0])),
+            "compiler": compiler_options(),
             "devices": f"{len(devices)} x {devices[0].device_kind}",
         },
     )
@@ -73,17 +78,40 @@ def check_same(how: str, facts: Any) -> None:
 
 
 def code_digest(script: Path) -> dict[str, str]:
-    """A digest of the package's code and of the script that runs.
+    """Digests of the package's code, of the script that runs, and of a user's modules, such as those of rewards.
 
     Args:
         script: path of the script.
+
+    Returns:
+        A digest for the package, for the script by its file's name, and for each module that was imported from neither
+        the standard library nor an installed package.
     """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    text = script.read_bytes() if script.is_file() else b""
-    return {"grpo_jax": digest.hexdigest()[:12], script.name: hashlib.sha256(text).hexdigest()[:12]}
+    standard = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib"))
+    files = {script.name: script}
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None) or ""
+        is_installed = path.startswith(standard) or {"site-packages", "dist-packages"} & {*Path(path).parts}
+        if path.endswith(".py") and not is_installed and name.partition(".")[0] not in ("grpo_jax", "__main__"):
+            files[name] = Path(path)
+    found = {name: path.read_bytes() if path.is_file() else b"" for name, path in files.items()}
+    digests = {name: hashlib.sha256(text).hexdigest()[:12] for name, text in found.items()}
+    return {"grpo_jax": digest.hexdigest()[:12], **digests}
+
+
+def compiler_options() -> dict[str, str]:
+    """JAX's settings and the compiler's flags, without those that change no program."""
+    options = {
+        name: str(value) for name, value in jax.config.values.items() if not any(part in name for part in OF_ONE_HOST)
+    }
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        flags = {flag for flag in os.environ.get(name, "").split() if not any(part in flag for part in OF_ONE_HOST)}
+        options[name] = " ".join(sorted(flags))
+    return options
 
 
 def check_folder_is_shared(folder: Path) -> None:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from grpo_jax.models.config import DecoderConfig, with_rope_length
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
 from grpo_jax.models.hf_files import config_file, read_json, refuse_other_formats, weight_files
+from grpo_jax.models.hf_sameness import check_same_checkpoint
 from grpo_jax.models.hf_weights import (
     check_num_layers,
     check_params,
@@ -92,7 +93,7 @@ def from_pretrained(
         NotADirectoryError: the path of a file.
         ValueError: a config that is not supported (as ``from_hf_config``); a vocabulary with more ids than the
             embedding has rows; tensors that do not fit the config (one error lists all); a damaged file; no EOS id; or
-            adapters that do not fit, before any weights are read.
+            adapters that do not fit, before any weights are read; or a checkpoint that another process has otherwise.
     """
     lora = lora if lora is not None and lora.is_used else None
     param_dtype = jnp.float32 if param_dtype is None else param_dtype
@@ -101,6 +102,8 @@ def from_pretrained(
     folder = _find_folder(name_or_folder, revision)
     building = {"dtype": dtype, "remat": remat, "attention": attention, "mesh": mesh, "lora": lora}
     stored, described = _described(folder, scalar_head, rope_length, param_dtype, building)
+    if mesh is not None and mesh.is_multi_process:
+        check_same_checkpoint(folder)
     params = load_params(folder, stored, param_dtype=param_dtype, shardings=shardings)
     if described.config != stored:
         params = with_new_head(params, described.config, param_dtype=param_dtype, shardings=shardings)
