@@ -115,6 +115,7 @@ class Campaign:
             subprocess.run(["umount", self.disk], capture_output=True)
 
     def start(self):
+        self.started = time.time()
         return processes.start(command(self.model, self.run), processes=2, devices=1, namespaces=self.namespaces)
 
     @property
@@ -130,13 +131,18 @@ class Campaign:
 
     def is_in(self, phase):
         """Whether a run is in a phase now, by its files."""
+        if phase == "start":
+            return True
+        lock = self.run / ".lock"  # opened anew by each run once its processes are connected
+        if not lock.exists() or lock.stat().st_mtime < self.started:
+            return False
         if phase == "scoring":
             return self.marker.exists()
         if phase == "save":
             return any("tmp" in path.name for path in self.run.glob("checkpoints/*"))
         if phase == "export":
             return self.is_trained
-        return phase == "start" or any(self.run.glob("metrics.jsonl"))
+        return any(self.run.glob("metrics.jsonl"))
 
     def strike(self, kind, phase, started):
         """Wait for a moment in the phase and do it; None if the run ended before."""
@@ -214,7 +220,7 @@ class Campaign:
         return (self.run / "summary.json").exists() and (self.run / "model" / "model.safetensors").exists()
 
 
-def campaign(model, count, seed, folder, namespaces):
+def campaign(model, count, seed, folder, namespaces, phases):
     """Faults of runs in a folder; a row for each, and whether every finished run was right."""
     rng = random.Random(seed)
     runs = Campaign(model, folder, namespaces, rng)
@@ -229,7 +235,7 @@ def campaign(model, count, seed, folder, namespaces):
         deck = []
         while len(rows) < count:
             if not deck:
-                pairs = list(itertools.product(runs.kinds, PHASES))
+                pairs = list(itertools.product(runs.kinds, phases))
                 deck = rng.sample(pairs, len(pairs))
             is_unbroken = True
             if (pair := runs.next_fault(deck)) is None:
@@ -260,10 +266,13 @@ def main():
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, processes.network(2) as namespaces:
-        rows, finished, wrong, kinds = campaign(args.model, args.faults, args.seed, Path(folder), namespaces)
+        rows, finished, wrong, kinds = campaign(
+            args.model, args.faults, args.seed, Path(folder), namespaces, args.phases
+        )
     table = defaultdict(lambda: {"faults": 0, "hung": 0, "longest_seconds": 0.0})
     for row in rows:
         for key in (row["kind"], f"in {row['phase']}"):

@@ -53,13 +53,9 @@ def write_files(folder):
 def results(folder):
     """Metrics without times, completions and weights of a run."""
     rows = [{k: v for k, v in row.items() if k not in TIMING} for row in read_jsonl(folder / "metrics.jsonl")]
-    completions = folder / "completions.jsonl"
-    weights = folder / "model" / "model.safetensors"
-    return (
-        rows,
-        completions.read_bytes() if completions.exists() else b"",
-        load_file(weights) if weights.exists() else {},
-    )
+    completions, weights = folder / "completions.jsonl", folder / "model" / "model.safetensors"
+    text = completions.read_bytes() if completions.exists() else b""
+    return rows, text, load_file(weights) if weights.exists() else {}
 
 
 def compared(first, second):
