@@ -1,9 +1,13 @@
 """The bench of the work on the host: time by phase and exchanges by name."""
 
+import sys
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from experiments.bench.hosts import WARM_UP, Meter, thread_seconds
+from grpo_jax.loop.local_processes import distributed_flags, run_together
 
 
 def work(seconds):
@@ -38,3 +42,18 @@ def test_a_phase_has_its_time_without_that_of_the_phases_in_it():
         assert (step["count"], step["exchange: the reward accuracy"]) == (2, 2)
         assert 2000 < step["bytes"] < 2200
     assert set(meter.threads()) == set(thread_seconds())
+
+
+def python(code):
+    return [sys.executable, "-S", "-c", code]
+
+
+def test_processes_that_run_together_end_together():
+    say = "import os; print(os.environ['XLA_FLAGS'])"
+    assert run_together([python(say)] * 2, devices=3) == ["--xla_force_host_platform_device_count=3\n"] * 2
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="a process ended with status 5:\nno space"):
+        run_together([python("import time; time.sleep(60)"), python("print('no space'); exit(5)")], devices=1)
+    assert time.monotonic() - started < 30
+    assert distributed_flags(0, 1, "localhost:1") == []
+    assert distributed_flags(1, 2, "h:1")[:2] == ["--distributed.coordinator", "h:1"]

@@ -108,7 +108,8 @@ class Undecoded:
     __slots__ = ("ids", "text")
 
     def __init__(self, ids: Any):
-        self.ids, self.text = ids, None
+        self.ids = ids
+        self.text: str | None = None
 
 
 class Texts(Sequence[str]):

@@ -61,9 +61,7 @@ def run_together(commands: Sequence[Sequence[str]], *, devices: int) -> list[str
             environment = cpu_environment(devices)
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             started.append((process, output))
-        while any(process.poll() is None for process, _ in started):
-            if any(process.returncode for process, _ in started):
-                break
+        while None in (statuses := [process.poll() for process, _ in started]) and not any(statuses):
             time.sleep(0.05)
     finally:
         outputs = []
