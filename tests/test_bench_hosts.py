@@ -51,11 +51,9 @@ def python(code):
 def test_processes_that_run_together_end_together():
     say = "import os; print(os.environ['XLA_FLAGS'])"
     assert run_together([python(say)] * 2, devices=3) == ["--xla_force_host_platform_device_count=3\n"] * 2
-    started = time.monotonic()
+    fail, started = "import sys; print('no space'); sys.exit(5)", time.monotonic()
     with pytest.raises(RuntimeError, match="a process ended with status 5:\nno space"):
-        run_together(
-            [python("import time; time.sleep(60)"), python("import sys; print('no space'); sys.exit(5)")], devices=1
-        )
+        run_together([python("import time; time.sleep(60)"), python(fail)], devices=1)
     assert time.monotonic() - started < 30
     assert distributed_flags(0, 1, "localhost:1") == []
     assert distributed_flags(1, 2, "h:1")[:2] == ["--distributed.coordinator", "h:1"]
