@@ -54,7 +54,7 @@ def run_together(commands: Sequence[Sequence[str]], *, devices: int) -> list[str
     Raises:
         RuntimeError: a process failed; the message ends with the end of its output.
     """
-    started = []
+    started, statuses = [], []
     try:
         for command in commands:
             output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; a full pipe would stop the process
@@ -71,9 +71,7 @@ def run_together(commands: Sequence[Sequence[str]], *, devices: int) -> list[str
             output.seek(0)
             outputs.append(output.read())
             output.close()
-    # Those that are killed here have a negative status.
-    failed = [(process.returncode, text) for (process, _), text in zip(started, outputs, strict=True)]
-    if any(status for status, _ in failed):
-        status, text = max(failed, key=lambda each: each[0])
-        raise RuntimeError(f"a process ended with status {status}:\n{text[-2000:]}")
+    for status, text in zip(statuses, outputs, strict=True):  # of those that ended by themselves
+        if status:
+            raise RuntimeError(f"a process ended with status {status}:\n{text[-2000:]}")
     return outputs
