@@ -11,14 +11,15 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+Result = TypeVar("Result")
 TIMEOUT = 600.0
 """Seconds that a process waits for the others, unless ``set_timeout`` changes them."""
 LONGER = 6
@@ -80,9 +81,26 @@ def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
         MissingProcessError: a process did not come in time.
         RuntimeError: a process exchanges something else; or this is within ``on_main``.
     """
+    return joined_on_main(value, lambda values: values, name, is_long=is_long)
+
+
+def joined_on_main(value: T, function: Callable[[list[T]], Result], name: str, *, is_long: bool = False) -> Result:
+    """The result of a function that the first process calls with the values of all; its error is raised on all.
+
+    One exchange: the values go to the first process only. As within ``on_main``, the function may use ``agree``.
+
+    Args:
+        value: any object that can be pickled.
+        function: takes the values in the order of the processes; its result can be pickled.
+        name, is_long: as in ``gather``.
+
+    Raises:
+        MissingProcessError, RuntimeError: as ``gather``.
+    """
+    global _alone
     count, own = jax.process_count(), jax.process_index()
     if count == 1:
-        return [value]
+        return function([value])
     if _alone:
         raise RuntimeError(f"{name}: the others do not come, since the first process is at work for all")
     number, timeout = _begin(name, is_long)
@@ -98,11 +116,16 @@ def gather(value: T, name: str, *, is_long: bool = False) -> list[T]:
     except RuntimeError as error:
         _send(f"{number}/all", (name, None, error))
         raise
-    _send(f"{number}/all", (name, values, None))
+    _alone = True
+    result, error = outcome(lambda: function(values))
+    _alone = False
+    _send(f"{number}/all", (name, result, portable(error)))
+    if error is not None:
+        raise error
     # All have sent this value, so all have read the ones before.
     while _read_by_all and _read_by_all[0] < number:
         client().key_value_delete(f"{PREFIX}/{_read_by_all.popleft()}")
-    return values
+    return cast(Result, result)
 
 
 def agree(value: T, name: str, *, is_long: bool = False) -> T:
@@ -181,6 +204,27 @@ def portable(error: BaseException | None) -> BaseException | None:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+def own_rows(count: int) -> range:
+    """The rows of a batch that are this process's work; the processes take turns.
+
+    Args:
+        count: rows of the batch.
+    """
+    return range(jax.process_index(), count, jax.process_count())
+
+
+def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
+    """The values of all rows, from those that each process has of its ``own_rows``.
+
+    Args:
+        parts: of each process, in their order.
+    """
+    rows: list[Any] = [None] * sum(map(len, parts))
+    for process, part in enumerate(parts):
+        rows[process :: len(parts)] = part
+    return rows
 
 
 def fetch(tree: Any) -> Any:

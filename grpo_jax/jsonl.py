@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -56,6 +57,31 @@ def to_json(value: Any) -> Any:
 
 STEP_FIRST = re.compile(rb'\{"step": (-?\d+)[,}].*(?<=\})\s*$', re.DOTALL)
 """A row whose first key is its step, which can be read without parsing the row."""
+
+
+PLAIN = {str, int, bool, float, type(None)}
+_encode_plain = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def to_line(row: Row) -> bytes:
+    """A row as a line of a log. NaN and infinities are written as null.
+
+    Raises:
+        ValueError: it has no integer ``step``.
+        TypeError: a value has no JSON equivalent.
+    """
+    step = to_json(row.get("step"))
+    if not isinstance(step, int | float) or int(step) != step:
+        raise ValueError(f"a row of a log needs an integer 'step', not {step!r}; its keys are {sorted(row)}")
+    if {*map(type, row.values())} <= PLAIN and type(step) is int:  # not visited one by one
+        with contextlib.suppress(ValueError):  # a number that is not finite
+            return _as_bytes(_encode_plain(dict(row)))
+    return _as_bytes(json.dumps({**to_json(row), "step": int(step)}, ensure_ascii=False))
+
+
+def _as_bytes(text: str) -> bytes:
+    # A lone surrogate cannot be encoded as UTF-8; JSON writes it as a backslash escape.
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -126,10 +152,16 @@ class JsonlLog:
             ValueError: a row has no integer ``step``; nothing is written.
             TypeError: a value has no JSON equivalent; nothing is written.
         """
-        text = "".join(json.dumps(self._stepped(row), ensure_ascii=False) + "\n" for row in rows)
+        self.append_lines([to_line(row) for row in rows])
+
+    def append_lines(self, lines: Iterable[bytes]) -> None:
+        """Append rows that are lines already, in one write.
+
+        Args:
+            lines: of ``to_line``.
+        """
         with self.path.open("ab") as file:
-            # A lone surrogate cannot be encoded as UTF-8; JSON writes it as a backslash escape.
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(b"".join(lines))
 
     def rewind(self, step: int) -> int:
         """Remove the rows after ``step``, for a run that resumes from there.
@@ -152,12 +184,6 @@ class JsonlLog:
         with self.path.open("rb") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.endswith(b"\n"))
 
-    def _stepped(self, row: Row) -> dict[str, Any]:
-        step = to_json(row.get("step"))
-        if not isinstance(step, int | float) or int(step) != step:
-            raise ValueError(f"a row for {self.path} needs an integer 'step', not {step!r}; its keys are {sorted(row)}")
-        return {**to_json(row), "step": int(step)}
-
     def _step(self, number: int, line: bytes) -> int:
         if found := STEP_FIRST.match(line):
             return int(found[1])
@@ -178,6 +204,9 @@ class NoLog:
         self.path = Path(path)
 
     def append(self, *rows: Row) -> None:
+        """Do nothing."""
+
+    def append_lines(self, lines: Iterable[bytes]) -> None:
         """Do nothing."""
 
     def rewind(self, step: int) -> int:

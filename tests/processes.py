@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from grpo_jax.loop.local_processes import cpu_environment, distributed_flags, free_port
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -74,24 +76,12 @@ def start(args, *, processes, devices, more=(), namespaces=None):
 
     ``namespaces`` are those of ``network``.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    host = address(0) if namespaces else "localhost"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
+    coordinator = f"{address(0) if namespaces else 'localhost'}:{free_port()}"
+    environment = cpu_environment(devices)
     started = []
     for number in range(processes):
-        flags = [
-            *("--distributed.coordinator", f"{host}:{port}", "--distributed.num-processes", str(processes)),
-            *("--distributed.process-id", str(number)),
-        ]
         within = ["ip", "netns", "exec", namespaces[number]] if namespaces else []
-        own = [*(flags if processes > 1 else []), *(more[number] if more else [])]
+        own = [*distributed_flags(number, processes, coordinator), *(more[number] if more else [])]
         cached = ["-m", "tests.cached"] if processes > 1 else []
         command = [*within, sys.executable, *cached, *map(str, args), *own]
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by finish; a full pipe would stop the process

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.data.encoded import EncodedProblems, decode_completions
+from grpo_jax.data.encoded import EncodedProblems, Texts, Undecoded, decode_completions, undecoded
 from grpo_jax.data.problems import Problem
 from grpo_jax.loop.held_out import held_out, held_out_rewards
 from grpo_jax.rewards.compose import weighted
@@ -64,6 +64,28 @@ def rollout_of(tokenizer, texts, ended=True):
 def test_completions_are_decoded_without_their_end(tokenizer, ended):
     texts = ["<answer>3</answer>", "<think>1+1=2;</think>"]
     assert decode_completions(tokenizer, rollout_of(tokenizer, texts, ended), (EOS,)) == texts
+
+
+def test_texts_are_decoded_when_they_are_read_and_once(tokenizer):
+    texts = ["<answer>3</answer>", "<think>1+1=2;</think>", "1", "2"]
+    rollout = rollout_of(tokenizer, texts)
+    decoded = []
+
+    def decode(rows):
+        decoded.extend(rows)
+        return [f"text {row}" for row in rows]
+
+    lazy = undecoded(tokenizer, rollout, (EOS,))
+    assert [*lazy] == texts
+    assert lazy == texts
+    assert lazy != texts[:3]
+    assert (lazy + lazy.at([2]))[:] == [*texts, "1"]
+    lazy = Texts([Undecoded(row) for row in range(6)], decode)
+    assert lazy[1::2] == ["text 1", "text 3", "text 5"]
+    assert (lazy.at([1, 0])[1], lazy[-1], decoded) == ("text 0", "text 5", [1, 3, 5, 0])
+    assert len(lazy) == 6
+    assert [*lazy] == [f"text {row}" for row in range(6)]
+    assert decoded == [1, 3, 5, 0, 2, 4]
 
 
 def test_an_ending_token_elsewhere_and_other_special_tokens_stay(tokenizer):

@@ -13,7 +13,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.heartbeat import connect
-from grpo_jax.hosts import agree, any_of, fetch, gather, on_main, outcome, portable
+from grpo_jax.hosts import (
+    agree,
+    any_of,
+    fetch,
+    gather,
+    interleaved,
+    joined_on_main,
+    on_main,
+    outcome,
+    own_rows,
+    portable,
+)
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import same_start
 from grpo_jax.models import hf_sameness
@@ -44,13 +55,16 @@ def test_one_process_agrees_with_itself():
     assert portable(error) is error
     assert str(portable(UnportableError(reason="a lock"))) == "UnportableError: a lock"
     np.testing.assert_array_equal(fetch({"x": np.arange(3)})["x"], [0, 1, 2])
+    assert joined_on_main(3, sum, "a sum") == 3
+    assert [*own_rows(3)] == [0, 1, 2]
+    assert interleaved([[0, 3], [1, 4], [2]]) == [0, 1, 2, 3, 4]
 
 
 TALK = """
 import sys, time
 import jax
 from grpo_jax.heartbeat import connect
-from grpo_jax.hosts import MissingProcessError, agree, any_of, gather, on_main, set_timeout
+from grpo_jax.hosts import MissingProcessError, agree, any_of, gather, joined_on_main, on_main, own_rows, set_timeout
 
 number = int(sys.argv[sys.argv.index("--distributed.process-id") + 1])
 address = sys.argv[sys.argv.index("--distributed.coordinator") + 1]
@@ -60,6 +74,12 @@ for turn in range(3):
     assert gather((number, long), "a long value") == [(0, long), (1, long)]
 assert agree(number, "a number") == 0
 assert any_of(number == 1, "a flag")
+assert joined_on_main(number + 1, lambda values: agree(sum(values), "no exchange"), "a sum") == 3
+assert [*own_rows(3)] == [[0, 2], [1]][number]
+try:
+    joined_on_main(number, lambda values: 1 / values[0], "a quotient")
+except ZeroDivisionError:
+    pass
 try:
     on_main(lambda: 1 / 0, "a division")
 except ZeroDivisionError as error:

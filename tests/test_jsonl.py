@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.jsonl import JsonlLog, read_jsonl, write_atomically
+from grpo_jax.jsonl import JsonlLog, read_jsonl, to_line, write_atomically
 
 
 @pytest.fixture
@@ -81,6 +81,22 @@ def test_a_row_without_a_step_is_refused_and_nothing_written(path, row):
     with pytest.raises(ValueError, match="needs an integer 'step'"):
         log.append({"step": 1}, row)
     assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"step": 1, "text": "\u00e4\ud800", "x": 1e-7, "is": True, "no": None},
+            '"text": "\u00e4\\ud800", "x": 1e-07, "is": true, "no": null',
+        ),
+        ({"step": np.int64(1), "x": np.float32(0.5)}, '"x": 0.5'),
+        ({"step": 1, "x": -math.inf, "y": 2.0}, '"x": null, "y": 2.0'),
+        ({"step": 1, "x": [math.nan], "y": {None: (1,)}}, '"x": [null], "y": {"None": [1]}'),
+    ],
+)
+def test_a_line_is_the_same_whatever_the_types_of_its_values(row, line):
+    assert to_line(row) == ('{"step": 1, ' + line + "}\n").encode()
 
 
 def test_a_value_that_is_not_json_is_refused(path):

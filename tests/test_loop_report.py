@@ -7,6 +7,7 @@ import pytest
 from checkpoints import SMALL
 
 from grpo_jax.data.conversations import Example
+from grpo_jax.data.encoded import Texts
 from grpo_jax.data.packing import packed_rows
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.offline import packed_lengths, pair_lengths
@@ -34,7 +35,7 @@ def test_updates_count_what_was_trained_on_in_every_pass(monkeypatch):
         truncated=jnp.zeros(3, bool),
     )
     lengths = np.array([3, 5, 1])
-    experience = Experience(1, [], [], [], {}, rollout, [], lengths, 0.0)
+    experience = Experience(1, [], [], [], {}, rollout, Texts([], list), lengths, 0.0)
     model = Pretrained(build_model(LLAMA), {}, LLAMA, {}, None, None, (), 0)
     rows, mesh = np.array([True, False, True]), make_mesh(data=1, devices=jax.devices()[:1])
     assert update_metrics(experience, rows, [model, model], 0.5, mesh) == {"update_tokens_per_second": 2 * 10 / 0.5}

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.data.problems import Problem, reward_columns
-from grpo_jax.rewards.compose import RewardOutput, weighted
+from grpo_jax.rewards.compose import Outputs, RewardOutput, combined, weighted
 from grpo_jax.rewards.format import format_reward
 from grpo_jax.rewards.math.answer import answer_reward
 
@@ -175,6 +175,28 @@ def test_details_and_notes_stand_beside_the_parts():
     np.testing.assert_array_equal(scores.parts["code/tests"], [np.nan, 3, np.nan])
     assert scores.notes == ["", "code: it crashed", ""]
     assert list(scores.counted) == ["code", "b"]
+
+
+def test_outputs_of_processes_that_take_turns_are_those_of_one():
+    """Also the order of details, which is that of the files' columns."""
+    outputs = [
+        RewardOutput(1.0, {"late": 1.0}),
+        RewardOutput(None, note="it hangs", failed=True),
+        RewardOutput(0.5, {"tests": 2.0, "late": 3.0}, steps=[(1, 0.5)]),
+        RewardOutput(None),
+        RewardOutput(0.0, {"early": np.nan}, "", [(2, 1.0), (3, 1.0)]),
+    ]
+    whole = Outputs.of(outputs)
+    assert whole.steps == {2: [(1, 0.5)], 4: [(2, 1.0), (3, 1.0)]}
+    for count in (1, 2, 3, 7):
+        parts = Outputs.interleaved([Outputs.of(outputs[turn::count]) for turn in range(count)])
+        rules = {"gates": {}, "clip": None, "may_abstain": ["a"]}
+        one, several = (combined({"a": each}, {"a": 2.0}, 5, **rules) for each in (whole, parts))
+        assert [*several.parts] == [*one.parts] == ["a", "a/late", "a/tests", "a/early"]
+        for name, part in one.parts.items():
+            np.testing.assert_array_equal(several.parts[name], part)
+        np.testing.assert_array_equal(several.total, one.total)
+        assert (several.notes, several.steps) == (one.notes, one.steps)
 
 
 def test_a_detail_that_is_no_number_names_the_reward():

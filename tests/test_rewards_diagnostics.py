@@ -1,12 +1,34 @@
 """What completions give away, on examples that can be counted by hand."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.monitor.samples import Sample, disagreement, spot_checks
-from grpo_jax.rewards.diagnostics import duplicate_share, hard_coded, has_empty_thought, occurs_in, text_metrics
+from grpo_jax.monitor.samples import disagreement, spot_checks
+from grpo_jax.rewards import diagnostics
+from grpo_jax.rewards.diagnostics import (
+    TextFacts,
+    duplicate_share,
+    hard_coded,
+    has_empty_thought,
+    occurs_in,
+    text_facts,
+)
 from grpo_jax.tasks.sums import Sum, worked
+
+
+def text_metrics(prompts, completions, *, group_size, **columns):
+    """Those of one process, which are also those of three that take turns."""
+
+    def facts(rows):
+        chosen = {name: values[rows] for name, values in columns.items()}
+        return text_facts(prompts[rows], completions[rows], **chosen)
+
+    metrics = diagnostics.text_metrics(facts(slice(None)), group_size=group_size)
+    parts = TextFacts.interleaved([facts(slice(turn, None, 3)) for turn in range(3)])
+    assert diagnostics.text_metrics(parts, group_size=group_size) == metrics
+    return metrics
 
 
 def tagged(thought, answer):
@@ -122,35 +144,28 @@ def test_an_honest_completion_of_the_built_in_task_gives_nothing_away():
 # Spot checks --------------------------------------------------------------------------------------------------------
 
 
-def sample(reward, **parts):
-    return Sample("p", "c", parts, reward, 0.0)
-
-
 def test_the_surprising_are_chosen_and_one_at_random():
-    samples = [sample(0.1, a=0.1, b=0.1) for _ in range(8)]
-    samples[2] = sample(0.9, a=0.9, b=0.9)
-    samples[5] = sample(0.1, a=0.0, b=1.0)
-    samples[6] = sample(-0.5, a=-0.5, b=-0.5)
-    chosen = spot_checks(samples, group_size=4, seed=0)
-    assert [each.why for each in chosen][:3] == [
-        "highest reward above its group",
-        "largest disagreement between parts",
-        "lowest reward below its group",
+    total, a, b = np.full((3, 8), 0.1)
+    total[2] = a[2] = b[2] = 0.9
+    a[5], b[5] = 0.0, 1.0
+    total[6] = a[6] = b[6] = -0.5
+    chosen = spot_checks(total, {"a": a, "b": b}, group_size=4, seed=0)
+    assert [*chosen.items()][:3] == [
+        (2, "highest reward above its group"),
+        (5, "largest disagreement between parts"),
+        (6, "lowest reward below its group"),
     ]
-    assert [each.reward for each in chosen][:3] == [0.9, 0.1, -0.5]
-    assert chosen[1].rewards == {"a": 0.0, "b": 1.0}
-    assert chosen[3].why == "at random"
-    assert chosen == spot_checks(samples, group_size=4, seed=0)
+    assert [*chosen.values()][3] == "at random"
+    assert chosen == spot_checks(total, {"a": a, "b": b}, group_size=4, seed=0)
 
 
 def test_a_jump_is_one_above_the_group_and_not_above_the_rest():
-    easy, hard = [sample(1.0) for _ in range(4)], [sample(0.0) for _ in range(4)]
-    hard[3] = sample(0.5)
-    assert spot_checks(easy + hard, group_size=4, seed=0)[0].reward == 0.5
+    easy, hard = [1.0] * 4, [0.0, 0.0, 0.0, 0.5]
+    assert next(iter(spot_checks(np.array(easy + hard), {}, group_size=4, seed=0))) == 7
 
 
 def test_without_surprise_or_rewards_there_is_the_random_one():
-    assert [each.why for each in spot_checks([sample(1.0)] * 4, group_size=2, seed=3)] == ["at random"]
-    assert [each.why for each in spot_checks([sample(float("nan"))] * 4, group_size=2, seed=3)] == ["at random"]
-    assert disagreement([sample(1.0, a=1.0), sample(0.0, a=0.0)]).tolist() == [0, 0]
-    assert disagreement([sample(1.0, a=None, b=1.0), sample(0.0, a=0.0, b=0.0)]).tolist() == [0, 0]
+    assert [*spot_checks(np.ones(4), {}, group_size=2, seed=3).values()] == ["at random"]
+    assert [*spot_checks(np.full(4, np.nan), {}, group_size=2, seed=3).values()] == ["at random"]
+    assert disagreement({"a": np.array([1.0, 0.0])}) == 0
+    assert disagreement({"a": np.array([np.nan, 0.0]), "b": np.array([1.0, 0.0])}) == 0

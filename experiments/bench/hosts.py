@@ -6,7 +6,8 @@ All devices are threads of this machine, so wall time says nothing: reported are
 ``main_thread`` has the CPU milliseconds of the Python thread for a step of a process, the largest over processes:
 exchanges between processes, prompts, decoding, scoring, logging, and the rest, which is dispatch, the sampler's loop on
 the host, and small programs that JAX runs in the calling thread. ``other_threads`` are those of XLA, by name.
-``exchanges`` has their number by name, and the kilobytes sent, for a step. Prints one JSON line.
+``exchanges`` has their number by name, and the kilobytes that a process sends, the most of any, for a step. Prints one
+JSON line.
 
     python experiments/bench/hosts.py
 """
@@ -18,9 +19,7 @@ import json
 import os
 import pickle
 import runpy
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+
+from grpo_jax.loop.local_processes import distributed_flags, free_port, run_together
 
 ROOT = Path(__file__).parent.parent.parent
 WARM_UP = 2
@@ -92,17 +93,24 @@ class Meter:
 
         return measured
 
-    def exchange(self, gather: Callable[..., Any]) -> Callable[..., Any]:
-        """``hosts.gather``, measured and counted."""
-        timed = self.wrap("exchanges", gather)
+    def exchanges(self, hosts: Any) -> None:
+        """Measure and count those of the module ``grpo_jax.hosts``.
 
-        def counted(value, name, **options):
+        Its own functions are replaced: what the first process computes within an exchange does not count as one.
+        """
+        begin, send = hosts._begin, self.wrap("exchanges", hosts._send)
+        hosts._receive = self.wrap("exchanges", hosts._receive)
+
+        def counted(name, is_long):
             self._current["count"] += 1
-            self._current["bytes"] += len(pickle.dumps((name, value)))
             self._current[f"exchange: {name}"] += 1
-            return timed(value, name, **options)
+            return begin(name, is_long)
 
-        return counted
+        def weighed(key, message):
+            self._current["bytes"] += len(pickle.dumps(message))
+            send(key, message)
+
+        hosts._begin, hosts._send = counted, weighed
 
 
 def thread_seconds() -> dict[str, float]:
@@ -121,13 +129,12 @@ def thread_seconds() -> dict[str, float]:
 def run_measured(args: list[str], out: Path) -> None:
     """Run the script in this process and write the steps' measurements."""
     from grpo_jax import hosts
-
-    meter = Meter()
-    hosts.gather = meter.exchange(hosts.gather)  # before other modules take it by name
-    from grpo_jax.loop import collector
+    from grpo_jax.data import encoded
     from grpo_jax.loop.collector import Collector
 
-    collector.decode_completions = meter.wrap("decoding", collector.decode_completions)
+    meter = Meter()
+    meter.exchanges(hosts)
+    encoded.decode_following = meter.wrap("decoding", encoded.decode_following)
     Collector._batch_at = meter.wrap("prompts", Collector._batch_at)
     Collector.score = meter.wrap("scoring", Collector.score)
     Collector.log_step = meter.wrap("logging", Collector.log_step)
@@ -178,26 +185,13 @@ def measure(config: Config, model: Path, folder: Path, processes: int, devices: 
         "run-dir": folder,
     }
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    started, outs = [], [folder.with_name(f"{folder.name}-{number}.json") for number in range(processes)]
-    for number, out in enumerate(outs):
-        where = ["--distributed.coordinator", coordinator, "--distributed.num-processes", str(processes)]
-        where += ["--distributed.process-id", str(number)]
-        command = [sys.executable, __file__, str(out), *flags, "--plain", *(where if processes > 1 else [])]
-        log = out.with_suffix(".log").open("w")
-        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        log.close()
-    for process, out in zip(started, outs, strict=True):
-        if process.wait():
-            raise RuntimeError(f"a process failed:\n{out.with_suffix('.log').read_text()[-2000:]}")
+    coordinator = f"localhost:{free_port()}"
+    outs = [folder.with_name(f"{folder.name}-{number}.json") for number in range(processes)]
+    commands = [
+        [sys.executable, __file__, str(out), *flags, "--plain", *distributed_flags(number, processes, coordinator)]
+        for number, out in enumerate(outs)
+    ]
+    run_together(commands, devices=devices)
     measured = [json.loads(out.read_text()) for out in outs]
     steps = [of_one["steps"] for of_one in measured]
 

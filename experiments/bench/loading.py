@@ -21,7 +21,6 @@ import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,8 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from grpo_jax.loop.local_processes import free_port, run_together
 
 SHAPE = {
     "model_type": "qwen2",
@@ -249,25 +250,20 @@ def storage_bytes() -> int:
 
 def read_in_processes(config: Config, folder: Path, count: int, exchange: bool) -> list[dict[str, float]]:
     """``read_part`` of ``count`` processes at once, each with a copy of the folder."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    devices = (config.processes or 1) // count
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    coordinator = f"localhost:{free_port()}"
     copies = [shutil.copytree(folder, folder.with_name(f"copy{number}")) for number in range(count)]
     os.sync()  # pages that are not written yet stay in the cache
-    started = []
+    commands = []
     for number, copy in enumerate(copies):
         arguments = [f"--folder={copy}", f"--processes={config.processes}", f"--process-id={number}"]
         arguments += [f"--coordinator={coordinator}"] if count > 1 else []
         arguments += [] if exchange else ["--no-exchange"]
-        command = [sys.executable, __file__, *arguments]
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in started]
-    for copy in copies:
-        shutil.rmtree(copy)
-    if any(process.returncode for process in started):
-        raise RuntimeError("a process failed; its output is above")
+        commands.append([sys.executable, __file__, *arguments])
+    try:
+        outputs = run_together(commands, devices=(config.processes or 1) // count)
+    finally:
+        for copy in copies:
+            shutil.rmtree(copy)
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import numpy as np
 
@@ -95,9 +95,78 @@ def decode_completions(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int])
         rollout: sampled completions.
         eos_ids: ids of the ending tokens.
     """
-    lengths = np.asarray(rollout.completion_mask).sum(1)
-    rows = [ids[:length].tolist() for ids, length in zip(np.asarray(rollout.completion_ids), lengths, strict=True)]
-    return decode_following(tokenizer, [_without_end(row, eos_ids) for row in rows])
+    return undecoded(tokenizer, rollout, eos_ids)[:]
+
+
+class Undecoded:
+    """Tokens of a text, and the text once it is decoded.
+
+    Args:
+        ids: the tokens.
+    """
+
+    __slots__ = ("ids", "text")
+
+    def __init__(self, ids: Any):
+        self.ids = ids
+        self.text: str | None = None
+
+
+class Texts(Sequence[str]):
+    """Texts that are decoded when they are read, and once: several with a slice together, one alone by its number.
+
+    Args:
+        tokens: of each text.
+        decode: maps the token ids of texts to the texts.
+    """
+
+    def __init__(self, tokens: Sequence[Undecoded], decode: Callable[[list[Any]], list[str]]):
+        self._tokens, self._decode = tokens, decode
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @overload
+    def __getitem__(self, rows: int) -> str: ...
+    @overload
+    def __getitem__(self, rows: slice) -> list[str]: ...
+    def __getitem__(self, rows: int | slice) -> str | list[str]:
+        chosen = self._tokens[rows] if isinstance(rows, slice) else [self._tokens[rows]]
+        missing = [each for each in chosen if each.text is None]
+        for each, text in zip(missing, self._decode([each.ids for each in missing]), strict=True):
+            each.text = text
+        texts = [str(each.text) for each in chosen]
+        return texts if isinstance(rows, slice) else texts[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*other]
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __add__(self, other: Texts) -> Texts:
+        return Texts([*self._tokens, *other._tokens], self._decode)
+
+    def at(self, rows: Iterable[int]) -> Texts:
+        """Some of the texts; one that is decoded here or there is decoded for both."""
+        return Texts([self._tokens[row] for row in rows], self._decode)
+
+
+def undecoded(tokenizer: Any, rollout: Rollout, eos_ids: Sequence[int]) -> Texts:
+    """The texts of ``decode_completions``, decoded when they are read.
+
+    Args:
+        tokenizer, rollout, eos_ids: as there.
+    """
+
+    def decode(rows: list[np.ndarray]) -> list[str]:
+        return decode_following(tokenizer, [_without_end(row.tolist(), eos_ids) for row in rows])
+
+    lengths = np.asarray(rollout.completion_mask).sum(1).tolist()
+    ids = np.asarray(rollout.completion_ids)
+    return Texts([Undecoded(row[:length]) for row, length in zip(ids, lengths, strict=True)], decode)
 
 
 def decode_one(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int]) -> str:

@@ -15,16 +15,16 @@ from jax.sharding import Mesh
 from grpo_jax import models
 from grpo_jax.config.mixture import as_settings, shares
 from grpo_jax.config.online import OnlineConfig
-from grpo_jax.data.encoded import decode_completions, decode_one
+from grpo_jax.data.encoded import decode_completions, decode_one, undecoded
 from grpo_jax.data.iterator import ProblemIterator
 from grpo_jax.data.problems import reward_columns
-from grpo_jax.hosts import is_main, on_main
+from grpo_jax.hosts import is_main, joined_on_main, on_main
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.experience import Experience, ProblemBatch, concatenate, has_reward_variance
 from grpo_jax.loop.held_out import evaluate_tasks
 from grpo_jax.loop.mixture import TASK, MixtureScorer
-from grpo_jax.loop.report import step_metrics, to_samples, update_metrics
+from grpo_jax.loop.report import LogPart, samples_to_show, step_metrics, update_metrics
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
 from grpo_jax.loop.setup import (
@@ -37,7 +37,6 @@ from grpo_jax.loop.setup import (
 )
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.alarms import Alarms
-from grpo_jax.monitor.samples import spot_checks
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rollout.host_batch import concatenated
 from grpo_jax.sharding import bytes_on_devices, place, replicated
@@ -275,28 +274,26 @@ class Collector:
         Returns:
             Whether an alarm asks for a checkpoint.
         """
-        config, step, errors = self._config, experience.step, self.scorer.take_errors()
+        config, step = self._config, experience.step
 
-        def log() -> bool:
-            metrics.update(step_metrics(config, self.tasks, self.scorer, experience, scores))
-            metrics.update(
-                num_tokens=self._num_tokens,
-                tokens_per_second=float(experience.lengths.sum() / metrics["step_time"]),
-                compilations=self._compilations(),
-            )
+        def log(parts: list[LogPart]) -> bool:
+            whole = LogPart.joined(parts)
+            metrics.update(step_metrics(config, self.tasks, self.scorer, experience, scores, whole.facts))
+            per_second = float(experience.lengths.sum() / metrics["step_time"])
+            metrics.update(num_tokens=self._num_tokens, tokens_per_second=per_second, compilations=self._compilations())
             shared_by = config.group_size if prompts_are_shared else 1
             rows, seconds = ~np.isnan(advantages), metrics["update_time"]
             metrics.update(update_metrics(experience, rows, passes, seconds, self.mesh, group_size=shared_by))
             self._run.log({"step": step, **metrics})
-            self._run.log_reward_errors(step, errors)
+            self._run.log_reward_errors(step, whole.errors)
             wants_checkpoint = self._run.raise_alarms(self._alarms.update({"step": step, **metrics}))
-            samples = to_samples(experience, scores, advantages)
-            is_shown = step % config.samples_every == 0 or step == config.num_steps
-            shown = spot_checks(samples, group_size=config.group_size, seed=step) if is_shown else []
-            self._run.log_samples(step, samples, shown=shown)
+            self._run.completions_log.append_lines(whole.lines)
+            if step % config.samples_every == 0 or step == config.num_steps:
+                self._run.log_samples(step, [], shown=samples_to_show(experience, scores, advantages))
             return wants_checkpoint
 
-        return on_main(log, "logging the step")
+        own = LogPart.own(self.tasks, self.scorer.take_own_errors(), experience, scores, advantages)
+        return joined_on_main(own, log, "logging the step")
 
     def save_is_due(self, step: int, wants_checkpoint: bool) -> bool:
         """Whether to save a checkpoint after a step.
@@ -382,7 +379,7 @@ class Collector:
             batch.texts,
             batch.columns | columns,
             rollout,
-            self._decode(rollout),
+            undecoded(self.policy.tokenizer, rollout, self.policy.eos_ids),
             lengths,
             started,
             positions=batch.positions,

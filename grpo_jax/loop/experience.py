@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.data.encoded import Texts
 from grpo_jax.data.problems import Problem
 from grpo_jax.rewards.scorer import Scoring
 from grpo_jax.rollout.host_batch import concatenated
@@ -46,7 +49,7 @@ class Experience:
         prompts: ``[B]``, the text of each completion's prompt.
         columns: ``[B]`` each, columns of the problem and facts of the completion, for rewards.
         rollout: the tokens.
-        completions: ``[B]``, the texts.
+        completions: ``[B]``, the texts, decoded where they are read.
         lengths: ``[B]``, in tokens.
         started: ``time.monotonic()`` at the start of the step.
         times: seconds of its phases, and bytes resharded.
@@ -60,7 +63,7 @@ class Experience:
     prompts: list[str]
     columns: dict[str, list[Any]]
     rollout: Rollout
-    completions: list[str]
+    completions: Texts
     lengths: np.ndarray
     started: float
     times: dict[str, float] = field(default_factory=dict)
@@ -109,7 +112,7 @@ def concatenate(attempts: Sequence[Experience]) -> Experience:
             for name in names
         },
         rollout=concatenated([attempt.rollout for attempt in attempts]),
-        completions=[text for attempt in attempts for text in attempt.completions],
+        completions=reduce(add, (attempt.completions for attempt in attempts)),
         lengths=lengths,
         started=attempts[0].started,
         times={

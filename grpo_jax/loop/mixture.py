@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.data.encoded import Texts
+from grpo_jax.hosts import gather
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rewards.scorer import Scoring
@@ -57,13 +59,13 @@ class MixtureScorer:
 
     def _selections(
         self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> list[tuple[TaskRuntime, list[int], tuple[list[str], list[str]], dict[str, list[Any]]]]:
+    ) -> list[tuple[TaskRuntime, list[int], tuple[list[str], Sequence[str]], dict[str, list[Any]]]]:
         """The rows of each task, with their texts and columns."""
         return [
             (
                 task,
                 rows,
-                ([prompts[row] for row in rows], [completions[row] for row in rows]),
+                ([prompts[row] for row in rows], _texts(completions, rows)),
                 _select(columns, rows, task),
             )
             for task, rows in self._rows(columns[TASK])
@@ -124,12 +126,20 @@ class MixtureScorer:
         return watch_all
 
     def take_errors(self) -> list[RewardError]:
-        """The reward errors since the last call."""
-        return [error for task in self._tasks.values() for error in task.scorer.take_errors()]
+        """Like ``Scorer.take_errors``."""
+        return [error for errors in gather(self.take_own_errors(), "the errors of rewards") for error in errors]
+
+    def take_own_errors(self) -> list[RewardError]:
+        """Like ``Scorer.take_own_errors``."""
+        return [error for task in self._tasks.values() for error in task.scorer.take_own_errors()]
 
     def _rows(self, names: Sequence[str]) -> list[tuple[TaskRuntime, list[int]]]:
         tasks = dict.fromkeys(names)
         return [(self._tasks[task], [row for row, name in enumerate(names) if name == task]) for task in tasks]
+
+
+def _texts(completions: Sequence[str], rows: list[int]) -> Sequence[str]:
+    return completions.at(rows) if isinstance(completions, Texts) else [completions[row] for row in rows]
 
 
 def _select(columns: Mapping[str, Sequence[Any]], rows: list[int], task: TaskRuntime) -> dict[str, list[Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -12,15 +13,18 @@ from jax.sharding import Mesh
 
 from grpo_jax import models
 from grpo_jax.config.online import OnlineConfig
+from grpo_jax.hosts import interleaved, own_rows
+from grpo_jax.jsonl import to_line
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.mixture import MixtureScorer
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.devices import device_metrics
-from grpo_jax.monitor.samples import Sample
+from grpo_jax.monitor.samples import Sample, spot_checks
 from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.rewards.diagnostics import text_metrics
+from grpo_jax.rewards.diagnostics import TextFacts, text_facts, text_metrics
 from grpo_jax.rewards.scorer import Scorer
+from grpo_jax.rewards.workers.pool import RewardError
 
 
 def over_updates(updates: Sequence[Mapping[str, jax.Array | float]]) -> dict[str, float]:
@@ -43,6 +47,7 @@ def step_metrics(
     scorer: Scorer | MixtureScorer,
     experience: Experience,
     scores: Scores,
+    facts: TextFacts,
 ) -> dict[str, float]:
     """Metrics of a step's rewards, completions and times.
 
@@ -52,6 +57,7 @@ def step_metrics(
         scorer: of the run.
         experience: the step's completions.
         scores: their rewards.
+        facts: about their texts, as of ``LogPart.joined``.
 
     Returns:
         ``reward...``, ``rewards/...``, ``completions/...``, ``tasks/<task>/...`` of a mixture, and seconds:
@@ -63,13 +69,7 @@ def step_metrics(
     if config.tasks is not None:
         metrics |= task_metrics(tasks, experience, scores)
     metrics |= completion_metrics(experience.lengths, np.asarray(experience.rollout.truncated))
-    metrics |= text_metrics(
-        experience.prompts,
-        experience.completions,
-        group_size=config.group_size,
-        answers=final_answers(tasks, experience),
-        tests=experience.columns.get("tests", ()),
-    )
+    metrics |= text_metrics(facts, group_size=config.group_size)
     if not any(name.rpartition("/")[2] == "format" for name in scores.parts):
         del metrics["completions/empty_thought_share"]  # it is about completions of that form
     for name, part in (("judge", scorer.judge), ("pass_rate", "accuracy")):
@@ -139,28 +139,84 @@ def task_metrics(tasks: Sequence[TaskRuntime], experience: Experience, scores: S
     return metrics
 
 
-def final_answers(tasks: Sequence[TaskRuntime], experience: Experience) -> list[str | None]:
-    """``[B]``, the gold answer of each completion that should end in an answer; None for others.
+@dataclass(frozen=True)
+class LogPart:
+    """The part of a step's log that needs the completions' texts.
 
-    Args:
-        tasks: of the run.
-        experience: the step's completions.
+    Each process makes that of its ``hosts.own_rows``, so that its work does not grow with their number.
+
+    Attributes:
+        errors: of rewards, in this process's workers.
+        facts: about the texts.
+        lines: the rows of ``completions.jsonl``.
     """
-    has_answers = {task.name: task.has_final_answers for task in tasks}
-    task_of_row = [name for name in experience.tasks for _ in range(experience.group_size)]
-    return [
-        answer if has_answers[name] else None
-        for answer, name in zip(experience.columns["answer"], task_of_row, strict=True)
-    ]
+
+    errors: list[RewardError]
+    facts: TextFacts
+    lines: list[bytes]
+
+    @classmethod
+    def own(
+        cls,
+        tasks: Sequence[TaskRuntime],
+        errors: list[RewardError],
+        experience: Experience,
+        scores: Scores,
+        advantages: np.ndarray,
+    ) -> LogPart:
+        """The part of this process.
+
+        Args:
+            tasks: of the run.
+            errors: as of ``Scorer.take_own_errors``.
+            experience: the step's completions.
+            scores: their rewards.
+            advantages: ``[B]``, NaN where not trained on.
+        """
+        rows = own_rows(len(experience.completions))
+        texts = experience.completions[rows.start : rows.stop : rows.step]  # decodes them together
+        has_answers = {task.name: task.has_final_answers for task in tasks}
+        answers, tests = experience.columns["answer"], experience.columns.get("tests")
+        facts = text_facts(
+            [experience.prompts[i] for i in rows],
+            texts,
+            answers=[answers[i] if has_answers[experience.tasks[i // experience.group_size]] else None for i in rows],
+            tests=() if tests is None else [tests[i] for i in rows],
+        )
+        samples = to_samples(experience, scores, advantages, rows)
+        return cls(errors, facts, [to_line(sample.row(experience.step)) for sample in samples])
+
+    @classmethod
+    def joined(cls, parts: Sequence[LogPart]) -> LogPart:
+        """The part of all rows from those of all processes, in their order."""
+        return cls(
+            [error for part in parts for error in part.errors],
+            TextFacts.interleaved([part.facts for part in parts]),
+            interleaved([part.lines for part in parts]),
+        )
 
 
-def to_samples(experience: Experience, scores: Scores, advantages: np.ndarray) -> list[Sample]:
-    """A step's completions with their rewards and advantages, for logs.
+def samples_to_show(experience: Experience, scores: Scores, advantages: np.ndarray) -> list[Sample]:
+    """The samples of ``spot_checks``.
 
     Args:
-        experience: the completions.
+        experience: the step's completions.
         scores: their rewards.
         advantages: ``[B]``, NaN where not trained on.
+    """
+    chosen = spot_checks(scores.total, scores.parts, group_size=experience.group_size, seed=experience.step)
+    samples = to_samples(experience, scores, advantages, chosen)
+    return [replace(sample, why=why) for sample, why in zip(samples, chosen.values(), strict=True)]
+
+
+def to_samples(experience: Experience, scores: Scores, advantages: np.ndarray, rows: Iterable[int]) -> list[Sample]:
+    """Completions of a step with their rewards and advantages, for logs.
+
+    Args:
+        experience: the step's completions.
+        scores: their rewards.
+        advantages: ``[B]``, NaN where not trained on.
+        rows: which completions.
     """
     return [
         Sample(
@@ -172,5 +228,5 @@ def to_samples(experience: Experience, scores: Scores, advantages: np.ndarray) -
             answer=experience.problems[i // experience.group_size].answer,
             note=scores.notes[i],
         )
-        for i in range(len(experience.completions))
+        for i in rows
     ]

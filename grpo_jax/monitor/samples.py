@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -176,22 +176,26 @@ def _text(text: str, encoding: str, limit: int) -> Text:
     return result
 
 
-def spot_checks(samples: Sequence[Sample], *, group_size: int, seed: int) -> list[Sample]:
-    """Up to four samples of a step to read, mostly outliers, where errors of a reward show; ``why`` has the reason.
+def spot_checks(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_size: int, seed: int) -> dict[int, str]:
+    """Up to four completions of a step to read, mostly outliers, where errors of a reward show, with the reasons.
 
     - the highest reward above the mean of its group;
     - the largest disagreement between two rewards, each standardized over the step;
     - the lowest reward below the mean of its group;
     - one at random.
 
-    Samples without a reward are chosen only at random, and no sample is chosen twice.
+    Completions without a reward are chosen only at random, and none is chosen twice.
 
     Args:
-        samples: samples of the step; those of a group are adjacent.
-        group_size: samples per prompt.
+        total: ``[B]`` rewards, NaN where absent; those of a group are adjacent.
+        parts: ``[B]`` scores by name of the reward, NaN where absent.
+        group_size: completions per prompt.
         seed: seed of the random choice.
+
+    Returns:
+        Row -> reason, in the order of the list.
     """
-    rewards = np.array([sample.reward for sample in samples], float)
+    rewards = np.asarray(total, float)
     groups = rewards.reshape(-1, group_size)
     present = ~np.isnan(groups)
     means = np.where(present, groups, 0).sum(1) / np.maximum(present.sum(1), 1)
@@ -206,25 +210,27 @@ def spot_checks(samples: Sequence[Sample], *, group_size: int, seed: int) -> lis
             chosen[place] = why
 
     choose(centred, "highest reward above its group")
-    choose(np.where(np.isnan(rewards), np.nan, disagreement(samples)), "largest disagreement between parts")
+    choose(np.where(np.isnan(rewards), np.nan, disagreement(parts)), "largest disagreement between parts")
     choose(-centred, "lowest reward below its group")
-    rest = [place for place in range(len(samples)) if place not in chosen]
+    rest = [place for place in range(len(rewards)) if place not in chosen]
     if rest:
         chosen[rest[np.random.default_rng(seed).integers(len(rest))]] = "at random"
-    return [replace(samples[place], why=why) for place, why in chosen.items()]
+    return chosen
 
 
-def disagreement(samples: Sequence[Sample]) -> np.ndarray:
-    """``[samples]`` largest difference between two rewards of a sample, each standardized over the samples."""
-    names = [*dict.fromkeys(name for sample in samples for name in sample.rewards)]
-    values = [[np.nan if (x := sample.rewards.get(name)) is None else x for name in names] for sample in samples]
-    parts = np.array(values, float).reshape(len(samples), -1)
+def disagreement(parts: Mapping[str, np.ndarray]) -> np.ndarray | float:
+    """``[B]`` largest difference between two rewards of a completion, each standardized over all; 0 without two.
+
+    Args:
+        parts: ``[B]`` scores by name of the reward, NaN where absent.
+    """
     standardized = []
-    for part in parts.T:
+    for part in parts.values():
+        part = np.asarray(part, float)
         known = part[~np.isnan(part)]
         if known.size and known.std() > 0:
             standardized.append((part - known.mean()) / known.std())
     if len(standardized) < 2:
-        return np.zeros(len(samples))
+        return 0.0
     stacked = np.array(standardized)
     return stacked.max(0) - stacked.min(0)

@@ -35,6 +35,63 @@ class RewardOutput:
     failed: bool = False
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """The ``RewardOutput`` of each of B completions, by field: small to exchange and quick to sum.
+
+    Attributes:
+        scores: float64 ``[B]``, NaN where absent.
+        failed: bool ``[B]``.
+        details: rows that have the detail, and float64 values of these, by name, in the order of the first rows.
+        notes: by row, where there is one.
+        steps: by row, where there are some.
+    """
+
+    scores: np.ndarray
+    failed: np.ndarray
+    details: dict[str, tuple[np.ndarray, np.ndarray]]
+    notes: dict[int, str]
+    steps: dict[int, Sequence[tuple[int, float]]]
+
+    @classmethod
+    def of(cls, outputs: Sequence[RewardOutput]) -> Outputs:
+        """Those of a list."""
+        details: dict[str, dict[int, float]] = {}
+        for row, output in enumerate(outputs):
+            for name, value in output.details.items():
+                details.setdefault(name, {})[row] = value
+        return cls(
+            np.array([math.nan if output.score is None else output.score for output in outputs], np.float64),
+            np.array([output.failed for output in outputs], bool),
+            {name: (np.array([*values]), np.array([*values.values()], np.float64)) for name, values in details.items()},
+            {row: output.note for row, output in enumerate(outputs) if output.note},
+            {row: output.steps for row, output in enumerate(outputs) if output.steps},
+        )
+
+    @classmethod
+    def interleaved(cls, parts: Sequence[Outputs]) -> Outputs:
+        """Those of all completions, from those of each process's ``hosts.own_rows``."""
+        turns = len(parts)
+        scores = np.empty(sum(len(part.scores) for part in parts))
+        failed = np.empty(len(scores), bool)
+        details: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for turn, part in enumerate(parts):
+            scores[turn::turns], failed[turn::turns] = part.scores, part.failed
+            for name, (rows, values) in part.details.items():
+                details.setdefault(name, []).append((rows * turns + turn, values))
+        first = {name: min(rows[0] for rows, _ in some) for name, some in details.items()}
+        return cls(
+            scores,
+            failed,
+            {
+                name: (np.concatenate([x for x, _ in details[name]]), np.concatenate([x for _, x in details[name]]))
+                for name in sorted(details, key=first.__getitem__)
+            },
+            {row * turns + turn: note for turn, part in enumerate(parts) for row, note in part.notes.items()},
+            {row * turns + turn: steps for turn, part in enumerate(parts) for row, steps in part.steps.items()},
+        )
+
+
 RewardFn = Callable[..., Any]
 """``(prompts: list[str], completions: list[str], **columns: list) -> list[float | None | RewardOutput]``; may be async.
 
@@ -106,6 +163,7 @@ def weighted(
     gates: Mapping[str, str] | None = None,
     clip: tuple[float, float] | None = None,
     may_abstain: Collection[str] = (),
+    score_all: Callable[..., Mapping[str, Outputs]] | None = None,
 ) -> Callable[..., Scores]:
     """A function ``(prompts, completions, **columns) -> Scores`` with ``total = clip(sum_i weights[i] * parts[i])``.
 
@@ -122,6 +180,8 @@ def weighted(
             total is NaN.
         clip: lower and upper bound of the total.
         may_abstain: names of rewards that may be left out of the sum.
+        score_all: computes the outputs, ``(rewards, prompts, completions, columns) -> Outputs by name``. Default: all
+            in this process.
 
     Raises:
         ValueError: ``rewards`` is empty; its names differ from those of ``weights``; a weight is not finite, or all are
@@ -142,18 +202,20 @@ def weighted(
     if not set(may_abstain) <= set(rewards):
         raise ValueError(f"may_abstain has {sorted(set(may_abstain) - set(rewards))}; the rewards are {[*rewards]}")
 
-    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> Scores:
+    compute = score_all or _score_all
+
+    def score(prompts: Sequence[str], completions: Sequence[str], **columns: list[Any]) -> Scores:
         lengths = {name: len(c) for name, c in {"prompts": prompts, "completions": completions, **columns}.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"prompts, completions and columns must have the same length: {lengths}")
-        graded = {name: score_with(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
+        graded = compute(rewards, prompts, completions, columns)
         return combined(graded, weights, len(completions), gates=gates, clip=clip, may_abstain=may_abstain)
 
     return score
 
 
 def combined(
-    graded: Mapping[str, list[RewardOutput]],
+    graded: Mapping[str, Outputs],
     weights: Mapping[str, float],
     count: int,
     *,
@@ -164,26 +226,22 @@ def combined(
     """The scores of completions from the outputs of their rewards, as ``weighted`` says.
 
     Args:
-        graded: ``[B]`` outputs by name of the reward.
+        graded: outputs by name of the reward.
         weights, gates, clip, may_abstain: as there.
         count: B.
     """
-    parts = {name: _array(entry.score for entry in entries) for name, entries in graded.items()}
+    parts = {name: outputs.scores for name, outputs in graded.items()}
     counted = {name: _gated(parts, name, gates) for name, weight in weights.items() if weight}
-    abstains = {
-        name: np.array(
-            [name in may_abstain and entry.score is None and not entry.failed for entry in graded[name]], bool
-        )
-        for name in counted
-    }
+    abstains = {name: np.isnan(parts[name]) & ~graded[name].failed & (name in may_abstain) for name in counted}
     nothing = np.logical_and.reduce([*abstains.values()])
     summed = {name: np.where(abstains[name], 0, weights[name] * part) for name, part in counted.items()}
     total = np.where(nothing, np.nan, sum(summed.values(), np.zeros(count)))
     counted = {name: np.where(np.isnan(total), np.nan, part) for name, part in counted.items()}
-    for name, entries in graded.items():
-        for detail in dict.fromkeys(key for entry in entries for key in entry.details):
-            parts[f"{name}/{detail}"] = _array(entry.details.get(detail) for entry in entries)
-    has_steps = {name: np.array([bool(entry.steps) for entry in graded[name]], bool) for name in counted}
+    for name, outputs in graded.items():
+        for detail, (rows, values) in outputs.details.items():
+            parts[f"{name}/{detail}"] = np.full(count, np.nan)
+            parts[f"{name}/{detail}"][rows] = values
+    has_steps = {name: np.isin(np.arange(count), [*graded[name].steps]) for name in counted}
     outcomes = [np.where(has_steps[name], 0, part) for name, part in summed.items()]
     only_steps = nothing | np.logical_and.reduce([has_steps[name] | abstains[name] for name in counted])
     outcome = np.where(only_steps, np.nan, sum(outcomes, np.zeros(count)))
@@ -191,21 +249,31 @@ def combined(
         total, outcome = np.clip(total, *clip), np.clip(outcome, *clip)
     steps = _steps({name: graded[name] for name in counted}, weights, count)
     single = total.astype(np.float32), outcome.astype(np.float32)
-    return Scores(single[0], _single(parts), _single(counted), _notes(graded), single[1], steps)
+    return Scores(single[0], _single(parts), _single(counted), _notes(graded, count), single[1], steps)
 
 
 def _steps(
-    graded: Mapping[str, list[RewardOutput]], weights: Mapping[str, float], count: int
+    graded: Mapping[str, Outputs], weights: Mapping[str, float], count: int
 ) -> list[tuple[tuple[int, float], ...]]:
     """The steps of each completion, ordered by end; the weighted rewards of several functions for a step are summed."""
-    steps = []
-    for row in range(count):
-        rewards: dict[int, float] = {}
-        for name, entries in graded.items():
-            for end, reward in entries[row].steps:
+    of_rows: dict[int, dict[int, float]] = {}
+    for name, outputs in graded.items():
+        for row, steps in outputs.steps.items():
+            rewards = of_rows.setdefault(row, {})
+            for end, reward in steps:
                 rewards[end] = rewards.get(end, 0.0) + weights[name] * reward
-        steps.append(tuple(sorted(rewards.items())))
-    return steps
+    return [tuple(sorted(of_rows[row].items())) if row in of_rows else () for row in range(count)]
+
+
+def _score_all(
+    rewards: Mapping[str, RewardFn],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> dict[str, Outputs]:
+    return {
+        name: Outputs.of(score_with(name, reward, prompts, completions, columns)) for name, reward in rewards.items()
+    }
 
 
 def _gated(parts: Mapping[str, np.ndarray], name: str, gates: Mapping[str, str]) -> np.ndarray:
@@ -275,7 +343,11 @@ def _number(value: Any) -> float | None:
 
 
 def score_with(
-    name: str, reward: RewardFn, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+    name: str,
+    reward: RewardFn,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
 ) -> list[RewardOutput]:
     """The outputs of a reward for a batch, called with the arguments of its signature.
 
@@ -308,16 +380,13 @@ def score_with(
         raise ValueError(f"reward {name!r} {error}") from error
 
 
-def _array(values: Any) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-
-
 def _single(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def _notes(graded: Mapping[str, list[RewardOutput]]) -> list[str]:
-    rows = zip(*graded.values(), strict=True)
-    return [
-        "\n".join(f"{name}: {each.note}" for name, each in zip(graded, row, strict=True) if each.note) for row in rows
-    ]
+def _notes(graded: Mapping[str, Outputs], count: int) -> list[str]:
+    notes: list[list[str]] = [[] for _ in range(count)]
+    for name, outputs in graded.items():
+        for row, note in outputs.notes.items():
+            notes[row].append(f"{name}: {note}")
+    return ["\n".join(of_row) for of_row in notes]

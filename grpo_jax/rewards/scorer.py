@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from grpo_jax import models
-from grpo_jax.hosts import gather, is_main, outcome, portable
+from grpo_jax.hosts import gather, own_rows
 from grpo_jax.rewards.calling import is_per_sample
-from grpo_jax.rewards.compose import RewardFn, RewardOutput, Scores, combined, score_with, weighted
+from grpo_jax.rewards.compose import Outputs, RewardFn, RewardOutput, Scores, combined, score_with, weighted
 from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
+from grpo_jax.rewards.shares import outputs_of_all, scored_here, selected, shared_out
 from grpo_jax.rewards.workers.pool import RewardError, RewardPool
 from grpo_jax.sharding import param_shardings
 
@@ -101,11 +101,10 @@ class Scorer:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
-            rewards = {name: shared_out(name, reward, is_split[name]) for name, reward in rewards.items()}
             self.held_out = shared_out(HELD_OUT, self.held_out, is_split[HELD_OUT])
             parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
             rules: dict[str, Any] = {"gates": gates, "clip": clip, "may_abstain": may_abstain}
-            self._score = weighted(parts, weights, **rules)
+            self._score = weighted(parts, weights, **rules, score_all=self._score_all)
             self._combined = partial(combined, weights=weights, **rules)
             self._stack = stack.pop_all()
 
@@ -115,7 +114,7 @@ class Scorer:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def score(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Scores:
+    def score(self, prompts: Sequence[str], completions: Sequence[str], **columns: list[Any]) -> Scores:
         """The rewards of completions.
 
         Args:
@@ -130,7 +129,7 @@ class Scorer:
         self._drop_ahead()
         return scores
 
-    def start(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> Scoring:
+    def start(self, prompts: Sequence[str], completions: Sequence[str], **columns: list[Any]) -> Scoring:
         """Start to score completions in the background: host-side rewards in worker processes or in a thread.
 
         A reward model computes on the devices, in ``Scoring.result``. There, too, several processes exchange the scores
@@ -145,20 +144,46 @@ class Scorer:
             futures_of_reward, waits[name] = self._start_reward(name, prompts, completions, columns)
             futures += futures_of_reward
         self._drop_ahead()
-        if self._learned is not None:
-            learned = self._learned
-            waits["reward_model"] = lambda: score_with("reward_model", learned, prompts, completions, columns)
 
         def finish() -> Scores:
-            return self._combined({name: wait() for name, wait in waits.items()}, count=len(completions))
+            graded = outputs_of_all(waits, self._is_split) | self._learned_outputs(prompts, completions, columns)
+            return self._combined(graded, count=len(completions))
 
         return Scoring(futures, finish)
 
+    def _score_all(
+        self,
+        rewards: Mapping[str, RewardFn],
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> dict[str, Outputs]:
+        """The outputs of all rewards, of which each process computes those of its rows."""
+
+        def score(name: str) -> list[RewardOutput]:
+            rows = scored_here(len(completions), self._is_split[name])
+            return score_with(name, rewards[name], *selected(rows, prompts, completions, columns)) if rows else []
+
+        graded = outputs_of_all({name: partial(score, name) for name in self._host_rewards}, self._is_split)
+        return graded | self._learned_outputs(prompts, completions, columns)
+
+    def _learned_outputs(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Outputs]:
+        """The scores of the reward model, which all processes compute together; nothing without one."""
+        if self._learned is None:
+            return {}
+        rows = range(len(completions))
+        return {
+            "reward_model": Outputs.of(
+                score_with("reward_model", self._learned, *selected(rows, prompts, completions, columns))
+            )
+        }
+
     def _start_reward(
-        self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+        self, name: str, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, list[Any]]
     ) -> tuple[Sequence[Future[Any]], Callable[[], list[RewardOutput]]]:
-        count, is_split, pool = len(completions), self._is_split[name], self._pool
-        rows = scored_here(count, is_split)
+        pool, rows = self._pool, scored_here(len(completions), self._is_split[name])
         own = selected(rows, prompts, completions, columns)
         if pool is not None:
             jobs = pool.start(name, *own)
@@ -167,9 +192,7 @@ class Scorer:
             future = self._thread.submit(self._score_in_turn, name, *own) if rows else None
             futures = [] if future is None else [future]
             wait = (lambda: []) if future is None else future.result
-        if jax.process_count() == 1:
-            return futures, wait
-        return futures, lambda: exchanged(name, *outcome(wait), count=count, is_split=is_split)
+        return futures, wait
 
     def _drop_ahead(self) -> None:
         """Scores of the streaming scorer that the batch has not taken, such as those of an interrupted step."""
@@ -243,86 +266,12 @@ class Scorer:
 
     def take_errors(self) -> list[RewardError]:
         """The errors of worker processes since the last call, those of all hosts."""
+        return [error for errors in gather(self.take_own_errors(), "the errors of rewards") for error in errors]
+
+    def take_own_errors(self) -> list[RewardError]:
+        """The errors of this host's worker processes since the last call."""
         pools = [pool for pool in (self._pool, self._held_out_pool) if pool is not None]
-        own = [error for pool in pools for error in pool.take_errors()]
-        return [error for errors in gather(own, "the errors of rewards") for error in errors]
-
-
-def own_rows(count: int) -> range:
-    """The rows that this process scores of ``count``, in which the processes take turns."""
-    return range(jax.process_index(), count, jax.process_count())
-
-
-def scored_here(count: int, is_split: bool) -> range:
-    """The rows of a batch that this process scores with one reward.
-
-    Args:
-        count: rows of the batch.
-        is_split: whether each process scores a part of them; otherwise the first one scores all.
-    """
-    return own_rows(count) if is_split else range(count if is_main() else 0)
-
-
-def selected(
-    rows: Sequence[int], prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-) -> tuple[list[str], list[str], dict[str, list[Any]]]:
-    """Some rows of prompts, completions and columns.
-
-    Args:
-        rows: their numbers.
-        prompts, completions: ``[B]`` texts.
-        columns: ``[B]`` values each.
-    """
-    return (
-        [prompts[i] for i in rows],
-        [completions[i] for i in rows],
-        {column: [values[i] for i in rows] for column, values in columns.items()},
-    )
-
-
-def shared_out(name: str, reward: RewardFn, is_split: bool) -> RewardFn:
-    """A reward that is computed once, not by each process, and known to all.
-
-    Args:
-        name: of the reward.
-        reward: on the host.
-        is_split: whether each process scores a part of the rows; otherwise the first one scores all.
-    """
-    if jax.process_count() == 1:
-        return reward
-
-    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
-        count = len(completions)
-        rows = scored_here(count, is_split)
-        own = selected(rows, prompts, completions, columns)
-        outputs, error = outcome(lambda: score_with(name, reward, *own) if rows else [])
-        return exchanged(name, outputs, error, count=count, is_split=is_split)
-
-    return score
-
-
-def exchanged(
-    name: str, outputs: list[RewardOutput] | None, error: BaseException | None, *, count: int, is_split: bool
-) -> list[RewardOutput]:
-    """The outputs of a reward for all rows, from those that each process scored; an error is raised on all processes.
-
-    Args:
-        name: of the reward.
-        outputs: of this process's rows; None after an error.
-        error: of this process; None for none.
-        count: rows of the batch.
-        is_split: as for ``scored_here``.
-    """
-    parts: list[Any] = gather((outputs, portable(error)), f"the reward {name}", is_long=True)
-    if error is not None:
-        raise error
-    for _, other in parts:
-        if other is not None:
-            raise other
-    if not is_split:
-        return parts[0][0]
-    turns = jax.process_count()
-    return [parts[i % turns][0][i // turns] for i in range(count)]
+        return [error for pool in pools for error in pool.take_errors()]
 
 
 def check_reward_model(model: models.Pretrained, name: str) -> None:

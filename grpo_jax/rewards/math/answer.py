@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from grpo_jax.rewards.calling import per_sample
@@ -52,6 +53,7 @@ def extract_answer(text: str, prompt: str = "") -> str | None:
     return _untagged_answer(rest) if tagged is None else tagged[2]
 
 
+@lru_cache(1024)  # a gold answer is read for each completion of its group, in the reward and in the metrics
 def gold_answer(gold: str) -> str:
     """The final answer of a gold column: ``extract_answer`` of a solution, else the whole text without markdown.
 
@@ -72,6 +74,7 @@ def worked_answer(text: str) -> str | None:
     return box.answer if box is not None else marked[-1].answer if marked else None
 
 
+@lru_cache(1024)
 def canonical_answer(text: str) -> Fraction | str:
     """A key that is equal for two answers if and only if ``answer_reward`` counts them as equal.
 
