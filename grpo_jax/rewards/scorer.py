@@ -101,6 +101,8 @@ class Scorer:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
+            else:
+                self.held_out = in_turn(HELD_OUT, held_out, self._turn)
             rewards = {name: shared_out(name, reward, is_split[name]) for name, reward in rewards.items()}
             self.held_out = shared_out(HELD_OUT, self.held_out, is_split[HELD_OUT])
             parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
@@ -246,6 +248,22 @@ class Scorer:
         pools = [pool for pool in (self._pool, self._held_out_pool) if pool is not None]
         own = [error for pool in pools for error in pool.take_errors()]
         return [error for errors in gather(own, "the errors of rewards") for error in errors]
+
+
+def in_turn(name: str, reward: RewardFn, turn: threading.Lock) -> RewardFn:
+    """A reward that is not called while another one has the turn.
+
+    Args:
+        name: of the reward.
+        reward: on the host.
+        turn: held during its calls.
+    """
+
+    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
+        with turn:
+            return score_with(name, reward, prompts, completions, columns)
+
+    return score
 
 
 def own_rows(count: int) -> range:
