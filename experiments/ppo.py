@@ -37,6 +37,7 @@ from grpo_jax.loop.estimators import with_old_log_probs
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.export import check_steps, exported_params, save_trained
 from grpo_jax.loop.losses import critic_loss, policy_loss, shared_trunk_loss
+from grpo_jax.loop.queue import RolloutQueue
 from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import load_model, policy_state
 from grpo_jax.loop.stages import Stage
@@ -78,22 +79,26 @@ def train(config: PPOConfig, run: Run) -> None:
     mesh = config.mesh.build()
     collector = Collector(config, run, mesh)
     learner = (OwnCritic if config.critic == "model" else SharedTrunk)(config, collector, mesh)
+    queue = RolloutQueue(config, collector, run)
     run.describe(
         {
             "loss": f"{config.policy.loss}, critic {config.critic}, KL coefficient {config.kl_reward_coef:g}",
+            **queue.facts,
             "updates": f"{config.updates_per_step} a step; {learner.layout.description}; "
             + config.optimizer.description,
         }
     )
-    first, states, position = run.resume(learner.states)
+    first, states_and_queue, position = run.resume(queue.with_state(learner.states))
     check_steps(run, first, config.num_steps, setting="num_steps", decay=config.optimizer.decay)
     collector.restore(position)
+    states = queue.restore(states_and_queue, position)
     kl_coef = position.get("kl_coef", config.kl_reward_coef)
     collector.evaluate_if_due(first, learner.actor(states))
     with run.progress.phase("PPO", config.num_steps, start=first, earlier=run.rows()) as phase:
         for step in range(first + 1, config.num_steps + 1):
-            experience = collector.sample(step, learner.actor(states))
-            # Dispatched before the host scores, so that both run in parallel.
+            experience = queue.next(step, learner.actor(states))
+            # Dispatched before the host scores, so that both run in parallel. Of stale samples, too, values are those
+            # of the present critic, and so are the advantages.
             old, ref, values = learner.before(states, experience.rollout)
             scores = collector.score(experience)
             batch, kl, token_kl = learner.batch(experience, scores, old, ref, values, kl_coef)
@@ -102,7 +107,8 @@ def train(config: PPOConfig, run: Run) -> None:
             for epoch in range(config.num_epochs):
                 key = jax.random.fold_in(jax.random.fold_in(collector.shuffle, step), epoch)
                 for minibatch in shuffled_minibatches(batch, key, config.num_minibatches):
-                    minibatch = with_old_log_probs(minibatch, config.old_log_probs, is_first=not updates)
+                    is_first = not updates and not config.staleness
+                    minibatch = with_old_log_probs(minibatch, config.old_log_probs, is_first=is_first)
                     states, update = learner.update(states, learner.layout(minibatch), critic_alone=critic_alone)
                     updates.append(update)
 
@@ -127,12 +133,18 @@ def train(config: PPOConfig, run: Run) -> None:
                 experience, scores, metrics, per_completion, passes=passes, prompts_are_shared=is_shared
             )
             if collector.save_is_due(step, wants_checkpoint):
-                run.save(step, states, {**collector.state_dict(), "kl_coef": kl_coef})
+                saved = queue.with_state(states)
+                run.save(step, saved, {**collector.state_dict(), **queue.state_dict(), "kl_coef": kl_coef})
             run.stop_if_requested()
             metrics |= collector.evaluate_if_due(step, learner.actor(states))
             phase.update(step, metrics)
     params, step = exported_params(
-        config, run, states, steps=config.num_steps, params_of=learner.actor, start=collector.reload
+        config,
+        run,
+        queue.with_state(states),
+        steps=config.num_steps,
+        params_of=lambda saved: learner.actor(queue.state_of(saved)),
+        start=collector.reload,
     )
     summary = {"seed": config.seed}
     save_trained(

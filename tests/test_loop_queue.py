@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +16,10 @@ from experiments import grpo
 from experiments.hybrid import HybridConfig
 from grpo_jax import models
 from grpo_jax.config.data import DataConfig
-from grpo_jax.config.grpo import STALE_CAP, GRPOConfig
+from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.staleness import STALE_CAP
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.loop import losses
@@ -190,6 +192,30 @@ def test_on_policy_there_is_no_queue(config):
     assert asked == [(3, "params")]
 
 
+def test_an_error_of_the_thread_is_raised_where_its_batch_is_waited_for(config):
+    """With what was sampled before, the step before it is still trained on; the thread then ends with the run."""
+
+    def sample(step, params):
+        assert threading.current_thread() is not threading.main_thread()
+        if step == 2:
+            raise MemoryError("no cache")
+        experience = object.__new__(Experience)
+        experience.step, experience.times = step, {}
+        return experience
+
+    collector = object.__new__(Collector)
+    collector.mesh, collector.sample = config.mesh.build(), sample
+    collector.reshard, collector.start_scoring = lambda params: params, lambda experience: None
+    run = object.__new__(Run)
+    with ExitStack() as stack:
+        run.enter = stack.enter_context
+        queue = RolloutQueue(replace(config, rollout_mesh=2), collector, run)
+        assert queue.next(1, {}).step == 1
+        with pytest.raises(MemoryError, match="no cache"):
+            queue.next(2, {})
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sampler")]
+
+
 def only_ratio(log_probs, advantages, mask, *, old_log_probs):
     raise NotImplementedError
 
@@ -246,6 +272,12 @@ def test_stale_samples_are_corrected_for_unless_ratios_do_it(config):
 def test_devices_that_sample_are_found_before_a_model_is_loaded(config, changes, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **changes).check()
+
+
+def test_devices_that_sample_are_refused_to_several_processes(config, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"rollout_mesh is 2, and the run has 2 processes; .* leave rollout_mesh out"):
+        replace(config, rollout_mesh=2).check()
 
 
 @pytest.mark.slow

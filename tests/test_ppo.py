@@ -14,6 +14,7 @@ from grpo_jax.config.data import DataConfig
 from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.staleness import STALE_CAP
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.jsonl import read_jsonl
 from grpo_jax.models import from_hf_config, init_params, save_pretrained
@@ -58,10 +59,10 @@ def config(base, scorer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("critic", ["model", "head"])
-def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, critic, monkeypatch):
-    """Both optimizers, the reference and the adapted weight of the KL have to come back."""
-    config = replace(config, critic=critic)
+@pytest.mark.parametrize(("critic", "staleness"), [("model", 0), ("head", 0), ("model", 1)])
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, critic, staleness, monkeypatch):
+    """Both optimizers, the reference, the adapted weight of the KL and the samples ahead have to come back."""
+    config = replace(config, critic=critic, staleness=staleness)
     ppo.main(config)
     steps = steps_of(config)
     broken = replace(config, run_dir=config.run_dir.with_name("broken"))
@@ -87,6 +88,19 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(config, critic, monk
     assert steps[0]["kl"] == 0
     assert steps[-1]["kl"] != 0  # the actor has left the reference
     assert all(math.isfinite(row["value/loss"]) for row in steps)
+    if staleness:
+        assert [row["staleness"] for row in steps] == [0, 1, 1, 1]
+        # Step 2 is the first to update the actor, so that batch 3 is the first of an earlier policy.
+        gaps = [row["sampling/sampling_logp_difference/max"] for row in steps[1:]]
+        assert gaps[0] < 1e-5 < 1e-3 < min(gaps[1:])
+
+
+def test_stale_samples_are_corrected_for(config):
+    assert config.policy_loss == config.policy
+    assert replace(config, staleness=1).policy_loss.importance_cap == STALE_CAP
+    assert replace(config, staleness=1, old_log_probs="sampler").policy_loss.importance_cap is None
+    with pytest.raises(ValueError, match="no_ratio has no argument importance_cap and no argument rollout_log_probs"):
+        replace(config, staleness=1, policy=PolicyLossConfig(loss="tests.test_loop_queue:no_ratio"))
 
 
 @pytest.mark.slow

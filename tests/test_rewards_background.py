@@ -10,11 +10,11 @@ from grpo_jax.rewards.scorer import Scorer
 from tests.faulty_rewards import faulty
 
 
-def scorer(rewards, workers=0):
+def scorer(rewards, workers=0, held_out=faulty):
     return Scorer(
         rewards,
         dict.fromkeys(rewards, 1.0),
-        faulty,
+        held_out,
         learned=None,
         judge=None,
         gates={},
@@ -53,6 +53,29 @@ def test_a_thread_scores_in_turn_and_as_the_foreground():
         assert set(most) == {1}
         assert len(most) == 3
         assert second.seconds >= first.seconds > 0
+
+
+def test_an_evaluation_waits_for_the_turn_of_a_thread():
+    """The reward of held-out problems may share what is not safe for threads with that of training problems."""
+    begun, running, beside = threading.Event(), [], []
+
+    def slow(completions, **columns):
+        running.append(1)
+        begun.set()
+        time.sleep(0.05)
+        running.pop()
+        return length(completions)
+
+    def held_out(completions, **columns):
+        beside.append(len(running))
+        return length(completions)
+
+    with scorer({"slow": slow}, held_out=held_out) as scoring:
+        started = scoring.start([""], ["a"])
+        assert begun.wait(20)
+        assert [output.score for output in scoring.held_out([""], ["bb"])] == [2]
+        assert beside == [0]
+        np.testing.assert_array_equal(started.result().total, [1])
 
 
 def test_an_error_in_the_background_is_raised_where_its_scores_are_waited_for():

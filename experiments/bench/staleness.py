@@ -5,7 +5,7 @@
 
 The toy preset of grpo.py, with a further reward that sleeps and is always 0, as a judge on another machine would be
 waited for. Prints one JSON line: for each staleness the median seconds of a step, of them those that it waited for
-scores and for sampling, and pass@1 on held-out problems before and after, one entry for each seed.
+scores and for sampling, and the curve of pass@1 on held-out problems, one entry for each seed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     print(json.dumps({"scoring_seconds": config.seconds, **result}))
 
 
-def run(config: Config, folder: Path, staleness: int, seed: int) -> dict[str, float]:
+def run(config: Config, folder: Path, staleness: int, seed: int) -> dict[str, Any]:
     """Times and accuracies of one run; runs of a seed start from the same toy model."""
     name = f"{seed}-{staleness}"
     base = folder / f"{seed}-{config.staleness[0]}" / TOY_FOLDER
@@ -86,8 +86,7 @@ def run(config: Config, folder: Path, staleness: int, seed: int) -> dict[str, fl
         **{
             name: round(median(row.get(wait, row[on_policy[wait]]) for row in steps), 2) for name, wait in waits.items()
         },
-        "pass_at_1_before": round(accuracies[0], 3),
-        "pass_at_1_after": round(accuracies[-1], 3),
+        "pass_at_1": [round(accuracy, 3) for accuracy in accuracies],
     }
 
 

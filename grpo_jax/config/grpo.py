@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +19,11 @@ from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Preset, check_divides, require_at_least
-from grpo_jax.config.training import LOSS_INPUTS, LOSSES, OptimizerConfig, PolicyLossConfig
+from grpo_jax.config.staleness import check_stale_loss, corrected
+from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.sharding import make_mesh
 from grpo_jax.tasks.generated import SUMS
 
-STALE_CAP = 2.0
-"""Default cap of the importance weights of stale samples (verl: rollout_is_threshold, of the same default)."""
 # Names of the arguments that the run passes to an advantage.
 ADVANTAGE_INPUTS = (
     *("rewards", "group_size", "reward_parts", "reward_weights", "step_rewards", "is_step_end"),
@@ -72,17 +71,13 @@ class GRPOConfig(OnlineConfig):
     non-constant rewards. 1: off."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss."""
-    staleness: Annotated[int, tyro.conf.Suppress] = 0
-    """Steps that sampling is ahead of training: batch n is sampled from the policy after step n - 1 - staleness, while
-    earlier batches are scored. Importance weights correct for it (importance_cap, or old_log_probs sampler). 0: on
-    policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
     rollout_mesh: Annotated[int | None, tyro.conf.Suppress] = None
     """Sample on this many devices, the last ones, while the first mesh.data x mesh.fsdp x mesh.tensor train. Needs
     staleness. Default: all devices of the mesh do both in turn."""
 
     def __post_init__(self):
         OnlineConfig.__post_init__(self)
-        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1, staleness=0, rollout_mesh=1)
+        require_at_least(self, ref_refresh_every=1, kl_reward_coef=0, max_draws=1, rollout_mesh=1)
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}; an advantage needs at least 2 completions per prompt")
         if self.policy.kl_coef and self.kl_reward_coef:
@@ -107,31 +102,18 @@ class GRPOConfig(OnlineConfig):
                 f"rollout_mesh is {self.rollout_mesh} and staleness is 0: on policy, sampling and training wait for "
                 "each other, and a part of the devices would be idle at any time; set staleness to 1 or more"
             )
-        if self.staleness:
-            self._check_staleness()
-        elif self.old_log_probs == "sampler" and self.updates_per_step == 1 and not self.kl_reward_coef:
+        if self.staleness and self.max_draws > 1:
+            raise ValueError(
+                f"staleness is {self.staleness} and max_draws is {self.max_draws}: whether to sample again is known "
+                "once the samples are scored, so that sampling could not run ahead; set one of them to its default"
+            )
+        check_stale_loss(self, self.policy)
+        if self.old_log_probs == "sampler" and not (self.has_old_log_probs or self.kl_reward_coef):
             raise ValueError(
                 "old_log_probs is sampler, but a step has one update, which needs none: it is strictly on policy"
             )
         if self.ref_refresh_every is not None and not self.has_reference:
             raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
-
-    def _check_staleness(self) -> None:
-        if self.max_draws > 1:
-            raise ValueError(
-                f"staleness is {self.staleness} and max_draws is {self.max_draws}: whether to sample again is known "
-                "once the samples are scored, so that sampling could not run ahead; set one of them to its default"
-            )
-        known = accepted(find_function(self.policy.loss, "loss", LOSSES, LOSS_INPUTS))
-        is_sampler = self.old_log_probs == "sampler"
-        lacking = {"old_log_probs"} if is_sampler else {"importance_cap", "rollout_log_probs"}
-        if known is not None and (lacking := lacking - set(known)):
-            other = "recompute" if is_sampler else "sampler"
-            raise ValueError(
-                f"staleness is {self.staleness}, but the loss {self.policy.loss} has no argument "
-                f"{' and no argument '.join(sorted(lacking))}, so that it would not correct for samples of an earlier "
-                f"policy; use another loss, or old_log_probs {other}"
-            )
 
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""
@@ -210,13 +192,8 @@ class GRPOConfig(OnlineConfig):
 
     @property
     def policy_loss(self) -> PolicyLossConfig:
-        """``policy``, with an importance cap if samples are stale and nothing else corrects for it.
-
-        The objective is then the decoupled one (arXiv 2110.00641, 2505.24298): ratios and clip refer to the policy at
-        the start of the step, and its probabilities over those of the policy that sampled are a weight.
-        """
-        is_corrected = self.policy.importance_cap is not None or self.old_log_probs == "sampler"
-        return self.policy if is_corrected or not self.staleness else replace(self.policy, importance_cap=STALE_CAP)
+        """``policy``, corrected for stale samples."""
+        return corrected(self, self.policy)
 
     @property
     def has_old_log_probs(self) -> bool:

@@ -76,6 +76,10 @@ class OnlineConfig(RunConfig, PolicyConfig):
     old_log_probs: Annotated[Literal["recompute", "sampler"], tyro.conf.Suppress] = "recompute"
     """Log-probabilities at the start of a step with several updates: recomputed by the trainer, or the sampler's own,
     which saves a forward pass where both agree. The gap between them is then measured in the first update of a step."""
+    staleness: Annotated[int, tyro.conf.Suppress] = 0
+    """Steps that sampling is ahead of training: batch n is sampled from the policy after step n - 1 - staleness, while
+    earlier batches are scored. Importance weights correct for it (importance_cap, or old_log_probs sampler). 0: on
+    policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
     bad_updates: Annotated[BadUpdates, tyro.conf.Suppress] = "refuse"
     """Updates with a loss or gradient that is not finite, or a gradient above skip_grad_norm, are never applied. refuse
     ends the run at the first with an error; skip goes on without them, for up to 10 steps in a row."""
@@ -87,7 +91,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
         RunConfig.__post_init__(self)
         PolicyConfig.__post_init__(self)
         require_at_least(self, num_steps=1, num_prompts=1, group_size=1, eval_every=0, eval_samples=1, samples_every=1)
-        require_at_least(self, num_epochs=1, num_minibatches=1, num_micro_batches=1)
+        require_at_least(self, num_epochs=1, num_minibatches=1, num_micro_batches=1, staleness=0)
         parts = self.num_minibatches * (self.num_micro_batches or 1)
         if self.num_completions % parts:
             raise ValueError(

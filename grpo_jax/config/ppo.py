@@ -13,6 +13,7 @@ from grpo_jax.config.model import TOY_POLICY
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import Preset, require_at_least
+from grpo_jax.config.staleness import check_stale_loss, corrected
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.tasks.errands import ERRANDS
 from grpo_jax.tasks.toy_config import TOY, ToyConfig
@@ -83,6 +84,7 @@ class PPOConfig(OnlineConfig):
         if self.policy.kl_coef:
             raise ValueError("kl_coef is set, but PPO has the KL in the reward: set kl_reward_coef instead")
         self.check_old_log_probs(self.policy.importance_cap)
+        check_stale_loss(self, self.policy)
         if self.kl_target is not None and not self.kl_reward_coef:
             raise ValueError("kl_target is set, but kl_reward_coef, which it would adapt, is 0")
         if self.model not in (None, TOY) and not self.has_reward:
@@ -93,8 +95,14 @@ class PPOConfig(OnlineConfig):
         OnlineConfig.check(self)
         self.optimizer.check()
         self.critic_optimizer.check()
-        for has_old in {True, self.old_log_probs == "recompute"}:
-            self.policy.check(has_old=has_old, has_reference=False)
+        first_has_old = self.old_log_probs == "recompute" or self.staleness > 0
+        for has_old in {True, first_has_old}:
+            self.policy_loss.check(has_old=has_old, has_reference=False)
+
+    @property
+    def policy_loss(self) -> PolicyLossConfig:
+        """``policy``, corrected for stale samples."""
+        return corrected(self, self.policy)
 
     @property
     def trained_models(self) -> int:

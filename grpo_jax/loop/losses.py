@@ -32,8 +32,7 @@ def policy_loss(config: GRPOConfig | PPOConfig, model: Model, *, log_probs: LogP
     """
     if log_probs is None:
         log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
-    settings = config.policy_loss if isinstance(config, GRPOConfig) else config.policy
-    return settings.build(
+    return config.policy_loss.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
 

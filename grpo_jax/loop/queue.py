@@ -28,12 +28,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.hosts import fetch
 from grpo_jax.loop.collector import Collector
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.run import Run
 from grpo_jax.sharding import BATCH, bytes_on_devices, place
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
+
+State = TrainState | dict[str, TrainState]
+"""Of a policy; with a critic of its own, of both by name."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,13 @@ class RolloutQueue:
         run: ends the thread.
     """
 
-    def __init__(self, config: GRPOConfig, collector: Collector, run: Run):
+    def __init__(self, config: GRPOConfig | PPOConfig, collector: Collector, run: Run):
         self._config, self._collector = config, collector
         self._staleness = config.staleness
         self._waiting: deque[Waiting] = deque()
         self._sharding = NamedSharding(collector.mesh, P(None, *BATCH))
-        self._thread = run.enter(_thread()) if config.rollout_mesh is not None else None
+        is_beside = isinstance(config, GRPOConfig) and config.rollout_mesh is not None
+        self._thread = run.enter(_thread()) if is_beside else None
 
     @property
     def facts(self) -> dict[str, str]:
@@ -137,13 +142,13 @@ class RolloutQueue:
         future.set_result(function())
         return future
 
-    def with_state(self, state: TrainState) -> Any:
+    def with_state(self, state: State) -> Any:
         """The tree of a checkpoint: the state, and with it the queue if there is one.
 
         It waits until all batches are sampled, so that the evaluation of the step, too, has the devices alone.
 
         Args:
-            state: of the policy.
+            state: of the models that are trained.
         """
         if not self._staleness:
             return state
@@ -162,7 +167,7 @@ class RolloutQueue:
                 arrays[name][slot] = getattr(experience.rollout, name)
         return {"policy": state, "queue": place(arrays, self._sharding)}
 
-    def state_of(self, saved: Any) -> TrainState:
+    def state_of(self, saved: Any) -> Any:
         """The state in a tree of ``with_state``."""
         return saved["policy"] if self._staleness else saved
 
@@ -182,7 +187,7 @@ class RolloutQueue:
             ]
         }
 
-    def restore(self, saved: Any, position: Mapping[str, Any]) -> TrainState:
+    def restore(self, saved: Any, position: Mapping[str, Any]) -> Any:
         """The state of a checkpoint; its batches are put into the queue, and scored again.
 
         Args:

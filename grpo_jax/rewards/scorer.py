@@ -101,6 +101,8 @@ class Scorer:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
+            else:
+                self.held_out = in_turn(HELD_OUT, held_out, self._turn)
             self.held_out = shared_out(HELD_OUT, self.held_out, is_split[HELD_OUT])
             parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
             rules: dict[str, Any] = {"gates": gates, "clip": clip, "may_abstain": may_abstain}
@@ -272,6 +274,22 @@ class Scorer:
         """The errors of this host's worker processes since the last call."""
         pools = [pool for pool in (self._pool, self._held_out_pool) if pool is not None]
         return [error for pool in pools for error in pool.take_errors()]
+
+
+def in_turn(name: str, reward: RewardFn, turn: threading.Lock) -> RewardFn:
+    """A reward that is not called while another one has the turn.
+
+    Args:
+        name: of the reward.
+        reward: on the host.
+        turn: held during its calls.
+    """
+
+    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
+        with turn:
+            return score_with(name, reward, prompts, completions, columns)
+
+    return score
 
 
 def check_reward_model(model: models.Pretrained, name: str) -> None:
