@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.reward_model import RewardModelConfig
+from grpo_jax.config.speeds import Rates
 from grpo_jax.loop.compiled_updates import bytes_on_device
 from grpo_jax.loop.planned_learner import Learner, Work
 from grpo_jax.loop.planned_model import Lengths, decoder_of, hf_config_of, judge_of, planned_model, spread
 from grpo_jax.loop.planned_rollout import Rollout, plan_rollout
 from grpo_jax.loop.planned_updates import plan_grpo, plan_offline, plan_ppo
 from grpo_jax.loop.roofline import Measured, Number
-from grpo_jax.loop.topologies import Rates
 from grpo_jax.models import training_flops
 from grpo_jax.models.config import DecoderConfig
 
