@@ -243,6 +243,10 @@ def test_the_samplers_weights_are_sharded_as_far_as_decoding_gains(config):
     assert chosen(rates=V5P_RATES._replace(latency=1e-3)) == 1
     assert chosen(rates=V5P_RATES._replace(latency=1e-3), limit=20 * 10**9) == 2  # the fewest that fit
     assert chosen(limit=10**9) == 4  # as without
+    two = replace(DECODER, num_kv_heads=2)
+    tight = int((need.state_on(axes) + need.rollout_on(axes, 2) + 2 * decoding(V5P_RATES).cache_on(2)) / 0.9) + 1
+    assert memory.rollout_tensor(need, two, axes, tight) == 4  # whose KV heads are repeated
+    assert memory.rollout_tensor(need, two, axes, tight, decoding(V5P_RATES)) == 2  # the cache is small
     network = {"rates": H100_RATES._replace(wire=5e9, latency=1e-4)}
     assert chosen(**network, near=16) == 4
     assert chosen(**network, near=2) == 2

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +206,20 @@ def test_a_topology_that_is_not_known_is_refused(name):
         topology_devices(name)
 
 
+def test_the_cores_of_a_v4_chip_are_one_device(monkeypatch):
+    asked = {}
+
+    def described(platform, topology_name, **options):
+        asked[topology_name] = options
+        return SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topologies, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", described)
+    for name in ("v4:2x2x1", "v5p:2x2x1"):
+        topology_devices(name)
+    assert asked == {"v4:2x2x1": {"chip_config_name": "megacore"}, "v5p:2x2x1": {}}
+
+
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(topologies, "find_spec", lambda name: None)
     for name, extra in (("v5e:4x4", "tpu"), ("h100:8", "cuda13")):
@@ -292,6 +308,22 @@ def test_meshes_are_ranked_by_what_they_send_and_what_fits(small):
     five = pytest.raises(ValueError, match="no mesh of 5 devices suits the run: ")
     with planning_for(jax.devices()[:5], None), five:
         plan_search.rank_meshes(config, 5, limit=None, rates=None)
+
+
+def test_meshes_that_split_sequences_are_ranked_where_these_are_long(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "max_position_embeddings": 8192}))
+    lengths: Any = {"max_prompt_length": 32, "max_completion_length": 8160}
+    config = GRPOConfig(model=str(tmp_path), num_prompts=2, group_size=2, **lengths)
+    with planning_for(jax.devices()[:4], None):
+        ranked = plan_search.rank_meshes(config, 4, limit=None, rates=None)
+        sizes = {(each.mesh.data, each.mesh.fsdp, each.mesh.context, each.mesh.tensor) for each in ranked}
+        # Two prompts divide over at most two devices; the sampler's 4 completions over all.
+        assert sizes == {(2, 1, 1, 2), (1, 2, 1, 2), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 4, 1), (1, 1, 2, 2)}
+        short = replace(config, max_completion_length=4000)
+        assert {each.mesh.context for each in plan_search.rank_meshes(short, 4, limit=None, rates=None)} == {1}
+    odd = replace(config, num_prompts=1, group_size=3)
+    with planning_for(jax.devices()[:4], None), pytest.raises(ValueError, match="no mesh of 4 devices suits"):
+        plan_search.rank_meshes(odd, 4, limit=None, rates=None)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -386,6 +418,9 @@ def test_a_plan_of_grpo(tmp_path, capsys, monkeypatch):
     assert sum(each["times"] for each in decode["programs"].values()) == 48 / STEPS
     seconds = found["seconds"]
     assert max(seconds[name] for name in ("compute", "memory", "wire")) <= seconds["longest"] <= seconds["sum"]
+    update = next(phase for phase in found["phases"] if phase["name"] == "update")
+    switch = 3e-6 * (update["num_collectives"] + sum(kind == "all-reduce" for kind in update["collective_bytes"]))
+    assert switch <= update["latency_seconds"] <= 2 * 3e-6 * update["num_collectives"]
     assert found["price"]["sum"] == pytest.approx(found["hours"]["sum"] * 2 * 4)
     assert found["fits"]
     for text in ("memory by kind", "time of a step", "reference", "not measured", "4 prompts x 16"):

@@ -266,9 +266,9 @@ def check_memory(config: Any) -> None:
 def rollout_tensor(
     need: Reckoning, decoder: DecoderConfig, axes: Axes, limit: int, decoding: Decoding | None = None
 ) -> int:
-    """Devices that the sampler's weights are sharded over: as many as are fastest and leave room for state and KV cache.
+    """Devices that the sampler's weights are sharded over: the fastest number that leaves room for state and KV cache.
 
-    Without the speed of decoding, the fewest that leave room; so also if KV heads must be repeated for it.
+    Without the speed of decoding, it is the fewest that leave room; so also if KV heads must be repeated for it.
 
     Args:
         need: memory of the run.
@@ -279,7 +279,13 @@ def rollout_tensor(
     """
     most = axes["fsdp"] * axes.get("context", 1)
     sizes = [axes["tensor"] * n for n in divisors(most) if decoder.num_heads % (axes["tensor"] * n) == 0]
-    fitting = [n for n in sizes if need.state_on(axes) + need.rollout_on(axes, n) <= (USABLE - CACHE) * limit]
+
+    def room_for_cache(n: int) -> float:
+        # Twice, as it is copied when rows finish.
+        return CACHE * limit if decoding is None else min(CACHE * limit, 2 * decoding.cache_on(n))
+
+    state = need.state_on(axes)
+    fitting = [n for n in sizes if state + need.rollout_on(axes, n) + room_for_cache(n) <= USABLE * limit]
     whole = [n for n in fitting if decoder.num_kv_heads % n == 0]
     if decoding is None or not whole:
         return min(fitting, default=max(sizes, default=axes["tensor"]))

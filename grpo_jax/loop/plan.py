@@ -89,6 +89,19 @@ class Phase:
         return sum(times * getattr(measured, quantity) for measured, times in self.programs.values())
 
     @property
+    def num_collectives(self) -> Number:
+        """Collective operations in a step, one after the other."""
+        return round(sum(times * sum(measured.runs.values()) for measured, times in self.programs.values()))
+
+    def latency(self, rates: Rates) -> Number:
+        """Seconds of them in a step whatever their size, which are a part of ``wire``.
+
+        Args:
+            rates: of a device.
+        """
+        return sum(times * measured.latency(rates) for measured, times in self.programs.values())
+
+    @property
     def collectives(self) -> dict[str, Number]:
         """Bytes of each kind of collective operation in a step."""
         kinds = sorted({kind for measured, _ in self.programs.values() for kind in measured.collectives})
