@@ -14,7 +14,7 @@ from checkpoints import quick_jit
 
 from grpo_jax.config import memory
 from grpo_jax.config.data import DataConfig
-from grpo_jax.config.decoding import Decoding
+from grpo_jax.config.decoding import Decoding, decoding_of
 from grpo_jax.config.dpo import DPOConfig
 from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.memory import MICRO_BATCH_TOKENS
@@ -270,6 +270,12 @@ def test_the_default_for_the_sampler_follows_the_speed_of_the_devices(config, mo
     axes = {"data": 1, "fsdp": 8, "tensor": 1}
     monkeypatch.setattr(memory, "device_bytes", lambda devices: H100)
     assert memory.choose_rollout_tensor(config, DECODER, axes) == 1  # a speed that is not known
+    steps = decoding_of(config, DECODER, limit=H100, share=0.2, rates=H100_RATES)
+    assert (steps.rows, steps.length) == (config.num_completions, 1024 + 512 / 8)
+    assert (steps.cache_limit, steps.cache_itemsize, steps.devices, steps.near) == (0.2 * H100, 2, 8, 8)
+    small = replace(config, cache_bytes=800, cache_dtype="int8")
+    steps = decoding_of(small, DECODER, limit=H100, share=0.2, rates=H100_RATES)
+    assert (steps.cache_limit, steps.cache_itemsize) == (100, 1)
     monkeypatch.setattr(memory, "rates_of", lambda devices: H100_RATES)
     assert memory.choose_rollout_tensor(config, DECODER, axes) == 4
     monkeypatch.setattr(memory, "device_bytes", lambda devices: None)

@@ -20,7 +20,7 @@ class Decoding:
     Attributes:
         decoder: sizes of the model.
         rows: completions of a step.
-        length: tokens of prompt and completion, at most.
+        length: tokens of a row in the KV cache, at most: its completion, and its part of the prompt of a group.
         itemsize: bytes of a number in the precision of the computation.
         cache_itemsize: bytes of a number in the KV cache.
         cache_limit: bytes of the KV cache on a device.
@@ -31,7 +31,7 @@ class Decoding:
 
     decoder: DecoderConfig
     rows: int
-    length: int
+    length: float | int
     itemsize: int
     cache_itemsize: int
     cache_limit: float | int
@@ -91,7 +91,7 @@ def decoding_of(config: Any, decoder: DecoderConfig, *, limit: float | int, shar
     return Decoding(
         decoder=decoder,
         rows=config.num_completions,
-        length=config.sequence_length,
+        length=config.completion_length + config.prompt_length / config.group_size,
         itemsize=dtype.itemsize,
         cache_itemsize=jnp.dtype(config.cache_dtype or dtype).itemsize,
         cache_limit=share * limit if config.cache_bytes is None else config.cache_bytes / size,
