@@ -247,9 +247,9 @@ def test_the_samplers_weights_are_sharded_as_far_as_decoding_gains(config):
     tight = int((need.state_on(axes) + need.rollout_on(axes, 2) + 2 * decoding(V5P_RATES).cache_on(2)) / 0.9) + 1
     assert memory.rollout_tensor(need, two, axes, tight) == 4  # whose KV heads are repeated
     assert memory.rollout_tensor(need, two, axes, tight, decoding(V5P_RATES)) == 2  # the cache is small
-    network = {"rates": H100_RATES._replace(wire=5e9, latency=1e-4)}
-    assert chosen(**network, near=16) == 4
-    assert chosen(**network, near=2) == 2
+    slow = H100_RATES._replace(wire=5e9, latency=1e-4)  # between hosts
+    assert chosen(rates=slow, near=16) == 4
+    assert chosen(rates=slow, near=2) == 2
 
 
 def test_seconds_of_a_decode_step():
