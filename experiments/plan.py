@@ -39,13 +39,14 @@ from grpo_jax.config.memory import choose_rollout_tensor
 from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.presets import SCRIPTS
 from grpo_jax.config.reward_model import RewardModelConfig
-from grpo_jax.config.run import MeshConfig, require_at_least
+from grpo_jax.config.run import MeshConfig, check_divides, require_at_least
 from grpo_jax.config.sft import SFTConfig
+from grpo_jax.config.speeds import Rates, capacity_of, rates_of
 from grpo_jax.devices import planning_for
 from grpo_jax.loop.command import DEBUG, run_command
 from grpo_jax.loop.compilation import reporting_compilations
 from grpo_jax.loop.flags import Flag, flags_of
-from grpo_jax.loop.topologies import Rates, capacity_of, rates_of, topology_devices
+from grpo_jax.loop.topologies import topology_devices
 
 if TYPE_CHECKING:
     from grpo_jax.loop.plan import Plan
@@ -274,7 +275,8 @@ def check_meshes(run: Any, meshes: Sequence[MeshConfig], num_devices: int) -> No
         tried = replace(run, mesh=mesh)
         check_layout(tried)
         if isinstance(run, GRPOConfig | PPOConfig):
-            rollout_mesh(built, choose_rollout_tensor(tried, decoder, built.shape))
+            sampling = rollout_mesh(built, choose_rollout_tensor(tried, decoder, built.shape))
+            check_divides(run.num_completions, sampling, "num_prompts x group_size, in the sampler")
 
 
 def lengths_of(config: PlanConfig, run: GRPOConfig | PPOConfig) -> list[tuple[str, float | None, int]]:

@@ -14,6 +14,7 @@ from checkpoints import quick_jit
 
 from grpo_jax.config import memory
 from grpo_jax.config.data import DataConfig
+from grpo_jax.config.decoding import Decoding, decoding_of
 from grpo_jax.config.dpo import DPOConfig
 from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.memory import MICRO_BATCH_TOKENS
@@ -23,6 +24,7 @@ from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.config.run import MeshConfig
 from grpo_jax.config.sft import SFTConfig
+from grpo_jax.config.speeds import Rates
 from grpo_jax.config.training import OptimizerConfig, PolicyLossConfig
 from grpo_jax.models import from_hf_config
 from grpo_jax.models.lora_config import LoRA
@@ -206,11 +208,78 @@ def test_a_run_that_cannot_fit_is_refused_with_a_mesh_that_does(config, monkeypa
 def test_the_samplers_weights_are_sharded_as_far_as_they_must(config):
     axes = {"data": 1, "fsdp": 16, "tensor": 1}
     need = memory.reckon(config, DECODER, axes)
-    devices = [
-        memory.rollout_tensor(need, DECODER, axes, None, limit) for limit in (None, H100, 20 * 10**9, V5E, 10**9)
-    ]
-    assert devices == [1, 1, 2, 4, 4]  # at most the four KV heads
-    assert memory.rollout_tensor(need, DECODER, axes, 4, H100) == 4
+    devices = [memory.rollout_tensor(need, DECODER, axes, limit) for limit in (H100, 20 * 10**9, V5E, 10**9)]
+    assert devices == [1, 2, 4, 4]  # at most the four KV heads
+
+
+H100_RATES, V5P_RATES = Rates(989e12, 3352e9, 450e9, 3e-6, link=450e9), Rates(459e12, 2765e9, 270e9, 1e-6, 3, 90e9)
+
+
+def decoding(rates, **changes):
+    """Steps of 256 rows of 1,536 tokens on 16 devices."""
+    found = Decoding(
+        decoder=DECODER,
+        rows=256,
+        length=1536,
+        itemsize=2,
+        cache_itemsize=2,
+        cache_limit=0.2 * H100,
+        devices=16,
+        near=16,
+        rates=rates,
+    )
+    return replace(found, **changes)
+
+
+def test_the_samplers_weights_are_sharded_as_far_as_decoding_gains(config):
+    axes = {"data": 1, "fsdp": 16, "tensor": 1}
+    need = memory.reckon(config, DECODER, axes)
+
+    def chosen(limit=H100, rates=V5P_RATES, **changes):
+        return memory.rollout_tensor(need, DECODER, axes, limit, decoding(rates, **changes))
+
+    assert chosen() == chosen(rates=H100_RATES) == 4
+    assert chosen(rows=2**20, cache_limit=1e18) == 1  # products take longer than reading weights
+    assert chosen(rates=V5P_RATES._replace(latency=1e-3)) == 1
+    assert chosen(rates=V5P_RATES._replace(latency=1e-3), limit=20 * 10**9) == 2  # the fewest that fit
+    assert chosen(limit=10**9) == 4  # as without
+    two = replace(DECODER, num_kv_heads=2)
+    tight = int((need.state_on(axes) + need.rollout_on(axes, 2) + 2 * decoding(V5P_RATES).cache_on(2)) / 0.9) + 1
+    assert memory.rollout_tensor(need, two, axes, tight) == 4  # whose KV heads are repeated
+    assert memory.rollout_tensor(need, two, axes, tight, decoding(V5P_RATES)) == 2  # the cache is small
+    slow = H100_RATES._replace(wire=5e9, latency=1e-4)  # between hosts
+    assert chosen(rates=slow, near=16) == 4
+    assert chosen(rates=slow, near=2) == 2
+
+
+def test_seconds_of_a_decode_step():
+    steps = decoding(V5P_RATES)
+    cache = 28 * 2 * 512 * 2 * 16 * 1536  # of 16 rows, bytes
+    assert steps.cache_on(1) == steps.cache_on(4) == cache
+    assert steps.cache_on(8) == 2 * cache  # of 4 KV heads, each on two devices
+    assert steps.seconds(1, 15e9) == pytest.approx((15e9 + cache / 2) / 2765e9)
+    halves = replace(steps, cache_limit=cache / 2)
+    assert halves.seconds(1, 15e9) == pytest.approx((30e9 + cache / 2) / 2765e9)
+    hops = 3 * (4 ** (1 / 3) - 1)
+    sums = 57 * (2 * 64 * 3584 * 2 * 3 / 4 / 180e9 + 2 * 1e-6 * hops)  # 64 rows, over two links
+    assert steps.seconds(4, 15e9 / 4) == pytest.approx((15e9 / 4 + cache / 2) / 2765e9 + sums)
+    assert replace(steps, rows=10**6, cache_limit=1e18).seconds(1, 15e9) == pytest.approx(15e9 * 10**6 / 16 / 459e12)
+
+
+def test_the_default_for_the_sampler_follows_the_speed_of_the_devices(config, monkeypatch):
+    axes = {"data": 1, "fsdp": 8, "tensor": 1}
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: H100)
+    assert memory.choose_rollout_tensor(config, DECODER, axes) == 1  # a speed that is not known
+    steps = decoding_of(config, DECODER, limit=H100, share=0.2, rates=H100_RATES)
+    assert (steps.rows, steps.length) == (config.num_completions, 1024 + 512 / 8)
+    assert (steps.cache_limit, steps.cache_itemsize, steps.devices, steps.near) == (0.2 * H100, 2, 8, 8)
+    small = replace(config, cache_bytes=800, cache_dtype="int8")
+    steps = decoding_of(small, DECODER, limit=H100, share=0.2, rates=H100_RATES)
+    assert (steps.cache_limit, steps.cache_itemsize) == (100, 1)
+    monkeypatch.setattr(memory, "rates_of", lambda devices: H100_RATES)
+    assert memory.choose_rollout_tensor(config, DECODER, axes) == 4
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: None)
+    assert memory.choose_rollout_tensor(config, DECODER, axes) == 1
 
 
 def test_offload_is_refused_before_a_run_begins(config, monkeypatch):

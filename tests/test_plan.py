@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +14,26 @@ from conftest import TINY
 
 from experiments import plan as script
 from grpo_jax import devices
+from grpo_jax.config import speeds
 from grpo_jax.config.grpo import GRPOConfig
 from grpo_jax.config.memory import memory_limit
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.speeds import Rates, Speed, capacity_of, fewest_links, rates_of
 from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.devices import planning_for
 from grpo_jax.loop import plan_report, plan_search, topologies
 from grpo_jax.loop.flags import flags_of
+from grpo_jax.loop.kernel_work import computed_pairs, kernel_flops
 from grpo_jax.loop.plan import Phase, Plan
 from grpo_jax.loop.planned_model import Lengths, planned_model, spread
 from grpo_jax.loop.planned_rollout import layers_to_compile, plan_rollout, schedule
-from grpo_jax.loop.roofline import Measured, extrapolated, kernel_flops
-from grpo_jax.loop.topologies import Rates, Speed, capacity_of, rates_of, topology_devices
+from grpo_jax.loop.roofline import Measured, extrapolated
+from grpo_jax.loop.topologies import topology_devices
 from grpo_jax.models import from_hf_config, param_shapes
 from grpo_jax.rollout import Sampler
 from grpo_jax.rollout.buckets import STEPS, chunk_lengths, make_buckets
 from grpo_jax.sampling import Sampling
+from grpo_jax.sharding import make_mesh
 
 SMALL = ["--toy.hidden-size", "32", "--toy.num-layers", "1", "--num-prompts", "4"]
 RATES = Rates(compute=100.0, memory=10.0, wire=1.0)
@@ -93,10 +99,11 @@ def test_settings_are_those_of_the_planned_devices(small):
 
 def test_an_extrapolated_program_is_linear_in_its_layers():
     small = Measured(flops=10, traffic=4, collectives={"all-reduce": 2}, temporary=5, seconds=1)
-    large = Measured(flops=16, traffic=6, collectives={"all-gather": 4}, temporary=3, seconds=2)
+    large = Measured(flops=16, traffic=6, collectives={"all-gather": 4}, runs={("all-gather", 4): 2}, seconds=2)
     found = extrapolated(small, large, (2, 4), 8)
     assert (found.flops, found.traffic, found.temporary, found.seconds) == (28, 10, 0, 3)
     assert found.collectives == {"all-reduce": 0, "all-gather": 12}
+    assert found.runs == {("all-gather", 4): 6}
 
 
 def test_layers_are_compiled_in_whole_periods():
@@ -107,11 +114,30 @@ def test_layers_are_compiled_in_whole_periods():
     assert layers_to_compile(replace(config, windows=tuple(range(1, 13)))) is None  # nothing repeats
 
 
-def test_kernels_multiply_half_of_the_pairs():
+def test_kernels_multiply_the_pairs_of_whole_blocks():
     config = from_hf_config(TINY)
-    pair = config.num_layers * config.num_heads * config.head_dim * 10**2 * 3
-    products = {None: 2, "none": 9, "block": 11}
-    assert all(kernel_flops(config, 3, 10, remat) == count * pair for remat, count in products.items())
+    one, split = (make_mesh(data=1, context=n) for n in (1, 2))
+    pairs = {
+        ("cudnn", 1280, None, one, False): 55 * 128**2,  # of 10 x 10 blocks
+        ("cudnn", 1280, None, one, True): 1280**2,
+        ("cudnn", 1280, None, split, False): 1280**2,
+        ("splash", 1280, None, one, False): 6 * 512**2,  # with padding of 256 tokens
+        ("splash", 2048, None, split, True): 10 * 512**2,  # two blocks a device
+        ("splash", 2048, 513, one, False): 7 * 512**2,  # a block of queries and the one before it
+        ("splash", 2048, 514, one, False): 9 * 512**2,
+    }
+    for (kernel, length, window, mesh, is_masked), count in pairs.items():
+        assert computed_pairs(kernel, length, window, mesh, is_masked=is_masked) == count
+    half = config.num_layers * config.num_heads * config.head_dim * 6 * 512**2 * 3 * 2 // 2  # of three rows on two
+    for kernel, products in (
+        ("splash", {None: 2, "none": 9, "block": 11}),
+        ("cudnn", {None: 2, "none": 7, "block": 9}),
+    ):
+        for remat, count in products.items():
+            length = 1280 if kernel == "splash" else 10  # one block
+            found = kernel_flops(kernel, config, make_mesh(data=2), rows=3, length=length, remat=remat)
+            assert found == count * half * (1 if kernel == "splash" else 128**2 / (6 * 512**2))
+    assert kernel_flops(None, config, one, rows=3, length=10, remat=None) == 0
 
 
 def test_a_phase_adds_up_its_programs():
@@ -180,6 +206,20 @@ def test_a_topology_that_is_not_known_is_refused(name):
         topology_devices(name)
 
 
+def test_the_cores_of_a_v4_chip_are_one_device(monkeypatch):
+    asked = {}
+
+    def described(platform, topology_name, **options):
+        asked[topology_name] = options
+        return SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topologies, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", described)
+    for name in ("v4:2x2x1", "v5p:2x2x1"):
+        topology_devices(name)
+    assert asked == {"v4:2x2x1": {"chip_config_name": "megacore"}, "v5p:2x2x1": {}}
+
+
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(topologies, "find_spec", lambda name: None)
     for name, extra in (("v5e:4x4", "tpu"), ("h100:8", "cuda13")):
@@ -188,7 +228,7 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 
 
 class Chip:
-    platform = "gpu"
+    platform, coords = "gpu", (0, 0, 0)
 
     def __init__(self, kind, process_index=0):
         self.device_kind, self.process_index = kind, process_index
@@ -199,7 +239,28 @@ def test_gpus_of_several_hosts_send_over_the_network():
     several = rates_of([Chip("NVIDIA H100 80GB HBM3", host) for host in range(2)])
     assert one.wire == 9 * several.wire == 450e9
     assert (rates_of([Chip("cpu")]), capacity_of([Chip("cpu")])) == (None, None)
-    assert all(rates_of([Chip(kind)]) is not None for kind in topologies.SPEEDS)
+    assert all(rates_of([Chip(kind)]) is not None for kind in speeds.SPEEDS)
+
+
+def test_a_slice_sends_over_the_links_that_its_corners_have():
+    def links(*extents):
+        return fewest_links(list(np.ndindex(*extents)), 2 if len(extents) == 2 or extents[2] == 1 else 3)
+
+    found = {extents: links(*extents) for extents in ((1, 1), (2, 4), (16, 16, 1), (8, 16, 1))}
+    assert found == {(1, 1): 1, (2, 4): 2, (16, 16, 1): 4, (8, 16, 1): 3}
+    assert [links(*extents) for extents in ((2, 2, 4), (4, 4, 4), (4, 4, 16), (2, 2, 16))] == [3, 6, 6, 3]
+    assert rates_of([Chip("TPU v5")]) == Rates(459e12, 2765e9, 90e9, 1e-6, 3, 90e9)
+
+
+def test_latency_of_collectives():
+    torus, switch = Rates(1, 1, 1, 1e-6, 2), Rates(1, 1, 1, 3e-6)
+    assert torus.latency_of("all-gather", 16) == pytest.approx(6e-6)  # to the far corner of 4 x 4
+    assert torus.latency_of("all-reduce", 16) == pytest.approx(12e-6)
+    assert torus.latency_of("collective-permute", 2) == 1e-6
+    assert switch.latency_of("all-reduce", 8) == 6e-6
+    assert torus.latency_of("all-reduce", 1) == switch.latency_of("all-reduce", 1) == 0
+    measured = Measured(wire=2, runs={("all-reduce", 16): 5, ("all-gather", 16): 1})
+    assert measured.times(torus)["wire"] == pytest.approx(2 + 66e-6)
 
 
 # Meshes --------------------------------------------------------------------------------------------------------------
@@ -247,6 +308,22 @@ def test_meshes_are_ranked_by_what_they_send_and_what_fits(small):
     five = pytest.raises(ValueError, match="no mesh of 5 devices suits the run: ")
     with planning_for(jax.devices()[:5], None), five:
         plan_search.rank_meshes(config, 5, limit=None, rates=None)
+
+
+def test_meshes_that_split_sequences_are_ranked_where_these_are_long(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "max_position_embeddings": 8192}))
+    lengths: Any = {"max_prompt_length": 32, "max_completion_length": 8160}
+    config = GRPOConfig(model=str(tmp_path), num_prompts=2, group_size=2, **lengths)
+    with planning_for(jax.devices()[:4], None):
+        ranked = plan_search.rank_meshes(config, 4, limit=None, rates=None)
+        sizes = {(each.mesh.data, each.mesh.fsdp, each.mesh.context, each.mesh.tensor) for each in ranked}
+        # Two prompts divide over at most two devices; the sampler's 4 completions over all.
+        assert sizes == {(2, 1, 1, 2), (1, 2, 1, 2), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 4, 1), (1, 1, 2, 2)}
+        short = replace(config, max_completion_length=4000)
+        assert {each.mesh.context for each in plan_search.rank_meshes(short, 4, limit=None, rates=None)} == {1}
+    odd = replace(config, num_prompts=1, group_size=3)
+    with planning_for(jax.devices()[:4], None), pytest.raises(ValueError, match="no mesh of 4 devices suits"):
+        plan_search.rank_meshes(odd, 4, limit=None, rates=None)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -311,8 +388,8 @@ def test_an_unknown_flag_is_refused(capsys):
 
 
 def test_a_plan_of_grpo(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(topologies.SPEEDS, "cpu", Speed(1e11, 1e10, 1e9))
-    monkeypatch.setattr(topologies, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setitem(speeds.SPEEDS, "cpu", Speed(1e11, 1e10, 1e9))
+    monkeypatch.setattr(speeds, "peak_flops", lambda kind: 1e12)
     picture, output = tmp_path / "plan.png", tmp_path / "plan.json"
     args = ["grpo", "toy", "--topology", "cpu:4", *SMALL, "--kl-coef", "0.1", "--price", "2", "--meshes", "fsdp=4"]
     report, said = planned([*args, "--picture", str(picture), "--output", str(output)], capsys)
@@ -341,6 +418,9 @@ def test_a_plan_of_grpo(tmp_path, capsys, monkeypatch):
     assert sum(each["times"] for each in decode["programs"].values()) == 48 / STEPS
     seconds = found["seconds"]
     assert max(seconds[name] for name in ("compute", "memory", "wire")) <= seconds["longest"] <= seconds["sum"]
+    update = next(phase for phase in found["phases"] if phase["name"] == "update")
+    switch = 3e-6 * (update["num_collectives"] + sum(kind == "all-reduce" for kind in update["collective_bytes"]))
+    assert switch <= update["latency_seconds"] <= 2 * 3e-6 * update["num_collectives"]
     assert found["price"]["sum"] == pytest.approx(found["hours"]["sum"] * 2 * 4)
     assert found["fits"]
     for text in ("memory by kind", "time of a step", "reference", "not measured", "4 prompts x 16"):

@@ -38,6 +38,7 @@ def test_bytes_on_the_wire():
     gathered = cost_of(lambda x: x * 2, x, out_shardings=whole)
     assert gathered.collectives == {"all-gather": x.nbytes}
     assert gathered.wire == x.nbytes
+    assert gathered.runs == {("all-gather", 8): 1}
     summed = cost_of(lambda x: x.sum(0), x, out_shardings=whole)
     assert summed.wire == 2 * summed.collectives["all-reduce"] == 2 * 32 * 4
 
@@ -96,6 +97,7 @@ def test_a_tpus_program():
     x, y = (2 * math.prod(shape) for shape in ((64, 32), (64, 16)))
     assert cost.flops == 6 * 2 * 64 * 32 * 16
     assert cost.collectives == {"reduce-scatter": 6 * x}
+    assert cost.runs == {("reduce-scatter", 2): 6}
     assert cost.traffic == 6 * (x + y + 2 * x)
     assert cost.wire == 6 * x
 

@@ -292,10 +292,12 @@ def test_attention_costs_as_much_as_the_matrices_of_a_layer():
 
 
 def test_row_lengths_are_few():
-    assert row_lengths(1) == [256, 320, 384]
-    assert row_lengths(257) == [320, 384, 512]
-    assert row_lengths(1536) == [1536, 2048, 2560]
-    assert len({length for longest in range(1, 4097) for length in row_lengths(longest)}) < 20
+    assert row_lengths(1, 20) == [256, 320, 384]
+    assert row_lengths(257, 4096) == [320, 384, 512]
+    assert row_lengths(1536, 4096) == [1536, 2048, 2560]
+    assert row_lengths(1536, 1536) == [1536, 2048, 2560]
+    assert row_lengths(33_000, 33_790) == [33_792, 40_960, 49_152, 65_536]  # all sequences fit the first
+    assert len({length for longest in range(1, 4097) for length in row_lengths(longest, 4096)}) < 20
     assert [bucket_length(n, 1024) for n in (0, 64, 65, 200, 385, 800)] == [64, 64, 128, 256, 512, 1024]
     assert bucket_length(65, 100) == 100
 

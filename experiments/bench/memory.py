@@ -24,16 +24,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.config.compare import WITH_REWARD_MODEL
 from grpo_jax.config.run import require_at_least
+from grpo_jax.config.speeds import capacity_of, rates_of
 from grpo_jax.loop.benchmark import SHAPES
 from grpo_jax.loop.command import run_command
 from grpo_jax.loop.compiled_updates import Program, program_bytes
-from grpo_jax.loop.roofline import kernel_flops, measure
-from grpo_jax.loop.topologies import capacity_of, rates_of, topology_devices
+from grpo_jax.loop.kernel_work import kernel_flops, kernel_of
+from grpo_jax.loop.roofline import measure
+from grpo_jax.loop.topologies import topology_devices
 from grpo_jax.loop.update_memory import METHODS, UpdateShapes, size_of, update_memory
 from grpo_jax.models import LoRA, from_hf_config, param_shapes, training_flops
 from grpo_jax.models.kernels import AttentionName
@@ -148,8 +151,15 @@ def describe(config: Config, mesh: Mesh, method: str, program: Program) -> dict[
     devices, decoder = list(mesh.devices.flat), from_hf_config(config.hf_config)
     rates, capacity = rates_of(devices), capacity_of(devices)
     text, analysis = program.compiled.as_text() or "", program.compiled.memory_analysis()
-    is_fused = "custom-call" in text and config.attention != "plain" and config.dtype == "bfloat16"
-    fused = is_fused * kernel_flops(decoder, program.rows, program.row_length, config.remat) / mesh.size
+    fused = kernel_flops(
+        kernel_of(config.attention, decoder, jnp.dtype(config.dtype), mesh),
+        decoder,
+        mesh,
+        rows=program.rows,
+        length=program.row_length,
+        remat=config.remat,
+        prompts_are_shared=program.prompts_are_shared,
+    )
     measured = measure(program.compiled, devices[0].platform, more_flops=fused)
     assert analysis is not None
     result = {

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.devices import device_bytes, first_device, planned
+from grpo_jax.config.decoding import Decoding, decoding_of
+from grpo_jax.config.speeds import rates_of
+from grpo_jax.devices import all_devices, device_bytes, first_device, planned
 from grpo_jax.hosts import gather
 from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.sharding import (
@@ -77,10 +79,14 @@ class Reckoning:
             axes: sizes of the mesh's axes.
             rollout_tensor: devices that they are sharded over.
         """
-        share = share_on(self.matrices, {"fsdp": 1, "tensor": rollout_tensor}, ROLLOUT_RULES)
+        share = self.rollout_share(rollout_tensor)
         is_in_place = axes["fsdp"] == 1 and axes["tensor"] == rollout_tensor
         is_shared = self.rollout_is_shared and is_in_place and share == share_on(self.matrices, axes, PARAM_RULES)
         return 0 if is_shared else int(self.rollout * share)
+
+    def rollout_share(self, rollout_tensor: int) -> float:
+        """The part of the sampler's weights that each of ``rollout_tensor`` devices has."""
+        return share_on(self.matrices, {"fsdp": 1, "tensor": rollout_tensor}, ROLLOUT_RULES)
 
     def tokens_on(self, axes: Axes, limit: int) -> int:
         """Tokens of a micro-batch that a device has memory for.
@@ -239,14 +245,14 @@ def check_memory(config: Any) -> None:
     need, axes = reckon(config, decoder, mesh.shape), mesh.shape
     if not config.has_sampler:
         need = replace(need, rollout=0)
-    tensor = rollout_tensor(need, decoder, axes, config.mesh.rollout_tensor, limit)
+    tensor = choose_rollout_tensor(config, decoder, axes)
     state, rollout = need.state_on(axes), need.rollout_on(axes, tensor)
     if state + rollout <= limit:
         return
     found = [
         f"--mesh.fsdp {other['fsdp']} --mesh.tensor {other['tensor']}"
         for other in _meshes(mesh.size, decoder)
-        if need.state_on(other) + need.rollout_on(other, rollout_tensor(need, decoder, other, None, limit)) <= limit
+        if need.state_on(other) + need.rollout_on(other, rollout_tensor(need, decoder, other, limit)) <= limit
     ]
     advice = f"of the meshes of these {mesh.size} devices, {found[0]} does" if found else "no mesh of them does"
     held = "weights, optimizer state and reference" if config.has_reference else "weights and optimizer state"
@@ -257,26 +263,40 @@ def check_memory(config: Any) -> None:
     )
 
 
-def rollout_tensor(need: Reckoning, decoder: DecoderConfig, axes: Axes, wanted: int | None, limit: int | None) -> int:
-    """Devices that the sampler's weights are sharded over: the fewest that leave room for state and KV cache.
+def rollout_tensor(
+    need: Reckoning, decoder: DecoderConfig, axes: Axes, limit: int, decoding: Decoding | None = None
+) -> int:
+    """Devices that the sampler's weights are sharded over: the fastest number that leaves room for state and KV cache.
+
+    Without the speed of decoding, it is the fewest that leave room; so also if KV heads must be repeated for it.
 
     Args:
         need: memory of the run.
         decoder: sizes of the model; only numbers that divide its query heads are chosen.
         axes: sizes of the mesh's axes.
-        wanted: mesh.rollout_tensor, if it is set.
-        limit: memory of a device in bytes; None if unknown, and ``axes["tensor"]`` is the result.
+        limit: memory of a device in bytes.
+        decoding: steps of the run; None if their speed is unknown.
     """
-    if wanted is not None or limit is None:
-        return axes["tensor"] if wanted is None else wanted
     most = axes["fsdp"] * axes.get("context", 1)
     sizes = [axes["tensor"] * n for n in divisors(most) if decoder.num_heads % (axes["tensor"] * n) == 0]
-    fitting = [n for n in sizes if need.state_on(axes) + need.rollout_on(axes, n) <= (USABLE - CACHE) * limit]
-    return min(fitting, default=max(sizes, default=axes["tensor"]))
+
+    def room_for_cache(n: int) -> float:
+        # Twice, as it is copied when rows finish.
+        return CACHE * limit if decoding is None else min(CACHE * limit, 2 * decoding.cache_on(n))
+
+    state = need.state_on(axes)
+    fitting = [n for n in sizes if state + need.rollout_on(axes, n) + room_for_cache(n) <= USABLE * limit]
+    whole = [n for n in fitting if decoder.num_kv_heads % n == 0]
+    if decoding is None or not whole:
+        return min(fitting, default=max(sizes, default=axes["tensor"]))
+    return min(whole, key=lambda n: (decoding.seconds(n, need.rollout * need.rollout_share(n)), n))
 
 
 def choose_rollout_tensor(config: Any, decoder: DecoderConfig, axes: Axes) -> int:
-    """``rollout_tensor`` of a run with a policy, on the devices of this process.
+    """``mesh.rollout_tensor`` of a run with a policy, or the default on its devices; the same on every process.
+
+    Where devices do not report their memory (CPU), and for policies that are not trained, it is ``mesh.tensor``; where
+    their speed is unknown, or if steps do not sample, the fewest that leave room.
 
     Args:
         config: of the run.
@@ -286,7 +306,11 @@ def choose_rollout_tensor(config: Any, decoder: DecoderConfig, axes: Axes) -> in
     wanted, limit = config.mesh.rollout_tensor, memory_limit()
     if wanted is not None or limit is None or not config.trained_models:
         return axes["tensor"] if wanted is None else wanted
-    return rollout_tensor(reckon(config, decoder, axes), decoder, axes, wanted, limit)
+    rates, decoding = rates_of(all_devices()), None
+    if rates is not None and hasattr(config, "num_completions"):
+        decoding = decoding_of(config, decoder, limit=limit, share=CACHE, rates=rates)
+    need = reckon(config, decoder, axes)
+    return rollout_tensor(need if config.has_sampler else replace(need, rollout=0), decoder, axes, limit, decoding)
 
 
 def warn_of_narrow_shards(hidden_size: int, axes: Axes) -> None:

@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 import tyro
 
 from grpo_jax.config.data import DataConfig
-from grpo_jax.config.memory import check_memory, fewest_micro_batches, micro_batch_tokens, warn_of_narrow_shards
+from grpo_jax.config.memory import (
+    check_memory,
+    choose_rollout_tensor,
+    fewest_micro_batches,
+    micro_batch_tokens,
+    warn_of_narrow_shards,
+)
 from grpo_jax.config.mixture import TaskConfig, check_known, read_tasks, shares
 from grpo_jax.config.model import PolicyConfig
 from grpo_jax.config.rewards import RewardConfig
@@ -148,8 +154,10 @@ class OnlineConfig(RunConfig, PolicyConfig):
         rows = self.num_completions // (self.num_minibatches * self.micro_batches)
         self.mesh.check_divides(rows, "the completions of a micro-batch")
         if self.mesh.context > 1:
-            mesh = self.mesh.build()
-            sampling = rollout_mesh(mesh, self.mesh.rollout_tensor or mesh.shape["tensor"])
+            mesh, tensor, decoder = self.mesh.build(), self.mesh.rollout_tensor, self.decoder
+            if tensor is None and decoder is not None:
+                tensor = choose_rollout_tensor(self, decoder, mesh.shape)
+            sampling = rollout_mesh(mesh, tensor or mesh.shape["tensor"])
             check_divides(
                 self.num_completions, sampling, "num_prompts x group_size, in the sampler over mesh.context too"
             )

@@ -178,7 +178,8 @@ class MeshConfig:
     that are too long for one device. The sampler has them as replicas."""
     rollout_tensor: Annotated[int | None, tyro.conf.Suppress] = None
     """Devices that the sampler's weights are sharded over, a multiple of tensor that divides fsdp x context x
-    tensor. Default: tensor, or as many as it takes for them to fit beside the state of training."""
+    tensor. Default: of those that fit beside the state of training, the fastest by the devices' published speeds; on a
+    CPU, tensor."""
 
     def build(self) -> Mesh:
         """The mesh.

@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.ppo import PPOConfig
 from grpo_jax.config.reward_model import RewardModelConfig
+from grpo_jax.config.speeds import Rates
 from grpo_jax.loop.compiled_updates import bytes_on_device
 from grpo_jax.loop.planned_learner import Learner, Work
 from grpo_jax.loop.planned_model import Lengths, decoder_of, hf_config_of, judge_of, planned_model, spread
 from grpo_jax.loop.planned_rollout import Rollout, plan_rollout
 from grpo_jax.loop.planned_updates import plan_grpo, plan_offline, plan_ppo
 from grpo_jax.loop.roofline import Measured, Number
-from grpo_jax.loop.topologies import Rates
 from grpo_jax.models import training_flops
 from grpo_jax.models.config import DecoderConfig
 
@@ -87,6 +87,19 @@ class Phase:
             quantity: its name.
         """
         return sum(times * getattr(measured, quantity) for measured, times in self.programs.values())
+
+    @property
+    def num_collectives(self) -> Number:
+        """Collective operations in a step, one after the other."""
+        return round(sum(times * sum(measured.runs.values()) for measured, times in self.programs.values()))
+
+    def latency(self, rates: Rates) -> Number:
+        """Seconds of them in a step whatever their size, which are a part of ``wire``.
+
+        Args:
+            rates: of a device.
+        """
+        return sum(times * measured.latency(rates) for measured, times in self.programs.values())
 
     @property
     def collectives(self) -> dict[str, Number]:

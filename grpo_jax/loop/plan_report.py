@@ -107,9 +107,7 @@ def facts_of(plan: Plan, *, price: Number | None, device: str, length: str) -> l
     facts.append(("lengths", length))
     for small, large in sorted(unrolled):
         facts.append(("sampling", f"its layers are unrolled: from programs of {small} and {large} layers, linearly"))
-    facts.append(
-        ("not counted", "evaluations, rewards, further draws, the host; compaction; latency of transfers and programs")
-    )
+    facts.append(("not counted", "evaluations, rewards, further draws, the host; compaction; latency of programs"))
     facts.append(("all figures are", MARK))
     return facts
 
@@ -166,6 +164,8 @@ def _phase_json(phase: Phase, plan: Plan) -> dict[str, Any]:
         "memory_traffic_bytes": totals["traffic"],
         "wire_bytes": totals["wire"],
         "collective_bytes": phase.collectives,
+        "num_collectives": phase.num_collectives,
+        "latency_seconds": None if plan.rates is None else phase.latency(plan.rates),
         "seconds": None if plan.rates is None or phase.refused is not None else phase.seconds(plan.rates),
         "programs": {
             name: {

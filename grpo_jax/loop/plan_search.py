@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.config.memory import LANES, USABLE, choose_rollout_tensor, reckon
+from grpo_jax.config.decoding import decoding_of
+from grpo_jax.config.memory import CACHE, LANES, USABLE, choose_rollout_tensor, reckon
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.run import MeshConfig
+from grpo_jax.config.speeds import Rates
 from grpo_jax.loop.plan import check_layout
 from grpo_jax.loop.planned_model import decoder_of, hf_config_of
-from grpo_jax.loop.topologies import Rates
 from grpo_jax.models import param_shapes, training_flops
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.sharding import divisors, param_shardings
 
+SHORTEST_PART = 2048
+"""Tokens of a sequence that a device has at the least for a mesh with ``context`` to be a candidate."""
+UNKNOWN = Rates(1e14, 1e12, 1e11, link=1e11)
+"""Rates by which meshes are ranked where those of the devices are unknown."""
 NAMES = tuple(field.name for field in fields(MeshConfig))
 
 
@@ -72,64 +77,76 @@ def rank_meshes(config: Any, num_devices: int, *, limit: int | None, rates: Rate
     hf_config = hf_config_of(config)
     decoder = decoder_of(config, hf_config, scalar_head=isinstance(config, RewardModelConfig))
     shapes, found, problem = param_shapes(decoder), [], ""
-    for tensor in divisors(num_devices):
-        for fsdp in divisors(num_devices // tensor):
-            mesh = MeshConfig(fsdp=fsdp, tensor=tensor)
-            tried = replace(config, mesh=mesh)
-            try:
-                axes = mesh.build().shape
-                param_shardings(shapes, mesh.build())
-                if decoder.num_kv_heads % tensor:
-                    raise ValueError(f"mesh.tensor is {tensor}; it must divide {decoder.num_kv_heads} KV heads")
-                check_layout(tried)
-                for sampling in _rollout_tensors(tried, decoder, fsdp, tensor):
-                    tried = replace(config, mesh=replace(mesh, rollout_tensor=sampling))
-                    found.append(_estimate(tried, decoder, axes, limit, rates))
-            except ValueError as error:
-                problem = str(error)
+    for mesh in _meshes(num_devices, config.sequence_length):
+        tried = replace(config, mesh=mesh)
+        try:
+            axes = mesh.build().shape
+            param_shardings(shapes, mesh.build())
+            if decoder.num_kv_heads % mesh.tensor:
+                raise ValueError(f"mesh.tensor is {mesh.tensor}; it must divide {decoder.num_kv_heads} KV heads")
+            check_layout(tried)
+            for sampling in _rollout_tensors(tried, decoder):
+                tried = replace(config, mesh=replace(mesh, rollout_tensor=sampling))
+                found.append(_estimate(tried, decoder, axes, limit, rates or UNKNOWN))
+        except ValueError as error:
+            problem = str(error)
     if not found:
         raise ValueError(f"no mesh of {num_devices} devices suits the run: {problem}")
     return sorted(found, key=lambda each: (not each.fits, each.seconds))
 
 
-def _rollout_tensors(config: Any, decoder: DecoderConfig, fsdp: int, tensor: int) -> list[int | None]:
-    """Devices that the sampler's weights may be sharded over: the run's own choice may be slower than more of them."""
+def _meshes(num_devices: int, length: int) -> Iterator[MeshConfig]:
+    """Meshes of all devices; sequences are split as long as each device has ``SHORTEST_PART`` tokens of one."""
+    for tensor in divisors(num_devices):
+        for context in divisors(num_devices // tensor):
+            if context == 1 or length // context >= SHORTEST_PART:
+                for fsdp in divisors(num_devices // (tensor * context)):
+                    yield MeshConfig(fsdp=fsdp, context=context, tensor=tensor)
+
+
+def _rollout_tensors(config: Any, decoder: DecoderConfig) -> list[int | None]:
+    """Devices that the sampler's weights may be sharded over: the run's own choice may not be the fastest."""
     if not isinstance(config, OnlineConfig):
         return [None]
-    sizes = divisors(fsdp * tensor)
-    return [n for n in sizes if n % tensor == 0 and decoder.num_kv_heads % n == 0]
+    mesh, devices = config.mesh, config.mesh.build().size
+    sizes = [mesh.tensor * n for n in divisors(mesh.fsdp * mesh.context)]
+    fitting = [n for n in sizes if decoder.num_kv_heads % n == 0 and config.num_completions % (devices // n) == 0]
+    if not fitting:
+        raise ValueError(f"{config.num_completions} completions do not divide over the sampler's {devices} devices")
+    return [*fitting]
 
 
-def _estimate(config: Any, decoder: DecoderConfig, axes: Any, limit: int | None, rates: Rates | None) -> Estimate:
+def _estimate(config: Any, decoder: DecoderConfig, axes: Any, limit: int | None, rates: Rates) -> Estimate:
     """A step by arithmetic.
 
-    Products at peak, weights gathered and gradients scattered for each micro-batch, activations summed over
-    tensor-parallel devices, and weights and caches read for each decoded token.
+    Products at peak; for each micro-batch, weights gathered and gradients scattered, and keys and values gathered over
+    ``context``; activations summed over tensor-parallel devices; and weights and caches read for each decoded token.
     """
-    rates = rates or Rates(1e14, 1e12, 1e11)
     need = reckon(config, decoder, axes)
-    fsdp, tensor, n = axes["fsdp"], axes["tensor"], axes["data"] * axes["fsdp"] * axes["tensor"]
+    fsdp, context, tensor = axes["fsdp"], axes["context"], axes["tensor"]
+    shards, n = fsdp * context, axes["data"] * fsdp * context * tensor
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     weights, length = need.rollout or itemsize * need.state // 16, config.sequence_length
     is_online = isinstance(config, OnlineConfig)
     rows = config.num_completions if is_online else config.num_rows * (2 if config.ROWS == "num_pairs" else 1)
     updates = config.updates_per_step if is_online else 1
-    tokens = rows * length // (axes["data"] * fsdp)
+    tokens = rows * length // (axes["data"] * fsdp)  # of a device and of those that share its rows
     flops = training_flops(decoder, 0, np.full(rows, length)) / n * (4 / 3 if config.remat != "none" else 1)
-    narrow = 2 if fsdp > 1 and decoder.hidden_size // fsdp < LANES else 1
+    narrow = 2 if shards > 1 and decoder.hidden_size // shards < LANES else 1
     micro = config.micro_batches * updates
-    wire = micro * narrow * 3 * weights / tensor * (fsdp > 1)
-    wire += 2 * 4 * (weights / itemsize) / (fsdp * tensor) * (axes["data"] > 1) * updates
-    wire += 2 * 6 * decoder.num_layers * tokens * decoder.hidden_size * itemsize * (tensor > 1)
+    wire = micro * narrow * 3 * weights / tensor * (shards > 1)
+    wire += 2 * 4 * (weights / itemsize) / (shards * tensor) * (axes["data"] > 1) * updates
+    wire += 2 * 6 * decoder.num_layers * tokens / context * decoder.hidden_size * itemsize * (tensor > 1)
+    kv_size = 2 * decoder.num_kv_heads * decoder.head_dim * itemsize / tensor
+    wire += 3 * decoder.num_layers * tokens * kv_size * (context > 1)  # forward, again, and their gradients
     seconds = flops / rates.compute + wire / rates.wire
     held = need.state_on(axes)
     if is_online:
         sampling = choose_rollout_tensor(config, decoder, axes)
-        cache = 2 * itemsize * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * rows * length / n
-        seconds += config.completion_length * (need.rollout / sampling + cache / 2) / rates.memory
-        rows_each = rows * sampling / n * (sampling > 1)  # whose states are summed over the devices
-        moved = 4 * decoder.num_layers * rows_each * config.completion_length * decoder.hidden_size * itemsize
-        seconds += moved / rates.wire
+        memory = float("inf") if limit is None else limit
+        decoding = decoding_of(config, decoder, limit=memory, share=CACHE, rates=rates)
+        step = decoding.seconds(sampling, need.rollout * need.rollout_share(sampling))
+        seconds += config.completion_length * step
         held += need.rollout_on(axes, sampling)
-    fits = limit is None or (held <= USABLE * limit and need.tokens_on(axes, limit) >= length)
+    fits = limit is None or (held <= USABLE * limit and need.tokens_on(axes, limit) >= length / context)
     return Estimate(replace(config.mesh, data=axes["data"]), float(seconds), bool(fits))

@@ -22,8 +22,8 @@ from grpo_jax.loop.compiled_updates import (
     state_shapes,
     with_constant_count,
 )
-from grpo_jax.loop.roofline import Measured, compile_measured, kernel_flops
-from grpo_jax.models.kernels import hardware, resolve_attention
+from grpo_jax.loop.kernel_work import kernel_flops, kernel_of
+from grpo_jax.loop.roofline import Measured, compile_measured
 from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.train import (
     LossFn,
@@ -102,12 +102,6 @@ class Learner:
             size: bytes on a device.
         """
         self.held[kind] = self.held.get(kind, 0.0) + size
-
-    def is_fused(self, model: Pretrained) -> bool:
-        """Whether an attention kernel computes whole sequences."""
-        kind, config = hardware(self.mesh.devices.flat[0]), self.config
-        name = resolve_attention(config.attention, model.config, config.compute_dtype, kind)
-        return name in ("cudnn", "splash")
 
     def update(
         self,
@@ -201,9 +195,16 @@ class Learner:
             gradients: bytes of the accumulated gradients on a device; None without a backward pass.
         """
         remat = None if gradients is None else self.config.remat
-        more = 0.0
-        if self.is_fused(model):
-            more = kernel_flops(model.config, layout.rows, layout.row_length, remat) / self.mesh.size
+        kernel = kernel_of(self.config.attention, model.config, self.config.compute_dtype, self.mesh)
+        more = kernel_flops(
+            kernel,
+            model.config,
+            self.mesh,
+            rows=layout.rows,
+            length=layout.row_length,
+            remat=remat,
+            prompts_are_shared=layout.prompts_are_shared,
+        )
         _, measured = compile_measured(lower, platform(), options_of(self.mesh, self.options), more_flops=more)
         held = bytes_on_device(own)
         batch = max(0.0, measured.arguments - held)

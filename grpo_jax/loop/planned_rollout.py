@@ -15,11 +15,11 @@ from grpo_jax.config.memory import choose_rollout_tensor
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.devices import platform
 from grpo_jax.loop.compiled_updates import placed, with_sharding
+from grpo_jax.loop.kernel_work import kernel_flops, kernel_of
 from grpo_jax.loop.planned_model import Lengths, first_layers, planned_model
-from grpo_jax.loop.roofline import Measured, compile_measured, extrapolated, kernel_flops
+from grpo_jax.loop.roofline import Measured, compile_measured, extrapolated
 from grpo_jax.loop.setup import RolloutLayout, make_sampler, rollout_layout
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.kernels import hardware, resolve_attention
 from grpo_jax.models.preparation import find_repetition
 from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.rollout.buckets import SINGLE_CHUNK_BUCKET, STEPS, Bucket, make_buckets
@@ -221,9 +221,8 @@ def _programs(
     shapes.append(jax.ShapeDtypeStruct((N,), jnp.int32))
     prompts = placed(Prompts(*shapes), NamedSharding(layout.mesh, BATCH))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    kind = hardware(mesh.devices.flat[0])
-    attention = resolve_attention(config.attention, policy.config, config.compute_dtype, kind)
-    more = kernel_flops(policy.config, N, P, None) / mesh.size if attention in ("cudnn", "splash") else 0.0
+    kernel = kernel_of(config.attention, policy.config, config.compute_dtype, layout.mesh)
+    more = kernel_flops(kernel, policy.config, layout.mesh, rows=N, length=P, remat=None)
     program, measured = compile_measured(
         lambda: steps.prefill.lower(params, prompts, key), platform(), options, more_flops=more
     )

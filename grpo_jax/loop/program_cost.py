@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import NamedTuple
 
 ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1} | {
     f"{sign}{bits}": bits / 8 for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
@@ -74,6 +75,20 @@ class Instruction:
 Computation = dict[str, Instruction]
 
 
+class Transfer(NamedTuple):
+    """A collective operation.
+
+    Attributes:
+        size: bytes that it gathers, scatters, permutes or sums, in all of its runs.
+        times: how often it runs.
+        devices: that take part.
+    """
+
+    size: float
+    times: int
+    devices: int
+
+
 @dataclass(frozen=True)
 class Cost:
     """Work of a program on one device.
@@ -82,18 +97,19 @@ class Cost:
         flops: of matrix products; custom kernels are not counted.
         local_traffic: bytes that other instructions than collectives read from and write to the device's main memory,
             at most.
-        channels: bytes of each collective operation, by its kind and channel: what it gathers, scatters, permutes or
-            sums. A TPU runs one collective in several steps, which name the same channel.
+        channels: collective operations by their kind and channel. A TPU runs one in several steps, which name the same
+            channel.
     """
 
     flops: float = 0.0
     local_traffic: float = 0.0
-    channels: dict[tuple[str, str], float] = field(default_factory=dict)
+    channels: dict[tuple[str, str], Transfer] = field(default_factory=dict)
 
     def plus(self, other: Cost) -> Cost:
         """The sum of two costs of one run of a computation, in which each channel is used once."""
-        names = {*self.channels, *other.channels}
-        channels = {name: max(self.channels.get(name, 0.0), other.channels.get(name, 0.0)) for name in names}
+        channels = dict(self.channels)
+        for name, transfer in other.channels.items():
+            channels[name] = max(channels.get(name, transfer), transfer)
         return Cost(self.flops + other.flops, self.local_traffic + other.local_traffic, channels)
 
     def repeated(self, times: int, name: str) -> Cost:
@@ -103,19 +119,30 @@ class Cost:
             times: how often it runs.
             name: of the loop: other loops may use its channels too.
         """
-        channels = {(kind, f"{name}/{channel}"): times * size for (kind, channel), size in self.channels.items()}
+        channels = {
+            (kind, f"{name}/{channel}"): Transfer(times * each.size, times * each.times, each.devices)
+            for (kind, channel), each in self.channels.items()
+        }
         return Cost(times * self.flops, times * self.local_traffic, channels)
 
     @property
     def collectives(self) -> dict[str, float]:
         """Bytes of each kind of collective operation."""
         kinds = sorted({kind for kind, _ in self.channels})
-        return {kind: sum(size for (other, _), size in self.channels.items() if other == kind) for kind in kinds}
+        return {kind: sum(each.size for (other, _), each in self.channels.items() if other == kind) for kind in kinds}
+
+    @property
+    def runs(self) -> dict[tuple[str, int], int]:
+        """How often collective operations run, by their kind and the devices that take part."""
+        counts: dict[tuple[str, int], int] = {}
+        for (kind, _), each in self.channels.items():
+            counts[kind, each.devices] = counts.get((kind, each.devices), 0) + each.times
+        return counts
 
     @property
     def traffic(self) -> float:
         """Bytes read from and written to the device's main memory, at most; collectives read and write theirs."""
-        return self.local_traffic + sum(2 * size for size in self.channels.values())
+        return self.local_traffic + sum(2 * each.size for each in self.channels.values())
 
     @property
     def wire(self) -> float:
@@ -130,6 +157,8 @@ def program_cost(text: str) -> Cost:
         text: its optimized HLO (``compiled.as_text()``).
     """
     computations, entry = parse(text)
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    everyone = int(partitions[1]) if partitions else 1
     known: dict[str, Cost] = {}
 
     def cost_of(name: str) -> Cost:
@@ -145,13 +174,15 @@ def program_cost(text: str) -> Cost:
         ]
         kind = each.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return Cost(channels={(kind, _channel(each, name)): _collective_bytes(each, program)})
+            transfer = Transfer(_collective_bytes(each, program), 1, _participants(each, everyone))
+            return Cost(channels={(kind, _channel(each, name)): transfer})
         if each.opcode == "fusion":
             inner = computations.get(called[0], {})
             summed = [other for other in inner.values() if other.opcode == "all-reduce"]
             if summed and "all-reduce-scatter" in called[0]:  # a TPU's reduce-scatter
                 size = sum((operand.size for operand in _operands(each, program)), 0.0)
-                return Cost(channels={("reduce-scatter", _channel(summed[0], name)): size})
+                transfer = Transfer(size, 1, _participants(summed[0], everyone))
+                return Cost(channels={("reduce-scatter", _channel(summed[0], name)): transfer})
             return replace(cost_of(called[0]), local_traffic=_fusion_traffic(each, inner, program))
         if each.opcode == "while":
             return cost_of(called[0]).repeated(trip_count(each, computations), name)
@@ -223,6 +254,16 @@ def _constant(name: str, program: Computation) -> int:
 def _channel(each: Instruction, name: str) -> str:
     channel = re.search(r"channel_id=(\d+)", each.attributes)
     return channel[1] if channel else name
+
+
+def _participants(each: Instruction, everyone: int) -> int:
+    """Devices of each group of a collective; two, of a permutation."""
+    if "source_target_pairs" in each.attributes:
+        return 2
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", each.attributes):
+        return len(listed[1].split(","))
+    counted = re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", each.attributes)
+    return int(counted[1]) if counted else everyone
 
 
 def _instruction(text: str, *, is_root: bool) -> Instruction:

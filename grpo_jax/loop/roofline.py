@@ -11,10 +11,8 @@ from typing import Any
 import jax
 from jax.stages import Compiled
 
+from grpo_jax.config.speeds import Rates
 from grpo_jax.loop.program_cost import program_cost
-from grpo_jax.loop.topologies import Rates
-from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.remat import Remat
 
 Number = float | int
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)")
@@ -30,6 +28,7 @@ class Measured:
         traffic: bytes read from and written to main memory, at most.
         wire: bytes sent.
         collectives: bytes of each kind of collective operation.
+        runs: how often collective operations run, by their kind and the devices that take part.
         arguments, results, temporary: bytes of arguments in the device's memory, of results in memory of their own, and
             of temporary arrays: those in use at a time, by which a TPU's compiler refuses a program; of a CPU with what
             is lost between them.
@@ -41,6 +40,7 @@ class Measured:
     traffic: Number = 0.0
     wire: Number = 0.0
     collectives: Mapping[str, Number] = field(default_factory=dict)
+    runs: Mapping[tuple[str, int], Number] = field(default_factory=dict)
     arguments: Number = 0.0
     results: Number = 0.0
     temporary: Number = 0.0
@@ -52,8 +52,16 @@ class Measured:
         """Bytes of the program with its arguments."""
         return self.arguments + self.results + self.temporary
 
+    def latency(self, rates: Rates) -> float:
+        """Seconds of collective operations whatever their size, one after the other.
+
+        Args:
+            rates: of the device.
+        """
+        return sum((times * rates.latency_of(*run) for run, times in self.runs.items()), 0.0)
+
     def times(self, rates: Rates) -> dict[str, float]:
-        """Seconds of compute, memory traffic and wire, each by itself.
+        """Seconds of compute, memory traffic and wire with its latency, each by itself.
 
         Args:
             rates: of the device.
@@ -61,7 +69,7 @@ class Measured:
         return {
             "compute": self.flops / rates.compute,
             "memory": self.traffic / rates.memory,
-            "wire": self.wire / rates.wire,
+            "wire": self.wire / rates.wire + self.latency(rates),
         }
 
 
@@ -91,6 +99,7 @@ def measure(compiled: Compiled, platform: str, *, more_flops: Number = 0.0, seco
         traffic=cost.traffic,
         wire=cost.wire,
         collectives=cost.collectives,
+        runs=cost.runs,
         arguments=arguments,
         results=results,
         temporary=temporary,
@@ -134,30 +143,18 @@ def extrapolated(small: Measured, large: Measured, layers: tuple[int, int], num_
     def at(a: Number, b: Number) -> Number:
         return max(0.0, a + share * (b - a))
 
-    kinds = {*small.collectives, *large.collectives}
+    def of_each(name: str) -> dict[Any, Number]:
+        a, b = getattr(small, name), getattr(large, name)
+        return {key: at(a.get(key, 0.0), b.get(key, 0.0)) for key in sorted({*a, *b})}
+
     numbers = {
         each.name: at(getattr(small, each.name), getattr(large, each.name))
         for each in fields(Measured)
-        if each.name not in ("collectives", "seconds", "refused")
+        if each.name not in ("collectives", "runs", "seconds", "refused")
     }
     return Measured(
-        collectives={kind: at(small.collectives.get(kind, 0.0), large.collectives.get(kind, 0.0)) for kind in kinds},
+        collectives=of_each("collectives"),
+        runs=of_each("runs"),
         seconds=small.seconds + large.seconds,
         **numbers,
     )
-
-
-def kernel_flops(config: DecoderConfig, rows: int, length: int, remat: Remat | None) -> float:
-    """Floating-point operations of fused causal attention, which a program's text does not show.
-
-    Of ``S^2 H E`` each, since half of the pairs are masked: two products forward, once more if recomputed, and seven
-    backward (three for the queries' gradient, four for the keys' and values').
-
-    Args:
-        config: sizes of the model.
-        rows: sequences.
-        length: S, in tokens.
-        remat: of the train step; None for a forward pass alone.
-    """
-    products = 2 if remat is None else 2 * (1 if remat == "none" else 2) + 7
-    return float(products * config.num_layers * config.num_heads * config.head_dim * length**2 * rows)

@@ -1,45 +1,14 @@
-"""Devices that programs can be compiled for without having them, and their published figures."""
+"""Devices that programs can be compiled for without having them."""
 
 from __future__ import annotations
 
 import os
 import re
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
-
-from grpo_jax.monitor.devices import peak_flops
-
-
-class Speed(NamedTuple):
-    """Published figures of a device.
-
-    Attributes:
-        memory: bytes/s of its main memory.
-        wire: bytes/s that it sends over all of its links.
-        capacity: bytes of its main memory.
-        network: bytes/s that it sends to other hosts, where these are not on the same links; None if they are.
-    """
-
-    memory: float
-    wire: float
-    capacity: float
-    network: float | None = None
-
-
-SPEEDS = {
-    "TPU v4": Speed(1228e9, 6 * 45e9, 32e9),
-    "TPU v5 lite": Speed(819e9, 4 * 45e9, 16e9),
-    "TPU v5": Speed(2765e9, 6 * 90e9, 95e9),
-    "TPU v6 lite": Speed(1640e9, 4 * 90e9, 32e9),
-    "NVIDIA A100-SXM4-80GB": Speed(2039e9, 300e9, 80e9, 25e9),
-    "NVIDIA H100 80GB HBM3": Speed(3352e9, 450e9, 80e9, 50e9),
-    "NVIDIA H200": Speed(4800e9, 450e9, 141e9, 50e9),
-}
-"""By ``device_kind``. TPUs: links in one direction. GPUs: NVLink within a host, and an InfiniBand port of 200 (A100) or
-400 Gbit/s for each GPU between hosts."""
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 HOPPER = {
@@ -144,7 +113,9 @@ def topology_devices(name: str) -> list[Any]:
         os.environ.setdefault(variable, value)
     try:
         if not is_gpu:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+            # As they run: the two cores of a chip are one device, which is the default only from v5p on.
+            form = {"chip_config_name": "megacore"} if kind == "v4" else {}
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **form).devices)
         hosts, _, gpus = size.rpartition("x")
         if not (hosts or "1").isdigit():
             raise ValueError("a GPU topology is the number of GPUs, or hosts x GPUs")
@@ -154,43 +125,3 @@ def topology_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=form).devices)
     except Exception as error:  # the compilers' own classes
         raise ValueError(f"topology is {name}: {str(error).splitlines()[0]}") from error
-
-
-class Rates(NamedTuple):
-    """Work that a device does in a second.
-
-    Attributes:
-        compute: dense bfloat16 FLOP.
-        memory: bytes of its main memory.
-        wire: bytes that it sends.
-    """
-
-    compute: float
-    memory: float
-    wire: float
-
-
-def rates_of(devices: list[Any]) -> Rates | None:
-    """Published speeds of devices that compute together; None if they are unknown, as of a CPU.
-
-    Over several hosts of GPUs, everything is counted as sent over the network, which is slower than their links.
-
-    Args:
-        devices: of one kind.
-    """
-    kind = devices[0].device_kind
-    peak, speed = peak_flops(kind), SPEEDS.get(kind)
-    if peak is None or speed is None:
-        return None
-    is_networked = speed.network is not None and len({device.process_index for device in devices}) > 1
-    return Rates(peak, speed.memory, (speed.network or 0.0) if is_networked else speed.wire)
-
-
-def capacity_of(devices: list[Any]) -> int | None:
-    """Memory of a device in bytes; None if it is unknown.
-
-    Args:
-        devices: of one kind.
-    """
-    speed = SPEEDS.get(devices[0].device_kind)
-    return None if speed is None else int(speed.capacity)

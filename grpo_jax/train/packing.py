@@ -24,6 +24,8 @@ from grpo_jax.types import ATTENTION_LENGTH, Batch, PackedBatch, PackedRows, Pac
 
 SHORTEST_ROW = 256
 """Tokens of the shortest rows: attention costs little over them, and shorter ones leave more room unused."""
+TILE = 128
+"""Tokens by which blocks of attention kernels are counted."""
 TOKENS_PER_PLACE = 8
 """A row has a place for a sequence per this many tokens. More places cost more work on arrays of ``[places, T]``."""
 LARGEST_SEQUENCE_ARRAY = 2**20
@@ -98,7 +100,8 @@ def pack_on_host(
     prompts, prompt_of = _distinct_prompts(host.prompt_ids, host.prompt_mask)
     sizes = np.array([len(prompt) for prompt in prompts])[prompt_of] - 1 + lengths
     T = host.completion_ids.shape[1]
-    candidates = row_lengths(int(sizes.max(initial=1))) if row_length is None else [row_length]
+    longest = host.prompt_ids.shape[1] - 1 + T
+    candidates = row_lengths(int(sizes.max(initial=1)), longest) if row_length is None else [row_length]
     if sizes.max(initial=1) > candidates[-1]:
         raise ValueError(
             f"a prompt and its completion take {sizes.max()} places in a row of {row_length}; increase row_length"
@@ -125,15 +128,21 @@ def pack_on_host(
     return PackedBatch(host, PackedRows(**stacked), np.array(-(-len(placed) // R), np.int32))  # pyright: ignore[reportArgumentType]
 
 
-def row_lengths(longest: int) -> list[int]:
+def row_lengths(longest: int, most: int) -> list[int]:
     """The lengths of rows to choose from: the first three of 256, 320, 384, 512, 640, ... that hold ``longest`` tokens.
 
-    Few lengths, so that few programs are compiled. They are the multiples of powers of two by 4, 5 and 6.
+    Few lengths, so that few programs are compiled. They are the multiples of powers of two by 4, 5 and 6; beside them,
+    ``most`` is one if it is shorter, which saves up to a fifth of long rows.
+
+    Args:
+        longest: tokens of the longest sequence.
+        most: tokens of the longest sequence that there may be.
     """
     lengths = [SHORTEST_ROW, SHORTEST_ROW * 5 // 4, SHORTEST_ROW * 3 // 2]
     while lengths[-3] < longest:
         lengths.append(2 * lengths[-3])
-    return lengths[-3:]
+    whole = max(SHORTEST_ROW, -(-most // TILE) * TILE)
+    return [*([whole] if longest <= whole < lengths[-3] else []), *lengths[-3:]]
 
 
 def micro_batch(packed: PackedBatch, index: Int[Array, ""] | int) -> Batch:
