@@ -295,7 +295,7 @@ def place(tree: Any, sharding: Sharding | None) -> Any:
 
     def one(x: Any) -> Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.jit(lambda x: x, out_shardings=sharding)(x)
+            return jax.device_put(x, sharding)
         on_host = np.asarray(x)
         return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
 

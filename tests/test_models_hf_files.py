@@ -4,13 +4,14 @@ import json
 import logging
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import SMALL, edit_json, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax.models import from_pretrained
+from grpo_jax.models import from_pretrained, hf_weights
 from grpo_jax.models.hf_weights import is_finite
 
 
@@ -87,6 +88,28 @@ def test_a_stored_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(
 def test_an_equal_head_passes(tied):
     change(tied, {"lm_head.weight": stored_table(tied)})
     assert "lm_head" not in from_pretrained(tied).params
+
+
+def test_each_of_several_processes_compares_its_rows_of_a_tied_head(tmp_path, monkeypatch):
+    table = np.arange(36, dtype=np.float32).reshape(9, 4)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for row, finder in ((0, 0), (3, 0), (4, 1), (8, 1)):
+        head = table.copy()
+        head[row] += 1
+        stored = {}
+        for name, values in ((TABLE, table), ("lm_head.weight", head)):
+            values.tofile(tmp_path / name)
+            stored[name] = hf_weights.Stored(tmp_path / name, values.shape, "F32", 0)
+        for process in range(2):
+            own = []
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            # The other process tells what this one does not find.
+            monkeypatch.setattr(
+                hf_weights.hosts, "gather", lambda equal, *_, own=own, **__: own.append(equal) or [False]
+            )
+            with pytest.raises(ValueError, match="differs from"):
+                hf_weights._check_tied_head(tmp_path, stored, TABLE, True)
+            assert own == [process != finder]
 
 
 # Which files are read -------------------------------------------------------------------------------------------------

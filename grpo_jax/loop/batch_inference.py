@@ -141,7 +141,7 @@ def check_provenance(
     provenance = to_json(
         {
             "model": start,
-            "weights": models.weights_digest(start),
+            "weights": on_main(lambda: models.weights_digest(start), "the digest of the weights", is_long=True),
             "seed": config.seed,
             "sampling": dataclasses.asdict(config.sampling),
             "dataset": config.data.dataset,

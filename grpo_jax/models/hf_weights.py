@@ -79,14 +79,15 @@ def load_params(
             an ``lm_head.weight`` that differs from the embedding it is tied to; or a damaged file.
     """
     table, names, stored = check_weights(folder, config)
-    if config.tie_word_embeddings and not config.scalar_head:
-        _check_tied_head(folder, stored, names["embed/embedding"])
     shapes = param_shapes(config, param_dtype)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placement: dict[str, Any] = dict.fromkeys(table, device)
     else:
         placement = _flatten(shardings(shapes))
+    by_all = not all(sharding.is_fully_addressable for sharding in placement.values())
+    if config.tie_word_embeddings and not config.scalar_head:
+        _check_tied_head(folder, stored, names["embed/embedding"], by_all)
     params: dict[str, Any] = dict.fromkeys(table)
     not_finite: dict[str, str] = {}
     # The largest tensors of a file first, while few others are in memory.
@@ -97,7 +98,7 @@ def load_params(
         params[path] = redistributed(array, placement[path])
         if problem:
             not_finite[path] = f"{names[path]}: {problem}"
-    if not all(sharding.is_fully_addressable for sharding in placement.values()):
+    if by_all:
         # The process that read such a value knows it, and all must stop.
         of_all = hosts.gather(not_finite, "the weights", is_long=True)
         not_finite = {path: problem for of_one in of_all for path, problem in of_one.items()}
@@ -229,7 +230,8 @@ def _naming(stored: Mapping[str, Stored]) -> str:
     return f"they are {cut(sorted(stored), 3)}; convert them to the names that transformers writes for this model_type"
 
 
-def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str) -> None:
+def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str, by_all: bool) -> None:
+    """Check that a stored head is the embedding; all processes together if ``by_all``, each a part of its rows."""
     head = stored.get("lm_head.weight")
     if head is None:
         return
@@ -237,8 +239,12 @@ def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str) -> 
     if equal:
         heads, tables, rows = head.mapped(), stored[table].mapped(), head.shape[0]
         step = max(1, COMPARED_BYTES // (4 * head.shape[1]))
-        parts = (slice(row, min(row + step, rows)) for row in range(0, rows, step))
+        own, count = (jax.process_index(), jax.process_count()) if by_all else (0, 1)
+        first, end = rows * own // count, rows * (own + 1) // count
+        parts = (slice(row, min(row + step, end)) for row in range(first, end, step))
         equal = all(np.array_equal(heads[part], tables[part].astype(heads.dtype)) for part in parts)
+    if by_all:
+        equal = all(hosts.gather(equal, "the tied head", is_long=True))
     if not equal:
         raise ValueError(
             f"tie_word_embeddings in {folder / 'config.json'} is true (or missing, and true by default), "
