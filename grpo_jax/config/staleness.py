@@ -9,11 +9,8 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.training import LOSS_INPUTS, LOSSES, PolicyLossConfig
 
 STALE_CAP = 2.0
-"""Default cap of the importance weights of stale samples, each of one token.
-
-The default of verl's rollout_is_threshold too; for weights of tokens, its docs/algo/rollout_corr.md calls 1.5 to 5
-typical.
-"""
+"""Default cap of the importance weights of stale samples, each of one token. (The default of verl's
+rollout_is_threshold too; for weights of tokens its docs/algo/rollout_corr.md calls 1.5 to 5 typical.)"""
 
 
 def corrected(config: OnlineConfig, policy: PolicyLossConfig) -> PolicyLossConfig:
