@@ -389,6 +389,8 @@ def run_experiment(
             else:
                 train(config, run)
         except Stopped as stopped:
-            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command resumes from the last")
+            steps = run.checkpoints.steps()
+            kept = f"checkpoints of steps {steps}; the same command resumes from the last"
+            run.say(f"stopped; {kept if steps else 'the same command goes on from what is written'}")
             return stopped.status
     return 0
