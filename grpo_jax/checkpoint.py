@@ -7,6 +7,7 @@ goes on while it is written: ``save`` returns once the state is copied.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import warnings
 from collections.abc import Collection
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax.hosts import agree, gather, on_main
+from grpo_jax.hosts import LONGER, agree, gather, latest_exchange, on_main
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Part of the name under which orbax writes a checkpoint."""
@@ -65,8 +66,15 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._keep = keep
         self._writing: tuple[int, frozenset[int]] | None = None
+        self._failure: Exception | None = None
         on_main(self._remove_unfinished, "removing unfinished checkpoints")
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=True))
+        longest = max(1, int(latest_exchange()[2] * LONGER))  # seconds that processes wait for each other's parts
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=True, async_options=ocp.options.AsyncOptions(timeout_secs=longest)
+            ),
+        )
 
     def steps(self) -> list[int]:
         """The steps with a complete checkpoint, ascending; waits for one that is being written."""
@@ -103,6 +111,24 @@ class Checkpoints:
         """Whether this process has ended writing a checkpoint, or failed to, and ``wait`` was not called since."""
         return self._writing is not None and not self._manager.is_saving_in_progress()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this process could not write its part of a checkpoint, which ``wait`` will say.
+
+        The other processes cannot know: orbax waits for this one's part until its timeout.
+        """
+        if self.is_written and self._failure is None:
+            self._failure = self._ended()
+        return self._failure is not None
+
+    def _ended(self) -> Exception | None:
+        """The error of the checkpoint that is being written, once it ends; orbax raises it once."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            return error
+        return None
+
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is complete, and delete those that are not kept.
 
@@ -112,16 +138,12 @@ class Checkpoints:
         if self._writing is None:
             return
         (step, protected), self._writing = self._writing, None
-        failure = None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            failure = self._not_written(step, error)
-            failure.__cause__ = error
-        # A checkpoint that one process could not write is complete for none.
-        texts = gather(failure and str(failure), f"the checkpoint of step {step}", is_long=True)
-        if text := next(filter(None, texts), None):
-            raise failure or OSError(text)
+        error, self._failure = self._failure or self._ended(), None
+        if error is not None:
+            # Without telling the others in an exchange: they wait in orbax for this one's part, and end when they hear
+            # that this process has ended, and why.
+            raise self._not_written(step, error) from error
+        gather(None, f"the checkpoint of step {step}", is_long=True)  # none is deleted before all have written
         for old in sorted(self._manager.all_steps())[: -self._keep]:
             if old not in protected:
                 self._manager.delete(old)
@@ -221,7 +243,10 @@ class Checkpoints:
     def _set_aside(self, damaged: list[int]) -> None:
         def rename() -> None:
             for step in damaged:  # so that the step can be saved again when the run comes back to it
-                (self.folder / str(step)).rename(self.folder / f"damaged-{step}")
+                name = f"damaged-{step}"  # an earlier one of the same step is kept
+                names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+                free = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+                (self.folder / str(step)).rename(free)
 
         on_main(rename, "setting damaged checkpoints aside")
         self._manager.reload()
@@ -235,5 +260,7 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         try:
             self._manager.close()
+            if self._failure is not None and writing:  # known, but not yet raised
+                raise self._failure
         except Exception as error:
             raise (self._not_written(writing[0], error) if writing else error) from error

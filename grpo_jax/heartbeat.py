@@ -38,6 +38,9 @@ GRACE = 15.0
 TRY_AGAIN = 75
 """Exit status (EX_TEMPFAIL of sysexits.h) if the same commands go on from the last checkpoint: another process was
 lost, or this one was preempted."""
+NOT_CONNECTED = 69
+"""Exit status (EX_UNAVAILABLE) if the processes did not find each other: one may be late, so it is worth a few trials,
+but nothing was computed, so not any number of them."""
 CONNECTION_TIMEOUT = 60
 """Seconds in which all processes must have been started."""
 COMMUNICATION = tuple(f"{code}: " for code in ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEEDED"))
@@ -56,7 +59,7 @@ def connect(
 ) -> None:
     """Connect with the other processes and watch them, before JAX is used otherwise; again, it does nothing.
 
-    If they do not come in time, the process ends with a message, since JAX cannot be interrupted here.
+    If they do not come in time, the process ends with a message and status 69, since JAX cannot be interrupted here.
 
     Args:
         coordinator: address of the first process, host:port; None, and None for the others, where JAX finds them
@@ -264,7 +267,7 @@ def _not_connected(coordinator: str | None, num_processes: int | None, process_i
             f"all {num_processes} processes, and check that the port can be reached from here"
         )
     print(f"error: {text} (--distributed.connection-timeout sets the time)", file=sys.stderr)
-    _end(2)
+    _end(NOT_CONNECTED)
 
 
 def _end(status: int) -> NoReturn:

@@ -15,6 +15,8 @@ import numpy as np
 
 Row = Mapping[str, Any]
 """A log row: values by name, including ``step``."""
+PART = ".part"
+"""End of the name of a file that is being written, which begins with a dot."""
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -23,13 +25,21 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     Args:
         path: the file.
         data: the new content, as a whole or in chunks (of which one is in memory at a time).
+
+    Raises:
+        OSError: it cannot be written, and says so with the name of the file, which is unchanged.
     """
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.writelines([data] if isinstance(data, bytes) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    part = path.with_name(f".{path.name}{PART}")
+    try:
+        with part.open("wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)  # it takes space on a disk that is full
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def to_json(value: Any) -> Any:
@@ -151,6 +161,8 @@ class JsonlLog:
         Raises:
             ValueError: a row has no integer ``step``; nothing is written.
             TypeError: a value has no JSON equivalent; nothing is written.
+            OSError: it cannot be written, such as on a full disk; the error names the file, and no part of a row
+                stays in it.
         """
         self.append_lines([to_line(row) for row in rows])
 
@@ -159,9 +171,17 @@ class JsonlLog:
 
         Args:
             lines: of ``to_line``.
+
+        Raises:
+            OSError: as ``append``.
         """
-        with self.path.open("ab") as file:
-            file.write(b"".join(lines))
+        try:
+            with self.path.open("ab") as file:
+                file.write(b"".join(lines))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                _cut_torn_line(self.path)
+            raise OSError(error.errno, error.strerror or str(error), str(self.path)) from error
 
     def rewind(self, step: int) -> int:
         """Remove the rows after ``step``, for a run that resumes from there.

@@ -223,6 +223,46 @@ def test_an_error_of_the_writing_in_the_background_is_raised_at_the_next_opportu
     checkpoints.close()
 
 
+def test_damaged_again_at_the_same_step_both_are_set_aside(checkpoints):
+    for _ in range(2):
+        for step in (1, 2):
+            if step not in checkpoints.steps():
+                checkpoints.save(step, make_state(step), {})
+        checkpoints.wait()
+        for path in (checkpoints.folder / "2").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+        with pytest.warns(UserWarning, match="damaged checkpoint, not used"):
+            assert checkpoints.restore(make_state())[0] == 1
+    assert {path.name for path in checkpoints.folder.glob("damaged-*")} == {"damaged-2", "damaged-2-2"}
+
+
+def test_a_process_that_cannot_write_its_part_does_not_wait_for_the_others_to_say_so(checkpoints, monkeypatch):
+    """They wait for its part, and so would not come to an exchange."""
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    checkpoints.save(2, make_state(2), {})
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "gather", lambda *args, **options: pytest.fail("it waits for the others"))
+    with monkeypatch.context() as patch:
+        checkpoints._manager.wait_until_finished()
+        patch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        assert checkpoints.has_failed
+    with pytest.raises(OSError, match=r"step 2 could not be written.*No space left on device; complete .* \[1\]"):
+        checkpoints.wait()
+    assert not checkpoints.has_failed
+
+
+def test_orbax_waits_for_the_parts_of_others_as_long_as_is_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_jax.hosts._timeout", 20.0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints._manager._checkpointer._async_manager._timeout_secs == 120
+    checkpoints.close()
+
+
 def test_keeps_at_least_one(tmp_path):
     with pytest.raises(ValueError, match="keep is 0"):
         Checkpoints(tmp_path, keep=0)

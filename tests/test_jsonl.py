@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -203,3 +204,28 @@ def test_lines_are_what_other_tools_read(path):
     JsonlLog(path).append({"step": 1, "clip_ratio/low_mean": 0.0, "text": "漢"})
     assert json.loads(path.read_text("utf-8")) == {"step": 1, "clip_ratio/low_mean": 0.0, "text": "漢"}
     assert "漢" in path.read_text("utf-8")
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 64 kilobytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_said_with_the_file_and_loses_no_row(full_disk):
+    log = JsonlLog(full_disk / "metrics.jsonl")
+    log.append({"step": 1, "text": "x" * 20_000})
+    before = log.path.read_bytes()
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        log.append({"step": 2, "text": "x" * 100_000})
+    assert log.path.read_bytes() == before
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        write_atomically(log.path, b"x" * 100_000)
+    assert [path.name for path in full_disk.iterdir()] == ["metrics.jsonl"]  # nothing that takes space
+    log.append({"step": 2})
+    assert [row["step"] for row in read_jsonl(log.path)] == [1, 2]

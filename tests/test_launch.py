@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grpo_jax.heartbeat import NOT_CONNECTED, TRY_AGAIN
 from tests.test_loop_command import run_script
 
 FOLDER = Path(__file__).parent.parent / "experiments/launch"
@@ -118,6 +119,32 @@ def test_slurm_does_not_start_a_job_with_an_error_again(launch):
     done, calls = launch("slurm.sbatch", statuses=[2])
     assert done.returncode == 2
     assert [call[0] for call in calls] == ["srun"]
+
+
+def test_slurm_tries_a_few_times_whether_the_processes_find_each_other(launch, tmp_path):
+    done, calls = launch("slurm.sbatch", statuses=[69, 75])
+    assert done.returncode == 75
+    assert [call[0] for call in calls] == ["srun", "srun", "scontrol"]
+    (tmp_path / "bin").rename(tmp_path / "before")
+    (tmp_path / "calls").unlink()
+    done, calls = launch("slurm.sbatch", statuses=[69] * 9)
+    assert done.returncode == 69
+    assert [call[0] for call in calls] == ["srun"] * 3
+
+
+def test_tpu_vms_try_a_few_times_whether_the_processes_find_each_other(launch):
+    done, calls = launch("tpu_vm.sh", statuses=[69, 69, 75, *[69] * 9])
+    assert done.returncode == 69
+    assert sum(call[4] == "ssh" for call in calls) == 6
+    assert "2 of 3 trials" in done.stdout
+
+
+def test_statuses_of_the_launch_files_are_ours():
+    for name in ("slurm.sbatch", "tpu_vm.sh"):
+        text = (FOLDER / name).read_text()
+        assert f"\nPREEMPTED={TRY_AGAIN}\n" in text
+        assert f"\nNOT_CONNECTED={NOT_CONNECTED}\n" in text
+    assert f"--restart-on-exit-codes={NOT_CONNECTED},{TRY_AGAIN} " in (FOLDER / "xpk.sh").read_text()
 
 
 def test_slurm_gives_each_process_a_gpu_and_time_to_save():

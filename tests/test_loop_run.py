@@ -1,5 +1,6 @@
 """The frame of a run: its folder is its own, its logs rewind, its signals stop it between steps."""
 
+import errno
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from grpo_jax.loop import run as run_module
 from grpo_jax.loop.compilation import count_compilations, processor
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
-from grpo_jax.loop.stop import Stopped, first_reason
+from grpo_jax.loop.stop import Stopped, StopSignals, first_reason
 from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.samples import Sample
 from grpo_jax.rewards.workers.pool import RewardError
@@ -371,3 +372,48 @@ def test_a_folder_that_cannot_be_is_named(tmp_path, monkeypatch):
     (tmp_path / "run" / "config.json").write_text('{"steps": ')
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         open_run(tmp_path / "run")
+
+
+def test_a_run_killed_before_its_settings_were_written_may_be_started_again(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "begun.txt").write_text("2026-11-27\n")
+    (tmp_path / ".config.json.part").write_text('{"steps')
+    with open_run(tmp_path, Config(steps=4)) as run:
+        assert run.previous is None
+
+
+@pytest.mark.parametrize(("name", "text"), [("begun.txt", ""), ("begun.txt", "x"), ("summary.json", '{"config"')])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, text):
+    with open_run(tmp_path / "run") as run:
+        run.log({"step": 0})
+        run.write_summary({})
+    (tmp_path / "run" / name).write_text(text)
+    with open_run(tmp_path / "run") as run, pytest.raises(ValueError, match=rf"/run/{name} is damaged"):
+        run.start_date if name == "begun.txt" else run.is_finished_with(["steps"])
+
+
+def test_a_signal_that_cannot_be_told_stops_the_run_all_the_same():
+    def say(text):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    with StopSignals(say) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.reason == "SIGTERM"
+
+
+def test_without_locks_of_files_a_folder_is_claimed_while_its_process_lives(tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("grpo_jax.loop.run_folder.fcntl.flock", unsupported)
+    monkeypatch.setattr("grpo_jax.loop.claim.BEAT", 0.05)
+    monkeypatch.setattr("grpo_jax.loop.claim.WATCH", 0.5)
+    with (
+        open_run(tmp_path),
+        pytest.raises(RuntimeError, match=rf"another process is running .*process {os.getpid()} on"),
+    ):
+        open_run(tmp_path)
+    assert not (tmp_path / ".claim").exists()
+    (tmp_path / ".claim").write_text("process 1 on a host, killed")
+    with open_run(tmp_path):
+        pass

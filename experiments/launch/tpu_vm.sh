@@ -21,6 +21,10 @@ COMMAND=(
 (($#)) && COMMAND=("$@")
 # The status after a SIGTERM, once the run is saved (EX_TEMPFAIL); the same command goes on from there.
 PREEMPTED=75
+# The status if the processes did not find each other (EX_UNAVAILABLE), since one of them came late, or never will: tried
+# again, but not for ever.
+NOT_CONNECTED=69
+MOST_TRIALS=3
 
 on_hosts() { # WORKERS COMMAND
     gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker="$1" --command="$2"
@@ -34,14 +38,19 @@ if [[ ${COMMAND[0]} == stop ]]; then
 fi
 
 command="cd ${REPOSITORY@Q} && HF_HOME=${HF_HOME@Q} exec ${PYTHON@Q} ${COMMAND[*]@Q} --distributed.auto true"
+trials=0
 while true; do
     status=0
     on_hosts all "$command" || status=$?
     state=$(gcloud compute tpus tpu-vm describe "$TPU" --zone="$ZONE" --format='value(state)')
     # After a maintenance event the slice is READY again; after a preemption it is not and must be created anew.
-    if ((status != PREEMPTED)) || [[ $state != READY ]]; then
+    if [[ $state == READY ]] && ((status == PREEMPTED)); then
+        trials=0
+        echo "saved after SIGTERM; started again"
+    elif [[ $state == READY ]] && ((status == NOT_CONNECTED && ++trials < MOST_TRIALS)); then
+        echo "the processes did not find each other, $trials of $MOST_TRIALS trials; started again"
+    else
         echo "ended with status $status; the slice is $state"
         exit "$status"
     fi
-    echo "saved after SIGTERM; started again"
 done

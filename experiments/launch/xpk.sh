@@ -23,12 +23,12 @@ COMMAND=(
 read -ra flags <<<"${FLAGS:-}"
 
 # exec: xpk runs the command in a subshell and sends SIGTERM to that alone.
-# 75 is the status after a SIGTERM, once the run is saved. xpk counts it as a restart, so there are many; it does not
-# restart after 1 and 2, an error of the run.
+# 75 is the status after a SIGTERM, once the run is saved; 69 is that of processes which did not find each other. xpk
+# counts both as restarts, so there are many; it does not restart after 1 and 2, an error of the run.
 # Secrets: --env-file=FILE with HF_TOKEN and WANDB_API_KEY alone on a line takes them from the environment.
 exec xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" \
     --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices=1 \
     --docker-image="$IMAGE" --storage="$STORAGE" \
     --env="HF_HOME=$SHARED/huggingface" --env="JAX_COMPILATION_CACHE_DIR=$SHARED/jax" \
-    --restart-on-exit-codes=75 --max-restarts=100 --termination-grace-period-seconds=180 \
+    --restart-on-exit-codes=69,75 --max-restarts=100 --termination-grace-period-seconds=180 \
     --command="exec python ${COMMAND[*]@Q} --distributed.auto true" "${flags[@]}"

@@ -91,7 +91,7 @@ class OfflineConfig(RunConfig, ModelConfig):
     lora: LoRA = LoRA()
     """LoRA adapters."""
     offload: Annotated[tuple[Literal["optimizer"], ...], tyro.conf.Suppress] = ()
-    """optimizer: its state lies in the host's memory, and on the devices only during the optimizer's update."""
+    """optimizer: its state lies in the host's memory; during the optimizer's update, all of it is on the devices."""
     eval_every: int = 20
     """Steps between evaluations; 0 for only those before the first and after the last step, which always run."""
     bad_updates: Annotated[BadUpdates, tyro.conf.Suppress] = "refuse"

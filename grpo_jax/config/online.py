@@ -65,7 +65,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
     lora: LoRA = LoRA()
     """LoRA adapters."""
     offload: Annotated[tuple[Offloaded, ...], tyro.conf.Suppress] = ()
-    """What lies in the host's memory, and on the devices only while they compute with it: optimizer, its state;
+    """What lies in the host's memory, and, all of it, on the devices while they compute with it: optimizer, its state;
     reference, the reference policy."""
     num_epochs: int = 1
     """Passes over each step's completions."""

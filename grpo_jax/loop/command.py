@@ -61,6 +61,7 @@ def run_command(
         What ``main`` returns; 2 for a mistake in settings, data or files, or a result that is not finite; 1 for any
         other exception; 130 after Ctrl-C. Of a run that was stopped after a step, ``main`` returns 130 after Ctrl-C or
         an alarm. 75 says that a launcher may start the command again: after SIGTERM, or if another process was lost.
+        The process itself ends with 69 if it does not find the others.
 
     Raises:
         SystemExit: with status 2 for an unknown flag or a value that cannot be parsed, after tyro's own message; with

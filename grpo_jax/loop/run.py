@@ -18,7 +18,14 @@ from rich.text import Text
 from grpo_jax.hosts import gather, is_main, on_main
 from grpo_jax.jsonl import JsonlLog, NoLog, Row, read_jsonl, to_json, write_atomically
 from grpo_jax.loop.compilation import enable_compilation_cache, reporting_compilations
-from grpo_jax.loop.run_folder import START_DATE, claim_folder, device_summary, package_versions
+from grpo_jax.loop.run_folder import (
+    START_DATE,
+    claim_folder,
+    device_summary,
+    package_versions,
+    read_settings,
+    read_start_date,
+)
 from grpo_jax.loop.same_start import check_folder_is_shared, check_same_start, settings_of
 from grpo_jax.loop.stop import Reason, Stopped, StopSignals, first_reason
 from grpo_jax.monitor.alarms import Alarm
@@ -143,7 +150,7 @@ class Run:
     @property
     def start_date(self) -> str:
         """The date on which the run was first started, such as "2026-11-27"; kept on resume."""
-        return on_main((self.folder / START_DATE).read_text, "reading the run's date").strip()
+        return on_main(lambda: read_start_date(self.folder / START_DATE), "reading the run's date")
 
     @property
     def is_finished(self) -> bool:
@@ -154,8 +161,8 @@ class Run:
         """Whether the run is finished and was finished with the present values of these settings."""
         if not self.is_finished:
             return False
-        summary = on_main((self.folder / "summary.json").read_text, "reading the run's summary")
-        config = json.loads(summary).get("config", {})
+        summary = on_main(lambda: read_settings(self.folder / "summary.json"), "reading the run's summary")
+        config = summary.get("config", {})
         return all(config.get(name, self.settings.get(name)) == self.settings.get(name) for name in names)
 
     def changed(self, name: str) -> tuple[Any, Any] | None:
@@ -178,10 +185,11 @@ class Run:
         """
         minutes = (time.monotonic() - self._saved) / 60  # a change of the system's clock does not matter
         answers = gather(
-            (self._signals.reason, self.checkpoints.is_written, minutes), "asking whether to stop, and what is written"
+            (self._signals.reason, self.checkpoints.is_written, self.checkpoints.has_failed, minutes),
+            "asking whether to stop, and what is written",
         )
-        reasons, are_written, (minutes, *_) = zip(*answers, strict=True)
-        if all(are_written):
+        reasons, are_written, have_failed, (minutes, *_) = zip(*answers, strict=True)
+        if all(are_written) or any(have_failed):
             self.checkpoints.wait()  # an error of the writing ends the run now, not at the next checkpoint
         self._stop, self._was_asked = first_reason(reasons), True
         passed = self._save_minutes is not None and minutes >= self._save_minutes
@@ -381,6 +389,8 @@ def run_experiment(
             else:
                 train(config, run)
         except Stopped as stopped:
-            run.say(f"stopped; checkpoints of steps {run.checkpoints.steps()}; the same command resumes from the last")
+            steps = run.checkpoints.steps()
+            kept = f"checkpoints of steps {steps}; the same command resumes from the last"
+            run.say(f"stopped; {kept if steps else 'the same command goes on from what is written'}")
             return stopped.status
     return 0

@@ -9,13 +9,17 @@ from collections.abc import Collection, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
-from grpo_jax.jsonl import write_atomically
+from grpo_jax.jsonl import PART, write_atomically
+from grpo_jax.loop.claim import Claim
 
 START_DATE = "begun.txt"
+CLAIM = ".claim"
+BEFORE_ANY = ("config.json", "data.json", START_DATE, ".lock", CLAIM)
+"""Files that a run writes before it computes anything."""
 PACKAGES = (
     "grpo_jax",
     "jax",
@@ -51,7 +55,7 @@ class claim_folder:  # noqa: N801 - used as a function
         known = folder / "config.json"
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"run_dir: {folder} is a file; name a folder")
-        if not known.exists() and folder.exists() and any(folder.iterdir()):
+        if not known.exists() and folder.exists() and not all(map(_is_of_a_start, folder.iterdir())):
             raise ValueError(f"run_dir: {folder} is not empty and holds no run (no config.json); choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,25 +63,26 @@ class claim_folder:  # noqa: N801 - used as a function
         except OSError as error:
             raise OSError(f"run_dir: {folder} cannot be written: {error.strerror or error}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._claim = _lock_or_claim(self._lock, folder)
+        except BaseException:
             self._lock.close()
-            raise RuntimeError(
-                f"another process is running in {folder}; wait for it or choose another folder"
-            ) from error
+            raise
+        try:
+            self._describe(folder, settings, resumable_fields)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _describe(self, folder: Path, settings: Mapping[str, Any], resumable_fields: Collection[str]) -> None:
+        known, start_date = folder / "config.json", folder / START_DATE
         if known.exists() and has_results(folder):
-            try:
-                self.previous = read_settings(known)
-                different = differences(self.previous, settings, resumable_fields)
-                if different:
-                    raise ValueError(
-                        f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
-                        "run with what it was started with:\n  " + "\n  ".join(different)
-                    )
-            except ValueError:
-                self._lock.close()
-                raise
-        start_date = folder / START_DATE
+            self.previous = read_settings(known)
+            different = differences(self.previous, settings, resumable_fields)
+            if different:
+                raise ValueError(
+                    f"{folder} holds a run with another configuration; choose another folder, remove this one, or "
+                    "run with what it was started with:\n  " + "\n  ".join(different)
+                )
         if not start_date.exists() or not has_results(folder):
             write_atomically(start_date, f"{date.today().isoformat()}\n".encode())
         write_atomically(known, json.dumps(settings, indent=2).encode() + b"\n")
@@ -85,11 +90,33 @@ class claim_folder:  # noqa: N801 - used as a function
     def __enter__(self) -> None: ...
 
     def __exit__(self, *error) -> None:
+        if self._claim is not None:
+            self._claim.close()
         self._lock.close()
 
 
+def _lock_or_claim(lock: IO[str], folder: Path) -> Claim | None:
+    """Lock a file, or claim its folder where the file system cannot lock.
+
+    Raises:
+        RuntimeError: another process has it.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"another process is running in {folder}; wait for it or choose another folder") from error
+    except OSError:  # a network file system without locks, such as Lustre without the option flock
+        return Claim(folder / CLAIM)
+    return None
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a file may be all that a process leaves which is killed before it has written ``config.json``."""
+    return path.name in BEFORE_ANY or (path.name.startswith(".") and path.name.endswith(PART))
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a run's ``config.json``.
+    """The settings in a run's ``config.json``, or another JSON object in its folder.
 
     Raises:
         ValueError: it is not a JSON object.
@@ -103,10 +130,24 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def read_start_date(path: Path) -> str:
+    """The date in ``begun.txt``, such as "2026-11-27".
+
+    Raises:
+        ValueError: it is not a date.
+    """
+    try:
+        return date.fromisoformat(path.read_text().strip()).isoformat()
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: it is not a date such as 2026-11-27, which prompts may contain; write the day on "
+            "which the run was started, or choose another run_dir"
+        ) from error
+
+
 def has_results(folder: Path) -> bool:
     """Whether a run's folder holds results; until then the run may be restarted with other settings."""
-    before_any = ("config.json", "data.json", START_DATE, ".lock")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in before_any]
+    files = [path for path in folder.rglob("*") if path.is_file() and not _is_of_a_start(path)]
     return any(path.stat().st_size for path in files)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Literal
 
 from grpo_jax.heartbeat import TRY_AGAIN
@@ -70,4 +70,7 @@ class StopSignals:
         if self.reason is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.request("SIGINT" if number == signal.SIGINT else "SIGTERM")
-        self._say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
+        # It may have come in the middle of a write to the same stream, which cannot be entered again; or the log of the
+        # output is on a full disk. Neither may end the run before it is saved.
+        with suppress(RuntimeError, OSError):
+            self._say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
