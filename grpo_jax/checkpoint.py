@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax.hosts import LONGER, agree, gather, latest_exchange, on_main
+from grpo_jax.hosts import LONGER, agree, gather, on_main, progress
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Part of the name under which orbax writes a checkpoint."""
@@ -68,7 +68,7 @@ class Checkpoints:
         self._writing: tuple[int, frozenset[int]] | None = None
         self._failure: Exception | None = None
         on_main(self._remove_unfinished, "removing unfinished checkpoints")
-        longest = max(1, int(latest_exchange()[2] * LONGER))  # seconds that processes wait for each other's parts
+        longest = max(1, int(progress()[2] * LONGER))  # seconds that processes wait for each other's parts
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(

@@ -6,7 +6,8 @@ process and its host, if another one
 
 - has not beaten for ``silence`` seconds: it was killed or stopped, or the network was cut;
 - has ended with an error, which the message repeats;
-- is behind this one for longer than an exchange may take: it is hung, or computes something else.
+- is behind this one for longer than an exchange may take: it is hung, or computes something else;
+- has not come further for as long as this one: one of them is hung, between the same exchanges.
 
 If the first process is lost, JAX ends the others at once, since it holds the coordination service.
 """
@@ -134,9 +135,9 @@ class Beat:
     """The latest beat of a process, and when it came.
 
     Attributes:
-        value: its number, place and host, and the error with which it ends.
+        value: its number, progress, place and host, and whether it ends, and the error with which it does.
         seen: seconds on this process's monotonic clock.
-        moved: when its place or error last changed.
+        moved: when its progress or error last changed.
     """
 
     value: dict[str, Any]
@@ -155,12 +156,14 @@ class Watch:
 
     def __init__(self, silence: float):
         self.silence = silence
-        self._number, self._error, self._status = 0, None, 0
+        self._number, self._error, self._status, self._has_ended = 0, None, 0, False
         self._closing = threading.Event()
         self._lock = threading.Lock()
         started = time.monotonic()
         self._own, count = hosts.membership()
-        unknown = {"number": -1, "calls": 0, "place": "the start", "host": "unknown host", "error": None, "status": 0}
+        unknown = {"number": -1, "progress": 0, "place": "the start", "host": "unknown host"}
+        unknown |= {"error": None, "status": 0, "has_ended": False}
+        self._moved = 0, started
         self._beats = {n: Beat(dict(unknown), started, started) for n in range(count)}
 
         for turn in (self._turn, self._judge):
@@ -178,6 +181,9 @@ class Watch:
             status: exit status.
         """
         self._error, self._status = text, status
+        self._tell()
+
+    def _tell(self) -> None:
         telling = threading.Thread(target=self._turn, daemon=True)
         telling.start()
         telling.join(BEAT)  # the service may not answer
@@ -185,10 +191,13 @@ class Watch:
     def close(self) -> None:
         """At the end of the process: after an error, end without waiting for the others to end well.
 
-        The first process waits until they know of it, since it holds the service by which they learn of it.
+        The first process waits until they know of it, since it holds the service by which they learn of it. Without an
+        error, the others are told that no more beats come: they may be at work for longer.
         """
         self._closing.set()
         if self._error is None:
+            self._has_ended = True
+            self._tell()
             return
         deadline = time.monotonic() + GRACE + 2 * BEAT
         while self._own == 0 and time.monotonic() < deadline and not all(self._has_failed(n) for n in self._beats):
@@ -200,11 +209,12 @@ class Watch:
         return process == self._own or self._beats[process].value["error"] is not None
 
     def _beat(self) -> None:
-        calls, place, _ = hosts.latest_exchange()
+        progress, place, _ = hosts.progress()
         with self._lock:
             self._number += 1
-            beat = {"number": self._number, "calls": calls, "place": place, "host": socket.gethostname()}
-            text = json.dumps(beat | {"error": self._error, "status": self._status})
+            beat = {"number": self._number, "progress": progress, "place": place, "host": socket.gethostname()}
+            beat |= {"error": self._error, "status": self._status, "has_ended": self._has_ended}
+            text = json.dumps(beat)
             hosts.client().key_value_set(f"grpo_jax/beats/{self._own}", text, allow_overwrite=True)
 
     def _turn(self) -> None:
@@ -219,17 +229,19 @@ class Watch:
             process, value = int(key.rpartition("/")[2]), json.loads(text)
             last = self._beats[process]
             if value["number"] != last.value["number"]:
-                is_same = all(value[name] == last.value[name] for name in ("calls", "error"))
+                is_same = all(value[name] == last.value[name] for name in ("progress", "error"))
                 self._beats[process] = Beat(value, now, last.moved if is_same else now)
 
     def _judge(self) -> None:
-        now, (calls, place, timeout) = time.monotonic(), hosts.latest_exchange()
+        now, (progress, place, timeout) = time.monotonic(), hosts.progress()
+        if progress != self._moved[0]:
+            self._moved = progress, now
         if self._error is not None:  # it is about to end
             return
         for process, beat in self._beats.items():
-            if process == self._own:
-                continue
             value = beat.value
+            if process == self._own or value["has_ended"]:
+                continue
             name = f"process {process} of {len(self._beats)} on {value['host']}"
             if value["error"] is not None and now - beat.moved > GRACE - 2 * BEAT:
                 self._leave(f"{name} ended with an error: {value['error']}", value["status"])
@@ -240,10 +252,17 @@ class Watch:
                     TRY_AGAIN,
                 )
             longest = timeout * hosts.LONGER
-            if value["calls"] < calls and now - beat.moved > longest:
+            has_stopped = now - beat.moved > longest
+            if has_stopped and value["progress"] < progress:
                 self._leave(
                     f"{name} has been at or after {value['place']!r} for {longest:g} s, while this one is at or after "
                     f"{place!r}; it is hung or out of step",
+                    TRY_AGAIN,
+                )
+            if has_stopped and value["progress"] == progress and now - self._moved[1] > longest:
+                self._leave(
+                    f"{name} and this one have both been at or after {place!r} for {longest:g} s; one of them is hung, "
+                    "or their work takes longer (--distributed.timeout)",
                     TRY_AGAIN,
                 )
 

@@ -23,18 +23,19 @@ Result = TypeVar("Result")
 TIMEOUT = 600.0
 """Seconds that a process waits for the others, unless ``set_timeout`` changes them."""
 LONGER = 6
-"""Times as long that it waits for work that takes the others long, such as scores or a report."""
+"""Factor on the timeout for long work, such as scores or a report."""
 CHUNK = 2**20
 """Bytes of a value in the coordination service, whose messages are limited."""
 MARGIN = 20.0
 """Further seconds that a process waits for the first one, which may wait for others."""
 PREFIX = "grpo_jax"
 _calls = 0
+_dispatches = 0
 _read_by_all: deque[int] = deque()
-"""Numbers of the exchanges whose values are in the service still; of the first process."""
+"""Of the first process: numbers of the exchanges whose values are still stored in the service."""
 _place = "the start"
 _alone = False
-"""Whether this process is in a function that ``on_main`` calls, in which it does not exchange anything."""
+"""Whether the first process runs a function of ``on_main`` or ``joined_on_main``, in which ``gather`` is an error."""
 _timeout = TIMEOUT
 
 
@@ -48,9 +49,15 @@ def set_timeout(seconds: float) -> None:
     _timeout = seconds
 
 
-def latest_exchange() -> tuple[int, str, float]:
-    """Number and name of the latest exchange of this process, and the seconds that it waits for others."""
-    return _calls, _place, _timeout
+def progress() -> tuple[int, str, float]:
+    """Exchanges and dispatches of this process so far, the name of the latest exchange, and the timeout in seconds."""
+    return _calls + _dispatches, _place, _timeout
+
+
+def note_dispatch() -> None:
+    """Count a dispatch of a program between two exchanges, so that a long computation is not taken for a hung one."""
+    global _dispatches
+    _dispatches += 1
 
 
 def membership() -> tuple[int, int]:
@@ -108,9 +115,10 @@ def joined_on_main(value: T, function: Callable[[list[T]], Result], name: str, *
         _send(f"{number}/{own}", (name, value))
         return _from_main(number, name, timeout)
     values: list[T] = [value]
+    deadline = time.monotonic() + timeout
     try:
         for process in range(1, count):
-            its_name, its_value = _receive(f"{number}/{process}", process, name, timeout)
+            its_name, its_value = _receive(f"{number}/{process}", process, name, timeout, deadline)
             _check_place(name, process, its_name)
             values.append(its_value)
     except RuntimeError as error:
@@ -254,8 +262,9 @@ def _begin(name: str, is_long: bool) -> tuple[int, float]:
 
 
 def _from_main(number: int, name: str, timeout: float) -> Any:
-    """The result that the first process sends; it comes later than the others, since it waits for all of them."""
-    its_name, result, problem = _receive(f"{number}/all", 0, name, timeout + MARGIN)
+    """The result that the first process sends; waits longer than that process, which itself waits for all others."""
+    timeout += MARGIN
+    its_name, result, problem = _receive(f"{number}/all", 0, name, timeout, time.monotonic() + timeout)
     if problem is not None:
         raise problem
     _check_place(name, 0, its_name)
@@ -278,14 +287,14 @@ def _send(key: str, message: Any) -> None:
     client().key_value_set_bytes(f"{PREFIX}/{key}", len(parts).to_bytes(4, "big") + parts[0])
 
 
-def _receive(key: str, process: int, name: str, timeout: float) -> Any:
-    deadline = time.monotonic() + timeout
-
+def _receive(key: str, process: int, name: str, timeout: float, deadline: float) -> Any:
     def read(key: str) -> bytes:
         left = max(1, int(1000 * (deadline - time.monotonic())))
         try:
             return client().blocking_key_value_get_bytes(f"{PREFIX}/{key}", left)
         except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise MissingProcessError(f"the connection with process 0 was lost at {name!r}: {error}") from error
             raise MissingProcessError(
                 f"process {process} of {jax.process_count()} did not come to {name!r} within {timeout:g} s; it is "
                 "hung, has ended, or is out of step (its own output says more)"

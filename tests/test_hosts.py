@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from grpo_jax import heartbeat
 from grpo_jax.heartbeat import connect
 from grpo_jax.hosts import (
     agree,
@@ -142,7 +143,6 @@ def main(config):
                 print("cut", flush=True)
                 time.sleep(100)
             if mode.startswith("hang"):
-                hosts.latest_exchange = lambda: (1, "step 0", 1.0)
                 time.sleep(100)
             if mode.startswith("raise"):
                 raise ValueError("its disk is full")
@@ -187,7 +187,7 @@ def test_a_process_that_is_lost_ends_the_others_with_its_name(tmp_path):
     for mode in {"kill1", "stop1", "cut1"} & set(modes):
         assert "has not been heard of for 6 s; it was killed or stopped, or the network was cut" in outputs[mode], mode
     assert "process 1 of 2 on" in outputs["hang1"]
-    assert "at or after 'step 0' for 12 s, while this one is at or after 'step 2'; it is hung" in outputs["hang1"]
+    assert "and this one have both been at or after 'step 2' for 12 s; one of them is hung, or" in outputs["hang1"]
     for mode, number in (("raise1", 1), ("raise0", 0)):
         assert f"error: process {number} of 2 on" in outputs[mode]
         assert "ended with an error: its disk is full" in outputs[mode]
@@ -226,6 +226,34 @@ def test_a_cluster_that_is_not_known_is_said(monkeypatch):
     jax.config.update("jax_enable_preemption_service", True)
 
 
+@pytest.mark.parametrize(
+    ("seen", "moved", "own_moved", "progress", "ended", "message"),
+    [
+        (50, 3000, 0, 4, False, None),
+        (70, 70, 0, 4, False, "process 1 of 2 on host1 has not been heard of for 60 s"),
+        (70, 70, 0, 4, True, None),  # it waits until this one ends too
+        (1, 3700, 0, 4, False, "has been at or after 'there' for 3600 s, while this one is at or after 'here'"),
+        (1, 3700, 0, 5, False, None),  # this one works on
+        (1, 3700, 3700, 5, False, "process 1 of 2 on host1 and this one have both been at or after 'here' for 3600 s"),
+        (1, 3500, 3700, 5, False, None),
+        (1, 3700, 3700, 6, False, None),  # the other one waits for this one, and will say so
+    ],
+)
+def test_what_beats_say_of_another_process(monkeypatch, seen, moved, own_moved, progress, ended, message):
+    """Seconds since its last beat and since it came further; its progress, where this one's is 5."""
+    now = 1e6
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    monkeypatch.setattr(heartbeat.hosts, "progress", lambda: (5, "here", 600.0))
+    value = {"progress": progress, "place": "there", "host": "host1", "error": None, "has_ended": ended}
+    watch, said = object.__new__(heartbeat.Watch), []
+    watch.silence, watch._own, watch._error, watch._moved = 60.0, 0, None, (5, now - own_moved)
+    watch._beats = {0: heartbeat.Beat(value, 0.0, 0.0), 1: heartbeat.Beat(value, now - seen, now - moved)}
+    watch._leave = lambda text, status: said.append(text)
+    watch._judge()
+    assert len(said) == (message is not None)
+    assert message is None or message in said[0]
+
+
 def test_processes_with_other_facts_are_listed(monkeypatch):
     """Also a fact that only one of them has."""
 
@@ -255,9 +283,9 @@ def test_a_digest_of_the_code_follows_modules_of_the_user_and_not_installed_ones
     (tmp_path / "my_own_rewards.py").write_text("def reward(completions): return [1.0 for _ in completions]")
     monkeypatch.syspath_prepend(tmp_path)
     assert callable(import_function("my_own_rewards:reward", "reward"))
-    first = same_start.code_digest(Path("run.py"))
+    first = same_start.module_digests()
     (tmp_path / "my_own_rewards.py").write_text("def reward(completions): return [2.0 for _ in completions]")
-    second = same_start.code_digest(Path("run.py"))
+    second = same_start.module_digests()
     assert [name for name in first if first[name] != second[name]] == ["my_own_rewards"]
     assert not {"jax", "numpy", "json", "grpo_jax.hosts"} & {*first}
 

@@ -26,7 +26,7 @@ from grpo_jax.loop.run_folder import (
     read_settings,
     read_start_date,
 )
-from grpo_jax.loop.same_start import check_folder_is_shared, check_same_start, settings_of
+from grpo_jax.loop.same_start import check_folder_is_shared, check_same_modules, check_same_start, settings_of
 from grpo_jax.loop.stop import Reason, Stopped, StopSignals, first_reason
 from grpo_jax.monitor.alarms import Alarm
 from grpo_jax.monitor.display import best_evaluation, closing_line
@@ -367,6 +367,7 @@ def run_experiment(
     config.distributed.connect()
     check_same_start(config)
     config.check()
+    check_same_modules()  # which the settings name
     enable_compilation_cache()
     # On a GPU or TPU the default precision of float32 products is lower than float32.
     exact = jax.default_matmul_precision("highest") if config.compute_dtype == jnp.float32 else nullcontext()

@@ -18,6 +18,7 @@ from grpo_jax.loop.claim import Claim
 
 START_DATE = "begun.txt"
 CLAIM = ".claim"
+ABSENT = "(absent)"
 BEFORE_ANY = ("config.json", "data.json", START_DATE, ".lock", CLAIM)
 """Files that a run writes before it computes anything."""
 PACKAGES = (
@@ -161,11 +162,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], resumable_fields
     """
     old, new = _flatten(old, resumable_fields), _flatten(new, resumable_fields)
     names = [*old, *(name for name in new if name not in old)]
-    absent = "(absent)"
     return [
-        f"{n}: {old.get(n, absent)!r} -> {new.get(n, absent)!r}"
+        f"{n}: {old.get(n, ABSENT)!r} -> {new.get(n, ABSENT)!r}"
         for n in names
-        if old.get(n, absent) != new.get(n, absent)
+        if old.get(n, ABSENT) != new.get(n, ABSENT)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -18,7 +19,7 @@ import jax
 from grpo_jax.config.memory import memory_limit
 from grpo_jax.hosts import agree, gather
 from grpo_jax.jsonl import to_json
-from grpo_jax.loop.run_folder import differences, package_versions
+from grpo_jax.loop.run_folder import ABSENT, differences, package_versions
 
 VISIBLE_WITHIN = 30.0
 """Seconds that a network file system may take to show a new file to other hosts."""
@@ -60,12 +61,23 @@ def check_same_start(config: Any) -> None:
     )
 
 
-def check_same(how: str, facts: Any) -> None:
+def check_same_modules() -> None:
+    """Check that a user's modules, such as those of rewards, are the same on all processes that have imported them.
+
+    Raises:
+        ValueError: a process differs from the first; the modules are listed.
+    """
+    if jax.process_count() > 1:
+        check_same("has other modules than", {"code": module_digests()}, of_both=True)
+
+
+def check_same(how: str, facts: Any, *, of_both: bool = False) -> None:
     """Check that facts are the same on all processes.
 
     Args:
-        how: what a process does that has others, such as "reads other data than".
+        how: verb phrase of the error between "process 1" and "process 0", such as "reads other data than".
         facts: nested dictionaries.
+        of_both: whether a fact that only one of two processes has is not compared.
 
     Raises:
         ValueError: a process differs from the first; the differences are listed.
@@ -73,34 +85,37 @@ def check_same(how: str, facts: Any) -> None:
     (first_host, first), *others = gather((socket.gethostname(), facts), f"whether a process {how} another")
     for process, (host, other) in enumerate(others, 1):
         different = differences(first, other)
+        if of_both:
+            different = [line for line in different if ABSENT not in line]
         if different:
             raise ValueError(f"process {process} ({host}) {how} process 0 ({first_host}):\n  " + "\n  ".join(different))
 
 
 def code_digest(script: Path) -> dict[str, str]:
-    """Digests of the package's code, of the script that runs, and of a user's modules, such as those of rewards.
+    """A digest of the package's code and of the script that runs.
 
     Args:
         script: path of the script.
-
-    Returns:
-        A digest for the package, for the script by its file's name, and for each module that was imported from neither
-        the standard library nor an installed package.
     """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    text = script.read_bytes() if script.is_file() else b""
+    return {"grpo_jax": digest.hexdigest()[:12], script.name: hashlib.sha256(text).hexdigest()[:12]}
+
+
+def module_digests() -> dict[str, str]:
+    """A digest of each module that was imported from neither the standard library nor an installed package."""
     standard = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib"))
-    files = {script.name: script}
+    files: dict[str, Path] = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None) or ""
         is_installed = path.startswith(standard) or {"site-packages", "dist-packages"} & {*Path(path).parts}
         if path.endswith(".py") and not is_installed and name.partition(".")[0] not in ("grpo_jax", "__main__"):
             files[name] = Path(path)
     found = {name: path.read_bytes() if path.is_file() else b"" for name, path in files.items()}
-    digests = {name: hashlib.sha256(text).hexdigest()[:12] for name, text in found.items()}
-    return {"grpo_jax": digest.hexdigest()[:12], **digests}
+    return {name: hashlib.sha256(text).hexdigest()[:12] for name, text in found.items()}
 
 
 def compiler_options() -> dict[str, str]:
@@ -140,7 +155,8 @@ def check_folder_is_shared(folder: Path) -> None:
             problem = f"it does not see the file of process {missing[0].rpartition('-')[2]} there"
         time.sleep(0.1)
     problems = gather((socket.gethostname(), problem), "looking for probe files", is_long=True)
-    own.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder that is read-only here
+        own.unlink(missing_ok=True)
     for process, (host, problem) in enumerate(problems):
         if problem is not None:
             raise ValueError(

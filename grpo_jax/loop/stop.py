@@ -50,7 +50,7 @@ class StopSignals:
 
     def __init__(self, say: Callable[[str], None]):
         self.reason: Reason | None = None
-        self._say = say
+        self._say, self._is_interrupted = say, False
 
     def __enter__(self) -> StopSignals:
         with ExitStack() as stack:
@@ -67,10 +67,13 @@ class StopSignals:
         self.reason = first_reason((self.reason, reason))
 
     def _handle(self, number: int, _frame: Any) -> None:
-        if self.reason is not None and number == signal.SIGINT:
+        is_by_hand = number == signal.SIGINT
+        if is_by_hand and self._is_interrupted:
             raise KeyboardInterrupt
-        self.request("SIGINT" if number == signal.SIGINT else "SIGTERM")
+        self._is_interrupted |= is_by_hand
+        self.request("SIGINT" if is_by_hand else "SIGTERM")
+        more = "; again to interrupt at once" if is_by_hand else ""
         # It may have come in the middle of a write to the same stream, which cannot be entered again; or the log of the
         # output is on a full disk. Neither may end the run before it is saved.
         with suppress(RuntimeError, OSError):
-            self._say(f"{signal.Signals(number).name}: stopping at the next safe place; again to interrupt at once")
+            self._say(f"{signal.Signals(number).name}: stopping at the next safe place{more}")

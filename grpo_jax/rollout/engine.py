@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Key
 
+from grpo_jax.hosts import note_dispatch
 from grpo_jax.rollout.buckets import (
     BUCKET_DIVISORS,
     DEFERRED_BUCKET,
@@ -186,6 +187,7 @@ class GenerationLoop:
         caches = (running.batch.prompt.cache, running.chunks())
         size = sum(x.nbytes for x in jax.tree.leaves(caches))
         self.add_stats(dispatches=1, row_steps=len(running.host_index) * STEPS)
+        note_dispatch()
         self.stats = replace(self.stats, cache_bytes=max(self.stats.cache_bytes, size))
 
     def read(self, running: RunningBatch) -> Iterator[tuple[HostBatch, int]]:
