@@ -13,6 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import heartbeat
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.grpo import GRPOConfig
+from grpo_jax.config.rewards import RewardConfig
 from grpo_jax.heartbeat import connect
 from grpo_jax.hosts import (
     agree,
@@ -27,7 +30,7 @@ from grpo_jax.hosts import (
     portable,
 )
 from grpo_jax.jsonl import read_jsonl
-from grpo_jax.loop import same_start
+from grpo_jax.loop import run, same_start
 from grpo_jax.models import hf_sameness
 from grpo_jax.models.hf_sameness import check_same_checkpoint, fingerprints
 from grpo_jax.rewards.plugin import import_function
@@ -288,6 +291,27 @@ def test_a_digest_of_the_code_follows_modules_of_the_user_and_not_installed_ones
     second = same_start.module_digests()
     assert [name for name in first if first[name] != second[name]] == ["my_own_rewards"]
     assert not {"jax", "numpy", "json", "grpo_jax.hosts"} & {*first}
+
+
+def test_modules_of_rewards_are_compared_once_they_are_imported(base, tmp_path, monkeypatch):
+    (tmp_path / "my_late_rewards.py").write_text("def reward(completions): return [1.0 for _ in completions]")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class ComparedError(Exception):
+        pass
+
+    def compare():
+        raise ComparedError(same_start.module_digests()["my_late_rewards"])
+
+    monkeypatch.setattr(run, "check_same_modules", compare)
+    config = GRPOConfig(
+        model=base,
+        data=DataConfig(dataset="sums"),
+        rewards=RewardConfig(reward=("my_late_rewards:reward",)),
+        run_dir=tmp_path / "run",
+    )
+    with pytest.raises(ComparedError):
+        run.run_experiment(config, lambda config, run: None, title="")
 
 
 def test_compiler_options_that_change_a_program_are_compared(monkeypatch):
