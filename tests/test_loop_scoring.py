@@ -51,7 +51,8 @@ def test_the_default_pays_right_answers_and_measures_the_format():
         assert RewardConfig().part_names == [*scores.parts]
         assert scoring.weights == {"accuracy": 1.0}
         assert scoring.judge is None
-        assert scoring.held_out is answer_reward
+        held_out = scoring.held_out([""] * 3, COMPLETIONS, **COLUMNS)
+        assert [output.score for output in held_out] == scores.parts["accuracy"].tolist()
         assert scoring.streaming_scorer([], {}, str, eos_ids=[], max_completion_length=1) is None
         assert scoring.take_errors() == []
 
