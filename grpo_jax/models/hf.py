@@ -20,7 +20,13 @@ from jax.sharding import Mesh
 
 from grpo_jax.models.config import DecoderConfig, with_rope_length
 from grpo_jax.models.hf_config import family_of, from_hf_config, with_scalar_head
-from grpo_jax.models.hf_files import config_file, read_json, refuse_other_formats, weight_files
+from grpo_jax.models.hf_files import (
+    config_file,
+    read_json,
+    refuse_other_formats,
+    removed_unless_whole,
+    weight_files,
+)
 from grpo_jax.models.hf_sameness import check_same_checkpoint
 from grpo_jax.models.hf_weights import (
     check_num_layers,
@@ -319,6 +325,7 @@ def save_pretrained(
 
     Raises:
         FileExistsError: ``folder`` exists and is not empty.
+        OSError: it cannot be written, such as on a full disk; ``folder`` is as it was.
         ValueError: the parameters do not fit ``hf_config`` (one error lists all that do not); ``eos_ids`` is empty or
             has an id outside the vocabulary; or ``dtype`` is another.
     """
@@ -335,8 +342,9 @@ def save_pretrained(
     partial = folder.with_name(f".{folder.name}.partial")
     if jax.process_index() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    try:
+    with removed_unless_whole(partial, folder):
+        if jax.process_index() == 0:
+            partial.mkdir(parents=True)
         save_params(partial, params, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if jax.process_index() == 0:
             _write_json(partial / "config.json", _exported_config(hf_config, params, dtype))
@@ -347,9 +355,6 @@ def save_pretrained(
             if tokenizer is not None:
                 _write_tokenizer(tokenizer, partial)
             partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     _wait_for_all(f"{folder} is written")
 
 

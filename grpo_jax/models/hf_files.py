@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -26,6 +28,29 @@ def cut(items: Iterable[str], most: int = 10, *, separator: str = ", ") -> str:
     items = list(items)
     others = [f"... and {len(items) - most:,} more"] if len(items) > most else []
     return separator.join([*items[:most], *others])
+
+
+@contextlib.contextmanager
+def removed_unless_whole(partial: Path, folder: Path) -> Iterator[None]:
+    """A context in which a folder is written under a hidden name, which is removed after an error.
+
+    Args:
+        partial: the folder that is written.
+        folder: its name once it is whole, which the error says.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk.
+    """
+    from safetensors import SafetensorError  # late, because --help waits for this module
+
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"{folder} cannot be written: {reason}") from error
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from grpo_jax.models.hf_files import removed_unless_whole
 from grpo_jax.models.hf_keys import key_table
 from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.types import Params
@@ -30,16 +31,18 @@ def save_adapters(folder: str | Path, params: Params, like: Pretrained) -> None:
 
     Raises:
         FileExistsError: ``folder`` exists.
+        OSError: it cannot be written, such as on a full disk; ``folder`` is as it was.
     """
     folder = Path(folder).expanduser()
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it or choose another name")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "adapter_model.safetensors").write_bytes(save(adapter_tensors(params, like), {"format": "pt"}))
-    (partial / "adapter_config.json").write_text(json.dumps(adapter_config(like), indent=2) + "\n")
-    partial.replace(folder)
+    with removed_unless_whole(partial, folder):
+        partial.mkdir(parents=True)
+        (partial / "adapter_model.safetensors").write_bytes(save(adapter_tensors(params, like), {"format": "pt"}))
+        (partial / "adapter_config.json").write_text(json.dumps(adapter_config(like), indent=2) + "\n")
+        partial.replace(folder)
 
 
 def adapter_tensors(params: Params, like: Pretrained) -> dict[str, np.ndarray]:
