@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import sys
+import threading
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax.hosts import LONGER, agree, gather, on_main, progress
+from grpo_jax.hosts import LONGER, agree, client, gather, on_main, progress
+
+T = TypeVar("T")
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 """Part of the name under which orbax writes a checkpoint."""
@@ -49,6 +54,26 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else repr(error)
 
 
+def _wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Wait until all processes are at a place in the writing of a checkpoint, unless this one has failed.
+
+    A thread of orbax's that could not write would otherwise wait here for the others, which wait elsewhere for its
+    part, and raise the timeout in place of the error.
+    """
+    has_failed = threading.current_thread() is not threading.main_thread() and sys.exception() is not None
+    if jax.process_count() > 1 and not has_failed:
+        client().wait_at_barrier(key, timeout_ms)
+
+
+def _read_state(path: Path, template: Any) -> Any:
+    with closing(ocp.StandardCheckpointHandler()) as handler:
+        return handler.restore(path / "state", args=ocp.args.StandardRestore(template))
+
+
+def _read_all(path: Path, template: Any) -> tuple[Any, dict]:
+    return _read_state(path, template), dict(ocp.JsonCheckpointHandler().restore(path / "position"))
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
@@ -72,7 +97,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                create=True, async_options=ocp.options.AsyncOptions(timeout_secs=longest)
+                create=True,
+                async_options=ocp.options.AsyncOptions(timeout_secs=longest, barrier_sync_fn=_wait_for_others),
             ),
         )
 
@@ -163,6 +189,30 @@ class Checkpoints:
             warnings.warn(f"half-written checkpoint, removed: {path}", stacklevel=2)
             shutil.rmtree(path)
 
+    def _read(self, step: int, read: Callable[[Path, Any], T], like: Any) -> tuple[T | None, str | None]:
+        """A checkpoint, or why it cannot be read: by the first of the processes that cannot.
+
+        ``CheckpointManager.restore`` ends in a computation over all devices, in which the others would wait for ever
+        for a process that raised an error. So its handlers are called without it, and the processes exchange errors.
+
+        Args:
+            step: of the checkpoint.
+            read: reads the folder of a checkpoint into a tree of shapes, dtypes and shardings.
+            like: as in ``restore``.
+        """
+        path, template, found, failure = self.folder / str(step), _abstract(like), None, None
+        try:
+            found = read(path, template)
+        except Exception as error:
+            failure = _first_line(error)[:200]
+            if jax.process_count() > 1:  # before the exchange, which may fail too
+                warnings.warn(f"process {jax.process_index()} cannot read its part of {path}: {failure}", stacklevel=3)
+        failures = gather(failure, f"reading the checkpoint of step {step}", is_long=True)
+        for process, text in enumerate(failures):
+            if text is not None:
+                return None, text if len(failures) == 1 else f"process {process} of {len(failures)}: {text}"
+        return found, None
+
     def read(self, step: int, like: Any) -> Any:
         """The state in the checkpoint of a step.
 
@@ -174,17 +224,16 @@ class Checkpoints:
             RuntimeError: there is no checkpoint of this step, or it cannot be read.
         """
         self.wait()
-        template = _abstract(like)
-        try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(template))
-            return self._manager.restore(step, args=args)["state"]
-        except Exception as error:
-            raise RuntimeError(f"the checkpoint {self.folder / str(step)} cannot be read: {error!s:.200}") from error
+        state, failure = self._read(step, _read_state, like)
+        if failure is not None:
+            raise RuntimeError(f"the checkpoint {self.folder / str(step)} cannot be read: {failure}")
+        return state
 
     def restore(self, like: Any) -> tuple[int, Any, dict] | None:
         """The newest readable checkpoint; None if there are no checkpoints.
 
         A damaged checkpoint is reported in a warning and renamed to ``damaged-<step>``, and the one before it is tried.
+        One that a single process cannot read is damaged for all.
 
         Args:
             like: a tree of arrays with the shapes, dtypes and shardings to restore into; its values are not used.
@@ -196,24 +245,14 @@ class Checkpoints:
             RuntimeError: there are checkpoints, and none can be read.
         """
         steps = self.steps()[::-1]
-        template = _abstract(like)
         failures = []
         for step in steps:
-            restored, failure = None, None
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(template), position=ocp.args.JsonRestore()),
-                )
-            except Exception as error:
-                failure = f"{self.folder / str(step)}: {_first_line(error)[:200]}"
-            # A checkpoint that one process cannot read is damaged for all.
-            failure = next((each for each in gather(failure, f"the checkpoint of step {step}") if each), None)
-            if failure is None and restored is not None:
+            found, failure = self._read(step, _read_all, like)
+            if found is not None:
                 self._set_aside(steps[: steps.index(step)])
-                return step, restored["state"], restored["position"]
-            failures.append(failure)
-            warnings.warn(f"damaged checkpoint, not used: {failure}", stacklevel=2)
+                return step, *found
+            failures.append(f"{self.folder / str(step)}: {failure}")
+            warnings.warn(f"damaged checkpoint, not used: {failures[-1]}", stacklevel=2)
         if failures:
             raise RuntimeError(
                 "no checkpoint can be read; remove the folder to start again:\n  " + "\n  ".join(failures)
