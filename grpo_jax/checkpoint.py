@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from grpo_jax.hosts import LONGER, agree, client, gather, on_main, progress
 
@@ -67,11 +68,11 @@ def _wait_for_others(*, key: str, timeout_ms: int) -> None:
 
 def _read_state(path: Path, template: Any) -> Any:
     with closing(ocp.StandardCheckpointHandler()) as handler:
-        return handler.restore(path / "state", args=ocp.args.StandardRestore(template))
+        return handler.restore(epath.Path(path / "state"), args=ocp.args.StandardRestore(template))
 
 
 def _read_all(path: Path, template: Any) -> tuple[Any, dict]:
-    return _read_state(path, template), dict(ocp.JsonCheckpointHandler().restore(path / "position"))
+    return _read_state(path, template), dict(ocp.JsonCheckpointHandler().restore(epath.Path(path / "position")))
 
 
 class Checkpoints:
