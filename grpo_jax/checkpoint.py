@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from grpo_jax.hosts import LONGER, agree, client, gather, on_main, progress
 
@@ -66,13 +65,13 @@ def _wait_for_others(*, key: str, timeout_ms: int) -> None:
         client().wait_at_barrier(key, timeout_ms)
 
 
-def _read_state(path: Path, template: Any) -> Any:
+def _read_state(path: Any, template: Any) -> Any:
     with closing(ocp.StandardCheckpointHandler()) as handler:
-        return handler.restore(epath.Path(path / "state"), args=ocp.args.StandardRestore(template))
+        return handler.restore(path / "state", args=ocp.args.StandardRestore(template))
 
 
-def _read_all(path: Path, template: Any) -> tuple[Any, dict]:
-    return _read_state(path, template), dict(ocp.JsonCheckpointHandler().restore(epath.Path(path / "position")))
+def _read_all(path: Any, template: Any) -> tuple[Any, dict]:
+    return _read_state(path, template), dict(ocp.JsonCheckpointHandler().restore(path / "position"))
 
 
 class Checkpoints:
@@ -190,7 +189,7 @@ class Checkpoints:
             warnings.warn(f"half-written checkpoint, removed: {path}", stacklevel=2)
             shutil.rmtree(path)
 
-    def _read(self, step: int, read: Callable[[Path, Any], T], like: Any) -> tuple[T | None, str | None]:
+    def _read(self, step: int, read: Callable[[Any, Any], T], like: Any) -> tuple[T | None, str | None]:
         """A checkpoint, or why it cannot be read: by the first of the processes that cannot.
 
         ``CheckpointManager.restore`` ends in a computation over all devices, in which the others would wait for ever
@@ -198,12 +197,12 @@ class Checkpoints:
 
         Args:
             step: of the checkpoint.
-            read: reads the folder of a checkpoint into a tree of shapes, dtypes and shardings.
+            read: takes the folder of the checkpoint, a path of orbax's, and a tree of shapes, dtypes and shardings.
             like: as in ``restore``.
         """
-        path, template, found, failure = self.folder / str(step), _abstract(like), None, None
+        path, found, failure = self._manager.directory / str(step), None, None
         try:
-            found = read(path, template)
+            found = read(path, _abstract(like))
         except Exception as error:
             failure = _first_line(error)[:200]
             if jax.process_count() > 1:  # before the exchange, which may fail too
