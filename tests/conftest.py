@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -64,6 +66,23 @@ def empty_compilation_cache(tmp_path):
     yield
     jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a file system of a size, such as "2m", and gives its folder."""
+    with ExitStack() as stack:
+
+        def mount(size):
+            folder = tmp_path / "disk"
+            folder.mkdir()
+            options = ["-t", "tmpfs", "-o", f"size={size}", "none", folder]
+            if subprocess.run(["mount", *options], capture_output=True).returncode:
+                pytest.skip("file systems cannot be mounted here")
+            stack.callback(subprocess.run, ["umount", folder], check=True)
+            return folder
+
+        yield mount
 
 
 @pytest.fixture

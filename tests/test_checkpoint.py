@@ -1,7 +1,6 @@
 """Checkpoints: restoring the newest readable one, damaged ones, retention, and free space."""
 
 import shutil
-import subprocess
 import threading
 from collections import namedtuple
 
@@ -191,14 +190,9 @@ def test_save_returns_while_the_checkpoint_is_written_and_deletes_older_ones_onc
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mounted):
     """A file system of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    return mounted("2m")
 
 
 @pytest.mark.parametrize("asks", ["wait", "steps", "save", "read", "restore", "close"])

@@ -27,14 +27,9 @@ def remount(folder, options):
 
 
 @pytest.fixture
-def disk(tmp_path):
+def disk(mounted):
     """A file system of eight megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    return mounted("8m")
 
 
 def fill(disk):

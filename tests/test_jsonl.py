@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -207,14 +206,9 @@ def test_lines_are_what_other_tools_read(path):
 
 
 @pytest.fixture
-def full_disk(tmp_path):
+def full_disk(mounted):
     """A file system of 64 kilobytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    return mounted("64k")
 
 
 def test_a_full_disk_is_said_with_the_file_and_loses_no_row(full_disk):
