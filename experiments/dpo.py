@@ -126,7 +126,7 @@ def train(config: DPOConfig, run: Run) -> None:
                 phase.update(len(held_out_pairs) + len(prompts))
                 metrics["eval/mean_length"] = float(rollout.completion_mask.sum(1).mean())
                 judged = partial(judge_samples, prompts, completions, judge, config.eval_samples)
-                samples, scores = on_main(judged, "judging samples")
+                samples, scores = on_main(judged, "judging samples", is_long=True)
                 metrics |= {"eval/judge": float(np.mean(scores))} if scores else {}
                 run.log_samples(step, samples, shown=samples[:: config.eval_samples][:4])
         return metrics

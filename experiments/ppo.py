@@ -18,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from grpo_jax import advantage, loss
@@ -285,6 +287,20 @@ class OwnCritic(Learner):
         return {"actor": actor, "critic": critic}, metrics | actor_metrics
 
 
+def of_value_head(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of a policy with a value head that changes the head alone; weight decay would change the policy too.
+
+    Args:
+        optimizer: of both.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params)
+        return {**updates, "policy": jax.tree.map(jnp.zeros_like, updates["policy"])}, state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 class SharedTrunk(Learner):
     """A value head on the actor's trunk: one update of the sum of policy loss and weighted value loss."""
 
@@ -298,7 +314,10 @@ class SharedTrunk(Learner):
         self._values = layout.make_log_prob_fn(lambda params, rollout: (outputs(params, rollout)[2], None), preparation)
         self._steps = {
             alone: layout.make_train_step(
-                shared_trunk_loss(config, self.model, critic_alone=alone), self.optimizer, config.optimizer, preparation
+                shared_trunk_loss(config, self.model, critic_alone=alone),
+                of_value_head(self.optimizer) if alone else self.optimizer,
+                config.optimizer,
+                preparation,
             )
             for alone in (False, True)
         }

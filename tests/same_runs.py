@@ -3,7 +3,8 @@
     python -m tests.same_runs --model runs/grpo/model --processes 4 --devices 2
 
 For each experiment: whether metrics (without times), completions and weights are the same to the last bit, and by how
-much the losses and the weights differ. One JSON line each.
+much losses (relative) and weights differ; null for what a run does not have. One JSON line each. The exit status is 1
+if completions differ, or losses or weights by more than 1e-5.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from grpo_jax.jsonl import read_jsonl
 from tests import processes
 from tests.runs import TIMING
 
+TOLERANCE = 1e-5
 LENGTHS = "--max-prompt-length 12 --max-completion-length 16"
 ONLINE = f"--num-steps 2 --num-prompts 8 {LENGTHS} --eval-size 8"
 SUMS = "--dataset sums --template {question}"
@@ -62,12 +64,13 @@ def compared(first, second):
     """Of the results of two runs."""
     (rows, completions, weights), (other_rows, other_completions, other_weights) = first, second
     losses = [(a[k], b[k]) for a, b in zip(rows, other_rows, strict=True) for k in a if k.rpartition("/")[2] == "loss"]
+    pairs = [(value, other_weights[name]) for name, value in weights.items()]
     return {
         "metrics": rows == other_rows,
-        "completions": completions == other_completions,
-        "weights": all(np.array_equal(value, other_weights[name]) for name, value in weights.items()),
-        "loss_differs_by": max((abs(a - b) / max(abs(a), 1e-30) for a, b in losses), default=0.0),
-        "weights_differ_by": max((float(abs(v - other_weights[n]).max()) for n, v in weights.items()), default=0.0),
+        "completions": completions == other_completions if completions or other_completions else None,
+        "weights": all(np.array_equal(a, b) for a, b in pairs) if pairs else None,
+        "loss_differs_by": max((abs(a - b) / max(abs(a), 1e-30) for a, b in losses), default=None),
+        "weights_differ_by": max((float(abs(a - b).max()) for a, b in pairs), default=None),
     }
 
 
@@ -81,6 +84,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch, processes.network(args.processes) as namespaces:
         folder = Path(scratch)
         files = write_files(folder)
+        has_differed = False
         for name in args.experiments:
             flags = [files.get(flag, flag) for flag in FLAGS[name].split()]
             script = f"experiments/{'grpo' if name == 'tasks' else name}.py"
@@ -92,7 +96,11 @@ def main():
                 processes.run(command, processes=count, devices=devices, namespaces=where)
                 found.append(results(run))
             described = {"experiment": name, "processes": args.processes, "devices": args.devices}
-            print(json.dumps(described | compared(*found)), flush=True)
+            same = compared(*found)
+            print(json.dumps(described | same), flush=True)
+            differences = [same["loss_differs_by"] or 0.0, same["weights_differ_by"] or 0.0]
+            has_differed |= same["completions"] is False or max(differences) > TOLERANCE
+    return has_differed
 
 
 if __name__ == "__main__":

@@ -115,3 +115,4 @@ def test_axes_that_do_not_divide_split_another_dimension_or_nothing():
     assert uneven_params(params, mesh_of(1, 8, 1)).startswith("replicated over fsdp 8: embed (60), attention/k (60), ")
     assert uneven_params(params, mesh_of(2, 2, 2)) == "tensor 2 splits another dimension of embed (99)"
     assert uneven_params(params, mesh_of(8, 1, 1)) == ""
+    assert uneven_params(params, mesh_of(1, 2, 1, context=4)).startswith("replicated over context 4: embed (60), ")

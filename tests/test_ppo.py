@@ -103,9 +103,20 @@ def test_stale_samples_are_corrected_for(config):
         replace(config, staleness=1, policy=PolicyLossConfig(loss="tests.test_loop_queue:no_ratio"))
 
 
+@pytest.mark.parametrize("name", ["grpo", "gspo", "sapo", "dr_grpo"])
+def test_a_value_head_needs_a_policy_loss_over_tokens(config, name):
+    run = replace(config, critic="head", policy=PolicyLossConfig(loss=name))
+    with pytest.raises(ValueError, match=f"the loss {name} is no mean over tokens, so value_coef would mean something"):
+        run.check()
+    replace(run, critic="model").check()
+    for other in ("ppo", "dapo", "cispo"):
+        replace(run, policy=PolicyLossConfig(loss=other)).check()
+
+
 @pytest.mark.slow
 def test_the_critic_learns_alone_at_first_and_the_actor_stays(config):
-    config = replace(config, critic_warmup_steps=2, num_steps=2, kl_target=None)
+    decaying = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)  # which changes what has no gradient, too
+    config = replace(config, critic_warmup_steps=2, num_steps=2, kl_target=None, optimizer=decaying)
     for critic in ("model", "head"):
         run = replace(config, critic=critic, run_dir=config.run_dir.with_name(critic))
         ppo.main(run)

@@ -97,7 +97,8 @@ class PPOConfig(OnlineConfig):
         self.critic_optimizer.check()
         first_has_old = self.old_log_probs == "recompute" or self.staleness > 0
         for has_old in {True, first_has_old}:
-            self.policy_loss.check(has_old=has_old, has_reference=False)
+            is_added_to = self.critic == "head"
+            self.policy_loss.check(has_old=has_old, has_reference=False, needs_token_mean=is_added_to)
 
     @property
     def policy_loss(self) -> PolicyLossConfig:

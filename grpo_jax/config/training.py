@@ -197,17 +197,18 @@ class PolicyLossConfig:
             if getattr(self, name) and known is not None and name not in known:
                 raise ValueError(f"{name} is set, but the loss {self.loss} has no argument {name}; leave it out")
 
-    def check(self, *, has_old: bool, has_reference: bool) -> None:
+    def check(self, *, has_old: bool, has_reference: bool, needs_token_mean: bool = False) -> None:
         """Trace the loss on small arrays, so that a mistake in the user's own is found before a model is loaded.
 
         Args:
             has_old: whether the run passes ``old_log_probs``, which it does with several updates per step.
             has_reference: whether it passes ``ref_log_probs``.
+            needs_token_mean: whether a mean over the same tokens is added to the loss.
 
         Raises:
-            ValueError: the loss raises, or does not return a ``Mean`` and metrics.
+            ValueError: the loss raises, or does not return a ``Mean`` and metrics; or it is no mean over tokens.
         """
-        tokens, mask = jnp.zeros((2, 3)), jnp.ones((2, 3), bool)
+        tokens, mask = jnp.zeros((2, 3)), jnp.array([[True, True, True], [True, False, False]])
         batch = Batch(
             prompt_ids=jnp.zeros((2, 1), jnp.int32),
             prompt_mask=mask[:, :1],
@@ -222,12 +223,19 @@ class PolicyLossConfig:
         loss_fn = self.build(lambda *_: (tokens, tokens), max_completion_length=3, sampler_alters_policy=False)
         try:
             check_loss_output(jax.eval_shape(loss_fn, None, batch))
+            count = float(loss_fn(None, batch)[0].count) if needs_token_mean else None
         except Exception as error:
             if ":" not in self.loss + self.kl:
                 raise
             absent = [name for name in ("old_log_probs", "ref_log_probs") if getattr(batch, name) is None]
             hint = f"; with these settings {' and '.join(absent)} are None" if absent else ""
             raise ValueError(f"the loss {self.loss} failed: {type(error).__name__}: {error}{hint}") from error
+        if count not in (None, float(mask.sum())):
+            raise ValueError(
+                f"critic head adds the value loss, a mean over tokens, to that of the policy, and the loss {self.loss} "
+                "is no mean over tokens, so value_coef would mean something else; set loss to ppo, dapo or cispo, or "
+                "critic to model"
+            )
 
     @property
     def name(self) -> str:

@@ -72,8 +72,10 @@ def check_steps(run: Run, first: int, total: int, *, setting: str, decay: str) -
             "run_dir"
         )
     if first and change is not None:
+        is_stale = run.settings.get("staleness", 0) > 0
+        equals = "" if is_stale else ", so the result equals an uninterrupted run of this length"
         rate = (
-            "the learning rate is constant, so the result equals an uninterrupted run of this length"
+            f"the learning rate is constant{equals}"
             if decay == "constant"
             else f"from step {first + 1} on the learning rate follows a {decay} decay over {total} steps; earlier "
             "steps followed the previous schedule"

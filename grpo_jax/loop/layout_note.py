@@ -35,11 +35,12 @@ def uneven_params(shapes: Params, mesh: Mesh) -> str:
         if wanted is None or fitted is None or not name.endswith(("kernel", "embedding")):  # others are small
             continue
         for dimension, axis in enumerate(wanted):
-            if axis is None or axis in axis_names(fitted[dimension]):
-                continue
-            other = any(axis in axis_names(entry) for entry in fitted)
-            size = f"{axis} {mesh.shape[axis]}"
-            how = f"{size} splits another dimension of" if other else f"replicated over {size}:"
             short = re.sub(r"layers_\d+/|/(kernel|embedding)$", "", name) + f" ({shape[dimension]})"
-            found.setdefault(how, []).append(short)
+            for one in ("fsdp", "context") if axis == "fsdp" else axis_names(axis):
+                if one in axis_names(fitted[dimension]) or mesh.shape[one] == 1:
+                    continue
+                other = any(one in axis_names(entry) for entry in fitted)
+                size = f"{one} {mesh.shape[one]}"
+                how = f"{size} splits another dimension of" if other else f"replicated over {size}:"
+                found.setdefault(how, []).append(short)
     return "; ".join(f"{how} {', '.join(dict.fromkeys(names))}" for how, names in found.items())

@@ -78,7 +78,7 @@ def shared_trunk_loss(config: PPOConfig, model: Model, *, critic_alone: bool) ->
         if critic_alone:
             return value_loss, metrics
         of_policy, policy_metrics = policy_loss(config, model, log_probs=lambda *_: (log_probs, entropy))(params, batch)
-        # Both are means over the same tokens, so their counts are equal.
+        # Both are means over the same tokens (``PolicyLossConfig.check``), so their counts are equal.
         total = of_policy.sum + config.value_coef * value_loss.sum
         return Mean(total, of_policy.count), metrics | policy_metrics
 
