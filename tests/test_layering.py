@@ -137,6 +137,20 @@ def imported_by(code: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True).stdout.split())
 
 
+NO_DEVICES = """
+from jax._src import xla_bridge
+from grpo_jax.config.presets import SCRIPTS, preset
+for name in SCRIPTS:
+    preset(name)
+    assert not xla_bridge.backends_are_initialized(), name
+"""
+
+
+def test_settings_start_no_devices():
+    """Processes are connected once settings are read, also those of a file, and before JAX's devices are used."""
+    subprocess.run([sys.executable, "-c", NO_DEVICES], check=True)
+
+
 def test_modules_are_listed_and_loaded_on_first_use():
     assert "jax" not in imported_by("import grpo_jax")
     for code in ("import grpo_jax.loss", "import grpo_jax; grpo_jax.loss.grpo_loss, grpo_jax.advantage.gae"):

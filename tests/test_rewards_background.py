@@ -70,12 +70,16 @@ def test_an_evaluation_waits_for_the_turn_of_a_thread():
         beside.append(len(running))
         return length(completions)
 
-    with scorer({"slow": slow}, held_out=held_out) as scoring:
-        started = scoring.start([""], ["a"])
-        assert begun.wait(20)
-        assert [output.score for output in scoring.held_out([""], ["bb"])] == [2]
-        assert beside == [0]
-        np.testing.assert_array_equal(started.result().total, [1])
+    with scorer({"slow": slow}, held_out=held_out) as scoring, scorer({"other": held_out}) as other:
+        for score in (scoring.held_out, lambda *texts: other.score(*texts).total, other.start):  # of another task, too
+            begun.clear()
+            started = scoring.start([""], ["a"])
+            assert begun.wait(20)
+            scored = score([""], ["bb"])
+            np.testing.assert_array_equal(started.result().total, [1])
+            if score == other.start:
+                np.testing.assert_array_equal(scored.result().total, [2])
+        assert beside == [0, 0, 0]
 
 
 def test_an_error_in_the_background_is_raised_where_its_scores_are_waited_for():

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 import tyro
 
@@ -73,7 +74,9 @@ class DPOConfig(OfflineConfig, PolicyConfig):
             raise ValueError(f"beta is {self.beta}; it must be above 0")
         if self.loss != "sigmoid" and (self.label_smoothing or self.target_margin):
             raise ValueError(f"label_smoothing and target_margin belong to the loss sigmoid, not to {self.loss}")
-        sigmoid_preference(jnp.zeros(1), label_smoothing=self.label_smoothing)  # checks its range
+        # Checks its range. Traced: a computation would start JAX's devices before processes are connected.
+        margin = jax.ShapeDtypeStruct((1,), jnp.float32)
+        jax.eval_shape(partial(sigmoid_preference, label_smoothing=self.label_smoothing), margin)
 
     def check(self) -> None:
         """Check that the judge exists, and that the pairs of a micro-batch divide over the mesh."""

@@ -23,6 +23,8 @@ from grpo_jax.rewards.workers.pool import RewardError, RewardPool
 from grpo_jax.sharding import param_shardings
 
 HELD_OUT = "held-out accuracy"
+_TURN = threading.Lock()
+"""Held while a reward is called in this process, for all tasks: a reward need not be safe for threads."""
 
 
 class Scoring:
@@ -94,15 +96,14 @@ class Scorer:
             self._pool = self._held_out_pool = None
             is_split = {name: is_per_sample(reward) for name, reward in {**rewards, HELD_OUT: held_out}.items()}
             self._host_rewards, self._learned, self._is_split = dict(rewards), learned, is_split
-            # One thread, and never beside a call in this one: a reward need not be safe for threads.
-            self._thread, self._turn = ThreadPoolExecutor(1, thread_name_prefix="scores"), threading.Lock()
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
             stack.callback(self._thread.shutdown, wait=False, cancel_futures=True)
             if workers:
                 self._pool = stack.enter_context(RewardPool(rewards, workers=workers, **pool))
                 self._held_out_pool = stack.enter_context(RewardPool({HELD_OUT: held_out}, workers=workers, **pool))
                 rewards, self.held_out = self._pool.rewards, self._held_out_pool.rewards[HELD_OUT]
             else:
-                self.held_out = in_turn(HELD_OUT, held_out, self._turn)
+                self.held_out = in_turn(HELD_OUT, held_out)
             self.held_out = shared_out(HELD_OUT, self.held_out, is_split[HELD_OUT])
             parts = dict(rewards) if learned is None else {**rewards, "reward_model": learned}
             rules: dict[str, Any] = {"gates": gates, "clip": clip, "may_abstain": may_abstain}
@@ -126,7 +127,7 @@ class Scorer:
         Raises:
             ValueError: as the function that ``weighted`` returns.
         """
-        with self._turn:
+        with _TURN:
             scores = self._score(prompts, completions, **columns)
         self._drop_ahead()
         return scores
@@ -204,7 +205,7 @@ class Scorer:
     def _score_in_turn(
         self, name: str, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
     ) -> list[RewardOutput]:
-        with self._turn:
+        with _TURN:
             return score_with(name, self._host_rewards[name], prompts, completions, columns)
 
     def probe(self, columns: Mapping[str, Any], held_out_columns: Mapping[str, Any]) -> None:
@@ -276,17 +277,16 @@ class Scorer:
         return [error for pool in pools for error in pool.take_errors()]
 
 
-def in_turn(name: str, reward: RewardFn, turn: threading.Lock) -> RewardFn:
-    """A reward that is not called while another one has the turn.
+def in_turn(name: str, reward: RewardFn) -> RewardFn:
+    """A reward that is not called while another one is.
 
     Args:
         name: of the reward.
         reward: on the host.
-        turn: held during its calls.
     """
 
     def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[RewardOutput]:
-        with turn:
+        with _TURN:
             return score_with(name, reward, prompts, completions, columns)
 
     return score
