@@ -77,18 +77,18 @@ def make_mesh(
         sizes = ", ".join(f"{name}={size}" for name, size in {"data": data, **others}.items())
         raise ValueError(f"mesh {sizes}: sizes must be at least 1 (data may be -1: all others)")
     # An axis that few use is named only where it is used.
-    named = " x ".join(f"{name}={size}" for name, size in others.items() if name != "context" or size > 1)
+    named = " x ".join(f"mesh.{name} {size}" for name, size in others.items() if name != "context" or size > 1)
     size = math.prod(others.values())
     if data == -1:
         data = len(devices) // size
         if data * size != len(devices):
             raise ValueError(
-                f"mesh {named} does not divide the {len(devices)} devices; "
-                f"their product must be one of {divisors(len(devices))}"
+                f"{named} does not divide the {len(devices)} devices; their product must be one of "
+                f"{divisors(len(devices))}"
             )
     size *= data
     if size > len(devices):
-        raise ValueError(f"mesh data={data} x {named} takes {size} devices; there are {len(devices)}")
+        raise ValueError(f"mesh.data {data} x {named} takes {size} devices; there are {len(devices)}")
     # Auto: the compiler propagates shardings from the arguments, so that the mathematics does not name a mesh.
     shape, types = (data, fsdp, context, tensor), (AxisType.Auto,) * len(AXES)
     try:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 AnyConfig = TypeVar("AnyConfig")
 
@@ -134,6 +135,14 @@ def typed(name: str, value: Any, annotation: Any, where: str) -> Any:
     try:
         return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except ValidationError:
-        wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        wanted = re.sub(r"typing\.|pathlib\.", "", wanted).replace("tuple[", "list[")
-        raise ValueError(f"{where}: {name} is {value!r}; it must be {wanted}") from None
+        raise ValueError(f"{where}: {name} is {value!r}; it must be {_described(annotation)}") from None
+
+
+def _described(annotation: Any) -> str:
+    """A type as a user would say it, such as "refuse or skip", or as Python does."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_described, get_args(annotation)))
+    wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return re.sub(r"typing\.|pathlib\.", "", wanted).replace("tuple[", "list[")

@@ -88,7 +88,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
     policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
     bad_updates: Annotated[BadUpdates, tyro.conf.Suppress] = "refuse"
     """Updates with a loss or gradient that is not finite, or a gradient above skip_grad_norm, are never applied. refuse
-    ends the run at the first with an error; skip goes on without them, for up to 10 steps in a row."""
+    (also with skip_grad_norm) ends the run at the first; skip goes on without them, for up to 10 steps in a row."""
     export: Export = "last"
     """Checkpoint to export to model/: the last, or the one with the best held-out evaluation. May be changed after the
     run."""

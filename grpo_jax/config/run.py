@@ -134,7 +134,7 @@ class RunConfig:
     save_every: int = 10
     """Steps between checkpoints."""
     save_minutes: Annotated[float | None, tyro.conf.Suppress] = None
-    """Minutes between checkpoints, in addition to those of save_every. Default: no limit."""
+    """Minutes between checkpoints, in addition to those of save_every; 0 for one after every step. Default: none."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

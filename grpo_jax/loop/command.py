@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,8 @@ def run_command(
         is_mistake = _is_mistake(error)
         if debug or not is_mistake:
             traceback.print_exception(error)
-        text = in_flags(_text_of(error), flags_of(config_type), typed=given, owner=_checked_class(error))
+        text = re.sub(r"^command line[^:]*: ", "", _text_of(error))  # which the flag's name says
+        text = in_flags(text, flags_of(config_type), typed=given, owner=_checked_class(error))
         if len(text) > MOST_CHARACTERS:
             text = f"{text[:MOST_CHARACTERS]} ... [{len(text):,} characters]"
         print(f"error: {text}", file=sys.stderr)

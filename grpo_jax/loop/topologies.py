@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-TPUS = ("v4", "v5e", "v5p", "v6e")
+TPUS = {"v4": "2x2x4", "v5e": "4x4", "v5p": "2x2x4", "v6e": "4x4"}
+"""An example of a slice of each kind."""
 HOPPER = {
     "core_count": 132,
     "shared_memory_per_core": 233_472,
@@ -72,7 +73,7 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{name}"
 """
-KINDS = f"{', '.join(f'{name}:4x4' for name in TPUS)} (the chips along each axis), {', '.join(GPUS)} as in h100:8 or \
+KINDS = f"{', '.join(map(':'.join, TPUS.items()))} (the chips along each axis), {', '.join(GPUS)} as in h100:8 or \
 h100:2x8 (hosts x GPUs), and cpu:N"
 
 
@@ -100,6 +101,9 @@ def topology_devices(name: str) -> list[Any]:
     is_gpu = kind in GPUS
     if kind not in (*TPUS, *GPUS, "cpu") or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise ValueError(f"topology is {name}: it must be one of {KINDS}")
+    if kind in TPUS and size.count("x") != TPUS[kind].count("x"):
+        axes = 1 + TPUS[kind].count("x")
+        raise ValueError(f"topology is {name}: a slice of {kind} has {axes} axes, as in {kind}:{TPUS[kind]}")
     if kind == "cpu":
         found = jax.devices("cpu")
         if not size.isdigit() or int(size) > len(found):
@@ -124,4 +128,5 @@ def topology_devices(name: str) -> list[Any]:
         form = f"1x{hosts or 1}x{gpus}"
         return list(topologies.get_topology_desc(platform="cuda", target_config=target, topology=form).devices)
     except Exception as error:  # the compilers' own classes
-        raise ValueError(f"topology is {name}: {str(error).splitlines()[0]}") from error
+        example = f" (as in {kind}:{TPUS[kind]})" if kind in TPUS else ""
+        raise ValueError(f"topology is {name}: {str(error).splitlines()[0]}{example}") from error
