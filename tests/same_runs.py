@@ -34,9 +34,10 @@ FLAGS = {
     "reward_model": PAIRS,
     "rejection_sampling": f"{SUMS} --max-problems 16 --num-samples 16 {LENGTHS}",
     "evaluate": f"{SUMS} --eval-size 16 --num-samples 4 {LENGTHS}",
+    "context": f"{SUMS} {ONLINE} --group-size 4 --kl-coef 0.05 --mesh.fsdp 2 --mesh.context 2",
     "tasks": f"--tasks tasks.json {ONLINE} --group-size 4",
 }
-"""Flags of each experiment; ``tasks`` is ``grpo.py`` with a mixture."""
+"""Flags of each experiment; ``context`` and ``tasks`` are ``grpo.py`` with sequence parallelism and with a mixture."""
 
 
 def write_files(folder):
@@ -87,7 +88,7 @@ def main():
         has_differed = False
         for name in args.experiments:
             flags = [files.get(flag, flag) for flag in FLAGS[name].split()]
-            script = f"experiments/{'grpo' if name == 'tasks' else name}.py"
+            script = f"experiments/{'grpo' if name in ('context', 'tasks') else name}.py"
             found = []
             for count, devices in ((1, args.processes * args.devices), (args.processes, args.devices)):
                 run = folder / f"{name}-{count}"
