@@ -167,7 +167,7 @@ class JsonlLog:
         self.append_lines([to_line(row) for row in rows])
 
     def append_lines(self, lines: Iterable[bytes]) -> None:
-        """Append rows that are lines already, in one write.
+        """Append rows that ``to_line`` has encoded, in one write.
 
         Args:
             lines: of ``to_line``.

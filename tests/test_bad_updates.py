@@ -91,7 +91,7 @@ def test_a_bad_update_is_refused_with_the_metric_the_checkpoints_and_the_way_pas
             "grad_norm": 2.0,
             "skipped_updates": 0.0,
         }
-        said = r"step 5: loss is nan, in 1 of 2 updates\. .*complete checkpoints: \[4\]\. .* with bad_updates skip"
+        said = r"step 5: loss is nan, in 1 of 2 updates\. .*complete checkpoints: \[4\]\. .* set bad_updates to skip"
         with pytest.raises(FloatingPointError, match=said):
             check_updates([good(), bad()], 5, REFUSE, run)
         with pytest.raises(FloatingPointError, match=r"grad_norm is 2, value/grad_norm is 70, above skip_grad_norm"):

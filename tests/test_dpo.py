@@ -337,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(config,
         losses, "dpo_loss", lambda *args, **settings: jax.tree.map(lambda x: x * jnp.nan, loss(*args, **settings))
     )
     monkeypatch.setattr(offline, "check_finite", lambda *_: None)  # of the evaluation
-    with pytest.raises(FloatingPointError, match=r"step 1: grad_norm is nan.* with bad_updates skip"):
+    with pytest.raises(FloatingPointError, match=r"step 1: grad_norm is nan.* set bad_updates to skip"):
         dpo.main(replace(config, num_eval_prompts=0))
     assert [row["step"] for row in metrics_of(config)] == [0]
     assert not (config.run_dir / "model").exists()

@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(brief, 
 
     monkeypatch.setattr(losses, "supervised_loss", broken)
     monkeypatch.setattr(offline, "check_finite", lambda *_: None)  # of the evaluation
-    with pytest.raises(FloatingPointError, match=r"step 1: grad_norm is nan.* with bad_updates skip"):
+    with pytest.raises(FloatingPointError, match=r"step 1: grad_norm is nan.* set bad_updates to skip"):
         sft.main(brief)
     assert [row["step"] for row in metrics_of(brief)] == [0]
     assert not (brief.run_dir / "model").exists()

@@ -120,7 +120,7 @@ def test_a_bad_batch_is_refused_by_default_and_the_same_command_goes_on_from_the
     said = capsys.readouterr().err
     assert "error: step 2: grad_norm is nan, loss is -inf, in 1 of 1 updates. Such an update is not applied." in said
     assert "complete checkpoints: [1]. The same command resumes" in said
-    assert "--bad-updates skip" in said
+    assert "set --bad-updates to skip" in said
     assert "Traceback" not in said
     assert start("grpo", "run", "--kl-coef", "0.05") == 0  # the batch of step 2 is sound this time
     assert start("grpo", "whole", "--kl-coef", "0.05") == 0

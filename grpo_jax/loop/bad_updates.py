@@ -18,7 +18,7 @@ MOST_IN_A_ROW = 10
 
 
 def check_updates(updates: Sequence[Mapping[str, Any]], step: int, config: Any, run: Run) -> dict[str, float]:
-    """The metrics of a step from those of its updates, once bad ones are refused or reported.
+    """Refuse or report bad updates, and return the metrics of the step from those of its updates.
 
     A bad update has left the state as it was (``train.guard``): after an error, the newest checkpoint is good.
 
@@ -47,8 +47,8 @@ def check_updates(updates: Sequence[Mapping[str, Any]], step: int, config: Any, 
         if config.bad_updates == "refuse":
             raise FloatingPointError(
                 f"step {step}: {text}. Such an update is not applied. The run ends here; complete checkpoints: "
-                f"{run.checkpoints.steps()}. The same command resumes from the last of them; with bad_updates skip, it "
-                "leaves such updates out"
+                f"{run.checkpoints.steps()}. The same command resumes from the last of them; set bad_updates to "
+                "skip to go on without such updates"
             )
         _report(text, step, run)
     return {**metrics, SKIPPED: float(len(bad))}

@@ -169,7 +169,7 @@ class Collector:
             max_completion_length=self._config.completion_length,
         )
         noise = jax.random.fold_in(self._noise, step)
-        if attempt:  # counted from the far end: from the near one, the key would be that of a prompt
+        if attempt:  # 2**32 - attempt, because small numbers are folded in for prompts
             noise = jax.random.fold_in(noise, np.uint32(2**32 - attempt))
         sampler = self._samplers[self._config.group_size]
         rollout = sampler.on_host(rollout_params, batch.prompts, noise, on_tokens=on_tokens)

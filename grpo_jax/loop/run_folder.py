@@ -44,7 +44,7 @@ class claim_folder:  # noqa: N801 - used as a function
         resumable_fields: settings that may differ from the folder's, those of nested settings with dots.
 
     Attributes:
-        previous: settings of the previous process; None if it computed nothing.
+        previous: settings of the last process in this folder; None if the folder has no results yet.
 
     Raises:
         ValueError, RuntimeError: as ``Run``.

@@ -2,7 +2,7 @@
 
 The ``tensor`` axis splits KV heads and the query heads that they serve. Where it does not divide them, each KV head is
 repeated until it does, and its query heads are dealt out to the copies; the last copy's are padded with zeros, whose
-outputs are dropped. A device never has more heads than if all were replicated.
+outputs are dropped. Padding never costs a device more than replicating all heads would.
 """
 
 from __future__ import annotations

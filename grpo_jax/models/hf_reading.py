@@ -38,7 +38,7 @@ def reading_sharding(sharding: Sharding, entry: Entry, itemsize: int) -> Shardin
 
 
 def row_spec(spec: PartitionSpec, sizes: dict[str, int], entry: Entry) -> PartitionSpec:
-    """The spec with each mesh axis on the first axis of the stored tensor that it divides.
+    """The spec with each mesh axis moved to the outermost axis of the stored tensor that it divides.
 
     Args:
         spec: of the parameter.

@@ -24,7 +24,7 @@ def even_block_of(length: int) -> int:
 
 
 def best_block_of(length: int) -> int:
-    """Tokens of a block for the least work over a length that is padded: padding is work, and small blocks are slow."""
+    """The block size with the least work, counting both padding and the overhead of small blocks."""
     sizes = range(LARGEST_BLOCK, 0, -LANES)
     return min(sizes, key=lambda block: -(-length // block) * block * (1 + LANES / (4 * block)))
 

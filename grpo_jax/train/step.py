@@ -37,7 +37,7 @@ def make_log_prob_fn(
 ) -> Callable[[Params, Rollout | PackedBatch], Tokens]:
     """A jitted ``(params, rollout) -> log-probabilities [B, T]`` of frozen policies: old and reference.
 
-    Of a ``PackedBatch``, the micro-batches that it has are computed, and those of completions without tokens are 0.
+    Of a ``PackedBatch``, only the micro-batches that are not empty are computed; completions without tokens get 0.
 
     Args:
         log_probs: ``(params, rollout) -> (log-probabilities, entropy)``, such as a ``partial`` of
@@ -316,9 +316,9 @@ def opt_state_shardings(
     """A sharding for each array of an optimizer's state, of any optax transformation.
 
     An array whose path ends in the path of a parameter of the same shape, such as a moment, has the parameter's
-    sharding. So has one of another length along its last axis only, such as the scales of a quantized moment's blocks,
-    if its last axis divides into as many parts; if not, that axis is not sharded. All others, such as counters and
-    Adafactor's rows and columns, are replicated.
+    sharding. So has one that differs from the parameter in its last axis only, such as the scales of a quantized
+    moment's blocks; if that axis does not divide, it is replicated. All others, such as counters and Adafactor's rows
+    and columns, are replicated.
 
     Args:
         opt_state: arrays or ``ShapeDtypeStruct``.
