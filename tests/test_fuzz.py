@@ -26,7 +26,7 @@ def test_fuzzing_with_atheris(tmp_path):
         (corpus / str(number)).write_text(pair.get("completion") or pair["answer"])
     # What this process has taken so far counts as taken by those that it starts.
     limit = 2048 + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    options = ["-max_total_time=40", "-max_len=400", f"-rss_limit_mb={limit}"]
+    options = ["-max_total_time=25", "-max_len=400", f"-rss_limit_mb={limit}"]
     command = [sys.executable, str(HERE / "fuzz_parsers.py"), *options, str(corpus)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
