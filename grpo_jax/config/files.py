@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 AnyConfig = TypeVar("AnyConfig")
@@ -143,6 +143,6 @@ def _described(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(map(_described, get_args(annotation)))
+        return " or ".join(_described(each) for each in get_args(annotation) if each is not NoneType)
     wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return re.sub(r"typing\.|pathlib\.", "", wanted).replace("tuple[", "list[")
