@@ -7,7 +7,7 @@ process and its host, if another one
 - has not beaten for ``silence`` seconds: it was killed or stopped, or the network was cut;
 - has ended with an error, which the message repeats;
 - is behind this one for longer than an exchange may take: it is hung, or computes something else;
-- has not come further for as long as this one: one of them is hung, between the same exchanges.
+- has made no progress for that long, and neither has this one: one of the two is hung between exchanges.
 
 If the first process is lost, JAX ends the others at once, since it holds the coordination service.
 """
@@ -40,8 +40,8 @@ TRY_AGAIN = 75
 """Exit status (EX_TEMPFAIL of sysexits.h) if the same commands go on from the last checkpoint: another process was
 lost, or this one was preempted."""
 NOT_CONNECTED = 69
-"""Exit status (EX_UNAVAILABLE) if the processes did not find each other: one may be late, so it is worth a few trials,
-but nothing was computed, so not any number of them."""
+"""Exit status (EX_UNAVAILABLE) if the processes did not find each other. A launcher should retry a few times, since one
+of them may only be late."""
 CONNECTION_TIMEOUT = 60
 """Seconds in which all processes must have been started."""
 COMMUNICATION = tuple(f"{code}: " for code in ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEEDED"))
@@ -135,7 +135,7 @@ class Beat:
     """The latest beat of a process, and when it came.
 
     Attributes:
-        value: its number, progress, place and host, and whether it ends, and the error with which it does.
+        value: number of the beat; progress, place and host of the process; whether it has ended, and its error.
         seen: seconds on this process's monotonic clock.
         moved: when its progress or error last changed.
     """
@@ -192,7 +192,7 @@ class Watch:
         """At the end of the process: after an error, end without waiting for the others to end well.
 
         The first process waits until they know of it, since it holds the service by which they learn of it. Without an
-        error, the others are told that no more beats come: they may be at work for longer.
+        error, this process announces that it has ended, so that the others do not take its silence for a loss.
         """
         self._closing.set()
         if self._error is None:

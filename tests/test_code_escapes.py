@@ -140,7 +140,7 @@ def test_what_runs_in_a_sandbox_is_seen(sandbox, marked):
     assert_nothing_runs(marked)
 
 
-def attempt(escape, outside, sandbox, marked):
+def assert_contained(escape, outside, sandbox, marked):
     code = outside.fill_in(escape["code"])
     started = time.monotonic()
     if escape["style"] == "stdin":
@@ -161,10 +161,10 @@ def attempt(escape, outside, sandbox, marked):
 
 @pytest.mark.parametrize("escape", [each for each in ESCAPES if each["name"] in QUICK], ids=lambda each: each["name"])
 def test_a_few_escapes(escape, outside, sandbox, marked):
-    attempt(escape, outside, sandbox, marked)
+    assert_contained(escape, outside, sandbox, marked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("escape", ESCAPES, ids=lambda each: each["name"])
 def test_every_escape(escape, outside, sandbox, marked):
-    attempt(escape, outside, sandbox, marked)
+    assert_contained(escape, outside, sandbox, marked)

@@ -56,7 +56,7 @@ FULL = {
     "/run/curves.png: No space left on device": (run_module, "plot_curves"),
     "/run/summary.json: No space left on device": (Run, "write_summary"),
 }
-"""What is said if the disk is full before a function is called."""
+"""The message if the disk is full when the function is called: module and name of the function, by message."""
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ for name in SCRIPTS:
 
 
 def test_settings_start_no_devices():
-    """Processes are connected once settings are read, also those of a file, and before JAX's devices are used."""
+    """Those of the experiments' presets: processes must be connected before JAX's devices are used."""
     subprocess.run([sys.executable, "-c", NO_DEVICES], check=True)
 
 

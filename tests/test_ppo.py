@@ -106,7 +106,7 @@ def test_stale_samples_are_corrected_for(config):
 @pytest.mark.parametrize("name", ["grpo", "gspo", "sapo", "dr_grpo"])
 def test_a_value_head_needs_a_policy_loss_over_tokens(config, name):
     run = replace(config, critic="head", policy=PolicyLossConfig(loss=name))
-    with pytest.raises(ValueError, match=f"the loss {name} is no mean over tokens, so value_coef would mean something"):
+    with pytest.raises(ValueError, match=f"must be averaged over tokens too, and {name} is not; set loss to ppo, "):
         run.check()
     replace(run, critic="model").check()
     for other in ("ppo", "dapo", "cispo"):

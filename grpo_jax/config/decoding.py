@@ -68,12 +68,12 @@ class Decoding:
         sums = 2 * decoder.num_layers + 1  # and of the embedding
         sent = 2 * sums * rows * decoder.hidden_size * self.itemsize * (tensor - 1) / tensor
         if rates.dimensions:  # neighbours use two of a torus' links
-            wire, latency = min(rates.wire, 2 * rates.link), rates
+            wire, of_sum = min(rates.wire, 2 * rates.link), rates
         elif tensor <= self.near:
-            wire, latency = rates.link, rates._replace(latency=LATENCY["switch"])
+            wire, of_sum = rates.link, rates._replace(latency=LATENCY["switch"])
         else:
-            wire, latency = rates.wire, rates
-        return step + sent / wire + batches * sums * latency.latency_of("all-reduce", tensor)
+            wire, of_sum = rates.wire, rates
+        return step + sent / wire + batches * sums * of_sum.latency_of("all-reduce", tensor)
 
 
 def decoding_of(config: Any, decoder: DecoderConfig, *, limit: float | int, share: float, rates: Rates) -> Decoding:

@@ -113,7 +113,10 @@ class GRPOConfig(OnlineConfig):
                 "old_log_probs is sampler, but a step has one update, which needs none: it is strictly on policy"
             )
         if self.ref_refresh_every is not None and not self.has_reference:
-            raise ValueError("ref_refresh_every is set, but kl_coef and kl_reward_coef are 0, so there is no reference")
+            raise ValueError(
+                "ref_refresh_every is set, but there is no reference to refresh: kl_coef and kl_reward_coef are 0; set "
+                "one of them, or leave ref_refresh_every out"
+            )
 
     def check(self) -> None:
         """As ``OnlineConfig.check``, and call the loss, the optimizer and the advantage on small arrays."""

@@ -203,10 +203,11 @@ class PolicyLossConfig:
         Args:
             has_old: whether the run passes ``old_log_probs``, which it does with several updates per step.
             has_reference: whether it passes ``ref_log_probs``.
-            needs_token_mean: whether a mean over the same tokens is added to the loss.
+            needs_token_mean: whether another mean over tokens is added to the loss.
 
         Raises:
-            ValueError: the loss raises, or does not return a ``Mean`` and metrics; or it is no mean over tokens.
+            ValueError: the loss raises, does not return a ``Mean`` and metrics, or is not averaged over tokens where
+                that is needed.
         """
         tokens, mask = jnp.zeros((2, 3)), jnp.array([[True, True, True], [True, False, False]])
         batch = Batch(
@@ -232,9 +233,8 @@ class PolicyLossConfig:
             raise ValueError(f"the loss {self.loss} failed: {type(error).__name__}: {error}{hint}") from error
         if count not in (None, float(mask.sum())):
             raise ValueError(
-                f"critic head adds the value loss, a mean over tokens, to that of the policy, and the loss {self.loss} "
-                "is no mean over tokens, so value_coef would mean something else; set loss to ppo, dapo or cispo, or "
-                "critic to model"
+                "with critic head, the value loss, averaged over tokens, is added to the policy loss, so that must be "
+                f"averaged over tokens too, and {self.loss} is not; set loss to ppo, dapo or cispo, or critic to model"
             )
 
     @property
