@@ -80,7 +80,7 @@ def expert_mlp(
     """
     params = jax.tree.map(lambda p: p.astype(x.dtype), params)
     default = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    share = 1 if mesh is None else 1 / math.prod(mesh.shape.get(axis, 1) for axis in EXPERT_AXES)
+    share = 1.0 if mesh is None else 1 / math.prod(mesh.shape.get(axis, 1) for axis in EXPERT_AXES)
     compute = partial(_on_device, activation=activation, platform=platform or default, share=share)
     if mesh is None or mesh.size == 1:
         return compute(x, experts, weights, params)

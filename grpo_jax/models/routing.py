@@ -56,10 +56,10 @@ def route(
     """
     num_experts = logits.shape[-1]
     size, rest = divmod(num_experts, groups)
-    if rest or not 1 <= kept_groups <= groups:
-        raise ValueError(
-            f"{num_experts} experts in {groups} groups, {kept_groups} kept: groups must be equal, kept <= groups"
-        )
+    if rest:
+        raise ValueError(f"{num_experts} experts do not divide into {groups} equal groups")
+    if not 1 <= kept_groups <= groups:
+        raise ValueError(f"kept_groups is {kept_groups}; it must be from 1 to groups = {groups}")
     if not 1 <= k <= kept_groups * size:
         raise ValueError(f"{k} experts of each token, but {kept_groups * size} to choose from")
     logits = logits.astype(jnp.float32)
