@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ GatedActivation = Callable[[Array, Array], Array]
 """``(gate, up) -> hidden``, elementwise."""
 MAX_BLOCK = 64
 """Rows; more are not faster."""
+JOINED_BLOCK = 16
+"""Rows from which copying gate and up into one matrix is faster than two products."""
 
 
 class ExpertParams(NamedTuple):
@@ -67,14 +69,16 @@ def sorted_rows(experts: Int[Array, "N k"], num_experts: int) -> Rows:
 
 
 def block_size(rows: int, num_experts: int) -> int:
-    """Rows of a block: up to half of the mean of an expert, from 8 to ``MAX_BLOCK``.
+    """Rows of a block: up to half of the mean of an expert, from 2 to ``MAX_BLOCK``.
+
+    A product of one row would be a matrix-vector product, which XLA adds up in another order.
 
     Args:
         rows: choices in all.
         num_experts: E.
     """
     half = max(rows // (2 * num_experts), 1)
-    return min(max(1 << (half.bit_length() - 1), 8), MAX_BLOCK)
+    return min(max(1 << (half.bit_length() - 1), 2), MAX_BLOCK)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,16 +99,13 @@ def expert_blocks(
     return _forward(activation, x, sorted_rows(experts, len(params.gate)), weights, params, saves=False)[0]
 
 
-def _copied(params: ExpertParams, expert: Array) -> tuple[Array, Array, Array | None, Array | None]:
-    """An expert's own matrices and biases, with gate and up as one."""
+def _own(x: Any, expert: Array) -> Any:
+    return None if x is None else lax.dynamic_index_in_dim(x, expert, 0, keepdims=False)
 
-    def of(x: Array) -> Array:
-        return lax.dynamic_index_in_dim(x, expert, 0, keepdims=False)
 
-    gate_up, bias = jnp.concatenate([of(params.gate), of(params.up)], axis=1), None
-    if params.gate_bias is not None and params.up_bias is not None:
-        bias = jnp.concatenate([of(params.gate_bias), of(params.up_bias)])[None]
-    return gate_up, of(params.down), bias, None if params.down_bias is None else of(params.down_bias)[None]
+def _joined(x: Any, y: Any, expert: Array) -> Any:
+    """An expert's part of both, side by side."""
+    return None if x is None or y is None else jnp.concatenate([_own(x, expert), _own(y, expert)], axis=-1)
 
 
 def _loop_over_experts(rows: Rows, block_rows: int, body: Callable, carry: tuple) -> tuple:
@@ -148,18 +149,22 @@ def _forward(activation, x, rows: Rows, weights, params: ExpertParams, *, saves:
     order, flat = jnp.pad(rows.order, (0, M)), weights.reshape(-1)
 
     def expert_body(expert, first, blocks, carry):
-        gate_up, down, bias, down_bias = _copied(params, expert)
+        pair = (params.gate, params.up)
+        matrices = [_joined(*pair, expert)] if M >= JOINED_BLOCK else [_own(x, expert) for x in pair]
+        bias, down_bias = _joined(params.gate_bias, params.up_bias, expert), _own(params.down_bias, expert)
+        down = _own(params.down, expert)
 
         def body(block, carry):
             out, saved = carry
             start, choices, tokens, is_own = _of_block(order, first, rows.sizes[expert], block, M, k)
-            both = _dot(jnp.where(is_own, _take(x, tokens), 0), gate_up).astype(dtype)
-            both = both if bias is None else both + bias
+            inputs = jnp.where(is_own, _take(x, tokens), 0)
+            both = jnp.concatenate([_dot(inputs, matrix) for matrix in matrices], axis=1).astype(dtype)
+            both = both if bias is None else both + bias[None]
             weight = _take(flat, choices)[:, None]
             hidden = activation(both[:, :F], both[:, F:]).astype(jnp.float32) * weight
             result = _dot(hidden.astype(dtype), down)
             if down_bias is not None:
-                result += down_bias.astype(jnp.float32) * weight
+                result += down_bias.astype(jnp.float32)[None] * weight
             if saves:
                 saved = lax.dynamic_update_slice_in_dim(saved, both, start, 0)
             return _add(out, tokens, jnp.where(is_own, result, 0)), saved
@@ -185,14 +190,15 @@ def _backward(activation, residuals, grad):
     order, flat = jnp.pad(rows.order, (0, M)), weights.reshape(-1)
 
     def expert_body(expert, first, blocks, carry):
-        gate_up, down, bias, down_bias = _copied(params, expert)
+        gate_up, down = _joined(params.gate, params.up, expert), _own(params.down, expert)
+        bias, down_bias = params.gate_bias, _own(params.down_bias, expert)
 
         def body(block, carry):
             d_x, d_weights, d_gate_up, d_down, d_bias, d_down_bias = carry
             start, choices, tokens, is_own = _of_block(order, first, rows.sizes[expert], block, M, k)
             inputs = jnp.where(is_own, _take(x, tokens), 0)
             d_out = jnp.where(is_own, _take(grad, tokens), 0)
-            both = jnp.where(is_own, lax.dynamic_slice_in_dim(saved, start, M), 0)
+            both = lax.dynamic_slice_in_dim(saved, start, M)
             weight = _take(flat, choices)[:, None]
             hidden, pull = jax.vjp(activation, both[:, :F], both[:, F:])
             of_hidden = _dot(d_out, down, (1, 1))  # of hidden units times the weight
@@ -204,7 +210,7 @@ def _backward(activation, residuals, grad):
             if bias is not None:
                 d_bias += d_both.astype(jnp.float32).sum(0)
             if down_bias is not None:
-                d_weight += (d_out * down_bias).astype(jnp.float32).sum(1)
+                d_weight += (d_out * down_bias[None]).astype(jnp.float32).sum(1)
                 d_down_bias += (d_out.astype(jnp.float32) * weight).sum(0)
             d_x = _add(d_x, tokens, _dot(d_both, gate_up, (1, 1)))
             d_weights = lax.dynamic_update_slice_in_dim(d_weights, d_weight, start, 0)
