@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -12,37 +11,24 @@ import torch
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from grpo_jax.models.hf_headers import NUMPY_DTYPES, QUANTIZED_DTYPES, Stored
 from grpo_jax.models.hf_quantized import E4M3, dequantized
 from grpo_jax.models.hf_schemes import Scheme, read_scheme, without_scheme
+from grpo_jax.models.hf_text import text_config
 
 FP8 = Scheme("fp8", (128, 128), "_scale_inv")
 MXFP4 = Scheme("mxfp4", None)
-DTYPES = {
-    "F32": np.float32,
-    "BF16": ml_dtypes.bfloat16,
-    "F16": np.float16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-    "U8": np.uint8,
-    "I8": np.int8,
-}
+FOLDER = Path("folder")
+DTYPES = NUMPY_DTYPES | QUANTIZED_DTYPES | {"F8_E5M2": ml_dtypes.float8_e5m2, "I8": np.int8}
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(Stored):
     """A stored tensor that is in memory."""
 
-    array: np.ndarray
-    file: Path = Path("model.safetensors")
-
-    @property
-    def shape(self):
-        return self.array.shape
-
-    @property
-    def dtype(self):
-        return next(name for name, dtype in DTYPES.items() if self.array.dtype == dtype)
+    def __init__(self, array):
+        dtype = next(name for name, dtype in DTYPES.items() if array.dtype == dtype)
+        super().__init__(FOLDER / "model.safetensors", array.shape, dtype, 0)
+        object.__setattr__(self, "array", array)
 
     def mapped(self):
         return self.array
@@ -66,10 +52,14 @@ def mxfp4_codes(shape=(3, 10, 4, 16)):
 
 def read(codes, scales, scheme, name="experts.weight"):
     names = [name, name + scheme.scale_suffix] if scheme.block is not None else [name + "_blocks", name + "_scales"]
-    found = dequantized(dict(zip(names, (Tensor(codes), Tensor(scales)), strict=True)), scheme)
+    found = dequantized(FOLDER, dict(zip(names, (Tensor(codes), Tensor(scales)), strict=True)), scheme)
     assert list(found) == [name]
     assert found[name].dtype == "F32"
     return found[name]
+
+
+def values_of(codes, scales, scheme):
+    return np.asarray(read(codes, scales, scheme).mapped())
 
 
 def as_torch(array):
@@ -87,7 +77,7 @@ def test_values_of_codes():
     # Low bits first: 1 is 0.5, 7 is 6, 10 is -1, 13 is -3, times 2 and 1/4.
     blocks = np.zeros((1, 2, 1, 16), np.uint8)
     blocks[0, 0, 0, :2], blocks[0, 1, 0, 15] = [0x71, 0x0A], 0xD0
-    values = read(blocks, np.array([[[128], [125]]], np.uint8), MXFP4).mapped()[0]
+    values = values_of(blocks, np.array([[[128], [125]]], np.uint8), MXFP4)[0]
     assert values.shape == (32, 2)
     assert values[:4, 0].tolist() == [1, 12, -2, 0]
     assert values[31, 1] == -0.75
@@ -114,7 +104,7 @@ def test_fp8_as_in_transformers(shape, block, scale_shape, dtype):
     assert tensor.shape == shape
     sizes = None if block == (None, None) else [own or size for own, size in zip(block, shape[-2:], strict=True)]
     wanted = _dequantize_fp8_weight(as_torch(codes), as_torch(scales), sizes, torch.float32)
-    np.testing.assert_array_equal(tensor.mapped()[:], wanted.numpy())
+    np.testing.assert_array_equal(tensor.mapped(), wanted.numpy())
 
 
 def test_scales_that_are_powers_of_2():
@@ -122,7 +112,7 @@ def test_scales_that_are_powers_of_2():
     scales = np.array([[118, 120], [100, 130]], np.uint8)
     tensor = read(codes := fp8_codes((256, 256)), scales.view(ml_dtypes.float8_e8m0fnu), FP8)
     wanted = codes.astype(np.float32) * np.kron(2.0 ** (scales.astype(np.float32) - 127), np.ones((128, 128)))
-    np.testing.assert_array_equal(tensor.mapped()[:], wanted.astype(np.float32))
+    np.testing.assert_array_equal(tensor.mapped(), wanted.astype(np.float32))
 
 
 def test_mxfp4_as_in_transformers():
@@ -131,7 +121,7 @@ def test_mxfp4_as_in_transformers():
     tensor = read(blocks, scales, MXFP4)
     assert tensor.shape == (3, 128, 10)
     wanted = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
-    np.testing.assert_array_equal(tensor.mapped()[:], wanted.numpy())
+    np.testing.assert_array_equal(tensor.mapped(), wanted.numpy())
 
 
 VIEWS = [
@@ -144,7 +134,7 @@ VIEWS = [
 @pytest.mark.parametrize(("view", "indices"), VIEWS)
 def test_slices_of_views(view, indices):
     tensor = read(fp8_codes((2, 130, 257)), fp8_scales((2, 2, 3)), FP8).mapped()
-    whole = tensor[:].reshape(view)
+    whole = np.asarray(tensor).reshape(view)
     seen = tensor.reshape(view)
     assert seen.shape == view
     for index in indices:
@@ -153,7 +143,7 @@ def test_slices_of_views(view, indices):
 
 def test_slices_of_mxfp4():
     tensor = read(*mxfp4_codes(), MXFP4).mapped()
-    whole, seen = tensor[:].reshape(3, 128, 5, 2), tensor.reshape((3, 128, 5, 2))
+    whole, seen = np.asarray(tensor).reshape(3, 128, 5, 2), tensor.reshape((3, 128, 5, 2))
     parts = (
         [slice(1, 3), 2, slice(None)],
         [slice(None), slice(40, 55), 77, slice(5, 5)],
@@ -174,11 +164,11 @@ def test_views_that_merge_axes_are_refused():
 def test_values_that_are_not_finite_stay_so():
     codes, scales = fp8_codes((2, 4)), np.full((1, 1), 0.5, np.float32)
     codes[1, 2] = np.nan
-    assert np.argwhere(np.isnan(read(codes, scales, FP8).mapped()[:])).tolist() == [[1, 2]]
-    assert np.isnan(read(fp8_codes((2, 4)), np.full((1, 1), np.nan, np.float32), FP8).mapped()[:]).all()
+    assert np.argwhere(np.isnan(values_of(codes, scales, FP8))).tolist() == [[1, 2]]
+    assert np.isnan(values_of(fp8_codes((2, 4)), np.full((1, 1), np.nan, np.float32), FP8)).all()
     blocks, exponents = mxfp4_codes((1, 2, 1, 16))
     exponents[0, 1, 0] = 255
-    values = read(blocks, exponents, MXFP4).mapped()[0]
+    values = values_of(blocks, exponents, MXFP4)[0]
     assert np.isnan(values[:, 1]).all()
     assert np.isfinite(values[:, 0]).all()
 
@@ -192,7 +182,7 @@ def test_other_tensors_are_kept_and_scales_of_activations_left_out():
         "layer_scale": Tensor(np.ones(4, np.float32)),
         **{name: Tensor(np.ones((), np.float32)) for name in (*names, "layers.0.self_attn.k_scale")},
     }
-    assert set(dequantized(stored, FP8)) == {"q_proj.weight", "norm.weight", "layer_scale"}
+    assert set(dequantized(FOLDER, stored, FP8)) == {"q_proj.weight", "norm.weight", "layer_scale"}
 
 
 CODES, SCALES = fp8_codes((256, 256)), fp8_scales((2, 2))
@@ -229,7 +219,7 @@ WRONG = [
 @pytest.mark.parametrize(("arrays", "scheme", "message"), WRONG)
 def test_weights_that_do_not_fit_the_scheme(arrays, scheme, message):
     with pytest.raises(ValueError, match=message):
-        dequantized({name: Tensor(np.asarray(array)) for name, array in arrays.items()}, scheme)
+        dequantized(FOLDER, {name: Tensor(np.asarray(array)) for name, array in arrays.items()}, scheme)
 
 
 def compressed(strategy="channel", **own):
@@ -274,9 +264,7 @@ def compressed(strategy="channel", **own):
 )
 def test_schemes_that_are_read(quantization, scheme):
     assert read_scheme({"quantization_config": quantization}) == scheme
-    inside = {"model_type": "a", "text_config": {"vocab_size": 9, "quantization_config": quantization}}
-    assert read_scheme(inside) == scheme
-    assert without_scheme(inside) == {"model_type": "a", "text_config": {"vocab_size": 9}}
+    assert without_scheme({"vocab_size": 9, "quantization_config": quantization}) == {"vocab_size": 9}
 
 
 @pytest.mark.parametrize(
@@ -334,7 +322,7 @@ PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "data" / "hf_config
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the published configurations beside the checkout")
 def test_published_schemes_are_read():
-    found = [read_scheme(json.loads(path.read_text())) for path in sorted(PUBLISHED.glob("*.json"))]
+    found = [read_scheme(text_config(json.loads(path.read_text()))) for path in sorted(PUBLISHED.glob("*.json"))]
     methods = [scheme.method for scheme in found if scheme is not None]
     assert methods.count("fp8") >= 8
     assert methods.count("mxfp4") >= 2

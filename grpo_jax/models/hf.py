@@ -27,14 +27,15 @@ from grpo_jax.models.hf_files import (
     removed_unless_whole,
     weight_files,
 )
+from grpo_jax.models.hf_headers import read_headers
 from grpo_jax.models.hf_sameness import check_same_checkpoint
+from grpo_jax.models.hf_schemes import without_scheme
 from grpo_jax.models.hf_text import text_config
 from grpo_jax.models.hf_weights import (
     check_num_layers,
     check_params,
     check_weights,
     load_params,
-    read_headers,
     save_params,
 )
 from grpo_jax.models.kernels import AttentionName
@@ -166,7 +167,7 @@ def _described(
         build_model(config, **building),
         param_shapes(config, param_dtype),
         config,
-        hf_config,
+        without_scheme(hf_config),
         generation_config,
         tokenizer,
         eos_ids,
@@ -389,7 +390,11 @@ def _wait_for_all(stage: str) -> None:
 def _exported_config(hf_config: Mapping[str, Any], params: Params, dtype: Any) -> dict[str, Any]:
     name = np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name
     fields = [field for field in ("torch_dtype", "dtype") if field in hf_config] or ["dtype"]
-    return {"architectures": [family_of(hf_config).architecture], **hf_config, **dict.fromkeys(fields, name)}
+    return {
+        "architectures": [family_of(hf_config).architecture],
+        **without_scheme(hf_config),
+        **dict.fromkeys(fields, name),
+    }
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from grpo_jax.models.hf_fields import (
 )
 from grpo_jax.models.hf_files import cut
 from grpo_jax.models.hf_rope import read_ropes
+from grpo_jax.models.hf_schemes import read_scheme, without_scheme
 from grpo_jax.models.hf_text import MULTIMODAL, is_multimodal, text_config
 
 Fields = Mapping[str, Any]
@@ -148,13 +149,8 @@ def _has_scalar_head(hf_config: Fields) -> bool:
 
 def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
     """The family's fields with defaults filled in; raises if another field may have an effect."""
-    for name in ("quantization_config", "quantization", "compression_config"):
-        if hf_config.get(name):
-            method = hf_config[name].get("quant_method") if isinstance(hf_config[name], Mapping) else None
-            raise ValueError(
-                f"config.json has a {name}{f' ({method})' if method else ''}: quantized weights cannot be trained; "
-                "use the model's float32, bfloat16 or float16 checkpoint"
-            )
+    read_scheme(hf_config)
+    hf_config = without_scheme(hf_config)
     fields = {**family.fields, **{name: hf_config[name] for name in family.fields if name in hf_config}}
     missing = [name for name, value in fields.items() if value is REQUIRED]
     if missing:

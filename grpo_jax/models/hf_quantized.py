@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from grpo_jax.models.hf_files import cut
+from grpo_jax.models.hf_headers import Stored
 from grpo_jax.models.hf_schemes import Scheme
 
 CODES = np.arange(256, dtype=np.uint8)
@@ -30,42 +32,21 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 OTHER_SCALES = re.compile(r"[._](activation_scale|input_scale|output_scale)$|\.self_attn\.[qkv]_scale$")
 
 
-@runtime_checkable
-class Header(Protocol):
-    """A stored tensor."""
-
-    @property
-    def file(self) -> Path:
-        """The file that has it."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Its dtype in the notation of safetensors."""
-        ...
-
-    def mapped(self) -> Any:
-        """An array of it, or an object whose slices are arrays."""
-        ...
-
-
-def dequantized(stored: Mapping[str, Header], scheme: Scheme) -> dict[str, Header]:
-    """The tensors of a quantized checkpoint as they are read: each quantized one under one name, without its scales.
+def dequantized(folder: Path, stored: Mapping[str, Stored], scheme: Scheme | None) -> dict[str, Stored | Quantized]:
+    """The tensors of a checkpoint as they are read: each quantized one under one name, without its scales.
 
     Args:
+        folder: the checkpoint, for messages.
         stored: the stored tensors by name.
-        scheme: of their quantization.
+        scheme: of quantized ones; None if there are none.
 
     Raises:
         ValueError: quantized weights without scales or the reverse, or codes or scales of another shape or dtype than
             the scheme has; one error lists all.
     """
-    found: dict[str, Header] = {}
+    if scheme is None:
+        return dict(stored)
+    found: dict[str, Quantized] = {}
     used, problems = set[str](), []
     for name, codes, scales in _pairs(stored, scheme):
         used |= {codes, scales}
@@ -77,12 +58,29 @@ def dequantized(stored: Mapping[str, Header], scheme: Scheme) -> dict[str, Heade
             problems.append(f"missing: {missing}, while there is {there}")
     if problems:
         listed = cut(problems, 20, separator="\n  ")
-        raise ValueError(f"the weights are not quantized as quantization_config in config.json has it:\n  {listed}")
+        raise ValueError(f"the weights in {folder} are not quantized as its config.json has it:\n  {listed}")
     others = {name: tensor for name, tensor in stored.items() if name not in used and not OTHER_SCALES.search(name)}
     return {**others, **found}
 
 
-def _pairs(stored: Mapping[str, Header], scheme: Scheme) -> Iterator[tuple[str, str, str]]:
+def log_dequantized(folder: Path, stored: Mapping[str, Stored | Quantized]) -> None:
+    """Log a warning if some tensors of a checkpoint are quantized: what is trained and exported is not.
+
+    Args:
+        folder: the checkpoint.
+        stored: its tensors as they are read.
+    """
+    count = sum(isinstance(tensor, Quantized) for tensor in stored.values())
+    if count:
+        logging.getLogger(__name__).warning(
+            "%s of %s tensors in %s are quantized; they are dequantized as they are read, and exported unquantized",
+            f"{count:,}",
+            f"{len(stored):,}",
+            folder,
+        )
+
+
+def _pairs(stored: Mapping[str, Stored], scheme: Scheme) -> Iterator[tuple[str, str, str]]:
     """The name of each quantized tensor, and of its codes and scales, of which one may be missing."""
     if scheme.block is None:
         ends = MXFP4_SUFFIXES
@@ -105,8 +103,8 @@ class Quantized:
         block: rows and columns that share a scale, None for all; or None for MXFP4.
     """
 
-    codes: Header
-    scales: Header
+    codes: Stored
+    scales: Stored
     block: tuple[int | None, int | None] | None
 
     @property
@@ -130,15 +128,14 @@ class Quantized:
     def mapped(self) -> LazyTensor:
         """The dequantized tensor, of which slices are computed when they are read."""
         codes, scales = self.codes.mapped(), self.scales.mapped()
-        splits = tuple((size,) for size in self.shape)
         if self.block is None:
-            return LazyTensor(lambda indices: _read_mxfp4(codes, scales, indices), splits)
+            return lazy_tensor(lambda indices: _read_mxfp4(codes, scales, indices), self.shape)
         rows, columns = self.shape[-2:]
         block = (self.block[0] or rows, self.block[1] or columns)
         scales = np.asarray(scales).astype(np.float32)
         if scales.size == 1:
             scales = scales.reshape((1,) * len(self.shape))
-        return LazyTensor(lambda indices: _read_fp8(codes, scales, block, indices), splits)
+        return lazy_tensor(lambda indices: _read_fp8(codes, scales, block, indices), self.shape)
 
     def problems(self, codes: str, scales: str) -> list[str]:
         """What does not fit the scheme.
@@ -171,54 +168,72 @@ class Quantized:
         return found
 
 
+Read = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""From indices along each axis of a tensor to its float32 values at all combinations of them."""
+
+
 @dataclass(frozen=True)
 class LazyTensor:
-    """A float32 tensor of which slices are computed when they are read.
+    """A view of a tensor whose values are computed when it becomes an array.
 
     Attributes:
-        read: from the indices along each of its axes to the values at all combinations of them.
-        splits: for each of its axes, the sizes of the axes that it is seen as.
+        read: gives values of the tensor.
+        indices: those in the view along each axis of the tensor, in the shape that the axis has in the view.
     """
 
-    read: Callable[[Sequence[np.ndarray]], np.ndarray]
-    splits: tuple[tuple[int, ...], ...]
+    read: Read
+    indices: tuple[np.ndarray, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of the axes as they are seen."""
-        return tuple(size for split in self.splits for size in split)
+        """The shape of the view."""
+        return tuple(size for index in self.indices for size in index.shape)
 
     def reshape(self, shape: Sequence[int]) -> LazyTensor:
-        """A view in which axes are split into several.
+        """A view of another shape, in which every axis is still a part of one axis of the tensor.
 
         Args:
             shape: of the view.
 
         Raises:
-            ValueError: the view would merge axes, or have another number of entries.
+            ValueError: an axis of the view would belong to several of the tensor, or the number of entries differs.
         """
-        rest, splits = list(shape), []
-        for split in self.splits:
-            found: list[int] = []
-            while rest and (not found or math.prod(found) < math.prod(split)):
-                found.append(rest.pop(0))
-            splits.append(tuple(found))
-        if rest or any(math.prod(old) != math.prod(new) for old, new in zip(self.splits, splits, strict=True)):
+        rest, found = list(shape), []
+        for index in self.indices:
+            own: list[int] = []
+            while rest and (math.prod(own) < index.size or rest[0] == 1):
+                own.append(rest.pop(0))
+            if math.prod(own) == index.size:
+                found.append(index.reshape(own))
+        if rest or len(found) < len(self.indices):
             raise ValueError(f"a quantized tensor of shape {self.shape} cannot be seen as one of shape {tuple(shape)}")
-        return LazyTensor(self.read, tuple(splits))
+        return LazyTensor(self.read, tuple(found))
 
-    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> np.ndarray:
-        """A slice of the first axes as they are seen."""
-        rest = [*index] if isinstance(index, tuple) else [index]
-        indices, shape = [], []
-        for split in self.splits:
-            own, rest = tuple(rest[: len(split)]), rest[len(split) :]
-            chosen = np.arange(math.prod(split)).reshape(split)[own]
-            indices.append(chosen.reshape(-1))
-            shape += chosen.shape
+    def __getitem__(self, key: int | slice | tuple[int | slice, ...]) -> LazyTensor:
+        """A view of a part, by integers or slices for the first axes."""
+        rest = [*key] if isinstance(key, tuple) else [key]
+        found = []
+        for index in self.indices:
+            own, rest = tuple(rest[: index.ndim]), rest[index.ndim :]
+            found.append(np.asarray(index[own]))
         if rest:
             raise IndexError(f"too many indices for shape {self.shape}")
-        return self.read(indices).reshape(shape)
+        return LazyTensor(self.read, tuple(found))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values, float32 unless a dtype is given."""
+        values = self.read([index.reshape(-1) for index in self.indices]).reshape(self.shape)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def lazy_tensor(read: Read, shape: Sequence[int]) -> LazyTensor:
+    """A whole tensor whose values are computed when it becomes an array.
+
+    Args:
+        read: gives values of the tensor.
+        shape: of the tensor.
+    """
+    return LazyTensor(read, tuple(np.arange(size) for size in shape))
 
 
 def _read_fp8(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 READ = (
-    "fp8 (float8_e4m3 with a scale for each block or tensor), mxfp4, and compressed-tensors in the format "
-    "float-quantized"
+    "fp8 (float8_e4m3 with a scale for each block or tensor), mxfp4 or compressed-tensors in the format float-quantized"
 )
 BLOCK_SIZE = (128, 128)
 
@@ -30,7 +29,7 @@ class Scheme:
 
 
 def read_scheme(hf_config: Mapping[str, Any]) -> Scheme | None:
-    """The scheme of a checkpoint's quantized weights by its ``config.json``; None if it has none.
+    """The scheme of a model's quantized weights by its ``config.json``; None if it has none.
 
     Modules that the config excludes from quantization are not read: a weight is quantized if it has scales.
 
@@ -46,8 +45,7 @@ def read_scheme(hf_config: Mapping[str, Any]) -> Scheme | None:
                 f"config.json has a {name}, whose quantized weights are not read; use a checkpoint in {READ}, or the "
                 "model's float32, bfloat16 or float16 checkpoint"
             )
-    inner = hf_config.get("text_config")
-    own = hf_config.get("quantization_config") or (isinstance(inner, Mapping) and inner.get("quantization_config"))
+    own = hf_config.get("quantization_config")
     if not own:
         return None
     if not isinstance(own, Mapping):
@@ -68,9 +66,7 @@ def without_scheme(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         hf_config: the parsed file.
     """
-    kept = {name: value for name, value in hf_config.items() if name != "quantization_config"}
-    inner = kept.get("text_config")
-    return kept if not isinstance(inner, Mapping) else {**kept, "text_config": without_scheme(inner)}
+    return {name: value for name, value in hf_config.items() if name != "quantization_config"}
 
 
 def _refuse(what: str) -> NoReturn:
