@@ -75,7 +75,7 @@ def write(folder, quantization, block, suffix, scale_dtype, *, tied=True):
     for file, part in zip(FILES, parts, strict=True):
         save_file(part, folder / file)
     weight_map = {name: file for file, part in zip(FILES, parts, strict=True) for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     edit_json(folder / "config.json", quantization_config=quantization)
     return model
 
@@ -103,7 +103,7 @@ def change(folder, edit, file=1):
     edit(tensors)
     save_file(tensors, folder / FILES[file])
     weight_map = {name: each for each in FILES for name in load_file(folder / each)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
