@@ -12,6 +12,7 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from grpo_jax.models.hf_headers import NUMPY_DTYPES, QUANTIZED_DTYPES, Stored
+from grpo_jax.models.hf_layouts import View
 from grpo_jax.models.hf_quantized import E4M3, dequantized
 from grpo_jax.models.hf_schemes import Scheme, read_scheme, without_scheme
 from grpo_jax.models.hf_text import text_config
@@ -152,6 +153,26 @@ def test_slices_of_mxfp4():
     )
     for index in itertools.product(*parts):
         np.testing.assert_array_equal(seen[index], whole[index])
+
+
+FUSED = View((72, 130), (1, 2, 0), (12, 6, 130), (slice(4, 8),))  # the second of three groups of heads
+EVERY_SECOND = View((3, 128, 10), (0, 1, 2), (3, 128, 5, 2), (slice(None), slice(None), slice(None), slice(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "view", "shape"),
+    [
+        (read(fp8_codes((72, 130)), fp8_scales((1, 2)), FP8), FUSED, (130, 4, 6)),
+        (read(*mxfp4_codes(), MXFP4), EVERY_SECOND, (3, 128, 5)),
+    ],
+)
+def test_parts_of_parameters(tensor, view, shape):
+    """As ``hf_layouts`` reads them, for a shard of each parameter."""
+    values = np.asarray(tensor.mapped())
+    for ranges in (tuple(map(range, shape)), tuple(range(size // 3, size - 1) for size in shape)):
+        part = view.read(tensor.mapped(), shape, ranges)
+        assert part.shape == tuple(map(len, ranges))
+        np.testing.assert_array_equal(part, view.read(values, shape, ranges))
 
 
 def test_views_that_merge_axes_are_refused():

@@ -390,11 +390,8 @@ def _wait_for_all(stage: str) -> None:
 def _exported_config(hf_config: Mapping[str, Any], params: Params, dtype: Any) -> dict[str, Any]:
     name = np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name
     fields = [field for field in ("torch_dtype", "dtype") if field in hf_config] or ["dtype"]
-    return {
-        "architectures": [family_of(hf_config).architecture],
-        **without_scheme(hf_config),
-        **dict.fromkeys(fields, name),
-    }
+    exported = {"architectures": [family_of(hf_config).architecture], **without_scheme(hf_config)}
+    return exported | dict.fromkeys(fields, name)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -33,13 +33,13 @@ class View:
         """A slice of the parameter, without reading the rest of the stored tensor.
 
         Args:
-            tensor: the stored tensor: a memory map, or an object that has views and becomes an array.
+            tensor: the stored tensor, such as a memory map.
             shape: of the parameter.
             ranges: a contiguous range of each axis of the parameter.
         """
         ordered = tensor.reshape(self.split)[self.index].reshape([shape[axis] for axis in self.axes])
         part = ordered[tuple(slice(ranges[axis].start, ranges[axis].stop) for axis in self.axes)]
-        return np.asarray(part).transpose(np.argsort(self.axes))
+        return part.transpose(np.argsort(self.axes))
 
     def write(self, tensor: np.ndarray, param: np.ndarray) -> None:
         """Write the parameter to its part of a stored tensor.

@@ -220,6 +220,14 @@ class LazyTensor:
             raise IndexError(f"too many indices for shape {self.shape}")
         return LazyTensor(self.read, tuple(found))
 
+    def transpose(self, axes: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The values with the axes of the view in another order.
+
+        Args:
+            axes: of the view, in the new order.
+        """
+        return np.transpose(np.asarray(self), tuple(axes))
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The values, float32 unless a dtype is given."""
         values = self.read([index.reshape(-1) for index in self.indices]).reshape(self.shape)
