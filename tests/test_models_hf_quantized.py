@@ -8,14 +8,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from grpo_jax.models.hf_headers import NUMPY_DTYPES, QUANTIZED_DTYPES, Stored
+from grpo_jax.models.hf_headers import NUMPY_DTYPES, QUANTIZED_DTYPES, Stored, read_headers
+from grpo_jax.models.hf_keys import Entry
 from grpo_jax.models.hf_layouts import View
 from grpo_jax.models.hf_quantized import E4M3, dequantized
 from grpo_jax.models.hf_schemes import Scheme, read_scheme, without_scheme
 from grpo_jax.models.hf_text import text_config
+from grpo_jax.models.hf_weights import read_slice
 
 FP8 = Scheme("fp8", (128, 128), "_scale_inv")
 MXFP4 = Scheme("mxfp4", None)
@@ -173,6 +176,28 @@ def test_parts_of_parameters(tensor, view, shape):
         part = view.read(tensor.mapped(), shape, ranges)
         assert part.shape == tuple(map(len, ranges))
         np.testing.assert_array_equal(part, view.read(values, shape, ranges))
+
+
+def test_experts_that_are_tensors_of_their_own():
+    names = tuple(f"experts.{i}.weight" for i in range(3))
+    tensors = [read(fp8_codes((72, 130), seed=i), fp8_scales((1, 2)), FP8, name) for i, name in enumerate(names)]
+    entry = Entry(names, (3, 130, 72), View((72, 130), (1, 0), (72, 130)))
+    wanted = np.stack([np.asarray(tensor.mapped()).T for tensor in tensors])
+    np.testing.assert_array_equal(
+        read_slice(tensors, entry, (range(1, 3), range(9, 130), range(72))), wanted[1:3, 9:130]
+    )
+
+
+def test_mxfp4_in_files(tmp_path):
+    """The names of gpt-oss, and a file in which the tensors are not aligned."""
+    blocks, scales = mxfp4_codes()
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    bias = np.ones(5, ml_dtypes.bfloat16)
+    save_file({"bias": bias, name + "_blocks": blocks, name + "_scales": scales}, tmp_path / "model.safetensors")
+    found = dequantized(tmp_path, read_headers([tmp_path / "model.safetensors"]), MXFP4)
+    assert {name: tensor.shape for name, tensor in found.items()} == {"bias": (5,), name: (3, 128, 10)}
+    wanted = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
+    np.testing.assert_array_equal(found[name].mapped(), wanted.numpy())
 
 
 def test_views_that_merge_axes_are_refused():

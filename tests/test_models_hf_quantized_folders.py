@@ -17,7 +17,8 @@ from test_parity import logits_of, padded_batch, relative_error
 from transformers import Qwen3Config
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
-from grpo_jax.models import describe_pretrained, from_pretrained, save_pretrained
+from grpo_jax.models import describe_pretrained, from_hf_config, from_pretrained, save_pretrained
+from grpo_jax.models.hf_schemes import without_scheme
 from grpo_jax.sharding import make_mesh, param_shardings
 
 # Sizes that blocks of 128 do not divide.
@@ -129,6 +130,13 @@ def test_the_export_is_not_quantized(checkpoints, tmp_path):
     exported = load_torch_model(tmp_path / "out").state_dict()
     for name, wanted in oracle.state_dict().items():
         assert torch.equal(exported[name], wanted), name
+
+
+def test_the_decoder_is_that_of_the_unquantized_model(checkpoints):
+    """So are plans, which read only the config."""
+    for folder, _ in checkpoints.values():
+        config = json.loads((folder / "config.json").read_text())
+        assert from_hf_config(config) == from_hf_config(without_scheme(config)) == describe_pretrained(folder).config
 
 
 def test_shards_have_the_values_of_the_whole(checkpoints):

@@ -74,7 +74,7 @@ def from_pretrained(
     """Load a model from a local folder or the Hugging Face hub.
 
     Weights are read from safetensors one tensor at a time onto their devices, and only the local shards of each: host
-    memory holds the local part of one tensor. No code from a checkpoint is run.
+    memory holds the local part of one tensor. Quantized weights are dequantized. No code from a checkpoint is run.
 
     Args:
         name_or_folder: a folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
@@ -316,7 +316,7 @@ def save_pretrained(
     Args:
         folder: does not exist, or is empty.
         params: the parameters, on any devices; one file's tensors are in host memory at a time.
-        hf_config: becomes ``config.json``, with its dtype updated and ``architectures`` added if missing.
+        hf_config: becomes ``config.json``, with its dtype updated, ``architectures`` added and quantization left out.
         tokenizer: written with its chat template if given. An unchanged tokenizer of ``from_pretrained`` is written as
             its original files, byte for byte.
         generation_config: becomes ``generation_config.json`` if given.

@@ -114,7 +114,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the dequantized tensor: that of MXFP4 has the last two axes in reverse, as transformers does."""
+        """The shape of the dequantized tensor: that of MXFP4 has the last two axes in reverse, as in transformers."""
         if self.block is not None:
             return self.codes.shape
         *lead, rows, groups, _ = self.codes.shape

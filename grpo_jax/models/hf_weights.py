@@ -66,7 +66,8 @@ def load_params(
         FileNotFoundError: as ``weight_files``.
         ValueError: tensors that are missing, surplus, of another shape or of a dtype other than float32, bfloat16 and
             float16 (one error lists all); tensors with NaN or infinity, in the file or in ``param_dtype`` (one error);
-            an ``lm_head.weight`` that differs from the embedding it is tied to; or a damaged file.
+            quantized tensors that ``config.json`` does not describe (one error); an ``lm_head.weight`` that differs
+            from the embedding it is tied to; or a damaged file.
     """
     table, stored = check_weights(folder, config)
     if jax.process_index() == 0:
