@@ -62,7 +62,7 @@ VISION_SIZES = {
 
 def text_fields(config):
     """The fields of the text model: those of ``text_config``, or the config itself."""
-    return config["text_config"] if "text_config" in config else config
+    return config.get("text_config", config)
 
 
 def shrunk(published):
@@ -223,7 +223,7 @@ def _randomise(name, weight, gain, embedding, model_type):
     if any(part in name for part in ("inv_freq", "embed_scale", "position_ids")):
         return
     if leaf == "A_log":
-        weight.normal_(0.0, 0.7)
+        weight.normal_(-2.0, 1.0)  # states that decay over a few to dozens of tokens
     elif leaf in ("dt_bias", "sinks") or "e_score_correction_bias" in name or leaf.endswith("bias"):
         weight.normal_(0.0, 0.4)
     elif "norm" in name and weight.ndim == 1:
@@ -235,7 +235,7 @@ def _randomise(name, weight, gain, embedding, model_type):
     elif "embed" in name or "lm_head" in name:
         weight.normal_(0.0, embedding if "embed" in name else 0.7)
     elif "conv1d" in name:
-        weight.normal_(0.0, 0.5)
+        weight.normal_(0.0, 1.0)
     elif weight.ndim >= 2:
         # gpt-oss stores experts as [E, in, out], every other family as [..., out, in].
         fan_in = weight.shape[-2] if model_type == "gpt_oss" and weight.ndim == 3 else weight.shape[-1]
