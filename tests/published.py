@@ -17,9 +17,11 @@ FACTS = json.loads((Path(__file__).parent / "data" / "published_configs.json").r
 RECONSTRUCTED = frozenset(FACTS["reconstructed"])
 PUBLISHED = FACTS["published"] | FACTS["reconstructed"]
 
-# The length from which scaled rotary frequencies differ, and the window; tests use sequences several times as long.
-ORIGINAL_LENGTH = 16
+# The window, and the length from which what scales with the length differs; tests use sequences several times as long.
 WINDOW = 6
+ORIGINAL_LENGTH = 16
+# YaRN's frequencies are those of all lengths, and its borders fall within so few of them only at a greater length.
+YARN_ORIGINAL_LENGTH = 1024
 # Stored with a head of their own, though the config does not say so and transformers' default is to tie it.
 UNTIED = frozenset({"Mistral-Small-3.1-24B"})
 # Model types that a class of transformers reads under another name.
@@ -35,10 +37,10 @@ SIZES = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 16,
     "v_head_dim": 16,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
     "num_experts_per_tok": 2,
     "experts_per_token": 2,
     "bos_token_id": 2,
@@ -162,12 +164,14 @@ def _shrink_rope(text, given):
     scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
     original = scaling.get("original_max_position_embeddings", text.get("original_max_position_embeddings"))
     length = given("max_position_embeddings")
-    text["max_position_embeddings"] = ORIGINAL_LENGTH * length // original if original else 128
+    is_yarn = scaling.get("rope_type", scaling.get("type")) == "yarn" and "llama_4_scaling_beta" not in scaling
+    small = YARN_ORIGINAL_LENGTH if is_yarn else ORIGINAL_LENGTH
+    text["max_position_embeddings"] = small * length // original if original else 128
     for fields in (scaling, text):
         if "original_max_position_embeddings" in fields:
-            fields["original_max_position_embeddings"] = ORIGINAL_LENGTH
+            fields["original_max_position_embeddings"] = small
     if "initial_context_length" in text:
-        text["initial_context_length"] = ORIGINAL_LENGTH
+        text["initial_context_length"] = small
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     pairs = int(head_dim * (text.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0)) // 2
     for name in ("long_factor", "short_factor"):
@@ -235,11 +239,13 @@ def _randomise(name, weight, gain, embedding, model_type):
     elif "embed" in name or "lm_head" in name:
         weight.normal_(0.0, embedding if "embed" in name else 0.7)
     elif "conv1d" in name:
-        weight.normal_(0.0, 1.0)
+        weight.normal_(0.0, 1.5)
     elif weight.ndim >= 2:
         # gpt-oss stores experts as [E, in, out], every other family as [..., out, in].
         fan_in = weight.shape[-2] if model_type == "gpt_oss" and weight.ndim == 3 else weight.shape[-1]
-        weight.normal_(0.0, 1.2 / fan_in**0.5)
+        # Activations of gpt-oss are clamped at 7.
+        gate = 4.0 if model_type == "gpt_oss" and leaf == "gate_up_proj" else 1.2
+        weight.normal_(0.0, gate / fan_in**0.5)
         if "q_proj" in name:
             weight.mul_(gain)
 
