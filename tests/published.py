@@ -256,6 +256,7 @@ def write_published(folder, name, seed=0):
     model = published_torch_model(config | ({"tie_word_embeddings": False} if name in UNTIED else {}), seed)
     model.save_pretrained(folder)
     (Path(folder) / "config.json").write_text(json.dumps(config))
+    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": [1], "pad_token_id": 0}))
     return model
 
 

@@ -1,0 +1,218 @@
+"""Every family's shrunk published configuration against transformers: padded, long, sampled, exported, on 8 devices."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import quick_jit, torch_logits
+from layouts import assert_close, mesh_of, scored
+from published import (
+    PUBLISHED,
+    RECONSTRUCTED,
+    ids_and_mask,
+    load_published,
+    shrunk,
+    text_fields,
+    write_published,
+)
+
+from grpo_jax.log_probs import output_logits, token_log_probs
+from grpo_jax.models import Pretrained, from_hf_config, from_pretrained, save_pretrained
+from grpo_jax.rollout import generate
+from grpo_jax.sampling import Sampling
+from grpo_jax.train import completion_log_probs
+from grpo_jax.types import Prompts
+
+# Families that are refused today.
+UNSUPPORTED = frozenset(
+    {
+        "DeepSeek-V3",
+        "Devstral-Small-2-24B",
+        "EXAONE-4.0-1.2B",
+        "EXAONE-4.0-32B",
+        "GLM-4-9B-0414",
+        "GLM-4-9B-hf",
+        "GLM-4.5",
+        "GLM-4.5-Air",
+        "Gemma-2B",
+        "Gemma-3-4B",
+        "Granite-3.3-8B",
+        "Kimi-K2",
+        "MiniMax-M2.7",
+        "Mistral-Small-3.1-24B",
+        "Mixtral-8x7B",
+        "Moonlight-16B-A3B",
+        "OLMo-2-7B",
+        "OLMo-3-7B",
+        "OLMo-3.1-32B",
+        "OLMoE-1B-7B",
+        "Phi-3-mini-128k",
+        "Phi-3-mini-4k",
+        "Phi-4",
+        "Phi-4-mini",
+        "Qwen2.5-VL-7B",
+        "Qwen3-235B-A22B",
+        "Qwen3-30B-A3B",
+        "Qwen3-Next-80B-A3B",
+        "Qwen3-VL-30B-A3B",
+        "Qwen3-VL-4B",
+        "Qwen3.5-27B",
+        "Qwen3.5-397B-A17B",
+        "SmolLM3-3B",
+        "StableLM-2-1.6B",
+        "StarCoder2-15B",
+        "gpt-oss-120b",
+        "gpt-oss-20b",
+    }
+)
+SUPPORTED = sorted(PUBLISHED.keys() - UNSUPPORTED)
+# Beyond every window, every original length but YaRN's, and the sequences of the fast tests.
+LONG = 100
+
+
+@dataclass(frozen=True)
+class Family:
+    """A written checkpoint of a family, the model of transformers it was written from, and what was loaded from it."""
+
+    folder: Path
+    oracle: Any
+    loaded: Pretrained
+
+    def logits(self, ids, mask):
+        return logits_of(self.loaded, ids, mask)
+
+
+def logits_of(loaded, ids, mask):
+    """Logits as the sampler computes them."""
+    model = loaded.model
+
+    @quick_jit
+    def forward(params, ids, mask):
+        hidden, _ = model.apply(params, ids, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), mask)
+        return output_logits(hidden, model.head(params), logit_softcap=model.logit_softcap)
+
+    return np.asarray(forward(loaded.params, jnp.asarray(ids), jnp.asarray(mask)))
+
+
+def relative_error(found, wanted, mask):
+    return float(np.abs(found - wanted)[mask].max() / np.abs(wanted[mask]).max())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """Threads cost more than they save on models this small."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A family by its name, made once."""
+    made = {}
+
+    def make(name) -> Family:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = Family(folder, write_published(folder, name), from_pretrained(folder))
+        return made[name]
+
+    return make
+
+
+def test_every_published_configuration_has_a_source():
+    assert PUBLISHED.keys() > RECONSTRUCTED
+    assert PUBLISHED.keys() > UNSUPPORTED
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_transformers_reads_the_checkpoints_it_is_compared_by(name, tmp_path):
+    written = write_published(tmp_path, name)
+    ids, mask = ids_and_mask()
+    found = torch_logits(load_published(tmp_path), ids, mask)
+    assert np.isfinite(found[mask]).all()
+    assert relative_error(found, torch_logits(written, ids, mask), mask) <= 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_other_families_are_refused_in_one_sentence(name):
+    for config in (PUBLISHED[name], shrunk(PUBLISHED[name])):
+        with pytest.raises(ValueError, match=r"\A[^\n]{10,500}\Z"):
+            from_hf_config(config)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_padded_logits_and_those_of_an_export_equal_transformers(name, family, tmp_path, record_property):
+    """Sequences of several windows and original lengths; the weights and the config go out as they came in."""
+    made = family(name)
+    ids, mask = ids_and_mask(length=40, paddings=(0, 9, 30))
+    wanted = torch_logits(made.oracle, ids, mask)
+    error = relative_error(made.logits(ids, mask), wanted, mask)
+    record_property("relative_error", error)
+    assert error <= 1e-5
+    export = tmp_path / "export"
+    save_pretrained(export, made.loaded.params, hf_config=made.loaded.hf_config)
+    assert relative_error(torch_logits(load_published(export), ids, mask), wanted, mask) <= 1e-6
+    before = text_fields(json.loads((made.folder / "config.json").read_text()))
+    after = text_fields(json.loads((export / "config.json").read_text()))
+    changed = {field for field in before if before[field] != after.get(field)}
+    assert changed <= {"dtype", "torch_dtype"}
+
+
+@pytest.mark.slow  # another length, another program
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_long_and_short_sequences_equal_transformers(name, family):
+    made = family(name)
+    for length, paddings in ((LONG, (0, 37)), (12, (0, 5))):
+        ids, mask = ids_and_mask(length, paddings)
+        assert relative_error(made.logits(ids, mask), torch_logits(made.oracle, ids, mask), mask) <= 1e-5
+
+
+SAMPLED_IN_FAST_SUITE = {"Gemma-3-1B"}
+
+
+def slow_but(names):
+    """All supported families, those outside ``names`` in the slow suite."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTED]
+
+
+@pytest.mark.parametrize("name", slow_but(SAMPLED_IN_FAST_SUITE))
+def test_sampler_trainer_and_transformers_agree_on_sampled_tokens(name, family):
+    """Prompts of unequal lengths; prompt and completion together pass the windows and original lengths."""
+    made = family(name)
+    fixes_length = made.loaded.model.rope_switch_length is not None
+    loaded = from_pretrained(made.folder, rope_length=40) if fixes_length else made.loaded
+    ids, mask = ids_and_mask(length=12, paddings=(0, 5))
+    prompts = Prompts(jnp.asarray(ids), jnp.asarray(mask), jnp.arange(2))
+    settings = {"group_size": 2, "max_completion_length": 24, "eos_ids": (1,), "pad_id": 0}
+    rollout = generate(loaded.model, loaded.params, prompts, jax.random.key(0), Sampling(), **settings)
+    assert int(rollout.completion_mask.sum(1).max()) + 12 > 20
+    log_probs, _ = completion_log_probs(loaded.model, loaded.params, rollout)
+    is_sampled = np.asarray(rollout.completion_mask)
+    log_probs = np.asarray(log_probs)
+    scale = np.abs(log_probs[is_sampled]).max()
+    assert np.abs(log_probs - rollout.rollout_log_probs)[is_sampled].max() <= 1e-5 * max(1, scale)
+    ids = np.concatenate([rollout.prompt_ids, rollout.completion_ids], axis=1)
+    mask = np.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+    logits = jnp.asarray(torch_logits(made.oracle, ids, mask)[:, 11:-1])
+    wanted = np.asarray(token_log_probs(logits, rollout.completion_ids))
+    assert np.abs(log_probs - wanted)[is_sampled].max() <= 1e-4 * max(1, scale)
+
+
+ON_MESH_IN_FAST_SUITE = set()
+
+
+@pytest.mark.parametrize("name", slow_but(ON_MESH_IN_FAST_SUITE))
+def test_eight_devices_and_packed_rows_give_the_gradients_of_one(name, family):
+    loaded = family(name).loaded
+    expected = scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "padded")
+    assert_close(scored(loaded.config, loaded.params, mesh_of(2, 2, 2), "padded"), expected)
+    assert_close(scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "shared"), expected)
