@@ -260,6 +260,51 @@ def write_published(folder, name, seed=0):
     return model
 
 
+def add_predictor(folder):
+    """Add the layer that predicts one more token, as the makers publish it and transformers passes over it."""
+    from safetensors.numpy import load_file, save_file
+
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    text = text_fields(json.loads((path.parent / "config.json").read_text()))
+    hidden = text["hidden_size"]
+    last = next(name for name in sorted(tensors) if f".layers.{text['num_hidden_layers'] - 1}." in name)
+    layer = last[: last.index(".layers.")] + f".layers.{text['num_hidden_layers'] - 1}."
+    norms = {name: np.ones(hidden, np.float32) for name in ("enorm", "hnorm", "shared_head.norm")}
+    if text["model_type"].startswith("qwen3"):
+        own, more = "mtp.layers.0.", {"mtp.fc.weight": np.ones((hidden, 2 * hidden), np.float32)}
+        more |= {
+            f"mtp.{name}.weight": norms["enorm"] for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+        }
+    else:
+        own = f"model.layers.{text['num_hidden_layers']}."
+        more = {f"{own}{name}.weight": norm for name, norm in norms.items()}
+        more[f"{own}eh_proj.weight"] = np.ones((hidden, 2 * hidden), np.float32)
+        more[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"]
+        more[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    copied = {name.replace(layer, own): tensors[name] for name in tensors if name.startswith(layer)}
+    copies = {name: array.copy() for name, array in (copied | more).items()}
+    save_file(tensors | copies, path, metadata={"format": "pt"})
+
+
+def fuse_experts(folder):
+    """Store the experts of a layer in two tensors, as some makers publish what transformers writes one by one."""
+    from safetensors.numpy import load_file, save_file
+
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    for layer in [
+        name.removesuffix("0.up_proj.weight") for name in tensors if name.endswith("experts.0.up_proj.weight")
+    ]:
+        count = sum(name.startswith(layer) and name.endswith("up_proj.weight") for name in tensors)
+        gate, up, down = (
+            np.stack([tensors.pop(f"{layer}{i}.{kind}_proj.weight") for i in range(count)])
+            for kind in ("gate", "up", "down")
+        )
+        tensors |= {f"{layer}gate_up_proj": np.concatenate([gate, up], axis=1), f"{layer}down_proj": down}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def load_published(folder):
     """The model that transformers reads from a folder; an error if any weight is missing, surplus or misshapen."""
     config = json.loads((Path(folder) / "config.json").read_text())

@@ -14,8 +14,11 @@ from layouts import assert_close, mesh_of, scored
 from published import (
     PUBLISHED,
     RECONSTRUCTED,
+    add_predictor,
+    fuse_experts,
     ids_and_mask,
     load_published,
+    published_torch_model,
     shrunk,
     text_fields,
     write_published,
@@ -23,6 +26,7 @@ from published import (
 
 from grpo_jax.log_probs import output_logits, token_log_probs
 from grpo_jax.models import Pretrained, from_hf_config, from_pretrained, save_pretrained
+from grpo_jax.models.hf_config import family_of
 from grpo_jax.rollout import generate
 from grpo_jax.sampling import Sampling
 from grpo_jax.train import completion_log_probs
@@ -71,6 +75,7 @@ UNSUPPORTED = frozenset(
     }
 )
 SUPPORTED = sorted(PUBLISHED.keys() - UNSUPPORTED)
+FOUND = Path(__file__).parent.parent.parent / "shared" / "data" / "hf_configs"
 # Beyond every window, every original length but YaRN's, and the sequences of the fast tests.
 LONG = 100
 
@@ -97,6 +102,12 @@ def logits_of(loaded, ids, mask):
         return output_logits(hidden, model.head(params), logit_softcap=model.logit_softcap)
 
     return np.asarray(forward(loaded.params, jnp.asarray(ids), jnp.asarray(mask)))
+
+
+def of_all_kinds(fast=()):
+    """One supported name for each decoder, those outside ``fast`` in the slow suite."""
+    kinds = {from_hf_config(shrunk(PUBLISHED[name])): name for name in sorted(SUPPORTED, key=lambda name: name in fast)}
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in sorted(kinds.values())]
 
 
 def relative_error(found, wanted, mask):
@@ -168,7 +179,7 @@ def test_padded_logits_and_those_of_an_export_equal_transformers(name, family, t
 
 
 @pytest.mark.slow  # another length, another program
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", of_all_kinds(fast=SUPPORTED))
 def test_long_and_short_sequences_equal_transformers(name, family):
     made = family(name)
     for length, paddings in ((LONG, (0, 37)), (12, (0, 5))):
@@ -176,15 +187,7 @@ def test_long_and_short_sequences_equal_transformers(name, family):
         assert relative_error(made.logits(ids, mask), torch_logits(made.oracle, ids, mask), mask) <= 1e-5
 
 
-SAMPLED_IN_FAST_SUITE = {"Gemma-3-1B"}
-
-
-def slow_but(names):
-    """All supported families, those outside ``names`` in the slow suite."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTED]
-
-
-@pytest.mark.parametrize("name", slow_but(SAMPLED_IN_FAST_SUITE))
+@pytest.mark.parametrize("name", of_all_kinds(fast={"Qwen3-0.6B"}))
 def test_sampler_trainer_and_transformers_agree_on_sampled_tokens(name, family):
     """Prompts of unequal lengths; prompt and completion together pass the windows and original lengths."""
     made = family(name)
@@ -207,12 +210,70 @@ def test_sampler_trainer_and_transformers_agree_on_sampled_tokens(name, family):
     assert np.abs(log_probs - wanted)[is_sampled].max() <= 1e-4 * max(1, scale)
 
 
-ON_MESH_IN_FAST_SUITE = set()
-
-
-@pytest.mark.parametrize("name", slow_but(ON_MESH_IN_FAST_SUITE))
+@pytest.mark.parametrize("name", of_all_kinds())
 def test_eight_devices_and_packed_rows_give_the_gradients_of_one(name, family):
     loaded = family(name).loaded
     expected = scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "padded")
     assert_close(scored(loaded.config, loaded.params, mesh_of(2, 2, 2), "padded"), expected)
     assert_close(scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "shared"), expected)
+
+
+PREDICTING = ("DeepSeek-V3", "GLM-4.5-Air", "Qwen3-Next-80B-A3B", "Qwen3.5-397B-A17B")
+
+
+@pytest.mark.parametrize("name", [name for name in PREDICTING if name in SUPPORTED])
+def test_a_layer_that_predicts_further_tokens_is_passed_over(name, tmp_path, family):
+    write_published(tmp_path, name)
+    add_predictor(tmp_path)
+    for found, expected in zip(
+        *(jax.tree.leaves(x.params) for x in (from_pretrained(tmp_path), family(name).loaded)), strict=True
+    ):
+        assert np.array_equal(found, expected)
+
+
+FUSED = ("Qwen3-30B-A3B", "Qwen3.5-397B-A17B")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_experts_in_one_tensor_are_read_too(name, tmp_path, family):
+    written = write_published(tmp_path, name)
+    fuse_experts(tmp_path)
+    ids, mask = ids_and_mask()
+    assert (
+        relative_error(torch_logits(load_published(tmp_path), ids, mask), torch_logits(written, ids, mask), mask)
+        <= 1e-6
+    )
+    if name in SUPPORTED:
+        for found, expected in zip(
+            *(jax.tree.leaves(x.params) for x in (from_pretrained(tmp_path), family(name).loaded)), strict=True
+        ):
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.slow  # a model of transformers for each of many configurations
+@pytest.mark.skipif(not FOUND.is_dir(), reason="needs the published configurations beside the checkout")
+def test_logits_of_all_published_configurations_equal_those_of_transformers(tmp_path):
+    compared = {from_hf_config(shrunk(PUBLISHED[name])) for name in SUPPORTED}
+    known = len(compared)
+    for path in sorted(FOUND.glob("*.json")):
+        published = json.loads(path.read_text())
+        try:
+            from_hf_config({name: value for name, value in published.items() if name != "quantization_config"})
+        except ValueError:
+            continue
+        small = shrunk(published)
+        named = (published.get("architectures") or [family_of(published).architecture])[0]
+        small["architectures"] = [named.replace("ForSequenceClassification", "ForCausalLM")]
+        config = from_hf_config(small)
+        if config in compared:
+            continue
+        compared.add(config)
+        oracle = published_torch_model(small)
+        oracle.save_pretrained(tmp_path / path.stem)
+        (tmp_path / path.stem / "config.json").write_text(json.dumps(small | {"eos_token_id": 1}))
+        ids, mask = ids_and_mask()
+        error = relative_error(
+            logits_of(from_pretrained(tmp_path / path.stem), ids, mask), torch_logits(oracle, ids, mask), mask
+        )
+        assert error <= 1e-5, (path.name, error)
+    assert len(compared) >= known + 5
