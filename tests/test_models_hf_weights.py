@@ -21,7 +21,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax.models import from_hf_config, from_pretrained, hf_keys, hf_weights, param_shapes, save_pretrained
+from grpo_jax.models import (
+    from_hf_config,
+    from_pretrained,
+    hf_keys,
+    hf_layouts,
+    hf_weights,
+    param_shapes,
+    save_pretrained,
+)
 from grpo_jax.models.hf_files import weight_files
 from grpo_jax.models.hf_keys import Entry, key_table
 from grpo_jax.models.hf_weights import read_slice
@@ -70,14 +78,23 @@ def test_loading_onto_a_mesh_equals_loading_onto_one_device(biased):
 
 
 class SpiedTensor:
-    """A stored tensor that records the slices read from it."""
+    """A stored tensor that records the slices read from it; views of it read nothing."""
 
-    def __init__(self, array):
-        self.array, self.parts = array, []
+    def __init__(self, array, parts=None):
+        self.array, self.parts = array, [] if parts is None else parts
+
+    def mapped(self):
+        return self
+
+    def reshape(self, *shape):
+        return SpiedTensor(self.array.reshape(*shape), self.parts)
 
     def __getitem__(self, index):
-        self.parts.append(self.array[index])
-        return self.parts[-1]
+        return SpiedTensor(self.array[index], self.parts)
+
+    def transpose(self, axes):
+        self.parts.append(self.array)
+        return self.array.transpose(axes)
 
 
 def test_each_shard_is_read_once_and_nothing_else_is(biased, monkeypatch):
@@ -89,7 +106,8 @@ def test_each_shard_is_read_once_and_nothing_else_is(biased, monkeypatch):
     stored = hf_weights.read_headers(weight_files(biased))
     paths = hf_keys._flatten(loaded.params)
     for path, entry in key_table(loaded.config).items():
-        parts = spied[stored[entry.name]].parts
+        (name,) = entry.names
+        parts = spied[stored[name]].parts
         assert sum(part.size for part in parts) == paths[path].size, path
         assert max(part.size for part in parts) <= paths[path].addressable_shards[0].data.size, path
         assert all(part.dtype == jnp.bfloat16 for part in parts)
@@ -106,19 +124,43 @@ def test_loaded_parameters_do_not_change_with_the_file(param_dtype, biased, tmp_
     chex.assert_trees_all_equal(loaded.params, unchanged.params)
 
 
-@pytest.mark.parametrize("layout", sorted(set(hf_keys.LAYOUTS.values()), key=str))
-def test_any_part_of_a_parameter_is_read_without_the_rest(layout):
-    axes, merged = layout
-    entry = Entry("any", (6, 4, 8)[: len(axes)], axes, merged)
-    stored = SpiedTensor(np.random.default_rng(0).normal(size=entry.stored_shape))
-    whole = read_slice(stored, entry, tuple(map(range, entry.shape)))
+LAYOUTS_OF_SHAPES = {
+    "linear": (hf_layouts.LINEAR, (6, 4)),
+    "heads out": (hf_layouts.HEADS_OUT, (6, 4, 8)),
+    "heads in": (hf_layouts.HEADS_IN, (6, 4, 8)),
+    "heads bias": (hf_layouts.HEADS_BIAS, (6, 4)),
+    "second of two": (hf_layouts.part(hf_layouts.LINEAR, 0, lambda config: (3, 4), 1), (6, 4)),
+    "heads beside others": (hf_layouts.part(hf_layouts.HEADS_OUT, 0, lambda config: (4, 2, 2), 0), (6, 4, 8)),
+    "within each head": (hf_layouts.part(hf_layouts.HEADS_OUT, 1, lambda config: (2, 8), 1), (6, 4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS_OF_SHAPES)
+def test_any_part_of_a_parameter_is_read_without_the_rest(name):
+    layout, shape = LAYOUTS_OF_SHAPES[name]
+    entry = Entry(("any",), shape, layout(shape, from_hf_config(LLAMA)))
+    stored = SpiedTensor(np.random.default_rng(0).normal(size=entry.view.stored))
+    whole = read_slice([stored], entry, tuple(map(range, entry.shape)))
     assert whole.shape == entry.shape
     assert [part.size for part in stored.parts] == [whole.size]
     for ranges in itertools.product((range(0, 6), range(2, 5)), (range(0, 4), range(1, 3)), (range(0, 8), range(4, 8))):
         stored.parts.clear()
-        part = read_slice(stored, entry, ranges[: len(axes)])
-        np.testing.assert_array_equal(part, whole[tuple(slice(r.start, r.stop) for r in ranges[: len(axes)])])
+        part = read_slice([stored], entry, ranges[: len(shape)])
+        np.testing.assert_array_equal(part, whole[tuple(slice(r.start, r.stop) for r in ranges[: len(shape)])])
         assert sum(each.size for each in stored.parts) == part.size
+    written = np.zeros_like(stored.array)
+    entry.view.write(written, whole)
+    assert np.count_nonzero(written) == whole.size
+    np.testing.assert_array_equal(written[written != 0], stored.array[written != 0])
+
+
+def test_slices_that_are_tensors_of_their_own_are_read_one_by_one():
+    entry = Entry(("first", "second", "third"), (3, 6, 4), hf_layouts.LINEAR((6, 4), from_hf_config(LLAMA)))
+    assert entry.axes == (0, 2, 1)
+    stored = [SpiedTensor(np.random.default_rng(i).normal(size=(4, 6))) for i in range(3)]
+    part = read_slice(stored, entry, (range(1, 3), range(2, 5), range(4)))
+    np.testing.assert_array_equal(part, np.stack([stored[i].array.T[2:5] for i in (1, 2)]))
+    assert [len(each.parts) for each in stored] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,7 +168,8 @@ def test_the_key_table_has_the_tensors_of_transformers(case, tmp_path):
     write_checkpoint(tmp_path, case, tokenizer=False)
     config = from_hf_config(json.loads((tmp_path / "config.json").read_text()))
     stored = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    assert {entry.name: entry.stored_shape for entry in key_table(config).values()} == stored
+    table = key_table(config).values()
+    assert {name: entry.view.stored for entry in table for name in entry.names} == stored
 
 
 def test_all_problems_with_tensors_are_in_one_error(tmp_path):
@@ -297,7 +340,8 @@ def test_two_processes_read_their_shards_and_write_one_checkpoint(biased, tmp_pa
         sizes, read_slice = {}, hf_weights.read_slice
         def watched(tensor, entry, ranges):
             part = read_slice(tensor, entry, ranges)
-            sizes[entry.name] = sizes.get(entry.name, 0) + part.size
+            (name,) = entry.names
+            sizes[name] = sizes.get(name, 0) + part.size
             return part
         hf_weights.read_slice = watched
         mesh = Mesh(np.array(jax.devices()), ("fsdp",))

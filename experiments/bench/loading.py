@@ -93,8 +93,9 @@ def make_checkpoint(folder: Path) -> None:
 
     rng = np.random.default_rng(0)
     tensors = {
-        entry.name: (rng.standard_normal(entry.stored_shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+        name: (rng.standard_normal(entry.view.stored, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
         for entry in key_table(from_hf_config(SHAPE)).values()
+        for name in entry.names
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -190,7 +191,7 @@ def make_files(folder: Path) -> None:
     import numpy as np
 
     from grpo_jax import models
-    from grpo_jax.models.transformer import param_shapes
+    from grpo_jax.models.parameters import param_shapes
 
     rng = np.random.default_rng(0)
     params = jax.tree.map(

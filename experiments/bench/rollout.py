@@ -230,7 +230,9 @@ def static_loop(decoder: DecoderConfig, params, ids, key, *, eos_ids: tuple[int,
 
     def forward(ids, start, caches):
         S = ids.shape[1]
-        turn = rotation(decoder.ropes[0], decoder.head_dim, start + jnp.arange(S)[None, :])
+        rope = decoder.ropes[0]
+        assert rope is not None
+        turn = rotation(rope, decoder.head_dim, start + jnp.arange(S)[None, :])
         x = params["embed"]["embedding"][ids].astype(dtype)
         new = []
         for i, (keys, values) in enumerate(caches):

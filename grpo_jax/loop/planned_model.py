@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from grpo_jax.config.online import OnlineConfig
 from grpo_jax.loop.batch_layout import BatchLayout, Sequences, cut
 from grpo_jax.loop.compiled_updates import Layout, lay_out, with_sharding
 from grpo_jax.models import LoRA, add_adapters, build_model, from_hf_config, param_shapes
-from grpo_jax.models.config import DecoderConfig, with_rope_length
+from grpo_jax.models.config import DecoderConfig, with_layers, with_rope_length
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.models.positions import read_hf_config
 from grpo_jax.models.pretrained import Pretrained
@@ -105,7 +104,7 @@ def first_layers(decoder: DecoderConfig, count: int) -> DecoderConfig:
         decoder: sizes of the model.
         count: layers to keep.
     """
-    return replace(decoder, num_layers=count, windows=decoder.windows[:count], ropes=decoder.ropes[:count])
+    return with_layers(decoder, decoder.kinds[:count])
 
 
 def planned_model(config: ModelConfig, decoder: DecoderConfig, mesh: Mesh, lora: LoRA | None = None) -> Pretrained:

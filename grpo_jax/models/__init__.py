@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from grpo_jax.models.lora import merge_adapters as merge_adapters
     from grpo_jax.models.lora_config import LoRA as LoRA
     from grpo_jax.models.lora_files import save_adapters as save_adapters
+    from grpo_jax.models.parameters import init_params as init_params
+    from grpo_jax.models.parameters import param_shapes as param_shapes
     from grpo_jax.models.positions import num_positions as num_positions
     from grpo_jax.models.pretrained import Pretrained as Pretrained
     from grpo_jax.models.tokenizers import stop_ids as stop_ids
     from grpo_jax.models.transformer import build_model as build_model
-    from grpo_jax.models.transformer import init_params as init_params
-    from grpo_jax.models.transformer import param_shapes as param_shapes
     from grpo_jax.models.uncached import from_apply as from_apply
 
 EXPORTS = {
@@ -36,10 +36,11 @@ EXPORTS = {
     "lora": ("add_adapters", "merge_adapters"),
     "lora_config": ("LoRA",),
     "lora_files": ("save_adapters",),
+    "parameters": ("init_params", "param_shapes"),
     "positions": ("num_positions",),
     "pretrained": ("Pretrained",),
     "tokenizers": ("stop_ids",),
-    "transformer": ("build_model", "init_params", "param_shapes"),
+    "transformer": ("build_model",),
     "uncached": ("from_apply",),
 }
 """Exported names by module."""

@@ -104,7 +104,10 @@ class KVSegment(NamedTuple):
 
 
 def attend(
-    queries: Float[Array, "B K G S E"], segments: Sequence[KVSegment], softcap: float | None
+    queries: Float[Array, "B K G S E"],
+    segments: Sequence[KVSegment],
+    softcap: float | None,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B K G S E"]:
     """``softmax(queries @ keys.T) @ values`` over the columns of all segments; float32.
 
@@ -115,6 +118,7 @@ def attend(
         queries: scaled.
         segments: the keys and values, with their masks.
         softcap: ``c`` in ``c * tanh(score / c)``; None without.
+        sinks: a score for each head that takes part in the softmax and has a value of 0; None without.
     """
     G, S = queries.shape[2:4]
     all_scores = []
@@ -133,9 +137,14 @@ def attend(
         all_scores.append(jnp.where(segment.mask[:, None, None], split, MASKED_SCORE).reshape(N, K, M, C))
     peaks = [seg.ungroup(s.max(-1, keepdims=True), G, S) for seg, s in zip(segments, all_scores, strict=True)]
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+    by_head = None if sinks is None else sinks[None, :, :, None, None]
+    if by_head is not None:
+        peak = jnp.maximum(peak, jax.lax.stop_gradient(by_head))
     all_weights = [jnp.exp(s - seg.group(peak)) for seg, s in zip(segments, all_scores, strict=True)]
     totals = [seg.ungroup(w.sum(-1, keepdims=True), G, S) for seg, w in zip(segments, all_weights, strict=True)]
     total = functools.reduce(jnp.add, totals)
+    if by_head is not None:
+        total = total + jnp.exp(by_head - peak)
     # Weights are divided before the product, and segments are added without a factor. Otherwise XLA may fuse a product
     # and a sum into one rounding in the sampler's program and not in the trainer's.
     out = []
@@ -151,7 +160,11 @@ def attend(
 
 
 def attend_in_blocks(
-    queries: Float[Array, "B K G S E"], entry: CacheEntry, mask: Bool[Array, "B S S"], softcap: float | None
+    queries: Float[Array, "B K G S E"],
+    entry: CacheEntry,
+    mask: Bool[Array, "B S S"],
+    softcap: float | None,
+    sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B K G S E"]:
     """``attend`` of a call's tokens among themselves, without the keys after each block of queries.
 
@@ -161,13 +174,13 @@ def attend_in_blocks(
         queries: scaled.
         entry: the call's keys and values.
         mask: as returned by ``attention_mask``.
-        softcap: as in ``attend``.
+        softcap, sinks: as in ``attend``.
     """
     blocks = []
     for start in range(0, queries.shape[3], QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, queries.shape[3])
         seen = KVSegment(slice_columns(entry, 0, end), mask[:, start:end, :end])
-        blocks.append(attend(queries[:, :, :, start:end], [seen], softcap))
+        blocks.append(attend(queries[:, :, :, start:end], [seen], softcap, sinks))
     return jnp.concatenate(blocks, axis=3)
 
 
@@ -175,7 +188,7 @@ class AttentionInputs(NamedTuple):
     """The inputs of a layer's attention other than the residual stream.
 
     Attributes:
-        rotation: rotary cosines and sines of the tokens.
+        rotation: rotary cosines and sines of the tokens; None for a layer without positions.
         start: the cache column at which the call's keys and values are written.
         masks: attention mask over each block of the cache's columns (without a cache, of the call's own keys).
         prefixes: the segments before the cache.
@@ -185,7 +198,7 @@ class AttentionInputs(NamedTuple):
             mask or segment ids. ``masks`` and ``prefixes`` are empty then.
     """
 
-    rotation: Rotation
+    rotation: Rotation | None
     start: int | Int[Array, ""]
     masks: Sequence[Bool[Array, "M S _"]]
     prefixes: Sequence[KVSegment]

@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.lora_config import LoRA
-from grpo_jax.models.transformer import param_shapes
+from grpo_jax.models.parameters import param_shapes
 
 
 def training_flops(

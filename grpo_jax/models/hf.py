@@ -28,6 +28,7 @@ from grpo_jax.models.hf_files import (
     weight_files,
 )
 from grpo_jax.models.hf_sameness import check_same_checkpoint
+from grpo_jax.models.hf_text import text_config
 from grpo_jax.models.hf_weights import (
     check_num_layers,
     check_params,
@@ -38,9 +39,10 @@ from grpo_jax.models.hf_weights import (
 )
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.lora_config import LoRA
+from grpo_jax.models.parameters import param_shapes
 from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.models.remat import Remat
-from grpo_jax.models.transformer import build_model, param_shapes
+from grpo_jax.models.transformer import build_model
 from grpo_jax.types import Params
 
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "*.jinja", "merges.txt", "vocab.txt"]
@@ -148,7 +150,7 @@ def _described(
     folder: Path, scalar_head: bool, rope_length: int | None, param_dtype: Any, building: Mapping[str, Any]
 ) -> tuple[DecoderConfig, Pretrained]:
     """The config of the stored decoder, and the loaded model without weights, whose head may differ."""
-    file_config = read_json(config_file(folder))
+    file_config = text_config(read_json(config_file(folder)))
     family_of(file_config)
     num_layers = file_config.get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers > MANY_LAYERS:

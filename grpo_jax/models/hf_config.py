@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
+from grpo_jax.models.hf_families import COUNTS, FAMILIES, NULLABLE, REQUIRED, Family
 from grpo_jax.models.hf_fields import (
     ACTIVATION_NAMES,
     ALWAYS_ON,
@@ -18,134 +19,29 @@ from grpo_jax.models.hf_fields import (
 )
 from grpo_jax.models.hf_files import cut
 from grpo_jax.models.hf_rope import read_ropes
+from grpo_jax.models.hf_text import MULTIMODAL, is_multimodal, text_config
 
 Fields = Mapping[str, Any]
 
-REQUIRED = object()
 MAX_LAYERS = 100_000
-
-COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
-NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
-
-COMMON = dict.fromkeys(COUNTS, REQUIRED) | {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_theta": None,
-    "rope_scaling": None,
-    "rope_parameters": None,
-    "original_max_position_embeddings": None,
-}
-QWEN = COMMON | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
-GEMMA = {name: default for name, default in COMMON.items() if name != "hidden_act"} | {
-    "num_key_value_heads": REQUIRED,
-    "head_dim": REQUIRED,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "layer_types": None,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the config of one ``model_type`` is read.
-
-    Attributes:
-        architecture: its class in transformers.
-        fields: the config fields it reads, with their default in transformers.
-        is_sliding: ``(fields, layer) -> bool``, used if the config has no ``layer_types``.
-        traits: settings that the family fixes, independent of the config.
-        same_as: unused fields of old configs; each must equal the field that is read in its place.
-        theta: default base of the rotary frequencies.
-        local_theta: default base for sliding layers; None if they have the same.
-    """
-
-    architecture: str
-    fields: Fields
-    is_sliding: Callable[[Fields, int], bool] = lambda fields, layer: False
-    traits: Fields = field(default_factory=dict)
-    same_as: Mapping[str, str] = field(default_factory=dict)
-    theta: float = 10_000.0
-    local_theta: float | None = None
-
-
-def _is_sliding_in_qwen(fields: Fields, layer: int) -> bool:
-    has_window = fields["use_sliding_window"] and fields["sliding_window"] is not None
-    return has_window and layer >= fields["max_window_layers"]
-
-
-GEMMA_TRAITS = {"post_norms": True, "norm_offset": 1.0, "scaled_embeddings": True}
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", COMMON | {"attention_bias": False, "mlp_bias": False}),
-    "mistral": Family(
-        "MistralForCausalLM",
-        COMMON | {"sliding_window": 4096},
-        is_sliding=lambda fields, layer: fields["sliding_window"] is not None,
-    ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        QWEN,
-        is_sliding=_is_sliding_in_qwen,
-        traits={"qkv_bias": True},
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        QWEN | {"head_dim": 128, "attention_bias": False},
-        is_sliding=_is_sliding_in_qwen,
-        traits={"qk_norm": True},
-    ),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
-        is_sliding=lambda fields, layer: layer % 2 == 0,
-        traits=GEMMA_TRAITS,
-        same_as={"sliding_window_size": "sliding_window", "hidden_act": "hidden_activation"},
-    ),
-    # No attn_logit_softcapping: transformers reads it here and does not apply it, so a value is an error.
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        GEMMA | {"final_logit_softcapping": None, "rope_local_base_freq": None, "sliding_window_pattern": 6},
-        is_sliding=lambda fields, layer: (layer + 1) % fields["sliding_window_pattern"] != 0,
-        traits=GEMMA_TRAITS | {"qk_norm": True},
-        same_as={"_sliding_window_pattern": "sliding_window_pattern", "hidden_act": "hidden_activation"},
-        theta=1_000_000.0,
-        local_theta=10_000.0,
-    ),
-}
 
 
 def family_of(hf_config: Fields) -> Family:
-    """The family of a config, by its ``model_type``.
+    """The family of a text model's config, by its ``model_type``.
 
     Raises:
         ValueError: no ``model_type``, or one that is not supported; the message describes it.
     """
     model_type = hf_config.get("model_type")
     supported = f"supported are {', '.join(sorted(FAMILIES))}"
-    inner = hf_config.get("text_config")
-    if isinstance(inner, Mapping) or "vision_config" in hf_config:
-        inner_type = inner.get("model_type") if isinstance(inner, Mapping) else None
-        way_out = f"; text models alone: {supported}"
-        if inner_type in FAMILIES:
-            way_out = (
-                f"; its text model alone, of model_type {inner_type!r}, can be: load the checkpoint with transformers "
-                f"and save its language_model as {FAMILIES[inner_type].architecture}"
-            )
-        raise ValueError(f"model_type {model_type!r} is multimodal (it has a text_config or vision_config){way_out}")
+    if is_multimodal(hf_config):
+        inner = hf_config.get("text_config")
+        own = f" ({inner.get('model_type')!r})" if isinstance(inner, Mapping) else ""
+        raise ValueError(
+            f"model_type {model_type!r} is multimodal, and its text model{own} is not supported; of multimodal models, "
+            f"the text models of {', '.join(sorted(MULTIMODAL))} are, and text models alone: "
+            + ", ".join(sorted(FAMILIES))
+        )
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type is None:
@@ -165,16 +61,17 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
     Every field is used, known to have no effect, or an error. Missing fields have their default in transformers.
 
     Args:
-        hf_config: the parsed file.
+        hf_config: the parsed file; of a multimodal model, its text model is meant.
 
     Raises:
         ValueError: a family, a field or a value that is not supported; a missing field; or two fields that contradict
             each other. The message names it.
     """
+    hf_config = text_config(hf_config)
     family = family_of(hf_config)
-    fields = _read_fields(hf_config, family)
-    traits = family.traits
-    num_layers, num_heads = fields["num_hidden_layers"], fields["num_attention_heads"]
+    given = _read_fields(hf_config, family)
+    fields = {family.names.get(name, name): value for name, value in given.items()}
+    num_heads = fields["num_attention_heads"]
     num_kv_heads = fields["num_key_value_heads"] or num_heads
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
@@ -186,40 +83,40 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
     head_dim = fields["head_dim"] or fields["hidden_size"] // num_heads
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} must be even: rotary positions turn pairs of components")
-    activation = fields["hidden_activation"] if "hidden_activation" in fields else fields["hidden_act"]
-    activation = ACTIVATION_NAMES.get(activation, activation)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"the activation {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    layer_types = _layer_types(fields, family)
-    ropes = read_ropes(fields, family.theta, family.local_theta, head_dim)
+    layer_types = _layer_types(given, family)
+    ropes = read_ropes(given, family, head_dim)
     attention_bias = fields.get("attention_bias", False)
-    return DecoderConfig(
+    traits = {name: trait(given) if callable(trait) else trait for name, trait in family.traits.items()}
+    config = DecoderConfig(
+        family=hf_config["model_type"],
         vocab_size=fields["vocab_size"],
         hidden_size=fields["hidden_size"],
         intermediate_size=fields["intermediate_size"],
-        num_layers=num_layers,
+        num_layers=fields["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=fields["max_position_embeddings"],
-        windows=tuple(fields["sliding_window"] if kind == "sliding_attention" else None for kind in layer_types),
-        ropes=tuple(ropes[kind] for kind in layer_types),
-        query_scale=fields.get("query_pre_attn_scalar", head_dim) ** -0.5,
-        activation=activation,
-        qkv_bias=traits.get("qkv_bias", attention_bias),
+        windows=tuple(given["sliding_window"] if kind == "sliding_attention" else None for kind in layer_types),
+        ropes=tuple(
+            ropes[kind] if family.has_rope(given, layer, kind) else None for layer, kind in enumerate(layer_types)
+        ),
+        query_scale=head_dim**-0.5,
+        activation=fields["hidden_act"],
+        qkv_bias=attention_bias,
         output_bias=attention_bias,
         mlp_bias=fields.get("mlp_bias", False),
-        qk_norm=traits.get("qk_norm", False),
-        post_norms=traits.get("post_norms", False),
         norm_epsilon=fields["rms_norm_eps"],
-        norm_offset=traits.get("norm_offset", 0.0),
-        embedding_scale=fields["hidden_size"] ** 0.5 if traits.get("scaled_embeddings") else 1.0,
-        attention_softcap=fields.get("attn_logit_softcapping"),
-        logit_softcap=fields.get("final_logit_softcapping"),
         tie_word_embeddings=fields["tie_word_embeddings"],
         initializer_range=fields["initializer_range"],
         scalar_head=_has_scalar_head(hf_config),
     )
+    config = replace(config, **traits)
+    activation = ACTIVATION_NAMES.get(config.activation, config.activation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"the activation {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    # Logits are scaled by the hidden states, which a scalar head reads as they are.
+    return replace(config, activation=activation, output_scale=1.0 if config.scalar_head else config.output_scale)
 
 
 def with_scalar_head(hf_config: Fields) -> dict[str, Any]:
@@ -283,7 +180,7 @@ def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
             raise ValueError(f"{name} in config.json must be of type {wanted.__name__}, not {fields[name]!r:.200}")
         if wanted is float and not is_null:
             fields[name] = check_number(name, fields[name], zero=name in ("rms_norm_eps", "initializer_range"))
-    for name in ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"):
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
         if fields.get(name) is not None:
             check_number(name, fields[name])
     for name in ("rope_scaling", "rope_parameters"):

@@ -53,6 +53,7 @@ EXECUTION = (
     | {"use_flash_attn", "flash_attn", "experts_implementation", "pretraining_tp", "chunk_size_feed_forward"}
     | {"gradient_checkpointing", "use_reentrant", "torch_compile", "fused_dense", "use_fused_rms_norm"}
     | {"return_dict", "output_attentions", "output_hidden_states", "output_router_logits"}
+    | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "activation_function"}
 )
 HARMLESS = METADATA | EXECUTION | OF_TOKENS | OF_GENERATION | DROPOUT
 
@@ -69,6 +70,7 @@ HARMLESS_AT: dict[str, Any] = (
     | dict.fromkeys(("partial_rotary_factor", "rope_ratio", "rotary_pct", "rope_percentage"), 1.0)
     | dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "logit_scale"), 1.0)
     | dict.fromkeys(("scale_emb", "scale_depth", "mup_multiplier"), 1.0)
+    | {"full_attn_mod": 1, "interpolate_factor": 1, "mlp_type": "default", "norm_type": "layer_norm"}
     | {"pruned_heads": {}, "is_causal": True, "scale_attn_weights": True, "mlp_only_layers": []}
 )
 # Switches that are always on in a family.

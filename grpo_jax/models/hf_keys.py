@@ -1,4 +1,4 @@
-"""The table from parameters to Hugging Face tensors: path, tensor name, layout."""
+"""The table from parameters to Hugging Face tensors: path, tensor names, layout."""
 
 from __future__ import annotations
 
@@ -9,66 +9,40 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.transformer import param_shapes
+from grpo_jax.models.hf_families import FAMILIES
+from grpo_jax.models.hf_layouts import LAYOUTS, View, as_is
+from grpo_jax.models.parameters import param_shapes
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 TOP_MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "score": "score"}
-BLOCK_MODULES = {
-    "attention/q": "self_attn.q_proj",
-    "attention/k": "self_attn.k_proj",
-    "attention/v": "self_attn.v_proj",
-    "attention/o": "self_attn.o_proj",
-    "attention/q_norm": "self_attn.q_norm",
-    "attention/k_norm": "self_attn.k_norm",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-}
-BLOCK_MODULES_WITH_POST_NORMS = BLOCK_MODULES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "post_mlp_norm": "post_feedforward_layernorm",
-}
-
-
-# The layout of a stored tensor: the order of the parameter's axes, and the index in that order of a heads axis that is
-# merged with the next one.
-HEADS_OUT, HEADS_IN, LINEAR, HEADS_BIAS = ((1, 2, 0), 0), ((2, 0, 1), 1), ((1, 0), None), ((0, 1), 0)
-LAYOUTS = {
-    **{f"attention/{name}/kernel": HEADS_OUT for name in "qkv"},
-    **{f"attention/{name}/bias": HEADS_BIAS for name in "qkv"},
-    "attention/o/kernel": HEADS_IN,
-    **{f"mlp/{name}/kernel": LINEAR for name in ("gate", "up", "down")},
-    "score/kernel": LINEAR,
-}
+EXPERT = "{}"
+"""In a tensor's name, in the place of an expert's number."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The tensor of a parameter in a Hugging Face checkpoint.
+    """A parameter in a Hugging Face checkpoint.
 
     Attributes:
-        name: of the stored tensor.
+        names: of the stored tensor; or those of its slices along the first axis, if each is stored by itself.
         shape: of the parameter.
-        axes: the parameter's axes in the order of the stored tensor.
-        merged: index in ``axes`` of a heads axis that is merged with the next one in the stored tensor; or None.
+        view: of the stored tensor; of each slice, if there are several.
     """
 
-    name: str
+    names: tuple[str, ...]
     shape: tuple[int, ...]
-    axes: tuple[int, ...]
-    merged: int | None
+    view: View
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the stored tensor."""
-        shape = [self.shape[axis] for axis in self.axes]
-        if self.merged is not None:
-            shape[self.merged : self.merged + 2] = [shape[self.merged] * shape[self.merged + 1]]
-        return tuple(shape)
+    def is_sliced(self) -> bool:
+        """Whether slices of the parameter are tensors of their own."""
+        return len(self.view.axes) < len(self.shape)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The parameter's axes in the order in which they are stored."""
+        return (0, *(axis + 1 for axis in self.view.axes)) if self.is_sliced else self.view.axes
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -77,17 +51,29 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def key_table(config: DecoderConfig) -> dict[str, Entry]:
-    """The stored tensor of each parameter, by the parameter's path such as ``layers_0/attention/q/kernel``."""
-    block_modules = BLOCK_MODULES_WITH_POST_NORMS if config.post_norms else BLOCK_MODULES
+    """The stored tensors of each parameter, by the parameter's path such as ``layers_0/attention/q/kernel``."""
+    family = FAMILIES[config.family]
+    layouts = {**LAYOUTS, **family.layouts}
     table = {}
     for path, leaf in _flatten(param_shapes(config)).items():
-        module, kind = path.rsplit("/", 1)
         layer, _, in_block = path.partition("/")
         if layer in TOP_MODULES:
-            stored_module = TOP_MODULES[layer]
+            key, prefix = path, ""
+            module, kind = TOP_MODULES[layer], path.rpartition("/")[2]
         else:
-            stored_module = f"model.layers.{layer.removeprefix('layers_')}.{block_modules[module.partition('/')[2]]}"
-        axes, merged = LAYOUTS.get(in_block if in_block.count("/") else path, (tuple(range(leaf.ndim)), None))
-        name = f"{stored_module}.{'bias' if kind == 'bias' else 'weight'}"
-        table[path] = Entry(name, leaf.shape, axes, merged)
+            key, prefix = in_block, f"model.layers.{layer.removeprefix('layers_')}."
+            module, kind = _module(in_block, family.modules)
+        name = prefix + module if kind == "" else f"{prefix}{module}.{'bias' if kind == 'bias' else 'weight'}"
+        names, shape = (name,), leaf.shape
+        if EXPERT in name:
+            names, shape = tuple(name.replace(EXPERT, str(i)) for i in range(shape[0])), shape[1:]
+        table[path] = Entry(names, leaf.shape, layouts.get(key, as_is)(shape, config))
     return table
+
+
+def _module(path: str, modules: Any) -> tuple[str, str]:
+    """The stored name of a parameter of a layer, and its kind; no kind if the name is the whole of it."""
+    if path in modules:
+        return modules[path], ""
+    module, _, kind = path.rpartition("/")
+    return modules[module], kind

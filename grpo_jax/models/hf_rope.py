@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from grpo_jax.models.config import Rope
+from grpo_jax.models.hf_families import Family
 from grpo_jax.models.hf_fields import LAYER_TYPES, check_number, check_object
 
 Fields = Mapping[str, Any]
@@ -24,13 +27,12 @@ ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
 WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 
 
-def read_ropes(fields: Fields, theta: float, local_theta: float | None, head_dim: int) -> dict[str, Rope]:
+def read_ropes(fields: Fields, family: Family, head_dim: int) -> dict[str, Rope]:
     """The rotary frequencies of each layer type, from ``rope_scaling`` or ``rope_parameters``.
 
     Args:
         fields: of the config, with defaults filled in.
-        theta: default base.
-        local_theta: default base for sliding layers; None if they have the same frequencies.
+        family: the model's.
         head_dim: components of a head.
 
     Raises:
@@ -38,11 +40,16 @@ def read_ropes(fields: Fields, theta: float, local_theta: float | None, head_dim
             field that the kind does not read.
     """
     scaling, new = fields["rope_scaling"] or {}, fields["rope_parameters"] or {}
+    if not (scaling or new) and family.default_rope is not None:
+        new = family.default_rope
     old: dict[str, Any] = {"rope_theta": fields["rope_theta"], **scaling}
+    if "partial_rotary_factor" in fields:
+        old.setdefault("partial_rotary_factor", fields["partial_rotary_factor"])
     sizes = {name: fields[name] for name in ("max_position_embeddings", "original_max_position_embeddings")}
     sizes["head_dim"] = head_dim
-    if local_theta is None:
-        rope = _read_rope(old, new, "rope_parameters", theta, sizes)
+    read = partial(_read_rope, family=family, sizes=sizes)
+    if family.local_theta is None:
+        rope = read(old, new, "rope_parameters", family.theta)
         return {"full_attention": rope, "sliding_attention": rope}
     if scaling.get("type", "default") != "default" and "rope_type" not in scaling:
         raise ValueError(
@@ -57,14 +64,16 @@ def read_ropes(fields: Fields, theta: float, local_theta: float | None, head_dim
     for kind in LAYER_TYPES:
         check_object(f"rope_parameters.{kind}", new.get(kind))
     full, local = new.get("full_attention") or {}, new.get("sliding_attention") or {}
-    local_old = {"rope_theta": fields["rope_local_base_freq"]}
+    base = "rope_local_base_freq" if "rope_local_base_freq" in fields else "rope_theta"
     return {
-        "full_attention": _read_rope(old, full, "rope_parameters.full_attention", theta, sizes),
-        "sliding_attention": _read_rope(local_old, local, "rope_parameters.sliding_attention", local_theta, sizes),
+        "full_attention": read(old, full, "rope_parameters.full_attention", family.theta),
+        "sliding_attention": read(
+            {"rope_theta": fields[base]}, local, "rope_parameters.sliding_attention", family.local_theta
+        ),
     }
 
 
-def _read_rope(old: Fields, new: Fields, where: str, theta: float, sizes: Fields) -> Rope:
+def _read_rope(old: Fields, new: Fields, where: str, theta: float, *, family: Family, sizes: Fields) -> Rope:
     """One ``Rope`` from fields of transformers 4 (``old``) and 5 (``new``), either of which may be empty."""
     merged: dict[str, Any] = {}
     for parameters in (old, new):
@@ -76,14 +85,44 @@ def _read_rope(old: Fields, new: Fields, where: str, theta: float, sizes: Fields
             if first is not value and first != value:
                 raise ValueError(f"config.json gives {name} twice, as {merged[name]!r} and {value!r} ({where})")
     kind: Any = merged.pop("rope_type", "default")
+    kind = family.rope_kinds.get(kind, kind)
     if kind not in [*ROPE_FIELDS]:
         raise ValueError(
             f"rope scaling {kind!r} is not implemented ({where}); implemented are {', '.join(ROPE_FIELDS)}"
         )
-    if merged.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is not implemented ({where})")
+    dims = _rotated(merged.pop("partial_rotary_factor", None), where, family, sizes["head_dim"])
+    extra = {name: merged.pop(name) for name in family.rope_fields if name in merged}
     base = check_number(f"rope_theta ({where})", merged.pop("rope_theta", theta))
     original = _original_length(kind, merged, where, sizes)
+    rope = _scaled(kind, base, merged, original, where, {**sizes, "head_dim": dims or sizes["head_dim"]})
+    beta = extra.get("llama_4_scaling_beta", 0)
+    return replace(
+        rope,
+        dims=dims,
+        interleaved=family.rope_interleaved,
+        query_beta=check_number(f"llama_4_scaling_beta ({where})", beta, zero=True),
+        **({"original_max_positions": original} if beta else {}),
+    )
+
+
+def _rotated(factor: Any, where: str, family: Family, head_dim: int) -> int | None:
+    """The components of a head that are rotated; None for all."""
+    if family.rotary_factor is None:
+        if factor not in (None, 1.0):
+            raise ValueError(f"partial_rotary_factor is not implemented for this family ({where})")
+        return None
+    factor = family.rotary_factor if factor is None else factor
+    dims = int(head_dim * check_number(f"partial_rotary_factor ({where})", factor))
+    if not 0 < dims <= head_dim or dims % 2:
+        raise ValueError(
+            f"partial_rotary_factor {factor} in config.json rotates {dims} of {head_dim} components of a head "
+            f"({where}); they must be an even number, at most all"
+        )
+    return None if dims == head_dim else dims
+
+
+def _scaled(kind: Any, base: float, merged: dict[str, Any], original: float, where: str, sizes: Fields) -> Rope:
+    """The ``Rope`` of a kind from its own fields."""
     _drop_unused(kind, merged, where)
     required, optional = ROPE_FIELDS[kind]
     missing, unknown = sorted(required - set(merged)), sorted(set(merged) - required - optional)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from grpo_jax import hosts
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
 from grpo_jax.models.hf_keys import EMBEDDING_SUFFIX, LAYER, Entry, _flatten, key_table
+from grpo_jax.models.hf_layouts import View
 from grpo_jax.models.hf_reading import reading_sharding, redistributed
-from grpo_jax.models.transformer import param_shapes
+from grpo_jax.models.parameters import param_shapes
 from grpo_jax.types import Params
 
 QUANTIZED = re.compile(
@@ -34,6 +35,14 @@ QUANTIZED = re.compile(
 HEADER_SIZE_BYTES = 8  # size of the JSON header at the start of a safetensors file, little-endian
 NUMPY_DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16}
 COMPARED_BYTES = 64 * 2**20
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+"""Prefixes of the tensors of a multimodal model's text part."""
+OTHER_PARTS = tuple(
+    f"{prefix}{part}."
+    for prefix in ("", "model.")
+    for part in ("visual", "vision_tower", "vision_model", "multi_modal_projector", "mtp")
+)
+"""Prefixes of the tensors that are not read: parts for images, and for predicting several tokens."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def load_params(
             float16 (one error lists all); tensors with NaN or infinity, in the file or in ``param_dtype`` (one error);
             an ``lm_head.weight`` that differs from the embedding it is tied to; or a damaged file.
     """
-    table, names, stored = check_weights(folder, config)
+    table, stored = check_weights(folder, config)
     shapes = param_shapes(config, param_dtype)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -87,17 +96,17 @@ def load_params(
         placement = _flatten(shardings(shapes))
     by_all = not all(sharding.is_fully_addressable for sharding in placement.values())
     if config.tie_word_embeddings and not config.scalar_head:
-        _check_tied_head(folder, stored, names["embed/embedding"], by_all)
+        _check_tied_head(folder, stored, table["embed/embedding"].names[0], by_all)
     params: dict[str, Any] = dict.fromkeys(table)
     not_finite: dict[str, str] = {}
     # The largest tensors of a file first, while few others are in memory.
-    for path in sorted(table, key=lambda path: (str(stored[names[path]].file), -math.prod(table[path].shape))):
-        tensor = stored[names[path]].mapped()
-        sharding = reading_sharding(placement[path], table[path], np.dtype(param_dtype).itemsize)
-        array, problem = _load(tensor, table[path], sharding, np.dtype(param_dtype))
+    for path in sorted(table, key=lambda path: (str(stored[table[path].names[0]].file), -math.prod(table[path].shape))):
+        entry = table[path]
+        sharding = reading_sharding(placement[path], entry, np.dtype(param_dtype).itemsize)
+        array, problem = _load([stored[name] for name in entry.names], entry, sharding, np.dtype(param_dtype))
         params[path] = redistributed(array, placement[path])
         if problem:
-            not_finite[path] = f"{names[path]}: {problem}"
+            not_finite[path] = f"{entry.names[0]}{' and its like' if entry.is_sliced else ''}: {problem}"
     if by_all:
         # The process that read such a value knows it, and all must stop.
         of_all = hosts.gather(not_finite, "the weights", is_long=True)
@@ -111,7 +120,7 @@ def load_params(
     return unflatten_dict(params, sep="/")
 
 
-def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry], dict[str, str], dict[str, Stored]]:
+def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry], dict[str, Stored]]:
     """Check by the headers of a checkpoint's files that it has the weights of a decoder, and no others.
 
     Args:
@@ -119,7 +128,7 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry]
         config: sizes and switches of the decoder.
 
     Returns:
-        The entry of each parameter by its path; the name of its tensor by its path; and the tensors by name.
+        The entry of each parameter by its path, and the tensors by name.
 
     Raises:
         FileNotFoundError: as ``weight_files``.
@@ -127,10 +136,15 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry]
     """
     stored = read_headers(weight_files(folder))
     check_num_layers(folder, stored, config.num_layers)
-    table = key_table(config)
-    names = {path: _stored_name(entry, stored) for path, entry in table.items()}
-    _check_tensors(folder, {names[path]: entry for path, entry in table.items()}, stored, config)
-    return table, names, stored
+    prefix = _prefix(stored)
+    table = {
+        path: replace(entry, names=tuple(_prefixed(name, prefix, stored) for name in entry.names))
+        for path, entry in key_table(config).items()
+    }
+    expected = {name: entry.view.stored for entry in table.values() for name in entry.names}
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(OTHER_PARTS)}
+    _check_tensors(folder, expected, stored, config)
+    return table, stored
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
@@ -159,9 +173,18 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     return stored
 
 
-def _stored_name(entry: Entry, stored: Mapping[str, Stored]) -> str:
-    """The name of the stored tensor; models that were saved without a head have no ``model.`` prefix."""
-    return entry.name.removeprefix("model.") if EMBEDDING_SUFFIX in stored else entry.name
+def _prefix(stored: Iterable[str]) -> str:
+    """What stands before the names of a decoder's tensors: ``model.``, or nothing for one saved without its head."""
+    found = [name.removesuffix(EMBEDDING_SUFFIX) for name in stored if name.endswith(EMBEDDING_SUFFIX)]
+    return next((prefix for prefix in ("model.", "", *TEXT_PREFIXES) if prefix in found), "model.")
+
+
+def _prefixed(name: str, prefix: str, stored: Mapping[str, Stored]) -> str:
+    """The name of a tensor in a checkpoint whose decoder has another prefix than ``model.``."""
+    if name.startswith("model."):
+        return prefix + name.removeprefix("model.")
+    beside = prefix.removesuffix("model.") + name  # a head of a multimodal model's text part
+    return beside if beside in stored else name
 
 
 def check_num_layers(folder: Path, stored: Iterable[str], num_layers: Any) -> None:
@@ -185,7 +208,7 @@ def check_num_layers(folder: Path, stored: Iterable[str], num_layers: Any) -> No
 
 
 def _check_tensors(
-    folder: Path, expected: Mapping[str, Entry], stored: Mapping[str, Stored], config: DecoderConfig
+    folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], config: DecoderConfig
 ) -> None:
     quantized = [name for name in stored if QUANTIZED.search(name)]
     if quantized:
@@ -197,14 +220,14 @@ def _check_tensors(
         raise ValueError(
             f"the tensor names in {folder} are not those of the model_type in its config.json: {_naming(stored)}"
         )
-    problems = [f"missing: {name} {entry.stored_shape}" for name, entry in expected.items() if name not in stored]
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in stored]
     for name, tensor in sorted(stored.items()):
         if name not in expected:
-            is_head = config.tie_word_embeddings and name == "lm_head.weight"
+            is_head = config.tie_word_embeddings and name.endswith("lm_head.weight")
             if not (name.endswith("rotary_emb.inv_freq") or is_head):
                 problems.append(f"surplus: {name} {tensor.shape}")
-        elif tensor.shape != expected[name].stored_shape:
-            problems.append(f"misshapen: {name} is {tensor.shape}, not {expected[name].stored_shape}")
+        elif tensor.shape != expected[name]:
+            problems.append(f"misshapen: {name} is {tensor.shape}, not {expected[name]}")
         elif tensor.dtype not in NUMPY_DTYPES:
             problems.append(f"dtype: {name} is {tensor.dtype}, not one of {', '.join(NUMPY_DTYPES)}")
     if problems:
@@ -216,11 +239,6 @@ def _naming(stored: Mapping[str, Stored]) -> str:
     """A description of unexpected tensor names, and how to convert them."""
     tables = [name for name in stored if name.endswith(EMBEDDING_SUFFIX)]
     prefix = tables[0].removesuffix(EMBEDDING_SUFFIX) if tables else ""
-    if "language_model." in prefix:
-        return (
-            f"their prefix is {prefix!r}, that of the language model in a multimodal one; load that with transformers "
-            "and save only its text model"
-        )
     if prefix.endswith("model.") and prefix != "model.":
         wrapper = prefix.removesuffix("model.")
         return (
@@ -253,14 +271,16 @@ def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str, by_
         )
 
 
-def _load(tensor: Any, entry: Entry, sharding: jax.sharding.Sharding, dtype: np.dtype) -> tuple[jax.Array, str | None]:
+def _load(
+    tensors: Sequence[Stored], entry: Entry, sharding: jax.sharding.Sharding, dtype: np.dtype
+) -> tuple[jax.Array, str | None]:
     """A parameter on its devices, and a description of its local values that are not finite, if any."""
     read, counts = {}, []
 
     def local_slice(index: Any) -> np.ndarray:
         ranges = tuple(range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=True))
         if ranges not in read:
-            part = read_slice(tensor, entry, ranges)
+            part = read_slice(tensors, entry, ranges)
             with np.errstate(over="ignore"):  # checked below
                 # A contiguous array may become a device array without a copy, which must not change with the file.
                 read[ranges] = part.astype(dtype, copy=part.flags.c_contiguous)
@@ -290,32 +310,20 @@ def is_finite(x: np.ndarray) -> bool:
     return bool(bits.max() < negative and bits.view(signed).max() < positive.view(signed))
 
 
-def read_slice(tensor: Any, entry: Entry, ranges: tuple[range, ...]) -> np.ndarray:
-    """A slice of a parameter, read without the rest of the stored tensor.
+def read_slice(tensors: Sequence[Any], entry: Entry, ranges: tuple[range, ...]) -> np.ndarray:
+    """A slice of a parameter, read without the rest of the stored tensors.
 
     Args:
-        tensor: the stored tensor, or any object whose slices are NumPy arrays.
+        tensors: the stored tensors of ``entry.names``: objects with a method ``mapped`` that gives an array.
         entry: of the parameter.
         ranges: a contiguous range of each axis of the parameter.
 
     Returns:
         The slice, with the parameter's axes, in the stored dtype; a view of the tensor if possible.
     """
-    stored = [ranges[i] for i in entry.axes]
-    axis = entry.merged
-    if axis is None:
-        part = tensor[tuple(slice(r.start, r.stop) for r in stored)]
-    else:
-        heads, within = stored[axis : axis + 2]
-        size = entry.shape[entry.axes[axis + 1]]
-        if len(within) == size:
-            runs = [slice(heads.start * size, heads.stop * size)]
-        else:
-            runs = [slice(head * size + within.start, head * size + within.stop) for head in heads]
-        before, after = (tuple(slice(r.start, r.stop) for r in rs) for rs in (stored[:axis], stored[axis + 2 :]))
-        parts = [tensor[(*before, run, *after)] for run in runs]
-        part = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
-    return part.reshape([len(r) for r in stored]).transpose(np.argsort(entry.axes))
+    if not entry.is_sliced:
+        return entry.view.read(tensors[0].mapped(), entry.shape, ranges)
+    return np.stack([entry.view.read(tensors[i].mapped(), entry.shape[1:], ranges[1:]) for i in ranges[0]])
 
 
 def save_params(folder: Path, params: Params, config: DecoderConfig, *, dtype: Any, max_shard_bytes: int) -> None:
@@ -331,16 +339,19 @@ def save_params(folder: Path, params: Params, config: DecoderConfig, *, dtype: A
         dtype: of the stored tensors; None keeps the dtype of each parameter.
         max_shard_bytes: size limit of a file, unless a single tensor is larger.
     """
-    flat = _flatten(params)
-    by_name = {entry.name: (flat[path], entry) for path, entry in key_table(config).items()}
+    flat, parts = _flatten(params), {}
+    for path, entry in key_table(config).items():
+        for i, name in enumerate(entry.names):
+            parts.setdefault(name, []).append((flat[path], entry.view, i if entry.is_sliced else None))
+    dtypes = {name: np.dtype(dtype or of_one[0][0].dtype) for name, of_one in parts.items()}
     plan = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda item: math.prod(item[1].shape) * np.dtype(dtype or item[0].dtype).itemsize,
+        parts,
+        get_storage_size=lambda of_one: math.prod(of_one[0][1].stored) * np.dtype(dtype or of_one[0][0].dtype).itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     for file, names in plan.filename_to_tensors.items():
-        tensors = {name: _export(*by_name[name], dtype) for name in names}
+        tensors = {name: _export(parts[name], dtypes[name]) for name in names}
         if jax.process_index() == 0:
             save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)  # safetensors makes them readable by the owner only
@@ -349,14 +360,18 @@ def save_params(folder: Path, params: Params, config: DecoderConfig, *, dtype: A
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _export(param: jax.Array, entry: Entry, dtype: Any) -> np.ndarray:
-    if param.is_fully_addressable:
-        # Of a copy, because an array caches its host value for as long as it lives.
-        on_host = np.asarray(jnp.array(param, copy=True))
-    else:
-        on_host = multihost_utils.process_allgather(param, tiled=True)
-    stored = on_host.astype(dtype or param.dtype, copy=False).transpose(entry.axes).reshape(entry.stored_shape)
-    return np.ascontiguousarray(stored)
+def _export(parts: Sequence[tuple[jax.Array, View, int | None]], dtype: np.dtype) -> np.ndarray:
+    """A stored tensor from the parameters that it has parts of, or slices of parameters."""
+    tensor = np.empty(parts[0][1].stored, dtype)
+    for param, view, index in parts:
+        param = param if index is None else param[index]
+        if param.is_fully_addressable:
+            # Of a copy, because an array caches its host value for as long as it lives.
+            on_host = np.asarray(jnp.array(param, copy=True))
+        else:
+            on_host = multihost_utils.process_allgather(param, tiled=True)
+        view.write(tensor, on_host.astype(dtype, copy=False))
+    return tensor
 
 
 def check_params(params: Params, config: DecoderConfig) -> None:

@@ -6,9 +6,11 @@ groups of G (H = K * G), each of size E.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -84,12 +86,16 @@ class ScalarHead(nn.Module):
 
 
 class Norm(nn.Module):
-    """``x / sqrt(mean(x^2) + epsilon) * (offset + scale)`` over the last axis, in float32."""
+    """``x / sqrt(mean(x^2) + epsilon) * (offset + scale)`` over the last axis, in float32.
+
+    With the kind ``layer``, ``x`` less its mean takes the place of ``x``, and a bias is added.
+    """
 
     epsilon: float
     offset: float
     param_dtype: Any
     mesh: Mesh | None = None
+    kind: Literal["rms", "layer"] = "rms"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
@@ -101,9 +107,15 @@ class Norm(nn.Module):
         # computes the rsqrt of a vector differently from that of a scalar.
         D = x.shape[-1]
         tokens = as_tokens(x.astype(jnp.float32), self.mesh)
+        if self.kind == "layer":
+            tokens = tokens - jnp.sum(tokens, axis=-1, keepdims=True) / D
         sizes = jnp.sqrt(D / (jnp.sum(tokens**2, axis=-1, keepdims=True) + D * self.epsilon))
-        scales = scale.reshape((1,) * (tokens.ndim - 1) + (D,))
-        return (tokens * sizes * scales).astype(x.dtype).reshape(x.shape)
+        by_token = (1,) * (tokens.ndim - 1) + (D,)
+        out = tokens * sizes * scale.reshape(by_token)
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+            out = out + bias.astype(jnp.float32).reshape(by_token)
+        return out.astype(x.dtype).reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -116,7 +128,8 @@ class Layer(nn.Module):
 
     def norm(self, name: str) -> Norm:
         """A norm with the config's settings."""
-        return Norm(self.config.norm_epsilon, self.config.norm_offset, self.param_dtype, self.mesh, name=name)
+        c = self.config
+        return Norm(c.norm_epsilon, c.norm_offset, self.param_dtype, self.mesh, c.norm, name=name)
 
     def linear(self, name: str, features: int | tuple[int, ...], *, axis: Any = -1, bias: bool) -> nn.DenseGeneral:
         """A linear map.
@@ -149,40 +162,59 @@ class Attention(Layer):
         c = self.config
         B, S, D = x.shape
         tokens = as_tokens(x, self.mesh)
-        queries = self.linear("q", (c.num_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_heads, -1)
-        keys = self.linear("k", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(B, S, c.num_kv_heads, -1)
-        values = self.linear("v", (c.num_kv_heads, c.head_dim), bias=c.qkv_bias)(tokens).reshape(
-            B, S, c.num_kv_heads, -1
-        )
-        if c.qk_norm:
-            queries, keys = self.norm("q_norm")(queries), self.norm("k_norm")(keys)
+
+        def project(name: str, heads: int, bias: bool) -> Float[Array, "B S heads E"]:
+            return self.linear(name, (heads, c.head_dim), bias=bias)(tokens).reshape(B, S, heads, -1)
+
+        queries = project("q", c.num_heads, c.qkv_bias)
+        keys, values = (project(name, c.num_kv_heads, c.qkv_bias) for name in "kv")
+        if c.qk_norm is not None:
+            queries, keys = self._normalized("q_norm", queries), self._normalized("k_norm", keys)
         heads = head_layout(c, self.mesh)
-        queries = heads.queries((rotate(queries, inputs.rotation) * c.query_scale).astype(self.dtype))
-        keys, values = heads.keys(rotate(keys, inputs.rotation).astype(self.dtype)), heads.keys(values)
+        turn = partial(rotate, rotation=inputs.rotation, interleaved=c.rope_interleaved)
+        queries = turn(queries) * c.query_scale
+        if inputs.rotation is not None and inputs.rotation.query_scale is not None:
+            queries = queries * inputs.rotation.query_scale
+        queries = heads.queries(queries.astype(self.dtype))
+        keys, values = heads.keys(turn(keys).astype(self.dtype)), heads.keys(values)
+        sinks = None
+        if c.attention_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,), self.param_dtype).astype(jnp.float32)
+            sinks = heads.queries(sinks.reshape(1, 1, -1, 1)).reshape(-1)
         # With columns last, the product of a few queries with all keys reads the keys in memory order.
         new = {"keys": keys.transpose(0, 2, 3, 1), "values": values.transpose(0, 2, 1, 3)}
         entry = new if entry is None else write(entry, new, inputs.start)
         if self.kernel is not None and inputs.kernel_mask is not None:
-            out = self.kernel(queries, keys, values, inputs.kernel_mask, softcap=c.attention_softcap)
+            options = {} if sinks is None else {"sinks": sinks}
+            out = self.kernel(queries, keys, values, inputs.kernel_mask, softcap=c.attention_softcap, **options)
         else:
             queries = queries.reshape(B, S, heads.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+            sinks = None if sinks is None else sinks.reshape(heads.kv_heads, -1)
             if inputs.packed_mask is not None:
-                out = attend_in_blocks(queries, entry, inputs.packed_mask, c.attention_softcap)
+                out = attend_in_blocks(queries, entry, inputs.packed_mask, c.attention_softcap, sinks)
             else:
                 segments, start = [*inputs.prefixes], 0
                 for mask in inputs.masks:
                     end = start + mask.shape[2]
                     segments.append(KVSegment(slice_columns(entry, start, end), mask))
                     start = end
-                out = attend(queries, segments, c.attention_softcap)
+                out = attend(queries, segments, c.attention_softcap, sinks)
             out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, -1, c.head_dim)
-        out = heads.restored(out).reshape(*tokens.shape[:-1], c.num_heads, c.head_dim)
+        out = heads.restored(out)
+        if c.attention_gate:
+            out = out * jax.nn.sigmoid(project("out_gate", c.num_heads, False))
+        out = out.reshape(*tokens.shape[:-1], c.num_heads, c.head_dim)
         out = self.linear("o", D, axis=(-2, -1), bias=c.output_bias)(out).reshape(B, S, D)
         return out, entry
 
+    def _normalized(self, name: str, x: Float[Array, "B S N E"]) -> Float[Array, "B S N E"]:
+        if self.config.qk_norm == "head":
+            return self.norm(name)(x)
+        return self.norm(name)(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
 
 class MLP(Layer):
-    """``down(activation(gate(x)) * up(x))``."""
+    """``down(activation(gate(x)) * up(x))``, or without a gate ``down(activation(up(x)))``."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -190,14 +222,18 @@ class MLP(Layer):
         c = self.config
         # One axis for all tokens: on CPU the gradient of a product with two axes takes almost twice as long.
         tokens = as_tokens(x, self.mesh)
-        gate = self.linear("gate", c.intermediate_size, bias=c.mlp_bias)(tokens)
-        up = self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens)
-        out = self.linear("down", c.hidden_size, bias=c.mlp_bias)(ACTIVATIONS[c.activation](gate) * up)
+        activation = ACTIVATIONS[c.activation]
+        if c.gated_mlp:
+            gate = self.linear("gate", c.intermediate_size, bias=c.mlp_bias)(tokens)
+            hidden = activation(gate) * self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens)
+        else:
+            hidden = activation(self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens))
+        out = self.linear("down", c.hidden_size, bias=c.mlp_bias)(hidden)
         return out.reshape(x.shape)
 
 
 class Block(Layer):
-    """Attention and MLP, each with a norm before it (and after it, with ``post_norms``), added to the residual."""
+    """Attention and MLP, each with the norms before and after it that the config has, added to the residual."""
 
     kernel: Kernel | None = None
 
@@ -209,11 +245,15 @@ class Block(Layer):
         x = checkpoint_name(x, BLOCK_INPUT)
         settings = (self.config, self.dtype, self.param_dtype, self.mesh)
         attention = Attention(*settings, self.kernel, name="attention")
-        out, entry = attention(self.norm("attention_norm")(x), inputs, entry)
-        if self.config.post_norms:
-            out = self.norm("post_attention_norm")(out)
-        x = x + out
-        out = MLP(*settings, name="mlp")(self.norm("mlp_norm")(x))
-        if self.config.post_norms:
-            out = self.norm("post_mlp_norm")(out)
-        return x + out, entry
+        out, entry = attention(self._before("attention_norm", x), inputs, entry)
+        x = x + self._after("post_attention_norm", out)
+        out = MLP(*settings, name="mlp")(self._before("mlp_norm", x))
+        return x + self._after("post_mlp_norm", out), entry
+
+    def _before(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.norm(name)(x) if self.config.pre_norms else x
+
+    def _after(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        x = self.norm(name)(x) if self.config.post_norms else x
+        scale = self.config.residual_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float, Key
 
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.config import DecoderConfig, with_layers
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.preparation import STACKED
 from grpo_jax.sampling import check_key
@@ -56,7 +55,7 @@ def with_interception(module: nn.Module, config: DecoderConfig, lora: LoRA) -> n
                 tile_size=tiles,
             )
         )
-    return qwix.apply_lora_to_model(module, qwix.LoraProvider(rules), methods=("__call__", "_declare"))  # pyright: ignore[reportReturnType]
+    return qwix.apply_lora_to_model(module, qwix.LoraProvider(rules), methods=("__call__", "declare"))  # pyright: ignore[reportReturnType]
 
 
 def bind(params: Params, config: DecoderConfig, lora: LoRA, dtype: Any) -> Params:
@@ -185,10 +184,10 @@ def _template(config: DecoderConfig, lora: LoRA, path: str) -> Any:
     """The shapes of a quantized matrix in qwix's type, which says how it is quantized."""
     from grpo_jax.models.transformer import Decoder
 
-    first = replace(config, num_layers=1, windows=config.windows[:1], ropes=config.ropes[:1])
+    first = with_layers(config, config.kinds[:1])
     module: Any = with_interception(Decoder(first), first, lora)
     one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
-    init = partial(module.init, method=type(module)._declare)
+    init = partial(module.init, method=type(module).declare)
     block, name = path.split("/")
     return jax.eval_shape(init, jax.random.key(0), *one_token)["params"]["layers_0"][block][name]["kernel"]
 

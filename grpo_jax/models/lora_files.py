@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
+from scipy.linalg import block_diag
 
 from grpo_jax.models.hf_files import removed_unless_whole
 from grpo_jax.models.hf_keys import key_table
@@ -55,18 +56,33 @@ def adapter_tensors(params: Params, like: Pretrained) -> dict[str, np.ndarray]:
     assert like.lora is not None
     table, tensors = key_table(like.config), {}
     for layer in range(like.config.num_layers):
-        for path in like.lora.matrices(like.config):
-            module: Mapping[str, Any] = params[f"layers_{layer}"]
-            for name in path.split("/"):
-                module = module[name]
-            stored = PREFIX + table[f"layers_{layer}/{path}/kernel"].name.removesuffix(".weight")
-            for letter in "ab":
-                matrix = np.asarray(module[f"kernel_lora_{letter}"], np.float32)
-                tensors[f"{stored}.lora_{letter.upper()}.weight"] = np.ascontiguousarray(matrix.T)
+        for stored, paths in _stored_modules(like, layer).items():
+            parts: dict[str, list[np.ndarray]] = {"a": [], "b": []}
+            for path in paths:
+                module: Mapping[str, Any] = params[f"layers_{layer}"]
+                for name in path.split("/"):
+                    module = module[name]
+                for letter, matrices in parts.items():
+                    matrices.append(np.asarray(module[f"kernel_lora_{letter}"], np.float32).T)
+            tensors[f"{PREFIX}{stored}.lora_A.weight"] = np.concatenate(parts["a"])
+            tensors[f"{PREFIX}{stored}.lora_B.weight"] = np.ascontiguousarray(block_diag(*parts["b"]))
     if like.config.scalar_head:
         head = np.asarray(params["score"]["kernel"], np.float32)
-        tensors[f"{PREFIX}{table['score/kernel'].name}"] = np.ascontiguousarray(head.T)
+        tensors[f"{PREFIX}{table['score/kernel'].names[0]}"] = np.ascontiguousarray(head.T)
     return tensors
+
+
+def _stored_modules(like: Pretrained, layer: int) -> dict[str, list[str]]:
+    """The matrices of a layer that have adapters, by the stored module that they are, or are parts of.
+
+    The parts of a module have adapters of their own, which together are one of the sum of their ranks.
+    """
+    assert like.lora is not None
+    table, modules = key_table(like.config), {}
+    for path in like.lora.matrices(like.config):
+        (stored,) = table[f"layers_{layer}/{path}/kernel"].names
+        modules.setdefault(stored.removesuffix(".weight"), []).append(path)
+    return modules
 
 
 def adapter_config(like: Pretrained) -> dict[str, Any]:
@@ -76,19 +92,21 @@ def adapter_config(like: Pretrained) -> dict[str, Any]:
         like: the model that the adapters were added to.
     """
     assert like.lora is not None
-    table = key_table(like.config)
-    modules = [
-        table[f"layers_0/{path}/kernel"].name.removesuffix(".weight").rpartition(".")[2]
-        for path in like.lora.matrices(like.config)
-    ]
-    alpha = like.lora.alpha
+    modules = {
+        stored.rpartition(".")[2]: len(paths)
+        for layer in range(like.config.num_layers)
+        for stored, paths in _stored_modules(like, layer).items()
+    }
+    alpha, fused = like.lora.alpha, {name: count for name, count in modules.items() if count > 1}
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if like.config.scalar_head else "CAUSAL_LM",
         "base_model_name_or_path": like.source,
         "r": like.lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "target_modules": modules,
+        "target_modules": [*modules],
+        "rank_pattern": {name: count * (like.lora.rank or 0) for name, count in fused.items()},
+        "alpha_pattern": {name: count * alpha for name, count in fused.items()},
         "modules_to_save": ["score"] if like.config.scalar_head else None,
         "lora_dropout": 0.0,
         "bias": "none",

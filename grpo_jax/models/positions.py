@@ -9,6 +9,7 @@ from typing import Any
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.hf_files import read_json
+from grpo_jax.models.hf_text import text_config
 
 
 def num_positions(name_or_folder: str | Path) -> int | None:
@@ -41,7 +42,7 @@ def read_decoder_config(name_or_folder: str | Path) -> DecoderConfig | None:
 
 
 def read_hf_config(name_or_folder: str | Path) -> dict[str, Any] | None:
-    """Contents of the ``config.json`` of a checkpoint; None if it cannot be read.
+    """The ``config.json`` of a checkpoint, of its text model if it is multimodal; None if it cannot be read.
 
     Args:
         name_or_folder: a folder, or a hub id.
@@ -52,7 +53,7 @@ def read_hf_config(name_or_folder: str | Path) -> dict[str, Any] | None:
         contents = None if path is None else read_json(path)
     except (OSError, ValueError):
         return None
-    return contents if isinstance(contents, dict) else None
+    return text_config(contents) if isinstance(contents, dict) else None
 
 
 @cache

@@ -25,7 +25,7 @@ class Repetition:
     """The layers ``0 .. period * count - 1``, of which layer ``i`` equals layer ``i + period`` but for its weights.
 
     Attributes:
-        period: layers that differ in windows or rotary frequencies.
+        period: layers that differ in kind.
         count: repetitions of the period.
     """
 
@@ -39,9 +39,9 @@ def find_repetition(config: DecoderConfig) -> Repetition | None:
     Layers after its last whole repetition are left over.
 
     Args:
-        config: windows and ropes of the layers.
+        config: kinds of the layers.
     """
-    kinds = list(zip(config.windows, config.ropes, strict=True))
+    kinds = config.kinds
     for period in range(1, config.num_layers // 2 + 1):
         if kinds[period:] == kinds[:-period]:
             return Repetition(period, config.num_layers // period)

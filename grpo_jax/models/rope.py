@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.config import Rope
 
-Rotation = tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each pair of components, and a factor of the queries; float32."""
+
+    cos: Float[Array, "B S 1 half"]
+    sin: Float[Array, "B S 1 half"]
+    query_scale: Float[Array, "B S 1 1"] | None = None
 
 
 def rope_frequencies(rope: Rope, head_dim: int, length: Float[Array, ""] | None = None) -> np.ndarray | Array:
-    """Radians per position for each pair of components, float32 ``[head_dim / 2]``.
+    """Radians per position for each pair of rotated components, float32.
 
     Computed in float32 throughout, as in the models' reference code: at position 100,000 rounding is visible.
 
@@ -21,12 +29,13 @@ def rope_frequencies(rope: Rope, head_dim: int, length: Float[Array, ""] | None 
         head_dim: components of a head.
         length: tokens of the sequence, float32, for scalings that depend on it; None for the original length.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    dims = rope.dims or head_dim
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
     periods = np.float32(rope.theta) ** exponents
     frequencies = np.float32(1) / periods
     if rope.kind == "dynamic" and length is not None:
         ratio = length / rope.original_max_positions
-        theta = rope.theta * (rope.factor * ratio - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
+        theta = rope.theta * (rope.factor * ratio - (rope.factor - 1)) ** (dims / (dims - 2))
         return jnp.where(length > rope.original_max_positions, 1 / theta**exponents, frequencies)
     if rope.kind == "longrope":
         short, long = (
@@ -39,7 +48,7 @@ def rope_frequencies(rope: Rope, head_dim: int, length: Float[Array, ""] | None 
     scaled = frequencies / np.float32(rope.factor)
     if rope.kind == "linear":
         return scaled
-    kept = _kept_by_yarn(rope, head_dim) if rope.kind == "yarn" else _kept_by_llama3(rope, frequencies)
+    kept = _kept_by_yarn(rope, dims) if rope.kind == "yarn" else _kept_by_llama3(rope, frequencies)
     return kept * frequencies + (1 - kept) * scaled
 
 
@@ -50,21 +59,21 @@ def _kept_by_llama3(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
     return np.clip(kept, 0, 1).astype(np.float32)
 
 
-def _kept_by_yarn(rope: Rope, head_dim: int) -> np.ndarray:
+def _kept_by_yarn(rope: Rope, dims: int) -> np.ndarray:
     """The fraction of each frequency that is left unscaled, from 0 to 1, by turns over the original length."""
     first, last = (
-        head_dim * np.log(rope.original_max_positions / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))
+        dims * np.log(rope.original_max_positions / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))
         for turns in (rope.beta_fast, rope.beta_slow)
     )
     if rope.truncate:
         first, last = np.floor(first), np.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
+    first, last = max(first, 0), min(last, dims - 1)
     width = last - first or 0.001
-    return 1 - np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / width, 0, 1).astype(np.float32)
+    return 1 - np.clip((np.arange(dims // 2, dtype=np.float32) - first) / width, 0, 1).astype(np.float32)
 
 
 def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotation:
-    """Cosine and sine of the angle at each position, times ``attention_factor``; float32, with a heads axis.
+    """Cosine and sine of the angle at each position, times ``attention_factor``, with a heads axis.
 
     Args:
         rope: base and scaling of the frequencies.
@@ -75,18 +84,36 @@ def rotation(rope: Rope, head_dim: int, positions: Int[Array, "B S"]) -> Rotatio
     angles = (
         positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(rope, head_dim, length)[None, None, None]
     )
-    if rope.attention_factor == 1:
-        return jnp.cos(angles), jnp.sin(angles)
-    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.attention_factor != 1:
+        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+    if not rope.query_beta:
+        return Rotation(cos, sin)
+    periods = jnp.floor(positions.astype(jnp.float32) / rope.original_max_positions)
+    return Rotation(cos, sin, (1 + rope.query_beta * jnp.log1p(periods))[:, :, None, None])
 
 
-def rotate(x: Float[Array, "B S N E"], rotation: Rotation) -> Float[Array, "B S N E"]:
-    """Rotate the pairs ``(x[i], x[i + E/2])`` by their angles, in float32.
+def rotate(
+    x: Float[Array, "B S N E"], rotation: Rotation | None, *, interleaved: bool = False
+) -> Float[Array, "B S N E"]:
+    """Rotate pairs of components by their angles, in float32.
 
     Args:
         x: queries or keys.
-        rotation: as returned by ``rotation``, with ``half = E / 2``.
+        rotation: of the first ``2 * half`` components; the others are unchanged. None leaves all unchanged.
+        interleaved: whether ``(x[2 i], x[2 i + 1])`` are the pairs, and not ``(x[i], x[i + half])``.
     """
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x = x.astype(jnp.float32)
+    if rotation is None:
+        return x
+    cos, sin = rotation.cos, rotation.sin
+    dims = 2 * cos.shape[-1]
+    turned = x[..., :dims]
+    if interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        rotated = pairs.reshape(turned.shape)
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated if dims == x.shape[-1] else jnp.concatenate([rotated, x[..., dims:]], axis=-1)

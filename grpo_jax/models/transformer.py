@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.config import DecoderConfig, LayerKind
 from grpo_jax.models.context import ContextAttention, over_context
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
@@ -26,19 +25,19 @@ from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
 from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
-from grpo_jax.sampling import check_key
 from grpo_jax.sharding import TOKENS, constrain
 from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Segments
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
 Rotations = dict[int, Rotation]
-"""The rotation of each distinct ``Rope``, keyed by the first layer that has it."""
+"""The rotation of each distinct ``Rope``, by the first layer that has it."""
 
 
 def _compute_rotations(config: DecoderConfig, positions: Int[Array, "B S"]) -> Rotations:
     """Rotary cosines and sines of every distinct ``Rope`` of the layers."""
-    return {config.ropes.index(rope): rotation(rope, config.head_dim, positions) for rope in config.ropes}
+    ropes = {rope: config.ropes.index(rope) for rope in config.ropes if rope is not None}
+    return {layer: rotation(rope, config.rotary_dim, positions) for rope, layer in ropes.items()}
 
 
 class Decoder(nn.Module):
@@ -59,16 +58,16 @@ class Decoder(nn.Module):
         c = self.config
         block = Block if self.remat == "none" else nn.remat(Block, policy=remat_policy(self.remat))
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.param_dtype, self.mesh)
-        self.layers = [block(**self._settings(window)) for window in c.windows]
-        self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype, self.mesh)
+        self.layers = [block(**self._settings(kind)) for kind in c.kinds]
+        self.final_norm = Norm(c.norm_epsilon, c.norm_offset, self.param_dtype, self.mesh, c.norm)
         if c.scalar_head:
             self.score = ScalarHead(c.hidden_size, self.param_dtype)
         elif not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
 
-    def _settings(self, window: int | None) -> dict[str, Any]:
+    def _settings(self, kind: LayerKind) -> dict[str, Any]:
         """Arguments of a layer's ``Block``."""
-        kernel = self.kernel and partial(self.kernel, window=window)
+        kernel = self.kernel and partial(self.kernel, window=kind.window)
         shared = {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype, "mesh": self.mesh}
         return {**shared, "kernel": kernel}
 
@@ -121,7 +120,7 @@ class Decoder(nn.Module):
                 KVSegment(prefix.cache[i], prefix_mask, prefix.gather_index, prefix.scatter_index)
                 for prefix, prefix_mask in zip(prefixes, prefix_masks[window], strict=True)
             ]
-            rotation = rotations[c.ropes.index(c.ropes[i])]
+            rotation = rotations.get(c.ropes.index(c.ropes[i]))
             return AttentionInputs(rotation, start, masks[window], segments, packed_masks[window], kernel_mask)
 
         entries = []
@@ -131,7 +130,10 @@ class Decoder(nn.Module):
             x, entry = self.layers[i](x, inputs_of(i), None if cache is None else cache[i])
             x = constrain(x, self.mesh, TOKENS)
             entries.append(entry)
-        return self.final_norm(x), None if stacked else entries
+        hidden = self.final_norm(x)
+        if c.output_scale != 1:
+            hidden = hidden * jnp.asarray(c.output_scale, hidden.dtype)
+        return hidden, None if stacked else entries
 
     def _scan(
         self,
@@ -147,7 +149,7 @@ class Decoder(nn.Module):
         """
 
         def layer(place: int, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-            block = Block(**self._settings(self.config.windows[place]), parent=None)
+            block = Block(**self._settings(self.config.kinds[place]), parent=None)
             entry = None if like is None else jax.tree.map(jnp.zeros_like, like)
             return block.apply({"params": params}, x, inputs[place], entry)[0]  # pyright: ignore[reportReturnType]
 
@@ -164,8 +166,12 @@ class Decoder(nn.Module):
 
         return jax.lax.scan(repetition, x, tuple(stacked))[0]
 
-    def _declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
-        """Use every parameter, so that ``init`` creates them all."""
+    def declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
+        """Use every parameter, so that ``init`` creates them all.
+
+        Args:
+            token_ids, mask: of any sequences.
+        """
         self(token_ids, _compute_rotations(self.config, token_ids), mask, None, 0)
         if self.config.scalar_head:
             self.score.weights()
@@ -324,58 +330,3 @@ def _first_columns(cache: Cache, length: int) -> Cache:
 
 def _join_columns(caches: Sequence[Cache]) -> Cache:
     return [concatenate_columns(entries) for entries in zip(*caches, strict=True)]
-
-
-def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:
-    """Random parameters: weights normal with standard deviation ``initializer_range``, biases 0, norms the identity.
-
-    Args:
-        config: sizes and switches of the decoder.
-        key: random key; a parameter is a function of it and of the parameter's path only.
-        param_dtype: dtype of the parameters.
-
-    Returns:
-        A nested dict such as ``{"embed": {"embedding": [V, D]}, "layers_0": {"attention": {"q": {"kernel":
-        [D, H, head_dim]}, ...``, with ``lm_head`` if embeddings are untied, and ``score`` if the head is scalar.
-
-    Raises:
-        TypeError: the key is an old-style ``jax.random.PRNGKey``.
-    """
-    check_key(key)
-
-    def new(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
-        kind = path[-1].key
-        if kind == "scale":
-            return jnp.full(leaf.shape, 1 - config.norm_offset, leaf.dtype)
-        if kind == "bias":
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        param_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        return _normal(param_key, leaf.shape, leaf.dtype, config.initializer_range)
-
-    return jax.tree.map_with_path(new, param_shapes(config, param_dtype))
-
-
-@partial(jax.jit, static_argnames=("shape", "dtype", "deviation"))
-def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any, deviation: float) -> Array:
-    return (jax.random.normal(key, shape) * deviation).astype(dtype)
-
-
-def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
-    """The tree of ``init_params`` with a ``ShapeDtypeStruct`` for each array.
-
-    Args:
-        config: of the decoder.
-        param_dtype: of the parameters.
-    """
-    first = replace(config, num_layers=min(config.num_layers, 1), windows=config.windows[:1], ropes=config.ropes[:1])
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), _shapes_of_one_layer(first))
-    layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf, shapes["layers_0"]) for i in range(config.num_layers)}
-    return {**shapes, **layers}
-
-
-@lru_cache(maxsize=8)
-def _shapes_of_one_layer(config: DecoderConfig) -> Any:
-    """The parameters of a decoder with at most one layer; all layers have the same shapes, so only one is traced."""
-    one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
-    init = partial(Decoder(config).init, method=Decoder._declare)
-    return jax.eval_shape(init, jax.random.key(0), *one_token)["params"]

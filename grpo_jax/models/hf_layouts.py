@@ -1,0 +1,128 @@
+"""How a parameter lies in a stored tensor of a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.models.config import DecoderConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter as a part of a stored tensor: ``stored.reshape(split)[index].reshape(ordered)``, transposed.
+
+    Attributes:
+        stored: shape of the stored tensor.
+        axes: the parameter's axes in the order of the stored tensor.
+        split: shape that the stored tensor is viewed in.
+        index: the parameter's part of that view.
+    """
+
+    stored: Shape
+    axes: tuple[int, ...]
+    split: Shape
+    index: tuple[slice, ...] = ()
+
+    def read(self, tensor: Any, shape: Sequence[int], ranges: Sequence[range]) -> np.ndarray:
+        """A slice of the parameter, without reading the rest of the stored tensor.
+
+        Args:
+            tensor: the stored tensor, such as a memory map.
+            shape: of the parameter.
+            ranges: a contiguous range of each axis of the parameter.
+        """
+        ordered = tensor.reshape(self.split)[self.index].reshape([shape[axis] for axis in self.axes])
+        part = ordered[tuple(slice(ranges[axis].start, ranges[axis].stop) for axis in self.axes)]
+        return part.transpose(np.argsort(self.axes))
+
+    def write(self, tensor: np.ndarray, param: np.ndarray) -> None:
+        """Write the parameter to its part of a stored tensor.
+
+        Args:
+            tensor: contiguous, of the shape ``stored``.
+            param: the whole parameter.
+        """
+        part = tensor.reshape(self.split)[self.index]
+        part[...] = param.transpose(self.axes).reshape(part.shape)
+
+
+Layout = Callable[[Shape, DecoderConfig], View]
+"""``(shape of a parameter, config) -> its View``."""
+
+
+def ordered(*axes: int, merged: int | None = None) -> Layout:
+    """A parameter that is a stored tensor with its axes in another order.
+
+    Args:
+        axes: of the parameter, in the order of the stored tensor.
+        merged: index in ``axes`` of a heads axis that is merged with the next one in the stored tensor.
+    """
+
+    def view(shape: Shape, config: DecoderConfig) -> View:
+        split = tuple(shape[axis] for axis in axes)
+        stored = split
+        if merged is not None:
+            stored = (*split[:merged], split[merged] * split[merged + 1], *split[merged + 2 :])
+        return View(stored, axes, split)
+
+    return view
+
+
+def part(layout: Layout, axis: int, sizes: Callable[[DecoderConfig], Sequence[int]], which: int) -> Layout:
+    """A parameter that is stored in one tensor with others, one after the other along an axis.
+
+    Args:
+        layout: of the parameter alone.
+        axis: of its ``View.split``.
+        sizes: of all of the tensor's parts along the axis.
+        which: the parameter's part.
+    """
+
+    def view(shape: Shape, config: DecoderConfig) -> View:
+        all_sizes, whole = tuple(sizes(config)), list(shape)
+        start = sum(all_sizes[:which])
+        whole[layout(shape, config).axes[axis]] = sum(all_sizes)
+        of_all = layout(tuple(whole), config)
+        return replace(of_all, index=(*[slice(None)] * axis, slice(start, start + all_sizes[which])))
+
+    return view
+
+
+def as_is(shape: Shape, config: DecoderConfig) -> View:
+    """A parameter that is a stored tensor.
+
+    Args:
+        shape: of the parameter.
+        config: of the decoder.
+    """
+    return View(shape, tuple(range(len(shape))), shape)
+
+
+LINEAR = ordered(1, 0)
+HEADS_OUT, HEADS_IN, HEADS_BIAS = ordered(1, 2, 0, merged=0), ordered(2, 0, 1, merged=1), ordered(0, 1, merged=0)
+LAYOUTS = {
+    **{f"attention/{name}/kernel": HEADS_OUT for name in "qkv"},
+    **{f"attention/{name}/bias": HEADS_BIAS for name in "qkv"},
+    "attention/o/kernel": HEADS_IN,
+    **{f"mlp/{name}/kernel": LINEAR for name in ("gate", "up", "down")},
+    "score/kernel": LINEAR,
+}
+"""Layouts of parameters, by their path in the layer; others are stored as they are."""
+
+
+def _heads(config: DecoderConfig) -> tuple[int, int, int]:
+    return config.num_heads, config.num_kv_heads, config.num_kv_heads
+
+
+def _widths(config: DecoderConfig) -> tuple[int, int]:
+    return config.intermediate_size, config.intermediate_size
+
+
+FUSED_QKV = {f"attention/{name}/kernel": part(HEADS_OUT, 0, _heads, i) for i, name in enumerate("qkv")}
+FUSED_GATE_UP = {f"mlp/{name}/kernel": part(LINEAR, 0, _widths, i) for i, name in enumerate(("gate", "up"))}
