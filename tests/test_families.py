@@ -20,7 +20,6 @@ from published import (
     load_published,
     published_torch_model,
     shrunk,
-    text_fields,
     write_published,
 )
 
@@ -36,40 +35,19 @@ from grpo_jax.types import Prompts
 UNSUPPORTED = frozenset(
     {
         "DeepSeek-V3",
-        "Devstral-Small-2-24B",
-        "EXAONE-4.0-1.2B",
-        "EXAONE-4.0-32B",
-        "GLM-4-9B-0414",
-        "GLM-4-9B-hf",
         "GLM-4.5",
         "GLM-4.5-Air",
-        "Gemma-2B",
-        "Gemma-3-4B",
-        "Granite-3.3-8B",
         "Kimi-K2",
         "MiniMax-M2.7",
-        "Mistral-Small-3.1-24B",
         "Mixtral-8x7B",
         "Moonlight-16B-A3B",
-        "OLMo-2-7B",
-        "OLMo-3-7B",
-        "OLMo-3.1-32B",
         "OLMoE-1B-7B",
-        "Phi-3-mini-128k",
-        "Phi-3-mini-4k",
-        "Phi-4",
-        "Phi-4-mini",
-        "Qwen2.5-VL-7B",
         "Qwen3-235B-A22B",
         "Qwen3-30B-A3B",
         "Qwen3-Next-80B-A3B",
         "Qwen3-VL-30B-A3B",
-        "Qwen3-VL-4B",
         "Qwen3.5-27B",
         "Qwen3.5-397B-A17B",
-        "SmolLM3-3B",
-        "StableLM-2-1.6B",
-        "StarCoder2-15B",
         "gpt-oss-120b",
         "gpt-oss-20b",
     }
@@ -172,9 +150,11 @@ def test_padded_logits_and_those_of_an_export_equal_transformers(name, family, t
     export = tmp_path / "export"
     save_pretrained(export, made.loaded.params, hf_config=made.loaded.hf_config)
     assert relative_error(torch_logits(load_published(export), ids, mask), wanted, mask) <= 1e-6
-    before = text_fields(json.loads((made.folder / "config.json").read_text()))
-    after = text_fields(json.loads((export / "config.json").read_text()))
-    changed = {field for field in before if before[field] != after.get(field)}
+    before = json.loads((made.folder / "config.json").read_text())
+    if "vision_config" in before:  # the text model alone goes out, with these fields
+        before = made.loaded.hf_config
+    after = json.loads((export / "config.json").read_text())
+    changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
     assert changed <= {"dtype", "torch_dtype"}
 
 
