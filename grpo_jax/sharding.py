@@ -46,7 +46,7 @@ PARAM_RULES = (
     (r"(q|k|v|gate|up)/kernel_lora_b$", P(None, "tensor")),
     (r"(o|down)/kernel_lora_a$", P("tensor", None)),
     (r"(o|down)/kernel_lora_b$", P(None, "fsdp")),
-    (r"/scale$", P()),
+    (r"(/scale|norm/bias)$", P()),
 )
 """Patterns of parameter paths and the sharding of their dimensions; the first match applies."""
 

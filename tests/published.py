@@ -166,6 +166,7 @@ def _shrink_rope(text, given):
     length = given("max_position_embeddings")
     is_yarn = scaling.get("rope_type", scaling.get("type")) == "yarn" and "llama_4_scaling_beta" not in scaling
     small = YARN_ORIGINAL_LENGTH if is_yarn else ORIGINAL_LENGTH
+    small = small if scaling else 128
     text["max_position_embeddings"] = small * length // original if original else 128
     for fields in (scaling, text):
         if "original_max_position_embeddings" in fields:

@@ -1,6 +1,7 @@
 """Every family's shrunk published configuration against transformers: padded, long, sampled, exported, on 8 devices."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,24 @@ from layouts import assert_close, mesh_of, scored
 from published import (
     PUBLISHED,
     RECONSTRUCTED,
+    UNTIED,
     add_predictor,
     fuse_experts,
     ids_and_mask,
     load_published,
     published_torch_model,
     shrunk,
+    torch_class,
+    torch_config,
     write_published,
 )
 
 from grpo_jax.log_probs import output_logits, token_log_probs
-from grpo_jax.models import Pretrained, from_hf_config, from_pretrained, save_pretrained
+from grpo_jax.models import Pretrained, from_hf_config, from_pretrained, param_shapes, save_pretrained
 from grpo_jax.models.hf_config import family_of
 from grpo_jax.rollout import generate
 from grpo_jax.sampling import Sampling
+from grpo_jax.sharding import param_shardings
 from grpo_jax.train import completion_log_probs
 from grpo_jax.types import Prompts
 
@@ -50,6 +55,26 @@ UNSUPPORTED = frozenset(
         "Qwen3.5-397B-A17B",
         "gpt-oss-120b",
         "gpt-oss-20b",
+    }
+)
+# Of a family that another name stands for too, with nothing of their own beyond padded logits.
+LIKE_ANOTHER = frozenset(
+    {
+        "EXAONE-4.0-1.2B",
+        "GLM-4.5-Air",
+        "Gemma-3-1B",
+        "Kimi-K2",
+        "Mistral-7B-v0.1",
+        "Mistral-Small-3.1-24B",
+        "Moonlight-16B-A3B",
+        "OLMo-3-7B",
+        "Phi-3-mini-4k",
+        "Phi-4",
+        "Qwen2.5-VL-7B",
+        "Qwen3-235B-A22B",
+        "Qwen3-VL-30B-A3B",
+        "Qwen3-VL-4B",
+        "gpt-oss-120b",
     }
 )
 SUPPORTED = sorted(PUBLISHED.keys() - UNSUPPORTED)
@@ -82,10 +107,10 @@ def logits_of(loaded, ids, mask):
     return np.asarray(forward(loaded.params, jnp.asarray(ids), jnp.asarray(mask)))
 
 
-def of_all_kinds(fast=()):
-    """One supported name for each decoder, those outside ``fast`` in the slow suite."""
-    kinds = {from_hf_config(shrunk(PUBLISHED[name])): name for name in sorted(SUPPORTED, key=lambda name: name in fast)}
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in sorted(kinds.values())]
+def one_of_each(fast=()):
+    """One supported name for each family, those outside ``fast`` in the slow suite."""
+    names = [name for name in SUPPORTED if name not in LIKE_ANOTHER]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def relative_error(found, wanted, mask):
@@ -159,7 +184,7 @@ def test_padded_logits_and_those_of_an_export_equal_transformers(name, family, t
 
 
 @pytest.mark.slow  # another length, another program
-@pytest.mark.parametrize("name", of_all_kinds(fast=SUPPORTED))
+@pytest.mark.parametrize("name", one_of_each(fast=SUPPORTED))
 def test_long_and_short_sequences_equal_transformers(name, family):
     made = family(name)
     for length, paddings in ((LONG, (0, 37)), (12, (0, 5))):
@@ -167,7 +192,7 @@ def test_long_and_short_sequences_equal_transformers(name, family):
         assert relative_error(made.logits(ids, mask), torch_logits(made.oracle, ids, mask), mask) <= 1e-5
 
 
-@pytest.mark.parametrize("name", of_all_kinds(fast={"Qwen3-0.6B"}))
+@pytest.mark.parametrize("name", one_of_each(fast={"Qwen3-0.6B"}))
 def test_sampler_trainer_and_transformers_agree_on_sampled_tokens(name, family):
     """Prompts of unequal lengths; prompt and completion together pass the windows and original lengths."""
     made = family(name)
@@ -190,12 +215,38 @@ def test_sampler_trainer_and_transformers_agree_on_sampled_tokens(name, family):
     assert np.abs(log_probs - wanted)[is_sampled].max() <= 1e-4 * max(1, scale)
 
 
-@pytest.mark.parametrize("name", of_all_kinds())
-def test_eight_devices_and_packed_rows_give_the_gradients_of_one(name, family):
+@pytest.mark.parametrize("name", one_of_each())
+def test_packed_rows_on_eight_devices_give_the_gradients_of_padded_ones_on_one(name, family):
     loaded = family(name).loaded
     expected = scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "padded")
-    assert_close(scored(loaded.config, loaded.params, mesh_of(2, 2, 2), "padded"), expected)
-    assert_close(scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "shared"), expected)
+    assert_close(scored(loaded.config, loaded.params, mesh_of(2, 2, 2), "shared"), expected)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_every_parameter_of_a_family_has_a_sharding(name):
+    shapes = param_shapes(from_hf_config(shrunk(PUBLISHED[name])))
+    specs = jax.tree.leaves(jax.tree.map(lambda sharding: sharding.spec, param_shardings(shapes, mesh_of(2, 2, 2))))
+    is_split = [any(axes) for axes, leaf in zip(specs, jax.tree.leaves(shapes), strict=True) if leaf.size > 2000]
+    assert all(is_split)
+
+
+@pytest.mark.slow  # dozens of layers each
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_published_sizes_give_as_many_parameters_as_in_transformers(name):
+    import torch
+
+    published = {field: value for field, value in PUBLISHED[name].items() if field != "quantization_config"}
+    with torch.device("meta"):
+        oracle = torch_class(published)._from_config(torch_config(published))
+    if "vision_config" in published or "text_config" in published:
+        head = 0 if oracle.config.tie_word_embeddings else oracle.lm_head.weight.numel()
+        count = sum(weight.numel() for weight in oracle.model.language_model.parameters()) + head
+        if name in UNTIED:
+            count += oracle.model.language_model.embed_tokens.weight.numel()
+    else:
+        count = sum(weight.numel() for weight in oracle.parameters())
+    own = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(from_hf_config(published))))
+    assert own == count
 
 
 PREDICTING = ("DeepSeek-V3", "GLM-4.5-Air", "Qwen3-Next-80B-A3B", "Qwen3.5-397B-A17B")
