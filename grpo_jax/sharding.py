@@ -1,8 +1,9 @@
 """The device mesh and the shardings of parameters and batches.
 
-Four axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
+Five axes: ``data`` (replicas of the model, each with a part of the batch), ``fsdp`` (parameters and optimizer state
 are sharded and gathered when used; the batch is sharded here too), ``context`` (tokens of each sequence are sharded,
-and parameters as over ``fsdp``) and ``tensor`` (heads and hidden units are sharded).
+and parameters as over ``fsdp``), ``tensor`` (heads, hidden units and experts are sharded) and ``expert`` (experts are
+sharded, other parameters as over ``fsdp``, and the batch).
 """
 
 from __future__ import annotations
@@ -25,16 +26,30 @@ from jaxtyping import Array, Int
 from grpo_jax.devices import all_devices
 from grpo_jax.types import Params
 
-AXES = ("data", "fsdp", "context", "tensor")
-BATCH = P(("data", "fsdp"))
-TOKENS = P(("data", "fsdp"), "context")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+ROW_AXES = ("data", "fsdp", "expert")
+"""Axes over which the rows of a batch are sharded."""
+BATCH = P(ROW_AXES)
+TOKENS = P(ROW_AXES, "context")
 """Rows and tokens of activations in training."""
+EXPERT_AXES = ("expert", "tensor")
+"""Axes over which experts are sharded."""
 HOST_MEMORY = "pinned_host"
 """The host's memory that devices copy from and to by themselves."""
 
 PARAM_RULES = (
     (r"(embed|lm_head)/embedding$", P("tensor", "fsdp")),
-    (r"(q|k|v)/kernel$", P("fsdp", "tensor", None)),
+    (r"(q|k|v|out_gate)/kernel$", P("fsdp", "tensor", None)),
+    (r"q_b/kernel$", P("fsdp", "tensor", None)),
+    (r"(q_a|kv_a)/kernel$", P("fsdp", None)),
+    (r"(q_a|kv_a)/bias$", P()),
+    (r"attention/(k_b|v_b)$", P("fsdp", "tensor", None)),
+    (r"attention/sinks$", P("tensor")),
+    (r"experts/(gate|up)$", P(EXPERT_AXES, "fsdp", None)),
+    (r"experts/down$", P(EXPERT_AXES, None, "fsdp")),
+    (r"experts/(gate|up|down)_bias$", P(EXPERT_AXES, None)),
+    (r"mlp/(router/bias|selection_bias)$", P()),
+    (r"mlp/(router|shared_gate)/kernel$", P("fsdp", None)),
     (r"(q|k|v)/bias$", P("tensor", None)),
     (r"o/kernel$", P("tensor", None, "fsdp")),
     (r"(gate|up)/kernel$", P("fsdp", "tensor")),
@@ -46,7 +61,7 @@ PARAM_RULES = (
     (r"(q|k|v|gate|up)/kernel_lora_b$", P(None, "tensor")),
     (r"(o|down)/kernel_lora_a$", P("tensor", None)),
     (r"(o|down)/kernel_lora_b$", P(None, "fsdp")),
-    (r"(/scale|norm/bias)$", P()),
+    (r"/scale$|norm/bias$", P()),
 )
 """Patterns of parameter paths and the sharding of their dimensions; the first match applies."""
 
@@ -56,14 +71,43 @@ ROLLOUT_RULES = tuple(
 """The rules for sampling: replicated over ``data`` and ``fsdp``, so that no decode step gathers parameters."""
 
 
+def num_row_shards(mesh: Mesh | Mapping[str, int] | None) -> int:
+    """Parts in which the rows of a batch are sharded.
+
+    Args:
+        mesh: the devices, or the sizes of their axes; None for one.
+    """
+    if mesh is None:
+        return 1
+    sizes = mesh.shape if isinstance(mesh, Mesh) else mesh
+    return math.prod(sizes.get(axis, 1) for axis in ROW_AXES)
+
+
+def row_axes(mesh: Mesh | Mapping[str, int]) -> str:
+    """The axes of ``num_row_shards`` that a message names, such as ``data x fsdp``.
+
+    Args:
+        mesh: the devices, or the sizes of their axes.
+    """
+    sizes = mesh.shape if isinstance(mesh, Mesh) else mesh
+    return " x ".join(axis for axis in ROW_AXES if axis != "expert" or sizes.get(axis, 1) > 1)
+
+
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of ``data x fsdp x context x tensor`` devices.
+    """A mesh of ``data x fsdp x expert x context x tensor`` devices.
 
     Args:
         data: size of the axis; -1 for all devices that the other axes leave.
         fsdp: size of the axis.
+        expert: size of the axis.
         context: size of the axis.
         tensor: size of the axis.
         devices: devices to use, of which as many as the axes take are taken; by default all.
@@ -72,12 +116,13 @@ def make_mesh(
         ValueError: the sizes do not fit the number of devices.
     """
     devices = all_devices() if devices is None else list(devices)
-    others = {"fsdp": fsdp, "context": context, "tensor": tensor}
+    others = {"fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
     if min(others.values()) < 1 or (data < 1 and data != -1):
         sizes = ", ".join(f"{name}={size}" for name, size in {"data": data, **others}.items())
         raise ValueError(f"mesh {sizes}: sizes must be at least 1 (data may be -1: all others)")
     # An axis that few use is named only where it is used.
-    named = " x ".join(f"mesh.{name} {size}" for name, size in others.items() if name != "context" or size > 1)
+    rare = ("expert", "context")
+    named = " x ".join(f"mesh.{name} {size}" for name, size in others.items() if name not in rare or size > 1)
     size = math.prod(others.values())
     if data == -1:
         data = len(devices) // size
@@ -90,7 +135,7 @@ def make_mesh(
     if size > len(devices):
         raise ValueError(f"mesh.data {data} x {named} takes {size} devices; there are {len(devices)}")
     # Auto: the compiler propagates shardings from the arguments, so that the mathematics does not name a mesh.
-    shape, types = (data, fsdp, context, tensor), (AxisType.Auto,) * len(AXES)
+    shape, types = (data, *others.values()), (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:size])
     except NotImplementedError:  # an axis that is not a product of whole axes of a TPU's torus
@@ -101,27 +146,28 @@ def make_mesh(
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
     """The devices of a mesh for sampling: ``tensor`` of them share the model's heads, and groups of them the batch.
 
-    Its devices are in the same order, so that a jitted function may take arrays of both meshes. Those of ``context``
-    share the batch too.
+    Its devices are in the same order, so that a jitted function may take arrays of both meshes. Those of ``expert`` and
+    ``context`` share the batch too.
 
     Args:
         mesh: of ``make_mesh``.
-        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x context x tensor``.
+        tensor: size of the axis; a multiple of that of ``mesh`` that divides its ``fsdp x expert x context x tensor``.
 
     Raises:
         ValueError: it is not.
     """
     sizes = mesh.shape
-    if tensor == sizes["tensor"] and sizes["context"] == 1:
+    if tensor == sizes["tensor"] and sizes["context"] == sizes["expert"] == 1:
         return mesh
-    most = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
+    most = mesh.size // sizes["data"]
     if tensor < 1 or tensor % sizes["tensor"] or most % tensor:
-        axes = "mesh.fsdp x mesh.tensor" if sizes["context"] == 1 else "mesh.fsdp x mesh.context x mesh.tensor"
+        named = [name for name in AXES[1:] if name not in ("expert", "context") or sizes[name] > 1]
+        axes = " x ".join(f"mesh.{name}" for name in named)
         raise ValueError(
             f"mesh.rollout_tensor is {tensor}; it must be a multiple of mesh.tensor = {sizes['tensor']} that divides "
             f"{axes} = {most}"
         )
-    shape = {"data": mesh.size // tensor, "fsdp": 1, "context": 1, "tensor": tensor}
+    shape = dict.fromkeys(AXES, 1) | {"data": mesh.size // tensor, "tensor": tensor}
     return Mesh(mesh.devices.reshape(*shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -153,8 +199,9 @@ def fitted_spec(name: str, shape: Sequence[int], axes: Mapping[str, int], rules:
     if spec is None:
         return None
     wanted = [axis_names(entry) for entry in spec]
-    if axes.get("context", 1) > 1:  # as fsdp
-        wanted = [sum((("fsdp", "context") if axis == "fsdp" else (axis,) for axis in n), ()) for n in wanted]
+    # These axes shard what fsdp does, but for an axis that shards another dimension already.
+    also = [axis for axis in ("expert", "context") if axes.get(axis, 1) > 1 and not any(axis in n for n in wanted)]
+    wanted = [sum((("fsdp", *also) if axis == "fsdp" else (axis,) for axis in n if axis in axes), ()) for n in wanted]
     fitted: list[tuple[str, ...]] = [()] * len(wanted)
 
     def placed(axis: str, dimension: int) -> bool:
@@ -229,15 +276,16 @@ def rollout_steps(shapes: Params, mesh: Mesh, tensor: int) -> Params:
 
     Args:
         shapes: a tree of arrays or ``jax.ShapeDtypeStruct``.
-        mesh: mesh of training; ``tensor`` divides its ``fsdp x context x tensor``.
+        mesh: mesh of training; ``tensor`` divides its ``fsdp x expert x context x tensor``.
         tensor: size of the axis in sampling.
     """
     sizes, inner = mesh.shape, tensor // mesh.shape["tensor"]
-    outer = sizes["fsdp"] * sizes["context"] // inner
+    outer = sizes["fsdp"] * sizes["expert"] * sizes["context"] // inner
     devices = mesh.devices.reshape(sizes["data"], outer, inner, sizes["tensor"])
     split = Mesh(devices, ("data", "fsdp", "inner", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    over = ("inner", "tensor")
     rules = [
-        (pattern, P(*(("inner", "tensor") if axes == "tensor" else axes for axes in spec)))
+        (pattern, P(*(over if axes in ("tensor", EXPERT_AXES) else axes for axes in spec)))
         for pattern, spec in PARAM_RULES
     ]
     return param_shardings(shapes, split, rules)
@@ -340,7 +388,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard_rows(tree, mesh: Mesh):
-    """A tree of arrays with their rows sharded over the mesh's ``data`` and ``fsdp`` axes.
+    """A tree of arrays with their rows sharded over the mesh's axes of rows.
 
     Args:
         tree: arrays whose first axis is the rows.
@@ -349,10 +397,10 @@ def shard_rows(tree, mesh: Mesh):
     Raises:
         ValueError: the rows do not divide.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = num_row_shards(mesh)
     for x in jax.tree.leaves(tree):
         if x.shape[0] % parts:
-            raise ValueError(f"{x.shape[0]} rows do not divide over data x fsdp = {parts} devices")
+            raise ValueError(f"{x.shape[0]} rows do not divide over {row_axes(mesh)} = {parts} devices")
     return place(tree, NamedSharding(mesh, BATCH))
 
 

@@ -91,6 +91,29 @@ class Preparation:
         return Preparation(entry(self.prepare), entry(self.constrain), entry(self.restore))
 
 
+@dataclass(frozen=True)
+class Routing:
+    """How a model with experts routes tokens.
+
+    Attributes:
+        apply: as ``Model.apply``, with two more arguments and a third result: ``(..., chosen [B, S, L, k],
+            with_logits) -> (hidden, cache, routed)``. ``chosen`` are experts recorded earlier, of each layer with
+            experts, which are used again (router replay); None to choose; a token with -1 chooses anew.
+            ``routed.experts [B, S, L, k]`` are those of the call, and ``routed.logits [B, S, L, E]`` the router's
+            logits if asked for.
+        num_layers: L, layers with experts.
+        num_experts: E.
+        per_token: k, experts of a token.
+        scoring: function from logits to scores, ``softmax`` or ``sigmoid``.
+    """
+
+    apply: Callable[..., tuple[Float[Array, "B S D"], Cache, Any]]
+    num_layers: int
+    num_experts: int
+    per_token: int
+    scoring: str
+
+
 AS_STORED = Preparation()
 """The preparation that changes nothing."""
 
@@ -131,6 +154,7 @@ class Model:
         preparation: of the parameters for a train step.
         token_shards: devices over which the tokens of a sequence are split. With more than one, ``apply`` takes whole
             sequences without a cache.
+        routing: of a model with experts; None without.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -148,6 +172,7 @@ class Model:
     attention_length: float = ATTENTION_LENGTH
     preparation: Preparation = AS_STORED
     token_shards: int = 1
+    routing: Routing | None = None
 
 
 @pytree

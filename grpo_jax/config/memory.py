@@ -24,6 +24,7 @@ from grpo_jax.sharding import (
     ROLLOUT_RULES,
     divisors,
     fitted_spec,
+    num_row_shards,
     num_shards,
     params_by_name,
 )
@@ -80,7 +81,7 @@ class Reckoning:
             rollout_tensor: devices that they are sharded over.
         """
         share = self.rollout_share(rollout_tensor)
-        is_in_place = axes["fsdp"] == 1 and axes["tensor"] == rollout_tensor
+        is_in_place = axes["fsdp"] * axes.get("expert", 1) == 1 and axes["tensor"] == rollout_tensor
         is_shared = self.rollout_is_shared and is_in_place and share == share_on(self.matrices, axes, PARAM_RULES)
         return 0 if is_shared else int(self.rollout * share)
 
@@ -132,7 +133,9 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     update = jnp.dtype(config.optimizer.gradient_dtype).itemsize * most_trained + 12 * CHUNK_SIZE * decoder.vocab_size
     if most_trained == count:
         update += (1 + (itemsize < 4)) * itemsize * count
-    elif axes["fsdp"] * axes.get("context", 1) > 1:  # only there are layers with adapters stacked
+    elif (
+        axes["fsdp"] * axes.get("expert", 1) * axes.get("context", 1) > 1
+    ):  # only there are layers with adapters stacked
         update += frozen
     if "optimizer" not in config.offload:
         state += int(of_moments * all_trained)
@@ -219,7 +222,7 @@ def fewest_micro_batches(config: Any, rows: int, *, sequences_per_row: int = 1) 
         sequences_per_row: 2 for pairs.
     """
     parts = config.mesh.build().shape
-    devices = parts["data"] * parts["fsdp"]
+    devices = num_row_shards(parts)
     tokens = devices * parts["context"] * micro_batch_tokens(config)
     most = max(devices, tokens // (sequences_per_row * config.sequence_length))
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most and rows // n % devices == 0]
@@ -277,7 +280,7 @@ def rollout_tensor(
         limit: memory of a device in bytes.
         decoding: steps of the run; None if their speed is unknown.
     """
-    most = axes["fsdp"] * axes.get("context", 1)
+    most = axes["fsdp"] * axes.get("expert", 1) * axes.get("context", 1)
     sizes = [axes["tensor"] * n for n in divisors(most) if decoder.num_heads % (axes["tensor"] * n) == 0]
 
     def room_for_cache(n: int) -> float:

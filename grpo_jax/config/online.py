@@ -24,7 +24,7 @@ from grpo_jax.config.training import GUARD_FIELDS, BadUpdates
 from grpo_jax.devices import first_device, platform
 from grpo_jax.models.lora_config import LoRA
 from grpo_jax.monitor.alarms import AlarmConfig
-from grpo_jax.sharding import rollout_mesh
+from grpo_jax.sharding import num_row_shards, rollout_mesh
 from grpo_jax.train.step import Offloaded
 
 CPU_PACKED_TOKENS = 1024
@@ -190,7 +190,7 @@ class OnlineConfig(RunConfig, PolicyConfig):
         if self.num_micro_batches is not None:
             rows = self.num_completions // (self.num_minibatches * self.num_micro_batches)
             shape = self.mesh.build().shape
-            return rows * self.sequence_length // (shape["data"] * shape["fsdp"] * shape["context"])
+            return rows * self.sequence_length // (num_row_shards(shape) * shape["context"])
         return CPU_PACKED_TOKENS if platform() == "cpu" else micro_batch_tokens(self)
 
     def micro_batches_of(self, rows: int) -> int:

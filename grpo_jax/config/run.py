@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.heartbeat import CONNECTION_TIMEOUT, SILENCE, connect
 from grpo_jax.hosts import TIMEOUT
-from grpo_jax.sharding import make_mesh
+from grpo_jax.sharding import AXES, make_mesh, num_row_shards, row_axes
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 LAYOUT_FIELDS = (
@@ -165,7 +165,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Device mesh. The batch is split over data x fsdp."""
+    """Device mesh. The batch is split over data x fsdp x expert."""
 
     data: int = -1
     """Data-parallel replicas; -1 uses all devices that the other axes leave."""
@@ -173,11 +173,14 @@ class MeshConfig:
     """Devices that parameters and optimizer state are sharded over."""
     tensor: int = 1
     """Devices that attention heads and hidden units are sharded over."""
+    expert: Annotated[int, tyro.conf.Suppress] = 1
+    """Devices that a model's experts are sharded over in training, and other parameters as over fsdp. The sampler has
+    them as replicas, and shards experts over rollout_tensor."""
     context: Annotated[int, tyro.conf.Suppress] = 1
     """Devices that the tokens of each sequence are sharded over in training, and parameters as over fsdp: for sequences
     that are too long for one device. The sampler has them as replicas."""
     rollout_tensor: Annotated[int | None, tyro.conf.Suppress] = None
-    """Devices that the sampler's weights are sharded over, a multiple of tensor that divides fsdp x context x
+    """Devices that the sampler's weights are sharded over, a multiple of tensor that divides fsdp x expert x context x
     tensor. Default: of those that fit beside the state of training, the fastest by the devices' published speeds; on a
     CPU, tensor."""
 
@@ -187,16 +190,17 @@ class MeshConfig:
         Raises:
             ValueError: the axes do not fit the number of devices, or leave out some of several hosts.
         """
-        mesh = make_mesh(data=self.data, fsdp=self.fsdp, context=self.context, tensor=self.tensor)
+        sizes = {name: getattr(self, name) for name in AXES}
+        mesh = make_mesh(**sizes)
         if jax.process_count() > 1 and mesh.size != jax.device_count():
             raise ValueError(
-                f"mesh.data x mesh.fsdp x mesh.context x mesh.tensor is {mesh.size}; on several hosts it must be all "
+                f"{' x '.join(f'mesh.{name}' for name in AXES)} is {mesh.size}; on several hosts it must be all "
                 f"{jax.device_count()} devices"
             )
         return mesh
 
     def check_divides(self, count: int, name: str) -> None:
-        """Check that rows divide evenly over the devices that share a batch, ``data x fsdp``.
+        """Check that rows divide evenly over the devices that share a batch.
 
         Args:
             count: number of rows.
@@ -216,6 +220,6 @@ def check_divides(count: int, mesh: Mesh, name: str) -> None:
         mesh: the mesh.
         name: the rows' name or setting, for the error.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = num_row_shards(mesh)
     if count % parts:
-        raise ValueError(f"{name}: {count} do not divide over mesh data x fsdp = {parts} devices")
+        raise ValueError(f"{name}: {count} do not divide over mesh {row_axes(mesh)} = {parts} devices")

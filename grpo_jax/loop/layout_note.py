@@ -36,7 +36,7 @@ def uneven_params(shapes: Params, mesh: Mesh) -> str:
             continue
         for dimension, axis in enumerate(wanted):
             short = re.sub(r"layers_\d+/|/(kernel|embedding)$", "", name) + f" ({shape[dimension]})"
-            for one in ("fsdp", "context") if axis == "fsdp" else axis_names(axis):
+            for one in ("fsdp", "expert", "context") if axis == "fsdp" else axis_names(axis):
                 if one in axis_names(fitted[dimension]) or mesh.shape[one] == 1:
                     continue
                 other = any(one in axis_names(entry) for entry in fitted)

@@ -21,7 +21,7 @@ from grpo_jax.models.config import DecoderConfig, with_layers, with_rope_length
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.models.positions import read_hf_config
 from grpo_jax.models.pretrained import Pretrained
-from grpo_jax.sharding import param_shardings
+from grpo_jax.sharding import num_row_shards, param_shardings
 from grpo_jax.tasks.toy_config import TOY
 from grpo_jax.train import trainable_part
 from grpo_jax.train.packing import pack_on_host
@@ -202,7 +202,7 @@ def online_layout(config: OnlineConfig, model: Model, mesh: Mesh, sequences: Seq
         sequences,
         layout.packing,
         micro_batch_tokens=config.packed_micro_batch_tokens * mesh.shape["context"],
-        devices=mesh.shape["data"] * mesh.shape["fsdp"],
+        devices=num_row_shards(mesh),
         row_length=None,
         attention_length=model.attention_length,
     )

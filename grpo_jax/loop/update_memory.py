@@ -22,6 +22,7 @@ from grpo_jax.models import LoRA, add_adapters, build_model, from_hf_config, par
 from grpo_jax.models.hf_config import with_scalar_head
 from grpo_jax.models.kernels import AttentionName
 from grpo_jax.models.remat import Remat
+from grpo_jax.sharding import num_row_shards
 from grpo_jax.train import (
     LossFn,
     completion_log_probs,
@@ -228,7 +229,7 @@ def _policy_batch(shapes: UpdateShapes, model: Model, mesh: Mesh, *, with_values
     packing = shapes.packing_of(model)
     if packing is None:
         return batch
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = num_row_shards(mesh)
     return pack_on_host(
         batch,
         packing,

@@ -108,7 +108,8 @@ def attend(
     segments: Sequence[KVSegment],
     softcap: float | None,
     sinks: Float[Array, "K G"] | None = None,
-) -> Float[Array, "B K G S E"]:
+    value_size: int | None = None,
+) -> Float[Array, "B K G S W"]:
     """``softmax(queries @ keys.T) @ values`` over the columns of all segments; float32.
 
     Keys that a group of rows shares are read once for the group. A query that may attend to nothing gets the mean of
@@ -119,6 +120,7 @@ def attend(
         segments: the keys and values, with their masks.
         softcap: ``c`` in ``c * tanh(score / c)``; None without.
         sinks: a score for each head that takes part in the softmax and has a value of 0; None without.
+        value_size: if the entries have no values, how many of the first components of a key are its value.
     """
     G, S = queries.shape[2:4]
     all_scores = []
@@ -150,13 +152,21 @@ def attend(
     out = []
     for segment, weights in zip(segments, all_weights, strict=True):
         weights = weights / segment.group(total)
-        if "value_scales" in segment.entry:
-            weights = weights * segment.entry["value_scales"][:, :, None, :]
-        values = segment.entry["values"].astype(queries.dtype)
+        values, value_scales = _values(segment.entry, value_size)
+        if value_scales is not None:
+            weights = weights * value_scales[:, :, None, :]
+        values = values.astype(queries.dtype)
         weights = weights.astype(queries.dtype)
         product = jnp.einsum("nkmc,nkce->nkme", weights, values, preferred_element_type=jnp.float32)
         out.append(segment.ungroup(product, G, S))
     return functools.reduce(jnp.add, out)
+
+
+def _values(entry: CacheEntry, size: int | None) -> tuple[Array, Array | None]:
+    """The values of an entry ``[N, K, C, W]``, and their scales ``[N, K, C]``."""
+    if size is None:
+        return entry["values"], entry.get("value_scales")
+    return entry["keys"][:, :, :size].swapaxes(2, 3), entry.get("key_scales")
 
 
 def attend_in_blocks(
@@ -165,7 +175,7 @@ def attend_in_blocks(
     mask: Bool[Array, "B S S"],
     softcap: float | None,
     sinks: Float[Array, "K G"] | None = None,
-) -> Float[Array, "B K G S E"]:
+) -> Float[Array, "B K G S W"]:
     """``attend`` of a call's tokens among themselves, without the keys after each block of queries.
 
     Over long rows this saves up to half of the scores. It rounds differently than ``attend``, which sums over all keys.

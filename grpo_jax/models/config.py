@@ -103,6 +103,19 @@ class Experts:
     shared_size: int = 0
     shared_gate: bool = False
 
+    def __post_init__(self):
+        size, rest = divmod(self.count, self.groups)
+        if rest or not 1 <= self.groups_per_token <= self.groups:
+            raise ValueError(
+                f"{self.count} experts in {self.groups} groups (n_group), of which a token uses "
+                f"{self.groups_per_token} (topk_group): the groups must be equal, and as many as a token uses"
+            )
+        if not 1 <= self.per_token <= self.groups_per_token * size:
+            raise ValueError(
+                f"num_experts_per_tok is {self.per_token}; it must be from 1 to the {self.groups_per_token * size} "
+                "experts that a token chooses from"
+            )
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -232,6 +245,14 @@ class DecoderConfig:
         mixers: tuple[Any, ...] = self.mixers or ("attention",) * self.num_layers
         sparse = self.sparse or (False,) * self.num_layers
         return tuple(LayerKind(*kind) for kind in zip(self.windows, self.ropes, mixers, sparse, strict=True))
+
+    def num_sparse(self, layers: int | None = None) -> int:
+        """Number of layers with experts.
+
+        Args:
+            layers: count among this many layers, the first; None for all.
+        """
+        return sum(kind.sparse for kind in self.kinds[:layers])
 
     @property
     def rope_interleaved(self) -> bool:

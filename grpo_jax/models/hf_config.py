@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
-from grpo_jax.models.hf_families import COUNTS, FAMILIES, NULLABLE, REQUIRED, Family
+from grpo_jax.models.hf_families import FAMILIES
+from grpo_jax.models.hf_family import COUNTS, NULLABLE, REQUIRED, Family
 from grpo_jax.models.hf_fields import (
     ACTIVATION_NAMES,
-    ALWAYS_ON,
     HARMLESS,
     HARMLESS_AT,
     LAYER_TYPES,
+    check_count,
     check_number,
     check_object,
 )
@@ -75,6 +76,8 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
     num_kv_heads = fields["num_key_value_heads"] or num_heads
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    traits: dict[str, Any] = {name: trait(given) if callable(trait) else trait for name, trait in family.traits.items()}
+    fields["head_dim"] = traits.get("head_dim", fields["head_dim"])
     if fields["head_dim"] is None and fields["hidden_size"] % num_heads:
         raise ValueError(
             f"config.json has no head_dim, and hidden_size {fields['hidden_size']} is not a multiple of "
@@ -84,9 +87,9 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} must be even: rotary positions turn pairs of components")
     layer_types = _layer_types(given, family)
-    ropes = read_ropes(given, family, head_dim)
+    latent = traits.get("latent")
+    ropes = read_ropes(given, family, head_dim if latent is None else latent.rope_dim)
     attention_bias = fields.get("attention_bias", False)
-    traits = {name: trait(given) if callable(trait) else trait for name, trait in family.traits.items()}
     config = DecoderConfig(
         family=hf_config["model_type"],
         vocab_size=fields["vocab_size"],
@@ -178,6 +181,8 @@ def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
         is_null = fields[name] is None and (default is None or name in NULLABLE)
         if default is not None and not is_null and not isinstance(fields[name], accepted):
             raise ValueError(f"{name} in config.json must be of type {wanted.__name__}, not {fields[name]!r:.200}")
+        if wanted is int and default is not REQUIRED and not is_null:
+            check_count(name, fields[name])
         if wanted is float and not is_null:
             fields[name] = check_number(name, fields[name], zero=name in ("rms_norm_eps", "initializer_range"))
     for name in ("final_logit_softcapping", "attn_logit_softcapping"):
@@ -203,8 +208,14 @@ def _has_no_effect(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
     """
     if value is None or name in HARMLESS:
         return True
-    if name in ALWAYS_ON.get(hf_config["model_type"], ()):
-        return value is True
+    fixed = family_of(hf_config).fixed
+    if name in fixed:
+        wanted = fixed[name]
+        return (
+            wanted(value)
+            if callable(wanted)
+            else value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+        )
     if name in HARMLESS_AT:
         off = HARMLESS_AT[name]
         return value == off and isinstance(value, bool) == isinstance(off, bool)

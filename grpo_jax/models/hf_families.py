@@ -5,95 +5,22 @@ A family is a row of ``FAMILIES``. Only mathematics that no other family has nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
-from grpo_jax.models.hf_fields import check_number
-from grpo_jax.models.hf_layouts import FUSED_GATE_UP, FUSED_QKV, Layout
-
-Fields = Mapping[str, Any]
-
-REQUIRED = object()
-COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
+from grpo_jax.models.hf_family import (
+    COMMON,
+    MODULES,
+    QWEN,
+    REQUIRED,
+    Family,
+    Fields,
+    has_window,
+    is_sliding_in_qwen,
+    without,
 )
-NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
-
-MODULES = {
-    "attention/q": "self_attn.q_proj",
-    "attention/k": "self_attn.k_proj",
-    "attention/v": "self_attn.v_proj",
-    "attention/o": "self_attn.o_proj",
-    "attention/q_norm": "self_attn.q_norm",
-    "attention/k_norm": "self_attn.k_norm",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-}
-"""Stored names of a layer's modules, by the module's path."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the config and the weights of one ``model_type`` are read.
-
-    Attributes:
-        architecture: its class in transformers.
-        fields: the config fields it reads, with their default in transformers.
-        names: fields that other families name otherwise, with the name that others give them.
-        traits: settings of ``DecoderConfig``, or functions of the fields that give them.
-        is_sliding: ``(fields, layer) -> bool``, used if the config has no ``layer_types``.
-        has_rope: ``(fields, layer, layer type) -> bool``.
-        same_as: unused fields of old configs; each must equal the field that is read in its place.
-        theta: default base of the rotary frequencies.
-        local_theta: default base for sliding layers, whose frequencies are never scaled by ``rope_scaling``; None if
-            they have the same frequencies as others.
-        rotary_factor: default part of a head's components that are rotated; None if all are, whatever the config says.
-        rope_interleaved: as in ``config.Rope``.
-        rope_kinds: names of kinds of scaling that mean another in this family.
-        rope_fields: further fields of rotary parameters, of which only ``llama_4_scaling_beta`` has an effect.
-        default_rope: rotary parameters of a config that has none.
-        modules: names of modules, or of whole parameters, that differ from those of ``MODULES``.
-        layouts: of parameters that are stored in another way than in ``hf_layouts.LAYOUTS``.
-    """
-
-    architecture: str
-    fields: Fields
-    names: Mapping[str, str] = field(default_factory=dict)
-    traits: Mapping[str, Any] = field(default_factory=dict)
-    is_sliding: Callable[[Fields, int], bool] = lambda fields, layer: False
-    has_rope: Callable[[Fields, int, str], bool] = lambda fields, layer, kind: True
-    same_as: Mapping[str, str] = field(default_factory=dict)
-    theta: float = 10_000.0
-    local_theta: float | None = None
-    rotary_factor: float | None = None
-    rope_interleaved: bool = False
-    rope_kinds: Mapping[str, str] = field(default_factory=dict)
-    rope_fields: tuple[str, ...] = ()
-    default_rope: Fields | None = None
-    modules: Mapping[str, str] = field(default_factory=lambda: MODULES)
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-
-
-def _without(fields: Fields, *names: str) -> dict[str, Any]:
-    return {name: default for name, default in fields.items() if name not in names}
-
-
-def _has_window(fields: Fields, layer: int) -> bool:
-    return fields["sliding_window"] is not None
-
-
-def _is_sliding_in_qwen(fields: Fields, layer: int) -> bool:
-    has_window = fields["use_sliding_window"] and fields["sliding_window"] is not None
-    return has_window and layer >= fields["max_window_layers"]
+from grpo_jax.models.hf_fields import check_number
+from grpo_jax.models.hf_layouts import FUSED_GATE_UP, FUSED_QKV
+from grpo_jax.models.hf_sparse import SPARSE_FAMILIES
 
 
 def _is_local_but_every(pattern: str) -> Callable[[Fields, int], bool]:
@@ -119,29 +46,16 @@ def _smollm_rope(fields: Fields, layer: int, kind: str) -> bool:
     return bool(flags[layer])
 
 
-COMMON = dict.fromkeys(COUNTS, REQUIRED) | {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "rope_theta": None,
-    "rope_scaling": None,
-    "rope_parameters": None,
-    "original_max_position_embeddings": None,
-}
-QWEN = COMMON | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 OLMO = COMMON | {"attention_bias": False, "rms_norm_eps": 1e-5}
 GLM = COMMON | {"head_dim": 128, "attention_bias": True, "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": None}
 GEMMA = {
-    **_without(COMMON, "hidden_act"),
+    **without(COMMON, "hidden_act"),
     "num_key_value_heads": REQUIRED,
     "head_dim": REQUIRED,
     "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
     "attention_bias": False,
-    "query_pre_attn_scalar": 256,
+    "query_pre_attn_scalar": 256.0,
     "sliding_window": 4096,
     "layer_types": None,
 }
@@ -160,16 +74,16 @@ POST_NORM_TRAITS = {"pre_norms": False, "post_norms": True}
 GLM_TRAITS = {"output_bias": False}
 LAYER_NORM_TRAITS = {"norm": "layer"}
 
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", COMMON | {"attention_bias": False, "mlp_bias": False}),
-    "mistral": Family("MistralForCausalLM", COMMON | {"sliding_window": 4096}, is_sliding=_has_window),
+    "mistral": Family("MistralForCausalLM", COMMON | {"sliding_window": 4096}, is_sliding=has_window),
     "ministral": Family(
-        "MinistralForCausalLM", COMMON | {"sliding_window": 4096, "layer_types": None}, is_sliding=_has_window
+        "MinistralForCausalLM", COMMON | {"sliding_window": 4096, "layer_types": None}, is_sliding=has_window
     ),
     "ministral3": Family(
         "Ministral3ForCausalLM",
         COMMON | {"head_dim": 128, "rms_norm_eps": 1e-5, "sliding_window": None},
-        is_sliding=_has_window,
+        is_sliding=has_window,
         rope_fields=("llama_4_scaling_beta", "max_position_embeddings"),
         default_rope={
             "type": "yarn",
@@ -181,12 +95,19 @@ FAMILIES = {
             "llama_4_scaling_beta": 0.1,
         },
     ),
-    "qwen2": Family("Qwen2ForCausalLM", QWEN, is_sliding=_is_sliding_in_qwen, traits={"qkv_bias": True}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        QWEN,
+        is_sliding=is_sliding_in_qwen,
+        traits={"qkv_bias": True},
+        fixed=dict.fromkeys(("qkv_bias", "use_qkv_bias"), True),
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         QWEN | {"head_dim": 128, "attention_bias": False},
-        is_sliding=_is_sliding_in_qwen,
+        is_sliding=is_sliding_in_qwen,
         traits={"qk_norm": "head"},
+        fixed=dict.fromkeys(("use_qk_norm", "qk_norm"), True),
     ),
     "gemma": Family(
         "GemmaForCausalLM",
@@ -224,6 +145,7 @@ FAMILIES = {
         theta=1_000_000.0,
         local_theta=10_000.0,
         modules=GEMMA_MODULES,
+        fixed={"qk_norm": True},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM", OLMO, traits=POST_NORM_TRAITS | {"qk_norm": "all"}, modules=MODULES | POST_NORMS
@@ -271,7 +193,7 @@ FAMILIES = {
         COMMON
         | {"rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": None}
         | {"original_max_position_embeddings": 4096},
-        is_sliding=_has_window,
+        is_sliding=has_window,
         rotary_factor=1.0,
         rope_kinds={"su": "longrope", "yarn": "longrope"},
         modules=MODULES
@@ -313,7 +235,7 @@ FAMILIES = {
     ),
     "starcoder2": Family(
         "Starcoder2ForCausalLM",
-        _without(COMMON, "rms_norm_eps")
+        without(COMMON, "rms_norm_eps")
         | {
             "hidden_act": "gelu_pytorch_tanh",
             "initializer_range": 0.018042,
@@ -324,7 +246,7 @@ FAMILIES = {
         },
         names={"norm_epsilon": "rms_norm_eps"},
         same_as={"layer_norm_epsilon": "norm_epsilon"},
-        is_sliding=_has_window,
+        is_sliding=has_window,
         traits=LAYER_NORM_TRAITS
         | {"gated_mlp": False}
         | dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), lambda fields: fields["use_bias"]),
@@ -332,10 +254,11 @@ FAMILIES = {
     ),
     "stablelm": Family(
         "StableLmForCausalLM",
-        _without(COMMON, "rms_norm_eps")
+        without(COMMON, "rms_norm_eps")
         | {"layer_norm_eps": 1e-5, "use_qkv_bias": False, "partial_rotary_factor": None},
         names={"layer_norm_eps": "rms_norm_eps"},
         traits=LAYER_NORM_TRAITS | {"qkv_bias": lambda fields: fields["use_qkv_bias"]},
         rotary_factor=0.25,
     ),
+    **SPARSE_FAMILIES,
 }

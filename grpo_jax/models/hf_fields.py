@@ -55,7 +55,13 @@ EXECUTION = (
     | {"return_dict", "output_attentions", "output_hidden_states", "output_router_logits"}
     | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "activation_function"}
 )
-HARMLESS = METADATA | EXECUTION | OF_TOKENS | OF_GENERATION | DROPOUT
+# Of the training of a router, which this package takes from its own settings, and of parts that predict several tokens.
+OF_TRAINING = (
+    {"router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size", "initial_context_length"}
+    | {"num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"}
+    | {"use_mtp", "num_mtp_modules", "mtp_transformer_layers", "mtp_loss_scaling_factor"}
+)
+HARMLESS = METADATA | EXECUTION | OF_TOKENS | OF_GENERATION | DROPOUT | OF_TRAINING
 
 # Switches without an effect at the value that turns them off.
 HARMLESS_AT: dict[str, Any] = (
@@ -65,16 +71,14 @@ HARMLESS_AT: dict[str, Any] = (
     | dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "use_qkv_bias", "bias", "use_bias"), False)
     | dict.fromkeys(("lm_head_bias", "add_bias_linear", "attention_out_bias", "attention_output_gate"), False)
     | dict.fromkeys(("use_sliding_window", "use_qk_norm", "qk_norm", "qk_layernorm"), False)
-    | dict.fromkeys(("alibi", "parallel_attn", "use_parallel_residual", "multi_query", "use_mtp"), False)
-    | dict.fromkeys(("num_nextn_predict_layers", "num_experts", "n_routed_experts", "num_local_experts"), 0)
+    | dict.fromkeys(("alibi", "parallel_attn", "use_parallel_residual", "multi_query"), False)
+    | dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 0)
     | dict.fromkeys(("partial_rotary_factor", "rope_ratio", "rotary_pct", "rope_percentage"), 1.0)
     | dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier", "logit_scale"), 1.0)
     | dict.fromkeys(("scale_emb", "scale_depth", "mup_multiplier"), 1.0)
     | {"full_attn_mod": 1, "interpolate_factor": 1, "mlp_type": "default", "norm_type": "layer_norm"}
     | {"pruned_heads": {}, "is_causal": True, "scale_attn_weights": True, "mlp_only_layers": []}
 )
-# Switches that are always on in a family.
-ALWAYS_ON = {"qwen2": ("qkv_bias", "use_qkv_bias"), "qwen3": ("use_qk_norm", "qk_norm"), "gemma3_text": ("qk_norm",)}
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> float:
@@ -93,6 +97,20 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
         wanted = "a finite number, at least 0" if zero else "a finite number above 0"
         raise ValueError(f"{name} in config.json must be {wanted}, not {value!r:.200}")
     return float(value)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Check that a field is a whole number, at least 0.
+
+    Args:
+        name: the field, for the error.
+        value: its value.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} in config.json must be a whole number, at least 0, not {value!r:.200}")
 
 
 def check_object(name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,17 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return flatten_dict(tree, sep="/")
 
 
-def key_table(config: DecoderConfig) -> dict[str, Entry]:
-    """The stored tensors of each parameter, by the parameter's path such as ``layers_0/attention/q/kernel``."""
+def key_table(config: DecoderConfig, variant: int = 0) -> dict[str, Entry]:
+    """The stored tensors of each parameter, by the parameter's path such as ``layers_0/attention/q/kernel``.
+
+    Args:
+        config: of the decoder.
+        variant: 0 for the form that checkpoints are written in; others are those of ``Family.variants``.
+    """
     family = FAMILIES[config.family]
-    layouts = {**LAYOUTS, **family.layouts}
+    more_modules, more_layouts = ({}, {}) if variant == 0 else family.variants[variant - 1]
+    modules = {**family.modules, **more_modules}
+    layouts = {**LAYOUTS, **family.layouts, **more_layouts}
     table = {}
     for path, leaf in _flatten(param_shapes(config)).items():
         layer, _, in_block = path.partition("/")
@@ -62,7 +70,7 @@ def key_table(config: DecoderConfig) -> dict[str, Entry]:
             module, kind = TOP_MODULES[layer], path.rpartition("/")[2]
         else:
             key, prefix = in_block, f"model.layers.{layer.removeprefix('layers_')}."
-            module, kind = _module(in_block, family.modules)
+            module, kind = _module(in_block, modules)
         name = prefix + module if kind == "" else f"{prefix}{module}.{'bias' if kind == 'bias' else 'weight'}"
         names, shape = (name,), leaf.shape
         if EXPERT in name:
@@ -77,3 +85,18 @@ def _module(path: str, modules: Any) -> tuple[str, str]:
         return modules[path], ""
     module, _, kind = path.rpartition("/")
     return modules[module], kind
+
+
+def best_table(config: DecoderConfig, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """The table whose names and shapes are those of the most stored tensors.
+
+    Args:
+        config: of the decoder.
+        stored: shapes of the stored tensors by their name, with the prefix ``model.``.
+    """
+    tables = [key_table(config, variant) for variant in range(1 + len(FAMILIES[config.family].variants))]
+
+    def found(table: dict[str, Entry]) -> int:
+        return sum(stored.get(entry.names[0]) == entry.view.stored for entry in table.values())
+
+    return max(tables, key=found)

@@ -112,6 +112,13 @@ LAYOUTS = {
     "attention/o/kernel": HEADS_IN,
     **{f"mlp/{name}/kernel": LINEAR for name in ("gate", "up", "down")},
     "score/kernel": LINEAR,
+    **{f"mlp/shared/{name}/kernel": LINEAR for name in ("gate", "up", "down")},
+    **{f"mlp/experts/{name}": LINEAR for name in ("gate", "up", "down")},
+    "mlp/router/kernel": LINEAR,
+    "mlp/shared_gate/kernel": LINEAR,
+    "attention/q_a/kernel": LINEAR,
+    "attention/kv_a/kernel": LINEAR,
+    "attention/q_b/kernel": HEADS_OUT,
 }
 """Layouts of parameters, by their path in the layer; others are stored as they are."""
 
@@ -126,3 +133,43 @@ def _widths(config: DecoderConfig) -> tuple[int, int]:
 
 FUSED_QKV = {f"attention/{name}/kernel": part(HEADS_OUT, 0, _heads, i) for i, name in enumerate("qkv")}
 FUSED_GATE_UP = {f"mlp/{name}/kernel": part(LINEAR, 0, _widths, i) for i, name in enumerate(("gate", "up"))}
+
+
+def _expert_widths(config: DecoderConfig) -> tuple[int, int]:
+    assert config.experts is not None
+    return config.experts.intermediate_size, config.experts.intermediate_size
+
+
+def _latent_sizes(config: DecoderConfig) -> tuple[int, int]:
+    assert config.latent is not None
+    return config.latent.key_dim, config.latent.value_dim
+
+
+def alternating(which: int) -> Layout:
+    """One of two parameters whose entries alternate along the last axis of a stored tensor.
+
+    Args:
+        which: 0 for the first.
+    """
+
+    def view(shape: Shape, config: DecoderConfig) -> View:
+        index = (*[slice(None)] * len(shape), slice(which, which + 1))
+        return View((*shape[:-1], 2 * shape[-1]), tuple(range(len(shape))), (*shape, 2), index)
+
+    return view
+
+
+LATENT_HEADS = {f"attention/{name}": part(HEADS_OUT, 1, _latent_sizes, i) for i, name in enumerate(("k_b", "v_b"))}
+# Experts in one tensor, with the gate and the other input one after the other: as [E, 2 F, D], or transposed.
+FUSED_EXPERTS = {
+    **{f"mlp/experts/{name}": part(ordered(0, 2, 1), 1, _expert_widths, i) for i, name in enumerate(("gate", "up"))},
+    "mlp/experts/down": ordered(0, 2, 1),
+}
+FUSED_EXPERTS_TRANSPOSED = {
+    **{f"mlp/experts/{name}": part(ordered(0, 1, 2), 2, _expert_widths, i) for i, name in enumerate(("gate", "up"))},
+    "mlp/experts/down": as_is,
+}
+ALTERNATING_EXPERTS = {
+    **{f"mlp/experts/{name}{end}": alternating(i) for i, name in enumerate(("gate", "up")) for end in ("", "_bias")},
+    "mlp/experts/down": as_is,
+}

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from grpo_jax.models.config import Rope
-from grpo_jax.models.hf_families import Family
+from grpo_jax.models.hf_family import Family
 from grpo_jax.models.hf_fields import LAYER_TYPES, check_number, check_object
 
 Fields = Mapping[str, Any]
@@ -45,6 +45,8 @@ def read_ropes(fields: Fields, family: Family, head_dim: int) -> dict[str, Rope]
     old: dict[str, Any] = {"rope_theta": fields["rope_theta"], **scaling}
     if "partial_rotary_factor" in fields:
         old.setdefault("partial_rotary_factor", fields["partial_rotary_factor"])
+    if fields.get("rotary_dim") is not None:
+        old.setdefault("partial_rotary_factor", fields["rotary_dim"] / head_dim)
     sizes = {name: fields[name] for name in ("max_position_embeddings", "original_max_position_embeddings")}
     sizes["head_dim"] = head_dim
     read = partial(_read_rope, family=family, sizes=sizes)

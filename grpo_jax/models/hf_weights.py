@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from grpo_jax import hosts
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
-from grpo_jax.models.hf_keys import EMBEDDING_SUFFIX, LAYER, Entry, _flatten, key_table
+from grpo_jax.models.hf_keys import EMBEDDING_SUFFIX, LAYER, Entry, _flatten, best_table, key_table
 from grpo_jax.models.hf_layouts import View
 from grpo_jax.models.hf_reading import reading_sharding, redistributed
 from grpo_jax.models.parameters import param_shapes
@@ -42,7 +42,7 @@ OTHER_PARTS = tuple(
     for prefix in ("", "model.")
     for part in ("visual", "vision_tower", "vision_model", "multi_modal_projector", "mtp")
 )
-"""Prefixes of the tensors that are not read: parts for images, and for predicting several tokens."""
+"""Prefixes of the tensors that are not read."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,15 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry]
         ValueError: as ``load_params``, except for the values of weights.
     """
     stored = read_headers(weight_files(folder))
+    stored = {name: tensor for name, tensor in stored.items() if not _is_other(name, stored)}
     check_num_layers(folder, stored, config.num_layers)
     prefix = _prefix(stored)
+    shapes = {f"model.{name.removeprefix(prefix)}": tensor.shape for name, tensor in stored.items()}
     table = {
         path: replace(entry, names=tuple(_prefixed(name, prefix, stored) for name in entry.names))
-        for path, entry in key_table(config).items()
+        for path, entry in best_table(config, shapes).items()
     }
     expected = {name: entry.view.stored for entry in table.values() for name in entry.names}
-    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(OTHER_PARTS)}
     _check_tensors(folder, expected, stored, config)
     return table, stored
 
@@ -171,6 +172,13 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
             offset = HEADER_SIZE_BYTES + header_size + tensor["data_offsets"][0]
             stored[name] = Stored(file, tuple(tensor["shape"]), tensor["dtype"], offset)
     return stored
+
+
+def _is_other(name: str, stored: Collection[str]) -> bool:
+    """Whether a tensor is of a part that is not read: for images, or for predicting several tokens."""
+    layer = LAYER.search(name)
+    # A layer after the last that predicts the token after the next has a projection of its two inputs.
+    return name.startswith(OTHER_PARTS) or (layer is not None and f"{name[: layer.end()]}eh_proj.weight" in stored)
 
 
 def _prefix(stored: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from grpo_jax.models.config import DecoderConfig
 
 CacheEntry = dict[str, Array]
 """A layer's ``keys [B, K, E, C]`` and ``values [B, K, C, E]``; in int8 with ``key_scales`` and ``value_scales``
-``[B, K, C]``, their factors."""
+``[B, K, C]``, their factors. Of latent attention ``keys`` alone, with K = 1."""
 COLUMN_AXES = {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2}
 
 
@@ -26,11 +26,25 @@ def init_entry(config: DecoderConfig, batch: int, columns: int, dtype: Any) -> C
         columns: C.
         dtype: of keys and values.
     """
-    K, E = config.num_kv_heads, config.head_dim
-    entry = {"keys": jnp.zeros((batch, K, E, columns), dtype), "values": jnp.zeros((batch, K, columns, E), dtype)}
+    K, E, latent = config.num_kv_heads, config.head_dim, config.latent
+    if latent is not None:
+        K, E = 1, latent.rank + latent.rope_dim
+    entry = {"keys": jnp.zeros((batch, K, E, columns), dtype)}
+    if latent is None:
+        entry["values"] = jnp.zeros((batch, K, columns, E), dtype)
     if dtype == jnp.int8:
-        entry |= {name: jnp.zeros((batch, K, columns), jnp.float32) for name in ("key_scales", "value_scales")}
+        scales = {"keys": "key_scales", "values": "value_scales"}
+        entry |= {scales[name]: jnp.zeros((batch, K, columns), jnp.float32) for name in entry}
     return entry
+
+
+def num_columns(cache: Sequence[CacheEntry]) -> int:
+    """C, the columns of a cache.
+
+    Args:
+        cache: an entry for each layer.
+    """
+    return next(entry["keys"].shape[3] for entry in cache if "keys" in entry)
 
 
 def write(entry: CacheEntry, new: CacheEntry, start: int | Int[Array, ""]) -> CacheEntry:
@@ -42,9 +56,11 @@ def write(entry: CacheEntry, new: CacheEntry, start: int | Int[Array, ""]) -> Ca
         start: the column of the first token.
     """
     if "key_scales" in entry:
-        keys, key_scales = quantize(new["keys"], axis=2)
-        values, value_scales = quantize(new["values"], axis=3)
-        new = {"keys": keys, "values": values, "key_scales": key_scales, "value_scales": value_scales}
+        whole = {}
+        for name, axis in (("keys", 2), ("values", 3)):
+            if name in new:
+                whole[name], whole[f"{name[:-1]}_scales"] = quantize(new[name], axis=axis)
+        new = whole
     return {
         name: jax.lax.dynamic_update_slice_in_dim(
             entry[name], x.astype(entry[name].dtype), start, axis=COLUMN_AXES[name]

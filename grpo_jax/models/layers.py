@@ -12,7 +12,6 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -23,7 +22,6 @@ from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
 from grpo_jax.models.lookup import lookup, lookup_divides, sharded_lookup
-from grpo_jax.models.remat import BLOCK_INPUT
 from grpo_jax.models.rope import rotate
 from grpo_jax.sharding import constrain
 
@@ -214,46 +212,25 @@ class Attention(Layer):
 
 
 class MLP(Layer):
-    """``down(activation(gate(x)) * up(x))``, or without a gate ``down(activation(up(x)))``."""
+    """``down(activation(gate(x)) * up(x))``, or without a gate ``down(activation(up(x)))``.
+
+    Attributes:
+        width: of the MLP; None for that of the config.
+    """
+
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Apply the MLP."""
-        c = self.config
+        c, width = self.config, self.width or self.config.intermediate_size
         # One axis for all tokens: on CPU the gradient of a product with two axes takes almost twice as long.
         tokens = as_tokens(x, self.mesh)
         activation = ACTIVATIONS[c.activation]
         if c.gated_mlp:
-            gate = self.linear("gate", c.intermediate_size, bias=c.mlp_bias)(tokens)
-            hidden = activation(gate) * self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens)
+            gate = self.linear("gate", width, bias=c.mlp_bias)(tokens)
+            hidden = activation(gate) * self.linear("up", width, bias=c.mlp_bias)(tokens)
         else:
-            hidden = activation(self.linear("up", c.intermediate_size, bias=c.mlp_bias)(tokens))
+            hidden = activation(self.linear("up", width, bias=c.mlp_bias)(tokens))
         out = self.linear("down", c.hidden_size, bias=c.mlp_bias)(hidden)
         return out.reshape(x.shape)
-
-
-class Block(Layer):
-    """Attention and MLP, each with the norms before and after it that the config has, added to the residual."""
-
-    kernel: Kernel | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B S D"], inputs: AttentionInputs, entry: CacheEntry | None
-    ) -> tuple[Float[Array, "B S D"], CacheEntry]:
-        """Apply the block; arguments as in ``Attention``."""
-        x = checkpoint_name(x, BLOCK_INPUT)
-        settings = (self.config, self.dtype, self.param_dtype, self.mesh)
-        attention = Attention(*settings, self.kernel, name="attention")
-        out, entry = attention(self._before("attention_norm", x), inputs, entry)
-        x = x + self._after("post_attention_norm", out)
-        out = MLP(*settings, name="mlp")(self._before("mlp_norm", x))
-        return x + self._after("post_mlp_norm", out), entry
-
-    def _before(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.norm(name)(x) if self.config.pre_norms else x
-
-    def _after(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        x = self.norm(name)(x) if self.config.post_norms else x
-        scale = self.config.residual_scale
-        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)

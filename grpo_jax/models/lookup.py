@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.sharding import TOKENS
+from grpo_jax.sharding import TOKENS, num_row_shards
 
-TOKEN_AXES = ("fsdp", "context")
+TOKEN_AXES = ("fsdp", "expert", "context")
 """Mesh axes over which both the tokens and the table's columns are sharded."""
 
 
@@ -54,8 +55,8 @@ def lookup_divides(token_ids: Int[Array, "B S"], table: Array, mesh: Mesh) -> bo
         mesh: the devices.
     """
     sizes, (B, S), (V, D) = mesh.shape, token_ids.shape, table.shape
-    width = sizes["fsdp"] * sizes["context"]
-    divides = B % (sizes["data"] * sizes["fsdp"]) == 0 and S % sizes["context"] == 0
+    width = math.prod(sizes[axis] for axis in TOKEN_AXES)
+    divides = B % num_row_shards(mesh) == 0 and S % sizes["context"] == 0
     divides &= D % (width if V % sizes["tensor"] == 0 else width * sizes["tensor"]) == 0
     return S > 1 and width * sizes["tensor"] > 1 and divides
 

@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.log_probs import CHUNK_SIZE, ChunkedHead, HeadGradients, scored
-from grpo_jax.sharding import TOKENS
+from grpo_jax.sharding import TOKENS, num_row_shards, row_axes
 from grpo_jax.types import Params
 
-VOCAB_AXES = ("tensor", "fsdp", "context")
+VOCAB_AXES = ("tensor", "fsdp", "expert", "context")
 _VOCAB = P(VOCAB_AXES)
 Scalar = float | Float[Array, ""]
 TokenScores = Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
@@ -54,7 +54,7 @@ def make_token_scores(
         table = head(params)
         method: Any = ChunkedHead(chunk_size, logit_softcap, min_chunks)
         if table is not None and mesh is not None and mesh.size > 1:
-            if hidden.shape[0] % _num_row_shards(mesh) == 0:
+            if hidden.shape[0] % num_row_shards(mesh) == 0:
                 method = ShardedHead(chunk_size, logit_softcap, min_chunks, mesh)
                 T, more = hidden.shape[1], -hidden.shape[1] % mesh.shape["context"]
                 if more:
@@ -64,7 +64,7 @@ def make_token_scores(
                     return log_probs[:, :T], entropies[:, :T]
             else:
                 warnings.warn(
-                    f"{hidden.shape[0]} rows do not divide over data x fsdp = {_num_row_shards(mesh)} devices: logits "
+                    f"{hidden.shape[0]} rows do not divide over {row_axes(mesh)} = {num_row_shards(mesh)} devices: logits "
                     "are exchanged between them in every chunk",
                     stacklevel=2,
                 )
@@ -145,8 +145,8 @@ class ShardedHead:
             self.logit_softcap,
             self.min_chunks,
             vocab_axes=VOCAB_AXES,
-            token_axes=("fsdp", "context"),
-            batch_axes=("data", "fsdp", "context"),
+            token_axes=VOCAB_AXES[1:],
+            batch_axes=("data", *VOCAB_AXES[1:]),
             vocab_size=rows if rows % self._parts else None,
         )
 
@@ -170,7 +170,3 @@ def _padded_tokens(x: Array, more: int) -> Array:
 def _number_or_array(temperature: Any) -> tuple[float | None, Array | None]:
     """A number stays outside ``shard_map``, so that the compiler sees it."""
     return (None, temperature) if isinstance(temperature, jax.Array) else (temperature, None)
-
-
-def _num_row_shards(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -15,7 +15,7 @@ from grpo_jax.models.transformer import Decoder
 from grpo_jax.sampling import check_key
 from grpo_jax.types import Params
 
-ZEROS = ("bias", "sinks")
+ZEROS = ("bias", "sinks", "selection_bias", "gate_bias", "up_bias", "down_bias")
 """Parameters that begin at 0, by the last part of their path."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,19 +14,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
+from grpo_jax.models.block import Block
 from grpo_jax.models.config import DecoderConfig, LayerKind
-from grpo_jax.models.context import ContextAttention, over_context
+from grpo_jax.models.context import ContextAttention, dealt_out, over_context
+from grpo_jax.models.expert_layer import Routed, RoutingInputs
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
-from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, slice_columns
-from grpo_jax.models.layers import Block, Embedding, Norm, ScalarHead
+from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, num_columns, slice_columns
+from grpo_jax.models.layers import Embedding, Norm, ScalarHead
 from grpo_jax.models.lora_config import LoRA, linear_sizes
 from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
 from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sharding import TOKENS, constrain
-from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Segments
+from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Routing, Segments
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
@@ -69,7 +71,7 @@ class Decoder(nn.Module):
         """Arguments of a layer's ``Block``."""
         kernel = self.kernel and partial(self.kernel, window=kind.window)
         shared = {"config": self.config, "dtype": self.dtype, "param_dtype": self.param_dtype, "mesh": self.mesh}
-        return {**shared, "kernel": kernel}
+        return {**shared, "kind": kind, "kernel": kernel}
 
     def __call__(
         self,
@@ -80,15 +82,17 @@ class Decoder(nn.Module):
         start: int | Int[Array, ""],
         prefixes: Sequence[PrefixCache] = (),
         block_bounds: Sequence[int] = (),
+        chosen: Int[Array, "B S L k"] | None = None,
+        with_logits: bool = False,
         stacked: Sequence[Params] = (),
-    ) -> tuple[Float[Array, "B S D"], list[CacheEntry] | None]:
-        """Hidden states and cache; arguments as in ``Model.apply``, with rotations in place of positions.
+    ) -> tuple[Float[Array, "B S D"], list[CacheEntry] | None, Routed | None]:
+        """Hidden states, cache and routing; arguments as in ``Model.apply_routed``, with rotations as positions.
 
         Stacked layers of prepared parameters are an argument of their own.
         """
         c = self.config
         S = token_ids.shape[1]
-        columns = S if cache is None else cache[0]["values"].shape[2]
+        columns = S if cache is None else num_columns(cache)
         x = self.embed(token_ids, self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
         x = constrain(x, self.mesh, TOKENS)
         slots = start + jnp.arange(S)
@@ -110,7 +114,7 @@ class Decoder(nn.Module):
                 continue
             masks[window] = jnp.split(attention_mask(mask, slots, 0, columns, window), block_bounds, axis=2)
             prefix_masks[window] = [
-                attention_mask(prefix.mask, slots, prefix.start, prefix.cache[0]["values"].shape[2], window)
+                attention_mask(prefix.mask, slots, prefix.start, num_columns(prefix.cache), window)
                 for prefix in prefixes
             ]
 
@@ -123,17 +127,36 @@ class Decoder(nn.Module):
             rotation = rotations.get(c.ropes.index(c.ropes[i]))
             return AttentionInputs(rotation, start, masks[window], segments, packed_masks[window], kernel_mask)
 
-        entries = []
+        routing = RoutingInputs(self._computed(token_ids, mask, start), None, with_logits)
+        entries, routed, first = [], [], num_stacked({STACKED: stacked})
         if stacked:
-            x = self._scan(x, stacked, [inputs_of(i) for i in range(len(stacked))], None if cache is None else cache[0])
-        for i in range(num_stacked({STACKED: stacked}), c.num_layers):
-            x, entry = self.layers[i](x, inputs_of(i), None if cache is None else cache[i])
+            like = None if cache is None else cache[0]
+            inputs = [inputs_of(i) for i in range(len(stacked))]
+            x, routed = self._scan(x, stacked, inputs, like, routing, chosen)
+        for i in range(first, c.num_layers):
+            own = routing
+            if chosen is not None and c.kinds[i].sparse:
+                own = routing._replace(chosen=chosen[:, :, c.num_sparse(i)])
+            x, entry, of_layer = self.layers[i](x, inputs_of(i), None if cache is None else cache[i], own)
             x = constrain(x, self.mesh, TOKENS)
             entries.append(entry)
+            routed += [] if of_layer is None else [jax.tree.map(lambda leaf: leaf[:, :, None], of_layer)]
         hidden = self.final_norm(x)
         if c.output_scale != 1:
             hidden = hidden * jnp.asarray(c.output_scale, hidden.dtype)
-        return hidden, None if stacked else entries
+        of_all = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *routed) if routed else None
+        return hidden, None if stacked else entries, of_all
+
+    def _computed(
+        self, token_ids: Array, mask: Array | Segments | None, start: int | Array
+    ) -> Bool[Array, "B S"] | None:
+        """True at the tokens of a call that are not padding; None if it has none, or is one decode step."""
+        if self.config.experts is None or mask is None or not isinstance(start, int) or start:
+            return None
+        real = mask.ids > 0 if isinstance(mask, Segments) else mask > 0 if mask.dtype != bool else mask
+        real = real[:, : token_ids.shape[1]]
+        kernel: Any = self.kernel
+        return dealt_out(real, kernel.mesh.shape["context"]) if isinstance(kernel, ContextAttention) else real
 
     def _scan(
         self,
@@ -141,30 +164,50 @@ class Decoder(nn.Module):
         stacked: Sequence[Params],
         inputs: Sequence[AttentionInputs],
         like: CacheEntry | None,
-    ) -> Float[Array, "B S D"]:
-        """The residual stream after the stacked layers, one repetition of their period after the other.
+        routing: RoutingInputs,
+        chosen: Int[Array, "B S L k"] | None,
+    ) -> tuple[Float[Array, "B S D"], list[Routed]]:
+        """The residual stream after the stacked layers, one repetition of their period after the other, and routing.
 
         A call at slot 0 overwrites all columns of the cache that it attends to, so that each layer may start from a
         cache of zeros of the given form, and none has to be kept.
         """
+        period, count = len(stacked), jax.tree.leaves(stacked)[0].shape[0]
+        sparse = self.config.num_sparse(period)
 
-        def layer(place: int, params: Params, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        def by_repetition(x: Int[Array, "B S L k"]) -> Int[Array, "count B S sparse k"]:
+            return jnp.moveaxis(x[:, :, : count * sparse].reshape(*x.shape[:2], count, sparse, -1), 2, 0)
+
+        def by_layer(x: Float[Array, "count B S sparse _"] | Int[Array, "count B S sparse _"]) -> Array:
+            return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], count * sparse, -1)
+
+        def layer(place: int, params: Params, x: Float[Array, "B S D"], own: RoutingInputs) -> Any:
             block = Block(**self._settings(self.config.kinds[place]), parent=None)
             entry = None if like is None else jax.tree.map(jnp.zeros_like, like)
-            return block.apply({"params": params}, x, inputs[place], entry)[0]  # pyright: ignore[reportReturnType]
+            x, _, of_layer = block.apply({"params": params}, x, inputs[place], entry, own)  # pyright: ignore
+            return x, of_layer
 
-        def repetition(x: Float[Array, "B S D"], groups: Sequence[Params]) -> tuple[Float[Array, "B S D"], None]:
+        def repetition(x: Float[Array, "B S D"], xs: Any) -> tuple[Float[Array, "B S D"], Any]:
+            groups, replayed = xs
+            routed = []
             for place, params in enumerate(groups):
+                own = routing
+                if replayed is not None and self.config.kinds[place].sparse:
+                    own = routing._replace(chosen=replayed[:, :, len(routed)])
                 apply = partial(layer, place)
                 if self.remat != "none":
                     # A loop's body is not merged with its recomputation, so that it needs no barriers against it.
                     apply = jax.checkpoint(apply, prevent_cse=False, policy=remat_policy(self.remat))
                 # Constrained here, each layer's gradient is reduced to its shards within the loop.
                 params = params if self.mesh is None else constrain_params(params, self.mesh)
-                x = constrain(apply(params, x), self.mesh, TOKENS)
-            return x, None
+                x, of_layer = apply(params, x, own)
+                x = constrain(x, self.mesh, TOKENS)
+                routed += [] if of_layer is None else [of_layer]
+            return x, jax.tree.map(lambda *parts: jnp.stack(parts, axis=2), *routed) if routed else None
 
-        return jax.lax.scan(repetition, x, tuple(stacked))[0]
+        replayed = by_repetition(chosen) if chosen is not None and sparse else None
+        x, routed = jax.lax.scan(repetition, x, (tuple(stacked), replayed))
+        return x, [] if routed is None else [jax.tree.map(by_layer, routed)]
 
     def declare(self, token_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> None:
         """Use every parameter, so that ``init`` creates them all.
@@ -233,7 +276,7 @@ def build_model(
         module = with_interception(module, config, lora)
         bound = partial(bind, config=config, lora=lora, dtype=dtype)
 
-    def apply(
+    def apply_routed(
         params: Params,
         token_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"] | Rotations,
@@ -242,7 +285,9 @@ def build_model(
         start: int | Int[Array, ""] = 0,
         prefixes: Sequence[PrefixCache] = (),
         block_bounds: Sequence[int] = (),
-    ) -> tuple[Float[Array, "B S D"], Cache]:
+        chosen: Int[Array, "B S L k"] | None = None,
+        with_logits: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Cache, Routed | None]:
         _check_columns(token_ids, mask, cache)
         if STACKED in params and (prefixes or not isinstance(start, int) or start):
             raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
@@ -250,9 +295,11 @@ def build_model(
         params = bound(params)
         stacked = params.get(STACKED, ())
         variables = {"params": {name: value for name, value in params.items() if name != STACKED}}
-        return module.apply(  # pyright: ignore[reportReturnType]
-            variables, token_ids, rotations, mask, cache, start, prefixes, block_bounds, stacked
-        )
+        rest = (mask, cache, start, prefixes, block_bounds, chosen, with_logits, stacked)
+        return module.apply(variables, token_ids, rotations, *rest)  # pyright: ignore[reportReturnType]
+
+    def apply(*args: Any, **options: Any) -> tuple[Float[Array, "B S D"], Cache]:
+        return apply_routed(*args, **options)[:2]
 
     rope = partial(_compute_rotations, config)
 
@@ -277,18 +324,25 @@ def build_model(
         attention_length=_attention_length(config),
         preparation=prepared,
         token_shards=1 if mesh is None else mesh.shape["context"],
+        routing=_routing(config, apply_routed),
     )
+
+
+def _routing(config: DecoderConfig, apply: Callable[..., Any]) -> Routing | None:
+    """What a model with experts adds to ``types.Model``."""
+    e = config.experts
+    return None if e is None else Routing(apply, config.num_sparse(), e.count, e.per_token, e.scoring)
 
 
 def _is_scanned(platform: str, remat: Remat, mesh: Mesh | None, lora: LoRA | None) -> bool:
     """The default of ``scan_layers``."""
-    is_sharded = mesh is not None and mesh.shape["fsdp"] * mesh.shape["context"] > 1
+    is_sharded = mesh is not None and mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["context"] > 1
     has_adapters = lora is not None and lora.is_used
     return (platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
 
 
 def _check_columns(token_ids: Array, mask: Array | Segments | None, cache: Cache) -> None:
-    columns = token_ids.shape[1] if cache is None else cache[0]["values"].shape[2]
+    columns = token_ids.shape[1] if cache is None else num_columns(cache)
     mask_columns = columns if mask is None else (mask.ids if isinstance(mask, Segments) else mask).shape[1]
     if mask_columns != columns:
         holder = "the call has tokens" if cache is None else "the cache"

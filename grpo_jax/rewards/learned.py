@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.hosts import fetch
-from grpo_jax.sharding import shard_rows
+from grpo_jax.sharding import num_row_shards, shard_rows
 from grpo_jax.train import reward_model_scores
 from grpo_jax.types import Model, Params
 
@@ -79,7 +79,7 @@ class LearnedReward:
     ):
         if model.vocab_size != 1:
             raise ValueError(f"the model's head has {model.vocab_size} outputs; that of a reward model has one")
-        if mesh is not None and batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        if mesh is not None and batch_size % num_row_shards(mesh):
             raise ValueError(f"batch_size {batch_size} must be divisible by data x fsdp of the mesh {dict(mesh.shape)}")
         self._params, self._mesh = params, mesh
         self._encode = encode or partial(encode_text, tokenizer, eos_id)

@@ -20,7 +20,7 @@ from grpo_jax.rewards.learned import LearnedReward
 from grpo_jax.rewards.reward_model_input import described_input, reward_model_reader
 from grpo_jax.rewards.shares import outputs_of_all, scored_here, selected, shared_out
 from grpo_jax.rewards.workers.pool import RewardError, RewardPool
-from grpo_jax.sharding import param_shardings
+from grpo_jax.sharding import num_row_shards, param_shardings
 
 HELD_OUT = "held-out accuracy"
 _TURN = threading.Lock()
@@ -334,7 +334,7 @@ def load_reward_model(
     loaded = models.from_pretrained(name_or_folder, dtype=dtype, mesh=mesh, shardings=shardings)
     check_reward_model(loaded, name_or_folder)
     say(f"reward model: reads {described_input(loaded)}")
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = num_row_shards(mesh)
     return LearnedReward(
         loaded.model,
         loaded.params,

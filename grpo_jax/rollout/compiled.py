@@ -18,7 +18,7 @@ from grpo_jax.rollout.buckets import (
 )
 from grpo_jax.rollout.decode import DecodeBatch, DecodeState, decode_steps, gather_rows, merge, prefill
 from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import BATCH, place, replicated
+from grpo_jax.sharding import BATCH, num_row_shards, place, replicated
 from grpo_jax.types import Model, Params, Prompts
 
 StopFn = Callable[[Sequence[int], int], int | None]
@@ -44,7 +44,7 @@ class CompiledSteps:
     ):
         self.group_size, self.T, self.pad_id = group_size, max_completion_length, pad_id
         self.eos_ids, self.stop, self.mesh, self.ahead = np.array(eos_ids), stop, mesh, ahead
-        self.devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.devices = num_row_shards(mesh)
         self.chunk_lengths = chunk_lengths(max_completion_length)
 
         @jax.jit

@@ -19,7 +19,7 @@ from grpo_jax.rollout.compiled import CompiledSteps, StopFn
 from grpo_jax.rollout.engine import GenerationLoop, OnTokensFn
 from grpo_jax.rollout.host_batch import RolloutStats, batched, concatenated_fields, split_groups
 from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import BATCH, place
+from grpo_jax.sharding import BATCH, num_row_shards, place
 from grpo_jax.types import Model, Params, Prompts, Rollout
 
 
@@ -106,7 +106,7 @@ class Sampler:
             model,
             group_size,
             max_completion_length,
-            1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"],
+            num_row_shards(mesh),
             max_rows,
             default_cache_bytes(devices) if cache_bytes is None else cache_bytes,
             cache_dtype,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.sharding import BATCH, place, replicated
+from grpo_jax.sharding import BATCH, num_row_shards, place, replicated
 from grpo_jax.types import ATTENTION_LENGTH, Batch, PackedBatch, PackedRows, Packing, Rollout
 
 SHORTEST_ROW = 256
@@ -65,7 +65,7 @@ def pack(
     Raises:
         ValueError: a prompt is empty, a completion has a hole in its mask, or a sequence is longer than the row length.
     """
-    devices, shards = (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])
+    devices, shards = num_row_shards(mesh), 1 if mesh is None else mesh.shape["context"]
     packed = pack_on_host(
         sequences,
         packing,
