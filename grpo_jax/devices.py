@@ -8,6 +8,10 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array
+
+HOST_MEMORY = "pinned_host"
+"""The host's memory that devices copy from and to by themselves."""
 
 
 class Planned(NamedTuple):
@@ -73,3 +77,35 @@ def device_bytes(devices: Sequence[Any]) -> int | None:
     """
     sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
     return min(sizes) if all(sizes) else None
+
+
+def check_host_memory(device: Any, setting: str, advice: str) -> None:
+    """Check that a device can keep arrays in the host's memory.
+
+    Args:
+        device: one of those that compute.
+        setting: what needs it, such as ``remat is offload``.
+        advice: what to do without.
+
+    Raises:
+        ValueError: it has no ``HOST_MEMORY``.
+    """
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if kinds and HOST_MEMORY not in kinds:  # none are known of a device that is only compiled for
+        raise ValueError(
+            f"{setting}, which needs {HOST_MEMORY} memory; {device.device_kind} has {', '.join(kinds)}: {advice}"
+        )
+
+
+def to_device(tree: Any) -> Any:
+    """A tree of arrays, inside a jitted function, with those in the host's memory moved to the device's.
+
+    Args:
+        tree: any pytree of arrays.
+    """
+
+    def move(x: Array) -> Array:
+        is_on_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if is_on_host else x
+
+    return jax.tree.map(move, tree)

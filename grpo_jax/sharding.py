@@ -34,34 +34,26 @@ TOKENS = P(ROW_AXES, "context")
 """Rows and tokens of activations in training."""
 EXPERT_AXES = ("expert", "tensor")
 """Axes over which experts are sharded."""
-HOST_MEMORY = "pinned_host"
-"""The host's memory that devices copy from and to by themselves."""
 
 PARAM_RULES = (
     (r"(embed|lm_head)/embedding$", P("tensor", "fsdp")),
-    (r"(q|k|v|out_gate)/kernel$", P("fsdp", "tensor", None)),
-    (r"q_b/kernel$", P("fsdp", "tensor", None)),
-    (r"(q_a|kv_a)/kernel$", P("fsdp", None)),
-    (r"(q_a|kv_a)/bias$", P()),
-    (r"attention/(k_b|v_b)$", P("fsdp", "tensor", None)),
+    (r"(q|k|v|out_gate|q_b)/kernel$|attention/(k_b|v_b)$", P("fsdp", "tensor", None)),
+    (r"(q_a|kv_a|router|shared_gate|score|value)/kernel$", P("fsdp", None)),
     (r"attention/sinks$", P("tensor")),
     (r"experts/(gate|up)$", P(EXPERT_AXES, "fsdp", None)),
     (r"experts/down$", P(EXPERT_AXES, None, "fsdp")),
     (r"experts/(gate|up|down)_bias$", P(EXPERT_AXES, None)),
-    (r"mlp/(router/bias|selection_bias)$", P()),
-    (r"mlp/(router|shared_gate)/kernel$", P("fsdp", None)),
     (r"(q|k|v)/bias$", P("tensor", None)),
     (r"o/kernel$", P("tensor", None, "fsdp")),
     (r"(gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(gate|up)/bias$", P("tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
     (r"(o|down)/bias$", P()),
-    (r"(score|value)/kernel$", P("fsdp", None)),
     (r"(q|k|v|gate|up)/kernel_lora_a$", P("fsdp", None)),
     (r"(q|k|v|gate|up)/kernel_lora_b$", P(None, "tensor")),
     (r"(o|down)/kernel_lora_a$", P("tensor", None)),
     (r"(o|down)/kernel_lora_b$", P(None, "fsdp")),
-    (r"/scale$|norm/bias$", P()),
+    (r"/scale$|(norm|q_a|kv_a|router)/bias$|selection_bias$", P()),
 )
 """Patterns of parameter paths and the sharding of their dimensions; the first match applies."""
 
@@ -348,38 +340,6 @@ def place(tree: Any, sharding: Sharding | None) -> Any:
         return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
 
     return jax.tree.map(one, tree)
-
-
-def check_host_memory(device: Any, setting: str, advice: str) -> None:
-    """Check that a device can keep arrays in the host's memory.
-
-    Args:
-        device: one of those that compute.
-        setting: what needs it, such as ``remat is offload``.
-        advice: what to do without.
-
-    Raises:
-        ValueError: it has no ``HOST_MEMORY``.
-    """
-    kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if kinds and HOST_MEMORY not in kinds:  # none are known of a device that is only compiled for
-        raise ValueError(
-            f"{setting}, which needs {HOST_MEMORY} memory; {device.device_kind} has {', '.join(kinds)}: {advice}"
-        )
-
-
-def to_device(tree: Any) -> Any:
-    """A tree of arrays, inside a jitted function, with those in the host's memory moved to the device's.
-
-    Args:
-        tree: any pytree of arrays.
-    """
-
-    def move(x: Array) -> Array:
-        is_on_host = jax.typeof(x).memory_space == jax.memory.Space.Host
-        return jax.device_put(x, jax.memory.Space.Device) if is_on_host else x
-
-    return jax.tree.map(move, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -72,8 +72,20 @@ def test_kernels_over_context_are_plain_attention(name):
 
 
 def test_devices_of_context_are_replicas_of_the_sampler():
-    assert dict(rollout_mesh(mesh_of(1, 2, 1, 4), 1).shape) == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
-    assert dict(rollout_mesh(mesh_of(1, 2, 1, 4), 4).shape) == {"data": 2, "fsdp": 1, "context": 1, "tensor": 4}
+    assert dict(rollout_mesh(mesh_of(1, 2, 1, 4), 1).shape) == {
+        "data": 8,
+        "fsdp": 1,
+        "expert": 1,
+        "context": 1,
+        "tensor": 1,
+    }
+    assert dict(rollout_mesh(mesh_of(1, 2, 1, 4), 4).shape) == {
+        "data": 2,
+        "fsdp": 1,
+        "expert": 1,
+        "context": 1,
+        "tensor": 4,
+    }
     with pytest.raises(ValueError, match=r"rollout_tensor is 3; .* mesh.fsdp x mesh.context x mesh.tensor = 8"):
         rollout_mesh(mesh_of(1, 2, 1, 4), 3)
 

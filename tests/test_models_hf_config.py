@@ -254,7 +254,7 @@ def test_harmless_fields_change_nothing(name):
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types="),
         ({"is_causal": False}, "is_causal=False"),
         ({"num_experts": 8}, "num_experts=8"),
-        ({"quantization": {"bits": 4}}, "has a quantization: quantized weights cannot be trained"),
+        ({"quantization": {"bits": 4}}, "has a quantization, whose quantized weights are not read; use a"),
         ({"rope_scaling": {"type": "linear"}}, r"'linear' \(rope_parameters\) lacks \['factor'\]"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, r"has \['beta'\], which it does not read"),
         (

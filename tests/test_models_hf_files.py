@@ -249,7 +249,10 @@ def test_a_base_model_is_read_without_its_prefix(tied):
 
 def test_quantized_weights_are_named(folder):
     change(folder, {"model.layers.0.mlp.up_proj.weight_scale": np.ones(1, np.float32)})
-    with pytest.raises(ValueError, match=r"are quantized .*use the model's float32, bfloat16 or float16 checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match=r"are quantized .*its config.json has no quantization_config .*use the model's float32, bfloat16 or float16 checkpoint",
+    ):
         from_pretrained(folder)
 
 

@@ -24,8 +24,8 @@ from grpo_jax.sharding import (
 
 
 def test_mesh_takes_the_devices_that_are_left():
-    assert dict(make_mesh(fsdp=2).shape) == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
-    assert dict(make_mesh(data=1, tensor=2).shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 2}
+    assert dict(make_mesh(fsdp=2).shape) == {"data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
+    assert dict(make_mesh(data=1, tensor=2).shape) == {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
     assert make_mesh(data=1).size == 1
 
 
@@ -115,7 +115,7 @@ def test_the_sampler_has_the_heads_of_a_model_on_more_devices_than_training(size
     params = init_params(config, jax.random.key(0))
     mesh = make_mesh(**sizes)
     sampling = rollout_mesh(mesh, tensor)
-    assert dict(sampling.shape) == {"data": 8 // tensor, "fsdp": 1, "context": 1, "tensor": tensor}
+    assert dict(sampling.shape) == {"data": 8 // tensor, "fsdp": 1, "expert": 1, "context": 1, "tensor": tensor}
     assert list(sampling.devices.flat) == list(mesh.devices.flat)
     trained = jax.device_put(params, param_shardings(params, mesh))
     wanted = param_shardings(params, sampling, ROLLOUT_RULES)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import tyro
 
 from grpo_jax.config.run import MeshConfig, require_at_least
-from grpo_jax.devices import platform
+from grpo_jax.devices import check_host_memory, platform
 from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.hf_config import from_hf_config
 from grpo_jax.models.kernels import AttentionName
@@ -18,7 +18,6 @@ from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.positions import num_positions, read_decoder_config
 from grpo_jax.models.remat import Remat, check_remat
 from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import check_host_memory
 from grpo_jax.tasks.toy_config import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, TOY, ToyConfig
 
 PROMPT_AND_COMPLETION = "max_prompt_length + max_completion_length"

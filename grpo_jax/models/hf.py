@@ -27,14 +27,15 @@ from grpo_jax.models.hf_files import (
     removed_unless_whole,
     weight_files,
 )
+from grpo_jax.models.hf_headers import read_headers
 from grpo_jax.models.hf_sameness import check_same_checkpoint
+from grpo_jax.models.hf_schemes import without_scheme
 from grpo_jax.models.hf_text import text_config
 from grpo_jax.models.hf_weights import (
     check_num_layers,
     check_params,
     check_weights,
     load_params,
-    read_headers,
     save_params,
 )
 from grpo_jax.models.kernels import AttentionName
@@ -73,7 +74,7 @@ def from_pretrained(
     """Load a model from a local folder or the Hugging Face hub.
 
     Weights are read from safetensors one tensor at a time onto their devices, and only the local shards of each: host
-    memory holds the local part of one tensor. No code from a checkpoint is run.
+    memory holds the local part of one tensor. Quantized weights are dequantized. No code from a checkpoint is run.
 
     Args:
         name_or_folder: a folder, or a hub id such as ``Qwen/Qwen3-0.6B``.
@@ -166,7 +167,7 @@ def _described(
         build_model(config, **building),
         param_shapes(config, param_dtype),
         config,
-        hf_config,
+        without_scheme(hf_config),
         generation_config,
         tokenizer,
         eos_ids,
@@ -315,7 +316,7 @@ def save_pretrained(
     Args:
         folder: does not exist, or is empty.
         params: the parameters, on any devices; one file's tensors are in host memory at a time.
-        hf_config: becomes ``config.json``, with its dtype updated and ``architectures`` added if missing.
+        hf_config: becomes ``config.json``, with its dtype updated, ``architectures`` added and quantization left out.
         tokenizer: written with its chat template if given. An unchanged tokenizer of ``from_pretrained`` is written as
             its original files, byte for byte.
         generation_config: becomes ``generation_config.json`` if given.
@@ -389,7 +390,8 @@ def _wait_for_all(stage: str) -> None:
 def _exported_config(hf_config: Mapping[str, Any], params: Params, dtype: Any) -> dict[str, Any]:
     name = np.dtype(dtype or jax.tree.leaves(params)[0].dtype).name
     fields = [field for field in ("torch_dtype", "dtype") if field in hf_config] or ["dtype"]
-    return {"architectures": [family_of(hf_config).architecture], **hf_config, **dict.fromkeys(fields, name)}
+    exported = {"architectures": [family_of(hf_config).architecture], **without_scheme(hf_config)}
+    return exported | dict.fromkeys(fields, name)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from grpo_jax.models.hf_fields import (
 )
 from grpo_jax.models.hf_files import cut
 from grpo_jax.models.hf_rope import read_ropes
+from grpo_jax.models.hf_schemes import read_scheme, without_scheme
 from grpo_jax.models.hf_text import MULTIMODAL, is_multimodal, text_config
 
 Fields = Mapping[str, Any]
@@ -151,13 +152,8 @@ def _has_scalar_head(hf_config: Fields) -> bool:
 
 def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
     """The family's fields with defaults filled in; raises if another field may have an effect."""
-    for name in ("quantization_config", "quantization", "compression_config"):
-        if hf_config.get(name):
-            method = hf_config[name].get("quant_method") if isinstance(hf_config[name], Mapping) else None
-            raise ValueError(
-                f"config.json has a {name}{f' ({method})' if method else ''}: quantized weights cannot be trained; "
-                "use the model's float32, bfloat16 or float16 checkpoint"
-            )
+    read_scheme(hf_config)
+    hf_config = without_scheme(hf_config)
     fields = {**family.fields, **{name: hf_config[name] for name in family.fields if name in hf_config}}
     missing = [name for name, value in fields.items() if value is REQUIRED]
     if missing:
@@ -210,15 +206,9 @@ def _has_no_effect(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
         return True
     fixed = family_of(hf_config).fixed
     if name in fixed:
-        wanted = fixed[name]
-        return (
-            wanted(value)
-            if callable(wanted)
-            else value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
-        )
+        return fixed[name](value) if callable(fixed[name]) else _is_same(value, fixed[name])
     if name in HARMLESS_AT:
-        off = HARMLESS_AT[name]
-        return value == off and isinstance(value, bool) == isinstance(off, bool)
+        return _is_same(value, HARMLESS_AT[name])
     # Sizes of windows that are switched off are often left in the config.
     if name in ("sliding_window", "max_window_layers", "sliding_window_size"):
         return hf_config.get("use_sliding_window") is False
@@ -226,6 +216,11 @@ def _has_no_effect(name: str, value: Any, hf_config: Mapping[str, Any]) -> bool:
         no_window = hf_config["model_type"] == "llama" or hf_config.get("sliding_window", 0) is None
         return no_window and value == ["full_attention"] * hf_config["num_hidden_layers"]
     return False
+
+
+def _is_same(value: Any, wanted: Any) -> bool:
+    """Whether two values of a field are equal; true and 1 are not."""
+    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
 
 
 def _layer_types(fields: Fields, family: Family) -> tuple[str, ...]:

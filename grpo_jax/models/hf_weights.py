@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,26 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax import hosts
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.hf_files import INDEX_FILE, cut, weight_files
+from grpo_jax.models.hf_files import INDEX_FILE, config_file, cut, read_json, weight_files
+from grpo_jax.models.hf_headers import NUMPY_DTYPES, Stored, read_headers
 from grpo_jax.models.hf_keys import EMBEDDING_SUFFIX, LAYER, Entry, _flatten, best_table, key_table
 from grpo_jax.models.hf_layouts import View
+from grpo_jax.models.hf_quantized import Quantized, dequantized, log_dequantized
 from grpo_jax.models.hf_reading import reading_sharding, redistributed
+from grpo_jax.models.hf_schemes import read_scheme
+from grpo_jax.models.hf_text import text_config
 from grpo_jax.models.parameters import param_shapes
 from grpo_jax.types import Params
 
 QUANTIZED = re.compile(
     r"\.(weight_scale(_inv)?|weight_packed|weight_zero_point|qweight|qzeros|g_idx|SCB|scales|absmax|quant_map)$|"
+    r"_proj_(blocks|scales)$|"
     r"\.weight\.(absmax|quant_map|quant_state\..*)$"
 )
-HEADER_SIZE_BYTES = 8  # size of the JSON header at the start of a safetensors file, little-endian
-NUMPY_DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16}
 COMPARED_BYTES = 64 * 2**20
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 """Prefixes of the tensors of a multimodal model's text part."""
@@ -43,27 +45,6 @@ OTHER_PARTS = tuple(
     for part in ("visual", "vision_tower", "vision_model", "multi_modal_projector", "mtp")
 )
 """Prefixes of the tensors that are not read."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as described in the header of its file.
-
-    Attributes:
-        file: the safetensors file.
-        shape: of the stored tensor.
-        dtype: in the notation of safetensors, such as ``BF16``.
-        offset: of its first byte in the file.
-    """
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-
-    def mapped(self) -> np.ndarray:
-        """The tensor as a read-only memory map of the file."""
-        return np.asarray(np.memmap(self.file, NUMPY_DTYPES[self.dtype], "r", self.offset, self.shape))
 
 
 def load_params(
@@ -85,9 +66,12 @@ def load_params(
         FileNotFoundError: as ``weight_files``.
         ValueError: tensors that are missing, surplus, of another shape or of a dtype other than float32, bfloat16 and
             float16 (one error lists all); tensors with NaN or infinity, in the file or in ``param_dtype`` (one error);
-            an ``lm_head.weight`` that differs from the embedding it is tied to; or a damaged file.
+            quantized tensors that ``config.json`` does not describe (one error); an ``lm_head.weight`` that differs
+            from the embedding it is tied to; or a damaged file.
     """
     table, stored = check_weights(folder, config)
+    if jax.process_index() == 0:
+        log_dequantized(folder, stored)
     shapes = param_shapes(config, param_dtype)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -120,7 +104,7 @@ def load_params(
     return unflatten_dict(params, sep="/")
 
 
-def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry], dict[str, Stored]]:
+def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry], dict[str, Stored | Quantized]]:
     """Check by the headers of a checkpoint's files that it has the weights of a decoder, and no others.
 
     Args:
@@ -134,9 +118,10 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry]
         FileNotFoundError: as ``weight_files``.
         ValueError: as ``load_params``, except for the values of weights.
     """
-    stored = read_headers(weight_files(folder))
-    stored = {name: tensor for name, tensor in stored.items() if not _is_other(name, stored)}
-    check_num_layers(folder, stored, config.num_layers)
+    found = read_headers(weight_files(folder))
+    found = {name: tensor for name, tensor in found.items() if not _is_other(name, found)}
+    check_num_layers(folder, found, config.num_layers)
+    stored = dequantized(folder, found, read_scheme(text_config(read_json(config_file(folder)))))
     prefix = _prefix(stored)
     shapes = {f"model.{name.removeprefix(prefix)}": tensor.shape for name, tensor in stored.items()}
     table = {
@@ -146,32 +131,6 @@ def check_weights(folder: Path, config: DecoderConfig) -> tuple[dict[str, Entry]
     expected = {name: entry.view.stored for entry in table.values() for name in entry.names}
     _check_tensors(folder, expected, stored, config)
     return table, stored
-
-
-def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
-    """The tensors in safetensors files, by name.
-
-    Raises:
-        ValueError: a damaged file, or a tensor in two files.
-    """
-    stored: dict[str, Stored] = {}
-    for file in files:
-        try:
-            safe_open(file, framework="np")  # checks that the header and the file's size agree
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is damaged or not a safetensors file ({error}); download or export it again"
-            ) from error
-        with file.open("rb") as opened:
-            header_size = int.from_bytes(opened.read(HEADER_SIZE_BYTES), "little")
-            header = json.loads(opened.read(header_size))
-        header.pop("__metadata__", None)
-        for name, tensor in header.items():
-            if name in stored:
-                raise ValueError(f"both {stored[name].file} and {file.name} have {name}; keep one of the files")
-            offset = HEADER_SIZE_BYTES + header_size + tensor["data_offsets"][0]
-            stored[name] = Stored(file, tuple(tensor["shape"]), tensor["dtype"], offset)
-    return stored
 
 
 def _is_other(name: str, stored: Collection[str]) -> bool:
@@ -187,7 +146,7 @@ def _prefix(stored: Iterable[str]) -> str:
     return next((prefix for prefix in ("model.", "", *TEXT_PREFIXES) if prefix in found), "model.")
 
 
-def _prefixed(name: str, prefix: str, stored: Mapping[str, Stored]) -> str:
+def _prefixed(name: str, prefix: str, stored: Mapping[str, Stored | Quantized]) -> str:
     """The name of a tensor in a checkpoint whose decoder has another prefix than ``model.``."""
     if name.startswith("model."):
         return prefix + name.removeprefix("model.")
@@ -216,13 +175,16 @@ def check_num_layers(folder: Path, stored: Iterable[str], num_layers: Any) -> No
 
 
 def _check_tensors(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], config: DecoderConfig
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Stored | Quantized],
+    config: DecoderConfig,
 ) -> None:
     quantized = [name for name in stored if QUANTIZED.search(name)]
     if quantized:
         raise ValueError(
-            f"the weights in {folder} are quantized (they have {cut(quantized, 3)}), and quantized weights cannot be "
-            "trained; use the model's float32, bfloat16 or float16 checkpoint"
+            f"the weights in {folder} are quantized (they have {cut(quantized, 3)}), but its config.json has "
+            "no quantization_config by which they are read; use the model's float32, bfloat16 or float16 checkpoint"
         )
     if not any(name in stored for name in expected if LAYER.search(name)):
         raise ValueError(
@@ -243,7 +205,7 @@ def _check_tensors(
         raise ValueError(f"the weights in {folder} do not fit its config.json:\n  {listed}")
 
 
-def _naming(stored: Mapping[str, Stored]) -> str:
+def _naming(stored: Mapping[str, Stored | Quantized]) -> str:
     """A description of unexpected tensor names, and how to convert them."""
     tables = [name for name in stored if name.endswith(EMBEDDING_SUFFIX)]
     prefix = tables[0].removesuffix(EMBEDDING_SUFFIX) if tables else ""
@@ -256,7 +218,7 @@ def _naming(stored: Mapping[str, Stored]) -> str:
     return f"they are {cut(sorted(stored), 3)}; convert them to the names that transformers writes for this model_type"
 
 
-def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str, by_all: bool) -> None:
+def _check_tied_head(folder: Path, stored: Mapping[str, Stored | Quantized], table: str, by_all: bool) -> None:
     """Check that a stored head is the embedding; all processes together if ``by_all``, each a part of its rows."""
     head = stored.get("lm_head.weight")
     if head is None:
@@ -268,7 +230,8 @@ def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str, by_
         own, count = (jax.process_index(), jax.process_count()) if by_all else (0, 1)
         first, end = rows * own // count, rows * (own + 1) // count
         parts = (slice(row, min(row + step, end)) for row in range(first, end, step))
-        equal = all(np.array_equal(heads[part], tables[part].astype(heads.dtype)) for part in parts)
+        pairs = ((np.asarray(heads[part]), np.asarray(tables[part])) for part in parts)
+        equal = all(np.array_equal(head, table.astype(head.dtype)) for head, table in pairs)
     if by_all:
         equal = all(hosts.gather(equal, "the tied head", is_long=True))
     if not equal:
@@ -280,7 +243,7 @@ def _check_tied_head(folder: Path, stored: Mapping[str, Stored], table: str, by_
 
 
 def _load(
-    tensors: Sequence[Stored], entry: Entry, sharding: jax.sharding.Sharding, dtype: np.dtype
+    tensors: Sequence[Stored | Quantized], entry: Entry, sharding: jax.sharding.Sharding, dtype: np.dtype
 ) -> tuple[jax.Array, str | None]:
     """A parameter on its devices, and a description of its local values that are not finite, if any."""
     read, counts = {}, []

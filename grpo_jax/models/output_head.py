@@ -64,8 +64,8 @@ def make_token_scores(
                     return log_probs[:, :T], entropies[:, :T]
             else:
                 warnings.warn(
-                    f"{hidden.shape[0]} rows do not divide over {row_axes(mesh)} = {num_row_shards(mesh)} devices: logits "
-                    "are exchanged between them in every chunk",
+                    f"{hidden.shape[0]} rows do not divide over {row_axes(mesh)} = {num_row_shards(mesh)} devices: "
+                    "logits are exchanged between them in every chunk",
                     stacklevel=2,
                 )
         return scored(method, hidden, table, token_ids, mask, temperature)

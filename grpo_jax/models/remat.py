@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-from grpo_jax.sharding import HOST_MEMORY, check_host_memory
+from grpo_jax.devices import HOST_MEMORY, check_host_memory
 
 Remat = Literal["none", "block", "offload"]
 

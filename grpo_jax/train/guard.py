@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from grpo_jax.sharding import to_device
+from grpo_jax.devices import to_device
 from grpo_jax.train.trainable import join, trainable_part
 from grpo_jax.types import Params, TrainState
 

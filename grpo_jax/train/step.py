@@ -14,9 +14,9 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key
 
-from grpo_jax.devices import platform
+from grpo_jax.devices import HOST_MEMORY, check_host_memory, platform, to_device
 from grpo_jax.sampling import check_key
-from grpo_jax.sharding import HOST_MEMORY, check_host_memory, place, to_device
+from grpo_jax.sharding import place
 from grpo_jax.train.forward import Sequences, Tokens
 from grpo_jax.train.guard import guarded_update
 from grpo_jax.train.packing import in_batch_order, micro_batch
@@ -251,7 +251,7 @@ def init_state(
         offload: what lies in the host's memory, and on the devices only while a program computes with it.
 
     Raises:
-        ValueError: as ``opt_state_shapes`` and ``sharding.check_host_memory``, before anything is computed.
+        ValueError: as ``opt_state_shapes`` and ``devices.check_host_memory``, before anything is computed.
     """
     if offload:
         device = next(iter(replicated.device_set))
