@@ -1,5 +1,7 @@
 """Scores, gradients and samples of a decoder on any mesh, to compare meshes with one device."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,16 @@ from grpo_jax.data.prompts import pad_prompts
 from grpo_jax.models import build_model, from_hf_config
 from grpo_jax.rollout import Sampler
 from grpo_jax.sampling import Sampling
-from grpo_jax.sharding import BATCH, ROLLOUT_RULES, make_mesh, param_shardings, place, rollout_mesh, shard_rows
+from grpo_jax.sharding import (
+    BATCH,
+    ROLLOUT_RULES,
+    ROW_AXES,
+    make_mesh,
+    param_shardings,
+    place,
+    rollout_mesh,
+    shard_rows,
+)
 from grpo_jax.train import completion_log_probs, completion_values, micro_batch, pack, packed_log_probs
 from grpo_jax.train.packing import in_batch_order
 from grpo_jax.types import Batch, Packed
@@ -57,7 +68,7 @@ def sequences_of(layout, batch, mesh):
         segments = np.where(columns < first, 1, np.where(columns < both, 2, 0)).astype(np.int32)
         positions = np.where(columns < first, columns, columns - first).astype(np.int32)
         return shard_rows(Packed(ids, segments, positions, segments > 0), mesh)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     tokens = ROWS * ROW_LENGTH // (devices * mesh.shape["context"])
     packed = pack(batch, layout, micro_batch_tokens=tokens, mesh=mesh, row_length=ROW_LENGTH)
     assert int(packed.count) == 1
@@ -112,6 +123,6 @@ def sampled(config, params, mesh, tensor):
     return sampler.on_host(params, padded, jax.random.key(0))
 
 
-def mesh_of(data, fsdp, tensor, context=1):
+def mesh_of(data, fsdp, tensor, context=1, expert=1):
     """A mesh of these sizes."""
-    return make_mesh(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    return make_mesh(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)

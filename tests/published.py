@@ -17,9 +17,11 @@ FACTS = json.loads((Path(__file__).parent / "data" / "published_configs.json").r
 RECONSTRUCTED = frozenset(FACTS["reconstructed"])
 PUBLISHED = FACTS["published"] | FACTS["reconstructed"]
 
-# The length from which scaled rotary frequencies differ, and the window; tests use sequences several times as long.
-ORIGINAL_LENGTH = 16
+# The window, and the length from which what scales with the length differs; tests use sequences several times as long.
 WINDOW = 6
+ORIGINAL_LENGTH = 16
+# YaRN's frequencies are those of all lengths, and its borders fall within so few of them only at a greater length.
+YARN_ORIGINAL_LENGTH = 1024
 # Stored with a head of their own, though the config does not say so and transformers' default is to tie it.
 UNTIED = frozenset({"Mistral-Small-3.1-24B"})
 # Model types that a class of transformers reads under another name.
@@ -35,10 +37,10 @@ SIZES = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 16,
     "v_head_dim": 16,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
     "num_experts_per_tok": 2,
     "experts_per_token": 2,
     "bos_token_id": 2,
@@ -162,12 +164,15 @@ def _shrink_rope(text, given):
     scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
     original = scaling.get("original_max_position_embeddings", text.get("original_max_position_embeddings"))
     length = given("max_position_embeddings")
-    text["max_position_embeddings"] = ORIGINAL_LENGTH * length // original if original else 128
+    is_yarn = scaling.get("rope_type", scaling.get("type")) == "yarn" and "llama_4_scaling_beta" not in scaling
+    small = YARN_ORIGINAL_LENGTH if is_yarn else ORIGINAL_LENGTH
+    small = small if scaling else 128
+    text["max_position_embeddings"] = small * length // original if original else 128
     for fields in (scaling, text):
         if "original_max_position_embeddings" in fields:
-            fields["original_max_position_embeddings"] = ORIGINAL_LENGTH
+            fields["original_max_position_embeddings"] = small
     if "initial_context_length" in text:
-        text["initial_context_length"] = ORIGINAL_LENGTH
+        text["initial_context_length"] = small
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     pairs = int(head_dim * (text.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0)) // 2
     for name in ("long_factor", "short_factor"):
@@ -235,11 +240,13 @@ def _randomise(name, weight, gain, embedding, model_type):
     elif "embed" in name or "lm_head" in name:
         weight.normal_(0.0, embedding if "embed" in name else 0.7)
     elif "conv1d" in name:
-        weight.normal_(0.0, 1.0)
+        weight.normal_(0.0, 1.5)
     elif weight.ndim >= 2:
         # gpt-oss stores experts as [E, in, out], every other family as [..., out, in].
         fan_in = weight.shape[-2] if model_type == "gpt_oss" and weight.ndim == 3 else weight.shape[-1]
-        weight.normal_(0.0, 1.2 / fan_in**0.5)
+        # Activations of gpt-oss are clamped at 7.
+        gate = 4.0 if model_type == "gpt_oss" and leaf == "gate_up_proj" else 1.2
+        weight.normal_(0.0, gate / fan_in**0.5)
         if "q_proj" in name:
             weight.mul_(gain)
 
@@ -250,7 +257,53 @@ def write_published(folder, name, seed=0):
     model = published_torch_model(config | ({"tie_word_embeddings": False} if name in UNTIED else {}), seed)
     model.save_pretrained(folder)
     (Path(folder) / "config.json").write_text(json.dumps(config))
+    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": [1], "pad_token_id": 0}))
     return model
+
+
+def add_predictor(folder):
+    """Add the layer that predicts one more token, as the makers publish it and transformers passes over it."""
+    from safetensors.numpy import load_file, save_file
+
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    text = text_fields(json.loads((path.parent / "config.json").read_text()))
+    hidden = text["hidden_size"]
+    last = next(name for name in sorted(tensors) if f".layers.{text['num_hidden_layers'] - 1}." in name)
+    layer = last[: last.index(".layers.")] + f".layers.{text['num_hidden_layers'] - 1}."
+    norms = {name: np.ones(hidden, np.float32) for name in ("enorm", "hnorm", "shared_head.norm")}
+    if text["model_type"].startswith("qwen3"):
+        own, more = "mtp.layers.0.", {"mtp.fc.weight": np.ones((hidden, 2 * hidden), np.float32)}
+        more |= {
+            f"mtp.{name}.weight": norms["enorm"] for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+        }
+    else:
+        own = f"model.layers.{text['num_hidden_layers']}."
+        more = {f"{own}{name}.weight": norm for name, norm in norms.items()}
+        more[f"{own}eh_proj.weight"] = np.ones((hidden, 2 * hidden), np.float32)
+        more[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"]
+        more[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    copied = {name.replace(layer, own): tensors[name] for name in tensors if name.startswith(layer)}
+    copies = {name: array.copy() for name, array in (copied | more).items()}
+    save_file(tensors | copies, path, metadata={"format": "pt"})
+
+
+def fuse_experts(folder):
+    """Store the experts of a layer in two tensors, as some makers publish what transformers writes one by one."""
+    from safetensors.numpy import load_file, save_file
+
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    for layer in [
+        name.removesuffix("0.up_proj.weight") for name in tensors if name.endswith("experts.0.up_proj.weight")
+    ]:
+        count = sum(name.startswith(layer) and name.endswith("up_proj.weight") for name in tensors)
+        gate, up, down = (
+            np.stack([tensors.pop(f"{layer}{i}.{kind}_proj.weight") for i in range(count)])
+            for kind in ("gate", "up", "down")
+        )
+        tensors |= {f"{layer}gate_up_proj": np.concatenate([gate, up], axis=1), f"{layer}down_proj": down}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def load_published(folder):
