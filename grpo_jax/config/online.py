@@ -86,6 +86,9 @@ class OnlineConfig(RunConfig, PolicyConfig):
     """Steps that sampling is ahead of training: batch n is sampled from the policy after step n - 1 - staleness, while
     earlier batches are scored. Importance weights correct for it (importance_cap, or old_log_probs sampler). 0: on
     policy. (AReaL: max_head_offpolicyness; NeMo RL: max_trajectory_age_steps.)"""
+    router_replay: Annotated[bool, tyro.conf.Suppress] = True
+    """In updates of a mixture of experts, use the experts that the sampler chose for each token (arXiv 2510.11370), and
+    not those that the trainer would choose: rounding makes them differ, and then so do the log-probabilities."""
     bad_updates: Annotated[BadUpdates, tyro.conf.Suppress] = "refuse"
     """Updates with a loss or gradient that is not finite, or a gradient above skip_grad_norm, are never applied. refuse
     (also with skip_grad_norm) ends the run at the first; skip goes on without them, for up to 10 steps in a row."""

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from grpo_jax import loss
 from grpo_jax.config.functions import accepted, call_with, find_function, parse_call
+from grpo_jax.masked import mean_pair
 from grpo_jax.train.optimizer import adamw, lion, make_schedule, muon
+from grpo_jax.train.router import RouterLosses, RouterTerms
 from grpo_jax.train.step import LossFn, check_loss_output, opt_state_shapes
 from grpo_jax.types import Batch, Mean, Metrics, Params
 
@@ -48,13 +50,14 @@ SMALL_MODEL = {
 LOSS_INPUTS = (
     *("log_probs", "advantages", "mask", "old_log_probs", "ref_log_probs", "rollout_log_probs", "entropy"),
     *("epsilon_low", "epsilon_high", "kl", "kl_coef", "kl_correction", "entropy_coef", "importance_cap"),
-    "max_completion_length",
+    *("max_completion_length", "auxiliary"),
 )
 BadUpdates = Literal["refuse", "skip"]
 """Whether a run ends at an update that cannot be applied, or goes on without it."""
 GUARD_FIELDS = ("bad_updates", "optimizer.skip_grad_norm", "critic_optimizer.skip_grad_norm")
 """Fields that may change on resume, so that a run can go on past a bad update."""
-LogProbs = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
+LogProbs = Callable[[Params, Batch], tuple[Any, ...]]
+"""``(params, batch) -> (log-probabilities [B, T], entropies [B, T])``, and the terms of a router's losses if any."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,13 @@ class PolicyLossConfig:
     """KL estimator in the loss: k1, k2, k3 or module:function(log_probs, ref_log_probs)."""
     kl_correction: bool = False
     """Weight the KL in the loss by the importance ratio, which makes its gradient that of the KL."""
+    router_balance_coef: Annotated[float, tyro.conf.Suppress] = 0.0
+    """Coefficient of the load-balancing loss of a mixture of experts, for each completion."""
+    router_z_coef: Annotated[float, tyro.conf.Suppress] = 0.0
+    """Coefficient of the z-loss of a mixture's router, which keeps its logits small."""
 
     def __post_init__(self):
-        for name in ("epsilon_low", "epsilon_high", "kl_coef"):
+        for name in ("epsilon_low", "epsilon_high", "kl_coef", "router_balance_coef", "router_z_coef"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
@@ -196,6 +203,11 @@ class PolicyLossConfig:
         for name in ("epsilon_low", "epsilon_high", "entropy_coef", "importance_cap", "kl_coef", "kl_correction"):
             if getattr(self, name) and known is not None and name not in known:
                 raise ValueError(f"{name} is set, but the loss {self.loss} has no argument {name}; leave it out")
+        if self.router_losses.are_used and known is not None and "auxiliary" not in known:
+            raise ValueError(
+                f"router_balance_coef or router_z_coef is set, but the loss {self.loss} has no argument auxiliary, to "
+                "which they are added; leave them out"
+            )
 
     def check(self, *, has_old: bool, has_reference: bool, needs_token_mean: bool = False) -> None:
         """Trace the loss on small arrays, so that a mistake in the user's own is found before a model is loaded.
@@ -247,7 +259,7 @@ class PolicyLossConfig:
 
         Args:
             log_probs: ``(params, batch) -> (log-probabilities, entropy)``, such as ``train.completion_log_probs`` of a
-                model.
+                model; or with the terms of a router's losses as a third result, as of ``train.routed_log_probs``.
             max_completion_length: T, the constant that Dr.GRPO divides by.
             sampler_alters_policy: whether the sampler draws from a modified distribution, such as top-p. Its
                 log-probabilities then differ from the policy's by design, and are compared only where importance_cap
@@ -268,8 +280,9 @@ class PolicyLossConfig:
         compare = self.importance_cap is not None or not sampler_alters_policy
 
         def loss_fn(params: Params, batch: Batch) -> tuple[Mean, Metrics]:
-            new_log_probs, entropy = log_probs(params, batch)
-            return call_with(
+            new_log_probs, entropy, *terms = log_probs(params, batch)
+            auxiliary, of_router = self._of_router(terms, batch.loss_mask)
+            loss, metrics = call_with(
                 policy_loss,
                 new_log_probs,
                 batch.advantages,
@@ -278,7 +291,22 @@ class PolicyLossConfig:
                 ref_log_probs=batch.ref_log_probs,
                 rollout_log_probs=batch.rollout_log_probs if compare else None,
                 entropy=entropy,
+                **auxiliary,
                 **settings,
             )
+            return loss, metrics | of_router
 
         return loss_fn
+
+    @property
+    def router_losses(self) -> RouterLosses:
+        """The losses of a mixture's router."""
+        return RouterLosses(self.router_balance_coef, self.router_z_coef)
+
+    def _of_router(self, terms: list[RouterTerms], mask: Array) -> tuple[dict[str, Array], Metrics]:
+        """What a router's losses add to each token's loss, and their metrics."""
+        if not terms:
+            return {}, {}
+        losses, of_tokens = self.router_losses, terms[0]
+        metrics: Metrics = {f"router/{name}_loss": mean_pair(x, mask) for name, x in of_tokens._asdict().items()}
+        return {"auxiliary": losses.balance * of_tokens.balance + losses.z * of_tokens.z}, metrics

@@ -51,6 +51,8 @@ class BatchLayout:
 
     def __call__(self, sequences: Sequences) -> PackedBatch | Sequences:
         """The sequences for a train step or ``make_log_prob_fn``, on the mesh."""
+        if not self._config.router_replay:
+            sequences = replace(sequences, prompt_experts=None, completion_experts=None)
         if self.packing is None:
             return shard_rows(cut(sequences), self._mesh)
         return pack(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from grpo_jax import loss
 from grpo_jax.config.dpo import DPOConfig
@@ -18,6 +19,7 @@ from grpo_jax.train import (
     pair_log_probs,
     pair_scores,
     policy_and_values,
+    routed_log_probs,
 )
 from grpo_jax.types import Batch, Mean, Model, Packed, Pairs, Params
 
@@ -31,7 +33,17 @@ def policy_loss(config: GRPOConfig | PPOConfig, model: Model, *, log_probs: LogP
         log_probs: ``(params, batch) -> (log-probabilities, entropy)``; None for ``model``'s.
     """
     if log_probs is None:
-        log_probs = partial(completion_log_probs, model, temperature=config.sampling.temperature)
+        losses = config.policy_loss.router_losses
+        if losses.are_used and model.routing is None:
+            raise ValueError(
+                "policy.router_balance_coef and policy.router_z_coef are of a mixture of experts, and this model has "
+                "none; leave them out"
+            )
+        options: dict[str, Any] = {"temperature": config.sampling.temperature}
+        if losses.are_used:
+            log_probs = partial(routed_log_probs, model, losses=losses, **options)
+        else:
+            log_probs = partial(completion_log_probs, model, **options)
     return config.policy_loss.build(
         log_probs, max_completion_length=config.completion_length, sampler_alters_policy=config.sampling.alters_policy
     )
@@ -66,6 +78,8 @@ def shared_trunk_loss(config: PPOConfig, model: Model, *, critic_alone: bool) ->
         model: of the actor.
         critic_alone: whether only the value head is trained.
     """
+    if config.policy_loss.router_losses.are_used:
+        raise ValueError("with critic head, the losses of a router are not implemented; set critic to model")
     outputs = partial(policy_and_values, model, temperature=config.sampling.temperature)
 
     def loss_fn(params: Params, batch: Batch):

@@ -160,10 +160,15 @@ class RolloutQueue:
             "lengths": np.zeros((self._staleness, B), np.int32),
             "truncated": np.zeros((self._staleness, B), bool),
         }
+        routing = self._collector.policy.model.routing
+        if routing is not None:
+            for name, length in (("prompt_experts", self._config.prompt_length), ("completion_experts", T)):
+                shape = (self._staleness, B, length, routing.num_layers, routing.per_token)
+                arrays[name] = np.zeros(shape, np.int16)
         for slot, waiting in enumerate(self._waiting):
             experience = waiting.sampled.result()
             arrays["lengths"][slot] = experience.lengths
-            for name in ("completion_ids", "rollout_log_probs", "truncated"):
+            for name in arrays.keys() - {"lengths"}:
                 arrays[name][slot] = getattr(experience.rollout, name)
         return {"policy": state, "queue": place(arrays, self._sharding)}
 
@@ -228,6 +233,6 @@ def _rollout(arrays: Mapping[str, np.ndarray], prompts: Prompts, *, group_size: 
         "prompt_ids": np.repeat(np.asarray(prompts.ids), group_size, axis=0),
         "prompt_mask": np.repeat(np.asarray(prompts.mask), group_size, axis=0),
         "completion_mask": columns < arrays["lengths"][:, None],
-        **{name: arrays[name] for name in ("completion_ids", "rollout_log_probs", "truncated")},
+        **{name: values for name, values in arrays.items() if name != "lengths"},
     }
     return Rollout(**fields)  # pyright: ignore[reportArgumentType]

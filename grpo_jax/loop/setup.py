@@ -246,6 +246,7 @@ def make_sampler(config: PolicyConfig, policy: models.Pretrained, layout: Rollou
         cache_bytes=config.cache_bytes,
         cache_dtype=config.cache_dtype,
         mesh=layout.mesh,
+        record_experts=True,
     )
 
 

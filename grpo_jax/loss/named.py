@@ -24,6 +24,7 @@ class GrpoOptions(TypedDict, total=False):
     kl_coef: Scalar
     kl_correction: bool
     entropy_coef: Scalar
+    auxiliary: Tokens | None
     importance_cap: float | None
 
 

@@ -48,6 +48,7 @@ def grpo_loss(
     kl_coef: Scalar = 0.0,
     kl_correction: bool = False,
     entropy_coef: Scalar = 0.0,
+    auxiliary: Tokens | None = None,
     importance_cap: float | None = None,
     aggregate: Callable[[Tokens, Mask], Mean] = sequence_mean,
 ) -> tuple[Mean, Metrics]:
@@ -74,6 +75,7 @@ def grpo_loss(
         kl_coef: weight of the KL in the loss (TRL: ``beta``).
         kl_correction: weight each token's KL by its token ratio, which makes the gradient that of the KL.
         entropy_coef: weight of the entropy bonus.
+        auxiliary: added to the loss of each token, such as weighted losses of a router; None for nothing.
         importance_cap: if given, each token's policy term is weighted by ``truncated_importance`` with this cap.
         aggregate: ``token_mean``, ``sequence_mean`` or a ``partial`` of ``constant_length``.
 
@@ -90,7 +92,7 @@ def grpo_loss(
     chex.assert_rank(log_probs, 2, custom_message="log_probs")
     chex.assert_type(mask, bool, custom_message="mask")
     check_shapes(log_probs.shape, mask=mask, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs)
-    check_shapes(log_probs.shape, rollout_log_probs=rollout_log_probs, entropy=entropy)
+    check_shapes(log_probs.shape, rollout_log_probs=rollout_log_probs, entropy=entropy, auxiliary=auxiliary)
     require("kl_coef", kl_coef, ref_log_probs=ref_log_probs)
     require("entropy_coef", entropy_coef, entropy=entropy)
     if importance_cap is not None and not importance_cap > 0:
@@ -121,6 +123,8 @@ def grpo_loss(
         metrics["entropy"] = mean_pair(entropy, mask)
         if not is_zero(entropy_coef):
             loss = loss - entropy_coef * entropy
+    if auxiliary is not None:
+        loss = loss + zero_where_masked(auxiliary, mask)
     return aggregate(loss, mask), metrics
 
 

@@ -92,7 +92,7 @@ class ContextAttention:
 
 
 def over_context(apply: Callable[..., Any], attention: ContextAttention) -> Callable[..., Any]:
-    """``types.Model.apply`` with tokens over ``context``, of whole sequences without a cache.
+    """``types.Routing.apply`` with tokens over ``context``, of whole sequences without a cache.
 
     Sequences are padded to a length that divides, with padding of position 0.
 
@@ -110,16 +110,24 @@ def over_context(apply: Callable[..., Any], attention: ContextAttention) -> Call
         start: Any = 0,
         prefixes: Sequence[Any] = (),
         block_bounds: Sequence[int] = (),
-    ) -> tuple[Float[Array, "B S D"], None]:
+        chosen: Int[Array, "B S L k"] | None = None,
+        with_logits: bool = False,
+    ) -> tuple[Float[Array, "B S D"], None, None]:
+        if with_logits:
+            raise ValueError("over mesh.context, a router's losses are not implemented; leave them out")
         if cache is not None or prefixes or block_bounds or isinstance(positions, dict) or start != 0:
             raise ValueError("over mesh.context, a model takes whole sequences with positions and no cache")
         mask = jnp.ones(token_ids.shape, bool) if mask is None else mask
         chex.assert_equal_shape([token_ids, positions, *jax.tree.leaves(mask)])
         more = attention.padded_length(token_ids.shape[1]) - token_ids.shape[1]
-        padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more))), (token_ids, positions, mask))
-        dealt = dealt_out(padded[:2], attention.mesh.shape["context"])
-        hidden, _ = apply(params, *dealt, padded[2])
-        return in_order(hidden, attention.mesh)[:, : token_ids.shape[1]], None
+
+        def padded(x: Array) -> Array:
+            return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+
+        inputs = jax.tree.map(padded, (token_ids, positions, chosen))
+        *dealt, of_experts = dealt_out(inputs, attention.mesh.shape["context"])
+        hidden, *_ = apply(params, *dealt, jax.tree.map(padded, mask), chosen=of_experts)
+        return in_order(hidden, attention.mesh)[:, : token_ids.shape[1]], None, None
 
     return apply_to_whole
 

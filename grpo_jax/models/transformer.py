@@ -309,8 +309,10 @@ def build_model(
         rest = (mask, cache, start, prefixes, block_bounds, chosen, with_logits, stacked)
         return module.apply(variables, token_ids, rotations, *rest)  # pyright: ignore[reportReturnType]
 
+    whole = over_context(apply_routed, kernel) if isinstance(kernel, ContextAttention) else apply_routed
+
     def apply(*args: Any, **options: Any) -> tuple[Float[Array, "B S D"], Cache]:
-        return apply_routed(*args, **options)[:2]
+        return whole(*args, **options)[:2]
 
     rope = partial(_compute_rotations, config)
 
@@ -320,7 +322,7 @@ def build_model(
         return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
     return Model(
-        over_context(apply, kernel) if isinstance(kernel, ContextAttention) else apply,
+        apply,
         rope,
         head,
         make_token_scores(head, logit_softcap=config.logit_softcap, mesh=mesh),
@@ -335,7 +337,7 @@ def build_model(
         attention_length=_attention_length(config),
         preparation=prepared,
         token_shards=1 if mesh is None else mesh.shape["context"],
-        routing=_routing(config, apply_routed),
+        routing=_routing(config, whole),
     )
 
 

@@ -10,6 +10,7 @@ from grpo_jax.train.forward import pair_log_probs as pair_log_probs
 from grpo_jax.train.forward import pair_scores as pair_scores
 from grpo_jax.train.forward import policy_and_values as policy_and_values
 from grpo_jax.train.forward import reward_model_scores as reward_model_scores
+from grpo_jax.train.forward import routed_log_probs as routed_log_probs
 from grpo_jax.train.forward import with_value_head as with_value_head
 from grpo_jax.train.optimizer import adamw as adamw
 from grpo_jax.train.optimizer import lion as lion
@@ -19,6 +20,7 @@ from grpo_jax.train.optimizer import muon as muon
 from grpo_jax.train.packing import micro_batch as micro_batch
 from grpo_jax.train.packing import pack as pack
 from grpo_jax.train.quantized_moments import scale_by_quantized_adam as scale_by_quantized_adam
+from grpo_jax.train.router import RouterLosses as RouterLosses
 from grpo_jax.train.step import LossFn as LossFn
 from grpo_jax.train.step import Offloaded as Offloaded
 from grpo_jax.train.step import compiler_options as compiler_options

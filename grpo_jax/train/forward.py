@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.masked import last_unmasked, positions
 from grpo_jax.train.packing import by_sequence
+from grpo_jax.train.router import RouterLosses, RouterTerms, router_terms
 from grpo_jax.types import Batch, Model, Packed, PackedRows, Pairs, Params, Rollout, cache_columns
 
 CHUNKS_OF_PACKED_ROWS = 8
@@ -62,11 +64,14 @@ def _experts(sequences: Sequences) -> Int[Array, "B S L k"] | None:
 
 def _apply(model: Model, inputs: tuple, experts: Int[Array, "B S L k"] | None, **options: Any) -> Float[Array, "B S D"]:
     """Hidden states of ``model.apply``, with recorded experts if there are any."""
-    if experts is None:
-        return model.apply(*inputs, **options)[0]
+    return model.apply(*inputs, **options)[0] if experts is None else _routed(model, inputs, experts, **options)[0]
+
+
+def _routed(model: Model, inputs: tuple, experts: Int[Array, "B S L k"] | None, **options: Any) -> tuple:
+    """Results of ``model.routing.apply``, with recorded experts if there are any."""
     if model.routing is None:
-        raise ValueError("the sequences have recorded experts, and this model has no experts")
-    return model.routing.apply(*inputs, **options, chosen=experts.astype(jnp.int32))[0]
+        raise ValueError("experts are recorded or have losses, and this model has no experts")
+    return model.routing.apply(*inputs, **options, chosen=None if experts is None else experts.astype(jnp.int32))
 
 
 def _whole_states(
@@ -153,6 +158,52 @@ def completion_log_probs(
     """
     predicting = _predicting_states(model, params, sequences)
     return predicting.token_scores(model, params, temperature=temperature, chunk_size=chunk_size)
+
+
+def routed_log_probs(
+    model: Model,
+    params: Params,
+    sequences: Sequences,
+    *,
+    losses: RouterLosses,
+    temperature: Scalar = 1.0,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tokens, Tokens, RouterTerms]:
+    """``completion_log_probs`` of a model with experts, and the terms of its router's losses for each completion token.
+
+    A term is that of the token before, from which the completion token is predicted.
+
+    Args:
+        model, params, sequences, temperature, chunk_size: as there.
+        losses: of the router.
+
+    Raises:
+        ValueError: at trace time, for a model without experts, or one whose tokens are split over devices.
+    """
+    if model.routing is None or model.token_shards > 1:
+        raise ValueError(f"{losses} need a model with experts whose tokens are not split over mesh.context")
+    rows, P = getattr(sequences, "rows", None), sequences.prompt_ids.shape[1]
+    score = partial(_Predicting.token_scores, temperature=temperature, chunk_size=chunk_size)
+    if rows is not None:
+        inputs = (params, rows.token_ids, rows.positions, rows.attention_mask)
+        hidden, _, routed = _routed(model, inputs, rows.experts, with_logits=True)
+        predicting = _Predicting(
+            rows.predicting(hidden), rows.target_ids, rows.target_mask, rows, sequences.completion_ids.shape[1]
+        )
+        terms = router_terms(model.routing, routed, rows.by_column()[1], rows.segment_ids)
+        moved = jax.tree.map(lambda x: rows.predicting(x[..., None])[..., 0], terms)
+        return *score(predicting, model, params), jax.tree.map(predicting.per_sequence, moved)
+    ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
+    mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
+    inputs = (params, ids, positions(mask), mask)
+    hidden, _, routed = _routed(model, inputs, _experts(sequences), with_logits=True)
+    counts = jnp.pad(sequences.completion_mask, ((0, 0), (P - 1, 1)))
+    terms = router_terms(model.routing, routed, counts, None)
+    own = slice(P - 1, -1)
+    predicting = _Predicting(
+        hidden[:, own], sequences.completion_ids, sequences.completion_mask, None, sequences.completion_ids.shape[1]
+    )
+    return *score(predicting, model, params), jax.tree.map(lambda x: x[:, own], terms)
 
 
 def completion_values(model: Model, params: Params, sequences: Sequences) -> Tokens:
