@@ -44,12 +44,13 @@ class PrefixCache:
 
     Attributes:
         cache: N entries of C columns, as returned by ``Model.apply``.
-        start: slot of the first column; negative for a prefix of the call's own cache. A token does not attend to slots
+        start: slot of the first token; negative for a prefix of the call's own cache. A token does not attend to slots
             after its own.
-        mask: False at columns that no token may attend to, such as padding; None if there are none.
+        mask: False at slots that no token may attend to, such as padding; None if there are none.
         gather_index: for each entry in turn, the rows that share it. Every entry has the same number of places; an
             unused place holds any row.
         scatter_index: position of each row in ``gather_index``.
+        length: slots of the prefix, of which layers with a ring cache hold only the last; None if all layers hold all.
     """
 
     cache: Cache
@@ -57,6 +58,7 @@ class PrefixCache:
     mask: Bool[Array, "N C"] | None = None
     gather_index: Int[Array, "devices places"] | None = None
     scatter_index: Int[Array, "devices rows"] | None = None
+    length: Int[Array, ""] | int | None = None
 
 
 def _unchanged(params: Params) -> Params:
@@ -139,10 +141,16 @@ class Model:
         token_scores: ``(params, hidden [B, T, D], token_ids [B, T], *, temperature, chunk_size, mask, min_chunks) ->
             (log-probabilities [B, T], entropies [B, T])``, as ``log_probs.chunked_log_probs`` of ``head(params)``;
             ``chunk_size`` counts tokens on a device, ``min_chunks`` is as in ``log_probs.ChunkedHead``.
-        init_cache: ``(batch, length, dtype) -> cache`` of zeros. ``dtype`` None is the model's compute dtype; a coarser
-            one rounds keys and values when they are written, and attention reads the rounded values.
-        first_columns: ``(cache, length) -> cache`` with the first ``length`` columns.
-        join_columns: caches of the same rows -> their concatenation along columns.
+        init_cache: ``(batch, length, dtype, ring=False) -> cache`` of zeros. ``dtype`` None is the model's compute
+            dtype; a coarser one rounds keys and values when they are written, and attention reads the rounded values.
+            With ``ring``, layers with a sliding window have no more columns than the window, rounded up to
+            ``COLUMNS``: the token of slot ``s`` is in column ``s`` modulo their number. Such a cache takes calls of
+            one token without a mask, at slots 0, 1, 2, ... in turn.
+        first_columns: ``(cache, length) -> cache`` of a ``PrefixCache`` with this ``length``: the first ``length``
+            columns of a cache that is not a ring, as a ring.
+        join_columns: ``(caches, starts, length) -> cache``: ring caches of the same rows, one after the other, as one
+            that continues the first. ``starts [written]`` are the slots of the first tokens of those that were written
+            to, the others are empty; ``length`` is the number of tokens in all of them.
         vocab_size: V; 1 for a reward model.
         logit_softcap: ``c`` in ``c * tanh(logits / c)`` on the output logits; None without.
         max_length: longest sequence that the model supports, in tokens; None if unknown.
@@ -163,7 +171,7 @@ class Model:
     token_scores: Callable[..., tuple[Float[Array, "B T"], Float[Array, "B T"]]]
     init_cache: Callable[..., Cache]
     first_columns: Callable[[Cache, int], Cache]
-    join_columns: Callable[[Sequence[Cache]], Cache]
+    join_columns: Callable[[Sequence[Cache], Int[Array, " written"], Int[Array, ""]], Cache]
     vocab_size: int
     logit_softcap: float | None = None
     max_length: int | None = None

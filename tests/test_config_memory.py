@@ -220,7 +220,7 @@ def decoding(rates, **changes):
     found = Decoding(
         decoder=DECODER,
         rows=256,
-        length=1536,
+        columns=28 * 1536,
         itemsize=2,
         cache_itemsize=2,
         cache_limit=0.2 * H100,
@@ -271,7 +271,11 @@ def test_the_default_for_the_sampler_follows_the_speed_of_the_devices(config, mo
     monkeypatch.setattr(memory, "device_bytes", lambda devices: H100)
     assert memory.choose_rollout_tensor(config, DECODER, axes) == 1  # a speed that is not known
     steps = decoding_of(config, DECODER, limit=H100, share=0.2, rates=H100_RATES)
-    assert (steps.rows, steps.length) == (config.num_completions, 1024 + 512 / 8)
+    assert (steps.rows, steps.columns) == (config.num_completions, 28 * (1024 + 512 / 8))
+    windows = replace(DECODER, windows=(100,) * 21 + (None,) * 7)
+    steps = decoding_of(config, windows, limit=H100, share=0.2, rates=H100_RATES)
+    assert steps.columns == 21 * (2 * 128 + 128 / 8) + 7 * (1024 + 512 / 8)
+    steps = decoding_of(config, DECODER, limit=H100, share=0.2, rates=H100_RATES)
     assert (steps.cache_limit, steps.cache_itemsize, steps.devices, steps.near) == (0.2 * H100, 2, 8, 8)
     small = replace(config, cache_bytes=800, cache_dtype="int8")
     steps = decoding_of(small, DECODER, limit=H100, share=0.2, rates=H100_RATES)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from grpo_jax.models.expert_blocks import ExpertParams, block_size, expert_blocks, sorted_rows
-from grpo_jax.models.expert_groups import expert_groups
+from grpo_jax.models.expert_groups import _outer, _outer_on_tpu, expert_groups
 from grpo_jax.models.experts import clamped_swiglu, expert_mlp, gated
 from grpo_jax.models.routing import (
     expert_load,
@@ -272,7 +272,12 @@ def naive(x, experts, weights, params, activation):
 
 
 ACTIVATIONS = {False: SILU, True: partial(clamped_swiglu, limit=1.0)}
-FUNCTIONS = {"blocks": expert_blocks, "groups": expert_groups, "chunks": partial(expert_groups, share=0.1)}
+FUNCTIONS = {
+    "blocks": expert_blocks,
+    "ragged": partial(expert_groups, layout="ragged"),
+    "chunks": partial(expert_groups, layout="ragged", share=0.1),
+    "slots": partial(expert_groups, layout="slots"),
+}
 
 
 def inputs_of(*, skips, tokens=N):
@@ -353,6 +358,12 @@ def test_a_token_alone_rounds_as_among_others():
     assert_near(few, many[:4], 1e-6)
 
 
+def test_the_kernel_of_matrix_gradients_on_tpus():
+    """Groups that share a tile, an empty one, and rows of no group."""
+    x, grad, sizes = normal(256, 130), normal(256, 72), jnp.asarray([100, 0, 57, 40], jnp.int32)
+    assert_near(_outer_on_tpu(x, grad, sizes, interpret=True), _outer(x, grad, sizes), 1e-6)
+
+
 def test_choices_are_sorted_by_expert_then_token():
     rows = sorted_rows(jnp.asarray([[2, 0], [9, 2], [0, -1]], jnp.int32), 3)
     assert rows.order.tolist()[:4] == [1, 4, 0, 3]
@@ -363,7 +374,7 @@ def test_bfloat16_products_round_once():
     params, (x, experts, weights) = expert_params(bias=True), inputs_of(skips=False)
     exact = naive(x, experts, weights, params, None)
     low = x.astype(jnp.bfloat16)
-    for kind in ("cpu", "tpu"):
+    for kind in ("cpu", "tpu", "gpu"):
         out = expert_mlp(low, experts, weights, params, activation=ACTIVATIONS[True], platform=kind)
         assert out.dtype == jnp.bfloat16
         assert_near(out.astype(jnp.float32), exact, 0.02)
@@ -390,7 +401,7 @@ def mesh_of(*shape):
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize(
     ("shape", "tokens"),
     [

@@ -4,10 +4,12 @@ Weights are random. Lengths are nearly all the longest, or approximately geometr
 a completion. With ``--against`` another implementation does the same work in the same process, alternating, and ratios
 of medians are reported: ``static`` is a plain loop (every row has its own prompt cache, batches of ``--static-rows``
 run until their last row ends, full-length cache, Gumbel noise for the whole vocabulary), ``generate`` is
-``rollout.generate`` (all rows in one batch), ``transformers`` is torch's. Prints one JSON line.
+``rollout.generate`` (all rows in one batch), ``transformers`` is torch's, and ``full_cache`` is ``rollout.Sampler``
+with layers of sliding windows that keep all keys and values. Prints one JSON line.
 
     python experiments/bench/rollout.py --mean-length 48 --max-completion-length 256 --against static
     python experiments/bench/rollout.py --rows 64 --against transformers
+    python experiments/bench/rollout.py --model small-windows --rows 8 --max-completion-length 4096 --against full_cache
     python experiments/bench/rollout.py --model qwen2.5-7b --rows 256 --dtype bfloat16          # on an accelerator
 """
 
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -30,12 +32,12 @@ import numpy as np
 from grpo_jax.loop.benchmark import SHAPES, machine_limits, peak_memory
 from grpo_jax.loop.command import run_command
 from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
-from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
+from grpo_jax.models.config import ACTIVATIONS, DecoderConfig, with_layers
 from grpo_jax.models.layers import Norm
 from grpo_jax.models.rope import rotate, rotation
 from grpo_jax.rollout import RolloutStats, Sampler, generate
 from grpo_jax.sampling import Sampling
-from grpo_jax.types import Prompts
+from grpo_jax.types import Model, Prompts
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Config:
     """Longest completion in tokens."""
     mean_length: float | None = None
     """Approximate mean of geometric lengths; None for the full length, which few completions fall short of."""
-    against: Literal["static", "generate", "transformers"] | None = None
+    against: Literal["static", "generate", "transformers", "full_cache"] | None = None
     """Implementation to compare with."""
     static_rows: int = 64
     """Rows per batch of static and transformers."""
@@ -86,6 +88,7 @@ class Work(NamedTuple):
 
     name: str
     draw: Callable[[], np.ndarray]
+    cache_bytes: Callable[[], int] | None = None
 
 
 def main(config: Config) -> None:
@@ -107,8 +110,9 @@ def main(config: Config) -> None:
     key = jax.random.key(config.seed)
 
     stats: list[RolloutStats] = []
-    ours = engine(config, decoder, params, prompts, key, stats)
-    others = {"static": static, "generate": plain, "transformers": torch_generate}
+    model = build_model(decoder, dtype=dtype, attention="auto")
+    ours = engine(config, model, params, prompts, key, stats)
+    others = {"static": static, "generate": plain, "transformers": torch_generate, "full_cache": full_cache}
     works = [ours]
     if config.against is not None:
         works.append(others[config.against](config, decoder, params, prompts, key))
@@ -158,6 +162,8 @@ def main(config: Config) -> None:
             f"ratio_to_{config.against}": round(median("ours", 1) / median(config.against, 1), 2),
             f"ratio_to_{config.against}_cpu": round(median("ours", 0) / median(config.against, 0), 2),
         }
+        if works[1].cache_bytes is not None:
+            result[f"{config.against}_cache_mib"] = round(works[1].cache_bytes() / 2**20, 1)
     print(json.dumps(result))
 
 
@@ -168,10 +174,10 @@ def timed(draw: Callable[[], np.ndarray]) -> tuple[float, float, int]:
     return time.process_time() - cpu, time.perf_counter() - wall, int(lengths.sum())
 
 
-def engine(config: Config, decoder: DecoderConfig, params, prompts, key, stats: list[RolloutStats]) -> Work:
+def engine(config: Config, model: Model, params, prompts, key, stats: list[RolloutStats]) -> Work:
     """``rollout.Sampler``."""
     sampler = Sampler(
-        build_model(decoder, dtype=jnp.dtype(config.dtype).type, attention="auto"),
+        model,
         Sampling(),
         group_size=config.group_size,
         max_completion_length=config.max_completion_length,
@@ -181,6 +187,18 @@ def engine(config: Config, decoder: DecoderConfig, params, prompts, key, stats: 
         report=stats.append,
     )
     return Work("ours", lambda: np.asarray(sampler(params, prompts, key).completion_mask.sum(1)))
+
+
+def full_cache(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work:
+    """``rollout.Sampler`` with a column of the cache for every token of every layer."""
+    dtype = jnp.dtype(config.dtype).type
+    model = build_model(decoder, dtype=dtype, attention="auto")
+    full = build_model(with_layers(decoder, [kind._replace(window=None) for kind in decoder.kinds]), dtype=dtype)
+    names = ("init_cache", "first_columns", "join_columns")
+    model = replace(model, **{name: getattr(full, name) for name in names})
+    stats: list[RolloutStats] = []
+    work = engine(config, model, params, prompts, key, stats)
+    return Work("full_cache", work.draw, lambda: stats[-1].cache_bytes)
 
 
 def plain(config: Config, decoder: DecoderConfig, params, prompts, key) -> Work:
@@ -335,14 +353,16 @@ def limit_seconds(
     c, width = decoder, jnp.dtype(dtype).itemsize
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     weights = c.num_layers * c.hidden_size * (heads + 3 * c.intermediate_size) + c.vocab_size * c.hidden_size
-    cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width
-    scored = 4 * c.num_layers * c.num_heads * c.head_dim
-    groups = lengths.reshape(-1, config.group_size)
-    seconds = 2 * weights * groups.shape[0] * config.prompt_length / peak
+    cached = 2 * c.num_kv_heads * c.head_dim * width
+    scored = 4 * c.num_heads * c.head_dim
+    P, groups = config.prompt_length, lengths.reshape(-1, config.group_size)
+    seconds = 2 * weights * groups.shape[0] * P / peak
     for t in range(int(lengths.max())):
         rows, prompts = int((lengths > t).sum()), int((groups > t).any(1).sum())
-        arithmetic = 2 * weights * rows + scored * rows * (config.prompt_length + t)
-        read = weights * width + cached * (prompts * config.prompt_length + rows * t)
+        own = sum(min(t, window or t) for window in c.windows)
+        shared = sum(P if window is None else min(P, max(0, window - t)) for window in c.windows)
+        arithmetic = 2 * weights * rows + scored * rows * (shared + own)
+        read = weights * width + cached * (prompts * shared + rows * own)
         seconds += max(arithmetic / peak, read / bandwidth)
     return seconds
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from grpo_jax.config.speeds import LATENCY, Rates
 from grpo_jax.devices import all_devices
 from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.kv_cache import ring_columns
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Decoding:
     Attributes:
         decoder: sizes of the model.
         rows: completions of a step.
-        length: tokens of a row in the KV cache, at most: its completion, and its part of the prompt of a group.
+        columns: of a row in the KV cache, summed over layers: its completion, and its part of the prompt of a group.
         itemsize: bytes of a number in the precision of the computation.
         cache_itemsize: bytes of a number in the KV cache.
         cache_limit: bytes of the KV cache on a device.
@@ -31,7 +32,7 @@ class Decoding:
 
     decoder: DecoderConfig
     rows: int
-    length: float | int
+    columns: float | int
     itemsize: int
     cache_itemsize: int
     cache_limit: float | int
@@ -46,8 +47,8 @@ class Decoding:
             tensor: devices that heads are sharded over; over more than there are, KV heads are repeated.
         """
         decoder, rows = self.decoder, self.rows * tensor / self.devices
-        numbers = 2 * decoder.num_layers * -(-decoder.num_kv_heads // tensor) * decoder.head_dim
-        return numbers * rows * self.length * self.cache_itemsize
+        numbers = 2 * -(-decoder.num_kv_heads // tensor) * decoder.head_dim
+        return numbers * rows * self.columns * self.cache_itemsize
 
     def seconds(self, tensor: int, weights: float | int) -> float:
         """Seconds of a decode step of all rows.
@@ -86,12 +87,18 @@ def decoding_of(config: Any, decoder: DecoderConfig, *, limit: float | int, shar
         share: of it that the KV cache has by default.
         rates: of a device.
     """
+    from grpo_jax.rollout.buckets import chunk_lengths  # late, since the whole sampler comes with it
+
     devices, dtype, size = all_devices(), jnp.dtype(config.compute_dtype), config.mesh.build().size
     near = sum(device.process_index == devices[0].process_index for device in devices)
     return Decoding(
         decoder=decoder,
         rows=config.num_completions,
-        length=config.completion_length + config.prompt_length / config.group_size,
+        columns=sum(
+            sum(ring_columns(window, length) for length in chunk_lengths(config.completion_length))
+            + ring_columns(window, config.prompt_length) / config.group_size
+            for window in decoder.windows
+        ),
         itemsize=dtype.itemsize,
         cache_itemsize=jnp.dtype(config.cache_dtype or dtype).itemsize,
         cache_limit=share * limit if config.cache_bytes is None else config.cache_bytes / size,

@@ -23,6 +23,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
+    "small-windows": {
+        "model_type": "gemma3_text",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "tie_word_embeddings": True,
+    },
     "qwen2.5-0.5b": {
         "model_type": "qwen2",
         "vocab_size": 151_936,

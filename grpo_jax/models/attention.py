@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.kv_cache import CacheEntry, slice_columns
+from grpo_jax.models.kv_cache import CacheEntry, ring_slots, slice_columns
 from grpo_jax.models.rope import Rotation
 from grpo_jax.sharding import take_rows
 from grpo_jax.types import Segments
@@ -32,6 +32,7 @@ def attention_mask(
     first: int | Int[Array, ""],
     columns: int,
     window: int | None,
+    length: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "M S {columns}"]:
     """True at columns that a token may attend to: not masked, not after its slot, less than ``window`` before it.
 
@@ -43,9 +44,14 @@ def attention_mask(
         first: slot of the first column.
         columns: C.
         window: size of the layer's sliding window; None for full attention.
+        length: of a ring cache, the tokens that were written to it, and columns of a ``mask`` of bools; None if each
+            column is the next slot.
     """
-    distances = slots[:, None] - (first + jnp.arange(columns))[None, :]
+    held = jnp.arange(columns) if length is None else ring_slots(columns, length)
+    distances = slots[:, None] - (first + held)[None, :]
     reachable = distances >= 0
+    if length is not None:
+        reachable &= held[None, :] >= 0
     if isinstance(mask, Segments):
         ids = mask.ids[:, None, :]
         joined = (mask.ids[:, slots, None] == ids) | (mask.prefix_ids[:, slots, None] == ids)
@@ -56,6 +62,8 @@ def attention_mask(
         reachable &= distances < window
     if mask is None:
         return reachable[None]
+    if length is not None and mask.shape[1] > columns:
+        mask = jnp.take(mask, held, axis=1, mode="clip")
     chex.assert_shape(mask, (None, columns))
     if mask.dtype != bool:
         return (mask[:, slots, None] == mask[:, None, :]) & (mask > 0)[:, None, :] & reachable[None]

@@ -18,11 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.expert_blocks import ExpertParams, GatedActivation, expert_blocks
 from grpo_jax.models.expert_groups import expert_groups
-
-ROW_AXES = ("data", "fsdp", "expert")
-"""Mesh axes that tokens are sharded over."""
-EXPERT_AXES = ("expert", "tensor")
-"""Mesh axes that experts are sharded over."""
+from grpo_jax.sharding import EXPERT_AXES, ROW_AXES
 
 
 def gated(activation: Callable[[Array], Array]) -> GatedActivation:
@@ -89,7 +85,9 @@ def expert_mlp(
 
 def _on_device(x, experts, weights, params, *, activation: GatedActivation, platform: str, share: float):
     tokens, experts, weights = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
-    function: Any = expert_blocks if platform == "cpu" else partial(expert_groups, share=share)
+    function: Any = expert_blocks
+    if platform != "cpu":
+        function = partial(expert_groups, layout="ragged" if platform == "tpu" else "slots", share=share)
     return function(activation, tokens, experts, weights, params).reshape(x.shape)
 
 

@@ -20,7 +20,14 @@ from grpo_jax.models.context import ContextAttention, dealt_out, over_context
 from grpo_jax.models.expert_layer import Routed, RoutingInputs
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
-from grpo_jax.models.kv_cache import CacheEntry, concatenate_columns, init_entry, num_columns, slice_columns
+from grpo_jax.models.kv_cache import (
+    CacheEntry,
+    columns_by_window,
+    first_columns,
+    init_cache,
+    join_columns,
+    ring_columns,
+)
 from grpo_jax.models.layers import Embedding, Norm, ScalarHead
 from grpo_jax.models.lora_config import LoRA, linear_sizes
 from grpo_jax.models.output_head import make_token_scores
@@ -31,7 +38,6 @@ from grpo_jax.sharding import TOKENS, constrain
 from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Routing, Segments
 
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
-CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
 Rotations = dict[int, Rotation]
 """The rotation of each distinct ``Rope``, by the first layer that has it."""
 
@@ -92,7 +98,8 @@ class Decoder(nn.Module):
         """
         c = self.config
         S = token_ids.shape[1]
-        columns = S if cache is None else num_columns(cache)
+        own_columns = {} if cache is None else columns_by_window(c.windows, cache)
+        prefix_columns = [columns_by_window(c.windows, prefix.cache) for prefix in prefixes]
         x = self.embed(token_ids, self.dtype) * jnp.asarray(c.embedding_scale, self.dtype)
         x = constrain(x, self.mesh, TOKENS)
         slots = start + jnp.arange(S)
@@ -106,16 +113,20 @@ class Decoder(nn.Module):
             kernel_mask = all_tokens if mask is None else mask if isinstance(mask, Segments) else mask[:, :S]
         is_packed = kernel_mask is None and cache is None and is_packed_mask(mask)
         masks, prefix_masks, packed_masks = {}, {}, {}
+        # Several tokens are in consecutive columns, which a ring cache has for them only if it is empty.
+        length = start + 1 if cache is not None and S == 1 else None
         for window in set(c.windows):
+            columns = own_columns.get(window, S)
             masks[window], prefix_masks[window], packed_masks[window] = [], [], None
             if is_packed:
                 packed_masks[window] = attention_mask(mask, slots, 0, columns, window)
             if kernel_mask is not None or is_packed:
                 continue
-            masks[window] = jnp.split(attention_mask(mask, slots, 0, columns, window), block_bounds, axis=2)
+            own_mask = attention_mask(mask, slots, 0, columns, window, length)
+            masks[window] = jnp.split(own_mask, block_bounds, axis=2)
             prefix_masks[window] = [
-                attention_mask(prefix.mask, slots, prefix.start, num_columns(prefix.cache), window)
-                for prefix in prefixes
+                attention_mask(prefix.mask, slots, prefix.start, of_prefix[window], window, prefix.length)
+                for prefix, of_prefix in zip(prefixes, prefix_columns, strict=True)
             ]
 
         def inputs_of(i: int) -> AttentionInputs:
@@ -288,7 +299,7 @@ def build_model(
         chosen: Int[Array, "B S L k"] | None = None,
         with_logits: bool = False,
     ) -> tuple[Float[Array, "B S D"], Cache, Routed | None]:
-        _check_columns(token_ids, mask, cache)
+        _check_columns(config, token_ids, mask, cache, start)
         if STACKED in params and (prefixes or not isinstance(start, int) or start):
             raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
         rotations = positions if isinstance(positions, dict) else rope(positions)
@@ -313,9 +324,9 @@ def build_model(
         rope,
         head,
         make_token_scores(head, logit_softcap=config.logit_softcap, mesh=mesh),
-        partial(_init_cache, replace(config, num_kv_heads=head_layout(config, mesh).kv_heads), dtype),
-        _first_columns,
-        _join_columns,
+        partial(init_cache, replace(config, num_kv_heads=head_layout(config, mesh).kv_heads), dtype),
+        partial(first_columns, config.windows),
+        partial(join_columns, config.windows),
         vocab_size=1 if config.scalar_head else config.vocab_size,
         logit_softcap=config.logit_softcap,
         max_length=config.max_position_embeddings,
@@ -341,16 +352,26 @@ def _is_scanned(platform: str, remat: Remat, mesh: Mesh | None, lora: LoRA | Non
     return (platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
 
 
-def _check_columns(token_ids: Array, mask: Array | Segments | None, cache: Cache) -> None:
-    columns = token_ids.shape[1] if cache is None else num_columns(cache)
+def _check_columns(
+    config: DecoderConfig, token_ids: Array, mask: Array | Segments | None, cache: Cache, start: int | Array
+) -> None:
+    S = token_ids.shape[1]
+    by_window = {None: S} if cache is None else columns_by_window(config.windows, cache)
+    columns = min(by_window.values())
+    if mask is not None and columns < max(by_window.values()):
+        raise ValueError("a ring cache takes no mask, since a column has one token after the other")
     mask_columns = columns if mask is None else (mask.ids if isinstance(mask, Segments) else mask).shape[1]
     if mask_columns != columns:
         holder = "the call has tokens" if cache is None else "the cache"
         raise ValueError(f"the mask must have as many columns as {holder}: {columns}, not {mask_columns}")
     if isinstance(mask, Segments) and cache is not None:
         raise ValueError("Segments are a mask of the call's own tokens: call without a cache")
-    if token_ids.shape[1] > columns:
-        raise ValueError(f"{token_ids.shape[1]} tokens do not fit into a cache of {columns} columns")
+    if columns < S:
+        raise ValueError(f"{S} tokens do not fit into a cache of {columns} columns")
+    if cache is None or S == 1 or isinstance(start, int):
+        return
+    if any(ring_columns(window, n + 1) == n for window, n in by_window.items()):
+        raise ValueError(f"{S} tokens at a traced slot of a ring cache, which takes one token at a time")
 
 
 def _unchanged(params: Params) -> Params:
@@ -367,20 +388,3 @@ def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | Non
     if config.rope_switch_length is not None:
         return None  # with frequencies by length, the sequences of a row would depend on each other
     return "shared" if kernel is None or takes_segments(kernel) else "separate"
-
-
-def _init_cache(config: DecoderConfig, dtype: Any, batch: int, length: int, cache_dtype: Any = None) -> Cache:
-    supported = {jnp.dtype(each).name: each for each in CACHE_DTYPES}
-    name = str(getattr(cache_dtype, "__name__", cache_dtype))
-    entry_dtype = dtype if cache_dtype is None else supported.get(name)
-    if entry_dtype is None:
-        raise ValueError(f"cache_dtype must be one of {', '.join(supported)}, not {name}")
-    return [init_entry(config, batch, length, entry_dtype) for _ in range(config.num_layers)]
-
-
-def _first_columns(cache: Cache, length: int) -> Cache:
-    return [slice_columns(entry, 0, length) for entry in cache]
-
-
-def _join_columns(caches: Sequence[Cache]) -> Cache:
-    return [concatenate_columns(entries) for entries in zip(*caches, strict=True)]

@@ -103,13 +103,14 @@ def from_apply(
         token_scores=make_token_scores(output_embedding, logit_softcap=None, mesh=None),
         init_cache=_init_cache,
         first_columns=lambda cache, length: jax.tree.map(lambda x: x[:, :length], cache),
-        join_columns=lambda caches: jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *caches),
+        join_columns=lambda caches, starts, length: jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *caches),
         vocab_size=vocab_size,
         max_length=max_length,
     )
 
 
-def _init_cache(batch: int, length: int, cache_dtype: Any = None) -> Cache:
+def _init_cache(batch: int, length: int, cache_dtype: Any = None, *, ring: bool = False) -> Cache:
+    del ring  # sequences are recomputed as a whole, so that all columns are kept
     if cache_dtype is not None:
         raise ValueError(f"cache_dtype is {cache_dtype}, but a model of from_apply stores no keys and values; leave it")
     return {name: jnp.zeros((batch, length), jnp.int32) for name in ("ids", "positions")}

@@ -141,10 +141,11 @@ class MemoryLimits:
     def _sizes(self, prompt_length: int) -> tuple[int, int, float]:
         """Bytes of a row's cache, of a prompt's cache, and allowed on each device."""
         allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
-        return self._bytes(cache_columns(self.max_completion_length)), self._bytes(prompt_length), allowed
+        row = sum(self._bytes(length) for length in chunk_lengths(self.max_completion_length))
+        return row, self._bytes(prompt_length), allowed
 
-    def _bytes(self, columns: int) -> int:
-        cache = jax.eval_shape(lambda: self.model.init_cache(1, columns, self.cache_dtype))
+    def _bytes(self, length: int) -> int:
+        cache = jax.eval_shape(lambda: self.model.init_cache(1, length, self.cache_dtype, ring=True))
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 

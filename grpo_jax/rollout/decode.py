@@ -122,11 +122,12 @@ def prefill(
     )
     state = DecodeState(
         step=jnp.int32(0),
-        active_chunk=model.init_cache(N * group_size, chunks[0], cache_dtype),
+        active_chunk=model.init_cache(N * group_size, chunks[0], cache_dtype, ring=True),
         hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
         in_completion=in_completion,
     )
-    return batch, state, [model.init_cache(N * group_size, length, cache_dtype) for length in chunks[1:]]
+    empty = [model.init_cache(N * group_size, length, cache_dtype, ring=True) for length in chunks[1:]]
+    return batch, state, empty
 
 
 def decode_step(
@@ -168,9 +169,10 @@ def decode_step(
         in_completion=state.in_completion,
     )
     tokens, log_probs = sample_token(jax.vmap(jax.random.fold_in, (0, None))(batch.keys, step), logits, sampling)
-    prefixes = [replace(batch.prompt, start=batch.prompt.start - start)]
+    starts = [*batch.full_chunk_starts, start]
+    prefixes = [replace(batch.prompt, start=batch.prompt.start - start, length=-batch.prompt.start)]
     for i, chunk in enumerate(batch.full_chunks):
-        prefixes.append(PrefixCache(chunk, start=batch.full_chunk_starts[i] - start))
+        prefixes.append(PrefixCache(chunk, start=starts[i] - start, length=starts[i + 1] - starts[i]))
     positions = (batch.prompt_lengths + step)[:, None] if rope is None else rope
     hidden, chunk = model.apply(params, tokens[:, None], positions, None, state.active_chunk, step - start, prefixes)
     in_completion = state.in_completion
@@ -253,6 +255,7 @@ def gather_rows(
     def take(tree, index):
         return jax.tree.map(lambda x: take_rows(x, index), tree)
 
+    starts = jnp.append(batch.full_chunk_starts, batch.active_start)
     batch = DecodeBatch(
         prompt=PrefixCache(
             take(batch.prompt.cache, prompts),
@@ -270,7 +273,7 @@ def gather_rows(
     )
     state = DecodeState(state.step, None, take(state.hidden, rows), take(state.in_completion, rows))
     gathered = [take(chunk, rows) for chunk in chunks]
-    return batch, state, [model.join_columns(gathered)] if join_chunks else gathered
+    return batch, state, [model.join_columns(gathered, starts, state.step)] if join_chunks else gathered
 
 
 def merge(
