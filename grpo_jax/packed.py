@@ -60,6 +60,7 @@ class PackedRows:
         target_mask: True at these, then False.
         sequence_index: number of each of a row's at most K sequences in the batch; -1 at unused places.
         starts: place in ``target_ids`` of the first completion token of each sequence.
+        experts: of each token, as in ``types.Rollout``; None if not recorded.
     """
 
     token_ids: Int[Array, "*N R S"]
@@ -71,6 +72,7 @@ class PackedRows:
     target_mask: Bool[Array, "*N R S"]
     sequence_index: Int[Array, "*N R K"]
     starts: Int[Array, "*N R K"]
+    experts: Int[Array, "*N R S L k"] | None = None
 
     def predicting(self, hidden: Float[Array, "R S D"]) -> Float[Array, "R S D"]:
         """The hidden states at ``target_columns``."""

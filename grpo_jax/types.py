@@ -213,6 +213,8 @@ class Rollout:
         rollout_log_probs: log-probability of each sampled token under the sampling distribution (temperature and
             filters included); 0 after the end.
         truncated: True if no EOS token was sampled within the limit.
+        prompt_experts, completion_experts: experts that computed each token in the sampler, in each layer with experts,
+            for the trainer to use again (router replay); None if not recorded.
     """
 
     prompt_ids: Int[Array, "B P"]
@@ -221,6 +223,8 @@ class Rollout:
     completion_mask: Bool[Array, "B T"]
     rollout_log_probs: Float[Array, "B T"]
     truncated: Bool[Array, " B"]
+    prompt_experts: Int[Array, "B P L k"] | None = None
+    completion_experts: Int[Array, "B T L k"] | None = None
 
 
 @pytree
@@ -228,7 +232,7 @@ class Batch:
     """The data of a policy update; the first axis of every field but ``rows`` is the batch of sequences.
 
     Attributes:
-        prompt_ids, prompt_mask, completion_ids, completion_mask: as in ``Rollout``.
+        prompt_ids, prompt_mask, completion_ids, completion_mask, prompt_experts, completion_experts: as in ``Rollout``.
         loss_mask: True at the completion tokens that the loss includes (a subset of ``completion_mask``).
         advantages: one for each sequence, or for each token.
         rollout_log_probs: log-probabilities from the sampler; None if nothing is compared with them.
@@ -251,6 +255,8 @@ class Batch:
     ref_log_probs: Float[Array, "B T"] | None = None
     old_values: Float[Array, "B T"] | None = None
     returns: Float[Array, "B T"] | None = None
+    prompt_experts: Int[Array, "B P L k"] | None = None
+    completion_experts: Int[Array, "B T L k"] | None = None
     rows: PackedRows | None = None
 
     @classmethod
@@ -285,6 +291,8 @@ class Batch:
             ref_log_probs=ref_log_probs,
             old_values=old_values,
             returns=returns,
+            prompt_experts=rollout.prompt_experts,
+            completion_experts=rollout.completion_experts,
         )
 
 

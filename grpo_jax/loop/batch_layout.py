@@ -123,7 +123,7 @@ def cut(sequences: Sequences) -> Sequences:
     cut_fields: dict[str, Any] = {
         name: x[:, P - prompts :] if name.startswith("prompt") else x[:, :completions]
         for name, x in vars(sequences).items()
-        if x is not None and x.ndim == 2
+        if x is not None and x.ndim > 1
     }
     return replace(sequences, **cut_fields)
 

@@ -40,7 +40,9 @@ def old_and_ref_log_probs(
         old = jnp.asarray(rollout.rollout_log_probs)
     elif config.updates_per_step > 1 or config.kl_reward_coef:
         old = log_prob_fn(state.params, rollout)
-    return old, log_prob_fn(reference_params(state), rollout) if config.has_reference else None
+    # The reference chooses experts by itself: those recorded are of another policy.
+    own = replace(rollout, prompt_experts=None, completion_experts=None)
+    return old, log_prob_fn(reference_params(state), own) if config.has_reference else None
 
 
 def make_train_batch(

@@ -41,15 +41,24 @@ class CompiledSteps:
         cache_dtype: Any,
         mesh: Mesh | None,
         ahead: int,
+        record_experts: bool = False,
     ):
         self.group_size, self.T, self.pad_id = group_size, max_completion_length, pad_id
         self.eos_ids, self.stop, self.mesh, self.ahead = np.array(eos_ids), stop, mesh, ahead
         self.devices = num_row_shards(mesh)
         self.chunk_lengths = chunk_lengths(max_completion_length)
+        routing = model.routing if record_experts else None
+        self.experts_shape = None if routing is None else (routing.num_layers, routing.per_token)
+
+        def everywhere(tree: Any) -> Any:
+            """Small results, so that every host knows those of all rows."""
+            if mesh is None or jax.process_count() == 1:
+                return tree
+            return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
         @jax.jit
         def compiled_prefill(params: Params, prompts: Prompts, key: Key[Array, ""]):
-            results = prefill(
+            *results, experts = prefill(
                 model,
                 params,
                 prompts,
@@ -58,16 +67,15 @@ class CompiledSteps:
                 group_size=group_size,
                 chunks=self.chunk_lengths,
                 cache_dtype=cache_dtype,
+                record_experts=record_experts,
             )
-            return self.constrain(results)
+            return *self.constrain(results), everywhere(experts)
 
         @partial(jax.jit, donate_argnums=2)
         def compiled_decode(params: Params, batch: DecodeBatch, state: DecodeState):
-            state, tokens, log_probs = decode_steps(model, params, batch, state, sampling, eos_ids=eos_ids, count=STEPS)
-            if mesh is not None and jax.process_count() > 1:  # a few kilobytes, so that every host knows all tokens
-                everywhere = NamedSharding(mesh, P())
-                tokens, log_probs = jax.lax.with_sharding_constraint((tokens, log_probs), everywhere)
-            return self.constrain(state), tokens, log_probs
+            settings = {"eos_ids": eos_ids, "count": STEPS, "record_experts": record_experts}
+            state, *sampled = decode_steps(model, params, batch, state, sampling, **settings)
+            return self.constrain(state), *everywhere(sampled)
 
         self.prefill, self.decode = compiled_prefill, compiled_decode
         self.gather_rows = jax.jit(

@@ -73,7 +73,8 @@ def prefill(
     group_size: int,
     chunks: Sequence[int],
     cache_dtype: Any = None,
-) -> tuple[DecodeBatch, DecodeState, list[Cache]]:
+    record_experts: bool = False,
+) -> tuple[DecodeBatch, DecodeState, list[Cache], Int[Array, "N P L k"] | None]:
     """Compute the prompts' KV cache, once for ``group_size`` rows; the rows of a prompt are adjacent.
 
     Args:
@@ -85,9 +86,10 @@ def prefill(
         group_size: G, rows of each prompt.
         chunks: columns of each chunk of the rows' own KV cache.
         cache_dtype: dtype of keys and values; None for the model's compute dtype.
+        record_experts: whether to return the experts of each token.
 
     Returns:
-        The batch, its state with the first chunk, and the other chunks, empty.
+        The batch, its state with the first chunk, the other chunks, empty, and the experts of the prompts' tokens.
 
     Raises:
         AssertionError: at trace time, for fields of ``prompts`` whose shapes do not match.
@@ -102,7 +104,8 @@ def prefill(
     # With a block of empty columns, as in the trainer's call on prompt and completion, so that both round identically.
     columns = jnp.pad(prompts.mask, ((0, 0), (0, COLUMNS)))
     cache = model.init_cache(N, P + COLUMNS, cache_dtype)
-    hidden, cache = model.apply(params, prompts.ids, positions(prompts.mask), columns, cache, 0, block_bounds=(P,))
+    inputs = (params, prompts.ids, positions(prompts.mask), columns, cache, 0)
+    hidden, cache, experts = _apply(model, record_experts, *inputs, block_bounds=(P,))
     cache = model.first_columns(cache, P)
     in_prompt = in_completion = None
     if sampling.needs_prompt_tokens:
@@ -127,7 +130,15 @@ def prefill(
         in_completion=in_completion,
     )
     empty = [model.init_cache(N * group_size, length, cache_dtype, ring=True) for length in chunks[1:]]
-    return batch, state, empty
+    return batch, state, empty, experts
+
+
+def _apply(model: Model, record_experts: bool, *inputs: Any, **options: Any) -> tuple[Array, Cache, Array | None]:
+    """``model.apply``, and the experts of each token as int16 if they are recorded."""
+    if not record_experts or model.routing is None:
+        return *model.apply(*inputs, **options), None
+    hidden, cache, routed = model.routing.apply(*inputs, **options)
+    return hidden, cache, routed.experts.astype(jnp.int16)
 
 
 def decode_step(
@@ -139,7 +150,8 @@ def decode_step(
     *,
     eos_ids: tuple[int, ...],
     rope: Any = None,
-) -> tuple[DecodeState, Int[Array, " B"], Float[Array, " B"]]:
+    record_experts: bool = False,
+) -> tuple[DecodeState, Int[Array, " B"], Float[Array, " B"], Int[Array, "B L k"] | None]:
     """Sample one token for every row.
 
     Args:
@@ -150,9 +162,10 @@ def decode_step(
         sampling: temperature, filters and penalties.
         eos_ids: the EOS tokens, which a minimum length masks.
         rope: ``model.rope`` of the tokens' positions; None to compute it.
+        record_experts: whether to return the experts of each token.
 
     Returns:
-        The next state, the tokens, and their log-probabilities under the sampling distribution.
+        The next state, the tokens, their log-probabilities under the sampling distribution, and their experts.
 
     Raises:
         AssertionError: at trace time, for a batch and a state with different numbers of rows.
@@ -174,11 +187,13 @@ def decode_step(
     for i, chunk in enumerate(batch.full_chunks):
         prefixes.append(PrefixCache(chunk, start=starts[i] - start, length=starts[i + 1] - starts[i]))
     positions = (batch.prompt_lengths + step)[:, None] if rope is None else rope
-    hidden, chunk = model.apply(params, tokens[:, None], positions, None, state.active_chunk, step - start, prefixes)
+    inputs = (params, tokens[:, None], positions, None, state.active_chunk, step - start, prefixes)
+    hidden, chunk, experts = _apply(model, record_experts, *inputs)
     in_completion = state.in_completion
     if in_completion is not None:
         in_completion = in_completion.at[jnp.arange(len(tokens)), tokens].set(True)
-    return DecodeState(step + 1, chunk, hidden[:, 0], in_completion), tokens, log_probs
+    state = DecodeState(step + 1, chunk, hidden[:, 0], in_completion)
+    return state, tokens, log_probs, None if experts is None else experts[:, 0]
 
 
 def decode_steps(
@@ -190,7 +205,8 @@ def decode_steps(
     *,
     eos_ids: tuple[int, ...],
     count: int,
-) -> tuple[DecodeState, Int[Array, "{count} B"], Float[Array, "{count} B"]]:
+    record_experts: bool = False,
+) -> tuple[DecodeState, Int[Array, "{count} B"], Float[Array, "{count} B"], Int[Array, "{count} B L k"] | None]:
     """Sample ``count`` tokens for every row, finished or not: a fixed number, so that no device waits for another.
 
     Args:
@@ -201,21 +217,37 @@ def decode_steps(
         sampling: temperature, filters and penalties.
         eos_ids: the EOS tokens, which a minimum length masks.
         count: decode steps.
+        record_experts: whether to return the experts of each token.
 
     Returns:
-        The state after the last step, the tokens, and their log-probabilities under the sampling distribution.
+        The state after the last step, the tokens, their log-probabilities under the sampling distribution, and their
+        experts.
     """
     B = state.hidden.shape[0]
     rope = model.rope(batch.prompt_lengths[:, None] + state.step + jnp.arange(count)[None, :])
 
     def body(i, carry):
-        state, ids, log_probs = carry
+        state, ids, log_probs, experts = carry
         rope_i = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), rope)
-        state, token, log_prob = decode_step(model, params, batch, state, sampling, eos_ids=eos_ids, rope=rope_i)
-        return state, ids.at[i].set(token), log_probs.at[i].set(log_prob)
+        settings = {"eos_ids": eos_ids, "rope": rope_i, "record_experts": record_experts}
+        state, token, log_prob, chosen = decode_step(model, params, batch, state, sampling, **settings)
+        experts = None if experts is None else experts.at[i].set(chosen)
+        return state, ids.at[i].set(token), log_probs.at[i].set(log_prob), experts
 
-    start = state, jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32)
+    experts = no_experts(model, (count, B)) if record_experts else None
+    start = state, jnp.zeros((count, B), jnp.int32), jnp.zeros((count, B), jnp.float32), experts
     return jax.lax.fori_loop(0, count, body, start)
+
+
+def no_experts(model: Model, tokens: tuple[int, int]) -> Int[Array, "_ _ L k"] | None:
+    """Where experts of tokens are recorded: -1, which is no expert; None for a model without experts.
+
+    Args:
+        model: of the policy.
+        tokens: the two axes of the tokens.
+    """
+    routing = model.routing
+    return None if routing is None else jnp.full((*tokens, routing.num_layers, routing.per_token), -1, jnp.int16)
 
 
 def gather_rows(

@@ -39,6 +39,7 @@ class Dispatch(NamedTuple):
 
     tokens: Array
     log_probs: Array
+    experts: Array | None
     step: int
     host_index: np.ndarray
     host_row: np.ndarray
@@ -143,7 +144,10 @@ class GenerationLoop:
         self.add_stats(batches=1)
         # Always in one layout: prompts in another would need another program.
         placed = place(prompts, None if steps.mesh is None else NamedSharding(steps.mesh, BATCH))
-        batch, state, empty_chunks = steps.prefill(self.params, placed, self.key)
+        batch, state, empty_chunks, experts = steps.prefill(self.params, placed, self.key)
+        host_batch = HostBatch.empty(
+            prompts, first_prompt, num_prompts, steps.group_size, steps.T, steps.pad_id, steps.experts_shape, experts
+        )
         return RunningBatch(
             batch,
             state,
@@ -152,7 +156,7 @@ class GenerationLoop:
             step=0,
             chunk_lengths=steps.chunk_lengths,
             empty_chunks=empty_chunks,
-            host_batches=[HostBatch.empty(prompts, first_prompt, num_prompts, steps.group_size, steps.T, steps.pad_id)],
+            host_batches=[host_batch],
             host_index=np.where(np.arange(B) < num_prompts * steps.group_size, 0, -1),
             host_row=np.arange(B),
             prompt_index=np.arange(B) // steps.group_size % (N // steps.devices),
@@ -181,8 +185,9 @@ class GenerationLoop:
         """Launch the next decode steps of all rows."""
         if running.step == sum(running.chunk_lengths[: running.num_opened]):
             self._set_chunks(running, running.chunks(), running.num_opened + 1)
-        running.state, tokens, log_probs = self.steps.decode(self.params, running.batch, running.state)
-        running.pending.append(Dispatch(tokens, log_probs, running.step, running.host_index, running.host_row))
+        running.state, *sampled = self.steps.decode(self.params, running.batch, running.state)
+        tokens, log_probs, experts = sampled
+        running.pending.append(Dispatch(tokens, log_probs, experts, running.step, running.host_index, running.host_row))
         running.step += STEPS
         caches = (running.batch.prompt.cache, running.chunks())
         size = sum(x.nbytes for x in jax.tree.leaves(caches))
@@ -196,10 +201,11 @@ class GenerationLoop:
         Yields:
             The prompts whose samples are all finished by it.
         """
-        tokens, log_probs, step, host_index, host_row = running.pending.pop(0)
+        tokens, log_probs, experts, step, host_index, host_row = running.pending.pop(0)
         steps = self.steps
         count = min(STEPS, steps.T - step)
         tokens, log_probs = np.asarray(tokens).T[:, :count], np.asarray(log_probs).T[:, :count]
+        experts = None if experts is None else np.asarray(experts).swapaxes(0, 1)[:, :count]
         for number, host in enumerate(running.host_batches):
             device_rows = np.flatnonzero(host_index == number)
             device_rows = device_rows[host.unfinished[host_row[device_rows]]]
@@ -216,6 +222,8 @@ class GenerationLoop:
             is_kept = np.arange(count)[None] < kept[:, None]
             host.ids[rows, step : step + count] = np.where(is_kept, sampled, steps.pad_id)
             host.log_probs[rows, step : step + count] = np.where(is_kept, log_probs[device_rows], 0)
+            if host.experts is not None and experts is not None:
+                host.experts[rows, step : step + count] = experts[device_rows]
             host.lengths[rows] = step + kept
             host.truncated[rows] = ~ended & (step + count == steps.T)
             host.unfinished[rows] = ~ended & (step + count < steps.T)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grpo_jax.rollout.checks import check_lengths, check_prompts
-from grpo_jax.rollout.decode import DecodeState, decode_step, prefill
+from grpo_jax.rollout.decode import DecodeState, decode_step, no_experts, prefill
 from grpo_jax.sampling import Sampling
 from grpo_jax.types import Model, Params, Prompts, Rollout, cache_columns
 
@@ -25,6 +25,7 @@ def generate(
     max_completion_length: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    record_experts: bool = False,
 ) -> Rollout:
     """Sample ``group_size`` completions of each prompt, as one pure function.
 
@@ -42,6 +43,7 @@ def generate(
         max_completion_length: T, in tokens, the EOS token included.
         eos_ids: any of these ends a completion.
         pad_id: filling of ``completion_ids`` after the end; it has no other meaning.
+        record_experts: as in ``Sampler``.
 
     Returns:
         N * G completions, those of a prompt adjacent.
@@ -61,22 +63,25 @@ def generate(
         ids: Int[Array, "B T"]
         mask: Bool[Array, "B T"]
         log_probs: Float[Array, "B T"]
+        experts: Int[Array, "B T L k"] | None
 
-    chunks = [cache_columns(T)]
-    batch, state, _ = prefill(model, params, prompts, key, sampling, group_size=group_size, chunks=chunks)
+    settings = {"group_size": group_size, "chunks": [cache_columns(T)], "record_experts": record_experts}
+    batch, state, _, prompt_experts = prefill(model, params, prompts, key, sampling, **settings)
 
     def is_unfinished(carry: Carry):
         return (carry.state.step < T) & ~carry.finished.all()
 
     def step(carry: Carry) -> Carry:
         t, finished = carry.state.step, carry.finished
-        state, tokens, log_probs = decode_step(model, params, batch, carry.state, sampling, eos_ids=eos_ids)
+        options = {"eos_ids": eos_ids, "record_experts": record_experts}
+        state, tokens, log_probs, experts = decode_step(model, params, batch, carry.state, sampling, **options)
         return Carry(
             state,
             finished=finished | (tokens[:, None] == eos[None, :]).any(1),
             ids=carry.ids.at[:, t].set(jnp.where(finished, pad_id, tokens)),
             mask=carry.mask.at[:, t].set(~finished),
             log_probs=carry.log_probs.at[:, t].set(jnp.where(finished, 0, log_probs)),
+            experts=None if carry.experts is None else carry.experts.at[:, t].set(experts),
         )
 
     start = Carry(
@@ -85,6 +90,7 @@ def generate(
         ids=jnp.full((B, T), pad_id, dtype=jnp.int32),
         mask=jnp.zeros((B, T), dtype=bool),
         log_probs=jnp.zeros((B, T), dtype=jnp.float32),
+        experts=no_experts(model, (B, T)) if record_experts else None,
     )
     end = jax.lax.while_loop(is_unfinished, step, start)
     return Rollout(
@@ -94,4 +100,6 @@ def generate(
         completion_mask=end.mask,
         rollout_log_probs=end.log_probs,
         truncated=~end.finished,
+        prompt_experts=None if prompt_experts is None else jnp.repeat(prompt_experts, group_size, axis=0),
+        completion_experts=end.experts,
     )

@@ -54,6 +54,8 @@ class HostBatch:
         unfinished: True at rows that go on.
         truncated: True at rows that reached T without an EOS token.
         is_yielded: True at prompts that ``newly_finished`` has returned.
+        experts: of the sampled tokens ``[B, T, L, k]``; None if not recorded.
+        prompt_experts: of the prompts' tokens ``[N, P, L, k]``.
     """
 
     prompts: Prompts
@@ -66,10 +68,19 @@ class HostBatch:
     unfinished: np.ndarray
     truncated: np.ndarray
     is_yielded: np.ndarray
+    experts: np.ndarray | None = None
+    prompt_experts: jax.Array | None = None
 
     @staticmethod
     def empty(
-        prompts: Prompts, first_prompt: int, num_prompts: int, group_size: int, max_length: int, pad_id: int
+        prompts: Prompts,
+        first_prompt: int,
+        num_prompts: int,
+        group_size: int,
+        max_length: int,
+        pad_id: int,
+        experts_shape: tuple[int, int] | None = None,
+        prompt_experts: jax.Array | None = None,
     ) -> HostBatch:
         """A batch without sampled tokens.
 
@@ -77,6 +88,8 @@ class HostBatch:
             prompts, first_prompt, num_prompts, group_size: as in ``HostBatch``.
             max_length: T.
             pad_id: token id of padding.
+            experts_shape: L and k; None if experts are not recorded.
+            prompt_experts: as in ``HostBatch``.
         """
         B = prompts.ids.shape[0] * group_size
         return HostBatch(
@@ -90,6 +103,8 @@ class HostBatch:
             unfinished=np.arange(B) < num_prompts * group_size,
             truncated=np.zeros(B, bool),
             is_yielded=np.zeros(num_prompts, bool),
+            experts=None if experts_shape is None else np.full((B, max_length, *experts_shape), -1, np.int16),
+            prompt_experts=prompt_experts,
         )
 
     def newly_finished(self) -> list[int]:
@@ -102,7 +117,12 @@ class HostBatch:
     def rollout_fields(self, prompts: slice) -> dict[str, np.ndarray]:
         """The fields of the ``Rollout`` of a slice of the prompts."""
         rows = slice(prompts.start * self.group_size, prompts.stop * self.group_size)
-        return {
+        recorded = {}
+        if self.experts is not None:
+            of_prompts = np.asarray(self.prompt_experts)[prompts]
+            recorded["prompt_experts"] = np.repeat(of_prompts, self.group_size, axis=0)
+            recorded["completion_experts"] = self.experts[rows]
+        return recorded | {
             "prompt_ids": np.repeat(np.asarray(self.prompts.ids)[prompts], self.group_size, axis=0),
             "prompt_mask": np.repeat(np.asarray(self.prompts.mask)[prompts], self.group_size, axis=0),
             "completion_ids": self.ids[rows],

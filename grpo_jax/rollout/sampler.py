@@ -48,6 +48,7 @@ class Sampler:
         cache_dtype: Any = None,
         mesh: Mesh | None = None,
         ahead: int | None = None,
+        record_experts: bool = False,
         report: Callable[[RolloutStats], None] | None = None,
     ):
         """Construct the sampler; programs are compiled when it is called.
@@ -72,6 +73,8 @@ class Sampler:
             mesh: rows are sharded over its ``data`` and ``fsdp`` axes, heads over ``tensor`` if they divide.
             ahead: dispatches that are launched before the host reads the results of an earlier one, so that devices do
                 not wait for the host. Default: 0 on CPU, 1 elsewhere.
+            record_experts: whether rollouts have the experts of each token, for the trainer to use again; no effect on
+                a model without experts.
             report: called with statistics after each rollout, and at the end of each stream.
 
         Raises:
@@ -98,6 +101,7 @@ class Sampler:
                 cache_dtype=cache_dtype,
                 mesh=mesh,
                 ahead=(0 if jax.default_backend() == "cpu" else 1) if ahead is None else ahead,
+                record_experts=record_experts and model.routing is not None,
             )
 
         self._steps = steps

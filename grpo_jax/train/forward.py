@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,25 @@ def completion_states(model: Model, params: Params, sequences: Sequences) -> Flo
     mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
     cache = model.init_cache(ids.shape[0], P + cache_columns(T))
     columns = jnp.pad(mask, ((0, 0), (0, cache_columns(T) - T)))
-    hidden, _ = model.apply(params, ids, positions(mask), columns, cache, 0, block_bounds=(P,))
-    return hidden[:, P - 1 : -1]
+    inputs = (params, ids, positions(mask), columns, cache, 0)
+    return _apply(model, inputs, _experts(sequences), block_bounds=(P,))[:, P - 1 : -1]
+
+
+def _experts(sequences: Sequences) -> Int[Array, "B S L k"] | None:
+    """The recorded experts of prompts and completions; None if there are none."""
+    of_prompts, of_completions = (getattr(sequences, f"{part}_experts", None) for part in ("prompt", "completion"))
+    if of_prompts is None or of_completions is None:
+        return None
+    return jnp.concatenate([of_prompts, of_completions], axis=1)
+
+
+def _apply(model: Model, inputs: tuple, experts: Int[Array, "B S L k"] | None, **options: Any) -> Float[Array, "B S D"]:
+    """Hidden states of ``model.apply``, with recorded experts if there are any."""
+    if experts is None:
+        return model.apply(*inputs, **options)[0]
+    if model.routing is None:
+        raise ValueError("the sequences have recorded experts, and this model has no experts")
+    return model.routing.apply(*inputs, **options, chosen=experts.astype(jnp.int32))[0]
 
 
 def _whole_states(
@@ -58,7 +75,7 @@ def _whole_states(
     """Hidden states of prompts and completions, and their token ids."""
     ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
     mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
-    return model.apply(params, ids, positions(mask), mask)[0], ids
+    return _apply(model, (params, ids, positions(mask), mask), _experts(sequences)), ids
 
 
 class _Predicting(NamedTuple):
@@ -107,7 +124,7 @@ def _predicting_states(model: Model, params: Params, sequences: Sequences) -> _P
     if rows is None:
         states = completion_states(model, params, sequences)
         return _Predicting(states, sequences.completion_ids, sequences.completion_mask, None, T)
-    hidden, _ = model.apply(params, rows.token_ids, rows.positions, rows.attention_mask)
+    hidden = _apply(model, (params, rows.token_ids, rows.positions, rows.attention_mask), rows.experts)
     if model.token_shards > 1:
         target_ids, target_mask = rows.by_column()
         return _Predicting(hidden, target_ids, target_mask, rows, T, columns=rows.target_columns)

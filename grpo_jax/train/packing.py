@@ -125,6 +125,8 @@ def pack_on_host(
     N = -(-len(lengths) // R)
     arrays = _fill(host, prompts, lengths, placed, shape=(N * R, S), places=_places(S, T), packing=packing)
     stacked: dict[str, Any] = {name: None if x is None else x.reshape(N, R, *x.shape[1:]) for name, x in arrays.items()}
+    # Each row has those of its tokens.
+    host = replace(host, prompt_experts=None, completion_experts=None)
     return PackedBatch(host, PackedRows(**stacked), np.array(-(-len(placed) // R), np.int32))  # pyright: ignore[reportArgumentType]
 
 
@@ -277,6 +279,8 @@ def _fill(
     token_ids, segment_ids, prefix_ids, positions = new(), new(), new(), new()
     target_columns, target_ids, target_mask = new(), new(), np.zeros(shape, bool)
     starts = np.zeros((shape[0], places), np.int32)
+    of_prompts, of_completions = host.prompt_experts, host.completion_experts
+    experts = None if of_prompts is None else np.zeros((*shape, *of_prompts.shape[2:]), of_prompts.dtype)
     sequence_index = np.full_like(starts, -1)
     for r, pieces in enumerate(placed):
         column = segment = place = start = 0
@@ -286,6 +290,11 @@ def _fill(
             segment += 1
             prefix = segment
             token_ids[r, column : column + before] = ids[:-1]
+            of_prompt: Any = (
+                None if of_prompts is None else of_prompts[completions[0]][host.prompt_mask[completions[0]]]
+            )
+            if experts is not None:
+                experts[r, column : column + before] = of_prompt[:-1]
             segment_ids[r, column : column + before] = segment
             positions[r, column : column + before] = np.arange(before)
             column += before
@@ -297,6 +306,9 @@ def _fill(
                     segment += 1
                     prefix_ids[r, own] = prefix
                 token_ids[r, own] = [ids[-1], *completion[:-1]]
+                if experts is not None and of_completions is not None:
+                    experts[r, column] = of_prompt[-1]
+                    experts[r, column + 1 : column + n] = of_completions[sequence, : n - 1]
                 segment_ids[r, own] = segment
                 positions[r, own] = np.arange(before, before + n)
                 targets = slice(start, start + n)
@@ -315,4 +327,5 @@ def _fill(
         "target_mask": target_mask,
         "sequence_index": sequence_index,
         "starts": starts,
+        "experts": experts,
     }
