@@ -22,6 +22,7 @@ from published import (
     load_published,
     published_torch_model,
     shrunk,
+    text_fields,
     torch_class,
     torch_config,
     write_published,
@@ -208,6 +209,26 @@ def test_packed_rows_on_eight_devices_give_the_gradients_of_padded_ones_on_one(n
     mesh = mesh_of(2, 2, 2) if config.experts is None else mesh_of(1, 2, 2, expert=2)
     expected = scored(config, loaded.params, mesh_of(1, 1, 1), "padded")
     assert_close(scored(config, loaded.params, mesh, "shared"), expected)
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3-VL-30B-A3B"])
+def test_a_text_part_has_its_own_defaults(name):
+    config = shrunk(PUBLISHED[name])
+    fields = text_fields(config)
+    for field in ("rope_theta", "rms_norm_eps", "norm_topk_prob"):
+        fields.pop(field, None)
+    oracle, found = torch_config(config).get_text_config(), from_hf_config(config)
+    assert {rope.theta for rope in found.ropes} == {oracle.rope_parameters["rope_theta"]}
+    assert found.norm_epsilon == oracle.rms_norm_eps
+    assert found.experts is None or found.experts.normalized
+
+
+@pytest.mark.parametrize(("field", "value"), [("factor", "x"), ("mscale_all_dim", "x"), ("mscale_all_dim", -1)])
+def test_scaling_that_is_no_number_is_refused_where_it_scales_queries(field, value):
+    config = shrunk(PUBLISHED["DeepSeek-V3"])
+    config["rope_scaling"][field] = value
+    with pytest.raises(ValueError, match=rf"{field} .*must be a finite number.*, not {value!r}"):
+        from_hf_config(config)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
