@@ -11,7 +11,7 @@ from grpo_jax.data.encoded import Texts
 from grpo_jax.data.packing import packed_rows
 from grpo_jax.loop.experience import Experience
 from grpo_jax.loop.offline import packed_lengths, pair_lengths
-from grpo_jax.loop.report import update_metrics
+from grpo_jax.loop.report import expert_metrics, update_metrics
 from grpo_jax.models import Pretrained, build_model, from_hf_config, training_flops
 from grpo_jax.monitor.devices import PEAK_FLOPS
 from grpo_jax.sharding import make_mesh
@@ -24,18 +24,22 @@ def right_padded(lengths, length):
     return jnp.asarray(np.arange(length) < np.array(lengths)[..., None])
 
 
-def test_updates_count_what_was_trained_on_in_every_pass(monkeypatch):
-    prompt_mask, completion_mask = right_padded([2, 2, 4], 4), right_padded([3, 5, 1], 6)
+def experience_of(prompt_mask, completion_mask, **more):
+    rows, length = completion_mask.shape
     rollout = Rollout(
-        prompt_ids=jnp.zeros((3, 4), jnp.int32),
+        prompt_ids=jnp.zeros(prompt_mask.shape, jnp.int32),
         prompt_mask=prompt_mask,
-        completion_ids=jnp.zeros((3, 6), jnp.int32),
+        completion_ids=jnp.zeros((rows, length), jnp.int32),
         completion_mask=completion_mask,
-        rollout_log_probs=jnp.zeros((3, 6)),
-        truncated=jnp.zeros(3, bool),
+        rollout_log_probs=jnp.zeros((rows, length)),
+        truncated=jnp.zeros(rows, bool),
+        **more,
     )
-    lengths = np.array([3, 5, 1])
-    experience = Experience(1, [], [], [], {}, rollout, Texts([], list), lengths, 0.0)
+    return Experience(1, [], [], [], {}, rollout, Texts([], list), np.asarray(completion_mask.sum(1)), 0.0)
+
+
+def test_updates_count_what_was_trained_on_in_every_pass(monkeypatch):
+    experience = experience_of(right_padded([2, 2, 4], 4), right_padded([3, 5, 1], 6))
     model = Pretrained(build_model(LLAMA), {}, LLAMA, {}, None, None, (), 0)
     rows, mesh = np.array([True, False, True]), make_mesh(data=1, devices=jax.devices()[:1])
     assert update_metrics(experience, rows, [model, model], 0.5, mesh) == {"update_tokens_per_second": 2 * 10 / 0.5}
@@ -48,6 +52,17 @@ def test_updates_count_what_was_trained_on_in_every_pass(monkeypatch):
     assert shared == pytest.approx(once / 1e9 / 0.5)
     assert update_metrics(experience, rows, [], 0.5, mesh) == {"update_tokens_per_second": 0}
     assert update_metrics(experience, rows, [model], 0.0, mesh) == {}  # no rate
+
+
+def test_the_use_of_experts_is_reported_if_it_is_recorded():
+    sizes = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    model = build_model(from_hf_config({"model_type": "qwen3_moe", **SMALL, **sizes}))
+    masks = right_padded([2], 2), right_padded([2], 3)
+    experts = jnp.asarray([[[[0]], [[1]], [[2]]]], jnp.int32)  # the last is no token
+    found = expert_metrics(experience_of(*masks, completion_experts=experts), model)
+    assert found == {"router/dead_experts": 0.5, "router/max_load": 2.0}
+    assert expert_metrics(experience_of(*masks), model) == {}
+    assert expert_metrics(experience_of(*masks, completion_experts=experts), build_model(LLAMA)) == {}
 
 
 def test_lengths_of_packed_rows_and_of_pairs():

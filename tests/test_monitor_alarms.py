@@ -29,6 +29,7 @@ HEALTHY = {
     "clip_ratio/region_mean": 0.01,
     "sampling/sampling_logp_difference/mean": 1e-6,
     "rewards/language/mean": 0.9,
+    "router/dead_experts": 0.05,
 }
 # A change of the latest metrics that triggers each alarm.
 ILLS = {
@@ -46,6 +47,7 @@ ILLS = {
     "constant_answer": {"completions/constant_answer_excess": 0.5},
     "hard_coded": {"completions/hard_coded_share": 0.3},
     "language": {"rewards/language/mean": 0.5},
+    "dead_experts": {"router/dead_experts": 0.2},
 }
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics
+from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics, routing_metrics
 
 
 def test_rewards_within_and_across_groups():
@@ -42,3 +42,19 @@ def test_lengths():
 
 def test_groups_of_one_say_nothing_of_variance():
     assert "frac_reward_zero_std" not in reward_metrics(np.array([1.0, 0.0]), {}, group_size=1)
+
+
+def test_the_use_of_experts():
+    """Two layers of four experts: one with equal loads, one whose choices are all of two experts."""
+    experts = np.array([[[[0, 1], [2, 3]], [[2, 3], [2, 3]]], [[[-1, -1], [-1, -1]], [[0, 0], [0, 0]]]], np.int16)
+    mask = np.array([[True, True], [True, False]])
+    assert routing_metrics(experts, mask, 4) == {"router/dead_experts": 2 / 8, "router/max_load": 2.0}
+    assert routing_metrics(experts, mask & False, 4) == {}
+
+
+def test_experts_that_are_hardly_chosen_are_dead():
+    experts = np.zeros((1, 1000, 1, 1), np.int16)
+    experts[0, :5], experts[0, 5:505] = 1, 2
+    assert routing_metrics(experts, np.ones((1, 1000), bool), 4)["router/dead_experts"] == 1 / 4
+    experts[0, 0] = 3
+    assert routing_metrics(experts, np.ones((1, 1000), bool), 4)["router/dead_experts"] == 1 / 4

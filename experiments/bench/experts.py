@@ -2,10 +2,13 @@
 
 The layer is router, choice and experts of Qwen3-MoE; the dense MLP is as wide as the experts of one token together.
 Forward and backward pass of ``tokens`` random tokens, and the forward pass of ``decode_tokens`` as in a step of
-sampling. With ``--transformers``, its layer in PyTorch does the same on as many threads. The implementations alternate
-in one process, which should have one core; ratios are of the medians of CPU seconds. Prints one JSON line.
+sampling. With ``--transformers``, its layer in PyTorch does the same on as many threads. With ``--model``, a small
+Qwen3-MoE computes log-probabilities of ``tokens`` tokens in sequences of 128 and their gradient, instead of the layer,
+against a dense model of as many active parameters. The implementations alternate in one process, which should have one
+core; ratios are of the medians of CPU seconds. Prints one JSON line.
 
     taskset -c 0 python experiments/bench/experts.py --transformers
+    taskset -c 0 python experiments/bench/experts.py --model --tokens 2048 --transformers
     taskset -c 0 python experiments/bench/experts.py --width 128 --expert-width 64 --experts 16
     taskset -c 0 python experiments/bench/experts.py --width 2048 --expert-width 768 --experts 128 \
         --experts-per-token 8 --tokens 2048
@@ -17,6 +20,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.loop.benchmark import SHAPES
 from grpo_jax.loop.command import run_command
+from grpo_jax.models import build_model, from_hf_config, init_params, save_pretrained
 from grpo_jax.models.expert_blocks import ExpertParams
 from grpo_jax.models.experts import expert_mlp, gated
 from grpo_jax.models.routing import route
 
+Phases = dict[str, dict[str, Callable[[], Any]]]
 SILU = gated(jax.nn.silu)
 
 
@@ -50,8 +57,10 @@ class Config:
     """E, experts."""
     experts_per_token: int = 4
     """k, experts of a token."""
+    model: bool = False
+    """Measure a whole model, of sizes of its own."""
     transformers: bool = False
-    """Also measure transformers' layer."""
+    """Also measure transformers' implementation."""
     repeats: int = 9
     """Measurements of each implementation."""
     seed: int = 0
@@ -59,6 +68,20 @@ class Config:
 
 
 def main(config: Config) -> None:
+    phases = whole_model(config) if config.model else layer(config)
+    names = ("tokens", "decode_tokens", "width", "expert_width", "experts", "experts_per_token")
+    sizes = SHAPES["small-moe"] if config.model else {name: getattr(config, name) for name in names}
+    result: dict[str, Any] = {"bench": "experts", "cores": len(os.sched_getaffinity(0)), **sizes}
+    for phase, functions in phases.items():
+        seconds = measured(functions, config.repeats)
+        result[f"{phase}_milliseconds"] = {name: round(1000 * s, 3) for name, s in seconds.items()}
+        for name in [n for n in seconds if n != "mixture"]:
+            result[f"{phase}_speed_against_{name}"] = round(seconds[name] / seconds["mixture"], 2)
+    print(json.dumps(result))
+
+
+def layer(config: Config) -> Phases:
+    """Functions of the layer, by phase and implementation."""
     rng = np.random.default_rng(config.seed)
     D, F, E, k = config.width, config.expert_width, config.experts, config.experts_per_token
 
@@ -88,22 +111,29 @@ def main(config: Config) -> None:
         decode[name] = lambda f=forward, params=params: jax.block_until_ready(f(params, few))
     if config.transformers:
         train["transformers"], decode["transformers"] = torch_layer(config, router, experts, x, few)
-    result = {
-        "bench": "experts",
-        "cores": len(os.sched_getaffinity(0)),
-        "width": D,
-        "expert_width": F,
-        "experts": E,
-        "experts_per_token": k,
-        "tokens": config.tokens,
-        "decode_tokens": config.decode_tokens,
-    }
-    for phase, functions in (("train", train), ("decode", decode)):
-        seconds = measured(functions, config.repeats)
-        result[f"{phase}_milliseconds"] = {name: round(1000 * s, 3) for name, s in seconds.items()}
-        for name in [n for n in seconds if n != "mixture"]:
-            result[f"{phase}_speed_against_{name}"] = round(seconds[name] / seconds["mixture"], 2)
-    print(json.dumps(result))
+    return {"train": train, "decode": decode}
+
+
+def whole_model(config: Config) -> Phases:
+    """Functions of the whole model, by implementation."""
+    rng = np.random.default_rng(config.seed)
+    ids = rng.integers(0, SHAPES["small-moe"]["vocab_size"], (config.tokens // 128, 128))
+    token_ids = jnp.asarray(ids, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(128, dtype=jnp.int32), ids.shape)
+    train: dict[str, Callable[[], Any]] = {}
+    for name, shape in (("mixture", "small-moe"), ("dense", "small")):
+        decoder = from_hf_config(SHAPES[shape] | {"max_position_embeddings": 128})
+        model, params = build_model(decoder), init_params(decoder, jax.random.key(config.seed))
+
+        def loss(params: Any, model: Any = model) -> jax.Array:
+            hidden = model.apply(params, token_ids, positions)[0][:, :-1]
+            return model.token_scores(params, hidden, token_ids[:, 1:], temperature=1.0, chunk_size=1024)[0].mean()
+
+        step = jax.jit(jax.grad(loss))
+        train[name] = lambda step=step, params=params: jax.block_until_ready(step(params))
+        if config.transformers and name == "mixture":
+            train["transformers"] = torch_model(params, ids)
+    return {"train": train}
 
 
 def measured(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -150,6 +180,25 @@ def torch_layer(config: Config, router: jax.Array, experts: ExpertParams, x: jax
             layer(few_)
 
     return train, decode
+
+
+def torch_model(params: Any, ids: np.ndarray) -> Callable[[], Any]:
+    """The training function of transformers' model with the same parameters."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    shape = SHAPES["small-moe"] | {"max_position_embeddings": 128, "architectures": ["Qwen3MoeForCausalLM"]}
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder, params, hf_config=shape, tokenizer=None)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    tokens = torch.tensor(ids)
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+
+    return train
 
 
 if __name__ == "__main__":

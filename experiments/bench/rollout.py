@@ -301,8 +301,12 @@ def torch_generate(config: Config, decoder: DecoderConfig, params, prompts, key)
     model: Any
     shape = SHAPES[config.model] | {"max_position_embeddings": config.prompt_length + config.max_completion_length}
     with tempfile.TemporaryDirectory() as folder:
-        names: dict[Any, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-        architecture = {"architectures": [names[shape["model_type"]]], "dtype": config.dtype, "eos_token_id": 0}
+        names: dict[Any, str] = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+        architecture = {
+            "architectures": [f"{names[shape['model_type']]}ForCausalLM"],
+            "dtype": config.dtype,
+            "eos_token_id": 0,
+        }
         save_pretrained(folder, params, hf_config=shape | architecture, tokenizer=None)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"

@@ -24,7 +24,7 @@ from grpo_jax.loop.compilation import count_compilations
 from grpo_jax.loop.experience import Experience, ProblemBatch, concatenate, has_reward_variance
 from grpo_jax.loop.held_out import evaluate_tasks
 from grpo_jax.loop.mixture import TASK, MixtureScorer
-from grpo_jax.loop.report import LogPart, samples_to_show, step_metrics, update_metrics
+from grpo_jax.loop.report import LogPart, expert_metrics, samples_to_show, step_metrics, update_metrics
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import differences
 from grpo_jax.loop.setup import (
@@ -279,6 +279,7 @@ class Collector:
         def log(parts: list[LogPart]) -> bool:
             whole = LogPart.joined(parts)
             metrics.update(step_metrics(config, self.tasks, self.scorer, experience, scores, whole.facts))
+            metrics.update(expert_metrics(experience, self.policy.model))
             per_second = float(experience.lengths.sum() / metrics["step_time"])
             metrics.update(num_tokens=self._num_tokens, tokens_per_second=per_second, compilations=self._compilations())
             shared_by = config.group_size if prompts_are_shared else 1

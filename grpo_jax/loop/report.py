@@ -20,11 +20,12 @@ from grpo_jax.loop.mixture import MixtureScorer
 from grpo_jax.loop.task_runtime import TaskRuntime
 from grpo_jax.monitor.devices import device_metrics
 from grpo_jax.monitor.samples import Sample, spot_checks
-from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics
+from grpo_jax.monitor.step_metrics import completion_metrics, reward_metrics, routing_metrics
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.rewards.diagnostics import TextFacts, text_facts, text_metrics
 from grpo_jax.rewards.scorer import Scorer
 from grpo_jax.rewards.workers.pool import RewardError
+from grpo_jax.types import Model
 
 
 def over_updates(updates: Sequence[Mapping[str, jax.Array | float]]) -> dict[str, float]:
@@ -80,6 +81,19 @@ def step_metrics(
     names = ("rollout_wait", "scoring_wait") if is_ahead else ("rollout_time", "scoring_time", "reshard_time")
     phases = sum(experience.times.get(name, 0.0) for name in names)
     return metrics | experience.times | {"update_time": max(seconds - phases, 0.0), "step_time": seconds}
+
+
+def expert_metrics(experience: Experience, model: Model) -> dict[str, float]:
+    """``routing_metrics`` of a step's completions; nothing if the sampler did not record the experts.
+
+    Args:
+        experience: the step's completions.
+        model: that sampled them.
+    """
+    experts, mask = experience.rollout.completion_experts, experience.rollout.completion_mask
+    if experts is None or model.routing is None:
+        return {}
+    return routing_metrics(np.asarray(experts), np.asarray(mask), model.routing.num_experts)
 
 
 def update_metrics(

@@ -58,6 +58,8 @@ class AlarmConfig:
     """Fraction of programs that hard-code the expected outputs of their tests."""
     language: float | None = 0.2
     """Drop of the language reward (fraction of a thought in the target language) from its initial value."""
+    dead_experts: float | None = 0.1
+    """Increase over the initial fraction of experts that are chosen less than a hundredth as often as the average."""
     held_out_fall: float | None = 0.02
     """Drop of held-out pass@1 (or reward, without a grader) of any task from its best evaluation. The drop must also be
     two standard errors, or one if pass@1 has more than halved."""
@@ -377,6 +379,12 @@ CONDITIONS: dict[str, Condition] = {
         "rewards/language/mean",
         "{value:.0%} of the words in thoughts are in the target language ({start:.0%} initially): the reward favours "
         "switching languages",
+    ),
+    "dead_experts": _above(
+        "router/dead_experts",
+        "{value:.0%} of experts are hardly ever chosen ({start:.0%} initially): the router collapses onto the others "
+        "(replay the sampler's choices, lower the learning rate, add a load-balancing loss)",
+        beyond_start=True,
     ),
 }
 """Conditions by the name of their threshold in ``AlarmConfig``."""

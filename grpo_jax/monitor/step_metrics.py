@@ -61,6 +61,29 @@ def reward_metrics(total: np.ndarray, parts: Mapping[str, np.ndarray], *, group_
     return metrics
 
 
+def routing_metrics(experts: np.ndarray, mask: np.ndarray, num_experts: int) -> dict[str, float]:
+    """How evenly a step's completions use the experts of a mixture.
+
+    Args:
+        experts: ``[B, T, L, k]`` int, chosen for each token in each layer with experts; a negative entry is no choice.
+        mask: ``[B, T]`` bool, the tokens that count.
+        num_experts: E, of a layer.
+
+    Returns:
+        ``router/dead_experts``, the fraction of experts of all layers that are chosen less than a hundredth as often as
+        the average of their layer, and ``router/max_load``, the largest number of choices of an expert relative to that
+        average; nothing if no token counts.
+    """
+    chosen = experts[mask].astype(np.int64)
+    L = chosen.shape[1]
+    in_all = (chosen + num_experts * np.arange(L)[:, None])[chosen >= 0]
+    if not in_all.size:
+        return {}
+    loads = np.bincount(in_all, minlength=L * num_experts).reshape(L, num_experts)
+    relative = loads / loads.mean(axis=1, keepdims=True)
+    return {"router/dead_experts": float((relative < 0.01).mean()), "router/max_load": float(relative.max())}
+
+
 def _sample_std(rows: np.ndarray) -> np.ndarray:
     """The standard deviation of each row (ddof 1) without NaN; 0 for a single value."""
     counts = (~np.isnan(rows)).sum(1)
