@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from published import (
     load_published,
     published_torch_model,
     shrunk,
+    text_fields,
     torch_class,
     torch_config,
     write_published,
@@ -200,9 +201,34 @@ def test_sampler_trainer_and_transformers_agree_on_sampled_tokens(name, family):
 def test_packed_rows_on_eight_devices_give_the_gradients_of_padded_ones_on_one(name, family):
     """On data x fsdp x tensor, or fsdp x expert x tensor for a mixture of experts."""
     loaded = family(name).loaded
-    mesh = mesh_of(2, 2, 2) if loaded.config.experts is None else mesh_of(1, 2, 2, expert=2)
-    expected = scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "padded")
-    assert_close(scored(loaded.config, loaded.params, mesh, "shared"), expected)
+    config = loaded.config
+    if config.delta is not None:
+        # Small outputs of the delta rule are divided by their size: with the published epsilon, rounding of the weights
+        # changes gradients by more than is compared here.
+        config = replace(config, norm_epsilon=1e-2)
+    mesh = mesh_of(2, 2, 2) if config.experts is None else mesh_of(1, 2, 2, expert=2)
+    expected = scored(config, loaded.params, mesh_of(1, 1, 1), "padded")
+    assert_close(scored(config, loaded.params, mesh, "shared"), expected)
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-7B", "Qwen3-VL-4B", "Qwen3-VL-30B-A3B"])
+def test_a_text_part_has_its_own_defaults(name):
+    config = shrunk(PUBLISHED[name])
+    fields = text_fields(config)
+    for field in ("rope_theta", "rms_norm_eps", "norm_topk_prob"):
+        fields.pop(field, None)
+    oracle, found = torch_config(config).get_text_config(), from_hf_config(config)
+    assert {rope.theta for rope in found.ropes} == {oracle.rope_parameters["rope_theta"]}
+    assert found.norm_epsilon == oracle.rms_norm_eps
+    assert found.experts is None or found.experts.normalized
+
+
+@pytest.mark.parametrize(("field", "value"), [("factor", "x"), ("mscale_all_dim", "x"), ("mscale_all_dim", -1)])
+def test_scaling_that_is_no_number_is_refused_where_it_scales_queries(field, value):
+    config = shrunk(PUBLISHED["DeepSeek-V3"])
+    config["rope_scaling"][field] = value
+    with pytest.raises(ValueError, match=rf"{field} .*must be a finite number.*, not {value!r}"):
+        from_hf_config(config)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

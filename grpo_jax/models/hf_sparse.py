@@ -109,8 +109,9 @@ def _latent_scale(fields: Fields) -> float:
     scale = (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]) ** -0.5
     rope = fields["rope_parameters"] or fields["rope_scaling"] or {}
     is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    if is_scaled and rope.get("mscale_all_dim") and rope.get("factor", 1) > 1:
-        scale *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
+    factor, all_dim = (check_number(name, rope.get(name) or 0, zero=True) for name in ("factor", "mscale_all_dim"))
+    if is_scaled and factor > 1:
+        scale *= (0.1 * all_dim * math.log(factor) + 1) ** 2
     return scale
 
 

@@ -26,6 +26,12 @@ SAME_TEXT_MODEL = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"} | {
     "qwen3_vl_moe_text": "qwen3_moe",
 }
 """Text models that compute what another family does for sequences of text."""
+DEFAULTS = (
+    {name: {"rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5} for name in ("qwen2_vl", "qwen2_5_vl")}
+    | {"qwen3_vl": {"rope_theta": 500_000.0}}
+    | {"qwen3_vl_moe": {"rope_theta": 500_000.0, "norm_topk_prob": True}}
+)
+"""Defaults of text models that are not those of the family that computes the same."""
 SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config")
 OF_IMAGES = ("vision_", "image_", "video_")
 # The three positions of a token of text are equal, so that all sections of a head are rotated as without sections.
@@ -52,6 +58,10 @@ def text_config(hf_config: Fields) -> dict[str, Any]:
     if not isinstance(inner, Mapping):  # the text model's fields stand beside those of the other parts
         inner = {name: value for name, value in hf_config.items() if not name.startswith(OF_IMAGES)}
     text = {name: hf_config[name] for name in SHARED if name in hf_config} | dict(inner)
+    ropes = [rope for name in ("rope_scaling", "rope_parameters") if isinstance(rope := inner.get(name), Mapping)]
+    for name, default in DEFAULTS.get(outer, {}).items():
+        if not any(name in rope for rope in ropes):
+            text.setdefault(name, default)
     if "tie_word_embeddings" in hf_config:
         text["tie_word_embeddings"] = hf_config["tie_word_embeddings"]
     own = inner.get("model_type")
