@@ -129,6 +129,8 @@ def _over_mesh(compute, x, experts, weights, params: ExpertParams, mesh: Mesh):
         summed = tuple(axis for axis in over if axis == "tensor" or not shares)
         return jax.lax.psum(out, summed) if summed else out
 
+    if gathers:  # again in the backward pass, or every layer's gathered matrices would be kept until then
+        on_device = jax.checkpoint(on_device, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
     specs: dict[str, Any] = {name: spec(name) for name, p in params._asdict().items() if p is not None}
     run = jax.shard_map(
         on_device,
