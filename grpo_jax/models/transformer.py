@@ -29,11 +29,12 @@ from grpo_jax.models.kv_cache import (
     ring_columns,
 )
 from grpo_jax.models.layers import Embedding, Norm, ScalarHead
-from grpo_jax.models.lora_config import LoRA, linear_sizes
+from grpo_jax.models.lora_config import LoRA
 from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
 from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
+from grpo_jax.models.sizes import attention_length
 from grpo_jax.sharding import TOKENS, constrain
 from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Routing, Segments
 
@@ -332,7 +333,7 @@ def build_model(
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
         packing=_best_packing(config, kernel),
-        attention_length=_attention_length(config),
+        attention_length=attention_length(config),
         preparation=prepared,
         token_shards=1 if mesh is None else mesh.shape["context"],
         routing=_routing(config, apply_routed),
@@ -376,12 +377,6 @@ def _check_columns(
 
 def _unchanged(params: Params) -> Params:
     return params
-
-
-def _attention_length(config: DecoderConfig) -> float:
-    """Tokens of a row for which attention multiplies as often as the matrices of a layer: masked pairs are computed."""
-    weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
-    return weights / (2 * config.num_heads * config.head_dim)
 
 
 def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | None:
