@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from grpo_jax import loss
 from grpo_jax.config.functions import accepted, call_with, find_function, parse_call
-from grpo_jax.train.optimizer import adamw, lion, make_schedule, muon
+from grpo_jax.train.optimizer import adamw, lion, make_schedule, muon, sparing_untrained
 from grpo_jax.train.step import LossFn, check_loss_output, opt_state_shapes
 from grpo_jax.types import Batch, Mean, Metrics, Params
 
@@ -149,7 +149,8 @@ class OptimizerConfig:
                 f"the optimizer {self.optimizer} returned a {type(optimizer).__name__}; it must return an "
                 "optax.GradientTransformation"
             )
-        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), optimizer), schedule
+        clipped = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), optimizer)
+        return sparing_untrained(clipped), schedule
 
 
 @dataclass(frozen=True)
