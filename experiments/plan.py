@@ -263,6 +263,7 @@ def check_meshes(run: Any, meshes: Sequence[MeshConfig], num_devices: int) -> No
     from grpo_jax.loop.plan import check_layout
     from grpo_jax.loop.planned_model import decoder_of, hf_config_of
     from grpo_jax.models import param_shapes
+    from grpo_jax.models.mesh_checks import check_mesh, check_rollout_tensor
     from grpo_jax.sharding import param_shardings, rollout_mesh
 
     decoder = decoder_of(run, hf_config_of(run))
@@ -272,10 +273,13 @@ def check_meshes(run: Any, meshes: Sequence[MeshConfig], num_devices: int) -> No
         if built.size != num_devices:
             raise ValueError(f"the mesh takes {built.size} of the {num_devices} devices of --topology")
         param_shardings(shapes, built)
+        check_mesh(decoder, built)
         tried = replace(run, mesh=mesh)
         check_layout(tried)
         if isinstance(run, GRPOConfig | PPOConfig):
-            sampling = rollout_mesh(built, choose_rollout_tensor(tried, decoder, built.shape))
+            tensor = choose_rollout_tensor(tried, decoder, built.shape)
+            check_rollout_tensor(decoder, tensor)
+            sampling = rollout_mesh(built, tensor)
             check_divides(run.num_completions, sampling, "num_prompts x group_size, in the sampler")
 
 

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import SMALL
+from published import PUBLISHED, shrunk
 
 from grpo_jax.models import LoRA, build_model, from_hf_config, param_shapes, training_flops
+from grpo_jax.models.config import Latent
+from grpo_jax.models.sizes import pair_size
 from grpo_jax.train import packed_log_probs
 from grpo_jax.types import Packed
 
@@ -55,9 +58,62 @@ def test_frozen_weights_have_no_gradient():
     assert training_flops(LLAMA, prompt, np.array([5]), lora=LoRA()) == training_flops(LLAMA, prompt, np.array([5]))
 
 
-def test_the_compiler_counts_about_as_many():
+def test_a_token_passes_the_experts_that_it_is_sent_to():
+    """As many operations as with an MLP of their widths together, and those of the router."""
+    config = from_hf_config(shrunk(PUBLISHED["Qwen3-30B-A3B"]))
+    e, tokens = config.experts, np.array([5])
+    assert e.count > e.per_token > 1
+    width = e.per_token * e.intermediate_size
+    dense = dataclasses.replace(config, sparse=(), experts=None, intermediate_size=width)
+    router = config.num_layers * config.hidden_size * e.count
+    assert training_flops(config, 0, tokens) - training_flops(dense, 0, tokens) == 6 * 5 * router
+
+
+def test_all_tokens_pass_dense_layers_and_shared_experts():
+    config = from_hf_config(shrunk(PUBLISHED["GLM-4.5-Air"]))
+    alone = dataclasses.replace(config, experts=dataclasses.replace(config.experts, shared_size=0))
+    assert 0 < config.num_sparse() < config.num_layers
+    shared = config.num_sparse() * 3 * config.hidden_size * config.experts.shared_size
+    tokens = np.array([4, 3])
+    assert training_flops(config, 0, tokens) - training_flops(alone, 0, tokens) == 6 * 7 * shared
+    wider = dataclasses.replace(config, intermediate_size=config.intermediate_size + 8)
+    of_dense = (config.num_layers - config.num_sparse()) * 3 * config.hidden_size * 8
+    assert training_flops(wider, 0, tokens) - training_flops(config, 0, tokens) == 6 * 7 * of_dense
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("Qwen3-30B-A3B", 30.5, 3.3), ("DeepSeek-V3", 671, 37), ("OLMoE-1B-7B", 6.9, 1.3)],
+)
+def test_active_parameters_of_published_models(name, total, active):
+    """In billions, as published; with the output embedding, and Qwen's and OLMoE's with the input embedding."""
+    config = from_hf_config(PUBLISHED[name])
+    shapes = param_shapes(config)
+    attention = 6 * config.num_layers * pair_size(config)
+    found = (training_flops(config, 0, np.array([1])) - attention) / 6e9
+    if name in ("Qwen3-30B-A3B", "OLMoE-1B-7B"):
+        found += config.vocab_size * config.hidden_size / 1e9
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9 == pytest.approx(total, rel=0.01)
+    assert found == pytest.approx(active, rel=0.05)
+
+
+def test_heads_of_latent_attention_have_two_sizes():
+    config = from_hf_config(shrunk(PUBLISHED["DeepSeek-V3"]))
+    sizes = config.latent
+    one, two = (training_flops(config, 0, np.array([n])) for n in (1, 2))
+    head = sizes.key_dim + sizes.rope_dim + sizes.value_dim
+    assert head != 2 * config.head_dim
+    assert two - 2 * one == 6 * config.num_layers * config.num_heads * head  # the second token and the first key
+
+
+@pytest.mark.parametrize("name", ["llama", "latent", "no gate"])
+def test_the_compiler_counts_about_as_many(name):
     wide = {**SMALL, "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512}
     config = from_hf_config({"model_type": "llama", **wide})
+    if name == "latent":
+        config = dataclasses.replace(config, latent=Latent(64, 32, rope_dim=16, key_dim=64, value_dim=48))
+    elif name == "no gate":
+        config = dataclasses.replace(config, gated_mlp=False)
     model, length = build_model(config), 16
     shape = jax.ShapeDtypeStruct((2, length), jnp.int32)
     packed = Packed(shape, shape, shape, jax.ShapeDtypeStruct((2, length), bool))

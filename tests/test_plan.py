@@ -288,7 +288,7 @@ def test_a_mesh_may_split_an_axis_of_a_slice(monkeypatch):
         raise NotImplementedError("4x4x4")
 
     monkeypatch.setattr(jax, "make_mesh", make_mesh)
-    assert MeshConfig(data=1, fsdp=8).build().shape == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    assert MeshConfig(data=1, fsdp=8).build().shape == {"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
 
 
 def test_meshes_are_ranked_by_what_they_send_and_what_fits(small):
@@ -397,7 +397,7 @@ def test_a_plan_of_grpo(tmp_path, capsys, monkeypatch):
     assert json.loads(output.read_text()) == report
     assert picture.stat().st_size > 10_000
     (found,) = report["meshes"]
-    assert found["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     names = [phase["name"] for phase in found["phases"]]
     assert names == ["reshard", "prefill", "decode", "log-probs (reference)", "update"]
     kinds = {phase["name"]: phase["bytes_by_kind"] for phase in found["phases"]}

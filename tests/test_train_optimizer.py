@@ -1,13 +1,18 @@
 """Optimizers by name: which arrays they update how, and where their state lies on a mesh."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from published import PUBLISHED, shrunk
 
 from grpo_jax.config.training import OPTIMIZERS, OptimizerConfig
+from grpo_jax.models import from_hf_config, param_shapes
+from grpo_jax.models.config import with_layers
 from grpo_jax.sharding import make_mesh, param_shardings, replicated
 from grpo_jax.train import init_state, make_train_step, muon, opt_state_shardings
 from grpo_jax.types import Mean
@@ -107,6 +112,47 @@ def test_weight_decay_spares_vectors(tiny):
             is_vector = path[-1].key in VECTORS
             is_adams = name == "muon" and path[-1].key != "kernel"  # which optax does not decay
             assert (float(jnp.abs(update).max()) == 0) == (is_vector or is_adams), path
+
+
+def test_muon_orthogonalizes_each_expert_and_the_heads_of_latent_attention():
+    config = from_hf_config(shrunk(PUBLISHED["DeepSeek-V3"]))
+    params = param_shapes(with_layers(config, config.kinds[-1:]))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    optimizer = muon(1.0, consistent_rms=None, ns_steps=12)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's own functions
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    attention, mlp = updates["layers_0"]["attention"], updates["layers_0"]["mlp"]
+    matrices = [np.asarray(x) for name in ("gate", "up", "down") for x in mlp["experts"][name]]
+    matrices += [attention[name].reshape(attention[name].shape[0], -1) for name in ("k_b", "v_b")]
+    matrices += [attention["q_a"]["kernel"], attention["kv_a"]["kernel"], mlp["shared"]["up"]["kernel"]]
+    matrices += [attention["q_b"]["kernel"].reshape(attention["q_b"]["kernel"].shape[0], -1)]
+    assert len(matrices) == 3 * config.experts.count + 6
+    for matrix in matrices:
+        singular = np.linalg.svd(matrix, compute_uv=False)
+        assert singular.max() / singular.min() < 3
+    for by_adam in (mlp["router"]["kernel"], updates["embed"]["embedding"]):
+        np.testing.assert_allclose(np.abs(by_adam), np.abs(by_adam).max(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw(moments='8bit')", "lion", "muon", "adafactor(weight_decay_rate=0.1)", "optax:adamw"]
+)
+def test_no_optimizer_changes_the_bias_of_the_choice_or_decays_the_biases_of_experts(name):
+    biases = {"selection_bias": jnp.ones(4), "experts": {"up_bias": jnp.ones((4, 8))}}
+    params = {"layers_0": {"mlp": {**biases, "up": {"kernel": jnp.ones((8, 8))}}}}
+    config = OptimizerConfig(optimizer=name, learning_rate=0.1, warmup_updates=0)
+    config = replace(config, weight_decay=0.5) if "adafactor" not in name else config
+    optimizer, _ = config.build(total_updates=1)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    mlp = updates["layers_0"]["mlp"]
+    assert not mlp["selection_bias"].any()
+    assert mlp["up"]["kernel"].any()
+    # Those that are not ours decay all that they are given.
+    assert mlp["experts"]["up_bias"].any() == (":" in name or "adafactor" in name)
 
 
 def test_muon_refuses_parameters_without_its_matrices():

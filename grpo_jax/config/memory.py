@@ -60,6 +60,7 @@ class Reckoning:
         rollout_is_shared: whether the sampler uses the weights that are trained if they lie as it needs them.
         matrices: path within a layer and shape of each of the model's matrices, whose sizes axes may not divide, and
             their number.
+        experts: in an update, those of one layer, which only ``expert`` and ``tensor`` divide.
     """
 
     state: int
@@ -68,6 +69,7 @@ class Reckoning:
     token: int
     rollout_is_shared: bool
     matrices: Mapping[tuple[str, tuple[int, ...]], int]
+    experts: int = 0
 
     def state_on(self, axes: Axes) -> int:
         """State on each device of a mesh."""
@@ -97,6 +99,7 @@ class Reckoning:
             limit: the device's memory, in bytes.
         """
         held = int((self.state + self.update) * share_on(self.matrices, axes, PARAM_RULES))
+        held += self.experts // (axes.get("expert", 1) * axes["tensor"])
         return max(0, int(USABLE * limit) - held) // self.token
 
 
@@ -110,7 +113,7 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     """
     from grpo_jax.models import param_shapes  # late, since it imports flax
     from grpo_jax.models.kernels import hardware, resolve_attention
-    from grpo_jax.models.memory import activation_bytes
+    from grpo_jax.models.memory import activation_bytes, experts_bytes
 
     optimizer, _ = config.optimizer.build(total_updates=1)
     shapes, dtype = param_shapes(decoder), config.compute_dtype
@@ -119,9 +122,8 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     has_adapters, trained, rollout = config.lora.is_used, count, itemsize * count
     if has_adapters:
         trained = config.lora.size(decoder)
-        quantized = decoder.num_layers * sum(
-            inputs * outputs for inputs, outputs in config.lora.matrices(decoder).values()
-        )
+        adapted = [config.lora.matrices(decoder, kind).values() for kind in decoder.kinds]
+        quantized = sum(inputs * outputs for of_layer in adapted for inputs, outputs in of_layer)
         rollout -= int(quantized * (itemsize - QUANTIZED_BYTES.get(config.lora.quantize, itemsize)))
     # The rest is frozen, as the sampler and the reference compute with it.
     frozen = rollout if has_adapters else 0
@@ -154,9 +156,11 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
             remat=config.remat,
             fused_attention=attention in ("cudnn", "splash"),
             tensor=axes["tensor"],
+            expert=axes.get("expert", 1),
         ),
         rollout_is_shared=itemsize == 4 or has_adapters,
         matrices=_matrices(shapes),
+        experts=experts_bytes(decoder, itemsize),
     )
 
 
@@ -179,7 +183,7 @@ def share_on(matrices: Mapping[tuple[str, tuple[int, ...]], int], axes: Axes, ru
 def _matrices(shapes: Any) -> Mapping[tuple[str, tuple[int, ...]], int]:
     found = params_by_name(shapes)
     return Counter(
-        (re.sub(r"^layers_\d+/", "", name), shape) for name, shape in found if name.endswith(("kernel", "embedding"))
+        (re.sub(r"^layers_\d+/", "", name), shape) for name, shape in found if len(shape) > 1 and "bias" not in name
     )
 
 
@@ -275,13 +279,13 @@ def rollout_tensor(
 
     Args:
         need: memory of the run.
-        decoder: sizes of the model; only numbers that divide its query heads are chosen.
+        decoder: sizes of the model; only numbers that divide its query heads and experts are chosen.
         axes: sizes of the mesh's axes.
         limit: memory of a device in bytes.
         decoding: steps of the run; None if their speed is unknown.
     """
     most = axes["fsdp"] * axes.get("expert", 1) * axes.get("context", 1)
-    sizes = [axes["tensor"] * n for n in divisors(most) if decoder.num_heads % (axes["tensor"] * n) == 0]
+    sizes = [axes["tensor"] * n for n in divisors(most) if _splits(decoder, axes["tensor"] * n)]
 
     def room_for_cache(n: int) -> float:
         # Twice, as it is copied when rows finish.
@@ -293,6 +297,10 @@ def rollout_tensor(
     if decoding is None or not whole:
         return min(fitting, default=max(sizes, default=axes["tensor"]))
     return min(whole, key=lambda n: (decoding.seconds(n, need.rollout * need.rollout_share(n)), n))
+
+
+def _splits(decoder: DecoderConfig, tensor: int) -> bool:
+    return decoder.num_heads % tensor == 0 and (decoder.experts is None or decoder.experts.count % tensor == 0)
 
 
 def choose_rollout_tensor(config: Any, decoder: DecoderConfig, axes: Axes) -> int:
@@ -342,7 +350,7 @@ def _meshes(devices: int, decoder: DecoderConfig) -> Iterator[Axes]:
     """Meshes of some devices that divide the model, those with the smallest tensor and fsdp axes first."""
     for tensor in divisors(devices):
         for fsdp in divisors(devices // tensor):
-            if decoder.num_kv_heads % tensor == 0 and decoder.hidden_size % fsdp == 0:
+            if decoder.num_kv_heads % tensor == decoder.hidden_size % fsdp == 0 and _splits(decoder, tensor):
                 yield {"data": devices // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor}
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from grpo_jax import loss
 from grpo_jax.config.functions import accepted, call_with, find_function, parse_call
 from grpo_jax.masked import mean_pair
-from grpo_jax.train.optimizer import adamw, lion, make_schedule, muon
+from grpo_jax.train.optimizer import adamw, lion, make_schedule, muon, sparing_untrained
 from grpo_jax.train.router import RouterLosses, RouterTerms
 from grpo_jax.train.step import LossFn, check_loss_output, opt_state_shapes
 from grpo_jax.types import Batch, Mean, Metrics, Params
@@ -152,7 +152,8 @@ class OptimizerConfig:
                 f"the optimizer {self.optimizer} returned a {type(optimizer).__name__}; it must return an "
                 "optax.GradientTransformation"
             )
-        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), optimizer), schedule
+        clipped = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), optimizer)
+        return sparing_untrained(clipped), schedule
 
 
 @dataclass(frozen=True)

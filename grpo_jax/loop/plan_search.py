@@ -19,7 +19,9 @@ from grpo_jax.loop.plan import check_layout
 from grpo_jax.loop.planned_model import decoder_of, hf_config_of
 from grpo_jax.models import param_shapes, training_flops
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.sharding import divisors, param_shardings
+from grpo_jax.models.mesh_checks import check_mesh
+from grpo_jax.models.sizes import expert_size
+from grpo_jax.sharding import divisors, num_row_shards, param_shardings
 
 SHORTEST_PART = 2048
 """Tokens of a sequence that a device has at the least for a mesh with ``context`` to be a candidate."""
@@ -77,11 +79,12 @@ def rank_meshes(config: Any, num_devices: int, *, limit: int | None, rates: Rate
     hf_config = hf_config_of(config)
     decoder = decoder_of(config, hf_config, scalar_head=isinstance(config, RewardModelConfig))
     shapes, found, problem = param_shapes(decoder), [], ""
-    for mesh in _meshes(num_devices, config.sequence_length):
+    for mesh in _meshes(num_devices, config.sequence_length, has_experts=decoder.experts is not None):
         tried = replace(config, mesh=mesh)
         try:
             axes = mesh.build().shape
             param_shardings(shapes, mesh.build())
+            check_mesh(decoder, mesh.build())
             if decoder.num_kv_heads % mesh.tensor:
                 raise ValueError(f"mesh.tensor is {mesh.tensor}; it must divide {decoder.num_kv_heads} KV heads")
             check_layout(tried)
@@ -95,13 +98,15 @@ def rank_meshes(config: Any, num_devices: int, *, limit: int | None, rates: Rate
     return sorted(found, key=lambda each: (not each.fits, each.seconds))
 
 
-def _meshes(num_devices: int, length: int) -> Iterator[MeshConfig]:
+def _meshes(num_devices: int, length: int, *, has_experts: bool) -> Iterator[MeshConfig]:
     """Meshes of all devices; sequences are split as long as each device has ``SHORTEST_PART`` tokens of one."""
     for tensor in divisors(num_devices):
         for context in divisors(num_devices // tensor):
-            if context == 1 or length // context >= SHORTEST_PART:
-                for fsdp in divisors(num_devices // (tensor * context)):
-                    yield MeshConfig(fsdp=fsdp, context=context, tensor=tensor)
+            if context > 1 and length // context < SHORTEST_PART:
+                continue
+            for expert in divisors(num_devices // (tensor * context)) if has_experts else (1,):
+                for fsdp in divisors(num_devices // (tensor * context * expert)):
+                    yield MeshConfig(fsdp=fsdp, expert=expert, context=context, tensor=tensor)
 
 
 def _rollout_tensors(config: Any, decoder: DecoderConfig) -> list[int | None]:
@@ -109,7 +114,9 @@ def _rollout_tensors(config: Any, decoder: DecoderConfig) -> list[int | None]:
     if not isinstance(config, OnlineConfig):
         return [None]
     mesh, devices = config.mesh, config.mesh.build().size
-    sizes = [mesh.tensor * n for n in divisors(mesh.fsdp * mesh.context)]
+    sizes = [mesh.tensor * n for n in divisors(mesh.fsdp * mesh.expert * mesh.context)]
+    if decoder.experts is not None:
+        sizes = [n for n in sizes if decoder.experts.count % n == 0]
     fitting = [n for n in sizes if decoder.num_kv_heads % n == 0 and config.num_completions % (devices // n) == 0]
     if not fitting:
         raise ValueError(f"{config.num_completions} completions do not divide over the sampler's {devices} devices")
@@ -120,25 +127,31 @@ def _estimate(config: Any, decoder: DecoderConfig, axes: Any, limit: int | None,
     """A step by arithmetic.
 
     Products at peak; for each micro-batch, weights gathered and gradients scattered, and keys and values gathered over
-    ``context``; activations summed over tensor-parallel devices; and weights and caches read for each decoded token.
+    ``context``; tokens gathered over ``expert``, whose experts need not be; activations summed over tensor-parallel
+    devices; and weights and caches read for each decoded token.
     """
     need = reckon(config, decoder, axes)
-    fsdp, context, tensor = axes["fsdp"], axes["context"], axes["tensor"]
-    shards, n = fsdp * context, axes["data"] * fsdp * context * tensor
+    fsdp, expert, context, tensor = (axes[name] for name in ("fsdp", "expert", "context", "tensor"))
+    shards = fsdp * expert * context
+    n = axes["data"] * shards * tensor
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     weights, length = need.rollout or itemsize * need.state // 16, config.sequence_length
     is_online = isinstance(config, OnlineConfig)
     rows = config.num_completions if is_online else config.num_rows * (2 if config.ROWS == "num_pairs" else 1)
     updates = config.updates_per_step if is_online else 1
-    tokens = rows * length // (axes["data"] * fsdp)  # of a device and of those that share its rows
+    tokens = rows * length // num_row_shards(axes)  # of a device and of those that share its rows
     flops = training_flops(decoder, 0, np.full(rows, length)) / n * (4 / 3 if config.remat != "none" else 1)
     narrow = 2 if shards > 1 and decoder.hidden_size // shards < LANES else 1
     micro = config.micro_batches * updates
-    wire = micro * narrow * 3 * weights / tensor * (shards > 1)
+    experts = itemsize * decoder.num_sparse() * expert_size(decoder) * (decoder.experts.count if decoder.experts else 0)
+    wire = micro * narrow * 3 * (weights - experts) / tensor * (shards > 1)
+    wire += micro * 3 * experts / (expert * tensor) * (fsdp * context > 1)
+    sent = tokens / context * decoder.hidden_size * itemsize * (expert - 1)
+    wire += 6 * decoder.num_sparse() * sent  # gathered and summed, each forward, again and backward
     wire += 2 * 4 * (weights / itemsize) / (shards * tensor) * (axes["data"] > 1) * updates
     wire += 2 * 6 * decoder.num_layers * tokens / context * decoder.hidden_size * itemsize * (tensor > 1)
     kv_size = 2 * decoder.num_kv_heads * decoder.head_dim * itemsize / tensor
-    wire += 3 * decoder.num_layers * tokens * kv_size * (context > 1)  # forward, again, and their gradients
+    wire += 3 * decoder.num_attention_layers * tokens * kv_size * (context > 1)  # forward, again, and their gradients
     seconds = flops / rates.compute + wire / rates.wire
     held = need.state_on(axes)
     if is_online:

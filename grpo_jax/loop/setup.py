@@ -26,6 +26,7 @@ from grpo_jax.loop.layout_note import layout_note
 from grpo_jax.loop.run import Run
 from grpo_jax.loop.run_folder import device_summary
 from grpo_jax.models.lora_config import LoRA
+from grpo_jax.models.mesh_checks import check_rollout_tensor
 from grpo_jax.rollout import Sampler
 from grpo_jax.sharding import (
     ROLLOUT_RULES,
@@ -204,6 +205,7 @@ def rollout_layout(
     tensor = choose_rollout_tensor(config, policy.config, mesh.shape)
     if sampling is not None:
         return _disjoint_layout(config, policy, sampling)
+    check_rollout_tensor(policy.config, tensor)
     sampling, dtype = rollout_mesh(mesh, tensor), config.compute_dtype
     shardings = param_shardings(policy.params, sampling, ROLLOUT_RULES)
     if sampling is mesh:

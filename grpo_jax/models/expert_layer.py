@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from grpo_jax.models.layers import MLP, Layer, as_tokens
 from grpo_jax.models.routing import route
 
 
-class RoutingInputs(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=("mask", "chosen"), meta_fields=("with_logits",))
+@dataclass(frozen=True)
+class RoutingInputs:
     """What a layer's router gets beside the residual stream.
 
     Attributes:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.expert_blocks import ExpertParams, GatedActivation, expert_blocks
 from grpo_jax.models.expert_groups import expert_groups
+from grpo_jax.models.mesh_checks import check_experts
 from grpo_jax.sharding import EXPERT_AXES, ROW_AXES
 
 
@@ -93,12 +94,7 @@ def _on_device(x, experts, weights, params, *, activation: GatedActivation, plat
 
 def _over_mesh(compute, x, experts, weights, params: ExpertParams, mesh: Mesh):
     sizes = dict.fromkeys((*ROW_AXES, "context", "tensor"), 1) | dict(mesh.shape)
-    devices, num_experts = math.prod(sizes[axis] for axis in EXPERT_AXES), len(params.gate)
-    if num_experts % devices:
-        raise ValueError(
-            f"{num_experts} experts do not divide over mesh.expert {sizes['expert']} x mesh.tensor {sizes['tensor']} "
-            f"= {devices} devices"
-        )
+    check_experts(len(params.gate), mesh.shape)
     rows = tuple(axis for axis in ROW_AXES if axis in mesh.axis_names)
     is_split = x.shape[0] % math.prod(sizes[axis] for axis in rows) == 0  # not of a few sequences in sampling
     tokens = (rows if is_split else None, *(("context",) if x.ndim == 3 and sizes["context"] > 1 else ()))

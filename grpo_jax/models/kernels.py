@@ -87,6 +87,10 @@ def resolve_attention(name: AttentionName, config: DecoderConfig, dtype: Any, ki
 
 def _unsupported(name: AttentionName, config: DecoderConfig, dtype: Any) -> str | None:
     """The reason why a kernel does not support a model; None if it does."""
+    if name != "plain" and config.latent is not None:
+        return "has keys and values of one size, and latent attention has two"
+    if name != "plain" and config.attention_sinks:
+        return "has no attention sinks, which this model needs"
     if name == "cudnn":
         if dtype != jnp.bfloat16:
             return f"computes in bfloat16, not {jnp.dtype(dtype).name}"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import flax.linen as nn
@@ -44,8 +45,9 @@ def with_interception(module: nn.Module, config: DecoderConfig, lora: LoRA) -> n
     for path, (inputs, _) in lora.matrices(config).items():
         tiles: Any = None
         if lora.quantize in ("int4", "nf4"):
-            of_heads = {0: 1, 1: math.gcd(config.head_dim, TILE)}
-            tiles = of_heads if path == "attention/o" else math.gcd(inputs, TILE)
+            heads = {"attention/o": config.num_heads, "delta/o": config.delta.value_heads if config.delta else 0}
+            # Of a matrix with an axis of heads among its inputs, tiles are parts of a head.
+            tiles = {0: 1, 1: math.gcd(inputs // heads[path], TILE)} if path in heads else math.gcd(inputs, TILE)
         rules.append(
             qwix.LoraRule(
                 module_path=rf"(layers_\d+/)?{path}",  # stacked layers are modules of their own
@@ -104,7 +106,6 @@ def add_adapters(
         ValueError: as ``LoRA.check``.
     """
     check_key(key)
-    sizes = lora.matrices(config)
     params = _copied(params)
 
     def place(tree: Any) -> Any:
@@ -113,9 +114,9 @@ def add_adapters(
         return shardings(tree)
 
     for layer in range(config.num_layers):
-        for path, (inputs, outputs) in sizes.items():
-            block, name = path.split("/")
-            module, full = params[f"layers_{layer}"][block][name], f"layers_{layer}/{path}"
+        for path, (inputs, outputs) in lora.matrices(config, config.kinds[layer]).items():
+            full = f"layers_{layer}/{path}"
+            module = _at(params, full)
             new: dict[str, Any] = {
                 "kernel_lora_a": _uniform(
                     jax.random.fold_in(key, zlib.crc32(full.encode())), inputs, (inputs, lora.rank or 0)
@@ -124,11 +125,11 @@ def add_adapters(
             }
             if lora.quantize is not None:
                 quantize = partial(_quantized, path=path, config=config, lora=lora)
-                shapes = {f"layers_{layer}": {block: {name: {"kernel": jax.eval_shape(quantize, module["kernel"])}}}}
-                target = place(shapes)[f"layers_{layer}"][block][name]["kernel"]
+                shapes = _nested(full, {"kernel": jax.eval_shape(quantize, module["kernel"])})
+                target = _at(place(shapes), full)["kernel"]
                 module["kernel"] = jax.jit(quantize, out_shardings=target)(module["kernel"])
-            tree = {f"layers_{layer}": {block: {name: new}}}
-            module |= jax.device_put(tree, place(tree))[f"layers_{layer}"][block][name]
+            tree = _nested(full, new)
+            module |= _at(jax.device_put(tree, place(tree)), full)
 
     def stored(path: tuple[Any, ...], x: Array) -> Array:
         is_trained = path[0].key == "score" or "_lora_" in path[-1].key
@@ -184,21 +185,28 @@ def _template(config: DecoderConfig, lora: LoRA, path: str) -> Any:
     """The shapes of a quantized matrix in qwix's type, which says how it is quantized."""
     from grpo_jax.models.transformer import Decoder
 
-    first = with_layers(config, config.kinds[:1])
-    module: Any = with_interception(Decoder(first), first, lora)
+    first = with_layers(config, [next(kind for kind in config.kinds if path in lora.matrices(config, kind))])
+    module: Any = with_interception(Decoder(first), first, replace(lora, targets=(path,)))
     one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
     init = partial(module.init, method=type(module).declare)
-    block, name = path.split("/")
-    return jax.eval_shape(init, jax.random.key(0), *one_token)["params"]["layers_0"][block][name]["kernel"]
+    return _at(jax.eval_shape(init, jax.random.key(0), *one_token)["params"]["layers_0"], path)["kernel"]
 
 
 def _adapted_modules(params: Params, config: DecoderConfig, lora: LoRA) -> Iterator[tuple[str, dict[str, Any]]]:
-    names = [f"layers_{i}" for i in range(config.num_layers)]
-    layers = [params[name] for name in names if name in params]
-    for layer in [*layers, *params.get(STACKED, ())]:
-        for path in lora.matrices(config):
-            block, name = path.split("/")
-            yield path, layer[block][name]
+    layers = [(params[f"layers_{i}"], kind) for i, kind in enumerate(config.kinds) if f"layers_{i}" in params]
+    for layer, kind in [*layers, *zip(params.get(STACKED, ()), config.kinds, strict=False)]:
+        for path in lora.matrices(config, kind):
+            yield path, _at(layer, path)
+
+
+def _at(tree: Any, path: str) -> Any:
+    """The part of a nested dict at a path such as ``attention/q``."""
+    return reduce(lambda part, name: part[name], path.split("/"), tree)
+
+
+def _nested(path: str, leaf: Any) -> dict[str, Any]:
+    """A nested dict with one part, at a path."""
+    return reduce(lambda part, name: {name: part}, reversed(path.split("/")), leaf)
 
 
 def _copied(tree: Params) -> dict[str, Any]:

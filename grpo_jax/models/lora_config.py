@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.config import DecoderConfig, LayerKind
+from grpo_jax.models.sizes import linear_sizes
+
+TARGETS = ("(attention|delta)/(q|k|v|z|o|q_a|q_b|kv_a)", "mlp/(shared/)?(gate|up|down)")
+"""By default: the matrices of attention and of the MLPs that all tokens pass, as far as a model has them."""
+UNSUPPORTED = ("mlp/experts/gate", "mlp/experts/up", "mlp/experts/down", "mlp/router", "attention/k_b", "attention/v_b")
+"""Weights that cannot have adapters."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,8 @@ class LoRA:
     full training. Default: train the whole model."""
     alpha: Annotated[float, tyro.conf.Suppress] = 32.0
     """Scale of the adapters, which are multiplied by alpha / rank."""
-    targets: Annotated[tuple[str, ...], tyro.conf.Suppress] = ("attention/(q|k|v|o)", "mlp/(gate|up|down)")
-    """Regular expressions of the matrices that get adapters, in every layer."""
+    targets: Annotated[tuple[str, ...], tyro.conf.Suppress] = TARGETS
+    """Regular expressions of the matrices that get adapters, in every layer that has them."""
     quantize: Annotated[Literal["int8", "int4", "nf4"] | None, tyro.conf.Suppress] = None
     """Store the frozen matrices that have adapters in this type (QLoRA). Default: in the precision of the
     computation."""
@@ -76,18 +82,27 @@ class LoRA:
         Raises:
             ValueError: as ``check``.
         """
-        return (self.rank or 0) * config.num_layers * sum(map(sum, self.matrices(config).values()))
+        return (self.rank or 0) * sum(sum(map(sum, self.matrices(config, kind).values())) for kind in config.kinds)
 
-    def matrices(self, config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    def matrices(self, config: DecoderConfig, kind: LayerKind | None = None) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the matrices of a layer that get adapters, by their path such as ``attention/q``.
+
+        Args:
+            config: of the decoder.
+            kind: of the layer; None for the matrices of layers of all kinds.
 
         Raises:
             ValueError: as ``check``.
         """
         known = linear_sizes(config)
-        for pattern in self.targets:
-            if not any(re.fullmatch(pattern, path) for path in known):
-                raise ValueError(f"lora.targets: {pattern!r} matches none of the matrices {', '.join(known)}")
+        for pattern in self.targets if self.targets != TARGETS else ():
+            if any(re.fullmatch(pattern, path) for path in known):
+                continue
+            problem = "matches none of the matrices"
+            wanted = [path for path in UNSUPPORTED if re.fullmatch(pattern, path)]
+            if wanted and (config.experts is not None or config.latent is not None):
+                problem = f"names {wanted[0]}, which cannot have adapters; name one of"
+            raise ValueError(f"lora.targets: {pattern!r} {problem} {', '.join(known)}")
         chosen = {path: sizes for path, sizes in known.items() if _matches(self.targets, path)}
         for path, (inputs, outputs) in chosen.items():
             if self.rank is not None and self.rank > min(inputs, outputs):
@@ -95,22 +110,7 @@ class LoRA:
                     f"lora.rank is {self.rank}; it must be at most {min(inputs, outputs)}, the smaller side of "
                     f"{path} ({inputs} x {outputs})"
                 )
-        return chosen
-
-
-def linear_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the matrices of a layer, by their path."""
-    D, F = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "attention/q": (D, queries),
-        "attention/k": (D, keys),
-        "attention/v": (D, keys),
-        "attention/o": (queries, D),
-        "mlp/gate": (D, F),
-        "mlp/up": (D, F),
-        "mlp/down": (F, D),
-    }
+        return chosen if kind is None else {path: chosen[path] for path in linear_sizes(config, kind) if path in chosen}
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:

@@ -29,11 +29,13 @@ from grpo_jax.models.kv_cache import (
     ring_columns,
 )
 from grpo_jax.models.layers import Embedding, Norm, ScalarHead
-from grpo_jax.models.lora_config import LoRA, linear_sizes
+from grpo_jax.models.lora_config import LoRA
+from grpo_jax.models.mesh_checks import check_mesh
 from grpo_jax.models.output_head import make_token_scores
 from grpo_jax.models.preparation import STACKED, constrain_params, find_repetition, num_stacked, preparation
 from grpo_jax.models.remat import Remat, check_remat, remat_policy
 from grpo_jax.models.rope import Rotation, rotation
+from grpo_jax.models.sizes import attention_length
 from grpo_jax.sharding import TOKENS, constrain
 from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Routing, Segments
 
@@ -147,7 +149,7 @@ class Decoder(nn.Module):
         for i in range(first, c.num_layers):
             own = routing
             if chosen is not None and c.kinds[i].sparse:
-                own = routing._replace(chosen=chosen[:, :, c.num_sparse(i)])
+                own = replace(routing, chosen=chosen[:, :, c.num_sparse(i)])
             x, entry, of_layer = self.layers[i](x, inputs_of(i), None if cache is None else cache[i], own)
             x = constrain(x, self.mesh, TOKENS)
             entries.append(entry)
@@ -204,7 +206,7 @@ class Decoder(nn.Module):
             for place, params in enumerate(groups):
                 own = routing
                 if replayed is not None and self.config.kinds[place].sparse:
-                    own = routing._replace(chosen=replayed[:, :, len(routed)])
+                    own = replace(routing, chosen=replayed[:, :, len(routed)])
                 apply = partial(layer, place)
                 if self.remat != "none":
                     # A loop's body is not merged with its recomputation, so that it needs no barriers against it.
@@ -266,11 +268,12 @@ def build_model(
         lora: adapters that the parameters have, as of ``lora.add_adapters``; None for a decoder without.
 
     Raises:
-        ValueError: for another ``dtype``, a kernel that does not support this model, a ``remat`` that the devices do
-            not support, or adapters that do not fit, as ``LoRA.check``; and by ``apply``, at trace time, if the mask
-            has another number of columns than the cache (than tokens, without a cache), or the call more tokens than
-            the cache has columns.
+        ValueError: for another ``dtype``, a mesh or a kernel that does not support this model, a ``remat`` that the
+            devices do not support, or adapters that do not fit, as ``LoRA.check``; and by ``apply``, at trace time, if
+            the mask has another number of columns than the cache (than tokens, without a cache), or the call more
+            tokens than the cache has columns.
     """
+    check_mesh(config, mesh)
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -334,7 +337,7 @@ def build_model(
         max_length=config.max_position_embeddings,
         rope_switch_length=config.rope_switch_length,
         packing=_best_packing(config, kernel),
-        attention_length=_attention_length(config),
+        attention_length=attention_length(config),
         preparation=prepared,
         token_shards=1 if mesh is None else mesh.shape["context"],
         routing=_routing(config, whole),
@@ -378,12 +381,6 @@ def _check_columns(
 
 def _unchanged(params: Params) -> Params:
     return params
-
-
-def _attention_length(config: DecoderConfig) -> float:
-    """Tokens of a row for which attention multiplies as often as the matrices of a layer: masked pairs are computed."""
-    weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
-    return weights / (2 * config.num_heads * config.head_dim)
 
 
 def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | None:

@@ -15,13 +15,21 @@ from grpo_jax.train.quantized_moments import scale_by_quantized_adam
 from grpo_jax.types import Params
 
 MOMENTS = ("float32", "bfloat16", "8bit")
-VECTORS = ("scale", "bias")
+VECTORS = re.compile(r"(scale|bias)$")
+"""Norms and biases, by the last part of their path: the biases of heads and of experts have two axes."""
+UNTRAINED = "selection_bias"
+"""The last part of the path of parameters that have no gradient and that no optimizer may change."""
 MUON_AXES = (
-    (r"(^|/)(q|k|v)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))),
+    (
+        r"(^|/)((q|k|v|z|out_gate|q_b)/kernel|attention/(k_b|v_b))$",
+        MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2)),
+    ),
     (r"(^|/)o/kernel$", MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=2)),
-    (r"(^|/)(gate|up|down)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=1)),
+    (r"(^|/)(gate|up|down|q_a|kv_a)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=1)),
+    (r"(^|/)experts/(gate|up|down)$", MuonDimensionNumbers(reduction_axis=1, output_axis=2)),
 )
-"""Patterns of the paths of the matrices that Muon updates, and the axes that are their rows and columns."""
+"""Patterns of the paths of the matrices that Muon updates, and the axes that are their rows and columns; other axes
+count matrices."""
 
 
 def make_schedule(
@@ -135,8 +143,9 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon (Jordan, 2024): orthogonalized momentum for the matrices of attention and MLP, Adam for all else.
 
-    The heads of q, k, v and o are parts of one matrix, ``[D, heads * head_dim]`` or its transpose. Embeddings, output
-    embedding, norms and biases are updated by Adam. With ``consistent_rms`` 0.2 the updates are as large as AdamW's, so
+    The heads of q, k, v and o are parts of one matrix, ``[D, heads * head_dim]`` or its transpose, as are those of
+    latent attention; each expert has matrices of its own. Embeddings, output embedding, routers, norms and biases are
+    updated by Adam. With ``consistent_rms`` 0.2 the updates are as large as AdamW's, so
     that its learning rates apply (arXiv 2502.16982, equation 4).
 
     Args:
@@ -182,5 +191,27 @@ def _is_axes(x: Any) -> bool:
 def _matrices(params: Params) -> Params:
     """True at matrices, by name too: the bias of several heads has two axes."""
     return jax.tree.map_with_path(
-        lambda path, x: x.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) not in VECTORS, params
+        lambda path, x: x.ndim > 1 and not VECTORS.search(jax.tree_util.keystr(path[-1:], simple=True)), params
     )
+
+
+def sparing_untrained(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that leaves parameters without a gradient as they are, such as the bias of a router's choice.
+
+    Weight decay would shrink them.
+
+    Args:
+        optimizer: of all parameters; the state is its own.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Params, state: Any, params: Params | None = None, **extra: Any) -> tuple[Params, Any]:
+        updates, state = inner.update(updates, state, params, **extra)
+        return jax.tree.map_with_path(_spared, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _spared(path: Any, update: Any) -> Any:
+    is_untrained = jax.tree_util.keystr(path[-1:], simple=True) == UNTRAINED
+    return jnp.zeros_like(update) if is_untrained else update
