@@ -41,14 +41,15 @@ class Decoding:
     rates: Rates
 
     def cache_on(self, tensor: int) -> float:
-        """Bytes of the KV cache of all rows on a device.
+        """Bytes of the KV cache and the states of all rows on a device.
 
         Args:
             tensor: devices that heads are sharded over; over more than there are, KV heads are repeated.
         """
         decoder, rows = self.decoder, self.rows * tensor / self.devices
         numbers = 2 * -(-decoder.num_kv_heads // tensor) * decoder.head_dim
-        return numbers * rows * self.columns * self.cache_itemsize
+        states = decoder.state_bytes(self.itemsize) / tensor
+        return rows * (numbers * self.columns * self.cache_itemsize + states)
 
     def seconds(self, tensor: int, weights: float | int) -> float:
         """Seconds of a decode step of all rows.

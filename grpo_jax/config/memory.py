@@ -119,9 +119,8 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     has_adapters, trained, rollout = config.lora.is_used, count, itemsize * count
     if has_adapters:
         trained = config.lora.size(decoder)
-        quantized = decoder.num_layers * sum(
-            inputs * outputs for inputs, outputs in config.lora.matrices(decoder).values()
-        )
+        adapted = [config.lora.matrices(decoder, kind).values() for kind in decoder.kinds]
+        quantized = sum(inputs * outputs for of_layer in adapted for inputs, outputs in of_layer)
         rollout -= int(quantized * (itemsize - QUANTIZED_BYTES.get(config.lora.quantize, itemsize)))
     # The rest is frozen, as the sampler and the reference compute with it.
     frozen = rollout if has_adapters else 0

@@ -59,7 +59,8 @@ def kernel_flops(
     if kernel is None:
         return 0.0
     products = 2 if remat is None else 2 * (1 if remat == "none" else 2) + BACKWARD[kernel]
-    pairs = sum(computed_pairs(kernel, length, window, mesh, is_masked=prompts_are_shared) for window in config.windows)
+    windows = [kind.window for kind in config.kinds if kind.mixer == "attention"]
+    pairs = sum(computed_pairs(kernel, length, window, mesh, is_masked=prompts_are_shared) for window in windows)
     return float(products * 2 * config.num_heads * config.head_dim * pairs * rows / mesh.size)
 
 

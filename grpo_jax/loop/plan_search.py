@@ -138,7 +138,7 @@ def _estimate(config: Any, decoder: DecoderConfig, axes: Any, limit: int | None,
     wire += 2 * 4 * (weights / itemsize) / (shards * tensor) * (axes["data"] > 1) * updates
     wire += 2 * 6 * decoder.num_layers * tokens / context * decoder.hidden_size * itemsize * (tensor > 1)
     kv_size = 2 * decoder.num_kv_heads * decoder.head_dim * itemsize / tensor
-    wire += 3 * decoder.num_layers * tokens * kv_size * (context > 1)  # forward, again, and their gradients
+    wire += 3 * decoder.num_attention_layers * tokens * kv_size * (context > 1)  # forward, again, and their gradients
     seconds = flops / rates.compute + wire / rates.wire
     held = need.state_on(axes)
     if is_online:

@@ -255,6 +255,24 @@ class DecoderConfig:
         return sum(kind.sparse for kind in self.kinds[:layers])
 
     @property
+    def num_attention_layers(self) -> int:
+        """Number of the layers with attention, which are those with a KV cache."""
+        return sum(kind.mixer == "attention" for kind in self.kinds)
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of the states of one sequence, in all layers with the gated delta rule.
+
+        Args:
+            itemsize: bytes of a number in the compute dtype.
+        """
+        if self.delta is None:
+            return 0
+        d = self.delta
+        inputs = (d.conv_size - 1) * (2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim)
+        state = 4 * d.value_heads * d.key_dim * d.value_dim
+        return (self.num_layers - self.num_attention_layers) * (itemsize * inputs + state)
+
+    @property
     def rope_interleaved(self) -> bool:
         """Whether adjacent components are rotated as a pair; the same in all layers."""
         return any(rope is not None and rope.interleaved for rope in self.ropes)

@@ -26,6 +26,7 @@ from grpo_jax.types import Segments
 Mask = Bool[Array, "B S"] | Int[Array, "B S"] | Segments | None
 """As of ``Model.apply`` without a cache. The real tokens of a sequence, or of a segment, are adjacent."""
 
+CHUNK_SIZE = 64
 # Sampler and trainer compute the same sums in different orders: products in bfloat16 would set them apart.
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -71,7 +72,7 @@ def chunked_delta_rule(
     mask: Mask = None,
     *,
     initial_state: Float[Array, "B H E F"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "B S H F"], Float[Array, "B H E F"]]:
     """``recurrent_delta_rule_step`` for all tokens, as matrix products over chunks of tokens; float32.
 

@@ -22,11 +22,12 @@ def training_flops(
 ) -> float:
     """Floating-point operations of one forward and backward pass over sequences.
 
-        6 (N tokens + V D completion_tokens) + 12 heads head_dim pairs
+        6 (N tokens + V D completion_tokens) + 12 heads head_dim pairs + 18 value_heads key_dim value_dim delta_tokens
 
     N is the number of parameters without the input and output embeddings, ``pairs`` the number of (query, key) pairs
     of causal attention, summed over sequences and layers (a sliding window limits them), and the output embedding
-    ``[V, D]`` is multiplied with completion tokens only; a model with a scalar head has none. As in PaLM
+    ``[V, D]`` is multiplied with completion tokens only; a model with a scalar head has none. ``delta_tokens`` are the
+    tokens of all layers with the gated delta rule, each of which reads a state twice and updates it. As in PaLM
     (https://arxiv.org/abs/2204.02311, appendix B), operations that are repeated for rematerialization are not counted,
     nor are padding, masked pairs and the optimizer.
 
@@ -49,13 +50,21 @@ def training_flops(
     lengths = np.asarray(prompt_lengths + completion_lengths, float)
     head = 0 if config.scalar_head else config.vocab_size * config.hidden_size
     pairs = 0.0
-    for window in config.windows:
+    for window in (kind.window for kind in config.kinds if kind.mixer == "attention"):
         reach = lengths if window is None else np.minimum(lengths, window)
         pairs += (reach * (reach + 1) / 2 + (lengths - reach) * reach).sum()
     factor, adapters = (6, 0) if lora is None or not lora.is_used else (4, lora.size(config))
     weights = factor * (_body_size(config) * lengths.sum() + head * np.sum(completion_lengths))
     weights += 6 * adapters * lengths.sum()
-    return float(weights + 12 * config.num_heads * config.head_dim * pairs)
+    return float(weights + 12 * config.num_heads * config.head_dim * pairs + _delta_flops(config) * lengths.sum())
+
+
+def _delta_flops(config: DecoderConfig) -> int:
+    """Operations of a token on the states of all layers with the gated delta rule, forward and backward."""
+    if config.delta is None:
+        return 0
+    layers = config.num_layers - config.num_attention_layers
+    return 18 * layers * config.delta.value_heads * config.delta.key_dim * config.delta.value_dim
 
 
 @cache

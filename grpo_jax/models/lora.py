@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -44,8 +45,8 @@ def with_interception(module: nn.Module, config: DecoderConfig, lora: LoRA) -> n
     for path, (inputs, _) in lora.matrices(config).items():
         tiles: Any = None
         if lora.quantize in ("int4", "nf4"):
-            of_heads = {0: 1, 1: math.gcd(config.head_dim, TILE)}
-            tiles = of_heads if path == "attention/o" else math.gcd(inputs, TILE)
+            width = config.delta.value_dim if path == "delta/o" and config.delta is not None else config.head_dim
+            tiles = {0: 1, 1: math.gcd(width, TILE)} if path.endswith("/o") else math.gcd(inputs, TILE)
         rules.append(
             qwix.LoraRule(
                 module_path=rf"(layers_\d+/)?{path}",  # stacked layers are modules of their own
@@ -104,7 +105,6 @@ def add_adapters(
         ValueError: as ``LoRA.check``.
     """
     check_key(key)
-    sizes = lora.matrices(config)
     params = _copied(params)
 
     def place(tree: Any) -> Any:
@@ -113,7 +113,7 @@ def add_adapters(
         return shardings(tree)
 
     for layer in range(config.num_layers):
-        for path, (inputs, outputs) in sizes.items():
+        for path, (inputs, outputs) in lora.matrices(config, config.kinds[layer]).items():
             block, name = path.split("/")
             module, full = params[f"layers_{layer}"][block][name], f"layers_{layer}/{path}"
             new: dict[str, Any] = {
@@ -184,8 +184,8 @@ def _template(config: DecoderConfig, lora: LoRA, path: str) -> Any:
     """The shapes of a quantized matrix in qwix's type, which says how it is quantized."""
     from grpo_jax.models.transformer import Decoder
 
-    first = with_layers(config, config.kinds[:1])
-    module: Any = with_interception(Decoder(first), first, lora)
+    first = with_layers(config, [next(kind for kind in config.kinds if path in lora.matrices(config, kind))])
+    module: Any = with_interception(Decoder(first), first, replace(lora, targets=(path,)))
     one_token = (jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool))
     init = partial(module.init, method=type(module).declare)
     block, name = path.split("/")
@@ -193,10 +193,9 @@ def _template(config: DecoderConfig, lora: LoRA, path: str) -> Any:
 
 
 def _adapted_modules(params: Params, config: DecoderConfig, lora: LoRA) -> Iterator[tuple[str, dict[str, Any]]]:
-    names = [f"layers_{i}" for i in range(config.num_layers)]
-    layers = [params[name] for name in names if name in params]
-    for layer in [*layers, *params.get(STACKED, ())]:
-        for path in lora.matrices(config):
+    layers = [(params[f"layers_{i}"], kind) for i, kind in enumerate(config.kinds) if f"layers_{i}" in params]
+    for layer, kind in [*layers, *zip(params.get(STACKED, ()), config.kinds, strict=False)]:
+        for path in lora.matrices(config, kind):
             block, name = path.split("/")
             yield path, layer[block][name]
 

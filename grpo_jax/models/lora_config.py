@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.config import DecoderConfig, LayerKind
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LoRA:
     full training. Default: train the whole model."""
     alpha: Annotated[float, tyro.conf.Suppress] = 32.0
     """Scale of the adapters, which are multiplied by alpha / rank."""
-    targets: Annotated[tuple[str, ...], tyro.conf.Suppress] = ("attention/(q|k|v|o)", "mlp/(gate|up|down)")
+    targets: Annotated[tuple[str, ...], tyro.conf.Suppress] = ("(attention|delta)/(q|k|v|z|o)", "mlp/(gate|up|down)")
     """Regular expressions of the matrices that get adapters, in every layer."""
     quantize: Annotated[Literal["int8", "int4", "nf4"] | None, tyro.conf.Suppress] = None
     """Store the frozen matrices that have adapters in this type (QLoRA). Default: in the precision of the
@@ -76,10 +76,14 @@ class LoRA:
         Raises:
             ValueError: as ``check``.
         """
-        return (self.rank or 0) * config.num_layers * sum(map(sum, self.matrices(config).values()))
+        return (self.rank or 0) * sum(sum(map(sum, self.matrices(config, kind).values())) for kind in config.kinds)
 
-    def matrices(self, config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    def matrices(self, config: DecoderConfig, kind: LayerKind | None = None) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of the matrices of a layer that get adapters, by their path such as ``attention/q``.
+
+        Args:
+            config: of the decoder.
+            kind: of the layer; None for the matrices of layers of all kinds.
 
         Raises:
             ValueError: as ``check``.
@@ -95,22 +99,30 @@ class LoRA:
                     f"lora.rank is {self.rank}; it must be at most {min(inputs, outputs)}, the smaller side of "
                     f"{path} ({inputs} x {outputs})"
                 )
-        return chosen
+        return chosen if kind is None else {path: chosen[path] for path in linear_sizes(config, kind) if path in chosen}
 
 
-def linear_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the matrices of a layer, by their path."""
-    D, F = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "attention/q": (D, queries),
-        "attention/k": (D, keys),
-        "attention/v": (D, keys),
-        "attention/o": (queries, D),
-        "mlp/gate": (D, F),
-        "mlp/up": (D, F),
-        "mlp/down": (F, D),
-    }
+def linear_sizes(config: DecoderConfig, kind: LayerKind | None = None) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the matrices of a layer, by their path.
+
+    Args:
+        config: of the decoder.
+        kind: of the layer; None for the matrices of layers of all kinds.
+    """
+    if kind is None:
+        return {path: size for kind in dict.fromkeys(config.kinds) for path, size in linear_sizes(config, kind).items()}
+    D, F, sizes = config.hidden_size, config.intermediate_size, {}
+    if kind.mixer == "attention":
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes |= {"attention/q": (D, queries), "attention/k": (D, keys), "attention/v": (D, keys)}
+        sizes |= {"attention/out_gate": (D, queries)} if config.attention_gate else {}
+        sizes |= {"attention/o": (queries, D)}
+    elif config.delta is not None:
+        d = config.delta
+        keys, values = d.key_heads * d.key_dim, d.value_heads * d.value_dim
+        outputs = {"q": keys, "k": keys, "v": values, "z": values, "a": d.value_heads, "b": d.value_heads}
+        sizes |= {f"delta/{name}": (D, size) for name, size in outputs.items()} | {"delta/o": (values, D)}
+    return sizes | {"mlp/gate": (D, F), "mlp/up": (D, F), "mlp/down": (F, D)}
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:

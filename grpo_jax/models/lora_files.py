@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
-from scipy.linalg import block_diag
 
 from grpo_jax.models.hf_files import removed_unless_whole
-from grpo_jax.models.hf_keys import key_table
+from grpo_jax.models.hf_keys import Entry, key_table
 from grpo_jax.models.pretrained import Pretrained
 from grpo_jax.types import Params
 
@@ -57,19 +57,32 @@ def adapter_tensors(params: Params, like: Pretrained) -> dict[str, np.ndarray]:
     table, tensors = key_table(like.config), {}
     for layer in range(like.config.num_layers):
         for stored, paths in _stored_modules(like, layer).items():
-            parts: dict[str, list[np.ndarray]] = {"a": [], "b": []}
+            a, b = [], []
             for path in paths:
                 module: Mapping[str, Any] = params[f"layers_{layer}"]
                 for name in path.split("/"):
                     module = module[name]
-                for letter, matrices in parts.items():
-                    matrices.append(np.asarray(module[f"kernel_lora_{letter}"], np.float32).T)
-            tensors[f"{PREFIX}{stored}.lora_A.weight"] = np.concatenate(parts["a"])
-            tensors[f"{PREFIX}{stored}.lora_B.weight"] = np.ascontiguousarray(block_diag(*parts["b"]))
+                a.append(np.asarray(module["kernel_lora_a"], np.float32).T)
+                b.append(
+                    _outputs(np.asarray(module["kernel_lora_b"], np.float32), table[f"layers_{layer}/{path}/kernel"])
+                )
+            tensors[f"{PREFIX}{stored}.lora_A.weight"] = np.concatenate(a)
+            tensors[f"{PREFIX}{stored}.lora_B.weight"] = np.concatenate(b, axis=1)
     if like.config.scalar_head:
         head = np.asarray(params["score"]["kernel"], np.float32)
         tensors[f"{PREFIX}{table['score/kernel'].names[0]}"] = np.ascontiguousarray(head.T)
     return tensors
+
+
+def _outputs(b: np.ndarray, entry: Entry) -> np.ndarray:
+    """The matrix B of an adapter, with a row for each row of the stored matrix; zeros in rows of other parameters."""
+    view, rank = entry.view, len(b)
+    if view.axes[-1] != 0:  # several axes of inputs, and all outputs in one
+        return np.ascontiguousarray(b.T)
+    stored = np.zeros((view.stored[0], rank), np.float32)
+    by_rank = replace(view, stored=stored.shape, split=(*view.split[:-1], rank))
+    by_rank.write(stored, b.reshape(rank, *entry.shape[1:]))
+    return stored
 
 
 def _stored_modules(like: Pretrained, layer: int) -> dict[str, list[str]]:
@@ -79,7 +92,7 @@ def _stored_modules(like: Pretrained, layer: int) -> dict[str, list[str]]:
     """
     assert like.lora is not None
     table, modules = key_table(like.config), {}
-    for path in like.lora.matrices(like.config):
+    for path in like.lora.matrices(like.config, like.config.kinds[layer]):
         (stored,) = table[f"layers_{layer}/{path}/kernel"].names
         modules.setdefault(stored.removesuffix(".weight"), []).append(path)
     return modules

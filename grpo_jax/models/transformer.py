@@ -17,6 +17,7 @@ from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask
 from grpo_jax.models.block import Block
 from grpo_jax.models.config import DecoderConfig, LayerKind
 from grpo_jax.models.context import ContextAttention, dealt_out, over_context
+from grpo_jax.models.delta_layer import init_states
 from grpo_jax.models.expert_layer import Routed, RoutingInputs
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
@@ -129,7 +130,13 @@ class Decoder(nn.Module):
                 for prefix, of_prefix in zip(prefixes, prefix_columns, strict=True)
             ]
 
+        token_mask = mask
+        if cache is not None and mask is not None and not isinstance(mask, Segments):
+            token_mask = jax.lax.dynamic_slice_in_dim(mask, start, S, axis=1)
+
         def inputs_of(i: int) -> AttentionInputs:
+            if c.kinds[i].mixer == "delta_rule":
+                return AttentionInputs(None, start, [], [], token_mask=token_mask)
             window = c.windows[i]
             segments = [
                 KVSegment(prefix.cache[i], prefix_mask, prefix.gather_index, prefix.scatter_index)
@@ -141,9 +148,8 @@ class Decoder(nn.Module):
         routing = RoutingInputs(self._computed(token_ids, mask, start), None, with_logits)
         entries, routed, first = [], [], num_stacked({STACKED: stacked})
         if stacked:
-            like = None if cache is None else cache[0]
             inputs = [inputs_of(i) for i in range(len(stacked))]
-            x, routed = self._scan(x, stacked, inputs, like, routing, chosen)
+            x, routed = self._scan(x, stacked, inputs, cache, routing, chosen)
         for i in range(first, c.num_layers):
             own = routing
             if chosen is not None and c.kinds[i].sparse:
@@ -174,7 +180,7 @@ class Decoder(nn.Module):
         x: Float[Array, "B S D"],
         stacked: Sequence[Params],
         inputs: Sequence[AttentionInputs],
-        like: CacheEntry | None,
+        like: Sequence[CacheEntry] | None,
         routing: RoutingInputs,
         chosen: Int[Array, "B S L k"] | None,
     ) -> tuple[Float[Array, "B S D"], list[Routed]]:
@@ -194,7 +200,7 @@ class Decoder(nn.Module):
 
         def layer(place: int, params: Params, x: Float[Array, "B S D"], own: RoutingInputs) -> Any:
             block = Block(**self._settings(self.config.kinds[place]), parent=None)
-            entry = None if like is None else jax.tree.map(jnp.zeros_like, like)
+            entry = None if like is None else jax.tree.map(jnp.zeros_like, like[place])
             x, _, of_layer = block.apply({"params": params}, x, inputs[place], entry, own)  # pyright: ignore
             return x, of_layer
 
@@ -267,10 +273,16 @@ def build_model(
 
     Raises:
         ValueError: for another ``dtype``, a kernel that does not support this model, a ``remat`` that the devices do
-            not support, or adapters that do not fit, as ``LoRA.check``; and by ``apply``, at trace time, if the mask
-            has another number of columns than the cache (than tokens, without a cache), or the call more tokens than
-            the cache has columns.
+            not support, a mesh with ``context`` for a decoder with the gated delta rule, or adapters that do not fit,
+            as ``LoRA.check``; and by ``apply``, at trace time, if the mask has another number of columns than the cache
+            (than tokens, without a cache), the call has more tokens than the cache has columns, or follows others
+            without the states of the layers with the gated delta rule.
     """
+    if config.delta is not None and mesh is not None and mesh.shape["context"] > 1:
+        raise ValueError(
+            f"mesh.context is {mesh.shape['context']}, and layers with the gated delta rule compute a sequence on one "
+            "device; use mesh.data, mesh.fsdp and mesh.tensor"
+        )
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -300,6 +312,7 @@ def build_model(
         with_logits: bool = False,
     ) -> tuple[Float[Array, "B S D"], Cache, Routed | None]:
         _check_columns(config, token_ids, mask, cache, start)
+        _check_states(config, cache, start, prefixes)
         if STACKED in params and (prefixes or not isinstance(start, int) or start):
             raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
         rotations = positions if isinstance(positions, dict) else rope(positions)
@@ -336,6 +349,7 @@ def build_model(
         preparation=prepared,
         token_shards=1 if mesh is None else mesh.shape["context"],
         routing=_routing(config, apply_routed),
+        init_states=None if config.delta is None else partial(init_states, config, dtype),
     )
 
 
@@ -374,14 +388,29 @@ def _check_columns(
         raise ValueError(f"{S} tokens at a traced slot of a ring cache, which takes one token at a time")
 
 
+def _check_states(config: DecoderConfig, cache: Cache, start: int | Array, prefixes: Sequence[PrefixCache]) -> None:
+    is_first = not prefixes and isinstance(start, int) and start == 0
+    mixers = [kind.mixer for kind in config.kinds]
+    if is_first or "delta_rule" not in mixers:
+        return
+    if cache is None or not all(
+        "state" in entry for entry, mixer in zip(cache, mixers, strict=True) if mixer == "delta_rule"
+    ):
+        raise ValueError(
+            "a call on tokens after the first needs the states of the layers with the gated delta rule: add those that "
+            "an earlier call returned (Model.init_states) to the cache"
+        )
+
+
 def _unchanged(params: Params) -> Params:
     return params
 
 
 def _attention_length(config: DecoderConfig) -> float:
-    """Tokens of a row for which attention multiplies as often as the matrices of a layer: masked pairs are computed."""
-    weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
-    return weights / (2 * config.num_heads * config.head_dim)
+    """Tokens of a row for which attention multiplies as often as the layers' matrices: masked pairs are computed."""
+    sizes = [linear_sizes(config, kind).values() for kind in config.kinds]
+    weights = sum(inputs * outputs for of_layer in sizes for inputs, outputs in of_layer)
+    return weights / (2 * max(config.num_attention_layers, 1) * config.num_heads * config.head_dim)
 
 
 def _best_packing(config: DecoderConfig, kernel: Kernel | None) -> Packing | None:

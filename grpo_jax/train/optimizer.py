@@ -17,7 +17,7 @@ from grpo_jax.types import Params
 MOMENTS = ("float32", "bfloat16", "8bit")
 VECTORS = ("scale", "bias")
 MUON_AXES = (
-    (r"(^|/)(q|k|v)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))),
+    (r"(^|/)(q|k|v|z|out_gate)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))),
     (r"(^|/)o/kernel$", MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=2)),
     (r"(^|/)(gate|up|down)/kernel$", MuonDimensionNumbers(reduction_axis=0, output_axis=1)),
 )
