@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,6 @@ from grpo_jax.sharding import param_shardings
 from grpo_jax.train import completion_log_probs
 from grpo_jax.types import Prompts
 
-# Families that are refused today.
-UNSUPPORTED = frozenset({"Qwen3-Next-80B-A3B", "Qwen3.5-27B", "Qwen3.5-397B-A17B"})
 # Of a family that another name stands for too, with nothing of their own beyond padded logits.
 LIKE_ANOTHER = frozenset(
     {
@@ -58,7 +56,7 @@ LIKE_ANOTHER = frozenset(
         "gpt-oss-120b",
     }
 )
-SUPPORTED = sorted(PUBLISHED.keys() - UNSUPPORTED)
+SUPPORTED = sorted(PUBLISHED)
 FOUND = Path(__file__).parent.parent.parent / "shared" / "data" / "hf_configs"
 # Beyond every window, every original length but YaRN's, and the sequences of the fast tests.
 LONG = 100
@@ -125,7 +123,6 @@ def family(tmp_path_factory):
 
 def test_every_published_configuration_has_a_source():
     assert PUBLISHED.keys() > RECONSTRUCTED
-    assert PUBLISHED.keys() > UNSUPPORTED
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -135,13 +132,6 @@ def test_transformers_reads_the_checkpoints_it_is_compared_by(name, tmp_path):
     found = torch_logits(load_published(tmp_path), ids, mask)
     assert np.isfinite(found[mask]).all()
     assert relative_error(found, torch_logits(written, ids, mask), mask) <= 1e-6
-
-
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_other_families_are_refused_in_one_sentence(name):
-    for config in (PUBLISHED[name], shrunk(PUBLISHED[name])):
-        with pytest.raises(ValueError, match=r"\A[^\n]{10,500}\Z"):
-            from_hf_config(config)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -201,8 +191,13 @@ def test_packed_rows_on_eight_devices_give_the_gradients_of_padded_ones_on_one(n
     """On data x fsdp x tensor, or fsdp x expert x tensor for a mixture of experts."""
     loaded = family(name).loaded
     mesh = mesh_of(2, 2, 2) if loaded.config.experts is None else mesh_of(1, 2, 2, expert=2)
-    expected = scored(loaded.config, loaded.params, mesh_of(1, 1, 1), "padded")
-    assert_close(scored(loaded.config, loaded.params, mesh, "shared"), expected)
+    config = loaded.config
+    if config.delta is not None:
+        # Outputs of the rule are normalized, and some are almost 0: with the published epsilon, gradients move by up to
+        # 1e-3 of the largest when weights do by one rounding.
+        config = replace(config, norm_epsilon=1e-2)
+    expected = scored(config, loaded.params, mesh_of(1, 1, 1), "padded")
+    assert_close(scored(config, loaded.params, mesh, "shared"), expected)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

@@ -80,17 +80,23 @@ def rollout(hybrid):
     return jax.jit(partial(generate, model, sampling=Sampling(), **OPTIONS))(params, prompts_of(), jax.random.key(0))
 
 
-@pytest.mark.parametrize("schedule", [{}, pytest.param({"max_rows": 16, "ahead": 1}, marks=pytest.mark.slow)])
-def test_states_follow_their_rows_through_compaction_and_merges(hybrid, rollout, schedule):
+def test_states_follow_their_rows_through_compaction(hybrid, rollout):
     model, params = hybrid
-    stats = []
-    sampler = Sampler(model, Sampling(), **OPTIONS, **schedule, report=stats.append)
+    sampler = Sampler(model, Sampling(), **OPTIONS)
     assert_same(sampler(params, prompts_of(), jax.random.key(0)), rollout)
     lengths = rollout.completion_mask.sum(1)
     assert lengths.min() < 10
     assert lengths.max() > 64  # rows leave early, and the second chunk is opened
-    if schedule:
-        assert stats[0].batches > 4  # the batches of four prompts, and merges of what is left of them
+
+
+@pytest.mark.slow
+def test_states_follow_their_rows_through_merges(hybrid):
+    model, params = hybrid
+    stats, prompts, key = [], prompts_of(32), jax.random.key(0)
+    whole = Sampler(model, Sampling(), **OPTIONS)(params, prompts, key)
+    sampler = Sampler(model, Sampling(), **OPTIONS, max_rows=64, ahead=2, report=stats.append)
+    assert_same(sampler(params, prompts, key), whole)
+    assert stats[0].batches == 3  # two batches, and what is left of them as a third
 
 
 def test_sampler_and_trainer_agree(hybrid, rollout):
@@ -183,7 +189,10 @@ def test_prefix_caches_have_no_states(hybrid):
     ids = jnp.zeros((1, 4), jnp.int32)
     _, cache = model.apply(params, ids, ids, None, model.init_cache(1, 6))
     assert [entry.keys() for entry in model.first_columns(cache, 4)] == [set(), {"keys", "values"}]
-    assert model.join_columns([model.first_columns(cache, 2)] * 2)[1]["values"].shape[2] == 4
+    chunks = [model.first_columns(cache, 2)] * 2
+    joined = model.join_columns(chunks, jnp.array([0, 2]), jnp.int32(4))
+    assert [entry.keys() for entry in joined] == [set(), {"keys", "values"}]
+    assert joined[1]["values"].shape[2] == 4
 
 
 def test_memory_limits_count_states(hybrid):

@@ -98,7 +98,7 @@ def decoding_of(config: Any, decoder: DecoderConfig, *, limit: float | int, shar
         columns=sum(
             sum(ring_columns(window, length) for length in chunk_lengths(config.completion_length))
             + ring_columns(window, config.prompt_length) / config.group_size
-            for window in decoder.windows
+            for window in (kind.window for kind in decoder.kinds if kind.mixer == "attention")
         ),
         itemsize=dtype.itemsize,
         cache_itemsize=jnp.dtype(config.cache_dtype or dtype).itemsize,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.block import Block
+from grpo_jax.models.checks import check_build, check_call
 from grpo_jax.models.config import DecoderConfig, LayerKind
 from grpo_jax.models.context import ContextAttention, dealt_out, over_context
 from grpo_jax.models.delta_layer import init_states
@@ -27,7 +28,6 @@ from grpo_jax.models.kv_cache import (
     first_columns,
     init_cache,
     join_columns,
-    ring_columns,
 )
 from grpo_jax.models.layers import Embedding, Norm, ScalarHead
 from grpo_jax.models.lora_config import LoRA, linear_sizes
@@ -38,7 +38,6 @@ from grpo_jax.models.rope import Rotation, rotation
 from grpo_jax.sharding import TOKENS, constrain
 from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Routing, Segments
 
-COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 Rotations = dict[int, Rotation]
 """The rotation of each distinct ``Rope``, by the first layer that has it."""
 
@@ -273,25 +272,18 @@ def build_model(
 
     Raises:
         ValueError: for another ``dtype``, a kernel that does not support this model, a ``remat`` that the devices do
-            not support, a mesh with ``context`` for a decoder with the gated delta rule, or adapters that do not fit,
-            as ``LoRA.check``; and by ``apply``, at trace time, if the mask has another number of columns than the cache
-            (than tokens, without a cache), the call has more tokens than the cache has columns, or follows others
-            without the states of the layers with the gated delta rule.
+            not support, ``context`` in the mesh of a decoder with the gated delta rule, or adapters that do not fit, as
+            ``LoRA.check``; and by ``apply``, at trace time, if the mask has another number of columns than the cache
+            (than tokens, without a cache), or the call more tokens than the cache has columns, or not the states of the
+            layers with the gated delta rule that it continues.
     """
-    if config.delta is not None and mesh is not None and mesh.shape["context"] > 1:
-        raise ValueError(
-            f"mesh.context is {mesh.shape['context']}, and layers with the gated delta rule compute a sequence on one "
-            "device; use mesh.data, mesh.fsdp and mesh.tensor"
-        )
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
+    check_build(config, dtype, mesh)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     kernel = choose_kernel(attention, config, dtype, mesh)
     check_remat(remat, device)
     module: Any = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
-    if scan_layers is None:
-        scan_layers = _is_scanned(device.platform, remat, mesh, lora)
-    repetition = find_repetition(config) if scan_layers else None
+    is_scanned = _is_scanned(device.platform, remat, mesh, lora) if scan_layers is None else scan_layers
+    repetition = find_repetition(config) if is_scanned else None
     bound, prepared = _unchanged, preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None)
     if lora is not None and lora.is_used:
         from grpo_jax.models.lora import bind, with_interception  # late: qwix is imported only where it is used
@@ -311,8 +303,7 @@ def build_model(
         chosen: Int[Array, "B S L k"] | None = None,
         with_logits: bool = False,
     ) -> tuple[Float[Array, "B S D"], Cache, Routed | None]:
-        _check_columns(config, token_ids, mask, cache, start)
-        _check_states(config, cache, start, prefixes)
+        check_call(config, token_ids, mask, cache, start, prefixes)
         if STACKED in params and (prefixes or not isinstance(start, int) or start):
             raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
         rotations = positions if isinstance(positions, dict) else rope(positions)
@@ -364,42 +355,6 @@ def _is_scanned(platform: str, remat: Remat, mesh: Mesh | None, lora: LoRA | Non
     is_sharded = mesh is not None and mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["context"] > 1
     has_adapters = lora is not None and lora.is_used
     return (platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
-
-
-def _check_columns(
-    config: DecoderConfig, token_ids: Array, mask: Array | Segments | None, cache: Cache, start: int | Array
-) -> None:
-    S = token_ids.shape[1]
-    by_window = {None: S} if cache is None else columns_by_window(config.windows, cache)
-    columns = min(by_window.values())
-    if mask is not None and columns < max(by_window.values()):
-        raise ValueError("a ring cache takes no mask, since a column has one token after the other")
-    mask_columns = columns if mask is None else (mask.ids if isinstance(mask, Segments) else mask).shape[1]
-    if mask_columns != columns:
-        holder = "the call has tokens" if cache is None else "the cache"
-        raise ValueError(f"the mask must have as many columns as {holder}: {columns}, not {mask_columns}")
-    if isinstance(mask, Segments) and cache is not None:
-        raise ValueError("Segments are a mask of the call's own tokens: call without a cache")
-    if columns < S:
-        raise ValueError(f"{S} tokens do not fit into a cache of {columns} columns")
-    if cache is None or S == 1 or isinstance(start, int):
-        return
-    if any(ring_columns(window, n + 1) == n for window, n in by_window.items()):
-        raise ValueError(f"{S} tokens at a traced slot of a ring cache, which takes one token at a time")
-
-
-def _check_states(config: DecoderConfig, cache: Cache, start: int | Array, prefixes: Sequence[PrefixCache]) -> None:
-    is_first = not prefixes and isinstance(start, int) and start == 0
-    mixers = [kind.mixer for kind in config.kinds]
-    if is_first or "delta_rule" not in mixers:
-        return
-    if cache is None or not all(
-        "state" in entry for entry, mixer in zip(cache, mixers, strict=True) if mixer == "delta_rule"
-    ):
-        raise ValueError(
-            "a call on tokens after the first needs the states of the layers with the gated delta rule: add those that "
-            "an earlier call returned (Model.init_states) to the cache"
-        )
 
 
 def _unchanged(params: Params) -> Params:
