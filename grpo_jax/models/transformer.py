@@ -316,13 +316,7 @@ def build_model(
     def apply(*args: Any, **options: Any) -> tuple[Float[Array, "B S D"], Cache]:
         return apply_routed(*args, **options)[:2]
 
-    rope = partial(_compute_rotations, config)
-
-    def head(params: Params) -> Float[Array, "V D"]:
-        if config.scalar_head:
-            return params["score"]["kernel"].T
-        return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
-
+    rope, head = partial(_compute_rotations, config), partial(_head, config)
     return Model(
         over_context(apply, kernel) if isinstance(kernel, ContextAttention) else apply,
         rope,
@@ -342,6 +336,12 @@ def build_model(
         routing=_routing(config, apply_routed),
         init_states=None if config.delta is None else partial(init_states, config, dtype),
     )
+
+
+def _head(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
+    if config.scalar_head:
+        return params["score"]["kernel"].T
+    return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
 
 def _routing(config: DecoderConfig, apply: Callable[..., Any]) -> Routing | None:
