@@ -128,8 +128,8 @@ ROW: dict[str, Any] = {
     "is_linear": _is_linear,
     "has_rope": lambda fields, layer, kind: kind != "linear_attention",
     "rotary_factor": 0.25,
-    "fixed": {"attn_output_gate": True, "mamba_ssm_dtype": "float32"},
 }
+FIXED: dict[str, Any] = {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}
 
 HYBRID_FAMILIES = {
     "qwen3_next": Family(
@@ -143,10 +143,11 @@ HYBRID_FAMILIES = {
         | {f"delta/{name}": "linear_attn.in_proj_ba" for name in "ba"},
         layouts=HYBRID_LAYOUTS | BY_KEY_HEAD,
         variants=FUSED_VARIANTS,
+        fixed=FIXED,
         **ROW,
     ),
     "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM", HYBRID, traits=TRAITS, modules=HYBRID_MODULES, layouts=HYBRID_LAYOUTS, **ROW
+        "Qwen3_5ForCausalLM", HYBRID, traits=TRAITS, modules=HYBRID_MODULES, layouts=HYBRID_LAYOUTS, fixed=FIXED, **ROW
     ),
     "qwen3_5_moe_text": Family(
         "Qwen3_5MoeForCausalLM",
@@ -156,6 +157,7 @@ HYBRID_FAMILIES = {
         modules=SPARSE_HYBRID_MODULES,
         layouts=HYBRID_LAYOUTS,
         variants=FUSED_VARIANTS,
+        fixed=FIXED | {"intermediate_size": lambda size: True},  # no layer has an MLP of its own
         **ROW,
     ),
 }
