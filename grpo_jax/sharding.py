@@ -37,24 +37,23 @@ EXPERT_AXES = ("expert", "tensor")
 
 PARAM_RULES = (
     (r"(embed|lm_head)/embedding$", P("tensor", "fsdp")),
-    (r"(q|k|v|out_gate|q_b)/kernel$|attention/(k_b|v_b)$", P("fsdp", "tensor", None)),
+    (r"(q|k|v|z|out_gate|q_b)/kernel$|attention/(k_b|v_b)$", P("fsdp", "tensor", None)),
     (r"(q_a|kv_a|router|shared_gate|score|value)/kernel$", P("fsdp", None)),
-    (r"attention/sinks$", P("tensor")),
+    (r"delta/(q|k|v)_conv$", P("tensor", None, None)),
     (r"experts/(gate|up)$", P(EXPERT_AXES, "fsdp", None)),
     (r"experts/down$", P(EXPERT_AXES, None, "fsdp")),
     (r"experts/(gate|up|down)_bias$", P(EXPERT_AXES, None)),
     (r"(q|k|v)/bias$", P("tensor", None)),
     (r"o/kernel$", P("tensor", None, "fsdp")),
-    (r"(gate|up)/kernel$", P("fsdp", "tensor")),
-    (r"(gate|up)/bias$", P("tensor")),
+    (r"(gate|up)/kernel$|delta/(a|b)/kernel$", P("fsdp", "tensor")),
+    (r"(gate|up)/bias$|attention/sinks$|delta/(A_log|dt_bias)$", P("tensor")),
     (r"down/kernel$", P("tensor", "fsdp")),
     (r"(o|down)/bias$", P()),
-    (r"(q|k|v|q_a|q_b|kv_a|gate|up)/kernel_lora_a$", P("fsdp", None)),
-    (r"(q_a|kv_a)/kernel_lora_b$", P()),
-    (r"(q|k|v|q_b|gate|up)/kernel_lora_b$", P(None, "tensor")),
+    (r"(q|k|v|z|q_a|q_b|kv_a|gate|up)/kernel_lora_a$", P("fsdp", None)),
+    (r"(q|k|v|z|q_b|gate|up)/kernel_lora_b$", P(None, "tensor")),
     (r"(o|down)/kernel_lora_a$", P("tensor", None)),
     (r"(o|down)/kernel_lora_b$", P(None, "fsdp")),
-    (r"/scale$|(norm|q_a|kv_a|router)/bias$|selection_bias$", P()),
+    (r"/scale$|(norm|q_a|kv_a|router)/bias$|selection_bias$|(q_a|kv_a)/kernel_lora_b$", P()),
 )
 """Patterns of parameter paths and the sharding of their dimensions; the first match applies."""
 

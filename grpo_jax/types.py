@@ -163,6 +163,10 @@ class Model:
         token_shards: devices over which the tokens of a sequence are split. With more than one, ``apply`` takes whole
             sequences without a cache.
         routing: of a model with experts; None without.
+        init_states: ``(batch) -> states`` of zeros of the layers that are recurrences, a list with a dict for each
+            layer, empty for others; None for a model without. They are entries of a cache's dicts beside those of
+            ``init_cache``: ``apply`` begins from the states in its cache, from zeros without any, and returns those
+            after its last tokens. Padding leaves them as they are. A call at a later slot than 0 must have them.
     """
 
     apply: Callable[..., tuple[Float[Array, "B S D"], Cache]]
@@ -181,6 +185,7 @@ class Model:
     preparation: Preparation = AS_STORED
     token_shards: int = 1
     routing: Routing | None = None
+    init_states: Callable[[int], Cache] | None = None
 
 
 @pytree

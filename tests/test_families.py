@@ -38,7 +38,7 @@ from grpo_jax.train import completion_log_probs
 from grpo_jax.types import Prompts
 
 # Families that are refused today.
-UNSUPPORTED = frozenset({"Qwen3-Next-80B-A3B", "Qwen3.5-27B", "Qwen3.5-397B-A17B"})
+UNSUPPORTED = frozenset()
 # Of a family that another name stands for too, with nothing of their own beyond padded logits.
 LIKE_ANOTHER = frozenset(
     {

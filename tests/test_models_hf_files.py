@@ -251,7 +251,7 @@ def test_quantized_weights_are_named(folder):
     change(folder, {"model.layers.0.mlp.up_proj.weight_scale": np.ones(1, np.float32)})
     with pytest.raises(
         ValueError,
-        match=r"are quantized .*its config.json has no quantization_config .*use the model's float32, bfloat16 or float16 checkpoint",
+        match=r"are quantized .*its config.json has no quantization_config .*use the model's float32, bfloat16 or",
     ):
         from_pretrained(folder)
 

@@ -214,6 +214,7 @@ class AttentionInputs(NamedTuple):
             keys, as returned by ``attention_mask``. ``masks`` and ``prefixes`` are empty then.
         kernel_mask: if given, the call attends only to its own tokens and a fused kernel may compute it; the kernel's
             mask or segment ids. ``masks`` and ``prefixes`` are empty then.
+        token_mask: mask or segment ids of the call's own tokens, for layers that are recurrences; None if all are real.
     """
 
     rotation: Rotation | None
@@ -222,3 +223,4 @@ class AttentionInputs(NamedTuple):
     prefixes: Sequence[KVSegment]
     packed_mask: Bool[Array, "B S S"] | None = None
     kernel_mask: Bool[Array, "B S"] | Int[Array, "B S"] | Segments | None = None
+    token_mask: Bool[Array, "B S"] | Int[Array, "B S"] | Segments | None = None

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from grpo_jax.models.attention import AttentionInputs
 from grpo_jax.models.config import LayerKind
+from grpo_jax.models.delta_layer import DeltaNet
 from grpo_jax.models.expert_layer import ExpertsMLP, Routed, RoutingInputs
 from grpo_jax.models.kernels import Kernel
 from grpo_jax.models.kv_cache import CacheEntry
@@ -47,11 +48,13 @@ class Block(Layer):
         """
         x = checkpoint_name(x, BLOCK_INPUT)
         settings: list[Any] = [self.config, self.dtype, self.param_dtype, self.mesh]
-        if self.config.latent is not None:
-            attention: Any = LatentAttention(*settings, name="attention")
+        if self.kind.mixer == "delta_rule":
+            mixer: Any = DeltaNet(*settings, name="delta")
+        elif self.config.latent is not None:
+            mixer = LatentAttention(*settings, name="attention")
         else:
-            attention = Attention(*settings, kernel=self.kernel, name="attention")
-        out, new = attention(self._before("attention_norm", x), inputs, entry)
+            mixer = Attention(*settings, kernel=self.kernel, name="attention")
+        out, new = mixer(self._before("attention_norm", x), inputs, entry)
         x = x + self._after("post_attention_norm", out)
         normalized, routed = self._before("mlp_norm", x), None
         if self.kind.sparse:

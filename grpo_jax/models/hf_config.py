@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.hf_families import FAMILIES
@@ -26,6 +26,9 @@ from grpo_jax.models.hf_text import MULTIMODAL, is_multimodal, text_config
 Fields = Mapping[str, Any]
 
 MAX_LAYERS = 100_000
+LINEAR_ATTENTION = "linear_attention"
+MIXERS: dict[str, Literal["attention", "delta_rule"]] = {LINEAR_ATTENTION: "delta_rule"}
+"""What takes the place of attention, by the layer's type."""
 
 
 def family_of(hf_config: Fields) -> Family:
@@ -105,6 +108,7 @@ def from_hf_config(hf_config: Fields) -> DecoderConfig:
         ropes=tuple(
             ropes[kind] if family.has_rope(given, layer, kind) else None for layer, kind in enumerate(layer_types)
         ),
+        mixers=() if family.is_linear is None else tuple(MIXERS.get(kind, "attention") for kind in layer_types),
         query_scale=head_dim**-0.5,
         activation=fields["hidden_act"],
         qkv_bias=attention_bias,
@@ -187,7 +191,7 @@ def _read_fields(hf_config: Fields, family: Family) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         check_object(name, fields[name])
     for name in (*COUNTS, "num_key_value_heads", "head_dim"):
-        if fields[name] is not None and not (type(fields[name]) is int and fields[name] > 0):
+        if fields.get(name) is not None and not (type(fields[name]) is int and fields[name] > 0):
             raise ValueError(f"{name} in config.json must be a positive integer, not {fields[name]!r:.200}")
     if fields["num_hidden_layers"] > MAX_LAYERS:
         raise ValueError(f"num_hidden_layers in config.json is {fields['num_hidden_layers']:,}, above {MAX_LAYERS:,}")
@@ -230,13 +234,15 @@ def _layer_types(fields: Fields, family: Family) -> tuple[str, ...]:
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise ValueError(f"layer_types in config.json must be a list of names, not {kinds!r:.200}")
     if kinds is None:
-        sliding = (family.is_sliding(fields, layer) for layer in range(num_layers))
-        kinds = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in sliding]
+        kinds = [_layer_type(fields, family, layer) for layer in range(num_layers)]
     if len(kinds) != num_layers:
         raise ValueError(f"layer_types has {len(kinds)} entries for {num_layers} layers (num_hidden_layers)")
-    unknown = sorted(set(kinds) - set(LAYER_TYPES))
+    supported = LAYER_TYPES if family.is_linear is None else ("full_attention", LINEAR_ATTENTION)
+    unknown = sorted(set(kinds) - set(supported))
     if unknown:
-        raise ValueError(f"layer_types has {unknown}; supported are {' and '.join(LAYER_TYPES)}")
+        raise ValueError(f"layer_types has {unknown}; supported are {' and '.join(supported)}")
+    if set(kinds) == {LINEAR_ATTENTION}:
+        raise ValueError(f"all layers in config.json are {LINEAR_ATTENTION}; at least one must be full_attention")
     window = fields["sliding_window"] if fields.get("use_sliding_window", True) and "sliding_window" in fields else None
     if "sliding_attention" in kinds and not (type(window) is int and window > 0):
         raise ValueError(
@@ -244,3 +250,9 @@ def _layer_types(fields: Fields, family: Family) -> tuple[str, ...]:
             f"use_sliding_window={fields.get('use_sliding_window', True)!r}"
         )
     return tuple(kinds)
+
+
+def _layer_type(fields: Fields, family: Family, layer: int) -> str:
+    if family.is_linear is not None and family.is_linear(fields, layer):
+        return LINEAR_ATTENTION
+    return "sliding_attention" if family.is_sliding(fields, layer) else "full_attention"

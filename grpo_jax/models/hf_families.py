@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from grpo_jax.models.hf_delta import HYBRID_FAMILIES
 from grpo_jax.models.hf_family import (
     COMMON,
     MODULES,
@@ -261,4 +262,5 @@ FAMILIES: dict[str, Family] = {
         rotary_factor=0.25,
     ),
     **SPARSE_FAMILIES,
+    **HYBRID_FAMILIES,
 }

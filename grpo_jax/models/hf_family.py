@@ -50,6 +50,8 @@ class Family:
         names: fields that other families name otherwise, with the name that others give them.
         traits: settings of ``DecoderConfig``, or functions of the fields that give them.
         is_sliding: ``(fields, layer) -> bool``, used if the config has no ``layer_types``.
+        is_linear: ``(fields, layer) -> bool``, whether the layer has the gated delta rule, likewise; None for a family
+            whose layers all have attention.
         has_rope: ``(fields, layer, layer type) -> bool``.
         same_as: unused fields of old configs; each must equal the field that is read in its place.
         theta: default base of the rotary frequencies.
@@ -71,6 +73,7 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
     traits: Mapping[str, Any] = field(default_factory=dict)
     is_sliding: Callable[[Fields, int], bool] = lambda fields, layer: False
+    is_linear: Callable[[Fields, int], bool] | None = None
     has_rope: Callable[[Fields, int, str], bool] = lambda fields, layer, kind: True
     same_as: Mapping[str, str] = field(default_factory=dict)
     theta: float = 10_000.0

@@ -94,6 +94,33 @@ def part(layout: Layout, axis: int, sizes: Callable[[DecoderConfig], Sequence[in
     return view
 
 
+def rows(
+    which: int,
+    sizes: Callable[[DecoderConfig], Sequence[int]],
+    *,
+    axes: tuple[int, ...],
+    groups: Callable[[DecoderConfig], int] = lambda config: 1,
+    rest: Callable[[DecoderConfig], Shape] = lambda config: (config.hidden_size,),
+) -> Layout:
+    """A parameter in some rows of a stored tensor: the tensor is groups of rows, and each group has a part of it.
+
+    Args:
+        which: the parameter's part of a group.
+        sizes: rows of each part of a group.
+        axes: of the parameter, in the order of the stored tensor; the first ones are merged into the rows.
+        groups: number of groups.
+        rest: shape of the stored tensor without its rows.
+    """
+
+    def view(shape: Shape, config: DecoderConfig) -> View:
+        all_sizes, count, others = tuple(sizes(config)), groups(config), rest(config)
+        start, total = sum(all_sizes[:which]), sum(all_sizes)
+        index = (slice(None), slice(start, start + all_sizes[which]))
+        return View((count * total, *others), axes, (count, total, *others), index)
+
+    return view
+
+
 def as_is(shape: Shape, config: DecoderConfig) -> View:
     """A parameter that is a stored tensor.
 
@@ -119,6 +146,10 @@ LAYOUTS = {
     "attention/q_a/kernel": LINEAR,
     "attention/kv_a/kernel": LINEAR,
     "attention/q_b/kernel": HEADS_OUT,
+    **{f"delta/{name}/kernel": HEADS_OUT for name in "qkvz"},
+    "delta/a/kernel": LINEAR,
+    "delta/b/kernel": LINEAR,
+    "delta/o/kernel": HEADS_IN,
 }
 """Layouts of parameters, by their path in the layer; others are stored as they are."""
 

@@ -41,8 +41,9 @@ def init_cache(
     entry_dtype = dtype if cache_dtype is None else supported.get(name)
     if entry_dtype is None:
         raise ValueError(f"cache_dtype must be one of {', '.join(supported)}, not {name}")
-    layers = [ring_columns(window, length) if ring else length for window in config.windows]
-    return [init_entry(config, batch, columns, entry_dtype) for columns in layers]
+    columns = [ring_columns(window, length) if ring else length for window in config.windows]
+    layers = zip(config.kinds, columns, strict=True)
+    return [init_entry(config, batch, C, entry_dtype) if kind.mixer == "attention" else {} for kind, C in layers]
 
 
 def first_columns(windows: Sequence[int | None], cache: Cache, length: int) -> Cache:
@@ -169,14 +170,15 @@ def quantize(x: Float[Array, "B K _ _"], axis: int) -> tuple[Int[Array, "B K _ _
 
 
 def slice_columns(entry: CacheEntry, start: int, end: int) -> CacheEntry:
-    """Consecutive columns of a cache.
+    """Consecutive columns of a cache, without the states of a layer that is a recurrence.
 
     Args:
         entry: the cache.
         start: the first column.
         end: the column after the last.
     """
-    return {name: jax.lax.slice_in_dim(x, start, end, axis=COLUMN_AXES[name]) for name, x in entry.items()}
+    columns = {name: x for name, x in entry.items() if name in COLUMN_AXES}
+    return {name: jax.lax.slice_in_dim(x, start, end, axis=COLUMN_AXES[name]) for name, x in columns.items()}
 
 
 def last_columns(entry: CacheEntry, length: int, columns: int) -> CacheEntry:
@@ -205,6 +207,8 @@ def join_rings(
         length: tokens that were written to all of them.
     """
     joined = concatenate_columns(entries)
+    if window is None:
+        return joined
     columns = ring_columns(window, num_columns(joined))
     if columns == num_columns(joined):
         return joined

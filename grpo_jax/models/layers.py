@@ -1,4 +1,4 @@
-"""The modules of a decoder: embedding, norms, attention, MLP and block.
+"""The modules of a decoder: embedding, norms, attention and MLP.
 
 Shapes: B sequences, S tokens of the call, C columns of keys, D the width of the residual stream, H query heads in K
 groups of G (H = K * G), each of size E.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from grpo_jax.models.config import DecoderConfig, LayerKind
+from grpo_jax.models.delta_rule import CHUNK_SIZE
 from grpo_jax.models.expert_groups import SPARE
 from grpo_jax.models.remat import Remat
 from grpo_jax.models.sizes import expert_size
-
-DELTA_CHUNK = 64
-"""Tokens that the gated delta rule computes at a time."""
 
 
 def activation_bytes(
@@ -72,7 +70,7 @@ def _heads(config: DecoderConfig) -> int:
 
 def _delta_bytes(config: DecoderConfig, itemsize: int) -> int:
     assert config.delta is not None
-    d, L = config.delta, DELTA_CHUNK
+    d, L = config.delta, CHUNK_SIZE
     K, E, H, F = d.key_heads, d.key_dim, d.value_heads, d.value_dim
     return itemsize * (6 * K * E + 10 * H * F) + 10 * H * (4 * E + 3 * F + 6 * L + E * F // L)
 

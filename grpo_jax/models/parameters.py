@@ -22,6 +22,8 @@ ZEROS = ("bias", "sinks", "selection_bias", "gate_bias", "up_bias", "down_bias")
 def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any = jnp.float32) -> Params:
     """Random parameters: weights normal with standard deviation ``initializer_range``, biases 0, norms the identity.
 
+    Of the gated delta rule, ``A`` is uniform from 0.01 to 16, ``dt_bias`` is 1, and the convolution preserves variance.
+
     Args:
         config: sizes and switches of the decoder.
         key: random key; a parameter is a function of it and of the parameter's path only.
@@ -39,10 +41,17 @@ def init_params(config: DecoderConfig, key: Key[Array, ""], *, param_dtype: Any 
     def new(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
         kind = path[-1].key
         if kind == "scale":
-            return jnp.full(leaf.shape, 1 - config.norm_offset, leaf.dtype)
+            is_gated = path[-3].key == "delta" if len(path) > 2 else False
+            return jnp.full(leaf.shape, 1.0 if is_gated else 1 - config.norm_offset, leaf.dtype)
         if kind in ZEROS:
             return jnp.zeros(leaf.shape, leaf.dtype)
+        if kind == "dt_bias":
+            return jnp.ones(leaf.shape, leaf.dtype)
         param_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        if kind == "A_log":
+            return jnp.log(jax.random.uniform(param_key, leaf.shape, minval=0.01, maxval=16.0)).astype(leaf.dtype)
+        if kind.endswith("_conv"):
+            return _normal(param_key, leaf.shape, leaf.dtype, leaf.shape[-1] ** -0.5)
         return _normal(param_key, leaf.shape, leaf.dtype, config.initializer_range)
 
     return jax.tree.map_with_path(new, param_shapes(config, param_dtype))

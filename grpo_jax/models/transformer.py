@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.block import Block
+from grpo_jax.models.checks import check_build, check_call
 from grpo_jax.models.config import DecoderConfig, LayerKind
 from grpo_jax.models.context import ContextAttention, dealt_out, over_context
+from grpo_jax.models.delta_layer import init_states
 from grpo_jax.models.expert_layer import Routed, RoutingInputs
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import AttentionName, Kernel, choose_kernel, takes_segments
@@ -26,7 +28,6 @@ from grpo_jax.models.kv_cache import (
     first_columns,
     init_cache,
     join_columns,
-    ring_columns,
 )
 from grpo_jax.models.layers import Embedding, Norm, ScalarHead
 from grpo_jax.models.lora_config import LoRA
@@ -39,7 +40,6 @@ from grpo_jax.models.sizes import attention_length
 from grpo_jax.sharding import TOKENS, constrain
 from grpo_jax.types import Cache, Model, Packing, Params, PrefixCache, Routing, Segments
 
-COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 Rotations = dict[int, Rotation]
 """The rotation of each distinct ``Rope``, by the first layer that has it."""
 
@@ -131,7 +131,13 @@ class Decoder(nn.Module):
                 for prefix, of_prefix in zip(prefixes, prefix_columns, strict=True)
             ]
 
+        token_mask = mask
+        if cache is not None and mask is not None and not isinstance(mask, Segments):
+            token_mask = jax.lax.dynamic_slice_in_dim(mask, start, S, axis=1)
+
         def inputs_of(i: int) -> AttentionInputs:
+            if c.kinds[i].mixer == "delta_rule":
+                return AttentionInputs(None, start, [], [], token_mask=token_mask)
             window = c.windows[i]
             segments = [
                 KVSegment(prefix.cache[i], prefix_mask, prefix.gather_index, prefix.scatter_index)
@@ -143,9 +149,8 @@ class Decoder(nn.Module):
         routing = RoutingInputs(self._computed(token_ids, mask, start), None, with_logits)
         entries, routed, first = [], [], num_stacked({STACKED: stacked})
         if stacked:
-            like = None if cache is None else cache[0]
             inputs = [inputs_of(i) for i in range(len(stacked))]
-            x, routed = self._scan(x, stacked, inputs, like, routing, chosen)
+            x, routed = self._scan(x, stacked, inputs, cache, routing, chosen)
         for i in range(first, c.num_layers):
             own = routing
             if chosen is not None and c.kinds[i].sparse:
@@ -176,7 +181,7 @@ class Decoder(nn.Module):
         x: Float[Array, "B S D"],
         stacked: Sequence[Params],
         inputs: Sequence[AttentionInputs],
-        like: CacheEntry | None,
+        like: Sequence[CacheEntry] | None,
         routing: RoutingInputs,
         chosen: Int[Array, "B S L k"] | None,
     ) -> tuple[Float[Array, "B S D"], list[Routed]]:
@@ -196,7 +201,7 @@ class Decoder(nn.Module):
 
         def layer(place: int, params: Params, x: Float[Array, "B S D"], own: RoutingInputs) -> Any:
             block = Block(**self._settings(self.config.kinds[place]), parent=None)
-            entry = None if like is None else jax.tree.map(jnp.zeros_like, like)
+            entry = None if like is None else jax.tree.map(jnp.zeros_like, like[place])
             x, _, of_layer = block.apply({"params": params}, x, inputs[place], entry, own)  # pyright: ignore
             return x, of_layer
 
@@ -270,19 +275,18 @@ def build_model(
     Raises:
         ValueError: for another ``dtype``, a mesh or a kernel that does not support this model, a ``remat`` that the
             devices do not support, or adapters that do not fit, as ``LoRA.check``; and by ``apply``, at trace time, if
-            the mask has another number of columns than the cache (than tokens, without a cache), or the call more
-            tokens than the cache has columns.
+            the mask has another number of columns than the cache (than tokens, without a cache), the call has more
+            tokens than the cache has columns, or not the states of the layers with the gated delta rule that it
+            continues.
     """
     check_mesh(config, mesh)
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
+    check_build(config, dtype, mesh)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     kernel = choose_kernel(attention, config, dtype, mesh)
     check_remat(remat, device)
     module: Any = Decoder(config, dtype, remat=remat, kernel=kernel, mesh=mesh)
-    if scan_layers is None:
-        scan_layers = _is_scanned(device.platform, remat, mesh, lora)
-    repetition = find_repetition(config) if scan_layers else None
+    is_scanned = _is_scanned(device.platform, remat, mesh, lora) if scan_layers is None else scan_layers
+    repetition = find_repetition(config) if is_scanned else None
     bound, prepared = _unchanged, preparation(dtype, repetition, mesh if mesh is not None and mesh.size > 1 else None)
     if lora is not None and lora.is_used:
         from grpo_jax.models.lora import bind, with_interception  # late: qwix is imported only where it is used
@@ -302,7 +306,7 @@ def build_model(
         chosen: Int[Array, "B S L k"] | None = None,
         with_logits: bool = False,
     ) -> tuple[Float[Array, "B S D"], Cache, Routed | None]:
-        _check_columns(config, token_ids, mask, cache, start)
+        check_call(config, token_ids, mask, cache, start, prefixes)
         if STACKED in params and (prefixes or not isinstance(start, int) or start):
             raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
         rotations = positions if isinstance(positions, dict) else rope(positions)
@@ -317,13 +321,7 @@ def build_model(
     def apply(*args: Any, **options: Any) -> tuple[Float[Array, "B S D"], Cache]:
         return whole(*args, **options)[:2]
 
-    rope = partial(_compute_rotations, config)
-
-    def head(params: Params) -> Float[Array, "V D"]:
-        if config.scalar_head:
-            return params["score"]["kernel"].T
-        return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
-
+    rope, head = partial(_compute_rotations, config), partial(_head, config)
     return Model(
         apply,
         rope,
@@ -341,7 +339,14 @@ def build_model(
         preparation=prepared,
         token_shards=1 if mesh is None else mesh.shape["context"],
         routing=_routing(config, whole),
+        init_states=None if config.delta is None else partial(init_states, config, dtype),
     )
+
+
+def _head(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
+    if config.scalar_head:
+        return params["score"]["kernel"].T
+    return params["embed" if config.tie_word_embeddings else "lm_head"]["embedding"]
 
 
 def _routing(config: DecoderConfig, apply: Callable[..., Any]) -> Routing | None:
@@ -355,28 +360,6 @@ def _is_scanned(platform: str, remat: Remat, mesh: Mesh | None, lora: LoRA | Non
     is_sharded = mesh is not None and mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["context"] > 1
     has_adapters = lora is not None and lora.is_used
     return (platform != "cpu" or remat != "none") and (is_sharded or not has_adapters)
-
-
-def _check_columns(
-    config: DecoderConfig, token_ids: Array, mask: Array | Segments | None, cache: Cache, start: int | Array
-) -> None:
-    S = token_ids.shape[1]
-    by_window = {None: S} if cache is None else columns_by_window(config.windows, cache)
-    columns = min(by_window.values())
-    if mask is not None and columns < max(by_window.values()):
-        raise ValueError("a ring cache takes no mask, since a column has one token after the other")
-    mask_columns = columns if mask is None else (mask.ids if isinstance(mask, Segments) else mask).shape[1]
-    if mask_columns != columns:
-        holder = "the call has tokens" if cache is None else "the cache"
-        raise ValueError(f"the mask must have as many columns as {holder}: {columns}, not {mask_columns}")
-    if isinstance(mask, Segments) and cache is not None:
-        raise ValueError("Segments are a mask of the call's own tokens: call without a cache")
-    if columns < S:
-        raise ValueError(f"{S} tokens do not fit into a cache of {columns} columns")
-    if cache is None or S == 1 or isinstance(start, int):
-        return
-    if any(ring_columns(window, n + 1) == n for window, n in by_window.items()):
-        raise ValueError(f"{S} tokens at a traced slot of a ring cache, which takes one token at a time")
 
 
 def _unchanged(params: Params) -> Params:

@@ -139,14 +139,19 @@ class MemoryLimits:
         return max(self.devices, most // self.devices * self.devices)
 
     def _sizes(self, prompt_length: int) -> tuple[int, int, float]:
-        """Bytes of a row's cache, of a prompt's cache, and allowed on each device."""
+        """Bytes of a row's cache and states, of a prompt's cache, and allowed on each device."""
         allowed = math.inf if self.cache_bytes is None else self.cache_bytes / self.devices
         row = sum(self._bytes(length) for length in chunk_lengths(self.max_completion_length))
+        init_states = self.model.init_states
+        row += 0 if init_states is None else _size(jax.eval_shape(lambda: init_states(1)))
         return row, self._bytes(prompt_length), allowed
 
     def _bytes(self, length: int) -> int:
-        cache = jax.eval_shape(lambda: self.model.init_cache(1, length, self.cache_dtype, ring=True))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+        return _size(jax.eval_shape(lambda: self.model.init_cache(1, length, self.cache_dtype, ring=True)))
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def mib(size: int | float) -> str:

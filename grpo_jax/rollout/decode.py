@@ -55,12 +55,14 @@ class DecodeState:
         active_chunk: the chunk of the rows' own KV cache that is written to.
         hidden: last hidden state of each row, of which the next token is sampled.
         in_completion: True at the tokens sampled for each row; None if the sampling has no penalties.
+        states: of the layers that are recurrences, as of ``Model.init_states``; None for a model without.
     """
 
     step: Int[Array, ""]
     active_chunk: Cache
     hidden: Float[Array, "B D"]
     in_completion: Bool[Array, "B V"] | None
+    states: Cache = None
 
 
 def prefill(
@@ -75,7 +77,7 @@ def prefill(
     cache_dtype: Any = None,
     record_experts: bool = False,
 ) -> tuple[DecodeBatch, DecodeState, list[Cache], Int[Array, "N P L k"] | None]:
-    """Compute the prompts' KV cache, once for ``group_size`` rows; the rows of a prompt are adjacent.
+    """Compute the prompts' KV cache and states, once for ``group_size`` rows; the rows of a prompt are adjacent.
 
     Args:
         model: the policy's model.
@@ -106,6 +108,10 @@ def prefill(
     cache = model.init_cache(N, P + COLUMNS, cache_dtype)
     inputs = (params, prompts.ids, positions(prompts.mask), columns, cache, 0)
     hidden, cache, experts = _apply(model, record_experts, *inputs, block_bounds=(P,))
+    states = None
+    if model.init_states is not None:
+        _, states = _split(cache, model.init_states(N))
+        states = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), states)
     cache = model.first_columns(cache, P)
     in_prompt = in_completion = None
     if sampling.needs_prompt_tokens:
@@ -128,6 +134,7 @@ def prefill(
         active_chunk=model.init_cache(N * group_size, chunks[0], cache_dtype, ring=True),
         hidden=jnp.repeat(hidden[:, -1], group_size, axis=0),
         in_completion=in_completion,
+        states=states,
     )
     empty = [model.init_cache(N * group_size, length, cache_dtype, ring=True) for length in chunks[1:]]
     return batch, state, empty, experts
@@ -187,12 +194,16 @@ def decode_step(
     for i, chunk in enumerate(batch.full_chunks):
         prefixes.append(PrefixCache(chunk, start=starts[i] - start, length=starts[i + 1] - starts[i]))
     positions = (batch.prompt_lengths + step)[:, None] if rope is None else rope
-    inputs = (params, tokens[:, None], positions, None, state.active_chunk, step - start, prefixes)
-    hidden, chunk, experts = _apply(model, record_experts, *inputs)
+    cache = state.active_chunk
+    if state.states is not None:
+        cache = [{**columns, **own} for columns, own in zip(cache, state.states, strict=True)]
+    inputs = (params, tokens[:, None], positions, None, cache, step - start, prefixes)
+    hidden, cache, experts = _apply(model, record_experts, *inputs)
+    chunk, states = (cache, None) if state.states is None else _split(cache, state.states)
     in_completion = state.in_completion
     if in_completion is not None:
         in_completion = in_completion.at[jnp.arange(len(tokens)), tokens].set(True)
-    state = DecodeState(step + 1, chunk, hidden[:, 0], in_completion)
+    state = DecodeState(step + 1, chunk, hidden[:, 0], in_completion, states)
     return state, tokens, log_probs, None if experts is None else experts[:, 0]
 
 
@@ -303,7 +314,8 @@ def gather_rows(
         prompt_lengths=take(batch.prompt_lengths, rows),
         in_prompt=take(batch.in_prompt, rows),
     )
-    state = DecodeState(state.step, None, take(state.hidden, rows), take(state.in_completion, rows))
+    states = take(state.states, rows)
+    state = DecodeState(state.step, None, take(state.hidden, rows), take(state.in_completion, rows), states)
     gathered = [take(chunk, rows) for chunk in chunks]
     return batch, state, [model.join_columns(gathered, starts, state.step)] if join_chunks else gathered
 
@@ -352,8 +364,16 @@ def merge(
         active_chunk=merged(lambda _, state: state.active_chunk),
         hidden=merged(lambda _, state: state.hidden),
         in_completion=merged(lambda _, state: state.in_completion),
+        states=merged(lambda _, state: state.states),
     )
     return batch, state
+
+
+def _split(cache: Cache, states: Cache) -> tuple[Cache, Cache]:
+    """Columns and states of a cache that has both, the states with the names of ``states``."""
+    layers = list(zip(cache, states, strict=True))
+    columns = [{name: x for name, x in entry.items() if name not in own} for entry, own in layers]
+    return columns, [{name: entry[name] for name in own} for entry, own in layers]
 
 
 def sample_keys(

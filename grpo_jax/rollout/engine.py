@@ -189,7 +189,7 @@ class GenerationLoop:
         tokens, log_probs, experts = sampled
         running.pending.append(Dispatch(tokens, log_probs, experts, running.step, running.host_index, running.host_row))
         running.step += STEPS
-        caches = (running.batch.prompt.cache, running.chunks())
+        caches = (running.batch.prompt.cache, running.chunks(), running.state.states)
         size = sum(x.nbytes for x in jax.tree.leaves(caches))
         self.add_stats(dispatches=1, row_steps=len(running.host_index) * STEPS)
         note_dispatch()
