@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from grpo_jax.tasks.sums import PLAIN, VOCABULARY
 
@@ -37,6 +37,26 @@ HF_CONFIG: Mapping[str, Any] = {
     "dtype": "float32",
 }
 """``config.json`` of the default toy model; ``ToyConfig.hf_config`` is that of a given configuration."""
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "dense": {},
+    "experts": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "hybrid": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+    },
+}
+"""Fields in which the toy models differ."""
 PROMPT_FORMAT: Mapping[str, str] = {"kind": "plain", "template": PLAIN}
 """The question without a template, as in the corpus."""
 
@@ -71,6 +91,9 @@ class ToyConfig:
     """Width of the model; feed-forward layers are twice as wide."""
     num_layers: int = HF_CONFIG["num_hidden_layers"]
     """Number of layers."""
+    architecture: Literal["dense", "experts", "hybrid"] = "dense"
+    """dense; experts, a mixture of 8 experts of which a token uses 2, together as wide as a dense layer; or hybrid, with
+    a gated delta rule in place of attention in every other layer."""
 
     def __post_init__(self):
         for name in ("hidden_size", "num_layers"):
@@ -80,12 +103,14 @@ class ToyConfig:
     @property
     def hf_config(self) -> dict[str, Any]:
         """The ``config.json`` of the model."""
-        return {
+        fields = {
             **HF_CONFIG,
+            **ARCHITECTURES[self.architecture],
             "hidden_size": self.hidden_size,
             "intermediate_size": 2 * self.hidden_size,
             "num_hidden_layers": self.num_layers,
         }
+        return fields | ({"moe_intermediate_size": self.hidden_size} if self.architecture == "experts" else {})
 
     @property
     def steps(self) -> int:
