@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import SMALL, random_params
 from jax.sharding import AxisType, Mesh
 
+from grpo_jax.models import build_model, from_hf_config
 from grpo_jax.models.expert_blocks import ExpertParams, block_size, expert_blocks, sorted_rows
 from grpo_jax.models.expert_groups import _outer, _outer_on_tpu, expert_groups
 from grpo_jax.models.experts import clamped_swiglu, expert_mlp, gated
@@ -422,3 +424,44 @@ def test_experts_that_do_not_divide():
     params = expert_params(bias=False, num_experts=6)
     with pytest.raises(ValueError, match=r"6 experts do not divide over mesh.expert 2 x mesh.tensor 2 = 4"):
         expert_mlp(x, experts, weights, params, activation=SILU, mesh=mesh_of(1, 2, 2, 1, 2))
+
+
+# in a model -----------------------------------------------------------------------------------------------------------
+
+SPARSE = {
+    "qwen3_moe": {"num_experts": 4},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_recomputed_layers_have_the_same_gradients_and_routing(family):
+    """Layers in a loop, and those before it."""
+    more = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True, "num_hidden_layers": 3}
+    config = from_hf_config({"model_type": family, **SMALL, **SPARSE[family], **more})
+    params, ids = random_params(config), jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 6)), jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), ids.shape)
+
+    def results(remat):
+        model = build_model(config, remat=remat)
+        assert model.routing is not None
+        routing = model.routing
+
+        @jax.jit
+        @partial(jax.grad, has_aux=True)
+        def run(params):
+            inputs = (model.preparation.prepare(params), ids, places, jnp.ones(ids.shape, bool))
+            hidden, _, routed = routing.apply(*inputs, with_logits=True)
+            return (hidden**2).sum(), routed
+
+        return run(params)
+
+    (grads, routed), (expected, of_stored) = results("block"), results("none")
+    assert (routed.experts == of_stored.experts).all()
+    assert_near((grads, routed.logits), (expected, of_stored.logits), 1e-5)
