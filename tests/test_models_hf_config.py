@@ -88,7 +88,8 @@ def transformers_config(hf_config):
 
 def rope_of(parameters, config, interleaved):
     """A rope from transformers' standardized parameters."""
-    ignored = ("type", "attn_factor", "mscale", "mscale_all_dim", "max_position_embeddings", "mrope_section")
+    ignored = {"type", "attn_factor", "mscale", "mscale_all_dim", "max_position_embeddings"}
+    ignored |= {"mrope_section", "mrope_interleaved"}
     read = {name: value for name, value in parameters.items() if name not in ignored}
     dims = int(config.head_dim * (read.pop("partial_rotary_factor", None) or 1.0))
     given = {name: float(value) if type(value) is int else value for name, value in read.items()}

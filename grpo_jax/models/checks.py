@@ -43,18 +43,23 @@ def check_call(
     cache: Cache,
     start: int | Array,
     prefixes: Sequence[PrefixCache],
+    *,
+    is_stacked: bool,
 ) -> None:
     """Check that a call's tokens and mask fit the columns, and that a call which continues others has their states.
 
     Args:
         config: of the decoder.
         token_ids, mask, cache, start, prefixes: as in ``types.Model.apply``.
+        is_stacked: whether the parameters have stacked layers, which take whole sequences only.
 
     Raises:
         ValueError: at trace time, if not.
     """
     _check_columns(config, token_ids, mask, cache, start)
     if prefixes or not isinstance(start, int) or start:
+        if is_stacked:
+            raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
         _check_states(config, cache)
 
 

@@ -44,8 +44,7 @@ def family_of(hf_config: Fields) -> Family:
         own = f" ({inner.get('model_type')!r})" if isinstance(inner, Mapping) else ""
         raise ValueError(
             f"model_type {model_type!r} is multimodal, and its text model{own} is not supported; of multimodal models, "
-            f"the text models of {', '.join(sorted(MULTIMODAL))} are, and text models alone: "
-            + ", ".join(sorted(FAMILIES))
+            f"the text models of {', '.join(sorted(MULTIMODAL))} are"
         )
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]

@@ -306,9 +306,7 @@ def build_model(
         chosen: Int[Array, "B S L k"] | None = None,
         with_logits: bool = False,
     ) -> tuple[Float[Array, "B S D"], Cache, Routed | None]:
-        check_call(config, token_ids, mask, cache, start, prefixes)
-        if STACKED in params and (prefixes or not isinstance(start, int) or start):
-            raise ValueError("parameters with stacked layers are for whole sequences: start must be 0, no prefixes")
+        check_call(config, token_ids, mask, cache, start, prefixes, is_stacked=STACKED in params)
         rotations = positions if isinstance(positions, dict) else rope(positions)
         params = bound(params)
         stacked = params.get(STACKED, ())
