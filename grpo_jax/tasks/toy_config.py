@@ -92,7 +92,7 @@ class ToyConfig:
     num_layers: int = HF_CONFIG["num_hidden_layers"]
     """Number of layers."""
     architecture: Literal["dense", "experts", "hybrid"] = "dense"
-    """dense; experts, a mixture of 8 experts of which a token uses 2, together as wide as a dense layer; or hybrid, with
+    """dense; experts, 8 in each layer, of which a token uses 2, together as wide as a dense layer; or hybrid, with
     a gated delta rule in place of attention in every other layer."""
 
     def __post_init__(self):
