@@ -36,7 +36,7 @@ def policy_loss(config: GRPOConfig | PPOConfig, model: Model, *, log_probs: LogP
         losses = config.policy_loss.router_losses
         if losses.are_used and model.routing is None:
             raise ValueError(
-                "policy.router_balance_coef and policy.router_z_coef are of a mixture of experts, and this model has "
+                "router_balance_coef and router_z_coef are of a mixture of experts, and this model has "
                 "none; leave them out"
             )
         options: dict[str, Any] = {"temperature": config.sampling.temperature}
