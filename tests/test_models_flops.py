@@ -97,6 +97,19 @@ def test_active_parameters_of_published_models(name, total, active):
     assert found == pytest.approx(active, rel=0.05)
 
 
+def test_layers_with_a_state_pay_for_tokens_and_not_for_pairs():
+    config = from_hf_config(shrunk(PUBLISHED["Qwen3-Next-80B-A3B"]))
+    delta, layers = config.delta, config.num_layers - config.num_attention_layers
+    assert 0 < layers < config.num_layers
+    one, two = (training_flops(config, 0, np.array([n])) for n in (1, 2))
+    assert two - 2 * one == 6 * config.num_attention_layers * pair_size(config)
+    wider = dataclasses.replace(config, mixers=("attention",) * config.num_layers)
+    bodies = [6 * sum(leaf.size for leaf in jax.tree.leaves(param_shapes(each))) for each in (config, wider)]
+    states = 18 * layers * delta.value_heads * delta.key_dim * delta.value_dim
+    pairs = 6 * layers * pair_size(config)
+    assert one - training_flops(wider, 0, np.array([1])) == bodies[0] - bodies[1] + states - pairs
+
+
 def test_heads_of_latent_attention_have_two_sizes():
     config = from_hf_config(shrunk(PUBLISHED["DeepSeek-V3"]))
     sizes = config.latent

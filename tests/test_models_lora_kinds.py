@@ -34,6 +34,9 @@ ADAPTED = {
     | {"mlp/shared/gate", "mlp/shared/up", "mlp/shared/down"},
     "Moonlight-16B-A3B": {"attention/q", "attention/kv_a", "attention/o", "mlp/gate", "mlp/up", "mlp/down"}
     | {"mlp/shared/gate", "mlp/shared/up", "mlp/shared/down"},
+    "Qwen3-Next-80B-A3B": {"attention/q", "attention/k", "attention/v", "attention/o"}
+    | {"delta/q", "delta/k", "delta/v", "delta/z", "delta/o"}
+    | {"mlp/shared/gate", "mlp/shared/up", "mlp/shared/down"},
     "Phi-3-mini-4k": {"attention/q", "attention/k", "attention/v", "attention/o", "mlp/gate", "mlp/up", "mlp/down"},
     "StarCoder2-15B": {"attention/q", "attention/k", "attention/v", "attention/o", "mlp/up", "mlp/down"},
 }
@@ -79,7 +82,7 @@ def test_merged_and_applied_adapters_agree(name, quantize):
     assert np.abs(without - expected).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["Phi-3-mini-4k", "DeepSeek-V3", "GLM-4.5-Air", "Qwen3-30B-A3B"])
+@pytest.mark.parametrize("name", ["Phi-3-mini-4k", "DeepSeek-V3", "GLM-4.5-Air", "Qwen3-30B-A3B", "Qwen3-Next-80B-A3B"])
 def test_files_of_adapters_mean_what_merging_them_does(name, tmp_path):
     """By PEFT's formula on the stored tensors: ``W + (alpha / r) B A``, with a module's own r and alpha."""
     lora = LoRA(rank=2, alpha=3.0)

@@ -168,3 +168,26 @@ ENTRY %main (x: f32[2,4,8], y: f32[{size},8,16]) -> f32[2,{out},16] {{
 }}
 """
     assert program_cost(text).flops == pytest.approx(2 * 2 * out * 16 * 8 * terms)
+
+
+def test_a_loop_over_chunks_of_experts_runs_as_often_as_its_scope_says():
+    def chunks(x, count):
+        with jax.named_scope("likely_turns_3"):
+            return jax.lax.fori_loop(0, count, lambda _, x: jnp.tanh(x @ x), x)
+
+    assert cost_of(chunks, jnp.ones((16, 16)), jnp.int32(7)).flops == 3 * 2 * 16**3
+
+
+def test_products_of_a_tpu_with_groups_of_rows_are_counted_by_their_kernels():
+    kernel = """HloModule program
+
+ENTRY %main (x: bf16[32,16], y: bf16[4,16,8]) -> bf16[32,8] {
+  %x = bf16[32,16]{1,0} parameter(0)
+  %y = bf16[4,16,8]{2,1,0} parameter(1)
+  ROOT %out = bf16[32,8]{1,0} custom-call(%x, %y), custom_call_target="tpu_custom_call", metadata={op_name="NAME"}, \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"8192","bytes_accessed":"9"}}}
+}
+"""
+    assert program_cost(kernel.replace("NAME", "jit(f)/ragged_dot_general/ragged-dot-none")).flops == 8192
+    assert program_cost(kernel.replace("NAME", "jit(f)/jit(tgmm)/pallas_call")).flops == 8192
+    assert program_cost(kernel.replace("NAME", "jit(f)/splash/pallas_call")).flops == 0

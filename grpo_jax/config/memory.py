@@ -285,7 +285,7 @@ def rollout_tensor(
         decoding: steps of the run; None if their speed is unknown.
     """
     most = axes["fsdp"] * axes.get("expert", 1) * axes.get("context", 1)
-    sizes = [axes["tensor"] * n for n in divisors(most) if _splits(decoder, axes["tensor"] * n)]
+    sizes = [axes["tensor"] * n for n in divisors(most) if splits(decoder, axes["tensor"] * n)]
 
     def room_for_cache(n: int) -> float:
         # Twice, as it is copied when rows finish.
@@ -299,7 +299,8 @@ def rollout_tensor(
     return min(whole, key=lambda n: (decoding.seconds(n, need.rollout * need.rollout_share(n)), n))
 
 
-def _splits(decoder: DecoderConfig, tensor: int) -> bool:
+def splits(decoder: DecoderConfig, tensor: int) -> bool:
+    """Whether query heads and experts divide over the devices of an axis ``tensor``."""
     return decoder.num_heads % tensor == 0 and (decoder.experts is None or decoder.experts.count % tensor == 0)
 
 
@@ -350,7 +351,7 @@ def _meshes(devices: int, decoder: DecoderConfig) -> Iterator[Axes]:
     """Meshes of some devices that divide the model, those with the smallest tensor and fsdp axes first."""
     for tensor in divisors(devices):
         for fsdp in divisors(devices // tensor):
-            if decoder.num_kv_heads % tensor == decoder.hidden_size % fsdp == 0 and _splits(decoder, tensor):
+            if decoder.num_kv_heads % tensor == decoder.hidden_size % fsdp == 0 and splits(decoder, tensor):
                 yield {"data": devices // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor}
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config.decoding import decoding_of
-from grpo_jax.config.memory import CACHE, LANES, USABLE, choose_rollout_tensor, reckon
+from grpo_jax.config.memory import CACHE, LANES, USABLE, choose_rollout_tensor, reckon, splits
 from grpo_jax.config.online import OnlineConfig
 from grpo_jax.config.reward_model import RewardModelConfig
 from grpo_jax.config.run import MeshConfig
@@ -88,9 +88,14 @@ def rank_meshes(config: Any, num_devices: int, *, limit: int | None, rates: Rate
             if decoder.num_kv_heads % mesh.tensor:
                 raise ValueError(f"mesh.tensor is {mesh.tensor}; it must divide {decoder.num_kv_heads} KV heads")
             check_layout(tried)
-            for sampling in _rollout_tensors(tried, decoder):
-                tried = replace(config, mesh=replace(mesh, rollout_tensor=sampling))
-                found.append(_estimate(tried, decoder, axes, limit, rates or UNKNOWN))
+            for may_repeat in (False, True):
+                estimates = []
+                for sampling in _rollout_tensors(tried, decoder, may_repeat=may_repeat):
+                    sampled = replace(config, mesh=replace(mesh, rollout_tensor=sampling))
+                    estimates.append(_estimate(sampled, decoder, axes, limit, rates or UNKNOWN))
+                found += estimates
+                if any(each.fits for each in estimates):
+                    break
         except ValueError as error:
             problem = str(error)
     if not found:
@@ -109,16 +114,21 @@ def _meshes(num_devices: int, length: int, *, has_experts: bool) -> Iterator[Mes
                     yield MeshConfig(fsdp=fsdp, expert=expert, context=context, tensor=tensor)
 
 
-def _rollout_tensors(config: Any, decoder: DecoderConfig) -> list[int | None]:
-    """Devices that the sampler's weights may be sharded over: the run's own choice may not be the fastest."""
+def _rollout_tensors(config: Any, decoder: DecoderConfig, *, may_repeat: bool) -> list[int | None]:
+    """Devices that the sampler's weights may be sharded over: the run's own choice may not be the fastest.
+
+    Args:
+        config: of the run.
+        decoder: sizes of the model.
+        may_repeat: only numbers for which KV heads must be repeated, in the place of those that divide them.
+    """
     if not isinstance(config, OnlineConfig):
-        return [None]
+        return [None] * (not may_repeat)
     mesh, devices = config.mesh, config.mesh.build().size
     sizes = [mesh.tensor * n for n in divisors(mesh.fsdp * mesh.expert * mesh.context)]
-    if decoder.experts is not None:
-        sizes = [n for n in sizes if decoder.experts.count % n == 0]
-    fitting = [n for n in sizes if decoder.num_kv_heads % n == 0 and config.num_completions % (devices // n) == 0]
-    if not fitting:
+    sizes = [n for n in sizes if splits(decoder, n) and (decoder.num_kv_heads % n != 0) == may_repeat]
+    fitting = [n for n in sizes if config.num_completions % (devices // n) == 0]
+    if not fitting and not may_repeat:
         raise ValueError(f"{config.num_completions} completions do not divide over the sampler's {devices} devices")
     return [*fitting]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import NamedTuple
 
+from grpo_jax.models.expert_groups import TURNS
+
 ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1} | {
     f"{sign}{bits}": bits / 8 for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
 }
@@ -22,6 +24,8 @@ OPERAND = re.compile(r"%([\w.-]+)")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(r"\b(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+GROUPED = re.compile(r'op_name="[^"]*(ragged_dot|tgmm)')
+"""A TPU's kernels of products with groups of rows."""
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 """Instructions that move no data."""
 
@@ -94,7 +98,7 @@ class Cost:
     """Work of a program on one device.
 
     Attributes:
-        flops: of matrix products; custom kernels are not counted.
+        flops: of matrix products; of custom kernels, only those of experts are counted.
         local_traffic: bytes that other instructions than collectives read from and write to the device's main memory,
             at most.
         channels: collective operations by their kind and channel. A TPU runs one in several steps, which name the same
@@ -213,7 +217,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> int:
-    """How often a loop runs: as the compiler knows it, or the largest constant of its condition; 1 if unknown.
+    """How often a loop runs: as the compiler or its scope knows, or the largest constant of its condition; else 1.
 
     Args:
         loop: a ``while`` instruction.
@@ -221,6 +225,8 @@ def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> in
     """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
+    if likely := re.search(rf"{TURNS}(\d+)", loop.attributes):
+        return int(likely[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
     program = computations.get(condition[1], {}) if condition else {}
     bound = max((_constant(name, program) for name in program), default=0)
@@ -351,7 +357,10 @@ def _fusion_traffic(each: Instruction, inner: Computation, program: Computation)
 
 
 def _product_flops(each: Instruction, program: Computation) -> float:
-    """Floating-point operations of a matrix product or convolution; 0 for others."""
+    """Floating-point operations of a matrix product, grouped or not, or convolution; 0 for others."""
+    if each.opcode == "custom-call" and GROUPED.search(each.attributes):  # by the rows that experts have in all
+        counted = re.search(r'"flops":"?(\d+)', each.attributes)
+        return float(counted[1]) if counted else 0.0
     operands = _operands(each, program)
     if each.opcode == "dot" and operands:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)

@@ -29,6 +29,8 @@ SPARE = 1.5
 """Rows of a chunk of consecutive rows, relative to the average number of a device that has a part of the experts."""
 SLOTS = 256
 """Rows of an expert, with fewer of which a GPU takes longer to read its matrices than to multiply with them."""
+TURNS = "likely_turns_"
+"""Scope of a loop over chunks, with the turns that it takes if no expert has more than ``SPARE`` times the average."""
 TILE = 128
 """Rows of a chunk are a multiple of it, where they are many."""
 
@@ -87,19 +89,21 @@ def expert_groups(
         layout: of the rows.
         share: part of all experts that ``params`` has.
     """
-    (N, k), E = experts.shape, len(params.gate)
+    (N, k), E, turns = experts.shape, len(params.gate), 1
     rows = sorted_rows(experts, E)
     places = jnp.zeros(N * k, jnp.int32).at[rows.order].set(jnp.arange(N * k, dtype=jnp.int32), unique_indices=True)
     choices = Choices(experts.astype(jnp.int32), places.reshape(N, k), rows.order, rows.sizes)
     if layout == "slots":
         average = max(share * N * k / E, 1)
         size = _rounded(max(average / 2, min(4 * average, SLOTS)), 16)
+        turns = math.ceil(SPARE * average / size)
     else:
         most = N * min(k, E)  # the other choices are not of these experts
         size = _rounded(min(SPARE * share * N * k, most), TILE)
         if size >= most:  # the one chunk there is: its hidden units are kept for the backward pass
             return _through(layout, activation, x, weights, params, _ragged(choices, 0, size)).astype(x.dtype)
-    out: Any = _in_chunks(layout, activation, size, x, weights, params, choices)
+    with jax.named_scope(f"{TURNS}{turns}"):
+        out: Any = _in_chunks(layout, activation, size, x, weights, params, choices)
     return out.astype(x.dtype)
 
 
