@@ -9,6 +9,7 @@ import pytest
 from checkpoints import SMALL, random_params
 from published import PUBLISHED, shrunk
 
+from grpo_jax.loop.layout_note import uneven_params
 from grpo_jax.models import build_model, from_hf_config
 from grpo_jax.models.kernels import resolve_attention
 from grpo_jax.models.mesh_checks import check_rollout_tensor
@@ -63,3 +64,11 @@ def test_attention_of_other_kinds_has_no_kernel_and_no_context(config, name):
             ValueError, match=f"attention '{kernel}' has no.*; use 'plain'|attention '{kernel}' has keys"
         ):
             resolve_attention(kernel, config, jnp.bfloat16, kind)
+
+
+def test_experts_that_an_axis_does_not_split_are_named():
+    shapes = {"layers_0": {"mlp": {"experts": {"gate": jax.ShapeDtypeStruct((8, 30, 15), jnp.float32)}}}}
+    assert uneven_params(shapes, make_mesh(data=1, fsdp=2, expert=4)) == ""
+    assert (
+        uneven_params(shapes, make_mesh(data=2, fsdp=4)) == "fsdp 4 splits another dimension of mlp/experts/gate (30)"
+    )

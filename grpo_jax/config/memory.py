@@ -264,9 +264,10 @@ def check_memory(config: Any) -> None:
     advice = f"of the meshes of these {mesh.size} devices, {found[0]} does" if found else "no mesh of them does"
     held = "weights, optimizer state and reference" if config.has_reference else "weights and optimizer state"
     sampler = f", and the sampler's weights {_gb(rollout)} (mesh.rollout_tensor {tensor})" if config.has_sampler else ""
+    expert = f" x mesh.expert {axes['expert']}" * (axes["expert"] > 1)
     raise ValueError(
         f"{config.model} does not fit devices of {_gb(limit)}: {held} take {_gb(state)} on each (mesh.fsdp "
-        f"{axes['fsdp']} x mesh.tensor {axes['tensor']}){sampler}; {advice}"
+        f"{axes['fsdp']}{expert} x mesh.tensor {axes['tensor']}){sampler}; {advice}"
     )
 
 

@@ -11,6 +11,9 @@ from grpo_jax.models.head_layout import head_layout
 from grpo_jax.sharding import PARAM_RULES, axis_names, fitted_spec, param_spec, params_by_name
 from grpo_jax.types import Params
 
+LARGE = r"(kernel|embedding|experts/(gate|up|down))$"
+"""Paths of the parameters that are worth a word."""
+
 
 def layout_note(model: Pretrained, mesh: Mesh) -> str:
     """Heads and parameters that the axes of a mesh do not divide; empty if they divide all.
@@ -19,7 +22,8 @@ def layout_note(model: Pretrained, mesh: Mesh) -> str:
         model: the model.
         mesh: its devices.
     """
-    return "; ".join(filter(None, (head_layout(model.config, mesh).description, uneven_params(model.params, mesh))))
+    heads = "" if model.config.latent is not None else head_layout(model.config, mesh).description
+    return "; ".join(filter(None, (heads, uneven_params(model.params, mesh))))
 
 
 def uneven_params(shapes: Params, mesh: Mesh) -> str:
@@ -32,11 +36,13 @@ def uneven_params(shapes: Params, mesh: Mesh) -> str:
     found: dict[str, list[str]] = {}
     for name, shape in params_by_name(shapes):
         wanted, fitted = param_spec(name), fitted_spec(name, shape, mesh.shape, PARAM_RULES)
-        if wanted is None or fitted is None or not name.endswith(("kernel", "embedding")):  # others are small
+        if wanted is None or fitted is None or not re.search(LARGE, name):  # others are small
             continue
+        own = {axis for entry in wanted for axis in axis_names(entry)}
+        others = [axis for axis in ("expert", "context") if axis not in own]  # which split what fsdp does
         for dimension, axis in enumerate(wanted):
             short = re.sub(r"layers_\d+/|/(kernel|embedding)$", "", name) + f" ({shape[dimension]})"
-            for one in ("fsdp", "expert", "context") if axis == "fsdp" else axis_names(axis):
+            for one in ("fsdp", *others) if axis == "fsdp" else axis_names(axis):
                 if one in axis_names(fitted[dimension]) or mesh.shape[one] == 1:
                     continue
                 other = any(one in axis_names(entry) for entry in fitted)
