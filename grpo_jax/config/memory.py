@@ -301,7 +301,12 @@ def rollout_tensor(
 
 
 def splits(decoder: DecoderConfig, tensor: int) -> bool:
-    """Whether query heads and experts divide over the devices of an axis ``tensor``."""
+    """Whether query heads and experts divide over the devices of the axis ``tensor``.
+
+    Args:
+        decoder: sizes of the model.
+        tensor: size of the axis.
+    """
     return decoder.num_heads % tensor == 0 and (decoder.experts is None or decoder.experts.count % tensor == 0)
 
 
