@@ -47,7 +47,7 @@ def workspace(tmp_path, monkeypatch):
         "def politeness(completions, **kwargs):\n    return [0.0 for _ in completions]\n\n\nquality = politeness\n"
     )
     (tmp_path / "chats.jsonl").write_text("")
-    for name in ("qwen2.5-7b", "qwen2.5-32b", "llama-3.1-70b"):
+    for name in ("qwen2.5-7b", "qwen2.5-32b", "llama-3.1-70b", "qwen3-30b-a3b"):
         (tmp_path / f"{name}.json").write_text('{"max_position_embeddings": 131072}')
     (tmp_path / "tasks.json").write_text(re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)[0])
     (tmp_path / "runs/gsm8k").mkdir(parents=True)
