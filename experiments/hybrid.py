@@ -40,7 +40,7 @@ from grpo_jax.loop.run import Run, run_experiment
 from grpo_jax.loop.setup import policy_state
 from grpo_jax.rewards.compose import Scores
 from grpo_jax.sharding import shard_rows
-from grpo_jax.train import completion_log_probs, reference_params
+from grpo_jax.train import completion_log_probs, reference_params, without_experts
 from grpo_jax.train.critic import CriticBatch, MLPCritic
 from grpo_jax.types import Batch, Rollout
 
@@ -105,7 +105,7 @@ def train(config: HybridConfig, run: Run) -> None:
             state, critic_state = states["policy"], states["critic"]
             experience = collector.sample(step, state.params)
             rollout = experience.rollout
-            ref = log_prob_fn(reference_params(state), rollout) if config.has_reference else None
+            ref = log_prob_fn(reference_params(state), without_experts(rollout)) if config.has_reference else None
             hidden, values = critic.states_and_values(critic_state, state.params, shard_rows(rollout, mesh))
             scores = collector.score(experience)
             batch = make_train_batch(

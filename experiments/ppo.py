@@ -56,6 +56,7 @@ from grpo_jax.train import (
     reference_params,
     shuffled_minibatches,
     with_value_head,
+    without_experts,
 )
 from grpo_jax.types import Batch, PackedBatch, Params, Rollout, TrainState
 
@@ -199,7 +200,8 @@ class Learner:
     def before(self, states: dict[str, TrainState], rollout: Rollout) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """Log-probabilities of the actor and the reference, and values, before the update."""
         actor = states["actor"]
-        ref = None if actor.ref_params is None else self._log_probs(reference_params(actor), rollout)
+        own = without_experts(rollout)
+        ref = None if actor.ref_params is None else self._log_probs(reference_params(actor), own)
         from_sampler = self.config.old_log_probs == "sampler"
         old = rollout.rollout_log_probs if from_sampler else self._log_probs(actor.params, rollout)
         return old, ref, self._values(self.critic(states), rollout)
@@ -233,6 +235,8 @@ class Learner:
             old_log_probs=old,
             old_values=values,
             returns=returns,
+            prompt_experts=rollout.prompt_experts,
+            completion_experts=rollout.completion_experts,
         )
         return batch, float(kl[0]), float(kl[1])
 

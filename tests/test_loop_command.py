@@ -301,7 +301,7 @@ def test_help_is_two_screens_and_names_every_flag(capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
     for flag in flags_of(GRPOConfig):
         assert flag.is_rare or re.search(rf"{flag.flag}(\s|$)", text), flag.flag
-    rare = "--toy.* (13) --mesh.* (2) --save-minutes --distributed.* (7)"
+    rare = "--toy.* (14) --mesh.* (3) --save-minutes --distributed.* (7)"
     assert f"rarely changed (--help-rare explains them): {rare}" in text
     for name, preset in GRPO_PRESETS.items():
         assert name in text

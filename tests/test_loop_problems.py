@@ -103,7 +103,8 @@ def test_settings_that_contradict(options, message):
 
 
 def test_mesh_and_optimizer_are_built():
-    assert dict(MeshConfig(data=2, fsdp=2, tensor=2).build().shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    sizes = {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert dict(MeshConfig(data=2, fsdp=2, tensor=2).build().shape) == sizes
     _, schedule = OptimizerConfig(learning_rate=0.5, decay="linear").build(total_updates=3)
     assert float(schedule(3)) == 0.5  # a run shorter than the warm-up still reaches its peak
     _, schedule = OptimizerConfig(learning_rate=0.25, decay="constant").build(total_updates=9)

@@ -18,7 +18,7 @@ from grpo_jax.hosts import fetch
 from grpo_jax.loop.experience import has_reward_variance
 from grpo_jax.masked import masked_sum
 from grpo_jax.rewards.compose import Scores
-from grpo_jax.train import reference_params
+from grpo_jax.train import reference_params, without_experts
 from grpo_jax.types import Batch, Rollout, TrainState
 
 
@@ -40,9 +40,8 @@ def old_and_ref_log_probs(
         old = jnp.asarray(rollout.rollout_log_probs)
     elif config.updates_per_step > 1 or config.kl_reward_coef:
         old = log_prob_fn(state.params, rollout)
-    # The reference chooses experts by itself: those recorded are of another policy.
-    own = replace(rollout, prompt_experts=None, completion_experts=None)
-    return old, log_prob_fn(reference_params(state), own) if config.has_reference else None
+    has_reference = config.has_reference
+    return old, log_prob_fn(reference_params(state), without_experts(rollout)) if has_reference else None
 
 
 def make_train_batch(

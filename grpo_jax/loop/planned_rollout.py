@@ -215,6 +215,7 @@ def _programs(
         cache_dtype=config.cache_dtype,
         mesh=layout.mesh,
         ahead=1,
+        record_experts=layout.model.routing is not None,
     )
     N, P = devices * per_device, config.prompt_length
     shapes: Any = [jax.ShapeDtypeStruct((N, P), jnp.int32), jax.ShapeDtypeStruct((N, P), jnp.bool_)]
@@ -256,7 +257,7 @@ def _decode_programs(
     """The decode programs of some schedules, with the rows of each."""
     devices, per_device, group = shape
     buckets = make_buckets(per_device, per_device * group, group)
-    batch, state, empty = started
+    batch, state, empty, _ = started
     chunks, mesh = [state.active_chunk, *empty], steps.mesh
     assert mesh is not None
     found: dict[tuple[int, int, bool], tuple[Measured, int]] = {}

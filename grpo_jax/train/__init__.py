@@ -12,6 +12,7 @@ from grpo_jax.train.forward import policy_and_values as policy_and_values
 from grpo_jax.train.forward import reward_model_scores as reward_model_scores
 from grpo_jax.train.forward import routed_log_probs as routed_log_probs
 from grpo_jax.train.forward import with_value_head as with_value_head
+from grpo_jax.train.forward import without_experts as without_experts
 from grpo_jax.train.optimizer import adamw as adamw
 from grpo_jax.train.optimizer import lion as lion
 from grpo_jax.train.optimizer import make_optimizer as make_optimizer

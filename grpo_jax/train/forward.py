@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ class Rows(NamedTuple):
 
 
 Sequences = Rollout | Batch | Rows
+AnySequences = TypeVar("AnySequences", bound=Rollout | Batch | Rows)
 
 
 def completion_states(model: Model, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
@@ -60,6 +62,19 @@ def _experts(sequences: Sequences) -> Int[Array, "B S L k"] | None:
     if of_prompts is None or of_completions is None:
         return None
     return jnp.concatenate([of_prompts, of_completions], axis=1)
+
+
+def without_experts(sequences: AnySequences) -> AnySequences:
+    """The sequences without recorded experts, for another model than the policy that sampled them.
+
+    Args:
+        sequences: prompts and completions, in padded rows or a micro-batch of packed ones.
+    """
+    if isinstance(sequences, Rows):
+        return sequences
+    own: Any = replace(sequences, prompt_experts=None, completion_experts=None)
+    rows = getattr(sequences, "rows", None)
+    return own if rows is None else replace(own, rows=replace(rows, experts=None))
 
 
 def _apply(model: Model, inputs: tuple, experts: Int[Array, "B S L k"] | None, **options: Any) -> Float[Array, "B S D"]:
@@ -214,7 +229,7 @@ def completion_values(model: Model, params: Params, sequences: Sequences) -> Tok
         params: the critic's parameters.
         sequences: prompts and completions, in padded rows or a micro-batch of packed ones.
     """
-    predicting = _predicting_states(model, params, sequences)
+    predicting = _predicting_states(model, params, without_experts(sequences))
     return predicting.per_sequence(read_scalars(predicting.states, model.head(params))[..., 0])
 
 
