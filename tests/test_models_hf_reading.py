@@ -74,7 +74,7 @@ def test_a_small_parameter_is_read_as_it_is_held():
     assert reading_sharding(sharding, edge, 4) is sharding
     reading = reading_sharding(sharding, edge, 8)
     assert isinstance(reading, NamedSharding)
-    assert reading.spec == P(None, ("tensor", "data", "fsdp", "context"))
+    assert reading.spec == P(None, ("tensor", "data", "fsdp", "expert", "context"))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)])

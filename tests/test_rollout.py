@@ -274,8 +274,8 @@ def test_an_old_style_key_is_refused_at_trace_time(tiny):
 
 def test_batches_that_do_not_fit_are_refused_at_trace_time(tiny):
     model, params = tiny
-    batch, state, _ = prefilled(tiny)
-    small, small_state, _ = prefilled(tiny, PROMPTS[:2])
+    batch, state, *_ = prefilled(tiny)
+    small, small_state, *_ = prefilled(tiny, PROMPTS[:2])
     step = partial(inspect.unwrap(decode_step), model, sampling=Sampling(), eos_ids=EOS)
     with pytest.raises(AssertionError, match=r"\[rows\]"):
         jax.eval_shape(step, params, batch, small_state)
