@@ -111,6 +111,21 @@ class KVSegment(NamedTuple):
         return x if self.scatter_index is None else take_rows(x, self.scatter_index)
 
 
+def segments_of(entry: CacheEntry, masks: Sequence[Bool[Array, "M S _"]]) -> list[KVSegment]:
+    """A cache as a segment for each mask, over consecutive columns.
+
+    Args:
+        entry: the cache.
+        masks: of each block of its columns.
+    """
+    segments, start = [], 0
+    for mask in masks:
+        end = start + mask.shape[2]
+        segments.append(KVSegment(slice_columns(entry, start, end), mask))
+        start = end
+    return segments
+
+
 def attend(
     queries: Float[Array, "B K G S E"],
     segments: Sequence[KVSegment],

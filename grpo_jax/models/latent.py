@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grpo_jax.models.attention import AttentionInputs, KVSegment, attend, attend_in_blocks
-from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
+from grpo_jax.models.attention import AttentionInputs, attend, attend_in_blocks, segments_of
+from grpo_jax.models.kv_cache import CacheEntry, write
 from grpo_jax.models.layers import Layer, Norm, as_tokens
 from grpo_jax.models.rope import rotate
 
@@ -73,10 +73,7 @@ class LatentAttention(Layer):
     ) -> Float[Array, "B S H value"]:
         """Attention to the latents themselves, by queries that are brought to their space."""
         queries = jnp.concatenate([jnp.einsum("bshk,rhk->bshr", plain, key_up), turned], axis=-1)
-        segments, start = [*inputs.prefixes], 0
-        for mask in inputs.masks:
-            segments.append(KVSegment(slice_columns(entry, start, start + mask.shape[2]), mask))
-            start += mask.shape[2]
+        segments = [*inputs.prefixes, *segments_of(entry, inputs.masks)]
         out = attend(queries.transpose(0, 2, 1, 3)[:, None], segments, None, value_size=key_up.shape[0])
         return jnp.einsum("bhsr,rhv->bshv", out[:, 0].astype(self.dtype), value_up)
 
@@ -101,9 +98,5 @@ class LatentAttention(Layer):
         if inputs.packed_mask is not None:
             out = attend_in_blocks(queries, of_heads, inputs.packed_mask, None)
         else:
-            segments, start = [], 0
-            for mask in inputs.masks:
-                segments.append(KVSegment(slice_columns(of_heads, start, start + mask.shape[2]), mask))
-                start += mask.shape[2]
-            out = attend(queries, segments, None)
+            out = attend(queries, segments_of(of_heads, inputs.masks), None)
         return out[:, :, 0].transpose(0, 2, 1, 3).astype(self.dtype)

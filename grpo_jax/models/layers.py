@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import AttentionInputs, KVSegment, attend, attend_in_blocks
+from grpo_jax.models.attention import AttentionInputs, attend, attend_in_blocks, segments_of
 from grpo_jax.models.config import ACTIVATIONS, DecoderConfig
 from grpo_jax.models.head_layout import head_layout
 from grpo_jax.models.kernels import Kernel
-from grpo_jax.models.kv_cache import CacheEntry, slice_columns, write
+from grpo_jax.models.kv_cache import CacheEntry, write
 from grpo_jax.models.lookup import lookup, lookup_divides, sharded_lookup
 from grpo_jax.models.rope import rotate
 from grpo_jax.sharding import constrain
@@ -191,11 +191,7 @@ class Attention(Layer):
             if inputs.packed_mask is not None:
                 out = attend_in_blocks(queries, entry, inputs.packed_mask, c.attention_softcap, sinks)
             else:
-                segments, start = [*inputs.prefixes], 0
-                for mask in inputs.masks:
-                    end = start + mask.shape[2]
-                    segments.append(KVSegment(slice_columns(entry, start, end), mask))
-                    start = end
+                segments = [*inputs.prefixes, *segments_of(entry, inputs.masks)]
                 out = attend(queries, segments, c.attention_softcap, sinks)
             out = out.astype(self.dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, -1, c.head_dim)
         out = heads.restored(out)
