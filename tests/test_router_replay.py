@@ -157,10 +157,10 @@ def test_a_policy_loss_adds_the_terms_to_each_token(params, rollout):
     batch = Batch.from_rollout(rollout, jnp.ones(len(rollout.truncated)))
     model = build_model(CONFIG)
     settings = {"max_completion_length": 20, "sampler_alters_policy": False}
+    outputs = quick_jit(lambda params, batch: routed_log_probs(model, params, batch, losses=LOSSES))(params, batch)
 
     def loss_of(**coefs):
         config = PolicyLossConfig(loss="dapo", **coefs)
-        outputs = routed_log_probs(model, params, batch, losses=config.router_losses)
         return config.build(lambda *_: outputs, **settings)(params, batch)
 
     plain, _ = loss_of()
