@@ -25,6 +25,7 @@ from grpo_jax.models.routing import (
 
 E, K, D, F, N = 8, 3, 16, 12, 48
 SILU = gated(jax.nn.silu)
+CLAMPED = partial(clamped_swiglu, limit=7.0)  # of gpt-oss
 
 
 def normal(*shape, seed=0, scale=0.5):
@@ -111,7 +112,7 @@ def test_blocks_of_transformers_and_their_gradients(family):
         logits = x @ router_weight.T
         logits += jnp.asarray(tensors["router.bias"])[None] if family == "gpt_oss" else 0
         chosen, weights = route(logits, K, bias=bias, **FAMILIES[family][2])
-        out = expert_mlp(x, chosen, weights, params, activation=clamped_swiglu if family == "gpt_oss" else SILU)
+        out = expert_mlp(x, chosen, weights, params, activation=CLAMPED if family == "gpt_oss" else SILU)
         return (out**2).sum(), out
 
     (_, found), grads = ours(jnp.asarray(x.detach().numpy()[0]), jnp.asarray(tensors[router]), arranged(tensors))

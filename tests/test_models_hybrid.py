@@ -206,7 +206,7 @@ def test_memory_limits_count_states(hybrid):
 
 
 def test_sequences_over_several_devices_are_refused():
-    with pytest.raises(ValueError, match=r"mesh.context is 2, and layers with the gated delta rule compute a sequence"):
+    with pytest.raises(ValueError, match=r"mesh.context is 2, and this model has layers with the gated delta rule"):
         build_model(CONFIG, mesh=make_mesh(context=2, devices=jax.devices()[:2]))
 
 

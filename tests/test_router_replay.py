@@ -132,7 +132,7 @@ def test_recorded_experts_need_a_model_with_experts(rollout):
 
 def router_loss(params, batch):
     """The sum of the weighted terms over completion tokens."""
-    *_, terms = routed_log_probs(build_model(CONFIG), params, batch, losses=LOSSES)
+    *_, terms = routed_log_probs(build_model(CONFIG), params, batch)
     return jnp.where(batch.completion_mask, LOSSES.balance * terms.balance + LOSSES.z * terms.z, 0).sum()
 
 
@@ -157,7 +157,7 @@ def test_a_policy_loss_adds_the_terms_to_each_token(params, rollout):
     batch = Batch.from_rollout(rollout, jnp.ones(len(rollout.truncated)))
     model = build_model(CONFIG)
     settings = {"max_completion_length": 20, "sampler_alters_policy": False}
-    outputs = quick_jit(lambda params, batch: routed_log_probs(model, params, batch, losses=LOSSES))(params, batch)
+    outputs = quick_jit(lambda params, batch: routed_log_probs(model, params, batch))(params, batch)
 
     def loss_of(**coefs):
         config = PolicyLossConfig(loss="dapo", **coefs)

@@ -135,9 +135,7 @@ def reckon(config: Any, decoder: DecoderConfig, axes: Axes) -> Reckoning:
     update = jnp.dtype(config.optimizer.gradient_dtype).itemsize * most_trained + 12 * CHUNK_SIZE * decoder.vocab_size
     if most_trained == count:
         update += (1 + (itemsize < 4)) * itemsize * count
-    elif (
-        axes["fsdp"] * axes.get("expert", 1) * axes.get("context", 1) > 1
-    ):  # only there are layers with adapters stacked
+    elif _param_shards(axes) > 1:  # only there are layers with adapters stacked
         update += frozen
     if "optimizer" not in config.offload:
         state += int(of_moments * all_trained)
@@ -285,7 +283,7 @@ def rollout_tensor(
         limit: memory of a device in bytes.
         decoding: steps of the run; None if their speed is unknown.
     """
-    most = axes["fsdp"] * axes.get("expert", 1) * axes.get("context", 1)
+    most = _param_shards(axes)
     sizes = [axes["tensor"] * n for n in divisors(most) if splits(decoder, axes["tensor"] * n)]
 
     def room_for_cache(n: int) -> float:
@@ -298,6 +296,11 @@ def rollout_tensor(
     if decoding is None or not whole:
         return min(fitting, default=max(sizes, default=axes["tensor"]))
     return min(whole, key=lambda n: (decoding.seconds(n, need.rollout * need.rollout_share(n)), n))
+
+
+def _param_shards(axes: Axes) -> int:
+    """Devices that parameters are sharded over in the way of ``fsdp``."""
+    return axes["fsdp"] * axes.get("expert", 1) * axes.get("context", 1)
 
 
 def splits(decoder: DecoderConfig, tensor: int) -> bool:

@@ -305,7 +305,7 @@ class PolicyLossConfig:
         return RouterLosses(self.router_balance_coef, self.router_z_coef)
 
     def _of_router(self, terms: list[RouterTerms], mask: Array) -> tuple[dict[str, Array], Metrics]:
-        """What a router's losses add to each token's loss, and their metrics."""
+        """The weighted sum of a router's losses for each token, as an argument of the policy loss, and metrics."""
         if not terms:
             return {}, {}
         losses, of_tokens = self.router_losses, terms[0]

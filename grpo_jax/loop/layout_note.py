@@ -12,7 +12,7 @@ from grpo_jax.sharding import PARAM_RULES, axis_names, fitted_spec, param_spec, 
 from grpo_jax.types import Params
 
 LARGE = r"(kernel|embedding|experts/(gate|up|down))$"
-"""Paths of the parameters that are worth a word."""
+"""Paths of the large parameters, which a note names if a mesh does not divide them."""
 
 
 def layout_note(model: Pretrained, mesh: Mesh) -> str:

@@ -41,7 +41,7 @@ def policy_loss(config: GRPOConfig | PPOConfig, model: Model, *, log_probs: LogP
             )
         options: dict[str, Any] = {"temperature": config.sampling.temperature}
         if losses.are_used:
-            log_probs = partial(routed_log_probs, model, losses=losses, **options)
+            log_probs = partial(routed_log_probs, model, **options)
         else:
             log_probs = partial(completion_log_probs, model, **options)
     return config.policy_loss.build(

@@ -1,4 +1,4 @@
-"""Checks of what a decoder is built and called with."""
+"""Checks of the arguments that a decoder is built and called with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array
 
 from grpo_jax.models.config import DecoderConfig
@@ -16,24 +15,17 @@ from grpo_jax.types import Cache, PrefixCache, Segments
 COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16)
 
 
-def check_build(config: DecoderConfig, dtype: Any, mesh: Mesh | None) -> None:
-    """Check the compute dtype, and that the layers can split the tokens of a sequence over the mesh's ``context``.
+def check_dtype(dtype: Any) -> None:
+    """Check the compute dtype of a decoder.
 
     Args:
-        config: of the decoder.
-        dtype: of the decoder's computations.
-        mesh: the devices; None for one.
+        dtype: of its computations.
 
     Raises:
-        ValueError: another dtype, or some layers are recurrences.
+        ValueError: it is neither float32 nor bfloat16.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype must be float32 or bfloat16, not {jnp.dtype(dtype).name}")
-    if config.delta is not None and mesh is not None and mesh.shape["context"] > 1:
-        raise ValueError(
-            f"mesh.context is {mesh.shape['context']}, and layers with the gated delta rule compute a sequence on one "
-            "device; use mesh.data, mesh.fsdp and mesh.tensor"
-        )
 
 
 def check_call(

@@ -174,7 +174,7 @@ class DecoderConfig:
         max_position_embeddings: longest sequence that the model supports, in tokens; not enforced here.
         windows: sliding window of each layer, in slots, the query's own included; None for full attention.
         ropes: rotary frequencies of each layer; None for a layer without positions.
-        mixers: what mixes the tokens of a sequence in each layer; empty for attention in all.
+        mixers: attention or gated delta rule, for each layer; empty for attention in all.
         sparse: whether each layer has experts in place of an MLP; empty for none.
         query_scale: factor of the queries.
         activation: of the MLP, a key of ``ACTIVATIONS``.

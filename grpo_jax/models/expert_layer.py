@@ -21,7 +21,7 @@ from grpo_jax.models.routing import route
 @partial(jax.tree_util.register_dataclass, data_fields=("mask", "chosen"), meta_fields=("with_logits",))
 @dataclass(frozen=True)
 class RoutingInputs:
-    """What a layer's router gets beside the residual stream.
+    """Inputs of a layer's router other than the residual stream.
 
     Attributes:
         mask: False at padding, which no expert computes; None if there is none.

@@ -31,7 +31,7 @@ def gated(activation: Callable[[Array], Array]) -> GatedActivation:
     return lambda gate, up: activation(gate) * up
 
 
-def clamped_swiglu(gate: Array, up: Array, *, limit: float = 7.0, alpha: float = 1.702) -> Array:
+def clamped_swiglu(gate: Array, up: Array, *, limit: float, alpha: float = 1.702) -> Array:
     """The activation of gpt-oss: ``(up + 1) * gate * sigmoid(alpha * gate)``, after clamping.
 
     ``gate`` is clamped to at most ``limit``, ``up`` to ``[-limit, limit]``.

@@ -28,7 +28,7 @@ Fields = Mapping[str, Any]
 MAX_LAYERS = 100_000
 LINEAR_ATTENTION = "linear_attention"
 MIXERS: dict[str, Literal["attention", "delta_rule"]] = {LINEAR_ATTENTION: "delta_rule"}
-"""What takes the place of attention, by the layer's type."""
+"""The mixer of a layer by its type in ``layer_types``, for the types that are not attention."""
 
 
 def family_of(hf_config: Fields) -> Family:

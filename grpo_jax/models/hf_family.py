@@ -1,4 +1,4 @@
-"""What a row of the table of model families says, and what several rows share."""
+"""The definition of a model family, and the fields and modules that several families share."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Family:
         names: fields that other families name otherwise, with the name that others give them.
         traits: settings of ``DecoderConfig``, or functions of the fields that give them.
         is_sliding: ``(fields, layer) -> bool``, used if the config has no ``layer_types``.
-        is_linear: ``(fields, layer) -> bool``, whether the layer has the gated delta rule, likewise; None for a family
-            whose layers all have attention.
+        is_linear: ``(fields, layer) -> bool``, whether a layer has the gated delta rule, used if the
+            config has no ``layer_types``; None for a family whose layers all have attention.
         has_rope: ``(fields, layer, layer type) -> bool``.
         same_as: unused fields of old configs; each must equal the field that is read in its place.
         theta: default base of the rotary frequencies.

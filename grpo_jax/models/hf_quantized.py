@@ -64,7 +64,7 @@ def dequantized(folder: Path, stored: Mapping[str, Stored], scheme: Scheme | Non
 
 
 def log_dequantized(folder: Path, stored: Mapping[str, Stored | Quantized]) -> None:
-    """Log a warning if some tensors of a checkpoint are quantized: what is trained and exported is not.
+    """Log a warning if a checkpoint has quantized tensors: they are trained and exported dequantized.
 
     Args:
         folder: the checkpoint.
@@ -138,7 +138,7 @@ class Quantized:
         return lazy_tensor(lambda indices: _read_fp8(codes, scales, block, indices), self.shape)
 
     def problems(self, codes: str, scales: str) -> list[str]:
-        """What does not fit the scheme.
+        """Mismatches between the stored codes and scales and the scheme.
 
         Args:
             codes: name of the codes.

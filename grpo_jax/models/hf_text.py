@@ -25,7 +25,7 @@ SAME_TEXT_MODEL = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"} | {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
 }
-"""Text models that compute what another family does for sequences of text."""
+"""Text models that equal those of another family for sequences of text."""
 DEFAULTS = (
     {name: {"rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5} for name in ("qwen2_vl", "qwen2_5_vl")}
     | {"qwen3_vl": {"rope_theta": 500_000.0}}

@@ -141,7 +141,7 @@ def _is_other(name: str, stored: Collection[str]) -> bool:
 
 
 def _prefix(stored: Iterable[str]) -> str:
-    """What stands before the names of a decoder's tensors: ``model.``, or nothing for one saved without its head."""
+    """The prefix of a decoder's tensor names: ``model.``, or none for one saved without its head."""
     found = [name.removesuffix(EMBEDDING_SUFFIX) for name in stored if name.endswith(EMBEDDING_SUFFIX)]
     return next((prefix for prefix in ("model.", "", *TEXT_PREFIXES) if prefix in found), "model.")
 

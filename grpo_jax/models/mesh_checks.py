@@ -19,19 +19,24 @@ def check_mesh(config: DecoderConfig, mesh: Mesh | None) -> None:
         mesh: the devices; None for one.
 
     Raises:
-        ValueError: experts do not divide over ``expert x tensor``, or ``context`` splits sequences for attention that
-            does not support it.
+        ValueError: experts do not divide over ``expert x tensor``, or ``context`` splits sequences for layers that do
+            not support it.
     """
     if mesh is None:
         return
     if config.experts is not None:
         check_experts(config.experts.count, mesh.shape)
     context = mesh.shape.get("context", 1)
-    problem = "latent attention" if config.latent is not None else "attention sinks" * config.attention_sinks
-    if context > 1 and problem:
+    whole = {
+        "latent attention": config.latent is not None,
+        "attention sinks": config.attention_sinks,
+        "layers with the gated delta rule": config.delta is not None,
+    }
+    found = [part for part, has_part in whole.items() if has_part]
+    if context > 1 and found:
         raise ValueError(
-            f"mesh.context is {context}, and this model has {problem}, which computes a sequence on one device; use "
-            "mesh.data, mesh.fsdp, mesh.expert and mesh.tensor"
+            f"mesh.context is {context}, and this model has {' and '.join(found)}, for which a sequence must be on one "
+            "device; use mesh.data, mesh.fsdp, mesh.expert and mesh.tensor"
         )
 
 

@@ -80,7 +80,7 @@ def param_shapes(config: DecoderConfig, param_dtype: Any = jnp.float32) -> Any:
 
 
 def _shape_kind(kind: LayerKind) -> LayerKind:
-    """The kind without what the shapes of parameters do not depend on."""
+    """The kind, without the settings that do not change the shapes of parameters."""
     return kind._replace(window=None, rope=None)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import AttentionInputs, KVSegment, attention_mask, is_packed_mask
 from grpo_jax.models.block import Block
-from grpo_jax.models.checks import check_build, check_call
+from grpo_jax.models.checks import check_call, check_dtype
 from grpo_jax.models.config import DecoderConfig, LayerKind
 from grpo_jax.models.context import ContextAttention, dealt_out, over_context
 from grpo_jax.models.delta_layer import init_states
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         with_logits: bool = False,
         stacked: Sequence[Params] = (),
     ) -> tuple[Float[Array, "B S D"], list[CacheEntry] | None, Routed | None]:
-        """Hidden states, cache and routing; arguments as in ``Model.apply_routed``, with rotations as positions.
+        """Hidden states, cache and routing; arguments as in ``Routing.apply``, with rotations as positions.
 
         Stacked layers of prepared parameters are an argument of their own.
         """
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
                 for prefix, of_prefix in zip(prefixes, prefix_columns, strict=True)
             ]
 
-        token_mask = mask
+        token_mask = mask  # of the call's own tokens
         if cache is not None and mask is not None and not isinstance(mask, Segments):
             token_mask = jax.lax.dynamic_slice_in_dim(mask, start, S, axis=1)
 
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
             rotation = rotations.get(c.ropes.index(c.ropes[i]))
             return AttentionInputs(rotation, start, masks[window], segments, packed_masks[window], kernel_mask)
 
-        routing = RoutingInputs(self._computed(token_ids, mask, start), None, with_logits)
+        routing = RoutingInputs(self._computed(token_mask), None, with_logits)
         entries, routed, first = [], [], num_stacked({STACKED: stacked})
         if stacked:
             inputs = [inputs_of(i) for i in range(len(stacked))]
@@ -165,14 +165,12 @@ class Decoder(nn.Module):
         of_all = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *routed) if routed else None
         return hidden, None if stacked else entries, of_all
 
-    def _computed(
-        self, token_ids: Array, mask: Array | Segments | None, start: int | Array
-    ) -> Bool[Array, "B S"] | None:
-        """True at the tokens of a call that are not padding; None if it has none, or is one decode step."""
-        if self.config.experts is None or mask is None or not isinstance(start, int) or start:
+    def _computed(self, token_mask: Array | Segments | None) -> Bool[Array, "B S"] | None:
+        """True at the tokens of a call that experts compute; None for all."""
+        if self.config.experts is None or token_mask is None:
             return None
-        real = mask.ids > 0 if isinstance(mask, Segments) else mask > 0 if mask.dtype != bool else mask
-        real = real[:, : token_ids.shape[1]]
+        real = token_mask.ids > 0 if isinstance(token_mask, Segments) else token_mask
+        real = real if real.dtype == bool else real > 0
         kernel: Any = self.kernel
         return dealt_out(real, kernel.mesh.shape["context"]) if isinstance(kernel, ContextAttention) else real
 
@@ -280,7 +278,7 @@ def build_model(
             continues.
     """
     check_mesh(config, mesh)
-    check_build(config, dtype, mesh)
+    check_dtype(dtype)
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     kernel = choose_kernel(attention, config, dtype, mesh)
     check_remat(remat, device)
@@ -348,7 +346,7 @@ def _head(config: DecoderConfig, params: Params) -> Float[Array, "V D"]:
 
 
 def _routing(config: DecoderConfig, apply: Callable[..., Any]) -> Routing | None:
-    """What a model with experts adds to ``types.Model``."""
+    """The ``types.Routing`` of a model with experts; None without."""
     e = config.experts
     return None if e is None else Routing(apply, config.num_sparse(), e.count, e.per_token, e.scoring)
 

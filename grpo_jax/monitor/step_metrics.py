@@ -65,7 +65,7 @@ def routing_metrics(experts: np.ndarray, mask: np.ndarray, num_experts: int) -> 
     """How evenly a step's completions use the experts of a mixture.
 
     Args:
-        experts: ``[B, T, L, k]`` int, chosen for each token in each layer with experts; a negative entry is no choice.
+        experts: ``[B, T, L, k]`` int, of each token in each layer with experts; negative entries are not counted.
         mask: ``[B, T]`` bool, the tokens that count.
         num_experts: E, of a layer.
 

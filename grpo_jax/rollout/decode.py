@@ -251,7 +251,7 @@ def decode_steps(
 
 
 def no_experts(model: Model, tokens: tuple[int, int]) -> Int[Array, "_ _ L k"] | None:
-    """Where experts of tokens are recorded: -1, which is no expert; None for a model without experts.
+    """An array for the experts of tokens, filled with -1; None for a model without experts.
 
     Args:
         model: of the policy.

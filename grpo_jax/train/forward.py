@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.log_probs import CHUNK_SIZE
 from grpo_jax.masked import last_unmasked, positions
 from grpo_jax.train.packing import by_sequence
-from grpo_jax.train.router import RouterLosses, RouterTerms, router_terms
+from grpo_jax.train.router import RouterTerms, router_terms
 from grpo_jax.types import Batch, Model, Packed, PackedRows, Pairs, Params, Rollout, cache_columns
 
 CHUNKS_OF_PACKED_ROWS = 8
@@ -43,17 +42,25 @@ def completion_states(model: Model, params: Params, sequences: Sequences) -> Flo
         params: the policy's parameters.
         sequences: prompts and completions, in padded rows.
     """
-    P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
+    P = sequences.prompt_ids.shape[1]
     if model.token_shards > 1:
         return _whole_states(model, params, sequences)[0][:, P - 1 : -1]
-    # Attention is split between prompt and completion, over a cache of the sampler's length: sums over keys then have
-    # the same terms in the same order, and round identically. The last token, which predicts nothing, is kept for it.
+    inputs = _padded_inputs(model, params, sequences)
+    return _apply(model, inputs, _experts(sequences), block_bounds=(P,))[:, P - 1 : -1]
+
+
+def _padded_inputs(model: Model, params: Params, sequences: Sequences) -> tuple:
+    """Arguments of ``model.apply`` for padded rows; ``block_bounds`` is ``(P,)``.
+
+    Attention is split between prompt and completion, over a cache of the sampler's length: sums over keys then have the
+    same terms in the same order, and round identically. The last token, which predicts nothing, is kept for it.
+    """
+    P, T = sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1]
     ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
     mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
     cache = model.init_cache(ids.shape[0], P + cache_columns(T))
     columns = jnp.pad(mask, ((0, 0), (0, cache_columns(T) - T)))
-    inputs = (params, ids, positions(mask), columns, cache, 0)
-    return _apply(model, inputs, _experts(sequences), block_bounds=(P,))[:, P - 1 : -1]
+    return params, ids, positions(mask), columns, cache, 0
 
 
 def _experts(sequences: Sequences) -> Int[Array, "B S L k"] | None:
@@ -180,7 +187,6 @@ def routed_log_probs(
     params: Params,
     sequences: Sequences,
     *,
-    losses: RouterLosses,
     temperature: Scalar = 1.0,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tokens, Tokens, RouterTerms]:
@@ -190,35 +196,27 @@ def routed_log_probs(
 
     Args:
         model, params, sequences, temperature, chunk_size: as there.
-        losses: of the router.
 
     Raises:
         ValueError: at trace time, for a model without experts, or one whose tokens are split over devices.
     """
     if model.routing is None or model.token_shards > 1:
-        raise ValueError(f"{losses} need a model with experts whose tokens are not split over mesh.context")
-    rows, P = getattr(sequences, "rows", None), sequences.prompt_ids.shape[1]
-    score = partial(_Predicting.token_scores, temperature=temperature, chunk_size=chunk_size)
-    if rows is not None:
+        raise ValueError("a router's losses need a model with experts whose tokens are not split over mesh.context")
+    rows, (P, T) = getattr(sequences, "rows", None), (sequences.prompt_ids.shape[1], sequences.completion_ids.shape[1])
+    if rows is None:
+        inputs, own = _padded_inputs(model, params, sequences), slice(P - 1, -1)
+        hidden, _, routed = _routed(model, inputs, _experts(sequences), block_bounds=(P,), with_logits=True)
+        predicting = _Predicting(hidden[:, own], sequences.completion_ids, sequences.completion_mask, None, T)
+        counts = jnp.pad(sequences.completion_mask, ((0, 0), (P - 1, 1)))
+        terms = jax.tree.map(lambda x: x[:, own], router_terms(model.routing, routed, counts, None))
+    else:
         inputs = (params, rows.token_ids, rows.positions, rows.attention_mask)
         hidden, _, routed = _routed(model, inputs, rows.experts, with_logits=True)
-        predicting = _Predicting(
-            rows.predicting(hidden), rows.target_ids, rows.target_mask, rows, sequences.completion_ids.shape[1]
-        )
-        terms = router_terms(model.routing, routed, rows.by_column()[1], rows.segment_ids)
-        moved = jax.tree.map(lambda x: rows.predicting(x[..., None])[..., 0], terms)
-        return *score(predicting, model, params), jax.tree.map(predicting.per_sequence, moved)
-    ids = jnp.concatenate([sequences.prompt_ids, sequences.completion_ids], axis=1)
-    mask = jnp.concatenate([sequences.prompt_mask, sequences.completion_mask], axis=1)
-    inputs = (params, ids, positions(mask), mask)
-    hidden, _, routed = _routed(model, inputs, _experts(sequences), with_logits=True)
-    counts = jnp.pad(sequences.completion_mask, ((0, 0), (P - 1, 1)))
-    terms = router_terms(model.routing, routed, counts, None)
-    own = slice(P - 1, -1)
-    predicting = _Predicting(
-        hidden[:, own], sequences.completion_ids, sequences.completion_mask, None, sequences.completion_ids.shape[1]
-    )
-    return *score(predicting, model, params), jax.tree.map(lambda x: x[:, own], terms)
+        predicting = _Predicting(rows.predicting(hidden), rows.target_ids, rows.target_mask, rows, T)
+        of_columns = router_terms(model.routing, routed, rows.by_column()[1], rows.segment_ids)
+        terms = jax.tree.map(lambda x: rows.predicting(x[..., None])[..., 0], of_columns)
+    log_probs, entropies = predicting.token_scores(model, params, temperature=temperature, chunk_size=chunk_size)
+    return log_probs, entropies, jax.tree.map(predicting.per_sequence, terms)
 
 
 def completion_values(model: Model, params: Params, sequences: Sequences) -> Tokens:

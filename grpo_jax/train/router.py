@@ -32,7 +32,7 @@ class RouterLosses:
 
 
 class RouterTerms(NamedTuple):
-    """What a router's losses are means of: a number for each token, the mean over layers.
+    """A router's losses for each token, averaged over layers; a loss is the mean over tokens.
 
     Attributes:
         balance: as of ``routing.load_balancing_terms``, with the load of the token's own completion.
